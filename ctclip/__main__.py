@@ -1,0 +1,3 @@
+from ctclip.cli import main
+
+main()

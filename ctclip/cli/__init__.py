@@ -1,0 +1,53 @@
+"""The command line: parses, calls one function, prints. Each command is one file of this package.
+
+Heavy packages are imported inside the commands, so that ``ctclip --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ctclip import __version__
+from ctclip.cli.phantom import phantom
+from ctclip.cli.preprocess import preprocess
+
+app = typer.Typer(
+    help="3-D vision-language learning on chest CT: prepare volumes, train, detect abnormalities from prompts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command()(phantom)
+app.command()(preprocess)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"ctclip {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    """Options that stand before the command."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; an error a user can act on becomes one line and exit code 2."""
+    from ctclip.errors import CtclipError
+    from preprocessing.errors import PreprocessingError
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(arguments)
+    except (CtclipError, PreprocessingError, OSError) as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,33 @@
+"""Errors a user can act on: one class a layer. The command line prints the message and exits with code 2."""
+
+
+class CtclipError(Exception):
+    """Base of every error below; its message says what was found, in which file, and what to do."""
+
+
+class ConfigError(CtclipError):
+    """A configuration that cannot be used: unknown key, wrong type, values that exclude each other."""
+
+
+class DataError(CtclipError):
+    """A cohort, report or label table that does not hold what the next step needs."""
+
+
+class PhantomError(CtclipError):
+    """A synthetic cohort that cannot be made as asked."""
+
+
+class CheckpointError(CtclipError):
+    """A checkpoint or model folder that is damaged, incomplete or of another kind."""
+
+
+class TrainingError(CtclipError):
+    """A run that cannot start, cannot continue, or has diverged."""
+
+
+class PromptError(CtclipError):
+    """A prompt set that cannot be used."""
+
+
+class EvaluationError(CtclipError):
+    """Predictions, labels or a protocol that cannot be scored together."""
