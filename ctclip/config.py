@@ -1,0 +1,351 @@
+"""The one configuration schema: frozen, typed, validated. YAML files in ``configs/`` and ``key=value`` overrides.
+
+A key that does not exist is refused with its full path and the nearest valid name; nothing is read from
+the environment and nothing is global.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ctclip.errors import ConfigError
+
+
+S = TypeVar("S", bound="Section")
+
+
+class Section(BaseModel):
+    """A part of the configuration; immutable once built."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+
+
+class ViT3DConfig(Section):
+    """Our 3-D vision transformer with a convolutional stem (``ctclip/models/vit3d.py``)."""
+
+    kind: Literal["vit3d"] = "vit3d"
+    patch: tuple[int, int, int] = Field((4, 4, 4), description="voxels [slice, row, column] of one stem cell")
+    merge: tuple[int, int, int] = Field((2, 2, 2), description="stem cells merged into one token")
+    stem_width: int = 64
+    stem_depth: int = Field(1, ge=0, description="residual 3x3x3 convolutions before the transformer")
+    width: int = 192
+    depth: int = 4
+    heads: int = 6
+    registers: int = 4
+    spacing: tuple[float, float, float] = Field((1.5, 1.5, 3.0), description="mm [slice, row, column] of a voxel")
+    windows: tuple[tuple[float, float], ...] = Field(
+        ((-1000.0, 1000.0),), description="HU windows shown side by side as input channels"
+    )
+    hu_window: tuple[float, float] = Field((-1000.0, 1000.0), description="HU that -1 and 1 of the input stand for")
+    pooling: tuple[Literal["attention", "mean", "max"], ...] = ("attention", "mean")
+    window: tuple[int, int, int] | None = Field(
+        None, description="tokens [slice, row, column] of a local attention window; null: full attention"
+    )
+    global_every: int = Field(4, ge=1, description="with a window: every n-th layer attends to all tokens")
+    drop_air: bool = Field(False, description="drop tokens of nothing but air outside the body")
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> ViT3DConfig:
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
+        return self
+
+
+class CTViTConfig(Section):
+    """The published CT-CLIP's encoder (``ctclip/models/ctvit.py``)."""
+
+    kind: Literal["ctvit"] = "ctvit"
+    shape: tuple[int, int, int] = Field((240, 480, 480), description="voxels [slice, row, column] of a volume")
+    patch: tuple[int, int, int] = Field((10, 20, 20), description="voxels [slice, row, column] of one token")
+    width: int = 512
+    spatial_depth: int = 4
+    temporal_depth: int = 4
+    heads: int = 8
+    head_width: int = 32
+    codebook_size: int = 8192
+    quantise: bool = True
+    activation_checkpointing: bool = False
+
+
+class ResNet3DConfig(Section):
+    """MONAI's 3-D ResNets (``ctclip/models/resnet3d.py``)."""
+
+    kind: Literal["resnet3d"] = "resnet3d"
+    depth: Literal[18, 50] = 18
+    stem_stride: tuple[int, int, int] = (2, 2, 2)
+    norm: Literal["batch", "group"] = "group"
+    width_factor: float = 1.0
+    activation_checkpointing: bool = False
+
+
+class SlicesConfig(Section):
+    """A 2-D vision model of Hugging Face over slices, and an aggregator (``ctclip/models/slices.py``)."""
+
+    kind: Literal["slices"] = "slices"
+    pretrained: str = Field(..., description="folder or hub name of a Hugging Face vision model")
+    aggregator: Literal["mean", "lstm", "transformer", "cross-attention"] = "transformer"
+    slice_size: int = 224
+    every: int = Field(1, ge=1, description="use every n-th slice")
+    frozen: bool = False
+
+
+VolumeEncoderConfig = Annotated[
+    ViT3DConfig | CTViTConfig | ResNet3DConfig | SlicesConfig, Field(discriminator="kind")
+]
+
+
+class TextConfig(Section):
+    """A BERT-like encoder: small and trained from scratch, or any of Hugging Face."""
+
+    pretrained: str | None = Field(None, description="folder or hub name; null: a small BERT from scratch")
+    weights: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random: keep the architecture and tokenizer of `pretrained`, not its weights"
+    )
+    vocabulary: int = Field(2000, description="WordPiece tokens learned from the training reports")
+    width: int = 192
+    depth: int = 3
+    heads: int = 6
+    max_tokens: int = Field(512, description="longer reports are cut into chunks at sentence ends and averaged")
+    pooling: Literal["cls", "mean", "attention"] = "mean"
+    tuning: Literal["full", "lora", "frozen"] = "full"
+    lora_rank: int = 8
+
+
+class ModelConfig(Section):
+    """The dual encoder."""
+
+    volume: VolumeEncoderConfig = ViT3DConfig()
+    text: TextConfig = TextConfig()
+    dim: int = Field(128, description="width of the shared embedding")
+    projection: Literal["linear", "mlp"] = "linear"
+    standardise: bool = Field(
+        False, description="centre and scale the embeddings over the global batch before normalising"
+    )
+    logit_scale: float = Field(10.0, gt=0, description="initial inverse temperature")
+    logit_scale_max: float = 100.0
+
+
+class ViewConfig(Section):
+    """How often each view of a report is drawn (weights, not probabilities)."""
+
+    report: float = Field(1.0, ge=0, description="findings and impression together")
+    findings: float = Field(0.0, ge=0)
+    impression: float = Field(0.0, ge=0)
+    sentence: float = Field(0.0, ge=0, description="one sentence of findings or impression")
+    sentences: float = Field(0.0, ge=0, description="a few sentences, in random order")
+    positive: float = Field(0.0, ge=0, description="sentences that negate nothing, by their wording alone")
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> ViewConfig:
+        if sum(self.model_dump().values()) <= 0:
+            raise ValueError("give at least one view a weight above 0")
+        return self
+
+
+class AugmentConfig(Section):
+    """Random changes of a training volume; amplitudes of 0 switch them off."""
+
+    shift_voxels: int = Field(0, ge=0, description="largest shift along each axis")
+    scale: float = Field(0.0, ge=0, lt=0.5, description="largest relative change of HU contrast")
+    noise_hu: float = Field(0.0, ge=0, description="standard deviation of added noise, HU")
+
+
+class DataConfig(Section):
+    """What is read, and how it is shown to the model."""
+
+    store: str | None = Field(None, description="folder written by `ctclip preprocess`")
+    train_split: str = "train"
+    valid_split: str = "valid"
+    views: ViewConfig = ViewConfig()
+    views_per_volume: int = Field(1, ge=1, description="report views contrasted with each volume in a step")
+    shuffle_sentences: bool = False
+    augment: AugmentConfig = AugmentConfig()
+    workers: int = Field(2, ge=0, description="reading processes per rank")
+
+
+class ObjectiveConfig(Section):
+    """Weights of the objectives; 0 leaves one out."""
+
+    clip: float = Field(1.0, ge=0, description="symmetric InfoNCE over the global batch")
+    siglip: float = Field(0.0, ge=0, description="pairwise sigmoid loss")
+    labels: float = Field(0.0, ge=0, description="cross-entropy on report-derived labels: not zero-shot any more")
+
+
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    offload: bool = Field(False, description="optimizer (and at stage 3 parameters) in host memory")
+
+
+class TrainingConfig(Section):
+    """The optimisation."""
+
+    batch: int = Field(32, ge=2, description="volumes in the global batch, over all ranks")
+    micro_batch: int | None = Field(
+        None, description="volumes a rank encodes at once; fewer than its share: two-pass gradients (GradCache)"
+    )
+    epochs: float = 10.0
+    learning_rate: float = 1e-3
+    text_learning_rate: float | None = Field(None, description="null: the same as learning_rate")
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps")
+    gradient_clip: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    zero: ZeroConfig = ZeroConfig()
+    checkpoint_every: int = Field(500, ge=1, description="steps")
+    keep_checkpoints: int = Field(2, ge=1)
+    validate_every: int = Field(0, ge=0, description="steps between validations; 0: none while training")
+    log_every: int = Field(10, ge=1, description="steps")
+
+
+class Config(Section):
+    """One training run."""
+
+    name: str = "run"
+    seed: int = 0
+    preprocessing: str = Field("ct_224", description="spec the volumes must have been prepared with")
+    prompts: str = Field("report_style", description="prompt set stored with the model")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    objectives: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+def configs_folder() -> Path:
+    """The folder ``configs/`` beside the packages."""
+    return Path(__file__).resolve().parents[1] / "configs"
+
+
+def find_config(name: str, folder: str = "") -> Path:
+    """The YAML file for ``name``: a path, or the name of a file in ``configs/<folder>``."""
+    given = Path(name)
+    if given.is_file():
+        return given
+    inside = configs_folder() / folder / f"{name}.yaml"
+    if inside.is_file():
+        return inside
+    known = ", ".join(sorted(path.stem for path in (configs_folder() / folder).glob("*.yaml")))
+    raise ConfigError(f"no configuration {name!r}: give a path to a YAML file, or one of: {known}")
+
+
+def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML configuration and apply ``key.path=value`` overrides (values are YAML).
+
+    Raises ConfigError naming the file, the path of the key, and the nearest valid name.
+    """
+    path = find_config(name)
+    values = read_mapping(path)
+    for override in overrides:
+        _apply(values, override)
+    return build_config(values, str(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping a YAML file holds; anything else is refused."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(values).__name__}")
+    return values
+
+
+def build_config(values: dict[str, Any], source: str) -> Config:
+    """Validate ``values``; ``source`` is named in the error."""
+    return validated(Config, values, source)
+
+
+def validated(schema: type[S], values: dict[str, Any], source: str) -> S:
+    """``schema`` built from ``values``; the first fault becomes one ConfigError line."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ConfigError(f"{source}: {_explain(schema, fault)}") from error
+
+
+def dump_config(config: Section) -> str:
+    """YAML of a configuration, every default spelled out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differing_keys(old: Section, new: Section) -> list[str]:
+    """Paths whose values differ between two configurations."""
+    flat_old, flat_new = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    return sorted(key for key in flat_old.keys() | flat_new.keys() if flat_old.get(key) != flat_new.get(key))
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write it as key=value, for example training.epochs=5")
+    *parents, last = key.split(".")
+    here = values
+    for parent in parents:
+        child = here.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a single value, it has no keys inside")
+        here = child
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as a string; nobody who types it means one.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    here[last] = value
+
+
+def _explain(schema: type[Section], fault: Any) -> str:
+    location = [str(part) for part in fault["loc"]]
+    key = ".".join(location)
+    if fault["type"] == "extra_forbidden":
+        valid = _valid_names(schema, location[:-1])
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
+        return f"unknown key {key!r}; did you mean {'.'.join([*location[:-1], *near])!r}?"
+    return f"{key or 'configuration'}: {fault['msg']} (found {fault.get('input')!r})"
+
+
+def _valid_names(schema: type[Section], parents: list[str]) -> list[str]:
+    here: list[type[Section]] = [schema]
+    for parent in parents:
+        # The path of a fault inside a union of encoders holds the encoder's kind as a step of its own.
+        kinds = [section for section in here if _kind(section) == parent]
+        here = kinds or [inner for section in here for inner in _sections(section, parent)]
+    return [name for section in here for name in section.model_fields]
+
+
+def _kind(section: type[Section]) -> str | None:
+    field = section.model_fields.get("kind")
+    return field.default if field is not None else None
+
+
+def _sections(section: type[Section], name: str) -> list[type[Section]]:
+    field = section.model_fields.get(name)
+    if field is None:
+        return []
+    found = [field.annotation, *get_args(field.annotation)]
+    return [kind for kind in found if isinstance(kind, type) and issubclass(kind, Section)]

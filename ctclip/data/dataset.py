@@ -1,0 +1,182 @@
+"""Volumes of a store with their reports, and how they are gathered into batches.
+
+Reading labels is a separate, explicit step (``labels=``): a run that trains from reports alone never
+touches the label columns.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from ctclip.config import AugmentConfig, DataConfig
+from ctclip.data.reports import Report, ReportViews
+from ctclip.errors import DataError
+from preprocessing.spec import PreprocessingSpec
+from preprocessing.store import VolumeStore
+
+
+@dataclass
+class Batch:
+    """volumes (B, 1, D, H, W) float32; texts B * views strings, view varying fastest; scan, texts' identities."""
+
+    volumes: Tensor
+    texts: list[str]
+    scans: Tensor
+    text_identities: Tensor
+    labels: Tensor | None
+
+    def to(self, device: torch.device) -> Batch:
+        move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731
+        self.volumes, self.scans = move(self.volumes), move(self.scans)
+        self.text_identities, self.labels = move(self.text_identities), move(self.labels)
+        return self
+
+
+class StoredVolumes(Dataset):
+    """One item a stored volume of ``split``: a dictionary of its voxels, views of its report, and identities."""
+
+    def __init__(
+        self, config: DataConfig, split: str, *, seed: int = 0, training: bool = True, labels: Sequence[str] = ()
+    ) -> None:
+        if config.store is None:
+            raise DataError("data.store is not set: name the folder that `ctclip preprocess` wrote")
+        self.store = VolumeStore(Path(config.store))
+        self.rows = stored_rows(self.store, split)
+        self.scan_numbers = pd.factorize(self.rows["scan"])[0]
+        self.config, self.seed, self.training = config, seed, training
+        self.views = ReportViews(config.views, config.shuffle_sentences)
+        self.reports = [Report(f, i) for f, i in zip(self.rows["findings"], self.rows["impression"], strict=True)]
+        self.labels = label_array(self.rows, labels) if labels else None
+
+    @property
+    def spec(self) -> PreprocessingSpec:
+        return self.store.spec
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """``key`` is (row, draw): the same draw gives the same voxels and views, in any worker on any rank."""
+        index, draw = key
+        random = np.random.default_rng([self.seed, index, draw])
+        voxels = self.spec.normalise(self.store.read(self.rows["volume"].iloc[index]))
+        if self.training:
+            voxels = augment(voxels, self.config.augment, self.spec, random)
+        texts = [self.views.draw(self.reports[index], random) for _ in range(self.config.views_per_volume)]
+        return {
+            "voxels": torch.from_numpy(np.ascontiguousarray(voxels)),
+            "texts": texts,
+            "scan": int(self.scan_numbers[index]),
+            "labels": None if self.labels is None else self.labels[index],
+        }
+
+
+def stored_rows(store: VolumeStore, split: str | None) -> pd.DataFrame:
+    """Rows of the cohort table that are stored, of one split (or of all), in a fixed order."""
+    table = store.cohort
+    stored = table[table["volume"].isin(set(store.volumes))]
+    if split is not None:
+        stored = stored[stored["split"] == split]
+    if stored.empty:
+        known = ", ".join(sorted(table["split"].unique()))
+        raise DataError(f"{store.path}: no stored volume of split {split!r} (the cohort has: {known})")
+    return stored.sort_values("volume").reset_index(drop=True)
+
+
+def label_array(rows: pd.DataFrame, labels: Sequence[str]) -> np.ndarray:
+    """(volumes, labels) float32 of 0, 1 and NaN where unknown."""
+    absent = [name for name in labels if name not in rows.columns]
+    if absent:
+        raise DataError(f"the cohort table has no label column {absent[0]!r}; run without labels, or add the column")
+    return rows[list(labels)].to_numpy(dtype="float32", na_value=np.nan)
+
+
+def augment(
+    voxels: np.ndarray, config: AugmentConfig, spec: PreprocessingSpec, random: np.random.Generator
+) -> np.ndarray:
+    """Shift, contrast and noise of a volume in [-1, 1]; what is shifted in from outside is air (-1)."""
+    if config.shift_voxels:
+        voxels = shifted(voxels, random.integers(-config.shift_voxels, config.shift_voxels + 1, size=3))
+    if config.scale:
+        # Contrast changes about air, whose value is the one thing every scanner agrees on.
+        voxels = (voxels + 1) * np.float32(1 + random.uniform(-config.scale, config.scale)) - 1
+    if config.noise_hu:
+        low, high = spec.hu_window
+        amplitude = random.uniform(0, config.noise_hu) * 2 / (high - low)
+        voxels = voxels + random.standard_normal(voxels.shape, dtype=np.float32) * np.float32(amplitude)
+    return np.clip(voxels, -1, 1) if config.scale or config.noise_hu else voxels
+
+
+def shifted(voxels: np.ndarray, offset: Sequence[int]) -> np.ndarray:
+    """``voxels`` moved by whole voxels, filled with -1."""
+    moved = np.full_like(voxels, -1)
+    source = tuple(slice(max(0, -o), n - max(0, o)) for o, n in zip(offset, voxels.shape, strict=True))
+    target = tuple(slice(max(0, o), n - max(0, -o)) for o, n in zip(offset, voxels.shape, strict=True))
+    moved[target] = voxels[source]
+    return moved
+
+
+def collate(items: list[dict[str, Any]]) -> Batch:
+    """Stack items into a Batch."""
+    texts = [text for item in items for text in item["texts"]]
+    labels = None if items[0]["labels"] is None else torch.from_numpy(np.stack([item["labels"] for item in items]))
+    return Batch(
+        volumes=torch.stack([item["voxels"] for item in items])[:, None],
+        texts=texts,
+        scans=torch.tensor([item["scan"] for item in items]),
+        text_identities=torch.tensor([zlib.crc32(text.encode()) for text in texts]),
+        labels=labels,
+    )
+
+
+class ScanSampler(Sampler[list[tuple[int, int]]]):
+    """This rank's share of every global batch: deterministic, resumable, and aware of scans.
+
+    An epoch shows each scan once, by one of its reconstructions drawn anew each epoch, so that no batch holds
+    two reconstructions of a scan. Batches depend on (seed, step) and not on the number of ranks: rank r takes
+    rows r * share to (r + 1) * share of the global batch. ``start`` continues at a step.
+    """
+
+    def __init__(
+        self, scans: np.ndarray, batch: int, steps: int, *, seed: int, rank: int, world_size: int, start: int = 0
+    ) -> None:
+        if batch % world_size:
+            raise DataError(f"training.batch={batch} cannot be shared by {world_size} ranks: make it a multiple")
+        order = np.argsort(scans, kind="stable")
+        self.members = np.split(order, np.flatnonzero(np.diff(scans[order])) + 1)
+        if len(self.members) < batch:
+            raise DataError(
+                f"{len(self.members)} scans are fewer than one batch: set training.batch={len(self.members)} or less"
+            )
+        self.batch, self.steps, self.seed, self.start = batch, steps, seed, start
+        self.rank, self.world_size = rank, world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.members) // self.batch
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        share = self.batch // self.world_size
+        for step in range(self.start, self.steps):
+            rows = self._global_batch(step)
+            yield [(int(row), step) for row in rows[self.rank * share : (self.rank + 1) * share]]
+
+    def _global_batch(self, step: int) -> list[int]:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        random = np.random.default_rng([self.seed, epoch])
+        scans = random.permutation(len(self.members))[position * self.batch : (position + 1) * self.batch]
+        picks = np.random.default_rng([self.seed, epoch, 1]).random(len(self.members))
+        return [int(self.members[scan][int(picks[scan] * len(self.members[scan]))]) for scan in scans]

@@ -1,0 +1,141 @@
+"""The only file that knows ranks, launchers and backends.
+
+The same command runs alone, under ``deepspeed``, ``torchrun`` and ``srun``: whoever launched us left the
+ranks in the environment, and this file is where they are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def prepare_environment() -> None:
+    """Fill in what a launcher did not set; to be called before DeepSpeed is imported.
+
+    Slurm's names become torch's; without any launcher this process is a world of one.
+    """
+    environment = os.environ
+    if "RANK" not in environment and "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+        environment["RANK"] = environment["SLURM_PROCID"]
+        environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+        environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
+        environment.setdefault("MASTER_ADDR", _first_host(environment.get("SLURM_STEP_NODELIST", "127.0.0.1")))
+        # Two jobs of one user on one node must not meet: the port follows the job.
+        environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000))
+    if "RANK" not in environment:
+        environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        environment["MASTER_PORT"] = str(free_port())
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def initialise() -> torch.device:
+    """Join the process group and return the device of this rank."""
+    prepare_environment()
+    import deepspeed
+
+    cuda = torch.cuda.is_available()
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    if not cuda:
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join the process group for the length of a block.
+
+    Leaving without destroying the group ends about one gloo run in three with an abort after the work.
+    """
+    device = initialise()
+    try:
+        yield device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's ``value`` on every rank (values of our own making only: this pickles)."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is set on at least one rank."""
+    if world_size() == 1:
+        return flag
+    tensor = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return bool(tensor.item())
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows (b, ...) of every rank, in rank order, as (world size * b, ...), with gradients.
+
+    Every rank is expected to compute the whole global loss from the result. The gradient of a row is then
+    the sum over ranks of what each found for it, and averaging parameter gradients over ranks, as DeepSpeed
+    and DDP do, gives exactly the single-process gradient of the global loss.
+    """
+    if world_size() == 1:
+        return tensor
+    return _Gather.apply(tensor)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: torch.Tensor) -> torch.Tensor:
+        rows = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(rows, tensor.contiguous())
+        context.rows = len(tensor)
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        summed = gradients[0].contiguous()
+        dist.all_reduce(summed)
+        first = rank() * context.rows
+        return summed[first : first + context.rows]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _first_host(nodes: str) -> str:
+    """The first host of a Slurm node list: ``gpu[03-05,9],x`` is ``gpu03``."""
+    head, bracket, rest = nodes.partition("[")
+    if not bracket or "," in head:
+        return nodes.split(",")[0]
+    return head + rest.split("]")[0].split(",")[0].split("-")[0]

@@ -1,0 +1,194 @@
+"""Text encoders: a small BERT trained from scratch, or any BERT-like encoder of Hugging Face.
+
+Nothing here runs code that came with a checkpoint: folders that declare their own code (CXR-BERT does) are
+loaded as the plain BERT they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctclip.config import TextConfig
+from ctclip.errors import CheckpointError, ConfigError
+from ctclip.sentences import sentences
+
+
+def train_tokenizer(reports: Iterable[str], vocabulary: int) -> Any:
+    """A lower-casing WordPiece tokenizer (BERT's) learned from ``reports``; deterministic."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(reports, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a folder or hub name, without remote code."""
+    from transformers import AutoTokenizer, BertTokenizer
+
+    own_code = "auto_map" in _tokenizer_config(source)
+    try:
+        loader = BertTokenizer if own_code else AutoTokenizer
+        return loader.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source}: no tokenizer could be loaded. Put tokenizer.json, or vocab.txt with "
+            f"tokenizer_config.json, in a folder and name it in model.text.pretrained"
+        ) from error
+
+
+def _tokenizer_config(source: str | Path) -> dict[str, Any]:
+    folder = Path(source)
+    for name in ("tokenizer_config.json", "config.json"):
+        if (folder / name).is_file():
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            if "auto_map" in values:
+                return values
+    return {}
+
+
+class TextEncoder(nn.Module):
+    """A BERT-like encoder with its tokenizer and pooling.
+
+    ``forward`` takes token ids and returns one vector a text; ``tokenise`` makes the ids. Texts longer than
+    ``max_tokens`` are cut at sentence ends into chunks whose vectors are averaged, weighted by length.
+    """
+
+    def __init__(self, bert: nn.Module, tokenizer: Any, config: TextConfig) -> None:
+        super().__init__()
+        self.bert = bert
+        self.tokenizer = tokenizer
+        self.config = config
+        self.width: int = bert.config.hidden_size
+        self.max_tokens = min(config.max_tokens, getattr(bert.config, "max_position_embeddings", config.max_tokens))
+        self.attention = nn.Linear(self.width, 1) if config.pooling == "attention" else None
+        if config.tuning == "frozen":
+            self.bert.requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, owner: Tensor | None = None) -> Tensor:
+        """input_ids, attention_mask (n, L) int; owner (n,) the text each chunk belongs to, or None for one chunk
+        a text. Returns (texts, width)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.tuning != "frozen"):
+            hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        pooled = self._pool(hidden, attention_mask)
+        if owner is None:
+            return pooled
+        weight = attention_mask.sum(dim=1, keepdim=True).to(pooled.dtype)
+        texts = int(owner.max()) + 1
+        total = pooled.new_zeros(texts, pooled.shape[1]).index_add(0, owner, pooled * weight)
+        return total / weight.new_zeros(texts, 1).index_add(0, owner, weight)
+
+    def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        if self.config.pooling == "cls":
+            return hidden[:, 0]
+        if self.attention is not None:
+            score = self.attention(hidden).squeeze(-1).masked_fill(mask == 0, float("-inf"))
+            return torch.einsum("nl,nlc->nc", score.softmax(dim=1), hidden)
+        weight = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+    def tokenise(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask`` (n, L) and, where a text needed several chunks, ``owner`` (n,)."""
+        room = self.max_tokens - 2
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        chunks: list[list[int]] = []
+        owner: list[int] = []
+        for index, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+            pieces = [ids] if len(ids) <= room else self._chunks(text, room)
+            chunks.extend(pieces)
+            owner.extend([index] * len(pieces))
+        first, last, pad = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id
+        length = max(len(chunk) for chunk in chunks) + 2
+        input_ids = torch.full((len(chunks), length), pad, dtype=torch.long)
+        for row, chunk in enumerate(chunks):
+            input_ids[row, : len(chunk) + 2] = torch.tensor([first, *chunk, last])
+        lengths = torch.tensor([len(chunk) + 2 for chunk in chunks])
+        tokens = {"input_ids": input_ids, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
+        if len(chunks) > len(texts):
+            tokens["owner"] = torch.tensor(owner)
+        return tokens
+
+    def _chunks(self, text: str, room: int) -> list[list[int]]:
+        chunks: list[list[int]] = [[]]
+        for sentence in sentences(text):
+            ids = self.tokenizer(sentence, add_special_tokens=False, verbose=False)["input_ids"]
+            # A sentence longer than a chunk has no better place to be cut than where the chunk is full.
+            for start in range(0, len(ids), room):
+                piece = ids[start : start + room]
+                if len(chunks[-1]) + len(piece) > room:
+                    chunks.append([])
+                chunks[-1].extend(piece)
+        return chunks
+
+
+def build_text_encoder(config: TextConfig, tokenizer: Any | None = None) -> TextEncoder:
+    """The encoder ``config`` describes; ``tokenizer`` is needed where nothing pretrained is named."""
+    if config.pretrained is None:
+        if tokenizer is None:
+            raise ConfigError("model.text.pretrained is not set: a tokenizer trained on the reports is needed")
+        return TextEncoder(_small_bert(config, tokenizer), tokenizer, config)
+    tokenizer = tokenizer or load_tokenizer(config.pretrained)
+    bert = _pretrained_bert(config)
+    if config.tuning == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        bert = get_peft_model(bert, LoraConfig(r=config.lora_rank, target_modules=["query", "key", "value"]))
+    return TextEncoder(bert, tokenizer, config)
+
+
+def _small_bert(config: TextConfig, tokenizer: Any) -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    shape = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.width,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.heads,
+        intermediate_size=4 * config.width,
+        max_position_embeddings=config.max_tokens,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return BertModel(shape, add_pooling_layer=False)
+
+
+def _pretrained_bert(config: TextConfig) -> nn.Module:
+    from transformers import AutoConfig, AutoModel, BertConfig, BertModel
+
+    source = str(config.pretrained)
+    own_code = _declares_code(source)
+    try:
+        shape = BertConfig.from_pretrained(source) if own_code else AutoConfig.from_pretrained(source)
+        if config.weights == "random":
+            if own_code:
+                return BertModel(shape, add_pooling_layer=False)
+            return AutoModel.from_config(shape)
+        if own_code:
+            return BertModel.from_pretrained(source, add_pooling_layer=False)
+        return AutoModel.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source}: no text encoder could be loaded ({' '.join(str(error).split())[:200]}). The folder needs "
+            f"config.json, the tokenizer and model.safetensors (model.text.weights=random does without weights)"
+        ) from error
+
+
+def _declares_code(source: str) -> bool:
+    config = Path(source) / "config.json"
+    return config.is_file() and "auto_map" in json.loads(config.read_text(encoding="utf-8"))

@@ -1,0 +1,273 @@
+"""A 3-D vision transformer for CT: convolutional stem, positions in millimetres, attention pooling.
+
+The stem cuts the volume into small cells (a linear map of each cell under several HU windows, as a reader
+looks through several windows), mixes neighbours by residual convolutions, and merges cells into tokens. The
+transformer has rotary positions over three axes in mm (Su et al. 2021, extended to 3-D), normalised queries
+and keys (Dehghani et al. 2023), SwiGLU (Shazeer 2020) and register tokens (Darcet et al. 2023).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ctclip.config import ViT3DConfig
+from ctclip.models.outputs import VolumeTokens
+
+LONGEST_WAVE_MM = 800.0
+SHORTEST_WAVE_MM = 12.0
+AIR_HU = -900.0
+
+
+class ViT3D(nn.Module):
+    """volume (B, 1, D, H, W) in [-1, 1] -> VolumeTokens; ``width`` is the size of the pooled vector."""
+
+    def __init__(self, config: ViT3DConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stem = Stem(config)
+        self.registers = nn.Parameter(torch.randn(config.registers, config.width) * 0.02)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(config.width)
+        self.query = nn.Parameter(torch.randn(config.width) * 0.02) if "attention" in config.pooling else None
+        self.width = config.width * len(config.pooling)
+
+    def forward(self, volume: Tensor, mask: Tensor | None = None) -> VolumeTokens:
+        """volume (B, 1, D, H, W) in [-1, 1]; mask (B, 1, D, H, W) bool, true where voxels are real.
+
+        Returns tokens (B, N, width) in slice, row, column order of ``grid``. Tokens of nothing but padding
+        (and, with ``drop_air``, of nothing but air outside the body) take no part and come back as zeros.
+        """
+        self._check(volume)
+        cells = self.stem(volume)
+        grid = (cells.shape[2], cells.shape[3], cells.shape[4])
+        tokens = rearrange(cells, "b c d h w -> b (d h w) c")
+        keep = self._kept(volume, mask)
+        positions = self._positions(grid, tokens.device)
+        if keep is None:
+            encoded = self._transform(tokens, positions[None], None, grid)
+            return VolumeTokens(encoded, grid, self._pool(encoded, None))
+        order, valid = _compact(keep)
+        packed = torch.gather(tokens, 1, order[..., None].expand(-1, -1, tokens.shape[2]))
+        encoded = self._transform(packed, positions[order], valid, grid) * valid[..., None]
+        pooled = self._pool(encoded, valid)
+        full = torch.zeros_like(tokens).scatter(1, order[..., None].expand_as(encoded), encoded)
+        return VolumeTokens(full, grid, pooled)
+
+    def _transform(
+        self, tokens: Tensor, positions: Tensor, valid: Tensor | None, grid: tuple[int, int, int]
+    ) -> Tensor:
+        batch, registers = len(tokens), len(self.registers)
+        tokens = torch.cat([self.registers.to(tokens.dtype).expand(batch, -1, -1), tokens], dim=1)
+        rotation = _rotation(positions, self.config.width // self.config.heads, registers)
+        full, local = None, None
+        if valid is not None:
+            full = F.pad(valid, (registers, 0), value=True)[:, None, None, :]
+        if self.config.window is not None:
+            cell = torch.tensor(self._token_mm(), device=tokens.device)
+            local = _local_mask(positions / cell, self.config.window, registers)
+            local = local if full is None else local & full
+        for depth, block in enumerate(self.blocks, start=1):
+            attends = full if local is None or depth % self.config.global_every == 0 else local
+            if self.config.activation_checkpointing and self.training:
+                tokens = checkpoint(block, tokens, rotation, attends, use_reentrant=False)
+            else:
+                tokens = block(tokens, rotation, attends)
+        return self.norm(tokens[:, registers:])
+
+    def _pool(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
+        """(B, N, C) -> (B, C * kinds of pooling)."""
+        pooled = []
+        for kind in self.config.pooling:
+            if kind == "attention":
+                score = tokens @ self.query.to(tokens.dtype) / math.sqrt(tokens.shape[-1])  # type: ignore[union-attr]
+                if valid is not None:
+                    score = score.masked_fill(~valid, float("-inf"))
+                pooled.append(torch.einsum("bn,bnc->bc", score.softmax(dim=1), tokens))
+            elif kind == "mean":
+                count = tokens.shape[1] if valid is None else valid.sum(dim=1, keepdim=True)
+                pooled.append(tokens.sum(dim=1) / count)
+            else:
+                real = tokens if valid is None else tokens.masked_fill(~valid[..., None], float("-inf"))
+                pooled.append(real.amax(dim=1))
+        return torch.cat(pooled, dim=1)
+
+    def _kept(self, volume: Tensor, mask: Tensor | None) -> Tensor | None:
+        """(B, N) bool of the tokens that take part, or None if all do."""
+        size = tuple(p * m for p, m in zip(self.config.patch, self.config.merge, strict=True))
+        keep = None
+        if mask is not None:
+            keep = F.max_pool3d(mask.to(volume.dtype), size) > 0
+        if self.config.drop_air:
+            inside = ~outside_air(volume, size, self.config.hu_window)
+            keep = inside if keep is None else keep & inside
+        if keep is None or bool(keep.all()):
+            return None
+        return keep.flatten(1)
+
+    def _positions(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+        """(N, 3) centre of each token in mm from the centre of the volume."""
+        axes = []
+        for count, size in zip(grid, self._token_mm(), strict=True):
+            axes.append((torch.arange(count, device=device) - (count - 1) / 2) * size)
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
+
+    def _token_mm(self) -> list[float]:
+        config = self.config
+        return [p * m * s for p, m, s in zip(config.patch, config.merge, config.spacing, strict=True)]
+
+    def _check(self, volume: Tensor) -> None:
+        size = [p * m for p, m in zip(self.config.patch, self.config.merge, strict=True)]
+        if volume.ndim != 5 or volume.shape[1] != 1:
+            raise ValueError(f"expected a volume (B, 1, D, H, W), found shape {tuple(volume.shape)}")
+        if any(extent % step for extent, step in zip(volume.shape[2:], size, strict=True)):
+            raise ValueError(
+                f"volume of {tuple(volume.shape[2:])} voxels [slice, row, column] cannot be cut into tokens of "
+                f"{tuple(size)}: check the axis order and the preprocessing spec"
+            )
+        low, high = (float(v) for v in torch.aminmax(volume))
+        if low < -1.5 or high > 1.5:
+            raise ValueError(
+                f"voxels range over [{low:.4g}, {high:.4g}], expected [-1, 1]: these look like unscaled "
+                f"Hounsfield units; prepare the scan with preprocessing.prepare"
+            )
+
+
+class Stem(nn.Module):
+    """Volume -> token cells: windows, a linear map of each patch, residual convolutions, a merge."""
+
+    def __init__(self, config: ViT3DConfig) -> None:
+        super().__init__()
+        self.patch, self.merge = config.patch, config.merge
+        self.hu_window, self.windows = config.hu_window, config.windows
+        self.embed = nn.Linear(math.prod(config.patch) * len(config.windows), config.stem_width)
+        self.embed_norm = nn.LayerNorm(config.stem_width)
+        self.mix = nn.ModuleList(ResidualConvolution(config.stem_width) for _ in range(config.stem_depth))
+        self.merge_norm = nn.LayerNorm(config.stem_width)
+        self.to_tokens = nn.Linear(math.prod(config.merge) * config.stem_width, config.width)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """(B, 1, D, H, W) -> (B, C, D / patch / merge, ...)."""
+        (pd, ph, pw), (md, mh, mw) = self.patch, self.merge
+        patches = rearrange(volume, "b 1 (d pd) (h ph) (w pw) -> b d h w (pd ph pw)", pd=pd, ph=ph, pw=pw)
+        shown = torch.cat([self._window(patches, low, high) for low, high in self.windows], dim=-1)
+        cells = F.gelu(self.embed_norm(self.embed(shown)))
+        # The channel axis stays innermost in memory: convolutions and linear maps both want it there.
+        cells = rearrange(cells, "b d h w c -> b c d h w")
+        for convolution in self.mix:
+            cells = convolution(cells)
+        cells = F.gelu(self.merge_norm(rearrange(cells, "b c d h w -> b d h w c")))
+        cells = rearrange(cells, "b (d md) (h mh) (w mw) c -> b d h w (md mh mw c)", md=md, mh=mh, mw=mw)
+        return rearrange(self.to_tokens(cells), "b d h w c -> b c d h w")
+
+    def _window(self, values: Tensor, low: float, high: float) -> Tensor:
+        """Show HU from ``low`` to ``high`` as -1 to 1, clipped; values stand for ``hu_window``."""
+        bottom, top = self.hu_window
+        if (low, high) == (bottom, top):
+            return values
+        gain = (top - bottom) / (high - low)
+        offset = (bottom + top - low - high) / (high - low)
+        return (values * gain + offset).clamp(-1, 1)
+
+
+class ResidualConvolution(nn.Module):
+    """x + conv(gelu(norm(x))), 3x3x3."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.convolution = nn.Conv3d(width, width, 3, padding=1)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """(B, C, D, H, W), same out."""
+        normal = self.norm(rearrange(cells, "b c d h w -> b d h w c"))
+        return cells + self.convolution(F.gelu(rearrange(normal, "b d h w c -> b c d h w")))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer layer: attention with normalised queries and keys, then SwiGLU."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        hidden = 8 * ((width * 8 // 3 + 7) // 8)
+        self.heads = heads
+        self.norm_attention = nn.RMSNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.norm_query = nn.RMSNorm(width // heads)
+        self.norm_key = nn.RMSNorm(width // heads)
+        self.out = nn.Linear(width, width, bias=False)
+        self.norm_mlp = nn.RMSNorm(width)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, tokens: Tensor, rotation: tuple[Tensor, Tensor], attends: Tensor | None) -> Tensor:
+        """tokens (B, N, C); rotation: cos and sin (B or 1, 1, N, C / heads / 2); attends: bool mask or None."""
+        query, key, value = rearrange(
+            self.qkv(self.norm_attention(tokens)), "b n (three h c) -> three b h n c", three=3, h=self.heads
+        )
+        query = _rotate(self.norm_query(query), *rotation)
+        key = _rotate(self.norm_key(key), *rotation)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attends)
+        tokens = tokens + self.out(rearrange(mixed, "b h n c -> b n (h c)"))
+        gate, up = self.gate_up(self.norm_mlp(tokens)).chunk(2, dim=-1)
+        return tokens + self.down(F.silu(gate) * up)
+
+
+def outside_air(volume: Tensor, size: tuple[int, ...], hu_window: tuple[float, float]) -> Tensor:
+    """Tokens of nothing but air outside the body.
+
+    volume (B, 1, D, H, W) in [-1, 1]; size: voxels of a token. (B, 1, d, h, w) bool. A token is air if the
+    mean of each of its eighths is below -900 HU, and outside if it joins the edge of its own axial slab through
+    such tokens: lungs, emphysematous ones too, lie within the body wall and are never reached.
+    """
+    bottom, top = hu_window
+    threshold = 2 * (AIR_HU - bottom) / (top - bottom) - 1
+    half = tuple(max(1, extent // 2) for extent in size)
+    densest = F.max_pool3d(F.avg_pool3d(volume.float(), half), tuple(s // h for s, h in zip(size, half, strict=True)))
+    air = densest < threshold
+    border = torch.zeros_like(air)
+    border[..., 0, :] = border[..., -1, :] = border[..., :, 0] = border[..., :, -1] = True
+    reached = air & border
+    for _ in range(air.shape[-1] + air.shape[-2]):
+        grown = (F.max_pool3d(reached.float(), (1, 3, 3), stride=1, padding=(0, 1, 1)) > 0) & air
+        if bool((grown == reached).all()):
+            break
+        reached = grown
+    return reached
+
+
+def _compact(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices (B, M) of the kept tokens first, and which of them (B, M) are real; M is the batch's largest count."""
+    most = int(keep.sum(dim=1).max())
+    order = torch.argsort(keep.to(torch.int8), dim=1, descending=True, stable=True)[:, :most]
+    return order, torch.gather(keep, 1, order)
+
+
+def _rotation(positions: Tensor, head_width: int, registers: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, 1, registers + N, head_width / 2) for positions (B, N, 3) in mm; registers are not turned."""
+    pairs = head_width // 2
+    axis = torch.arange(pairs, device=positions.device) % 3
+    step = torch.arange(pairs, device=positions.device) // 3
+    steps = max(1, math.ceil(pairs / 3) - 1)
+    waves = SHORTEST_WAVE_MM * (LONGEST_WAVE_MM / SHORTEST_WAVE_MM) ** (step / steps)
+    angle = 2 * math.pi * positions[..., axis] / waves
+    angle = F.pad(angle, (0, 0, registers, 0))[:, None]
+    return angle.cos(), angle.sin()
+
+
+def _rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = vectors.float().chunk(2, dim=-1)
+    return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1).to(vectors.dtype)
+
+
+def _local_mask(cells: Tensor, window: tuple[int, int, int], registers: int) -> Tensor:
+    """(B, 1, N, N) bool: tokens of one window (and registers with everything) see each other."""
+    corner = cells - cells.amin(dim=1, keepdim=True)
+    block = torch.div(corner.round(), torch.tensor(window, device=cells.device), rounding_mode="floor")
+    same = (block[:, :, None] == block[:, None, :]).all(dim=-1)
+    return F.pad(same, (registers, 0, registers, 0), value=True)[:, None]

@@ -1,0 +1,158 @@
+"""DeepSpeed: from our configuration to an engine, and one optimisation step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctclip.config import Config, TrainingConfig
+from ctclip.data.dataset import Batch
+from ctclip.distributed import world_size
+from ctclip.errors import ConfigError
+from ctclip.training.step import ContrastiveStep
+
+
+class Engine:
+    """A ContrastiveStep under DeepSpeed ZeRO."""
+
+    def __init__(self, step: ContrastiveStep, config: Config, device: torch.device) -> None:
+        self.config = config.training
+        self.device = device
+        self.tokenise = step.model.text_encoder.tokenise
+        self.chunks = _chunks(config.training)
+        self.bf16 = config.training.precision == "bf16"
+        if config.training.compile:
+            step.model.volume_encoder.compile()
+        import deepspeed
+
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=step.to(device, memory_format=torch.preserve_format),
+            model_parameters=parameter_groups(step, config.training),
+            config=deepspeed_config(config.training, self.chunks),
+        )
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def step(self, batch: Batch, progress: float) -> dict[str, float]:
+        """One step on this rank's share of the global batch; ``progress`` in [0, 1) sets the learning rate.
+
+        Returns what to log: the loss and its parts, logit scale, gradient norm, learning rate.
+        """
+        factor = rate_factor(progress, self.config.warmup)
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * factor
+        self.deepspeed.train()
+        identities = {"scans": batch.scans, "text_identities": batch.text_identities, "labels": batch.labels}
+        if self.chunks == 1:
+            inputs = self._inputs(batch.volumes, batch.texts)
+            with self._autocast():
+                loss, parts = self.deepspeed("step", **inputs, **identities)
+            self.deepspeed.backward(loss)
+        else:
+            loss, parts = self._two_pass(batch, identities)
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        logged = {"loss": float(loss), **{name: float(part) for name, part in parts.items()}}
+        return logged | {
+            "gradient_norm": float(norm) if norm is not None else math.nan,
+            "learning_rate": self.base_rates[0] * factor,
+        }
+
+    def _two_pass(self, batch: Batch, identities: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """GradCache (Gao et al. 2021): the exact gradient of a contrastive batch larger than memory.
+
+        First all features without a graph, then the loss and its gradient at the features, then each chunk
+        again with a graph, pulled back from that gradient.
+        """
+        views = len(batch.texts) // len(batch.volumes)
+        size = len(batch.volumes) // self.chunks
+        pieces = [
+            self._inputs(batch.volumes[first : first + size], batch.texts[first * views : (first + size) * views])
+            for first in range(0, len(batch.volumes), size)
+        ]
+        with torch.no_grad(), self._autocast():
+            encoded = [self.deepspeed("features", **piece) for piece in pieces]
+        volumes = torch.cat([pair[0] for pair in encoded]).float().requires_grad_()
+        texts = torch.cat([pair[1] for pair in encoded]).float().requires_grad_()
+        self.deepspeed.set_gradient_accumulation_boundary(False)
+        loss, parts = self.deepspeed("loss", volume_features=volumes, text_features=texts, **identities)
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        assert volumes.grad is not None
+        assert texts.grad is not None
+        for index, piece in enumerate(pieces):
+            self.deepspeed.set_gradient_accumulation_boundary(index == self.chunks - 1)
+            with self._autocast():
+                volume_features, text_features = self.deepspeed("features", **piece)
+            rows = slice(index * size, (index + 1) * size)
+            text_rows = slice(index * size * views, (index + 1) * size * views)
+            surrogate = (volume_features.float() * volumes.grad[rows]).sum()
+            surrogate = surrogate + (text_features.float() * texts.grad[text_rows]).sum()
+            self.deepspeed.backward(surrogate, scale_wrt_gas=False)
+        return loss, parts
+
+    def _inputs(self, volumes: Tensor, texts: list[str]) -> dict[str, Any]:
+        tokens = {name: ids.to(self.device) for name, ids in self.tokenise(texts).items()}
+        return {"volumes": volumes, "tokens": tokens}
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+
+def rate_factor(progress: float, warmup: float) -> float:
+    """Linear warm-up, then half a cosine down to zero; ``progress`` in [0, 1)."""
+    if progress < warmup:
+        return (progress + 1e-3) / (warmup + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def parameter_groups(step: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+    """Volume and text sides with their own rates; matrices decay, vectors and temperatures do not."""
+    rates = {"volume": config.learning_rate, "text": config.text_learning_rate or config.learning_rate}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in step.named_parameters():
+        if parameter.requires_grad:
+            side = "text" if ".text_" in f".{name}" else "volume"
+            groups.setdefault((side, parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": members, "lr": rates[side], "weight_decay": config.weight_decay if decays else 0.0}
+        for (side, decays), members in sorted(groups.items())
+    ]
+
+
+def deepspeed_config(config: TrainingConfig, chunks: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration; how many ranks there are is the launcher's business."""
+    zero: dict[str, Any] = {"stage": config.zero.stage}
+    if config.zero.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if config.zero.stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    share = config.batch // world_size()
+    return {
+        "train_batch_size": config.batch,
+        "train_micro_batch_size_per_gpu": share // chunks,
+        "gradient_accumulation_steps": chunks,
+        "gradient_clipping": config.gradient_clip,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": config.learning_rate, "betas": list(config.betas), "eps": 1e-6, "torch_adam": True},
+        },
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": False},
+        "torch_autocast": {"enabled": False},
+        "steps_per_print": 10**9,
+    }
+
+
+def _chunks(config: TrainingConfig) -> int:
+    ranks = world_size()
+    if config.batch % ranks:
+        raise ConfigError(f"training.batch={config.batch} cannot be shared by {ranks} ranks: make it a multiple")
+    share = config.batch // ranks
+    micro = config.micro_batch or share
+    if share % micro:
+        raise ConfigError(f"training.micro_batch={micro} does not divide the {share} volumes of a rank")
+    return share // micro
