@@ -30,9 +30,11 @@ class ViT3DConfig(Section):
 
     kind: Literal["vit3d"] = "vit3d"
     patch: tuple[int, int, int] = Field((4, 4, 4), description="voxels [slice, row, column] of one stem cell")
-    merge: tuple[int, int, int] = Field((2, 2, 2), description="stem cells merged into one token")
-    stem_width: int = 64
-    stem_depth: int = Field(1, ge=0, description="residual 3x3x3 convolutions before the transformer")
+    stages: tuple[tuple[int, int], ...] = Field(
+        ((64, 1), (128, 1)),
+        description="width and 3x3x3 residual convolutions of each stage of the stem; after each stage "
+        "2x2x2 cells are merged. No stages: a linear patch embedding",
+    )
     width: int = 192
     depth: int = 4
     heads: int = 6

@@ -145,10 +145,16 @@ def build_text_encoder(config: TextConfig, tokenizer: Any | None = None) -> Text
     tokenizer = tokenizer or load_tokenizer(config.pretrained)
     bert = _pretrained_bert(config)
     if config.tuning == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        bert = get_peft_model(bert, LoraConfig(r=config.lora_rank, target_modules=["query", "key", "value"]))
+        bert = with_lora(bert, config)
     return TextEncoder(bert, tokenizer, config)
+
+
+def with_lora(bert: Any, config: TextConfig) -> nn.Module:
+    """Low-rank adapters (Hu et al. 2021) on the attention of ``bert``, whose own weights are frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["query", "key", "value"]
+    return get_peft_model(bert, LoraConfig(r=config.lora_rank, target_modules=targets))
 
 
 def _small_bert(config: TextConfig, tokenizer: Any) -> nn.Module:

@@ -99,7 +99,7 @@ class ViT3D(nn.Module):
 
     def _kept(self, volume: Tensor, mask: Tensor | None) -> Tensor | None:
         """(B, N) bool of the tokens that take part, or None if all do."""
-        size = tuple(p * m for p, m in zip(self.config.patch, self.config.merge, strict=True))
+        size = self.token_voxels
         keep = None
         if mask is not None:
             keep = F.max_pool3d(mask.to(volume.dtype), size) > 0
@@ -118,11 +118,15 @@ class ViT3D(nn.Module):
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
 
     def _token_mm(self) -> list[float]:
-        config = self.config
-        return [p * m * s for p, m, s in zip(config.patch, config.merge, config.spacing, strict=True)]
+        return [extent * mm for extent, mm in zip(self.token_voxels, self.config.spacing, strict=True)]
+
+    @property
+    def token_voxels(self) -> tuple[int, ...]:
+        """Voxels [slice, row, column] of a token."""
+        return tuple(extent * 2 ** len(self.config.stages) for extent in self.config.patch)
 
     def _check(self, volume: Tensor) -> None:
-        size = [p * m for p, m in zip(self.config.patch, self.config.merge, strict=True)]
+        size = self.token_voxels
         if volume.ndim != 5 or volume.shape[1] != 1:
             raise ValueError(f"expected a volume (B, 1, D, H, W), found shape {tuple(volume.shape)}")
         if any(extent % step for extent, step in zip(volume.shape[2:], size, strict=True)):
@@ -139,31 +143,30 @@ class ViT3D(nn.Module):
 
 
 class Stem(nn.Module):
-    """Volume -> token cells: windows, a linear map of each patch, residual convolutions, a merge."""
+    """Volume -> token cells: HU windows, a linear map of each patch, then stages of convolutions and merges."""
 
     def __init__(self, config: ViT3DConfig) -> None:
         super().__init__()
-        self.patch, self.merge = config.patch, config.merge
+        self.patch = config.patch
         self.hu_window, self.windows = config.hu_window, config.windows
-        self.embed = nn.Linear(math.prod(config.patch) * len(config.windows), config.stem_width)
-        self.embed_norm = nn.LayerNorm(config.stem_width)
-        self.mix = nn.ModuleList(ResidualConvolution(config.stem_width) for _ in range(config.stem_depth))
-        self.merge_norm = nn.LayerNorm(config.stem_width)
-        self.to_tokens = nn.Linear(math.prod(config.merge) * config.stem_width, config.width)
+        widths = [width for width, _ in config.stages] + [config.width]
+        self.embed = nn.Linear(math.prod(config.patch) * len(config.windows), widths[0])
+        self.embed_norm = nn.LayerNorm(widths[0])
+        self.stages = nn.ModuleList(
+            Stage(width, after, depth) for (width, depth), after in zip(config.stages, widths[1:], strict=True)
+        )
 
     def forward(self, volume: Tensor) -> Tensor:
-        """(B, 1, D, H, W) -> (B, C, D / patch / merge, ...)."""
-        (pd, ph, pw), (md, mh, mw) = self.patch, self.merge
+        """(B, 1, D, H, W) -> (B, C, d, h, w)."""
+        pd, ph, pw = self.patch
         patches = rearrange(volume, "b 1 (d pd) (h ph) (w pw) -> b d h w (pd ph pw)", pd=pd, ph=ph, pw=pw)
         shown = torch.cat([self._window(patches, low, high) for low, high in self.windows], dim=-1)
-        cells = F.gelu(self.embed_norm(self.embed(shown)))
+        cells = self.embed_norm(self.embed(shown))
         # The channel axis stays innermost in memory: convolutions and linear maps both want it there.
         cells = rearrange(cells, "b d h w c -> b c d h w")
-        for convolution in self.mix:
-            cells = convolution(cells)
-        cells = F.gelu(self.merge_norm(rearrange(cells, "b c d h w -> b d h w c")))
-        cells = rearrange(cells, "b (d md) (h mh) (w mw) c -> b d h w (md mh mw c)", md=md, mh=mh, mw=mw)
-        return rearrange(self.to_tokens(cells), "b d h w c -> b c d h w")
+        for stage in self.stages:
+            cells = stage(cells)
+        return cells
 
     def _window(self, values: Tensor, low: float, high: float) -> Tensor:
         """Show HU from ``low`` to ``high`` as -1 to 1, clipped; values stand for ``hu_window``."""
@@ -173,6 +176,24 @@ class Stem(nn.Module):
         gain = (top - bottom) / (high - low)
         offset = (bottom + top - low - high) / (high - low)
         return (values * gain + offset).clamp(-1, 1)
+
+
+class Stage(nn.Module):
+    """Residual 3x3x3 convolutions, then 2x2x2 cells merged into one of another width."""
+
+    def __init__(self, width: int, after: int, depth: int) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(ResidualConvolution(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.merge = nn.Linear(8 * width, after)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """(B, C, D, H, W) -> (B, after, D / 2, H / 2, W / 2)."""
+        for convolution in self.convolutions:
+            cells = convolution(cells)
+        cells = F.gelu(self.norm(rearrange(cells, "b c d h w -> b d h w c")))
+        cells = rearrange(cells, "b (d i) (h j) (w k) c -> b d h w (i j k c)", i=2, j=2, k=2)
+        return rearrange(self.merge(cells), "b d h w c -> b c d h w")
 
 
 class ResidualConvolution(nn.Module):

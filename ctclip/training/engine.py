@@ -10,22 +10,30 @@ from torch import Tensor, nn
 
 from ctclip.config import Config, TrainingConfig
 from ctclip.data.dataset import Batch
-from ctclip.distributed import world_size
+from ctclip.distributed import rank, world_size
 from ctclip.errors import ConfigError
+from ctclip.training import state
 from ctclip.training.step import ContrastiveStep
 
 
 class Engine:
-    """A ContrastiveStep under DeepSpeed ZeRO."""
+    """A ContrastiveStep under DeepSpeed ZeRO. ``resumed`` is the state of a checkpoint, or empty."""
 
-    def __init__(self, step: ContrastiveStep, config: Config, device: torch.device) -> None:
+    def __init__(
+        self, step: ContrastiveStep, config: Config, device: torch.device, resumed: dict[str, Tensor] | None = None
+    ) -> None:
         self.config = config.training
+        self.seed = config.seed
+        self.stage = config.training.zero.stage
+        self.module = step
         self.device = device
         self.tokenise = step.model.text_encoder.tokenise
         self.chunks = _chunks(config.training)
         self.bf16 = config.training.precision == "bf16"
         if config.training.compile:
             step.model.volume_encoder.compile()
+        if resumed:
+            state.load_parameters(step, resumed)
         import deepspeed
 
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
@@ -34,13 +42,25 @@ class Engine:
             config=deepspeed_config(config.training, self.chunks),
         )
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        if resumed:
+            state.load_moments(step, self.optimizer, self.stage, resumed)
 
-    def step(self, batch: Batch, progress: float) -> dict[str, float]:
-        """One step on this rank's share of the global batch; ``progress`` in [0, 1) sets the learning rate.
+    def state(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds. A collective."""
+        return state.collect(self.module, self.optimizer, self.stage)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Whole parameters and buffers, under ``state/``. A collective at stage 3."""
+        return state.parameters(self.module, self.stage)
+
+    def step(self, batch: Batch, number: int, steps: int) -> dict[str, float]:
+        """Step ``number`` of ``steps`` on this rank's share of the global batch.
 
         Returns what to log: the loss and its parts, logit scale, gradient norm, learning rate.
         """
-        factor = rate_factor(progress, self.config.warmup)
+        # Dropout is a function of the step, so that a resumed run continues as if nothing had happened.
+        torch.manual_seed(hash((self.seed, number, rank())) % 2**63)
+        factor = rate_factor(number / steps, self.config.warmup)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
         self.deepspeed.train()

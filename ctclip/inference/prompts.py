@@ -1,0 +1,84 @@
+"""Prompt sets: for each abnormality, phrasings that state it and phrasings that exclude it, by report section."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ctclip.config import Section, find_config, read_mapping, validated
+from ctclip.errors import ConfigError, PromptError
+from ctclip.findings import FINDINGS
+
+SectionName = Literal["findings", "impression"]
+Phrasings = dict[SectionName, tuple[str, ...]]
+
+
+class Pair(Section):
+    """Both sides of one abnormality."""
+
+    positive: Phrasings
+    negative: Phrasings
+
+    def side(self, positive: bool, sections: Sequence[str]) -> list[str]:
+        """Phrasings of one side in the given sections."""
+        phrasings = self.positive if positive else self.negative
+        return [text for section, texts in phrasings.items() if section in sections for text in texts]
+
+
+class PromptSet(Section):
+    """A prompt file. ``templates`` make the pair of every abnormality that is not spelled out, {x} its name."""
+
+    name: str
+    ensemble: Literal["embeddings", "logits"] = "embeddings"
+    sections: tuple[SectionName, ...] = Field(("findings", "impression"), min_length=1)
+    templates: Pair | None = None
+    abnormalities: dict[str, Pair] = {}
+
+    @model_validator(mode="after")
+    def _nothing_empty(self) -> PromptSet:
+        pairs = dict(self.abnormalities)
+        if self.templates is not None:
+            pairs["templates"] = self.templates
+        if not pairs:
+            raise ValueError("an empty prompt set: give abnormalities, or templates with {x}")
+        for name, pair in pairs.items():
+            for positive in (True, False):
+                texts = pair.side(positive, self.sections)
+                if not texts or not all(text.strip() for text in texts):
+                    side = "positive" if positive else "negative"
+                    raise ValueError(f"{name}: no {side} phrasing for the sections {', '.join(self.sections)}")
+        return self
+
+    def pair(self, abnormality: str) -> Pair:
+        """The phrasings of ``abnormality``, listed or not: unlisted names get the templates."""
+        if abnormality in self.abnormalities:
+            return self.abnormalities[abnormality]
+        template = self.templates or FREE_TEXT
+        fill = lambda phrasings: {  # noqa: E731
+            section: tuple(text.replace("{x}", abnormality) for text in texts) for section, texts in phrasings.items()
+        }
+        return Pair(positive=fill(template.positive), negative=fill(template.negative))
+
+    def names(self) -> tuple[str, ...]:
+        """Abnormalities of the set; the 18 of CT-RATE where it has only templates."""
+        return tuple(self.abnormalities) or FINDINGS
+
+
+FREE_TEXT = Pair(
+    positive={"findings": ("{x} is seen.", "There is {x}."), "impression": ("{x}.",)},
+    negative={"findings": ("No {x} is seen.", "There is no {x}."), "impression": ("No {x}.",)},
+)
+
+
+def load_prompts(source: str | Path | dict[str, Any]) -> PromptSet:
+    """A prompt set from a file, the name of one in ``configs/prompts``, or a mapping (a model's own)."""
+    try:
+        if isinstance(source, dict):
+            return validated(PromptSet, source, "the model's prompts.yaml")
+        path = find_config(str(source), "prompts")
+        return validated(PromptSet, read_mapping(path), str(path))
+    except ConfigError as error:
+        raise PromptError(str(error)) from error

@@ -1,0 +1,157 @@
+"""The model folder: what training ends with, what import makes, and what every other command takes.
+
+``config.yaml`` (architecture), ``model.safetensors``, ``tokenizer/``, ``text_config.json`` (the BERT's shape),
+``preprocessing.yaml`` (the spec its volumes must have), ``prompts.yaml``, ``model_card.md`` and, once
+calibrated, ``calibration.json``. Nothing in it is code, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ctclip.config import ModelConfig, TextConfig, configs_folder, dump_config, read_mapping, validated
+from ctclip.errors import CheckpointError
+from ctclip.models.dual_encoder import DualEncoder, build_volume_encoder
+from ctclip.models.text import TextEncoder, load_tokenizer
+from preprocessing.spec import PreprocessingSpec
+
+REQUIRED = ("config.yaml", "model.safetensors", "tokenizer", "text_config.json", "preprocessing.yaml")
+
+
+@dataclass
+class ModelFolder:
+    """A loaded model with everything needed to use it."""
+
+    model: DualEncoder
+    spec: PreprocessingSpec
+    prompts: dict[str, Any] | None
+    path: Path
+    hash: str
+
+
+def save_model(
+    folder: str | os.PathLike[str],
+    model: DualEncoder,
+    spec: PreprocessingSpec,
+    *,
+    prompts: str | Path | None = None,
+    card: str = "",
+    state: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write a model folder whole or not at all; an existing one is replaced.
+
+    ``state`` stands in for the model's own tensors where they are spread over ranks. ``prompts`` is the path of
+    a prompt file to keep with the model.
+    """
+    final = Path(folder)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+    try:
+        tensors = model.state_dict() if state is None else state
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / "model.safetensors")
+        (partial / "config.yaml").write_text(dump_config(model.config), encoding="utf-8")
+        bert = model.text_encoder.bert.config.to_dict()
+        (partial / "text_config.json").write_text(json.dumps(bert, indent=2, default=str), encoding="utf-8")
+        model.text_encoder.tokenizer.save_pretrained(partial / "tokenizer")
+        spec.save(partial / "preprocessing.yaml")
+        if prompts is not None:
+            shutil.copyfile(prompts, partial / "prompts.yaml")
+        (partial / "model_card.md").write_text(card or "# ctclip model\n", encoding="utf-8")
+        partial.chmod(0o755)
+        if final.exists():
+            # A folder cannot be renamed over another: the old one steps aside until the new one is in place.
+            aside = final.with_name(f".{final.name}.replaced")
+            shutil.rmtree(aside, ignore_errors=True)
+            final.rename(aside)
+            partial.rename(final)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> ModelFolder:
+    """Load a model folder, or a hub repository that holds one, in evaluation mode.
+
+    Raises CheckpointError naming what is missing or damaged.
+    """
+    path = _local(str(source))
+    for name in REQUIRED:
+        if not (path / name).exists():
+            raise CheckpointError(
+                f"{path}: {name} is missing, this is not a ctclip model folder. `ctclip train` ends with one; "
+                f"`ctclip import-checkpoint` makes one of a published checkpoint"
+            )
+    config = validated(ModelConfig, read_mapping(path / "config.yaml"), str(path / "config.yaml"))
+    tokenizer = load_tokenizer(path / "tokenizer")
+    text = TextEncoder(_bert_of(path / "text_config.json", config.text), tokenizer, config.text)
+    model = DualEncoder(build_volume_encoder(config.volume), text, config)
+    weights = path / "model.safetensors"
+    try:
+        state = load_file(weights)
+        model.load_state_dict(state)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"{weights}: does not fit config.yaml or is damaged ({' '.join(str(error).split())[:300]}); "
+            f"copy the folder again from where it was made"
+        ) from error
+    prompts = read_mapping(path / "prompts.yaml") if (path / "prompts.yaml").is_file() else None
+    spec = PreprocessingSpec.load(path / "preprocessing.yaml")
+    return ModelFolder(model.to(device).eval(), spec, prompts, path, file_hash(weights))
+
+
+def file_hash(path: Path) -> str:
+    """The first 12 hex digits of a file's SHA-256."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
+
+
+def prompts_file(name: str) -> Path:
+    """A prompt set of ``configs/prompts``, or a path."""
+    given = Path(name)
+    return given if given.is_file() else configs_folder() / "prompts" / f"{name}.yaml"
+
+
+def _bert_of(path: Path, config: TextConfig) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModel, BertConfig, BertModel
+
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values.pop("auto_map", None)
+    kind = values.pop("model_type", "bert")
+    if kind in ("bert", "cxr-bert"):
+        bert: Any = BertModel(BertConfig.from_dict(values), add_pooling_layer=False)
+    else:
+        bert = AutoModel.from_config(AutoConfig.for_model(kind, **values))
+    if config.tuning == "lora":
+        from ctclip.models.text import with_lora
+
+        bert = with_lora(bert, config)
+    return bert
+
+
+def _local(source: str) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or source.count("/") != 1 or source.startswith((".", "/")):
+        raise CheckpointError(f"{source}: no such model folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    with contextlib.suppress(HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+        return Path(snapshot_download(source, allow_patterns=[*REQUIRED, "tokenizer/*", "*.yaml", "*.json", "*.md"]))
+    raise CheckpointError(f"{source}: neither a folder here nor a repository that could be fetched from the hub")

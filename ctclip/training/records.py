@@ -1,0 +1,101 @@
+"""What a run writes about itself: configuration, versions, seed, revision, metrics."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ctclip import __version__
+from ctclip.config import Config, build_config, differing_keys, dump_config, read_mapping
+from ctclip.errors import TrainingError
+from preprocessing.files import write_text
+
+PACKAGES = ("torch", "deepspeed", "transformers", "monai", "numpy", "nibabel", "SimpleITK", "blosc2", "einops")
+
+# Keys that say where or how often, not what is learned: a run may continue with other values of these.
+FREE_KEYS = (
+    "data.store",
+    "data.workers",
+    "training.micro_batch",
+    "training.zero.",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.log_every",
+    "training.validate_every",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and those it stands on."""
+    found = {"python": platform.python_version(), "ctclip": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def revision() -> str:
+    """The git revision of this code, or "unknown" where it was installed without its history."""
+    folder = Path(__file__).resolve().parents[2]
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer.stdout.strip()
+
+
+def open_run(folder: Path, config: Config, *, force: bool = False) -> None:
+    """Write ``config.yaml`` and ``run.json``; a folder of another configuration is refused unless forced."""
+    saved = folder / "config.yaml"
+    if saved.is_file():
+        changed = differing_keys(build_config(read_mapping(saved), str(saved)), config)
+        changed = [key for key in changed if not key.startswith(FREE_KEYS)]
+        if changed and not force:
+            raise TrainingError(
+                f"{saved}: this run folder belongs to another configuration (differs in {', '.join(changed)}). "
+                f"Choose another --output, or continue it on purpose with --force"
+            )
+    write_text(saved, dump_config(config))
+    facts = {"seed": config.seed, "revision": revision(), "versions": versions(), "command": sys.argv}
+    write_text(folder / "run.json", json.dumps(facts, indent=2))
+
+
+class MetricsLog:
+    """``metrics.jsonl`` (one line a logged step) and TensorBoard events."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        if self.path.is_file():
+            # Steps after the checkpoint we resume from will be made again; keep one line for each.
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) < first_step]
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.board.close()
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        # A line cut short by a crash.
+        return sys.maxsize

@@ -1,0 +1,84 @@
+"""Whole parameters and optimizer moments out of, and back into, any ZeRO stage.
+
+Parameters are float32 masters at every stage (bf16 is an autocast around the forward pass), so their values are
+loaded before DeepSpeed takes the module, and only Adam's moments are put back afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def collect(module: nn.Module, optimizer: Any, stage: int) -> dict[str, torch.Tensor]:
+    """Every parameter, buffer and moment, whole, on the CPU. A collective: call it on all ranks."""
+    state = parameters(module, stage)
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        for moment in MOMENTS:
+            value = _moment(parameter, optimizer, stage, moment)
+            if value is not None:
+                state[f"{moment}/{name}"] = value.detach().cpu().clone().contiguous()
+    state["optimizer_step"] = torch.tensor(_optimizer_step(optimizer))
+    return state
+
+
+def parameters(module: nn.Module, stage: int) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer, whole, on the CPU, under ``state/``. A collective at stage 3."""
+    if stage < 3:
+        return {f"state/{name}": value.detach().cpu().clone() for name, value in module.state_dict().items()}
+    import deepspeed
+
+    state = {f"state/{name}": value.detach().cpu().clone() for name, value in module.named_buffers()}
+    for name, parameter in module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            state[f"state/{name}"] = parameter.detach().cpu().clone()
+    return state
+
+
+def load_parameters(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Put parameters and buffers back; before DeepSpeed takes the module."""
+    prefix = "state/"
+    module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+
+def load_moments(module: nn.Module, optimizer: Any, stage: int, state: dict[str, torch.Tensor]) -> None:
+    """Put Adam's moments and step count back; after DeepSpeed took the module."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    step = float(state["optimizer_step"])
+    for group in inner.param_groups:
+        for flat in group["params"]:
+            # Adam makes these at its first step; after a restart they must be there to be filled.
+            moments = {name: torch.zeros_like(flat) for name in MOMENTS}
+            inner.state[flat] = {"step": torch.tensor(step), **moments}
+    if stage in (1, 2):
+        optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in module.named_parameters():
+        for moment in MOMENTS:
+            value = state.get(f"{moment}/{name}")
+            if value is None:
+                continue
+            if stage == 0:
+                inner.state[parameter][moment].copy_(value)
+            else:
+                from deepspeed.utils import safe_set_full_optimizer_state
+
+                safe_set_full_optimizer_state(parameter, value.to(inner.param_groups[0]["params"][0].device), moment)
+
+
+def _moment(parameter: nn.Parameter, optimizer: Any, stage: int, name: str) -> torch.Tensor | None:
+    if stage == 0:
+        return optimizer.state.get(parameter, {}).get(name)
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    return safe_get_full_optimizer_state(parameter, name)
+
+
+def _optimizer_step(optimizer: Any) -> float:
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return max((float(entry["step"]) for entry in inner.state.values() if "step" in entry), default=0.0)
