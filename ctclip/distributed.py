@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +36,34 @@ def prepare_environment() -> None:
         environment["MASTER_PORT"] = str(free_port())
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+
+
+def launched_rank() -> int:
+    """This process's rank, after the group is gone as well."""
+    return int(os.environ.get("RANK", 0))
+
+
+def launch(processes: int, module: str) -> int:
+    """Run this command line again as ``processes`` ranks of ``module`` on this machine, under DeepSpeed's launcher.
+
+    Returns its exit code.
+    """
+    cuda = torch.cuda.is_available()
+    environment = dict(os.environ)
+    if not cuda:
+        environment["DS_ACCELERATOR"] = "cpu"
+        # Ranks share the cores; without this each would start a thread for every core of the machine.
+        cores = len(os.sched_getaffinity(0))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    count = ["--num_gpus" if cuda else "--num_accelerators", str(processes)]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, "--master_port", str(free_port())]
+    arguments = [argument for argument in sys.argv[1:] if argument != "train"]
+    return subprocess.run([*command, "--module", module, *arguments], env=environment, check=False).returncode
 
 
 def initialise() -> torch.device:

@@ -1,5 +1,73 @@
 """`ctclip preprocess`: a cohort on disk to a store of model-ready volumes."""
 
+from __future__ import annotations
 
-def preprocess() -> None:
-    """Bring every volume of a cohort to one geometry and keep it in a store."""
+from enum import StrEnum
+from pathlib import Path
+
+import typer
+
+
+class Trusted(StrEnum):
+    auto = "auto"
+    file = "trust-file"
+    table = "trust-table"
+
+
+class Expected(StrEnum):
+    any = "any"
+    chest = "chest"
+
+
+class Layout(StrEnum):
+    auto = "auto"
+    ct_rate = "ct-rate"
+    folder = "folder"
+
+
+def preprocess(
+    cohort: Path = typer.Argument(..., help="CT-RATE's folder, a folder of volumes, or a CSV with a `path` column."),
+    output: Path = typer.Option(..., "--output", "-o", help="The store; volumes already in it are kept."),
+    spec: str = typer.Option("ct_224", help="A YAML file, or the name of one in configs/preprocessing."),
+    workers: int = typer.Option(None, help="Processes; all cores if not given."),
+    layout: Layout = typer.Option(Layout.auto, "--cohort", help="How the cohort lies on disk."),
+    hu: Trusted = typer.Option(Trusted.auto, help="Whom to believe about Hounsfield units."),
+    expect: Expected = typer.Option(Expected.any, help="Refuse what is not a chest."),
+    series: str = typer.Option(None, help="SeriesInstanceUID to take of a DICOM folder of several."),
+    shard: str = typer.Option("1/1", help="i/n: take every n-th volume from the i-th on, for job arrays."),
+    verify: bool = typer.Option(False, "--verify", help="Check every stored volume, set damaged ones aside, rebuild them."),
+) -> None:
+    """Bring every volume of a cohort to one geometry and keep it in a store.
+
+    Exit code 0: all done; 3: some refused (see outcomes.csv in the store); 2: could not run.
+
+    `ctclip preprocess CT-RATE --output store --spec ct_224`
+    """
+    from preprocessing.pipeline import Options, preprocess_cohort, quarantine_damaged
+    from preprocessing.spec import PreprocessingSpec
+
+    if verify:
+        for damaged in quarantine_damaged(output):
+            print(f"damaged, set aside, rebuilding: {damaged}")
+    outcomes = preprocess_cohort(
+        cohort,
+        output,
+        PreprocessingSpec.load(spec),
+        layout=layout.value,
+        options=Options(trust=hu.value, expect=expect.value, series=series),
+        workers=workers,
+        shard=_shard(shard),
+    )
+    refused = [outcome for outcome in outcomes if outcome.refused]
+    for outcome in refused[:20]:
+        print(f"refused: {outcome.refused}")
+    print(f"{len(outcomes) - len(refused)} volumes in {output}, {len(refused)} refused")
+    if refused:
+        raise typer.Exit(3)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise typer.BadParameter(f"{text!r}: write it as i/n with i from 1 to n, for example 3/16")
+    return int(part), int(parts)

@@ -1,0 +1,42 @@
+"""`ctclip train`: a store to a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def train(
+    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Values that replace the configuration's."),
+    config: str = typer.Option(..., "--config", "-c", help="A YAML file, or the name of one in configs/."),
+    output: Path = typer.Option(..., "--output", "-o", help="Run folder; an interrupted run in it is continued."),
+    store: Path = typer.Option(None, help="Store of `ctclip preprocess`; the same as data.store=."),
+    processes: int = typer.Option(
+        1, min=1, help="Start this many DeepSpeed processes here; under a launcher leave it at 1."
+    ),
+    force: bool = typer.Option(False, "--force", help="Continue a run folder of another configuration."),
+    local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Set by the deepspeed launcher."),
+) -> None:
+    """Train a dual encoder on volumes and reports.
+
+    The same command runs under every launcher:
+
+    `ctclip train --config phantom_tiny --store store --output runs/first training.epochs=5`
+
+    `deepspeed --module ctclip.train --config phantom_tiny --store store --output runs/first`
+
+    `torchrun --nproc-per-node 4 -m ctclip.train --config phantom_tiny --store store --output runs/first`
+    """
+    from ctclip import distributed
+
+    if processes > 1 and not distributed.launched():
+        raise typer.Exit(distributed.launch(processes, "ctclip.train"))
+    distributed.prepare_environment()
+    from ctclip.config import load_config
+    from ctclip.training.loop import train as run
+
+    given = [f"data.store={store}"] if store is not None else []
+    folder = run(load_config(config, [*given, *(overrides or [])]), output, force=force)
+    if distributed.launched_rank() == 0:
+        print(f"model: {folder}")

@@ -1,0 +1,185 @@
+"""Cohorts as they lie on disk, brought to one table: a row a volume. Adding a layout is adding one function."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from preprocessing.errors import PreprocessingError
+
+# The table's columns. After them comes one nullable Int8 column a label, named as the finding.
+COLUMNS = (
+    "volume", "patient", "scan", "reconstruction", "split", "path",
+    "clinical_information", "technique", "findings", "impression", "label_source",
+    "rescale_slope", "rescale_intercept",
+)  # fmt: skip
+SECTIONS = {
+    "ClinicalInformation_EN": "clinical_information",
+    "Technique_EN": "technique",
+    "Findings_EN": "findings",
+    "Impressions_EN": "impression",
+}
+NOT_GIVEN = re.compile(r"\s*not given\.?\s*", re.IGNORECASE)
+CT_RATE_NAME = re.compile(r"((?:train|valid)_\d+)_([a-z]+)_(\d+)")
+FILES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".zip")
+
+
+def read_cohort(root: str | os.PathLike[str], layout: str = "auto") -> tuple[pd.DataFrame, list[str]]:
+    """The cohort table of ``root`` and warnings about it.
+
+    ``layout``: ct-rate, folder, or auto (ct-rate where its tables are found). A ``.csv`` with a ``path`` column is
+    a cohort too.
+    """
+    folder = Path(root)
+    if not folder.exists():
+        raise PreprocessingError(f"{folder}: no such cohort")
+    if folder.is_file() and folder.suffix == ".csv":
+        return _from_csv(folder), []
+    if layout == "auto":
+        layout = "ct-rate" if any(folder.rglob("*reports*.csv")) else "folder"
+    if layout == "ct-rate":
+        return _ct_rate(folder)
+    return _plain_folder(folder), []
+
+
+def label_names(table: pd.DataFrame) -> list[str]:
+    """Label columns of a cohort table, in order."""
+    return [name for name in table.columns if name not in COLUMNS]
+
+
+def check_table(table: pd.DataFrame, source: Path) -> pd.DataFrame:
+    """The table, if it has every column of ``COLUMNS`` and no id twice."""
+    for name in COLUMNS:
+        if name not in table.columns:
+            raise PreprocessingError(f"{source}: column {name!r} is missing; `ctclip preprocess` writes this table")
+    twice = table["volume"][table["volume"].duplicated()]
+    if len(twice):
+        raise PreprocessingError(f"{source}: volume {twice.iloc[0]!r} is listed twice")
+    return table
+
+
+def _ct_rate(root: Path) -> tuple[pd.DataFrame, list[str]]:
+    """CT-RATE: nested patient/scan/reconstruction folders and its CSV tables, wherever under ``root`` they lie."""
+    files = {_identity(path): path for path in sorted(root.rglob("*.nii.gz")) if CT_RATE_NAME.fullmatch(_identity(path))}
+    if not files:
+        raise PreprocessingError(f"{root}: no volumes named like train_1_a_1.nii.gz below it")
+    reports = _tables(root, "*reports*.csv", ("VolumeName", *SECTIONS))
+    labels = _tables(root, "*labels*.csv", ("VolumeName",))
+    metadata = _tables(root, "*metadata*.csv", ("VolumeName", "RescaleSlope", "RescaleIntercept"))
+    warnings = []
+    orphans = sorted(set(reports.index) - set(files))
+    if orphans:
+        warnings.append(f"{len(orphans)} reports have no volume on disk, the first {orphans[0]}: left out")
+    silent = sorted(set(files) - set(reports.index))
+    if silent:
+        warnings.append(f"{len(silent)} volumes have no report, the first {silent[0]}: kept without text")
+    rows = []
+    for volume, path in files.items():
+        match = CT_RATE_NAME.fullmatch(volume)
+        assert match is not None
+        sections = {ours: _section(reports, volume, theirs) for theirs, ours in SECTIONS.items()}
+        rows.append(
+            {
+                "volume": volume, "patient": match[1], "scan": f"{match[1]}_{match[2]}", "reconstruction": int(match[3]),
+                "split": match[1].split("_")[0], "path": str(path.relative_to(root)), **sections,
+                "label_source": "CT-RATE labels CSV" if volume in labels.index else "",
+                "rescale_slope": _number(metadata, volume, "RescaleSlope", 1.0),
+                "rescale_intercept": _number(metadata, volume, "RescaleIntercept", 0.0),
+            }
+        )  # fmt: skip
+    table = pd.DataFrame(rows)
+    known = labels.reindex(table["volume"]).reset_index(drop=True)
+    for name in known.columns:
+        values = pd.to_numeric(known[name], errors="coerce")
+        if ((known[name].notna()) & ~values.isin([0, 1])).any():
+            raise PreprocessingError(f"{root}: label {name!r} holds values other than 0 and 1")
+        table[name] = values.astype("Int8")
+    return table, warnings
+
+
+def _tables(root: Path, pattern: str, required: tuple[str, ...]) -> pd.DataFrame:
+    """All CSVs of a pattern stacked, indexed by volume id."""
+    parts = []
+    for path in sorted(root.rglob(pattern)):
+        try:
+            part = pd.read_csv(path, dtype=str, keep_default_na=False)
+        except (ValueError, OSError, UnicodeDecodeError) as error:
+            raise PreprocessingError(f"{path}: cannot be read as CSV ({' '.join(str(error).split())})") from error
+        for name in required:
+            if name not in part.columns:
+                raise PreprocessingError(
+                    f"{path}: column {name!r} is missing (it has {', '.join(part.columns[:6])}); take CT-RATE's own table"
+                )
+        parts.append(part)
+    if not parts:
+        return pd.DataFrame(columns=list(required[1:]), index=pd.Index([], dtype=str))
+    stacked = pd.concat(parts, ignore_index=True)
+    stacked.index = pd.Index([_identity(Path(name)) for name in stacked.pop("VolumeName")])
+    return stacked[~stacked.index.duplicated()]
+
+
+def _identity(path: Path) -> str:
+    name = path.name
+    for suffix in FILES:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def _section(table: pd.DataFrame, volume: str, column: str) -> str:
+    if volume not in table.index:
+        return ""
+    text = str(table.at[volume, column]).strip()
+    return "" if NOT_GIVEN.fullmatch(text) else text
+
+
+def _number(table: pd.DataFrame, volume: str, column: str, default: float) -> float:
+    if volume not in table.index:
+        return default
+    text = str(table.at[volume, column]).strip()
+    try:
+        value = ast.literal_eval(text) if text else default
+        return float(value[0] if isinstance(value, list | tuple) else value)
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise PreprocessingError(f"metadata of {volume}: {column} is {text!r}, not a number") from error
+
+
+def _plain_folder(root: Path) -> pd.DataFrame:
+    """Every volume file below a folder; each its own patient."""
+    paths = sorted(path for path in root.rglob("*") if path.is_file() and path.name.lower().endswith(FILES))
+    if not paths:
+        raise PreprocessingError(f"{root}: no {', '.join(FILES)} below it")
+    names = [re.sub(r"[^A-Za-z0-9._-]", "_", _identity(path.relative_to(root))) for path in paths]
+    unique = [re.sub(r"[^A-Za-z0-9._-]", "_", str(path.relative_to(root))) for path in paths]
+    names = unique if len(set(names)) < len(names) else names
+    return _rows([{"volume": n, "path": str(p.relative_to(root))} for n, p in zip(names, paths, strict=True)])
+
+
+def _from_csv(path: Path) -> pd.DataFrame:
+    """A CSV with ``path`` and any other columns of the cohort table; paths are relative to the CSV."""
+    table = pd.read_csv(path)
+    if "path" not in table.columns:
+        raise PreprocessingError(f"{path}: column 'path' is missing (it has {', '.join(map(str, table.columns[:6]))})")
+    if "volume" not in table.columns:
+        table["volume"] = [_identity(Path(name)) for name in table["path"]]
+    return check_table(_rows(table.to_dict("records")), path)
+
+
+def _rows(records: list[dict[Any, Any]]) -> pd.DataFrame:
+    """Records with what they do not say filled in."""
+    filled = []
+    for record in records:
+        volume = str(record["volume"])
+        filled.append(
+            {
+                "patient": volume, "scan": volume, "reconstruction": 1, "split": "all", "clinical_information": "",
+                "technique": "", "findings": "", "impression": "", "label_source": "", "rescale_slope": 1.0,
+                "rescale_intercept": 0.0, **record,
+            }
+        )  # fmt: skip
+    return pd.DataFrame(filled)

@@ -1,0 +1,187 @@
+"""Files of strangers to a Volume: NIfTI, NRRD, MetaImage and DICOM. Sizes are checked before anything is allocated.
+
+Nothing of a header but geometry and rescaling leaves this file: no name, id or date reaches a message.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from preprocessing.errors import PreprocessingError
+from preprocessing.volume import Volume
+
+LARGEST_VOXELS = 2**31
+RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def read(path: str | os.PathLike[str], series: str | None = None) -> Volume:
+    """Read a file or a DICOM folder (or a zip of one); the values are as stored, see ``hounsfield.to_hu``.
+
+    ``series`` names one series (SeriesInstanceUID) of several. Raises PreprocessingError with one clear line.
+    """
+    path = Path(path)
+    name = path.name.lower()
+    if not path.exists():
+        raise PreprocessingError(f"{path}: no such file")
+    try:
+        if path.is_dir():
+            return read_dicom(path, series)
+        if path.stat().st_size == 0:
+            raise PreprocessingError(f"{path}: is empty; copy it again")
+        if name.endswith((".nii", ".nii.gz")):
+            return read_nifti(path)
+        if name.endswith((".nrrd", ".nhdr", ".mha", ".mhd")):
+            return read_itk(path)
+        if name.endswith(".zip"):
+            return read_zip(path, series)
+        return read_dicom(path.parent, series, only=path if name != "dicomdir" else None)
+    except MemoryError as error:
+        raise PreprocessingError(f"{path}: does not fit in memory") from error
+
+
+def read_nifti(path: Path) -> Volume:
+    """A ``.nii`` or ``.nii.gz``; slope and intercept of its header are applied where it sets them."""
+    from isal import igzip, isal_zlib
+
+    zipped = path.name.lower().endswith(".gz")
+    damaged = (OSError, EOFError, zlib.error, isal_zlib.error, gzip.BadGzipFile)
+    try:
+        with igzip.open(path, "rb") if zipped else path.open("rb") as stream:
+            header = _nifti_header(path, stream.read(540))
+            shape = _volume_shape(path, header.get_data_shape())
+            offset, dtype = int(header["vox_offset"]), header.get_data_dtype()
+            if dtype.kind not in "iuf" or dtype.itemsize > 8:
+                raise PreprocessingError(f"{path}: voxels of type {dtype} are not a CT")
+            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            if not zipped and path.stat().st_size < offset + size:
+                raise PreprocessingError(f"{path}: cut short ({path.stat().st_size} of {offset + size} bytes); copy it again")
+            if zipped and size > 1100 * path.stat().st_size:
+                # No deflate stream expands more than 1032-fold: the header claims what the file cannot hold.
+                raise PreprocessingError(f"{path}: cut short, or its header is wrong; copy it again")
+            stream.seek(offset)
+            data = stream.read(size)
+    except damaged as error:
+        raise PreprocessingError(f"{path}: cannot be read ({' '.join(str(error).split())}); copy it again") from error
+    if len(data) < size:
+        raise PreprocessingError(f"{path}: cut short ({len(data)} of {size} bytes of voxels); copy it again")
+    array = np.frombuffer(data, dtype).reshape(shape, order="F")
+    slope, intercept = header.get_slope_inter()
+    if slope is not None and (slope, intercept) != (1.0, 0.0):
+        array = array.astype(np.float32) * np.float32(slope) + np.float32(intercept or 0)
+    else:
+        array = _native(array)
+    affine = header.get_best_affine()
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise PreprocessingError(f"{path}: its header has no usable geometry (affine); convert it from DICOM again")
+    return Volume(array, RAS_TO_LPS @ affine, str(path))
+
+
+def _nifti_header(path: Path, block: bytes):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    import nibabel as nib
+    from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
+
+    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+        try:
+            header = kind.from_fileobj(io.BytesIO(block))
+        except (HeaderDataError, WrapStructError, ValueError, OSError, KeyError):
+            continue
+        if bytes(header["magic"])[:3] in (b"n+1", b"n+2"):
+            return header
+    raise PreprocessingError(f"{path}: not a NIfTI file, whatever its name says")
+
+
+def _volume_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3 or min(shape) < 2:
+        raise PreprocessingError(f"{path}: of shape {tuple(int(n) for n in shape)}, not a volume of several slices")
+    if np.prod(shape, dtype=float) > LARGEST_VOXELS:
+        raise PreprocessingError(f"{path}: its header claims {tuple(int(n) for n in shape)} voxels, more than any CT has")
+    return int(shape[0]), int(shape[1]), int(shape[2])
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """Values in the smallest of int16 and float32 that holds them, in this machine's byte order."""
+    if array.dtype.kind in "iu":
+        if array.dtype == np.int16 or (array.min() >= -32768 and array.max() <= 32767):
+            return array.astype(np.int16, copy=False)
+    return array.astype(np.float32)
+
+
+def read_itk(path: Path) -> Volume:
+    """NRRD or MetaImage by SimpleITK."""
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+        shape = _volume_shape(path, reader.GetSize()[::-1])
+        if reader.GetNumberOfComponents() != 1:
+            raise PreprocessingError(f"{path}: has {reader.GetNumberOfComponents()} values a voxel, not a CT")
+        if np.prod(shape, dtype=float) > 1100 * max(1, _bytes_beside(path)):
+            raise PreprocessingError(f"{path}: cut short, or its header is wrong; copy it again")
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise PreprocessingError(f"{path}: cannot be read ({_short(error)}); copy it again") from error
+    return from_sitk(image, str(path))
+
+
+def _bytes_beside(path: Path) -> int:
+    # Detached headers (.mhd, .nhdr) keep their voxels in another file of the same folder.
+    if path.suffix.lower() in (".mhd", ".nhdr"):
+        return sum(file.stat().st_size for file in path.parent.iterdir() if file.is_file())
+    return path.stat().st_size
+
+
+def from_sitk(image, source: str) -> Volume:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """A SimpleITK image (its physical space is LPS) as a Volume [slice, row, column]."""
+    import SimpleITK as sitk
+
+    affine = np.eye(4)
+    direction = np.array(image.GetDirection()).reshape(3, 3)
+    affine[:3, :3] = (direction * np.array(image.GetSpacing()))[:, ::-1]
+    affine[:3, 3] = image.GetOrigin()
+    return Volume(_native(sitk.GetArrayFromImage(image)), affine, source)
+
+
+def read_zip(path: Path, series: str | None) -> Volume:
+    """A zip of one DICOM series, unpacked beside nothing: into a temporary folder, by numbers instead of names."""
+    try:
+        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
+            members = [member for member in archive.infolist() if not member.is_dir()]
+            total = sum(member.file_size for member in members)
+            if len(members) > 20000 or total > 8 * LARGEST_VOXELS or total > 1100 * path.stat().st_size:
+                raise PreprocessingError(f"{path}: would unpack to {total / 1e9:.1f} GB in {len(members)} files; refused")
+            for number, member in enumerate(members):
+                Path(folder, f"{number:06d}").write_bytes(archive.read(member))
+            volume = read_dicom(Path(folder), series)
+    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError) as error:
+        raise PreprocessingError(f"{path}: not a readable zip ({_short(error)})") from error
+    volume.source = str(path)
+    return volume
+
+
+def read_dicom(folder: Path, series: str | None = None, only: Path | None = None) -> Volume:
+    """A DICOM series of a folder; of several, the one with most slices (or the one ``series`` names).
+
+    Slices are put in order and checked by their positions: tilt is corrected, uneven gaps are resampled within
+    a limit, missing and duplicate slices are refused or named.
+    """
+    from preprocessing.dicom import read_series
+
+    return read_series(folder, series, only)
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text[-160:]

@@ -1,0 +1,83 @@
+"""The declared geometry of a model's volumes: one small frozen object with a hash."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from preprocessing.errors import PreprocessingError
+from preprocessing.files import write_text
+
+
+@dataclass(frozen=True)
+class PreprocessingSpec:
+    """Spacing in mm and shape in voxels along [slice, row, column]; intensities in HU.
+
+    ``published_geometry`` reproduces CT-CLIP's loader: values clipped to the window before resampling, sizes
+    rounded down and stretched to fit, no antialiasing, and voxels indexed [slice, column, row]. Otherwise voxels keep the exact spacing, about the
+    volume's centre, and shrinking is antialiased.
+    """
+
+    name: str
+    spacing: tuple[float, float, float]
+    shape: tuple[int, int, int]
+    hu_window: tuple[float, float] = (-1000.0, 1000.0)
+    fill: float = -1000.0
+    orientation: str = "LPS"
+    published_geometry: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in (("spacing", float), ("shape", int), ("hu_window", float)):
+            object.__setattr__(self, name, tuple(kind(value) for value in getattr(self, name)))
+        wrong = (
+            (len(self.spacing) != 3 or min(self.spacing) <= 0, "spacing needs three positive numbers (mm)"),
+            (len(self.shape) != 3 or min(self.shape) <= 0, "shape needs three positive whole numbers"),
+            (len(self.hu_window) != 2 or self.hu_window[0] >= self.hu_window[1], "hu_window needs a low and a high HU"),
+            (self.orientation != "LPS", "orientation must be LPS: columns to the left, rows to the back, slices up"),
+        )
+        for fault, remedy in wrong:
+            if fault:
+                raise PreprocessingError(f"preprocessing spec {self.name!r}: {remedy}")
+
+    @property
+    def hash(self) -> str:
+        """Eight hex digits of everything but the name."""
+        values = dataclasses.asdict(self) | {"name": ""}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+    def normalise(self, hu: np.ndarray) -> np.ndarray:
+        """HU of any dtype -> float32 in [-1, 1], the window's ends at -1 and 1."""
+        low, high = self.hu_window
+        voxels = np.clip(hu, low, high).astype(np.float32)
+        voxels -= np.float32((low + high) / 2)
+        voxels *= np.float32(2 / (high - low))
+        return voxels
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+        write_text(path, yaml.safe_dump(values, sort_keys=False))
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str]) -> PreprocessingSpec:
+        """A YAML file, or the name of one in ``configs/preprocessing``."""
+        path = Path(source)
+        if not path.is_file():
+            folder = Path(__file__).resolve().parents[1] / "configs" / "preprocessing"
+            path = folder / f"{source}.yaml"
+            if not path.is_file():
+                known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+                raise PreprocessingError(f"no preprocessing spec {str(source)!r}: give a YAML file, or one of: {known}")
+        try:
+            values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return cls(**values)
+        except (TypeError, ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise PreprocessingError(f"{path}: not a preprocessing spec ({reason})") from error

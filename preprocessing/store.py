@@ -1,0 +1,120 @@
+"""The volume store: one chunked, compressed int16 file a volume, the spec they share, and the cohort table.
+
+``spec.yaml``, ``cohort.parquet``, ``volumes/<id>.b2nd``. Files are written beside and renamed: a volume is there
+whole or not at all. Each file carries the CRC of its voxels.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from functools import cached_property
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pandas as pd
+
+from preprocessing.cohorts import check_table
+from preprocessing.errors import PreprocessingError
+from preprocessing.files import written_beside
+from preprocessing.spec import PreprocessingSpec
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+CHUNK = 64
+SUFFIX = ".b2nd"
+
+
+class VolumeStore:
+    """An existing store, opened for reading or for adding volumes."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not (self.path / "spec.yaml").is_file():
+            raise PreprocessingError(f"{self.path}: not a volume store (no spec.yaml); `ctclip preprocess` makes one")
+        self.spec = PreprocessingSpec.load(self.path / "spec.yaml")
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], spec: PreprocessingSpec) -> VolumeStore:
+        """Open a store for ``spec``, making it if there is none; one of another spec is refused."""
+        folder = Path(path)
+        (folder / "volumes").mkdir(parents=True, exist_ok=True)
+        if (folder / "spec.yaml").is_file():
+            store = cls(folder)
+            if store.spec.hash != spec.hash:
+                raise PreprocessingError(
+                    f"{folder}: holds volumes of spec {store.spec.name!r} ({store.spec.hash}), not {spec.name!r} "
+                    f"({spec.hash}); give another --output"
+                )
+            return store
+        spec.save(folder / "spec.yaml")
+        return cls(folder)
+
+    @cached_property
+    def cohort(self) -> pd.DataFrame:
+        """The cohort table; see ``cohorts.COLUMNS``."""
+        path = self.path / "cohort.parquet"
+        if not path.is_file():
+            raise PreprocessingError(f"{path}: missing; run `ctclip preprocess` on this store to its end")
+        return check_table(pd.read_parquet(path), path)
+
+    @property
+    def volumes(self) -> list[str]:
+        """Ids of the stored volumes."""
+        return sorted(entry.name.removesuffix(SUFFIX) for entry in os.scandir(self.path / "volumes") if _is_volume(entry.name))
+
+    def file(self, volume: str) -> Path:
+        """Where a volume lies. Ids come from tables of strangers: one that would leave the folder is refused."""
+        if not SAFE_NAME.fullmatch(volume):
+            raise PreprocessingError(f"{self.path}: volume id {volume!r} is not a file name")
+        return self.path / "volumes" / f"{volume}{SUFFIX}"
+
+    def write(self, volume: str, hu: np.ndarray) -> None:
+        """Store HU [slice, row, column] of the spec's shape, rounded to int16."""
+        if hu.shape != self.spec.shape:
+            raise PreprocessingError(f"{volume}: shape {hu.shape}, the store's spec has {self.spec.shape}")
+        whole = np.ascontiguousarray(np.rint(hu), dtype=np.int16) if hu.dtype != np.int16 else np.ascontiguousarray(hu)
+        chunks = tuple(min(CHUNK, extent) for extent in whole.shape)
+        packed = blosc2.asarray(
+            whole, chunks=chunks,
+            cparams=blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=1, nthreads=1, filters=[blosc2.Filter.BITSHUFFLE]),
+        )  # fmt: skip
+        packed.schunk.vlmeta["crc32"] = zlib.crc32(whole)
+        with written_beside(self.file(volume)) as partial:
+            partial.write_bytes(packed.to_cframe())
+
+    def read(self, volume: str, region: tuple[slice, slice, slice] | None = None) -> np.ndarray:
+        """int16 HU [slice, row, column]; of a ``region`` only the chunks it touches are decompressed."""
+        packed = self._open(volume)
+        try:
+            return packed[:] if region is None else packed[region]
+        except (RuntimeError, ValueError) as error:
+            raise self._damaged(volume) from error
+
+    def intact(self, volume: str) -> bool:
+        """Whether a volume's voxels are those that were written."""
+        try:
+            packed = self._open(volume)
+            return packed.shape == self.spec.shape and packed.schunk.vlmeta["crc32"] == zlib.crc32(packed[:])
+        except (PreprocessingError, RuntimeError, ValueError, KeyError, TypeError):
+            return False
+
+    def _open(self, volume: str) -> blosc2.NDArray:
+        path = self.file(volume)
+        if not path.is_file():
+            raise PreprocessingError(f"{path}: this volume is not in the store; run `ctclip preprocess` again")
+        try:
+            packed = blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
+        except (RuntimeError, ValueError, OSError, SyntaxError, KeyError, TypeError) as error:
+            raise self._damaged(volume) from error
+        if not isinstance(packed, blosc2.NDArray) or packed.dtype != np.int16 or packed.ndim != 3:
+            raise self._damaged(volume)
+        return packed
+
+    def _damaged(self, volume: str) -> PreprocessingError:
+        return PreprocessingError(f"{self.file(volume)}: damaged; `ctclip preprocess --verify` finds and rebuilds it")
+
+
+def _is_volume(name: str) -> bool:
+    return name.endswith(SUFFIX) and not name.startswith(".")
