@@ -62,7 +62,8 @@ def launch(processes: int, module: str) -> int:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     count = ["--num_gpus" if cuda else "--num_accelerators", str(processes)]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, "--master_port", str(free_port())]
-    arguments = [argument for argument in sys.argv[1:] if argument != "train"]
+    # This was called as `ctclip train ...` or `python -m ctclip.train ...`.
+    arguments = sys.argv[2:] if sys.argv[1:2] == [module.rpartition(".")[2]] else sys.argv[1:]
     return subprocess.run([*command, "--module", module, *arguments], env=environment, check=False).returncode
 
 

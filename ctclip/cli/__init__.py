@@ -12,6 +12,7 @@ import typer
 from ctclip import __version__
 from ctclip.cli.phantom import phantom
 from ctclip.cli.preprocess import preprocess
+from ctclip.cli.train import train
 
 app = typer.Typer(
     help="3-D vision-language learning on chest CT: prepare volumes, train, detect abnormalities from prompts.",
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(phantom)
 app.command()(preprocess)
+app.command()(train)
 
 
 def _version(wanted: bool) -> None:

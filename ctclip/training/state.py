@@ -17,6 +17,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def collect(module: nn.Module, optimizer: Any, stage: int) -> dict[str, torch.Tensor]:
     """Every parameter, buffer and moment, whole, on the CPU. A collective: call it on all ranks."""
     state = parameters(module, stage)
+    _link(optimizer, stage)
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -56,8 +57,7 @@ def load_moments(module: nn.Module, optimizer: Any, stage: int, state: dict[str,
             # Adam makes these at its first step; after a restart they must be there to be filled.
             moments = {name: torch.zeros_like(flat) for name in MOMENTS}
             inner.state[flat] = {"step": torch.tensor(step), **moments}
-    if stage in (1, 2):
-        optimizer._lazy_init_hp_params_optimizer_state()
+    _link(optimizer, stage)
     for name, parameter in module.named_parameters():
         for moment in MOMENTS:
             value = state.get(f"{moment}/{name}")
@@ -69,6 +69,14 @@ def load_moments(module: nn.Module, optimizer: Any, stage: int, state: dict[str,
                 from deepspeed.utils import safe_set_full_optimizer_state
 
                 safe_set_full_optimizer_state(parameter, value.to(inner.param_groups[0]["params"][0].device), moment)
+
+
+def _link(optimizer: Any, stage: int) -> None:
+    """Tell each parameter where its moments lie in the flat ones. DeepSpeed does so after the first parameter
+    group's first step, when the moments of the other groups do not exist yet."""
+    if stage in (1, 2):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _moment(parameter: nn.Parameter, optimizer: Any, stage: int, name: str) -> torch.Tensor | None:

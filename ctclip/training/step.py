@@ -24,6 +24,8 @@ class ContrastiveStep(nn.Module):
         super().__init__()
         self.model = model
         self.objectives = objectives
+        # A parameter that no loss uses has no gradient and no moments; the optimizer must not know it.
+        model.similarity.logit_bias.requires_grad_(objectives.siglip > 0)
         self.label_head = nn.Linear(model.config.dim, labels) if objectives.labels else None
 
     def forward(self, stage: str, **inputs: Any) -> Any:
