@@ -10,9 +10,11 @@ import sys
 import typer
 
 from ctclip import __version__
+from ctclip.cli.evaluate import evaluate
 from ctclip.cli.phantom import phantom
 from ctclip.cli.preprocess import preprocess
 from ctclip.cli.train import train
+from ctclip.cli.zero_shot import zero_shot
 
 app = typer.Typer(
     help="3-D vision-language learning on chest CT: prepare volumes, train, detect abnormalities from prompts.",
@@ -24,6 +26,8 @@ app = typer.Typer(
 app.command()(phantom)
 app.command()(preprocess)
 app.command()(train)
+app.command("zero-shot")(zero_shot)
+app.command()(evaluate)
 
 
 def _version(wanted: bool) -> None:

@@ -23,8 +23,9 @@ from ctclip.models.folder import prompts_file, save_model
 from ctclip.models.text import load_tokenizer, train_tokenizer
 from ctclip.training.checkpoints import Checkpoints
 from ctclip.training.engine import Engine
-from ctclip.training.records import MetricsLog, open_run, revision
+from ctclip.training.records import MetricsLog, open_run
 from ctclip.training.step import ContrastiveStep
+from ctclip.versions import revision
 from preprocessing.progress import track
 
 

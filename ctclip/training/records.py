@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ctclip import __version__
 from ctclip.config import Config, build_config, differing_keys, dump_config, read_mapping
 from ctclip.errors import TrainingError
+from ctclip.versions import revision, versions
 from preprocessing.files import write_text
-
-PACKAGES = ("torch", "deepspeed", "transformers", "monai", "numpy", "nibabel", "SimpleITK", "blosc2", "einops")
 
 # Keys that say where or how often, not what is learned: a run may continue with other values of these.
 FREE_KEYS = (
@@ -28,30 +23,6 @@ FREE_KEYS = (
     "training.log_every",
     "training.validate_every",
 )
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, this package and those it stands on."""
-    found = {"python": platform.python_version(), "ctclip": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def revision() -> str:
-    """The git revision of this code, or "unknown" where it was installed without its history."""
-    folder = Path(__file__).resolve().parents[2]
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True, text=True, check=True, timeout=10,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return answer.stdout.strip()
 
 
 def open_run(folder: Path, config: Config, *, force: bool = False) -> None:

@@ -1,0 +1,134 @@
+"""The pictures of a report, as a radiologist and a reviewer would want them."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocessing.files import written_beside
+
+LUNG, SOFT = (-1350.0, 150.0), (-160.0, 240.0)
+INK, BAR, CONTROL = "#222222", "#2f6f9f", "#c07830"
+
+
+def example(
+    path: Path, hu: np.ndarray, spacing: tuple[float, float, float], title: str, report: str, found: list[tuple[str, float, int | None]]
+) -> None:
+    """Axial, coronal and sagittal slices in lung and soft-tissue windows, with the report and what was detected.
+
+    hu [slice, row, column] LPS+: shown as radiologists do, the patient's right on the left of the picture, the head
+    up. found: (abnormality, probability, label or None) in the order shown.
+    """
+    figure, axes = _canvas(2, 4, (15, 7.2), [1, 1, 1, 1.5])
+    dz, dy, dx = spacing
+    middle = [extent // 2 for extent in hu.shape]
+    views = (
+        ("axial", hu[middle[0]], dy / dx),
+        ("coronal", hu[::-1, middle[1]], dz / dx),
+        ("sagittal", hu[::-1, :, int(hu.shape[2] * 0.66)], dz / dy),
+    )
+    for row, (name, (low, high)) in enumerate((("lung window", LUNG), ("soft-tissue window", SOFT))):
+        for column, (view, plane, aspect) in enumerate(views):
+            axis = axes[row][column]
+            axis.imshow(plane, cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="bilinear")
+            axis.set_title(f"{view}, {name}", fontsize=9, color=INK)
+            if view != "sagittal":
+                axis.text(0.02, 0.5, "R", color="white", transform=axis.transAxes, va="center", fontsize=9)
+                axis.text(0.98, 0.5, "L", color="white", transform=axis.transAxes, va="center", ha="right", fontsize=9)
+            axis.axis("off")
+    _words(axes[0][3], "Report", textwrap.fill(report, 58)[:1100])
+    lines = [f"{p:4.0%}  {'+' if y == 1 else '-' if y == 0 else ' '}  {name}" for name, p, y in found]
+    _words(axes[1][3], "Zero-shot probability (+/- label)", "\n".join(lines), mono=True)
+    figure.suptitle(title, fontsize=11, color=INK)
+    _save(figure, path)
+
+
+def auroc_bars(path: Path, per_label: dict[str, Any], mean: float, histogram: dict[str, float | None] | None, control: float | None) -> None:
+    """AUROC of each label with its interval, ordered; the histogram classifier's as an open mark."""
+    defined = {name: entry for name, entry in per_label.items() if entry["value"] is not None}
+    names = sorted(defined, key=lambda name: defined[name]["value"])
+    figure, axes = _canvas(1, 1, (8.6, 0.34 * len(names) + 1.6))
+    axis = axes[0][0]
+    rows = np.arange(len(names))
+    value = np.array([defined[name]["value"] for name in names])
+    low = np.array([defined[name]["lower"] for name in names])
+    high = np.array([defined[name]["upper"] for name in names])
+    axis.hlines(rows, low, high, color=BAR, alpha=0.45, linewidth=5)
+    axis.plot(value, rows, "o", color=BAR, label="zero-shot, 95 % interval")
+    if histogram:
+        found = [histogram.get(name) for name in names]
+        axis.plot([np.nan if v is None else v for v in found], rows, "D", mfc="none", color=CONTROL, ms=5, label="HU-histogram classifier (supervised)")
+    axis.axvline(0.5, color="0.6", lw=0.8)
+    axis.axvline(mean, color=BAR, lw=0.8, ls="--", label=f"mean {mean:.3f}")
+    if control is not None:
+        axis.axvline(control, color=CONTROL, lw=0.8, ls="--", label=f"histogram mean {control:.3f}")
+    axis.set_yticks(rows, [f"{name}  ({defined[name]['positives']})" for name in names], fontsize=8)
+    axis.set_xlim(min(0.35, float(np.nanmin(low)) - 0.02), 1.01)
+    axis.set_xlabel("AUROC on held-out patients (positives in brackets)")
+    axis.legend(fontsize=7, loc="lower right", frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def loss_curve(path: Path, steps: list[int], losses: list[float], chance: float | None) -> None:
+    """Training loss, with the level at which the batch cannot be told apart."""
+    figure, axes = _canvas(1, 1, (6.4, 3.6))
+    axis = axes[0][0]
+    axis.plot(steps, losses, color=BAR, lw=1.4)
+    if chance is not None:
+        axis.axhline(chance, color="0.6", lw=0.8, ls="--")
+        axis.text(steps[-1], chance, " chance", va="bottom", ha="right", fontsize=8, color="0.4")
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss (nats)")
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def similarity(path: Path, matrix: np.ndarray) -> None:
+    """Cosine similarity of reports (rows) and volumes (columns) of the same scans: the diagonal should stand out."""
+    figure, axes = _canvas(1, 1, (5.2, 4.6))
+    axis = axes[0][0]
+    shown = axis.imshow(matrix, cmap="viridis", interpolation="nearest")
+    axis.set_xlabel("volumes")
+    axis.set_ylabel("reports")
+    figure.colorbar(shown, ax=axis, label="cosine similarity", shrink=0.8)
+    _save(figure, path)
+
+
+def reliability(path: Path, probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> None:
+    """Observed frequency against predicted probability, all labels together."""
+    known = ~np.isnan(labels)
+    p, y = probabilities[known], labels[known]
+    which = np.clip((p * bins).astype(int), 0, bins - 1)
+    count = np.bincount(which, minlength=bins)
+    used = count > 0
+    figure, axes = _canvas(1, 1, (4.4, 4.2))
+    axis = axes[0][0]
+    axis.plot([0, 1], [0, 1], color="0.7", lw=0.8)
+    axis.plot(np.bincount(which, p, bins)[used] / count[used], np.bincount(which, y, bins)[used] / count[used], "o-", color=BAR)
+    axis.set_xlabel("predicted probability (uncalibrated)")
+    axis.set_ylabel("observed frequency")
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _canvas(rows: int, columns: int, size: tuple[float, float], widths: list[float] | None = None):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    # The object interface, not pyplot: no global state, no display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, width_ratios=widths)
+
+
+def _words(axis: Any, title: str, text: str, mono: bool = False) -> None:
+    axis.axis("off")
+    axis.set_title(title, fontsize=9, color=INK, loc="left")
+    axis.text(0, 0.98, text, va="top", fontsize=7.5, family="monospace" if mono else None, transform=axis.transAxes, color=INK)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with written_beside(path, suffix=".png") as partial:
+        figure.savefig(partial, dpi=110, format="png")

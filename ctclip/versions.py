@@ -1,0 +1,34 @@
+"""Versions and revision of the code a result was made with."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from ctclip import __version__
+
+PACKAGES = ("torch", "deepspeed", "transformers", "monai", "numpy", "nibabel", "SimpleITK", "blosc2", "einops")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and those it stands on."""
+    found = {"python": platform.python_version(), "ctclip": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def revision() -> str:
+    """The git revision of this code, or "unknown" where it was installed without its history."""
+    folder = Path(__file__).resolve().parents[1]
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer.stdout.strip()
