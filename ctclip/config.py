@@ -6,6 +6,7 @@ the environment and nothing is global.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -14,7 +15,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ctclip.errors import ConfigError
-
 
 S = TypeVar("S", bound="Section")
 
@@ -32,8 +32,8 @@ class ViT3DConfig(Section):
     patch: tuple[int, int, int] = Field((4, 4, 4), description="voxels [slice, row, column] of one stem cell")
     stages: tuple[tuple[int, int], ...] = Field(
         ((64, 1), (128, 1)),
-        description="width and 3x3x3 residual convolutions of each stage of the stem; after each stage "
-        "2x2x2 cells are merged. No stages: a linear patch embedding",
+        description="width and 3x3x3 residual convolutions of each stage of the stem; each ends with a strided "
+        "one that halves the axes. No stages: a linear patch embedding",
     )
     width: int = 192
     depth: int = 4
@@ -97,9 +97,7 @@ class SlicesConfig(Section):
     frozen: bool = False
 
 
-VolumeEncoderConfig = Annotated[
-    ViT3DConfig | CTViTConfig | ResNet3DConfig | SlicesConfig, Field(discriminator="kind")
-]
+VolumeEncoderConfig = Annotated[ViT3DConfig | CTViTConfig | ResNet3DConfig | SlicesConfig, Field(discriminator="kind")]
 
 
 class TextConfig(Section):
@@ -107,7 +105,8 @@ class TextConfig(Section):
 
     pretrained: str | None = Field(None, description="folder or hub name; null: a small BERT from scratch")
     weights: Literal["pretrained", "random"] = Field(
-        "pretrained", description="random: keep the architecture and tokenizer of `pretrained`, not its weights"
+        "pretrained",
+        description="random: keep the architecture and tokenizer of `pretrained`, not its weights",
     )
     vocabulary: int = Field(2000, description="WordPiece tokens learned from the training reports")
     width: int = 192
@@ -191,7 +190,8 @@ class TrainingConfig(Section):
 
     batch: int = Field(32, ge=2, description="volumes in the global batch, over all ranks")
     micro_batch: int | None = Field(
-        None, description="volumes a rank encodes at once; fewer than its share: two-pass gradients (GradCache)"
+        None,
+        description="volumes a rank encodes at once; fewer than its share: two-pass gradients (GradCache)",
     )
     epochs: float = 10.0
     learning_rate: float = 1e-3
@@ -314,10 +314,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: the value is not YAML") from error
     if isinstance(value, str):
         # YAML 1.1 reads 1e-3 as a string; nobody who types it means one.
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     here[last] = value
 
 

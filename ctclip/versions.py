@@ -9,7 +9,17 @@ from pathlib import Path
 
 from ctclip import __version__
 
-PACKAGES = ("torch", "deepspeed", "transformers", "monai", "numpy", "nibabel", "SimpleITK", "blosc2", "einops")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "monai",
+    "numpy",
+    "nibabel",
+    "SimpleITK",
+    "blosc2",
+    "einops",
+)
 
 
 def versions() -> dict[str, str]:

@@ -65,7 +65,9 @@ def check_table(table: pd.DataFrame, source: Path) -> pd.DataFrame:
 
 def _ct_rate(root: Path) -> tuple[pd.DataFrame, list[str]]:
     """CT-RATE: nested patient/scan/reconstruction folders and its CSV tables, wherever under ``root`` they lie."""
-    files = {_identity(path): path for path in sorted(root.rglob("*.nii.gz")) if CT_RATE_NAME.fullmatch(_identity(path))}
+    files = {
+        _identity(path): path for path in sorted(root.rglob("*.nii.gz")) if CT_RATE_NAME.fullmatch(_identity(path))
+    }
     if not files:
         raise PreprocessingError(f"{root}: no volumes named like train_1_a_1.nii.gz below it")
     reports = _tables(root, "*reports*.csv", ("VolumeName", *SECTIONS))

@@ -52,7 +52,16 @@ def _headers(folder: Path) -> list[tuple]:
     for path in files:
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True)
-        except (InvalidDicomError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, RuntimeError):
+        except (
+            InvalidDicomError,
+            OSError,
+            EOFError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            TypeError,
+            RuntimeError,
+        ):
             continue
         if "Rows" in header:
             found.append((header, path))
@@ -123,7 +132,7 @@ def _volume(folder: Path, members: list, listed: int) -> Volume:
     return Volume(array, affine, str(folder), warnings)
 
 
-def _pixels(path: Path, header) -> np.ndarray:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _pixels(path: Path, header) -> np.ndarray:  # type: ignore[no-untyped-def]
     """One slice in HU, int16 where its rescaling is whole-numbered. GDCM (in SimpleITK) decodes compressed ones."""
     import SimpleITK as sitk
 
@@ -134,17 +143,17 @@ def _pixels(path: Path, header) -> np.ndarray:  # type: ignore[no-untyped-def]  
     array = sitk.GetArrayFromImage(image)
     array = array[0] if array.ndim == 3 else array
     if array.shape != (int(header.Rows), int(header.Columns)):
-        raise PreprocessingError(f"{path}: slice of shape {array.shape}, its header says {header.Rows} x {header.Columns}")
+        raise PreprocessingError(
+            f"{path}: slice of shape {array.shape}, its header says {header.Rows} x {header.Columns}"
+        )
     if array.dtype.kind in "iu" and array.min() >= -32768 and array.max() <= 32767:
         return array.astype(np.int16)
     return array.astype(np.float32)
 
 
-def _even(
-    array: np.ndarray, positions: np.ndarray, depth: np.ndarray, usual: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _even(array: np.ndarray, positions: np.ndarray, depth: np.ndarray, usual: float) -> tuple[np.ndarray, np.ndarray]:
     """Slices linearly interpolated at even depths."""
-    count = int(round((depth[-1] - depth[0]) / usual)) + 1
+    count = round((depth[-1] - depth[0]) / usual) + 1
     wanted = np.linspace(depth[0], depth[-1], count)
     upper = np.clip(np.searchsorted(depth, wanted), 1, len(depth) - 1)
     share = ((wanted - depth[upper - 1]) / (depth[upper] - depth[upper - 1])).astype(np.float32)
@@ -156,7 +165,12 @@ def _even(
 
 
 def _untilt(
-    array: np.ndarray, step: np.ndarray, normal: np.ndarray, row: np.ndarray, column: np.ndarray, spacing: list[float]
+    array: np.ndarray,
+    step: np.ndarray,
+    normal: np.ndarray,
+    row: np.ndarray,
+    column: np.ndarray,
+    spacing: list[float],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Undo the shear of a tilted gantry: shift each slice in its plane so that slices stack along their normal."""
     from scipy.ndimage import shift

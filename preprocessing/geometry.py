@@ -21,7 +21,9 @@ def orient(volume: Volume) -> Volume:
     """
     direction = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
     if not np.isfinite(direction).all() or abs(np.linalg.det(direction)) < 0.5:
-        raise PreprocessingError(f"{volume.source}: its header's orientation is degenerate; convert it from DICOM again")
+        raise PreprocessingError(
+            f"{volume.source}: its header's orientation is degenerate; convert it from DICOM again"
+        )
     axes = _nearest_axes(direction)
     # World axis (z, y, x) of LPS for the output's (slice, row, column), and the input axis that runs along it.
     order = [int(np.flatnonzero(axes == world)[0]) for world in (2, 1, 0)]
@@ -73,7 +75,7 @@ def straighten(volume: Volume, degrees: float) -> Volume:
     return Volume(sitk.GetArrayFromImage(moved), affine, volume.source, [*volume.warnings, warning])
 
 
-def to_sitk(volume: Volume):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def to_sitk(volume: Volume):  # type: ignore[no-untyped-def]
     """The volume as a SimpleITK image with its geometry."""
     import SimpleITK as sitk
 
@@ -106,7 +108,7 @@ def resample(volume: Volume, spec: PreprocessingSpec) -> tuple[np.ndarray, np.nd
             int(np.prod(result.shape[:axis])), result.shape[axis], int(np.prod(result.shape[axis + 1 :]))
         )
         clip = (low, high) if number == 0 else (-np.inf, np.inf)
-        passed = _pass(shaped, first, weights, np.float32(clip[0]), np.float32(clip[1]))
+        passed = _pass(shaped, first, weights, np.float32(clip[0]), np.float32(clip[1]))  # type: ignore[arg-type]
         result = passed.reshape(*result.shape[:axis], inside_last - inside_first, *result.shape[axis + 1 :])
     placed = np.full(spec.shape, spec.fill, dtype=np.float32)
     placed[tuple(slice(a, b) for _, a, b in taps)] = result
@@ -128,7 +130,9 @@ def _source_positions(size: int, spacing: float, target: float, count: int, publ
         return (output - (count - 1) / 2) * (target / spacing) + (size - 1) / 2
     resized = int(size * spacing / target)
     if resized < 1:
-        raise PreprocessingError(f"an axis of {size} voxels of {spacing:g} mm is shorter than one voxel of {target:g} mm")
+        raise PreprocessingError(
+            f"an axis of {size} voxels of {spacing:g} mm is shorter than one voxel of {target:g} mm"
+        )
     start = (resized - count) // 2 if resized >= count else -((count - resized) // 2)
     return (output + start + 0.5) * (size / resized) - 0.5
 

@@ -104,9 +104,9 @@ def preprocess_cohort(
     there = set(store.volumes)
     base = Path(root) if Path(root).is_dir() else Path(root).parent
     due = [
-        (row.volume, base / row.path, Rescale(row.rescale_slope, row.rescale_intercept))
-        for row in mine.itertuples()
-        if row.volume not in there
+        (str(row["volume"]), base / str(row["path"]), Rescale(row["rescale_slope"], row["rescale_intercept"]))
+        for row in mine.to_dict("records")
+        if row["volume"] not in there
     ]
     outcomes = [Outcome(name, None) for name in mine["volume"] if name in there]
     made = _all(due, store.path, options, workers or len(os.sched_getaffinity(0)))
@@ -137,16 +137,18 @@ def write_outcomes(store: VolumeStore, outcomes: Iterable[Outcome], shard: tuple
     """``outcomes[-i-of-n].csv``: each volume done, or refused and why."""
     name = "outcomes.csv" if shard[1] == 1 else f"outcomes-{shard[0]}-of-{shard[1]}.csv"
     rows = [
-        {"volume": o.volume, "outcome": "refused" if o.refused else "done", "reason": o.refused or "; ".join(o.warnings)}
+        {
+            "volume": o.volume,
+            "outcome": "refused" if o.refused else "done",
+            "reason": o.refused or "; ".join(o.warnings),
+        }
         for o in sorted(outcomes, key=lambda outcome: outcome.volume)
     ]
     with written_beside(store.path / name) as partial:
         pd.DataFrame(rows, columns=["volume", "outcome", "reason"]).to_csv(partial, index=False)
 
 
-def _all(
-    due: list[tuple[str, Path, Rescale]], store: Path, options: Options, workers: int
-) -> Iterator[Outcome]:
+def _all(due: list[tuple[str, Path, Rescale]], store: Path, options: Options, workers: int) -> Iterator[Outcome]:
     if workers == 1 or len(due) < 2:
         for task in due:
             yield _one(task, store, options)

@@ -22,7 +22,14 @@ def track(items: Iterable[T], total: int, what: str, unit: str = "volumes") -> I
 
 def _live(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn(what),
@@ -39,10 +46,8 @@ def _live(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
 
 def _logged(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
     started = shown = time.monotonic()
-    done = 0
-    for item in items:
+    for done, item in enumerate(items, start=1):
         yield item
-        done += 1
         now = time.monotonic()
         if now - shown >= LOG_EVERY_SECONDS or done == total:
             shown = now

@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,7 @@ def read_nifti(path: Path) -> Volume:
     from isal import igzip, isal_zlib
 
     zipped = path.name.lower().endswith(".gz")
-    damaged = (OSError, EOFError, zlib.error, isal_zlib.error, gzip.BadGzipFile)
+    damaged: Any = (OSError, EOFError, zlib.error, isal_zlib.error, gzip.BadGzipFile)
     try:
         with igzip.open(path, "rb") if zipped else path.open("rb") as stream:
             header = _nifti_header(path, stream.read(540))
@@ -62,7 +63,9 @@ def read_nifti(path: Path) -> Volume:
                 raise PreprocessingError(f"{path}: voxels of type {dtype} are not a CT")
             size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
             if not zipped and path.stat().st_size < offset + size:
-                raise PreprocessingError(f"{path}: cut short ({path.stat().st_size} of {offset + size} bytes); copy it again")
+                raise PreprocessingError(
+                    f"{path}: cut short ({path.stat().st_size} of {offset + size} bytes); copy it again"
+                )
             if zipped and size > 1100 * path.stat().st_size:
                 # No deflate stream expands more than 1032-fold: the header claims what the file cannot hold.
                 raise PreprocessingError(f"{path}: cut short, or its header is wrong; copy it again")
@@ -84,7 +87,7 @@ def read_nifti(path: Path) -> Volume:
     return Volume(array, RAS_TO_LPS @ affine, str(path))
 
 
-def _nifti_header(path: Path, block: bytes):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _nifti_header(path: Path, block: bytes):  # type: ignore[no-untyped-def]
     import nibabel as nib
     from nibabel.spatialimages import HeaderDataError
     from nibabel.wrapstruct import WrapStructError
@@ -105,15 +108,16 @@ def _volume_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int, int]:
     if len(shape) != 3 or min(shape) < 2:
         raise PreprocessingError(f"{path}: of shape {tuple(int(n) for n in shape)}, not a volume of several slices")
     if np.prod(shape, dtype=float) > LARGEST_VOXELS:
-        raise PreprocessingError(f"{path}: its header claims {tuple(int(n) for n in shape)} voxels, more than any CT has")
+        raise PreprocessingError(
+            f"{path}: its header claims {tuple(int(n) for n in shape)} voxels, more than any CT has"
+        )
     return int(shape[0]), int(shape[1]), int(shape[2])
 
 
 def _native(array: np.ndarray) -> np.ndarray:
     """Values in the smallest of int16 and float32 that holds them, in this machine's byte order."""
-    if array.dtype.kind in "iu":
-        if array.dtype == np.int16 or (array.min() >= -32768 and array.max() <= 32767):
-            return array.astype(np.int16, copy=False)
+    if array.dtype.kind in "iu" and (array.dtype == np.int16 or (array.min() >= -32768 and array.max() <= 32767)):
+        return array.astype(np.int16, copy=False)
     return array.astype(np.float32)
 
 
@@ -143,7 +147,7 @@ def _bytes_beside(path: Path) -> int:
     return path.stat().st_size
 
 
-def from_sitk(image, source: str) -> Volume:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def from_sitk(image, source: str) -> Volume:  # type: ignore[no-untyped-def]
     """A SimpleITK image (its physical space is LPS) as a Volume [slice, row, column]."""
     import SimpleITK as sitk
 
@@ -161,7 +165,9 @@ def read_zip(path: Path, series: str | None) -> Volume:
             members = [member for member in archive.infolist() if not member.is_dir()]
             total = sum(member.file_size for member in members)
             if len(members) > 20000 or total > 8 * LARGEST_VOXELS or total > 1100 * path.stat().st_size:
-                raise PreprocessingError(f"{path}: would unpack to {total / 1e9:.1f} GB in {len(members)} files; refused")
+                raise PreprocessingError(
+                    f"{path}: would unpack to {total / 1e9:.1f} GB in {len(members)} files; refused"
+                )
             for number, member in enumerate(members):
                 Path(folder, f"{number:06d}").write_bytes(archive.read(member))
             volume = read_dicom(Path(folder), series)

@@ -40,8 +40,14 @@ class PreprocessingSpec:
         wrong = (
             (len(self.spacing) != 3 or min(self.spacing) <= 0, "spacing needs three positive numbers (mm)"),
             (len(self.shape) != 3 or min(self.shape) <= 0, "shape needs three positive whole numbers"),
-            (len(self.hu_window) != 2 or self.hu_window[0] >= self.hu_window[1], "hu_window needs a low and a high HU"),
-            (self.orientation != "LPS", "orientation must be LPS: columns to the left, rows to the back, slices up"),
+            (
+                len(self.hu_window) != 2 or self.hu_window[0] >= self.hu_window[1],
+                "hu_window needs a low and a high HU",
+            ),
+            (
+                self.orientation != "LPS",
+                "orientation must be LPS: columns to the left, rows to the back, slices up",
+            ),
         )
         for fault, remedy in wrong:
             if fault:

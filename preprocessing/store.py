@@ -62,7 +62,9 @@ class VolumeStore:
     @property
     def volumes(self) -> list[str]:
         """Ids of the stored volumes."""
-        return sorted(entry.name.removesuffix(SUFFIX) for entry in os.scandir(self.path / "volumes") if _is_volume(entry.name))
+        return sorted(
+            entry.name.removesuffix(SUFFIX) for entry in os.scandir(self.path / "volumes") if _is_volume(entry.name)
+        )
 
     def file(self, volume: str) -> Path:
         """Where a volume lies. Ids come from tables of strangers: one that would leave the folder is refused."""
@@ -80,7 +82,7 @@ class VolumeStore:
             whole, chunks=chunks,
             cparams=blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=1, nthreads=1, filters=[blosc2.Filter.BITSHUFFLE]),
         )  # fmt: skip
-        packed.schunk.vlmeta["crc32"] = zlib.crc32(whole)
+        packed.schunk.vlmeta["crc32"] = zlib.crc32(whole.data)
         with written_beside(self.file(volume)) as partial:
             partial.write_bytes(packed.to_cframe())
 

@@ -10,6 +10,7 @@ import sys
 import typer
 
 from ctclip import __version__
+from ctclip.cli.demo import demo
 from ctclip.cli.evaluate import evaluate
 from ctclip.cli.phantom import phantom
 from ctclip.cli.preprocess import preprocess
@@ -28,6 +29,7 @@ app.command()(preprocess)
 app.command()(train)
 app.command("zero-shot")(zero_shot)
 app.command()(evaluate)
+app.command()(demo)
 
 
 def _version(wanted: bool) -> None:

@@ -35,7 +35,9 @@ def preprocess(
     expect: Expected = typer.Option(Expected.any, help="Refuse what is not a chest."),
     series: str = typer.Option(None, help="SeriesInstanceUID to take of a DICOM folder of several."),
     shard: str = typer.Option("1/1", help="i/n: take every n-th volume from the i-th on, for job arrays."),
-    verify: bool = typer.Option(False, "--verify", help="Check every stored volume, set damaged ones aside, rebuild them."),
+    verify: bool = typer.Option(
+        False, "--verify", help="Check every stored volume, set damaged ones aside, rebuild them."
+    ),
 ) -> None:
     """Bring every volume of a cohort to one geometry and keep it in a store.
 

@@ -8,7 +8,9 @@ import typer
 
 
 def train(
-    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Values that replace the configuration's."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="[KEY=VALUE]...", help="Values that replace the configuration's."
+    ),
     config: str = typer.Option(..., "--config", "-c", help="A YAML file, or the name of one in configs/."),
     output: Path = typer.Option(..., "--output", "-o", help="Run folder; an interrupted run in it is continued."),
     store: Path = typer.Option(None, help="Store of `ctclip preprocess`; the same as data.store=."),

@@ -12,8 +12,12 @@ def zero_shot(
     model: str = typer.Option(..., "--model", "-m", help="A model folder, or a hub name."),
     store: Path = typer.Option(None, help="A store of `ctclip preprocess` instead of scans."),
     split: str = typer.Option(None, help="With --store: one split of the cohort."),
-    output: Path = typer.Option(Path("predictions"), "--output", "-o", help="Folder for predictions.csv and embeddings.npz."),
-    prompts: str = typer.Option(None, help="A prompt file, or the name of one in configs/prompts; the model's own if not given."),
+    output: Path = typer.Option(
+        Path("predictions"), "--output", "-o", help="Folder for predictions.csv and embeddings.npz."
+    ),
+    prompts: str = typer.Option(
+        None, help="A prompt file, or the name of one in configs/prompts; the model's own if not given."
+    ),
     abnormality: list[str] = typer.Option(None, help="Detect this instead, listed or not; may be repeated."),
     batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
     hu: str = typer.Option("auto", help="Whom to believe about Hounsfield units: auto, trust-file."),
@@ -54,7 +58,8 @@ def zero_shot(
     write_predictions(output / "predictions.csv", found.table)
     with written_beside(output / "embeddings.npz", suffix=".npz") as partial:
         volumes = found.table["volume"].to_numpy(dtype=str)
-        np.savez(partial, volume=volumes, volume_embeddings=found.embeddings, **arrays)
+        arrays |= {"volume": volumes, "volume_embeddings": found.embeddings}
+        np.savez(partial, allow_pickle=False, **arrays)  # type: ignore[arg-type]
     for reason in found.refused.values():
         print(f"refused: {reason}")
     print(f"predictions: {output / 'predictions.csv'} ({len(found.table)} volumes)")

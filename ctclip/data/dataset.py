@@ -36,9 +36,9 @@ class Batch:
     labels: Tensor | None
 
     def to(self, device: torch.device) -> Batch:
-        move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731
-        self.volumes, self.scans = move(self.volumes), move(self.scans)
-        self.text_identities, self.labels = move(self.text_identities), move(self.labels)
+        self.volumes = self.volumes.to(device, non_blocking=True)
+        self.scans, self.text_identities = self.scans.to(device), self.text_identities.to(device)
+        self.labels = None if self.labels is None else self.labels.to(device)
         return self
 
 
@@ -46,7 +46,13 @@ class StoredVolumes(Dataset):
     """One item a stored volume of ``split``: a dictionary of its voxels, views of its report, and identities."""
 
     def __init__(
-        self, config: DataConfig, split: str, *, seed: int = 0, training: bool = True, labels: Sequence[str] = ()
+        self,
+        config: DataConfig,
+        split: str,
+        *,
+        seed: int = 0,
+        training: bool = True,
+        labels: Sequence[str] = (),
     ) -> None:
         if config.store is None:
             raise DataError("data.store is not set: name the folder that `ctclip preprocess` wrote")
@@ -117,7 +123,7 @@ def augment(
     return np.clip(voxels, -1, 1) if config.scale or config.noise_hu else voxels
 
 
-def shifted(voxels: np.ndarray, offset: Sequence[int]) -> np.ndarray:
+def shifted(voxels: np.ndarray, offset: np.ndarray) -> np.ndarray:
     """``voxels`` moved by whole voxels, filled with -1."""
     moved = np.full_like(voxels, -1)
     source = tuple(slice(max(0, -o), n - max(0, o)) for o, n in zip(offset, voxels.shape, strict=True))
@@ -148,7 +154,15 @@ class ScanSampler(Sampler[list[tuple[int, int]]]):
     """
 
     def __init__(
-        self, scans: np.ndarray, batch: int, steps: int, *, seed: int, rank: int, world_size: int, start: int = 0
+        self,
+        scans: np.ndarray,
+        batch: int,
+        steps: int,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        start: int = 0,
     ) -> None:
         if batch % world_size:
             raise DataError(f"training.batch={batch} cannot be shared by {world_size} ranks: make it a multiple")

@@ -82,7 +82,10 @@ def _histogram_control(store: VolumeStore, table: pd.DataFrame, protocol: Protoc
     truth = cohort.loc[held, columns].to_numpy(dtype=float, na_value=np.nan)
     split = int(kept.sum())
     values = histogram_aurocs(counted[:split], seen[kept], counted[split:], truth)
-    return {"histogram_mean_auroc": mean_defined(values), "histogram_auroc": dict(zip(columns, values.tolist(), strict=True))}
+    return {
+        "histogram_mean_auroc": mean_defined(values),
+        "histogram_auroc": dict(zip(columns, values.tolist(), strict=True)),
+    }
 
 
 def _embeddings(path: Path, table: pd.DataFrame) -> dict[str, np.ndarray] | None:
@@ -91,7 +94,9 @@ def _embeddings(path: Path, table: pd.DataFrame) -> dict[str, np.ndarray] | None
     with np.load(path, allow_pickle=False) as arrays:
         found = {name: arrays[name] for name in arrays.files}
     if list(found.get("volume", [])) != list(table["volume"]):
-        raise EvaluationError(f"{path}: holds other volumes than the predictions beside it; run `ctclip zero-shot` again")
+        raise EvaluationError(
+            f"{path}: holds other volumes than the predictions beside it; run `ctclip zero-shot` again"
+        )
     return found
 
 
@@ -112,10 +117,10 @@ def _examples(store: VolumeStore, table: pd.DataFrame, known: np.ndarray, protoc
     examples = []
     for index in chosen:
         row = table.iloc[index]
-        name = row["volume"]
+        name = str(row["volume"])
         if name not in cohort.index:
             continue
-        report = f"FINDINGS. {cohort.at[name, 'findings']}\nIMPRESSION. {cohort.at[name, 'impression'] or 'Not given.'}"
+        report = f"FINDINGS. {str(cohort.at[name, 'findings'])}\nIMPRESSION. {str(cohort.at[name, 'impression']) or 'Not given.'}"
         labels = [int(value) if np.isfinite(value) else None for value in known[index]]
         found = [(label, float(row[label]), truth) for label, truth in zip(protocol.labels, labels, strict=True)]
         found.sort(key=lambda entry: -entry[1])

@@ -14,7 +14,12 @@ from ctclip.evaluation.retrieval import precision_by_labels, retrieval
 
 
 def evaluate(
-    predictions: pd.DataFrame, labels: pd.DataFrame, protocol: Protocol, *, resamples: int | None = None, seed: int = 0
+    predictions: pd.DataFrame,
+    labels: pd.DataFrame,
+    protocol: Protocol,
+    *,
+    resamples: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """AUROC and the rest, per label and mean, with bootstrap intervals by patient; and the shuffled control.
 
@@ -69,7 +74,9 @@ def evaluate(
     return plain(result)
 
 
-def evaluate_retrieval(predictions: pd.DataFrame, embeddings: dict[str, np.ndarray], truth: np.ndarray | None) -> dict[str, Any]:
+def evaluate_retrieval(
+    predictions: pd.DataFrame, embeddings: dict[str, np.ndarray], truth: np.ndarray | None
+) -> dict[str, Any]:
     """Report to volume, volume to report, volume to volume. Embeddings as ``ctclip zero-shot --store`` writes them."""
     scans = predictions["scan"].to_numpy(dtype=str)
     volumes, reports = embeddings["volume_embeddings"], embeddings.get("report_embeddings")
@@ -83,7 +90,10 @@ def evaluate_retrieval(predictions: pd.DataFrame, embeddings: dict[str, np.ndarr
         result["volume_to_report"] = retrieval(volumes[written], reports[chosen], scans[written], scans[chosen])
     if truth is not None:
         value = precision_by_labels(volumes, truth, scans)
-        result["volume_to_volume"] = {"map@10": value, "relevant": "Jaccard of labels at least 0.5, other scans only"}
+        result["volume_to_volume"] = {
+            "map@10": value,
+            "relevant": "Jaccard of labels at least 0.5, other scans only",
+        }
     return plain(result)
 
 

@@ -15,7 +15,12 @@ INK, BAR, CONTROL = "#222222", "#2f6f9f", "#c07830"
 
 
 def example(
-    path: Path, hu: np.ndarray, spacing: tuple[float, float, float], title: str, report: str, found: list[tuple[str, float, int | None]]
+    path: Path,
+    hu: np.ndarray,
+    spacing: tuple[float, float, float],
+    title: str,
+    report: str,
+    found: list[tuple[str, float, int | None]],
 ) -> None:
     """Axial, coronal and sagittal slices in lung and soft-tissue windows, with the report and what was detected.
 
@@ -37,7 +42,16 @@ def example(
             axis.set_title(f"{view}, {name}", fontsize=9, color=INK)
             if view != "sagittal":
                 axis.text(0.02, 0.5, "R", color="white", transform=axis.transAxes, va="center", fontsize=9)
-                axis.text(0.98, 0.5, "L", color="white", transform=axis.transAxes, va="center", ha="right", fontsize=9)
+                axis.text(
+                    0.98,
+                    0.5,
+                    "L",
+                    color="white",
+                    transform=axis.transAxes,
+                    va="center",
+                    ha="right",
+                    fontsize=9,
+                )
             axis.axis("off")
     _words(axes[0][3], "Report", textwrap.fill(report, 58)[:1100])
     lines = [f"{p:4.0%}  {'+' if y == 1 else '-' if y == 0 else ' '}  {name}" for name, p, y in found]
@@ -46,7 +60,13 @@ def example(
     _save(figure, path)
 
 
-def auroc_bars(path: Path, per_label: dict[str, Any], mean: float, histogram: dict[str, float | None] | None, control: float | None) -> None:
+def auroc_bars(
+    path: Path,
+    per_label: dict[str, Any],
+    mean: float,
+    histogram: dict[str, float | None] | None,
+    control: float | None,
+) -> None:
     """AUROC of each label with its interval, ordered; the histogram classifier's as an open mark."""
     defined = {name: entry for name, entry in per_label.items() if entry["value"] is not None}
     names = sorted(defined, key=lambda name: defined[name]["value"])
@@ -60,7 +80,15 @@ def auroc_bars(path: Path, per_label: dict[str, Any], mean: float, histogram: di
     axis.plot(value, rows, "o", color=BAR, label="zero-shot, 95 % interval")
     if histogram:
         found = [histogram.get(name) for name in names]
-        axis.plot([np.nan if v is None else v for v in found], rows, "D", mfc="none", color=CONTROL, ms=5, label="HU-histogram classifier (supervised)")
+        axis.plot(
+            [np.nan if v is None else v for v in found],
+            rows,
+            "D",
+            mfc="none",
+            color=CONTROL,
+            ms=5,
+            label="HU-histogram classifier (supervised)",
+        )
     axis.axvline(0.5, color="0.6", lw=0.8)
     axis.axvline(mean, color=BAR, lw=0.8, ls="--", label=f"mean {mean:.3f}")
     if control is not None:
@@ -108,14 +136,19 @@ def reliability(path: Path, probabilities: np.ndarray, labels: np.ndarray, bins:
     figure, axes = _canvas(1, 1, (4.4, 4.2))
     axis = axes[0][0]
     axis.plot([0, 1], [0, 1], color="0.7", lw=0.8)
-    axis.plot(np.bincount(which, p, bins)[used] / count[used], np.bincount(which, y, bins)[used] / count[used], "o-", color=BAR)
+    axis.plot(
+        np.bincount(which, p, bins)[used] / count[used],
+        np.bincount(which, y, bins)[used] / count[used],
+        "o-",
+        color=BAR,
+    )
     axis.set_xlabel("predicted probability (uncalibrated)")
     axis.set_ylabel("observed frequency")
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 
-def _canvas(rows: int, columns: int, size: tuple[float, float], widths: list[float] | None = None):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _canvas(rows: int, columns: int, size: tuple[float, float], widths: list[float] | None = None):  # type: ignore[no-untyped-def]
     # The object interface, not pyplot: no global state, no display.
     from matplotlib.figure import Figure
 
@@ -126,7 +159,16 @@ def _canvas(rows: int, columns: int, size: tuple[float, float], widths: list[flo
 def _words(axis: Any, title: str, text: str, mono: bool = False) -> None:
     axis.axis("off")
     axis.set_title(title, fontsize=9, color=INK, loc="left")
-    axis.text(0, 0.98, text, va="top", fontsize=7.5, family="monospace" if mono else None, transform=axis.transAxes, color=INK)
+    axis.text(
+        0,
+        0.98,
+        text,
+        va="top",
+        fontsize=7.5,
+        family="monospace" if mono else None,
+        transform=axis.transAxes,
+        color=INK,
+    )
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -63,7 +63,9 @@ def bootstrap_auroc(
         known = ~np.isnan(labels[:, label])
         order = np.flatnonzero(known)[np.argsort(scores[known, label], kind="stable")]
         result[:, label] = _auroc_many(
-            labels[order, label].astype(float), _ties(scores[order, label]), np.ascontiguousarray(weights[:, order])
+            labels[order, label].astype(float),
+            _ties(scores[order, label]),
+            np.ascontiguousarray(weights[:, order]),
         )
     return result
 

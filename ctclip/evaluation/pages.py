@@ -46,12 +46,16 @@ td:first-child, th:first-child, td.words { text-align: left } pre { font-size: .
 """
 
 
-def write_page(path: Path, *, title: str, subtitle: str, headline: list[tuple[str, str]], sections: list[dict[str, Any]]) -> None:
+def write_page(
+    path: Path, *, title: str, subtitle: str, headline: list[tuple[str, str]], sections: list[dict[str, Any]]
+) -> None:
     """Write one page. A section has a title and, each optional, words, figures [(caption, png path)], table (rows,
     the first its head), pre (text as it stands)."""
     ready = []
     for section in sections:
-        figures = [(caption, base64.b64encode(Path(png).read_bytes()).decode()) for caption, png in section.get("figures", [])]
+        figures = [
+            (caption, base64.b64encode(Path(png).read_bytes()).decode()) for caption, png in section.get("figures", [])
+        ]
         ready.append({"words": "", "table": None, "pre": "", **section, "figures": figures})
     page = Environment(autoescape=True).from_string(TEMPLATE)
     write_text(path, page.render(title=title, subtitle=subtitle, headline=headline, sections=ready))
@@ -70,11 +74,28 @@ def label_table(per_label: dict[str, Any], histogram: dict[str, float | None] | 
         entry = per_label[name]
         limits = f"{number(entry['lower'])} to {number(entry['upper'])}"
         control = number((histogram or {}).get(name)) if histogram else ""
-        rows.append([name, number(entry["value"]), limits, str(entry["positives"]), number(entry["average_precision"]), control])
+        rows.append(
+            [
+                name,
+                number(entry["value"]),
+                limits,
+                str(entry["positives"]),
+                number(entry["average_precision"]),
+                control,
+            ]
+        )
     return rows
 
 
 def published_table(mean: float | None) -> list[list[str]]:
     """This run's mean beside the published ones, each with its protocol."""
-    ours = ["this run", number(mean), "this cohort and protocol: not comparable with the lines below unless it is CT-RATE's"]
-    return [["model", "mean AUROC", "protocol"], ours, *[[name, number(value), words] for name, value, words in PUBLISHED]]
+    ours = [
+        "this run",
+        number(mean),
+        "this cohort and protocol: not comparable with the lines below unless it is CT-RATE's",
+    ]
+    return [
+        ["model", "mean AUROC", "protocol"],
+        ours,
+        *[[name, number(value), words] for name, value, words in PUBLISHED],
+    ]

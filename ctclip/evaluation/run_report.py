@@ -28,7 +28,13 @@ class Example:
 
 
 def write_report(
-    output: Path, name: str, metrics: dict[str, Any], *, run: Path | None = None, examples: Sequence[Example] = (), matrix: np.ndarray | None = None
+    output: Path,
+    name: str,
+    metrics: dict[str, Any],
+    *,
+    run: Path | None = None,
+    examples: Sequence[Example] = (),
+    matrix: np.ndarray | None = None,
 ) -> Path:
     """Write ``report.html`` and its PNGs into ``output``; ``run`` is the training run's folder."""
     zero, controls = metrics["zero_shot"], metrics.get("controls", {})
@@ -50,20 +56,49 @@ def write_report(
     if matrix is not None:
         path = output / "similarity.png"
         figures.similarity(path, matrix)
-        sections.append({"title": "Reports and volumes", "words": _retrieval_words(metrics), "figures": [("Similarity of reports and volumes of held-out scans", path)]})
+        sections.append(
+            {
+                "title": "Reports and volumes",
+                "words": _retrieval_words(metrics),
+                "figures": [("Similarity of reports and volumes of held-out scans", path)],
+            }
+        )
     if run is not None and (run / "metrics.jsonl").is_file():
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         config = yaml.safe_load((run / "config.yaml").read_text())
         path = output / "loss.png"
-        figures.loss_curve(path, [line["step"] for line in lines], [line["loss"] for line in lines], math.log(config["training"]["batch"]))
+        figures.loss_curve(
+            path,
+            [line["step"] for line in lines],
+            [line["loss"] for line in lines],
+            math.log(config["training"]["batch"]),
+        )
         sections.append({"title": "Training", "figures": [("Contrastive loss of the global batch", path)]})
-        sections.append({"title": "Configuration", "pre": (run / "config.yaml").read_text() + "\n" + (run / "run.json").read_text()})
-    sections.append({"title": "Published figures, for context", "words": "Protocols differ; never put two numbers side by side without saying so.", "table": published_table(zero["mean_auroc"])})
+        sections.append(
+            {
+                "title": "Configuration",
+                "pre": (run / "config.yaml").read_text() + "\n" + (run / "run.json").read_text(),
+            }
+        )
+    sections.append(
+        {
+            "title": "Published figures, for context",
+            "words": "Protocols differ; never put two numbers side by side without saying so.",
+            "table": published_table(zero["mean_auroc"]),
+        }
+    )
     seconds = metrics.get("seconds")
     if seconds:
-        sections.append({"title": "Time", "table": [["stage", "seconds"], *[[k, f"{v:.0f}"] for k, v in seconds.items()]]})
+        sections.append(
+            {"title": "Time", "table": [["stage", "seconds"], *[[k, f"{v:.0f}"] for k, v in seconds.items()]]}
+        )
     low, high = zero["mean_auroc_interval"]
-    headline = [(number(zero["mean_auroc"]), f"mean AUROC ({number(low)} to {number(high)}), {zero['labels_defined']} labels")]
+    headline = [
+        (
+            number(zero["mean_auroc"]),
+            f"mean AUROC ({number(low)} to {number(high)}), {zero['labels_defined']} labels",
+        )
+    ]
     if controls.get("histogram_mean_auroc") is not None:
         headline.append((number(controls["histogram_mean_auroc"]), "HU-histogram classifier (control)"))
     headline.append((number(controls.get("shuffled_mean_auroc")), "against shuffled labels (control)"))

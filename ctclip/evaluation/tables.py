@@ -57,7 +57,9 @@ def read_predictions(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[s
         raise EvaluationError(f"{path}: scores lie outside [0, 1]; give probabilities")
     for name in ("model", "spec"):
         if name in table.columns and table[name].nunique() > 1:
-            raise EvaluationError(f"{path}: rows of different {name}s ({', '.join(map(str, table[name].unique()[:3]))}); split the file")
+            raise EvaluationError(
+                f"{path}: rows of different {name}s ({', '.join(map(str, table[name].unique()[:3]))}); split the file"
+            )
     table[names] = scores
     return table, names
 
@@ -69,11 +71,15 @@ def read_labels(path: str | os.PathLike[str], names: list[str]) -> pd.DataFrame:
         table = table.rename(columns={"VolumeName": "volume"})
         table["volume"] = table["volume"].str.removesuffix(".nii.gz")
     if "volume" not in table.columns:
-        raise EvaluationError(f"{path}: neither a column 'volume' nor 'VolumeName'; give a cohort table or a labels CSV")
+        raise EvaluationError(
+            f"{path}: neither a column 'volume' nor 'VolumeName'; give a cohort table or a labels CSV"
+        )
     absent = [name for name in names if name not in table.columns]
     if absent:
         known = ", ".join(str(column) for column in table.columns[:8])
-        raise EvaluationError(f"{path}: no label column {absent[0]!r} (it has {known} ...); rename it, or choose another protocol")
+        raise EvaluationError(
+            f"{path}: no label column {absent[0]!r} (it has {known} ...); rename it, or choose another protocol"
+        )
     if table["volume"].duplicated().any():
         twice = table["volume"][table["volume"].duplicated()].iloc[0]
         raise EvaluationError(f"{path}: volume {twice!r} is listed twice")

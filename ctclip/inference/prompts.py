@@ -35,7 +35,7 @@ class PromptSet(Section):
     ensemble: Literal["embeddings", "logits"] = "embeddings"
     sections: tuple[SectionName, ...] = Field(("findings", "impression"), min_length=1)
     templates: Pair | None = None
-    abnormalities: dict[str, Pair] = {}
+    abnormalities: dict[str, Pair] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _nothing_empty(self) -> PromptSet:

@@ -31,7 +31,9 @@ class Detections:
     refused: dict[str, str]
 
 
-def detect_store(loaded: ModelFolder, detector: Detector, store: VolumeStore, split: str | None, batch: int) -> Detections:
+def detect_store(
+    loaded: ModelFolder, detector: Detector, store: VolumeStore, split: str | None, batch: int
+) -> Detections:
     """Every stored volume of a split. A store of another spec than the model's is refused."""
     if store.spec.hash != loaded.spec.hash:
         raise DataError(
@@ -46,7 +48,12 @@ def detect_store(loaded: ModelFolder, detector: Detector, store: VolumeStore, sp
 
 
 def detect_files(
-    loaded: ModelFolder, detector: Detector, paths: Sequence[Path], *, trust: str = "auto", expect: str = "any"
+    loaded: ModelFolder,
+    detector: Detector,
+    paths: Sequence[Path],
+    *,
+    trust: str = "auto",
+    expect: str = "any",
 ) -> Detections:
     """Scans of a user: files, DICOM folders, or folders of files. One that is refused does not stop the others."""
     rows, voxels, refused = [], [], {}
@@ -74,7 +81,11 @@ def _scored(detector: Detector, batches: Iterator[np.ndarray] | list[np.ndarray]
 
 
 def _table(
-    loaded: ModelFolder, detector: Detector, rows: pd.DataFrame, scores: list[tuple[np.ndarray, ...]], refused: dict[str, str]
+    loaded: ModelFolder,
+    detector: Detector,
+    rows: pd.DataFrame,
+    scores: list[tuple[np.ndarray, ...]],
+    refused: dict[str, str],
 ) -> Detections:
     probabilities, margins, embeddings = (np.concatenate(part) for part in zip(*scores, strict=True))
     warnings = rows["warnings"].tolist() if "warnings" in rows.columns else None

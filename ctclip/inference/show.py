@@ -17,7 +17,7 @@ def table_of(table: pd.DataFrame, abnormalities: Sequence[str], most: int = 20) 
     grid.add_column("abnormality")
     for name in shown["volume"]:
         grid.add_column(str(name), justify="right")
-    order = sorted(abnormalities, key=lambda name: -float(shown[name].iloc[0]))[:most]
+    order = sorted(abnormalities, key=lambda name: -float(shown[name].to_numpy()[0]))[:most]
     for name in order:
         grid.add_row(name, *[f"{value:.2f}" for value in shown[name]])
     Console().print(grid)

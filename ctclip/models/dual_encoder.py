@@ -26,7 +26,7 @@ from ctclip.models.text import TextEncoder, build_text_encoder
 class DualEncoder(nn.Module):
     """Projects both encoders' pooled vectors to one space of ``dim`` dimensions."""
 
-    def __init__(self, volume_encoder: nn.Module, text_encoder: TextEncoder, config: ModelConfig) -> None:
+    def __init__(self, volume_encoder: Any, text_encoder: TextEncoder, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.volume_encoder = volume_encoder

@@ -60,9 +60,12 @@ def save_model(
     partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
     try:
         tensors = model.state_dict() if state is None else state
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / "model.safetensors")
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            partial / "model.safetensors",
+        )
         (partial / "config.yaml").write_text(dump_config(model.config), encoding="utf-8")
-        bert = model.text_encoder.bert.config.to_dict()
+        bert: dict[str, Any] = model.text_encoder.bert.config.to_dict()  # type: ignore[union-attr, operator]
         (partial / "text_config.json").write_text(json.dumps(bert, indent=2, default=str), encoding="utf-8")
         model.text_encoder.tokenizer.save_pretrained(partial / "tokenizer")
         spec.save(partial / "preprocessing.yaml")

@@ -69,7 +69,7 @@ class TextEncoder(nn.Module):
     ``max_tokens`` are cut at sentence ends into chunks whose vectors are averaged, weighted by length.
     """
 
-    def __init__(self, bert: nn.Module, tokenizer: Any, config: TextConfig) -> None:
+    def __init__(self, bert: Any, tokenizer: Any, config: TextConfig) -> None:
         super().__init__()
         self.bert = bert
         self.tokenizer = tokenizer
@@ -112,7 +112,11 @@ class TextEncoder(nn.Module):
             pieces = [ids] if len(ids) <= room else self._chunks(text, room)
             chunks.extend(pieces)
             owner.extend([index] * len(pieces))
-        first, last, pad = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id
+        first, last, pad = (
+            self.tokenizer.cls_token_id,
+            self.tokenizer.sep_token_id,
+            self.tokenizer.pad_token_id,
+        )
         length = max(len(chunk) for chunk in chunks) + 2
         input_ids = torch.full((len(chunks), length), pad, dtype=torch.long)
         for row, chunk in enumerate(chunks):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ctclip.config import ViT3DConfig
+from ctclip.models.batchnorm import GlobalBatchNorm3d
 from ctclip.models.outputs import VolumeTokens
 
 LONGEST_WAVE_MM = 800.0
@@ -59,9 +60,7 @@ class ViT3D(nn.Module):
         full = torch.zeros_like(tokens).scatter(1, order[..., None].expand_as(encoded), encoded)
         return VolumeTokens(full, grid, pooled)
 
-    def _transform(
-        self, tokens: Tensor, positions: Tensor, valid: Tensor | None, grid: tuple[int, int, int]
-    ) -> Tensor:
+    def _transform(self, tokens: Tensor, positions: Tensor, valid: Tensor | None, grid: tuple[int, int, int]) -> Tensor:
         batch, registers = len(tokens), len(self.registers)
         tokens = torch.cat([self.registers.to(tokens.dtype).expand(batch, -1, -1), tokens], dim=1)
         rotation = _rotation(positions, self.config.width // self.config.heads, registers)
@@ -143,7 +142,10 @@ class ViT3D(nn.Module):
 
 
 class Stem(nn.Module):
-    """Volume -> token cells: HU windows, a linear map of each patch, then stages of convolutions and merges."""
+    """Volume -> tokens' cells: HU windows, a linear map of each patch, then stages of convolutions.
+
+    Each stage mixes neighbours by 3x3x3 convolutions and ends with a strided one that halves each axis.
+    """
 
     def __init__(self, config: ViT3DConfig) -> None:
         super().__init__()
@@ -151,22 +153,23 @@ class Stem(nn.Module):
         self.hu_window, self.windows = config.hu_window, config.windows
         widths = [width for width, _ in config.stages] + [config.width]
         self.embed = nn.Linear(math.prod(config.patch) * len(config.windows), widths[0])
-        self.embed_norm = nn.LayerNorm(widths[0])
-        self.stages = nn.ModuleList(
-            Stage(width, after, depth) for (width, depth), after in zip(config.stages, widths[1:], strict=True)
-        )
+        self.embed_norm = GlobalBatchNorm3d(widths[0]) if config.stages else nn.Identity()
+        layers: list[nn.Module] = []
+        for (width, depth), after in zip(config.stages, widths[1:], strict=True):
+            layers += [Convolution(width, width) for _ in range(depth)]
+            layers.append(Convolution(width, after, stride=2))
+        self.convolutions = nn.Sequential(*layers)
 
     def forward(self, volume: Tensor) -> Tensor:
         """(B, 1, D, H, W) -> (B, C, d, h, w)."""
         pd, ph, pw = self.patch
         patches = rearrange(volume, "b 1 (d pd) (h ph) (w pw) -> b d h w (pd ph pw)", pd=pd, ph=ph, pw=pw)
         shown = torch.cat([self._window(patches, low, high) for low, high in self.windows], dim=-1)
-        cells = self.embed_norm(self.embed(shown))
         # The channel axis stays innermost in memory: convolutions and linear maps both want it there.
-        cells = rearrange(cells, "b d h w c -> b c d h w")
-        for stage in self.stages:
-            cells = stage(cells)
-        return cells
+        cells = rearrange(self.embed(shown), "b d h w c -> b c d h w")
+        if len(self.convolutions):
+            cells = F.relu(self.embed_norm(cells))
+        return self.convolutions(cells)
 
     def _window(self, values: Tensor, low: float, high: float) -> Tensor:
         """Show HU from ``low`` to ``high`` as -1 to 1, clipped; values stand for ``hu_window``."""
@@ -178,36 +181,19 @@ class Stem(nn.Module):
         return (values * gain + offset).clamp(-1, 1)
 
 
-class Stage(nn.Module):
-    """Residual 3x3x3 convolutions, then 2x2x2 cells merged into one of another width."""
+class Convolution(nn.Module):
+    """relu(norm(conv(x))), 3x3x3; added to x where the shapes allow."""
 
-    def __init__(self, width: int, after: int, depth: int) -> None:
+    def __init__(self, width: int, after: int, stride: int = 1) -> None:
         super().__init__()
-        self.convolutions = nn.ModuleList(ResidualConvolution(width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.merge = nn.Linear(8 * width, after)
+        self.convolution = nn.Conv3d(width, after, 3, stride, padding=1, bias=False)
+        self.norm = GlobalBatchNorm3d(after)
+        self.residual = width == after and stride == 1
 
     def forward(self, cells: Tensor) -> Tensor:
-        """(B, C, D, H, W) -> (B, after, D / 2, H / 2, W / 2)."""
-        for convolution in self.convolutions:
-            cells = convolution(cells)
-        cells = F.gelu(self.norm(rearrange(cells, "b c d h w -> b d h w c")))
-        cells = rearrange(cells, "b (d i) (h j) (w k) c -> b d h w (i j k c)", i=2, j=2, k=2)
-        return rearrange(self.merge(cells), "b d h w c -> b c d h w")
-
-
-class ResidualConvolution(nn.Module):
-    """x + conv(gelu(norm(x))), 3x3x3."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.convolution = nn.Conv3d(width, width, 3, padding=1)
-
-    def forward(self, cells: Tensor) -> Tensor:
-        """(B, C, D, H, W), same out."""
-        normal = self.norm(rearrange(cells, "b c d h w -> b d h w c"))
-        return cells + self.convolution(F.gelu(rearrange(normal, "b d h w c -> b c d h w")))
+        """(B, C, D, H, W) -> (B, after, D / stride, H / stride, W / stride)."""
+        mixed = self.norm(self.convolution(cells))
+        return F.relu(cells + mixed if self.residual else mixed)
 
 
 class Block(nn.Module):

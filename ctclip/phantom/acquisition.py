@@ -32,8 +32,12 @@ def draw_acquisition(patient: Patient, random: np.random.Generator, scale: float
     thickness = float(random.choice([1.0, 1.5, 2.0, 3.0, 5.0])) if scale < 2 else float(random.choice([3.0, 4.0, 5.0]))
     size = int(round(field / pixel / 4) * 4)
     span = patient.lung_height * random.uniform(1.1, 1.28)
-    slices = int(round(span / thickness))
-    centre = (-patient.lung_height * random.uniform(0.0, 0.04), random.uniform(-12, 12), random.uniform(-14, 14))
+    slices = round(span / thickness)
+    centre = (
+        -patient.lung_height * random.uniform(0.0, 0.04),
+        random.uniform(-12, 12),
+        random.uniform(-14, 14),
+    )
     shape, spacing = (slices, size, size), (thickness, pixel, pixel)
     origin = tuple(c - (n - 1) / 2 * s for c, n, s in zip(centre, shape, spacing, strict=True))
     return Acquisition(

@@ -25,7 +25,9 @@ def draw_body(canvas: Canvas, patient: Patient) -> None:
     if patient.breasts:
         size = patient.breasts
         depth = -patient.half_depth + 4
-        shapes = [ellipsoid((s * patient.half_width * 0.45, depth, -10), (size * 1.5, size, size * 1.4)) for s in (-1, 1)]
+        shapes = [
+            ellipsoid((s * patient.half_width * 0.45, depth, -10), (size * 1.5, size, size * 1.4)) for s in (-1, 1)
+        ]
         canvas.draw(shapes, -85.0, softness=1.0)
 
 
@@ -68,7 +70,11 @@ def draw_skeleton(canvas: Canvas, patient: Patient, random: np.random.Generator)
         for sign in (-1, 1):
             # Ribs fall forwards: the front end lies lower than the spine's.
             points = [
-                (sign * (width + 5) * shrink * np.sin(a), (depth + 5) * shrink * np.cos(a), level - 26 * (a / np.pi))
+                (
+                    sign * (width + 5) * shrink * np.sin(a),
+                    (depth + 5) * shrink * np.cos(a),
+                    level - 26 * (a / np.pi),
+                )
                 for a in angles
             ]
             ribs += path(points, 4.2)
@@ -86,7 +92,14 @@ def draw_mediastinum(canvas: Canvas, patient: Patient, blood: float) -> None:
     canvas.draw([ellipsoid((0, depth * 0.55, 0), (18, depth * 0.35, height * 0.6))], 10.0, softness=2.0)
     r = patient.aorta
     ascending = [(-12, -depth * 0.2, -height * 0.12), (-14, -depth * 0.24, height * 0.10)]
-    canvas.draw([*path(ascending, r * 1.15), *path(aortic_arch(patient), r), *path(descending_aorta(patient), r * 0.9)], blood)
+    canvas.draw(
+        [
+            *path(ascending, r * 1.15),
+            *path(aortic_arch(patient), r),
+            *path(descending_aorta(patient), r * 0.9),
+        ],
+        blood,
+    )
     canvas.draw(path([(14, -depth * 0.3, -height * 0.08), (10, -depth * 0.12, height * 0.04)], 13.0), blood)
     canvas.draw([tube((-24, -depth * 0.16, height * 0.34), (-22, -depth * 0.14, -height * 0.08), 8.0)], blood + 15)
     canvas.draw([tube((6, depth * 0.42, height * 0.5), (9, depth * 0.46, -height * 0.45), 7.5)], 35.0)
@@ -107,7 +120,11 @@ def descending_aorta(patient: Patient) -> list[tuple[float, float, float]]:
     """Centre line of the descending aorta, left of the spine."""
     _, depth = patient.cavity
     height = patient.lung_height
-    return [(19, depth * 0.36, height * 0.11), (22, depth * 0.58, -height * 0.1), (16, depth * 0.6, -height * 0.62)]
+    return [
+        (19, depth * 0.36, height * 0.11),
+        (22, depth * 0.58, -height * 0.1),
+        (16, depth * 0.6, -height * 0.62),
+    ]
 
 
 def draw_heart(canvas: Canvas, patient: Patient, blood: float) -> None:
@@ -115,7 +132,12 @@ def draw_heart(canvas: Canvas, patient: Patient, blood: float) -> None:
     centre, radii = np.array(patient.heart_centre()), np.array(patient.heart_radii())
     canvas.draw([ellipsoid(centre, radii + 4)], -85.0)
     canvas.draw([ellipsoid(centre, radii)], 50.0)
-    chambers = [((0.38, 0.0, -0.1), 0.42), ((-0.05, -0.35, -0.15), 0.4), ((-0.45, -0.05, 0.1), 0.36), ((0.05, 0.45, 0.3), 0.36)]
+    chambers = [
+        ((0.38, 0.0, -0.1), 0.42),
+        ((-0.05, -0.35, -0.15), 0.4),
+        ((-0.45, -0.05, 0.1), 0.36),
+        ((0.05, 0.45, 0.3), 0.36),
+    ]
     shapes = [ellipsoid(centre + np.array(at) * radii, radii * size) for at, size in chambers]
     canvas.draw(shapes, blood)
 
@@ -174,7 +196,16 @@ def branches(
 
 
 def _lobar_directions() -> list[np.ndarray]:
-    return [np.array(d) for d in ((0.1, -0.3, 0.75), (0.2, 0.45, 0.5), (0.45, -0.45, -0.1), (0.3, 0.55, -0.35), (0.1, 0.2, -0.75))]
+    return [
+        np.array(d)
+        for d in (
+            (0.1, -0.3, 0.75),
+            (0.2, 0.45, 0.5),
+            (0.45, -0.45, -0.1),
+            (0.3, 0.55, -0.35),
+            (0.1, 0.2, -0.75),
+        )
+    ]
 
 
 def draw_vessels(canvas: Canvas, patient: Patient, random: np.random.Generator, blood: float) -> None:

@@ -6,11 +6,14 @@ Patient frame, in mm: x to the left, y to the back, z to the head; the origin li
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numba
 import numpy as np
+
+Point = Sequence[float] | np.ndarray
 
 ELLIPSOID, TUBE = 0.0, 1.0
 REPLACE, ADD = 0, 1
@@ -35,24 +38,24 @@ class Grid:
         return z[:, None, None], y[None, :, None], x[None, None, :]
 
 
-def ellipsoid(centre: Sequence[float], radii: Sequence[float]) -> np.ndarray:
+def ellipsoid(centre: Point, radii: Point) -> np.ndarray:
     """Row of a shape: centre and radii (x, y, z) in mm."""
     return np.array([ELLIPSOID, *centre, *radii, 0.0, 0.0], dtype=np.float64)
 
 
-def ball(centre: Sequence[float], radius: float) -> np.ndarray:
+def ball(centre: Point, radius: float) -> np.ndarray:
     """A sphere."""
     return ellipsoid(centre, (radius, radius, radius))
 
 
-def tube(start: Sequence[float], end: Sequence[float], radius: float, end_radius: float | None = None) -> np.ndarray:
+def tube(start: Point, end: Point, radius: float, end_radius: float | None = None) -> np.ndarray:
     """A round rod between two points, tapering from ``radius`` to ``end_radius``."""
     return np.array([TUBE, *start, *end, radius, radius if end_radius is None else end_radius], dtype=np.float64)
 
 
-def path(points: Sequence[Sequence[float]], radius: float) -> list[np.ndarray]:
+def path(points: Sequence[Point], radius: float) -> list[np.ndarray]:
     """Tubes along a polyline."""
-    return [tube(a, b, radius) for a, b in zip(points[:-1], points[1:], strict=True)]
+    return [tube(a, b, radius) for a, b in itertools.pairwise(points)]
 
 
 class Canvas:
@@ -67,7 +70,7 @@ class Canvas:
     def draw(
         self,
         shapes: Sequence[np.ndarray] | np.ndarray,
-        value: float | Sequence[float],
+        value: float | Point,
         *,
         within: int = ANYWHERE,
         how: int = REPLACE,
@@ -89,7 +92,6 @@ class Canvas:
             within, how, float(softness), bit,
         )  # fmt: skip
 
-
     def pour(self, cover: np.ndarray, value: float, finding: int | None = None) -> None:
         """Displace lung by ``value`` HU where ``cover`` (0 to 1, broadcast to the volume) says so."""
         share = np.broadcast_to(np.asarray(cover, dtype=np.float32), self.hu.shape) * self.lung
@@ -107,7 +109,7 @@ class Canvas:
 
 
 @numba.njit(cache=True, nogil=True)
-def _draw(hu, lung, findings, rows, values, origin, spacing, within, how, softness, bit):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _draw(hu, lung, findings, rows, values, origin, spacing, within, how, softness, bit):  # type: ignore[no-untyped-def]
     # Half an edge: the distance over which a voxel goes from empty to full.
     voxel = (spacing[0] + spacing[1] + spacing[2]) / 3
     half = 0.5 * voxel + softness

@@ -95,7 +95,9 @@ def _claim(root: Path, options: Options) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
         differing = [key for key in wanted if found.get(key) != wanted[key]]
         if differing:
-            raise PhantomError(f"{path}: this folder holds another cohort (differs in {', '.join(differing)}); choose another folder")
+            raise PhantomError(
+                f"{path}: this folder holds another cohort (differs in {', '.join(differing)}); choose another folder"
+            )
     elif root.is_dir() and any(root.iterdir()):
         raise PhantomError(f"{root}: is not empty and holds no synthetic cohort; choose another folder")
     write_text(path, json.dumps(wanted, indent=2))
@@ -104,7 +106,8 @@ def _claim(root: Path, options: Options) -> None:
 def _all(root: Path, options: Options, due: list[Task], workers: int) -> Iterator[None]:
     if workers == 1 or len(due) < 2:
         for task in due:
-            yield _one(root, options, task)
+            _one(root, options, task)
+            yield None
         return
     with ProcessPoolExecutor(workers) as pool:
         futures = [pool.submit(_one, root, options, task) for task in due]

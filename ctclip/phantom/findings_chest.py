@@ -29,7 +29,11 @@ def pericardial_effusion(canvas: Canvas, patient: Patient, random: np.random.Gen
     centre, radii = np.array(patient.heart_centre()), np.array(patient.heart_radii())
     thickness = 5.0 + 6.5 * factor
     sunk = centre + np.array([0.0, 0.25, -0.2]) * thickness
-    canvas.draw([ellipsoid(sunk, radii + 4 + thickness)], float(random.uniform(4, 18)), finding=bit("Pericardial effusion"))
+    canvas.draw(
+        [ellipsoid(sunk, radii + 4 + thickness)],
+        float(random.uniform(4, 18)),
+        finding=bit("Pericardial effusion"),
+    )
     canvas.unmark(ellipsoid(centre, radii + 3), bit("Pericardial effusion"))
     return Detail("Pericardial effusion", size_mm=round(thickness), severity=severity)
 
@@ -85,7 +89,10 @@ def hiatal_hernia(canvas: Canvas, patient: Patient, random: np.random.Generator)
     canvas.draw([ellipsoid(centre, radii - 4)], float(random.uniform(5, 35)))
     if random.random() < 0.75:
         # The patient lies on the back: air rises to the front.
-        canvas.draw([ellipsoid(centre - np.array([0, radii[1] * 0.35, 0]), (radii - 4) * np.array([0.75, 0.5, 0.75]))], -900.0)
+        canvas.draw(
+            [ellipsoid(centre - np.array([0, radii[1] * 0.35, 0]), (radii - 4) * np.array([0.75, 0.5, 0.75]))],
+            -900.0,
+        )
     return Detail("Hiatal hernia", severity=severity)
 
 
@@ -108,7 +115,11 @@ def lymphadenopathy(canvas: Canvas, patient: Patient, random: np.random.Generato
             largest = max(largest, 2 * radius)
             sign = -1 if name in ("hilar", "axillary") and random.random() < 0.5 else 1
             at = np.array(stations[name]) * np.array([sign, 1, 1]) + random.normal(0, 5, size=3)
-            canvas.draw([ellipsoid(at, radius * random.uniform(0.9, 1.35, size=3))], 48.0, finding=bit("Lymphadenopathy"))
+            canvas.draw(
+                [ellipsoid(at, radius * random.uniform(0.9, 1.35, size=3))],
+                48.0,
+                finding=bit("Lymphadenopathy"),
+            )
     kind = "axillary" if chosen == ["axillary"] else "mediastinal"
     return Detail("Lymphadenopathy", size_mm=round(largest), severity=severity, count=len(chosen), kind=kind)
 
@@ -123,7 +134,16 @@ def medical_material(canvas: Canvas, patient: Patient, random: np.random.Generat
     if kind == "pacemaker":
         pocket = np.array([patient.half_width * 0.5, front, height * 0.33])
         rows += [ellipsoid(pocket, (22, 6, 19))]
-        rows += path([pocket, (0, -depth * 0.55, height * 0.42), (-23, -depth * 0.15, height * 0.25), (-20, -depth * 0.3, -height * 0.1), heart + (4, -8, -18)], 1.6)
+        rows += path(
+            [
+                pocket,
+                (0, -depth * 0.55, height * 0.42),
+                (-23, -depth * 0.15, height * 0.25),
+                (-20, -depth * 0.3, -height * 0.1),
+                (*heart, 4, -8, -18),
+            ],
+            1.6,
+        )
     elif kind == "sternotomy":
         for level in np.linspace(height * 0.27, -height * 0.12, 6):
             ring = [(10 * np.cos(a), -depth - 8 + 9 * np.sin(a), level) for a in np.linspace(0, 2 * np.pi, 9)]
@@ -131,11 +151,22 @@ def medical_material(canvas: Canvas, patient: Patient, random: np.random.Generat
     elif kind == "port":
         chamber = np.array([-patient.half_width * 0.48, front, height * 0.3])
         rows += [ellipsoid(chamber, (12, 7, 12))]
-        rows += path([chamber, (-30, -depth * 0.5, height * 0.42), (-24, -depth * 0.16, height * 0.3), (-22, -depth * 0.14, -height * 0.04)], 1.5)
+        rows += path(
+            [
+                chamber,
+                (-30, -depth * 0.5, height * 0.42),
+                (-24, -depth * 0.16, height * 0.3),
+                (-22, -depth * 0.14, -height * 0.04),
+            ],
+            1.5,
+        )
     else:
         a, b = np.array(descending_aorta(patient)[1]), np.array(descending_aorta(patient)[2])
         for t in np.linspace(0.1, 0.5, 8):
-            ring = [a + (b - a) * t + patient.aorta * 0.8 * np.array([np.cos(c), np.sin(c), 0]) for c in np.linspace(0, 2 * np.pi, 11)]
+            ring = [
+                a + (b - a) * t + patient.aorta * 0.8 * np.array([np.cos(c), np.sin(c), 0])
+                for c in np.linspace(0, 2 * np.pi, 11)
+            ]
             rows += path(ring, 1.0)
     canvas.draw(rows, METAL, finding=bit("Medical material"))
     return Detail("Medical material", kind=kind)
@@ -145,10 +176,18 @@ def distractors(canvas: Canvas, patient: Patient, random: np.random.Generator) -
     """Harmless things everyone may have: small nodes, a granuloma, a costal cartilage's calcium, pleural tags."""
     _, depth = patient.cavity
     height = patient.lung_height
-    nodes = [ball((random.uniform(-25, 25), random.uniform(-30, 10), random.uniform(-0.1, 0.3) * height), random.uniform(1.8, 3.4)) for _ in range(5)]
+    nodes = [
+        ball(
+            (random.uniform(-25, 25), random.uniform(-30, 10), random.uniform(-0.1, 0.3) * height),
+            random.uniform(1.8, 3.4),
+        )
+        for _ in range(5)
+    ]
     canvas.draw(nodes, 40.0)
     if random.random() < 0.4:
-        sides = [ball((s * random.uniform(18, 30), -depth - 4, random.uniform(-0.2, 0.2) * height), 2.4) for s in (-1, 1)]
+        sides = [
+            ball((s * random.uniform(18, 30), -depth - 4, random.uniform(-0.2, 0.2) * height), 2.4) for s in (-1, 1)
+        ]
         canvas.draw(sides, 350.0)
     if random.random() < 0.25:
         spine = ball((random.uniform(-14, 14), depth - 2, random.uniform(-0.3, 0.3) * height), random.uniform(2, 4))

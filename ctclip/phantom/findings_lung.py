@@ -66,7 +66,9 @@ def atelectasis(canvas: Canvas, patient: Patient, random: np.random.Generator) -
         for _ in range(1 + int(random.integers(1, 3) * factor)):
             x, y, z = lung_point(patient, where, "lower" if both else lobe, random)
             z = max(z, -patient.lung_height * 0.34)
-            rows.append(ellipsoid((x, y, z), (random.uniform(18, 34), random.uniform(14, 26), random.uniform(2.2, 4.5))))
+            rows.append(
+                ellipsoid((x, y, z), (random.uniform(18, 34), random.uniform(14, 26), random.uniform(2.2, 4.5)))
+            )
             values.append(random.uniform(-20, 50))
         if random.random() < 0.4 * factor:
             x, y, z = lung_point(patient, where, "lower", random, peripheral=True)
@@ -151,7 +153,13 @@ def pleural_effusion(canvas: Canvas, patient: Patient, random: np.random.Generat
         near = (np.sign(x) == np.sign(cx)) * np.clip(0.5 + (y - level) / edge, 0, 1)
         canvas.pour(near, float(random.uniform(2, 16)), bit("Pleural effusion"))
         # Lung above the fluid is squeezed.
-        canvas.draw([ellipsoid((cx, cy + ry - depth - 4, cz - rz * 0.5), (rx * 0.5, 8, 26))], 180.0, within=IN_LUNG, how=ADD, softness=4.0)
+        canvas.draw(
+            [ellipsoid((cx, cy + ry - depth - 4, cz - rz * 0.5), (rx * 0.5, 8, 26))],
+            180.0,
+            within=IN_LUNG,
+            how=ADD,
+            softness=4.0,
+        )
     return Detail("Pleural effusion", side, severity=severity)
 
 
@@ -189,7 +197,10 @@ def consolidation(canvas: Canvas, patient: Patient, random: np.random.Generator)
     centre = lung_point(patient, side, lobe, random, peripheral=True)
     radius = 15.0 * factor**0.6
     rows = [ellipsoid(centre, radius * random.uniform(0.8, 1.25, size=3))]
-    rows += [ellipsoid(centre + random.normal(0, 0.6, size=3) * radius, radius * random.uniform(0.35, 0.7, size=3)) for _ in range(6)]
+    rows += [
+        ellipsoid(centre + random.normal(0, 0.6, size=3) * radius, radius * random.uniform(0.35, 0.7, size=3))
+        for _ in range(6)
+    ]
     canvas.draw(rows, 220.0, within=IN_LUNG, how=ADD, softness=4.0)
     canvas.draw(rows, float(random.uniform(15, 45)), within=IN_LUNG, softness=1.0, finding=bit("Consolidation"))
     bronchi = []

@@ -30,7 +30,8 @@ def write_report(
 
 def _findings(details: Sequence[Detail], random: np.random.Generator) -> str:
     present = {detail.finding: detail for detail in details}
-    chest, lungs = [], []
+    chest: list[str] = []
+    lungs: list[str] = []
     for name in FINDINGS:
         positive, _, negative = language.PHRASES[name]
         sentence = None

@@ -89,7 +89,8 @@ def make_scan(
         factor, heart_detail = findings_chest.enlarged_heart(random)
         patient = dataclasses.replace(patient, heart=patient.heart * factor)
     protocols = np.random.default_rng([*stream, 1])
-    made, details = [], []
+    made: list[Reconstruction] = []
+    details: list[Detail] = []
     for number in range(reconstructions):
         acquisition = draw_acquisition(patient, protocols, scale)
         # The same stream for each reconstruction: the same patient on another grid.
@@ -105,7 +106,11 @@ def make_scan(
 
 
 def _draw(
-    patient: Patient, present: frozenset[str], blood: float, acquisition: Acquisition, random: np.random.Generator
+    patient: Patient,
+    present: frozenset[str],
+    blood: float,
+    acquisition: Acquisition,
+    random: np.random.Generator,
 ) -> tuple[Canvas, list[Detail]]:
     canvas = Canvas(acquisition.grid)
     details: list[Detail] = []

@@ -58,7 +58,10 @@ class Checkpoints:
             if fault is None:
                 return step, load_file(path / "state.safetensors")
             if distributed.is_main():
-                print(f"warning: checkpoint {path} is damaged ({fault}); going back to the one before", file=sys.stderr)
+                print(
+                    f"warning: checkpoint {path} is damaged ({fault}); going back to the one before",
+                    file=sys.stderr,
+                )
         return 0, {}
 
     def _found(self) -> list[tuple[int, Path]]:

@@ -20,7 +20,11 @@ class Engine:
     """A ContrastiveStep under DeepSpeed ZeRO. ``resumed`` is the state of a checkpoint, or empty."""
 
     def __init__(
-        self, step: ContrastiveStep, config: Config, device: torch.device, resumed: dict[str, Tensor] | None = None
+        self,
+        step: ContrastiveStep,
+        config: Config,
+        device: torch.device,
+        resumed: dict[str, Tensor] | None = None,
     ) -> None:
         self.config = config.training
         self.seed = config.seed
@@ -37,7 +41,7 @@ class Engine:
         import deepspeed
 
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=step.to(device, memory_format=torch.preserve_format),
+            model=step.to(device),
             model_parameters=parameter_groups(step, config.training),
             config=deepspeed_config(config.training, self.chunks),
         )
@@ -156,7 +160,12 @@ def deepspeed_config(config: TrainingConfig, chunks: int) -> dict[str, Any]:
         "gradient_clipping": config.gradient_clip,
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": config.learning_rate, "betas": list(config.betas), "eps": 1e-6, "torch_adam": True},
+            "params": {
+                "lr": config.learning_rate,
+                "betas": list(config.betas),
+                "eps": 1e-6,
+                "torch_adam": True,
+            },
         },
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

@@ -68,6 +68,8 @@ class ContrastiveStep(nn.Module):
         if self.label_head is not None:
             if labels is None:
                 raise ValueError("objectives.labels is set, but the batch has no labels")
-            parts["labels"] = self.objectives.labels * losses.multi_label(self.label_head(volumes * scale), gather(labels))
+            parts["labels"] = self.objectives.labels * losses.multi_label(
+                self.label_head(volumes * scale), gather(labels)
+            )
         total = torch.stack([part.reshape(()) for part in parts.values()]).sum()
         return total, {name: part.detach() for name, part in parts.items()} | {"logit_scale": scale.detach()}

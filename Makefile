@@ -1,0 +1,30 @@
+# Two commands: `make demo` and `make test`. Both make .venv if it is missing.
+PYTHON ?= python3
+SIZE ?= default
+OUTPUT ?= runs/$(if $(filter default,$(SIZE)),demo,$(SIZE))
+
+.PHONY: demo test lint venv clean
+
+demo: .venv/installed
+	.venv/bin/ctclip demo --size $(SIZE) --output $(OUTPUT)
+
+test: .venv/installed lint
+	.venv/bin/python -m pytest $(PYTEST)
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+venv: .venv/installed
+
+# torch by itself first: the pinned version, before anything can ask for another.
+.venv/installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip setuptools
+	.venv/bin/python -m pip install --quiet torch==2.13.0
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch .venv/installed
+
+clean:
+	rm -rf .venv runs

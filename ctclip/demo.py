@@ -1,0 +1,100 @@
+"""The whole route on a synthetic cohort: every stage an ordinary command, printed before it runs.
+
+What is done already is not done again: cohort, store and run continue where they were, and finished stages are
+skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctclip.errors import CtclipError
+from preprocessing.files import write_text
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a demo is."""
+
+    volumes: int
+    overrides: tuple[str, ...]
+    bootstrap: int
+
+
+SIZES = {
+    "default": Size(3600, (), 1000),
+    # Shows that every stage runs; far too small to learn from.
+    "smoke": Size(
+        60,
+        ("training.epochs=1", "training.batch=8", "training.log_every=1", "model.text.vocabulary=600"),
+        100,
+    ),
+}
+
+
+def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]:
+    """Run all stages into ``output``; returns the seconds each took. Raises CtclipError if one fails."""
+    chosen = SIZES[size]
+    cohort, store, run, found = output / "cohort", output / "store", output / "train", output / "predictions"
+    model = run / "model"
+    stages: list[tuple[str, list[str], Path]] = [
+        ("phantom", ["phantom", str(cohort), "--volumes", str(chosen.volumes), "--seed", str(seed), "--rare-floor", "0.15"], cohort / "dataset" / "metadata"),
+        ("preprocess", ["preprocess", str(cohort), "--output", str(store), "--spec", "phantom"], store / "outcomes.csv"),
+        ("train", ["train", "--config", "phantom_tiny", "--store", str(store), "--output", str(run), "--processes", str(processes), f"seed={seed}", *chosen.overrides], model),
+        ("zero-shot", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "valid", "--output", str(found)], found / "embeddings.npz"),
+        ("evaluate", ["evaluate", str(found / "predictions.csv"), "--store", str(store), "--protocol", "phantom", "--run", str(run), "--output", str(output), "--bootstrap", str(chosen.bootstrap)], output / "report.html"),
+    ]  # fmt: skip
+    _claim(output, {"size": size, "seed": seed})
+    book = output / "seconds.json"
+    seconds: dict[str, float] = json.loads(book.read_text()) if book.is_file() else {}
+    for name, arguments, done in stages:
+        print(f"\n$ ctclip {shlex.join(arguments)}", flush=True)
+        if name in seconds and done.exists():
+            print(f"done before, in {seconds[name]:.0f} s", flush=True)
+            continue
+        began = time.monotonic()
+        code = subprocess.run([sys.executable, "-m", "ctclip", *arguments], check=False).returncode
+        if code != 0:
+            raise CtclipError(
+                f"the stage {name!r} ended with exit code {code}; mend what it says above, then run the demo again"
+            )
+        # A stage that was interrupted before adds to what it had taken then.
+        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
+        write_text(book, json.dumps(seconds, indent=2))
+    return seconds
+
+
+def finish(output: Path, seconds: dict[str, float]) -> dict:  # type: ignore[type-arg]
+    """Write the stages' times into ``metrics.json`` and return it."""
+    path = output / "metrics.json"
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    metrics["seconds"] = {**seconds, "total": sum(seconds.values())}
+    write_text(path, json.dumps(metrics, indent=2))
+    predictions = (output / "predictions" / "predictions.csv").read_text(encoding="utf-8")
+    write_text(output / "predictions.csv", predictions)
+    return metrics
+
+
+def default_processes() -> int:
+    """All GPUs; without any, two processes where there are two cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return min(2, len(os.sched_getaffinity(0)))
+
+
+def _claim(output: Path, wanted: dict[str, object]) -> None:
+    path = output / "demo.json"
+    if path.is_file() and json.loads(path.read_text()) != wanted:
+        raise CtclipError(
+            f"{path}: this folder holds another demo {path.read_text()}; choose another --output, or delete it"
+        )
+    write_text(path, json.dumps(wanted))

@@ -1,0 +1,75 @@
+"""Report views, batches and labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ctclip.config import DataConfig, ViewConfig
+from ctclip.data.dataset import ScanSampler, StoredVolumes, collate, shifted
+from ctclip.data.reports import Report, ReportViews, negates
+from ctclip.errors import DataError
+
+REPORT = Report("The heart is enlarged. No pleural effusion is seen. There is a nodule.", "Cardiomegaly. Nodule.")
+RANDOM = np.random.default_rng
+
+
+def test_views_show_what_they_say() -> None:
+    view = lambda name: ReportViews(ViewConfig(report=0, **{name: 1})).draw(REPORT, RANDOM(0))  # noqa: E731
+    assert view("impression") == "Cardiomegaly. Nodule."
+    assert "pleural" not in view("positive")
+    assert "enlarged" in view("positive")
+    assert view("sentence").count(".") == 1
+    assert view("findings") == REPORT.findings
+
+
+def test_an_empty_section_falls_back_to_the_report() -> None:
+    assert ReportViews(ViewConfig(report=0, impression=1)).draw(Report("A nodule.", ""), RANDOM(0)) == "A nodule."
+
+
+@pytest.mark.parametrize(("text", "negative"), [("No nodule.", True), ("Heart size is normal.", True), ("A nodule is noted.", False)])
+def test_negation_by_wording(text: str, negative: bool) -> None:
+    assert negates(text) is negative
+
+
+def test_batches_do_not_depend_on_ranks_and_never_repeat_a_scan() -> None:
+    scans = np.repeat(np.arange(20), 2)
+    make = lambda rank, world, start=0: list(  # noqa: E731
+        ScanSampler(scans, 8, 6, seed=3, rank=rank, world_size=world, start=start)
+    )
+    whole = make(0, 1)
+    for step, batch in enumerate(whole):
+        assert len({scans[row] for row, _ in batch}) == 8
+        assert make(0, 2)[step] + make(1, 2)[step] == batch
+    assert make(0, 1, start=4) == whole[4:]
+    assert {row for batch in whole for row, _ in batch} != set(range(0, 40, 2)), "reconstructions are drawn anew"
+
+
+def test_too_few_scans_say_what_to_do() -> None:
+    with pytest.raises(DataError, match="training.batch=3"):
+        ScanSampler(np.arange(3), 8, 1, seed=0, rank=0, world_size=1)
+
+
+def test_items_are_deterministic_and_without_labels(store) -> None:
+    data = StoredVolumes(DataConfig(store=str(store)), "train", seed=1)
+    first, again = data[(0, 5)], data[(0, 5)]
+    assert first["texts"] == again["texts"]
+    assert first["labels"] is None
+    assert np.array_equal(first["voxels"], again["voxels"])
+    batch = collate([data[(0, 0)], data[(1, 0)]])
+    assert batch.volumes.shape == (2, 1, 64, 80, 112)
+    assert batch.labels is None
+    assert -1 <= float(batch.volumes.min()) <= float(batch.volumes.max()) <= 1
+
+
+def test_shift_moves_and_fills_with_air() -> None:
+    voxels = RANDOM(0).random((4, 5, 6)).astype(np.float32)
+    moved = shifted(voxels, np.array([1, -2, 0]))
+    assert np.array_equal(moved[1:, :3], voxels[:3, 2:])
+    assert (moved[0] == -1).all()
+    assert (moved[:, 3:] == -1).all()
+
+
+def test_a_store_without_the_split_is_named(store) -> None:
+    with pytest.raises(DataError, match="'test'"):
+        StoredVolumes(DataConfig(store=str(store)), "test")

@@ -1,0 +1,135 @@
+"""Encoders: shapes, refusals, air tokens, batch norm over ranks' sums, text chunks, and the model folder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ctclip.config import ModelConfig, TextConfig, ViT3DConfig
+from ctclip.errors import CheckpointError
+from ctclip.models.batchnorm import GlobalBatchNorm3d
+from ctclip.models.dual_encoder import DualEncoder, build_model
+from ctclip.models.folder import load_model, save_model
+from ctclip.models.text import build_text_encoder, train_tokenizer
+from ctclip.models.vit3d import ViT3D, outside_air
+from preprocessing.spec import PreprocessingSpec
+
+SMALL = ViT3DConfig(stages=((8, 1), (16, 0)), width=24, heads=2, depth=2, patch=(2, 2, 2), registers=2)
+SENTENCES = ["The heart is enlarged.", "No pleural effusion is seen.", "A nodule lies in the upper lobe."]
+
+
+def model() -> DualEncoder:
+    torch.manual_seed(0)
+    config = ModelConfig(volume=SMALL, text=TextConfig(width=16, depth=1, heads=2, max_tokens=16), dim=12)
+    return build_model(config, train_tokenizer(SENTENCES * 20, 200))
+
+
+def volume(batch: int = 2) -> torch.Tensor:
+    return torch.rand(batch, 1, 16, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_tokens_keep_their_grid_and_everything_learns() -> None:
+    encoder = ViT3D(SMALL.model_copy(update={"pooling": ("attention", "mean", "max")}))
+    found = encoder(volume())
+    assert found.grid == (2, 2, 3)
+    assert found.tokens.shape == (2, 12, 24)
+    assert found.pooled.shape == (2, encoder.width)
+    found.pooled.square().sum().backward()
+    assert [name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_a_volume_is_encoded_the_same_in_any_batch() -> None:
+    encoder = ViT3D(SMALL).eval()
+    alone = torch.cat([encoder(part).pooled for part in volume(3).split(1)])
+    assert torch.allclose(encoder(volume(3)).pooled, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (torch.zeros(2, 16, 16, 24), r"\(B, 1, D, H, W\)"),
+        (torch.zeros(1, 1, 15, 16, 24), "axis order"),
+        (torch.full((1, 1, 16, 16, 24), -1000.0), "Hounsfield"),
+    ],
+)
+def test_a_wrong_volume_is_explained(given: torch.Tensor, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ViT3D(SMALL)(given)
+
+
+def test_air_outside_is_dropped_and_lungs_never() -> None:
+    body = torch.full((1, 1, 16, 48, 48), -1.0)
+    body[..., 12:36, 12:36] = 0.04
+    body[..., 18:30, 18:30] = -0.98  # as empty as emphysema, but within the wall
+    dropped = outside_air(body, (4, 4, 4), (-1000.0, 1000.0))[0, 0]
+    assert dropped[:, 0].all()
+    assert not dropped[:, 3:9, 3:9].any()
+    config = SMALL.model_copy(update={"drop_air": True})
+    encoder = ViT3D(config).eval()
+    found = encoder(body)
+    kept = found.tokens.abs().sum(dim=2).reshape(found.grid) > 0
+    assert kept.any()
+    assert not kept.all()
+    bodies = torch.cat([body, torch.full_like(body, 0.04)])
+    assert torch.allclose(encoder(bodies).pooled[:1], found.pooled, atol=1e-5), "a fuller neighbour changes nothing"
+
+
+def test_padding_takes_no_part() -> None:
+    encoder = ViT3D(SMALL).eval()
+    mask = torch.ones(1, 1, 16, 16, 24, dtype=torch.bool)
+    mask[..., 16:] = False
+    found = encoder(volume(1), mask)
+    assert (found.tokens.reshape(1, 2, 2, 3, 24)[..., 2, :] == 0).all()
+
+
+def test_global_batch_norm_is_batch_norm() -> None:
+    torch.manual_seed(0)
+    ours, theirs = GlobalBatchNorm3d(5), torch.nn.BatchNorm3d(5)
+    x, weight = torch.randn(4, 5, 3, 4, 2) * 3 + 1, torch.randn(4, 5, 3, 4, 2)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    (ours(a) * weight).square().sum().backward()
+    (theirs(b) * weight).square().sum().backward()
+    assert torch.allclose(a.grad, b.grad, atol=1e-3, rtol=1e-4)
+    assert torch.allclose(ours.weight.grad, theirs.weight.grad, rtol=1e-4)
+    assert torch.allclose(ours.running_var, theirs.running_var, rtol=1e-4)
+
+
+def test_long_reports_are_chunked_not_cut() -> None:
+    text = model().text_encoder
+    long = " ".join(SENTENCES * 4)
+    tokens = text.tokenise([long, SENTENCES[0]])
+    assert tokens["input_ids"].shape[1] <= 16
+    assert tokens["owner"].tolist().count(0) > 2
+    ids = text.tokenizer(long, add_special_tokens=False)["input_ids"]
+    kept = tokens["input_ids"][tokens["owner"] == 0]
+    special = {text.tokenizer.cls_token_id, text.tokenizer.sep_token_id, text.tokenizer.pad_token_id}
+    assert [int(i) for row in kept for i in row if int(i) not in special] == ids
+    assert text(**tokens).shape == (2, 16)
+
+
+def test_any_folder_of_bert_with_its_tokenizer(shared, tmp_path) -> None:
+    folder = shared / "text" / "cxr_bert_tokenizer"
+    config = TextConfig(pretrained=str(folder), weights="random", pooling="cls")
+    encoder = build_text_encoder(config)
+    assert encoder(**encoder.tokenise(["Cardiomegaly.", "No cardiomegaly."])).shape == (2, 768)
+    with pytest.raises(CheckpointError, match="weights=random"):
+        build_text_encoder(TextConfig(pretrained=str(folder)))
+
+
+def test_a_model_folder_round_trips(tmp_path) -> None:
+    made = model().eval()
+    save_model(tmp_path / "model", made, PreprocessingSpec.load("phantom"))
+    loaded = load_model(tmp_path / "model")
+    assert torch.equal(loaded.model.encode_volume(volume()), made.encode_volume(volume()))
+    assert torch.equal(loaded.model.encode_text(SENTENCES), made.encode_text(SENTENCES))
+    assert loaded.spec == PreprocessingSpec.load("phantom")
+
+
+def test_a_damaged_model_folder_is_named(tmp_path) -> None:
+    save_model(tmp_path / "model", model(), PreprocessingSpec.load("phantom"))
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load_model(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="not a ctclip model folder"):
+        load_model(tmp_path)

@@ -1,0 +1,42 @@
+"""The configuration: what it accepts, and how it says what it does not."""
+
+from __future__ import annotations
+
+import pytest
+
+from ctclip.config import Config, build_config, configs_folder, differing_keys, dump_config, load_config, read_mapping
+from ctclip.errors import ConfigError
+
+
+@pytest.mark.parametrize("path", sorted(configs_folder().glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads_and_survives_its_dump(path, tmp_path) -> None:
+    config = load_config(str(path))
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert build_config(read_mapping(tmp_path / "again.yaml"), "again") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.epoch=3", "'training.epochs'"),
+        ("model.volume.widht=3", "width"),
+        ("trainng.epochs=3", "'training"),
+        ("training.batch=many", "training.batch"),
+        ("training.batch=1", "training.batch"),
+        ("model.volume.kind=vit", "vit3d"),
+        ("training.epochs", "key=value"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match="(?s)" + said) as refused:
+        load_config("phantom_tiny", [override])
+    assert "\n" not in str(refused.value)
+
+
+def test_overrides_are_typed() -> None:
+    config = load_config("phantom_tiny", ["training.learning_rate=1e-3", "training.zero.stage=3", "seed=7"])
+    assert (config.training.learning_rate, config.training.zero.stage, config.seed) == (1e-3, 3, 7)
+
+
+def test_differing_keys_are_paths() -> None:
+    assert differing_keys(Config(), Config.model_validate({"training": {"epochs": 3}})) == ["training.epochs"]

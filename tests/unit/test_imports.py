@@ -1,0 +1,47 @@
+"""Imports run one way: a package imports only what stands below it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+LAYERS = [
+    {"preprocessing"},
+    {"ctclip.errors", "ctclip.findings", "ctclip.sentences", "ctclip.versions", "ctclip.config", "ctclip.distributed"},
+    {"ctclip.models", "ctclip.losses", "ctclip.data", "ctclip.phantom"},
+    {"ctclip.evaluation"},
+    {"ctclip.training", "ctclip.inference"},
+    {"ctclip.demo", "ctclip.train", "ctclip.zero_shot", "ctclip.cli", "ctclip.__main__"},
+]
+
+
+def layer(module: str) -> int:
+    for height, names in enumerate(LAYERS):
+        if any(module == name or module.startswith(f"{name}.") for name in names):
+            return height
+    raise AssertionError(f"{module} has no layer: give it one in this test")
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] in ("ctclip", "preprocessing") and name != "ctclip.__version__"}
+
+
+def test_no_import_points_upwards() -> None:
+    upward = []
+    for path in [*ROOT.glob("ctclip/**/*.py"), *ROOT.glob("preprocessing/**/*.py")]:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if module == "ctclip":
+            continue
+        upward += [f"{module} imports {name}" for name in imported(path) if name != "ctclip" and layer(name) > layer(module)]
+    assert not upward
+
+
+def test_a_layer_below_is_noticed() -> None:
+    assert layer("preprocessing.store") < layer("ctclip.models.text") < layer("ctclip.cli.train")

@@ -1,0 +1,59 @@
+"""Objectives against sums written out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from ctclip import losses
+
+
+def unit(rows: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(rows, 6, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def by_hand(volumes, texts, scale, same):
+    total, n = 0.0, len(volumes)
+    for i in range(n):
+        rows = [math.exp(scale * float(volumes[i] @ texts[j])) for j in range(n) if j == i or not same[i, j]]
+        columns = [math.exp(scale * float(volumes[j] @ texts[i])) for j in range(n) if j == i or not same[j, i]]
+        right = math.exp(scale * float(volumes[i] @ texts[i]))
+        total += -math.log(right / sum(rows)) - math.log(right / sum(columns))
+    return total / (2 * n)
+
+
+def test_clip_is_infonce_without_pairs_of_one_identity() -> None:
+    volumes, texts = unit(5, 0), unit(5, 1)
+    scans, wording = torch.tensor([0, 1, 0, 3, 4]), torch.tensor([9, 8, 7, 8, 6])
+    same = losses.same_identity(scans, wording)
+    assert same[0, 2]
+    assert same[1, 3]
+    found = losses.clip(volumes, texts, torch.tensor([7.0]), same)
+    assert abs(float(found) - by_hand(volumes, texts, 7.0, same)) < 1e-5
+
+
+def test_identical_pairs_are_not_pushed_apart() -> None:
+    volumes, texts = unit(4, 2).requires_grad_(), unit(4, 3)
+    everything_same = torch.ones(4, 4, dtype=torch.bool)
+    losses.clip(volumes, texts, torch.tensor([5.0]), everything_same).backward()
+    assert volumes.grad.abs().max() == 0
+
+
+def test_siglip_is_a_sum_of_sigmoids() -> None:
+    volumes, texts = unit(3, 4), unit(3, 5)
+    found = losses.siglip(volumes, texts, torch.tensor([4.0]), torch.tensor([-2.0]))
+    total = 0.0
+    for i in range(3):
+        for j in range(3):
+            logit = 4.0 * float(volumes[i] @ texts[j]) - 2.0
+            total += math.log(1 + math.exp(-logit if i == j else logit))
+    assert abs(float(found) - total / 3) < 1e-5
+
+
+def test_unknown_labels_are_left_out() -> None:
+    logits = torch.tensor([[0.0, 3.0], [1.0, -2.0]])
+    labels = torch.tensor([[1.0, float("nan")], [0.0, float("nan")]])
+    expected = (math.log(2) + math.log(1 + math.e)) / 2
+    assert abs(float(losses.multi_label(logits, labels)) - expected) < 1e-6
