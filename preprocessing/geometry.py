@@ -149,6 +149,15 @@ def _taps(positions: np.ndarray, size: int, width: float) -> tuple[tuple[np.ndar
     index = first[:, None] + np.arange(count)
     weights = np.maximum(0.0, 1 - np.abs(index - centre[:, None]) / width)
     weights /= weights.sum(axis=1, keepdims=True)
+    if width > 1:
+        # A sampled triangle's centroid strays from its centre; a + b * distance brings it back, so that a ramp
+        # stays a ramp. At the border, where part of the filter lies outside, its weights are left as they are.
+        distance = index - centre[:, None]
+        first_moment, second_moment = (weights * distance).sum(axis=1), (weights * distance**2).sum(axis=1)
+        whole = (centre - width >= 0) & (centre + width <= size - 1)
+        scale = np.where(whole, 1 / (1 - first_moment**2 / second_moment), 1.0)
+        tilt = np.where(whole, -scale * first_moment / second_moment, 0.0)
+        weights *= scale[:, None] + tilt[:, None] * distance
     return (first, weights.astype(np.float32)), int(inside[0]), int(inside[-1]) + 1
 
 

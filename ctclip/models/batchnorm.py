@@ -40,7 +40,9 @@ class _GlobalNorm(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, cells: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
         rows = _rows(cells)
-        sums = torch.cat([rows.sum(dim=0), torch.linalg.vector_norm(rows, dim=0).square(), rows.new_full((1,), len(rows))])
+        sums = torch.cat(
+            [rows.sum(dim=0), torch.linalg.vector_norm(rows, dim=0).square(), rows.new_full((1,), len(rows))]
+        )
         _sum_over_ranks(sums)
         width, count = rows.shape[1], sums[-1]
         mean = sums[:width] / count

@@ -7,6 +7,7 @@ loaded as the plain BERT they are.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,28 @@ from ctclip.sentences import sentences
 
 
 def train_tokenizer(reports: Iterable[str], vocabulary: int) -> Any:
-    """A lower-casing WordPiece tokenizer (BERT's) learned from ``reports``; deterministic."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    """A lower-casing WordPiece tokenizer (BERT's) for ``reports``: their commonest words, and single characters to
+    spell the rest.
+
+    The same reports give the same vocabulary: ties are broken by the alphabet, where the merging trainers of
+    `tokenizers` follow the order of a hash table and differ from run to run.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(reports, trainer)
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    count: Counter[str] = Counter()
+    for report in reports:
+        count.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(report)))
+    characters = sorted({character for word in count for character in word})
+    words = sorted((word for word in count if len(word) > 1), key=lambda word: (-count[word], word))
+    pieces = [*special, *characters, *[f"##{character}" for character in characters], *words]
+    tokenizer = Tokenizer(
+        models.WordPiece({piece: i for i, piece in enumerate(pieces[:vocabulary])}, unk_token="[UNK]")
+    )
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

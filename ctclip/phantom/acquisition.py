@@ -16,13 +16,15 @@ KERNELS = ("soft", "medium", "sharp")
 
 @dataclass(frozen=True)
 class Acquisition:
-    """How one reconstruction is made; spacing in mm [slice, row, column], noise in HU."""
+    """How one reconstruction is made; spacing in mm [slice, row, column], noise and offset in HU."""
 
     grid: Grid
     kernel: str
     noise: float
     maker: str
     table_height: float
+    gain: float
+    offset: float
 
 
 def draw_acquisition(patient: Patient, random: np.random.Generator, scale: float) -> Acquisition:
@@ -46,6 +48,9 @@ def draw_acquisition(patient: Patient, random: np.random.Generator, scale: float
         noise=float(random.uniform(10, 40)),
         maker=MAKERS[int(random.integers(3))],
         table_height=float(random.uniform(6, 22)),
+        # Scanners drift within what quality assurance lets pass.
+        gain=float(random.normal(1.0, 0.012)),
+        offset=float(random.normal(0, 7)),
     )
 
 
@@ -71,5 +76,6 @@ def scan(canvas: Canvas, acquisition: Acquisition, random: np.random.Generator) 
         image = ndimage.gaussian_filter1d(ndimage.gaussian_filter1d(image, 0.35, axis=1), 0.35, axis=2)
     # Quantum noise is strongest behind bone and in thick patients, weakest in air.
     level = np.float32(acquisition.noise)
+    image = (image + 1000) * np.float32(acquisition.gain) - 1000 + np.float32(acquisition.offset)
     noisy = image + noise * (level * np.where(image < -900, np.float32(0.55), np.float32(1.0)))
     return np.clip(np.rint(noisy), -1024, 3071).astype(np.int16)

@@ -140,7 +140,7 @@ def medical_material(canvas: Canvas, patient: Patient, random: np.random.Generat
                 (0, -depth * 0.55, height * 0.42),
                 (-23, -depth * 0.15, height * 0.25),
                 (-20, -depth * 0.3, -height * 0.1),
-                (*heart, 4, -8, -18),
+                heart + np.array([4.0, -8.0, -18.0]),
             ],
             1.6,
         )
@@ -173,9 +173,24 @@ def medical_material(canvas: Canvas, patient: Patient, random: np.random.Generat
 
 
 def distractors(canvas: Canvas, patient: Patient, random: np.random.Generator) -> None:
-    """Harmless things everyone may have: small nodes, a granuloma, a costal cartilage's calcium, pleural tags."""
-    _, depth = patient.cavity
+    """Harmless things anyone may have: electrodes on the skin, bowel gas, small nodes, calcified cartilage, spurs."""
+    width, depth = patient.cavity
     height = patient.lung_height
+    if random.random() < 0.5:
+        # Electrodes and their leads lie on the skin: metal, but not in the patient.
+        for _ in range(int(random.integers(2, 6))):
+            x, z = random.uniform(-0.7, 0.7) * patient.half_width, random.uniform(-0.4, 0.45) * height
+            front = -patient.half_depth * (1 - (abs(x) / patient.half_width) ** 2.5) ** 0.4 - 3
+            canvas.draw([ellipsoid((x, front, z), (random.uniform(4, 9), 3, random.uniform(4, 9)))], METAL)
+            canvas.draw([tube((x, front, z), (x + random.uniform(-40, 40), front - 6, z + 60), 1.3)], METAL)
+    for _ in range(int(random.integers(0, 5))):
+        # Gas in stomach and colon under the left dome.
+        at = (
+            random.uniform(0.15, 0.7) * width,
+            random.uniform(-0.6, 0.3) * depth,
+            -height * 0.5 - random.uniform(0, 30),
+        )
+        canvas.draw([ellipsoid(at, random.uniform(8, 26, size=3))], -960.0)
     nodes = [
         ball(
             (random.uniform(-25, 25), random.uniform(-30, 10), random.uniform(-0.1, 0.3) * height),

@@ -10,7 +10,7 @@ from __future__ import annotations
 PHRASES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "Medical material": (
         (
-            "A {kind} is seen.", "There is a {kind} in place.", "Medical material ({kind}) is observed.",
+            "An implanted {kind} is seen.", "There is a {kind} in place.", "Medical material ({kind}) is observed.",
             "The {kind} is in its expected position.", "Status after implantation of a {kind}.",
             "Metallic artefacts are caused by a {kind}.",
         ),

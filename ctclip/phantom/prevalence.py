@@ -31,7 +31,8 @@ PREVALENCE = {
     "Interlobular septal thickening": 7.9,
 }
 
-# Correlations (of 0/1 labels) above 0.2 in CT-RATE's training set; pairs that are not listed are independent.
+# Correlations (of 0/1 labels) above 0.2 in CT-RATE's training set; pairs that are not listed
+# have only what these imply.
 CORRELATION = {
     ("Arterial wall calcification", "Coronary artery wall calcification"): 0.74,
     ("Arterial wall calcification", "Cardiomegaly"): 0.34,
@@ -62,13 +63,19 @@ def _latent(rare_floor: float) -> tuple[np.ndarray, np.ndarray]:
     """Thresholds and matrix root of the Gaussian copula whose binary margins and correlations are the table's."""
     rates = np.array([max(PREVALENCE[name] / 100, rare_floor) for name in FINDINGS])
     thresholds = norm.isf(rates)
-    matrix = np.eye(len(FINDINGS))
-    for (first, second), wanted in CORRELATION.items():
+    listed = np.eye(len(FINDINGS), dtype=bool)
+    wanted = np.eye(len(FINDINGS))
+    for (first, second), correlation in CORRELATION.items():
         i, j = FINDINGS.index(first), FINDINGS.index(second)
-        matrix[i, j] = matrix[j, i] = _tetrachoric(thresholds[i], thresholds[j], rates[i], rates[j], wanted)
-    # The nearest matrix that is a correlation: pairs were set one by one.
-    values, vectors = np.linalg.eigh(matrix)
-    root = vectors * np.sqrt(np.clip(values, 1e-6, None))
+        listed[i, j] = listed[j, i] = True
+        wanted[i, j] = wanted[j, i] = _tetrachoric(thresholds[i], thresholds[j], rates[i], rates[j], correlation)
+    # Pairs set one by one need not fit together: alternate between the listed values and the nearest matrix that
+    # is a correlation (Higham 2002); pairs that are not listed take what the listed ones imply, no more.
+    matrix = wanted
+    for _ in range(200):
+        values, vectors = np.linalg.eigh(np.where(listed, wanted, matrix))
+        root = vectors * np.sqrt(np.clip(values, 1e-6, None))
+        matrix = root @ root.T
     return thresholds, root / np.linalg.norm(root, axis=1, keepdims=True)
 
 

@@ -62,7 +62,7 @@ def _fill(template: str, detail: Detail) -> str:
     where, side = _where(detail), {"both": "bilateral"}.get(detail.side, detail.side)
     on_side = "on both sides" if detail.side == "both" else f"on the {detail.side}"
     kind = language.KINDS.get(detail.kind, detail.kind)
-    number = "Several nodules are present; a" if detail.count > 1 else "A"
+    number = "Several nodules are present, a" if detail.count > 1 else "A"
     text = template.format(
         where=where, where_cap=_capital(where), side=side, Side_cap=_capital(side), on_side=on_side,
         size=f"{detail.size_mm:.0f}", severity=detail.severity, Severity=_capital(detail.severity),

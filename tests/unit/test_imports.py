@@ -30,7 +30,9 @@ def imported(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.split(".")[0] in ("ctclip", "preprocessing") and name != "ctclip.__version__"}
+    return {
+        name for name in found if name.split(".")[0] in ("ctclip", "preprocessing") and name != "ctclip.__version__"
+    }
 
 
 def test_no_import_points_upwards() -> None:
@@ -39,7 +41,9 @@ def test_no_import_points_upwards() -> None:
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         if module == "ctclip":
             continue
-        upward += [f"{module} imports {name}" for name in imported(path) if name != "ctclip" and layer(name) > layer(module)]
+        upward += [
+            f"{module} imports {name}" for name in imported(path) if name != "ctclip" and layer(name) > layer(module)
+        ]
     assert not upward
 
 

@@ -27,7 +27,9 @@ def test_an_empty_section_falls_back_to_the_report() -> None:
     assert ReportViews(ViewConfig(report=0, impression=1)).draw(Report("A nodule.", ""), RANDOM(0)) == "A nodule."
 
 
-@pytest.mark.parametrize(("text", "negative"), [("No nodule.", True), ("Heart size is normal.", True), ("A nodule is noted.", False)])
+@pytest.mark.parametrize(
+    ("text", "negative"), [("No nodule.", True), ("Heart size is normal.", True), ("A nodule is noted.", False)]
+)
 def test_negation_by_wording(text: str, negative: bool) -> None:
     assert negates(text) is negative
 

@@ -1,0 +1,67 @@
+"""Real DeepSpeed processes: two ranks, every ZeRO stage and two-pass gradients compute what one process does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ctclip.distributed import free_port
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def train(tmp_path: Path, processes: int, name: str, **settings) -> tuple[list[float], dict[str, torch.Tensor]]:
+    output = tmp_path / f"{name}.safetensors"
+    given = {"zero": {"stage": 0}, "steps": 4, "output": str(output), **settings}
+    command = [sys.executable]
+    if processes > 1:
+        command += [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(processes),
+            "--master-port",
+            str(free_port()),
+        ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*command, str(WORKER), json.dumps(given)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    return losses, load_file(output)
+
+
+def assert_same(one, two, tolerance: float) -> None:
+    assert one[0] == pytest.approx(two[0], abs=tolerance)
+    assert one[1].keys() == two[1].keys()
+    for name, value in one[1].items():
+        assert torch.allclose(value.float(), two[1][name].float(), atol=tolerance), name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory):
+    return train(tmp_path_factory.mktemp("alone"), 1, "alone")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_are_one_process(tmp_path, alone, stage: int) -> None:
+    assert_same(train(tmp_path, 2, "two", zero={"stage": stage}), alone, 1e-5)
+
+
+def test_two_pass_gradients_are_the_plain_step(tmp_path) -> None:
+    plain = train(tmp_path, 1, "plain", linear=True)
+    assert_same(train(tmp_path, 1, "chunks", linear=True, micro_batch=2), plain, 1e-6)
+    assert_same(train(tmp_path, 2, "chunks2", linear=True, micro_batch=2, zero={"stage": 2}), plain, 1e-5)

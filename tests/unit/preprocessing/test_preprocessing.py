@@ -1,0 +1,243 @@
+"""From a file to voxels: geometry, Hounsfield units, the store, cohorts, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ctclip.phantom.scan import make_scan
+from preprocessing import PreprocessingError, PreprocessingSpec, prepare
+from preprocessing.cohorts import read_cohort
+from preprocessing.geometry import orient, resample
+from preprocessing.hounsfield import Rescale, to_hu
+from preprocessing.pipeline import preprocess_cohort, quarantine_damaged
+from preprocessing.readers import read
+from preprocessing.store import VolumeStore
+from preprocessing.volume import Volume
+
+SPEC = PreprocessingSpec("test", (5.0, 4.0, 4.0), (12, 16, 20))
+
+
+@pytest.fixture(scope="module")
+def hu() -> np.ndarray:
+    return make_scan(1, 1, scale=8.0).reconstructions[0].hu
+
+
+def save(path, array: np.ndarray, affine: np.ndarray | None = None) -> str:
+    """[slice, row, column] LPS+ as NIfTI."""
+    affine = np.diag([-4.0, -4.0, 5.0, 1.0]) if affine is None else affine
+    nib.save(nib.Nifti1Image(array.transpose(2, 1, 0), affine), path)
+    return str(path)
+
+
+def test_all_48_orientations_give_the_same_voxels(tmp_path, hu) -> None:
+    image = nib.Nifti1Image(hu.transpose(2, 1, 0), np.diag([-4.0, -4.0, 5.0, 1.0]))
+    expected = prepare(save(tmp_path / "a.nii.gz", hu), SPEC).voxels
+    count = 0
+    for axes in itertools.permutations(range(3)):
+        for flips in itertools.product((1, -1), repeat=3):
+            turned = image.as_reoriented(np.array(list(zip(axes, flips, strict=True))))
+            nib.save(turned, tmp_path / "b.nii")
+            assert np.allclose(prepare(tmp_path / "b.nii", SPEC).voxels, expected, atol=1e-5)
+            count += 1
+    assert count == 48
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.tuples(*[st.floats(0.7, 6.0)] * 3),
+    st.tuples(*[st.integers(12, 40)] * 3),
+    st.tuples(*[st.floats(-3, 3)] * 3),
+    st.floats(-200, 200),
+)
+def test_a_ramp_is_resampled_exactly_inside(spacing, shape, slope, level) -> None:
+    affine = np.eye(4)
+    affine[:3, :3] = np.diag(spacing)[:, ::-1] @ np.eye(3)
+    affine[:3, :3] = np.array([[0, 0, spacing[2]], [0, spacing[1], 0], [spacing[0], 0, 0]])
+    index = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), axis=-1)
+    world = index @ affine[:3, :3].T
+    values = (level + world @ np.array(slope)).astype(np.float32)
+    if np.abs(values).max() > 1000:
+        return
+    found, moved = resample(Volume(values, affine, "ramp"), SPEC)
+    index = np.stack(np.meshgrid(*[np.arange(n) for n in SPEC.shape], indexing="ij"), axis=-1)
+    back = index @ moved[:3, :3].T + moved[:3, 3]
+    expected = level + back @ np.array(slope)
+    source = back @ np.linalg.inv(affine[:3, :3]).T
+    margin = np.maximum(1, np.ceil(np.array(SPEC.spacing) / np.array(spacing)))
+    inside = ((source >= margin) & (source <= np.array(shape) - 1 - margin)).all(axis=-1)
+    assert np.abs(found - expected)[inside].max(initial=0) < 0.05
+
+
+def test_an_oblique_point_keeps_its_place() -> None:
+    angle = np.radians(12)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = (turn @ np.diag([2.0, 2.0, 2.0]))[:, ::-1]
+    array = np.full((20, 30, 30), -1000, dtype=np.int16)
+    array[9:12, 19:22, 7:10] = 500
+    place = affine[:3, :3] @ np.array([10, 20, 8])
+    straight = orient(Volume(array, affine, "oblique"))
+    where = np.argwhere(straight.array > 0).mean(axis=0)
+    assert np.linalg.norm(straight.affine[:3, :3] @ where + straight.affine[:3, 3] - place) < 1.0
+    assert "oblique by 12.0" in straight.warnings[0]
+
+
+def test_units_are_decided_from_evidence(hu) -> None:
+    table = Rescale(1.0, -1024.0)
+    volume = lambda array: Volume(array, np.eye(4), "x.nii")  # noqa: E731
+    kept = to_hu(volume(hu), table)
+    assert np.array_equal(kept.array, hu), "the known trap: already in HU, the table says otherwise"
+    assert "not applied again" in kept.warnings[0]
+    raw = to_hu(volume((hu + 1024).astype(np.int16)), table)
+    assert np.array_equal(raw.array, hu)
+    with pytest.raises(PreprocessingError, match=r"As stored: .* With the table: "):
+        to_hu(volume((hu + 1024).astype(np.int16)), Rescale(1.0, 0.0))
+    assert np.array_equal(to_hu(volume(hu), table, "trust-table").array, hu.astype(np.float32) - 1024)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda hu: (hu > 0).astype(np.int16), "mask"),
+        (lambda hu: ((hu + 1024) // 17).clip(0, 255).astype(np.int16), "8-bit"),
+        (lambda hu: np.where(hu > 0, np.nan, hu).astype(np.float32), "NaN"),
+        (lambda hu: (hu - 1024).astype(np.int16), "Hounsfield"),
+    ],
+)
+def test_what_is_no_ct_is_refused_with_the_reason(hu, make, said: str) -> None:
+    with pytest.raises(PreprocessingError, match=said):
+        to_hu(Volume(make(hu), np.eye(4), "x.nii"))
+
+
+def test_padding_outside_the_field_of_view_becomes_air(tmp_path, hu) -> None:
+    padded = hu.copy()
+    padded[:, :6] = -3024
+    assert prepare(save(tmp_path / "p.nii", padded), SPEC).hu.min() >= -1024
+
+
+def test_hostile_files_are_refused_before_they_cost_anything(tmp_path, hu) -> None:
+    path = save(tmp_path / "good.nii", hu)
+    whole = open(path, "rb").read()
+    header = bytearray(whole[:352])
+    header[42:48] = np.array([32000, 32000, 32000], dtype="<i2").tobytes()
+    cases = {
+        "empty.nii": b"", "cut.nii": whole[:5000], "cut.nii.gz": b"\x1f\x8b\x08" + whole[:200], "text.nii": b"hello " * 200,
+        "huge.nii": bytes(header), "zip.zip": b"PK nothing", "some.dcm": b"DICM" * 100, "x.nrrd": b"NRRD0004\nsizes: 9 9\n",
+        "x.mha": b"ObjectType = Image\nNDims = 3\nDimSize = 9000 9000 9000\n",
+    }  # fmt: skip
+    for name, content in cases.items():
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        with pytest.raises(PreprocessingError) as refused:
+            read(folder / name)
+        assert name.split(".")[0] in str(refused.value)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(PreprocessingError, match="no such file"):
+        read(tmp_path / "absent.nii.gz")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 400), st.integers(0, 255))
+def test_a_changed_byte_is_an_error_or_a_volume_never_a_crash(tmp_path, place: int, value: int) -> None:
+    path = tmp_path / "f.nii"
+    content = bytearray(_small(tmp_path))
+    content[place % len(content)] = value
+    path.write_bytes(bytes(content))
+    try:
+        assert prepare(path, SPEC, trust="trust-file").voxels.shape == SPEC.shape
+    except PreprocessingError as error:
+        assert "\n" not in str(error)
+
+
+def _small(folder) -> bytes:
+    path = folder / "small.nii"
+    if not path.exists():
+        array = np.random.default_rng(0).integers(-1000, 1000, (8, 9, 10)).astype(np.int16)
+        save(path, array)
+    return path.read_bytes()
+
+
+def test_a_store_is_whole_checked_and_mended(tmp_path, cohort, store) -> None:
+    opened = VolumeStore(store)
+    assert len(opened.volumes) == 24
+    name = opened.volumes[0]
+    region = (slice(3, 9), slice(10, 30), slice(0, 7))
+    assert np.array_equal(opened.read(name, region), opened.read(name)[region])
+    mine = tmp_path / "store"
+    spec = PreprocessingSpec.load("phantom")
+    preprocess_cohort(cohort, mine, spec, workers=1, shard=(1, 6))
+    copy = VolumeStore(mine)
+    damaged = copy.file(copy.volumes[0])
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 255
+    damaged.write_bytes(bytes(content))
+    assert quarantine_damaged(mine) == [damaged.stem]
+    preprocess_cohort(cohort, mine, spec, workers=1, shard=(1, 6))
+    assert copy.intact(damaged.stem)
+    assert np.array_equal(copy.read(damaged.stem), opened.read(damaged.stem))
+    assert not [p for p in os.listdir(mine / "volumes") if "partial" in p]
+    with pytest.raises(PreprocessingError, match="another --output"):
+        VolumeStore.create(mine, SPEC)
+    with pytest.raises(PreprocessingError, match="not a file name"):
+        copy.read("../../etc/passwd")
+
+
+def test_the_stored_volume_is_the_prepared_one(cohort, store) -> None:
+    opened = VolumeStore(store)
+    row = opened.cohort.iloc[0]
+    ready = prepare(cohort / row["path"], opened.spec, table=Rescale(row["rescale_slope"], row["rescale_intercept"]))
+    assert np.abs(opened.read(row["volume"]) - ready.hu).max() <= 0.5
+    assert "not applied again" in ready.warnings[0]
+
+
+def test_the_cohort_table_of_ct_rate(cohort) -> None:
+    table, warnings = read_cohort(cohort)
+    assert warnings == []
+    assert len(table) == 24
+    assert set(table["split"]) == {"train", "valid"}
+    assert not table["findings"].str.fullmatch("(?i)not given.?").any()
+    assert set(table["Lung nodule"].unique()) <= {0, 1}
+
+
+def test_bad_tables_are_named(tmp_path, cohort) -> None:
+    source = cohort / "dataset"
+    (tmp_path / "dataset").mkdir()
+    for name in ("train", "valid"):
+        shutil.copytree(source / name, tmp_path / "dataset" / name)
+    reports = pd.read_csv(source / "radiology_text_reports" / "train_reports.csv")
+    reports.head(-2).to_csv(tmp_path / "train_reports.csv", index=False)
+    _, warnings = read_cohort(tmp_path)
+    assert "volumes have no report" in warnings[0]
+    reports.drop(columns="Findings_EN").to_csv(tmp_path / "train_reports.csv", index=False)
+    with pytest.raises(PreprocessingError, match=r"train_reports\.csv: column 'Findings_EN' is missing"):
+        read_cohort(tmp_path)
+
+
+def test_real_scans(shared) -> None:
+    folder = shared / "ct"
+    spec = PreprocessingSpec.load("ct_224")
+    for name in (
+        "dicom/lungdx_A0001_philips_B_5mm_64",
+        "dicom/ts_abd_contrast_siemens_20",
+        "nifti/ts_abdpelvis_3mm_RAS.nii.gz",
+    ):
+        assert prepare(folder / name, spec).voxels.shape == spec.shape
+    tilted = prepare(folder / "dicom" / "dcm_qa_ct" / "gantry_tilt_ge", spec)
+    assert any("gantry tilt of 18.5" in w for w in tilted.warnings)
+    assert any("gaps of 1.08 to 7.00" in w for w in tilted.warnings)
+    for name in ("dicom/dcm_qa_ct/localizer", "dicom/dcm_qa_ct/derived_screenshots", "nifti/CT_pitch.nii.gz"):
+        with pytest.raises(PreprocessingError):
+            prepare(folder / name, spec)
+    with pytest.raises(PreprocessingError, match="not a chest"):
+        prepare(folder / "nifti" / "ts_abdpelvis_3mm_RAS.nii.gz", spec, expect="chest")
+    assert prepare(folder / "dicom" / "lungdx_A0001_philips_B_5mm_64", spec, expect="chest").warnings == []
