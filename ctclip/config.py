@@ -83,21 +83,9 @@ class ResNet3DConfig(Section):
     stem_stride: tuple[int, int, int] = (2, 2, 2)
     norm: Literal["batch", "group"] = "group"
     width_factor: float = 1.0
-    activation_checkpointing: bool = False
 
 
-class SlicesConfig(Section):
-    """A 2-D vision model of Hugging Face over slices, and an aggregator (``ctclip/models/slices.py``)."""
-
-    kind: Literal["slices"] = "slices"
-    pretrained: str = Field(..., description="folder or hub name of a Hugging Face vision model")
-    aggregator: Literal["mean", "lstm", "transformer", "cross-attention"] = "transformer"
-    slice_size: int = 224
-    every: int = Field(1, ge=1, description="use every n-th slice")
-    frozen: bool = False
-
-
-VolumeEncoderConfig = Annotated[ViT3DConfig | CTViTConfig | ResNet3DConfig | SlicesConfig, Field(discriminator="kind")]
+VolumeEncoderConfig = Annotated[ViT3DConfig | CTViTConfig | ResNet3DConfig, Field(discriminator="kind")]
 
 
 class TextConfig(Section):

@@ -12,6 +12,7 @@ import typer
 from ctclip import __version__
 from ctclip.cli.demo import demo
 from ctclip.cli.evaluate import evaluate
+from ctclip.cli.import_checkpoint import import_checkpoint
 from ctclip.cli.phantom import phantom
 from ctclip.cli.preprocess import preprocess
 from ctclip.cli.train import train
@@ -29,6 +30,7 @@ app.command()(preprocess)
 app.command()(train)
 app.command("zero-shot")(zero_shot)
 app.command()(evaluate)
+app.command("import-checkpoint")(import_checkpoint)
 app.command()(demo)
 
 

@@ -17,7 +17,6 @@ from ctclip.config import (
     CTViTConfig,
     ModelConfig,
     ResNet3DConfig,
-    SlicesConfig,
     ViT3DConfig,
 )
 from ctclip.models.text import TextEncoder, build_text_encoder
@@ -106,7 +105,7 @@ def build_model(config: ModelConfig, tokenizer: Any | None = None) -> DualEncode
     return DualEncoder(build_volume_encoder(config.volume), build_text_encoder(config.text, tokenizer), config)
 
 
-def build_volume_encoder(config: ViT3DConfig | CTViTConfig | ResNet3DConfig | SlicesConfig) -> nn.Module:
+def build_volume_encoder(config: ViT3DConfig | CTViTConfig | ResNet3DConfig) -> nn.Module:
     """The volume encoder ``config`` describes."""
     if isinstance(config, ViT3DConfig):
         from ctclip.models.vit3d import ViT3D
@@ -116,13 +115,9 @@ def build_volume_encoder(config: ViT3DConfig | CTViTConfig | ResNet3DConfig | Sl
         from ctclip.models.ctvit import CTViT
 
         return CTViT(config)
-    if isinstance(config, ResNet3DConfig):
-        from ctclip.models.resnet3d import ResNet3D
+    from ctclip.models.resnet3d import ResNet3D
 
-        return ResNet3D(config)
-    from ctclip.models.slices import SliceEncoder
-
-    return SliceEncoder(config)
+    return ResNet3D(config)
 
 
 def _projection(kind: str, inside: int, outside: int) -> nn.Module:

@@ -8,11 +8,13 @@ calibrated, ``calibration.json``. Nothing in it is code, and nothing is unpickle
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,41 @@ def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu
     prompts = read_mapping(path / "prompts.yaml") if (path / "prompts.yaml").is_file() else None
     spec = PreprocessingSpec.load(path / "preprocessing.yaml")
     return ModelFolder(model.to(device).eval(), spec, prompts, path, file_hash(weights))
+
+
+def import_published(file: Path, output: Path, text: str, ignore: Sequence[str] = ()) -> Path:
+    """A published checkpoint as a model folder: spec ``ct_clip`` and the published prompts go with it.
+
+    ``text``: folder or hub name with the tokenizer and ``config.json`` of the checkpoint's BERT.
+    """
+    from transformers import BertConfig, BertModel
+
+    from ctclip.models.published import read_published, to_model
+
+    published = read_published(file, ignore)
+    try:
+        shape = BertConfig.from_pretrained(text)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{text}: no BERT configuration; put config.json, vocab.txt and tokenizer_config.json of the checkpoint's text "
+            f"encoder (microsoft/BiomedVLP-CXR-BERT-specialized for CT-CLIP) in a folder and name it in --text"
+        ) from error
+    for name, value in published.bert.items():
+        if getattr(shape, name) != value:
+            raise CheckpointError(
+                f"{text}: its config.json says {name} {getattr(shape, name)}, the checkpoint has {value}"
+            )
+    bert = BertModel(shape, add_pooling_layer=False)
+    settings = TextConfig(
+        pooling="cls", width=shape.hidden_size, depth=shape.num_hidden_layers, heads=shape.num_attention_heads
+    )
+    model = to_model(published, bert, load_tokenizer(text), settings)
+    spec = PreprocessingSpec.load("ct_clip")
+    if published.volume.shape != (spec.shape[0], spec.shape[2], spec.shape[1]):
+        # A model of another grid: the same published geometry at its own size.
+        spec = dataclasses.replace(spec, name=f"ct_clip_{published.volume.shape[1]}", shape=published.volume.shape)
+    card = f"# Imported from {file.name}\n\nsupervision: as published\n\nPublished CT-CLIP weights, sha256 {file_hash(file)}.\n"
+    return save_model(output, model, spec, prompts=prompts_file("published"), card=card)
 
 
 def file_hash(path: Path) -> str:

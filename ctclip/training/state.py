@@ -35,7 +35,8 @@ def parameters(module: nn.Module, stage: int) -> dict[str, torch.Tensor]:
         return {f"state/{name}": value.detach().cpu().clone() for name, value in module.state_dict().items()}
     import deepspeed
 
-    state = {f"state/{name}": value.detach().cpu().clone() for name, value in module.named_buffers()}
+    kept = set(module.state_dict())
+    state = {f"state/{n}": value.detach().cpu().clone() for n, value in module.named_buffers() if n in kept}
     for name, parameter in module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             state[f"state/{name}"] = parameter.detach().cpu().clone()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ctclip.config import ModelConfig, TextConfig, ViT3DConfig
+from ctclip.config import ModelConfig, ResNet3DConfig, TextConfig, ViT3DConfig
 from ctclip.errors import CheckpointError
 from ctclip.models.batchnorm import GlobalBatchNorm3d
 from ctclip.models.dual_encoder import DualEncoder, build_model
 from ctclip.models.folder import load_model, save_model
+from ctclip.models.resnet3d import ResNet3D
 from ctclip.models.text import build_text_encoder, train_tokenizer
 from ctclip.models.vit3d import ViT3D, outside_air
 from preprocessing.spec import PreprocessingSpec
@@ -36,6 +37,15 @@ def test_tokens_keep_their_grid_and_everything_learns() -> None:
     assert found.pooled.shape == (2, encoder.width)
     found.pooled.square().sum().backward()
     assert [name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_a_residual_network_of_monai() -> None:
+    encoder = ResNet3D(ResNet3DConfig(width_factor=0.125)).eval()
+    found = encoder(volume())
+    assert found.pooled.shape == (2, encoder.width)
+    assert found.tokens.shape[1] == found.grid[0] * found.grid[1] * found.grid[2]
+    alone = torch.cat([encoder(part).pooled for part in volume().split(1)])
+    assert torch.allclose(found.pooled, alone, atol=1e-5)
 
 
 def test_a_volume_is_encoded_the_same_in_any_batch() -> None:

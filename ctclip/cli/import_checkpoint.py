@@ -1,0 +1,25 @@
+"""`ctclip import-checkpoint`: a published CT-CLIP checkpoint to a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def import_checkpoint(
+    file: Path = typer.Argument(..., help="CT-CLIP_v2.pt, CT_VocabFine_v2.pt, CT_LiPro_v2.pt or the like."),
+    output: Path = typer.Option(..., "--output", "-o", help="The model folder to write."),
+    text: str = typer.Option(
+        ..., help="Folder or hub name with the tokenizer and config.json of the checkpoint's BERT."
+    ),
+    ignore: list[str] = typer.Option(None, help="A key that may be dropped; may be repeated."),
+) -> None:
+    """Turn a published CT-CLIP checkpoint into a model folder; nothing in the file is executed.
+
+    `ctclip import-checkpoint CT-CLIP_v2.pt --text BiomedVLP-CXR-BERT-specialized --output models/ct-clip`
+    """
+    from ctclip.models.folder import import_published
+
+    folder = import_published(file, output, text, ignore or [])
+    print(f"model: {folder}")

@@ -1,0 +1,182 @@
+"""The published CT-CLIP's volume encoder (CT-ViT; Hamamci et al. 2023, 2024), to the last digit.
+
+Attention within each slab of slices, then along them, each layer led by a depthwise convolution; the tokens are
+replaced by rows of a codebook. Quirks of the published code that its weights depend on are kept and named.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ctclip.config import CTViTConfig
+from ctclip.models.outputs import VolumeTokens
+
+ATTENTION_SCALE = 8.0
+CODEBOOK_DECAY = 0.8
+
+
+class CTViT(nn.Module):
+    """volume (B, 1, D, H, W) in [-1, 1], indexed [slice, column, row] as ``ct_clip`` prepares it -> VolumeTokens.
+
+    ``pooled`` is the mean over slabs, flattened: (B, h * w * width).
+    """
+
+    def __init__(self, config: CTViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.grid = tuple(extent // step for extent, step in zip(config.shape, config.patch, strict=True))
+        depth, height, width = config.patch
+        inside = depth * height * width
+        self.embed = nn.Sequential(nn.LayerNorm(inside), nn.Linear(inside, config.width), nn.LayerNorm(config.width))
+        self.bias = RelativeBias(config.width, config.heads)
+        self.spatial = nn.ModuleList(Layer(config) for _ in range(config.spatial_depth))
+        self.spatial_norm = nn.LayerNorm(config.width)
+        self.temporal = nn.ModuleList(Layer(config) for _ in range(config.temporal_depth))
+        self.temporal_norm = nn.LayerNorm(config.width)
+        self.codebook = Codebook(config.codebook_size, config.width) if config.quantise else None
+        self.width = self.grid[1] * self.grid[2] * config.width
+
+    def forward(self, volume: Tensor, mask: Tensor | None = None) -> VolumeTokens:
+        """``mask`` is accepted and ignored: the published model sees padding as air."""
+        encoded = self.encode(self.patches(volume))
+        tokens = encoded if self.codebook is None else self.codebook(encoded)[0]
+        grid = (tokens.shape[1], tokens.shape[2], tokens.shape[3])
+        return VolumeTokens(rearrange(tokens, "b t h w c -> b (t h w) c"), grid, tokens.mean(dim=1).flatten(1))
+
+    def patches(self, volume: Tensor) -> Tensor:
+        """(B, 1, D, H, W) -> embedded patches (B, t, h, w, C)."""
+        if tuple(volume.shape[2:]) != self.config.shape or volume.ndim != 5 or volume.shape[1] != 1:
+            raise ValueError(
+                f"expected a volume (B, 1, {', '.join(map(str, self.config.shape))}), found {tuple(volume.shape)}"
+            )
+        low, high = (float(v) for v in torch.aminmax(volume.detach()))
+        if low < -1.5 or high > 1.5:
+            raise ValueError(f"voxels range over [{low:.4g}, {high:.4g}], expected [-1, 1]: unscaled Hounsfield units?")
+        pt, p1, p2 = self.config.patch
+        return self.embed(rearrange(volume, "b c (t pt) (h p1) (w p2) -> b t h w (c pt p1 p2)", pt=pt, p1=p1, p2=p2))
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """(B, t, h, w, C) -> the same, before quantisation."""
+        batch, slabs, height, width, _ = tokens.shape
+        grid = (batch, slabs, height, width)
+        bias = self.bias(height, width)
+        rows = rearrange(tokens, "b t h w c -> (b t) (h w) c")
+        for layer in self.spatial:
+            rows = self._run(layer, rows, grid, bias)
+        rows = self.spatial_norm(rows)
+        rows = rearrange(rows, "(b t) (h w) c -> (b h w) t c", b=batch, h=height)
+        for layer in self.temporal:
+            rows = self._run(layer, rows, grid, None)
+        return rearrange(self.temporal_norm(rows), "(b h w) t c -> b t h w c", b=batch, h=height)
+
+    def _run(self, layer: nn.Module, rows: Tensor, grid: tuple[int, ...], bias: Tensor | None) -> Tensor:
+        if self.config.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, rows, grid, bias, use_reentrant=False)
+        return layer(rows, grid, bias)
+
+
+class Layer(nn.Module):
+    """Depthwise convolution, attention, feed-forward, each with a residual."""
+
+    def __init__(self, config: CTViTConfig) -> None:
+        super().__init__()
+        width, inner = config.width, config.heads * config.head_width
+        hidden = int(4 * 2 / 3 * width)
+        self.heads = config.heads
+        self.convolution = nn.Conv3d(width, width, 3, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.to_query = nn.Linear(width, inner, bias=False)
+        self.to_key_value = nn.Linear(width, 2 * inner, bias=False)
+        self.query_scale = nn.Parameter(torch.ones(config.head_width))
+        self.key_scale = nn.Parameter(torch.ones(config.head_width))
+        self.out = nn.Linear(inner, width, bias=False)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.up_gate = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, rows: Tensor, grid: tuple[int, ...], bias: Tensor | None) -> Tensor:
+        """rows (sequences, n, C); grid (B, t, h, w); bias (heads, n, n) or None."""
+        rows = rows + self._convolve(rows, grid)
+        rows = rows + self._attend(rows, bias)
+        up, gate = self.up_gate(self.mlp_norm(rows)).chunk(2, dim=-1)
+        return rows + self.down(up * F.gelu(gate))
+
+    def _convolve(self, rows: Tensor, grid: tuple[int, ...]) -> Tensor:
+        # Kept quirk: in the temporal layers rows are ordered (b h w) t, and are reshaped to (b t h w) all the same.
+        cells = rows.reshape(*grid, rows.shape[-1]).permute(0, 4, 1, 2, 3)
+        # Causal along slabs: two before, none after.
+        mixed = self.convolution(F.pad(cells, (1, 1, 1, 1, 2, 0)))
+        return mixed.permute(0, 2, 3, 4, 1).reshape(rows.shape)
+
+    def _attend(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        query = rearrange(self.to_query(self.norm(rows)), "s n (h c) -> s h n c", h=self.heads)
+        # Kept quirk: keys and values are made from the input before the norm.
+        key, value = rearrange(self.to_key_value(rows), "s n (two h c) -> two s h n c", two=2, h=self.heads)
+        query = F.normalize(query, dim=-1) * self.query_scale
+        key = F.normalize(key, dim=-1) * self.key_scale
+        mask = None if bias is None else bias.to(query.dtype)[None]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=ATTENTION_SCALE)
+        return self.out(rearrange(mixed, "s h n c -> s n (h c)"))
+
+
+class RelativeBias(nn.Module):
+    """A bias a head for each pair of places in a slab, from their offset in logarithmic steps (Liu et al. 2022)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(2, width), nn.LeakyReLU(0.1), nn.Linear(width, width), nn.LeakyReLU(0.1), nn.Linear(width, heads)
+        )
+        self.kept: tuple[tuple[int, int], Tensor] | None = None
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """(heads, height * width, height * width). It depends on the grid alone: computed once at inference."""
+        if (
+            not torch.is_grad_enabled()
+            and not self.training
+            and self.kept is not None
+            and self.kept[0] == (height, width)
+        ):
+            return self.kept[1]
+        device = self.net[0].weight.device
+        # Offsets repeat: there are (2h - 1)(2w - 1) of them, not (hw) squared.
+        steps = [torch.arange(1 - extent, extent, device=device, dtype=torch.float32) for extent in (height, width)]
+        offsets = torch.stack(torch.meshgrid(*steps, indexing="ij"), dim=-1)
+        values = self.net(torch.sign(offsets) * torch.log(offsets.abs() + 1))
+        places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), dim=-1)
+        places = places.reshape(-1, 2).to(device)
+        pair = places[:, None] - places[None, :]
+        bias = values[pair[..., 0] + height - 1, pair[..., 1] + width - 1].permute(2, 0, 1)
+        self.kept = None if torch.is_grad_enabled() or self.training else ((height, width), bias)
+        return bias
+
+
+class Codebook(nn.Module):
+    """Vector quantisation by cosine similarity; rows move by an exponential average in training."""
+
+    rows: Tensor
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", F.normalize(torch.randn(size, width), dim=-1))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., C) -> quantised tokens (..., C) and the codes' indices (...). Gradients pass straight through."""
+        flat = F.normalize(tokens.reshape(-1, tokens.shape[-1]).float(), dim=-1)
+        codes = (flat @ F.normalize(self.rows, dim=-1).T).argmax(dim=-1)
+        quantised = self.rows[codes].reshape(tokens.shape).to(tokens.dtype)
+        if self.training:
+            self._move(flat.detach(), codes)
+            quantised = tokens + (quantised - tokens).detach()
+        return quantised, codes.reshape(tokens.shape[:-1])
+
+    @torch.no_grad()
+    def _move(self, flat: Tensor, codes: Tensor) -> None:
+        total = torch.zeros_like(self.rows).index_add_(0, codes, flat)
+        used = torch.bincount(codes, minlength=len(self.rows)) > 0
+        moved = self.rows * CODEBOOK_DECAY + F.normalize(total, dim=-1) * (1 - CODEBOOK_DECAY)
+        self.rows.copy_(torch.where(used[:, None], F.normalize(moved, dim=-1), self.rows))

@@ -1,0 +1,167 @@
+"""Published CT-CLIP checkpoints, in all the shapes they circulate in, as our modules' state."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctclip.config import CTViTConfig, ModelConfig, TextConfig
+from ctclip.errors import CheckpointError
+from ctclip.models.ctvit import CTViT
+from ctclip.models.dual_encoder import DualEncoder
+from ctclip.models.text import TextEncoder
+
+_NORM = {"gamma": "weight", "beta": "bias"}
+_SCALE = {"q_scale": "query_scale", "k_scale": "key_scale"}
+_LINEAR = {"to_q": "to_query", "to_kv": "to_key_value", "to_out": "out", "1": "up_gate", "4": "down"}
+
+# Key by key: the published name (a pattern) and ours. Longer stories are told in ctvit.py.
+LAYER = r"visual_transformer\.enc_(spatial|temporal)_transformer"
+RENAMED: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
+    (r"visual_transformer\.to_patch_emb\.([123])\.(weight|bias)", lambda m: f"volume_encoder.embed.{int(m[1]) - 1}.{m[2]}"),
+    (r"visual_transformer\.spatial_rel_pos_bias\.net\.([01])\.0\.(weight|bias)", lambda m: f"volume_encoder.bias.net.{2 * int(m[1])}.{m[2]}"),
+    (r"visual_transformer\.spatial_rel_pos_bias\.net\.2\.(weight|bias)", lambda m: f"volume_encoder.bias.net.4.{m[1]}"),
+    (LAYER + r"\.layers\.(\d+)\.0\.dsconv\.(weight|bias)", lambda m: f"volume_encoder.{m[1]}.{m[2]}.convolution.{m[3]}"),
+    (LAYER + r"\.layers\.(\d+)\.1\.norm\.(gamma|beta)", lambda m: f"volume_encoder.{m[1]}.{m[2]}.norm.{_NORM[m[3]]}"),
+    (LAYER + r"\.layers\.(\d+)\.1\.(q_scale|k_scale)", lambda m: f"volume_encoder.{m[1]}.{m[2]}.{_SCALE[m[3]]}"),
+    (LAYER + r"\.layers\.(\d+)\.1\.(to_q|to_kv|to_out)\.weight", lambda m: f"volume_encoder.{m[1]}.{m[2]}.{_LINEAR[m[3]]}.weight"),
+    (LAYER + r"\.layers\.(\d+)\.3\.0\.(weight|bias)", lambda m: f"volume_encoder.{m[1]}.{m[2]}.mlp_norm.{m[3]}"),
+    (LAYER + r"\.layers\.(\d+)\.3\.(1|4)\.weight", lambda m: f"volume_encoder.{m[1]}.{m[2]}.{_LINEAR[m[3]]}.weight"),
+    (LAYER + r"\.norm_out\.(gamma|beta)", lambda m: f"volume_encoder.{m[1]}_norm.{_NORM[m[2]]}"),
+    (r"visual_transformer\.vq\._codebook\.embed", lambda m: "volume_encoder.codebook.rows"),
+    (r"text_transformer\.(?!pooler)(.+)", lambda m: f"text_encoder.bert.{m[1]}"),
+    (r"to_text_latent\.weight", lambda m: "text_projection.weight"),
+    (r"to_visual_latent\.weight", lambda m: "volume_projection.weight"),
+    (r"temperature", lambda m: "similarity.logit_scale"),
+)  # fmt: skip
+# Known, and of no effect on what the model computes.
+UNUSED = re.compile(
+    r"to_(text|visual)_latent_extra\.weight|visual_transformer\.to_(patch_emb_first_frame|pixels).*"
+    r"|visual_transformer\.vq\._codebook\.(cluster_size|initted|embed_avg)|text_transformer\.(pooler\..*|embeddings\.(position_ids|token_type_ids))"
+    r"|.*\.null_kv|.*\.context_norm\.(gamma|beta)|classifier\.(weight|bias)"
+)
+LARGEST_BYTES = 16 * 2**30
+
+
+@dataclass
+class Published:
+    """A checkpoint understood: our configuration (without the text encoder's files) and state; the LiPro head."""
+
+    volume: CTViTConfig
+    dim: int
+    bert: dict[str, int]
+    state: dict[str, Tensor]
+    classifier: dict[str, Tensor]
+
+
+def read_published(path: str | Path, ignore: Sequence[str] = ()) -> Published:
+    """Read a published checkpoint without running anything in it; all sizes are inferred from the tensors.
+
+    Raises CheckpointError for a file that is none, and for keys that are not understood, unless ``ignore`` names them.
+    """
+    found = _tensors(Path(path))
+    state: dict[str, Tensor] = {}
+    strange = []
+    for key, value in found.items():
+        name = next((rename(m) for pattern, rename in RENAMED if (m := re.fullmatch(pattern, key))), None)
+        if UNUSED.fullmatch(key) or key in ignore:
+            continue
+        if name is None:
+            strange.append(key)
+        else:
+            state[name] = (
+                value.reshape(1)
+                if name.endswith("logit_scale")
+                else value[0]
+                if name.endswith("codebook.rows")
+                else value
+            )
+    if strange:
+        raise CheckpointError(
+            f"{path}: {len(strange)} keys are not understood: {', '.join(strange[:8])}; name those that may be dropped in --ignore"
+        )
+    try:
+        volume, dim, bert = _sizes(found, state)
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path}: not a CT-CLIP checkpoint, {error} is missing or of an odd shape") from error
+    classifier = {
+        key.removeprefix("classifier."): found[key] for key in ("classifier.weight", "classifier.bias") if key in found
+    }
+    return Published(volume, dim, bert, state, classifier)
+
+
+def to_model(published: Published, bert: Any, tokenizer: Any, text: TextConfig) -> DualEncoder:
+    """Our dual encoder holding the published weights; ``bert`` a BertModel of the checkpoint's shape."""
+    config = ModelConfig(volume=published.volume, text=text, dim=published.dim, logit_scale_max=1e4)
+    model = DualEncoder(CTViT(published.volume), TextEncoder(bert, tokenizer, text), config)
+    state = {**published.state, "similarity.logit_bias": model.similarity.logit_bias.detach()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the text configuration does not fit the checkpoint: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return model.eval()
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if path.stat().st_size > LARGEST_BYTES:
+        raise CheckpointError(f"{path}: {path.stat().st_size / 2**30:.0f} GiB, more than any published checkpoint has")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of plain tensors ({type(error).__name__}); other pickles are never opened, get the file from its authors again"
+        ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not loaded or not all(isinstance(k, str) for k in loaded):
+        raise CheckpointError(f"{path}: holds no dictionary of tensors")
+    tensors = {}
+    for key, value in loaded.items():
+        for prefix in ("module.", "trained_model.", "model."):
+            key = key.removeprefix(prefix)
+        if isinstance(value, Tensor):
+            tensors[key] = value
+    return tensors
+
+
+def _sizes(found: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[CTViTConfig, int, dict[str, int]]:
+    width, inside = state["volume_encoder.embed.1.weight"].shape
+    heads = state["volume_encoder.bias.net.4.weight"].shape[0]
+    head_width = state["volume_encoder.spatial.0.query_scale"].shape[0]
+    dim, flat = state["volume_projection.weight"].shape
+    side = round((flat / width) ** 0.5)
+    # The number of voxels of a patch is known, not its proportions; the published ones are 2 : 1 in plane to depth.
+    patch = round((2 * inside) ** (1 / 3))
+    depth = inside // patch**2
+    if side * side * width != flat or depth * patch**2 != inside:
+        raise ValueError("to_visual_latent.weight or to_patch_emb")
+    layers = {
+        kind: 1 + max(int(m[1]) for key in state if (m := re.match(rf"volume_encoder\.{kind}\.(\d+)", key)))
+        for kind in ("spatial", "temporal")
+    }
+    volume = CTViTConfig(
+        # Half as many slices as columns, as published: 240 of 480. Any number of slabs fits the weights.
+        shape=(side * depth, side * patch, side * patch), patch=(depth, patch, patch), width=width, heads=heads,
+        head_width=head_width, spatial_depth=layers["spatial"], temporal_depth=layers["temporal"],
+        codebook_size=state["volume_encoder.codebook.rows"].shape[0],
+    )  # fmt: skip
+    words = state["text_encoder.bert.embeddings.word_embeddings.weight"]
+    bert = {
+        "vocab_size": words.shape[0], "hidden_size": words.shape[1],
+        "max_position_embeddings": state["text_encoder.bert.embeddings.position_embeddings.weight"].shape[0],
+        "intermediate_size": state["text_encoder.bert.encoder.layer.0.intermediate.dense.weight"].shape[0],
+        "num_hidden_layers": 1 + max(int(m[1]) for key in state if (m := re.search(r"encoder\.layer\.(\d+)\.", key))),
+    }  # fmt: skip
+    return volume, dim, bert

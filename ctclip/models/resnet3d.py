@@ -1,0 +1,47 @@
+"""MONAI's 3-D ResNets under our interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ctclip.config import ResNet3DConfig
+from ctclip.models.outputs import VolumeTokens
+
+BLOCKS = {18: ("basic", (2, 2, 2, 2)), 50: ("bottleneck", (3, 4, 6, 3))}
+GROUP_CHANNELS = 8
+
+
+class ResNet3D(nn.Module):
+    """volume (B, 1, D, H, W) in [-1, 1] -> VolumeTokens: the last feature map's cells, and their mean and maximum."""
+
+    def __init__(self, config: ResNet3DConfig) -> None:
+        super().__init__()
+        from monai.networks.nets import ResNet
+
+        block, layers = BLOCKS[config.depth]
+        widths = [round(width * config.width_factor) for width in (64, 128, 256, 512)]
+        norm = ("group", {"num_groups": GROUP_CHANNELS}) if config.norm == "group" else "batch"
+        self.net: Any = ResNet(
+            block, list(layers), widths, spatial_dims=3, n_input_channels=1, conv1_t_size=7,
+            conv1_t_stride=config.stem_stride,  # type: ignore[arg-type]
+            feed_forward=False, norm=norm,
+        )  # fmt: skip
+        self.width = 2 * widths[-1] * (4 if block == "bottleneck" else 1)
+
+    def forward(self, volume: Tensor, mask: Tensor | None = None) -> VolumeTokens:
+        """``mask`` is accepted and ignored: convolutions see padding as the air it is filled with."""
+        if volume.ndim != 5 or volume.shape[1] != 1:
+            raise ValueError(f"expected a volume (B, 1, D, H, W), found shape {tuple(volume.shape)}")
+        low, high = (float(v) for v in torch.aminmax(volume.detach()))
+        if low < -1.5 or high > 1.5:
+            raise ValueError(f"voxels range over [{low:.4g}, {high:.4g}], expected [-1, 1]: unscaled Hounsfield units?")
+        net = self.net
+        cells = net.maxpool(net.act(net.bn1(net.conv1(volume))))
+        cells = net.layer4(net.layer3(net.layer2(net.layer1(cells))))
+        tokens = rearrange(cells, "b c d h w -> b (d h w) c")
+        grid = (cells.shape[2], cells.shape[3], cells.shape[4])
+        return VolumeTokens(tokens, grid, torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=1))

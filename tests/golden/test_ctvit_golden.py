@@ -1,0 +1,136 @@
+"""What the published CT-CLIP computed, from its own checkpoint format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
+
+from ctclip.config import TextConfig
+from ctclip.errors import CheckpointError
+from ctclip.losses import clip
+from ctclip.models.dual_encoder import DualEncoder
+from ctclip.models.published import read_published, to_model
+
+
+@pytest.fixture(scope="module")
+def parity(shared: Path) -> Path:
+    return shared / "upstream_parity"
+
+
+def build(parity: Path, file: Path | None = None, **changes: Any) -> DualEncoder:
+    published = read_published(file or parity / "checkpoint.pt")
+    shape = json.loads((parity / "config.json").read_text())["bert"]
+    assert all(shape[name] == value for name, value in published.bert.items()), "sizes are inferred from the tensors"
+    published.volume = published.volume.model_copy(update=changes)
+    bert = BertModel(BertConfig(**shape), add_pooling_layer=False)
+    return to_model(published, bert, None, TextConfig(pooling="cls", max_tokens=32))
+
+
+@pytest.mark.parametrize("kind", ["plain", "checkpointed", "compiled"])
+def test_every_recorded_output(parity: Path, kind: str) -> None:
+    golden = load_file(parity / "golden.safetensors")
+    model = build(parity, activation_checkpointing=kind == "checkpointed")
+    encoder = model.volume_encoder
+    close = lambda a, name: torch.testing.assert_close(a, golden[name], atol=1e-5, rtol=0)  # noqa: E731
+    with torch.set_grad_enabled(kind == "checkpointed"):
+        patches = encoder.patches(golden["volume"])
+        encode = torch.compile(encoder.encode) if kind == "compiled" else encoder.encode
+        encoded = encode(patches)
+        quantised, codes = encoder.codebook(encoded)
+        volumes = model.encode_volume(golden["volume"])
+        texts = model.encode_text(input_ids=golden["input_ids"], attention_mask=golden["attention_mask"])
+    close(patches, "patch_tokens")
+    close(encoded, "encoded_tokens")
+    assert torch.equal(codes, golden["codebook_ids"])
+    close(quantised, "quantized_tokens")
+    close(volumes, "image_latents")
+    close(texts, "text_latents")
+    close(model.logits(volumes, texts).diagonal(), "pair_logits")
+    close(clip(volumes, texts, model.similarity.scale()).reshape(1), "contrastive_loss")
+
+
+def test_any_batch_gives_the_same(parity: Path) -> None:
+    golden = load_file(parity / "golden.safetensors")
+    model = build(parity)
+    three = torch.cat([golden["volume"], golden["volume"][:1]])
+    with torch.no_grad():
+        together, alone = model.encode_volume(three), model.encode_volume(golden["volume"][:1])
+    torch.testing.assert_close(together[:2], golden["image_latents"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone, together[2:], atol=1e-5, rtol=0)
+
+
+def test_it_trains_with_the_quantiser_on(parity: Path) -> None:
+    model = build(parity).train()
+    before = model.volume_encoder.codebook.rows.clone()
+    model.encode_volume(load_file(parity / "golden.safetensors")["volume"]).square().sum().backward()
+    model.volume_features(load_file(parity / "golden.safetensors")["volume"]).sum().backward()
+    assert model.volume_encoder.spatial[0].to_query.weight.grad.abs().sum() > 0
+    assert not torch.equal(before, model.volume_encoder.codebook.rows)
+
+
+def variants(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    buffers = {
+        f"text_transformer.embeddings.{name}": torch.arange(32)[None] for name in ("position_ids", "token_type_ids")
+    }
+    head = {"classifier.weight": torch.zeros(18, 24), "classifier.bias": torch.zeros(18)}
+    return {
+        "stray buffers": state | buffers,
+        "wrapped": {f"module.{key}": value for key, value in state.items()},
+        "with optimizer": {"model": state, "optim": {"state": {}}},
+        "LiPro": {f"trained_model.{key}": value for key, value in state.items()} | head,
+    }
+
+
+def test_checkpoints_as_they_circulate(parity: Path, tmp_path: Path) -> None:
+    golden = load_file(parity / "golden.safetensors")
+    state = torch.load(parity / "checkpoint.pt", weights_only=True)
+    for name, content in variants(state).items():
+        torch.save(content, tmp_path / "c.pt")
+        with torch.no_grad():
+            found = build(parity, tmp_path / "c.pt").encode_volume(golden["volume"])
+        torch.testing.assert_close(found, golden["image_latents"], atol=1e-5, rtol=0, msg=name)
+
+
+def test_the_command_makes_a_folder_that_loads(parity: Path, tmp_path: Path) -> None:
+    """With a tokenizer of the checkpoint's size, made here: the small checkpoint has 120 words."""
+    from ctclip.models.folder import import_published, load_model
+
+    text = tmp_path / "text"
+    text.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(115))]
+    (text / "vocab.txt").write_text("\n".join(words))
+    (text / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    shape = json.loads((parity / "config.json").read_text())["bert"]
+    (text / "config.json").write_text(json.dumps({"model_type": "bert", **shape}))
+    import_published(parity / "checkpoint.pt", tmp_path / "model", str(text))
+    loaded = load_model(tmp_path / "model")
+    golden = load_file(parity / "golden.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded.model.encode_volume(golden["volume"]), golden["image_latents"], atol=1e-5, rtol=0
+        )
+    assert loaded.spec.published_geometry
+    (text / "config.json").write_text(json.dumps({"model_type": "bert", **shape, "hidden_size": 64}))
+    with pytest.raises(CheckpointError, match="hidden_size 64, the checkpoint has 32"):
+        import_published(parity / "checkpoint.pt", tmp_path / "again", str(text))
+
+
+def test_what_is_no_checkpoint_is_said_in_one_line(parity: Path, tmp_path: Path) -> None:
+    state = torch.load(parity / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"mystery.weight": torch.zeros(2)}, tmp_path / "strange.pt")
+    with pytest.raises(CheckpointError, match=r"mystery\.weight.*--ignore"):
+        read_published(tmp_path / "strange.pt")
+    assert read_published(tmp_path / "strange.pt", ignore=["mystery.weight"]).dim == 24
+    (tmp_path / "text.pt").write_bytes(b"not a checkpoint")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    (tmp_path / "code.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    for name in ("text.pt", "other.pt", "code.pt", "absent.pt"):
+        with pytest.raises(CheckpointError, match=name) as refused:
+            read_published(tmp_path / name)
+        assert "\n" not in str(refused.value)
