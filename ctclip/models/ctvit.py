@@ -142,7 +142,7 @@ class RelativeBias(nn.Module):
             and self.kept[0] == (height, width)
         ):
             return self.kept[1]
-        device = self.net[0].weight.device
+        device = next(self.net.parameters()).device
         # Offsets repeat: there are (2h - 1)(2w - 1) of them, not (hw) squared.
         steps = [torch.arange(1 - extent, extent, device=device, dtype=torch.float32) for extent in (height, width)]
         offsets = torch.stack(torch.meshgrid(*steps, indexing="ij"), dim=-1)

@@ -9,7 +9,7 @@ from sklearn import metrics as reference
 
 from ctclip.errors import EvaluationError
 from ctclip.evaluation import metrics
-from ctclip.evaluation.controls import histogram_aurocs, shuffled_aurocs
+from ctclip.evaluation.controls import BINS, HIGHEST, histogram_aurocs, histograms, shuffled_aurocs
 from ctclip.evaluation.evaluate import evaluate
 from ctclip.evaluation.protocol import Protocol
 from ctclip.evaluation.retrieval import retrieval
@@ -77,6 +77,12 @@ def test_retrieval_counts_ties_against_us_and_any_reconstruction_as_a_hit() -> N
     found = retrieval(queries, pool, np.array(["a", "b"]), scans)
     assert found["recall@1"] == 0.5
     assert found["median_rank"] == 2.5
+
+
+def test_histograms_count_every_voxel_once() -> None:
+    hu = np.random.default_rng(0).integers(-1100, 3000, (4, 5, 6)).astype(np.int16)
+    expected = np.histogram(hu, [*BINS, HIGHEST])[0] / hu.size
+    assert np.allclose(histograms([hu])[0], expected)
 
 
 def test_shuffled_labels_are_at_chance_and_the_histogram_control_can_see() -> None:
