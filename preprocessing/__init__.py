@@ -1,7 +1,24 @@
 """From a CT file on disk to model-ready voxels; knows nothing of models."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from preprocessing.errors import PreprocessingError
-from preprocessing.pipeline import Prepared, prepare
-from preprocessing.spec import PreprocessingSpec
+
+if TYPE_CHECKING:
+    from preprocessing.pipeline import Prepared, prepare
+    from preprocessing.spec import PreprocessingSpec
 
 __all__ = ["Prepared", "PreprocessingError", "PreprocessingSpec", "prepare"]
+
+_WHERE = {"Prepared": "pipeline", "prepare": "pipeline", "PreprocessingSpec": "spec"}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: a command line that only prints its help must not wait for readers and compilers.
+    if name not in _WHERE:
+        raise AttributeError(f"module 'preprocessing' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"preprocessing.{_WHERE[name]}"), name)

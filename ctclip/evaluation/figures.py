@@ -53,9 +53,10 @@ def example(
                     fontsize=9,
                 )
             axis.axis("off")
-    _words(axes[0][3], "Report", textwrap.fill(report, 58)[:1100])
-    lines = [f"{p:4.0%}  {'+' if y == 1 else '-' if y == 0 else ' '}  {name}" for name, p, y in found]
-    _words(axes[1][3], "Zero-shot probability (+/- label)", "\n".join(lines), mono=True)
+    lines = textwrap.wrap(report, 58)
+    _words(axes[0][3], "Report", "\n".join(lines[:24] + (["[...]"] if len(lines) > 24 else [])))
+    scores = [f"{p:4.0%}  {'+' if y == 1 else '-' if y == 0 else ' '}  {name}" for name, p, y in found]
+    _words(axes[1][3], "Zero-shot probability (+/- label)", "\n".join(scores), mono=True)
     figure.suptitle(title, fontsize=11, color=INK)
     _save(figure, path)
 
@@ -96,7 +97,7 @@ def auroc_bars(
     axis.set_yticks(rows, [f"{name}  ({defined[name]['positives']})" for name in names], fontsize=8)
     axis.set_xlim(min(0.35, float(np.nanmin(low)) - 0.02), 1.01)
     axis.set_xlabel("AUROC on held-out patients (positives in brackets)")
-    axis.legend(fontsize=7, loc="lower right", frameon=False)
+    axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
