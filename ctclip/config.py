@@ -193,7 +193,6 @@ class TrainingConfig(Section):
     zero: ZeroConfig = ZeroConfig()
     checkpoint_every: int = Field(500, ge=1, description="steps")
     keep_checkpoints: int = Field(2, ge=1)
-    validate_every: int = Field(0, ge=0, description="steps between validations; 0: none while training")
     log_every: int = Field(10, ge=1, description="steps")
 
 

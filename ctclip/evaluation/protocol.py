@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import Field
 
 from ctclip.config import Section, find_config, read_mapping, validated
 from ctclip.errors import EvaluationError
@@ -20,9 +19,8 @@ class Protocol(Section):
     describes: str
     labels: tuple[str, ...]
     volumes: Literal["all", "one-per-scan"] = "all"
-    mapping: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     bootstrap: int = 1000
-    thresholds: Literal["calibration", "published"] = "published"
+    thresholds: Literal["published"] = "published"
 
 
 def load_protocol(name: str) -> Protocol:

@@ -21,7 +21,6 @@ FREE_KEYS = (
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.log_every",
-    "training.validate_every",
 )
 
 
