@@ -34,6 +34,13 @@ class Engine:
         self.tokenise = step.model.text_encoder.tokenise
         self.chunks = _chunks(config.training)
         self.bf16 = config.training.precision == "bf16"
+        if self.chunks > 1 and any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in step.model.volume_encoder.modules()
+        ):
+            raise ConfigError(
+                "training.micro_batch: two-pass gradients are exact only for encoders that see each volume alone, and this "
+                "one has batch norm; leave micro_batch unset, or set model.volume.stages=[]"
+            )
         if config.training.compile:
             step.model.volume_encoder.compile()
         if resumed:
@@ -78,7 +85,7 @@ class Engine:
             loss, parts = self._two_pass(batch, identities)
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()
-        logged = {"loss": float(loss), **{name: float(part) for name, part in parts.items()}}
+        logged = {"loss": float(loss.detach()), **{name: float(part) for name, part in parts.items()}}
         return logged | {
             "gradient_norm": float(norm) if norm is not None else math.nan,
             "learning_rate": self.base_rates[0] * factor,

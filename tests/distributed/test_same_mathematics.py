@@ -61,6 +61,11 @@ def test_two_ranks_are_one_process(tmp_path, alone, stage: int) -> None:
     assert_same(train(tmp_path, 2, "two", zero={"stage": stage}), alone, 1e-5)
 
 
+def test_two_pass_gradients_are_refused_where_they_would_not_be_exact(tmp_path) -> None:
+    with pytest.raises(AssertionError, match="batch norm"):
+        train(tmp_path, 1, "refused", micro_batch=2)
+
+
 def test_two_pass_gradients_are_the_plain_step(tmp_path) -> None:
     """After one step Adam's first moment is a tenth of the gradient: nothing has amplified rounding yet."""
     settings = {"linear": True, "steps": 1}
