@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +38,10 @@ def prepare_environment() -> None:
         environment["MASTER_PORT"] = str(free_port())
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed builds a small extension with ninja, which lies beside this Python; the environment need not be active.
+    beside = str(Path(sys.executable).parent)
+    if beside not in environment.get("PATH", "").split(os.pathsep):
+        environment["PATH"] = os.pathsep.join([beside, environment.get("PATH", os.defpath)])
 
 
 def launched() -> bool:
@@ -73,6 +79,9 @@ def initialise() -> torch.device:
     import deepspeed
 
     cuda = torch.cuda.is_available()
+    if not cuda and shutil.which("g++") is None:
+        # Without a compiler gloo's own collectives do as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     if not cuda:
         return torch.device("cpu")
