@@ -223,7 +223,5 @@ def draw_texture(canvas: Canvas, patient: Patient, random: np.random.Generator) 
     """Slow variation of lung density that everyone has: regional perfusion and breath."""
     width, depth = patient.cavity
     reach = np.array([width, depth, patient.lung_height * 0.5])
-    rows = [ellipsoid(random.uniform(-1, 1, size=3) * reach, random.uniform(22, 60, size=3)) for _ in range(32)]
-    # Some breathe evenly, some do not: how uneven a lung is says little by itself.
-    spread = random.uniform(8, 38)
-    canvas.draw(rows, random.normal(0, spread, size=len(rows)), within=IN_LUNG, how=ADD, softness=8.0)
+    rows = [ellipsoid(random.uniform(-1, 1, size=3) * reach, random.uniform(25, 60, size=3)) for _ in range(24)]
+    canvas.draw(rows, random.normal(0, 14, size=len(rows)), within=IN_LUNG, how=ADD, softness=8.0)

@@ -176,22 +176,13 @@ def distractors(canvas: Canvas, patient: Patient, random: np.random.Generator) -
     """Harmless things anyone may have: electrodes on the skin, bowel gas, small nodes, calcified cartilage, spurs."""
     width, depth = patient.cavity
     height = patient.lung_height
-    if random.random() < 0.65:
+    if random.random() < 0.5:
         # Electrodes and their leads lie on the skin: metal, but not in the patient.
         for _ in range(int(random.integers(2, 6))):
             x, z = random.uniform(-0.7, 0.7) * patient.half_width, random.uniform(-0.4, 0.45) * height
             front = -patient.half_depth * (1 - (abs(x) / patient.half_width) ** 2.5) ** 0.4 - 3
             canvas.draw([ellipsoid((x, front, z), (random.uniform(4, 9), 3, random.uniform(4, 9)))], METAL)
             canvas.draw([tube((x, front, z), (x + random.uniform(-40, 40), front - 6, z + 60), 1.3)], METAL)
-    if random.random() < 0.2:
-        # A pump or a telephone beside the patient on the couch.
-        side = float(random.choice([-1.0, 1.0]))
-        at = (
-            side * (patient.half_width + 16),
-            random.uniform(0.0, 0.6) * patient.half_depth,
-            random.uniform(-0.3, 0.4) * height,
-        )
-        canvas.draw([ellipsoid(at, random.uniform(5, 20, size=3))], METAL)
     for _ in range(int(random.integers(0, 5))):
         # Gas in stomach and colon under the left dome.
         at = (

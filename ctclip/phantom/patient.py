@@ -63,7 +63,7 @@ def draw_patient(random: np.random.Generator) -> Patient:
         half_depth=float(scale * (106 + 5 * build + random.normal(0, 5)) + 0.4 * fat),
         fat=fat,
         lung_height=float(np.clip(scale * random.normal(238, 20), 180, 295)),
-        lung_density=float(np.clip(random.normal(-840, 38), -910, -745)),
+        lung_density=float(np.clip(random.normal(-845, 28), -900, -770)),
         dependent_gradient=float(random.uniform(10, 80)),
         heart=float(scale * np.clip(random.normal(0.95, 0.055), 0.82, 1.07)),
         aorta=float(np.clip(random.normal(13.0, 1.4), 10, 17)),
