@@ -4,11 +4,12 @@ __version__ = "0.1.0"
 
 
 def load(source: str, device: str = "cpu"):  # type: ignore[no-untyped-def]
-    """The dual encoder of a model folder or hub name, in evaluation mode.
+    """A model folder or hub name, in evaluation mode.
 
-    ``encode_volume`` takes (B, 1, D, H, W) in [-1, 1], ``encode_text`` strings or input_ids with attention_mask; both
-    return unit vectors. Raises CheckpointError naming what is missing.
+    What it returns detects (``detect("scan.nii.gz")``) and encodes: ``encode_volume`` takes (B, 1, D, H, W) in [-1, 1],
+    ``encode_text`` strings or input_ids with attention_mask; both return unit vectors. Raises CheckpointError naming
+    what is missing.
     """
-    from ctclip.models.folder import load_model
+    from ctclip.inference.model import load as load_from
 
-    return load_model(source, device).model
+    return load_from(source, device)

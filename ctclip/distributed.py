@@ -54,6 +54,16 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def gpus() -> int:
+    """GPUs of this machine; 1 where there is none, for the processor."""
+    return max(1, torch.cuda.device_count())
+
+
+def device() -> torch.device:
+    """The device of a process that runs alone."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def launch(processes: int, module: str) -> int:
     """Run this command line again as ``processes`` ranks of ``module`` on this machine, under DeepSpeed's launcher.
 
@@ -69,7 +79,8 @@ def launch(processes: int, module: str) -> int:
     count = ["--num_gpus" if cuda else "--num_accelerators", str(processes)]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, "--master_port", str(free_port())]
     # This was called as `ctclip train ...` or `python -m ctclip.train ...`.
-    arguments = sys.argv[2:] if sys.argv[1:2] == [module.rpartition(".")[2]] else sys.argv[1:]
+    command_name = module.rpartition(".")[2].replace("_", "-")
+    arguments = sys.argv[2:] if sys.argv[1:2] == [command_name] else sys.argv[1:]
     return subprocess.run([*command, "--module", module, *arguments], env=environment, check=False).returncode
 
 
@@ -128,6 +139,15 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's ``value``, in rank order, on every rank (values of our own making only: this pickles)."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

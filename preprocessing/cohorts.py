@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -47,6 +48,19 @@ def read_cohort(root: str | os.PathLike[str], layout: str = "auto") -> tuple[pd.
     return _plain_folder(folder), []
 
 
+def hold_out(table: pd.DataFrame, fraction: float, *, source: str = "train", name: str = "calibration") -> pd.DataFrame:
+    """The table with ``fraction`` of the patients of split ``source`` moved to split ``name``.
+
+    Who is moved follows from the patient's id alone: the same on every machine, and whatever else is in the cohort.
+    """
+
+    def drawn(patient: str) -> float:
+        return int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8]) / 2**64
+
+    moved = (table["split"] == source) & (table["patient"].map(drawn) < fraction)
+    return table.assign(split=table["split"].where(~moved, name))
+
+
 def label_names(table: pd.DataFrame) -> list[str]:
     """Label columns of a cohort table, in order."""
     return [name for name in table.columns if name not in COLUMNS]
@@ -65,9 +79,7 @@ def check_table(table: pd.DataFrame, source: Path) -> pd.DataFrame:
 
 def _ct_rate(root: Path) -> tuple[pd.DataFrame, list[str]]:
     """CT-RATE: nested patient/scan/reconstruction folders and its CSV tables, wherever under ``root`` they lie."""
-    files = {
-        _identity(path): path for path in sorted(root.rglob("*.nii.gz")) if CT_RATE_NAME.fullmatch(_identity(path))
-    }
+    files = {identity(path): path for path in sorted(root.rglob("*.nii.gz")) if CT_RATE_NAME.fullmatch(identity(path))}
     if not files:
         raise PreprocessingError(f"{root}: no volumes named like train_1_a_1.nii.gz below it")
     reports = _tables(root, "*reports*.csv", ("VolumeName", *SECTIONS))
@@ -121,11 +133,11 @@ def _tables(root: Path, pattern: str, required: tuple[str, ...]) -> pd.DataFrame
     if not parts:
         return pd.DataFrame(columns=list(required[1:]), index=pd.Index([], dtype=str))
     stacked = pd.concat(parts, ignore_index=True)
-    stacked.index = pd.Index([_identity(Path(name)) for name in stacked.pop("VolumeName")])
+    stacked.index = pd.Index([identity(Path(name)) for name in stacked.pop("VolumeName")])
     return stacked[~stacked.index.duplicated()]
 
 
-def _identity(path: Path) -> str:
+def identity(path: Path) -> str:
     name = path.name
     for suffix in FILES:
         if name.lower().endswith(suffix):
@@ -156,7 +168,7 @@ def _plain_folder(root: Path) -> pd.DataFrame:
     paths = sorted(path for path in root.rglob("*") if path.is_file() and path.name.lower().endswith(FILES))
     if not paths:
         raise PreprocessingError(f"{root}: no {', '.join(FILES)} below it")
-    names = [re.sub(r"[^A-Za-z0-9._-]", "_", _identity(path.relative_to(root))) for path in paths]
+    names = [re.sub(r"[^A-Za-z0-9._-]", "_", identity(path.relative_to(root))) for path in paths]
     unique = [re.sub(r"[^A-Za-z0-9._-]", "_", str(path.relative_to(root))) for path in paths]
     names = unique if len(set(names)) < len(names) else names
     return _rows([{"volume": n, "path": str(p.relative_to(root))} for n, p in zip(names, paths, strict=True)])
@@ -168,7 +180,7 @@ def _from_csv(path: Path) -> pd.DataFrame:
     if "path" not in table.columns:
         raise PreprocessingError(f"{path}: column 'path' is missing (it has {', '.join(map(str, table.columns[:6]))})")
     if "volume" not in table.columns:
-        table["volume"] = [_identity(Path(name)) for name in table["path"]]
+        table["volume"] = [identity(Path(name)) for name in table["path"]]
     return check_table(_rows(table.to_dict("records")), path)
 
 

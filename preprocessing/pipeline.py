@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from preprocessing.cohorts import read_cohort
+from preprocessing.cohorts import hold_out, read_cohort
 from preprocessing.errors import PreprocessingError
 from preprocessing.files import written_beside
 from preprocessing.geometry import orient, resample
@@ -88,14 +88,17 @@ def preprocess_cohort(
     options: Options | None = None,
     workers: int | None = None,
     shard: tuple[int, int] = (1, 1),
+    calibration: float = 0.0,
 ) -> list[Outcome]:
     """Bring every volume of a cohort into a store and return what became of each.
 
     Volumes that are stored already are kept, so a run that was interrupted continues. ``shard`` (i, n) takes
-    every n-th volume from the i-th on: shards may run at once on one store.
+    every n-th volume from the i-th on: shards may run at once on one store. ``calibration`` of the training patients
+    become a split of that name, which training never sees.
     """
     options = options or Options()
     table, warnings = read_cohort(root, layout)
+    table = hold_out(table, calibration)
     for warning in warnings:
         print(f"warning: {root}: {warning}")
     store = VolumeStore.create(output, spec)

@@ -10,11 +10,16 @@ import sys
 import typer
 
 from ctclip import __version__
+from ctclip.cli.calibrate import calibrate
 from ctclip.cli.demo import demo
+from ctclip.cli.embed import embed
 from ctclip.cli.evaluate import evaluate
 from ctclip.cli.import_checkpoint import import_checkpoint
+from ctclip.cli.index import index, similar
 from ctclip.cli.phantom import phantom
 from ctclip.cli.preprocess import preprocess
+from ctclip.cli.prompts import prompts
+from ctclip.cli.report import report
 from ctclip.cli.train import train
 from ctclip.cli.zero_shot import zero_shot
 
@@ -29,7 +34,13 @@ app.command()(phantom)
 app.command()(preprocess)
 app.command()(train)
 app.command("zero-shot")(zero_shot)
+app.command()(calibrate)
 app.command()(evaluate)
+app.command()(report)
+app.command()(embed)
+app.command()(index)
+app.command()(similar)
+app.add_typer(prompts, name="prompts")
 app.command("import-checkpoint")(import_checkpoint)
 app.command()(demo)
 

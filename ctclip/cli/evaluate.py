@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 
 import typer
+
+
+class Thresholds(StrEnum):
+    calibration = "calibration"
+    published = "published"
 
 
 def evaluate(
@@ -16,24 +22,44 @@ def evaluate(
     ),
     store: Path = typer.Option(None, help="The volumes' store: adds the histogram control and example slices."),
     run: Path = typer.Option(None, help="The training run: adds its loss curve and configuration."),
+    against: Path = typer.Option(None, help="Other predictions of the same volumes: adds a paired test."),
+    calibration: Path = typer.Option(None, help="calibration.json of the model: its probabilities and thresholds."),
+    thresholds: Thresholds = typer.Option(
+        None, help="published: picked on these very volumes, as CT-CLIP does; the protocol's if not given."
+    ),
     bootstrap: int = typer.Option(None, min=10, help="Resamples of patients; the protocol's if not given."),
     seed: int = typer.Option(0, help="Of the bootstrap and the shuffled control."),
 ) -> None:
     """Score predictions by a declared protocol: AUROC with bootstrap intervals by patient, controls, retrieval.
 
     `ctclip evaluate predictions/predictions.csv --labels labels.csv --protocol ct_rate --output evaluation`
+
+    `ctclip evaluate ours.csv --against theirs.csv --labels labels.csv --output compared`
     """
     from ctclip.evaluation.command import run_evaluation
 
     found = run_evaluation(
-        predictions, output, protocol, labels=labels, store=store, run=run, bootstrap=bootstrap, seed=seed
-    )
+        predictions, output, protocol, labels=labels, store=store, run=run, against=against, calibration=calibration,
+        thresholds=thresholds.value if thresholds is not None else None, bootstrap=bootstrap, seed=seed,
+    )  # fmt: skip
     zero, controls = found["zero_shot"], found["controls"]
-    low, high = zero["mean_auroc_interval"]
-    print(
-        f"mean AUROC {zero['mean_auroc']:.3f} ({low:.3f} to {high:.3f}) over {zero['labels_defined']} labels, {found['volumes']} volumes"
-    )
-    if "histogram_mean_auroc" in controls:
-        print(f"histogram control {controls['histogram_mean_auroc']:.3f}")
-    print(f"shuffled control {controls['shuffled_mean_auroc']:.3f}")
+    if zero["mean_auroc"] is None:
+        print(f"mean AUROC undefined: every label has one class only in these {found['volumes']} volumes")
+    else:
+        low, high = zero["mean_auroc_interval"]
+        print(
+            f"mean AUROC {zero['mean_auroc']:.3f} ({low:.3f} to {high:.3f}) over {zero['labels_defined']} labels, "
+            f"{found['volumes']} volumes of {found['patients']} patients"
+        )
+        for name in zero["labels_undefined"]:
+            print(f"undefined: {name} has one class only; the mean leaves it out")
+        if "histogram_mean_auroc" in controls:
+            print(f"histogram control {controls['histogram_mean_auroc']:.3f}")
+        print(f"shuffled control {controls['shuffled_mean_auroc']:.3f}")
+    print(f"calibration error {zero['means']['calibration_error']['value']:.3f}; thresholds: {zero['thresholds']}")
+    if "paired" in found:
+        mean = found["paired"]["mean"]
+        print(
+            f"against {against}: {mean['difference']:+.3f} ({mean['lower']:+.3f} to {mean['upper']:+.3f}), p {mean['p']:.3f}"
+        )
     print(f"report: {output / 'report.html'}")

@@ -35,6 +35,9 @@ def preprocess(
     expect: Expected = typer.Option(Expected.any, help="Refuse what is not a chest."),
     series: str = typer.Option(None, help="SeriesInstanceUID to take of a DICOM folder of several."),
     shard: str = typer.Option("1/1", help="i/n: take every n-th volume from the i-th on, for job arrays."),
+    calibration: float = typer.Option(
+        0.0, min=0.0, max=0.9, help="Share of the training patients to hold out as the split `calibration`."
+    ),
     verify: bool = typer.Option(
         False, "--verify", help="Check every stored volume, set damaged ones aside, rebuild them."
     ),
@@ -59,6 +62,7 @@ def preprocess(
         options=Options(trust=hu.value, expect=expect.value, series=series),
         workers=workers,
         shard=_shard(shard),
+        calibration=calibration,
     )
     refused = [outcome for outcome in outcomes if outcome.refused]
     for outcome in refused[:20]:

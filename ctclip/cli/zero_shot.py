@@ -2,66 +2,93 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 
 import typer
 
 
+class Format(StrEnum):
+    csv = "csv"
+    parquet = "parquet"
+
+
 def zero_shot(
-    scans: list[Path] = typer.Argument(None, help="Volume files, DICOM folders, or folders of volumes."),
+    scans: list[Path] = typer.Argument(None, help="Volume files, DICOM folders, folders of volumes, or 'patterns'."),
     model: str = typer.Option(..., "--model", "-m", help="A model folder, or a hub name."),
     store: Path = typer.Option(None, help="A store of `ctclip preprocess` instead of scans."),
     split: str = typer.Option(None, help="With --store: one split of the cohort."),
     output: Path = typer.Option(
-        Path("predictions"), "--output", "-o", help="Folder for predictions.csv and embeddings.npz."
+        Path("predictions"), "--output", "-o", help="Folder for the predictions and embeddings.parquet."
     ),
+    format: Format = typer.Option(Format.csv, help="Of the prediction table."),
     prompts: str = typer.Option(
         None, help="A prompt file, or the name of one in configs/prompts; the model's own if not given."
     ),
     abnormality: list[str] = typer.Option(None, help="Detect this instead, listed or not; may be repeated."),
+    reports: bool = typer.Option(False, "--reports", help="With --store: embed the reports too, for retrieval."),
     batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
+    processes: int = typer.Option(None, min=1, help="Processes to share the scans; one a GPU if not given."),
     hu: str = typer.Option("auto", help="Whom to believe about Hounsfield units: auto, trust-file."),
     expect: str = typer.Option("any", help="any, or chest: refuse what is not a chest."),
+    local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Set by the deepspeed launcher."),
 ) -> None:
     """Detect abnormalities by prompts, without any labelled example.
 
     `ctclip zero-shot --model runs/demo/train/model scan.nii.gz`
 
     `ctclip zero-shot --model runs/demo/train/model --store store --split valid --output predictions`
-    """
-    import numpy as np
 
+    Interrupted, the same command goes on where it was. Exit code 3: some scans were refused.
+    """
+    import contextlib
+
+    from ctclip import distributed
     from ctclip.errors import DataError
-    from ctclip.evaluation.tables import write_predictions
-    from ctclip.inference.detector import Detector
-    from ctclip.inference.prompts import load_prompts
-    from ctclip.inference.run import detect_files, detect_store, report_embeddings
-    from ctclip.inference.show import table_of
-    from ctclip.models.folder import load_model
-    from preprocessing.files import written_beside
 
     if bool(scans) == (store is not None):
         raise DataError("give either scans or --store")
-    loaded = load_model(model)
-    detector = Detector(loaded.model, load_prompts(prompts or loaded.prompts or "report_style"), abnormality or None)
-    arrays: dict[str, np.ndarray] = {}
-    if store is not None:
-        from ctclip.data.dataset import stored_rows
-        from preprocessing.store import VolumeStore
+    if not distributed.launched():
+        processes = processes or distributed.gpus()
+        if processes > 1:
+            raise typer.Exit(distributed.launch(processes, "ctclip.zero_shot"))
 
-        opened = VolumeStore(store)
-        found = detect_store(loaded, detector, opened, split, batch)
-        arrays["report_embeddings"] = report_embeddings(loaded, stored_rows(opened, split))
-    else:
-        found = detect_files(loaded, detector, scans, trust=hu, expect=expect)
-        table_of(found.table, detector.abnormalities)
-    write_predictions(output / "predictions.csv", found.table)
-    with written_beside(output / "embeddings.npz", suffix=".npz") as partial:
-        volumes = found.table["volume"].to_numpy(dtype=str)
-        arrays |= {"volume": volumes, "volume_embeddings": found.embeddings}
-        np.savez(partial, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    from ctclip.inference.detector import Detector
+    from ctclip.inference.model import calibration_of
+    from ctclip.inference.prompts import load_prompts
+    from ctclip.inference.run import detect
+    from ctclip.inference.scans import ScanFiles, Scans, StoredScans
+    from ctclip.inference.show import table_of
+    from ctclip.models.folder import load_model
+    from preprocessing.store import VolumeStore
+
+    group = distributed.process_group() if distributed.launched() else contextlib.nullcontext(distributed.device())
+    with group as device:
+        loaded = load_model(model, device)
+        wanted = load_prompts(prompts or loaded.prompts or "report_style")
+        # A calibration belongs to the prompts it was fitted with: the model's own.
+        calibration = calibration_of(loaded) if prompts is None else None
+        detector = Detector(loaded.model, wanted, abnormality or None, calibration)
+        source: Scans
+        if store is not None:
+            source = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
+        else:
+            source = ScanFiles(scans, loaded.spec, trust=hu, expect=expect)  # type: ignore[arg-type]
+        found = detect(
+            loaded,
+            detector,
+            source,
+            output,
+            batch=batch,
+            reports=reports and store is not None,
+            suffix=f".{format.value}",
+        )
+    if distributed.launched_rank() != 0:
+        return
+    if store is None:
+        table_of(found.table(), detector.abnormalities, calibration is not None)
     for reason in found.refused.values():
         print(f"refused: {reason}")
-    print(f"predictions: {output / 'predictions.csv'} ({len(found.table)} volumes)")
+    print(f"predictions: {found.predictions} ({found.volumes} volumes)")
     if found.refused:
         raise typer.Exit(3)

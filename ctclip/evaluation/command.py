@@ -1,4 +1,4 @@
-"""What `ctclip evaluate` does: read, score, write ``metrics.json``, ``metrics.csv`` and the page."""
+"""What `ctclip evaluate` and `ctclip calibrate` do: read, score or fit, write."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 
 from ctclip.errors import EvaluationError
+from ctclip.evaluation.calibration import Calibration, Method, fit_calibration
 from ctclip.evaluation.controls import histogram_aurocs, histograms
 from ctclip.evaluation.evaluate import evaluate, evaluate_retrieval, plain
 from ctclip.evaluation.metrics import mean_defined
-from ctclip.evaluation.protocol import Protocol, load_protocol
-from ctclip.evaluation.run_report import Example, write_report
-from ctclip.evaluation.tables import read_labels, read_predictions
+from ctclip.evaluation.paired import paired_test
+from ctclip.evaluation.protocol import Protocol, Thresholds, load_protocol
+from ctclip.evaluation.run_report import Example, Pictures, write_report
+from ctclip.evaluation.tables import MARGIN, read_embeddings, read_labels, read_predictions
 from ctclip.versions import versions
 from preprocessing.files import write_text, written_beside
 from preprocessing.progress import track
@@ -33,35 +35,103 @@ def run_evaluation(
     labels: Path | None = None,
     store: Path | None = None,
     run: Path | None = None,
+    against: Path | None = None,
+    calibration: Path | None = None,
+    thresholds: Thresholds | None = None,
     bootstrap: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Score a prediction file; see the command for the arguments. Returns what ``metrics.json`` holds."""
     declared = load_protocol(protocol)
+    if thresholds is not None:
+        declared = declared.model_copy(update={"thresholds": thresholds})
     table, names = read_predictions(predictions)
-    absent = [name for name in declared.labels if name not in names]
-    if absent:
-        raise EvaluationError(f"{predictions}: no scores for {absent[0]!r}, which protocol {declared.name!r} asks for")
+    _scores_all(declared, names, predictions)
     if labels is None and store is None:
         raise EvaluationError("give --labels, or --store whose cohort table has them")
     source = labels if labels is not None else Path(str(store)) / "cohort.parquet"
-    truth = read_labels(source, list(declared.labels))
-    result = evaluate(table, truth, declared, resamples=bootstrap, seed=seed)
+    truth = declared.merged(read_labels(source, declared.columns()))
+    fitted = Calibration.load(calibration) if calibration is not None else None
+    if fitted is not None:
+        table = _calibrated(table, names, fitted, predictions)
+    result = evaluate(table, truth, declared, calibration=fitted, resamples=bootstrap, seed=seed)
     known = truth.reindex(table["volume"]).to_numpy(dtype=float)
     opened = VolumeStore(store) if store is not None else None
     if opened is not None:
         result["controls"] |= _histogram_control(opened, table, declared)
-    embeddings = _embeddings(predictions.with_name("embeddings.npz"), table)
+    embeddings = _embeddings(predictions.with_name("embeddings.parquet"), table)
     if embeddings is not None:
         result["retrieval"] = evaluate_retrieval(table, embeddings, known)
+    if against is not None:
+        other, others = read_predictions(against)
+        _scores_all(declared, others, against)
+        result["paired"] = {
+            "against": str(against),
+            **plain(paired_test(table, other, truth, declared, resamples=bootstrap, seed=seed)),
+        }
     result["versions"] = versions()
     write_text(output / "metrics.json", json.dumps(plain(result), indent=2))
     with written_beside(output / "metrics.csv") as partial:
-        pd.DataFrame(result["zero_shot"]["auroc"]).T.to_csv(partial, index_label="abnormality")
+        rows = pd.DataFrame(result["zero_shot"]["auroc"]).T.drop(columns="intervals")
+        rows.to_csv(partial, index_label="abnormality")
     examples = _examples(opened, table, known, declared) if opened is not None else []
-    matrix = _matrix(table, embeddings)
-    write_report(output, f"Zero-shot evaluation: {declared.name}", result, run=run, examples=examples, matrix=matrix)
+    scores = table[list(declared.labels)].to_numpy(dtype=float)
+    pictures = Pictures(examples, _matrix(table, embeddings), (scores, known))
+    write_report(output, f"Zero-shot evaluation: {declared.name}", result, run=run, pictures=pictures)
     return result
+
+
+def run_calibration(
+    predictions: Path,
+    model: Path,
+    *,
+    model_hash: str,
+    labels: Path | None = None,
+    store: Path | None = None,
+    method: Method = "platt",
+) -> Calibration:
+    """Fit a calibration to the predictions of a calibration split and keep it in the model folder."""
+    table, names = read_predictions(predictions)
+    margins = [f"{MARGIN}{name}" for name in names]
+    absent = [name for name in margins if name not in table.columns]
+    if absent:
+        raise EvaluationError(f"{predictions}: column {absent[0]!r} is missing; `ctclip zero-shot` writes margins")
+    if labels is None and store is None:
+        raise EvaluationError("give --labels, or --store whose cohort table has them")
+    truth = read_labels(labels if labels is not None else Path(str(store)) / "cohort.parquet", names)
+    known = truth.reindex(table["volume"])
+    if "model" not in table.columns or str(table["model"].iloc[0]) != model_hash:
+        raise EvaluationError(
+            f"{predictions}: not predictions of {model} ({model_hash}); run `ctclip zero-shot` with it"
+        )
+    patients = table["patient"].nunique()
+    fitted = fit_calibration(
+        known.to_numpy(dtype=float), table[margins].to_numpy(dtype=float), names, method=method,
+        fitted_on=f"{len(table)} volumes of {patients} patients, {predictions.parent.name}", model=model_hash,
+    )  # fmt: skip
+    fitted.save(model / "calibration.json")
+    return fitted
+
+
+def _scores_all(protocol: Protocol, names: list[str], path: Path) -> None:
+    absent = [name for name in protocol.labels if name not in names]
+    if absent:
+        raise EvaluationError(f"{path}: no scores for {absent[0]!r}, which protocol {protocol.name!r} asks for")
+
+
+def _calibrated(table: pd.DataFrame, names: list[str], fitted: Calibration, path: Path) -> pd.DataFrame:
+    """Probabilities from margins, whether the predictions were made before or after the calibration."""
+    if "model" in table.columns and str(table["model"].iloc[0]) != fitted.model:
+        raise EvaluationError(
+            f"{path}: of model {table['model'].iloc[0]}, the calibration was fitted to {fitted.model}: take the model's own"
+        )
+    slope, intercept = fitted.of(names)
+    margins = [f"{MARGIN}{name}" for name in names]
+    if any(name not in table.columns for name in margins):
+        raise EvaluationError(f"{path}: has no margins to calibrate; `ctclip zero-shot` writes them")
+    return table.assign(
+        **dict(zip(names, 1 / (1 + np.exp(-(table[margins].to_numpy() * slope + intercept))).T, strict=True))
+    )
 
 
 def _histogram_control(store: VolumeStore, table: pd.DataFrame, protocol: Protocol) -> dict[str, Any]:
@@ -91,19 +161,20 @@ def _histogram_control(store: VolumeStore, table: pd.DataFrame, protocol: Protoc
 def _embeddings(path: Path, table: pd.DataFrame) -> dict[str, np.ndarray] | None:
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as arrays:
-        found = {name: arrays[name] for name in arrays.files}
-    if list(found.get("volume", [])) != list(table["volume"]):
+    found = read_embeddings(path)
+    row = {name: index for index, name in enumerate(found["volume"])}
+    if not set(table["volume"]) <= set(row):
         raise EvaluationError(
             f"{path}: holds other volumes than the predictions beside it; run `ctclip zero-shot` again"
         )
-    return found
+    order = [row[name] for name in table["volume"]]
+    return {name: values[order] for name, values in found.items()}
 
 
 def _matrix(table: pd.DataFrame, embeddings: dict[str, np.ndarray] | None) -> np.ndarray | None:
-    if embeddings is None or "report_embeddings" not in embeddings:
+    if embeddings is None or "report_embedding" not in embeddings:
         return None
-    reports, volumes = embeddings["report_embeddings"], embeddings["volume_embeddings"]
+    reports, volumes = embeddings["report_embedding"], embeddings["volume_embedding"]
     first = np.sort(np.unique(table["scan"].to_numpy(dtype=str), return_index=True)[1])
     chosen = [index for index in first if np.isfinite(reports[index]).all()][:MATRIX]
     return reports[chosen] @ volumes[chosen].T

@@ -8,9 +8,12 @@ import numpy as np
 import pandas as pd
 
 from ctclip.evaluation import metrics
+from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.controls import shuffled_aurocs
 from ctclip.evaluation.protocol import Protocol, align
 from ctclip.evaluation.retrieval import precision_by_labels, retrieval
+
+AVERAGED = ("average_precision", "f1", "accuracy", "precision", "sensitivity", "specificity", "brier", "calibration_error")  # fmt: skip
 
 
 def evaluate(
@@ -18,51 +21,58 @@ def evaluate(
     labels: pd.DataFrame,
     protocol: Protocol,
     *,
+    calibration: Calibration | None = None,
     resamples: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """AUROC and the rest, per label and mean, with bootstrap intervals by patient; and the shuffled control.
 
     predictions as ``tables.read_predictions`` gives them, labels as ``tables.read_labels``. Undefined values are
-    None.
+    None; means are over the labels that are defined.
     """
     rows, truth, scores = align(predictions, labels, protocol)
     patients = rows["patient"].to_numpy(dtype=str)
     resamples = resamples or protocol.bootstrap
-    resampled = metrics.bootstrap_auroc(truth, scores, patients, resamples=resamples, seed=seed)
+    thresholds, said = _thresholds(truth, scores, protocol, calibration)
+    drawn = metrics.bootstrap_metrics(truth, scores, patients, thresholds, resamples=resamples, seed=seed)
     per_label: dict[str, Any] = {}
-    points, thresholds = [], []
+    points: dict[str, list[float]] = {}
     for index, name in enumerate(protocol.labels):
         known = ~np.isnan(truth[:, index])
         label, score = truth[known, index], scores[known, index]
-        point = metrics.auroc(label, score)
-        points.append(point)
-        threshold = metrics.best_threshold(label, score)
-        thresholds.append(threshold)
-        counts = metrics.confusion(label, score, threshold)
-        limits = metrics.interval(point, resampled[:, index])
+        found = {"auroc": metrics.auroc(label, score), "average_precision": metrics.average_precision(label, score)}
+        found |= metrics.confusion(label, score, float(thresholds[index]))
+        found |= {"brier": metrics.brier(label, score), "calibration_error": metrics.calibration_error(label, score)}
+        for metric, value in found.items():
+            points.setdefault(metric, []).append(value)
+        limits = metrics.interval(found["auroc"], drawn["auroc"][:, index])
         per_label[name] = {
-            "value": point, "lower": limits.lower, "upper": limits.upper, "positives": int(label.sum()), "n": int(known.sum()),
-            "average_precision": metrics.average_precision(label, score), "f1": counts.f1, "accuracy": counts.accuracy,
-            "precision": counts.precision, "sensitivity": counts.sensitivity, "specificity": counts.specificity,
-            "threshold": threshold, "brier": metrics.brier(label, score), "calibration_error": metrics.calibration_error(label, score),
+            "value": found.pop("auroc"), "lower": limits.lower, "upper": limits.upper,
+            "positives": int(label.sum()), "n": int(known.sum()), "threshold": float(thresholds[index]), **found,
+            "intervals": {metric: _limits(value, drawn[metric][:, index]) for metric, value in found.items()},
         }  # fmt: skip
-    mean = metrics.mean_defined(points)
-    limits = metrics.interval(mean, np.array([metrics.mean_defined(row) for row in resampled]))
+    mean = metrics.mean_defined(points["auroc"])
     shuffled = shuffled_aurocs(truth, scores, patients, seed=seed)
     complete = ~np.isnan(truth).any(axis=1)
-    called = scores[complete] >= np.array(thresholds)
+    called = scores[complete] >= thresholds
     result = {
         "protocol": protocol.model_dump(mode="json"),
         "volumes": len(rows),
         "patients": len(np.unique(patients)),
         "zero_shot": {
             "mean_auroc": mean,
-            "mean_auroc_interval": [limits.lower, limits.upper],
-            "labels_defined": int(np.isfinite(points).sum()),
-            "mean_average_precision": metrics.mean_defined([v["average_precision"] for v in per_label.values()]),
+            "mean_auroc_interval": _limits(mean, _means(drawn["auroc"])),
+            "labels_defined": int(np.isfinite(points["auroc"]).sum()),
+            "labels_undefined": [n for n, v in zip(protocol.labels, points["auroc"], strict=True) if not np.isfinite(v)],
+            "means": {
+                metric: {
+                    "value": metrics.mean_defined(points[metric]),
+                    "interval": _limits(metrics.mean_defined(points[metric]), _means(drawn[metric])),
+                }
+                for metric in AVERAGED
+            },
             "f1": metrics.f1_averages(truth[complete], called),
-            "thresholds": "picked on these very volumes, as published: F1, accuracy and the like are optimistic",
+            "thresholds": said,
             "auroc": per_label,
         },
         "controls": {
@@ -70,30 +80,53 @@ def evaluate(
             "shuffled_mean_auroc_range": [float(shuffled.min()), float(shuffled.max())],
         },
         "bootstrap": {"resamples": resamples, "unit": "patient", "level": 0.95, "seed": seed},
-    }
+    }  # fmt: skip
     return plain(result)
+
+
+def _thresholds(
+    truth: np.ndarray, scores: np.ndarray, protocol: Protocol, calibration: Calibration | None
+) -> tuple[np.ndarray, str]:
+    """(labels,) and where they come from."""
+    if protocol.thresholds == "published":
+        known = ~np.isnan(truth)
+        picked = [metrics.best_threshold(truth[k, i], scores[k, i]) for i, k in enumerate(known.T)]
+        return np.array(picked), "picked on these very volumes, as published: F1, accuracy and the like are optimistic"
+    if calibration is None:
+        return np.full(truth.shape[1], 0.5), "0.5 for every label: no calibration split was given"
+    lines = [calibration.lines.get(name) for name in protocol.labels]
+    return (
+        np.array([0.5 if line is None else line.threshold for line in lines]),
+        f"from the calibration split ({calibration.fitted_on}); none was picked on these volumes",
+    )
+
+
+def _limits(value: float, drawn: np.ndarray) -> list[float]:
+    limits = metrics.interval(value, drawn)
+    return [limits.lower, limits.upper]
+
+
+def _means(drawn: np.ndarray) -> np.ndarray:
+    """(resamples,) mean over the labels that are defined in each."""
+    return np.array([metrics.mean_defined(row) for row in drawn])
 
 
 def evaluate_retrieval(
     predictions: pd.DataFrame, embeddings: dict[str, np.ndarray], truth: np.ndarray | None
 ) -> dict[str, Any]:
-    """Report to volume, volume to report, volume to volume. Embeddings as ``ctclip zero-shot --store`` writes them."""
+    """Report to volume, volume to report, volume to volume. Embeddings as ``ctclip zero-shot --reports`` writes them."""
     scans = predictions["scan"].to_numpy(dtype=str)
-    volumes, reports = embeddings["volume_embeddings"], embeddings.get("report_embeddings")
+    volumes, reports = embeddings["volume_embedding"], embeddings.get("report_embedding")
     result: dict[str, Any] = {}
     if reports is not None:
-        written = ~np.isnan(reports).any(axis=1)
+        written = np.isfinite(reports).all(axis=1)
         first = np.zeros(len(scans), dtype=bool)
         first[np.unique(scans, return_index=True)[1]] = True
         chosen = first & written
         result["report_to_volume"] = retrieval(reports[chosen], volumes, scans[chosen], scans)
         result["volume_to_report"] = retrieval(volumes[written], reports[chosen], scans[written], scans[chosen])
     if truth is not None:
-        value = precision_by_labels(volumes, truth, scans)
-        result["volume_to_volume"] = {
-            "map@10": value,
-            "relevant": "Jaccard of labels at least 0.5, other scans only",
-        }
+        result["volume_to_volume"] = precision_by_labels(volumes, truth, scans)
     return plain(result)
 
 

@@ -143,7 +143,7 @@ def reliability(path: Path, probabilities: np.ndarray, labels: np.ndarray, bins:
         "o-",
         color=BAR,
     )
-    axis.set_xlabel("predicted probability (uncalibrated)")
+    axis.set_xlabel("predicted probability")
     axis.set_ylabel("observed frequency")
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)

@@ -70,6 +70,55 @@ def bootstrap_auroc(
     return result
 
 
+def bootstrap_metrics(
+    labels: np.ndarray,
+    scores: np.ndarray,
+    groups: np.ndarray,
+    thresholds: np.ndarray,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Every metric of each label in each resample of the groups (patients): name -> (resamples, L).
+
+    labels, scores (n, L), NaN labels left out; thresholds (L,). The same resamples serve every metric and label.
+    """
+    weights = bootstrap_weights(groups, resamples, seed)
+    columns: dict[str, list[np.ndarray]] = {}
+    for label in range(labels.shape[1]):
+        known = np.flatnonzero(~np.isnan(labels[:, label]))
+        order = known[np.argsort(scores[known, label], kind="stable")]
+        truth, score = labels[order, label].astype(float), scores[order, label]
+        drawn = np.ascontiguousarray(weights[:, order])
+        begins = _ties(score)
+        found = {"auroc": _auroc_many(truth, begins, drawn), "average_precision": _ap_many(truth, begins, drawn)}
+        called = score >= thresholds[label]
+        hit, wrong = drawn @ (called * truth), drawn @ (called * (1 - truth))
+        missed, right = drawn @ (~called * truth), drawn @ (~called * (1 - truth))
+        found |= rates(hit, wrong, right, missed)
+        total = drawn.sum(axis=1)
+        found["brier"] = drawn @ (score - truth) ** 2 / total
+        which = np.clip((score * 10).astype(int), 0, 9)
+        gaps = [np.abs(drawn[:, which == bin] @ (score - truth)[which == bin]) for bin in np.unique(which)]
+        found["calibration_error"] = np.sum(gaps, axis=0) / total
+        for name, column in found.items():
+            columns.setdefault(name, []).append(column)
+    return {name: np.stack(parts, axis=1) for name, parts in columns.items()}
+
+
+def rates(hit: np.ndarray, wrong: np.ndarray, right: np.ndarray, missed: np.ndarray) -> dict[str, np.ndarray]:
+    """F1, accuracy, precision, sensitivity and specificity of true positives, false positives, true negatives and
+    false negatives (any shape); 0 where a ratio has nothing below, as scikit-learn's ``zero_division=0``."""
+
+    def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+        return np.divide(part, whole, out=np.zeros_like(np.asarray(whole, dtype=float)), where=np.asarray(whole) > 0)
+
+    return {
+        "f1": ratio(2 * hit, 2 * hit + wrong + missed), "accuracy": ratio(hit + right, hit + right + wrong + missed),
+        "precision": ratio(hit, hit + wrong), "sensitivity": ratio(hit, hit + missed), "specificity": ratio(right, right + wrong),
+    }  # fmt: skip
+
+
 def bootstrap_weights(groups: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """(resamples, n): how often each row's group was drawn."""
     _, member = np.unique(groups, return_inverse=True)
@@ -88,44 +137,11 @@ def interval(value: float, resampled: np.ndarray, level: float = 0.95) -> Interv
     return Interval(value, float(low), float(high))
 
 
-@dataclass(frozen=True)
-class Confusion:
-    """Counts of one label at one threshold, and what follows from them."""
-
-    true_positive: float
-    false_positive: float
-    true_negative: float
-    false_negative: float
-
-    @property
-    def accuracy(self) -> float:
-        total = self.true_positive + self.false_positive + self.true_negative + self.false_negative
-        return (self.true_positive + self.true_negative) / total
-
-    @property
-    def precision(self) -> float:
-        return _ratio(self.true_positive, self.true_positive + self.false_positive)
-
-    @property
-    def sensitivity(self) -> float:
-        return _ratio(self.true_positive, self.true_positive + self.false_negative)
-
-    @property
-    def specificity(self) -> float:
-        return _ratio(self.true_negative, self.true_negative + self.false_positive)
-
-    @property
-    def f1(self) -> float:
-        return _ratio(2 * self.true_positive, 2 * self.true_positive + self.false_positive + self.false_negative)
-
-
-def confusion(labels: np.ndarray, scores: np.ndarray, threshold: float) -> Confusion:
-    """Counts with scores at or above ``threshold`` called positive."""
+def confusion(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, float]:
+    """``rates`` of labels (n,) 0/1 with scores at or above ``threshold`` called positive."""
     called, positive = scores >= threshold, labels == 1
-    return Confusion(
-        float(np.sum(called & positive)), float(np.sum(called & ~positive)),
-        float(np.sum(~called & ~positive)), float(np.sum(~called & positive)),
-    )  # fmt: skip
+    counts = (called & positive, called & ~positive, ~called & ~positive, ~called & positive)
+    return {name: float(value) for name, value in rates(*(np.asarray(count.sum(), float) for count in counts)).items()}
 
 
 def f1_averages(labels: np.ndarray, called: np.ndarray) -> dict[str, float]:
@@ -198,6 +214,30 @@ def _auroc_sorted(labels: np.ndarray, begins: np.ndarray, weights: np.ndarray) -
     if positives <= 0 or below <= 0:
         return np.nan
     return area / (positives * below)
+
+
+@numba.njit(cache=True, nogil=True)
+def _ap_many(labels: np.ndarray, begins: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    result = np.empty(weights.shape[0])
+    for row in range(weights.shape[0]):
+        total = 0.0
+        for i in range(len(labels)):
+            total += weights[row, i] * labels[i]
+        if total <= 0:
+            result[row] = np.nan
+            continue
+        area = gained = positive = everything = 0.0
+        # From the highest score down; a threshold ends where a new value begins.
+        for i in range(len(labels) - 1, -1, -1):
+            gained += weights[row, i] * labels[i]
+            everything += weights[row, i]
+            if begins[i]:
+                positive += gained
+                if everything > 0:
+                    area += gained / total * positive / everything
+                gained = 0.0
+        result[row] = area
+    return result
 
 
 @numba.njit(cache=True, nogil=True)

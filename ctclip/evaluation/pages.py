@@ -99,3 +99,17 @@ def published_table(mean: float | None) -> list[list[str]]:
         ours,
         *[[name, number(value), words] for name, value, words in PUBLISHED],
     ]
+
+
+def comparison_table(first: str, ours: dict[str, Any], second: str, theirs: dict[str, Any]) -> list[list[str]]:
+    """AUROC of two evaluations by label, the largest difference first."""
+    names = [name for name in ours["auroc"] if name in theirs["auroc"]]
+    difference = {name: (ours["auroc"][name]["value"] or 0) - (theirs["auroc"][name]["value"] or 0) for name in names}
+    rows = [["abnormality", first, second, "difference"]]
+    means = [ours["mean_auroc"], theirs["mean_auroc"]]
+    both = all(value is not None for value in means)
+    rows.append(["mean", *map(number, means), f"{means[0] - means[1]:+.3f}" if both else ""])
+    for name in sorted(names, key=lambda name: -abs(difference[name])):
+        values = [side["auroc"][name]["value"] for side in (ours, theirs)]
+        rows.append([name, *map(number, values), "" if None in values else f"{difference[name]:+.3f}"])
+    return rows

@@ -7,9 +7,12 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import Field, model_validator
 
 from ctclip.config import Section, find_config, read_mapping, validated
 from ctclip.errors import EvaluationError
+
+Thresholds = Literal["calibration", "published"]
 
 
 class Protocol(Section):
@@ -17,10 +20,37 @@ class Protocol(Section):
 
     name: str
     describes: str
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = Field(min_length=1)
+    mapping: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="columns of the label table a label is the union of; itself where not listed"
+    )
     volumes: Literal["all", "one-per-scan"] = "all"
     bootstrap: int = 1000
-    thresholds: Literal["published"] = "published"
+    thresholds: Thresholds = Field(
+        "calibration",
+        description="calibration: those of the model's calibration split, or 0.5 without one; "
+        "published: picked on the test volumes themselves, as CT-CLIP does",
+    )
+
+    @model_validator(mode="after")
+    def _mapped_labels_exist(self) -> Protocol:
+        for name in self.mapping:
+            if name not in self.labels:
+                raise ValueError(f"mapping of {name!r}, which is not among the labels")
+        return self
+
+    def columns(self) -> list[str]:
+        """Columns the label table must have."""
+        return list(dict.fromkeys(column for name in self.labels for column in self.mapping.get(name, (name,))))
+
+    def merged(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Labels of the protocol from a table of ``columns()``: 1 if any of a label's columns is 1, 0 if all are 0,
+        else unknown."""
+        merged = {}
+        for name in self.labels:
+            parts = table[list(self.mapping.get(name, (name,)))]
+            merged[name] = parts.max(axis=1).where((parts == 1).any(axis=1) | parts.notna().all(axis=1))
+        return pd.DataFrame(merged, index=table.index)
 
 
 def load_protocol(name: str) -> Protocol:

@@ -30,18 +30,34 @@ def retrieval(queries: np.ndarray, pool: np.ndarray, wanted: np.ndarray, identit
     }
 
 
-def precision_by_labels(embeddings: np.ndarray, labels: np.ndarray, scans: np.ndarray, depth: int = 10) -> float:
-    """MAP@depth of volume-to-volume retrieval: a neighbour is relevant in so far as it shares labels (Jaccard >= 0.5).
+def precision_by_labels(
+    embeddings: np.ndarray, labels: np.ndarray, scans: np.ndarray, depths: tuple[int, ...] = (5, 10, 50)
+) -> dict[str, Any]:
+    """MAP@k of volume-to-volume retrieval: a neighbour is relevant if its labels overlap with the query's by half or
+    more (Jaccard; two volumes without any label are relevant to each other).
 
-    Reconstructions of the query's own scan are not in its pool.
+    embeddings (n, d) unit vectors, labels (n, L) of 0, 1, NaN (unknown counts as absent), scans (n,). Reconstructions
+    of the query's own scan are not in its pool. Average precision as in TREC, over the first k.
     """
-    similarity = embeddings @ embeddings.T
-    similarity[scans[:, None] == scans[None, :]] = -np.inf
     positive = labels == 1
-    shared = (positive[:, None, :] & positive[None, :, :]).sum(axis=-1)
-    union = (positive[:, None, :] | positive[None, :, :]).sum(axis=-1)
-    relevant = np.where(union > 0, shared / np.maximum(union, 1), 1.0) >= 0.5
-    order = np.argsort(-similarity, axis=1, kind="stable")[:, :depth]
-    hits = np.take_along_axis(relevant, order, axis=1)
-    precision = np.cumsum(hits, axis=1) / np.arange(1, hits.shape[1] + 1)
-    return float(np.mean((precision * hits).sum(axis=1) / np.maximum(1, hits.sum(axis=1))))
+    count = positive.sum(axis=1)
+    deepest = min(max(depths), len(scans))
+    totals = {k: 0.0 for k in depths if k <= deepest}
+    for query in range(len(scans)):
+        similarity = embeddings @ embeddings[query]
+        similarity[scans == scans[query]] = -np.inf
+        order = np.argsort(-similarity, kind="stable")[:deepest]
+        order = order[np.isfinite(similarity[order])]
+        shared = (positive[order] & positive[query]).sum(axis=1)
+        union = count[order] + count[query] - shared
+        hits = np.where(union > 0, shared / np.maximum(union, 1), 1.0) >= 0.5
+        precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+        for k in totals:
+            found = hits[:k].sum()
+            totals[k] += float((precision[:k] * hits[:k]).sum() / found) if found else 0.0
+    return {
+        **{f"map@{k}": total / len(scans) for k, total in totals.items()},
+        "relevant": "Jaccard of labels at least 0.5",
+        "pool": len(scans),
+        "duplicates": "reconstructions of the query's own scan are left out of its pool",
+    }

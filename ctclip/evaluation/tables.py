@@ -1,4 +1,8 @@
-"""The prediction table: the only coupling between detection and evaluation. One row a volume."""
+"""The prediction table and the embedding table: the only coupling between inference and evaluation.
+
+One row a volume each. A prediction table holds a probability a finding, its margin (positive minus negative logit,
+before calibration), graded findings as ``value: name [unit]``, and which model and preprocessing spec they are of.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ctclip.errors import EvaluationError
 from preprocessing.files import written_beside
@@ -14,18 +20,56 @@ from preprocessing.files import written_beside
 IDENTITY = ("volume", "patient", "scan")
 PROVENANCE = ("model", "spec", "warnings")
 MARGIN = "margin:"
+VALUE = "value:"
 
 
 def prediction_table(
-    identity: pd.DataFrame, names: list[str], probabilities: np.ndarray, margins: np.ndarray, model: str, spec: str,
-    warnings: list[str] | None = None,
-) -> pd.DataFrame:  # fmt: skip
-    """identity: columns volume, patient, scan; probabilities, margins (volumes, names)."""
+    identity: pd.DataFrame,
+    names: list[str],
+    probabilities: np.ndarray,
+    margins: np.ndarray,
+    values: dict[str, np.ndarray],
+    *,
+    model: str,
+    spec: str,
+) -> pd.DataFrame:
+    """identity: columns volume, patient, scan, warnings; probabilities, margins (volumes, names); values: graded
+    findings, "name [unit]" to (volumes,)."""
     table = identity.loc[:, list(IDENTITY)].reset_index(drop=True)
     scores = pd.DataFrame(probabilities, columns=names)
     logits = pd.DataFrame(margins, columns=[f"{MARGIN}{name}" for name in names])
-    provenance = pd.DataFrame({"model": model, "spec": spec, "warnings": warnings or [""] * len(table)})
-    return pd.concat([table, scores, logits, provenance], axis=1)
+    graded = pd.DataFrame({f"{VALUE}{name}": column for name, column in values.items()}, index=table.index)
+    provenance = pd.DataFrame({"model": model, "spec": spec, "warnings": identity["warnings"].to_numpy()})
+    return pd.concat([table, scores, logits, graded, provenance], axis=1)
+
+
+def embedding_table(volumes: list[str], **embeddings: np.ndarray) -> pa.Table:
+    """A table of ``volume`` and columns of float32 vectors: each of ``embeddings`` is (volumes, dim)."""
+    columns: dict[str, pa.Array] = {"volume": pa.array(volumes, pa.string())}
+    for name, vectors in embeddings.items():
+        flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).ravel())
+        columns[name] = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+    return pa.table(columns)
+
+
+def read_embeddings(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """``volume`` (n,) and each column of vectors (n, dim) float32 of a file that ``ctclip embed`` or ``zero-shot``
+    wrote."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise EvaluationError(
+            f"{path}: cannot be read as embeddings ({' '.join(str(error).split())[:160]}); `ctclip embed` writes them"
+        ) from error
+    if "volume" not in table.column_names or len(table.column_names) < 2:
+        raise EvaluationError(f"{path}: no columns of embeddings; `ctclip embed` writes them")
+    found: dict[str, np.ndarray] = {"volume": table["volume"].to_numpy(zero_copy_only=False).astype(str)}
+    for name in table.column_names:
+        if pa.types.is_fixed_size_list(table[name].type):
+            column = table[name].combine_chunks()
+            flat = column.flatten().to_numpy(zero_copy_only=False)
+            found[name] = flat.reshape(len(table), column.type.list_size)
+    return found
 
 
 def write_predictions(path: str | os.PathLike[str], table: pd.DataFrame) -> None:
@@ -43,7 +87,9 @@ def read_predictions(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[s
     for name in IDENTITY:
         if name not in table.columns:
             raise EvaluationError(f"{path}: column {name!r} is missing; `ctclip zero-shot` writes prediction tables")
-    names = [str(c) for c in table.columns if c not in (*IDENTITY, *PROVENANCE) and not str(c).startswith(MARGIN)]
+    names = [
+        str(c) for c in table.columns if c not in (*IDENTITY, *PROVENANCE) and not str(c).startswith((MARGIN, VALUE))
+    ]
     if not names:
         raise EvaluationError(f"{path}: has no column of scores")
     if table["volume"].duplicated().any():
@@ -65,8 +111,18 @@ def read_predictions(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[s
 
 
 def read_labels(path: str | os.PathLike[str], names: list[str]) -> pd.DataFrame:
-    """Labels indexed by volume id, columns ``names``, values 0, 1 or NaN: of a cohort table or a CT-RATE CSV."""
+    """Labels indexed by volume id, columns ``names``, values 0, 1 or NaN.
+
+    Of a cohort table, a CT-RATE CSV (``VolumeName``) or a RAD-ChestCT CSV (``NoteAcc_DEID``; a finding's columns
+    ``finding*location`` are united where there is no column of the finding itself).
+    """
     table = _read_table(Path(path))
+    if "NoteAcc_DEID" in table.columns:
+        table = table.rename(columns={"NoteAcc_DEID": "volume"})
+    for name in names:
+        places = [column for column in table.columns if str(column).startswith(f"{name}*")]
+        if name not in table.columns and places:
+            table[name] = table[places].max(axis=1)
     if "VolumeName" in table.columns:
         table = table.rename(columns={"VolumeName": "volume"})
         table["volume"] = table["volume"].str.removesuffix(".nii.gz")
@@ -78,7 +134,7 @@ def read_labels(path: str | os.PathLike[str], names: list[str]) -> pd.DataFrame:
     if absent:
         known = ", ".join(str(column) for column in table.columns[:8])
         raise EvaluationError(
-            f"{path}: no label column {absent[0]!r} (it has {known} ...); rename it, or choose another protocol"
+            f"{path}: no label column {absent[0]!r} (it has {known} ...); rename it, or choose another --protocol"
         )
     if table["volume"].duplicated().any():
         twice = table["volume"][table["volume"].duplicated()].iloc[0]

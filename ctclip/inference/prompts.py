@@ -22,10 +22,25 @@ class Pair(Section):
     positive: Phrasings
     negative: Phrasings
 
-    def side(self, positive: bool, sections: Sequence[str]) -> list[str]:
-        """Phrasings of one side in the given sections."""
+    def groups(self, positive: bool, sections: Sequence[str]) -> list[tuple[str, ...]]:
+        """Phrasings of one side, section by section."""
         phrasings = self.positive if positive else self.negative
-        return [text for section, texts in phrasings.items() if section in sections for text in texts]
+        return [texts for section, texts in phrasings.items() if section in sections and texts]
+
+
+class Graded(Section):
+    """A finding with a size: one prompt a value; {value} stands for it in the templates."""
+
+    templates: tuple[str, ...] = Field(min_length=1)
+    values: tuple[float, ...] = Field(min_length=2)
+    unit: str = "mm"
+
+    @model_validator(mode="after")
+    def _with_value(self) -> Graded:
+        for template in self.templates:
+            if "{value}" not in template:
+                raise ValueError(f"the template {template!r} has no {{value}}")
+        return self
 
 
 class PromptSet(Section):
@@ -33,9 +48,11 @@ class PromptSet(Section):
 
     name: str
     ensemble: Literal["embeddings", "logits"] = "embeddings"
+    average: Literal["phrasing", "section"] = "phrasing"
     sections: tuple[SectionName, ...] = Field(("findings", "impression"), min_length=1)
     templates: Pair | None = None
     abnormalities: dict[str, Pair] = Field(default_factory=dict)
+    graded: dict[str, Graded] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _nothing_empty(self) -> PromptSet:
@@ -46,7 +63,7 @@ class PromptSet(Section):
             raise ValueError("an empty prompt set: give abnormalities, or templates with {x}")
         for name, pair in pairs.items():
             for positive in (True, False):
-                texts = pair.side(positive, self.sections)
+                texts = [text for group in pair.groups(positive, self.sections) for text in group]
                 if not texts or not all(text.strip() for text in texts):
                     side = "positive" if positive else "negative"
                     raise ValueError(f"{name}: no {side} phrasing for the sections {', '.join(self.sections)}")
@@ -61,6 +78,15 @@ class PromptSet(Section):
             section: tuple(text.replace("{x}", abnormality) for text in texts) for section, texts in phrasings.items()
         }
         return Pair(positive=fill(template.positive), negative=fill(template.negative))
+
+    def groups(self, abnormality: str, positive: bool) -> list[tuple[str, ...]]:
+        """Phrasings of one side in groups that weigh alike: the sections, or all together."""
+        groups = self.pair(abnormality).groups(positive, self.sections)
+        return groups if self.average == "section" else [tuple(text for texts in groups for text in texts)]
+
+    def side(self, abnormality: str, positive: bool) -> list[str]:
+        """Every phrasing of one side."""
+        return [text for texts in self.groups(abnormality, positive) for text in texts]
 
     def names(self) -> tuple[str, ...]:
         """Abnormalities of the set; the 18 of CT-RATE where it has only templates."""

@@ -1,123 +1,205 @@
-"""Detection over a store or over files of a user: batches in, one prediction table out."""
+"""Detection over many scans: batches in, one prediction table out; what is done is kept, memory does not grow.
+
+Finished batches lie as small Parquet files in ``parts/`` until the last one is there; a run that was interrupted reads
+off them what is left. Several processes share the scans, each writing its own parts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
-from ctclip.data.dataset import stored_rows
+from ctclip import distributed
 from ctclip.errors import DataError
-from ctclip.evaluation.tables import prediction_table
+from ctclip.evaluation.tables import embedding_table, prediction_table
 from ctclip.inference.detector import Detector
+from ctclip.inference.scans import Scans, ahead
+from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import ModelFolder
-from preprocessing.cohorts import FILES
 from preprocessing.errors import PreprocessingError
-from preprocessing.pipeline import prepare
+from preprocessing.files import written_beside
 from preprocessing.progress import track
-from preprocessing.store import VolumeStore
+
+VOLUME, REPORT = "volume_embedding", "report_embedding"
+PART_BATCHES = 8
 
 
 @dataclass
-class Detections:
-    """A prediction table and the unit embeddings (n, dim) of its volumes; ``refused`` scans with their reason."""
+class Summary:
+    """Where the tables are, how many volumes they hold, and which scans were refused and why."""
 
-    table: pd.DataFrame
-    embeddings: np.ndarray
-    refused: dict[str, str]
+    predictions: Path
+    embeddings: Path
+    volumes: int
+    refused: dict[str, str] = field(default_factory=dict)
 
-
-def detect_store(
-    loaded: ModelFolder, detector: Detector, store: VolumeStore, split: str | None, batch: int
-) -> Detections:
-    """Every stored volume of a split. A store of another spec than the model's is refused."""
-    if store.spec.hash != loaded.spec.hash:
-        raise DataError(
-            f"{store.path}: prepared with spec {store.spec.name!r} ({store.spec.hash}), the model {loaded.path} wants "
-            f"{loaded.spec.name!r} ({loaded.spec.hash}); run `ctclip preprocess --spec {loaded.path}/preprocessing.yaml`"
-        )
-    rows = stored_rows(store, split)
-    batches = [rows["volume"].iloc[start : start + batch] for start in range(0, len(rows), batch)]
-    voxels = (np.stack([loaded.spec.normalise(store.read(name)) for name in names]) for names in batches)
-    scores = list(track(_scored(detector, voxels), len(batches), "detecting", "batches"))
-    return _table(loaded, detector, rows, scores, {})
+    def table(self) -> pd.DataFrame:
+        """The prediction table, read back."""
+        if self.predictions.suffix == ".parquet":
+            return pd.read_parquet(self.predictions)
+        return pd.read_csv(self.predictions, dtype={"volume": str, "patient": str, "scan": str})
 
 
-def detect_files(
+def detect(
     loaded: ModelFolder,
     detector: Detector,
-    paths: Sequence[Path],
+    scans: Scans,
+    output: Path,
     *,
-    trust: str = "auto",
-    expect: str = "any",
-) -> Detections:
-    """Scans of a user: files, DICOM folders, or folders of files. One that is refused does not stop the others."""
-    rows, voxels, refused = [], [], {}
-    scores = []
-    for path in track(_expanded(paths), len(_expanded(paths)), "detecting", "scans"):
-        try:
-            ready = prepare(path, loaded.spec, trust=trust, expect=expect)  # type: ignore[arg-type]
-        except PreprocessingError as error:
-            refused[str(path)] = str(error)
-            continue
-        name = _name(path)
-        rows.append({"volume": name, "patient": name, "scan": name, "warnings": "; ".join(ready.warnings)})
-        voxels = [ready.voxels[None]]
-        scores += list(_scored(detector, voxels))
-    if not rows:
-        raise DataError(next(iter(refused.values()), "no scans given"))
-    return _table(loaded, detector, pd.DataFrame(rows), scores, refused)
+    batch: int = 8,
+    reports: bool = False,
+    suffix: str = ".csv",
+) -> Summary:
+    """Write ``predictions.csv`` (or ``.parquet``) and ``embeddings.parquet`` into ``output``.
 
-
-def _scored(detector: Detector, batches: Iterator[np.ndarray] | list[np.ndarray]) -> Iterator[tuple[np.ndarray, ...]]:
-    device = detector.positive.device
-    for voxels in batches:
-        volumes = torch.from_numpy(np.ascontiguousarray(voxels))[:, None].to(device)
-        yield tuple(tensor.float().cpu().numpy() for tensor in detector.detect(volumes))
-
-
-def _table(
-    loaded: ModelFolder,
-    detector: Detector,
-    rows: pd.DataFrame,
-    scores: list[tuple[np.ndarray, ...]],
-    refused: dict[str, str],
-) -> Detections:
-    probabilities, margins, embeddings = (np.concatenate(part) for part in zip(*scores, strict=True))
-    warnings = rows["warnings"].tolist() if "warnings" in rows.columns else None
-    names = list(detector.abnormalities)
-    table = prediction_table(rows, names, probabilities, margins, loaded.hash, loaded.spec.hash, warnings)
-    return Detections(table, embeddings, refused)
-
-
-def _expanded(paths: Sequence[Path]) -> list[Path]:
-    """Folders of volume files become their files; a folder of DICOM slices is one scan."""
-    found: list[Path] = []
-    for path in paths:
-        inside = sorted(p for p in path.rglob("*") if p.name.lower().endswith(FILES)) if path.is_dir() else []
-        found += inside or [path]
-    return found
-
-
-def _name(path: Path) -> str:
-    name = path.name
-    for suffix in FILES:
-        name = name.removesuffix(suffix)
-    return name
+    ``reports`` embeds each volume's report too. One refused scan does not stop the others; if all are, DataError.
+    """
+    parts = output / "parts" / _key(loaded, detector, reports)
+    parts.mkdir(parents=True, exist_ok=True)
+    # Read once, for all: a rank that started late would see what the others have finished since, and share otherwise.
+    done = distributed.broadcast_object(_done(parts))
+    left = [index for index, name in enumerate(scans.rows["volume"]) if name not in done]
+    mine = left[distributed.rank() :: distributed.world_size()]
+    refused: dict[str, str] = {}
+    waiting: list[pa.Table] = []
+    for indices, voxels, warnings in batches(scans, mine, batch, refused):
+        waiting.append(_scored(loaded, detector, scans, indices, voxels, warnings, reports))
+        if len(waiting) == PART_BATCHES:
+            _write_part(parts, waiting)
+    _write_part(parts, waiting)
+    refusals = distributed.gather_objects(refused)
+    refused = {name: reason for each in refusals for name, reason in each.items()}
+    summary = Summary(output / f"predictions{suffix}", output / "embeddings.parquet", len(_done(parts)), refused)
+    if distributed.is_main():
+        if summary.volumes == 0:
+            raise DataError(next(iter(refused.values()), "no scans given"))
+        order = {name: row for row, name in enumerate(scans.rows["volume"])}
+        _join(parts, summary, order)
+        shutil.rmtree(output / "parts")
+    distributed.barrier()
+    return summary
 
 
 @torch.inference_mode()
-def report_embeddings(loaded: ModelFolder, rows: pd.DataFrame, batch: int = 64) -> np.ndarray:
-    """Unit embeddings (n, dim) of findings and impression together; empty reports become NaN."""
-    texts = [f"{f} {i}".strip() for f, i in zip(rows["findings"], rows["impression"], strict=True)]
-    distinct = sorted({text for text in texts if text})
+def report_embeddings(model: DualEncoder, texts: list[str], batch: int = 32) -> np.ndarray:
+    """Unit embeddings (n, dim) of reports; an empty report becomes NaN, equal ones are encoded once."""
+    distinct = sorted({text for text in texts if text}, key=len)
     vectors: dict[str, np.ndarray] = {}
     for start in range(0, len(distinct), batch):
         part = distinct[start : start + batch]
-        vectors |= dict(zip(part, loaded.model.encode_text(part).float().cpu().numpy(), strict=True))
-    nothing = np.full(loaded.model.config.dim, np.nan, dtype=np.float32)
+        vectors |= dict(zip(part, model.encode_text(part).float().cpu().numpy(), strict=True))
+    nothing = np.full(model.config.dim, np.nan, dtype=np.float32)
     return np.stack([vectors.get(text, nothing) for text in texts])
+
+
+def report_texts(rows: pd.DataFrame) -> list[str]:
+    """Findings and impression together, as they were shown in training."""
+    return [f"{f} {i}".strip() for f, i in zip(rows["findings"], rows["impression"], strict=True)]
+
+
+def batches(
+    scans: Scans, indices: list[int], batch: int, refused: dict[str, str], what: str = "detecting"
+) -> Iterator[tuple[list[int], np.ndarray, list[str]]]:
+    """(rows, voxels (b, 1, D, H, W) float32, warnings) of full batches; refused scans are named in ``refused``."""
+    rows: list[int] = []
+    voxels: list[np.ndarray] = []
+    warnings: list[str] = []
+    ready = zip(indices, ahead(scans.voxels, indices), strict=True)
+    for index, result in track(ready, len(indices), what, "scans"):
+        try:
+            one, warning = result()
+        except PreprocessingError as error:
+            refused[str(scans.rows["volume"].iloc[index])] = str(error)
+            continue
+        rows.append(index)
+        voxels.append(one)
+        warnings.append(warning)
+        if len(rows) == batch:
+            yield rows, np.stack(voxels)[:, None], warnings
+            rows, voxels, warnings = [], [], []
+    if rows:
+        yield rows, np.stack(voxels)[:, None], warnings
+
+
+def _scored(
+    loaded: ModelFolder,
+    detector: Detector,
+    scans: Scans,
+    indices: list[int],
+    voxels: np.ndarray,
+    warnings: list[str],
+    reports: bool,
+) -> pa.Table:
+    found = detector.detect(torch.from_numpy(voxels))
+    rows = scans.rows.iloc[indices]
+    identity = rows.loc[:, ["volume", "patient", "scan"]].assign(warnings=warnings)
+    values = dict(zip(detector.graded, found.values.float().cpu().numpy().T, strict=True))
+    table = prediction_table(
+        identity, list(detector.abnormalities), found.probabilities.float().cpu().numpy(),
+        found.margins.float().cpu().numpy(), values, model=loaded.hash, spec=loaded.spec.hash,
+    )  # fmt: skip
+    vectors = {VOLUME: found.embeddings.float().cpu().numpy()}
+    if reports:
+        vectors[REPORT] = report_embeddings(loaded.model, report_texts(rows))
+    columns = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(None)
+    for name, column in zip((*vectors,), embedding_table(list(rows["volume"]), **vectors).columns[1:], strict=True):
+        columns = columns.append_column(name, column)
+    return columns
+
+
+def _key(loaded: ModelFolder, detector: Detector, reports: bool) -> str:
+    """Parts made with another model, other prompts or another calibration are not these."""
+    digest = hashlib.sha256(json.dumps([loaded.hash, loaded.spec.hash, detector.abnormalities, reports]).encode())
+    digest.update((detector.positive - detector.negative).float().cpu().numpy().tobytes())
+    digest.update(repr(detector.calibration).encode())
+    return digest.hexdigest()[:16]
+
+
+def _done(parts: Path) -> set[str]:
+    names: set[str] = set()
+    for path in parts.glob("*.parquet"):
+        names |= set(pq.read_table(path, columns=["volume"])["volume"].to_pylist())
+    return names
+
+
+def _write_part(parts: Path, waiting: list[pa.Table]) -> None:
+    if not waiting:
+        return
+    table = pa.concat_tables(waiting)
+    first = hashlib.sha256("\n".join(table["volume"].to_pylist()).encode()).hexdigest()[:16]
+    with written_beside(parts / f"{first}.parquet") as partial:
+        pq.write_table(table, partial)
+    waiting.clear()
+
+
+def _join(parts: Path, summary: Summary, order: dict[str, int]) -> None:
+    """Parts to the two final tables, one part in memory at a time, in the order of the scans as far as parts go."""
+    files = sorted(parts.glob("*.parquet"), key=lambda path: order.get(pq.read_table(path)["volume"][0].as_py(), 0))
+    vectors = [name for name in (VOLUME, REPORT) if name in pq.read_schema(files[0]).names]
+
+    first = pq.read_schema(files[0])
+    with written_beside(summary.embeddings) as partial:
+        kept = ["volume", *vectors]
+        with pq.ParquetWriter(partial, pa.schema([first.field(name) for name in kept])) as writer:
+            for path in files:
+                writer.write_table(pq.read_table(path, columns=kept))
+    with written_beside(summary.predictions) as partial:
+        if summary.predictions.suffix == ".parquet":
+            with pq.ParquetWriter(partial, pq.read_table(files[0]).drop_columns(vectors).schema) as writer:
+                for path in files:
+                    writer.write_table(pq.read_table(path).drop_columns(vectors))
+            return
+        with partial.open("w", encoding="utf-8", newline="") as stream:
+            for number, path in enumerate(files):
+                table = pq.read_table(path).drop_columns(vectors).to_pandas()
+                table.to_csv(stream, index=False, header=number == 0, float_format="%.9g")

@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-TINY = ["training.epochs=2", "training.batch=4", "training.log_every=1", "training.checkpoint_every=2",
-        "model.volume.stages=[[8,0],[16,0]]", "model.volume.width=24", "model.volume.heads=2", "model.text.width=16",
-        "model.text.heads=2", "model.text.depth=1", "data.workers=0"]  # fmt: skip
-
-
-def run(*command: object, module: str = "ctclip") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, command)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def trained(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("run") / "run"
-    done = run("--config", "phantom_tiny", "--store", store, "--output", output, *TINY, module="ctclip.train")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return output
+from .conftest import TINY, run
 
 
 def test_version_and_help() -> None:
     assert run("--version").stdout.startswith("ctclip 0.")
-    for command in ("phantom", "preprocess", "train", "zero-shot", "evaluate", "demo"):
+    for command in ("phantom", "preprocess", "train", "zero-shot", "evaluate", "demo", "calibrate", "report", "embed",
+                    "index", "similar", "import-checkpoint"):  # fmt: skip
         shown = run(command, "--help")
         assert shown.returncode == 0
         assert f"ctclip {command}" in shown.stdout
@@ -88,6 +64,7 @@ def test_from_scans_to_a_report(store: Path, cohort: Path, trained: Path, tmp_pa
         store,
         "--split",
         "valid",
+        "--reports",
         "--output",
         tmp_path,
         module="ctclip.zero_shot",

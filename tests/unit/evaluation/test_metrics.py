@@ -35,11 +35,11 @@ def test_equal_to_scikit_learn(seed: int, tied: bool) -> None:
         expected = reference.average_precision_score(labels, scores, sample_weight=weight)
         assert abs(metrics.average_precision(labels, scores, weight) - expected) < 1e-12
     counts, called = metrics.confusion(labels, scores, 0.5), scores >= 0.5
-    assert abs(counts.f1 - reference.f1_score(labels, called)) < 1e-12
-    assert abs(counts.precision - reference.precision_score(labels, called)) < 1e-12
-    assert abs(counts.sensitivity - reference.recall_score(labels, called)) < 1e-12
-    assert abs(counts.specificity - reference.recall_score(1 - labels, ~called)) < 1e-12
-    assert abs(counts.accuracy - reference.accuracy_score(labels, called)) < 1e-12
+    assert abs(counts["f1"] - reference.f1_score(labels, called)) < 1e-12
+    assert abs(counts["precision"] - reference.precision_score(labels, called)) < 1e-12
+    assert abs(counts["sensitivity"] - reference.recall_score(labels, called)) < 1e-12
+    assert abs(counts["specificity"] - reference.recall_score(1 - labels, ~called)) < 1e-12
+    assert abs(counts["accuracy"] - reference.accuracy_score(labels, called)) < 1e-12
     assert abs(metrics.brier(labels, scores) - reference.brier_score_loss(labels, scores)) < 1e-12
 
 
@@ -66,6 +66,21 @@ def test_bootstrap_is_resampling_of_patients() -> None:
         rows = np.repeat(np.arange(300), weight.astype(int))
         assert len(rows) == 300
         assert abs(value - reference.roc_auc_score(labels[rows], scores[rows])) < 1e-12
+    every = metrics.bootstrap_metrics(labels[:, None], scores[:, None], patients, np.array([0.5]), resamples=20, seed=4)
+    called = scores >= 0.5
+    for row, weight in enumerate(weights):
+        rows = np.repeat(np.arange(300), weight.astype(int))
+        truth, said, score = labels[rows], called[rows], scores[rows]
+        expected = {
+            "auroc": found[row], "average_precision": reference.average_precision_score(truth, score),
+            "f1": reference.f1_score(truth, said), "accuracy": reference.accuracy_score(truth, said),
+            "precision": reference.precision_score(truth, said), "sensitivity": reference.recall_score(truth, said),
+            "specificity": reference.recall_score(1 - truth, ~said), "brier": reference.brier_score_loss(truth, score),
+            "calibration_error": metrics.calibration_error(truth, score),
+        }  # fmt: skip
+        assert set(expected) == set(every)
+        for name, value in expected.items():
+            assert abs(every[name][row, 0] - value) < 1e-12, name
     limits = metrics.interval(0.7, found)
     assert limits.lower < np.median(found) < limits.upper
 
@@ -102,9 +117,10 @@ PROTOCOL = Protocol(name="p", describes="", labels=("A", "B"), bootstrap=20)
 
 def table(volumes: int = 6) -> pd.DataFrame:
     names = [f"v{index}" for index in range(volumes)]
-    identity = pd.DataFrame({"volume": names, "patient": names, "scan": [f"s{index // 2}" for index in range(volumes)]})
+    scans = [f"s{index // 2}" for index in range(volumes)]
+    identity = pd.DataFrame({"volume": names, "patient": names, "scan": scans, "warnings": ""})
     scores = np.linspace(0.1, 0.9, volumes * 2).reshape(volumes, 2)
-    return prediction_table(identity, ["A", "B"], scores, scores, "m", "s")
+    return prediction_table(identity, ["A", "B"], scores, scores, {"size [mm]": scores[:, 0]}, model="m", spec="s")
 
 
 def test_predictions_survive_their_file_and_name_what_is_wrong(tmp_path) -> None:

@@ -1,0 +1,40 @@
+"""`ctclip calibrate`: probabilities that mean what they say."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+import typer
+
+
+class Kind(StrEnum):
+    platt = "platt"
+    temperature = "temperature"
+
+
+def calibrate(
+    predictions: Path = typer.Argument(..., help="Predictions of `ctclip zero-shot` on the calibration split."),
+    model: Path = typer.Option(..., "--model", "-m", help="The model folder; calibration.json is kept in it."),
+    labels: Path = typer.Option(None, help="A labels CSV or cohort table; the store's own if not given."),
+    store: Path = typer.Option(None, help="The store the predictions are of."),
+    method: Kind = typer.Option(Kind.platt, help="platt: a line each label; temperature: one slope for all."),
+) -> None:
+    """Fit probabilities and thresholds to a calibration split, and keep them with the model.
+
+    `ctclip zero-shot --model M --store store --split calibration --output calibration`
+
+    `ctclip calibrate calibration/predictions.csv --model M --store store`
+    """
+    from ctclip.errors import EvaluationError
+    from ctclip.evaluation.command import run_calibration
+    from ctclip.models.folder import load_model
+
+    loaded = load_model(str(model))
+    fitted = run_calibration(
+        predictions, model, labels=labels, store=store, method=method.value, model_hash=loaded.hash
+    )
+    if not fitted.lines:
+        raise EvaluationError(f"{predictions}: nothing could be calibrated")
+    print(f"{fitted.method} calibration of {len(fitted.lines)} abnormalities on {fitted.fitted_on}")
+    print(f"kept: {model / 'calibration.json'}")

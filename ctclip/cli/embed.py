@@ -1,0 +1,56 @@
+"""`ctclip embed`: unit vectors of volumes or reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def embed(
+    scans: list[Path] = typer.Argument(None, help="Volume files, DICOM folders, folders of volumes, or 'patterns'."),
+    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a hub name."),
+    store: Path = typer.Option(None, help="A store of `ctclip preprocess` instead of scans."),
+    split: str = typer.Option(None, help="With --store: one split of the cohort."),
+    reports: Path = typer.Option(
+        None,
+        help="Embed reports instead: a .txt of one a line, or a CSV (text, findings and impression, or CT-RATE's).",
+    ),
+    output: Path = typer.Option(
+        Path("embeddings.parquet"), "--output", "-o", help=".parquet: ids and vectors; .npy: the vectors alone."
+    ),
+    batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
+) -> None:
+    """Embed volumes or reports as unit vectors of one space.
+
+    `ctclip embed --model runs/demo/train/model --store store --split valid --output valid.parquet`
+
+    `ctclip embed --model runs/demo/train/model --reports reports.csv --output reports.npy`
+    """
+    from ctclip import distributed
+    from ctclip.errors import DataError
+    from ctclip.inference.embed import embed_reports, embed_scans
+    from ctclip.inference.scans import ScanFiles, Scans, StoredScans
+    from ctclip.models.folder import load_model
+    from preprocessing.store import VolumeStore
+
+    if bool(scans) + (store is not None) + (reports is not None) != 1:
+        raise DataError("give one of: scans, --store, --reports")
+    if output.suffix not in (".parquet", ".npy"):
+        raise DataError(f"{output}: end the name in .parquet or .npy")
+    loaded = load_model(model, distributed.device())
+    refused: dict[str, str] = {}
+    if reports is not None:
+        rows = embed_reports(loaded.model, reports, output)
+    else:
+        source: Scans
+        if store is not None:
+            source = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
+        else:
+            source = ScanFiles(scans, loaded.spec)
+        rows = embed_scans(loaded.model, source, output, batch, refused)
+    for reason in refused.values():
+        print(f"refused: {reason}")
+    print(f"embeddings: {output} ({rows} rows of {loaded.model.config.dim})")
+    if refused:
+        raise typer.Exit(3)

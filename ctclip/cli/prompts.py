@@ -1,0 +1,49 @@
+"""`ctclip prompts`: look at prompt sets."""
+
+from __future__ import annotations
+
+import typer
+
+prompts = typer.Typer(help="Prompt sets: list them, and let a model judge one.", no_args_is_help=True)
+
+
+@prompts.command("list")
+def list_sets() -> None:
+    """The prompt sets of configs/prompts.
+
+    `ctclip prompts list`
+    """
+    from ctclip.config import configs_folder
+    from ctclip.inference.prompts import load_prompts
+
+    for path in sorted((configs_folder() / "prompts").glob("*.yaml")):
+        found = load_prompts(path)
+        phrasings = sum(len(found.side(name, side)) for name in found.names() for side in (True, False))
+        print(
+            f"{path.stem}: {len(found.names())} abnormalities, {phrasings} phrasings, sections {', '.join(found.sections)}"
+        )
+
+
+@prompts.command()
+def lint(
+    prompts: str = typer.Argument(..., help="A prompt file, or the name of one in configs/prompts."),
+    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a hub name."),
+    too_close: float = typer.Option(0.95, help="Warn of pairs whose sides have a larger cosine."),
+) -> None:
+    """Warn of prompts a model cannot tell apart. Exit code 3: there are warnings.
+
+    `ctclip prompts lint report_style --model runs/demo/train/model`
+    """
+    from ctclip.inference.lint import check_prompts
+    from ctclip.inference.prompts import load_prompts
+    from ctclip.models.folder import load_model
+
+    checks = check_prompts(load_model(model).model, load_prompts(prompts), too_close)
+    for check in checks:
+        print(f"{check.cosine:+.3f}  {check.abnormality}")
+        for warning in check.warnings:
+            print(f"        warning: {warning}")
+    warned = sum(len(check.warnings) for check in checks)
+    print(f"{len(checks)} pairs, {warned} warnings")
+    if warned:
+        raise typer.Exit(3)

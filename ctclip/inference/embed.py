@@ -1,0 +1,93 @@
+"""Embeddings to a file: Parquet with ids, or the bare vectors as .npy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from ctclip.errors import DataError
+from ctclip.evaluation.tables import embedding_table
+from ctclip.inference.run import REPORT, VOLUME, batches, report_embeddings, report_texts
+from ctclip.inference.scans import Scans
+from ctclip.models.dual_encoder import DualEncoder
+from preprocessing.files import written_beside
+from preprocessing.progress import track
+
+COLUMNS = {"Findings_EN": "findings", "Impressions_EN": "impression", "VolumeName": "volume"}
+CHUNK = 256
+
+
+def embed_scans(model: DualEncoder, scans: Scans, output: Path, batch: int, refused: dict[str, str]) -> int:
+    """Embed volumes into ``output``; returns how many. Refused scans are named in ``refused``."""
+    return write_tables(output, _volumes(model, scans, batch, refused))
+
+
+def embed_reports(model: DualEncoder, source: Path, output: Path) -> int:
+    """Embed the reports of a .txt (one a line) or a CSV into ``output``; returns how many."""
+    names, texts = read_reports(source)
+    starts = range(0, len(texts), CHUNK)
+
+    def tables() -> Iterator[pa.Table]:
+        for start in track(starts, len(starts), "embedding", "batches"):
+            vectors = report_embeddings(model, texts[start : start + CHUNK])
+            yield embedding_table(names[start : start + CHUNK], **{REPORT: vectors})
+
+    return write_tables(output, tables())
+
+
+def read_reports(source: Path) -> tuple[list[str], list[str]]:
+    """Names and texts. A CSV has a column ``text``, or findings and impression (CT-RATE's names do too)."""
+    try:
+        if source.suffix == ".txt":
+            texts = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+            names = [str(number) for number in range(1, len(texts) + 1)]
+        else:
+            table = pd.read_csv(source, dtype=str, keep_default_na=False).rename(columns=COLUMNS)
+            if "text" not in table.columns and not {"findings", "impression"} <= set(table.columns):
+                raise DataError(f"{source}: has no column 'text', nor 'findings' and 'impression'")
+            texts = list(table["text"]) if "text" in table.columns else report_texts(table)
+            names = list(table["volume"]) if "volume" in table.columns else [str(row + 1) for row in range(len(texts))]
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise DataError(f"{source}: cannot be read ({' '.join(str(error).split())[:160]})") from error
+    if not texts:
+        raise DataError(f"{source}: holds no report")
+    return names, texts
+
+
+def write_tables(path: Path, tables: Iterator[pa.Table]) -> int:
+    """Stream tables of vectors into one file, whole or not at all; .npy gets the one column of vectors."""
+    rows = 0
+    with written_beside(path) as partial:
+        writer: pq.ParquetWriter | None = None
+        vectors: list[np.ndarray] = []
+        for table in tables:
+            rows += len(table)
+            if path.suffix == ".npy":
+                column = table.column(1).combine_chunks()
+                vectors.append(column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1))
+                continue
+            writer = writer or pq.ParquetWriter(partial, table.schema)
+            writer.write_table(table)
+        if rows == 0:
+            raise DataError("nothing to embed: every scan was refused")
+        if writer is not None:
+            writer.close()
+        else:
+            with partial.open("wb") as stream:
+                np.save(stream, np.concatenate(vectors))
+    return rows
+
+
+def _volumes(model: DualEncoder, scans: Scans, batch: int, refused: dict[str, str]) -> Iterator[pa.Table]:
+    names = scans.rows["volume"]
+    device = model.similarity.logit_scale.device
+    for indices, voxels, _ in batches(scans, list(range(len(names))), batch, refused, "embedding"):
+        with torch.inference_mode():
+            vectors = model.encode_volume(torch.from_numpy(voxels).to(device))
+        yield embedding_table([str(names.iloc[i]) for i in indices], **{VOLUME: vectors.float().cpu().numpy()})

@@ -1,0 +1,115 @@
+"""Which earlier scans are like this one: a FAISS index of volume embeddings with their reports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pandas as pd
+import torch
+
+from ctclip.errors import DataError
+from ctclip.inference.run import batches, report_embeddings, report_texts
+from ctclip.inference.scans import StoredScans
+from ctclip.models.folder import ModelFolder
+from preprocessing.files import write_text, written_beside
+
+ROWS = ("volume", "patient", "scan", "findings", "impression")
+
+
+@dataclass
+class Index:
+    """``rows``: a row a volume (``ROWS``); ``volumes``, ``reports``: FAISS indices of unit vectors, inner product."""
+
+    rows: pd.DataFrame
+    volumes: Any
+    reports: Any
+    model: str
+
+    @classmethod
+    def build(cls, rows: pd.DataFrame, volumes: np.ndarray, reports: np.ndarray | None, model: str) -> Index:
+        """volumes (n, dim) unit vectors in the order of ``rows``; reports likewise, NaN where there is none."""
+        return cls(rows.loc[:, list(ROWS)].reset_index(drop=True), _flat(volumes), _reports(reports), model)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, index in (("volumes", self.volumes), ("reports", self.reports)):
+            if index is not None:
+                with written_beside(folder / f"{name}.faiss") as partial:
+                    faiss.write_index(index, str(partial))
+        with written_beside(folder / "rows.parquet") as partial:
+            self.rows.to_parquet(partial, index=False)
+        write_text(folder / "index.json", json.dumps({"model": self.model, "volumes": len(self.rows)}))
+
+    @classmethod
+    def load(cls, folder: Path, model: str) -> Index:
+        """Refuses an index made with another model than ``model``."""
+        try:
+            facts = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+            rows = pd.read_parquet(folder / "rows.parquet")
+            volumes = faiss.read_index(str(folder / "volumes.faiss"))
+            path = folder / "reports.faiss"
+            reports = faiss.read_index(str(path)) if path.is_file() else None
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(f"{folder}: no index could be read; `ctclip index` makes one") from error
+        if facts["model"] != model:
+            raise DataError(f"{folder}: made with model {facts['model']}, not {model}: run `ctclip index` again")
+        if volumes.ntotal != len(rows):
+            raise DataError(f"{folder}: {volumes.ntotal} vectors for {len(rows)} rows: run `ctclip index` again")
+        return cls(rows, volumes, reports, model)
+
+    def similar(self, query: np.ndarray, count: int, *, reports: bool = False) -> pd.DataFrame:
+        """The ``count`` scans whose volume (or whose report) is nearest to the unit vector ``query`` (dim,).
+
+        Reconstructions of one scan, and reports of one wording, are shown once. Columns of ``rows`` and
+        ``similarity``, nearest first.
+        """
+        index = self.reports if reports else self.volumes
+        if index is None:
+            return self.rows.head(0).assign(similarity=[])
+        by = ["findings", "impression"] if reports else ["scan"]
+        depth = count
+        while True:
+            depth = min(index.ntotal, depth * 4)
+            similarity, found = index.search(np.ascontiguousarray(query[None], dtype=np.float32), depth)
+            hits = self.rows.iloc[found[0][found[0] >= 0]].assign(similarity=similarity[0][found[0] >= 0])
+            distinct = hits.drop_duplicates(by)
+            if len(distinct) >= count or depth == index.ntotal:
+                return distinct.head(count).reset_index(drop=True)
+
+
+def _flat(vectors: np.ndarray, ids: np.ndarray | None = None) -> Any:
+    """Exact search: 50,000 vectors of 512 take 5 ms, and no answer is missed."""
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    if ids is None:
+        index.add(np.ascontiguousarray(vectors, dtype=np.float32))
+        return index
+    mapped = faiss.IndexIDMap(index)
+    mapped.add_with_ids(np.ascontiguousarray(vectors, dtype=np.float32), ids)
+    return mapped
+
+
+def _reports(vectors: np.ndarray | None) -> Any:
+    if vectors is None:
+        return None
+    written = np.flatnonzero(np.isfinite(vectors).all(axis=1))
+    return _flat(vectors[written], written) if len(written) else None
+
+
+def build_index(loaded: ModelFolder, scans: StoredScans, batch: int) -> Index:
+    """Encode the volumes and reports of a store and index them."""
+    order, vectors = [], []
+    for indices, voxels, _ in batches(scans, list(range(len(scans.rows))), batch, {}, "indexing"):
+        with torch.inference_mode():
+            encoded = loaded.model.encode_volume(
+                torch.from_numpy(voxels).to(loaded.model.similarity.logit_scale.device)
+            )
+        order += indices
+        vectors.append(encoded.float().cpu().numpy())
+    rows = scans.rows.iloc[order]
+    reports = report_embeddings(loaded.model, report_texts(rows))
+    return Index.build(rows, np.concatenate(vectors), reports, loaded.hash)

@@ -1,0 +1,52 @@
+"""What a model makes of a prompt set: pairs it cannot tell apart, phrasings that lean to the wrong side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ctclip.inference.detector import side_vectors
+from ctclip.inference.prompts import PromptSet
+from ctclip.models.dual_encoder import DualEncoder
+
+TOO_CLOSE = 0.95
+
+
+@dataclass(frozen=True)
+class PairCheck:
+    """Cosine of an abnormality's two sides, and what is wrong with its phrasings."""
+
+    abnormality: str
+    cosine: float
+    warnings: tuple[str, ...]
+
+
+@torch.inference_mode()
+def check_prompts(model: DualEncoder, prompts: PromptSet, too_close: float = TOO_CLOSE) -> list[PairCheck]:
+    """One check an abnormality, the pair whose sides are closest first."""
+    names = prompts.names()
+    positive = F.normalize(side_vectors(model, prompts, names, True), dim=-1)
+    negative = F.normalize(side_vectors(model, prompts, names, False), dim=-1)
+    unknown = model.text_encoder.tokenizer.unk_token
+    checks = []
+    for index, name in enumerate(names):
+        cosine = float(positive[index] @ negative[index])
+        warnings = []
+        if cosine > too_close:
+            warnings.append(f"its sides nearly coincide (cosine {cosine:.3f}): the margin says little")
+        direction = positive[index] - negative[index]
+        for stated in (True, False):
+            texts = prompts.side(name, stated)
+            lean = model.encode_text(texts) @ direction
+            middle = float((positive[index] + negative[index]) @ direction) / 2
+            for text, value in zip(texts, lean.tolist(), strict=True):
+                if (value > middle) != stated:
+                    warnings.append(f"{text!r} lies on the {'negative' if stated else 'positive'} side")
+                if unknown and unknown in model.text_encoder.tokenizer.tokenize(text):
+                    warnings.append(f"{text!r} has a word the tokenizer does not know")
+        twice = set(prompts.side(name, True)) & set(prompts.side(name, False))
+        warnings += [f"{text!r} stands on both sides" for text in sorted(twice)]
+        checks.append(PairCheck(name, cosine, tuple(warnings)))
+    return sorted(checks, key=lambda check: -check.cosine)

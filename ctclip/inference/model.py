@@ -1,0 +1,111 @@
+"""The one object a notebook needs: a loaded model with its prompts, its preprocessing and its calibration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctclip.evaluation.calibration import Calibration
+from ctclip.inference.detector import Detector
+from ctclip.inference.prompts import load_prompts
+from ctclip.inference.show import Detection
+from ctclip.models.folder import ModelFolder, load_model
+from preprocessing.pipeline import Expect, Prepared, Trust, prepare
+
+
+class Model:
+    """A model folder in memory: ``detect`` scans, ``encode_volume``, ``encode_text``."""
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self.folder = folder
+        self.dual = folder.model
+        self.spec = folder.spec
+        self.calibration = calibration_of(folder)
+
+    @cached_property
+    def detector(self) -> Detector:
+        """Of the model's own prompts."""
+        return Detector(self.dual, load_prompts(self.folder.prompts or "report_style"), None, self.calibration)
+
+    def prepare(self, scan: str | os.PathLike[str], *, trust: Trust = "auto", expect: Expect = "any") -> Prepared:
+        """One scan of disk as this model wants it; see ``preprocessing.prepare``."""
+        return prepare(scan, self.spec, trust=trust, expect=expect)
+
+    def detect(
+        self,
+        scan: str | os.PathLike[str],
+        abnormalities: Sequence[str] | None = None,
+        *,
+        trust: Trust = "auto",
+        expect: Expect = "any",
+    ) -> Detection:
+        """What the model sees in one scan (a volume file, a DICOM folder, a zip).
+
+        ``abnormalities``: names to look for instead of the model's own, listed or not. Raises PreprocessingError if
+        the scan cannot be trusted.
+        """
+        ready = self.prepare(scan, trust=trust, expect=expect)
+        detector = self.detector
+        if abnormalities is not None:
+            prompts = load_prompts(self.folder.prompts or "report_style")
+            detector = Detector(self.dual, prompts, abnormalities, self.calibration)
+        found = detector.detect(torch.from_numpy(ready.voxels)[None, None])
+        names = detector.abnormalities
+        return Detection(
+            scan=Path(scan).name,
+            probabilities=dict(zip(names, found.probabilities[0].tolist(), strict=True)),
+            margins=dict(zip(names, found.margins[0].tolist(), strict=True)),
+            values=dict(zip(detector.graded, found.values[0].tolist(), strict=True)),
+            calibrated=self.calibration is not None,
+            model=self.folder.hash,
+            spec=self.spec.hash,
+            warnings=tuple(ready.warnings),
+        )
+
+    def embed(self, scan: str | os.PathLike[str], *, trust: Trust = "auto", expect: Expect = "any") -> np.ndarray:
+        """The unit vector (dim,) of one scan of disk."""
+        ready = self.prepare(scan, trust=trust, expect=expect)
+        return self.encode_volume(torch.from_numpy(ready.voxels)[None, None])[0].float().cpu().numpy()
+
+    @torch.inference_mode()
+    def encode_volume(self, volume: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, 1, D, H, W) in [-1, 1] -> (B, dim) unit vectors."""
+        return self.dual.encode_volume(volume.to(self.dual.similarity.logit_scale.device), mask)
+
+    @torch.inference_mode()
+    def encode_text(
+        self,
+        texts: Sequence[str] | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Strings, or input_ids with attention_mask (n, L) -> (n, dim) unit vectors."""
+        return self.dual.encode_text(texts, input_ids=input_ids, attention_mask=attention_mask)
+
+    def logits(self, volumes: Tensor, texts: Tensor) -> Tensor:
+        """Unit vectors (n, dim), (m, dim) -> (n, m), scaled by the learned temperature."""
+        return self.dual.logits(volumes, texts)
+
+
+def calibration_of(folder: ModelFolder) -> Calibration | None:
+    """The calibration kept with a model, if there is one and it is of these weights."""
+    path = folder.path / "calibration.json"
+    if not path.is_file():
+        return None
+    found = Calibration.load(path)
+    if found.model != folder.hash:
+        print(f"warning: {path} was fitted to other weights ({found.model}): not used; run `ctclip calibrate` again")
+        return None
+    return found
+
+
+def load(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:
+    """See ``ctclip.load``."""
+    return Model(load_model(source, device))

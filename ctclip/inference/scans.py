@@ -1,0 +1,100 @@
+"""Where the volumes of an inference come from: a store, or files of a user. Ids first, voxels one at a time."""
+
+from __future__ import annotations
+
+import glob
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import pandas as pd
+
+from ctclip.data.dataset import stored_rows
+from ctclip.errors import DataError
+from preprocessing.cohorts import FILES, identity
+from preprocessing.pipeline import Expect, Trust, prepare
+from preprocessing.spec import PreprocessingSpec
+from preprocessing.store import VolumeStore
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Scans(Protocol):
+    """``rows``: a row a volume with volume, patient, scan (and findings, impression where reports are known)."""
+
+    rows: pd.DataFrame
+
+    def voxels(self, index: int) -> tuple[np.ndarray, str]:
+        """Model-ready voxels [slice, row, column] of one row, and warnings. Raises PreprocessingError."""
+
+
+class StoredScans:
+    """Volumes of a store. A store of another spec than the model's is refused."""
+
+    def __init__(self, store: VolumeStore, split: str | None, spec: PreprocessingSpec, model: Path) -> None:
+        if store.spec.hash != spec.hash:
+            raise DataError(
+                f"{store.path}: prepared with spec {store.spec.name!r} ({store.spec.hash}), the model {model} wants "
+                f"{spec.name!r} ({spec.hash}); run `ctclip preprocess --spec {model}/preprocessing.yaml`"
+            )
+        self.store, self.spec = store, spec
+        self.rows = stored_rows(store, split)
+
+    def voxels(self, index: int) -> tuple[np.ndarray, str]:
+        return self.spec.normalise(self.store.read(str(self.rows["volume"].iloc[index]))), ""
+
+
+class ScanFiles:
+    """Files, DICOM folders, folders of files, or patterns such as ``'scans/*.nii.gz'``."""
+
+    def __init__(
+        self, paths: Sequence[Path], spec: PreprocessingSpec, *, trust: Trust = "auto", expect: Expect = "any"
+    ) -> None:
+        self.paths = _expanded(paths)
+        self.spec, self.trust, self.expect = spec, trust, expect
+        names = [identity(path) for path in self.paths]
+        if len(set(names)) < len(names):
+            # Files of one name in different folders keep apart by their folder.
+            names = [f"{path.parent.name}/{name}" for path, name in zip(self.paths, names, strict=True)]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"two scans would both be called {twice!r}: give each once, or rename one")
+        self.rows = pd.DataFrame({"volume": names, "patient": names, "scan": names})
+
+    def voxels(self, index: int) -> tuple[np.ndarray, str]:
+        ready = prepare(self.paths[index], self.spec, trust=self.trust, expect=self.expect)
+        return ready.voxels, "; ".join(ready.warnings)
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 2) -> Iterator[Callable[[], R]]:
+    """Results of ``function`` in order, computed a few items ahead while the caller works; calling a result raises
+    what the function raised."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Callable[[], R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item).result)
+            if len(waiting) > workers:
+                yield waiting.popleft()
+        yield from waiting
+
+
+def _expanded(paths: Sequence[Path]) -> list[Path]:
+    """Folders of volume files become their files, patterns what they match; a folder of DICOM slices is one scan."""
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists() and glob.has_magic(str(path)):
+            matched = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+            if not matched:
+                raise DataError(f"{path}: the pattern matches nothing")
+        else:
+            matched = [path]
+        for one in matched:
+            inside = sorted(p for p in one.rglob("*") if p.name.lower().endswith(FILES)) if one.is_dir() else []
+            found += inside or [one]
+    if not found:
+        raise DataError("no scans given")
+    return found

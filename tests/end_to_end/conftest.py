@@ -1,0 +1,34 @@
+"""One tiny run that every end-to-end test shares."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TINY = ["training.epochs=2", "training.batch=4", "training.log_every=1", "training.checkpoint_every=2",
+        "model.volume.stages=[[8,0],[16,0]]", "model.volume.width=24", "model.volume.heads=2", "model.text.width=16",
+        "model.text.heads=2", "model.text.depth=1", "data.workers=0"]  # fmt: skip
+
+
+def run(*command: object, module: str = "ctclip") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run") / "run"
+    done = run("--config", "phantom_tiny", "--store", store, "--output", output, *TINY, module="ctclip.train")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output

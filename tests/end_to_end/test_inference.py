@@ -1,0 +1,214 @@
+"""Inference as a user types it: detection that resumes, embeddings, an index, prompts, calibration, a page of two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import ctclip
+from ctclip.cli import main
+from ctclip.errors import DataError, PromptError
+from ctclip.evaluation.tables import read_embeddings
+from ctclip.inference.detector import Detector
+from ctclip.inference.prompts import load_prompts
+from ctclip.inference.run import detect
+from ctclip.inference.scans import ScanFiles, StoredScans
+from ctclip.models.folder import load_model
+from preprocessing.store import VolumeStore
+
+from .conftest import run
+
+
+@pytest.fixture(scope="module")
+def model(trained: Path) -> Path:
+    return trained / "model"
+
+
+def typed(*arguments: object) -> int:
+    """Exit code of a command, run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+def scans_of(cohort: Path, count: int) -> list[Path]:
+    return sorted((cohort / "dataset").rglob("*.nii.gz"))[:count]
+
+
+def test_detection_goes_on_where_it_was_interrupted(model: Path, store: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ctclip.inference.run.PART_BATCHES", 1)
+    loaded = load_model(model)
+    detector = Detector(loaded.model, load_prompts("report_style"))
+    scans = StoredScans(VolumeStore(store), None, loaded.spec, model)
+    whole = detect(loaded, detector, scans, tmp_path / "whole", batch=4).table()
+    asked: list[int] = []
+    honest = StoredScans.voxels
+
+    def interrupted(self: StoredScans, index: int):
+        asked.append(index)
+        if len(asked) == 14:
+            raise KeyboardInterrupt
+        return honest(self, index)
+
+    monkeypatch.setattr(StoredScans, "voxels", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        detect(loaded, detector, scans, tmp_path / "again", batch=4)
+    assert not (tmp_path / "again" / "predictions.csv").exists()
+    before = len(asked)
+    found = detect(loaded, detector, scans, tmp_path / "again", batch=4)
+    assert len(asked) - before < len(scans.rows)
+    pd.testing.assert_frame_equal(found.table(), whole)
+    assert not (tmp_path / "again" / "parts").exists()
+
+
+def test_two_processes_find_what_one_finds(model: Path, store: Path, tmp_path: Path) -> None:
+    for count in (1, 2):
+        done = run("zero-shot", "--model", model, "--store", store, "--processes", count, "--output", tmp_path / str(count), "--reports")  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (
+        pd.read_csv(tmp_path / str(count) / "predictions.csv").set_index("volume").sort_index() for count in (1, 2)
+    )
+    assert list(one.index) == list(two.index)
+    assert np.allclose(one["Emphysema"], two["Emphysema"], atol=1e-5)
+    vectors = read_embeddings(tmp_path / "2" / "embeddings.parquet")
+    assert set(vectors) == {"volume", "volume_embedding", "report_embedding"}
+
+
+def test_several_scans_a_pattern_and_a_refused_one(model: Path, cohort: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for path in scans_of(cohort, 3):
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "zz_broken.nii.gz").write_bytes(b"not a scan")
+    code = typed(
+        "zero-shot", "--model", model, f"{folder}/*.nii.gz", "--format", "parquet", "--output", tmp_path / "out"
+    )
+    assert code == 3
+    said = capsys.readouterr().out
+    assert "zz_broken.nii.gz" in said
+    table = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
+    assert len(table) == 3
+    assert table["model"].nunique() == 1
+    assert table["spec"].nunique() == 1
+    with pytest.raises(DataError, match="matches nothing"):
+        ScanFiles([tmp_path / "nothing*.nii"], load_model(model).spec)
+
+
+def test_a_notebook_gets_a_result_that_shows_itself(model: Path, cohort: Path) -> None:
+    loaded = ctclip.load(str(model))
+    scan = scans_of(cohort, 1)[0]
+    found = loaded.detect(scan)
+    assert len(found.probabilities) == 18
+    assert found.ranked()[0][1] == max(found.probabilities.values())
+    assert "Cardiomegaly" in str(found)
+    assert "<table>" in found._repr_html_()
+    assert list(found.frame().columns) == ["probability", "margin"]
+    assert list(loaded.detect(scan, ["pneumothorax"]).probabilities) == ["pneumothorax"]
+    vector = loaded.encode_text(["No pleural effusion."])
+    assert float(vector.norm()) == pytest.approx(1, abs=1e-5)
+
+
+def test_graded_prompts_give_a_size(model: Path, cohort: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "graded.yaml"
+    prompts.write_text(
+        "name: graded\nabnormalities:\n  Lung nodule:\n    positive: {findings: [There is a nodule.]}\n"
+        "    negative: {findings: [No nodule is seen.]}\n"
+        "graded:\n  Nodule diameter:\n    templates: ['A {value} mm lung nodule is present.']\n    values: [4, 8, 16, 30]\n"
+    )
+    assert typed("zero-shot", "--model", model, scans_of(cohort, 1)[0], "--prompts", prompts, "--output", tmp_path) == 0
+    value = pd.read_csv(tmp_path / "predictions.csv")["value:Nodule diameter [mm]"][0]
+    assert 4 <= value <= 30
+    prompts.write_text(prompts.read_text().replace("{value} mm lung", "lung"))
+    with pytest.raises(PromptError, match=r"has no \{value\}"):
+        load_prompts(prompts)
+    (tmp_path / "empty.yaml").write_text("name: nothing\n")
+    with pytest.raises(PromptError, match="empty prompt set"):
+        load_prompts(tmp_path / "empty.yaml")
+
+
+def test_sections_weigh_alike_where_the_prompt_set_says_so(model: Path) -> None:
+    loaded = load_model(model).model
+    pair = {
+        "positive": {
+            "findings": ["Emphysema is seen.", "There is emphysema.", "Both lungs."],
+            "impression": ["Emphysema."],
+        },
+        "negative": {"findings": ["No emphysema."]},
+    }
+    base = {"name": "x", "ensemble": "logits", "abnormalities": {"Emphysema": pair}}
+    vectors = loaded.encode_text([*pair["positive"]["findings"], *pair["positive"]["impression"]])
+    by_phrasing = Detector(loaded, load_prompts(base)).positive[0]
+    by_section = Detector(loaded, load_prompts({**base, "average": "section"})).positive[0]
+    assert np.allclose(by_phrasing, vectors.mean(dim=0).detach(), atol=1e-6)
+    assert np.allclose(by_section, (vectors[:3].mean(dim=0) + vectors[3]).detach() / 2, atol=1e-6)
+
+
+def test_embed_index_and_similar(model: Path, store: Path, cohort: Path, tmp_path: Path, capsys) -> None:
+    assert typed("embed", "--model", model, "--store", store, "--output", tmp_path / "v.parquet") == 0
+    assert typed("embed", "--model", model, "--store", store, "--output", tmp_path / "v.npy") == 0
+    vectors = read_embeddings(tmp_path / "v.parquet")
+    assert np.array_equal(vectors["volume_embedding"], np.load(tmp_path / "v.npy"))
+    assert np.allclose(np.linalg.norm(vectors["volume_embedding"], axis=1), 1, atol=1e-5)
+    reports = next((cohort / "dataset").rglob("*reports*.csv"))
+    assert typed("embed", "--model", model, "--reports", reports, "--output", tmp_path / "r.parquet") == 0
+    assert len(read_embeddings(tmp_path / "r.parquet")["report_embedding"]) == len(pd.read_csv(reports))
+    assert typed("index", "--model", model, "--store", store, "--output", tmp_path / "index") == 0
+    capsys.readouterr()
+    scan = scans_of(cohort, 1)[0]
+    assert (
+        typed("similar", scan, "--model", model, "--index", tmp_path / "index", "-k", 3, "-o", tmp_path / "s.csv") == 0
+    )
+    hits = pd.read_csv(tmp_path / "s.csv")
+    nearest = hits[hits["nearest"] == "scan"]
+    assert nearest["volume"].iloc[0].rsplit("_", 1)[0] == scan.name.removesuffix(".nii.gz").rsplit("_", 1)[0]
+    assert nearest["scan"].is_unique
+    facts = json.loads((tmp_path / "index" / "index.json").read_text())
+    (tmp_path / "index" / "index.json").write_text(json.dumps({**facts, "model": "other"}))
+    assert typed("similar", "--text", "Effusion.", "--model", model, "--index", tmp_path / "index") == 2
+    assert "run `ctclip index` again" in capsys.readouterr().err
+
+
+def test_lint_warns_of_sides_that_coincide(model: Path, tmp_path: Path, capsys) -> None:
+    prompts = tmp_path / "same.yaml"
+    prompts.write_text(
+        "name: same\nabnormalities:\n  Emphysema:\n    positive: {findings: [Emphysema.]}\n    negative: {findings: [Emphysema.]}\n"
+    )
+    assert typed("prompts", "lint", prompts, "--model", model) == 3
+    assert "nearly coincide" in capsys.readouterr().out
+    assert typed("prompts", "list") == 0
+    assert "report_style" in capsys.readouterr().out
+
+
+def test_calibration_is_kept_with_the_model_and_used(model: Path, store: Path, tmp_path: Path, capsys) -> None:
+    loaded = load_model(model)
+    table = pd.DataFrame({"volume": VolumeStore(store).volumes})
+    random = np.random.default_rng(0)
+    labels = pd.DataFrame(random.integers(0, 2, (len(table), 18)), columns=list(load_prompts("report_style").names()))
+    labels.insert(0, "volume", table["volume"])
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    assert typed("zero-shot", "--model", model, "--store", store, "--output", tmp_path / "before") == 0
+    try:
+        code = typed(
+            "calibrate", tmp_path / "before" / "predictions.csv", "--model", model, "--labels", tmp_path / "labels.csv"
+        )
+        assert code == 0
+        assert typed("zero-shot", "--model", model, "--store", store, "--output", tmp_path / "after") == 0
+        fitted = json.loads((model / "calibration.json").read_text())
+    finally:
+        (model / "calibration.json").unlink(missing_ok=True)
+    assert fitted["model"] == loaded.hash
+    before, after = (pd.read_csv(tmp_path / name / "predictions.csv") for name in ("before", "after"))
+    line = fitted["lines"]["Emphysema"]
+    expected = 1 / (1 + np.exp(-(before["margin:Emphysema"] * line["slope"] + line["intercept"])))
+    assert np.allclose(after["Emphysema"], expected, atol=1e-6)
+    evaluated = tmp_path / "evaluation"
+    arguments = ("--labels", tmp_path / "labels.csv", "--protocol", "phantom", "--bootstrap", 10)
+    assert typed("evaluate", tmp_path / "after" / "predictions.csv", *arguments, "--output", evaluated) == 0
+    code = typed("evaluate", tmp_path / "after" / "predictions.csv", "--against", tmp_path / "before" / "predictions.csv", *arguments, "--output", evaluated)  # fmt: skip
+    assert code == 0
+    assert "against" in capsys.readouterr().out
+    assert typed("report", evaluated, evaluated, "--output", tmp_path / "two.html") == 0
