@@ -101,6 +101,10 @@ class TextConfig(Section):
     depth: int = 3
     heads: int = 6
     max_tokens: int = Field(512, description="longer reports are cut into chunks at sentence ends and averaged")
+    chunks: Literal["full", "sentence"] = Field(
+        "full",
+        description="full: as many sentences as fit are read together; sentence: each alone, their mean is the report",
+    )
     pooling: Literal["cls", "mean", "attention"] = "mean"
     tuning: Literal["full", "lora", "frozen"] = "full"
     lora_rank: int = 8
@@ -173,6 +177,15 @@ class ZeroConfig(Section):
     offload: bool = Field(False, description="optimizer (and at stage 3 parameters) in host memory")
 
 
+class TextWarmupConfig(Section):
+    """Section matching on reports alone, before the first volume is seen; 0 steps leave it out."""
+
+    steps: int = Field(0, ge=0)
+    batch: int = Field(128, ge=2, description="reports in the global batch")
+    learning_rate: float = 2e-3
+    keep: float = Field(0.7, gt=0, le=1, description="share of the findings' sentences that is shown")
+
+
 class TrainingConfig(Section):
     """The optimisation."""
 
@@ -184,6 +197,7 @@ class TrainingConfig(Section):
     epochs: float = 10.0
     learning_rate: float = 1e-3
     text_learning_rate: float | None = Field(None, description="null: the same as learning_rate")
+    text_warmup: TextWarmupConfig = TextWarmupConfig()
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps")
@@ -192,7 +206,10 @@ class TrainingConfig(Section):
     compile: bool = False
     zero: ZeroConfig = ZeroConfig()
     checkpoint_every: int = Field(500, ge=1, description="steps")
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="the newest ones; the best one is kept beside them")
+    validate_every: int = Field(0, ge=0, description="steps between validations; 0: none")
+    validate_volumes: int = Field(512, ge=2, description="volumes of the validation split, one a scan")
+    wandb_project: str | None = Field(None, description="log to this Weights & Biases project too, where installed")
     log_every: int = Field(10, ge=1, description="steps")
 
 

@@ -27,13 +27,14 @@ SECTIONS = {
 }
 NOT_GIVEN = re.compile(r"\s*not given\.?\s*", re.IGNORECASE)
 CT_RATE_NAME = re.compile(r"((?:train|valid)_\d+)_([a-z]+)_(\d+)")
-FILES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".zip")
+FILES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz", ".zip")
+RAD_CHESTCT_SPLITS = {"trn": "train", "val": "valid", "tst": "test"}
 
 
 def read_cohort(root: str | os.PathLike[str], layout: str = "auto") -> tuple[pd.DataFrame, list[str]]:
     """The cohort table of ``root`` and warnings about it.
 
-    ``layout``: ct-rate, folder, or auto (ct-rate where its tables are found). A ``.csv`` with a ``path`` column is
+    ``layout``: ct-rate, rad-chestct, folder, or auto (by the tables that are found). A ``.csv`` with a ``path`` column is
     a cohort too.
     """
     folder = Path(root)
@@ -42,9 +43,11 @@ def read_cohort(root: str | os.PathLike[str], layout: str = "auto") -> tuple[pd.
     if folder.is_file() and folder.suffix == ".csv":
         return _from_csv(folder), []
     if layout == "auto":
-        layout = "ct-rate" if any(folder.rglob("*reports*.csv")) else "folder"
+        layout = _recognised(folder)
     if layout == "ct-rate":
         return _ct_rate(folder)
+    if layout == "rad-chestct":
+        return _rad_chestct(folder)
     return _plain_folder(folder), []
 
 
@@ -116,6 +119,50 @@ def _ct_rate(root: Path) -> tuple[pd.DataFrame, list[str]]:
     return table, warnings
 
 
+def _recognised(folder: Path) -> str:
+    if any(folder.rglob("*reports*.csv")):
+        return "ct-rate"
+    return "rad-chestct" if any(folder.rglob("*Abnormality_and_Location_Labels.csv")) else "folder"
+
+
+def _rad_chestct(root: Path) -> tuple[pd.DataFrame, list[str]]:
+    """RAD-ChestCT: ``trn00001.npz`` and ``img*_Abnormality_and_Location_Labels.csv``, wherever under ``root``.
+
+    A label is an abnormality at any place: the union of the table's columns ``abnormality*location``. Reports are not
+    part of the data set.
+    """
+    files = {path.stem: path for path in sorted(root.rglob("*.npz"))}
+    if not files:
+        raise PreprocessingError(f"{root}: no volumes named like trn00001.npz below it")
+    parts = []
+    for path in sorted(root.rglob("*Abnormality_and_Location_Labels.csv")):
+        try:
+            part = pd.read_csv(path)
+        except (ValueError, OSError, UnicodeDecodeError) as error:
+            raise PreprocessingError(f"{path}: cannot be read as CSV ({' '.join(str(error).split())})") from error
+        if "NoteAcc_DEID" not in part.columns:
+            raise PreprocessingError(f"{path}: column 'NoteAcc_DEID' is missing; take RAD-ChestCT's own table")
+        places = part.drop(columns="NoteAcc_DEID").select_dtypes("number")
+        if not places.isin([0, 1]).all(axis=None):
+            raise PreprocessingError(f"{path}: holds values other than 0 and 1")
+        found = places.T.groupby([str(column).partition("*")[0] for column in places.columns]).max().T
+        parts.append(found.set_index(part["NoteAcc_DEID"].astype(str)))
+    labels = pd.concat(parts) if parts else pd.DataFrame(index=pd.Index([], dtype=str))
+    labels = labels[~labels.index.duplicated()]
+    orphans = sorted(set(labels.index) - set(files))
+    warnings = [f"{len(orphans)} labelled volumes are not on disk, the first {orphans[0]}: left out"] if orphans else []
+    source = "RAD-ChestCT abnormality and location labels"
+    table = _rows([
+        {
+            "volume": name, "path": str(path.relative_to(root)), "split": RAD_CHESTCT_SPLITS.get(name[:3], "all"),
+            "label_source": source if name in labels.index else "",
+        }
+        for name, path in files.items()
+    ])  # fmt: skip
+    known = labels.reindex(table["volume"]).reset_index(drop=True)
+    return pd.concat([table, known.astype("Int8")], axis=1), warnings
+
+
 def _tables(root: Path, pattern: str, required: tuple[str, ...]) -> pd.DataFrame:
     """All CSVs of a pattern stacked, indexed by volume id."""
     parts = []
@@ -164,14 +211,25 @@ def _number(table: pd.DataFrame, volume: str, column: str, default: float) -> fl
 
 
 def _plain_folder(root: Path) -> pd.DataFrame:
-    """Every volume file below a folder; each its own patient."""
-    paths = sorted(path for path in root.rglob("*") if path.is_file() and path.name.lower().endswith(FILES))
+    """Every volume file below a folder, and every folder of DICOM slices; each its own patient."""
+    paths = []
+    for folder, _, files in sorted(os.walk(root)):
+        volumes = [Path(folder, name) for name in sorted(files) if name.lower().endswith(FILES)]
+        paths += volumes
+        if not volumes and any(_is_dicom(Path(folder, name)) for name in sorted(files)[:3]):
+            paths.append(Path(folder))
     if not paths:
-        raise PreprocessingError(f"{root}: no {', '.join(FILES)} below it")
-    names = [re.sub(r"[^A-Za-z0-9._-]", "_", identity(path.relative_to(root))) for path in paths]
-    unique = [re.sub(r"[^A-Za-z0-9._-]", "_", str(path.relative_to(root))) for path in paths]
+        raise PreprocessingError(f"{root}: no {', '.join(FILES)} and no DICOM slices below it")
+    places = [path.relative_to(root) if path != root else Path(root.resolve().name) for path in paths]
+    names = [re.sub(r"[^A-Za-z0-9._-]", "_", identity(place)) for place in places]
+    unique = [re.sub(r"[^A-Za-z0-9._-]", "_", str(place)) for place in places]
     names = unique if len(set(names)) < len(names) else names
-    return _rows([{"volume": n, "path": str(p.relative_to(root))} for n, p in zip(names, paths, strict=True)])
+    return _rows([{"volume": n, "path": os.path.relpath(p, root)} for n, p in zip(names, paths, strict=True)])
+
+
+def _is_dicom(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
 
 
 def _from_csv(path: Path) -> pd.DataFrame:

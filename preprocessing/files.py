@@ -23,7 +23,7 @@ def written_beside(path: str | os.PathLike[str], *, suffix: str = "") -> Iterato
     partial = Path(name)
     try:
         yield partial
-        _flush(partial)
+        flush(partial)
         os.chmod(partial, 0o666 & ~_umask())
         os.replace(partial, final)
     finally:
@@ -36,7 +36,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Make sure that what was written is on the disk, not in a cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

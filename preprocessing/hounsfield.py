@@ -19,6 +19,8 @@ Trust = Literal["auto", "trust-file", "trust-table"]
 OUTSIDE_FIELD_OF_VIEW = -1024
 SAMPLE_STEP = 3
 SMALLEST_LUNG_ML = 150.0
+SHORTEST_LUNG_MM = 100.0
+SMALLEST_LUNG_CM2 = 50.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ def to_hu(volume: Volume, table: Rescale | None = None, trust: Trust = "auto") -
     with both readings in the message.
     """
     sample = _sample(volume)
-    if not np.isfinite(sample).all():
+    # The least and greatest of all voxels: one NaN or infinity among them shows there.
+    extremes = (volume.array.min(), volume.array.max()) if volume.array.dtype.kind == "f" else (0, 0)
+    if not np.isfinite(extremes).all():
         raise PreprocessingError(f"{volume.source}: holds NaN or infinite values; convert it from DICOM again")
     array, warnings = volume.array, list(volume.warnings)
     due = table is not None and (table.slope, table.intercept) != (1.0, 0.0)
@@ -87,7 +91,8 @@ def check_chest(volume: Volume) -> str | None:
     """Why an oriented HU volume cannot be a chest, or None.
 
     A chest holds a connected space of lung density (-950 to -550 HU, seen at 6 mm, where no edge between air and
-    tissue looks like lung) of at least 150 ml.
+    tissue looks like lung) of at least 150 ml that is 100 mm high and fills 50 cm2 of one axial slice: the lung bases
+    of an abdomen are too low, foam around a head is too thin.
     """
     from scipy import ndimage
 
@@ -97,10 +102,18 @@ def check_chest(volume: Volume) -> str | None:
     coarse = kept.reshape(d // i, i, h // j, j, w // k, k).mean(axis=(1, 3, 5), dtype=np.float32)
     lung = ndimage.binary_erosion((coarse > -950) & (coarse < -550), np.ones((1, 2, 2)))
     regions, count = ndimage.label(lung)
-    largest = int(np.bincount(regions.ravel())[1:].max()) if count else 0
-    millilitres = largest * float(np.prod(volume.spacing)) * i * j * k / 1000
-    if millilitres < SMALLEST_LUNG_ML:
-        return f"its largest space of lung density measures {millilitres:.0f} ml: not a chest"
+    if count == 0:
+        return "nothing in it has the density of lung: not a chest"
+    largest = regions == 1 + int(np.bincount(regions.ravel())[1:].argmax())
+    dz, dy, dx = (spacing * s for spacing, s in zip(volume.spacing, step, strict=True))
+    area = largest.sum(axis=(1, 2)) * dy * dx / 100
+    slices = np.flatnonzero(area)
+    millilitres, height = float(area.sum() * dz / 10), float((slices[-1] - slices[0] + 1) * dz)
+    if millilitres < SMALLEST_LUNG_ML or height < SHORTEST_LUNG_MM or area.max() < SMALLEST_LUNG_CM2:
+        return (
+            f"its largest space of lung density measures {millilitres:.0f} ml, {height:.0f} mm high, at most "
+            f"{area.max():.0f} cm2 in a slice: not a chest"
+        )
     return None
 
 

@@ -23,6 +23,7 @@ from preprocessing.spec import PreprocessingSpec
 from preprocessing.store import VolumeStore
 
 Expect = Literal["chest", "any"]
+OUTCOME_COLUMNS = ("volume", "outcome", "reason", "source_spacing", "source_shape")
 
 
 @dataclass
@@ -30,7 +31,8 @@ class Prepared:
     """One scan, ready for a model of ``spec``.
 
     ``voxels`` float32 [slice, row, column] in [-1, 1]; ``hu`` the same grid in HU; ``affine`` (4, 4) from voxel
-    index (slice, row, column, 1) to LPS+ mm of the scan's own space.
+    index (slice, row, column, 1) to LPS+ mm of the scan's own space. ``source_spacing`` mm and ``source_shape`` are
+    the scan's own, [slice, row, column].
     """
 
     voxels: np.ndarray
@@ -38,6 +40,8 @@ class Prepared:
     spec: PreprocessingSpec
     affine: np.ndarray
     warnings: list[str] = field(default_factory=list)
+    source_spacing: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    source_shape: tuple[int, ...] = ()
 
 
 def prepare(
@@ -58,7 +62,7 @@ def prepare(
     if expect == "chest" and (reason := check_chest(volume)):
         raise PreprocessingError(f"{volume.source}: {reason}; --expect any takes it all the same")
     hu, affine = resample(volume, spec)
-    return Prepared(spec.normalise(hu), hu, spec, affine, volume.warnings)
+    return Prepared(spec.normalise(hu), hu, spec, affine, volume.warnings, volume.spacing, volume.array.shape)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Outcome:
     volume: str
     refused: str | None
     warnings: tuple[str, ...] = ()
+    source_spacing: str = ""
+    source_shape: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,8 @@ def preprocess_cohort(
         for row in mine.to_dict("records")
         if row["volume"] not in there
     ]
-    outcomes = [Outcome(name, None) for name in mine["volume"] if name in there]
+    before = read_outcomes(store)
+    outcomes = [before.get(name, Outcome(name, None)) for name in mine["volume"] if name in there]
     made = _all(due, store.path, options, workers or len(os.sched_getaffinity(0)))
     outcomes += track(made, len(due), "preprocessing")
     write_outcomes(store, outcomes, shard)
@@ -144,11 +151,56 @@ def write_outcomes(store: VolumeStore, outcomes: Iterable[Outcome], shard: tuple
             "volume": o.volume,
             "outcome": "refused" if o.refused else "done",
             "reason": o.refused or "; ".join(o.warnings),
+            "source_spacing": o.source_spacing,
+            "source_shape": o.source_shape,
         }
         for o in sorted(outcomes, key=lambda outcome: outcome.volume)
     ]
     with written_beside(store.path / name) as partial:
-        pd.DataFrame(rows, columns=["volume", "outcome", "reason"]).to_csv(partial, index=False)
+        pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)).to_csv(partial, index=False)
+
+
+def read_outcomes(store: VolumeStore) -> dict[str, Outcome]:
+    """What earlier runs and shards wrote of the volumes that were done."""
+    found: dict[str, Outcome] = {}
+    for path in sorted(store.path.glob("outcomes*.csv")):
+        table = pd.read_csv(path, dtype=str, keep_default_na=False).reindex(
+            columns=list(OUTCOME_COLUMNS), fill_value=""
+        )
+        for row in table[table["outcome"] == "done"].itertuples():
+            warnings = tuple(str(row.reason).split("; ")) if row.reason else ()
+            found[str(row.volume)] = Outcome(
+                str(row.volume), None, warnings, str(row.source_spacing), str(row.source_shape)
+            )
+    return found
+
+
+def merge_shards(path: str | os.PathLike[str]) -> list[Outcome]:
+    """One ``outcomes.csv`` of the shards' own; no volume is read. Refuses while a shard has not ended."""
+    store = VolumeStore(path)
+    parts = sorted(store.path.glob("outcomes-*-of-*.csv"))
+    totals = {path.stem.rpartition("-")[2] for path in parts}
+    if len(totals) != 1:
+        raise PreprocessingError(
+            f"{store.path}: {'no shards' if not parts else 'shards of different counts'} to merge; run every "
+            f"`--shard i/n` of one n first"
+        )
+    total = int(totals.pop())
+    missing = [i for i in range(1, total + 1) if not (store.path / f"outcomes-{i}-of-{total}.csv").is_file()]
+    if missing:
+        raise PreprocessingError(f"{store.path}: shard {missing[0]}/{total} has not ended; run it, then merge")
+    tables = [pd.read_csv(path, dtype=str, keep_default_na=False) for path in parts]
+    table = pd.concat(tables).reindex(columns=list(OUTCOME_COLUMNS), fill_value="").drop_duplicates("volume")
+    absent = set(store.cohort["volume"]) - set(table["volume"])
+    if absent:
+        raise PreprocessingError(f"{store.path}: no shard says what became of {sorted(absent)[0]!r}; run them again")
+    outcomes = []
+    for row in table.itertuples():
+        refused = str(row.reason) if row.outcome == "refused" else None
+        warnings = tuple(str(row.reason).split("; ")) if refused is None and row.reason else ()
+        outcomes.append(Outcome(str(row.volume), refused, warnings, str(row.source_spacing), str(row.source_shape)))
+    write_outcomes(store, outcomes, (1, 1))
+    return outcomes
 
 
 def _all(due: list[tuple[str, Path, Rescale]], store: Path, options: Options, workers: int) -> Iterator[Outcome]:
@@ -172,4 +224,5 @@ def _one(task: tuple[str, Path, Rescale], store: Path, options: Options) -> Outc
         target.write(name, ready.hu)
     except PreprocessingError as error:
         return Outcome(name, str(error))
-    return Outcome(name, None, tuple(ready.warnings))
+    spacing = " x ".join(f"{step:.2f}" for step in ready.source_spacing)
+    return Outcome(name, None, tuple(ready.warnings), spacing, " x ".join(map(str, ready.source_shape)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,15 +12,21 @@ T = TypeVar("T")
 LOG_EVERY_SECONDS = 10.0
 
 
-def track(items: Iterable[T], total: int, what: str, unit: str = "volumes") -> Iterator[T]:
-    """Yield ``items``, showing how many of ``total`` are done, the rate and the estimated time left."""
+def track(
+    items: Iterable[T], total: int, what: str, unit: str = "volumes", status: Callable[[], str] | None = None
+) -> Iterator[T]:
+    """Yield ``items``, showing how many of ``total`` are done, the rate and the estimated time left.
+
+    ``status`` says what else to show beside them.
+    """
+    said = status or (lambda: "")
     if sys.stderr.isatty():
-        yield from _live(items, total, what, unit)
+        yield from _live(items, total, what, unit, said)
     else:
-        yield from _logged(items, total, what, unit)
+        yield from _logged(items, total, what, unit, said)
 
 
-def _live(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
+def _live(items: Iterable[T], total: int, what: str, unit: str, status: Callable[[], str]) -> Iterator[T]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -39,12 +45,16 @@ def _live(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield from bar.track(items, total=total)
+        task = bar.add_task(what, total=total, status="")
+        for item in items:
+            yield item
+            bar.update(task, advance=1, status=status())
 
 
-def _logged(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
+def _logged(items: Iterable[T], total: int, what: str, unit: str, status: Callable[[], str]) -> Iterator[T]:
     started = shown = time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
@@ -53,8 +63,6 @@ def _logged(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]
             shown = now
             elapsed = now - started
             left = elapsed / done * (total - done)
-            print(
-                f"{what}: {done}/{total} {unit}, {done / max(elapsed, 1e-9):.1f} a second, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            more = f"; {status()}" if status() else ""
+            rate = f"{done / max(elapsed, 1e-9):.1f} a second"
+            print(f"{what}: {done}/{total} {unit}, {rate}, {left:.0f} s left{more}", file=sys.stderr, flush=True)

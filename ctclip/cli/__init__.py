@@ -14,11 +14,13 @@ from ctclip.cli.calibrate import calibrate
 from ctclip.cli.demo import demo
 from ctclip.cli.embed import embed
 from ctclip.cli.evaluate import evaluate
+from ctclip.cli.export import export
 from ctclip.cli.import_checkpoint import import_checkpoint
 from ctclip.cli.index import index, similar
 from ctclip.cli.phantom import phantom
 from ctclip.cli.preprocess import preprocess
 from ctclip.cli.prompts import prompts
+from ctclip.cli.quality import quality
 from ctclip.cli.report import report
 from ctclip.cli.train import train
 from ctclip.cli.zero_shot import zero_shot
@@ -32,6 +34,7 @@ app = typer.Typer(
 )
 app.command()(phantom)
 app.command()(preprocess)
+app.command()(quality)
 app.command()(train)
 app.command("zero-shot")(zero_shot)
 app.command()(calibrate)
@@ -41,6 +44,7 @@ app.command()(embed)
 app.command()(index)
 app.command()(similar)
 app.add_typer(prompts, name="prompts")
+app.command()(export)
 app.command("import-checkpoint")(import_checkpoint)
 app.command()(demo)
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from preprocessing.pipeline import Outcome
 
 
 class Trusted(StrEnum):
@@ -22,11 +26,14 @@ class Expected(StrEnum):
 class Layout(StrEnum):
     auto = "auto"
     ct_rate = "ct-rate"
+    rad_chestct = "rad-chestct"
     folder = "folder"
 
 
 def preprocess(
-    cohort: Path = typer.Argument(..., help="CT-RATE's folder, a folder of volumes, or a CSV with a `path` column."),
+    cohort: Path = typer.Argument(
+        ..., help="CT-RATE's or RAD-ChestCT's folder, a folder of volumes, or a CSV with a `path` column."
+    ),
     output: Path = typer.Option(..., "--output", "-o", help="The store; volumes already in it are kept."),
     spec: str = typer.Option("ct_224", help="A YAML file, or the name of one in configs/preprocessing."),
     workers: int = typer.Option(None, help="Processes; all cores if not given."),
@@ -35,6 +42,7 @@ def preprocess(
     expect: Expected = typer.Option(Expected.any, help="Refuse what is not a chest."),
     series: str = typer.Option(None, help="SeriesInstanceUID to take of a DICOM folder of several."),
     shard: str = typer.Option("1/1", help="i/n: take every n-th volume from the i-th on, for job arrays."),
+    merge: bool = typer.Option(False, "--merge", help="Join the outcomes of all shards; no volume is read."),
     calibration: float = typer.Option(
         0.0, min=0.0, max=0.9, help="Share of the training patients to hold out as the split `calibration`."
     ),
@@ -48,9 +56,12 @@ def preprocess(
 
     `ctclip preprocess CT-RATE --output store --spec ct_224`
     """
-    from preprocessing.pipeline import Options, preprocess_cohort, quarantine_damaged
+    from preprocessing.pipeline import Options, merge_shards, preprocess_cohort, quarantine_damaged
     from preprocessing.spec import PreprocessingSpec
 
+    if merge:
+        _said(merge_shards(output), output)
+        return
     if verify:
         for damaged in quarantine_damaged(output):
             print(f"damaged, set aside, rebuilding: {damaged}")
@@ -64,10 +75,14 @@ def preprocess(
         shard=_shard(shard),
         calibration=calibration,
     )
+    _said(outcomes, output)
+
+
+def _said(outcomes: list[Outcome], output: Path) -> None:
     refused = [outcome for outcome in outcomes if outcome.refused]
     for outcome in refused[:20]:
         print(f"refused: {outcome.refused}")
-    print(f"{len(outcomes) - len(refused)} volumes in {output}, {len(refused)} refused")
+    print(f"{len(outcomes) - len(refused)} volumes in {output}, {len(refused)} refused (see outcomes.csv there)")
     if refused:
         raise typer.Exit(3)
 

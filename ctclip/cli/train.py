@@ -22,6 +22,8 @@ def train(
 ) -> None:
     """Train a dual encoder on volumes and reports.
 
+    Exit code 75: stopped by SIGTERM or SIGUSR1 after writing a checkpoint; the same command continues.
+
     The same command runs under every launcher:
 
     `ctclip train --config phantom_tiny --store store --output runs/first training.epochs=5`
@@ -36,9 +38,15 @@ def train(
         raise typer.Exit(distributed.launch(processes, "ctclip.train"))
     distributed.prepare_environment()
     from ctclip.config import load_config
+    from ctclip.training.loop import INTERRUPTED, Interrupted
     from ctclip.training.loop import train as run
 
     given = [f"data.store={store}"] if store is not None else []
-    folder = run(load_config(config, [*given, *(overrides or [])]), output, force=force)
+    try:
+        folder = run(load_config(config, [*given, *(overrides or [])]), output, force=force)
+    except Interrupted as reason:
+        if distributed.launched_rank() == 0:
+            print(f"interrupted: {reason}", flush=True)
+        raise typer.Exit(INTERRUPTED) from reason
     if distributed.launched_rank() == 0:
         print(f"model: {folder}")

@@ -79,7 +79,9 @@ class TextEncoder(nn.Module):
     """A BERT-like encoder with its tokenizer and pooling.
 
     ``forward`` takes token ids and returns one vector a text; ``tokenise`` makes the ids. Texts longer than
-    ``max_tokens`` are cut at sentence ends into chunks whose vectors are averaged, weighted by length.
+    ``max_tokens`` are cut at sentence ends into chunks whose vectors are averaged, weighted by length. With
+    ``chunks: sentence`` every sentence is a chunk and weighs alike: a report is the mean of what it says, a prompt of
+    one sentence lies in the same space, and a sentence that many reports share is encoded once.
     """
 
     def __init__(self, bert: Any, tokenizer: Any, config: TextConfig) -> None:
@@ -93,18 +95,26 @@ class TextEncoder(nn.Module):
         if config.tuning == "frozen":
             self.bert.requires_grad_(False)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, owner: Tensor | None = None) -> Tensor:
-        """input_ids, attention_mask (n, L) int; owner (n,) the text each chunk belongs to, or None for one chunk
-        a text. Returns (texts, width)."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        chunk: Tensor | None = None,
+        owner: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids, attention_mask (n, L) int: n distinct chunks. chunk, owner (m,): text ``owner[i]`` holds chunk
+        ``chunk[i]``; None for one chunk a text. Returns (texts, width)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.tuning != "frozen"):
             hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         pooled = self._pool(hidden, attention_mask)
-        if owner is None:
+        if chunk is None or owner is None:
             return pooled
-        weight = attention_mask.sum(dim=1, keepdim=True).to(pooled.dtype)
-        texts = int(owner.max()) + 1
-        total = pooled.new_zeros(texts, pooled.shape[1]).index_add(0, owner, pooled * weight)
-        return total / weight.new_zeros(texts, 1).index_add(0, owner, weight)
+        weight = torch.ones_like(pooled[:, :1])
+        if self.config.chunks == "full":
+            weight = attention_mask.sum(dim=1, keepdim=True).to(pooled.dtype)
+        texts = int(owner[-1]) + 1
+        total = pooled.new_zeros(texts, pooled.shape[1]).index_add(0, owner, (pooled * weight)[chunk])
+        return total / weight.new_zeros(texts, 1).index_add(0, owner, weight[chunk])
 
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         if self.config.pooling == "cls":
@@ -116,29 +126,44 @@ class TextEncoder(nn.Module):
         return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
     def tokenise(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask`` (n, L) and, where a text needed several chunks, ``owner`` (n,)."""
+        """``input_ids``, ``attention_mask`` (n, L) and, where texts are of several chunks, ``chunk``, ``owner`` (m,)."""
         room = self.max_tokens - 2
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        chunks: list[list[int]] = []
+        rows: dict[tuple[int, ...], int] = {}
+        chunk: list[int] = []
         owner: list[int] = []
-        for index, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
-            pieces = [ids] if len(ids) <= room else self._chunks(text, room)
-            chunks.extend(pieces)
-            owner.extend([index] * len(pieces))
+        for index, pieces in enumerate(self._pieces(texts, room)):
+            for piece in pieces:
+                chunk.append(rows.setdefault(tuple(piece), len(rows)))
+                owner.append(index)
         first, last, pad = (
             self.tokenizer.cls_token_id,
             self.tokenizer.sep_token_id,
             self.tokenizer.pad_token_id,
         )
-        length = max(len(chunk) for chunk in chunks) + 2
-        input_ids = torch.full((len(chunks), length), pad, dtype=torch.long)
-        for row, chunk in enumerate(chunks):
-            input_ids[row, : len(chunk) + 2] = torch.tensor([first, *chunk, last])
-        lengths = torch.tensor([len(chunk) + 2 for chunk in chunks])
+        lengths = torch.tensor([len(piece) + 2 for piece in rows])
+        length = int(lengths.max())
+        input_ids = torch.full((len(rows), length), pad, dtype=torch.long)
+        for row, distinct in enumerate(rows):
+            input_ids[row, : len(distinct) + 2] = torch.tensor([first, *distinct, last])
         tokens = {"input_ids": input_ids, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
-        if len(chunks) > len(texts):
-            tokens["owner"] = torch.tensor(owner)
+        if chunk != list(range(len(texts))):
+            tokens |= {"chunk": torch.tensor(chunk), "owner": torch.tensor(owner)}
         return tokens
+
+    def _pieces(self, texts: Sequence[str], room: int) -> list[list[list[int]]]:
+        """Token ids of each text's chunks."""
+        if self.config.chunks == "full":
+            encoded = self._ids(list(texts))
+            whole = zip(texts, encoded, strict=True)
+            return [[ids] if len(ids) <= room else self._chunks(text, room) for text, ids in whole]
+        cut = [sentences(text) or [text] for text in texts]
+        distinct = list(dict.fromkeys(sentence for parts in cut for sentence in parts))
+        ids = {sentence: piece[:room] for sentence, piece in zip(distinct, self._ids(distinct), strict=True)}
+        return [[ids[sentence] for sentence in parts] for parts in cut]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        found: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
 
     def _chunks(self, text: str, room: int) -> list[list[int]]:
         chunks: list[list[int]] = [[]]

@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -20,40 +21,79 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ctclip import distributed
+from ctclip.errors import CheckpointError
+from preprocessing.files import flush
 
 NAME = re.compile(r"step_(\d{8})")
 
 
 class Checkpoints:
-    """``folder/step_00000500/``: ``state.safetensors`` and ``checkpoint.json``; the newest ``keep`` are kept."""
+    """``folder/step_00000500/``: ``state.safetensors`` and ``checkpoint.json``.
+
+    The newest ``keep`` are kept, and the best: the one with the lowest ``valid_loss``. Files are written by a thread
+    while training goes on; ``wait`` joins it.
+    """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
+        self.writer = ThreadPoolExecutor(1)
+        self.pending: Future[None] | None = None
 
-    def save(self, step: int, state: dict[str, torch.Tensor]) -> None:
-        """Write the state after ``step`` steps, whole or not at all, and remove those too old. For rank 0."""
+    def save(self, step: int, state: dict[str, torch.Tensor], valid_loss: float | None = None) -> None:
+        """Write the state after ``step`` steps, whole or not at all, and remove those too old. For rank 0.
+
+        ``state`` must not change any more: it is written while training goes on. Raises what the write before raised.
+        """
+        self.wait()
+        self.pending = self.writer.submit(self._write, step, state, valid_loss)
+
+    def wait(self) -> None:
+        """Until the last write has ended; raises if it failed."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, step: int, state: dict[str, torch.Tensor], valid_loss: float | None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".step_*.partial"):
+            # Of a run that was killed while it wrote.
+            shutil.rmtree(left, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=".step_", suffix=".partial", dir=self.folder))
         try:
             save_file(state, partial / "state.safetensors")
-            facts = {"step": step, "crc32": _crc32(partial / "state.safetensors")}
+            facts = {"step": step, "crc32": _crc32(partial / "state.safetensors"), "valid_loss": valid_loss}
             (partial / "checkpoint.json").write_text(json.dumps(facts))
+            for path in partial.iterdir():
+                flush(path)
             partial.chmod(0o755)
             final = self.folder / f"step_{step:08d}"
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{self.folder}: the checkpoint of step {step} could not be written ({' '.join(str(error).split())[-160:]}); "
+                f"free some space and start the same command again: it continues from the checkpoint before"
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        for _, old in self._found()[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+        best = self.best()
+        for _, old in self.found()[self.keep :]:
+            if old != best:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def best(self) -> Path | None:
+        """The checkpoint with the lowest validation loss, or None if none was validated."""
+        losses = {path: _valid_loss(path) for _, path in self.found()}
+        known = {path: loss for path, loss in losses.items() if loss is not None}
+        return min(known, key=lambda path: known[path]) if known else None
 
     def newest(self) -> tuple[int, dict[str, torch.Tensor]]:
         """Step and state of the newest whole checkpoint; (0, {}) if there is none.
 
         A damaged one is named on stderr and the one before it is taken. Every rank reads the same one.
         """
-        for step, path in distributed.broadcast_object(self._found()):
+        for step, path in distributed.broadcast_object(self.found()):
             fault = distributed.broadcast_object(_fault(path) if distributed.is_main() else None)
             if fault is None:
                 return step, load_file(path / "state.safetensors")
@@ -64,11 +104,28 @@ class Checkpoints:
                 )
         return 0, {}
 
-    def _found(self) -> list[tuple[int, Path]]:
+    def found(self) -> list[tuple[int, Path]]:
+        """(step, folder) of every checkpoint, the newest first."""
         if not self.folder.is_dir():
             return []
         named = [(NAME.fullmatch(path.name), path) for path in self.folder.iterdir()]
         return sorted(((int(match[1]), path) for match, path in named if match), reverse=True)
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """The state of one checkpoint folder. Raises CheckpointError if it is damaged."""
+    fault = _fault(path)
+    if fault is not None:
+        raise CheckpointError(f"{path}: this checkpoint is damaged ({fault}); take another one of the folder")
+    return load_file(path / "state.safetensors")
+
+
+def _valid_loss(path: Path) -> float | None:
+    try:
+        value = json.loads((path / "checkpoint.json").read_text()).get("valid_loss")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _fault(path: Path) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,6 +62,24 @@ class Engine:
         """All that a checkpoint holds. A collective."""
         return state.collect(self.module, self.optimizer, self.stage)
 
+    def scale(self) -> Tensor:
+        """The current inverse temperature. A collective at stage 3."""
+        with self.gathered():
+            return self.module.model.similarity.scale().detach().cpu().clone()
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """The text side and the temperature whole on every rank, for code that calls them by themselves."""
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+
+        model = self.module.model
+        parts = [*model.text_encoder.parameters(), *model.text_projection.parameters(), *model.similarity.parameters()]
+        with deepspeed.zero.GatheredParameters(parts):
+            yield
+
     def parameters(self) -> dict[str, Tensor]:
         """Whole parameters and buffers, under ``state/``. A collective at stage 3."""
         return state.parameters(self.module, self.stage)
@@ -78,7 +98,7 @@ class Engine:
         identities = {"scans": batch.scans, "text_identities": batch.text_identities, "labels": batch.labels}
         if self.chunks == 1:
             inputs = self._inputs(batch.volumes, batch.texts)
-            with self._autocast():
+            with self.autocast():
                 loss, parts = self.deepspeed("step", **inputs, **identities)
             self.deepspeed.backward(loss)
         else:
@@ -103,7 +123,7 @@ class Engine:
             self._inputs(batch.volumes[first : first + size], batch.texts[first * views : (first + size) * views])
             for first in range(0, len(batch.volumes), size)
         ]
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             encoded = [self.deepspeed("features", **piece) for piece in pieces]
         volumes = torch.cat([pair[0] for pair in encoded]).float().requires_grad_()
         texts = torch.cat([pair[1] for pair in encoded]).float().requires_grad_()
@@ -114,7 +134,7 @@ class Engine:
         assert texts.grad is not None
         for index, piece in enumerate(pieces):
             self.deepspeed.set_gradient_accumulation_boundary(index == self.chunks - 1)
-            with self._autocast():
+            with self.autocast():
                 volume_features, text_features = self.deepspeed("features", **piece)
             rows = slice(index * size, (index + 1) * size)
             text_rows = slice(index * size * views, (index + 1) * size * views)
@@ -127,7 +147,7 @@ class Engine:
         tokens = {name: ids.to(self.device) for name, ids in self.tokenise(texts).items()}
         return {"volumes": volumes, "tokens": tokens}
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
 

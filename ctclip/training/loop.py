@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import resource
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -15,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from ctclip import distributed
 from ctclip.config import Config
-from ctclip.data.dataset import ScanSampler, StoredVolumes, collate
+from ctclip.data.dataset import Batch, ScanSampler, StoredVolumes, collate
 from ctclip.errors import TrainingError
 from ctclip.findings import FINDINGS
 from ctclip.models.dual_encoder import DualEncoder, build_model
@@ -23,23 +26,62 @@ from ctclip.models.folder import prompts_file, save_model
 from ctclip.models.text import load_tokenizer, train_tokenizer
 from ctclip.training.checkpoints import Checkpoints
 from ctclip.training.engine import Engine
-from ctclip.training.records import MetricsLog, open_run
+from ctclip.training.records import MetricsLog, claim_run, open_run
 from ctclip.training.step import ContrastiveStep
+from ctclip.training.text_warmup import warm_up_text
+from ctclip.training.validation import Validation
 from ctclip.versions import revision
+from preprocessing.errors import PreprocessingError
 from preprocessing.progress import track
+from preprocessing.spec import PreprocessingSpec
+
+# sysexits.h's "temporary failure, try again": what slurm/train.sbatch requeues on.
+INTERRUPTED = 75
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, has written a checkpoint, and wants to be started again."""
 
 
 def train(config: Config, output: Path, *, force: bool = False) -> Path:
     """Train as ``config`` says and return the model folder ``output/model``.
 
-    A run that was interrupted continues from its last checkpoint; a finished one returns at once.
+    A run that was interrupted continues from its last checkpoint; a finished one returns at once. Raises Interrupted
+    after SIGTERM or SIGUSR1, once the step at hand is done and its checkpoint written.
     """
-    with distributed.process_group() as device:
+    with distributed.process_group() as device, Signals() as signals:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        return _train(config, output, device, force)
+        held: list[IO[str]] = []
+        try:
+            _on_main(lambda: held.append(claim_run(output)))
+            return _train(config, output, device, signals, force)
+        finally:
+            for stream in held:
+                stream.close()
 
 
-def _train(config: Config, output: Path, device: torch.device, force: bool) -> Path:
+class Signals:
+    """Notes SIGTERM and SIGUSR1 (a preempted or ending Slurm job) for the loop to see between two steps."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self.received = number
+
+
+def _train(config: Config, output: Path, device: torch.device, signals: Signals, force: bool) -> Path:
     labels = list(FINDINGS) if config.objectives.labels else []
     data = StoredVolumes(config.data, config.data.train_split, seed=config.seed, labels=labels)
     if data.spec.name != config.preprocessing:
@@ -49,66 +91,125 @@ def _train(config: Config, output: Path, device: torch.device, force: bool) -> P
         )
     _on_main(lambda: open_run(output, config, force=force))
     torch.manual_seed(config.seed)
-    model = build_model(config.model, _tokenizer(config, data, output))
+    model = build_model(config.model, run_tokenizer(config, output, data))
     checkpoints = Checkpoints(output / "checkpoints", config.training.keep_checkpoints)
     first, resumed = checkpoints.newest()
+    if not resumed and config.training.text_warmup.steps:
+        warm_up_text(model, data.reports, config.training.text_warmup, seed=config.seed, device=device)
     engine = Engine(ContrastiveStep(model, config.objectives, len(labels)), config, device, resumed)
     del resumed
     sampler, steps = _sampler(config, data, first)
     if first < steps:
-        _run(config, output, engine, checkpoints, data, sampler, steps)
-    return _save(config, output, engine, model, data)
+        Run(config, output, engine, checkpoints, signals).train(data, sampler, steps)
+    state = engine.parameters()
+    _on_main(lambda: save_run_model(output / "model", config, model, data.spec, len(data), state))
+    return output / "model"
 
 
-def _run(
-    config: Config,
-    output: Path,
-    engine: Engine,
-    checkpoints: Checkpoints,
-    data: StoredVolumes,
-    sampler: ScanSampler,
-    steps: int,
-) -> None:
-    main = distributed.is_main()
-    log = MetricsLog(output, sampler.start) if main else None
-    batches: Any = DataLoader(
-        data,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=config.data.workers,
-        persistent_workers=config.data.workers > 0,
-        pin_memory=engine.device.type == "cuda",
+class Run:
+    """The loop itself: steps, log lines, validations and checkpoints."""
+
+    def __init__(
+        self, config: Config, output: Path, engine: Engine, checkpoints: Checkpoints, signals: Signals
+    ) -> None:
+        self.config, self.settings = config, config.training
+        self.output, self.engine, self.checkpoints, self.signals = output, engine, checkpoints, signals
+        self.validation = Validation(config) if self.settings.validate_every else None
+        self.shown = ""
+
+    def train(self, data: StoredVolumes, sampler: ScanSampler, steps: int) -> None:
+        """Steps ``sampler.start`` to ``steps``."""
+        main = distributed.is_main()
+        log = MetricsLog(self.output, sampler.start, self.settings.wandb_project) if main else None
+        numbers: Any = range(sampler.start, steps)
+        if main:
+            numbers = track(numbers, steps - sampler.start, "training", "steps", lambda: self.shown)
+        stream = iter(self._batches(data, sampler))
+        began, waited = time.monotonic(), 0.0
+        for step in numbers:
+            asked = time.monotonic()
+            batch = _next(stream).to(self.engine.device)
+            waited += time.monotonic() - asked
+            logged = self.engine.step(batch, step, steps)
+            self._check(logged, step)
+            done, last = step + 1, step + 1 == steps
+            if log is not None and (done % self.settings.log_every == 0 or last):
+                elapsed = time.monotonic() - began
+                logged["epoch"] = step / sampler.steps_per_epoch
+                logged["volumes_per_second"] = (done - sampler.start) * self.settings.batch / elapsed
+                logged["data_wait"] = waited / elapsed
+                logged["memory_gb"] = _memory_gb(self.engine.device)
+                log.write(step, logged)
+                self.shown = _line(logged)
+            stop = distributed.any_rank(self.signals.received is not None, self.engine.device)
+            validated = None
+            if self.validation is not None and not stop and (done % self.settings.validate_every == 0 or last):
+                validated = self.validation(self.engine)
+                if log is not None:
+                    log.write(step, validated)
+            if done % self.settings.checkpoint_every == 0 or last or stop or validated is not None:
+                state = self.engine.state()
+                if main:
+                    self.checkpoints.save(done, state, None if validated is None else validated["valid_loss"])
+            if stop and not last:
+                self.checkpoints.wait()
+                raise Interrupted(f"stopped after step {done} of {steps}; the same command continues from there")
+        self.checkpoints.wait()
+        if log is not None:
+            log.close()
+
+    def _batches(self, data: StoredVolumes, sampler: ScanSampler) -> Any:
+        return DataLoader(
+            data,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.config.data.workers,
+            persistent_workers=self.config.data.workers > 0,
+            pin_memory=self.engine.device.type == "cuda",
+        )
+
+    def _check(self, logged: dict[str, float], step: int) -> None:
+        """Stop at the first loss that is not a number: what follows it is lost."""
+        if math.isfinite(logged["loss"]):
+            return
+        self.checkpoints.wait()
+        raise TrainingError(
+            f"the loss is {logged['loss']} at step {step} (logit scale {logged['logit_scale']:.3g}, gradient norm "
+            f"{logged['gradient_norm']:.3g}): lower training.learning_rate or raise training.warmup; the last good "
+            f"checkpoint is in {self.checkpoints.folder}"
+        )
+
+
+def _next(stream: Any) -> Batch:
+    """The next batch; what went wrong in a reading process becomes one line here."""
+    try:
+        batch: Batch = next(stream)
+        return batch
+    except PreprocessingError as error:
+        # torch wraps what a worker raised in the worker's whole traceback; its last line is the message.
+        said = str(error).strip().splitlines()[-1]
+        raise TrainingError(said.partition("PreprocessingError: ")[2] or said) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            "a reading process died (out of memory?): lower data.workers, and start the same command again: it "
+            "continues from the last checkpoint"
+        ) from error
+
+
+def _line(logged: dict[str, float]) -> str:
+    return (
+        f"loss {logged['loss']:.3f}, scale {logged['logit_scale']:.1f}, rate {logged['learning_rate']:.1e}, "
+        f"{logged['volumes_per_second']:.1f} volumes/s, waiting {logged['data_wait']:.0%}, {logged['memory_gb']:.1f} GB"
     )
-    numbers: Any = range(sampler.start, steps)
-    if main:
-        numbers = track(numbers, steps - sampler.start, "training", "steps")
-    stream = iter(batches)
-    began = time.monotonic()
-    waited = 0.0
-    for step in numbers:
-        asked = time.monotonic()
-        batch = next(stream).to(engine.device)
-        waited += time.monotonic() - asked
-        logged = engine.step(batch, step, steps)
-        if not math.isfinite(logged["loss"]):
-            raise TrainingError(
-                f"the loss is {logged['loss']} at step {step} (logit scale {logged['logit_scale']:.3g}, gradient norm "
-                f"{logged['gradient_norm']:.3g}): lower training.learning_rate or raise training.warmup; the last good "
-                f"checkpoint is in {checkpoints.folder}"
-            )
-        if log is not None and ((step + 1) % config.training.log_every == 0 or step + 1 == steps):
-            elapsed = time.monotonic() - began
-            done = step + 1 - sampler.start
-            logged["epoch"] = step / sampler.steps_per_epoch
-            logged["volumes_per_second"] = done * config.training.batch / elapsed
-            logged["data_wait"] = waited / elapsed
-            log.write(step, logged)
-        if (step + 1) % config.training.checkpoint_every == 0 or step + 1 == steps:
-            state = engine.state()
-            if main:
-                checkpoints.save(step + 1, state)
-    if log is not None:
-        log.close()
+
+
+def _memory_gb(device: torch.device) -> float:
+    """The most memory this rank has held: of its GPU, or resident in the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _sampler(config: Config, data: StoredVolumes, first: int) -> tuple[ScanSampler, int]:
@@ -127,14 +228,14 @@ def _sampler(config: Config, data: StoredVolumes, first: int) -> tuple[ScanSampl
     return make(steps), steps
 
 
-def _tokenizer(config: Config, data: StoredVolumes, output: Path) -> Any:
+def run_tokenizer(config: Config, output: Path, data: StoredVolumes | None) -> Any:
     """The pretrained encoder's tokenizer, or one learned once from the training reports and kept in the run."""
     if config.model.text.pretrained is not None:
         return load_tokenizer(config.model.text.pretrained)
     folder = output / "tokenizer"
 
     def learn() -> None:
-        if not (folder / "tokenizer.json").is_file():
+        if not (folder / "tokenizer.json").is_file() and data is not None:
             texts = np.unique([report.text() for report in data.reports])
             train_tokenizer(texts.tolist(), config.model.text.vocabulary).save_pretrained(folder)
 
@@ -142,18 +243,19 @@ def _tokenizer(config: Config, data: StoredVolumes, output: Path) -> Any:
     return load_tokenizer(folder)
 
 
-def _save(config: Config, output: Path, engine: Engine, model: DualEncoder, data: StoredVolumes) -> Path:
-    state = engine.parameters()
-    folder = output / "model"
-
-    def write() -> None:
-        prefix = "state/model."
-        tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        card = _card(config, len(data))
-        save_model(folder, model, data.spec, prompts=prompts_file(config.prompts), card=card, state=tensors)
-
-    _on_main(write)
-    return folder
+def save_run_model(
+    folder: Path,
+    config: Config,
+    model: DualEncoder,
+    spec: PreprocessingSpec,
+    volumes: int,
+    state: dict[str, torch.Tensor],
+) -> None:
+    """A model folder of a checkpoint's state (names under ``state/model.``)."""
+    prefix = "state/model."
+    tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    card = _card(config, volumes)
+    save_model(folder, model, spec, prompts=prompts_file(config.prompts), card=card, state=tensors)
 
 
 def _card(config: Config, volumes: int) -> str:

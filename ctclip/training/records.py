@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ctclip.config import Config, build_config, differing_keys, dump_config, read_mapping
 from ctclip.errors import TrainingError
@@ -21,7 +24,33 @@ FREE_KEYS = (
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.log_every",
+    "training.validate_every",
+    "training.validate_volumes",
+    "training.wandb_project",
 )
+
+
+def claim_run(folder: Path) -> IO[str]:
+    """Hold the run folder until the returned file is closed or this process ends, however it ends.
+
+    A second run in the same folder is refused.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stream = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        stream.seek(0)
+        holder = stream.read().strip() or "another process"
+        stream.close()
+        raise TrainingError(
+            f"{folder}: a run is going on in this folder ({holder}); wait for it, stop it, or choose another --output"
+        ) from error
+    stream.seek(0)
+    stream.truncate()
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+    stream.flush()
+    return stream
 
 
 def open_run(folder: Path, config: Config, *, force: bool = False) -> None:
@@ -41,9 +70,9 @@ def open_run(folder: Path, config: Config, *, force: bool = False) -> None:
 
 
 class MetricsLog:
-    """``metrics.jsonl`` (one line a logged step) and TensorBoard events."""
+    """``metrics.jsonl`` (one line a logged step), TensorBoard events and, where asked for, Weights & Biases."""
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first_step: int, wandb_project: str | None = None) -> None:
         self.path = folder / "metrics.jsonl"
         if self.path.is_file():
             # Steps after the checkpoint we resume from will be made again; keep one line for each.
@@ -52,15 +81,33 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self.wandb = _wandb(folder, wandb_project) if wandb_project else None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
+        """Validations have keys that begin with ``valid``; training lines have ``loss``."""
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+            if isinstance(value, int | float):
+                self.board.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
 
     def close(self) -> None:
         self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _wandb(folder: Path, project: str) -> Any:
+    try:
+        import wandb  # type: ignore[import-not-found]
+    except ImportError:
+        print(
+            "warning: training.wandb_project is set, but wandb is not installed: `pip install wandb`", file=sys.stderr
+        )
+        return None
+    return wandb.init(project=project, name=folder.name, dir=str(folder), resume="allow", id=folder.name)
 
 
 def _step_of(line: str) -> int:

@@ -61,6 +61,12 @@ def test_two_ranks_are_one_process(tmp_path, alone, stage: int) -> None:
     assert_same(train(tmp_path, 2, "two", zero={"stage": stage}), alone, 1e-5)
 
 
+def test_the_text_warm_up_is_the_same_on_two_ranks(tmp_path, alone) -> None:
+    one = train(tmp_path, 1, "one", warm_up=True)
+    assert_same(train(tmp_path, 2, "two", warm_up=True), one, 1e-5)
+    assert one[0][0] != pytest.approx(alone[0][0], rel=1e-3)
+
+
 def test_two_pass_gradients_are_refused_where_they_would_not_be_exact(tmp_path) -> None:
     with pytest.raises(AssertionError, match="batch norm"):
         train(tmp_path, 1, "refused", micro_batch=2)

@@ -43,6 +43,13 @@ def run(settings: dict, device: torch.device) -> None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"volume": volume})})
     torch.manual_seed(0)
     model = build_model(config.model, train_tokenizer(texts * 4, 80))
+    if settings.get("warm_up"):
+        from ctclip.config import TextWarmupConfig
+        from ctclip.data.reports import Report
+        from ctclip.training.text_warmup import warm_up_text
+
+        reports = [Report(f"{text} {texts[-index]}", f"{text} again {index}.") for index, text in enumerate(texts)]
+        warm_up_text(model, reports, TextWarmupConfig(steps=3, batch=8, learning_rate=1e-4), seed=0, device=device)
     engine = Engine(ContrastiveStep(model, config.objectives), config, device, settings.get("resumed"))
     random = torch.Generator().manual_seed(1)
     losses = []

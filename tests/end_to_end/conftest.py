@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TINY = ["training.epochs=2", "training.batch=4", "training.log_every=1", "training.checkpoint_every=2",
+TINY = ["training.text_warmup.steps=3", "training.text_warmup.batch=8", "training.epochs=2", "training.batch=4", "training.log_every=1", "training.checkpoint_every=2",
         "model.volume.stages=[[8,0],[16,0]]", "model.volume.width=24", "model.volume.heads=2", "model.text.width=16",
         "model.text.heads=2", "model.text.depth=1", "data.workers=0"]  # fmt: skip
 

@@ -111,7 +111,7 @@ def test_long_reports_are_chunked_not_cut() -> None:
     assert tokens["input_ids"].shape[1] <= 16
     assert tokens["owner"].tolist().count(0) > 2
     ids = text.tokenizer(long, add_special_tokens=False)["input_ids"]
-    kept = tokens["input_ids"][tokens["owner"] == 0]
+    kept = tokens["input_ids"][tokens["chunk"][tokens["owner"] == 0]]
     special = {text.tokenizer.cls_token_id, text.tokenizer.sep_token_id, text.tokenizer.pad_token_id}
     assert [int(i) for row in kept for i in row if int(i) not in special] == ids
     assert text(**tokens).shape == (2, 16)
@@ -143,3 +143,22 @@ def test_a_damaged_model_folder_is_named(tmp_path) -> None:
         load_model(tmp_path / "model")
     with pytest.raises(CheckpointError, match="not a ctclip model folder"):
         load_model(tmp_path)
+
+
+def test_a_report_is_the_mean_of_its_sentences_and_shared_ones_are_encoded_once() -> None:
+    reports = ["There is an effusion. No nodule is seen.", "No nodule is seen.", "No nodule is seen. Normal heart. There is an effusion."]  # fmt: skip
+    encoder = build_text_encoder(
+        TextConfig(vocabulary=200, width=16, depth=1, heads=2, max_tokens=64, chunks="sentence"),
+        train_tokenizer(reports, 200),
+    ).eval()
+    tokens = encoder.tokenise(reports)
+    assert len(tokens["input_ids"]) == 3
+    found = encoder(**tokens)
+    alone = {
+        text: encoder(**encoder.tokenise([text]))[0]
+        for text in ("There is an effusion.", "No nodule is seen.", "Normal heart.")
+    }
+    expected = (alone["There is an effusion."] + alone["No nodule is seen."]) / 2
+    assert torch.allclose(found[0], expected, atol=1e-6)
+    assert torch.allclose(found[1], alone["No nodule is seen."], atol=1e-6)
+    assert torch.allclose(found[2], torch.stack(list(alone.values())).mean(dim=0), atol=1e-6)

@@ -1,0 +1,26 @@
+"""`ctclip quality`: look through hundreds of stored scans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def quality(
+    store: Path = typer.Argument(..., help="A store of `ctclip preprocess`."),
+    output: Path = typer.Option(None, "--output", "-o", help="The page; quality.html in the store if not given."),
+    split: str = typer.Option(None, help="One split of the cohort."),
+    first: int = typer.Option(0, min=0, help="Begin at this volume."),
+    count: int = typer.Option(500, min=1, help="Volumes on the page."),
+) -> None:
+    """A page of middle slices with spacing, HU histogram and warnings, and of what was refused.
+
+    `ctclip quality store --output quality.html`
+    """
+    from preprocessing.quality import quality_page
+    from preprocessing.store import VolumeStore
+
+    page = output or store / "quality.html"
+    warned = quality_page(VolumeStore(store), page, split=split, first=first, count=count)
+    print(f"quality page: {page} ({warned} volumes with warnings)")

@@ -1,0 +1,136 @@
+"""A quality-control page of a store: middle slices, HU histogram, spacing and warnings, to look through quickly."""
+
+from __future__ import annotations
+
+import base64
+import io
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment
+from PIL import Image
+
+from preprocessing.files import write_text
+from preprocessing.hounsfield import check_chest
+from preprocessing.pipeline import Outcome, read_outcomes
+from preprocessing.progress import track
+from preprocessing.store import VolumeStore
+from preprocessing.volume import Volume
+
+HEIGHT = 150
+WINDOWS = ((-1350, 150), (-160, 240))
+BINS = np.arange(-1050, 1051, 50)
+
+TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
+body { font: 13px/1.4 system-ui, sans-serif; margin: 1rem; color: #222 } h1 { font-size: 1.2rem }
+.sheet { display: flex; flex-wrap: wrap; gap: 10px } .scan { background: #111; color: #ddd; padding: 6px; width: min-content }
+.scan.warned { outline: 3px solid #d08020 } .scan img { display: block } .scan p { margin: .2rem 0 }
+.scan b { color: #fff } .warning { color: #ffb95e } svg { background: #1c1c1c; display: block }
+</style></head><body><h1>{{ title }}</h1><p>{{ subtitle }}</p>
+{% if refused %}<h2>Refused</h2><ul>{% for name, reason in refused %}<li><b>{{ name }}</b>: {{ reason }}</li>{% endfor %}</ul>{% endif %}
+<div class="sheet">{% for s in scans %}<div class="scan{% if s.warnings %} warned{% endif %}">
+<p><b>{{ s.volume }}</b> {{ s.split }}</p><img alt="axial, coronal, sagittal of {{ s.volume }}" src="data:image/jpeg;base64,{{ s.picture }}">
+<p>{% if s.spacing %}scan {{ s.shape }} voxels of {{ s.spacing }} mm{% endif %}</p>
+<svg width="{{ width }}" height="44" viewBox="0 0 {{ bins }} 44" preserveAspectRatio="none">{% for h in s.bars %}<rect x="{{ loop.index0 }}" y="{{ 44 - h }}" width="1" height="{{ h }}" fill="#7fb2d9"/>{% endfor %}</svg>
+<p>HU -1050 to 1050; {{ s.range }}</p>{% for w in s.warnings %}<p class="warning">{{ w }}</p>{% endfor %}</div>{% endfor %}</div></body></html>
+"""
+
+
+@dataclass
+class Card:
+    """One volume of the sheet."""
+
+    volume: str
+    split: str
+    picture: str
+    shape: str
+    spacing: str
+    bars: list[float]
+    range: str
+    warnings: list[str]
+
+
+def quality_page(
+    store: VolumeStore, output: Path, *, split: str | None = None, first: int = 0, count: int = 500
+) -> int:
+    """Write the page of ``count`` stored volumes from the ``first`` on; returns how many have warnings."""
+    cohort = store.cohort.set_index("volume")
+    names = [name for name in store.volumes if name in cohort.index and split in (None, cohort.at[name, "split"])]
+    shown = names[first : first + count]
+    outcomes = read_outcomes(store)
+    refused = _refused(store)
+
+    def card(name: str) -> Card:
+        return _card(store, name, str(cohort.at[name, "split"]), outcomes.get(name))
+
+    with ThreadPoolExecutor() as pool:
+        cards = list(track(pool.map(card, shown), len(shown), "drawing"))
+    warned = sum(bool(card.warnings) for card in cards)
+    page = Environment(autoescape=True).from_string(TEMPLATE)
+    title = f"Quality control: {store.path.name}"
+    subtitle = (
+        f"Volumes {first + 1} to {first + len(cards)} of {len(names)}, spec {store.spec.name} "
+        f"({' x '.join(f'{s:g}' for s in store.spec.spacing)} mm). Upper row lung window, lower row soft tissue; the "
+        f"patient's right on the left. {warned} have warnings."
+    )
+    write_text(
+        output,
+        page.render(title=title, subtitle=subtitle, scans=cards, refused=refused, width=3 * HEIGHT, bins=len(BINS) - 1),
+    )
+    return warned
+
+
+def _refused(store: VolumeStore) -> list[tuple[str, str]]:
+    import pandas as pd
+
+    path = store.path / "outcomes.csv"
+    if not path.is_file():
+        return []
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    rows = table[table["outcome"] == "refused"]
+    return list(zip(rows["volume"], rows["reason"], strict=True))
+
+
+def _card(store: VolumeStore, name: str, split: str, outcome: Outcome | None) -> Card:
+    hu = store.read(name)
+    if store.spec.published_geometry:
+        hu = hu.transpose(0, 2, 1)
+    warnings = list(outcome.warnings) if outcome else []
+    affine = np.diag([*store.spec.spacing, 1.0])
+    if (reason := check_chest(Volume(hu, affine, name))) is not None:
+        warnings.append(reason)
+    if hu.max() < 100:
+        warnings.append(f"nothing above {hu.max()} HU: is there bone in it?")
+    counted = np.histogram(hu, BINS)[0]
+    bars = np.sqrt(counted / max(1, counted.max())) * 42
+    return Card(
+        volume=name, split=split, picture=_picture(hu, store.spec.spacing), shape=outcome.source_shape if outcome else "",
+        spacing=outcome.source_spacing if outcome else "", bars=[round(float(h), 1) for h in bars],
+        range=f"{hu.min()} to {hu.max()}", warnings=warnings,
+    )  # fmt: skip
+
+
+def _picture(hu: np.ndarray, spacing: tuple[float, float, float]) -> str:
+    """Middle axial, coronal and sagittal slices in two windows, as one base64 JPEG."""
+    dz, dy, dx = spacing
+    d, h, w = hu.shape
+    views = ((hu[d // 2], dy / dx), (hu[::-1, h // 2], dz / dx), (hu[::-1, :, int(w * 0.66)], dz / dy))
+    rows = []
+    for low, high in WINDOWS:
+        planes = []
+        for plane, aspect in views:
+            grey = np.clip((plane.astype(np.float32) - low) * (255 / (high - low)), 0, 255).astype(np.uint8)
+            tall = grey.shape[0] * aspect
+            scale = HEIGHT / max(tall, grey.shape[1])
+            size = (max(1, round(grey.shape[1] * scale)), max(1, round(tall * scale)))
+            canvas = Image.new("L", (HEIGHT, HEIGHT))
+            resized = Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR)
+            canvas.paste(resized, ((HEIGHT - size[0]) // 2, (HEIGHT - size[1]) // 2))
+            planes.append(np.asarray(canvas))
+        rows.append(np.concatenate(planes, axis=1))
+    stream = io.BytesIO()
+    Image.fromarray(np.concatenate(rows)).save(stream, "JPEG", quality=80)
+    return base64.b64encode(stream.getvalue()).decode()
