@@ -12,10 +12,15 @@ def train(
         None, metavar="[KEY=VALUE]...", help="Values that replace the configuration's."
     ),
     config: str = typer.Option(..., "--config", "-c", help="A YAML file, or the name of one in configs/."),
-    output: Path = typer.Option(..., "--output", "-o", help="Run folder; an interrupted run in it is continued."),
+    output: Path = typer.Option(None, "--output", "-o", help="Run folder; an interrupted run in it is continued."),
     store: Path = typer.Option(None, help="Store of `ctclip preprocess`; the same as data.store=."),
     processes: int = typer.Option(
         1, min=1, help="Start this many DeepSpeed processes here; under a launcher leave it at 1."
+    ),
+    plan: bool = typer.Option(False, "--plan", help="Say what the run would need, and do not run it."),
+    card: str = typer.Option("h100", help="With --plan: a10, rtx4090, a100-40, a100, h100, h200, or cpu (measured)."),
+    volumes: int = typer.Option(
+        24128, min=1, help="With --plan: scans of an epoch; CT-RATE's training scans if not given."
     ),
     force: bool = typer.Option(False, "--force", help="Continue a run folder of another configuration."),
     local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Set by the deepspeed launcher."),
@@ -30,18 +35,31 @@ def train(
 
     `deepspeed --module ctclip.train --config phantom_tiny --store store --output runs/first`
 
+    `ctclip train --plan --config ct_rate_vit3d --processes 8 --card h100`
+
     `torchrun --nproc-per-node 4 -m ctclip.train --config phantom_tiny --store store --output runs/first`
     """
     from ctclip import distributed
+    from ctclip.config import load_config
+    from ctclip.errors import ConfigError
 
+    given = [f"data.store={store}"] if store is not None else []
+    if plan:
+        from ctclip.training.plan import CARDS, describe, make_plan
+
+        if card not in (*CARDS, "cpu"):
+            raise ConfigError(f"--card {card}: choose one of {', '.join((*CARDS, 'cpu'))}")
+        wanted = load_config(config, [*given, *(overrides or [])])
+        print(describe(wanted, make_plan(wanted, processes), card, volumes))
+        return
+    if output is None:
+        raise ConfigError("--output is missing: name the run folder")
     if processes > 1 and not distributed.launched():
         raise typer.Exit(distributed.launch(processes, "ctclip.train"))
     distributed.prepare_environment()
-    from ctclip.config import load_config
     from ctclip.training.loop import INTERRUPTED, Interrupted
     from ctclip.training.loop import train as run
 
-    given = [f"data.store={store}"] if store is not None else []
     try:
         folder = run(load_config(config, [*given, *(overrides or [])]), output, force=force)
     except Interrupted as reason:

@@ -40,9 +40,9 @@ class _GlobalNorm(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, cells: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
         rows = _rows(cells)
-        sums = torch.cat(
-            [rows.sum(dim=0), torch.linalg.vector_norm(rows, dim=0).square(), rows.new_full((1,), len(rows))]
-        )
+        # Statistics in float32 whatever the cells are: a bfloat16 cannot even count them.
+        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
+        sums = torch.cat([rows.sum(dim=0, dtype=torch.float32), squares, squares.new_full((1,), len(rows))])
         _sum_over_ranks(sums)
         width, count = rows.shape[1], sums[-1]
         mean = sums[:width] / count
@@ -55,7 +55,7 @@ class _GlobalNorm(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         cells, weight, mean, inverse, count = context.saved_tensors
         gradient = gradients[0]
-        rows, steep = _rows(cells), _rows(gradient)
+        rows, steep = _rows(cells), _rows(gradient).float()
         total = steep.sum(dim=0)
         projected = ((steep * rows).sum(dim=0) - mean * total) * inverse
         sums = torch.cat([total, projected])
@@ -66,7 +66,8 @@ class _GlobalNorm(torch.autograd.Function):
         slope = -scale * inverse * sums[width:] / count
         constant = -scale * sums[:width] / count - slope * mean
         result = torch.addcmul(constant.view(1, -1), steep, scale.view(1, -1)).addcmul_(rows, slope.view(1, -1))
-        return result.view(_innermost(cells)).permute(0, 4, 1, 2, 3), projected, total, None
+        cells_gradient = result.to(cells.dtype).view(_innermost(cells)).permute(0, 4, 1, 2, 3)
+        return cells_gradient, projected, total, None
 
 
 def _sum_over_ranks(sums: Tensor) -> None:

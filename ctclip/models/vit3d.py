@@ -102,7 +102,7 @@ class ViT3D(nn.Module):
         keep = None
         if mask is not None:
             keep = F.max_pool3d(mask.to(volume.dtype), size) > 0
-        if self.config.drop_air:
+        if self.config.drop_air and type(volume) is Tensor and not volume.is_meta:
             inside = ~outside_air(volume, size, self.config.hu_window)
             keep = inside if keep is None else keep & inside
         if keep is None or bool(keep.all()):
@@ -133,6 +133,9 @@ class ViT3D(nn.Module):
                 f"volume of {tuple(volume.shape[2:])} voxels [slice, row, column] cannot be cut into tokens of "
                 f"{tuple(size)}: check the axis order and the preprocessing spec"
             )
+        if type(volume) is not Tensor or volume.is_meta:
+            # Only its shape is known: a plan is being made.
+            return
         low, high = (float(v) for v in torch.aminmax(volume))
         if low < -1.5 or high > 1.5:
             raise ValueError(

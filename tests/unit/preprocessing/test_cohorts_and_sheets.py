@@ -183,7 +183,7 @@ def test_the_quality_page_shows_every_volume_and_every_refusal(tmp_path: Path, h
 
 def test_what_is_no_chest_is_told(shared: Path) -> None:
     phantom = make_scan(1, 1, scale=8.0).reconstructions[0]
-    assert check_chest(Volume(phantom.hu, np.diag([*phantom.spacing, 1.0]), "phantom")) is None
+    assert check_chest(Volume(phantom.hu, np.diag([*phantom.acquisition.grid.spacing, 1.0]), "phantom")) is None
     folder = shared / "ct" / "dicom"
     for name in ("dcm_qa_ct/gantry_tilt_ge", "dcm_qa_ct/philips_28x5mm", "ts_abd_contrast_siemens_20"):
         with pytest.raises(PreprocessingError, match="not a chest"):

@@ -1,0 +1,61 @@
+"""What benchmarks share: the machine's name, tables, and figures measured in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS")}
+
+
+def machine() -> str:
+    """Processor, cores and memory of this machine."""
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+    flags = Path("/proc/cpuinfo").read_text()
+    has = ", ".join(name for name in ("avx2", "avx512f", "amx_bf16") if f" {name}" in flags)
+    gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{model}, {len(os.sched_getaffinity(0))} cores ({has}), {gigabytes:.0f} GiB"
+
+
+def table(title: str, head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"### {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
+
+
+def best_of(action: Callable[[], object], times: int = 3) -> float:
+    """Seconds of the fastest of a few runs: noise on a shared machine only ever adds."""
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def peak_gb() -> float:
+    """The most memory this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def apart(module: str, function: str, *arguments: Any, threads: int | None = None) -> Any:
+    """``function`` of ``module`` in a fresh process, so that its peak memory is its own; what it returned."""
+    script = f"import json, sys; from {module} import {function}; print('\\n' + json.dumps({function}(*json.loads(sys.argv[1]))))"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    if threads is not None:
+        environment |= {name: str(threads) for name in ONE_THREAD}
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(arguments)], env=environment, capture_output=True, text=True, check=False)  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return json.loads(done.stdout.strip().splitlines()[-1])

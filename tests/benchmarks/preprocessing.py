@@ -1,0 +1,162 @@
+"""Preprocessing against the published way of doing it: ``python -m tests.benchmarks.preprocessing``.
+
+The baseline is written from the published description: nibabel's float64 decode, slope and intercept, trilinear resize
+of the whole volume in float64, clip, float32, centre crop. Both run on the same full-size synthetic scan (512 x 512
+pixels), one thread, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tests.benchmarks.common import apart, best_of, machine, peak_gb, table
+
+SPEC = "ct_clip"
+
+
+def baseline(path: str) -> dict[str, float]:
+    """Seconds and GB of the published loader."""
+    import nibabel as nib
+    import torch
+
+    torch.set_num_threads(1)
+    empty = peak_gb()
+
+    def load() -> np.ndarray:
+        image = nib.load(path)
+        data = image.get_fdata() * 1.0 + 0.0
+        spacing = image.header.get_zooms()
+        volume = torch.tensor(np.clip(data, -1000, 1000).transpose(2, 0, 1))[None, None]
+        target = (1.5, 0.75, 0.75)
+        size = [int(n * s / t) for n, s, t in zip(volume.shape[2:], (spacing[2], *spacing[:2]), target, strict=True)]
+        resized = torch.nn.functional.interpolate(volume, size=size, mode="trilinear", align_corners=False)[0, 0]
+        scaled = (resized / 1000).to(torch.float32).numpy()
+        result = np.full((240, 480, 480), -1, np.float32)
+        cut, place = [], []
+        for n, want in zip(scaled.shape, result.shape, strict=True):
+            first, before = max(0, (n - want) // 2), max(0, (want - n) // 2)
+            kept = min(n, want)
+            cut.append(slice(first, first + kept))
+            place.append(slice(before, before + kept))
+        result[tuple(place)] = scaled[tuple(cut)]
+        return result
+
+    result = load()
+    seconds = best_of(load, 2)
+    return {"seconds": seconds, "gb": peak_gb() - empty, "mean": float(result.mean()), "whole_gb": peak_gb()}
+
+
+def ours(path: str) -> dict[str, float]:
+    """Seconds and GB of ``preprocessing.prepare``."""
+    from preprocessing import prepare
+    from preprocessing.pipeline import resample  # noqa: F401  (imports are not what is measured)
+
+    warm = Path(path).with_name("tiny.nii.gz")
+    prepare(warm, SPEC)
+    empty = peak_gb()
+    began = time.perf_counter()
+    ready = prepare(path, SPEC)
+    first = time.perf_counter() - began
+    mean = float(ready.voxels.mean())
+    del ready
+    seconds = min(first, best_of(lambda: prepare(path, SPEC), 2))
+    return {"seconds": seconds, "gb": peak_gb() - empty, "mean": mean, "whole_gb": peak_gb()}
+
+
+def floor(path: str) -> float:
+    """Seconds to inflate the file and pass over its voxels once: no loader can be faster on one core."""
+    from isal import igzip
+
+    def read() -> float:
+        with igzip.open(path, "rb") as stream:
+            return float(np.frombuffer(stream.read()[352:], np.int16).max())
+
+    return best_of(read)
+
+
+def stored(store: str) -> float:
+    """Seconds of one training sample from a store."""
+    from preprocessing.store import VolumeStore
+
+    opened = VolumeStore(store)
+    name = opened.volumes[0]
+    return best_of(lambda: opened.spec.normalise(opened.read(name)), 5)
+
+
+def cropped(store: str) -> float:
+    """Seconds of a random crop of 112 x 224 x 224 voxels from a store."""
+    from preprocessing.store import VolumeStore
+
+    opened = VolumeStore(store)
+    name = opened.volumes[0]
+    region = (slice(60, 172), slice(100, 324), slice(130, 354))
+    return best_of(lambda: opened.spec.normalise(opened.read(name, region)), 5)
+
+
+def whole_cohort(folder: str, store: str, workers: int) -> float:
+    """Seconds to bring a cohort into a new store."""
+    from preprocessing.pipeline import preprocess_cohort
+    from preprocessing.spec import PreprocessingSpec
+
+    began = time.perf_counter()
+    preprocess_cohort(folder, store, PreprocessingSpec.load(SPEC), workers=workers)
+    return time.perf_counter() - began
+
+
+def write_scan(path: Path, seed: int, scale: float) -> None:
+    """One synthetic scan as CT-RATE stores them: int16, gzip."""
+    import nibabel as nib
+
+    from ctclip.phantom.scan import make_scan
+
+    made = make_scan(seed, 1, scale=scale).reconstructions[0]
+    dz, dy, dx = made.acquisition.grid.spacing
+    image = nib.Nifti1Image(made.hu.transpose(2, 1, 0), np.diag([-dx, -dy, dz, 1.0]))
+    nib.save(image, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--volumes", type=int, default=8, help="of the cohort whose parallel efficiency is measured")
+    chosen = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    here = __spec__.name if __spec__ is not None else "tests.benchmarks.preprocessing"
+    with tempfile.TemporaryDirectory() as folder:
+        scan, tiny = Path(folder, "scan.nii.gz"), Path(folder, "tiny.nii.gz")
+        write_scan(scan, 3, 1.0)
+        write_scan(tiny, 3, 8.0)
+        import nibabel as nib
+
+        shape, size = nib.load(scan).shape, scan.stat().st_size / 2**20
+        theirs, mine = apart(here, "baseline", str(scan), threads=1), apart(here, "ours", str(scan), threads=1)
+        lowest = apart(here, "floor", str(scan), threads=1)
+        cohort = Path(folder, "cohort")
+        cohort.mkdir()
+        for index in range(chosen.volumes):
+            (cohort / f"scan_{index}.nii.gz").symlink_to(scan)
+        alone = apart(here, "whole_cohort", str(cohort), str(Path(folder, "one")), 1, threads=1)
+        together = apart(here, "whole_cohort", str(cohort), str(Path(folder, "all")), cores, threads=1)
+        sample = apart(here, "stored", str(Path(folder, "all")), threads=1)
+        crop = apart(here, "cropped", str(Path(folder, "all")), threads=1)
+    rows = [
+        ["one scan, seconds", f"{theirs['seconds']:.2f}", f"{mine['seconds']:.2f}", f"{theirs['seconds'] / mine['seconds']:.1f} x faster"],
+        ["one scan, memory above start, GB", f"{theirs['gb']:.2f}", f"{mine['gb']:.2f}", f"1/{theirs['gb'] / mine['gb']:.1f}"],
+        ["floor: inflate and one pass, seconds", "", f"{lowest:.2f}", f"{mine['seconds'] / lowest:.1f} x the floor"],
+        ["one training sample, whole volume, seconds", f"{theirs['seconds']:.2f}", f"{sample:.3f}", f"{theirs['seconds'] / sample:.0f} x faster"],
+        ["one training sample, crop of 112 x 224 x 224, seconds", f"{theirs['seconds']:.2f}", f"{crop:.3f}", f"{theirs['seconds'] / crop:.0f} x faster"],
+        [f"{chosen.volumes} scans into a store, 1 process, seconds", "", f"{alone:.1f}", f"{alone / chosen.volumes:.2f} a scan"],
+        [f"{chosen.volumes} scans into a store, {cores} processes, seconds", "", f"{together:.1f}", f"{alone / together / cores:.0%} parallel efficiency"],
+    ]  # fmt: skip
+    print(f"{machine()}; scan of {' x '.join(map(str, shape))} voxels, {size:.0f} MiB as .nii.gz, spec {SPEC}")
+    print(f"mean of the result: published way {theirs['mean']:.5f}, ours {mine['mean']:.5f}\n")
+    print(table("Preprocessing", ["", "published way", "ctclip", "ratio"], rows))
+
+
+if __name__ == "__main__":
+    main()

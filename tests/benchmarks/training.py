@@ -1,0 +1,248 @@
+"""The engine: overhead, scaling, bytes sent, checkpoints, waiting, memory: ``python -m tests.benchmarks.training``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.benchmarks.common import apart, machine, peak_gb, table
+
+MODEL = {
+    "dim": 64, "standardise": True,
+    "volume": {"kind": "vit3d", "spacing": [4.5, 3.2, 3.2], "patch": [4, 4, 4], "stages": [[32, 1], [96, 1]], "width": 192, "depth": 1,
+               "heads": 6, "registers": 2, "windows": [[-1000, 1000], [-160, 240]], "pooling": ["mean", "max"]},
+    "text": {"width": 128, "depth": 2, "heads": 4, "max_tokens": 64},
+}  # fmt: skip
+SHAPE = (64, 80, 112)
+TEXTS = [
+    "There is a large pleural effusion on the left.",
+    "No nodule is seen.",
+    "The heart is enlarged.",
+    "Mild emphysema.",
+]
+
+
+def build(batch: int, stage: int = 1) -> tuple[Any, Any, Any]:
+    """Configuration, step module and one rank's batch on fixed data."""
+    from ctclip import distributed
+    from ctclip.config import Config
+    from ctclip.data.dataset import Batch
+    from ctclip.models.dual_encoder import build_model
+    from ctclip.models.text import train_tokenizer
+    from ctclip.training.step import ContrastiveStep
+
+    config = Config.model_validate({"model": MODEL, "training": {"batch": batch, "zero": {"stage": stage}}})
+    torch.manual_seed(0)
+    step = ContrastiveStep(build_model(config.model, train_tokenizer(TEXTS * 4, 100)), config.objectives)
+    share = batch // distributed.world_size()
+    volumes = torch.rand(share, 1, *SHAPE) * 2 - 1
+    texts = [f"{TEXTS[i % 4]} {i}" for i in range(share)]
+    first = distributed.rank() * share
+    return (
+        config,
+        step,
+        Batch(volumes, texts, torch.arange(first, first + share), torch.arange(first, first + share), None),
+    )
+
+
+def bare(batch: int, steps: int) -> float:
+    """Seconds a step of a plain PyTorch loop: the same module, AdamW, clipping."""
+    _, step, data = build(batch)
+    optimizer = torch.optim.AdamW(step.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6)
+    step.train()
+
+    def once() -> None:
+        tokens = step.model.text_encoder.tokenise(data.texts)
+        loss, _ = step(
+            "step", volumes=data.volumes, tokens=tokens, scans=data.scans, text_identities=data.text_identities
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(step.parameters(), 1.0)
+        optimizer.step()
+
+    return _median(once, steps)
+
+
+def engine(batch: int, steps: int, stage: int) -> dict[str, float]:
+    """Seconds a step of the engine, alone; and how long a checkpoint's copy and its writing take."""
+    from ctclip import distributed
+    from ctclip.training.checkpoints import Checkpoints
+    from ctclip.training.engine import Engine
+
+    with distributed.process_group() as device:
+        config, step, data = build(batch, stage)
+        made = Engine(step, config, device)
+        seconds = _median(lambda: made.step(data, 0, 100), steps)
+        began = time.perf_counter()
+        state = made.state()
+        copied = time.perf_counter() - began
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoints = Checkpoints(Path(folder), 2)
+            checkpoints.save(1, state)
+            during = _median(lambda: made.step(data, 0, 100), 3)
+            checkpoints.wait()
+            began = time.perf_counter()
+            checkpoints.save(2, state)
+            checkpoints.wait()
+            written = time.perf_counter() - began
+            size = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors")) / 2
+    return {"seconds": seconds, "copied": copied, "written": written, "during": during, "megabytes": size / 1e6}
+
+
+def both(batch: int, steps: int) -> dict[str, float]:
+    """The engine and the bare loop in one process, their steps taken in turn: what the machine does besides hits both."""
+    from ctclip import distributed
+    from ctclip.training.engine import Engine
+
+    with distributed.process_group() as device:
+        config, step, data = build(batch, 0)
+        made = Engine(step, config, device)
+        _, other, _ = build(batch)
+        optimizer = torch.optim.AdamW(other.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6)
+        other.train()
+
+        def plain() -> None:
+            tokens = other.model.text_encoder.tokenise(data.texts)
+            loss, _ = other("step", volumes=data.volumes, tokens=tokens, scans=data.scans, text_identities=data.text_identities)  # fmt: skip
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+            optimizer.step()
+
+        times: dict[str, list[float]] = {"engine": [], "bare": []}
+        for number in range(steps + 2):
+            for name, action in (("engine", lambda: made.step(data, 0, 100)), ("bare", plain)):
+                began = time.perf_counter()
+                action()
+                if number >= 2:
+                    times[name].append(time.perf_counter() - began)
+    return {name: float(torch.tensor(values).median()) for name, values in times.items()}
+
+
+def rank_main(settings: dict[str, int]) -> None:
+    """One rank of the scaling run: seconds a step, and bytes handed to collectives a step."""
+    from ctclip import distributed
+    from ctclip.training.engine import Engine
+
+    with distributed.process_group() as device:
+        config, step, data = build(settings["share"] * distributed.world_size(), settings["stage"])
+        made = Engine(step, config, device)
+        made.step(data, 0, 100)
+        sent = _count_bytes(lambda: made.step(data, 0, 100))
+        seconds = _median(lambda: made.step(data, 0, 100), settings["steps"])
+        parameters = sum(p.numel() for p in step.parameters() if p.requires_grad)
+        if distributed.is_main():
+            print("\n" + json.dumps({"seconds": seconds, "sent": sent, "parameters": parameters}), flush=True)
+
+
+def _count_bytes(action: Any) -> float:
+    """Bytes of the tensors this rank hands to torch's collectives."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        action()
+    total = 0.0
+    for event in seen.events():
+        if event.name.startswith("gloo:") or event.name.startswith("nccl:"):
+            total += sum(4.0 * torch.Size(shape).numel() for shape in event.input_shapes if shape)
+    return total
+
+
+def scaled(ranks: int, share: int, stage: int, steps: int) -> dict[str, float]:
+    """``rank_main`` on several processes of one thread each."""
+    settings = json.dumps({"share": share, "stage": stage, "steps": steps})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "tests.benchmarks.training", "--rank", settings]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    found: dict[str, float] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    return found
+
+
+def memory(batch: int, stage: int) -> dict[str, float]:
+    """Peak memory of training steps above what the process held before the model, and what the plan says of it."""
+    from ctclip import distributed
+    from ctclip.training.engine import Engine
+    from ctclip.training.plan import _kept, stage_memory
+
+    with distributed.process_group() as device:
+        warm_config, warm, tiny = build(4, stage)
+        Engine(warm, warm_config, device).step(tiny, 0, 10)
+        before = peak_gb()
+        config, step, data = build(batch, stage)
+        made = Engine(step, config, device)
+        for number in range(2):
+            made.step(data, number, 10)
+        grown = peak_gb() - before
+        parameters = sum(p.numel() for p in step.parameters())
+        one, two = (_kept(step.model, SHAPE, 1, count, False) for count in (1, 2))
+    planned = stage_memory(stage, parameters, parameters, 1).states + (batch - 4) * ((two - one) + 4.0 * torch.Size(SHAPE).numel())  # fmt: skip
+    return {"measured": grown, "planned": planned / 2**30}
+
+
+def _median(action: Any, times: int) -> float:
+    action()
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - began)
+    return float(torch.tensor(seconds).median())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rank", help="one rank of the scaling run; the benchmark starts it itself")
+    parser.add_argument("--steps", type=int, default=8)
+    chosen = parser.parse_args()
+    if chosen.rank:
+        rank_main(json.loads(chosen.rank))
+        return
+    here, steps = "tests.benchmarks.training", chosen.steps
+    print(f"{machine()}; vit3d of phantom_tiny, volumes of {' x '.join(map(str, SHAPE))}\n")
+    pair = apart(here, "both", 16, steps)
+    alone = apart(here, "engine", 16, steps, 1)
+    rows = [
+        ["bare PyTorch loop, batch 16, seconds a step", f"{pair['bare']:.3f}", ""],
+        ["engine (ZeRO 0), the same steps in turn", f"{pair['engine']:.3f}", f"{pair['engine'] / pair['bare'] - 1:+.1%} overhead"],
+        [f"checkpoint of {alone['megabytes']:.0f} MB: copied", f"{alone['copied']:.3f}", "training waits for this"],
+        ["checkpoint: written, checksummed, flushed", f"{alone['written']:.3f}", "beside training"],
+        ["step while one is written", f"{alone['during']:.3f}", f"{alone['during'] / alone['seconds'] - 1:+.1%} of a step"],
+    ]  # fmt: skip
+    print(table("Engine", ["", "seconds", ""], rows))
+    rows = []
+    base = 0.0
+    for ranks in (1, 2, 4):
+        if ranks > len(os.sched_getaffinity(0)):
+            continue
+        found = scaled(ranks, 4, 1, steps)
+        base = base or found["seconds"]
+        expected = 2 * 4 * found["parameters"] * (ranks > 1)
+        rows.append([str(ranks), f"{found['seconds']:.3f}", f"{base / found['seconds']:.0%}", f"{found['sent'] / 1e6:.1f}", f"{expected / 1e6:.1f}"])  # fmt: skip
+    print(table("Weak scaling, 4 volumes and one core a rank, ZeRO 1", ["ranks", "seconds a step", "efficiency", "MB handed to collectives a step and rank", "formula (gradients once, parameters once), MB"], rows))  # fmt: skip
+    rows = []
+    for stage in (0, 1):
+        found = apart(here, "memory", 24, stage)
+        rows.append([str(stage), f"{found['measured']:.3f}", f"{found['planned']:.3f}", f"{found['planned'] / found['measured'] - 1:+.0%}"])  # fmt: skip
+    print(
+        table(
+            "Memory of a step, batch 24, GiB",
+            ["ZeRO", "measured (peak resident)", "`ctclip train --plan`", "plan is off by"],
+            rows,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
