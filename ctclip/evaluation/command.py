@@ -58,6 +58,7 @@ def run_evaluation(
     known = truth.reindex(table["volume"]).to_numpy(dtype=float)
     opened = VolumeStore(store) if store is not None else None
     if opened is not None:
+        _same_spec(opened, table, predictions)
         result["controls"] |= _histogram_control(opened, table, declared)
     embeddings = _embeddings(predictions.with_name("embeddings.parquet"), table)
     if embeddings is not None:
@@ -111,6 +112,14 @@ def run_calibration(
     )  # fmt: skip
     fitted.save(model / "calibration.json")
     return fitted
+
+
+def _same_spec(store: VolumeStore, table: pd.DataFrame, path: Path) -> None:
+    if "spec" in table.columns and str(table["spec"].iloc[0]) != store.spec.hash:
+        raise EvaluationError(
+            f"{path}: made from volumes of spec {table['spec'].iloc[0]}, the store {store.path} holds {store.spec.hash}; "
+            f"give the store they were made from"
+        )
 
 
 def _scores_all(protocol: Protocol, names: list[str], path: Path) -> None:

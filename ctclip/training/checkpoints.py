@@ -34,9 +34,11 @@ class Checkpoints:
     while training goes on; ``wait`` joins it.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, spec: str) -> None:
+        """``spec``: hash of the preprocessing spec the run learns from; a checkpoint of another one is refused."""
         self.folder = folder
         self.keep = keep
+        self.spec = spec
         self.writer = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
 
@@ -62,7 +64,12 @@ class Checkpoints:
         partial = Path(tempfile.mkdtemp(prefix=".step_", suffix=".partial", dir=self.folder))
         try:
             save_file(state, partial / "state.safetensors")
-            facts = {"step": step, "crc32": _crc32(partial / "state.safetensors"), "valid_loss": valid_loss}
+            facts = {
+                "step": step,
+                "crc32": _crc32(partial / "state.safetensors"),
+                "valid_loss": valid_loss,
+                "spec": self.spec,
+            }
             (partial / "checkpoint.json").write_text(json.dumps(facts))
             for path in partial.iterdir():
                 flush(path)
@@ -96,6 +103,12 @@ class Checkpoints:
         for step, path in distributed.broadcast_object(self.found()):
             fault = distributed.broadcast_object(_fault(path) if distributed.is_main() else None)
             if fault is None:
+                learned = json.loads((path / "checkpoint.json").read_text()).get("spec", self.spec)
+                if learned != self.spec:
+                    raise CheckpointError(
+                        f"{path}: learned from volumes of spec {learned}, this store holds {self.spec}; name the store of "
+                        f"the run, or another --output"
+                    )
                 return step, load_file(path / "state.safetensors")
             if distributed.is_main():
                 print(

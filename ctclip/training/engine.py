@@ -108,7 +108,7 @@ class Engine:
         logged = {"loss": float(loss.detach()), **{name: float(part) for name, part in parts.items()}}
         return logged | {
             "gradient_norm": float(norm) if norm is not None else math.nan,
-            "learning_rate": self.base_rates[0] * factor,
+            "learning_rate": self.config.learning_rate * factor,
         }
 
     def _two_pass(self, batch: Batch, identities: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

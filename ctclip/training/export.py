@@ -18,7 +18,8 @@ def export_checkpoint(run: Path, output: Path, which: str = "newest") -> Path:
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run}: no run folder of `ctclip train` (no config.yaml)")
     config = build_config(read_mapping(run / "config.yaml"), str(run / "config.yaml"))
-    checkpoints = Checkpoints(run / "checkpoints", config.training.keep_checkpoints)
+    store = VolumeStore(Path(str(config.data.store)))
+    checkpoints = Checkpoints(run / "checkpoints", config.training.keep_checkpoints, store.spec.hash)
     found = dict(checkpoints.found())
     if which == "best":
         path = checkpoints.best()
@@ -30,7 +31,6 @@ def export_checkpoint(run: Path, output: Path, which: str = "newest") -> Path:
         there = ", ".join(str(step) for step in sorted(found)) or "none"
         raise CheckpointError(f"{run}: no checkpoint {which!r} (there: {there}; best needs training.validate_every)")
     state = read_checkpoint(path)
-    store = VolumeStore(Path(str(config.data.store)))
     model = build_model(config.model, run_tokenizer(config, run, None))
     rows = stored_rows(store, config.data.train_split)
     save_run_model(output, config, model, store.spec, len(rows), state)

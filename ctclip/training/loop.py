@@ -92,7 +92,7 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
     _on_main(lambda: open_run(output, config, force=force))
     torch.manual_seed(config.seed)
     model = build_model(config.model, run_tokenizer(config, output, data))
-    checkpoints = Checkpoints(output / "checkpoints", config.training.keep_checkpoints)
+    checkpoints = Checkpoints(output / "checkpoints", config.training.keep_checkpoints, data.spec.hash)
     first, resumed = checkpoints.newest()
     if not resumed and config.training.text_warmup.steps:
         warm_up_text(model, data.reports, config.training.text_warmup, seed=config.seed, device=device)
@@ -116,6 +116,7 @@ class Run:
         self.output, self.engine, self.checkpoints, self.signals = output, engine, checkpoints, signals
         self.validation = Validation(config) if self.settings.validate_every else None
         self.shown = ""
+        self.divergence = Divergence()
 
     def train(self, data: StoredVolumes, sampler: ScanSampler, steps: int) -> None:
         """Steps ``sampler.start`` to ``steps``."""
@@ -170,14 +171,34 @@ class Run:
 
     def _check(self, logged: dict[str, float], step: int) -> None:
         """Stop at the first loss that is not a number: what follows it is lost."""
-        if math.isfinite(logged["loss"]):
+        diverging = self.divergence.seen(logged["loss"])
+        if math.isfinite(logged["loss"]) and not diverging:
             return
         self.checkpoints.wait()
+        what = f"the loss has grown to {logged['loss']:.3g}" if diverging else f"the loss is {logged['loss']}"
         raise TrainingError(
-            f"the loss is {logged['loss']} at step {step} (logit scale {logged['logit_scale']:.3g}, gradient norm "
+            f"{what} at step {step} (logit scale {logged['logit_scale']:.3g}, gradient norm "
             f"{logged['gradient_norm']:.3g}): lower training.learning_rate or raise training.warmup; the last good "
             f"checkpoint is in {self.checkpoints.folder}"
         )
+
+
+class Divergence:
+    """Whether the loss has left the ground it began on: its running mean over some 20 steps is more than twice (and a
+    nat above) what it was after the first 20."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.mean = 0.0
+        self.first: float | None = None
+
+    def seen(self, loss: float) -> bool:
+        """Note a loss; true if the run diverges."""
+        self.steps += 1
+        self.mean += (loss - self.mean) / min(self.steps, 20)
+        if self.steps == 20:
+            self.first = self.mean
+        return self.first is not None and self.mean > 2 * self.first + 1
 
 
 def _next(stream: Any) -> Batch:

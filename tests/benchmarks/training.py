@@ -87,7 +87,7 @@ def engine(batch: int, steps: int, stage: int) -> dict[str, float]:
         state = made.state()
         copied = time.perf_counter() - began
         with tempfile.TemporaryDirectory() as folder:
-            checkpoints = Checkpoints(Path(folder), 2)
+            checkpoints = Checkpoints(Path(folder), 2, "")
             checkpoints.save(1, state)
             during = _median(lambda: made.step(data, 0, 100), 3)
             checkpoints.wait()

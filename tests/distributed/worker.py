@@ -34,7 +34,8 @@ def run(settings: dict, device: torch.device) -> None:
                 "volume": {"kind": "vit3d", "stages": [[4, 1]], "patch": [2, 2, 2], "width": 12, "heads": 2, "depth": 1, "registers": 1},
                 "text": {"width": 8, "depth": 1, "heads": 2, "max_tokens": 32},
             },
-            "training": {"batch": 8, "learning_rate": 1e-4, "zero": settings["zero"], "micro_batch": settings.get("micro_batch")},
+            "training": {"batch": 8, "learning_rate": 1e-4, "zero": settings["zero"], "micro_batch": settings.get("micro_batch"),
+                         "precision": settings.get("precision", "fp32")},
         }
     )  # fmt: skip
     if settings.get("linear"):
