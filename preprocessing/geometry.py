@@ -52,9 +52,8 @@ def _nearest_axes(direction: np.ndarray) -> np.ndarray:
 
 def straighten(volume: Volume, degrees: float) -> Volume:
     """Resample an oblique volume onto an axis-aligned grid of the same spacing that holds all of it."""
-    import SimpleITK as sitk
+    from scipy.ndimage import affine_transform
 
-    image = to_sitk(volume)
     corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in volume.array.shape], indexing="ij")).reshape(3, -1)
     world = volume.affine[:3, :3] @ corners + volume.affine[:3, 3:]
     low, high = world.min(axis=1), world.max(axis=1)
@@ -64,27 +63,16 @@ def straighten(volume: Volume, degrees: float) -> Volume:
         raise PreprocessingError(f"{volume.source}: too oblique ({degrees:.0f} degrees) for its slice distance")
     origin = (low + high) / 2 - (size - 1) / 2 * step
     fill = float(min(AIR, volume.array.min()))
-    moved = sitk.Resample(
-        image, size.tolist(), sitk.Transform(), sitk.sitkLinear, origin.tolist(), step.tolist(),
-        np.eye(3).ravel().tolist(), fill, sitk.sitkFloat32,
-    )  # fmt: skip
     affine = np.eye(4)
     affine[:3, :3] = np.diag(step)[:, ::-1]
     affine[:3, 3] = origin
+    # ITK's resampler is not used: its decomposition of some small rotations fails, and every voxel is then fill.
+    to_source = np.linalg.inv(volume.affine) @ affine
+    moved = affine_transform(
+        volume.array, to_source[:3, :3], to_source[:3, 3], tuple(size[::-1]), np.float32, order=1, cval=fill
+    )
     warning = f"oblique by {degrees:.1f} degrees: resampled onto the axis-aligned grid"
-    return Volume(sitk.GetArrayFromImage(moved), affine, volume.source, [*volume.warnings, warning])
-
-
-def to_sitk(volume: Volume):  # type: ignore[no-untyped-def]
-    """The volume as a SimpleITK image with its geometry."""
-    import SimpleITK as sitk
-
-    image = sitk.GetImageFromArray(np.ascontiguousarray(volume.array))
-    image.SetSpacing([float(step) for step in volume.spacing[::-1]])
-    image.SetOrigin(volume.affine[:3, 3].tolist())
-    direction = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
-    image.SetDirection(direction[:, ::-1].ravel().tolist())
-    return image
+    return Volume(moved, affine, volume.source, [*volume.warnings, warning])
 
 
 def resample(volume: Volume, spec: PreprocessingSpec) -> tuple[np.ndarray, np.ndarray]:

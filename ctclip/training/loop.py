@@ -55,6 +55,11 @@ def train(config: Config, output: Path, *, force: bool = False) -> Path:
         try:
             _on_main(lambda: held.append(claim_run(output)))
             return _train(config, output, device, signals, force)
+        except RuntimeError as error:
+            # torch says so from a signal handler: it may come up anywhere.
+            if "DataLoader worker" in str(error):
+                raise _worker_died() from error
+            raise
         finally:
             for stream in held:
                 stream.close()
@@ -210,13 +215,17 @@ def _next(stream: Any) -> Batch:
         # torch wraps what a worker raised in the worker's whole traceback; its last line is the message.
         said = str(error).strip().splitlines()[-1]
         raise TrainingError(said.partition("PreprocessingError: ")[2] or said) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise TrainingError(
-            "a reading process died (out of memory?): lower data.workers, and start the same command again: it "
-            "continues from the last checkpoint"
-        ) from error
+    except (ConnectionError, EOFError) as error:
+        raise _worker_died() from error
+
+
+def _worker_died() -> TrainingError:
+    # From here on torch's handler would raise a second time, wherever the first is being told.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return TrainingError(
+        "a reading process died (out of memory?): lower data.workers, and start the same command again: it "
+        "continues from the last checkpoint"
+    )
 
 
 def _line(logged: dict[str, float]) -> str:

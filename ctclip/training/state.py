@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ctclip.distributed import rank, world_size
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -53,23 +55,33 @@ def load_moments(module: nn.Module, optimizer: Any, stage: int, state: dict[str,
     """Put Adam's moments and step count back; after DeepSpeed took the module."""
     inner = getattr(optimizer, "optimizer", optimizer)
     step = float(state["optimizer_step"])
-    for group in inner.param_groups:
-        for flat in group["params"]:
-            # Adam makes these at its first step; after a restart they must be there to be filled.
-            moments = {name: torch.zeros_like(flat) for name in MOMENTS}
-            inner.state[flat] = {"step": torch.tensor(step), **moments}
+    # At stage 3 DeepSpeed shows Adam one flat piece at a time, and none between steps.
+    flats = (
+        optimizer.fp32_partitioned_groups_flat if stage == 3 else [p for g in inner.param_groups for p in g["params"]]
+    )
+    for flat in flats:
+        # Adam makes these at its first step; after a restart they must be there to be filled.
+        inner.state[flat] = {"step": torch.tensor(step), **{name: torch.zeros_like(flat) for name in MOMENTS}}
     _link(optimizer, stage)
     for name, parameter in module.named_parameters():
         for moment in MOMENTS:
             value = state.get(f"{moment}/{name}")
-            if value is None:
-                continue
-            if stage == 0:
-                inner.state[parameter][moment].copy_(value)
-            else:
-                from deepspeed.utils import safe_set_full_optimizer_state
+            if value is not None:
+                _set_moment(parameter, value.to(flats[0].device), optimizer, stage, moment)
 
-                safe_set_full_optimizer_state(parameter, value.to(inner.param_groups[0]["params"][0].device), moment)
+
+def _set_moment(parameter: nn.Parameter, value: torch.Tensor, optimizer: Any, stage: int, name: str) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    if stage == 0:
+        optimizer.state[parameter][name].copy_(value)
+    elif stage < 3:
+        safe_set_full_optimizer_state(parameter, value, name)
+    else:
+        # Each rank holds an equal piece of each parameter, the last one padded.
+        size = -(-value.numel() // world_size())
+        padded = nn.functional.pad(value.flatten(), (0, size * world_size() - value.numel()))
+        safe_set_local_optimizer_state(parameter, padded[rank() * size :][:size], name)
 
 
 def _link(optimizer: Any, stage: int) -> None:

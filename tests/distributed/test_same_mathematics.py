@@ -66,6 +66,15 @@ def test_offload_to_the_host_is_the_same(tmp_path, alone, stage: int) -> None:
     assert_same(train(tmp_path, 2, "offload", zero={"stage": stage, "offload": True}), alone, 1e-5)
 
 
+@pytest.mark.parametrize(("before", "after"), [((1, 0), (2, 3)), ((2, 3), (1, 0)), ((2, 2), (1, 3)), ((1, 1), (2, 2))])
+def test_a_run_goes_on_at_another_stage_and_number_of_ranks(tmp_path, alone, before, after) -> None:
+    """(ranks, ZeRO stage) of the first three steps, and of the last two."""
+    losses, _ = train(tmp_path, before[0], "before", zero={"stage": before[1]}, until=3)
+    resume = str(tmp_path / "before.safetensors")
+    more, state = train(tmp_path, after[0], "after", zero={"stage": after[1]}, resume=resume, **{"from": 3})
+    assert_same((losses + more, state), alone, 1e-5)
+
+
 def test_bfloat16_is_near_and_keeps_float32_masters(tmp_path, alone) -> None:
     near = train(tmp_path, 2, "bf16", precision="bf16", zero={"stage": 2})
     assert near[0] == pytest.approx(alone[0], rel=0.05)
@@ -77,7 +86,7 @@ def test_the_text_warm_up_is_the_same_on_two_ranks(tmp_path, alone) -> None:
     one = train(tmp_path, 1, "one", warm_up=True)
     # Eight Adam steps in a row let rounding grow a little more than five do.
     assert_same(train(tmp_path, 2, "two", warm_up=True), one, 2e-4)
-    assert one[0][0] != pytest.approx(alone[0][0], rel=1e-3)
+    assert one[0][0] != pytest.approx(alone[0][0], rel=1e-4)
 
 
 def test_two_pass_gradients_are_refused_where_they_would_not_be_exact(tmp_path) -> None:

@@ -6,7 +6,7 @@ import json
 import sys
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ctclip import distributed
 
@@ -51,7 +51,12 @@ def run(settings: dict, device: torch.device) -> None:
 
         reports = [Report(f"{text} {texts[-index]}", f"{text} again {index}.") for index, text in enumerate(texts)]
         warm_up_text(model, reports, TextWarmupConfig(steps=3, batch=8, learning_rate=1e-4), seed=0, device=device)
-    engine = Engine(ContrastiveStep(model, config.objectives), config, device, settings.get("resumed"))
+    engine = Engine(
+        ContrastiveStep(model, config.objectives),
+        config,
+        device,
+        load_file(settings["resume"]) if "resume" in settings else None,
+    )
     random = torch.Generator().manual_seed(1)
     losses = []
     share = 8 // distributed.world_size()
@@ -63,6 +68,8 @@ def run(settings: dict, device: torch.device) -> None:
         batch = Batch(
             volumes[mine], [texts[i] for i in rows[mine]], torch.arange(8)[mine], torch.tensor(rows)[mine], None
         )
+        if step < settings.get("from", 0) or step >= settings.get("until", settings["steps"]):
+            continue
         losses.append(engine.step(batch, step, settings["steps"])["loss"])
     state = engine.state()
     if distributed.is_main():
