@@ -85,7 +85,28 @@ class ResNet3DConfig(Section):
     width_factor: float = 1.0
 
 
-VolumeEncoderConfig = Annotated[ViT3DConfig | CTViTConfig | ResNet3DConfig, Field(discriminator="kind")]
+class SlicesConfig(Section):
+    """A 2-D vision model of Hugging Face on every slice, and an aggregator over slices (``ctclip/models/slices.py``)."""
+
+    kind: Literal["slices"] = "slices"
+    pretrained: str = Field("", description="folder or hub name of a vision model, for example facebook/dinov2-small")
+    weights: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random: keep the architecture of `pretrained`, not its weights"
+    )
+    aggregator: Literal["mean", "lstm", "transformer", "cross"] = "transformer"
+    depth: int = Field(2, ge=1, description="layers of the transformer or LSTM over slices")
+    heads: int = 8
+    spacing: float = Field(3.0, gt=0, description="mm between slices")
+    every: int = Field(1, ge=1, description="take every n-th slice")
+    windows: tuple[tuple[float, float], ...] = Field(
+        ((-1000.0, 400.0), (-160.0, 240.0), (-500.0, 1000.0)), description="HU windows shown as the colour channels"
+    )
+    hu_window: tuple[float, float] = Field((-1000.0, 1000.0), description="HU that -1 and 1 of the input stand for")
+    slices_at_once: int = Field(64, ge=1, description="slices encoded together, over the batch")
+    activation_checkpointing: bool = False
+
+
+VolumeEncoderConfig = Annotated[ViT3DConfig | CTViTConfig | ResNet3DConfig | SlicesConfig, Field(discriminator="kind")]
 
 
 class TextConfig(Section):
@@ -250,9 +271,17 @@ def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     """
     path = find_config(name)
     values = read_mapping(path)
+    if isinstance(values.get("model"), str):
+        values["model"] = read_mapping(find_config(values["model"], "models"))
     for override in overrides:
         _apply(values, override)
     return build_config(values, str(path))
+
+
+def load_size(name: str) -> ModelConfig:
+    """A named model of ``configs/models``, or a YAML file of one."""
+    path = find_config(name, "models")
+    return validated(ModelConfig, read_mapping(path), str(path))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

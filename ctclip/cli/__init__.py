@@ -17,6 +17,7 @@ from ctclip.cli.evaluate import evaluate
 from ctclip.cli.export import export
 from ctclip.cli.import_checkpoint import import_checkpoint
 from ctclip.cli.index import index, similar
+from ctclip.cli.models import models
 from ctclip.cli.phantom import phantom
 from ctclip.cli.preprocess import preprocess
 from ctclip.cli.prompts import prompts
@@ -46,6 +47,7 @@ app.command()(similar)
 app.add_typer(prompts, name="prompts")
 app.command()(export)
 app.command("import-checkpoint")(import_checkpoint)
+app.command()(models)
 app.command()(demo)
 
 

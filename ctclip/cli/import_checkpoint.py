@@ -11,7 +11,10 @@ def import_checkpoint(
     file: Path = typer.Argument(..., help="CT-CLIP_v2.pt, CT_VocabFine_v2.pt, CT_LiPro_v2.pt or the like."),
     output: Path = typer.Option(..., "--output", "-o", help="The model folder to write."),
     text: str = typer.Option(
-        ..., help="Folder or hub name with the tokenizer and config.json of the checkpoint's BERT."
+        None, help="Folder or hub name with the tokenizer and config.json of the checkpoint's BERT."
+    ),
+    text_config: Path = typer.Option(
+        None, help="That config.json by itself; the tokenizer is taken from --text, or from beside it."
     ),
     ignore: list[str] = typer.Option(None, help="A key that may be dropped; may be repeated."),
 ) -> None:
@@ -21,5 +24,5 @@ def import_checkpoint(
     """
     from ctclip.models.folder import import_published
 
-    folder = import_published(file, output, text, ignore or [])
+    folder = import_published(file, output, text, ignore or [], text_config=text_config)
     print(f"model: {folder}")

@@ -26,6 +26,9 @@ def zero_shot(
         None, help="A prompt file, or the name of one in configs/prompts; the model's own if not given."
     ),
     abnormality: list[str] = typer.Option(None, help="Detect this instead, listed or not; may be repeated."),
+    classifier: bool = typer.Option(
+        False, "--classifier", help="Score by the linear head of an imported CT-LiPro checkpoint, not by prompts."
+    ),
     reports: bool = typer.Option(False, "--reports", help="With --store: embed the reports too, for retrieval."),
     batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
     processes: int = typer.Option(None, min=1, help="Processes to share the scans; one a GPU if not given."),
@@ -48,6 +51,8 @@ def zero_shot(
 
     if bool(scans) == (store is not None):
         raise DataError("give either scans or --store")
+    if classifier and (prompts or abnormality):
+        raise DataError("--classifier scores its own 18 labels: leave --prompts and --abnormality out")
     if not distributed.launched():
         processes = processes or distributed.gpus()
         if processes > 1:
@@ -55,6 +60,7 @@ def zero_shot(
 
     from ctclip.inference.detector import Detector
     from ctclip.inference.model import calibration_of
+    from ctclip.inference.probe import LinearProbe
     from ctclip.inference.prompts import load_prompts
     from ctclip.inference.run import detect
     from ctclip.inference.scans import ScanFiles, Scans, StoredScans
@@ -65,10 +71,13 @@ def zero_shot(
     group = distributed.process_group() if distributed.launched() else contextlib.nullcontext(distributed.device())
     with group as device:
         loaded = load_model(model, device)
-        wanted = load_prompts(prompts or loaded.prompts or "report_style")
         # A calibration belongs to the prompts it was fitted with: the model's own.
-        calibration = calibration_of(loaded) if prompts is None else None
-        detector = Detector(loaded.model, wanted, abnormality or None, calibration)
+        calibration = calibration_of(loaded) if prompts is None and not classifier else None
+        if classifier:
+            detector: Detector = LinearProbe(loaded)
+        else:
+            wanted = load_prompts(prompts or loaded.prompts or "report_style")
+            detector = Detector(loaded.model, wanted, abnormality or None, calibration)
         source: Scans
         if store is not None:
             source = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)

@@ -47,6 +47,10 @@ class Detector:
     def device(self) -> torch.device:
         return self.positive.device
 
+    def identity(self) -> bytes:
+        """Equal for detectors that score alike."""
+        return (self.positive - self.negative).float().cpu().numpy().tobytes() + repr(self.calibration).encode()
+
     @torch.inference_mode()
     def margins(self, embeddings: Tensor) -> Tensor:
         """Unit volume embeddings (n, dim) -> (n, abnormalities): positive minus negative logit."""

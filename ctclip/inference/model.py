@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
 from ctclip.evaluation.calibration import Calibration
@@ -19,14 +21,25 @@ from ctclip.models.folder import ModelFolder, load_model
 from preprocessing.pipeline import Expect, Prepared, Trust, prepare
 
 
-class Model:
-    """A model folder in memory: ``detect`` scans, ``encode_volume``, ``encode_text``."""
+class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "zero-shot"]):
+    """A model folder in memory: ``detect`` scans, ``encode_volume``, ``encode_text``.
+
+    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are Hugging Face's; the folder they move is ours.
+    """
 
     def __init__(self, folder: ModelFolder) -> None:
         self.folder = folder
         self.dual = folder.model
         self.spec = folder.spec
         self.calibration = calibration_of(folder)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        shutil.copytree(self.folder.path, save_directory, dirs_exist_ok=True)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **given: object) -> Model:
+        """``model_id``: a folder or hub name; see ``ctclip.load``."""
+        return load(model_id, map_location)
 
     @cached_property
     def detector(self) -> Detector:

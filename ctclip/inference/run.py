@@ -160,8 +160,7 @@ def _scored(
 def _key(loaded: ModelFolder, detector: Detector, reports: bool) -> str:
     """Parts made with another model, other prompts or another calibration are not these."""
     digest = hashlib.sha256(json.dumps([loaded.hash, loaded.spec.hash, detector.abnormalities, reports]).encode())
-    digest.update((detector.positive - detector.negative).float().cpu().numpy().tobytes())
-    digest.update(repr(detector.calibration).encode())
+    digest.update(detector.identity())
     return digest.hexdigest()[:16]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ctclip.config import CTViTConfig
-from ctclip.models.outputs import VolumeTokens
+from ctclip.models.outputs import VolumeTokens, check_volume
 
 ATTENTION_SCALE = 8.0
 CODEBOOK_DECAY = 0.8
@@ -49,13 +49,11 @@ class CTViT(nn.Module):
 
     def patches(self, volume: Tensor) -> Tensor:
         """(B, 1, D, H, W) -> embedded patches (B, t, h, w, C)."""
-        if tuple(volume.shape[2:]) != self.config.shape or volume.ndim != 5 or volume.shape[1] != 1:
+        check_volume(volume)
+        if tuple(volume.shape[2:]) != self.config.shape:
             raise ValueError(
                 f"expected a volume (B, 1, {', '.join(map(str, self.config.shape))}), found {tuple(volume.shape)}"
             )
-        low, high = (float(v) for v in torch.aminmax(volume.detach()))
-        if low < -1.5 or high > 1.5:
-            raise ValueError(f"voxels range over [{low:.4g}, {high:.4g}], expected [-1, 1]: unscaled Hounsfield units?")
         pt, p1, p2 = self.config.patch
         return self.embed(rearrange(volume, "b c (t pt) (h p1) (w p2) -> b t h w (c pt p1 p2)", pt=pt, p1=p1, p2=p2))
 

@@ -17,6 +17,7 @@ from ctclip.config import (
     CTViTConfig,
     ModelConfig,
     ResNet3DConfig,
+    SlicesConfig,
     ViT3DConfig,
 )
 from ctclip.models.text import TextEncoder, build_text_encoder
@@ -105,8 +106,10 @@ def build_model(config: ModelConfig, tokenizer: Any | None = None) -> DualEncode
     return DualEncoder(build_volume_encoder(config.volume), build_text_encoder(config.text, tokenizer), config)
 
 
-def build_volume_encoder(config: ViT3DConfig | CTViTConfig | ResNet3DConfig) -> nn.Module:
-    """The volume encoder ``config`` describes."""
+def build_volume_encoder(
+    config: ViT3DConfig | CTViTConfig | ResNet3DConfig | SlicesConfig, vision: Any | None = None
+) -> nn.Module:
+    """The volume encoder ``config`` describes; ``vision``: a slice encoder's 2-D model, loaded if not given."""
     if isinstance(config, ViT3DConfig):
         from ctclip.models.vit3d import ViT3D
 
@@ -115,6 +118,10 @@ def build_volume_encoder(config: ViT3DConfig | CTViTConfig | ResNet3DConfig) -> 
         from ctclip.models.ctvit import CTViT
 
         return CTViT(config)
+    if isinstance(config, SlicesConfig):
+        from ctclip.models.slices import SliceEncoder
+
+        return SliceEncoder(config, vision)
     from ctclip.models.resnet3d import ResNet3D
 
     return ResNet3D(config)

@@ -1,9 +1,10 @@
-"""What every volume encoder returns."""
+"""What every volume encoder takes and returns."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -13,3 +14,19 @@ class VolumeTokens(NamedTuple):
     tokens: Tensor
     grid: tuple[int, int, int]
     pooled: Tensor
+
+
+def check_volume(volume: Tensor) -> None:
+    """Raise ValueError unless ``volume`` is (B, 1, D, H, W) in [-1, 1]."""
+    if volume.ndim != 5 or volume.shape[1] != 1:
+        raise ValueError(f"expected a volume (B, 1, D, H, W), found shape {tuple(volume.shape)}")
+    if type(volume) is not Tensor or volume.is_meta:
+        # Only its shape is known: sizes or a plan are being counted.
+        return
+    low, high = (float(v) for v in torch.aminmax(volume.detach()))
+    # Written so that NaN is refused too.
+    if not (low >= -1.5 and high <= 1.5):
+        raise ValueError(
+            f"voxels range over [{low:.4g}, {high:.4g}], expected [-1, 1]: these look like unscaled Hounsfield units; "
+            f"prepare the scan with preprocessing.prepare"
+        )

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ctclip.config import ResNet3DConfig
-from ctclip.models.outputs import VolumeTokens
+from ctclip.models.outputs import VolumeTokens, check_volume
 
 BLOCKS = {18: ("basic", (2, 2, 2, 2)), 50: ("bottleneck", (3, 4, 6, 3))}
 GROUP_CHANNELS = 8
@@ -34,11 +34,7 @@ class ResNet3D(nn.Module):
 
     def forward(self, volume: Tensor, mask: Tensor | None = None) -> VolumeTokens:
         """``mask`` is accepted and ignored: convolutions see padding as the air it is filled with."""
-        if volume.ndim != 5 or volume.shape[1] != 1:
-            raise ValueError(f"expected a volume (B, 1, D, H, W), found shape {tuple(volume.shape)}")
-        low, high = (float(v) for v in torch.aminmax(volume.detach()))
-        if low < -1.5 or high > 1.5:
-            raise ValueError(f"voxels range over [{low:.4g}, {high:.4g}], expected [-1, 1]: unscaled Hounsfield units?")
+        check_volume(volume)
         net = self.net
         cells = net.maxpool(net.act(net.bn1(net.conv1(volume))))
         cells = net.layer4(net.layer3(net.layer2(net.layer1(cells))))

@@ -19,6 +19,9 @@ from ctclip.config import TextConfig
 from ctclip.errors import CheckpointError, ConfigError
 from ctclip.sentences import sentences
 
+# Vectors of a frozen text encoder that are kept: 300 MB at BERT's 768 dimensions.
+LARGEST_CACHE = 100_000
+
 
 def train_tokenizer(reports: Iterable[str], vocabulary: int) -> Any:
     """A lower-casing WordPiece tokenizer (BERT's) for ``reports``: their commonest words, and single characters to
@@ -92,8 +95,17 @@ class TextEncoder(nn.Module):
         self.width: int = bert.config.hidden_size
         self.max_tokens = min(config.max_tokens, getattr(bert.config, "max_position_embeddings", config.max_tokens))
         self.attention = nn.Linear(self.width, 1) if config.pooling == "attention" else None
+        # Of a frozen BERT: vectors of the chunks seen so far, by their token ids.
+        self.known: dict[bytes, Tensor] = {}
         if config.tuning == "frozen":
             self.bert.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        """A frozen BERT stays in evaluation mode: its dropout would only add noise."""
+        super().train(mode)
+        if self.config.tuning == "frozen":
+            self.bert.eval()
+        return self
 
     def forward(
         self,
@@ -104,9 +116,12 @@ class TextEncoder(nn.Module):
     ) -> Tensor:
         """input_ids, attention_mask (n, L) int: n distinct chunks. chunk, owner (m,): text ``owner[i]`` holds chunk
         ``chunk[i]``; None for one chunk a text. Returns (texts, width)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.tuning != "frozen"):
-            hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        pooled = self._pool(hidden, attention_mask)
+        if self._cacheable():
+            pooled = self._remembered(input_ids, attention_mask)
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.tuning != "frozen"):
+                hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            pooled = self._pool(hidden, attention_mask)
         if chunk is None or owner is None:
             return pooled
         weight = torch.ones_like(pooled[:, :1])
@@ -115,6 +130,31 @@ class TextEncoder(nn.Module):
         texts = int(owner[-1]) + 1
         total = pooled.new_zeros(texts, pooled.shape[1]).index_add(0, owner, (pooled * weight)[chunk])
         return total / weight.new_zeros(texts, 1).index_add(0, owner, weight[chunk])
+
+    def _cacheable(self) -> bool:
+        """Whether a chunk's vector never changes. Attention pooling learns; and under ZeRO 3 every rank must run the
+        same modules, whatever each has seen before."""
+        if self.config.tuning != "frozen" or self.attention is not None:
+            return False
+        return not any(hasattr(parameter, "ds_id") for parameter in self.bert.parameters())
+
+    @torch.no_grad()
+    def _remembered(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(n, L) -> (n, width); only chunks never seen before go through BERT."""
+        keys = [
+            row[kept].numpy().tobytes() for row, kept in zip(input_ids.cpu(), attention_mask.cpu().bool(), strict=True)
+        ]
+        new = [index for index, key in enumerate(keys) if key not in self.known]
+        if len(self.known) + len(new) > LARGEST_CACHE:
+            self.known.clear()
+            new = list(range(len(keys)))
+        if new:
+            # Rows of zeros at the end are padding that only the longer, known chunks needed.
+            length = int(attention_mask[new].sum(dim=1).max())
+            ids, mask = input_ids[new, :length], attention_mask[new, :length]
+            pooled = self._pool(self.bert(input_ids=ids, attention_mask=mask).last_hidden_state, mask).float().cpu()
+            self.known.update({keys[index]: vector for index, vector in zip(new, pooled, strict=True)})
+        return torch.stack([self.known[key] for key in keys]).to(input_ids.device)
 
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         if self.config.pooling == "cls":
@@ -199,11 +239,12 @@ def with_lora(bert: Any, config: TextConfig) -> nn.Module:
     return get_peft_model(bert, LoraConfig(r=config.lora_rank, target_modules=targets))
 
 
-def _small_bert(config: TextConfig, tokenizer: Any) -> nn.Module:
-    from transformers import BertConfig, BertModel
+def small_bert_config(config: TextConfig, tokens: int | None = None, padding: int = 0) -> Any:
+    """Transformers' description of the BERT that is trained from scratch."""
+    from transformers import BertConfig
 
-    shape = BertConfig(
-        vocab_size=len(tokenizer),
+    return BertConfig(
+        vocab_size=tokens or config.vocabulary,
         hidden_size=config.width,
         num_hidden_layers=config.depth,
         num_attention_heads=config.heads,
@@ -211,9 +252,14 @@ def _small_bert(config: TextConfig, tokenizer: Any) -> nn.Module:
         max_position_embeddings=config.max_tokens,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding,
     )
-    return BertModel(shape, add_pooling_layer=False)
+
+
+def _small_bert(config: TextConfig, tokenizer: Any) -> nn.Module:
+    from transformers import BertModel
+
+    return BertModel(small_bert_config(config, len(tokenizer), tokenizer.pad_token_id), add_pooling_layer=False)
 
 
 def _pretrained_bert(config: TextConfig) -> nn.Module:

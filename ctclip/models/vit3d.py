@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ctclip.config import ViT3DConfig
 from ctclip.models.batchnorm import GlobalBatchNorm3d
-from ctclip.models.outputs import VolumeTokens
+from ctclip.models.outputs import VolumeTokens, check_volume
 
 LONGEST_WAVE_MM = 800.0
 SHORTEST_WAVE_MM = 12.0
@@ -126,21 +126,11 @@ class ViT3D(nn.Module):
 
     def _check(self, volume: Tensor) -> None:
         size = self.token_voxels
-        if volume.ndim != 5 or volume.shape[1] != 1:
-            raise ValueError(f"expected a volume (B, 1, D, H, W), found shape {tuple(volume.shape)}")
+        check_volume(volume)
         if any(extent % step for extent, step in zip(volume.shape[2:], size, strict=True)):
             raise ValueError(
                 f"volume of {tuple(volume.shape[2:])} voxels [slice, row, column] cannot be cut into tokens of "
                 f"{tuple(size)}: check the axis order and the preprocessing spec"
-            )
-        if type(volume) is not Tensor or volume.is_meta:
-            # Only its shape is known: a plan is being made.
-            return
-        low, high = (float(v) for v in torch.aminmax(volume))
-        if low < -1.5 or high > 1.5:
-            raise ValueError(
-                f"voxels range over [{low:.4g}, {high:.4g}], expected [-1, 1]: these look like unscaled "
-                f"Hounsfield units; prepare the scan with preprocessing.prepare"
             )
 
 

@@ -82,6 +82,11 @@ def test_bfloat16_is_near_and_keeps_float32_masters(tmp_path, alone) -> None:
     assert all(value.dtype != torch.bfloat16 for value in near[1].values())
 
 
+@pytest.mark.parametrize("how", ["checkpointed", "compile"])
+def test_activation_checkpointing_and_compilation_change_nothing(tmp_path, alone, how: str) -> None:
+    assert_same(train(tmp_path, 2, how, zero={"stage": 2}, **{how: True}), alone, 1e-5)
+
+
 def test_the_text_warm_up_is_the_same_on_two_ranks(tmp_path, alone) -> None:
     one = train(tmp_path, 1, "one", warm_up=True)
     # Eight Adam steps in a row let rounding grow a little more than five do.

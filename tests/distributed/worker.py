@@ -38,6 +38,11 @@ def run(settings: dict, device: torch.device) -> None:
                          "precision": settings.get("precision", "fp32")},
         }
     )  # fmt: skip
+    if settings.get("checkpointed"):
+        volume = config.model.volume.model_copy(update={"activation_checkpointing": True})
+        config = config.model_copy(update={"model": config.model.model_copy(update={"volume": volume})})
+    if settings.get("compile"):
+        config = config.model_copy(update={"training": config.training.model_copy(update={"compile": True})})
     if settings.get("linear"):
         # Batch norm sees a whole batch, GradCache a part of it: a stem without it is what the two share.
         volume = config.model.volume.model_copy(update={"stages": ()})

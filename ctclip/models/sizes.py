@@ -1,0 +1,54 @@
+"""What a model costs, counted without making it: parameters, tokens, floating-point operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ctclip.config import CTViTConfig, ModelConfig
+from ctclip.models.dual_encoder import build_volume_encoder
+
+
+@dataclass(frozen=True)
+class Size:
+    """``flops``: multiplications and additions of encoding one volume of ``shape`` voxels, air tokens included."""
+
+    kind: str
+    shape: tuple[int, int, int]
+    tokens: int
+    volume_parameters: int
+    text_parameters: int
+    flops: float
+
+
+def measure(config: ModelConfig, shape: tuple[int, int, int]) -> Size:
+    """Count for volumes of ``shape``; the published encoder has a shape of its own."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if isinstance(config.volume, CTViTConfig):
+        shape = config.volume.shape
+    with torch.device("meta"):
+        encoder = build_volume_encoder(config.volume).eval()
+        volume = torch.zeros(1, 1, *shape)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        found = encoder(volume)
+    return Size(
+        kind=config.volume.kind,
+        shape=shape,
+        tokens=found.tokens.shape[1],
+        volume_parameters=sum(parameter.numel() for parameter in encoder.parameters()),
+        text_parameters=_text_parameters(config),
+        flops=float(counter.get_total_flops()),
+    )
+
+
+def _text_parameters(config: ModelConfig) -> int:
+    from transformers import AutoConfig, BertModel
+
+    from ctclip.models.text import small_bert_config
+
+    text = config.text
+    with torch.device("meta"):
+        shape = AutoConfig.from_pretrained(text.pretrained) if text.pretrained is not None else small_bert_config(text)
+        return sum(parameter.numel() for parameter in BertModel(shape, add_pooling_layer=False).parameters())

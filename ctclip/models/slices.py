@@ -1,0 +1,176 @@
+"""A 2-D vision model on every slice, and what makes one vector of them: for users who have 2-D weights.
+
+Any vision model of Hugging Face (DINOv2, CLIP's, ViT, ConvNeXt, ResNet ...). The aggregators are CLIP4Clip's (Luo et
+al. 2022): mean pooling, LSTM, transformer, and cross-attention; the last one's query is learned where theirs is the
+text, since a volume must have one vector for all texts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ctclip.config import SlicesConfig
+from ctclip.errors import CheckpointError
+from ctclip.models.outputs import VolumeTokens, check_volume
+
+LONGEST_MM = 1000.0
+
+
+class SliceEncoder(nn.Module):
+    """volume (B, 1, D, H, W) in [-1, 1] -> VolumeTokens: one token a slice, and the aggregator's vector."""
+
+    def __init__(self, config: SlicesConfig, vision: Any | None = None) -> None:
+        """``vision``: the vision model; loaded as ``config`` says if not given."""
+        super().__init__()
+        self.config = config
+        self.vision: Any = load_vision(config) if vision is None else vision
+        shape = self.vision.config
+        self.channels = int(getattr(shape, "num_channels", 3))
+        self.side = _side(shape)
+        self.width = _width(shape)
+        mean, deviation = _colour(config, self.channels)
+        self.register_buffer("mean", mean, persistent=True)
+        self.register_buffer("deviation", deviation, persistent=True)
+        self.aggregate = Aggregator(config, self.width)
+
+    def forward(self, volume: Tensor, mask: Tensor | None = None) -> VolumeTokens:
+        """volume (B, 1, D, H, W) in [-1, 1]; mask (B, 1, D, H, W) bool, true where voxels are real: slices without
+        any take no part and come back as zeros. tokens (B, D / every, width), grid (D / every, 1, 1)."""
+        check_volume(volume)
+        first = (volume.shape[2] - 1) % self.config.every // 2
+        taken = volume[:, :, first :: self.config.every]
+        slices = rearrange(taken, "b 1 d h w -> (b d) 1 h w")
+        parts = [self._slices(part) for part in slices.split(self.config.slices_at_once)]
+        tokens = rearrange(torch.cat(parts), "(b d) c -> b d c", b=len(volume))
+        real = None if mask is None else mask[:, 0, first :: self.config.every].flatten(2).any(dim=2)
+        if real is not None:
+            tokens = tokens * real[..., None]
+        return VolumeTokens(tokens, (tokens.shape[1], 1, 1), self.aggregate(tokens, real))
+
+    def _slices(self, slices: Tensor) -> Tensor:
+        """(n, 1, H, W) -> (n, width)."""
+        if self.config.activation_checkpointing and self.training:
+            return checkpoint(self._encode, slices, use_reentrant=False)  # type: ignore[return-value]
+        return self._encode(slices)
+
+    def _encode(self, slices: Tensor) -> Tensor:
+        bottom, top = self.config.hu_window
+        hu = (slices + 1) / 2 * (top - bottom) + bottom
+        shown = torch.cat([((hu - low) / (high - low)).clamp(0, 1) for low, high in self.config.windows], dim=1)
+        # Fewer windows than colours are repeated, more are cut: (n, channels, H, W).
+        shown = repeat(shown, "n c h w -> n (again c) h w", again=-(-self.channels // shown.shape[1]))[
+            :, : self.channels
+        ]
+        if shown.shape[-2:] != (self.side, self.side):
+            shown = F.interpolate(shown, (self.side, self.side), mode="bilinear", antialias=True)
+        found = self.vision(pixel_values=(shown - self.mean) / self.deviation)
+        pooled = getattr(found, "pooler_output", None)
+        if pooled is not None:
+            return pooled.flatten(1)
+        hidden = found.last_hidden_state
+        return hidden.mean(dim=(2, 3)) if hidden.ndim == 4 else hidden.mean(dim=1)
+
+
+class Aggregator(nn.Module):
+    """(B, slices, width) -> (B, width)."""
+
+    def __init__(self, config: SlicesConfig, width: int) -> None:
+        super().__init__()
+        self.kind, self.step = config.aggregator, config.spacing * config.every
+        if self.kind == "lstm":
+            self.recurrent = nn.LSTM(width, width, config.depth, batch_first=True)
+        elif self.kind == "transformer":
+            layer = nn.TransformerEncoderLayer(width, config.heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)  # fmt: skip
+            self.layers = nn.TransformerEncoder(layer, config.depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        elif self.kind == "cross":
+            self.query = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+            self.norm = nn.LayerNorm(width)
+            self.attention = nn.MultiheadAttention(width, config.heads, batch_first=True)
+
+    def forward(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        """``real`` (B, slices) bool: which slices take part; None: all."""
+        if self.kind == "lstm":
+            if real is not None:
+                # Padding lies at both ends of the slices: a recurrent layer must not walk through it.
+                order = torch.argsort(real.to(torch.int8), dim=1, descending=True, stable=True)
+                tokens = tokens.gather(1, order[..., None].expand_as(tokens))
+                real = real.gather(1, order)
+            tokens = tokens + self.recurrent(tokens)[0]
+        elif self.kind == "transformer":
+            shown = tokens + self._positions(tokens)
+            tokens = tokens + self.layers(shown, src_key_padding_mask=None if real is None else ~real)
+        elif self.kind == "cross":
+            keys = self.norm(tokens)
+            query = self.query.expand(len(tokens), -1, -1)
+            hidden = None if real is None else ~real
+            found, _ = self.attention(query, keys + self._positions(keys), keys, key_padding_mask=hidden)
+            return found[:, 0]
+        if real is None:
+            return tokens.mean(dim=1)
+        weight = real[..., None].to(tokens.dtype)
+        return (tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+    def _positions(self, tokens: Tensor) -> Tensor:
+        """(slices, width) sines and cosines of the height in mm from the middle slice (Vaswani et al. 2017)."""
+        _, count, width = tokens.shape
+        height = (torch.arange(count, device=tokens.device) - (count - 1) / 2) * self.step
+        waves = torch.exp(torch.linspace(math.log(2 * self.step), math.log(LONGEST_MM), (width + 1) // 2, device=tokens.device))  # fmt: skip
+        angle = 2 * math.pi * height[:, None] / waves
+        return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width].to(tokens.dtype)
+
+
+def load_vision(config: SlicesConfig) -> Any:
+    """The vision model ``config`` names; code that comes with a checkpoint is never run."""
+    from transformers import AutoConfig, AutoModel
+
+    if not config.pretrained:
+        raise CheckpointError("model.volume.pretrained is not set: name the folder (or hub name) of a vision model")
+    try:
+        if config.weights == "random":
+            return vision_of(AutoConfig.from_pretrained(config.pretrained).to_dict())
+        return _images_alone(AutoModel.from_pretrained(config.pretrained))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{config.pretrained}: no vision model could be loaded ({' '.join(str(error).split())[:200]}). The folder needs "
+            f"config.json, preprocessor_config.json and model.safetensors (model.volume.weights=random does without weights)"
+        ) from error
+
+
+def vision_of(values: dict[str, Any]) -> Any:
+    """A vision model of a configuration, freshly initialised."""
+    from transformers import AutoConfig, AutoModel
+
+    values = {name: value for name, value in values.items() if name != "auto_map"}
+    return _images_alone(AutoModel.from_config(AutoConfig.for_model(values.pop("model_type"), **values)))
+
+
+def _images_alone(model: Any) -> Any:
+    """Of a model of images and text (CLIP, SigLIP) the image side."""
+    return getattr(model, "vision_model", model)
+
+
+def _side(shape: Any) -> int:
+    size = getattr(shape, "image_size", 224)
+    return int(size if isinstance(size, int) else size[0])
+
+
+def _width(shape: Any) -> int:
+    sizes = getattr(shape, "hidden_sizes", None)
+    return int(sizes[-1] if sizes else shape.hidden_size)
+
+
+def _colour(config: SlicesConfig, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (1, channels, 1, 1) the model was trained with; one half each where its folder says nothing."""
+    path = Path(config.pretrained) / "preprocessor_config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    half = [0.5] * channels
+    return tuple(torch.tensor(values.get(name, half)).view(1, -1, 1, 1) for name in ("image_mean", "image_std"))  # type: ignore[return-value]
