@@ -77,38 +77,54 @@ def straighten(volume: Volume, degrees: float) -> Volume:
 
 def resample(volume: Volume, spec: PreprocessingSpec) -> tuple[np.ndarray, np.ndarray]:
     """An oriented volume in HU on the grid of ``spec``, centred: float32 HU of ``spec.shape``, and its affine."""
-    array, spacing = volume.array, volume.spacing
     low, high = spec.hu_window if spec.published_geometry else (AIR, METAL)
+    array = volume.array if volume.array.dtype in (np.int16, np.float32) else volume.array.astype(np.float32)
     sources = [
         _source_positions(n, s, target, count, spec.published_geometry)
-        for n, s, target, count in zip(array.shape, spacing, spec.spacing, spec.shape, strict=True)
+        for n, s, target, count in zip(array.shape, volume.spacing, spec.spacing, spec.shape, strict=True)
     ]
-    taps = [
-        _taps(positions, n, 1.0 if spec.published_geometry else max(1.0, target / step))
-        for positions, n, target, step in zip(sources, array.shape, spec.spacing, spacing, strict=True)
-    ]
-    # The axis that shrinks most goes first: every later pass touches fewer voxels.
-    order = sorted(range(3), key=lambda axis: (taps[axis][2] - taps[axis][1]) / array.shape[axis])
-    result: np.ndarray = array if array.dtype in (np.int16, np.float32) else array.astype(np.float32)
-    for number, axis in enumerate(order):
-        (first, weights), inside_first, inside_last = taps[axis]
-        shaped = np.ascontiguousarray(result).reshape(
-            int(np.prod(result.shape[:axis])), result.shape[axis], int(np.prod(result.shape[axis + 1 :]))
-        )
-        clip = (low, high) if number == 0 else (-np.inf, np.inf)
-        passed = _pass(shaped, first, weights, np.float32(clip[0]), np.float32(clip[1]))  # type: ignore[arg-type]
-        result = passed.reshape(*result.shape[:axis], inside_last - inside_first, *result.shape[axis + 1 :])
-    placed = np.full(spec.shape, spec.fill, dtype=np.float32)
-    placed[tuple(slice(a, b) for _, a, b in taps)] = result
+    taps = []
+    for axis, (positions, target) in enumerate(zip(sources, spec.spacing, strict=True)):
+        width = 1.0 if spec.published_geometry else max(1.0, target / volume.spacing[axis])
+        (first, weights), begin, end = _taps(positions, array.shape[axis], width)
+        if array.strides[axis] < 0:
+            # The axis was only turned round: read it as it lies, from its other end.
+            first, weights = array.shape[axis] - first - weights.shape[1], weights[:, ::-1]
+        taps.append((np.ascontiguousarray(first), np.ascontiguousarray(weights), slice(begin, end)))
+    unturned = array[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in array.strides)]
+    # CT-CLIP indexes its volumes [slice, column, row].
+    turned = spec.published_geometry
+    placed = np.empty([spec.shape[axis] for axis in ((0, 2, 1) if turned else (0, 1, 2))], np.float32)
+    inside = tuple(taps[axis][2] for axis in ((0, 2, 1) if turned else (0, 1, 2)))
+    _fill_outside(placed, inside, spec.fill)
+    (zf, zw, _), (yf, yw, _), (xf, xw, _) = taps
+    _separable(
+        np.ascontiguousarray(unturned),
+        zf,
+        zw,
+        yf,
+        yw,
+        xf,
+        xw,
+        np.float32(low),
+        np.float32(high),
+        turned,
+        placed[inside],
+    )
     affine = volume.affine.copy()
     for axis, positions in enumerate(sources):
         step = positions[1] - positions[0] if len(positions) > 1 else 1.0
         affine[:3, 3] += volume.affine[:3, axis] * positions[0]
         affine[:3, axis] = volume.affine[:3, axis] * step
-    if spec.published_geometry:
-        # CT-CLIP indexes its volumes [slice, column, row].
-        return np.ascontiguousarray(placed.transpose(0, 2, 1)), affine[:, [0, 2, 1, 3]]
-    return placed, affine
+    return placed, affine[:, [0, 2, 1, 3]] if turned else affine
+
+
+def _fill_outside(placed: np.ndarray, inside: tuple[slice, ...], fill: float) -> None:
+    """Only the margins: every page of a volume that is touched twice costs as much as its resampling."""
+    for axis, kept in enumerate(inside):
+        before = inside[:axis]
+        placed[(*before, slice(0, kept.start))] = fill
+        placed[(*before, slice(kept.stop, None))] = fill
 
 
 def _source_positions(size: int, spacing: float, target: float, count: int, published: bool) -> np.ndarray:
@@ -150,26 +166,51 @@ def _taps(positions: np.ndarray, size: int, width: float) -> tuple[tuple[np.ndar
 
 
 @numba.njit(cache=True, fastmath=False, nogil=True)
-def _pass(source: np.ndarray, first: np.ndarray, weights: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Weighted sums along the middle axis of (A, n, B), values clipped to [low, high] as they are read."""
-    before, _, after = source.shape
-    count, taps = weights.shape
-    result = np.empty((before, count, after), dtype=np.float32)
-    for a in range(before):
-        for i in range(count):
-            if after == 1:
-                total = np.float32(0)
-                for t in range(taps):
-                    total += weights[i, t] * min(max(np.float32(source[a, first[i] + t, 0]), low), high)
-                result[a, i, 0] = total
-                continue
-            row = result[a, i]
-            row[:] = 0
-            for t in range(taps):
-                weight = weights[i, t]
-                if weight == 0:
-                    continue
-                line = source[a, first[i] + t]
-                for b in range(after):
-                    row[b] += weight * min(max(np.float32(line[b]), low), high)
-    return result
+def _separable(  # type: ignore[no-untyped-def]
+    source, z_first, z_weights, y_first, y_weights, x_first, x_weights, low, high, turned, result
+):
+    """Weighted sums along the three axes, one output slice at a time: what lies between the passes stays in cache.
+
+    ``source`` (n, H, W) of HU, clipped to [low, high] as it is read; ``result`` (slices, rows, columns), or (slices,
+    columns, rows) if ``turned``.
+    """
+    _, height, width = source.shape
+    rows, columns = len(y_first), len(x_first)
+    # Rows of an odd number of cache lines: a column of them must not fall into one set of the cache.
+    stride = (width // 16 | 1) * 16 + 16
+    slab = np.empty((height, width), np.float32)
+    lines = np.empty((rows, stride), np.float32)
+    for k in range(len(z_first)):
+        for y in range(height):
+            line = slab[y]
+            line[:] = 0
+            for t in range(z_weights.shape[1]):
+                weight = z_weights[k, t]
+                if weight != 0:
+                    read = source[z_first[k] + t, y]
+                    for x in range(width):
+                        line[x] += weight * min(max(np.float32(read[x]), low), high)
+        for i in range(rows):
+            line = lines[i]
+            line[:] = 0
+            for t in range(y_weights.shape[1]):
+                weight = y_weights[i, t]
+                if weight != 0:
+                    read_slab = slab[y_first[i] + t]
+                    for x in range(width):
+                        line[x] += weight * read_slab[x]
+        if turned:
+            for j in range(columns):
+                begin = x_first[j]
+                for i in range(rows):
+                    total = np.float32(0)
+                    for t in range(x_weights.shape[1]):
+                        total += x_weights[j, t] * lines[i, begin + t]
+                    result[k, j, i] = total
+        else:
+            for i in range(rows):
+                for j in range(columns):
+                    total = np.float32(0)
+                    for t in range(x_weights.shape[1]):
+                        total += x_weights[j, t] * lines[i, x_first[j] + t]
+                    result[k, i, j] = total

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -30,18 +31,22 @@ OUTCOME_COLUMNS = ("volume", "outcome", "reason", "source_spacing", "source_shap
 class Prepared:
     """One scan, ready for a model of ``spec``.
 
-    ``voxels`` float32 [slice, row, column] in [-1, 1]; ``hu`` the same grid in HU; ``affine`` (4, 4) from voxel
+    ``hu`` float32 [slice, row, column], ``voxels`` the same grid in [-1, 1]; ``affine`` (4, 4) from voxel
     index (slice, row, column, 1) to LPS+ mm of the scan's own space. ``source_spacing`` mm and ``source_shape`` are
     the scan's own, [slice, row, column].
     """
 
-    voxels: np.ndarray
     hu: np.ndarray
     spec: PreprocessingSpec
     affine: np.ndarray
     warnings: list[str] = field(default_factory=list)
     source_spacing: tuple[float, float, float] = (0.0, 0.0, 0.0)
     source_shape: tuple[int, ...] = ()
+
+    @cached_property
+    def voxels(self) -> np.ndarray:
+        """What a model is given: ``hu`` through the spec's window."""
+        return self.spec.normalise(self.hu)
 
 
 def prepare(
@@ -62,7 +67,7 @@ def prepare(
     if expect == "chest" and (reason := check_chest(volume)):
         raise PreprocessingError(f"{volume.source}: {reason}; --expect any takes it all the same")
     hu, affine = resample(volume, spec)
-    return Prepared(spec.normalise(hu), hu, spec, affine, volume.warnings, volume.spacing, volume.array.shape)
+    return Prepared(hu, spec, affine, volume.warnings, volume.spacing, volume.array.shape)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import yaml
 
@@ -62,9 +63,9 @@ class PreprocessingSpec:
     def normalise(self, hu: np.ndarray) -> np.ndarray:
         """HU of any dtype -> float32 in [-1, 1], the window's ends at -1 and 1."""
         low, high = self.hu_window
-        voxels = np.clip(hu, low, high).astype(np.float32)
-        voxels -= np.float32((low + high) / 2)
-        voxels *= np.float32(2 / (high - low))
+        source = np.ascontiguousarray(hu if hu.dtype in (np.int16, np.float32) else hu.astype(np.float32))
+        voxels = np.empty(hu.shape, np.float32)
+        _windowed(source.reshape(-1), np.float32(low), np.float32(high), voxels.reshape(-1))
         return voxels
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -87,3 +88,11 @@ class PreprocessingSpec:
         except (TypeError, ValueError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise PreprocessingError(f"{path}: not a preprocessing spec ({reason})") from error
+
+
+@numba.njit(cache=True, nogil=True)
+def _windowed(hu, low, high, voxels):  # type: ignore[no-untyped-def]
+    """One pass over memory, where clipping, converting and scaling one after the other take four."""
+    middle, gain = (low + high) / np.float32(2), np.float32(2) / (high - low)
+    for index in range(len(hu)):
+        voxels[index] = (min(max(np.float32(hu[index]), low), high) - middle) * gain

@@ -80,7 +80,7 @@ class VolumeStore:
         chunks = tuple(min(CHUNK, extent) for extent in whole.shape)
         packed = blosc2.asarray(
             whole, chunks=chunks,
-            cparams=blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=1, nthreads=1, filters=[blosc2.Filter.BITSHUFFLE]),
+            cparams=blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=1, nthreads=1, filters=[blosc2.Filter.SHUFFLE]),
         )  # fmt: skip
         packed.schunk.vlmeta["crc32"] = zlib.crc32(whole.data)
         with written_beside(self.file(volume)) as partial:
