@@ -28,6 +28,8 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
     """
 
     def __init__(self, folder: ModelFolder) -> None:
+        # The folder says everything: the mixin's own record of how this object was made would be a path.
+        self._hub_mixin_config = None
         self.folder = folder
         self.dual = folder.model
         self.spec = folder.spec

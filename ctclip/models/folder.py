@@ -154,7 +154,7 @@ def import_published(
     settings = TextConfig(
         pooling="cls", width=shape.hidden_size, depth=shape.num_hidden_layers, heads=shape.num_attention_heads
     )
-    tokenizer = load_tokenizer(text if text is not None or text_config is None else text_config.parent)
+    tokenizer = load_tokenizer(text or Path(str(text_config)).parent)
     model = to_model(published, bert, tokenizer, settings)
     spec = PreprocessingSpec.load("ct_clip")
     if published.volume.shape != (spec.shape[0], spec.shape[2], spec.shape[1]):

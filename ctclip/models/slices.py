@@ -38,6 +38,8 @@ class SliceEncoder(nn.Module):
         self.side = _side(shape)
         self.width = _width(shape)
         mean, deviation = _colour(config, self.channels)
+        self.mean: Tensor
+        self.deviation: Tensor
         self.register_buffer("mean", mean, persistent=True)
         self.register_buffer("deviation", deviation, persistent=True)
         self.aggregate = Aggregator(config, self.width)

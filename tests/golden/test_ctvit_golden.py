@@ -121,6 +121,31 @@ def test_the_command_makes_a_folder_that_loads(parity: Path, tmp_path: Path) -> 
         import_published(parity / "checkpoint.pt", tmp_path / "again", str(text))
 
 
+def test_the_linear_head_and_a_configuration_by_itself(parity: Path, tmp_path: Path) -> None:
+    from ctclip.inference.probe import LinearProbe
+    from ctclip.models.folder import import_published, load_model
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(115))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    shape = json.loads((parity / "config.json").read_text())["bert"]
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "bert", **shape}))
+    state = torch.load(parity / "checkpoint.pt", weights_only=True)
+    head = {"classifier.weight": torch.randn(18, 24), "classifier.bias": torch.randn(18)}
+    torch.save({f"trained_model.{key}": value for key, value in state.items()} | head, tmp_path / "lipro.pt")
+    import_published(tmp_path / "lipro.pt", tmp_path / "model", None, text_config=config)
+    probe = LinearProbe(load_model(tmp_path / "model"))
+    golden = load_file(parity / "golden.safetensors")
+    expected = torch.nn.functional.linear(golden["image_latents"].relu(), *head.values()).sigmoid()
+    torch.testing.assert_close(probe.detect(golden["volume"]).probabilities, expected, atol=1e-5, rtol=0)
+    import_published(parity / "checkpoint.pt", tmp_path / "plain", None, text_config=config)
+    with pytest.raises(CheckpointError, match="no linear head"):
+        LinearProbe(load_model(tmp_path / "plain"))
+    with pytest.raises(CheckpointError, match="--text"):
+        import_published(parity / "checkpoint.pt", tmp_path / "none", None)
+
+
 def test_what_is_no_checkpoint_is_said_in_one_line(parity: Path, tmp_path: Path) -> None:
     state = torch.load(parity / "checkpoint.pt", weights_only=True)
     torch.save(state | {"mystery.weight": torch.zeros(2)}, tmp_path / "strange.pt")

@@ -1,0 +1,139 @@
+"""The slice encoder, a frozen text encoder's memory, named sizes, an imported linear probe, Hugging Face's conventions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
+
+import ctclip
+from ctclip.config import ModelConfig, SlicesConfig, TextConfig, load_config, load_size
+from ctclip.errors import CheckpointError
+from ctclip.models.dual_encoder import build_model, build_volume_encoder
+from ctclip.models.folder import load_model, save_model
+from ctclip.models.sizes import measure
+from ctclip.models.text import build_text_encoder, train_tokenizer
+from preprocessing.spec import PreprocessingSpec
+
+SENTENCES = ["The heart is enlarged.", "No pleural effusion is seen.", "A nodule lies in the upper lobe."]
+
+
+@pytest.fixture(scope="module", params=["vit", "resnet", "clip"])
+def vision(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as Hugging Face writes it, of a small 2-D model."""
+    torch.manual_seed(0)
+    layers = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    made = {
+        "vit": lambda: ViTModel(ViTConfig(image_size=16, patch_size=8, **layers)),
+        "resnet": lambda: ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])),
+        "clip": lambda: CLIPModel(
+            CLIPConfig(text_config={**layers, "vocab_size": 50}, vision_config={**layers, "image_size": 16, "patch_size": 8})
+        ),
+    }[request.param]()  # fmt: skip
+    folder = tmp_path_factory.mktemp(request.param)
+    made.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.2] * 3}))
+    return folder
+
+
+def volume(batch: int = 2) -> torch.Tensor:
+    return torch.rand(batch, 1, 6, 20, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize("aggregator", ["mean", "lstm", "transformer", "cross"])
+def test_slices_of_any_vision_model(vision: Path, aggregator: str) -> None:
+    torch.manual_seed(0)
+    config = SlicesConfig(pretrained=str(vision), aggregator=aggregator, heads=2, slices_at_once=5)
+    encoder = build_volume_encoder(config).eval()
+    assert encoder.mean.flatten().tolist() == pytest.approx([0.4] * 3)
+    found = encoder(volume())
+    assert found.grid == (6, 1, 1)
+    assert found.pooled.shape == (2, encoder.width)
+    alone = torch.cat([encoder(part).pooled for part in volume().split(1)])
+    assert torch.allclose(found.pooled, alone, atol=1e-5)
+    # Padded slices change nothing: neither their content nor their number.
+    padded = torch.cat([torch.full((2, 1, 2, 20, 24), 0.3), volume(), torch.full((2, 1, 2, 20, 24), 0.9)], dim=2)
+    mask = torch.zeros(padded.shape, dtype=torch.bool)
+    mask[:, :, 2:8] = True
+    assert torch.allclose(encoder(padded, mask).pooled, found.pooled, atol=1e-5)
+    encoder.train()
+    encoder(volume()).pooled.square().sum().backward()
+    still = [name for name, p in encoder.aggregate.named_parameters() if p.grad is None]
+    assert still == []
+
+
+def test_a_slice_encoder_sees_windows_as_colours(vision: Path) -> None:
+    encoder = build_volume_encoder(SlicesConfig(pretrained=str(vision), aggregator="mean")).eval()
+    shown: list[torch.Tensor] = []
+    encoder.vision.register_forward_pre_hook(
+        lambda _, args, kwargs: shown.append(kwargs["pixel_values"]), with_kwargs=True
+    )
+    water = torch.zeros(1, 1, 1, 16, 16)
+    encoder(water)
+    expected = [(1000 / 1400 - 0.4) / 0.2, (160 / 400 - 0.4) / 0.2, (500 / 1500 - 0.4) / 0.2]
+    assert shown[0][0, :, 8, 8].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_of_slices_stands_without_the_folder_it_came_from(vision: Path, tmp_path: Path) -> None:
+    config = ModelConfig(
+        volume=SlicesConfig(pretrained=str(vision), heads=2),
+        text=TextConfig(width=16, depth=1, heads=2, max_tokens=16), dim=12,
+    )  # fmt: skip
+    made = build_model(config, train_tokenizer(SENTENCES * 20, 200)).eval()
+    save_model(tmp_path / "model", made, PreprocessingSpec.load("phantom"))
+    settings = tmp_path / "model" / "config.yaml"
+    settings.write_text(settings.read_text().replace(str(vision), "gone"))
+    loaded = load_model(tmp_path / "model")
+    assert torch.equal(loaded.model.encode_volume(volume()), made.encode_volume(volume()))
+
+
+def test_a_folder_without_a_vision_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no vision model could be loaded"):
+        build_volume_encoder(SlicesConfig(pretrained=str(tmp_path)))
+
+
+def test_a_frozen_text_encoder_reads_a_report_once() -> None:
+    torch.manual_seed(0)
+    config = TextConfig(width=16, depth=1, heads=2, max_tokens=32, tuning="frozen")
+    encoder = build_text_encoder(config, train_tokenizer(SENTENCES * 20, 200)).train()
+    assert not encoder.bert.training
+    rows: list[int] = []
+    encoder.bert.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    first = encoder(**encoder.tokenise(SENTENCES[:2]))
+    again = encoder(**encoder.tokenise([SENTENCES[2], SENTENCES[1], SENTENCES[0]]))
+    assert rows == [2, 1]
+    assert torch.allclose(again[[2, 1]], first, atol=1e-6)
+    fresh = build_text_encoder(config, encoder.tokenizer)
+    fresh.load_state_dict(encoder.state_dict())
+    assert torch.allclose(again, fresh(**fresh.tokenise([SENTENCES[2], SENTENCES[1], SENTENCES[0]])), atol=1e-6)
+
+
+def test_named_sizes_stand_for_the_model_of_a_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("name: mine\nmodel: tiny\n")
+    config = load_config(str(recipe), ["model.dim=64"])
+    assert config.model == load_size("tiny").model_copy(update={"dim": 64})
+    shape = PreprocessingSpec.load("ct_224").shape
+    sizes = [measure(load_size(name), shape) for name in ("tiny", "small", "base", "large")]
+    assert [s.flops for s in sizes] == sorted(s.flops for s in sizes)
+    tiny = build_model(load_size("tiny"), train_tokenizer(SENTENCES * 20, 200))
+    assert sizes[0].volume_parameters == sum(p.numel() for p in tiny.volume_encoder.parameters())
+
+
+def test_saved_and_loaded_as_hugging_face_does(tmp_path: Path) -> None:
+    from ctclip.inference.model import Model
+
+    made = build_model(
+        ModelConfig(volume=load_size("tiny").volume, text=TextConfig(width=16, depth=1, heads=2), dim=12),
+        train_tokenizer(SENTENCES * 20, 200),
+    )
+    save_model(tmp_path / "one", made, PreprocessingSpec.load("ct_224"))
+    ctclip.load(str(tmp_path / "one")).save_pretrained(tmp_path / "two")
+    two = Model.from_pretrained(str(tmp_path / "two"))
+    assert torch.equal(two.encode_text(SENTENCES), made.eval().encode_text(SENTENCES))
+    assert two.folder.hash == ctclip.load(str(tmp_path / "one")).folder.hash
