@@ -163,11 +163,16 @@ class ViewConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Random changes of a training volume; amplitudes of 0 switch them off."""
+    """Random changes of a training volume; amplitudes of 0 switch them off.
+
+    There are no flips: a report says left and right.
+    """
 
     shift_voxels: int = Field(0, ge=0, description="largest shift along each axis")
     scale: float = Field(0.0, ge=0, lt=0.5, description="largest relative change of HU contrast")
     noise_hu: float = Field(0.0, ge=0, description="standard deviation of added noise, HU")
+    rotate_degrees: float = Field(0.0, ge=0, le=45, description="largest turn about each axis")
+    zoom: float = Field(0.0, ge=0, lt=0.5, description="largest relative change of size")
 
 
 class DataConfig(Section):
@@ -187,8 +192,22 @@ class ObjectiveConfig(Section):
     """Weights of the objectives; 0 leaves one out."""
 
     clip: float = Field(1.0, ge=0, description="symmetric InfoNCE over the global batch")
+    convirt: float = Field(0.0, ge=0, description="ConVIRT's weighted bidirectional loss")
     siglip: float = Field(0.0, ge=0, description="pairwise sigmoid loss")
+    negatives: int | None = Field(
+        None,
+        ge=2,
+        description="contrast only within groups of so many volumes, as the published training did; null: all",
+    )
     labels: float = Field(0.0, ge=0, description="cross-entropy on report-derived labels: not zero-shot any more")
+
+    @model_validator(mode="after")
+    def _contrasts(self) -> ObjectiveConfig:
+        if not (self.clip or self.convirt or self.siglip):
+            raise ValueError("give clip, convirt or siglip a weight above 0: nothing else joins volumes and reports")
+        if self.negatives is not None and self.siglip:
+            raise ValueError("negatives belongs to clip and convirt; siglip contrasts every pair")
+        return self
 
 
 class ZeroConfig(Section):

@@ -159,12 +159,19 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(tensor.item())
 
 
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The mean of every rank's ``values``, without gradients."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values / world_size()
+
+
 def gather(tensor: torch.Tensor) -> torch.Tensor:
     """Rows (b, ...) of every rank, in rank order, as (world size * b, ...), with gradients.
 
-    Every rank is expected to compute the whole global loss from the result. The gradient of a row is then
-    the sum over ranks of what each found for it, and averaging parameter gradients over ranks, as DeepSpeed
-    and DDP do, gives exactly the single-process gradient of the global loss.
+    The global loss must be the mean over ranks of what each computes from the result. The gradient of a row is the
+    sum over ranks of what each found for it, and averaging parameter gradients over ranks, as DeepSpeed and DDP
+    do, gives exactly the single-process gradient of the global loss.
     """
     if world_size() == 1:
         return tensor

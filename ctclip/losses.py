@@ -2,6 +2,9 @@
 
 Positives are decided by identity, not by position: pairs in ``same`` off the diagonal (reconstructions of
 one scan, identical report texts) are left out of the sums, so that they are never pushed apart.
+
+``rows`` is a rank's share of the global batch: it sums those rows against all columns, so that no rank computes or
+holds the whole matrix; the mean over ranks is the loss of the global batch, and so are its gradients.
 """
 
 from __future__ import annotations
@@ -9,41 +12,81 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+EVERY = slice(None)
+# Zhang et al. 2022, section 3: how much volume -> text weighs beside text -> volume.
+CONVIRT_VOLUME_WEIGHT = 0.75
 
 
-def same_identity(scans: Tensor, texts: Tensor) -> Tensor:
+def same_identity(scans: Tensor, texts: Tensor, rows: slice = EVERY) -> Tensor:
     """Pairs that must not be negatives of each other.
 
-    scans (B,) and texts (B,) are integer identities of the scan and of the wording; (B, B) bool.
+    scans (B,) and texts (B,) are integer identities of the scan and of the wording; (rows, B) bool.
     """
-    return (scans[:, None] == scans[None, :]) | (texts[:, None] == texts[None, :])
+    return (scans[rows, None] == scans[None, :]) | (texts[rows, None] == texts[None, :])
 
 
-def clip(volumes: Tensor, texts: Tensor, scale: Tensor, same: Tensor | None = None) -> Tensor:
+def clip(
+    volumes: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    same: Tensor | None = None,
+    rows: slice = EVERY,
+    volume_weight: float = 0.5,
+) -> Tensor:
     """Symmetric InfoNCE (Radford et al. 2021, figure 3; van den Oord et al. 2018, eq. 4).
 
     volumes, texts (B, d) unit vectors, row i of one belonging to row i of the other; scale (1,) the inverse
-    temperature; same (B, B) bool, see ``same_identity``. Scalar, in nats; ln B is chance.
+    temperature; same (rows, B) bool, see ``same_identity``. Scalar, in nats; ln B is chance.
     """
-    logits = scale * volumes.float() @ texts.float().T
+    volumes, texts = volumes.float(), texts.float()
+    target = torch.arange(len(volumes), device=volumes.device)[rows]
+    masked = None
     if same is not None:
-        off_diagonal = ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-        logits = logits.masked_fill(same & off_diagonal, float("-inf"))
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        masked = same.clone()
+        masked[torch.arange(len(target)), target] = False
+    total = volumes.new_zeros(())
+    for weight, one, other in ((volume_weight, volumes, texts), (1 - volume_weight, texts, volumes)):
+        logits = scale * one[rows] @ other.T
+        if masked is not None:
+            logits = logits.masked_fill(masked, float("-inf"))
+        total = total + weight * F.cross_entropy(logits, target)
+    return total
 
 
-def siglip(volumes: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, same: Tensor | None = None) -> Tensor:
+def convirt(volumes: Tensor, texts: Tensor, scale: Tensor, same: Tensor | None = None, rows: slice = EVERY) -> Tensor:
+    """ConVIRT's weighted bidirectional loss (Zhang et al. 2022, eq. 4), its 0.75 on volume -> text; as ``clip``.
+
+    The paper's other two parts are settings: ``model.projection: mlp`` and ``data.views: {sentence: 1}``.
+    """
+    return clip(volumes, texts, scale, same, rows, CONVIRT_VOLUME_WEIGHT)
+
+
+def siglip(
+    volumes: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, same: Tensor | None = None, rows: slice = EVERY
+) -> Tensor:
     """Pairwise sigmoid loss (Zhai et al. 2023, eq. 1): identical pairs are positives wherever they stand.
 
-    volumes, texts (B, d) unit vectors; scale, bias (1,). Scalar: the mean over rows of the sum over columns.
+    volumes, texts (B, d) unit vectors; scale, bias (1,). Scalar: the mean over rows of the sum over columns. Columns
+    are taken in blocks as long as ``rows``, each computed again in the backward pass: memory does not grow with the
+    number of ranks (their section 3.1).
     """
-    logits = scale * volumes.float() @ texts.float().T + bias
-    positive = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    if same is not None:
-        positive = positive | same
-    sign = torch.where(positive, 1.0, -1.0)
-    return -F.logsigmoid(sign * logits).sum(dim=1).mean()
+    mine, texts = volumes.float()[rows], texts.float()
+    own = torch.arange(len(texts), device=texts.device)[rows]
+    total = mine.new_zeros(())
+    for first in range(0, len(texts), len(mine)):
+        block = slice(first, first + len(mine))
+        positive = own[:, None] == torch.arange(len(texts), device=texts.device)[None, block]
+        if same is not None:
+            positive = positive | same[:, block]
+        total = total + checkpoint(_pairs, mine, texts[block], scale, bias, positive, use_reentrant=False)
+    return total / len(mine)
+
+
+def _pairs(volumes: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, positive: Tensor) -> Tensor:
+    logits = scale * volumes @ texts.T + bias
+    return -F.logsigmoid(torch.where(positive, logits, -logits)).sum()
 
 
 def multi_label(logits: Tensor, labels: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def train(
 
     `deepspeed --module ctclip.train --config phantom_tiny --store store --output runs/first`
 
-    `ctclip train --plan --config ct_rate_vit3d --processes 8 --card h100`
+    `ctclip train --plan --config ct_rate_vit3d_base --processes 8 --card h100`
 
     `torchrun --nproc-per-node 4 -m ctclip.train --config phantom_tiny --store store --output runs/first`
     """

@@ -110,7 +110,10 @@ def label_array(rows: pd.DataFrame, labels: Sequence[str]) -> np.ndarray:
 def augment(
     voxels: np.ndarray, config: AugmentConfig, spec: PreprocessingSpec, random: np.random.Generator
 ) -> np.ndarray:
-    """Shift, contrast and noise of a volume in [-1, 1]; what is shifted in from outside is air (-1)."""
+    """Turn, size, shift, contrast and noise of a volume in [-1, 1]; what comes in from outside is air (-1)."""
+    if config.rotate_degrees or config.zoom:
+        angles = np.radians(random.uniform(-config.rotate_degrees, config.rotate_degrees, size=3))
+        voxels = turned(voxels, angles, 1 + random.uniform(-config.zoom, config.zoom), spec.spacing)
     if config.shift_voxels:
         voxels = shifted(voxels, random.integers(-config.shift_voxels, config.shift_voxels + 1, size=3))
     if config.scale:
@@ -121,6 +124,23 @@ def augment(
         amplitude = random.uniform(0, config.noise_hu) * 2 / (high - low)
         voxels = voxels + random.standard_normal(voxels.shape, dtype=np.float32) * np.float32(amplitude)
     return np.clip(voxels, -1, 1) if config.scale or config.noise_hu else voxels
+
+
+def turned(voxels: np.ndarray, angles: np.ndarray, zoom: float, spacing: Sequence[float]) -> np.ndarray:
+    """``voxels`` turned about their centre by ``angles`` (rad, about the slice, row and column axis) in the patient's
+    millimetres and magnified by ``zoom``: MONAI's Affine, trilinear."""
+    from monai.transforms import Affine
+    from monai.transforms.utils import create_rotate
+
+    millimetres = np.diag([*spacing, 1.0])
+    # Where each voxel of the result comes from, in voxels from the centre.
+    matrix = np.linalg.inv(millimetres) @ create_rotate(3, angles.tolist()) @ millimetres / zoom
+    matrix[3, 3] = 1.0
+    moved = Affine(affine=matrix, padding_mode="zeros", align_corners=False, image_only=True)(
+        torch.from_numpy(voxels + 1)[None]
+    )
+    result: np.ndarray = np.asarray(moved[0], dtype=np.float32) - 1
+    return result
 
 
 def shifted(voxels: np.ndarray, offset: np.ndarray) -> np.ndarray:

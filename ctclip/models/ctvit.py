@@ -175,6 +175,6 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def _move(self, flat: Tensor, codes: Tensor) -> None:
         total = torch.zeros_like(self.rows).index_add_(0, codes, flat)
-        used = torch.bincount(codes, minlength=len(self.rows)) > 0
+        used = torch.zeros_like(self.rows[:, 0]).index_add_(0, codes, torch.ones_like(flat[:, 0])) > 0
         moved = self.rows * CODEBOOK_DECAY + F.normalize(total, dim=-1) * (1 - CODEBOOK_DECAY)
         self.rows.copy_(torch.where(used[:, None], F.normalize(moved, dim=-1), self.rows))

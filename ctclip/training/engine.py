@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ctclip.config import Config, TrainingConfig
 from ctclip.data.dataset import Batch
-from ctclip.distributed import rank, world_size
+from ctclip.distributed import mean_over_ranks, rank, world_size
 from ctclip.errors import ConfigError
 from ctclip.training import state
 from ctclip.training.step import ContrastiveStep
@@ -105,7 +105,11 @@ class Engine:
             loss, parts = self._two_pass(batch, identities)
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()
-        logged = {"loss": float(loss.detach()), **{name: float(part) for name, part in parts.items()}}
+        # Each rank knows its rows; what is logged is of the global batch.
+        values = torch.stack(
+            [loss.detach().float().reshape(()), *(part.float().reshape(()) for part in parts.values())]
+        )
+        logged = dict(zip(("loss", *parts), mean_over_ranks(values).tolist(), strict=True))
         return logged | {
             "gradient_norm": float(norm) if norm is not None else math.nan,
             "learning_rate": self.config.learning_rate * factor,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ctclip import losses
 from ctclip.config import ObjectiveConfig
-from ctclip.distributed import gather
+from ctclip.distributed import gather, rank
 from ctclip.models.dual_encoder import DualEncoder
 
 
@@ -17,7 +17,7 @@ class ContrastiveStep(nn.Module):
     """The dual encoder with its objectives. ``stage`` chooses a part of the step:
 
     ``features``: encode this rank's volumes and texts; ``loss``: contrast the features of all ranks;
-    ``step``: both. Every rank computes the loss of the whole global batch (see ``distributed.gather``).
+    ``step``: both. A rank's loss is that of its rows against the whole global batch; the mean over ranks is the loss.
     """
 
     def __init__(self, model: DualEncoder, objectives: ObjectiveConfig, labels: int = 0) -> None:
@@ -50,7 +50,9 @@ class ContrastiveStep(nn.Module):
         labels: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Features and identities of this rank -> the loss of the global batch, and what to log of it."""
-        similarity = self.model.similarity
+        similarity, objectives = self.model.similarity, self.objectives
+        share = len(scans)
+        rows = slice(rank() * share, (rank() + 1) * share)
         volume_features, text_features = gather(volume_features.float()), gather(text_features.float())
         scans, text_identities = gather(scans), gather(text_identities)
         volumes, texts = similarity.volume(volume_features), similarity.text(text_features)
@@ -58,13 +60,20 @@ class ContrastiveStep(nn.Module):
         scale = similarity.scale()
         parts: dict[str, Tensor] = {}
         for view in range(views):
-            same = losses.same_identity(scans, text_identities[view::views])
-            if self.objectives.clip:
-                value = losses.clip(volumes, texts[view::views], scale, same)
-                parts["clip"] = parts.get("clip", 0.0) + self.objectives.clip * value / views
-            if self.objectives.siglip:
-                value = losses.siglip(volumes, texts[view::views], scale, similarity.logit_bias, same)
-                parts["siglip"] = parts.get("siglip", 0.0) + self.objectives.siglip * value / views
+            of_view = texts[view::views]
+            same = losses.same_identity(scans, text_identities[view::views], rows)
+            if objectives.negatives is not None:
+                same = same | _apart(len(volumes), objectives.negatives, rows, same.device)
+            found = {
+                "clip": lambda texts=of_view, same=same: losses.clip(volumes, texts, scale, same, rows),
+                "convirt": lambda texts=of_view, same=same: losses.convirt(volumes, texts, scale, same, rows),
+                "siglip": lambda texts=of_view, same=same: losses.siglip(
+                    volumes, texts, scale, similarity.logit_bias, same, rows
+                ),
+            }
+            for name, loss in found.items():
+                if weight := getattr(objectives, name):
+                    parts[name] = parts.get(name, 0.0) + weight / views * loss()
         if self.label_head is not None:
             if labels is None:
                 raise ValueError("objectives.labels is set, but the batch has no labels")
@@ -73,3 +82,9 @@ class ContrastiveStep(nn.Module):
             )
         total = torch.stack([part.reshape(()) for part in parts.values()]).sum()
         return total, {name: part.detach() for name, part in parts.items()} | {"logit_scale": scale.detach()}
+
+
+def _apart(batch: int, group: int, rows: slice, device: torch.device) -> Tensor:
+    """(rows, B) bool: pairs of different groups of ``group`` neighbours."""
+    number = torch.arange(batch, device=device) // group
+    return number[rows, None] != number[None, :]

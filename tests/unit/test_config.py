@@ -15,6 +15,21 @@ def test_every_recipe_loads_and_survives_its_dump(path, tmp_path) -> None:
     assert build_config(read_mapping(tmp_path / "again.yaml"), "again") == config
 
 
+@pytest.mark.parametrize("path", sorted(configs_folder().glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_can_be_planned(path) -> None:
+    from ctclip.training.plan import describe, make_plan
+
+    config = load_config(str(path))
+    plan = make_plan(config, ranks=2)
+    # Two cards share what ZeRO shares: each stage needs less than the one before, but for the copy that 1 and 2 keep.
+    states = [stage.states for stage in plan.stages]
+    assert states[3] < states[2] < states[1]
+    assert states[3] == pytest.approx(states[0] / 2, rel=0.01)
+    said = describe(config, plan, "a100", 24128)
+    assert said.count("<- configured") == 1
+    assert "an epoch of 24128 scans" in said
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

@@ -52,6 +52,38 @@ def test_siglip_is_a_sum_of_sigmoids() -> None:
     assert abs(float(found) - total / 3) < 1e-5
 
 
+def test_shares_of_rows_add_up_to_the_whole() -> None:
+    """What ranks compute, each its rows: the mean is the loss of the whole matrix, and so are the gradients."""
+    same = losses.same_identity(torch.tensor([0, 1, 0, 3, 4, 5]), torch.tensor([9, 8, 7, 8, 6, 5]))
+    for objective in (losses.clip, losses.convirt, losses.siglip):
+        given = (torch.tensor([6.0]), torch.tensor([-3.0])) if objective is losses.siglip else (torch.tensor([6.0]),)
+        found = []
+        for shares in ([slice(0, 6)], [slice(0, 2), slice(2, 4), slice(4, 6)]):
+            volumes, texts = unit(6, 0).requires_grad_(), unit(6, 1).requires_grad_()
+            loss = sum(objective(volumes, texts, *given, same[rows], rows) for rows in shares) / len(shares)
+            loss.backward()
+            found.append((loss.detach(), volumes.grad, texts.grad))
+        for one, other in zip(*found, strict=True):
+            assert torch.allclose(one, other, atol=1e-6), objective
+
+
+def test_negatives_of_a_group_alone_are_the_mean_over_groups() -> None:
+    from ctclip.training.step import _apart
+
+    volumes, texts, scale = unit(6, 0), unit(6, 1), torch.tensor([7.0])
+    found = losses.clip(volumes, texts, scale, _apart(6, 2, slice(None), scale.device))
+    groups = [losses.clip(volumes[i : i + 2], texts[i : i + 2], scale) for i in (0, 2, 4)]
+    assert torch.allclose(found, torch.stack(groups).mean(), atol=1e-6)
+
+
+def test_convirt_weighs_the_directions() -> None:
+    volumes, texts, scale = unit(5, 0), unit(5, 1), torch.tensor([7.0])
+    logits = 7.0 * volumes @ texts.T
+    right = torch.arange(5)
+    expected = 0.75 * F.cross_entropy(logits, right) + 0.25 * F.cross_entropy(logits.T, right)
+    assert torch.allclose(losses.convirt(volumes, texts, scale), expected, atol=1e-6)
+
+
 def test_unknown_labels_are_left_out() -> None:
     logits = torch.tensor([[0.0, 3.0], [1.0, -2.0]])
     labels = torch.tensor([[1.0, float("nan")], [0.0, float("nan")]])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ctclip.config import DataConfig, ViewConfig
-from ctclip.data.dataset import ScanSampler, StoredVolumes, collate, shifted
+from ctclip.config import AugmentConfig, DataConfig, ViewConfig
+from ctclip.data.dataset import ScanSampler, StoredVolumes, augment, collate, shifted, turned
 from ctclip.data.reports import Report, ReportViews, negates
 from ctclip.errors import DataError
+from preprocessing.spec import PreprocessingSpec
 
 REPORT = Report("The heart is enlarged. No pleural effusion is seen. There is a nodule.", "Cardiomegaly. Nodule.")
 RANDOM = np.random.default_rng
@@ -75,3 +76,32 @@ def test_shift_moves_and_fills_with_air() -> None:
 def test_a_store_without_the_split_is_named(store) -> None:
     with pytest.raises(DataError, match="'test'"):
         StoredVolumes(DataConfig(store=str(store)), "test")
+
+
+def test_a_turn_is_a_turn_in_millimetres() -> None:
+    """Against SciPy's resampling of the same rotation written out by hand; voxels are not cubes."""
+    from scipy.ndimage import affine_transform
+
+    index = np.stack(np.meshgrid(*map(np.arange, (20, 24, 28)), indexing="ij"), axis=-1)
+    blob = np.exp(-((index - np.array([8, 15, 10])) ** 2).sum(axis=-1) / 18).astype(np.float32) * 2 - 1
+    spacing, angle, zoom = (3.0, 1.5, 2.0), 0.3, 1.1
+    found = turned(blob, np.array([angle, 0.0, 0.0]), zoom, spacing)
+    scale = np.diag(spacing)
+    rotation = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
+    back = np.linalg.inv(scale) @ rotation @ scale / zoom
+    centre = (np.array(blob.shape) - 1) / 2
+    expected = affine_transform(blob, back, centre - back @ centre, order=1, mode="grid-constant", cval=-1)
+    inner = (slice(2, -2),) * 3
+    assert np.abs(found - expected)[inner].max() < 1e-4
+    assert np.abs(turned(blob, np.zeros(3), 1.0, spacing) - blob).max() < 1e-5
+
+
+def test_augmentation_is_a_function_of_its_seed() -> None:
+    voxels = np.random.default_rng(0).uniform(-1, 1, (8, 10, 12)).astype(np.float32)
+    config = AugmentConfig(shift_voxels=1, scale=0.05, noise_hu=10, rotate_degrees=5, zoom=0.05)
+    spec = PreprocessingSpec.load("phantom")
+    one, two, other = (augment(voxels, config, spec, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(one, two)
+    assert not np.array_equal(one, other)
+    assert one.min() >= -1
+    assert one.max() <= 1
