@@ -29,7 +29,7 @@ class Size:
 
 
 SIZES = {
-    "default": Size(6000, (), 1000),
+    "default": Size(5200, (), 1000),
     # Shows that every stage runs; far too small to learn from.
     "smoke": Size(
         60,

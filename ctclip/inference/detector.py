@@ -87,12 +87,12 @@ class Detector:
 def side_vectors(model: DualEncoder, prompts: PromptSet, abnormalities: Sequence[str], positive: bool) -> Tensor:
     """(abnormalities, dim): the mean of each side's phrasings.
 
-    It is made a unit vector for ``ensemble: embeddings``, and kept as long as it is for ``logits``, whose mean of dot
-    products is the dot product with the mean. With ``average: section`` each section weighs alike, however many
+    It is made a unit vector for ``ensemble: embeddings`` (of a model that does not standardise, see ``encode_prompts``),
+    and kept as long as it is for ``logits``, whose mean of dot products is the dot product with the mean. With ``average: section`` each section weighs alike, however many
     phrasings it has.
     """
     groups = [prompts.groups(name, positive) for name in abnormalities]
-    vectors = model.encode_text([text for sections in groups for texts in sections for text in texts])
+    vectors = model.encode_prompts([text for sections in groups for texts in sections for text in texts])
     means, start = [], 0
     for sections in groups:
         parts = []
@@ -101,7 +101,8 @@ def side_vectors(model: DualEncoder, prompts: PromptSet, abnormalities: Sequence
             start += len(texts)
         means.append(torch.stack(parts).mean(dim=0))
     stacked = torch.stack(means)
-    return F.normalize(stacked, dim=-1) if prompts.ensemble == "embeddings" else stacked
+    unit = prompts.ensemble == "embeddings" and not model.config.standardise
+    return F.normalize(stacked, dim=-1) if unit else stacked
 
 
 @torch.inference_mode()

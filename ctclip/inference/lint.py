@@ -27,21 +27,22 @@ class PairCheck:
 def check_prompts(model: DualEncoder, prompts: PromptSet, too_close: float = TOO_CLOSE) -> list[PairCheck]:
     """One check an abnormality, the pair whose sides are closest first."""
     names = prompts.names()
-    positive = F.normalize(side_vectors(model, prompts, names, True), dim=-1)
-    negative = F.normalize(side_vectors(model, prompts, names, False), dim=-1)
+    cosines = F.cosine_similarity(
+        side_vectors(model, prompts, names, True), side_vectors(model, prompts, names, False)
+    ).tolist()
     unknown = model.text_encoder.tokenizer.unk_token
     checks = []
-    for index, name in enumerate(names):
-        cosine = float(positive[index] @ negative[index])
+    for name, cosine in zip(names, cosines, strict=True):
         warnings = []
         if cosine > too_close:
             warnings.append(f"its sides nearly coincide (cosine {cosine:.3f}): the margin says little")
-        direction = positive[index] - negative[index]
-        for stated in (True, False):
-            texts = prompts.side(name, stated)
-            lean = model.encode_text(texts) @ direction
-            middle = float((positive[index] + negative[index]) @ direction) / 2
-            for text, value in zip(texts, lean.tolist(), strict=True):
+        sides = [prompts.side(name, stated) for stated in (True, False)]
+        vectors = model.encode_prompts([text for texts in sides for text in texts]).split([len(side) for side in sides])
+        positive, negative = (side.mean(dim=0) for side in vectors)
+        direction = positive - negative
+        middle = float((positive + negative) @ direction) / 2
+        for stated, texts, side in zip((True, False), sides, vectors, strict=True):
+            for text, value in zip(texts, (side @ direction).tolist(), strict=True):
                 if (value > middle) != stated:
                     warnings.append(f"{text!r} lies on the {'negative' if stated else 'positive'} side")
                 if unknown and unknown in model.text_encoder.tokenizer.tokenize(text):

@@ -66,6 +66,20 @@ class DualEncoder(nn.Module):
         device = self.similarity.logit_scale.device
         return self.similarity.text(self.text_features({name: ids.to(device) for name, ids in tokens.items()}))
 
+    def encode_prompts(self, texts: Sequence[str]) -> Tensor:
+        """Strings -> (n, dim) float32: vectors whose differences tell a positive prompt from its negative.
+
+        Unit vectors, as ``encode_text``'s, unless the model standardises. Seen from the mean report, all prompts lie to
+        one side, being single sentences; unit length for each would leave a part of that in the difference of two.
+        There they share one length, their mean, and what both sides have in common cancels.
+        """
+        if not self.config.standardise:
+            return self.encode_text(texts)
+        device = self.similarity.logit_scale.device
+        tokens = {name: ids.to(device) for name, ids in self.text_encoder.tokenise(list(texts)).items()}
+        features = self.similarity.text_standard(self.text_features(tokens).float())
+        return features / features.norm(dim=-1).mean().clamp(min=1e-6)
+
     def logits(self, volumes: Tensor, texts: Tensor) -> Tensor:
         """Unit vectors (n, dim), (m, dim) -> (n, m), scaled by the learned temperature."""
         return self.similarity.scale() * volumes @ texts.T
