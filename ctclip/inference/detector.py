@@ -36,8 +36,7 @@ class Detector:
     ) -> None:
         self.model = model
         self.abnormalities = tuple(abnormalities or prompts.names())
-        self.positive = side_vectors(model, prompts, self.abnormalities, True)
-        self.negative = side_vectors(model, prompts, self.abnormalities, False)
+        self.positive, self.negative = pair_vectors(model, prompts, self.abnormalities)
         self.calibration = calibration
         self.grades = list(prompts.graded.values())
         self.graded = tuple(f"{name} [{grade.unit}]" for name, grade in prompts.graded.items())
@@ -84,14 +83,14 @@ class Detector:
 
 
 @torch.inference_mode()
-def side_vectors(model: DualEncoder, prompts: PromptSet, abnormalities: Sequence[str], positive: bool) -> Tensor:
-    """(abnormalities, dim): the mean of each side's phrasings.
+def pair_vectors(model: DualEncoder, prompts: PromptSet, abnormalities: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Positive and negative sides (abnormalities, dim): the mean of each side's phrasings, encoded together.
 
-    It is made a unit vector for ``ensemble: embeddings`` (of a model that does not standardise, see ``encode_prompts``),
-    and kept as long as it is for ``logits``, whose mean of dot products is the dot product with the mean. With ``average: section`` each section weighs alike, however many
+    It is made a unit vector for ``ensemble: embeddings``, and kept as long as it is for ``logits``, whose mean of dot
+    products is the dot product with the mean. With ``average: section`` each section weighs alike, however many
     phrasings it has.
     """
-    groups = [prompts.groups(name, positive) for name in abnormalities]
+    groups = [prompts.groups(name, positive) for positive in (True, False) for name in abnormalities]
     vectors = model.encode_prompts([text for sections in groups for texts in sections for text in texts])
     means, start = [], 0
     for sections in groups:
@@ -100,9 +99,14 @@ def side_vectors(model: DualEncoder, prompts: PromptSet, abnormalities: Sequence
             parts.append(vectors[start : start + len(texts)].mean(dim=0))
             start += len(texts)
         means.append(torch.stack(parts).mean(dim=0))
-    stacked = torch.stack(means)
-    unit = prompts.ensemble == "embeddings" and not model.config.standardise
-    return F.normalize(stacked, dim=-1) if unit else stacked
+    positive, negative = torch.stack(means).split(len(abnormalities))
+    if model.config.standardise:
+        # One length for both sides of a pair, see ``encode_prompts``.
+        length = (positive.norm(dim=-1, keepdim=True) + negative.norm(dim=-1, keepdim=True)) / 2
+        return positive / length, negative / length
+    if prompts.ensemble == "embeddings":
+        return F.normalize(positive, dim=-1), F.normalize(negative, dim=-1)
+    return positive, negative
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ctclip.inference.detector import side_vectors
+from ctclip.inference.detector import pair_vectors
 from ctclip.inference.prompts import PromptSet
 from ctclip.models.dual_encoder import DualEncoder
 
@@ -27,9 +27,7 @@ class PairCheck:
 def check_prompts(model: DualEncoder, prompts: PromptSet, too_close: float = TOO_CLOSE) -> list[PairCheck]:
     """One check an abnormality, the pair whose sides are closest first."""
     names = prompts.names()
-    cosines = F.cosine_similarity(
-        side_vectors(model, prompts, names, True), side_vectors(model, prompts, names, False)
-    ).tolist()
+    cosines = F.cosine_similarity(*pair_vectors(model, prompts, names)).tolist()
     unknown = model.text_encoder.tokenizer.unk_token
     checks = []
     for name, cosine in zip(names, cosines, strict=True):

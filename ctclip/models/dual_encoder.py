@@ -67,18 +67,17 @@ class DualEncoder(nn.Module):
         return self.similarity.text(self.text_features({name: ids.to(device) for name, ids in tokens.items()}))
 
     def encode_prompts(self, texts: Sequence[str]) -> Tensor:
-        """Strings -> (n, dim) float32: vectors whose differences tell a positive prompt from its negative.
+        """Strings -> (n, dim) float32: unit vectors, or of a model that standardises its features, of any length.
 
-        Unit vectors, as ``encode_text``'s, unless the model standardises. Seen from the mean report, all prompts lie to
-        one side, being single sentences; unit length for each would leave a part of that in the difference of two.
-        There they share one length, their mean, and what both sides have in common cancels.
+        Seen from the mean report all prompts lie to one side, being single sentences. Made unit vectors one by one, the
+        two of a pair would keep different shares of that; as they are, it cancels in their difference.
         """
         if not self.config.standardise:
             return self.encode_text(texts)
         device = self.similarity.logit_scale.device
         tokens = {name: ids.to(device) for name, ids in self.text_encoder.tokenise(list(texts)).items()}
-        features = self.similarity.text_standard(self.text_features(tokens).float())
-        return features / features.norm(dim=-1).mean().clamp(min=1e-6)
+        standardised: Tensor = self.similarity.text_standard(self.text_features(tokens).float())
+        return standardised
 
     def logits(self, volumes: Tensor, texts: Tensor) -> Tensor:
         """Unit vectors (n, dim), (m, dim) -> (n, m), scaled by the learned temperature."""
