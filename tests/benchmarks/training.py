@@ -10,10 +10,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 
+from ctclip import distributed
+from ctclip.training.engine import Engine
 from tests.benchmarks.common import apart, machine, peak_gb, table
 
 MODEL = {
@@ -33,7 +36,6 @@ TEXTS = [
 
 def build(batch: int, stage: int = 1) -> tuple[Any, Any, Any]:
     """Configuration, step module and one rank's batch on fixed data."""
-    from ctclip import distributed
     from ctclip.config import Config
     from ctclip.data.dataset import Batch
     from ctclip.models.dual_encoder import build_model
@@ -75,9 +77,7 @@ def bare(batch: int, steps: int) -> float:
 
 def engine(batch: int, steps: int, stage: int) -> dict[str, float]:
     """Seconds a step of the engine, alone; and how long a checkpoint's copy and its writing take."""
-    from ctclip import distributed
     from ctclip.training.checkpoints import Checkpoints
-    from ctclip.training.engine import Engine
 
     with distributed.process_group() as device:
         config, step, data = build(batch, stage)
@@ -101,9 +101,6 @@ def engine(batch: int, steps: int, stage: int) -> dict[str, float]:
 
 def both(batch: int, steps: int) -> dict[str, float]:
     """The engine and the bare loop in one process, their steps taken in turn: what the machine does besides hits both."""
-    from ctclip import distributed
-    from ctclip.training.engine import Engine
-
     with distributed.process_group() as device:
         config, step, data = build(batch, 0)
         made = Engine(step, config, device)
@@ -130,32 +127,58 @@ def both(batch: int, steps: int) -> dict[str, float]:
 
 
 def rank_main(settings: dict[str, int]) -> None:
-    """One rank of the scaling run: seconds a step, and bytes handed to collectives a step."""
-    from ctclip import distributed
-    from ctclip.training.engine import Engine
-
-    with distributed.process_group() as device:
+    """One rank of the scaling run: seconds a step, and bytes it sends a step."""
+    # DeepSpeed keeps references to torch's collectives from its start on: they are counted from before that.
+    with Counted() as sent, distributed.process_group() as device:
         config, step, data = build(settings["share"] * distributed.world_size(), settings["stage"])
         made = Engine(step, config, device)
         made.step(data, 0, 100)
-        sent = _count_bytes(lambda: made.step(data, 0, 100))
+        sent.bytes = 0.0
+        made.step(data, 0, 100)
+        counted = sent.bytes
         seconds = _median(lambda: made.step(data, 0, 100), settings["steps"])
         parameters = sum(p.numel() for p in step.parameters() if p.requires_grad)
         if distributed.is_main():
-            print("\n" + json.dumps({"seconds": seconds, "sent": sent, "parameters": parameters}), flush=True)
+            print("\n" + json.dumps({"seconds": seconds, "sent": counted, "parameters": parameters}), flush=True)
 
 
-def _count_bytes(action: Any) -> float:
-    """Bytes of the tensors this rank hands to torch's collectives."""
-    from torch.profiler import ProfilerActivity, profile
+class Counted:
+    """Bytes this rank sends in torch's collectives, as a ring sends them: a reduction or a gathering of S bytes is
+    S (n - 1) / n, an all-reduce both."""
 
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
-        action()
-    total = 0.0
-    for event in seen.events():
-        if event.name.startswith("gloo:") or event.name.startswith("nccl:"):
-            total += sum(4.0 * torch.Size(shape).numel() for shape in event.input_shapes if shape)
-    return total
+    # Which argument is the tensor a rank gives, and how many times S (n - 1) / n it costs; S is the whole tensor.
+    RING: ClassVar = {
+        "all_reduce": (0, 2.0), "reduce": (0, 1.0), "broadcast": (0, 1.0), "reduce_scatter_tensor": (1, 1.0),
+        "_reduce_scatter_base": (1, 1.0), "all_gather": (1, 0.0), "all_gather_into_tensor": (1, 0.0), "_all_gather_base": (1, 0.0),
+    }  # fmt: skip
+
+    def __init__(self) -> None:
+        self.bytes = 0.0
+        self.patches: list[Any] = []
+
+    def __enter__(self) -> Counted:
+        for name, (place, cost) in self.RING.items():
+            if hasattr(torch.distributed, name):
+                self.patches.append(mock.patch.object(torch.distributed, name, self._wrapped(name, place, cost)))
+                self.patches[-1].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for patch in self.patches:
+            patch.stop()
+
+    def _wrapped(self, name: str, place: int, cost: float) -> Any:
+        real, names = getattr(torch.distributed, name), (("tensor",), ("input", "input_tensor", "tensor"))[place]
+
+        def counting(*arguments: Any, **named: Any) -> Any:
+            given = arguments[place] if len(arguments) > place else next(named[n] for n in names if n in named)
+            ranks = torch.distributed.get_world_size()
+            size = float(given.numel() * given.element_size())
+            # What a rank gives to a gathering is one part of it, and goes to every other rank.
+            self.bytes += size * (ranks - 1) if cost == 0 else cost * size * (ranks - 1) / ranks
+            return real(*arguments, **named)
+
+        return counting
 
 
 def scaled(ranks: int, share: int, stage: int, steps: int) -> dict[str, float]:
@@ -172,8 +195,6 @@ def scaled(ranks: int, share: int, stage: int, steps: int) -> dict[str, float]:
 
 def memory(batch: int, stage: int) -> dict[str, float]:
     """Peak memory of training steps above what the process held before the model, and what the plan says of it."""
-    from ctclip import distributed
-    from ctclip.training.engine import Engine
     from ctclip.training.plan import _kept, stage_memory
 
     with distributed.process_group() as device:
@@ -226,10 +247,10 @@ def main() -> None:
     for ranks in (1, 2, 4):
         found = scaled(ranks, 4, 1, steps)
         base = base or found["seconds"]
-        expected = 2 * 4 * found["parameters"] * (ranks > 1)
+        expected = 2 * 4 * found["parameters"] * (ranks - 1) / ranks
         cores = min(ranks, len(os.sched_getaffinity(0)))
         rows.append([f"{ranks} on {cores}", f"{found['seconds']:.3f}", f"{base * ranks / cores / found['seconds']:.0%}", f"{found['sent'] / 1e6:.1f}", f"{expected / 1e6:.1f}"])  # fmt: skip
-    print(table("Weak scaling, 4 volumes a rank, ZeRO 1 (efficiency: work a core does in a second, against one rank)", ["ranks on cores", "seconds a step", "efficiency", "MB handed to collectives a step and rank", "formula (gradients once, parameters once), MB"], rows))  # fmt: skip
+    print(table("Weak scaling, 4 volumes a rank, ZeRO 1 (efficiency: work a core does in a second, against one rank)", ["ranks on cores", "seconds a step", "efficiency", "MB sent a step and rank", "formula, MB: gradients reduced and parameters gathered, (n - 1) / n each"], rows))  # fmt: skip
     rows = []
     for stage in (0, 1):
         found = apart(here, "memory", 24, stage)
