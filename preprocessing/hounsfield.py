@@ -17,6 +17,8 @@ from preprocessing.volume import Volume
 Trust = Literal["auto", "trust-file", "trust-table"]
 
 OUTSIDE_FIELD_OF_VIEW = -1024
+# Worth saying, but true of every volume of CT-RATE's second version.
+ALREADY_HU = "already in HU: slope and intercept of the metadata table not applied again"
 SAMPLE_STEP = 3
 SMALLEST_LUNG_ML = 150.0
 SHORTEST_LUNG_MM = 100.0
@@ -58,7 +60,7 @@ def to_hu(volume: Volume, table: Rescale | None = None, trust: Trust = "auto") -
             array = _applied(array, table)
             warnings.append("slope and intercept of the metadata table applied")
         elif due:
-            warnings.append("already in HU: slope and intercept of the metadata table not applied again")
+            warnings.append(ALREADY_HU)
     if array.dtype not in (np.int16, np.float32):
         array = np.clip(array, -32768, 32767).astype(np.int16 if np.issubdtype(array.dtype, np.integer) else np.float32)
     return Volume(array, volume.affine, volume.source, warnings)

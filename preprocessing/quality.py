@@ -13,7 +13,7 @@ from jinja2 import Environment
 from PIL import Image
 
 from preprocessing.files import write_text
-from preprocessing.hounsfield import check_chest
+from preprocessing.hounsfield import ALREADY_HU, check_chest
 from preprocessing.pipeline import Outcome, read_outcomes
 from preprocessing.progress import track
 from preprocessing.store import VolumeStore
@@ -28,14 +28,14 @@ TEMPLATE = """<!doctype html>
 body { font: 13px/1.4 system-ui, sans-serif; margin: 1rem; color: #222 } h1 { font-size: 1.2rem }
 .sheet { display: flex; flex-wrap: wrap; gap: 10px } .scan { background: #111; color: #ddd; padding: 6px; width: min-content }
 .scan.warned { outline: 3px solid #d08020 } .scan img { display: block } .scan p { margin: .2rem 0 }
-.scan b { color: #fff } .warning { color: #ffb95e } svg { background: #1c1c1c; display: block }
+.scan b { color: #fff } .warning { color: #ffb95e } .note { color: #999 } svg { background: #1c1c1c; display: block }
 </style></head><body><h1>{{ title }}</h1><p>{{ subtitle }}</p>
 {% if refused %}<h2>Refused</h2><ul>{% for name, reason in refused %}<li><b>{{ name }}</b>: {{ reason }}</li>{% endfor %}</ul>{% endif %}
 <div class="sheet">{% for s in scans %}<div class="scan{% if s.warnings %} warned{% endif %}">
 <p><b>{{ s.volume }}</b> {{ s.split }}</p><img alt="axial, coronal, sagittal of {{ s.volume }}" src="data:image/jpeg;base64,{{ s.picture }}">
 <p>{% if s.spacing %}scan {{ s.shape }} voxels of {{ s.spacing }} mm{% endif %}</p>
 <svg width="{{ width }}" height="44" viewBox="0 0 {{ bins }} 44" preserveAspectRatio="none">{% for h in s.bars %}<rect x="{{ loop.index0 }}" y="{{ 44 - h }}" width="1" height="{{ h }}" fill="#7fb2d9"/>{% endfor %}</svg>
-<p>HU -1050 to 1050; {{ s.range }}</p>{% for w in s.warnings %}<p class="warning">{{ w }}</p>{% endfor %}</div>{% endfor %}</div></body></html>
+<p>HU -1050 to 1050; {{ s.range }}</p>{% if s.note %}<p class="note">{{ s.note }}</p>{% endif %}{% for w in s.warnings %}<p class="warning">{{ w }}</p>{% endfor %}</div>{% endfor %}</div></body></html>
 """
 
 
@@ -51,6 +51,7 @@ class Card:
     bars: list[float]
     range: str
     warnings: list[str]
+    note: str
 
 
 def quality_page(
@@ -98,7 +99,8 @@ def _card(store: VolumeStore, name: str, split: str, outcome: Outcome | None) ->
     hu = store.read(name)
     if store.spec.published_geometry:
         hu = hu.transpose(0, 2, 1)
-    warnings = list(outcome.warnings) if outcome else []
+    said = outcome.warnings if outcome else ()
+    warnings = [warning for warning in said if warning != ALREADY_HU]
     affine = np.diag([*store.spec.spacing, 1.0])
     if (reason := check_chest(Volume(hu, affine, name))) is not None:
         warnings.append(reason)
@@ -109,7 +111,7 @@ def _card(store: VolumeStore, name: str, split: str, outcome: Outcome | None) ->
     return Card(
         volume=name, split=split, picture=_picture(hu, store.spec.spacing), shape=outcome.source_shape if outcome else "",
         spacing=outcome.source_spacing if outcome else "", bars=[round(float(h), 1) for h in bars],
-        range=f"{hu.min()} to {hu.max()}", warnings=warnings,
+        range=f"{hu.min()} to {hu.max()}", warnings=warnings, note=ALREADY_HU if ALREADY_HU in said else "",
     )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def evaluate(
         per_label[name] = {
             "value": found.pop("auroc"), "lower": limits.lower, "upper": limits.upper,
             "positives": int(label.sum()), "n": int(known.sum()), "threshold": float(thresholds[index]), **found,
-            "intervals": {metric: _limits(value, drawn[metric][:, index]) for metric, value in found.items()},
+            "intervals": {metric: _limits(value, drawn[metric][:, index], metric) for metric, value in found.items()},
         }  # fmt: skip
     mean = metrics.mean_defined(points["auroc"])
     shuffled = shuffled_aurocs(truth, scores, patients, seed=seed)
@@ -67,7 +67,7 @@ def evaluate(
             "means": {
                 metric: {
                     "value": metrics.mean_defined(points[metric]),
-                    "interval": _limits(metrics.mean_defined(points[metric]), _means(drawn[metric])),
+                    "interval": _limits(metrics.mean_defined(points[metric]), _means(drawn[metric]), metric),
                 }
                 for metric in AVERAGED
             },
@@ -101,8 +101,12 @@ def _thresholds(
     )
 
 
-def _limits(value: float, drawn: np.ndarray) -> list[float]:
+def _limits(value: float, drawn: np.ndarray, metric: str = "") -> list[float]:
     limits = metrics.interval(value, drawn)
+    if metric == "calibration_error":
+        # A sum of distances: resampling adds noise to each and only ever raises it. Reflected about the value (the
+        # basic bootstrap, Davison and Hinkley 1997, section 5.2) that bias points the other way.
+        return [max(0.0, 2 * value - limits.upper), max(0.0, 2 * value - limits.lower)]
     return [limits.lower, limits.upper]
 
 
