@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 from scipy import ndimage
 
@@ -75,7 +76,17 @@ def scan(canvas: Canvas, acquisition: Acquisition, random: np.random.Generator) 
     if acquisition.kernel == "soft":
         image = ndimage.gaussian_filter1d(ndimage.gaussian_filter1d(image, 0.35, axis=1), 0.35, axis=2)
     # Quantum noise is strongest behind bone and in thick patients, weakest in air.
-    level = np.float32(acquisition.noise)
-    image = (image + 1000) * np.float32(acquisition.gain) - 1000 + np.float32(acquisition.offset)
-    noisy = image + noise * (level * np.where(image < -900, np.float32(0.55), np.float32(1.0)))
-    return np.clip(np.rint(noisy), -1024, 3071).astype(np.int16)
+    return _expose(image, noise, acquisition.gain, acquisition.offset, acquisition.noise)
+
+
+@numba.njit(cache=True, nogil=True)
+def _expose(image, noise, gain, offset, level):  # type: ignore[no-untyped-def]
+    out = np.empty(image.shape, np.int16)
+    values, grains, written = image.ravel(), noise.ravel(), out.ravel()
+    for i in range(values.size):
+        value = (values[i] + np.float32(1000)) * np.float32(gain) + np.float32(offset - 1000)
+        share = np.float32(0.55) if value < -900 else np.float32(1.0)
+        written[i] = np.int16(
+            np.rint(min(np.float32(3071), max(np.float32(-1024), value + grains[i] * np.float32(level) * share)))
+        )
+    return out

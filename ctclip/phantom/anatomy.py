@@ -19,9 +19,9 @@ def draw_body(canvas: Canvas, patient: Patient) -> None:
     edge = max(canvas.grid.spacing[1:])
     for inset, value in ((0.0, 20.0), (2.0, FAT), (patient.fat, SOFT)):
         a, b = patient.half_width - inset, patient.half_depth - inset * 0.8
-        radius = ((np.abs(x) / (a * narrow)) ** 2.5 + (np.abs(y) / (b * narrow)) ** 2.5) ** 0.4
-        cover = np.clip(0.5 - (radius - 1) * b / edge, 0, 1)
-        canvas.hu += (value - canvas.hu) * cover
+        # Slices differ by their size alone: the powers are of one slice, not of the volume.
+        outline = ((np.abs(x) / a) ** 2.5 + (np.abs(y) / b) ** 2.5) ** 0.4
+        canvas.extrude(outline[0], narrow.ravel(), value, steep=b / edge)
     if patient.breasts:
         size = patient.breasts
         depth = -patient.half_depth + 4
@@ -33,19 +33,20 @@ def draw_body(canvas: Canvas, patient: Patient) -> None:
 
 def draw_lungs(canvas: Canvas, patient: Patient) -> None:
     """Aerated lungs, denser where they lie; their bases are cut by the diaphragm later."""
-    z, y, x = canvas.grid.axes
     edge = sum(canvas.grid.spacing) / 3
     for side in SIDES:
         (cx, cy, cz), (rx, ry, rz) = patient.lung_centre(side), patient.lung_radii(side)
+        box = canvas.grid.box((cx, cy, cz), (rx * 1.2, ry * 1.2, rz * 1.2))
+        z, y, x = canvas.grid.axes_of(box)
         taper = 1 - 0.34 * np.clip((z - cz) / rz, 0, 1) ** 2
         radius = (
-            np.abs((x - cx * taper) / (rx * taper)) ** 2.3 + np.abs((y - cy) / (ry * taper)) ** 2.3
-            + np.abs((z - cz) / rz) ** 3.0
-        ) ** (1 / 2.4)  # fmt: skip
-        cover = np.clip(0.5 - (radius - 1) * rx / edge, 0, 1)
+            np.abs((x - cx * taper) / (rx * taper)) ** 2.3
+            + (np.abs((y - cy) / (ry * taper)) ** 2.3 + np.abs((z - cz) / rz) ** 3.0)
+        ) ** (1 / 2.4)
+        cover = np.clip(0.5 - (radius - 1) * (rx / edge), 0, 1)
         density = patient.lung_density + patient.dependent_gradient * np.clip((y - cy) / ry, -1, 1) * 0.5
-        canvas.hu += (density - canvas.hu) * cover
-        canvas.lung = np.maximum(canvas.lung, cover.astype(np.float32))
+        canvas.hu[box] += (density - canvas.hu[box]) * cover
+        canvas.lung[box] = np.maximum(canvas.lung[box], cover)
 
 
 def draw_skeleton(canvas: Canvas, patient: Patient, random: np.random.Generator) -> None:

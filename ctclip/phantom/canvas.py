@@ -37,6 +37,21 @@ class Grid:
         )
         return z[:, None, None], y[None, :, None], x[None, None, :]
 
+    def box(self, centre: Point, reach: Point) -> tuple[slice, slice, slice]:
+        """The voxels [slice, row, column] within ``reach`` mm of ``centre`` along each axis (both x, y, z)."""
+        parts = []
+        for start, step, count, middle, far in zip(
+            self.origin, self.spacing, self.shape, centre[::-1], reach[::-1], strict=True
+        ):
+            first, last = (middle - far - start) / step, (middle + far - start) / step
+            parts.append(slice(max(0, int(np.floor(first))), min(count, max(0, int(np.ceil(last)) + 1))))
+        return parts[0], parts[1], parts[2]
+
+    def axes_of(self, box: tuple[slice, slice, slice]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``axes`` of the voxels in ``box``."""
+        z, y, x = self.axes
+        return z[box[0]], y[:, box[1]], x[:, :, box[2]]
+
 
 def ellipsoid(centre: Point, radii: Point) -> np.ndarray:
     """Row of a shape: centre and radii (x, y, z) in mm."""
@@ -92,6 +107,13 @@ class Canvas:
             within, how, float(softness), bit,
         )  # fmt: skip
 
+    def extrude(self, outline: np.ndarray, size: np.ndarray, value: float, steep: float) -> None:
+        """Draw ``value`` HU where ``outline`` [row, column] is below ``size`` [slice], whatever is there.
+
+        ``steep``: how much the cover falls from inside to outside while outline / size grows by one.
+        """
+        _extrude(self.hu, outline, size, np.float32(value), np.float32(steep))
+
     def pour(self, cover: np.ndarray, value: float, finding: int | None = None) -> None:
         """Displace lung by ``value`` HU where ``cover`` (0 to 1, broadcast to the volume) says so."""
         share = np.broadcast_to(np.asarray(cover, dtype=np.float32), self.hu.shape) * self.lung
@@ -106,6 +128,16 @@ class Canvas:
         (cx, cy, cz), (rx, ry, rz) = shape[1:4], shape[4:7]
         inside = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 + ((z - cz) / rz) ** 2 < 1
         self.findings[inside] &= ~np.uint32(1 << finding)
+
+
+@numba.njit(cache=True, nogil=True)
+def _extrude(hu, outline, size, value, steep):  # type: ignore[no-untyped-def]
+    for i in range(hu.shape[0]):
+        for j in range(hu.shape[1]):
+            for k in range(hu.shape[2]):
+                cover = np.float32(0.5) - (outline[j, k] / size[i] - np.float32(1)) * steep
+                cover = min(np.float32(1), max(np.float32(0), cover))
+                hu[i, j, k] += (value - hu[i, j, k]) * cover
 
 
 @numba.njit(cache=True, nogil=True)
