@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,18 +32,30 @@ class Line:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Of one model: a line an abnormality, and where it was fitted."""
+    """Of one model and one set of prompts: a line an abnormality, where it was fitted, and digests of the patients it
+    saw, none of whom may be in a test."""
 
     method: Method
     fitted_on: str
     model: str
     lines: dict[str, Line]
+    prompts: str = ""
+    patients: tuple[str, ...] = ()
 
     def of(self, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """slope, intercept (names,) float32; an abnormality that was not fitted keeps its plain softmax."""
         plain = Line(1.0, 0.0, 0.5, 0, 0)
         lines = [self.lines.get(name, plain) for name in names]
         return np.array([line.slope for line in lines], "f4"), np.array([line.intercept for line in lines], "f4")
+
+    def covers(self, names: Sequence[str]) -> bool:
+        """Whether every one of ``names`` was fitted."""
+        return all(name in self.lines for name in names)
+
+    def saw(self, patients: Iterable[str]) -> list[str]:
+        """Those of ``patients`` it was fitted on."""
+        seen = set(self.patients)
+        return [patient for patient in patients if digest(patient) in seen]
 
     def save(self, path: Path) -> None:
         write_text(path, json.dumps(asdict(self), indent=2))
@@ -53,9 +66,14 @@ class Calibration:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             lines = {str(name): Line(**line) for name, line in values.pop("lines").items()}
-            return cls(**values, lines=lines)
+            return cls(**values | {"patients": tuple(values.get("patients", ()))}, lines=lines)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise EvaluationError(f"{path}: no calibration ({error}); `ctclip calibrate` writes one") from error
+
+
+def digest(patient: str) -> str:
+    """Twelve hex digits that stand for a patient's id in a file that travels with the model."""
+    return hashlib.sha256(patient.encode()).hexdigest()[:12]
 
 
 def fit_calibration(
@@ -66,6 +84,8 @@ def fit_calibration(
     method: Method,
     fitted_on: str,
     model: str,
+    prompts: str = "",
+    patients: Iterable[str] = (),
 ) -> Calibration:
     """labels (n, L) of 0, 1, NaN; margins (n, L), positive minus negative logit.
 
@@ -93,7 +113,7 @@ def fit_calibration(
         raise EvaluationError(
             f"no label has {FEWEST} positives and {FEWEST} negatives in the calibration split: take a larger one"
         )
-    return Calibration(method, fitted_on, model, lines)
+    return Calibration(method, fitted_on, model, lines, prompts, tuple(sorted({digest(p) for p in patients})))
 
 
 def _fit(margin: np.ndarray, truth: np.ndarray, *, intercept: bool) -> tuple[float, float]:

@@ -12,12 +12,13 @@ import pandas as pd
 from ctclip.errors import EvaluationError
 from ctclip.evaluation.calibration import Calibration, Method, fit_calibration
 from ctclip.evaluation.controls import histogram_aurocs, histograms
-from ctclip.evaluation.evaluate import evaluate, evaluate_retrieval, plain
+from ctclip.evaluation.evaluate import evaluate, plain
 from ctclip.evaluation.metrics import mean_defined
 from ctclip.evaluation.paired import paired_test
-from ctclip.evaluation.protocol import Protocol, Thresholds, load_protocol
+from ctclip.evaluation.protocol import Protocol, Thresholds, align, load_protocol
+from ctclip.evaluation.retrieval import evaluate_retrieval
 from ctclip.evaluation.run_report import Example, Pictures, write_report
-from ctclip.evaluation.tables import MARGIN, read_embeddings, read_labels, read_predictions
+from ctclip.evaluation.tables import MARGIN, provenance, read_embeddings, read_labels, read_predictions
 from ctclip.versions import versions
 from preprocessing.files import write_text, written_beside
 from preprocessing.progress import track
@@ -47,22 +48,22 @@ def run_evaluation(
         declared = declared.model_copy(update={"thresholds": thresholds})
     table, names = read_predictions(predictions)
     _scores_all(declared, names, predictions)
-    if labels is None and store is None:
-        raise EvaluationError("give --labels, or --store whose cohort table has them")
-    source = labels if labels is not None else Path(str(store)) / "cohort.parquet"
-    truth = declared.merged(read_labels(source, declared.columns()))
+    truth = declared.merged(read_labels(_label_file(labels, store), declared.columns()))
     fitted = Calibration.load(calibration) if calibration is not None else None
     if fitted is not None:
         table = _calibrated(table, names, fitted, predictions)
     result = evaluate(table, truth, declared, calibration=fitted, resamples=bootstrap, seed=seed)
-    known = truth.reindex(table["volume"]).to_numpy(dtype=float)
+    result |= {name: provenance(table, name) for name in ("model", "supervision", "spec", "prompts")}
+    # What the protocol scores, is what everything below is about.
+    rows, known, scores = align(table, truth, declared)
     opened = VolumeStore(store) if store is not None else None
     if opened is not None:
-        _same_spec(opened, table, predictions)
-        result["controls"] |= _histogram_control(opened, table, declared)
-    embeddings = _embeddings(predictions.with_name("embeddings.parquet"), table)
+        _same_spec(opened, rows, predictions)
+        result["controls"] |= _histogram_control(opened, rows, declared)
+    embeddings = _embeddings(predictions.with_name("embeddings.parquet"), rows)
     if embeddings is not None:
-        result["retrieval"] = evaluate_retrieval(table, embeddings, known)
+        volumes, reports = embeddings["volume_embedding"], embeddings.get("report_embedding")
+        result["retrieval"] = plain(evaluate_retrieval(rows["scan"].to_numpy(dtype=str), volumes, reports, known))
     if against is not None:
         other, others = read_predictions(against)
         _scores_all(declared, others, against)
@@ -73,11 +74,9 @@ def run_evaluation(
     result["versions"] = versions()
     write_text(output / "metrics.json", json.dumps(plain(result), indent=2))
     with written_beside(output / "metrics.csv") as partial:
-        rows = pd.DataFrame(result["zero_shot"]["auroc"]).T.drop(columns="intervals")
-        rows.to_csv(partial, index_label="abnormality")
-    examples = _examples(opened, table, known, declared) if opened is not None else []
-    scores = table[list(declared.labels)].to_numpy(dtype=float)
-    pictures = Pictures(examples, _matrix(table, embeddings), (scores, known))
+        _metrics_table(result["zero_shot"]).to_csv(partial, index_label="abnormality")
+    examples = _examples(opened, rows, known, declared) if opened is not None else []
+    pictures = Pictures(examples, _matrix(rows, embeddings), (scores, known))
     write_report(output, f"Zero-shot evaluation: {declared.name}", result, run=run, pictures=pictures)
     return result
 
@@ -93,46 +92,97 @@ def run_calibration(
 ) -> Calibration:
     """Fit a calibration to the predictions of a calibration split and keep it in the model folder."""
     table, names = read_predictions(predictions)
+    if provenance(table, "model") != model_hash:
+        raise EvaluationError(
+            f"{predictions}: not predictions of {model} ({model_hash}); run `ctclip zero-shot` with it"
+        )
     margins = [f"{MARGIN}{name}" for name in names]
     absent = [name for name in margins if name not in table.columns]
     if absent:
         raise EvaluationError(f"{predictions}: column {absent[0]!r} is missing; `ctclip zero-shot` writes margins")
-    if labels is None and store is None:
-        raise EvaluationError("give --labels, or --store whose cohort table has them")
-    truth = read_labels(labels if labels is not None else Path(str(store)) / "cohort.parquet", names)
-    known = truth.reindex(table["volume"])
-    if "model" not in table.columns or str(table["model"].iloc[0]) != model_hash:
-        raise EvaluationError(
-            f"{predictions}: not predictions of {model} ({model_hash}); run `ctclip zero-shot` with it"
-        )
-    patients = table["patient"].nunique()
+    source = _label_file(labels, store)
+    truth = read_labels(source, names)
+    without = table["volume"][~table["volume"].isin(truth.index)]
+    if len(without):
+        raise EvaluationError(f"{source}: no labels of {len(without)} predicted volumes, the first {without.iloc[0]!r}")
+    truth = truth.loc[table["volume"]]
     fitted = fit_calibration(
-        known.to_numpy(dtype=float), table[margins].to_numpy(dtype=float), names, method=method,
-        fitted_on=f"{len(table)} volumes of {patients} patients, {predictions.parent.name}", model=model_hash,
+        truth.to_numpy(dtype=float), table[margins].to_numpy(dtype=float), names, method=method,
+        fitted_on=_fitted_on(table, predictions, store), model=model_hash, prompts=provenance(table, "prompts"), patients=table["patient"],
     )  # fmt: skip
     fitted.save(model / "calibration.json")
     return fitted
 
 
+def _fitted_on(table: pd.DataFrame, predictions: Path, store: Path | None) -> str:
+    """How many volumes and patients, and of which split; training or test splits are not for this."""
+    words = f"{len(table)} volumes of {table['patient'].nunique()} patients"
+    if store is None:
+        return f"{words}, {predictions}"
+    cohort = VolumeStore(store).cohort.set_index("volume")
+    splits = sorted(set(cohort["split"].reindex(table["volume"]).dropna().astype(str)))
+    if splits != ["calibration"]:
+        print(
+            f"warning: {predictions}: volumes of the split {', '.join(splits) or 'of another store'}, not of a calibration "
+            f"split that neither trains nor tests; `ctclip preprocess --calibration 0.05` holds one out"
+        )
+    return f"{words}, split {', '.join(splits) or 'unknown'}"
+
+
+def _label_file(labels: Path | None, store: Path | None) -> Path:
+    if labels is None and store is None:
+        raise EvaluationError("give --labels, or --store whose cohort table has them")
+    return labels if labels is not None else Path(str(store)) / "cohort.parquet"
+
+
+def _metrics_table(zero: dict[str, Any]) -> pd.DataFrame:
+    """A row an abnormality and one of means; each metric with the limits of its interval."""
+    rows = {}
+    for name, entry in zero["auroc"].items():
+        row = {"auroc": entry["value"], "auroc_lower": entry["lower"], "auroc_upper": entry["upper"]}
+        for metric, (low, high) in entry["intervals"].items():
+            row |= {metric: entry[metric], f"{metric}_lower": low, f"{metric}_upper": high}
+        rows[name] = row | {key: entry[key] for key in ("threshold", "positives", "n")}
+    mean_low, mean_high = zero["mean_auroc_interval"]
+    mean = {"auroc": zero["mean_auroc"], "auroc_lower": mean_low, "auroc_upper": mean_high}
+    for metric, entry in zero["means"].items():
+        mean |= {
+            metric: entry["value"],
+            f"{metric}_lower": entry["interval"][0],
+            f"{metric}_upper": entry["interval"][1],
+        }
+    rows[f"mean of {zero['labels_defined']}"] = mean
+    return pd.DataFrame(rows).T
+
+
 def _same_spec(store: VolumeStore, table: pd.DataFrame, path: Path) -> None:
-    if "spec" in table.columns and str(table["spec"].iloc[0]) != store.spec.hash:
+    if provenance(table, "spec") not in ("", store.spec.hash):
         raise EvaluationError(
-            f"{path}: made from volumes of spec {table['spec'].iloc[0]}, the store {store.path} holds {store.spec.hash}; "
+            f"{path}: made from volumes of spec {provenance(table, 'spec')}, the store {store.path} holds {store.spec.hash}; "
             f"give the store they were made from"
         )
 
 
 def _scores_all(protocol: Protocol, names: list[str], path: Path) -> None:
-    absent = [name for name in protocol.labels if name not in names]
+    absent = [name for name in protocol.predicted() if name not in names]
     if absent:
         raise EvaluationError(f"{path}: no scores for {absent[0]!r}, which protocol {protocol.name!r} asks for")
 
 
 def _calibrated(table: pd.DataFrame, names: list[str], fitted: Calibration, path: Path) -> pd.DataFrame:
     """Probabilities from margins, whether the predictions were made before or after the calibration."""
-    if "model" in table.columns and str(table["model"].iloc[0]) != fitted.model:
+    for what, fitted_to in (("model", fitted.model), ("prompts", fitted.prompts)):
+        found = provenance(table, what)
+        if found and fitted_to and found != fitted_to:
+            raise EvaluationError(
+                f"{path}: of {what} {found}, the calibration was fitted to {what} {fitted_to}: take the model's own, or "
+                f"run `ctclip calibrate` again"
+            )
+    seen = fitted.saw(table["patient"].unique())
+    if seen:
         raise EvaluationError(
-            f"{path}: of model {table['model'].iloc[0]}, the calibration was fitted to {fitted.model}: take the model's own"
+            f"{path}: {len(seen)} of its patients, the first {seen[0]!r}, are among those the calibration was fitted on; "
+            f"thresholds must not come from the test set"
         )
     slope, intercept = fitted.of(names)
     margins = [f"{MARGIN}{name}" for name in names]

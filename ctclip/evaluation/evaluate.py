@@ -11,9 +11,6 @@ from ctclip.evaluation import metrics
 from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.controls import shuffled_aurocs
 from ctclip.evaluation.protocol import Protocol, align
-from ctclip.evaluation.retrieval import precision_by_labels, retrieval
-
-AVERAGED = ("average_precision", "f1", "accuracy", "precision", "sensitivity", "specificity", "brier", "calibration_error")  # fmt: skip
 
 
 def evaluate(
@@ -40,9 +37,7 @@ def evaluate(
     for index, name in enumerate(protocol.labels):
         known = ~np.isnan(truth[:, index])
         label, score = truth[known, index], scores[known, index]
-        found = {"auroc": metrics.auroc(label, score), "average_precision": metrics.average_precision(label, score)}
-        found |= metrics.confusion(label, score, float(thresholds[index]))
-        found |= {"brier": metrics.brier(label, score), "calibration_error": metrics.calibration_error(label, score)}
+        found = metrics.every(label, score, float(thresholds[index]))
         for metric, value in found.items():
             points.setdefault(metric, []).append(value)
         limits = metrics.interval(found["auroc"], drawn["auroc"][:, index])
@@ -53,11 +48,10 @@ def evaluate(
         }  # fmt: skip
     mean = metrics.mean_defined(points["auroc"])
     shuffled = shuffled_aurocs(truth, scores, patients, seed=seed)
-    complete = ~np.isnan(truth).any(axis=1)
-    called = scores[complete] >= thresholds
     result = {
         "protocol": protocol.model_dump(mode="json"),
         "volumes": len(rows),
+        "whole_set": protocol.size is None or len(rows) == protocol.size,
         "patients": len(np.unique(patients)),
         "zero_shot": {
             "mean_auroc": mean,
@@ -68,10 +62,11 @@ def evaluate(
                 metric: {
                     "value": metrics.mean_defined(points[metric]),
                     "interval": _limits(metrics.mean_defined(points[metric]), _means(drawn[metric]), metric),
+                    "labels": int(np.isfinite(points[metric]).sum()),
                 }
-                for metric in AVERAGED
+                for metric in metrics.METRICS[1:]
             },
-            "f1": metrics.f1_averages(truth[complete], called),
+            "f1": metrics.f1_averages(truth, scores >= thresholds),
             "thresholds": said,
             "auroc": per_label,
         },
@@ -90,15 +85,16 @@ def _thresholds(
     """(labels,) and where they come from."""
     if protocol.thresholds == "published":
         known = ~np.isnan(truth)
-        picked = [metrics.best_threshold(truth[k, i], scores[k, i]) for i, k in enumerate(known.T)]
+        picked = [metrics.published_threshold(truth[k, i], scores[k, i]) for i, k in enumerate(known.T)]
         return np.array(picked), "picked on these very volumes, as published: F1, accuracy and the like are optimistic"
     if calibration is None:
         return np.full(truth.shape[1], 0.5), "0.5 for every label: no calibration split was given"
     lines = [calibration.lines.get(name) for name in protocol.labels]
-    return (
-        np.array([0.5 if line is None else line.threshold for line in lines]),
-        f"from the calibration split ({calibration.fitted_on}); none was picked on these volumes",
-    )
+    without = [name for name, line in zip(protocol.labels, lines, strict=True) if line is None]
+    said = f"from the calibration split ({calibration.fitted_on}); none was picked on these volumes"
+    if without:
+        said += f"; 0.5 for {', '.join(without)}, of which that split has too few"
+    return np.array([0.5 if line is None else line.threshold for line in lines]), said
 
 
 def _limits(value: float, drawn: np.ndarray, metric: str = "") -> list[float]:
@@ -113,25 +109,6 @@ def _limits(value: float, drawn: np.ndarray, metric: str = "") -> list[float]:
 def _means(drawn: np.ndarray) -> np.ndarray:
     """(resamples,) mean over the labels that are defined in each."""
     return np.array([metrics.mean_defined(row) for row in drawn])
-
-
-def evaluate_retrieval(
-    predictions: pd.DataFrame, embeddings: dict[str, np.ndarray], truth: np.ndarray | None
-) -> dict[str, Any]:
-    """Report to volume, volume to report, volume to volume. Embeddings as ``ctclip zero-shot --reports`` writes them."""
-    scans = predictions["scan"].to_numpy(dtype=str)
-    volumes, reports = embeddings["volume_embedding"], embeddings.get("report_embedding")
-    result: dict[str, Any] = {}
-    if reports is not None:
-        written = np.isfinite(reports).all(axis=1)
-        first = np.zeros(len(scans), dtype=bool)
-        first[np.unique(scans, return_index=True)[1]] = True
-        chosen = first & written
-        result["report_to_volume"] = retrieval(reports[chosen], volumes, scans[chosen], scans)
-        result["volume_to_report"] = retrieval(volumes[written], reports[chosen], scans[written], scans[chosen])
-    if truth is not None:
-        result["volume_to_volume"] = precision_by_labels(volumes, truth, scans)
-    return plain(result)
 
 
 def plain(value: Any) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ctclip.evaluation import metrics
 from preprocessing.files import written_beside
 
 LUNG, SOFT = (-1350.0, 150.0), (-160.0, 240.0)
@@ -64,7 +66,7 @@ def example(
 def auroc_bars(
     path: Path,
     per_label: dict[str, Any],
-    mean: float,
+    mean: float | None,
     histogram: dict[str, float | None] | None,
     control: float | None,
 ) -> None:
@@ -91,12 +93,33 @@ def auroc_bars(
             label="HU-histogram classifier (supervised)",
         )
     axis.axvline(0.5, color="0.6", lw=0.8)
-    axis.axvline(mean, color=BAR, lw=0.8, ls="--", label=f"mean {mean:.3f}")
+    if mean is not None:
+        axis.axvline(mean, color=BAR, lw=0.8, ls="--", label=f"mean {mean:.3f}")
     if control is not None:
         axis.axvline(control, color=CONTROL, lw=0.8, ls="--", label=f"histogram mean {control:.3f}")
     axis.set_yticks(rows, [f"{name}  ({defined[name]['positives']})" for name in names], fontsize=8)
-    axis.set_xlim(min(0.35, float(np.nanmin(low)) - 0.02), 1.01)
+    axis.set_xlim(min([0.45, *(low - 0.02)]), 1.01)
     axis.set_xlabel("AUROC on held-out patients (positives in brackets)")
+    axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def auroc_pair(path: Path, names: Sequence[str], sides: Sequence[dict[str, Any]]) -> None:
+    """AUROC of each label in two evaluations with their intervals, ordered by the first's."""
+    labels = [name for name in sides[0] if name in sides[1] and None not in (sides[0][name]["value"], sides[1][name]["value"])]  # fmt: skip
+    labels.sort(key=lambda name: sides[0][name]["value"])
+    figure, axes = _canvas(1, 1, (8.6, 0.4 * len(labels) + 1.4))
+    axis = axes[0][0]
+    for name, side, colour, mark, shift in zip(names, sides, (BAR, CONTROL), "os", (0.13, -0.13), strict=True):
+        rows = np.arange(len(labels)) + shift
+        low, value, high = (np.array([side[label][key] for label in labels]) for key in ("lower", "value", "upper"))
+        axis.hlines(rows, low, high, color=colour, alpha=0.45, linewidth=4)
+        axis.plot(value, rows, mark, color=colour, ms=5, label=f"{name}, 95 % interval")
+    axis.axvline(0.5, color="0.6", lw=0.8)
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.set_xlim(min([0.45, *(side[label]["lower"] - 0.02 for side in sides for label in labels)]), 1.01)
+    axis.set_xlabel("AUROC on held-out patients")
     axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
@@ -127,34 +150,54 @@ def similarity(path: Path, matrix: np.ndarray) -> None:
     _save(figure, path)
 
 
-def reliability(path: Path, probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> None:
-    """Observed frequency against predicted probability, all labels together."""
+def reliability(path: Path, probabilities: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> None:
+    """Observed frequency against predicted probability: all labels together, then each, with 95 % intervals (Wilson
+    1927) of the frequency; the area of a point says how many volumes it stands for. probabilities, labels (n, L), NaN left out."""
     known = ~np.isnan(labels)
-    p, y = probabilities[known], labels[known]
-    which = np.clip((p * bins).astype(int), 0, bins - 1)
-    count = np.bincount(which, minlength=bins)
-    used = count > 0
-    figure, axes = _canvas(1, 1, (4.4, 4.2))
-    axis = axes[0][0]
-    axis.plot([0, 1], [0, 1], color="0.7", lw=0.8)
-    axis.plot(
-        np.bincount(which, p, bins)[used] / count[used],
-        np.bincount(which, y, bins)[used] / count[used],
-        "o-",
-        color=BAR,
-    )
-    axis.set_xlabel("predicted probability")
-    axis.set_ylabel("observed frequency")
-    axis.spines[["top", "right"]].set_visible(False)
+    panels = [("all labels", probabilities[known], labels[known])]
+    for index, name in enumerate(names):
+        kept = known[:, index]
+        panels.append((name, probabilities[kept, index], labels[kept, index]))
+    columns = min(5, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = _canvas(rows, columns, (2.35 * columns, 2.45 * rows), share=True)
+    for axis, (name, p, y) in zip(axes.flat, panels, strict=False):
+        axis.plot([0, 1], [0, 1], color="0.75", lw=0.8)
+        error = "no volume"
+        if len(y):
+            predicted, observed, count = metrics.reliability(y, p)
+            axis.vlines(predicted, *_wilson(observed, count), color=BAR, alpha=0.35, lw=1.5)
+            axis.plot(predicted, observed, color=BAR, lw=0.8)
+            axis.scatter(
+                predicted, observed, s=4 + 90 * count / count.sum(), color=BAR, alpha=0.8, linewidths=0, clip_on=False
+            )
+            error = f"calibration error {metrics.calibration_error(y, p):.3f}"
+        axis.set_title("\n".join([*textwrap.wrap(name, 24), error]), fontsize=8, color=INK)
+        axis.set_xlim(0, 1)
+        axis.set_ylim(0, 1)
+        axis.set_aspect("equal")
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    figure.supxlabel("predicted probability", fontsize=9)
+    figure.supylabel("observed frequency", fontsize=9)
     _save(figure, path)
 
 
-def _canvas(rows: int, columns: int, size: tuple[float, float], widths: list[float] | None = None):  # type: ignore[no-untyped-def]
+def _wilson(share: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
+    """Limits of a binomial share of ``count``."""
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return middle - half, middle + half
+
+
+def _canvas(rows: int, columns: int, size: tuple[float, float], widths: list[float] | None = None, share: bool = False):  # type: ignore[no-untyped-def]
     # The object interface, not pyplot: no global state, no display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, width_ratios=widths)
+    return figure, figure.subplots(rows, columns, squeeze=False, width_ratios=widths, sharex=share, sharey=share)
 
 
 def _words(axis: Any, title: str, text: str, mono: bool = False) -> None:

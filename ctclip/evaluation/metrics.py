@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
+METRICS = ("auroc", "average_precision", "f1", "weighted_f1", "accuracy", "precision", "sensitivity", "specificity", "brier", "calibration_error")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -87,6 +89,10 @@ def bootstrap_metrics(
     columns: dict[str, list[np.ndarray]] = {}
     for label in range(labels.shape[1]):
         known = np.flatnonzero(~np.isnan(labels[:, label]))
+        if len(known) == 0:
+            for name in METRICS:
+                columns.setdefault(name, []).append(np.full(resamples, np.nan))
+            continue
         order = known[np.argsort(scores[known, label], kind="stable")]
         truth, score = labels[order, label].astype(float), scores[order, label]
         drawn = np.ascontiguousarray(weights[:, order])
@@ -108,14 +114,23 @@ def bootstrap_metrics(
 
 def rates(hit: np.ndarray, wrong: np.ndarray, right: np.ndarray, missed: np.ndarray) -> dict[str, np.ndarray]:
     """F1, accuracy, precision, sensitivity and specificity of true positives, false positives, true negatives and
-    false negatives (any shape); 0 where a ratio has nothing below, as scikit-learn's ``zero_division=0``."""
+    false negatives (any shape); precision is 0 where nothing was called, as scikit-learn's ``zero_division=0``. Without a
+    positive F1, precision and sensitivity are NaN (undefined), without a negative specificity.
 
-    def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-        return np.divide(part, whole, out=np.zeros_like(np.asarray(whole, dtype=float)), where=np.asarray(whole) > 0)
+    ``weighted_f1``: F1 of "present" and F1 of "absent", weighted by how many of each there are (scikit-learn's
+    ``average="weighted"`` of one label): the F1 that CT-CLIP and its successors report, larger than ``f1`` as a rule.
+    """
 
+    def ratio(part: np.ndarray, whole: np.ndarray, empty: float = 0.0) -> np.ndarray:
+        return np.divide(part, whole, out=np.full(np.shape(whole), empty), where=np.asarray(whole) > 0)
+
+    positive, negative = hit + missed, right + wrong
+    f1, absent_f1 = (ratio(2 * agreed, 2 * agreed + wrong + missed) for agreed in (hit, right))
+    defined = np.where(positive > 0, 1.0, np.nan)
     return {
-        "f1": ratio(2 * hit, 2 * hit + wrong + missed), "accuracy": ratio(hit + right, hit + right + wrong + missed),
-        "precision": ratio(hit, hit + wrong), "sensitivity": ratio(hit, hit + missed), "specificity": ratio(right, right + wrong),
+        "f1": f1 * defined, "weighted_f1": ratio(positive * f1 + negative * absent_f1, positive + negative, np.nan),
+        "accuracy": ratio(hit + right, positive + negative, np.nan), "precision": ratio(hit, hit + wrong) * defined,
+        "sensitivity": ratio(hit, positive, np.nan), "specificity": ratio(right, negative, np.nan),
     }  # fmt: skip
 
 
@@ -137,6 +152,17 @@ def interval(value: float, resampled: np.ndarray, level: float = 0.95) -> Interv
     return Interval(value, float(low), float(high))
 
 
+def every(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, float]:
+    """``METRICS`` of one label (n,) of 0/1 without NaN; all NaN without a volume."""
+    if len(labels) == 0:
+        return dict.fromkeys(METRICS, float("nan"))
+    return {
+        "auroc": auroc(labels, scores), "average_precision": average_precision(labels, scores),
+        **confusion(labels, scores, threshold),
+        "brier": brier(labels, scores), "calibration_error": calibration_error(labels, scores),
+    }  # fmt: skip
+
+
 def confusion(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, float]:
     """``rates`` of labels (n,) 0/1 with scores at or above ``threshold`` called positive."""
     called, positive = scores >= threshold, labels == 1
@@ -145,7 +171,7 @@ def confusion(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[
 
 
 def f1_averages(labels: np.ndarray, called: np.ndarray) -> dict[str, float]:
-    """Macro, micro and support-weighted F1 over labels (n, L) of 0/1."""
+    """Macro, micro and support-weighted F1 over labels (n, L) of 0, 1 and, left out, NaN."""
     hit = (called & (labels == 1)).sum(axis=0).astype(float)
     wrong = (called & (labels == 0)).sum(axis=0).astype(float)
     missed = (~called & (labels == 1)).sum(axis=0).astype(float)
@@ -165,14 +191,24 @@ def brier(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
 def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> float:
     """Expected calibration error over equal-width bins (Naeini et al. 2015)."""
+    predicted, observed, count = reliability(labels, probabilities, bins)
+    return float((np.abs(predicted - observed) * count).sum() / count.sum())
+
+
+def reliability(
+    labels: np.ndarray, probabilities: np.ndarray, bins: int = 10
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean probability, share of positives and number of volumes of each equal-width bin that is not empty."""
     which = np.clip((probabilities * bins).astype(int), 0, bins - 1)
     count = np.bincount(which, minlength=bins)
-    gap = np.abs(np.bincount(which, probabilities, bins) - np.bincount(which, labels, bins))
-    return float(gap[count > 0].sum() / len(labels))
+    used = count > 0
+    predicted, observed = (np.bincount(which, values, bins)[used] / count[used] for values in (probabilities, labels))
+    return predicted, observed, count[used]
 
 
 def best_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
-    """The threshold of the ROC point nearest to perfect (sensitivity 1, specificity 1), as CT-CLIP picks it."""
+    """The threshold (called: score >= threshold) of the ROC point nearest to sensitivity 1 and specificity 1; 0.5 where
+    there is one class only."""
     candidates = np.unique(scores)
     positive, negative = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
     if len(positive) == 0 or len(negative) == 0:
@@ -180,6 +216,19 @@ def best_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
     sensitivity = 1 - np.searchsorted(positive, candidates, side="left") / len(positive)
     false_rate = 1 - np.searchsorted(negative, candidates, side="left") / len(negative)
     return float(candidates[np.argmin((1 - sensitivity) ** 2 + false_rate**2)])
+
+
+def published_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
+    """As the evaluation scripts of CT-CLIP's successors pick it: of 100 values from 0 to 1, called where score > value,
+    the largest of those nearest to sensitivity 1 and specificity 1. Returned so that score >= threshold says the same."""
+    grid = np.linspace(0, 1, 100)
+    positive, negative = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
+    if len(positive) == 0 or len(negative) == 0:
+        return 0.5
+    sensitivity = 1 - np.searchsorted(positive, grid, side="right") / len(positive)
+    false_rate = 1 - np.searchsorted(negative, grid, side="right") / len(negative)
+    distance = np.sqrt((1 - sensitivity) ** 2 + false_rate**2)
+    return float(np.nextafter(grid[len(grid) - 1 - np.argmin(distance[::-1])], np.inf))
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,8 @@ from jinja2 import Environment
 
 from preprocessing.files import write_text
 
-# Mean zero-shot AUROC as published. Label sets, splits and thresholds differ: each line says how.
-PUBLISHED = (
-    ("CT-CLIP", 0.731, "CT-RATE validation, 18 labels, all reconstructions; reports only"),
-    ("BIUD", 0.713, "CT-RATE validation, 18 labels, as rerun by others"),
-    ("Merlin", 0.728, "CT-RATE validation; 0.595 to 0.728 depending on who ran it"),
-    ("fVLM", 0.778, "CT-RATE validation, 16 labels (no Medical material, no Lymphadenopathy)"),
-    ("MedVista3D", 0.782, "CT-RATE validation"),
-    ("ViSD-Boost", 0.790, "CT-RATE validation"),
-    ("COLIPRI", 0.798, "CT-RATE validation"),
-    ("MPS-CT", 0.838, "CT-RATE validation; trained on labels derived from the reports"),
-    ("GreenRFM", 0.848, "CT-RATE validation; trained on labels derived from the reports, 3-D ResNet-18"),
-)
+# Cells that stand in columns of numbers, and are set to the right.
+FIGURES = re.compile(r"[-+\d.,%\s]*|(undefined|[-+]?[\d.]+) to (undefined|[-+]?[\d.]+)|undefined|[+-]?\d+ of \d+")
 
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
@@ -29,18 +21,21 @@ TEMPLATE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
 img { max-width: 100%; height: auto } figure { margin: 1rem 0 } figcaption { color: #555; font-size: .87rem }
-table { border-collapse: collapse; font-size: .87rem } td, th { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #eee }
-td:first-child, th:first-child, td.words { text-align: left } pre { font-size: .78rem; background: #f6f6f4; padding: .8rem; overflow: auto }
+table { border-collapse: collapse; font-size: .87rem } td, th { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #eee }
+td { white-space: nowrap }
+td:first-child, th:first-child, td.words, th.words { text-align: left; white-space: normal } pre { font-size: .78rem; background: #f6f6f4; padding: .8rem; overflow: auto }
 .headline { display: flex; flex-wrap: wrap; gap: 1.4rem } .headline div { min-width: 8rem } .headline b { display: block; font-size: 1.5rem }
+td.words + td.words { font-size: .82rem; line-height: 1.35 } td { vertical-align: top }
+.beside { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem }
 .note { color: #555; font-size: .87rem }
 </style></head><body>
 <h1>{{ title }}</h1>
 <p class="note">{{ subtitle }}</p>
 <div class="headline">{% for value, words in headline %}<div><b>{{ value }}</b>{{ words }}</div>{% endfor %}</div>
 {% for section in sections %}<h2>{{ section.title }}</h2>{% if section.words %}<p>{{ section.words }}</p>{% endif %}
-{% for caption, data in section.figures %}<figure><img alt="{{ caption }}" src="data:image/png;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>{% endfor %}
-{% if section.table %}<table><tr>{% for head in section.table[0] %}<th>{{ head }}</th>{% endfor %}</tr>
-{% for row in section.table[1:] %}<tr>{% for cell in row %}<td{% if cell is string %} class="words"{% endif %}>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
+{% if section.beside %}<div class="beside">{% endif %}{% for caption, data in section.figures %}<figure><img alt="{{ caption }}" src="data:image/png;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>{% endfor %}{% if section.beside %}</div>{% endif %}
+{% if section.table %}<table><tr>{% for head in section.table[0] %}<th{% if section.table[1:] and section.table[1][loop.index0] is words %} class="words"{% endif %}>{{ head }}</th>{% endfor %}</tr>
+{% for row in section.table[1:] %}<tr>{% for cell in row %}<td{% if cell is words %} class="words"{% endif %}>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
 {% if section.pre %}<pre>{{ section.pre }}</pre>{% endif %}{% endfor %}
 </body></html>
 """
@@ -49,15 +44,17 @@ td:first-child, th:first-child, td.words { text-align: left } pre { font-size: .
 def write_page(
     path: Path, *, title: str, subtitle: str, headline: list[tuple[str, str]], sections: list[dict[str, Any]]
 ) -> None:
-    """Write one page. A section has a title and, each optional, words, figures [(caption, png path)], table (rows,
-    the first its head), pre (text as it stands)."""
+    """Write one page. A section has a title and, each optional, words, figures [(caption, png path)] (in two columns if
+    ``beside``), table (rows, the first its head), pre (text as it stands)."""
     ready = []
     for section in sections:
         figures = [
             (caption, base64.b64encode(Path(png).read_bytes()).decode()) for caption, png in section.get("figures", [])
         ]
-        ready.append({"words": "", "table": None, "pre": "", **section, "figures": figures})
-    page = Environment(autoescape=True).from_string(TEMPLATE)
+        ready.append({"words": "", "table": None, "pre": "", "beside": False, **section, "figures": figures})
+    environment = Environment(autoescape=True)
+    environment.tests["words"] = lambda cell: not FIGURES.fullmatch(str(cell))
+    page = environment.from_string(TEMPLATE)
     write_text(path, page.render(title=title, subtitle=subtitle, headline=headline, sections=ready))
 
 
@@ -67,49 +64,54 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def label_table(per_label: dict[str, Any], histogram: dict[str, float | None] | None) -> list[list[str]]:
-    """Rows of the AUROC table, best first."""
-    rows = [["abnormality", "AUROC", "95 % interval", "positives", "average precision", "histogram control"]]
-    order = sorted(per_label, key=lambda name: -(per_label[name]["value"] or 0))
-    for name in order:
+    """Rows of the table of abnormalities, best first."""
+    shown = ("average_precision", "f1", "sensitivity", "specificity", "calibration_error")
+    rows = [
+        [
+            "abnormality",
+            "AUROC",
+            "95 % interval",
+            "positives",
+            *[metric.replace("_", " ").replace("f1", "F1") for metric in shown],
+        ]
+    ]
+    if histogram:
+        rows[0].append("histogram control")
+    for name in sorted(per_label, key=lambda name: -(per_label[name]["value"] or 0)):
         entry = per_label[name]
-        limits = f"{number(entry['lower'])} to {number(entry['upper'])}"
-        control = number((histogram or {}).get(name)) if histogram else ""
-        rows.append(
-            [
-                name,
-                number(entry["value"]),
-                limits,
-                str(entry["positives"]),
-                number(entry["average_precision"]),
-                control,
-            ]
-        )
+        limits = "" if entry["value"] is None else f"{number(entry['lower'])} to {number(entry['upper'])}"
+        row = [name, number(entry["value"]), limits, f"{entry['positives']} of {entry['n']}"]
+        row += [number(entry.get(metric)) for metric in shown]
+        rows.append([*row, number(histogram.get(name))] if histogram else row)
     return rows
 
 
-def published_table(mean: float | None) -> list[list[str]]:
-    """This run's mean beside the published ones, each with its protocol."""
-    ours = [
-        "this run",
-        number(mean),
-        "this cohort and protocol: not comparable with the lines below unless it is CT-RATE's",
-    ]
-    return [
-        ["model", "mean AUROC", "protocol"],
-        ours,
-        *[[name, number(value), words] for name, value, words in PUBLISHED],
-    ]
-
-
 def comparison_table(first: str, ours: dict[str, Any], second: str, theirs: dict[str, Any]) -> list[list[str]]:
-    """AUROC of two evaluations by label, the largest difference first."""
-    names = [name for name in ours["auroc"] if name in theirs["auroc"]]
-    difference = {name: (ours["auroc"][name]["value"] or 0) - (theirs["auroc"][name]["value"] or 0) for name in names}
-    rows = [["abnormality", first, second, "difference"]]
+    """AUROC of two evaluations by label with intervals, the largest difference first; above them the mean of each, and
+    that over the labels both have."""
+    sides = (ours["auroc"], theirs["auroc"])
+    shared = [name for name in sides[0] if name in sides[1]]
+    pairs = {name: [side[name]["value"] for side in sides] for name in shared}
+    defined = {name: pair for name, pair in pairs.items() if None not in pair}
+    rows = [["abnormality", first, "95 % interval", second, "95 % interval", "difference"]]
+
+    def row(name: str, values: Sequence[float | None], limits: Sequence[Sequence[float | None]]) -> list[str]:
+        cells = [name]
+        for value, pair in zip(values, limits, strict=True):
+            cells += [
+                number(value),
+                f"{number(pair[0])} to {number(pair[1])}" if len(pair) and value is not None else "",
+            ]
+        first, second = values
+        return [*cells, "" if first is None or second is None else f"{first - second:+.3f}"]
+
     means = [ours["mean_auroc"], theirs["mean_auroc"]]
-    both = all(value is not None for value in means)
-    rows.append(["mean", *map(number, means), f"{means[0] - means[1]:+.3f}" if both else ""])
-    for name in sorted(names, key=lambda name: -abs(difference[name])):
-        values = [side["auroc"][name]["value"] for side in (ours, theirs)]
-        rows.append([name, *map(number, values), "" if None in values else f"{difference[name]:+.3f}"])
+    same = set(sides[0]) == set(sides[1])
+    rows.append(row("mean" if same else "mean, each of its own labels", means, [ours["mean_auroc_interval"], theirs["mean_auroc_interval"]]))  # fmt: skip
+    if not same and defined:
+        over = [sum(pair[side] for pair in defined.values()) / len(defined) for side in (0, 1)]
+        rows[-1][-1] = ""
+        rows.append(row(f"mean of the {len(defined)} labels of both", over, [[], []]))
+    for name in sorted(shared, key=lambda name: -abs(pairs[name][0] - pairs[name][1]) if name in defined else 0):
+        rows.append(row(name, pairs[name], [[side[name]["lower"], side[name]["upper"]] for side in sides]))
     return rows

@@ -20,24 +20,42 @@ class Protocol(Section):
 
     name: str
     describes: str
+    cohort: str = Field("", description="whose volumes, as published figures name them")
+    size: int | None = Field(None, description="volumes of the whole set; fewer are said to be a part of it")
     labels: tuple[str, ...] = Field(min_length=1)
     mapping: dict[str, tuple[str, ...]] = Field(
         default_factory=dict, description="columns of the label table a label is the union of; itself where not listed"
+    )
+    scores: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="predicted abnormalities a label's score is the largest of; itself where not listed",
     )
     volumes: Literal["all", "one-per-scan"] = "all"
     bootstrap: int = 1000
     thresholds: Thresholds = Field(
         "calibration",
         description="calibration: those of the model's calibration split, or 0.5 without one; "
-        "published: picked on the test volumes themselves, as CT-CLIP does",
+        "published: picked on the test volumes themselves, as is common",
     )
 
     @model_validator(mode="after")
     def _mapped_labels_exist(self) -> Protocol:
-        for name in self.mapping:
+        for name in (*self.mapping, *self.scores):
             if name not in self.labels:
                 raise ValueError(f"mapping of {name!r}, which is not among the labels")
         return self
+
+    def predicted(self) -> list[str]:
+        """Abnormalities the prediction table must have."""
+        return list(dict.fromkeys(column for name in self.labels for column in self.scores.get(name, (name,))))
+
+    def scored(self, predictions: pd.DataFrame) -> pd.DataFrame:
+        """The rows of a prediction table that count, with a column of scores for every label."""
+        rows = predictions
+        if self.volumes == "one-per-scan":
+            rows = rows.sort_values("volume").groupby("scan", as_index=False).head(1)
+        merged = {name: rows[list(parts)].max(axis=1) for name, parts in self.scores.items()}
+        return rows.assign(**merged).reset_index(drop=True)
 
     def columns(self) -> list[str]:
         """Columns the label table must have."""
@@ -63,14 +81,12 @@ def align(
     predictions: pd.DataFrame, labels: pd.DataFrame, protocol: Protocol
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     """Rows that the protocol scores, their labels and their scores (n, labels)."""
-    rows = predictions
-    if protocol.volumes == "one-per-scan":
-        rows = rows.sort_values("volume").groupby("scan", as_index=False).first()
+    rows = protocol.scored(predictions)
     without = rows["volume"][~rows["volume"].isin(labels.index)]
     if len(without):
         raise EvaluationError(
-            f"{len(without)} predicted volumes have no labels, the first {without.iloc[0]!r}: give the label table of "
-            f"these volumes, or predict only those that have labels"
+            f"{len(without)} of {len(rows)} predicted volumes have no labels, the first {without.iloc[0]!r}: give the label "
+            f"table of these volumes, or predict only those that have labels"
         )
     truth = labels.loc[rows["volume"], list(protocol.labels)].to_numpy(dtype=float)
-    return rows.reset_index(drop=True), truth, rows[list(protocol.labels)].to_numpy(dtype=float)
+    return rows, truth, rows[list(protocol.labels)].to_numpy(dtype=float)

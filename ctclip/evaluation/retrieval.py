@@ -1,4 +1,4 @@
-"""Retrieval between reports and volumes; the pool and what counts as a hit are part of the result."""
+"""Retrieval between reports and volumes; the pool, its size and what counts as a hit are part of the result."""
 
 from __future__ import annotations
 
@@ -7,57 +7,126 @@ from typing import Any
 import numpy as np
 
 DEPTHS = (1, 5, 10, 50, 100)
+LABEL_DEPTHS = (1, 5, 10, 50)
 
 
-def retrieval(queries: np.ndarray, pool: np.ndarray, wanted: np.ndarray, identity: np.ndarray) -> dict[str, Any]:
+def evaluate_retrieval(
+    scans: np.ndarray, volumes: np.ndarray, reports: np.ndarray | None, labels: np.ndarray | None
+) -> dict[str, Any]:
+    """Report to volume, volume to report, volume to volume: recall@k and median rank of the right scan, and how like the
+    query's labels those of the other scans found are.
+
+    scans (n,) ids; volumes (n, dim) unit vectors; reports likewise, NaN where a volume has none; labels (n, L) of 0, 1, NaN.
+    """
+    result: dict[str, Any] = {}
+    every = f"all {len(volumes)} volumes of {len(np.unique(scans))} scans, every reconstruction its own entry"
+    if reports is not None:
+        written = np.isfinite(reports).all(axis=1)
+        first = np.zeros(len(scans), dtype=bool)
+        first[np.unique(scans, return_index=True)[1]] = True
+        one = first & written
+        distinct = len(np.unique(reports[one], axis=0))
+        worded = f"{int(one.sum())} reports, one a scan, of which {distinct} differ"
+        if one.any():
+            result["report_to_volume"] = {
+                **retrieval(reports[one], volumes, scans[one], scans),
+                **_by_labels((reports, one), (volumes, np.ones_like(one)), labels, scans),
+                "queries_are": worded, "pool_is": every, "duplicates": "any reconstruction of the report's scan is a hit; ties count against the model",
+            }  # fmt: skip
+            result["volume_to_report"] = {
+                **retrieval(volumes[written], reports[one], scans[written], scans[one]),
+                **_by_labels((volumes, written), (reports, one), labels, scans),
+                "queries_are": "every volume with a report", "pool_is": worded, "duplicates": "equal reports of other scans are ties, and ties count against the model",
+            }  # fmt: skip
+    _, scan, count = np.unique(scans, return_inverse=True, return_counts=True)
+    twin = count[scan] > 1
+    everything = np.ones(len(scans), dtype=bool)
+    result["volume_to_volume"] = {
+        **(retrieval(volumes[twin], volumes, scans[twin], scans, itself=np.flatnonzero(twin)) if twin.any() else {}),
+        **_by_labels((volumes, everything), (volumes, everything), labels, scans),
+        "queries_are": "recall and rank: volumes whose scan has another reconstruction, which is the right answer; map and jaccard: every volume",
+        "pool": len(volumes), "pool_is": every, "duplicates": "the query itself is not in its pool; for map and jaccard no reconstruction of its scan is",
+    }  # fmt: skip
+    return result
+
+
+def retrieval(
+    queries: np.ndarray, pool: np.ndarray, wanted: np.ndarray, identity: np.ndarray, *, itself: np.ndarray | None = None
+) -> dict[str, Any]:
     """Recall@k and median rank of the best right answer.
 
     queries (n, d), pool (m, d) unit vectors; a pool entry is right if its ``identity`` (m,) is the query's
-    ``wanted`` (n,): all reconstructions of a scan are right answers to its report. Ties count against us.
+    ``wanted`` (n,): all reconstructions of a scan are right answers to its report. Ties count against us. ``itself``
+    (n,): the pool entry that is the query, left out.
     """
     similarity = queries @ pool.T
     right = wanted[:, None] == identity[None, :]
+    if itself is not None:
+        similarity[np.arange(len(queries)), itself] = -np.inf
+        right[np.arange(len(queries)), itself] = False
     best = np.where(right, similarity, -np.inf).max(axis=1)
     rank = 1 + ((similarity >= best[:, None]) & ~right).sum(axis=1)
+    size = len(pool) - (itself is not None)
     depths = [k for k in DEPTHS if k <= len(pool)]
     return {
         **{f"recall@{k}": float(np.mean(rank <= k)) for k in depths},
         "median_rank": float(np.median(rank)),
         "queries": len(queries),
         "pool": len(pool),
-        "chance_recall@10": float(min(1.0, 10 / len(pool))),
-        "duplicates": "any reconstruction of the right scan is a hit; ties count against the model",
+        "chance_recall@10": float(min(1.0, 10 * right.sum(axis=1).mean() / size)),
     }
 
 
 def precision_by_labels(
-    embeddings: np.ndarray, labels: np.ndarray, scans: np.ndarray, depths: tuple[int, ...] = (5, 10, 50)
+    queries: np.ndarray,
+    pool: np.ndarray,
+    query_labels: np.ndarray,
+    pool_labels: np.ndarray,
+    query_scans: np.ndarray,
+    pool_scans: np.ndarray,
+    depths: tuple[int, ...] = LABEL_DEPTHS,
 ) -> dict[str, Any]:
-    """MAP@k of volume-to-volume retrieval: a neighbour is relevant if its labels overlap with the query's by half or
-    more (Jaccard; two volumes without any label are relevant to each other).
+    """MAP@k by shared labels, and the mean Jaccard index of labels among the first k, over scans other than the query's.
 
-    embeddings (n, d) unit vectors, labels (n, L) of 0, 1, NaN (unknown counts as absent), scans (n,). Reconstructions
-    of the query's own scan are not in its pool. Average precision as in TREC, over the first k.
+    queries (n, d), pool (m, d) unit vectors, labels (., L) of 0, 1, NaN (unknown counts as absent), scans (.,). For MAP
+    an entry is relevant if its labels overlap with the query's by half or more (Jaccard; two scans without any label
+    are relevant to each other); average precision as in TREC, over the first k. ``jaccard@k`` is what CT-CLIP's script
+    calls MAP@k; there the query itself and, among the entries, only volumes with a finding are in the pool.
     """
-    positive = labels == 1
+    asked, positive = query_labels == 1, pool_labels == 1
     count = positive.sum(axis=1)
-    deepest = min(max(depths), len(scans))
-    totals = {k: 0.0 for k in depths if k <= deepest}
-    for query in range(len(scans)):
-        similarity = embeddings @ embeddings[query]
-        similarity[scans == scans[query]] = -np.inf
+    deepest = min(max(depths), len(pool))
+    kept = [k for k in depths if k <= deepest]
+    precise, overlap = {k: 0.0 for k in kept}, {k: 0.0 for k in kept}
+    for query in range(len(queries)):
+        similarity = pool @ queries[query]
+        similarity[pool_scans == query_scans[query]] = -np.inf
         order = np.argsort(-similarity, kind="stable")[:deepest]
         order = order[np.isfinite(similarity[order])]
-        shared = (positive[order] & positive[query]).sum(axis=1)
-        union = count[order] + count[query] - shared
-        hits = np.where(union > 0, shared / np.maximum(union, 1), 1.0) >= 0.5
+        shared = (positive[order] & asked[query]).sum(axis=1)
+        union = count[order] + asked[query].sum() - shared
+        jaccard = np.where(union > 0, shared / np.maximum(union, 1), 1.0)
+        hits = jaccard >= 0.5
         precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
-        for k in totals:
+        for k in kept:
             found = hits[:k].sum()
-            totals[k] += float((precision[:k] * hits[:k]).sum() / found) if found else 0.0
+            precise[k] += float((precision[:k] * hits[:k]).sum() / found) if found else 0.0
+            overlap[k] += float(jaccard[:k].mean()) if len(jaccard) else 0.0
     return {
-        **{f"map@{k}": total / len(scans) for k, total in totals.items()},
-        "relevant": "Jaccard of labels at least 0.5",
-        "pool": len(scans),
-        "duplicates": "reconstructions of the query's own scan are left out of its pool",
+        **{f"map@{k}": total / len(queries) for k, total in precise.items()},
+        **{f"jaccard@{k}": total / len(queries) for k, total in overlap.items()},
+        "relevant": "Jaccard index of the labels at least 0.5, scans other than the query's own",
     }
+
+
+def _by_labels(
+    asking: tuple[np.ndarray, np.ndarray],
+    asked: tuple[np.ndarray, np.ndarray],
+    labels: np.ndarray | None,
+    scans: np.ndarray,
+) -> dict[str, Any]:
+    """``precision_by_labels`` of (vectors, which rows) against (vectors, which rows)."""
+    if labels is None:
+        return {}
+    (queries, of), (pool, among) = asking, asked
+    return precision_by_labels(queries[of], pool[among], labels[of], labels[among], scans[of], scans[among])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ import yaml
 
 from ctclip.errors import EvaluationError
 from ctclip.evaluation import figures
-from ctclip.evaluation.pages import comparison_table, label_table, number, published_table, write_page
+from ctclip.evaluation.pages import comparison_table, label_table, number, write_page
+from ctclip.evaluation.published import published_table
 
 
 @dataclass
@@ -56,7 +58,7 @@ def write_report(
     sections += _picture_sections(output, metrics, pictures)
     if run is not None and (run / "metrics.jsonl").is_file():
         sections += _run_sections(output, run)
-    sections.append(_published_section(zero["mean_auroc"]))
+    sections.append(_published_section(metrics))
     seconds = metrics.get("seconds")
     if seconds:
         sections.append({"title": "Time", "table": [["stage", "seconds"], *[[k, f"{v:.0f}"] for k, v in seconds.items()]]})  # fmt: skip
@@ -66,37 +68,59 @@ def write_report(
 
 def compare_reports(first: Path, second: Path | None, output: Path) -> Path:
     """One page of one evaluation folder, or of two side by side; ``output`` is the HTML file."""
-    found = [(folder, _metrics_of(folder)) for folder in (first, second) if folder is not None]
-    folder, metrics = found[0]
-    sections: list[dict[str, Any]] = []
-    if len(found) == 2:
-        other, theirs = found[1]
-        words = _protocol_differences(metrics, theirs)
-        sections.append({
-            "title": "Side by side", "words": words,
-            "table": comparison_table(folder.name, metrics["zero_shot"], other.name, theirs["zero_shot"]),
-        })  # fmt: skip
-    for place, one in found:
-        shown = [
-            (caption, place / name)
-            for caption, name in (("AUROC per abnormality", "auroc.png"), ("Loss", "loss.png"), ("Reliability", "reliability.png"))
-            if (place / name).is_file()
-        ]  # fmt: skip
-        histogram = one.get("controls", {}).get("histogram_auroc")
-        words = f"{one['protocol']['describes']}. {_subtitle(one)}"
-        sections.append({"title": str(place), "words": words, "figures": shown, "table": label_table(one["zero_shot"]["auroc"], histogram)})  # fmt: skip
-    sections.append(_published_section(metrics["zero_shot"]["mean_auroc"]))
-    headline = [(value, f"{words} ({place.name})") for place, one in found for value, words in _headline(one)]
-    write_page(output, title=" against ".join(str(place) for place, _ in found), headline=headline, sections=sections, subtitle=_subtitle(metrics))  # fmt: skip
+    found = [_metrics_of(folder) for folder in (first, second) if folder is not None]
+    names = _names([folder for folder, _ in found])
+    with tempfile.TemporaryDirectory() as scratch:
+        sections = (
+            _side_by_side(names, [one for _, one in found], Path(scratch) / "pair.png") if len(found) == 2 else []
+        )
+        for file, title in (("auroc.png", "AUROC per abnormality"), ("reliability.png", "Reliability"), ("loss.png", "Training loss")):  # fmt: skip
+            shown = [(name, folder / file) for name, (folder, _) in zip(names, found, strict=True) if (folder / file).is_file()]  # fmt: skip
+            if shown and not (len(found) == 2 and file == "auroc.png"):
+                sections.append({"title": title, "figures": shown, "beside": len(shown) == 2 and file == "loss.png"})
+        for name, (_, one) in zip(names, found, strict=True):
+            histogram = one.get("controls", {}).get("histogram_auroc")
+            words = f"{one['protocol']['describes']}. {_subtitle(one)} Thresholds: {one['zero_shot']['thresholds']}."
+            sections.append({"title": name, "words": words, "table": label_table(one["zero_shot"]["auroc"], histogram)})
+            if one.get("retrieval"):
+                sections.append({"title": f"Retrieval: {name}", **_retrieval(one["retrieval"])})
+            sections.append(_published_section(one) | {"title": f"Published figures beside {name}"})
+        headline = [(value, f"{words}: {name}") for name, (_, one) in zip(names, found, strict=True) for value, words in _headline(one)]  # fmt: skip
+        write_page(output, title=" against ".join(names), headline=headline, sections=sections, subtitle="Research only; not a medical device.")  # fmt: skip
     return output
 
 
-def _metrics_of(folder: Path) -> dict[str, Any]:
+def _side_by_side(names: list[str], pair: list[dict[str, Any]], picture: Path) -> list[dict[str, Any]]:
+    """What differs in how two evaluations were made, then their AUROC label by label."""
+    ours, theirs = (one["zero_shot"] for one in pair)
+    figures.auroc_pair(picture, names, [ours["auroc"], theirs["auroc"]])
+    table = comparison_table(names[0], ours, names[1], theirs)
+    words = "Intervals of each; for an interval of the difference, paired by patient: ctclip evaluate ... --against ..."
+    return [
+        _protocol_differences(names, *pair),
+        {"title": "Side by side", "words": words, "figures": [("AUROC per abnormality", picture)], "table": table},
+    ]
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """What tells folders apart: their last parts, and as many before them as it takes."""
+    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _metrics_of(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """An evaluation's folder (the one given, or ``evaluation`` in it) and its metrics."""
     for place in (folder, folder / "evaluation"):
         if (place / "metrics.json").is_file():
-            found: dict[str, Any] = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
+            try:
+                found: dict[str, Any] = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise EvaluationError(f"{place / 'metrics.json'}: is not JSON ({error}); run `ctclip evaluate` again") from error  # fmt: skip
             if "zero_shot" in found:
-                return found
+                return place, found
     raise EvaluationError(f"{folder}: no metrics.json of an evaluation in it; `ctclip evaluate --output {folder}` writes one")  # fmt: skip
 
 
@@ -112,19 +136,35 @@ def _headline(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _subtitle(metrics: dict[str, Any]) -> str:
-    return (
-        f"{metrics['volumes']} volumes of {metrics['patients']} held-out patients. Research only; not a medical device."
-    )
+    scored = f"{metrics['volumes']:,} volumes of {metrics['patients']:,} held-out patients"
+    size = metrics["protocol"].get("size")
+    if not metrics.get("whole_set", True):
+        scored += f" (not the {size:,} of the protocol's set: not the published test)"
+    learned = metrics.get("supervision")
+    return f"{scored}. {f'The model learned from: {learned}. ' if learned else ''}Research only; not a medical device."
 
 
-def _protocol_differences(first: dict[str, Any], second: dict[str, Any]) -> str:
-    ours, theirs = first["protocol"], second["protocol"]
-    differing = [key for key in ours if ours[key] != theirs.get(key)]
-    if first["volumes"] != second["volumes"]:
-        differing.append("volumes scored")
-    if not differing:
-        return "Both were scored by the same protocol on as many volumes."
-    return f"Not the same protocol: {', '.join(differing)} differ. The figures cannot be compared directly."
+def _protocol_differences(names: list[str], first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """What was not alike, with both values."""
+    rows = [["", *names]]
+    for key in first["protocol"]:
+        pair = [one["protocol"].get(key) for one in (first, second)]
+        if pair[0] == pair[1]:
+            continue
+        if key == "labels":
+            pair = [f"{len(mine)} labels" + (f", with {', '.join(more)}" if (more := [n for n in mine if n not in other]) else "")
+                    for mine, other in (pair, pair[::-1])]  # fmt: skip
+        rows.append([f"protocol: {key}", *map(str, pair)])
+    for key in ("volumes", "patients", "supervision", "model", "spec", "prompts"):
+        pair = [one.get(key) for one in (first, second)]
+        if pair[0] != pair[1]:
+            rows.append([key, *(str(value or "not stated") for value in pair)])
+    told = [row[0] for row in rows[1:] if row[0].startswith("protocol") or row[0] in ("volumes", "patients")]
+    words = "Both were scored by the same protocol on as many volumes of as many patients."
+    if told:
+        words = "Not the same protocol: the figures cannot be compared directly."
+    section: dict[str, Any] = {"title": "What differs", "words": words}
+    return section | ({"table": rows} if len(rows) > 1 else {})
 
 
 def _paired_section(paired: dict[str, Any]) -> dict[str, Any]:
@@ -144,8 +184,9 @@ def _threshold_section(output: Path, zero: dict[str, Any], pictures: Pictures) -
     rows += [[f"F1, {kind}", number(value), ""] for kind, value in zero["f1"].items()]
     section: dict[str, Any] = {"title": "Thresholds and calibration", "words": f"Thresholds: {zero['thresholds']}.", "table": rows}  # fmt: skip
     if pictures.scores is not None:
-        figures.reliability(output / "reliability.png", *pictures.scores)
-        section["figures"] = [("Reliability, all labels together", output / "reliability.png")]
+        figures.reliability(output / "reliability.png", *pictures.scores, list(zero["auroc"]))
+        caption = "Reliability: points on the diagonal mean what they say; their area is the share of volumes"
+        section["figures"] = [(caption, output / "reliability.png")]
     return section
 
 
@@ -162,7 +203,9 @@ def _picture_sections(output: Path, metrics: dict[str, Any], pictures: Pictures)
         path = output / "similarity.png"
         figures.similarity(path, pictures.matrix)
         figure = ("Similarity of reports and volumes of held-out scans", path)
-        sections.append({"title": "Reports and volumes", "words": _retrieval_words(metrics), "figures": [figure]})
+        sections.append({"title": "Reports and volumes", "figures": [figure]})
+    if metrics.get("retrieval"):
+        sections.append({"title": "Retrieval", **_retrieval(metrics["retrieval"])})
     return sections
 
 
@@ -178,17 +221,31 @@ def _run_sections(output: Path, run: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _published_section(mean: float | None) -> dict[str, Any]:
+def _published_section(metrics: dict[str, Any]) -> dict[str, Any]:
     return {
         "title": "Published figures, for context",
-        "words": "Protocols differ; never put two numbers side by side without saying so.",
-        "table": published_table(mean),
-    }
+        "words": "Zero-shot AUROC as published. Protocols differ, and so does what was learned from: never put two numbers side by side without saying so.",
+        "table": published_table(metrics),
+    }  # fmt: skip
 
 
-def _retrieval_words(metrics: dict[str, Any]) -> str:
-    found = metrics.get("retrieval", {}).get("report_to_volume")
-    if not found:
-        return ""
-    hits = ", ".join(f"{found[f'recall@{k}']:.1%} at {k}" for k in (1, 5, 10) if f"recall@{k}" in found)
-    return f"Report to volume: recall {hits}, in a pool of {found['pool']} volumes (median rank {found['median_rank']:.0f})."
+def _retrieval(found: dict[str, Any]) -> dict[str, Any]:
+    """A column a direction; what the pool is and what counts as a hit stand below."""
+    directions = list(found)
+    keys = [key for key in dict.fromkeys(key for one in found.values() for key in one) if key.startswith(("recall@", "map@", "jaccard@"))]  # fmt: skip
+    rows = [["", *[name.replace("_", " ") for name in directions]]]
+    for key in keys:
+        rows.append(
+            [key.replace("@", " at "), *[number(found[name][key]) if key in found[name] else "" for name in directions]]
+        )
+    for key in ("median_rank", "queries", "pool", "chance_recall@10"):
+        digits = 3 if key.startswith("chance") else 0
+        values = [found[name].get(key) for name in directions]
+        rows.append(
+            [key.replace("_", " ").replace("@", " at "), *["" if v is None else f"{v:.{digits}f}" for v in values]]
+        )
+    words = [
+        f"{name.replace('_', ' ')}: the pool is {one['pool_is']}; {one['duplicates']}." for name, one in found.items()
+    ]
+    relevant = next((one["relevant"] for one in found.values() if "relevant" in one), "")
+    return {"words": " ".join(word[0].upper() + word[1:] for word in words) + (f" MAP: relevant is a {relevant}." if relevant else ""), "table": rows}  # fmt: skip

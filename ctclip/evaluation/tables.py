@@ -1,7 +1,8 @@
 """The prediction table and the embedding table: the only coupling between inference and evaluation.
 
 One row a volume each. A prediction table holds a probability a finding, its margin (positive minus negative logit,
-before calibration), graded findings as ``value: name [unit]``, and which model and preprocessing spec they are of.
+before calibration), graded findings as ``value:name [unit]``, and which model (and what it learned from), preprocessing
+spec and prompts they are of.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from ctclip.errors import EvaluationError
 from preprocessing.files import written_beside
 
 IDENTITY = ("volume", "patient", "scan")
-PROVENANCE = ("model", "spec", "warnings")
+PROVENANCE = ("model", "supervision", "spec", "prompts", "warnings")
+IDS = (*IDENTITY, "VolumeName", "NoteAcc_DEID")
 MARGIN = "margin:"
 VALUE = "value:"
 
@@ -32,6 +34,8 @@ def prediction_table(
     *,
     model: str,
     spec: str,
+    supervision: str = "",
+    prompts: str = "",
 ) -> pd.DataFrame:
     """identity: columns volume, patient, scan, warnings; probabilities, margins (volumes, names); values: graded
     findings, "name [unit]" to (volumes,)."""
@@ -39,7 +43,9 @@ def prediction_table(
     scores = pd.DataFrame(probabilities, columns=names)
     logits = pd.DataFrame(margins, columns=[f"{MARGIN}{name}" for name in names])
     graded = pd.DataFrame({f"{VALUE}{name}": column for name, column in values.items()}, index=table.index)
-    provenance = pd.DataFrame({"model": model, "spec": spec, "warnings": identity["warnings"].to_numpy()})
+    provenance = pd.DataFrame({
+        "model": model, "supervision": supervision, "spec": spec, "prompts": prompts, "warnings": identity["warnings"].to_numpy(),
+    })  # fmt: skip
     return pd.concat([table, scores, logits, graded, provenance], axis=1)
 
 
@@ -87,6 +93,8 @@ def read_predictions(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[s
     for name in IDENTITY:
         if name not in table.columns:
             raise EvaluationError(f"{path}: column {name!r} is missing; `ctclip zero-shot` writes prediction tables")
+        if table[name].isna().any():
+            raise EvaluationError(f"{path}: column {name!r} is empty in places; every row needs {', '.join(IDENTITY)}")
     names = [
         str(c) for c in table.columns if c not in (*IDENTITY, *PROVENANCE) and not str(c).startswith((MARGIN, VALUE))
     ]
@@ -95,17 +103,18 @@ def read_predictions(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[s
     if table["volume"].duplicated().any():
         twice = table["volume"][table["volume"].duplicated()].iloc[0]
         raise EvaluationError(f"{path}: volume {twice!r} is listed twice; keep one row a volume")
+    table[list(IDENTITY)] = table[list(IDENTITY)].astype(str)
     scores = table[names].apply(pd.to_numeric, errors="coerce")
     if scores.isna().any().any():
         name = scores.columns[scores.isna().any()][0]
         raise EvaluationError(f"{path}: column {name!r} holds a value that is not a number")
     if ((scores < 0) | (scores > 1)).any().any():
-        raise EvaluationError(f"{path}: scores lie outside [0, 1]; give probabilities")
-    for name in ("model", "spec"):
+        name = scores.columns[((scores < 0) | (scores > 1)).any()][0]
+        raise EvaluationError(f"{path}: scores of {name!r} lie outside [0, 1]; give probabilities")
+    for name in ("model", "spec", "prompts"):
         if name in table.columns and table[name].nunique() > 1:
-            raise EvaluationError(
-                f"{path}: rows of different {name}s ({', '.join(map(str, table[name].unique()[:3]))}); split the file"
-            )
+            some = ", ".join(map(str, table[name].unique()[:3]))
+            raise EvaluationError(f"{path}: rows of different {name} ({some}); split the file")
     table[names] = scores
     return table, names
 
@@ -119,13 +128,10 @@ def read_labels(path: str | os.PathLike[str], names: list[str]) -> pd.DataFrame:
     table = _read_table(Path(path))
     if "NoteAcc_DEID" in table.columns:
         table = table.rename(columns={"NoteAcc_DEID": "volume"})
-    for name in names:
-        places = [column for column in table.columns if str(column).startswith(f"{name}*")]
-        if name not in table.columns and places:
-            table[name] = table[places].max(axis=1)
+        united = {name: [c for c in table.columns if str(c).startswith(f"{name}*")] for name in names}
+        table = table.assign(**{n: table[p].max(axis=1) for n, p in united.items() if p and n not in table.columns})
     if "VolumeName" in table.columns:
         table = table.rename(columns={"VolumeName": "volume"})
-        table["volume"] = table["volume"].str.removesuffix(".nii.gz")
     if "volume" not in table.columns:
         raise EvaluationError(
             f"{path}: neither a column 'volume' nor 'VolumeName'; give a cohort table or a labels CSV"
@@ -136,21 +142,32 @@ def read_labels(path: str | os.PathLike[str], names: list[str]) -> pd.DataFrame:
         raise EvaluationError(
             f"{path}: no label column {absent[0]!r} (it has {known} ...); rename it, or choose another --protocol"
         )
+    table["volume"] = table["volume"].astype(str).str.removesuffix(".nii.gz")
     if table["volume"].duplicated().any():
         twice = table["volume"][table["volume"].duplicated()].iloc[0]
-        raise EvaluationError(f"{path}: volume {twice!r} is listed twice")
-    labels = table.set_index("volume")[names].astype("Float64").astype(float)
-    values = labels.to_numpy()
-    if not np.isin(values[~np.isnan(values)], (0, 1)).all():
-        raise EvaluationError(f"{path}: labels hold values other than 0 and 1")
+        raise EvaluationError(f"{path}: volume {twice!r} is listed twice; keep one row a volume")
+    given = table.set_index("volume")[names]
+    labels = given.apply(pd.to_numeric, errors="coerce").astype("Float64").astype(float)
+    wrong = given.notna().to_numpy() & ~np.isin(labels.to_numpy(), (0, 1))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise EvaluationError(
+            f"{path}: {names[column]!r} of {labels.index[row]!r} is {str(given.iloc[row, column])!r}; labels are 0, 1, or "
+            f"empty where unknown"
+        )
     return labels
+
+
+def provenance(table: pd.DataFrame, name: str) -> str:
+    """``model``, ``spec`` or ``prompts`` of a prediction table, "" where a table does not say."""
+    return str(table[name].iloc[0]) if name in table.columns and table[name].notna().any() else ""
 
 
 def _read_table(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise EvaluationError(f"{path}: no such file")
     try:
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, keep_default_na=True)
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=dict.fromkeys(IDS, str))
     except (ValueError, OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{path}: cannot be read as a table ({' '.join(str(error).split())[:160]})") from error
     if table.empty:

@@ -36,6 +36,7 @@ def test_equal_to_scikit_learn(seed: int, tied: bool) -> None:
         assert abs(metrics.average_precision(labels, scores, weight) - expected) < 1e-12
     counts, called = metrics.confusion(labels, scores, 0.5), scores >= 0.5
     assert abs(counts["f1"] - reference.f1_score(labels, called)) < 1e-12
+    assert abs(counts["weighted_f1"] - reference.f1_score(labels, called, average="weighted")) < 1e-12
     assert abs(counts["precision"] - reference.precision_score(labels, called)) < 1e-12
     assert abs(counts["sensitivity"] - reference.recall_score(labels, called)) < 1e-12
     assert abs(counts["specificity"] - reference.recall_score(1 - labels, ~called)) < 1e-12
@@ -73,12 +74,12 @@ def test_bootstrap_is_resampling_of_patients() -> None:
         truth, said, score = labels[rows], called[rows], scores[rows]
         expected = {
             "auroc": found[row], "average_precision": reference.average_precision_score(truth, score),
-            "f1": reference.f1_score(truth, said), "accuracy": reference.accuracy_score(truth, said),
+            "f1": reference.f1_score(truth, said), "weighted_f1": reference.f1_score(truth, said, average="weighted"), "accuracy": reference.accuracy_score(truth, said),
             "precision": reference.precision_score(truth, said), "sensitivity": reference.recall_score(truth, said),
             "specificity": reference.recall_score(1 - truth, ~said), "brier": reference.brier_score_loss(truth, score),
             "calibration_error": metrics.calibration_error(truth, score),
         }  # fmt: skip
-        assert set(expected) == set(every)
+        assert set(expected) == set(every) == set(metrics.METRICS)
         for name, value in expected.items():
             assert abs(every[name][row, 0] - value) < 1e-12, name
     limits = metrics.interval(0.7, found)
@@ -148,7 +149,7 @@ def test_labels_name_what_is_wrong(tmp_path) -> None:
     assert found["zero_shot"]["auroc"]["B"]["value"] is None
     assert found["zero_shot"]["labels_defined"] == 1
     good.assign(A=2).to_csv(tmp_path / "l.csv", index=False)
-    with pytest.raises(EvaluationError, match="other than 0 and 1"):
+    with pytest.raises(EvaluationError, match="labels are 0, 1, or empty"):
         read_labels(tmp_path / "l.csv", ["A"])
     with pytest.raises(EvaluationError, match="'C'"):
         read_labels(tmp_path / "l.csv", ["C"])

@@ -8,9 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score, roc_curve
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    brier_score_loss,
+    confusion_matrix,
+    f1_score,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+)
 
 from ctclip.config import configs_folder
 from ctclip.errors import ConfigError, EvaluationError
@@ -20,9 +30,9 @@ from ctclip.evaluation.command import run_calibration, run_evaluation
 from ctclip.evaluation.evaluate import evaluate
 from ctclip.evaluation.paired import paired_test
 from ctclip.evaluation.protocol import Protocol, load_protocol
-from ctclip.evaluation.retrieval import precision_by_labels
+from ctclip.evaluation.retrieval import evaluate_retrieval
 from ctclip.evaluation.run_report import compare_reports
-from ctclip.evaluation.tables import prediction_table, read_labels, write_predictions
+from ctclip.evaluation.tables import embedding_table, prediction_table, read_labels, write_predictions
 from ctclip.findings import FINDINGS
 
 
@@ -37,7 +47,7 @@ def recorded(volumes: int = 240, seed: int = 0, skill: float = 1.0) -> tuple[pd.
         {"volume": names, "patient": patients, "scan": [f"{p}_a" for p in patients], "warnings": ""}
     )
     scores = 1 / (1 + np.exp(-margins))
-    table = prediction_table(identity, list(FINDINGS), scores, margins, {}, model="m", spec="s")
+    table = prediction_table(identity, list(FINDINGS), scores, margins, {}, model="m", spec="s", prompts="p")
     labels = pd.DataFrame(truth, columns=list(FINDINGS))
     labels.insert(0, "VolumeName", [f"{name}.nii.gz" for name in names])
     return table, labels
@@ -50,27 +60,78 @@ def read_back(labels: pd.DataFrame, folder: Path, names: list[str] | None = None
 
 def test_every_protocol_file_loads_and_its_labels_are_known() -> None:
     for path in sorted((configs_folder() / "protocols").glob("*.yaml")):
-        assert set(load_protocol(path.stem).labels) <= set(FINDINGS)
+        assert set(load_protocol(path.stem).predicted()) <= set(FINDINGS)
 
 
-def test_the_published_protocol_is_scikit_learns_definitions_label_by_label(tmp_path: Path) -> None:
+def threshold_of_the_scripts(scores: np.ndarray, truth: np.ndarray) -> float:
+    """CT-CLIP's successors, in scikit-learn's terms: of 100 thresholds the last that is nearest to the corner."""
+    best, nearest = 0.0, np.inf
+    for threshold in np.linspace(0, 1, 100):
+        (right, wrong), (missed, hit) = confusion_matrix(truth, scores > threshold, labels=[0, 1])
+        distance = np.sqrt((1 - hit / (hit + missed)) ** 2 + (wrong / (wrong + right)) ** 2)
+        if distance <= nearest:
+            best, nearest = threshold, distance
+    return best
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_published_protocol_is_scikit_learns_definitions_label_by_label(tmp_path: Path, tied: bool) -> None:
     table, labels = recorded()
+    if tied:
+        table[list(FINDINGS)] = table[list(FINDINGS)].round(2)
     protocol = load_protocol("ct_rate").model_copy(update={"thresholds": "published"})
     found = evaluate(table, read_back(labels, tmp_path), protocol, resamples=20)["zero_shot"]
+    called = {}
     for name in FINDINGS:
         truth, score = labels[name].to_numpy(), table[name].to_numpy()
-        false_rate, sensitivity, thresholds = roc_curve(truth, score, drop_intermediate=False)
-        best = thresholds[np.argmin((1 - sensitivity) ** 2 + false_rate**2)]
-        precision, recall, f1, _ = precision_recall_fscore_support(truth, score >= best, average="binary")
-        entry = found["auroc"][name]
-        assert entry["value"] == pytest.approx(roc_auc_score(truth, score), abs=1e-12)
-        assert entry["average_precision"] == pytest.approx(average_precision_score(truth, score), abs=1e-12)
-        assert entry["threshold"] == pytest.approx(best, abs=1e-12)
-        assert (entry["precision"], entry["sensitivity"], entry["f1"]) == pytest.approx(
-            (precision, recall, f1), abs=1e-12
-        )
-        assert entry["lower"] <= entry["value"] <= entry["upper"]
+        called[name] = score > threshold_of_the_scripts(score, truth)
+        expected = {
+            "value": roc_auc_score(truth, score), "average_precision": average_precision_score(truth, score),
+            "f1": f1_score(truth, called[name]), "weighted_f1": f1_score(truth, called[name], average="weighted"),
+            "accuracy": accuracy_score(truth, called[name]), "precision": precision_score(truth, called[name]),
+            "sensitivity": recall_score(truth, called[name]), "specificity": recall_score(truth, called[name], pos_label=0),
+            "brier": brier_score_loss(truth, score),
+        }  # fmt: skip
+        for metric, value in expected.items():
+            assert found["auroc"][name][metric] == pytest.approx(value, abs=1e-12), (name, metric)
+        assert found["auroc"][name]["lower"] <= found["auroc"][name]["value"] <= found["auroc"][name]["upper"]
+    for average in ("macro", "micro", "weighted"):
+        expected = f1_score(labels[list(FINDINGS)], pd.DataFrame(called)[list(FINDINGS)], average=average)
+        assert found["f1"][average] == pytest.approx(expected, abs=1e-12)
     assert "optimistic" in found["thresholds"]
+
+
+def test_rad_chestct_as_published_takes_the_larger_of_two_scores(tmp_path: Path) -> None:
+    protocol = load_protocol("rad_chestct_published")
+    table, _ = recorded(60)
+    truth = pd.DataFrame(np.random.default_rng(3).integers(0, 2, (60, len(protocol.columns()))), columns=protocol.columns())  # fmt: skip
+    truth.insert(0, "NoteAcc_DEID", table["volume"])
+    truth.to_csv(tmp_path / "rad.csv", index=False)
+    labels = protocol.merged(read_labels(tmp_path / "rad.csv", protocol.columns()))
+    found = evaluate(table, labels, protocol, resamples=10)["zero_shot"]["auroc"]
+    larger = np.maximum(table["Arterial wall calcification"], table["Coronary artery wall calcification"])
+    assert found["Calcification"]["value"] == pytest.approx(roc_auc_score(truth["calcification"], larger), abs=1e-12)
+    assert len(found) == 16
+    assert "Mosaic attenuation pattern" not in found
+
+
+def test_one_reconstruction_a_scan_holds_for_everything(tmp_path: Path) -> None:
+    table, labels = recorded(60)
+    vectors = np.random.default_rng(0).normal(size=(60, 4))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    pq.write_table(embedding_table(list(table["volume"]), volume_embedding=unit, report_embedding=unit), tmp_path / "embeddings.parquet")  # fmt: skip
+    write_predictions(tmp_path / "p.csv", table)
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    found = run_evaluation(tmp_path / "p.csv", tmp_path / "out", "ct_rate_one_per_scan", labels=tmp_path / "labels.csv", bootstrap=10)  # fmt: skip
+    assert found["volumes"] == 30
+    assert found["whole_set"] is False
+    assert found["retrieval"]["volume_to_volume"]["pool"] == 30
+    rows = pd.read_csv(tmp_path / "out" / "metrics.csv", index_col=0)
+    first = table[table["volume"].str.endswith("_1")]
+    truth = labels.loc[first.index, "Emphysema"]
+    assert rows.at["Emphysema", "auroc"] == pytest.approx(roc_auc_score(truth, first["Emphysema"]), abs=1e-12)
+    assert rows.at["mean of 18", "auroc"] == pytest.approx(rows["auroc"].iloc[:18].mean(), abs=1e-12)
+    assert (tmp_path / "out" / "reliability.png").is_file()
 
 
 def test_rad_chestct_columns_are_merged_by_the_mapping(tmp_path: Path) -> None:
@@ -120,6 +181,19 @@ def test_thresholds_come_from_the_calibration_split_never_from_the_test(tmp_path
     fitted = run_calibration(tmp_path / "calibration.csv", tmp_path / "model", model_hash="m", labels=tmp_path / "labels.csv")  # fmt: skip
     test, held = recorded(seed=3)
     write_predictions(tmp_path / "test.csv", test)
+    arguments = {
+        "labels": tmp_path / "labels.csv",
+        "calibration": tmp_path / "model" / "calibration.json",
+        "bootstrap": 10,
+    }
+    with pytest.raises(EvaluationError, match="must not come from the test set"):
+        run_evaluation(tmp_path / "test.csv", tmp_path / "out", "ct_rate", **arguments)
+    for frame, column in ((test, "patient"), (test, "volume"), (held, "VolumeName")):
+        frame[column] = "other_" + frame[column]
+    write_predictions(tmp_path / "prompts.csv", test.assign(prompts="x"))
+    with pytest.raises(EvaluationError, match="run `ctclip calibrate` again"):
+        run_evaluation(tmp_path / "prompts.csv", tmp_path / "out", "ct_rate", **arguments)
+    write_predictions(tmp_path / "test.csv", test)
     held.to_csv(tmp_path / "held.csv", index=False)
     found = run_evaluation(
         tmp_path / "test.csv", tmp_path / "out", "ct_rate", labels=tmp_path / "held.csv",
@@ -149,28 +223,46 @@ def test_paired_test_sees_a_better_model_and_not_a_copy(tmp_path: Path) -> None:
         paired_test(ours, theirs.head(100), truth, protocol, resamples=10)
 
 
-def test_map_by_labels_is_the_brute_force_one() -> None:
+def test_retrieval_is_the_brute_force_one_in_all_three_directions() -> None:
     random = np.random.default_rng(0)
-    vectors = random.normal(size=(30, 5))
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    volumes, reports = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in random.normal(size=(2, 30, 5)))
     labels = (random.random((30, 3)) < 0.5).astype(float)
-    scans = np.repeat(np.arange(15), 2)
-    found = precision_by_labels(vectors, labels, scans, (5, 10))
-    for k in (5, 10):
-        values = []
-        for query in range(30):
-            others = sorted(
-                (j for j in range(30) if scans[j] != scans[query]), key=lambda j: -(vectors[query] @ vectors[j])
-            )
-            mine = {i for i in range(3) if labels[query, i]}
-            hits = []
-            for j in others[:k]:
-                theirs = {i for i in range(3) if labels[j, i]}
-                union = mine | theirs
-                hits.append(not union or len(mine & theirs) / len(union) >= 0.5)
-            precisions = [sum(hits[: n + 1]) / (n + 1) for n, hit in enumerate(hits) if hit]
-            values.append(sum(precisions) / len(precisions) if precisions else 0.0)
-        assert found[f"map@{k}"] == pytest.approx(np.mean(values), abs=1e-12)
+    scans = np.repeat([f"s{i:02d}" for i in range(15)], 2)
+    reports[1::2] = reports[::2]  # reconstructions share their scan's report
+    reports[[6, 7]] = reports[[2, 3]]  # two scans with one wording
+    found = evaluate_retrieval(scans, volumes, reports, labels)
+    first = list(range(0, 30, 2))
+    directions = {
+        "report_to_volume": ([(i, reports[i]) for i in first], [(j, volumes[j]) for j in range(30)]),
+        "volume_to_report": ([(i, volumes[i]) for i in range(30)], [(j, reports[j]) for j in first]),
+        "volume_to_volume": ([(i, volumes[i]) for i in range(30)], [(j, volumes[j]) for j in range(30)]),
+    }
+    assert set(found) == set(directions)
+    for name, (queries, pool) in directions.items():
+        ranks, precise, overlap = [], {k: [] for k in (1, 5, 10)}, {k: [] for k in (1, 5, 10)}
+        for i, query in queries:
+            others = [(j, v) for j, v in pool if not (name == "volume_to_volume" and i == j)]
+            best = max(v @ query for j, v in others if scans[j] == scans[i])
+            ranks.append(1 + sum(v @ query >= best - 1e-15 for j, v in others if scans[j] != scans[i]))
+            unlike = sorted((pair for pair in pool if scans[pair[0]] != scans[i]), key=lambda pair: -(pair[1] @ query))
+            mine = set(np.flatnonzero(labels[i]))
+            jaccard = []
+            for j, _ in unlike:
+                theirs = set(np.flatnonzero(labels[j]))
+                jaccard.append(len(mine & theirs) / len(mine | theirs) if mine | theirs else 1.0)
+            for k in (1, 5, 10):
+                hits = [value >= 0.5 for value in jaccard[:k]]
+                precisions = [sum(hits[: n + 1]) / (n + 1) for n, hit in enumerate(hits) if hit]
+                precise[k].append(sum(precisions) / len(precisions) if precisions else 0.0)
+                overlap[k].append(np.mean(jaccard[:k]))
+        for k in (1, 5, 10):
+            assert found[name][f"recall@{k}"] == pytest.approx(np.mean([rank <= k for rank in ranks]), abs=1e-12)
+            assert found[name][f"map@{k}"] == pytest.approx(np.mean(precise[k]), abs=1e-12)
+            assert found[name][f"jaccard@{k}"] == pytest.approx(np.mean(overlap[k]), abs=1e-12)
+        assert found[name]["median_rank"] == np.median(ranks)
+        assert found[name]["pool"] == len(pool)
+        assert found[name]["duplicates"]
+    assert "of which 14 differ" in found["volume_to_report"]["pool_is"]
 
 
 def test_two_evaluations_on_one_page_and_their_protocols_told_apart(tmp_path: Path) -> None:
@@ -183,7 +275,10 @@ def test_two_evaluations_on_one_page_and_their_protocols_told_apart(tmp_path: Pa
         )
     page = compare_reports(tmp_path / "one", tmp_path / "two", tmp_path / "page.html").read_text()
     assert "Not the same protocol" in page
-    assert "label-supervised" in page or "labels derived from the reports" in page
+    assert "18 labels, with Medical material, Lymphadenopathy" in page
+    assert "mean of the 16 labels of both" in page
+    assert "16 labels, here 18" in page
+    assert "not the 3,039 of the protocol&#39;s set" in page
     assert "http" not in page.replace("http-equiv", "")
     with pytest.raises(EvaluationError, match=r"no metrics\.json"):
         compare_reports(tmp_path, None, tmp_path / "x.html")
@@ -193,7 +288,8 @@ def test_bad_tables_are_named(tmp_path: Path) -> None:
     table, labels = recorded(40)
     for change, said in (
         (lambda t: t.rename(columns={"Emphysema": "emphysema"}), "'Emphysema'"),
-        (lambda t: t.assign(Emphysema=2), "other than 0 and 1"),
+        (lambda t: t.assign(Emphysema=2), "'Emphysema' of 'valid_1_a_1' is '2'; labels are 0, 1, or empty"),
+        (lambda t: t.assign(Emphysema="yes"), "'Emphysema' of 'valid_1_a_1' is 'yes'"),
         (lambda t: pd.concat([t, t.head(1)]), "twice"),
     ):
         with pytest.raises(EvaluationError, match=said):
@@ -202,7 +298,21 @@ def test_bad_tables_are_named(tmp_path: Path) -> None:
     found = evaluate(table, read_back(alone, tmp_path), load_protocol("ct_rate"), resamples=10)["zero_shot"]
     assert found["auroc"]["Emphysema"]["value"] is None
     assert found["labels_undefined"] == ["Emphysema"]
+    assert found["auroc"]["Emphysema"]["sensitivity"] is None
+    assert found["means"]["sensitivity"]["labels"] == 17
     assert json.dumps(found)
+    alone.assign(**dict.fromkeys(FINDINGS, 0)).to_csv(tmp_path / "none.csv", index=False)
+    write_predictions(tmp_path / "p.csv", table)
+    nothing = run_evaluation(
+        tmp_path / "p.csv", tmp_path / "out", "ct_rate", labels=tmp_path / "none.csv", bootstrap=10
+    )
+    assert nothing["zero_shot"]["mean_auroc"] is None
+    assert "undefined" in (tmp_path / "out" / "report.html").read_text()
+    unknown = evaluate(
+        table, read_back(labels.assign(Emphysema=None), tmp_path), load_protocol("ct_rate"), resamples=10
+    )
+    assert unknown["zero_shot"]["auroc"]["Emphysema"]["n"] == 0
+    assert unknown["zero_shot"]["labels_defined"] == 17
     path = tmp_path / "empty.yaml"
     path.write_text("")
     with pytest.raises(ConfigError, match=r"empty\.yaml"):

@@ -1,0 +1,76 @@
+"""Mean zero-shot AUROC as others published it, and in what their protocols differ from the one at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+CT_RATE = "CT-RATE validation"
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published figure. None: not stated where the figure is, so ask before comparing."""
+
+    model: str
+    auroc: float
+    labels: int | None
+    volumes: int | None
+    supervision: str
+    note: str = ""
+    cohort: str = CT_RATE
+
+
+PUBLISHED = (
+    Published("CT-CLIP", 0.731, 18, 3039, "reports only", "thresholds picked on the test volumes; findings only in training"),
+    Published("BIUD", 0.713, 18, None, "reports only", "as rerun by others"),
+    Published("Merlin", 0.728, None, None, "reports only", "0.595 to 0.728, depending on who ran it; made for the abdomen"),
+    Published("fVLM", 0.778, 16, None, "reports only", "organ masks in training; without Medical material and Lymphadenopathy"),
+    Published("MedVista3D", 0.782, None, None, "reports only"),
+    Published("ViSD-Boost", 0.790, None, None, "reports only"),
+    Published("COLIPRI", 0.798, None, None, "reports only", "scans without reports in training as well"),
+    Published("MPS-CT", 0.838, None, None, "label-supervised", "labels derived from the reports"),
+    Published("GreenRFM", 0.848, None, None, "label-supervised", "labels that a language model drew from the reports; 3-D ResNet-18"),
+)  # fmt: skip
+
+
+def differences(line: Published, metrics: dict[str, Any]) -> str:
+    """In what a published figure was made otherwise than ``metrics``, in words."""
+    protocol = metrics["protocol"]
+    labels, volumes = len(protocol["labels"]), metrics["volumes"]
+    told = []
+    if protocol.get("cohort") != line.cohort:
+        told.append(f"{line.cohort}, here {protocol.get('cohort') or 'a cohort that the protocol does not name'}")
+    elif line.volumes is None:
+        told.append("which volumes is not stated")
+    elif line.volumes != volumes:
+        told.append(f"{line.volumes:,} volumes, here {volumes:,}")
+    if line.labels is None:
+        told.append("which labels is not stated")
+    elif line.labels != labels:
+        told.append(f"{line.labels} labels, here {labels}")
+    ours = metrics.get("supervision")
+    if ours and ours != line.supervision:
+        told.append(f"{line.supervision}, here {ours}")
+    return "; ".join(told) or "labels, volumes and supervision as here"
+
+
+def published_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """This run's mean among the published ones, in order, each with its protocol and the differences spelled out."""
+    zero, protocol = metrics["zero_shot"], metrics["protocol"]
+    mean = zero["mean_auroc"]
+    ours = [
+        "this run", "undefined" if mean is None else f"{mean:.3f}",
+        f"{zero['labels_defined']} labels, {metrics['volumes']:,} volumes; {metrics.get('supervision') or 'supervision not stated'}",
+        protocol["describes"], "",
+    ]  # fmt: skip
+    rows = [(line.auroc, _row(line, metrics)) for line in PUBLISHED] + [(mean or 0.0, ours)]
+    ordered = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+    return [["model", "mean AUROC", "labels, volumes, supervision", "protocol", "differs from this run"], *ordered]
+
+
+def _row(line: Published, metrics: dict[str, Any]) -> list[str]:
+    labels = "labels not stated" if line.labels is None else f"{line.labels} labels"
+    volumes = "volumes not stated" if line.volumes is None else f"{line.volumes:,} volumes"
+    said = f"{labels}, {volumes}; {line.supervision}"
+    return [line.model, f"{line.auroc:.3f}", said, "; ".join(filter(None, (line.cohort, line.note))), differences(line, metrics)]  # fmt: skip
