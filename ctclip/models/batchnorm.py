@@ -41,7 +41,8 @@ class _GlobalNorm(torch.autograd.Function):
     def forward(context: Any, cells: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
         rows = _rows(cells)
         # Statistics in float32 whatever the cells are: a bfloat16 cannot even count them.
-        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
+        # (A vector norm would do both at once, at a quarter of the speed.)
+        squares = rows.float().square().sum(dim=0)
         sums = torch.cat([rows.sum(dim=0, dtype=torch.float32), squares, squares.new_full((1,), len(rows))])
         _sum_over_ranks(sums)
         width, count = rows.shape[1], sums[-1]

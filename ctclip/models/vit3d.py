@@ -157,9 +157,13 @@ class Stem(nn.Module):
         """(B, 1, D, H, W) -> (B, C, d, h, w)."""
         pd, ph, pw = self.patch
         patches = rearrange(volume, "b 1 (d pd) (h ph) (w pw) -> b d h w (pd ph pw)", pd=pd, ph=ph, pw=pw)
-        shown = torch.cat([self._window(patches, low, high) for low, high in self.windows], dim=-1)
+        # A linear map of all windows side by side is the sum of one a window: nothing is copied next to anything.
+        parts = self.embed.weight.unflatten(1, (len(self.windows), -1)).unbind(1)
+        embedded = self.embed.bias
+        for (low, high), part in zip(self.windows, parts, strict=True):
+            embedded = embedded + F.linear(self._window(patches, low, high), part)
         # The channel axis stays innermost in memory: convolutions and linear maps both want it there.
-        cells = rearrange(self.embed(shown), "b d h w c -> b c d h w")
+        cells = rearrange(embedded, "b d h w c -> b c d h w")
         if len(self.convolutions):
             cells = F.relu(self.embed_norm(cells))
         return self.convolutions(cells)
@@ -171,7 +175,7 @@ class Stem(nn.Module):
             return values
         gain = (top - bottom) / (high - low)
         offset = (bottom + top - low - high) / (high - low)
-        return (values * gain + offset).clamp(-1, 1)
+        return torch.add(values.new_tensor(offset), values, alpha=gain).clamp_(-1, 1)
 
 
 class Convolution(nn.Module):
