@@ -1,85 +1,106 @@
-"""A few training steps of a small model on fixed data; rank 0 writes losses and parameters. Run by a launcher."""
+"""Training steps of a small model on fixed data, one case after the other in one process group; run by a launcher.
+
+The first argument is a JSON file: a list of cases, each a mapping with ``name`` and what differs from the plain run.
+Rank 0 writes ``name.safetensors`` (the state after the last step) and ``name.json`` (losses, or why it was refused).
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from ctclip import distributed
 
+BATCH = 8
+WORDS = ["heart", "nodule", "effusion", "normal", "lobe", "left", "right", "seen"]
+# Of all lengths, no word where every text has it: what all texts share has no gradient, and Adam makes steps of rounding.
+TEXTS = [
+    " ".join(WORDS[(5 * text + 3 * place * (1 + text // 8)) % 8] for place in range(2 + text // 2))
+    for text in range(16)
+]
+MODEL = {
+    "dim": 16, "standardise": True, "logit_scale": 2.0,
+    "volume": {"kind": "vit3d", "stages": [[4, 1]], "patch": [2, 2, 2], "width": 12, "heads": 2, "depth": 1, "registers": 1},
+    "text": {"width": 16, "depth": 1, "heads": 2, "max_tokens": 32},
+}  # fmt: skip
+
 
 def main() -> None:
-    settings = json.loads(sys.argv[-1])
+    cases = Path(sys.argv[1])
     with distributed.process_group() as device:
-        run(settings, device)
+        for case in json.loads(cases.read_text()):
+            run(case, cases.parent, device)
 
 
-def run(settings: dict, device: torch.device) -> None:
-    from ctclip.config import Config
-    from ctclip.data.dataset import Batch
+def run(case: dict[str, Any], folder: Path, device: torch.device) -> None:
+    from ctclip.config import TextWarmupConfig
+    from ctclip.data.reports import Report
+    from ctclip.errors import ConfigError
     from ctclip.models.dual_encoder import build_model
     from ctclip.models.text import train_tokenizer
     from ctclip.training.engine import Engine
     from ctclip.training.step import ContrastiveStep
+    from ctclip.training.text_warmup import warm_up_text
 
-    words = ["heart", "nodule", "effusion", "normal", "lobe", "left", "right", "seen"]
-    texts = [f"The {a} and {b} are seen." for a in words for b in words][:16]
-    config = Config.model_validate(
-        {
-            "model": {
-                "dim": 8, "standardise": True,
-                "volume": {"kind": "vit3d", "stages": [[4, 1]], "patch": [2, 2, 2], "width": 12, "heads": 2, "depth": 1, "registers": 1},
-                "text": {"width": 8, "depth": 1, "heads": 2, "max_tokens": 32},
-            },
-            "training": {"batch": 8, "learning_rate": 1e-4, "zero": settings["zero"], "micro_batch": settings.get("micro_batch"),
-                         "precision": settings.get("precision", "fp32")},
-        }
-    )  # fmt: skip
-    if settings.get("checkpointed"):
-        volume = config.model.volume.model_copy(update={"activation_checkpointing": True})
-        config = config.model_copy(update={"model": config.model.model_copy(update={"volume": volume})})
-    if settings.get("compile"):
-        config = config.model_copy(update={"training": config.training.model_copy(update={"compile": True})})
-    if settings.get("linear"):
-        # Batch norm sees a whole batch, GradCache a part of it: a stem without it is what the two share.
-        volume = config.model.volume.model_copy(update={"stages": ()})
-        config = config.model_copy(update={"model": config.model.model_copy(update={"volume": volume})})
+    config = configuration(case)
     torch.manual_seed(0)
-    model = build_model(config.model, train_tokenizer(texts * 4, 80))
-    if settings.get("warm_up"):
-        from ctclip.config import TextWarmupConfig
-        from ctclip.data.reports import Report
-        from ctclip.training.text_warmup import warm_up_text
-
-        reports = [Report(f"{text} {texts[-index]}", f"{text} again {index}.") for index, text in enumerate(texts)]
+    model = build_model(config.model, train_tokenizer(TEXTS * 4, 80))
+    # A normalisation takes these two away again: their exact gradient is zero, and Adam would make steps of its rounding.
+    model.text_encoder.bert.encoder.layer[-1].output.LayerNorm.bias.requires_grad_(False)
+    if hasattr(model.volume_encoder.stem.embed, "bias"):
+        model.volume_encoder.stem.embed.bias.requires_grad_(False)
+    if case.get("warm_up"):
+        reports = [Report(f"{text} {TEXTS[-index]}", f"{text} again {index}.") for index, text in enumerate(TEXTS)]
         warm_up_text(model, reports, TextWarmupConfig(steps=3, batch=8, learning_rate=1e-4), seed=0, device=device)
-    engine = Engine(
-        ContrastiveStep(model, config.objectives),
-        config,
-        device,
-        load_file(settings["resume"]) if "resume" in settings else None,
-    )
-    random = torch.Generator().manual_seed(1)
-    losses = []
-    share = 8 // distributed.world_size()
-    first = distributed.rank() * share
-    for step in range(settings["steps"]):
-        volumes = torch.rand(8, 1, 8, 8, 8, generator=random) * 2 - 1
-        rows = [int(i) for i in torch.randint(0, len(texts), (8,), generator=random)]
-        mine = slice(first, first + share)
-        batch = Batch(
-            volumes[mine], [texts[i] for i in rows[mine]], torch.arange(8)[mine], torch.tensor(rows)[mine], None
-        )
-        if step < settings.get("from", 0) or step >= settings.get("until", settings["steps"]):
-            continue
-        losses.append(engine.step(batch, step, settings["steps"])["loss"])
-    state = engine.state()
+    resumed = load_file(folder / f"{case['resume']}.safetensors") if "resume" in case else None
+    try:
+        engine = Engine(ContrastiveStep(model, config.objectives), config, device, resumed)
+    except ConfigError as error:
+        return write(folder, case["name"], {"refused": str(error)}, {})
+    first, last = case.get("steps", (0, 5))
+    losses = [engine.step(batch(step), step, 5)["loss"] for step in range(first, last)]
+    return write(folder, case["name"], {"losses": losses}, engine.state())
+
+
+def configuration(case: dict[str, Any]) -> Any:
+    from ctclip.config import Config
+
+    volume, stage = dict(MODEL["volume"]), case.get("stage", 0)  # type: ignore[call-overload]
+    if case.get("linear"):
+        # Batch norm sees a whole batch, GradCache a part of it: a stem without it is what the two share.
+        volume["stages"] = []
+    volume["activation_checkpointing"] = case.get("checkpointed", False)
+    training = {
+        "batch": BATCH, "learning_rate": 5e-4, "zero": {"stage": stage, "offload": case.get("offload", False)},
+        **{key: case[key] for key in ("micro_batch", "precision", "compile") if key in case},
+    }  # fmt: skip
+    return Config.model_validate({"model": {**MODEL, "volume": volume}, "training": training})
+
+
+def batch(step: int) -> Any:
+    """This rank's share of a global batch: eight of sixteen scans, each a bright cell in noise at a place of its own."""
+    from ctclip.data.dataset import Batch
+
+    random = torch.Generator().manual_seed(step)
+    rows = torch.randperm(len(TEXTS), generator=random)[:BATCH]
+    volumes = 0.2 * torch.rand(BATCH, 1, 8, 8, 8, generator=random) - 0.9
+    for volume, row in zip(volumes, rows.tolist(), strict=True):
+        z, y, x = 4 * (row // 8), 4 * (row // 4 % 2), 4 * (row // 2 % 2)
+        volume[0, z : z + 4, y : y + 4, x : x + 4] += 0.7 + row % 2
+    share = BATCH // distributed.world_size()
+    mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    return Batch(volumes[mine], [TEXTS[row] for row in rows[mine]], rows[mine], rows[mine], None)
+
+
+def write(folder: Path, name: str, said: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
     if distributed.is_main():
-        save_file(state, settings["output"])
-        print(json.dumps(losses))
+        save_file(state, folder / f"{name}.safetensors")
+        (folder / f"{name}.json").write_text(json.dumps(said))
 
 
 if __name__ == "__main__":
