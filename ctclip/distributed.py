@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -90,8 +89,9 @@ def initialise() -> torch.device:
     import deepspeed
 
     cuda = torch.cuda.is_available()
-    if not cuda and shutil.which("g++") is None:
-        # Without a compiler gloo's own collectives do as well.
+    if not cuda:
+        # Gloo's own collectives do as well as an extension that needs a compiler, takes half a minute to build, and for
+        # which every later process waits without end if the one that builds it is killed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     if not cuda:
