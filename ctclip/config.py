@@ -184,6 +184,10 @@ class DataConfig(Section):
     views: ViewConfig = ViewConfig()
     views_per_volume: int = Field(1, ge=1, description="report views contrasted with each volume in a step")
     shuffle_sentences: bool = False
+    volumes: int | None = Field(None, ge=2, description="learn from so many volumes only; null: all of the split")
+    rarity: float = Field(
+        0.0, ge=0, description="draw scans by how rare their labels are, to this power; 0: all alike. Reads labels"
+    )
     augment: AugmentConfig = AugmentConfig()
     workers: int = Field(2, ge=0, description="reading processes per rank")
 
@@ -199,7 +203,12 @@ class ObjectiveConfig(Section):
         ge=2,
         description="contrast only within groups of so many volumes, as the published training did; null: all",
     )
-    labels: float = Field(0.0, ge=0, description="cross-entropy on report-derived labels: not zero-shot any more")
+    labels: float = Field(
+        0.0, ge=0, description="cross-entropy on report-derived labels, of both embeddings: not zero-shot any more"
+    )
+    labels_first: float = Field(0.0, ge=0, lt=1, description="share of the steps in which labels alone are learned")
+    captioning: float = Field(0.0, ge=0, description="writing the report from the volume, word by word")
+    mlm: float = Field(0.0, ge=0, description="filling masked words of the report in, reading the volume")
 
     @model_validator(mode="after")
     def _contrasts(self) -> ObjectiveConfig:
@@ -207,6 +216,8 @@ class ObjectiveConfig(Section):
             raise ValueError("give clip, convirt or siglip a weight above 0: nothing else joins volumes and reports")
         if self.negatives is not None and self.siglip:
             raise ValueError("negatives belongs to clip and convirt; siglip contrasts every pair")
+        if self.labels_first and not self.labels:
+            raise ValueError("labels_first needs labels: give it a weight above 0")
         return self
 
 

@@ -58,6 +58,8 @@ class StoredVolumes(Dataset):
             raise DataError("data.store is not set: name the folder that `ctclip preprocess` wrote")
         self.store = VolumeStore(Path(config.store))
         self.rows = stored_rows(self.store, split)
+        if training and config.volumes is not None:
+            self.rows = some_scans(self.rows, config.volumes, seed)
         self.scan_numbers = pd.factorize(self.rows["scan"])[0]
         self.config, self.seed, self.training = config, seed, training
         self.views = ReportViews(config.views, config.shuffle_sentences)
@@ -97,6 +99,26 @@ def stored_rows(store: VolumeStore, split: str | None) -> pd.DataFrame:
         known = ", ".join(sorted(table["split"].unique()))
         raise DataError(f"{store.path}: no stored volume of split {split!r} (the cohort has: {known})")
     return stored.sort_values("volume").reset_index(drop=True)
+
+
+def some_scans(rows: pd.DataFrame, volumes: int, seed: int) -> pd.DataFrame:
+    """``volumes`` rows of scans drawn at random, whole scans as far as they fit. Fewer are part of more."""
+    scans = pd.factorize(rows["scan"])[0]
+    place = np.random.default_rng([seed, 11]).permutation(scans.max() + 1)[scans]
+    chosen = np.argsort(place, kind="stable")[:volumes]
+    return rows.iloc[np.sort(chosen)].reset_index(drop=True)
+
+
+def rarity_weights(labels: np.ndarray, scans: np.ndarray, power: float) -> np.ndarray:
+    """How often to draw each scan: (volumes, L) labels of 0, 1, NaN; scans (volumes,) numbers -> (scans,), mean 1.
+
+    A scan weighs as its rarest abnormality does: prevalence ** -power; one without any as the commonest.
+    """
+    first = np.unique(scans, return_index=True)[1]
+    present = np.nan_to_num(labels[first]) > 0
+    rates = np.clip(present.mean(axis=0), 1 / len(present), 1)
+    weights = np.where(present, rates**-power, rates.max() ** -power).max(axis=1)
+    return weights / weights.mean()
 
 
 def label_array(rows: pd.DataFrame, labels: Sequence[str]) -> np.ndarray:
@@ -170,7 +192,8 @@ class ScanSampler(Sampler[list[tuple[int, int]]]):
 
     An epoch shows each scan once, by one of its reconstructions drawn anew each epoch, so that no batch holds
     two reconstructions of a scan. Batches depend on (seed, step) and not on the number of ranks: rank r takes
-    rows r * share to (r + 1) * share of the global batch. ``start`` continues at a step.
+    rows r * share to (r + 1) * share of the global batch. ``start`` continues at a step. With ``weights`` (one a scan)
+    every batch is drawn anew by them, and an epoch is only so many steps.
     """
 
     def __init__(
@@ -183,6 +206,7 @@ class ScanSampler(Sampler[list[tuple[int, int]]]):
         rank: int,
         world_size: int,
         start: int = 0,
+        weights: np.ndarray | None = None,
     ) -> None:
         if batch % world_size:
             raise DataError(f"training.batch={batch} cannot be shared by {world_size} ranks: make it a multiple")
@@ -194,6 +218,7 @@ class ScanSampler(Sampler[list[tuple[int, int]]]):
             )
         self.batch, self.steps, self.seed, self.start = batch, steps, seed, start
         self.rank, self.world_size = rank, world_size
+        self.chances = None if weights is None else weights / weights.sum()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -210,7 +235,11 @@ class ScanSampler(Sampler[list[tuple[int, int]]]):
 
     def _global_batch(self, step: int) -> list[int]:
         epoch, position = divmod(step, self.steps_per_epoch)
-        random = np.random.default_rng([self.seed, epoch])
-        scans = random.permutation(len(self.members))[position * self.batch : (position + 1) * self.batch]
+        if self.chances is None:
+            random = np.random.default_rng([self.seed, epoch])
+            scans = random.permutation(len(self.members))[position * self.batch : (position + 1) * self.batch]
+        else:
+            random = np.random.default_rng([self.seed, epoch, 2, position])
+            scans = random.choice(len(self.members), self.batch, replace=False, p=self.chances)
         picks = np.random.default_rng([self.seed, epoch, 1]).random(len(self.members))
         return [int(self.members[scan][int(picks[scan] * len(self.members[scan]))]) for scan in scans]

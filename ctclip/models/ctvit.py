@@ -38,7 +38,7 @@ class CTViT(nn.Module):
         self.temporal = nn.ModuleList(Layer(config) for _ in range(config.temporal_depth))
         self.temporal_norm = nn.LayerNorm(config.width)
         self.codebook = Codebook(config.codebook_size, config.width) if config.quantise else None
-        self.width = self.grid[1] * self.grid[2] * config.width
+        self.width, self.token_width = self.grid[1] * self.grid[2] * config.width, config.width
 
     def forward(self, volume: Tensor, mask: Tensor | None = None) -> VolumeTokens:
         """``mask`` is accepted and ignored: the published model sees padding as air."""

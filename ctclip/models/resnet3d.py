@@ -30,7 +30,8 @@ class ResNet3D(nn.Module):
             conv1_t_stride=config.stem_stride,  # type: ignore[arg-type]
             feed_forward=False, norm=norm,
         )  # fmt: skip
-        self.width = 2 * widths[-1] * (4 if block == "bottleneck" else 1)
+        self.token_width = widths[-1] * (4 if block == "bottleneck" else 1)
+        self.width = 2 * self.token_width
 
     def forward(self, volume: Tensor, mask: Tensor | None = None) -> VolumeTokens:
         """``mask`` is accepted and ignored: convolutions see padding as the air it is filled with."""

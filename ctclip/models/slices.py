@@ -36,7 +36,7 @@ class SliceEncoder(nn.Module):
         shape = self.vision.config
         self.channels = int(getattr(shape, "num_channels", 3))
         self.side = _side(shape)
-        self.width = _width(shape)
+        self.width = self.token_width = _width(shape)
         mean, deviation = _colour(config, self.channels)
         self.mean: Tensor
         self.deviation: Tensor

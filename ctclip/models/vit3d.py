@@ -36,7 +36,7 @@ class ViT3D(nn.Module):
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width)
         self.query = nn.Parameter(torch.randn(config.width) * 0.02) if "attention" in config.pooling else None
-        self.width = config.width * len(config.pooling)
+        self.width, self.token_width = config.width * len(config.pooling), config.width
 
     def forward(self, volume: Tensor, mask: Tensor | None = None) -> VolumeTokens:
         """volume (B, 1, D, H, W) in [-1, 1]; mask (B, 1, D, H, W) bool, true where voxels are real.
@@ -159,7 +159,7 @@ class Stem(nn.Module):
         patches = rearrange(volume, "b 1 (d pd) (h ph) (w pw) -> b d h w (pd ph pw)", pd=pd, ph=ph, pw=pw)
         # A linear map of all windows side by side is the sum of one a window: nothing is copied next to anything.
         parts = self.embed.weight.unflatten(1, (len(self.windows), -1)).unbind(1)
-        embedded = self.embed.bias
+        embedded: Tensor = self.embed.bias
         for (low, high), part in zip(self.windows, parts, strict=True):
             embedded = embedded + F.linear(self._window(patches, low, high), part)
         # The channel axis stays innermost in memory: convolutions and linear maps both want it there.

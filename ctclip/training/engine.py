@@ -30,6 +30,7 @@ class Engine:
     ) -> None:
         self.config = config.training
         self.seed = config.seed
+        self.labels_first = config.objectives.labels_first
         self.stage = config.training.zero.stage
         self.module = step
         self.device = device
@@ -95,7 +96,12 @@ class Engine:
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
         self.deepspeed.train()
-        identities = {"scans": batch.scans, "text_identities": batch.text_identities, "labels": batch.labels}
+        identities = {
+            "scans": batch.scans,
+            "text_identities": batch.text_identities,
+            "labels": batch.labels,
+            "labels_alone": number < self.labels_first * steps,
+        }
         if self.chunks == 1:
             inputs = self._inputs(batch.volumes, batch.texts)
             with self.autocast():
@@ -128,7 +134,7 @@ class Engine:
             for first in range(0, len(batch.volumes), size)
         ]
         with torch.no_grad(), self.autocast():
-            encoded = [self.deepspeed("features", **piece) for piece in pieces]
+            encoded = [self.deepspeed("features", volumes=piece["volumes"], tokens=piece["tokens"]) for piece in pieces]
         volumes = torch.cat([pair[0] for pair in encoded]).float().requires_grad_()
         texts = torch.cat([pair[1] for pair in encoded]).float().requires_grad_()
         self.deepspeed.set_gradient_accumulation_boundary(False)
@@ -139,17 +145,25 @@ class Engine:
         for index, piece in enumerate(pieces):
             self.deepspeed.set_gradient_accumulation_boundary(index == self.chunks - 1)
             with self.autocast():
-                volume_features, text_features = self.deepspeed("features", **piece)
+                volume_features, text_features, read = self.deepspeed("features", **piece)
             rows = slice(index * size, (index + 1) * size)
             text_rows = slice(index * size * views, (index + 1) * size * views)
             surrogate = (volume_features.float() * volumes.grad[rows]).sum()
             surrogate = surrogate + (text_features.float() * texts.grad[text_rows]).sum()
+            for name, part in read.items():
+                surrogate = surrogate + part / self.chunks
+                parts[name] = parts.get(name, 0.0) + part.detach() / self.chunks
+                loss = loss + part.detach() / self.chunks
             self.deepspeed.backward(surrogate, scale_wrt_gas=False)
         return loss, parts
 
     def _inputs(self, volumes: Tensor, texts: list[str]) -> dict[str, Any]:
         tokens = {name: ids.to(self.device) for name, ids in self.tokenise(texts).items()}
-        return {"volumes": volumes, "tokens": tokens}
+        inputs: dict[str, Any] = {"volumes": volumes, "tokens": tokens}
+        words = self.module.words(texts[:: len(texts) // len(volumes)])
+        if words is not None:
+            inputs["words"] = {name: ids.to(self.device) for name, ids in words.items()}
+        return inputs
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)

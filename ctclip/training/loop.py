@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from ctclip import distributed
 from ctclip.config import Config
-from ctclip.data.dataset import Batch, ScanSampler, StoredVolumes, collate
+from ctclip.data.dataset import Batch, ScanSampler, StoredVolumes, collate, rarity_weights
 from ctclip.errors import TrainingError
 from ctclip.findings import FINDINGS
 from ctclip.models.dual_encoder import DualEncoder, build_model
@@ -87,7 +87,7 @@ class Signals:
 
 
 def _train(config: Config, output: Path, device: torch.device, signals: Signals, force: bool) -> Path:
-    labels = list(FINDINGS) if config.objectives.labels else []
+    labels = list(FINDINGS) if reads_labels(config) else []
     data = StoredVolumes(config.data, config.data.train_split, seed=config.seed, labels=labels)
     if data.spec.name != config.preprocessing:
         raise TrainingError(
@@ -242,7 +242,16 @@ def _memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def reads_labels(config: Config) -> bool:
+    """Whether the run looks at labels in any way; if it does, it says so wherever its figures are shown."""
+    return config.objectives.labels > 0 or config.data.rarity > 0
+
+
 def _sampler(config: Config, data: StoredVolumes, first: int) -> tuple[ScanSampler, int]:
+    weights = None
+    if config.data.rarity and data.labels is not None:
+        weights = rarity_weights(data.labels, data.scan_numbers, config.data.rarity)
+
     def make(steps: int) -> ScanSampler:
         return ScanSampler(
             data.scan_numbers,
@@ -252,6 +261,7 @@ def _sampler(config: Config, data: StoredVolumes, first: int) -> tuple[ScanSampl
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             start=first,
+            weights=weights,
         )
 
     steps = max(1, round(config.training.epochs * make(first).steps_per_epoch))
@@ -289,7 +299,7 @@ def save_run_model(
 
 
 def _card(config: Config, volumes: int) -> str:
-    supervision = "label-supervised" if config.objectives.labels else "reports only"
+    supervision = "label-supervised" if reads_labels(config) else "reports only"
     return (
         f"# {config.name}\n\nsupervision: {supervision}\n\n"
         f"Trained on {volumes} volumes of {config.data.train_split!r}, spec {config.preprocessing!r}, seed {config.seed}, "

@@ -11,6 +11,7 @@ from ctclip import losses
 from ctclip.config import ObjectiveConfig
 from ctclip.distributed import gather, rank
 from ctclip.models.dual_encoder import DualEncoder
+from ctclip.models.words import LONGEST, WordPredictor, captioning, masked_words
 
 
 class ContrastiveStep(nn.Module):
@@ -18,6 +19,7 @@ class ContrastiveStep(nn.Module):
 
     ``features``: encode this rank's volumes and texts; ``loss``: contrast the features of all ranks;
     ``step``: both. A rank's loss is that of its rows against the whole global batch; the mean over ranks is the loss.
+    Objectives on words (``ctclip/models/words.py``) need no other rank: they come with the features.
     """
 
     def __init__(self, model: DualEncoder, objectives: ObjectiveConfig, labels: int = 0) -> None:
@@ -27,19 +29,48 @@ class ContrastiveStep(nn.Module):
         # A parameter that no loss uses has no gradient and no moments; the optimizer must not know it.
         model.similarity.logit_bias.requires_grad_(objectives.siglip > 0)
         self.label_head = nn.Linear(model.config.dim, labels) if objectives.labels else None
+        self.writer = self._predictor(None) if objectives.captioning else None
+        self.filler = self._predictor(model.text_encoder.width) if objectives.mlm else None
 
     def forward(self, stage: str, **inputs: Any) -> Any:
         if stage == "features":
             return self._features(**inputs)
         if stage == "loss":
             return self._loss(**inputs)
-        features = ("volumes", "tokens")
-        volume_features, text_features = self._features(**{name: inputs.pop(name) for name in features})
-        return self._loss(volume_features, text_features, **inputs)
+        features = ("volumes", "tokens", "words")
+        volume_features, text_features, read = self._features(**{n: inputs.pop(n) for n in features if n in inputs})
+        loss, parts = self._loss(volume_features, text_features, **inputs)
+        return sum(read.values(), loss), parts | {name: part.detach() for name, part in read.items()}
 
-    def _features(self, volumes: Tensor, tokens: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """volumes (b, 1, D, H, W); tokens of b * views texts -> (b, dim), (b * views, dim)."""
-        return self.model.volume_features(volumes), self.model.text_features(tokens)
+    def words(self, texts: list[str]) -> dict[str, Tensor] | None:
+        """Ids of whole texts for the objectives on words; None where there are none."""
+        if self.writer is None and self.filler is None:
+            return None
+        found = self.model.text_encoder.tokenizer(
+            texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt"
+        )
+        return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+    def _features(
+        self, volumes: Tensor, tokens: dict[str, Tensor], words: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """volumes (b, 1, D, H, W); tokens of b * views texts; words of the first view of each -> features (b, dim) and
+        (b * views, dim), and the weighted objectives on words."""
+        encoded = self.model.volume_encoder(volumes, None)
+        features = self.model.volume_projection(encoded.pooled), self.model.text_features(tokens)
+        read: dict[str, Tensor] = {}
+        if words is not None:
+            ids, mask, text = words["input_ids"], words["attention_mask"], self.model.text_encoder
+            if self.writer is not None:
+                read["captioning"] = self.objectives.captioning * captioning(self.writer, ids, mask, encoded.tokens)
+            if self.filler is not None:
+                found = masked_words(self.filler, text.bert, ids, mask, encoded.tokens, text.tokenizer)
+                read["mlm"] = self.objectives.mlm * found
+        return *features, read
+
+    def _predictor(self, inside: int | None) -> WordPredictor:
+        text = self.model.text_encoder
+        return WordPredictor(text.bert.config.vocab_size, self.model.volume_encoder.token_width, inside, text.width, 2)
 
     def _loss(
         self,
@@ -48,6 +79,7 @@ class ContrastiveStep(nn.Module):
         scans: Tensor,
         text_identities: Tensor,
         labels: Tensor | None = None,
+        labels_alone: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Features and identities of this rank -> the loss of the global batch, and what to log of it."""
         similarity, objectives = self.model.similarity, self.objectives
@@ -77,9 +109,13 @@ class ContrastiveStep(nn.Module):
         if self.label_head is not None:
             if labels is None:
                 raise ValueError("objectives.labels is set, but the batch has no labels")
-            parts["labels"] = self.objectives.labels * losses.multi_label(
-                self.label_head(volumes * scale), gather(labels)
-            )
+            every = gather(labels)
+            of_volumes = losses.multi_label(self.label_head(volumes * scale), every)
+            of_texts = losses.multi_label(self.label_head(texts * scale), every.repeat_interleave(views, dim=0))
+            if labels_alone:
+                # Weighed by nothing, not left out: every parameter keeps a gradient, as ZeRO wants it.
+                parts = {name: 0.0 * part for name, part in parts.items()}
+            parts["labels"] = objectives.labels * (of_volumes + of_texts) / 2
         total = torch.stack([part.reshape(()) for part in parts.values()]).sum()
         return total, {name: part.detach() for name, part in parts.items()} | {"logit_scale": scale.detach()}
 

@@ -50,7 +50,7 @@ class Validation:
                 voxels = torch.stack([item["voxels"] for item in items])[:, None].to(engine.device)
                 reports = [self.data.reports[row].text() for row in rows]
                 tokens = {name: ids.to(engine.device) for name, ids in engine.tokenise(reports).items()}
-                volume, text = engine.deepspeed("features", volumes=voxels, tokens=tokens)
+                volume, text, _ = engine.deepspeed("features", volumes=voxels, tokens=tokens)
                 volumes.append(model.similarity.volume(volume.float()).cpu())
                 texts.append(model.similarity.text(text.float()).cpu())
             found = distributed.gather_objects((mine, torch.cat(volumes)[: len(mine)], torch.cat(texts)[: len(mine)]))

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from ctclip.config import AugmentConfig, DataConfig, ViewConfig
-from ctclip.data.dataset import ScanSampler, StoredVolumes, augment, collate, shifted, turned
+from ctclip.data.dataset import (
+    ScanSampler,
+    StoredVolumes,
+    augment,
+    collate,
+    rarity_weights,
+    shifted,
+    some_scans,
+    turned,
+)
 from ctclip.data.reports import Report, ReportViews, negates
 from ctclip.errors import DataError
 from preprocessing.spec import PreprocessingSpec
@@ -105,3 +115,27 @@ def test_augmentation_is_a_function_of_its_seed() -> None:
     assert not np.array_equal(one, other)
     assert one.min() >= -1
     assert one.max() <= 1
+
+
+def test_rare_labels_are_drawn_more_often() -> None:
+    scans = np.repeat(np.arange(100), 2)
+    labels = np.zeros((200, 2))
+    labels[scans < 50, 0], labels[scans < 4, 1] = 1, 1
+    weights = rarity_weights(labels, scans, 1.0)
+    # 1 / 0.04 for the four with the rare label, 1 / 0.5 for the common one and for none.
+    assert weights / weights[-1] == pytest.approx(np.where(np.arange(100) < 4, 12.5, 1.0))
+    batches = list(ScanSampler(scans, 10, 400, seed=0, rank=0, world_size=1, weights=weights))
+    drawn = np.array([scans[row] for batch in batches for row, _ in batch])
+    assert all(len({scans[row] for row, _ in batch}) == 10 for batch in batches)
+    assert 2.2 < np.mean(drawn < 4) / 0.04 < 9, "without replacement in a batch the share is below its weight"
+    resumed = list(ScanSampler(scans, 10, 400, seed=0, rank=0, world_size=1, weights=weights, start=123))
+    assert resumed == batches[123:]
+
+
+def test_fewer_volumes_are_part_of_more_and_of_whole_scans() -> None:
+    rows = pd.DataFrame({"volume": [f"v{i:02d}" for i in range(30)], "scan": [f"s{i // 3}" for i in range(30)]})
+    few, more = some_scans(rows, 6, seed=2), some_scans(rows, 15, seed=2)
+    assert len(few) == 6
+    assert few["scan"].nunique() == 2
+    assert set(few["volume"]) < set(more["volume"])
+    assert set(some_scans(rows, 6, seed=3)["volume"]) != set(few["volume"])

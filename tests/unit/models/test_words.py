@@ -1,0 +1,100 @@
+"""Objectives on words: what is hidden, what may be seen, and that a whole step with them learns everywhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ctclip.config import ModelConfig, ObjectiveConfig, TextConfig, ViT3DConfig
+from ctclip.models.dual_encoder import build_model
+from ctclip.models.text import train_tokenizer
+from ctclip.models.words import WordPredictor, captioning, hide
+from ctclip.training.step import ContrastiveStep
+
+REPORTS = ["The heart is enlarged. No nodule is seen.", "A nodule lies in the upper lobe. There is no effusion."]
+
+
+def step(**weights: float) -> ContrastiveStep:
+    torch.manual_seed(0)
+    volume = ViT3DConfig(stages=(), width=24, heads=2, depth=1, patch=(4, 4, 4), registers=1)
+    config = ModelConfig(volume=volume, text=TextConfig(width=16, depth=1, heads=2, max_tokens=24), dim=12)
+    model = build_model(config, train_tokenizer(REPORTS * 20, 200))
+    return ContrastiveStep(model, ObjectiveConfig.model_validate(weights), 3 if weights.get("labels") else 0)
+
+
+def test_words_alone_are_hidden_as_often_as_bert_does() -> None:
+    ids = torch.full((400, 100), 9)
+    ids[:, 0], ids[:, 60:] = 2, 0
+    mask = (ids != 0).long()
+    torch.manual_seed(0)
+    shown, target = hide(ids, mask, blank=4, special=[0, 1, 2, 3, 4], vocabulary=50)
+    chosen = target != -100
+    assert not chosen[:, 0].any()
+    assert not chosen[:, 60:].any()
+    assert chosen.any(dim=1).all()
+    assert chosen[:, 1:60].float().mean() == pytest.approx(0.15, abs=0.01)
+    assert (shown[chosen] == 4).float().mean() == pytest.approx(0.8, abs=0.02)
+    assert torch.equal(shown[~chosen], ids[~chosen])
+    assert torch.equal(target[chosen], ids[chosen])
+
+
+def test_a_short_text_has_one_word_hidden() -> None:
+    _, target = hide(torch.tensor([[2, 7, 3]]), torch.ones(1, 3).long(), 4, [2, 3], 50)
+    assert target.tolist() == [[-100, 7, -100]]
+
+
+def test_captioning_never_sees_the_word_it_writes() -> None:
+    torch.manual_seed(0)
+    predictor = WordPredictor(30, 8, None, 16, 2).eval()
+    ids, tokens = torch.randint(5, 30, (1, 10)), torch.randn(1, 4, 8)
+    changed = ids.clone()
+    changed[0, 6] = 4
+    padding = torch.zeros(1, 10, dtype=torch.bool)
+    one, other = predictor(ids, padding, tokens), predictor(changed, padding, tokens)
+    assert torch.allclose(one[0, :6], other[0, :6], atol=1e-6)
+    assert not torch.allclose(one[0, 6:], other[0, 6:], atol=1e-3)
+
+
+def test_padding_of_words_and_dropped_tokens_change_nothing() -> None:
+    torch.manual_seed(0)
+    predictor = WordPredictor(30, 8, None, 16, 2).eval()
+    ids, mask, tokens = torch.randint(5, 30, (2, 10)), torch.ones(2, 10).long(), torch.randn(2, 4, 8)
+    alone = captioning(predictor, ids, mask, tokens)
+    longer = torch.cat([ids, torch.zeros(2, 5).long()], dim=1), torch.cat([mask, torch.zeros(2, 5).long()], dim=1)
+    padded = captioning(predictor, *longer, torch.cat([tokens, torch.zeros(2, 3, 8)], dim=1))
+    assert float(padded) == pytest.approx(float(alone), abs=1e-5)
+
+
+@pytest.mark.parametrize("labels_alone", [False, True])
+def test_every_parameter_learns_from_all_objectives_at_once(labels_alone: bool) -> None:
+    whole = step(clip=1, captioning=0.5, mlm=0.5, labels=1)
+    tokens = whole.model.text_encoder.tokenise(REPORTS)
+    identities = {"scans": torch.arange(2), "text_identities": torch.arange(2)}
+    loss, parts = whole(
+        "step", volumes=torch.rand(2, 1, 8, 8, 8), tokens=tokens, words=whole.words(REPORTS),
+        labels=torch.tensor([[0.0, 1, 1], [1, 0, float("nan")]]), labels_alone=labels_alone, **identities,
+    )  # fmt: skip
+    loss.backward()
+    assert [name for name, p in whole.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert {"clip", "captioning", "mlm", "labels"} <= set(parts)
+    assert (float(parts["clip"]) == 0) is labels_alone
+    assert float(loss) == pytest.approx(sum(float(parts[n]) for n in ("clip", "captioning", "mlm", "labels")), rel=1e-5)
+
+
+def test_a_volume_helps_to_write_its_report() -> None:
+    """Two volumes that look different, two reports: after some steps each volume explains its own report better."""
+    whole = step(clip=1, captioning=1)
+    words = whole.words(REPORTS)
+    assert words is not None
+    given = torch.stack([torch.full((1, 8, 8, 8), -0.5), torch.full((1, 8, 8, 8), 0.5)])
+    optimizer = torch.optim.Adam(whole.parameters(), lr=3e-3)
+    identities = {"scans": torch.arange(2), "text_identities": torch.arange(2)}
+    for _ in range(60):
+        optimizer.zero_grad()
+        whole("step", volumes=given, tokens=whole.model.text_encoder.tokenise(REPORTS), words=words, **identities)[0].backward()  # fmt: skip
+        optimizer.step()
+    with torch.no_grad():
+        tokens = whole.model.volume_encoder(given).tokens
+        right = captioning(whole.writer, words["input_ids"], words["attention_mask"], tokens)
+        wrong = captioning(whole.writer, words["input_ids"], words["attention_mask"], tokens.flip(0))
+    assert float(right) < 0.5 * float(wrong)
