@@ -1,0 +1,144 @@
+"""What each switch of the training is worth: ``python -m tests.benchmarks.recipes --store runs/demo/store --output runs/recipes``.
+
+Every line is a run of the demo's recipe with one thing changed: the commands `ctclip train`, `zero-shot` and `evaluate`
+on held-out patients. Started again, it goes on where it was. ``--curve`` adds learning curves over the number of volumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ctclip.findings import FINDINGS
+from tests.benchmarks.common import machine, table
+
+# Name -> configuration and what is changed in it.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "phantom_tiny": ("phantom_tiny",),
+    "phantom_published": ("phantom_published",),
+    "negatives of 8 alone": ("phantom_tiny", "objectives.negatives=8"),
+    "sections drawn": ("phantom_tiny", "data.views={report: 1, findings: 1, impression: 1}"),
+    "sentences drawn": ("phantom_tiny", "data.views={report: 1, sentences: 1}"),
+    "sentences shuffled": ("phantom_tiny", "data.shuffle_sentences=true"),
+    "siglip": ("phantom_tiny", "objectives={clip: 0, siglip: 1}"),
+    "convirt": ("phantom_tiny", "objectives={clip: 0, convirt: 1}", "model.projection=mlp"),
+    "captioning beside": ("phantom_tiny", "objectives.captioning=0.3"),
+    "masked words beside": ("phantom_tiny", "objectives.mlm=0.3"),
+    "labels first": ("phantom_tiny", "objectives.labels=1", "objectives.labels_first=0.4"),
+    "labels beside": ("phantom_tiny", "objectives.labels=1"),
+    "labels alone": ("phantom_tiny", "objectives.labels=1", "objectives.labels_first=0.999"),
+    "no text warm-up": ("phantom_tiny", "training.text_warmup.steps=0", "training.text_learning_rate=1e-3"),
+    "not standardised": ("phantom_tiny", "model.standardise=false"),
+    "no augmentation": ("phantom_tiny", "data.augment={}"),
+    "turned and sized": ("phantom_tiny", "data.augment={shift_voxels: 2, scale: 0.03, rotate_degrees: 8, zoom: 0.08}"),
+    "resnet3d": ("phantom_tiny", "model.volume={kind: resnet3d, width_factor: 0.5, norm: batch}"),
+    "rare ones oftener": ("phantom_tiny", "data.rarity=0.5"),
+}
+CURVE = (250, 500, 1000, 2000, 4000)
+
+
+def run(name: str, changes: tuple[str, ...], seed: int, chosen: argparse.Namespace) -> dict[str, object]:
+    """Train, detect and evaluate one variant; what it already did is not done again. Returns its figures."""
+    folder = chosen.output / name.replace(" ", "_") / f"seed_{seed}"
+    store, (config, *overrides) = str(chosen.store), changes
+    if chosen.epochs is not None:
+        overrides.append(f"training.epochs={chosen.epochs}")
+    if not (folder / "evaluation" / "metrics.json").is_file():
+        _ctclip("train", "--config", config, "--store", store, "--output", str(folder), "--processes",
+                str(chosen.processes), f"seed={seed}", *overrides)  # fmt: skip
+        found = str(folder / "predictions")
+        _ctclip("zero-shot", "--model", str(folder / "model"), "--store", store, "--split", "valid", "--reports", "--output", found)  # fmt: skip
+        _ctclip("evaluate", f"{found}/predictions.csv", "--store", store, "--protocol", "phantom", "--run", str(folder),
+                "--output", str(folder / "evaluation"), "--bootstrap", "100")  # fmt: skip
+    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    retrieval, labels = metrics["retrieval"]["report_to_volume"], metrics["zero_shot"]["auroc"]
+    return {
+        "mean": metrics["zero_shot"]["mean_auroc"],
+        "labels": {label: labels[label]["value"] for label in FINDINGS},
+        "recall@10": retrieval.get("recall@10", float("nan")),
+        "histogram": metrics["controls"].get("histogram_mean_auroc", float("nan")),
+        "shuffled": metrics["controls"]["shuffled_mean_auroc"],
+        "sees labels": "label-supervised" in (folder / "model" / "model_card.md").read_text(),
+    }
+
+
+def ceiling(folder: Path, store: Path) -> dict[str, float]:
+    """AUROC a label of logistic regression on the embeddings of a label-supervised model: what its encoder can tell."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+
+    tables = {}
+    for split in ("train", "valid"):
+        path = folder / f"{split}.parquet"
+        if not path.is_file():
+            _ctclip("embed", "--model", str(folder / "model"), "--store", str(store), "--split", split, "--output", str(path))  # fmt: skip
+        tables[split] = pd.read_parquet(path).merge(pd.read_parquet(store / "cohort.parquet"), on="volume")
+    vectors = {split: np.stack(found["volume_embedding"].to_list()) for split, found in tables.items()}
+    scores = {}
+    for label in FINDINGS:
+        fit = LogisticRegression(C=1.0, max_iter=2000).fit(vectors["train"], tables["train"][label].astype(int))
+        scores[label] = float(roc_auc_score(tables["valid"][label].astype(int), fit.decision_function(vectors["valid"])))  # fmt: skip
+    return scores
+
+
+def power_law(volumes: list[int], aurocs: list[float]) -> tuple[float, float]:
+    """a and b of 1 - AUROC = a * volumes ** -b, by least squares of the logarithms (as Cherti et al. 2023 fit theirs)."""
+    slope, start = np.polyfit(np.log(volumes), np.log(1 - np.array(aurocs)), 1)
+    return float(np.exp(start)), float(-slope)
+
+
+def _ctclip(*arguments: str) -> None:
+    print("$ ctclip", *arguments, flush=True)
+    subprocess.run([sys.executable, "-m", "ctclip", *arguments], check=True)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--store", type=Path, required=True, help="of the demo")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--only", default="", help="names of variants, separated by commas; all if not given")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=float, default=None, help="the configuration's own if not given")
+    parser.add_argument("--processes", type=int, default=min(2, len(os.sched_getaffinity(0))))
+    parser.add_argument("--curve", action="store_true", help="learning curves over the number of volumes")
+    chosen = parser.parse_args()
+    names = [name.strip() for name in chosen.only.split(",") if name.strip()] or list(VARIANTS)
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
+        parser.error(f"no variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}")
+    found = {name: [run(name, VARIANTS[name], seed, chosen) for seed in range(chosen.seeds)] for name in names}
+    print(f"\n{machine()}; {chosen.seeds} seeds, epochs {chosen.epochs or 'of the configuration'}, held-out patients\n")
+    rows = [
+        [name, "labels" if runs[0]["sees labels"] else "reports only", _spread([r["mean"] for r in runs]), _spread([r["recall@10"] for r in runs]),
+         _spread([r["histogram"] for r in runs]), _spread([r["shuffled"] for r in runs])]
+        for name, runs in found.items()
+    ]  # fmt: skip
+    print(table("One switch a line", ["", "learned from", "zero-shot mean AUROC", "report to volume, recall@10", "histogram control", "shuffled labels"], rows))  # fmt: skip
+    tops = {}
+    if "labels alone" in found:
+        tops = ceiling(chosen.output / "labels_alone" / "seed_0", chosen.store)
+    rows = [
+        [label, *(_spread([r["labels"][label] for r in runs]) for runs in found.values()), *([f"{tops[label]:.3f}"] if tops else [])]
+        for label in FINDINGS
+    ]  # fmt: skip
+    print(table("Label by label", ["", *found, *(["ceiling: the same encoder learned from labels"] if tops else [])], rows))  # fmt: skip
+    if chosen.curve:
+        curve = [run(f"volumes {n}", ("phantom_tiny", f"data.volumes={n}"), 0, chosen)["mean"] for n in CURVE]
+        a, b = power_law(list(CURVE), curve)
+        rows = [[str(n), f"{value:.3f}", f"{1 - a * n**-b:.3f}"] for n, value in zip(CURVE, curve, strict=True)]
+        print(table(f"Learning curve: 1 - AUROC = {a:.2f} x volumes^-{b:.3f}", ["volumes", "AUROC", "fit"], rows))
+
+
+if __name__ == "__main__":
+    main()
