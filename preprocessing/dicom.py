@@ -3,124 +3,123 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from preprocessing.errors import PreprocessingError
+from preprocessing.identifiers import TAGS, is_directory_record, masked, read_header
 from preprocessing.volume import Volume
 
 MOST_FILES = 20000
 EVEN_GAPS = 0.02
 LARGEST_GAP_RATIO = 3.0
-CT_IMAGE_STORAGE = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1")
+MOST_MISSING = 0.1
+GEOMETRY = [
+    "Rows", "Columns", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImageType", "Modality",
+    "SamplesPerPixel", "NumberOfFrames", "PatientIdentityRemoved",
+]  # fmt: skip
 
 
-def read_series(folder: Path, series: str | None, only: Path | None) -> Volume:
-    """See ``readers.read_dicom``."""
-    slices = _headers(folder)
-    if not slices:
-        raise PreprocessingError(f"{folder}: no DICOM slices found; name a DICOM folder, .nii.gz, .nrrd or .mha file")
-    groups: dict[str, list] = {}
-    for header, path in slices:
+@dataclass
+class Slice:
+    """One file of a series: ``place`` (3,) mm and ``turn`` (6,) direction cosines if it has a position."""
+
+    path: Path
+    header: Any
+    shape: tuple[int, int]
+    spacing: tuple[float, float]
+    place: np.ndarray
+    turn: np.ndarray
+
+
+def read_series(folder: Path, series: str | None = None, only: Path | None = None, name: Path | None = None) -> Volume:
+    """See ``readers.read_dicom``; ``name`` is what messages call the series (a zip, instead of where it was unpacked)."""
+    headers = _headers(folder)
+    said = str(name or folder)
+    if not headers:
+        raise PreprocessingError(f"{said}: no DICOM slices found; name a DICOM folder, .nii.gz, .nrrd or .mha file")
+    groups: dict[str, list[tuple[Any, Path]]] = {}
+    for header, path in headers:
         groups.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((header, path))
     if only is not None:
         groups = {uid: members for uid, members in groups.items() if any(path == only for _, path in members)}
         if not groups:
             raise PreprocessingError(f"{only}: not a DICOM slice, nor any other format that is read")
+    said = masked(said, next(iter(groups.values()))[0][0])
     if series is not None:
         if series not in groups:
-            raise PreprocessingError(f"{folder}: has no series {series}; it has {', '.join(sorted(groups))}")
+            listed = ", ".join(f"{uid} ({len(members)} files)" for uid, members in sorted(groups.items()))
+            raise PreprocessingError(f"{said}: has no series {series}; it has {listed}")
         chosen = groups[series]
     else:
-        chosen = max(groups.values(), key=lambda members: (len(_images(members)), str(members[0][1])))
-    volume = _volume(folder, _images(chosen), len(chosen))
+        chosen = max(groups.values(), key=lambda members: (len(_slices(members)), str(members[0][1])))
+    volume = _volume(masked(said, chosen[0][0]), chosen)
     if len(groups) > 1 and series is None:
         volume.warnings.append(f"{len(groups)} series in the folder: took the one with most slices (--series chooses)")
     return volume
 
 
-def _headers(folder: Path) -> list[tuple]:
-    """Headers of the DICOM files under a folder, pixels unread; other files are passed over."""
-    import pydicom
-    from pydicom.errors import InvalidDicomError
-
-    found = []
+def _headers(folder: Path) -> list[tuple[Any, Path]]:
+    """Headers of the DICOM images under a folder, pixels unread; other files are passed over."""
     files = sorted(Path(root) / name for root, _, names in os.walk(folder) for name in names)
     if len(files) > MOST_FILES:
         raise PreprocessingError(f"{folder}: holds {len(files)} files, more than one study; name a series' folder")
-    for path in files:
-        try:
-            header = pydicom.dcmread(path, stop_before_pixels=True)
-        except (
-            InvalidDicomError,
-            OSError,
-            EOFError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            TypeError,
-            RuntimeError,
-        ):
-            continue
-        if "Rows" in header:
-            found.append((header, path))
-    return found
+    found = ((read_header(path, [*TAGS, *GEOMETRY]), path) for path in files)
+    return [(h, path) for h, path in found if h is not None and "Rows" in h and not is_directory_record(h)]
 
 
-def _images(members: list) -> list:
+def _slices(members: list[tuple[Any, Path]]) -> list[Slice]:
     """Members that are axial CT slices with a place in the patient: no localizers, no screenshots."""
     kept = []
     for header, path in members:
-        kinds = [str(kind).upper() for kind in header.get("ImageType", [])]
-        placed = "ImagePositionPatient" in header and "ImageOrientationPatient" in header
-        if placed and "LOCALIZER" not in kinds and int(header.get("SamplesPerPixel", 1)) == 1:
-            kept.append((header, path))
+        try:
+            kinds = [str(kind).upper() for kind in header.get("ImageType", None) or []]
+            if "LOCALIZER" in kinds or int(header.get("SamplesPerPixel", 1) or 1) != 1:
+                continue
+            place, turn, spacing = (
+                np.array([float(value) for value in header[keyword].value])
+                for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+            )
+            shape = int(header.Rows), int(header.Columns)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue
+        usable = (len(place), len(turn), len(spacing)) == (3, 6, 2) and min(shape) > 1 and spacing.min() > 0
+        if usable and np.isfinite([*place, *turn, *spacing]).all():
+            kept.append(Slice(path, header, shape, (float(spacing[0]), float(spacing[1])), place, turn))
     return kept
 
 
-def _volume(folder: Path, members: list, listed: int) -> Volume:
+def _volume(said: str, listed: list[tuple[Any, Path]]) -> Volume:
+    members = _slices(listed)
     if len(members) < 3:
+        frames = any(str(header.get("NumberOfFrames", "") or "1") != "1" for header, _ in listed)
         raise PreprocessingError(
-            f"{folder}: {len(members)} of {listed} files of the series are CT slices with a position; a localizer, "
+            f"{said}: an enhanced multi-frame series; convert it with dcm2niix" if frames else
+            f"{said}: {len(members)} of {len(listed)} files of the series are CT slices with a position; a localizer, "
             f"screenshots or a derived series are not a volume"
-        )
-    first = members[0][0]
-    if str(first.get("Modality", "CT")) != "CT":
-        raise PreprocessingError(f"{folder}: modality {first.get('Modality')}, not CT")
-    sizes = {(int(header.Rows), int(header.Columns)) for header, _ in members}
-    orientations = np.array([[float(v) for v in header.ImageOrientationPatient] for header, _ in members])
-    if len(sizes) > 1 or np.abs(orientations - orientations[0]).max() > 1e-3:
-        raise PreprocessingError(f"{folder}: slices of different sizes or orientations: not one volume")
-    row, column = orientations[0][:3], orientations[0][3:]
-    normal = np.cross(row, column)
-    positions = np.array([[float(v) for v in header.ImagePositionPatient] for header, _ in members])
-    depth = positions @ normal
+        )  # fmt: skip
+    modality = str(members[0].header.get("Modality", "CT") or "CT")
+    if modality != "CT":
+        raise PreprocessingError(f"{said}: its modality is not CT" + f" ({modality})" * (len(modality) == 2))
+    row, column, normal = _plane(said, members)
+    depth = np.array([member.place @ normal for member in members])
     order = np.argsort(depth, kind="stable")
-    members, positions, depth = [members[i] for i in order], positions[order], depth[order]
-    gaps = np.diff(depth)
+    members, depth = [members[i] for i in order], depth[order]
     warnings: list[str] = []
-    if (gaps < 1e-3).any():
-        keep = np.concatenate([[True], gaps >= 1e-3])
-        warnings.append(f"{int((~keep).sum())} slices share another's position and were left out")
-        members = [member for member, kept in zip(members, keep, strict=True) if kept]
-        positions, depth = positions[keep], depth[keep]
-        gaps = np.diff(depth)
-        if len(members) < 3:
-            raise PreprocessingError(f"{folder}: fewer than 3 slices at different positions: not a volume")
+    members, depth = _without_duplicates(said, members, depth, warnings)
+    gaps = np.diff(depth)
     usual = float(np.median(gaps))
-    uneven = np.abs(gaps - usual).max() > EVEN_GAPS * usual
-    if gaps.max() > LARGEST_GAP_RATIO * usual:
-        raise PreprocessingError(
-            f"{folder}: a gap of {gaps.max():.1f} mm where slices lie {usual:.1f} mm apart: slices are missing; "
-            f"export the series again"
-        )
-    array = np.stack([_pixels(path, header) for header, path in members])
-    if uneven:
+    _missing(said, gaps, usual, warnings)
+    array = np.stack([_pixels(said, member) for member in members])
+    positions = np.array([member.place for member in members])
+    if np.abs(gaps - usual).max() > EVEN_GAPS * usual:
         array, positions = _even(array, positions, depth, usual)
         warnings.append(f"slice gaps of {gaps.min():.2f} to {gaps.max():.2f} mm: resampled to {usual:.2f} mm")
     step = (positions[-1] - positions[0]) / (len(positions) - 1)
-    spacing = [float(v) for v in first.PixelSpacing]
+    spacing = members[0].spacing
     tilt = float(np.degrees(np.arccos(np.clip(step @ normal / np.linalg.norm(step), -1, 1))))
     if tilt > 0.2:
         array, step = _untilt(array, step, normal, row, column, spacing)
@@ -129,23 +128,75 @@ def _volume(folder: Path, members: list, listed: int) -> Volume:
     # Along a row the column index grows, in the direction `row`.
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = step, column * spacing[0], row * spacing[1]
     affine[:3, 3] = positions[0]
-    return Volume(array, affine, str(folder), warnings)
+    return Volume(array, affine, said, warnings)
 
 
-def _pixels(path: Path, header) -> np.ndarray:  # type: ignore[no-untyped-def]
+def _plane(said: str, members: list[Slice]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Directions of rows, columns and the normal that all slices share."""
+    turns = np.array([member.turn for member in members])
+    spacings = np.array([member.spacing for member in members])
+    if len({member.shape for member in members}) > 1 or np.abs(turns - turns[0]).max() > 1e-3:
+        raise PreprocessingError(f"{said}: slices of different sizes or orientations: not one volume")
+    if np.abs(spacings / spacings[0] - 1).max() > 1e-3:
+        raise PreprocessingError(f"{said}: slices of different pixel spacing: not one volume")
+    row, column = turns[0][:3], turns[0][3:]
+    normal = np.cross(row, column)
+    if abs(np.linalg.norm(normal) - 1) > 0.01:
+        raise PreprocessingError(f"{said}: its header's orientation is degenerate; export the series again")
+    return row, column, normal
+
+
+def _without_duplicates(
+    said: str, members: list[Slice], depth: np.ndarray, warnings: list[str]
+) -> tuple[list[Slice], np.ndarray]:
+    """One slice a position. Copies are left out; two different slices at one place are two volumes in one series."""
+    again = np.concatenate([[False], np.diff(depth) < 1e-3])
+    for index in np.flatnonzero(again):
+        if not np.array_equal(_pixels(said, members[index]), _pixels(said, members[index - 1])):
+            raise PreprocessingError(
+                f"{said}: {int(again.sum())} positions hold more than one slice, and they differ: several phases or "
+                f"reconstructions in one series; put each into a folder of its own"
+            )
+    if again.any():
+        warnings.append(f"{int(again.sum())} slices are copies of others and were left out")
+    members = [member for member, copy in zip(members, again, strict=True) if not copy]
+    if len(members) < 3:
+        raise PreprocessingError(f"{said}: fewer than 3 slices at different positions (screenshots?): not a volume")
+    return members, depth[~again]
+
+
+def _missing(said: str, gaps: np.ndarray, usual: float, warnings: list[str]) -> None:
+    """Single slices missing here and there are interpolated aloud; more are refused."""
+    if gaps.max() > LARGEST_GAP_RATIO * usual:
+        raise PreprocessingError(
+            f"{said}: a gap of {gaps.max():.1f} mm where slices lie {usual:.1f} mm apart: slices are missing; "
+            f"export the series again"
+        )
+    ratio = gaps / usual
+    whole = np.round(ratio)
+    if np.abs(ratio - whole).max() < EVEN_GAPS and whole.max() > 1:
+        missing = int((whole - 1).sum())
+        if missing > MOST_MISSING * (len(gaps) + 1 + missing):
+            raise PreprocessingError(
+                f"{said}: {missing} of {len(gaps) + 1 + missing} slices are missing; export the series again"
+            )
+        warnings.append(f"{missing} slices are missing: interpolated from their neighbours")
+
+
+def _pixels(said: str, member: Slice) -> np.ndarray:
     """One slice in HU, int16 where its rescaling is whole-numbered. GDCM (in SimpleITK) decodes compressed ones."""
     import SimpleITK as sitk
 
+    file = masked(member.path.name, member.header)
     try:
-        image = sitk.ReadImage(str(path))
+        image = sitk.ReadImage(str(member.path))
     except RuntimeError as error:
-        raise PreprocessingError(f"{path}: slice cannot be decoded ({' '.join(str(error).split())[-120:]})") from error
+        syntax = str(getattr(member.header, "file_meta", {}).get("TransferSyntaxUID", "none"))
+        raise PreprocessingError(f"{said}: slice {file} cannot be decoded (transfer syntax {syntax})") from error
     array = sitk.GetArrayFromImage(image)
     array = array[0] if array.ndim == 3 else array
-    if array.shape != (int(header.Rows), int(header.Columns)):
-        raise PreprocessingError(
-            f"{path}: slice of shape {array.shape}, its header says {header.Rows} x {header.Columns}"
-        )
+    if array.shape != member.shape:
+        raise PreprocessingError(f"{said}: slice {file} of shape {array.shape}, its header says {member.shape}")
     if array.dtype.kind in "iu" and array.min() >= -32768 and array.max() <= 32767:
         return array.astype(np.int16)
     return array.astype(np.float32)
@@ -170,7 +221,7 @@ def _untilt(
     normal: np.ndarray,
     row: np.ndarray,
     column: np.ndarray,
-    spacing: list[float],
+    spacing: tuple[float, float],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Undo the shear of a tilted gantry: shift each slice in its plane so that slices stack along their normal."""
     from scipy.ndimage import shift
@@ -178,7 +229,9 @@ def _untilt(
     drift = step - (step @ normal) * normal
     rows, columns = float(drift @ column) / spacing[0], float(drift @ row) / spacing[1]
     straight = np.empty(array.shape, dtype=np.float32)
-    for index, plane in enumerate(array.astype(np.float32)):
+    for index, plane in enumerate(array):
         # The drift of slice i is i * (rows, columns) pixels; content moves back by as much as the grid moved on.
+        # Padding below air would bleed into what it borders on.
+        plane = np.maximum(plane, -1024).astype(np.float32)
         straight[index] = shift(plane, (index * rows, index * columns), order=1, mode="constant", cval=-1024.0)
     return straight, (step @ normal) * normal

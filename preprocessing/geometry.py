@@ -62,15 +62,16 @@ def straighten(volume: Volume, degrees: float) -> Volume:
     if np.prod(size, dtype=float) > 8 * np.prod(volume.array.shape, dtype=float):
         raise PreprocessingError(f"{volume.source}: too oblique ({degrees:.0f} degrees) for its slice distance")
     origin = (low + high) / 2 - (size - 1) / 2 * step
-    fill = float(min(AIR, volume.array.min()))
     affine = np.eye(4)
     affine[:3, :3] = np.diag(step)[:, ::-1]
     affine[:3, 3] = origin
     # ITK's resampler is not used: its decomposition of some small rotations fails, and every voxel is then fill.
     to_source = np.linalg.inv(volume.affine) @ affine
     moved = affine_transform(
-        volume.array, to_source[:3, :3], to_source[:3, 3], tuple(size[::-1]), np.float32, order=1, cval=fill
-    )
+        # Padding below air would bleed into what it borders on.
+        np.maximum(volume.array, np.asarray(AIR, volume.array.dtype)),
+        to_source[:3, :3], to_source[:3, 3], tuple(size[::-1]), np.float32, order=1, cval=AIR,
+    )  # fmt: skip
     warning = f"oblique by {degrees:.1f} degrees: resampled onto the axis-aligned grid"
     return Volume(moved, affine, volume.source, [*volume.warnings, warning])
 
@@ -85,7 +86,7 @@ def resample(volume: Volume, spec: PreprocessingSpec) -> tuple[np.ndarray, np.nd
     ]
     taps = []
     for axis, (positions, target) in enumerate(zip(sources, spec.spacing, strict=True)):
-        width = 1.0 if spec.published_geometry else max(1.0, target / volume.spacing[axis])
+        width = max(1.0, target / volume.spacing[axis]) if spec.interpolation == "antialiased" else 1.0
         (first, weights), begin, end = _taps(positions, array.shape[axis], width)
         if array.strides[axis] < 0:
             # The axis was only turned round: read it as it lies, from its other end.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -108,17 +110,17 @@ def preprocess_cohort(
     become a split of that name, which training never sees.
     """
     options = options or Options()
-    table, warnings = read_cohort(root, layout)
-    table = hold_out(table, calibration)
-    for warning in warnings:
+    cohort = read_cohort(root, layout)
+    table = hold_out(cohort.table, calibration)
+    for warning in cohort.warnings:
         print(f"warning: {root}: {warning}")
     store = VolumeStore.create(output, spec)
+    store.sweep()
     write_table(store, table)
     mine = table.iloc[shard[0] - 1 :: shard[1]]
     there = set(store.volumes)
-    base = Path(root) if Path(root).is_dir() else Path(root).parent
     due = [
-        (str(row["volume"]), base / str(row["path"]), Rescale(row["rescale_slope"], row["rescale_intercept"]))
+        (row["volume"], cohort.files[row["volume"]], Rescale(row["rescale_slope"], row["rescale_intercept"]))
         for row in mine.to_dict("records")
         if row["volume"] not in there
     ]
@@ -134,11 +136,15 @@ def quarantine_damaged(path: str | os.PathLike[str]) -> list[str]:
     """Check every stored volume; damaged ones are moved to ``quarantine/``. Returns their ids."""
     store = VolumeStore(path)
     names = store.volumes
-    damaged = [name for name in track(names, len(names), "verifying") if not store.intact(name)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        whole = list(track(pool.map(store.intact, names), len(names), "verifying"))
+    damaged = [name for name, intact in zip(names, whole, strict=True) if not intact]
     for name in damaged:
         aside = store.path / "quarantine"
         aside.mkdir(exist_ok=True)
-        os.replace(store.file(name), aside / store.file(name).name)
+        # Another shard may have set it aside in the meantime.
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(store.file(name), aside / store.file(name).name)
     return damaged
 
 
@@ -148,9 +154,13 @@ def write_table(store: VolumeStore, table: pd.DataFrame) -> None:
         table.to_parquet(partial, index=False)
 
 
+def outcomes_name(shard: tuple[int, int] = (1, 1)) -> str:
+    """The file of a store that says what became of the volumes of a run, or of one shard of it."""
+    return "outcomes.csv" if shard[1] == 1 else f"outcomes-{shard[0]}-of-{shard[1]}.csv"
+
+
 def write_outcomes(store: VolumeStore, outcomes: Iterable[Outcome], shard: tuple[int, int]) -> None:
     """``outcomes[-i-of-n].csv``: each volume done, or refused and why."""
-    name = "outcomes.csv" if shard[1] == 1 else f"outcomes-{shard[0]}-of-{shard[1]}.csv"
     rows = [
         {
             "volume": o.volume,
@@ -161,8 +171,12 @@ def write_outcomes(store: VolumeStore, outcomes: Iterable[Outcome], shard: tuple
         }
         for o in sorted(outcomes, key=lambda outcome: outcome.volume)
     ]
-    with written_beside(store.path / name) as partial:
+    with written_beside(store.path / outcomes_name(shard)) as partial:
         pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)).to_csv(partial, index=False)
+    if shard[1] == 1:
+        # Said of every volume now: what shards said is history, and must not be merged with shards to come.
+        for part in store.path.glob("outcomes-*-of-*.csv"):
+            part.unlink(missing_ok=True)
 
 
 def read_outcomes(store: VolumeStore) -> dict[str, Outcome]:
@@ -208,24 +222,59 @@ def merge_shards(path: str | os.PathLike[str]) -> list[Outcome]:
     return outcomes
 
 
-def _all(due: list[tuple[str, Path, Rescale]], store: Path, options: Options, workers: int) -> Iterator[Outcome]:
+Task = tuple[str, Path, Rescale]
+
+
+def _all(due: list[Task], store: Path, options: Options, workers: int) -> Iterator[Outcome]:
+    """Outcomes in the order in which they end. A scan that kills its process is refused; the others go on."""
     if workers == 1 or len(due) < 2:
         for task in due:
             yield _one(task, store, options)
         return
-    with ProcessPoolExecutor(workers) as pool:
-        futures = [pool.submit(_one, task, store, options) for task in due]
+    while due:
+        left = dict.fromkeys(due)
+        try:
+            for task, outcome in _in_parallel(due, store, options, workers):
+                del left[task]
+                yield outcome
+        except BrokenProcessPool:
+            # One of the first that are left: workers take tasks in order, and hold few ahead.
+            suspects = list(left)[: 2 * workers + 1]
+            for task in suspects:
+                try:
+                    yield next(_in_parallel([task], store, options, 1))[1]
+                except BrokenProcessPool:
+                    yield Outcome(
+                        task[0], f"{task[0]}: reading it killed the process (damaged, or too large for memory)"
+                    )
+                del left[task]
+        due = list(left)
+
+
+def _in_parallel(due: list[Task], store: Path, options: Options, workers: int) -> Iterator[tuple[Task, Outcome]]:
+    pool = ProcessPoolExecutor(workers)
+    try:
+        futures = {pool.submit(_one, task, store, options): task for task in due}
         for future in as_completed(futures):
-            yield future.result()
+            yield futures[future], future.result()
+    finally:
+        # A full disk or Ctrl-C must not wait for tens of thousands of tasks that are queued.
+        pool.shutdown(cancel_futures=True)
 
 
-def _one(task: tuple[str, Path, Rescale], store: Path, options: Options) -> Outcome:
+def _one(task: Task, store: Path, options: Options) -> Outcome:
     name, path, table = task
     target = VolumeStore(store)
     try:
         ready = prepare(
             path, target.spec, trust=options.trust, expect=options.expect, table=table, series=options.series
         )
+    except PreprocessingError as error:
+        return Outcome(name, str(error))
+    except Exception as error:
+        # A fault of ours in one scan must not end a run of fifty thousand; what libraries say may quote its header.
+        return Outcome(name, f"{name}: could not be prepared ({type(error).__name__}); please report this as a fault")
+    try:
         target.write(name, ready.hu)
     except PreprocessingError as error:
         return Outcome(name, str(error))

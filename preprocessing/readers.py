@@ -6,7 +6,6 @@ Nothing of a header but geometry and rescaling leaves this file: no name, id or 
 from __future__ import annotations
 
 import gzip
-import io
 import os
 import tempfile
 import zipfile
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from preprocessing.errors import PreprocessingError
+from preprocessing.identifiers import is_directory_record, read_header
 from preprocessing.volume import Volume
 
 LARGEST_VOXELS = 2**31
@@ -29,25 +29,36 @@ def read(path: str | os.PathLike[str], series: str | None = None) -> Volume:
     ``series`` names one series (SeriesInstanceUID) of several. Raises PreprocessingError with one clear line.
     """
     path = Path(path)
-    name = path.name.lower()
-    if not path.exists():
-        raise PreprocessingError(f"{path}: no such file")
     try:
-        if path.is_dir():
-            return read_dicom(path, series)
-        if path.stat().st_size == 0:
-            raise PreprocessingError(f"{path}: is empty; copy it again")
-        if name.endswith((".nii", ".nii.gz")):
-            return read_nifti(path)
-        if name.endswith((".nrrd", ".nhdr", ".mha", ".mhd")):
-            return read_itk(path)
-        if name.endswith(".npz"):
-            return read_rad_chestct(path)
-        if name.endswith(".zip"):
-            return read_zip(path, series)
-        return read_dicom(path.parent, series, only=path if name != "dicomdir" else None)
+        return _read(path, series)
+    except PreprocessingError:
+        raise
     except MemoryError as error:
         raise PreprocessingError(f"{path}: does not fit in memory") from error
+    except Exception as error:
+        # The libraries parse bytes of strangers and raise whatever those make them raise; what they say may quote the
+        # header, so only the kind is passed on.
+        raise PreprocessingError(f"{path}: cannot be read ({type(error).__name__}); it is damaged") from error
+
+
+def _read(path: Path, series: str | None) -> Volume:
+    name = path.name.lower()
+    if path.is_dir():
+        return read_dicom(path, series)
+    if not path.is_file():
+        raise PreprocessingError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    if path.stat().st_size == 0:
+        raise PreprocessingError(f"{path}: is empty; copy it again")
+    if name.endswith((".nii", ".nii.gz")):
+        return read_nifti(path)
+    if name.endswith((".nrrd", ".nhdr", ".mha", ".mhd")):
+        return read_itk(path)
+    if name.endswith(".npz"):
+        return read_rad_chestct(path)
+    if name.endswith(".zip"):
+        return read_zip(path, series)
+    # A DICOMDIR, whatever it is called, stands for what lies beside and below it.
+    return read_dicom(path.parent, series, only=None if is_directory_record(read_header(path)) else path)
 
 
 def read_nifti(path: Path) -> Volume:
@@ -60,7 +71,7 @@ def read_nifti(path: Path) -> Volume:
         with igzip.open(path, "rb") if zipped else path.open("rb") as stream:
             header = _nifti_header(path, stream.read(540))
             shape = _volume_shape(path, header.get_data_shape())
-            offset, dtype = int(header["vox_offset"]), header.get_data_dtype()
+            offset, dtype = _nifti_layout(path, header)
             if dtype.kind not in "iuf" or dtype.itemsize > 8:
                 raise PreprocessingError(f"{path}: voxels of type {dtype} are not a CT")
             size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -78,29 +89,48 @@ def read_nifti(path: Path) -> Volume:
     if len(data) < size:
         raise PreprocessingError(f"{path}: cut short ({len(data)} of {size} bytes of voxels); copy it again")
     array = np.frombuffer(data, dtype).reshape(shape, order="F")
-    slope, intercept = header.get_slope_inter()
-    if slope is not None and (slope, intercept) != (1.0, 0.0):
-        array = array.astype(np.float32) * np.float32(slope) + np.float32(intercept or 0)
-    else:
-        array = _native(array)
-    affine = header.get_best_affine()
+    slope, intercept, affine = _nifti_scale_and_affine(path, header)
+    if (slope, intercept) != (1.0, 0.0):
+        array = array.astype(np.float32)
+        array *= np.float32(slope)
+        array += np.float32(intercept)
+    return Volume(_native(array), RAS_TO_LPS @ affine, str(path))
+
+
+def _nifti_layout(path: Path, header: Any) -> tuple[int, np.dtype]:
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        offset, dtype = int(header["vox_offset"]), header.get_data_dtype()
+    except (HeaderDataError, ValueError, OverflowError, KeyError) as error:
+        raise PreprocessingError(f"{path}: its header is damaged; convert it from DICOM again") from error
+    if offset < 0:
+        raise PreprocessingError(f"{path}: its header is damaged; convert it from DICOM again")
+    return offset, dtype
+
+
+def _nifti_scale_and_affine(path: Path, header: Any) -> tuple[float, float, np.ndarray]:
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        slope, intercept = header.get_slope_inter()
+        affine = header.get_best_affine()
+    except (HeaderDataError, ValueError, OverflowError, np.linalg.LinAlgError) as error:
+        raise PreprocessingError(f"{path}: its header is damaged; convert it from DICOM again") from error
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise PreprocessingError(f"{path}: its header has no usable geometry (affine); convert it from DICOM again")
-    return Volume(array, RAS_TO_LPS @ affine, str(path))
+    return (1.0, 0.0, affine) if slope is None else (float(slope), float(intercept or 0), affine)
 
 
-def _nifti_header(path: Path, block: bytes):  # type: ignore[no-untyped-def]
+def _nifti_header(path: Path, block: bytes) -> Any:
     import nibabel as nib
-    from nibabel.spatialimages import HeaderDataError
-    from nibabel.wrapstruct import WrapStructError
 
-    for kind in (nib.Nifti1Header, nib.Nifti2Header):
-        try:
-            header = kind.from_fileobj(io.BytesIO(block))
-        except (HeaderDataError, WrapStructError, ValueError, OSError, KeyError):
-            continue
-        if bytes(header["magic"])[:3] in (b"n+1", b"n+2"):
-            return header
+    for kind, magic, size in ((nib.Nifti1Header, b"n+1", 348), (nib.Nifti2Header, b"n+2", 540)):
+        # Unchecked: nibabel mends headers aloud, here what is wrong is refused.
+        for order in "<>":
+            header = kind(block[:size], endianness=order, check=False) if len(block) >= size else None
+            if header is not None and int(header["sizeof_hdr"]) == size and bytes(header["magic"])[:3] == magic:
+                return header
     raise PreprocessingError(f"{path}: not a NIfTI file, whatever its name says")
 
 
@@ -207,22 +237,22 @@ def read_zip(path: Path, series: str | None) -> Volume:
                 )
             for number, member in enumerate(members):
                 Path(folder, f"{number:06d}").write_bytes(archive.read(member))
-            volume = read_dicom(Path(folder), series)
-    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError) as error:
-        raise PreprocessingError(f"{path}: not a readable zip ({_short(error)})") from error
-    volume.source = str(path)
-    return volume
+            return read_dicom(Path(folder), series, name=path)
+    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError) as error:
+        # What zipfile says may quote the names inside, and those the patient's.
+        raise PreprocessingError(f"{path}: not a readable zip ({type(error).__name__}); copy it again") from error
 
 
-def read_dicom(folder: Path, series: str | None = None, only: Path | None = None) -> Volume:
-    """A DICOM series of a folder; of several, the one with most slices (or the one ``series`` names).
+def read_dicom(folder: Path, series: str | None = None, only: Path | None = None, name: Path | None = None) -> Volume:
+    """A DICOM series of a folder and those below it: the one ``series`` names; else the one with most axial slices, of
+    equals the last by path; ``only`` takes the one that holds a file.
 
-    Slices are put in order and checked by their positions: tilt is corrected, uneven gaps are resampled within
-    a limit, missing and duplicate slices are refused or named.
+    Slices are put in order and checked by their positions: tilt is corrected, uneven gaps are resampled up to three
+    times the usual, copies are left out, single missing slices interpolated, all of it aloud; more is refused.
     """
     from preprocessing.dicom import read_series
 
-    return read_series(folder, series, only)
+    return read_series(folder, series, only, name)
 
 
 def _short(error: Exception) -> str:

@@ -6,8 +6,10 @@ whole or not at all. Each file carries the CRC of its voxels.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import time
 import zlib
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +26,9 @@ from preprocessing.spec import PreprocessingSpec
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 CHUNK = 64
 SUFFIX = ".b2nd"
+ABANDONED_SECONDS = 1800
+# What blosc2 makes of a file whose bytes have changed.
+BLOSC_RAISES = (RuntimeError, ValueError, OSError, SyntaxError, KeyError, TypeError, OverflowError, MemoryError)
 
 
 class VolumeStore:
@@ -91,16 +96,23 @@ class VolumeStore:
         packed = self._open(volume)
         try:
             return packed[:] if region is None else packed[region]
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, MemoryError) as error:
             raise self._damaged(volume) from error
 
     def intact(self, volume: str) -> bool:
         """Whether a volume's voxels are those that were written."""
         try:
             packed = self._open(volume)
-            return packed.shape == self.spec.shape and packed.schunk.vlmeta["crc32"] == zlib.crc32(packed[:])
-        except (PreprocessingError, RuntimeError, ValueError, KeyError, TypeError):
+            return bool(packed.schunk.vlmeta["crc32"] == zlib.crc32(packed[:]))
+        except (PreprocessingError, *BLOSC_RAISES):
             return False
+
+    def sweep(self) -> None:
+        """Remove what killed runs left beside the volumes. Half an hour old, it is nobody's work any more."""
+        for entry in os.scandir(self.path / "volumes"):
+            with contextlib.suppress(FileNotFoundError):
+                if entry.name.startswith(".") and time.time() - entry.stat().st_mtime > ABANDONED_SECONDS:
+                    os.unlink(entry.path)
 
     def _open(self, volume: str) -> blosc2.NDArray:
         path = self.file(volume)
@@ -108,9 +120,9 @@ class VolumeStore:
             raise PreprocessingError(f"{path}: this volume is not in the store; run `ctclip preprocess` again")
         try:
             packed = blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
-        except (RuntimeError, ValueError, OSError, SyntaxError, KeyError, TypeError) as error:
+        except BLOSC_RAISES as error:
             raise self._damaged(volume) from error
-        if not isinstance(packed, blosc2.NDArray) or packed.dtype != np.int16 or packed.ndim != 3:
+        if not isinstance(packed, blosc2.NDArray) or packed.dtype != np.int16 or packed.shape != self.spec.shape:
             raise self._damaged(volume)
         return packed
 

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from preprocessing.pipeline import Outcome
 
 
+SHOWN = 20
+
+
 class Trusted(StrEnum):
     auto = "auto"
     file = "trust-file"
@@ -23,24 +26,20 @@ class Expected(StrEnum):
     chest = "chest"
 
 
-class Layout(StrEnum):
-    auto = "auto"
-    ct_rate = "ct-rate"
-    rad_chestct = "rad-chestct"
-    folder = "folder"
-
-
 def preprocess(
     cohort: Path = typer.Argument(
-        ..., help="CT-RATE's or RAD-ChestCT's folder, a folder of volumes, or a CSV with a `path` column."
+        ...,
+        help="CT-RATE's or RAD-ChestCT's folder, a folder of volumes or DICOM series, a CSV with a `path` column, or one scan.",
     ),
     output: Path = typer.Option(..., "--output", "-o", help="The store; volumes already in it are kept."),
     spec: str = typer.Option("ct_224", help="A YAML file, or the name of one in configs/preprocessing."),
     workers: int = typer.Option(None, help="Processes; all cores if not given."),
-    layout: Layout = typer.Option(Layout.auto, "--cohort", help="How the cohort lies on disk."),
+    layout: str = typer.Option("auto", "--cohort", help="How it lies on disk: auto, ct-rate, rad-chestct or folder."),
     hu: Trusted = typer.Option(Trusted.auto, help="Whom to believe about Hounsfield units."),
     expect: Expected = typer.Option(Expected.any, help="Refuse what is not a chest."),
-    series: str = typer.Option(None, help="SeriesInstanceUID to take of a DICOM folder of several."),
+    series: str = typer.Option(
+        None, help="SeriesInstanceUID to take of a DICOM folder of several; else the one with most axial slices."
+    ),
     shard: str = typer.Option("1/1", help="i/n: take every n-th volume from the i-th on, for job arrays."),
     merge: bool = typer.Option(False, "--merge", help="Join the outcomes of all shards; no volume is read."),
     calibration: float = typer.Option(
@@ -56,11 +55,11 @@ def preprocess(
 
     `ctclip preprocess CT-RATE --output store --spec ct_224`
     """
-    from preprocessing.pipeline import Options, merge_shards, preprocess_cohort, quarantine_damaged
+    from preprocessing.pipeline import Options, merge_shards, outcomes_name, preprocess_cohort, quarantine_damaged
     from preprocessing.spec import PreprocessingSpec
 
     if merge:
-        _said(merge_shards(output), output)
+        _said(merge_shards(output), output / outcomes_name())
         return
     if verify:
         for damaged in quarantine_damaged(output):
@@ -69,20 +68,22 @@ def preprocess(
         cohort,
         output,
         PreprocessingSpec.load(spec),
-        layout=layout.value,
+        layout=layout,
         options=Options(trust=hu.value, expect=expect.value, series=series),
         workers=workers,
         shard=_shard(shard),
         calibration=calibration,
     )
-    _said(outcomes, output)
+    _said(outcomes, output / outcomes_name(_shard(shard)))
 
 
-def _said(outcomes: list[Outcome], output: Path) -> None:
+def _said(outcomes: list[Outcome], table: Path) -> None:
     refused = [outcome for outcome in outcomes if outcome.refused]
-    for outcome in refused[:20]:
-        print(f"refused: {outcome.refused}")
-    print(f"{len(outcomes) - len(refused)} volumes in {output}, {len(refused)} refused (see outcomes.csv there)")
+    for outcome in refused[:SHOWN]:
+        print(f"refused {outcome.volume}: {outcome.refused}")
+    if len(refused) > SHOWN:
+        print(f"... and {len(refused) - SHOWN} more")
+    print(f"{len(outcomes) - len(refused)} done, {len(refused)} refused; each with its reason: {table}")
     if refused:
         raise typer.Exit(3)
 

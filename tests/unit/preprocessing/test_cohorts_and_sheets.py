@@ -123,7 +123,8 @@ def test_rad_chestct_as_it_lies_on_disk(tmp_path: Path, hu: np.ndarray) -> None:
     labels = pd.DataFrame({"NoteAcc_DEID": ["trn00001", "val00001", "trn07777"], "nodule*right_upper": [0, 1, 0],
                            "nodule*lung": [0, 0, 1], "cardiomegaly*heart": [1, 0, 0]})  # fmt: skip
     labels.to_csv(root / "imgall_Abnormality_and_Location_Labels.csv", index=False)
-    table, warnings = read_cohort(root)
+    read = read_cohort(root)
+    table, warnings = read.table, read.warnings
     assert "trn07777" in warnings[0]
     table = table.set_index("volume")
     assert table["split"].to_dict() == {"trn00001": "train", "val00001": "valid", "tst00009": "test"}
@@ -159,7 +160,7 @@ def test_shards_are_merged_without_reading_a_volume(cohort: Path, tmp_path: Path
 
 
 def test_a_calibration_split_is_of_patients_and_of_training_alone(cohort: Path) -> None:
-    table, _ = read_cohort(cohort)
+    table = read_cohort(cohort).table
     held = hold_out(table, 0.4)
     assert (held["split"] == "calibration").any()
     assert (held.groupby("patient")["split"].nunique() == 1).all()

@@ -200,7 +200,8 @@ def test_the_stored_volume_is_the_prepared_one(cohort, store) -> None:
 
 
 def test_the_cohort_table_of_ct_rate(cohort) -> None:
-    table, warnings = read_cohort(cohort)
+    found = read_cohort(cohort)
+    table, warnings = found.table, found.warnings
     assert warnings == []
     assert len(table) == 24
     assert set(table["split"]) == {"train", "valid"}
@@ -215,7 +216,7 @@ def test_bad_tables_are_named(tmp_path, cohort) -> None:
         shutil.copytree(source / name, tmp_path / "dataset" / name)
     reports = pd.read_csv(source / "radiology_text_reports" / "train_reports.csv")
     reports.head(-2).to_csv(tmp_path / "train_reports.csv", index=False)
-    _, warnings = read_cohort(tmp_path)
+    warnings = read_cohort(tmp_path).warnings
     assert "volumes have no report" in warnings[0]
     reports.drop(columns="Findings_EN").to_csv(tmp_path / "train_reports.csv", index=False)
     with pytest.raises(PreprocessingError, match=r"train_reports\.csv: column 'Findings_EN' is missing"):

@@ -1,0 +1,51 @@
+"""Cohorts as they lie on disk, brought to one table.
+
+A layout is one module here with ``recognised(root)`` and ``read(root) -> Cohort``; a new one is found by being there.
+"""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+
+from preprocessing.cohorts.folder import scan_id
+from preprocessing.cohorts.table import COLUMNS, FILES, Cohort, check_table, hold_out, identity, label_names
+from preprocessing.errors import PreprocessingError
+
+__all__ = [
+    "COLUMNS",
+    "FILES",
+    "Cohort",
+    "check_table",
+    "hold_out",
+    "identity",
+    "label_names",
+    "layouts",
+    "read_cohort",
+    "scan_id",
+]
+
+
+def layouts() -> list[str]:
+    """Names of the layouts that are known."""
+    return [module.name for module in pkgutil.iter_modules(__path__) if module.name != "table"]
+
+
+def read_cohort(root: str | os.PathLike[str], layout: str = "auto") -> Cohort:
+    """The cohort of ``root``: a folder of a known layout, a CSV of paths, or a single scan.
+
+    ``layout``: one of ``layouts()``, or auto: the first that recognises the folder, else a plain folder.
+    """
+    folder, wanted = Path(root), layout.replace("-", "_")
+    if not folder.exists():
+        raise PreprocessingError(f"{folder}: no such cohort")
+    if wanted == "auto":
+        found = (name for name in layouts() if import_module(f"{__name__}.{name}").recognised(folder))
+        wanted = next(found, "folder")
+    elif wanted not in layouts():
+        raise PreprocessingError(f"no cohort layout {layout!r}; there are auto, {', '.join(layouts())}")
+    cohort: Cohort = import_module(f"{__name__}.{wanted}").read(folder)
+    check_table(cohort.table, folder)
+    return cohort
