@@ -8,7 +8,7 @@ import typer
 
 
 def embed(
-    scans: list[Path] = typer.Argument(None, help="Volume files, DICOM folders, folders of volumes, or 'patterns'."),
+    scans: list[Path] = typer.Argument(None, help="Volume files, DICOM folders, folders of either, or 'patterns'."),
     model: str = typer.Option(..., "--model", "-m", help="A model folder, or a hub name."),
     store: Path = typer.Option(None, help="A store of `ctclip preprocess` instead of scans."),
     split: str = typer.Option(None, help="With --store: one split of the cohort."),

@@ -19,8 +19,10 @@ def list_sets() -> None:
     for path in sorted((configs_folder() / "prompts").glob("*.yaml")):
         found = load_prompts(path)
         phrasings = sum(len(found.side(name, side)) for name in found.names() for side in (True, False))
+        graded = f", {len(found.graded)} sizes" if found.graded else ""
         print(
-            f"{path.stem}: {len(found.names())} abnormalities, {phrasings} phrasings, sections {', '.join(found.sections)}"
+            f"{path.stem}: {len(found.names())} abnormalities, {phrasings} phrasings, sections "
+            f"{', '.join(found.sections)}{graded}"
         )
 
 

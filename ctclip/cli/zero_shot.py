@@ -13,8 +13,18 @@ class Format(StrEnum):
     parquet = "parquet"
 
 
+class Trusted(StrEnum):
+    auto = "auto"
+    file = "trust-file"
+
+
+class Expected(StrEnum):
+    any = "any"
+    chest = "chest"
+
+
 def zero_shot(
-    scans: list[Path] = typer.Argument(None, help="Volume files, DICOM folders, folders of volumes, or 'patterns'."),
+    scans: list[Path] = typer.Argument(None, help="Volume files, DICOM folders, folders of either, or 'patterns'."),
     model: str = typer.Option(..., "--model", "-m", help="A model folder, or a hub name."),
     store: Path = typer.Option(None, help="A store of `ctclip preprocess` instead of scans."),
     split: str = typer.Option(None, help="With --store: one split of the cohort."),
@@ -32,8 +42,8 @@ def zero_shot(
     reports: bool = typer.Option(False, "--reports", help="With --store: embed the reports too, for retrieval."),
     batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
     processes: int = typer.Option(None, min=1, help="Processes to share the scans; one a GPU if not given."),
-    hu: str = typer.Option("auto", help="Whom to believe about Hounsfield units: auto, trust-file."),
-    expect: str = typer.Option("any", help="any, or chest: refuse what is not a chest."),
+    hu: Trusted = typer.Option(Trusted.auto, help="Whom to believe about Hounsfield units."),
+    expect: Expected = typer.Option(Expected.any, help="Refuse what is not a chest."),
     local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Set by the deepspeed launcher."),
 ) -> None:
     """Detect abnormalities by prompts, without any labelled example.
@@ -51,6 +61,8 @@ def zero_shot(
 
     if bool(scans) == (store is not None):
         raise DataError("give either scans or --store")
+    if store is None and (split is not None or reports):
+        raise DataError(f"{'--split' if split is not None else '--reports'} goes with --store")
     if classifier and (prompts or abnormality):
         raise DataError("--classifier scores its own 18 labels: leave --prompts and --abnormality out")
     if not distributed.launched():
@@ -71,31 +83,20 @@ def zero_shot(
     group = distributed.process_group() if distributed.launched() else contextlib.nullcontext(distributed.device())
     with group as device:
         loaded = load_model(model, device)
-        # A calibration belongs to the prompts it was fitted with: the model's own.
-        calibration = calibration_of(loaded) if prompts is None and not classifier else None
         if classifier:
             detector: Detector = LinearProbe(loaded)
         else:
             wanted = load_prompts(prompts or loaded.prompts or "report_style")
-            detector = Detector(loaded.model, wanted, abnormality or None, calibration)
+            detector = Detector(loaded.model, wanted, abnormality or None, calibration_of(loaded, wanted))
         source: Scans
         if store is not None:
             source = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
         else:
-            source = ScanFiles(scans, loaded.spec, trust=hu, expect=expect)  # type: ignore[arg-type]
-        found = detect(
-            loaded,
-            detector,
-            source,
-            output,
-            batch=batch,
-            reports=reports and store is not None,
-            suffix=f".{format.value}",
-        )
+            source = ScanFiles(scans, loaded.spec, trust=hu.value, expect=expect.value)
+        found = detect(loaded, detector, source, output, batch=batch, reports=reports, suffix=f".{format.value}")
     if distributed.launched_rank() != 0:
         return
-    if store is None:
-        table_of(found.table(), detector.abnormalities, calibration is not None)
+    table_of(found.table(rows=6), detector, found.volumes)
     for reason in found.refused.values():
         print(f"refused: {reason}")
     print(f"predictions: {found.predictions} ({found.volumes} volumes)")

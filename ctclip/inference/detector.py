@@ -37,6 +37,7 @@ class Detector:
         self.model = model
         self.abnormalities = tuple(abnormalities or prompts.names())
         self.positive, self.negative = pair_vectors(model, prompts, self.abnormalities)
+        self.prompts = prompts.identity()
         self.calibration = calibration
         self.grades = list(prompts.graded.values())
         self.graded = tuple(f"{name} [{grade.unit}]" for name, grade in prompts.graded.items())
@@ -61,6 +62,11 @@ class Detector:
             return margins.sigmoid()
         slope, intercept = self.calibration.of(self.abnormalities)
         return (margins * torch.as_tensor(slope).to(margins) + torch.as_tensor(intercept).to(margins)).sigmoid()
+
+    def thresholds(self) -> dict[str, float]:
+        """Of the abnormalities that were calibrated: the probability at and above which the split's best call is yes."""
+        lines = self.calibration.lines if self.calibration is not None else {}
+        return {name: lines[name].threshold for name in self.abnormalities if name in lines}
 
     @torch.inference_mode()
     def graded_values(self, embeddings: Tensor) -> Tensor:
@@ -88,10 +94,13 @@ def pair_vectors(model: DualEncoder, prompts: PromptSet, abnormalities: Sequence
 
     It is made a unit vector for ``ensemble: embeddings``, and kept as long as it is for ``logits``, whose mean of dot
     products is the dot product with the mean. With ``average: section`` each section weighs alike, however many
-    phrasings it has.
+    phrasings it has. A model that standardises its features gives both sides of a pair one length (``embeddings``; see
+    ``DualEncoder.encode_prompts``).
     """
+    shared = model.config.standardise and prompts.ensemble == "embeddings"
+    encode = model.encode_prompts if shared else model.encode_text
     groups = [prompts.groups(name, positive) for positive in (True, False) for name in abnormalities]
-    vectors = model.encode_prompts([text for sections in groups for texts in sections for text in texts])
+    vectors = encode([text for sections in groups for texts in sections for text in texts])
     means, start = [], 0
     for sections in groups:
         parts = []
@@ -100,8 +109,7 @@ def pair_vectors(model: DualEncoder, prompts: PromptSet, abnormalities: Sequence
             start += len(texts)
         means.append(torch.stack(parts).mean(dim=0))
     positive, negative = torch.stack(means).split(len(abnormalities))
-    if model.config.standardise:
-        # One length for both sides of a pair, see ``encode_prompts``.
+    if shared:
         length = (positive.norm(dim=-1, keepdim=True) + negative.norm(dim=-1, keepdim=True)) / 2
         return positive / length, negative / length
     if prompts.ensemble == "embeddings":

@@ -25,7 +25,7 @@ CHUNK = 256
 
 def embed_scans(model: DualEncoder, scans: Scans, output: Path, batch: int, refused: dict[str, str]) -> int:
     """Embed volumes into ``output``; returns how many. Refused scans are named in ``refused``."""
-    return write_tables(output, _volumes(model, scans, batch, refused))
+    return write_tables(output, _volumes(model, scans, batch, refused), refused)
 
 
 def embed_reports(model: DualEncoder, source: Path, output: Path) -> int:
@@ -60,7 +60,7 @@ def read_reports(source: Path) -> tuple[list[str], list[str]]:
     return names, texts
 
 
-def write_tables(path: Path, tables: Iterator[pa.Table]) -> int:
+def write_tables(path: Path, tables: Iterator[pa.Table], refused: dict[str, str] | None = None) -> int:
     """Stream tables of vectors into one file, whole or not at all; .npy gets the one column of vectors."""
     rows = 0
     with written_beside(path) as partial:
@@ -75,7 +75,7 @@ def write_tables(path: Path, tables: Iterator[pa.Table]) -> int:
             writer = writer or pq.ParquetWriter(partial, table.schema)
             writer.write_table(table)
         if rows == 0:
-            raise DataError("nothing to embed: every scan was refused")
+            raise DataError(next(iter((refused or {}).values()), "nothing to embed"))
         if writer is not None:
             writer.close()
         else:

@@ -29,11 +29,15 @@ class Index:
     volumes: Any
     reports: Any
     model: str
+    path: str = ""
 
     @classmethod
-    def build(cls, rows: pd.DataFrame, volumes: np.ndarray, reports: np.ndarray | None, model: str) -> Index:
-        """volumes (n, dim) unit vectors in the order of ``rows``; reports likewise, NaN where there is none."""
-        return cls(rows.loc[:, list(ROWS)].reset_index(drop=True), _flat(volumes), _reports(reports), model)
+    def build(
+        cls, rows: pd.DataFrame, volumes: np.ndarray, reports: np.ndarray | None, model: str, path: str = ""
+    ) -> Index:
+        """volumes (n, dim) unit vectors in the order of ``rows``; reports likewise, NaN where there is none; the hash
+        of the model that made them, and where it lies."""
+        return cls(rows.loc[:, list(ROWS)].reset_index(drop=True), _flat(volumes), _reports(reports), model, path)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,13 +47,15 @@ class Index:
                     faiss.write_index(index, str(partial))
         with written_beside(folder / "rows.parquet") as partial:
             self.rows.to_parquet(partial, index=False)
-        write_text(folder / "index.json", json.dumps({"model": self.model, "volumes": len(self.rows)}))
+        write_text(
+            folder / "index.json", json.dumps({"model": self.model, "path": self.path, "volumes": len(self.rows)})
+        )
 
     @classmethod
     def load(cls, folder: Path, model: str) -> Index:
         """Refuses an index made with another model than ``model``."""
+        facts = index_facts(folder)
         try:
-            facts = json.loads((folder / "index.json").read_text(encoding="utf-8"))
             rows = pd.read_parquet(folder / "rows.parquet")
             volumes = faiss.read_index(str(folder / "volumes.faiss"))
             path = folder / "reports.faiss"
@@ -60,7 +66,7 @@ class Index:
             raise DataError(f"{folder}: made with model {facts['model']}, not {model}: run `ctclip index` again")
         if volumes.ntotal != len(rows):
             raise DataError(f"{folder}: {volumes.ntotal} vectors for {len(rows)} rows: run `ctclip index` again")
-        return cls(rows, volumes, reports, model)
+        return cls(rows, volumes, reports, model, str(facts.get("path", "")))
 
     def similar(self, query: np.ndarray, count: int, *, reports: bool = False) -> pd.DataFrame:
         """The ``count`` scans whose volume (or whose report) is nearest to the unit vector ``query`` (dim,).
@@ -100,16 +106,27 @@ def _reports(vectors: np.ndarray | None) -> Any:
     return _flat(vectors[written], written) if len(written) else None
 
 
-def build_index(loaded: ModelFolder, scans: StoredScans, batch: int) -> Index:
-    """Encode the volumes and reports of a store and index them."""
+def index_facts(folder: Path) -> dict[str, Any]:
+    """``model`` (hash), ``path`` of the model folder, ``volumes``."""
+    try:
+        facts: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        return facts | {"model": str(facts["model"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: no index could be read; `ctclip index` makes one") from error
+
+
+def build_index(loaded: ModelFolder, scans: StoredScans, batch: int, refused: dict[str, str]) -> Index:
+    """Encode the volumes and reports of a store and index them; volumes that cannot be read are named in ``refused``."""
     order, vectors = [], []
-    for indices, voxels, _ in batches(scans, list(range(len(scans.rows))), batch, {}, "indexing"):
+    for indices, voxels, _ in batches(scans, list(range(len(scans.rows))), batch, refused, "indexing"):
         with torch.inference_mode():
             encoded = loaded.model.encode_volume(
                 torch.from_numpy(voxels).to(loaded.model.similarity.logit_scale.device)
             )
         order += indices
         vectors.append(encoded.float().cpu().numpy())
+    if not order:
+        raise DataError(next(iter(refused.values()), f"{scans.store.path}: no volume to index"))
     rows = scans.rows.iloc[order]
     reports = report_embeddings(loaded.model, report_texts(rows))
-    return Index.build(rows, np.concatenate(vectors), reports, loaded.hash)
+    return Index.build(rows, np.concatenate(vectors), reports, loaded.hash, str(loaded.path.resolve()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from ctclip.evaluation.calibration import Calibration
 from ctclip.inference.detector import Detector
-from ctclip.inference.prompts import load_prompts
-from ctclip.inference.show import Detection
+from ctclip.inference.prompts import PromptSet, load_prompts
+from ctclip.inference.show import Detection, calibrated
 from ctclip.models.folder import ModelFolder, load_model
 from preprocessing.pipeline import Expect, Prepared, Trust, prepare
 
@@ -33,7 +34,8 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         self.folder = folder
         self.dual = folder.model
         self.spec = folder.spec
-        self.calibration = calibration_of(folder)
+        self.prompts = load_prompts(folder.prompts or "report_style")
+        self.calibration = calibration_of(folder, self.prompts)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         shutil.copytree(self.folder.path, save_directory, dirs_exist_ok=True)
@@ -46,7 +48,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
     @cached_property
     def detector(self) -> Detector:
         """Of the model's own prompts."""
-        return Detector(self.dual, load_prompts(self.folder.prompts or "report_style"), None, self.calibration)
+        return Detector(self.dual, self.prompts, None, self.calibration)
 
     def prepare(self, scan: str | os.PathLike[str], *, trust: Trust = "auto", expect: Expect = "any") -> Prepared:
         """One scan of disk as this model wants it; see ``preprocessing.prepare``."""
@@ -68,8 +70,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         ready = self.prepare(scan, trust=trust, expect=expect)
         detector = self.detector
         if abnormalities is not None:
-            prompts = load_prompts(self.folder.prompts or "report_style")
-            detector = Detector(self.dual, prompts, abnormalities, self.calibration)
+            detector = Detector(self.dual, self.prompts, abnormalities, self.calibration)
         found = detector.detect(torch.from_numpy(ready.voxels)[None, None])
         names = detector.abnormalities
         return Detection(
@@ -77,7 +78,8 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             probabilities=dict(zip(names, found.probabilities[0].tolist(), strict=True)),
             margins=dict(zip(names, found.margins[0].tolist(), strict=True)),
             values=dict(zip(detector.graded, found.values[0].tolist(), strict=True)),
-            calibrated=self.calibration is not None,
+            thresholds=detector.thresholds(),
+            calibrated=calibrated(detector),
             model=self.folder.hash,
             spec=self.spec.hash,
             warnings=tuple(ready.warnings),
@@ -109,16 +111,23 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         return self.dual.logits(volumes, texts)
 
 
-def calibration_of(folder: ModelFolder) -> Calibration | None:
-    """The calibration kept with a model, if there is one and it is of these weights."""
+def calibration_of(folder: ModelFolder, prompts: PromptSet) -> Calibration | None:
+    """The calibration kept with a model, if there is one and it is of these weights and prompts."""
     path = folder.path / "calibration.json"
     if not path.is_file():
         return None
     found = Calibration.load(path)
     if found.model != folder.hash:
-        print(f"warning: {path} was fitted to other weights ({found.model}): not used; run `ctclip calibrate` again")
+        _unused(f"{path} was fitted to other weights ({found.model})")
+        return None
+    if found.prompts and found.prompts != prompts.identity():
+        _unused(f"{path} was fitted to the prompts {found.prompts}, these are {prompts.identity()}")
         return None
     return found
+
+
+def _unused(reason: str) -> None:
+    print(f"warning: {reason}: not used; `ctclip calibrate` fits one", file=sys.stderr)
 
 
 def load(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:

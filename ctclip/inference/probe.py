@@ -31,6 +31,7 @@ class LinearProbe(Detector):
         self.model: DualEncoder = folder.model
         self.weight, self.bias = head["weight"].float(), head["bias"].float()
         self.abnormalities = FINDINGS
+        self.prompts = "linear head"
         self.calibration = None
         self.grades, self.graded, self.ladders = [], (), []
 

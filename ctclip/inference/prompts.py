@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +62,10 @@ class PromptSet(Section):
             pairs["templates"] = self.templates
         if not pairs:
             raise ValueError("an empty prompt set: give abnormalities, or templates with {x}")
+        sides = () if self.templates is None else (self.templates.positive, self.templates.negative)
+        for text in (text for side in sides for texts in side.values() for text in texts):
+            if "{x}" not in text:
+                raise ValueError(f"the template {text!r} has no {{x}} for the abnormality's name")
         for name, pair in pairs.items():
             for positive in (True, False):
                 texts = [text for group in pair.groups(positive, self.sections) for text in group]
@@ -68,6 +73,10 @@ class PromptSet(Section):
                     side = "positive" if positive else "negative"
                     raise ValueError(f"{name}: no {side} phrasing for the sections {', '.join(self.sections)}")
         return self
+
+    def identity(self) -> str:
+        """Name and digest of everything in it."""
+        return f"{self.name} {hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]}"
 
     def pair(self, abnormality: str) -> Pair:
         """The phrasings of ``abnormality``, listed or not: unlisted names get the templates."""
@@ -89,7 +98,7 @@ class PromptSet(Section):
         return [text for texts in self.groups(abnormality, positive) for text in texts]
 
     def names(self) -> tuple[str, ...]:
-        """Abnormalities of the set; the 18 of CT-RATE where it has only templates."""
+        """Abnormalities of the set; the 18 of CT-RATE where it has none of its own."""
         return tuple(self.abnormalities) or FINDINGS
 
 

@@ -23,6 +23,7 @@ from ctclip import distributed
 from ctclip.errors import DataError
 from ctclip.evaluation.tables import embedding_table, prediction_table
 from ctclip.inference.detector import Detector
+from ctclip.inference.probe import LinearProbe
 from ctclip.inference.scans import Scans, ahead
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import ModelFolder
@@ -43,11 +44,14 @@ class Summary:
     volumes: int
     refused: dict[str, str] = field(default_factory=dict)
 
-    def table(self) -> pd.DataFrame:
-        """The prediction table, read back."""
+    def table(self, rows: int | None = None) -> pd.DataFrame:
+        """The prediction table, or its first ``rows``, read back."""
         if self.predictions.suffix == ".parquet":
-            return pd.read_parquet(self.predictions)
-        return pd.read_csv(self.predictions, dtype={"volume": str, "patient": str, "scan": str})
+            stream = pq.ParquetFile(self.predictions)
+            return (
+                stream.read() if rows is None else pa.Table.from_batches([next(stream.iter_batches(rows))])
+            ).to_pandas()
+        return pd.read_csv(self.predictions, dtype={"volume": str, "patient": str, "scan": str}, nrows=rows)
 
 
 def detect(
@@ -64,12 +68,13 @@ def detect(
 
     ``reports`` embeds each volume's report too. One refused scan does not stop the others; if all are, DataError.
     """
-    parts = output / "parts" / _key(loaded, detector, reports)
+    parts = output / "parts" / _key(loaded, detector, scans, reports)
     parts.mkdir(parents=True, exist_ok=True)
     # Read once, for all: a rank that started late would see what the others have finished since, and share otherwise.
     done = distributed.broadcast_object(_done(parts))
     left = [index for index, name in enumerate(scans.rows["volume"]) if name not in done]
-    mine = left[distributed.rank() :: distributed.world_size()]
+    # Neighbours to one rank, so that the joined table comes in the order of the scans.
+    mine = [int(index) for index in np.array_split(left, distributed.world_size())[distributed.rank()]]
     refused: dict[str, str] = {}
     waiting: list[pa.Table] = []
     for indices, voxels, warnings in batches(scans, mine, batch, refused):
@@ -80,9 +85,11 @@ def detect(
     refusals = distributed.gather_objects(refused)
     refused = {name: reason for each in refusals for name, reason in each.items()}
     summary = Summary(output / f"predictions{suffix}", output / "embeddings.parquet", len(_done(parts)), refused)
+    if summary.volumes == 0 and distributed.is_main():
+        raise DataError(next(iter(refused.values()), "no scans given"))
+    if summary.volumes == 0:
+        return summary
     if distributed.is_main():
-        if summary.volumes == 0:
-            raise DataError(next(iter(refused.values()), "no scans given"))
         order = {name: row for row, name in enumerate(scans.rows["volume"])}
         _join(parts, summary, order)
         shutil.rmtree(output / "parts")
@@ -147,6 +154,7 @@ def _scored(
     table = prediction_table(
         identity, list(detector.abnormalities), found.probabilities.float().cpu().numpy(),
         found.margins.float().cpu().numpy(), values, model=loaded.hash, spec=loaded.spec.hash,
+        supervision=supervision(loaded, detector), prompts=detector.prompts,
     )  # fmt: skip
     vectors = {VOLUME: found.embeddings.float().cpu().numpy()}
     if reports:
@@ -157,9 +165,20 @@ def _scored(
     return columns
 
 
-def _key(loaded: ModelFolder, detector: Detector, reports: bool) -> str:
-    """Parts made with another model, other prompts or another calibration are not these."""
-    digest = hashlib.sha256(json.dumps([loaded.hash, loaded.spec.hash, detector.abnormalities, reports]).encode())
+def supervision(loaded: ModelFolder, detector: Detector) -> str:
+    """What the model learned from, as its card says; a linear head saw labels whatever the card says."""
+    if isinstance(detector, LinearProbe):
+        return "label-supervised"
+    card = loaded.path / "model_card.md"
+    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("supervision:")), "")
+
+
+def _key(loaded: ModelFolder, detector: Detector, scans: Scans, reports: bool) -> str:
+    """Parts made with another model, other prompts or another calibration, or of other scans, are not these."""
+    names = list(scans.rows["volume"])
+    facts = [loaded.hash, loaded.spec.hash, detector.abnormalities, detector.graded, reports, names, scans.origin()]
+    digest = hashlib.sha256(json.dumps(facts).encode())
     digest.update(detector.identity())
     return digest.hexdigest()[:16]
 

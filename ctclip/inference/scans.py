@@ -14,7 +14,9 @@ import pandas as pd
 
 from ctclip.data.dataset import stored_rows
 from ctclip.errors import DataError
-from preprocessing.cohorts import FILES, identity
+from preprocessing.cohorts import read_cohort
+from preprocessing.cohorts.folder import scan_id
+from preprocessing.errors import PreprocessingError
 from preprocessing.pipeline import Expect, Trust, prepare
 from preprocessing.spec import PreprocessingSpec
 from preprocessing.store import VolumeStore
@@ -27,6 +29,9 @@ class Scans(Protocol):
     """``rows``: a row a volume with volume, patient, scan (and findings, impression where reports are known)."""
 
     rows: pd.DataFrame
+
+    def origin(self) -> str:
+        """Differs where the scans are others, though their names be the same."""
 
     def voxels(self, index: int) -> tuple[np.ndarray, str]:
         """Model-ready voxels [slice, row, column] of one row, and warnings. Raises PreprocessingError."""
@@ -44,6 +49,9 @@ class StoredScans:
         self.store, self.spec = store, spec
         self.rows = stored_rows(store, split)
 
+    def origin(self) -> str:
+        return f"{self.store.path.resolve()} {self.spec.hash}"
+
     def voxels(self, index: int) -> tuple[np.ndarray, str]:
         return self.spec.normalise(self.store.read(str(self.rows["volume"].iloc[index]))), ""
 
@@ -56,7 +64,7 @@ class ScanFiles:
     ) -> None:
         self.paths = _expanded(paths)
         self.spec, self.trust, self.expect = spec, trust, expect
-        names = [identity(path) for path in self.paths]
+        names = [scan_id(path) for path in self.paths]
         if len(set(names)) < len(names):
             # Files of one name in different folders keep apart by their folder.
             names = [f"{path.parent.name}/{name}" for path, name in zip(self.paths, names, strict=True)]
@@ -64,6 +72,11 @@ class ScanFiles:
             twice = next(name for name in names if names.count(name) > 1)
             raise DataError(f"two scans would both be called {twice!r}: give each once, or rename one")
         self.rows = pd.DataFrame({"volume": names, "patient": names, "scan": names})
+
+    def origin(self) -> str:
+        facts = [(path.resolve(), path.stat()) for path in self.paths if path.exists()]
+        read = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in facts]
+        return "\n".join([self.trust, self.expect, *read])
 
     def voxels(self, index: int) -> tuple[np.ndarray, str]:
         ready = prepare(self.paths[index], self.spec, trust=self.trust, expect=self.expect)
@@ -83,7 +96,7 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 2) -> I
 
 
 def _expanded(paths: Sequence[Path]) -> list[Path]:
-    """Folders of volume files become their files, patterns what they match; a folder of DICOM slices is one scan."""
+    """Patterns become what they match, folders the volume files and the DICOM series' folders below them."""
     found: list[Path] = []
     for path in paths:
         if not path.exists() and glob.has_magic(str(path)):
@@ -93,8 +106,15 @@ def _expanded(paths: Sequence[Path]) -> list[Path]:
         else:
             matched = [path]
         for one in matched:
-            inside = sorted(p for p in one.rglob("*") if p.name.lower().endswith(FILES)) if one.is_dir() else []
-            found += inside or [one]
+            found += _inside(one) if one.is_dir() else [one]
     if not found:
         raise DataError("no scans given")
     return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    """Volumes below a folder; the folder itself where none is recognised, so that reading it says why."""
+    try:
+        return list(read_cohort(folder, "folder").files.values())
+    except PreprocessingError:
+        return [folder]

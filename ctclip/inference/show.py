@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
+if TYPE_CHECKING:
+    from ctclip.inference.detector import Detector
+
 NOTE = "zero-shot, not for diagnosis"
+ABOVE = "* at or above the threshold of the calibration split"
+MOST_SCANS = 6
 
 
 @dataclass(frozen=True)
 class Detection:
-    """What a model sees in one scan: ``probabilities`` and ``margins`` by abnormality, graded ``values``, warnings.
+    """What a model sees in one scan: ``probabilities`` and ``margins`` by abnormality, graded ``values`` (the size of a
+    finding if it is there), ``thresholds`` of what was calibrated, warnings, hashes of model and spec.
 
     Prints as a table, and shows as one in a notebook.
     """
@@ -22,9 +28,10 @@ class Detection:
     probabilities: dict[str, float]
     margins: dict[str, float]
     values: dict[str, float]
-    calibrated: bool
+    calibrated: str
     model: str
     spec: str
+    thresholds: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def ranked(self) -> list[tuple[str, float]]:
@@ -32,54 +39,84 @@ class Detection:
         return sorted(self.probabilities.items(), key=lambda item: -item[1])
 
     def frame(self) -> pd.DataFrame:
-        """probability and margin, a row an abnormality, the likeliest first."""
+        """probability, margin and threshold (NaN where none is known), a row an abnormality, the likeliest first."""
         names = [name for name, _ in self.ranked()]
-        columns = {name: [self.probabilities[name], self.margins[name]] for name in names}
-        return pd.DataFrame.from_dict(columns, orient="index", columns=["probability", "margin"])
+        rows = {n: [self.probabilities[n], self.margins[n], self.thresholds.get(n, float("nan"))] for n in names}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["probability", "margin", "threshold"])
+
+    def above(self, name: str) -> bool:
+        """Whether an abnormality was calibrated and reaches its threshold."""
+        return self.probabilities[name] >= self.thresholds.get(name, float("inf"))
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.probabilities)
-        lines = [self._title()]
-        lines += [f"{name:<{width}}  {p:6.1%}  {'#' * round(20 * p)}" for name, p in self.ranked()]
-        lines += [f"{name}: {value:.1f}" for name, value in self.values.items()]
+        lines = [self._title(), f"{'':<{width}}  probability   margin"]
+        for name, p in self.ranked():
+            mark = "*" if self.above(name) else " "
+            lines.append(
+                f"{name:<{width}}  {p:>11.1%}{mark}{self.margins[name]:>+8.2f}  {'█' * round(20 * p)}".rstrip()
+            )
+        lines += [f"{name}: {value:.1f} if present" for name, value in self.values.items()]
+        lines += [ABOVE] if self.thresholds else []
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
+        bar = "<div style='background:#2f6f9f;height:.7em;width:{:.0f}px'></div>"
         rows = "".join(
-            f"<tr><td style='text-align:left'>{escape(name)}</td><td>{p:.1%}</td><td>{self.margins[name]:+.2f}</td></tr>"
+            f"<tr><td style='text-align:left'>{escape(name)}</td><td>{p:.1%}{' *' if self.above(name) else ''}</td>"
+            f"<td>{self.margins[name]:+.2f}</td><td style='text-align:left'>{bar.format(120 * p)}</td></tr>"
             for name, p in self.ranked()
         )
-        notes = "".join(f"<p>{escape(text)}</p>" for text in self.warnings)
+        notes = [f"{name}: {value:.1f} if present" for name, value in self.values.items()]
+        notes += ([ABOVE] if self.thresholds else []) + [f"Warning: {text}" for text in self.warnings]
         return (
-            f"<b>{escape(self._title())}</b><table><tr><th>abnormality</th><th>probability</th><th>margin</th></tr>"
-            f"{rows}</table>{notes}"
+            f"<b>{escape(self._title())}</b><table><tr><th style='text-align:left'>abnormality</th><th>probability</th>"
+            f"<th>margin</th><th></th></tr>{rows}</table>{''.join(f'<p>{escape(note)}</p>' for note in notes)}"
         )
 
     def _title(self) -> str:
-        return f"{self.scan} ({'calibrated' if self.calibrated else 'not calibrated'}; {NOTE})"
+        return f"{self.scan} ({self.calibrated}; {NOTE})"
 
 
-def table_of(table: pd.DataFrame, abnormalities: Sequence[str], calibrated: bool, most: int = 20) -> None:
-    """Print a table of probabilities: a row an abnormality, a column a scan (the first few of many)."""
+def calibrated(detector: Detector) -> str:
+    """In words, how far the probabilities were calibrated."""
+    known = detector.thresholds()
+    without = [name for name in detector.abnormalities if name not in known]
+    if not without:
+        return "calibrated"
+    return f"calibrated but for {', '.join(without)}" if known else "not calibrated"
+
+
+def table_of(table: pd.DataFrame, detector: Detector, volumes: int) -> None:
+    """Print a table of probabilities: a row an abnormality, a column a scan (the first few of ``volumes``)."""
     from rich.console import Console
     from rich.table import Table
 
-    shown = table.head(6)
-    grid = Table(title=f"Probabilities ({'calibrated' if calibrated else 'not calibrated'}; {NOTE})")
-    grid.add_column("abnormality")
+    console = Console()
+    # A column needs some fourteen characters to be read.
+    shown = table.head(min(MOST_SCANS, max(1, (console.width - 40) // 14)))
+    grid = Table(title=f"Probabilities ({calibrated(detector)}; {NOTE})")
+    grid.add_column("abnormality", no_wrap=True)
     for name in shown["volume"]:
-        grid.add_column(str(name), justify="right")
-    order = sorted(abnormalities, key=lambda name: -float(shown[name].to_numpy()[0]))[:most]
-    for name in order:
-        grid.add_row(name, *[f"{value:.2f}" for value in shown[name]])
+        grid.add_column(str(name), justify="right", overflow="fold")
+    if len(shown) == 1:
+        grid.add_column("margin", justify="right")
+    known = detector.thresholds()
+    for name in sorted(detector.abnormalities, key=lambda name: -float(shown[name].to_numpy()[0])):
+        cells = [f"{value:.2f}{'*' if value >= known.get(name, 2) else ' '}" for value in shown[name]]
+        if len(shown) == 1:
+            cells.append(f"{shown[f'margin:{name}'].iloc[0]:+.2f}")
+        grid.add_row(name, *cells)
     for name in [name for name in shown.columns if name.startswith("value:")]:
-        grid.add_row(name.removeprefix("value:"), *[f"{value:.1f}" for value in shown[name]])
-    Console().print(grid)
-    if len(table) > len(shown):
-        print(f"({len(table) - len(shown)} more in the file)")
+        grid.add_row(f"{name.removeprefix('value:')}, if present", *[f"{value:.1f} " for value in shown[name]])
+    console.print(grid)
+    if known:
+        console.print(ABOVE)
+    if volumes > len(shown):
+        print(f"({volumes - len(shown)} more in the file)")
     for row in shown.itertuples():
         if isinstance(row.warnings, str) and row.warnings:
             print(f"{row.volume}: {row.warnings}")
@@ -92,7 +129,7 @@ def neighbours(title: str, hits: pd.DataFrame) -> None:
 
     grid = Table(title=title)
     grid.add_column("similarity", justify="right")
-    grid.add_column("volume")
+    grid.add_column("volume", overflow="fold")
     grid.add_column("impression (findings where there is none)")
     for hit in hits.itertuples():
         said = str(hit.impression) or str(hit.findings)

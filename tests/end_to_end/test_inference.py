@@ -65,13 +65,71 @@ def test_detection_goes_on_where_it_was_interrupted(model: Path, store: Path, tm
     assert not (tmp_path / "again" / "parts").exists()
 
 
+def test_what_an_interrupted_run_left_is_not_taken_for_other_scans(
+    model: Path, cohort: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("ctclip.inference.run.PART_BATCHES", 1)
+    first, second, third = scans_of(cohort, 3)
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder, contents in zip(folders, ((first, second), (third, second)), strict=True):
+        folder.mkdir()
+        for name, path in zip(("x.nii.gz", "y.nii.gz"), contents, strict=True):
+            (folder / name).write_bytes(path.read_bytes())
+    loaded = load_model(model)
+    detector = Detector(loaded.model, load_prompts("report_style"))
+    honest = ScanFiles.voxels
+
+    def interrupted(self: ScanFiles, index: int):
+        if index == 1:
+            raise KeyboardInterrupt
+        return honest(self, index)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ScanFiles, "voxels", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            detect(loaded, detector, ScanFiles([folders[0]], loaded.spec), tmp_path / "out", batch=1)
+    assert list((tmp_path / "out" / "parts").rglob("*.parquet")), "the first of them was done"
+    found = detect(loaded, detector, ScanFiles([folders[1]], loaded.spec), tmp_path / "out", batch=1).table()
+    alone = detect(loaded, detector, ScanFiles([third], loaded.spec), tmp_path / "alone").table()
+    assert list(found["volume"]) == ["x", "y"]
+    assert found["Emphysema"][0] == pytest.approx(alone["Emphysema"][0], abs=1e-6)
+
+
+def test_memory_does_not_grow_with_the_number_of_scans(model: Path, tmp_path: Path) -> None:
+    class Many:
+        def __init__(self, count: int) -> None:
+            names = [f"v{index:04d}" for index in range(count)]
+            self.rows = pd.DataFrame({"volume": names, "patient": names, "scan": names})
+
+        def origin(self) -> str:
+            return ""
+
+        def voxels(self, index: int) -> tuple[np.ndarray, str]:
+            return np.full((64, 80, 112), index % 7 / 7, dtype=np.float32), ""
+
+    def resident() -> float:
+        return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) / 1024
+
+    loaded = load_model(model)
+    detector = Detector(loaded.model, load_prompts("report_style"))
+    detect(loaded, detector, Many(16), tmp_path / "few")
+    before = resident()
+    found = detect(loaded, detector, Many(160), tmp_path / "many")
+    assert found.volumes == 160
+    # The voxels of 160 volumes are 367 MB.
+    assert resident() - before < 60
+
+
 def test_two_processes_find_what_one_finds(model: Path, store: Path, tmp_path: Path) -> None:
-    for count in (1, 2):
-        done = run("zero-shot", "--model", model, "--store", store, "--processes", count, "--output", tmp_path / str(count), "--reports")  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
+    arguments = ("zero-shot", "--model", model, "--store", store, "--reports", "--output")
+    assert typed(*arguments, tmp_path / "1") == 0
+    done = run(*arguments, tmp_path / "2", "--processes", 2)
+    assert done.returncode == 0, done.stderr[-2000:]
     one, two = (
         pd.read_csv(tmp_path / str(count) / "predictions.csv").set_index("volume").sort_index() for count in (1, 2)
     )
+    order = list(pd.read_csv(tmp_path / "2" / "predictions.csv")["volume"])
+    assert order == sorted(order), "the shares of two processes are joined in the order of the scans"
     assert list(one.index) == list(two.index)
     assert np.allclose(one["Emphysema"], two["Emphysema"], atol=1e-5)
     vectors = read_embeddings(tmp_path / "2" / "embeddings.parquet")
@@ -92,10 +150,43 @@ def test_several_scans_a_pattern_and_a_refused_one(model: Path, cohort: Path, tm
     assert "zz_broken.nii.gz" in said
     table = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
     assert len(table) == 3
-    assert table["model"].nunique() == 1
-    assert table["spec"].nunique() == 1
+    for column in ("model", "spec", "prompts"):
+        assert table[column].nunique() == 1
+    assert set(table["supervision"]) == {"reports only"}
     with pytest.raises(DataError, match="matches nothing"):
         ScanFiles([tmp_path / "nothing*.nii"], load_model(model).spec)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give either scans or --store"),
+        (["x.nii.gz", "--split", "valid"], "--split goes with --store"),
+        (["x.nii.gz"], "x.nii.gz"),
+        (["x*.nii.gz"], "the pattern matches nothing"),
+        (["x.nii.gz", "--prompts", "nothing"], "report_style"),
+    ],
+)
+def test_what_cannot_be_detected_is_said_in_one_line(model: Path, tmp_path: Path, capsys, monkeypatch, arguments, said) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert typed("zero-shot", "--model", model, *arguments, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert said in error
+
+
+def test_a_dicom_folder_and_a_folder_of_them(model: Path, shared: Path, tmp_path: Path, capsys) -> None:
+    series = ["lungdx_A0002_siemens_B40f_8mm_30", "ts_abd_contrast_siemens_20"]
+    one = typed("zero-shot", "--model", model, shared / "ct" / "dicom" / series[0], "--output", tmp_path / "one")
+    assert one == 0
+    for name in series:
+        (tmp_path / "study" / name).mkdir(parents=True)
+        for path in (shared / "ct" / "dicom" / name).iterdir():
+            (tmp_path / "study" / name / path.name).symlink_to(path)
+    assert typed("zero-shot", "--model", model, tmp_path / "study", "--output", tmp_path / "two") == 0
+    assert list(pd.read_csv(tmp_path / "two" / "predictions.csv")["volume"]) == series
+    capsys.readouterr()
+    assert typed("zero-shot", "--model", model, shared / "ct" / "dicom" / series[0], "--expect", "chest", "--hu", "trust-file", "--output", tmp_path / "one") == 0  # fmt: skip
 
 
 def test_a_notebook_gets_a_result_that_shows_itself(model: Path, cohort: Path) -> None:
@@ -106,7 +197,8 @@ def test_a_notebook_gets_a_result_that_shows_itself(model: Path, cohort: Path) -
     assert found.ranked()[0][1] == max(found.probabilities.values())
     assert "Cardiomegaly" in str(found)
     assert "<table>" in found._repr_html_()
-    assert list(found.frame().columns) == ["probability", "margin"]
+    assert list(found.frame().columns) == ["probability", "margin", "threshold"]
+    assert "not calibrated" in str(found)
     assert list(loaded.detect(scan, ["pneumothorax"]).probabilities) == ["pneumothorax"]
     vector = loaded.encode_text(["No pleural effusion."])
     assert float(vector.norm()) == pytest.approx(1, abs=1e-5)
@@ -125,6 +217,14 @@ def test_graded_prompts_give_a_size(model: Path, cohort: Path, tmp_path: Path) -
     prompts.write_text(prompts.read_text().replace("{value} mm lung", "lung"))
     with pytest.raises(PromptError, match=r"has no \{value\}"):
         load_prompts(prompts)
+    prompts.write_text(
+        "name: x\ntemplates:\n  positive: {findings: [It is there.]}\n  negative: {findings: ['No {x}.']}\n"
+    )
+    with pytest.raises(PromptError, match=r"has no \{x\}"):
+        load_prompts(prompts)
+    (tmp_path / "blank.yaml").write_text("")
+    with pytest.raises(PromptError, match=r"blank\.yaml: expected a mapping"):
+        load_prompts(tmp_path / "blank.yaml")
     (tmp_path / "empty.yaml").write_text("name: nothing\n")
     with pytest.raises(PromptError, match="empty prompt set"):
         load_prompts(tmp_path / "empty.yaml")
@@ -159,14 +259,16 @@ def test_embed_index_and_similar(model: Path, store: Path, cohort: Path, tmp_pat
     assert typed("index", "--model", model, "--store", store, "--output", tmp_path / "index") == 0
     capsys.readouterr()
     scan = scans_of(cohort, 1)[0]
-    assert (
-        typed("similar", scan, "--model", model, "--index", tmp_path / "index", "-k", 3, "-o", tmp_path / "s.csv") == 0
-    )
+    # The index knows which model made it.
+    assert typed("similar", scan, "--index", tmp_path / "index", "-k", 3, "-o", tmp_path / "s.csv") == 0
     hits = pd.read_csv(tmp_path / "s.csv")
     nearest = hits[hits["nearest"] == "scan"]
     assert nearest["volume"].iloc[0].rsplit("_", 1)[0] == scan.name.removesuffix(".nii.gz").rsplit("_", 1)[0]
     assert nearest["scan"].is_unique
     facts = json.loads((tmp_path / "index" / "index.json").read_text())
+    (tmp_path / "index" / "index.json").write_text(json.dumps({**facts, "path": "/nowhere"}))
+    assert typed("similar", "--text", "Effusion.", "--index", tmp_path / "index") == 2
+    assert "name it with --model" in capsys.readouterr().err
     (tmp_path / "index" / "index.json").write_text(json.dumps({**facts, "model": "other"}))
     assert typed("similar", "--text", "Effusion.", "--model", model, "--index", tmp_path / "index") == 2
     assert "run `ctclip index` again" in capsys.readouterr().err
@@ -183,7 +285,9 @@ def test_lint_warns_of_sides_that_coincide(model: Path, tmp_path: Path, capsys) 
     assert "report_style" in capsys.readouterr().out
 
 
-def test_calibration_is_kept_with_the_model_and_used(model: Path, store: Path, tmp_path: Path, capsys) -> None:
+def test_calibration_is_kept_with_the_model_and_used(
+    model: Path, store: Path, cohort: Path, tmp_path: Path, capsys
+) -> None:
     loaded = load_model(model)
     table = pd.DataFrame({"volume": VolumeStore(store).volumes})
     random = np.random.default_rng(0)
@@ -197,6 +301,13 @@ def test_calibration_is_kept_with_the_model_and_used(model: Path, store: Path, t
         )
         assert code == 0
         assert typed("zero-shot", "--model", model, "--store", store, "--output", tmp_path / "after") == 0
+        capsys.readouterr()
+        shown = ctclip.load(str(model)).detect(scans_of(cohort, 1)[0])
+        assert "(calibrated;" in str(shown)
+        assert shown.thresholds["Emphysema"] == pytest.approx(shown.frame().at["Emphysema", "threshold"])
+        other = typed("zero-shot", "--model", model, "--store", store, "--prompts", "published", "--output", tmp_path / "other")  # fmt: skip
+        assert other == 0
+        assert "was fitted to the prompts report_style" in capsys.readouterr().err
         fitted = json.loads((model / "calibration.json").read_text())
     finally:
         (model / "calibration.json").unlink(missing_ok=True)
