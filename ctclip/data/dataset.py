@@ -58,6 +58,8 @@ class StoredVolumes(Dataset):
             raise DataError("data.store is not set: name the folder that `ctclip preprocess` wrote")
         self.store = VolumeStore(Path(config.store))
         self.rows = stored_rows(self.store, split)
+        if training:
+            self.rows = with_report(self.rows, f"{self.store.path}: split {split!r}")
         if training and config.volumes is not None:
             self.rows = some_scans(self.rows, config.volumes, seed)
         self.scan_numbers = pd.factorize(self.rows["scan"])[0]
@@ -99,6 +101,14 @@ def stored_rows(store: VolumeStore, split: str | None) -> pd.DataFrame:
         known = ", ".join(sorted(table["split"].unique()))
         raise DataError(f"{store.path}: no stored volume of split {split!r} (the cohort has: {known})")
     return stored.sort_values("volume").reset_index(drop=True)
+
+
+def with_report(rows: pd.DataFrame, where: str) -> pd.DataFrame:
+    """The rows that say anything in findings or impression; nothing can be learned from the others."""
+    said = (rows["findings"].fillna("").str.strip() + rows["impression"].fillna("").str.strip()) != ""
+    if not said.any():
+        raise DataError(f"{where} has no volume with a report; preprocess the cohort together with its reports table")
+    return rows[said].reset_index(drop=True)
 
 
 def some_scans(rows: pd.DataFrame, volumes: int, seed: int) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from ctclip.data.dataset import (
     shifted,
     some_scans,
     turned,
+    with_report,
 )
 from ctclip.data.reports import Report, ReportViews, negates
 from ctclip.errors import DataError
@@ -139,3 +140,12 @@ def test_fewer_volumes_are_part_of_more_and_of_whole_scans() -> None:
     assert few["scan"].nunique() == 2
     assert set(few["volume"]) < set(more["volume"])
     assert set(some_scans(rows, 6, seed=3)["volume"]) != set(few["volume"])
+
+
+def test_volumes_without_a_report_are_not_learned_from() -> None:
+    rows = pd.DataFrame(
+        {"volume": ["a", "b", "c"], "findings": ["A nodule.", " ", ""], "impression": ["", None, "Normal."]}
+    )
+    assert list(with_report(rows, "store")["volume"]) == ["a", "c"]
+    with pytest.raises(DataError, match="store: split 'train' has no volume with a report"):
+        with_report(rows.iloc[1:2], "store: split 'train'")
