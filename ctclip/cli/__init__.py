@@ -73,8 +73,19 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         app(arguments)
+    except SystemExit as end:
+        _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
     except (CtclipError, PreprocessingError, OSError) as error:
         if "--debug" in arguments:
             raise
         print(f"error: {error}", file=sys.stderr)
+        _leave(2)
         sys.exit(2)
+
+
+def _leave(code: int) -> None:
+    # Whoever has not loaded it (and torch, which takes seconds) has not been one of several processes.
+    distributed = sys.modules.get("ctclip.distributed")
+    if distributed is not None:
+        distributed.leave(code)

@@ -35,6 +35,7 @@ def main() -> None:
     with distributed.process_group() as device:
         for case in json.loads(cases.read_text()):
             run(case, cases.parent, device)
+    distributed.leave(0)
 
 
 def run(case: dict[str, Any], folder: Path, device: torch.device) -> None:

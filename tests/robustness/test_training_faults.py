@@ -13,27 +13,38 @@ from pathlib import Path
 
 import pytest
 
-from ctclip.distributed import free_port
-
 from ..end_to_end.conftest import TINY
+from .processes import Command, Done
 
 # A low rate keeps rounding from growing into another curve.
 SETTINGS = [*TINY, "training.epochs=4", "training.learning_rate=1e-4", "training.text_learning_rate=1e-4"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-ENVIRONMENT.pop("RANK", None)
+# Every batch of every step, as the engine is given it.
+RECORDED = """
+import json, os, zlib; from ctclip.training.engine import Engine; step_ = Engine.step
+def recording(self, batch, number, steps):
+    seen = [number, zlib.crc32(batch.volumes.numpy().tobytes()), batch.texts, batch.scans.tolist()]
+    with open(os.environ["BATCHES"], "a") as stream: stream.write(json.dumps(seen) + "\\n")
+    return step_(self, batch, number, steps)
+Engine.step = recording
+"""
 
 
-def command(store: Path, output: Path, *more: str, launcher: tuple[str, ...] = ("-m", "ctclip.train")) -> list[str]:
-    return [sys.executable, *launcher, "--config", "phantom_tiny", "--store", str(store), "--output", str(output), *SETTINGS, *more]  # fmt: skip
+def command(store: Path, output: Path, *more: str) -> list[str]:
+    return ["train", "--config", "phantom_tiny", "--store", str(store), "--output", str(output), *SETTINGS, *more]
 
 
-def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    given = {**ENVIRONMENT, **environment}
-    return subprocess.run(arguments, capture_output=True, text=True, env=given, timeout=240, check=False)
+def run(arguments: list[str], patch: str = "") -> Done:
+    return Command(arguments, patch).wait()
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)  # fmt: skip
+def recorded(path: Path) -> str:
+    return f"import os; os.environ['BATCHES'] = {str(path)!r}{RECORDED}"
+
+
+def batches(path: Path) -> dict[int, list[object]]:
+    """The last batch of each step."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {number: rest for number, *rest in lines}
 
 
 def losses(output: Path) -> dict[int, float]:
@@ -51,14 +62,7 @@ def wait_for_step(output: Path, step: int) -> None:
     raise AssertionError("training did not get so far")
 
 
-def patched(body: str, arguments: list[str]) -> list[str]:
-    """The same command in a process in which ``body`` has replaced something."""
-    index = arguments.index("ctclip.train")
-    script = f"{body}\nimport sys; from ctclip.cli import main; sys.argv[0] = 'ctclip'; main(['train', *sys.argv[1:]])"
-    return [sys.executable, "-c", script, *arguments[index + 1 :]]
-
-
-def last_line(done: subprocess.CompletedProcess[str]) -> str:
+def last_line(done: Done) -> str:
     assert done.returncode == 2, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
     return done.stderr.strip().splitlines()[-1]
@@ -66,9 +70,9 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.fixture(scope="module")
 def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happened to."""
+    """The run that nothing happened to, and beside it what its batches were."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    done = run(command(store, output))
+    done = run(command(store, output), recorded(output.with_name("batches")))
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(losses(output)) >= 8
     return output
@@ -82,13 +86,17 @@ def same_curve(output: Path, whole: Path, tolerance: float = 1e-6) -> None:
 
 def test_kill_9_and_the_same_command_again(store: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    process = start(command(store, output))
+    recording = recorded(tmp_path / "batches")
+    process = Command(command(store, output), recording)
     wait_for_step(output, 4)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    assert process.wait().returncode == -signal.SIGKILL
     assert not (output / "model").exists()
-    assert run(command(store, output)).returncode == 0
+    assert run(command(store, output), recording).returncode == 0
     same_curve(output, whole)
+    found = batches(tmp_path / "batches")
+    assert len(found) == len(losses(whole))
+    assert found == batches(whole.with_name("batches"))
 
 
 def test_kill_9_while_a_batch_is_read(store: Path, whole: Path, tmp_path: Path) -> None:
@@ -97,29 +105,53 @@ def test_kill_9_while_a_batch_is_read(store: Path, whole: Path, tmp_path: Path) 
         "import os; from preprocessing.store import VolumeStore; real, calls = VolumeStore.read, []\n"
         "def dying(self, *a):\n"
         "    calls.append(1)\n"
-        "    if len(calls) == 30: os.kill(os.getpid(), 9)\n"
+        "    if len(calls) == 22: os.kill(os.getpid(), 9)\n"
         "    return real(self, *a)\n"
         "VolumeStore.read = dying"
     )
-    died = run(patched(body, command(store, output, "data.workers=0")))
-    assert died.returncode == -signal.SIGKILL
+    assert run(command(store, output, "data.workers=0"), body).returncode == -signal.SIGKILL
     assert losses(output)
     assert run(command(store, output)).returncode == 0
     same_curve(output, whole)
 
 
-def test_kill_9_of_one_rank_of_two(store: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", ["one", "all"])
+def test_kill_9_of_ranks_of_two(store: Path, whole: Path, tmp_path: Path, killed: str) -> None:
     output = tmp_path / "run"
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "ctclip.train")  # fmt: skip
-    process = start(command(store, output, launcher=launcher))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ctclip.train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *command(store, output)[1:]],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True,
+    )  # fmt: skip
     wait_for_step(output, 3)
-    ranks = subprocess.run(["pgrep", "-g", str(process.pid), "-f", "ctclip.train"], capture_output=True, text=True, check=False).stdout.split()  # fmt: skip
-    os.kill(max(int(rank) for rank in ranks), signal.SIGKILL)
-    process.communicate(timeout=120)
-    assert process.returncode != 0
+    if killed == "all":
+        for rank in _ranks(process.pid):
+            os.kill(rank, signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)
+    else:
+        os.kill(max(_ranks(process.pid)), signal.SIGKILL)
+    # The launcher ends the other rank; nothing is left to wait for ever.
+    assert process.wait(timeout=120) != 0
+    assert not _ranks(process.pid)
     # One process goes on where two were; sums over two ranks round otherwise.
     assert run(command(store, output)).returncode == 0
-    same_curve(output, whole, 1e-2)
+    same_curve(output, whole, 1e-4)
+
+
+def _ranks(launcher: int) -> list[int]:
+    """Processes that ``launcher`` has started and that live, itself not among them."""
+    found = subprocess.run(
+        ["pgrep", "-f", "ctclip.train.*--output"], capture_output=True, text=True, check=False
+    ).stdout
+    return [int(pid) for pid in found.split() if int(pid) != launcher and _parent(int(pid)) == launcher]
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 def test_kill_9_while_a_checkpoint_is_written(store: Path, whole: Path, tmp_path: Path) -> None:
@@ -131,7 +163,7 @@ def test_kill_9_while_a_checkpoint_is_written(store: Path, whole: Path, tmp_path
         "    if len(calls) == 2: os.truncate(path, 1000); os.kill(os.getpid(), 9)\n"
         "c.save_file = dying"
     )
-    assert run(patched(body, command(store, output))).returncode == -signal.SIGKILL
+    assert run(command(store, output), body).returncode == -signal.SIGKILL
     assert list((output / "checkpoints").glob(".step_*.partial"))
     done = run(command(store, output))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -139,14 +171,24 @@ def test_kill_9_while_a_checkpoint_is_written(store: Path, whole: Path, tmp_path
     same_curve(output, whole)
 
 
-def test_a_missing_newest_checkpoint_falls_back_to_the_one_before(store: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["missing", "corrupt", "cut short"])
+def test_a_bad_newest_checkpoint_falls_back_to_the_one_before(
+    store: Path, whole: Path, tmp_path: Path, how: str
+) -> None:
     output = tmp_path / "run"
     shutil.copytree(whole, output)
     shutil.rmtree(output / "model")
     newest = sorted((output / "checkpoints").glob("step_*"))[-1]
-    (newest / "state.safetensors").unlink()
+    state = newest / "state.safetensors"
+    if how == "missing":
+        state.unlink()
+    else:
+        content = bytearray(state.read_bytes())
+        content[-1000] ^= 1
+        state.write_bytes(content if how == "corrupt" else content[:-1000])
     done = run(command(store, output))
-    assert "is damaged" in done.stderr
+    assert f"{newest} is damaged" in done.stderr
+    assert "going back to the one before" in done.stderr
     same_curve(output, whole)
 
 
@@ -155,12 +197,12 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_asks_to_be_requeued(
     store: Path, whole: Path, tmp_path: Path, number: signal.Signals, stage: int, tolerance: float
 ) -> None:
     output = tmp_path / "run"
-    process = start(command(store, output, "training.checkpoint_every=1000"))
+    process = Command(command(store, output, "training.checkpoint_every=1000"))
     wait_for_step(output, 3)
-    process.send_signal(number)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 75
-    assert "the same command continues" in said
+    os.kill(process.pid, number)
+    done = process.wait()
+    assert done.returncode == 75
+    assert "the same command continues" in done.stdout
     assert len(list((output / "checkpoints").glob("step_*"))) == 1
     # It may go on at another ZeRO stage, whose sums round otherwise.
     assert run(command(store, output, f"training.zero.stage={stage}")).returncode == 0
@@ -176,7 +218,7 @@ def test_a_reading_process_that_dies_is_one_line(store: Path, tmp_path: Path) ->
         "    return real(self, *a)\n"
         "VolumeStore.read = dying"
     )
-    done = run(patched(body, command(store, tmp_path / "run", "data.workers=1")))
+    done = run(command(store, tmp_path / "run", "data.workers=1"), body)
     assert "a reading process died" in last_line(done)
 
 
@@ -189,24 +231,27 @@ def test_a_volume_that_vanished_is_named(store: Path, tmp_path: Path) -> None:
         f"def vanished(stream):\n    os.path.exists({str(victim)!r}) and os.unlink({str(victim)!r})\n    return real(stream)\n"
         "l._next = vanished"
     )
-    done = run(patched(body, command(mine, tmp_path / "run", "data.workers=1")))
+    done = run(command(mine, tmp_path / "run", "data.workers=1"), body)
     said = last_line(done)
     assert victim.name in said
     assert "run `ctclip preprocess` again" in said
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(store: Path, tmp_path: Path) -> None:
+    """A file-size limit stands in for a full disk: the second checkpoint ends in the middle."""
     body = (
-        "import ctclip.training.checkpoints as c; real, calls = c.save_file, []\n"
+        "import resource as r, signal; import ctclip.training.checkpoints as c; real, calls = c.save_file, []\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "def full(state, path):\n"
         "    calls.append(1)\n"
-        "    if len(calls) == 2: raise OSError(28, 'No space left on device')\n"
-        "    real(state, path)\n"
+        "    if len(calls) == 2: r.setrlimit(r.RLIMIT_FSIZE, (20000, r.RLIM_INFINITY))\n"
+        "    try: real(state, path)\n"
+        "    finally: r.setrlimit(r.RLIMIT_FSIZE, (r.RLIM_INFINITY, r.RLIM_INFINITY))\n"
         "c.save_file = full"
     )
     output = tmp_path / "run"
-    said = last_line(run(patched(body, command(store, output))))
-    assert "No space left on device" in said
+    said = last_line(run(command(store, output), body))
+    assert "File too large" in said
     assert "continues from the checkpoint before" in said
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_00000002"]
 
@@ -218,7 +263,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(store: Path, tmp_path: Path) 
         "l.clip = bad"
     )
     output = tmp_path / "run"
-    said = last_line(run(patched(body, command(store, output, "training.text_warmup.steps=0"))))
+    said = last_line(run(command(store, output, "training.text_warmup.steps=0"), body))
     assert "the loss is nan at step 3" in said
     assert str(output / "checkpoints") in said
 
@@ -253,13 +298,13 @@ def test_another_configuration_is_refused_unless_forced(store: Path, whole: Path
 
 def test_a_second_run_in_one_folder_is_refused(store: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    process = start(command(store, output, "training.epochs=3000"))
+    process = Command(command(store, output, "training.epochs=3000"))
     wait_for_step(output, 1)
     said = last_line(run(command(store, output, "training.epochs=3000")))
     assert "a run is going on in this folder" in said
     assert f"process {process.pid}" in said
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()
 
 
 def test_validation_is_logged_and_the_best_checkpoint_is_kept(store: Path, whole: Path, tmp_path: Path) -> None:
@@ -277,9 +322,9 @@ def test_validation_is_logged_and_the_best_checkpoint_is_kept(store: Path, whole
     assert len(kept) <= 2
     # Looking does not change what is learned.
     assert losses(output) == pytest.approx(losses(whole), abs=1e-6)
-    exported = run([sys.executable, "-m", "ctclip", "export", str(output), "--checkpoint", "best", "--output", str(tmp_path / "m")])  # fmt: skip
+    exported = run(["export", str(output), "--checkpoint", "best", "--output", str(tmp_path / "m")])
     assert exported.returncode == 0, exported.stderr
     assert (tmp_path / "m" / "model.safetensors").is_file()
-    absent = run([sys.executable, "-m", "ctclip", "export", str(whole), "--checkpoint", "best", "--output", str(tmp_path / "n")])  # fmt: skip
+    absent = run(["export", str(whole), "--checkpoint", "best", "--output", str(tmp_path / "n")])
     assert absent.returncode == 2
     assert "validate_every" in absent.stderr
