@@ -6,6 +6,7 @@ from those names, so they are compared with the header and what they share with 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import warnings
@@ -19,7 +20,7 @@ PLACES = ("InstitutionName", "InstitutionAddress", "PatientAddress")
 TAGS = ["PatientIdentityRemoved", "SeriesInstanceUID", "PatientBirthDate", *NAMES, *NUMBERS, *PLACES]
 
 
-def read_header(source: Path | BinaryIO, tags: list[str] | None = None) -> Any:
+def read_header(source: Path | BinaryIO, tags: list[str]) -> Any:
     """A pydicom header without pixels, or None if it is not one. Warnings of pydicom quote values: they are dropped."""
     import pydicom
 
@@ -28,10 +29,15 @@ def read_header(source: Path | BinaryIO, tags: list[str] | None = None) -> Any:
         try:
             if isinstance(source, Path) and not source.is_file():
                 return None
-            return pydicom.dcmread(source, stop_before_pixels=True, specific_tags=tags)
+            header = pydicom.dcmread(source, stop_before_pixels=True, specific_tags=tags)
         except Exception:
             # pydicom parses bytes of strangers, and raises whatever they make it raise.
             return None
+        for tag in list(header.keys()):
+            # Values are converted when they are first asked for: here, where nobody hears what is wrong with them.
+            with contextlib.suppress(Exception):
+                header[tag]
+        return header
 
 
 def is_directory_record(header: Any) -> bool:
@@ -40,10 +46,12 @@ def is_directory_record(header: Any) -> bool:
 
 
 def first_header(path: Path) -> Any:
-    """Header of the first DICOM slice of a folder or a zip, or None."""
+    """Header of a DICOM slice: a file's own, or the first of a folder or a zip; None if there is none."""
     if path.is_dir():
         headers = (read_header(file, TAGS) for file in sorted(path.iterdir()))
         return next((header for header in headers if header is not None and not is_directory_record(header)), None)
+    if path.suffix.lower() != ".zip":
+        return read_header(path, TAGS)
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from preprocessing.errors import PreprocessingError
-from preprocessing.identifiers import is_directory_record, read_header
+from preprocessing.identifiers import TAGS, is_directory_record, read_header
 from preprocessing.volume import Volume
 
 LARGEST_VOXELS = 2**31
@@ -58,7 +58,7 @@ def _read(path: Path, series: str | None) -> Volume:
     if name.endswith(".zip"):
         return read_zip(path, series)
     # A DICOMDIR, whatever it is called, stands for what lies beside and below it.
-    return read_dicom(path.parent, series, only=None if is_directory_record(read_header(path)) else path)
+    return read_dicom(path.parent, series, only=None if is_directory_record(read_header(path, TAGS)) else path)
 
 
 def read_nifti(path: Path) -> Volume:
@@ -92,8 +92,9 @@ def read_nifti(path: Path) -> Volume:
     slope, intercept, affine = _nifti_scale_and_affine(path, header)
     if (slope, intercept) != (1.0, 0.0):
         array = array.astype(np.float32)
-        array *= np.float32(slope)
-        array += np.float32(intercept)
+        with np.errstate(over="ignore", invalid="ignore"):
+            array *= np.float32(slope)
+            array += np.float32(intercept)
     return Volume(_native(array), RAS_TO_LPS @ affine, str(path))
 
 
@@ -113,11 +114,12 @@ def _nifti_scale_and_affine(path: Path, header: Any) -> tuple[float, float, np.n
     from nibabel.spatialimages import HeaderDataError
 
     try:
-        slope, intercept = header.get_slope_inter()
-        affine = header.get_best_affine()
+        with np.errstate(all="ignore"):
+            slope, intercept = header.get_slope_inter()
+            affine = header.get_best_affine()
     except (HeaderDataError, ValueError, OverflowError, np.linalg.LinAlgError) as error:
         raise PreprocessingError(f"{path}: its header is damaged; convert it from DICOM again") from error
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    if not (np.abs(affine) < 1e6).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise PreprocessingError(f"{path}: its header has no usable geometry (affine); convert it from DICOM again")
     return (1.0, 0.0, affine) if slope is None else (float(slope), float(intercept or 0), affine)
 

@@ -49,9 +49,11 @@ def _named(root: Path, paths: list[Path]) -> Cohort:
 
 
 def scan_id(path: Path) -> str:
-    """What to call one scan outside of a cohort: its file's name, or an anonymous id if that names its patient."""
-    name, header = identity(path), _header(path)
-    return name if masked(name, header) == name else anonymous_id(header, "")
+    """What to call one scan outside of a cohort: its file's name, or an anonymous id if that or its folder's names the
+    patient."""
+    header = _header(path)
+    place = f"{path.parent.name}/{path.name}"
+    return identity(path) if masked(place, header) == place else anonymous_id(header, "")
 
 
 def _header(path: Path):  # type: ignore[no-untyped-def]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import nibabel as nib
@@ -12,8 +14,9 @@ import SimpleITK as sitk
 
 from ctclip.phantom.scan import make_scan
 from preprocessing import PreprocessingError, PreprocessingSpec, prepare
+from preprocessing.hounsfield import Trust
 from preprocessing.readers import read
-from tests.unit.preprocessing.test_cohorts_and_sheets import write_series
+from tests.unit.preprocessing.test_dicom import write_series
 
 SPEC = PreprocessingSpec("test", (5.0, 4.0, 4.0), (12, 16, 20))
 FORMATS = ("scan.nii", "scan.nii.gz", "scan.nrrd", "scan.mha", "scan.mhd", "scan.npz", "scan.zip", "series")
@@ -38,10 +41,10 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def taken_or_refused(path: Path) -> None:
+def taken_or_refused(path: Path, trust: Trust = "auto") -> None:
     said = ""
     try:
-        assert np.isfinite(prepare(path, SPEC).voxels).all()
+        assert np.isfinite(prepare(path, SPEC, trust=trust).voxels).all()
     except PreprocessingError as refused:
         said = str(refused)
     assert "\n" not in said
@@ -74,6 +77,48 @@ def test_cut_emptied_and_changed(good: Path, tmp_path: Path, name: str) -> None:
         taken_or_refused(asked)
 
 
+@pytest.mark.parametrize("magic", [b"n+1\0", b"n+2\0"])
+def test_every_byte_of_a_nifti_header(tmp_path: Path, magic: bytes) -> None:
+    """No value of any header byte gives anything but a finite volume or one clear line, nor a word on the terminal."""
+    array = np.random.default_rng(0).integers(-1000, 1000, (8, 9, 10)).astype(np.int16)
+    kind = nib.Nifti1Image if magic == b"n+1\0" else nib.Nifti2Image
+    nib.save(kind(array, np.diag([-4.0, -4.0, 5.0, 1.0])), tmp_path / "scan.nii")
+    content = (tmp_path / "scan.nii").read_bytes()
+    for coded in (0, 1):
+        for place in range(348 if kind is nib.Nifti1Image else 540):
+            for value in (0x7F, 0xFF):
+                changed = bytearray(content)
+                if coded and kind is nib.Nifti1Image:
+                    changed[252:256] = b"\1\0\0\0"
+                changed[place] = value
+                (tmp_path / "scan.nii").write_bytes(bytes(changed))
+                taken_or_refused(tmp_path / "scan.nii", trust="trust-file")
+
+
+def test_a_pipe_is_not_waited_for(good: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "scan.nii.gz")
+    with pytest.raises(PreprocessingError, match="not a file"):
+        read(tmp_path / "scan.nii.gz")
+    shutil.copytree(good / "series", tmp_path / "series")
+    os.mkfifo(tmp_path / "series" / "pipe")
+    assert prepare(tmp_path / "series", SPEC).voxels.shape == SPEC.shape
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(64):
+            archive.writestr(f"{number}", bytes(2**21))
+    content = bytearray((tmp_path / "bomb.zip").read_bytes())
+    # Sizes of the directory are claims: here 4 GB a member.
+    start = content.find(b"PK\x01\x02")
+    while start >= 0:
+        content[start + 24 : start + 28] = (2**32 - 2).to_bytes(4, "little")
+        start = content.find(b"PK\x01\x02", start + 4)
+    (tmp_path / "bomb.zip").write_bytes(bytes(content))
+    with pytest.raises(PreprocessingError, match=r"bomb\.zip: would unpack to 274\.9 GB"):
+        read(tmp_path / "bomb.zip")
+
+
 @pytest.mark.parametrize("name", FORMATS[:-1])
 @pytest.mark.parametrize(
     "other", ["scan.nii", "scan.nii.gz", "scan.nrrd", "scan.mha", "scan.npz", "scan.zip", "scan.dcm"]
@@ -101,13 +146,9 @@ def test_headers_that_claim_terabytes_cost_nothing(tmp_path: Path) -> None:
     (tmp_path / "huge.nrrd").write_text(
         "NRRD0004\ntype: short\ndimension: 3\nsizes: 90000 90000 900\nencoding: raw\n\n"
     )
-    with (tmp_path / "huge.npz").open("wb") as stream:
-        import zipfile
-
-        with zipfile.ZipFile(stream, "w") as archive, archive.open("ct.npy", "w") as member:
-            np.lib.format.write_array_header_1_0(
-                member, {"descr": "<i2", "fortran_order": False, "shape": (90000, 90000, 900)}
-            )
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive, archive.open("ct.npy", "w") as member:
+        claim = {"descr": "<i2", "fortran_order": False, "shape": (90000, 90000, 900)}
+        np.lib.format.write_array_header_1_0(member, claim)
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(PreprocessingError, match=r"huge\."):
             read(path)
@@ -127,8 +168,6 @@ def test_an_npz_that_holds_code_is_not_run(tmp_path: Path) -> None:
 
 
 def test_a_zip_cannot_write_outside(good: Path, tmp_path: Path) -> None:
-    import zipfile
-
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
         for number, path in enumerate(sorted((good / "series").iterdir())):
             archive.write(path, f"../../escaped_{number}")

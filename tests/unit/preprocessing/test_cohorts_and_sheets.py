@@ -1,117 +1,36 @@
-"""RAD-ChestCT, shards and their merge, the calibration split, DICOM with identifiers, the quality page."""
+"""Cohorts on disk, shards and their merge, the calibration split, whole runs, the quality page."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pydicom
 import pydicom.fileset
 import pytest
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from ctclip.cli import main
 from ctclip.phantom.scan import make_scan
 from preprocessing import PreprocessingError, PreprocessingSpec, prepare
-from preprocessing.cohorts import hold_out, read_cohort
+from preprocessing.cohorts import hold_out, identity, read_cohort
 from preprocessing.hounsfield import check_chest
 from preprocessing.pipeline import merge_shards, preprocess_cohort
 from preprocessing.quality import quality_page
 from preprocessing.store import VolumeStore
 from preprocessing.volume import Volume
+from tests.unit.preprocessing.test_dicom import write_series
 
 SPEC = PreprocessingSpec("test", (5.0, 4.0, 4.0), (12, 16, 20))
-IDENTIFIERS = ("Zebrowski^Ottilie", "PID-778899", "19410217", "St Elsewhere Hospital", "ACC-424242", "Dr^Frankenstein")
 
 
 @pytest.fixture(scope="module")
 def hu() -> np.ndarray:
     return make_scan(1, 1, scale=8.0).reconstructions[0].hu
-
-
-def write_series(folder: Path, hu: np.ndarray, *, spacing: float = 5.0, skip: tuple[int, ...] = ()) -> Path:
-    """HU [slice, row, column] as DICOM slices of a patient with a name, shuffled file names without an extension."""
-    folder.mkdir(parents=True, exist_ok=True)
-    series, study = generate_uid(), generate_uid()
-    for index, plane in enumerate(hu):
-        if index in skip:
-            continue
-        meta = FileMetaDataset()
-        meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = CTImageStorage, ExplicitVRLittleEndian
-        meta.MediaStorageSOPInstanceUID = generate_uid()
-        name = folder / f"IM{(index * 7919) % 1000:04d}_{index}"
-        data = FileDataset(str(name), {}, file_meta=meta, preamble=b"\0" * 128)
-        data.SOPClassUID, data.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
-        data.SeriesInstanceUID, data.StudyInstanceUID, data.Modality = series, study, "CT"
-        data.PatientName, data.PatientID, data.PatientBirthDate = IDENTIFIERS[:3]
-        data.InstitutionName, data.AccessionNumber, data.ReferringPhysicianName = IDENTIFIERS[3:]
-        data.StudyDate, data.StudyTime, data.StudyID = "20200101", "120000", "1"
-        data.SeriesNumber, data.InstanceNumber = 1, index + 1
-        data.SeriesDescription = f"chest of {IDENTIFIERS[0]}"
-        data.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
-        data.Rows, data.Columns = plane.shape
-        data.PixelSpacing, data.SliceThickness = [4.0, 4.0], spacing
-        data.ImageOrientationPatient, data.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, index * spacing]
-        data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
-        data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 1
-        data.RescaleSlope, data.RescaleIntercept = 1, -1024
-        data.PixelData = (plane.astype(np.int16) + 1024).astype(np.int16).tobytes()
-        data.save_as(name, enforce_file_format=True)
-    return folder
-
-
-def test_a_dicom_series_is_the_volume_it_was_made_of_by_folder_dicomdir_and_zip(tmp_path: Path, hu: np.ndarray) -> None:
-    folder = write_series(tmp_path / "series", hu)
-    expected = prepare(_nifti(tmp_path, hu), SPEC).voxels
-    assert np.allclose(prepare(folder, SPEC).voxels, expected, atol=1e-5)
-    shutil.make_archive(str(tmp_path / "zipped"), "zip", folder)
-    assert np.allclose(prepare(tmp_path / "zipped.zip", SPEC).voxels, expected, atol=1e-5)
-    files = pydicom.fileset.FileSet()
-    for path in sorted(folder.iterdir()):
-        files.add(path)
-    files.write(tmp_path / "medium")
-    assert np.allclose(prepare(tmp_path / "medium" / "DICOMDIR", SPEC).voxels, expected, atol=1e-5)
-    assert np.allclose(prepare(next(folder.iterdir()), SPEC).voxels, expected, atol=1e-5)
-
-
-def test_missing_slices_and_the_choice_of_a_series(tmp_path: Path, hu: np.ndarray) -> None:
-    with pytest.raises(PreprocessingError, match="slices are missing"):
-        prepare(write_series(tmp_path / "gap", hu, skip=(5, 6, 7)), SPEC)
-    both = write_series(tmp_path / "both", hu)
-    write_series(tmp_path / "both" / "short", hu[:6])
-    assert any("2 series" in warning for warning in prepare(both, SPEC).warnings)
-    uids = {
-        str(pydicom.dcmread(path, stop_before_pixels=True).SeriesInstanceUID) for path in (both / "short").iterdir()
-    }
-    chosen = prepare(both, SPEC, series=uids.pop())
-    assert chosen.source_shape[0] == 6
-
-
-def test_no_identifier_of_a_dicom_header_reaches_any_output(tmp_path: Path, hu: np.ndarray, capsys) -> None:
-    scans = tmp_path / "scans"
-    write_series(scans / "a", hu)
-    write_series(scans / "b", hu, skip=(5, 6, 7))
-    write_series(scans / "c", np.full((6, 20, 20), 40))
-    table = tmp_path / "cohort.csv"
-    pd.DataFrame({"volume": ["a", "b", "c"], "path": ["scans/a", "scans/b", "scans/c"]}).to_csv(table, index=False)
-    with pytest.raises(SystemExit) as ended:
-        main(["preprocess", str(table), "--output", str(tmp_path / "store"), "--spec", "phantom", "--workers", "1"])
-    assert ended.value.code == 3
-    with pytest.raises(SystemExit):
-        main(["quality", str(tmp_path / "store")])
-    for name in ("b", "c"):
-        with pytest.raises(SystemExit):
-            main(["--debug", "preprocess", str(scans / name), "--output", str(tmp_path / "none")])
-    said = capsys.readouterr()
-    written = [said.out.encode(), said.err.encode()]
-    written += [path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()]
-    assert len(written) > 5
-    for content in written:
-        for identifier in IDENTIFIERS:
-            assert identifier.encode() not in content
 
 
 def test_rad_chestct_as_it_lies_on_disk(tmp_path: Path, hu: np.ndarray) -> None:
@@ -152,6 +71,7 @@ def test_shards_are_merged_without_reading_a_volume(cohort: Path, tmp_path: Path
     monkeypatch.setattr("preprocessing.pipeline.prepare", lambda *_: pytest.fail("a scan was read"))
     merged = merge_shards(store)
     assert len(merged) == 24
+    assert not list(store.glob("outcomes-*"))
     table = pd.read_csv(store / "outcomes.csv")
     assert set(table["outcome"]) == {"done"}
     assert table["source_spacing"].str.count(" x ").eq(2).all()
@@ -166,6 +86,114 @@ def test_a_calibration_split_is_of_patients_and_of_training_alone(cohort: Path) 
     assert (held.groupby("patient")["split"].nunique() == 1).all()
     assert held.loc[table["split"] == "valid", "split"].eq("valid").all()
     assert held.equals(hold_out(table.iloc[::-1], 0.4).iloc[::-1])
+
+
+def test_a_run_with_bad_scans_ends_with_the_rest_done(cohort: Path, tmp_path: Path, capsys) -> None:
+    mine = tmp_path / "cohort"
+    shutil.copytree(cohort, mine)
+    paths = sorted(mine.rglob("*.nii.gz"))
+    paths[2].write_bytes(paths[2].read_bytes()[:3000])
+    paths[9].write_bytes(b"nothing of the sort")
+    mask = nib.load(paths[17])
+    nib.save(nib.Nifti1Image((mask.get_fdata() > 0).astype(np.int16), mask.affine), paths[17])
+    command = ["preprocess", str(mine), "--output", str(tmp_path / "s"), "--spec", "phantom", "--workers", "2"]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        assert ended.value.code == 3
+        said = capsys.readouterr().out
+        assert "21 done, 3 refused" in said
+        assert "a mask?" in said
+        table = pd.read_csv(tmp_path / "s" / "outcomes.csv").set_index("volume")
+        assert len(table) == 24
+        refused = table[table["outcome"] == "refused"]
+        assert set(refused.index) == {identity(paths[i]) for i in (2, 9, 17)}
+        assert all(name in reason for name, reason in refused["reason"].items())
+    assert len(VolumeStore(tmp_path / "s").volumes) == 21
+
+
+def test_a_scan_that_kills_its_process_is_refused_alone(cohort: Path, tmp_path: Path, monkeypatch) -> None:
+    from preprocessing import pipeline
+
+    honest = pipeline.prepare
+
+    def deadly(path, *rest, **more):  # type: ignore[no-untyped-def]
+        if Path(path).name.startswith("valid_1_"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if Path(path).name.startswith("valid_2_"):
+            raise ZeroDivisionError("what a library says of PID-778899")
+        return honest(path, *rest, **more)
+
+    monkeypatch.setattr(pipeline, "prepare", deadly)
+    outcomes = {
+        o.volume: o for o in preprocess_cohort(cohort, tmp_path / "s", PreprocessingSpec.load("phantom"), workers=2)
+    }
+    assert len(outcomes) == 24
+    killed = {name for name, o in outcomes.items() if "killed the process" in (o.refused or "")}
+    failed = {name for name, o in outcomes.items() if "ZeroDivisionError" in (o.refused or "")}
+    assert killed == {name for name in outcomes if name.startswith("valid_1_")} != set()
+    assert failed == {name for name in outcomes if name.startswith("valid_2_")} != set()
+    assert not any("778899" in (o.refused or "") for o in outcomes.values())
+    assert set(VolumeStore(tmp_path / "s").volumes) == set(outcomes) - killed - failed
+
+
+def test_a_csv_of_paths(tmp_path: Path, hu: np.ndarray) -> None:
+    _nifti(tmp_path, hu)
+    table = tmp_path / "mine.csv"
+    table.write_text(
+        "volume,path,patient,split,rescale_slope,Lung nodule\n1,scan.nii.gz,07,train,,1\n2,scan.nii.gz,07,train,1,\n"
+        "3,gone.nii.gz,,valid,1,0\n"
+    )
+    outcomes = preprocess_cohort(table, tmp_path / "s", SPEC, workers=1, calibration=0.5)
+    assert {o.volume: bool(o.refused) for o in outcomes} == {"1": False, "2": False, "3": True}
+    kept = VolumeStore(tmp_path / "s").cohort.set_index("volume")
+    assert kept["patient"].to_dict() == {"1": "07", "2": "07", "3": "3"}
+    assert kept["Lung nodule"].tolist() == [1, pd.NA, 0] or kept["Lung nodule"].isna().tolist() == [False, True, False]
+    for wrong, said in (
+        ("path,age\nscan.nii.gz,61\n", "label column 'age' holds values other than 0 and 1"),
+        ("file\nscan.nii.gz\n", "column 'path' is missing"),
+        ("path,rescale_slope\nscan.nii.gz,x\n", "not a number"),
+        ("path\nscan.nii.gz\nscan.nii.gz\n", "listed twice"),
+        ("path\n", "no rows"),
+        ("", "cannot be read as CSV"),
+    ):
+        table.write_text(wrong)
+        with pytest.raises(PreprocessingError, match=said):
+            read_cohort(table)
+    assert read_cohort(tmp_path / "scan.nii.gz").table["volume"].tolist() == ["scan"]
+    with pytest.raises(
+        PreprocessingError, match="no cohort layout 'mimic'; there are auto, ct_rate, folder, rad_chestct"
+    ):
+        read_cohort(tmp_path, "mimic")
+
+
+def test_ct_rate_with_segmentations_and_a_second_version(cohort: Path, tmp_path: Path) -> None:
+    """Volumes under the same names: TotalSegmentator's masks lie deeper, the second version in ``*_fixed``."""
+    mine = tmp_path / "cohort"
+    shutil.copytree(cohort, mine)
+    first = sorted((mine / "dataset" / "train").rglob("*.nii.gz"))[0]
+    inside = first.relative_to(mine / "dataset" / "train")
+    for place in ("train_fixed", "ts_seg/ts_total/train_fixed"):
+        (mine / "dataset" / place / inside).parent.mkdir(parents=True)
+        (mine / "dataset" / place / inside).write_bytes(b"other")
+    read = read_cohort(mine)
+    assert read.files[identity(first)] == mine / "dataset" / "train_fixed" / inside
+    assert len(read.table) == 24
+    assert "2 files share their name" in read.warnings[0]
+
+
+def test_a_cd_of_dicom_series_is_its_series(tmp_path: Path, hu: np.ndarray) -> None:
+    """The directory record and what else lies at the top of a medium are no volume of their own."""
+    write_series(tmp_path / "cd" / "DICOM" / "S1", hu[:8])
+    write_series(tmp_path / "cd" / "DICOM" / "S2", hu[:9])
+    files = pydicom.fileset.FileSet()
+    for path in sorted((tmp_path / "cd" / "DICOM").rglob("IM*")):
+        files.add(path)
+    files.write(tmp_path / "medium")
+    shutil.copy(tmp_path / "medium" / "DICOMDIR", tmp_path / "cd" / "DICOMDIR")
+    for name in ("AUTORUN.INF", "README", "VIEWER.EXE", "DICOM/S1/A_README"):
+        (tmp_path / "cd" / name).write_text("not a slice")
+    assert sorted(read_cohort(tmp_path / "cd").table["path"]) == ["DICOM/S1", "DICOM/S2"]
 
 
 def test_the_quality_page_shows_every_volume_and_every_refusal(tmp_path: Path, hu: np.ndarray) -> None:
@@ -194,7 +222,5 @@ def test_what_is_no_chest_is_told(shared: Path) -> None:
 
 
 def _nifti(folder: Path, hu: np.ndarray) -> Path:
-    import nibabel as nib
-
     nib.save(nib.Nifti1Image(hu.transpose(2, 1, 0), np.diag([-4.0, -4.0, 5.0, 1.0])), folder / "scan.nii.gz")
     return folder / "scan.nii.gz"

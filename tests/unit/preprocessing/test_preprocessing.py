@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import shutil
 
+import blosc2
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -112,11 +112,39 @@ def test_units_are_decided_from_evidence(hu) -> None:
         (lambda hu: ((hu + 1024) // 17).clip(0, 255).astype(np.int16), "8-bit"),
         (lambda hu: np.where(hu > 0, np.nan, hu).astype(np.float32), "NaN"),
         (lambda hu: (hu - 1024).astype(np.int16), "Hounsfield"),
+        (lambda hu: (hu.clip(-1000, 1000) / 1000).astype(np.float32), "scaled already"),
+        (lambda hu: ((hu - hu.mean()) / hu.std()).astype(np.float32), "scaled already"),
+        (lambda hu: hu.clip(-160, 240), "display window"),
+        (lambda hu: (hu // 2).astype(np.int16), "instead of -1000"),
+        (lambda hu: (-hu).astype(np.int16), "Hounsfield"),
+        (lambda hu: padded(hu + 1024, -2000), "intercept of -1024 is still due"),
+        (lambda hu: np.random.default_rng(0).gamma(2, 150, hu.shape).astype(np.int16), "none as low as air"),
     ],
 )
 def test_what_is_no_ct_is_refused_with_the_reason(hu, make, said: str) -> None:
     with pytest.raises(PreprocessingError, match=said):
         to_hu(Volume(make(hu), np.eye(4), "x.nii"))
+
+
+def padded(hu: np.ndarray, value: int) -> np.ndarray:
+    """Everything outside a round field of view set to a scanner's padding."""
+    rows, columns = np.ogrid[: hu.shape[1], : hu.shape[2]]
+    middle = (np.array(hu.shape[1:]) - 1) / 2
+    outside = (rows - middle[0]) ** 2 + (columns - middle[1]) ** 2 > middle.min() ** 2
+    return np.where(outside, value, hu).astype(np.int16)
+
+
+@pytest.mark.parametrize("value", [-1024, -2000, -3024])
+def test_padding_is_no_evidence(hu, value: int) -> None:
+    """A volume that is mostly padding is no mask, and padded raw numbers are not taken for Hounsfield units."""
+    wide = np.full((hu.shape[0], 256, 256), value, np.int16)
+    wide[:, 90 : 90 + hu.shape[1], 60 : 60 + hu.shape[2]] = hu
+    for axes in itertools.permutations(range(3)):
+        assert to_hu(Volume(wide.transpose(axes), np.eye(4), "x")).warnings == []
+    raw = to_hu(Volume(padded(hu + 1024, value), np.eye(4), "x"), Rescale(1.0, -1024.0))
+    assert raw.warnings == ["slope and intercept of the metadata table applied"]
+    inside = padded(np.zeros_like(hu), 1) == 0
+    assert np.array_equal(raw.array[inside], hu[inside])
 
 
 def test_padding_outside_the_field_of_view_becomes_air(tmp_path, hu) -> None:
@@ -147,25 +175,6 @@ def test_hostile_files_are_refused_before_they_cost_anything(tmp_path, hu) -> No
         read(tmp_path / "absent.nii.gz")
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 400), st.integers(0, 255))
-def test_a_changed_byte_is_an_error_or_a_volume_never_a_crash(tmp_path, place: int, value: int) -> None:
-    path = tmp_path / "f.nii"
-    content = bytearray(_small(tmp_path))
-    content[place % len(content)] = value
-    path.write_bytes(bytes(content))
-    with contextlib.suppress(PreprocessingError):
-        assert prepare(path, SPEC, trust="trust-file").voxels.shape == SPEC.shape
-
-
-def _small(folder) -> bytes:
-    path = folder / "small.nii"
-    if not path.exists():
-        array = np.random.default_rng(0).integers(-1000, 1000, (8, 9, 10)).astype(np.int16)
-        save(path, array)
-    return path.read_bytes()
-
-
 def test_a_store_is_whole_checked_and_mended(tmp_path, cohort, store) -> None:
     opened = VolumeStore(store)
     assert len(opened.volumes) == 24
@@ -189,6 +198,71 @@ def test_a_store_is_whole_checked_and_mended(tmp_path, cohort, store) -> None:
         VolumeStore.create(mine, SPEC)
     with pytest.raises(PreprocessingError, match="not a file name"):
         copy.read("../../etc/passwd")
+
+
+def test_a_crop_reads_its_chunks_alone(tmp_path) -> None:
+    """Chunks of a crop's neighbours are destroyed on disk: the crop does not notice, a larger one does."""
+    store = VolumeStore.create(tmp_path / "s", PreprocessingSpec("t", (3.0, 3.0, 3.0), (128, 128, 128)))
+    hu = np.random.default_rng(0).integers(-1000, 1000, (128, 128, 128)).astype(np.int16)
+    store.write("a", hu)
+    content = store.file("a").read_bytes()
+    opened = blosc2.ndarray_from_cframe(content)
+    chunks = opened.schunk
+    assert chunks.nchunks == 8
+    for index in range(1, 8):
+        chunk = chunks.get_chunk(index)
+        assert content.count(chunk) == 1
+        content = content.replace(chunk, chunk[:32] + b"\xff" * (len(chunk) - 32))
+    store.file("a").write_bytes(content)
+    first = tuple(slice(3, 64) for _ in range(3))
+    assert np.array_equal(store.read("a", first), hu[first])
+    for axis in range(3):
+        with pytest.raises(PreprocessingError, match="damaged"):
+            store.read("a", tuple(slice(3, 65 if a == axis else 64) for a in range(3)))
+
+
+def test_a_file_of_the_store_that_changed_is_found(tmp_path) -> None:
+    store = VolumeStore.create(tmp_path / "s", PreprocessingSpec("t", (3.0, 3.0, 3.0), (70, 70, 70)))
+    random = np.random.default_rng(0)
+    hu = random.integers(-1000, 1000, (70, 70, 70)).astype(np.int16)
+    store.write("a", hu)
+    content = store.file("a").read_bytes()
+    for length in (0, 1, 100, 500, len(content) // 2, len(content) - 1):
+        store.file("a").write_bytes(content[:length])
+        assert not store.intact("a")
+    for place in [*range(0, 250), *random.integers(250, len(content), 150)]:
+        changed = bytearray(content)
+        changed[place] ^= int(random.integers(1, 256))
+        store.file("a").write_bytes(bytes(changed))
+        if store.intact("a"):
+            assert np.array_equal(store.read("a"), hu)
+
+
+def test_what_killed_runs_left_is_swept_away(tmp_path) -> None:
+    store = VolumeStore.create(tmp_path / "s", SPEC)
+    old, young = (store.path / "volumes" / f".{name}.b2nd.x.partial" for name in ("old", "young"))
+    old.write_bytes(b"half")
+    young.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    store.sweep()
+    assert not old.exists()
+    assert young.exists()
+    assert store.volumes == []
+
+
+def test_interpolation_is_part_of_the_spec(hu) -> None:
+    coarse = {"spacing": (15.0, 12.0, 12.0), "shape": (6, 8, 8)}
+    specs = [PreprocessingSpec("a", **coarse), PreprocessingSpec("a", **coarse, interpolation="linear")]
+    assert specs[0].interpolation == "antialiased"
+    assert specs[0].hash != specs[1].hash
+    noise = np.random.default_rng(0).normal(0, 100, (40, 60, 60)).astype(np.float32)
+    affine = np.zeros((4, 4))
+    affine[2, 0], affine[1, 1], affine[0, 2], affine[3, 3] = 3.0, 2.0, 2.0, 1.0
+    smooth, sharp = (resample(Volume(noise, affine, "x"), spec)[0].std() for spec in specs)
+    assert smooth < sharp / 3
+    assert PreprocessingSpec.load("ct_clip").interpolation == "linear"
+    with pytest.raises(PreprocessingError, match="antialiased or linear"):
+        PreprocessingSpec("a", **coarse, interpolation="cubic")
 
 
 def test_the_stored_volume_is_the_prepared_one(cohort, store) -> None:

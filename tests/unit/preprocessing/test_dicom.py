@@ -1,0 +1,266 @@
+"""DICOM series as scanners and archives write them: syntaxes, copies, gaps, media, and nothing of the patient's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pydicom
+import pydicom.fileset
+import pytest
+import SimpleITK as sitk
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, generate_uid
+
+from ctclip.phantom.scan import make_scan
+from preprocessing import PreprocessingError, PreprocessingSpec, prepare
+from preprocessing.identifiers import masked
+from preprocessing.readers import read
+
+SPEC = PreprocessingSpec("test", (5.0, 4.0, 4.0), (12, 16, 20))
+IDENTIFIERS = ("Zebrowski^Ottilie", "PID-778899", "19410217", "St Elsewhere Hospital", "ACC-424242", "Dr^Frankenstein")
+
+
+@pytest.fixture(scope="module")
+def hu() -> np.ndarray:
+    return make_scan(1, 1, scale=8.0).reconstructions[0].hu
+
+
+def write_series(folder: Path, hu: np.ndarray, *, spacing: float = 5.0, skip: tuple[int, ...] = ()) -> Path:
+    """HU [slice, row, column] as DICOM slices of a patient with a name, shuffled file names without an extension."""
+    folder.mkdir(parents=True, exist_ok=True)
+    series, study = generate_uid(), generate_uid()
+    for index, plane in enumerate(hu):
+        if index in skip:
+            continue
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = CTImageStorage, ExplicitVRLittleEndian
+        meta.MediaStorageSOPInstanceUID = generate_uid()
+        name = folder / f"IM{(index * 7919) % 1000:04d}_{index}"
+        data = FileDataset(str(name), {}, file_meta=meta, preamble=b"\0" * 128)
+        data.SOPClassUID, data.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        data.SeriesInstanceUID, data.StudyInstanceUID, data.Modality = series, study, "CT"
+        data.PatientName, data.PatientID, data.PatientBirthDate = IDENTIFIERS[:3]
+        data.InstitutionName, data.AccessionNumber, data.ReferringPhysicianName = IDENTIFIERS[3:]
+        data.StudyDate, data.StudyTime, data.StudyID = "20200101", "120000", "1"
+        data.SeriesNumber, data.InstanceNumber = 1, index + 1
+        data.SeriesDescription = f"chest of {IDENTIFIERS[0]}"
+        data.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+        data.Rows, data.Columns = plane.shape
+        data.PixelSpacing, data.SliceThickness = [4.0, 4.0], spacing
+        data.ImageOrientationPatient, data.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, index * spacing]
+        data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+        data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 1
+        data.RescaleSlope, data.RescaleIntercept = 1, -1024
+        data.PixelData = (plane.astype(np.int16) + 1024).astype(np.int16).tobytes()
+        data.save_as(name, enforce_file_format=True)
+    return folder
+
+
+def test_a_dicom_series_is_the_volume_it_was_made_of_by_folder_dicomdir_and_zip(tmp_path: Path, hu: np.ndarray) -> None:
+    folder = write_series(tmp_path / "series", hu)
+    expected = prepare(_nifti(tmp_path, hu), SPEC).voxels
+    assert np.allclose(prepare(folder, SPEC).voxels, expected, atol=1e-5)
+    shutil.make_archive(str(tmp_path / "zipped"), "zip", folder)
+    assert np.allclose(prepare(tmp_path / "zipped.zip", SPEC).voxels, expected, atol=1e-5)
+    files = pydicom.fileset.FileSet()
+    for path in sorted(folder.iterdir()):
+        files.add(path)
+    files.write(tmp_path / "medium")
+    assert np.allclose(prepare(tmp_path / "medium" / "DICOMDIR", SPEC).voxels, expected, atol=1e-5)
+    assert np.allclose(prepare(next(folder.iterdir()), SPEC).voxels, expected, atol=1e-5)
+
+
+def test_a_dicomdir_of_any_name_stands_for_its_folder(tmp_path: Path, shared: Path) -> None:
+    folder = tmp_path / "disc"
+    shutil.copytree(shared / "ct" / "dicom" / "dcm_qa_ct" / "philips_28x5mm", folder)
+    assert read(folder / "DIRFILE").array.shape == (28, 512, 512)
+
+
+@pytest.mark.parametrize("compressor", ["RLE", "JPEG", "JPEGLS", "JPEG2000", "deflated"])
+def test_compressed_transfer_syntaxes(tmp_path: Path, hu: np.ndarray, compressor: str) -> None:
+    """The same voxels from each of the lossless syntaxes; none of the files is in the plain one."""
+    plain, packed = write_series(tmp_path / "plain", hu[:8]), tmp_path / "packed"
+    packed.mkdir()
+    for path in sorted(plain.iterdir()):
+        if compressor == "deflated":
+            header = pydicom.dcmread(path)
+            header.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+            header.save_as(packed / path.name)
+            continue
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
+        reader.LoadPrivateTagsOn()
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.UseCompressionOn()
+        writer.SetCompressor(compressor)
+        writer.SetFileName(str(packed / f"{path.name}.dcm"))
+        image = reader.Execute()
+        stored = sitk.Cast(image, sitk.sitkInt16)
+        for key in image.GetMetaDataKeys():
+            if not key.startswith("0028"):
+                stored.SetMetaData(key, image.GetMetaData(key))
+        writer.Execute(stored)
+    for path in packed.iterdir():
+        syntax = pydicom.dcmread(path, stop_before_pixels=True).file_meta.TransferSyntaxUID
+        assert syntax.is_compressed or syntax.is_deflated
+    assert np.array_equal(read(packed).array, read(plain).array)
+
+
+def test_missing_slices_and_copies_are_told_or_refused(tmp_path: Path, hu: np.ndarray) -> None:
+    with pytest.raises(PreprocessingError, match="slices are missing"):
+        prepare(write_series(tmp_path / "gap", hu, skip=(5, 6, 7)), SPEC)
+    with pytest.raises(PreprocessingError, match=r"5 of \d+ slices are missing"):
+        prepare(write_series(tmp_path / "many", hu[:24], skip=(2, 5, 8, 11, 14)), SPEC)
+    one = read(write_series(tmp_path / "one", hu, skip=(5,)))
+    assert one.array.shape == hu.shape
+    assert "1 slices are missing" in one.warnings[0]
+    between = (hu[4].astype(float) + hu[6]) / 2
+    assert np.abs(one.array[5] - between).max() < 0.01
+    assert np.abs(np.delete(one.array, 5, axis=0) - np.delete(hu, 5, axis=0)).max() < 0.01
+    twice = write_series(tmp_path / "twice", hu)
+    same = sorted(twice.iterdir())[4]
+    shutil.copy(same, twice / "copy")
+    assert "1 slices are copies" in read(twice).warnings[0]
+    other = pydicom.dcmread(same)
+    other.PixelData = (other.pixel_array + 3).astype(np.int16).tobytes()
+    other.save_as(twice / "copy")
+    with pytest.raises(PreprocessingError, match="several phases or reconstructions"):
+        read(twice)
+
+
+def test_slices_of_different_spacing_are_no_volume(tmp_path: Path, hu: np.ndarray) -> None:
+    folder = write_series(tmp_path / "s", hu[:6])
+    path = sorted(folder.iterdir())[2]
+    header = pydicom.dcmread(path)
+    header.PixelSpacing = [4.0, 4.5]
+    header.save_as(path)
+    with pytest.raises(PreprocessingError, match="different pixel spacing"):
+        read(folder)
+
+
+def test_the_series_with_most_slices_or_the_one_that_is_named(tmp_path: Path, hu: np.ndarray) -> None:
+    both = write_series(tmp_path / "both", hu)
+    write_series(tmp_path / "both" / "short", hu[:6])
+    taken = prepare(both, SPEC)
+    assert taken.source_shape == hu.shape
+    assert any("2 series" in warning for warning in taken.warnings)
+    uid = pydicom.dcmread(next((both / "short").iterdir()), stop_before_pixels=True).SeriesInstanceUID
+    assert prepare(both, SPEC, series=str(uid)).source_shape[0] == 6
+    with pytest.raises(PreprocessingError, match=rf"{uid} \(6 files\)"):
+        prepare(both, SPEC, series="1.2.3")
+
+
+@pytest.mark.parametrize("keyword", ["Rows", "Columns", "ImagePositionPatient", "ImageOrientationPatient",
+                                     "PixelSpacing", "SeriesInstanceUID", "Modality", "RescaleSlope", "PixelData"])  # fmt: skip
+def test_a_header_without_what_matters(tmp_path: Path, hu: np.ndarray, keyword: str) -> None:
+    for emptied in (False, True):
+        for count in (1, 8):
+            folder = write_series(tmp_path / f"{emptied}{count}", hu[:8])
+            for path in sorted(folder.iterdir())[:count]:
+                header = pydicom.dcmread(path)
+                if emptied:
+                    setattr(header, keyword, b"" if keyword == "PixelData" else None)
+                else:
+                    delattr(header, keyword)
+                header.save_as(path)
+            with contextlib.suppress(PreprocessingError):
+                # Slices that could not be placed are left out, or it did not matter.
+                volume = read(folder)
+                assert volume.array.shape[1:] == hu.shape[1:]
+                assert volume.spacing == pytest.approx((5.0, 4.0, 4.0))
+
+
+SPELLINGS = ("Zebrowski, Ottilie", "OTTILIE_ZEBROWSKI", "pid 778899", "1941-02-17", "17.02.1941", "acc_424242_b")
+
+
+def test_folders_named_after_the_patient_are_masked(tmp_path: Path, hu: np.ndarray) -> None:
+    header = pydicom.dcmread(next(write_series(tmp_path / "s", hu[:3]).iterdir()))
+    for text in (*SPELLINGS, "Zebrowski^Ottilie/PID-778899/19410217/St Elsewhere Hospital"):
+        shown = masked(f"/data/{text}/chest", header)
+        assert shown.startswith("/data/***")
+        assert not any(
+            part.lower() in shown.lower() for part in ("zebrow", "ottil", "778899", "1941", "elsewh", "4242")
+        )
+    assert masked("/data/chest_5mm/IM_0001", header) == "/data/chest_5mm/IM_0001"
+    header.PatientIdentityRemoved = "YES"
+    assert masked("/data/PID-778899/chest", header) == "/data/PID-778899/chest"
+
+
+def test_no_identifier_of_a_dicom_header_reaches_any_output(tmp_path: Path, hu: np.ndarray) -> None:
+    """Good, refused, damaged and zipped scans, in folders named after the patient, as a folder and as a CSV."""
+    scans = tmp_path / "scans"
+    write_series(scans / "a", hu)
+    write_series(scans / "b", hu, skip=(5, 6, 7))
+    write_series(scans / "c", np.full((6, 20, 20), 40))
+    write_series(scans / "Zebrowski_Ottilie_19410217" / "CT", hu)
+    write_series(scans / "Zebrowski_Ottilie_19410217" / "gap", hu, skip=(5, 6, 7))
+    damaged = write_series(scans / "PID-778899 St Elsewhere Hospital", hu)
+    for path in sorted(damaged.iterdir())[3:5]:
+        path.write_bytes(path.read_bytes()[:-900])
+    wrong = write_series(scans / "warned", hu)
+    for path in wrong.iterdir():
+        # An invalid birth date, about which pydicom warns with its value.
+        path.write_bytes(path.read_bytes().replace(b"19410217", b"1941021Z"))
+    zipped = write_series(tmp_path / "zipped" / "Zebrowski", hu, skip=(5, 6, 7))
+    shutil.make_archive(str(scans / "ottilie zebrowski"), "zip", zipped.parent)
+    shutil.move(zipped, tmp_path / "d")
+    broken = (scans / "ottilie zebrowski.zip").read_bytes()
+    (scans / "broken.zip").write_bytes(broken[:3000] + bytes(200) + broken[3200:])
+    store = tmp_path / "store"
+    table = tmp_path / "cohort.csv"
+    paths = ["scans/a", "scans/Zebrowski_Ottilie_19410217/CT", "scans/ottilie zebrowski.zip"]
+    pd.DataFrame({"path": paths}).to_csv(table, index=False)
+    named = tmp_path / "named.csv"
+    pd.DataFrame({"volume": ["Zebrowski"], "path": paths[:1]}).to_csv(named, index=False)
+    said = []
+    commands = [
+        (3, "preprocess", scans, "--output", store, "--spec", "phantom", "--workers", "2"),
+        (0, "quality", store),
+        (3, "preprocess", table, "--output", tmp_path / "store2", "--spec", "phantom", "--workers", "1"),
+        (2, "preprocess", named, "--output", tmp_path / "store3", "--spec", "phantom"),
+        (0, "preprocess", scans / "Zebrowski_Ottilie_19410217" / "CT", "--output", tmp_path / "store4"),
+        (3, "preprocess", scans / "b", "--output", tmp_path / "store5", "--series", "1.2.3"),
+    ]
+    script = "import sys, traceback; from ctclip.cli import main\nfor line in sys.stdin.read().splitlines():\n"
+    script += "    try: main(eval(line))\n    except SystemExit as ended: print('ENDED', ended.code or 0, flush=True)\n"
+    script += "    except Exception: traceback.print_exc(); print('ENDED 2', flush=True)\n"
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", script], capture_output=True, check=True, timeout=200,
+        input="\n".join(repr(["--debug", *map(str, words)]) for _, *words in commands).encode(), env={**os.environ, "COLUMNS": "400"},
+    )  # fmt: skip
+    ends = [int(line.split()[1]) for line in done.stdout.decode().splitlines() if line.startswith("ENDED")]
+    assert ends == [code for code, *_ in commands]
+    said += [done.stdout, done.stderr]
+    files = [
+        path for number in ("", "2", "3", "4", "5") for path in tmp_path.glob(f"store{number}/**/*") if path.is_file()
+    ]
+    assert len(list((store / "volumes").iterdir())) == 3
+    content = b"\n".join([*said, *(path.read_bytes() + str(path.name).encode() for path in files)]).lower()
+    content = content.replace(str(tmp_path).encode().lower(), b"")
+    for part in (
+        b"zebrowski",
+        b"ottilie",
+        b"778899",
+        b"19410217",
+        b"1941021z",
+        b"elsewhere",
+        b"424242",
+        b"frankenstein",
+    ):
+        where = content.find(part)
+        assert where < 0, content[max(0, where - 200) : where + 100]
+
+
+def _nifti(folder: Path, hu: np.ndarray) -> Path:
+    import nibabel as nib
+
+    nib.save(nib.Nifti1Image(hu.transpose(2, 1, 0), np.diag([-4.0, -4.0, 5.0, 1.0])), folder / "scan.nii.gz")
+    return folder / "scan.nii.gz"
