@@ -33,10 +33,11 @@ def read_header(source: Path | BinaryIO, tags: list[str]) -> Any:
         except Exception:
             # pydicom parses bytes of strangers, and raises whatever they make it raise.
             return None
-        for tag in list(header.keys()):
+        for part in (header, header.file_meta):
             # Values are converted when they are first asked for: here, where nobody hears what is wrong with them.
-            with contextlib.suppress(Exception):
-                header[tag]
+            for tag in list(part.keys()):
+                with contextlib.suppress(Exception):
+                    part[tag]
         return header
 
 
