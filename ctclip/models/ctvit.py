@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ctclip.config import CTViTConfig
-from ctclip.models.outputs import VolumeTokens, check_volume
+from ctclip.models.outputs import VolumeTokens, air_where_padded, check_volume
 
 ATTENTION_SCALE = 8.0
 CODEBOOK_DECAY = 0.8
@@ -41,8 +41,8 @@ class CTViT(nn.Module):
         self.width, self.token_width = self.grid[1] * self.grid[2] * config.width, config.width
 
     def forward(self, volume: Tensor, mask: Tensor | None = None) -> VolumeTokens:
-        """``mask`` is accepted and ignored: the published model sees padding as air."""
-        encoded = self.encode(self.patches(volume))
+        """``mask`` (B, 1, D, H, W) bool: padding is seen as air, as the published model sees it."""
+        encoded = self.encode(self.patches(air_where_padded(volume, mask)))
         tokens = encoded if self.codebook is None else self.codebook(encoded)[0]
         grid = (tokens.shape[1], tokens.shape[2], tokens.shape[3])
         return VolumeTokens(rearrange(tokens, "b t h w c -> b (t h w) c"), grid, tokens.mean(dim=1).flatten(1))
@@ -140,11 +140,12 @@ class RelativeBias(nn.Module):
             and self.kept[0] == (height, width)
         ):
             return self.kept[1]
-        device = next(self.net.parameters()).device
+        weight = next(self.net.parameters())
+        device = weight.device
         # Offsets repeat: there are (2h - 1)(2w - 1) of them, not (hw) squared.
         steps = [torch.arange(1 - extent, extent, device=device, dtype=torch.float32) for extent in (height, width)]
         offsets = torch.stack(torch.meshgrid(*steps, indexing="ij"), dim=-1)
-        values = self.net(torch.sign(offsets) * torch.log(offsets.abs() + 1))
+        values = self.net((torch.sign(offsets) * torch.log(offsets.abs() + 1)).to(weight.dtype))
         places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), dim=-1)
         places = places.reshape(-1, 2).to(device)
         pair = places[:, None] - places[None, :]
@@ -165,7 +166,9 @@ class Codebook(nn.Module):
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(..., C) -> quantised tokens (..., C) and the codes' indices (...). Gradients pass straight through."""
         flat = F.normalize(tokens.reshape(-1, tokens.shape[-1]).float(), dim=-1)
-        codes = (flat @ F.normalize(self.rows, dim=-1).T).argmax(dim=-1)
+        # The nearest of thousands of rows is not found in bfloat16.
+        with torch.autocast(tokens.device.type, enabled=False):
+            codes = (flat @ F.normalize(self.rows.float(), dim=-1).T).argmax(dim=-1)
         quantised = self.rows[codes].reshape(tokens.shape).to(tokens.dtype)
         if self.training:
             self._move(flat.detach(), codes)
@@ -174,7 +177,8 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def _move(self, flat: Tensor, codes: Tensor) -> None:
-        total = torch.zeros_like(self.rows).index_add_(0, codes, flat)
-        used = torch.zeros_like(self.rows[:, 0]).index_add_(0, codes, torch.ones_like(flat[:, 0])) > 0
-        moved = self.rows * CODEBOOK_DECAY + F.normalize(total, dim=-1) * (1 - CODEBOOK_DECAY)
-        self.rows.copy_(torch.where(used[:, None], F.normalize(moved, dim=-1), self.rows))
+        rows = self.rows.float()
+        total = torch.zeros_like(rows).index_add_(0, codes, flat)
+        used = torch.zeros_like(rows[:, 0]).index_add_(0, codes, torch.ones_like(flat[:, 0])) > 0
+        moved = rows * CODEBOOK_DECAY + F.normalize(total, dim=-1) * (1 - CODEBOOK_DECAY)
+        self.rows.copy_(torch.where(used[:, None], F.normalize(moved, dim=-1), rows))

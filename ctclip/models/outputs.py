@@ -30,3 +30,12 @@ def check_volume(volume: Tensor) -> None:
             f"voxels range over [{low:.4g}, {high:.4g}], expected [-1, 1]: these look like unscaled Hounsfield units; "
             f"prepare the scan with preprocessing.prepare"
         )
+
+
+def air_where_padded(volume: Tensor, mask: Tensor | None) -> Tensor:
+    """``volume`` with -1 wherever ``mask`` (B, 1, D, H, W) bool is false: what padding holds cannot matter."""
+    return (
+        volume
+        if mask is None
+        else torch.where(mask, volume, torch.full((), -1.0, dtype=volume.dtype, device=volume.device))
+    )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from ctclip.config import ResNet3DConfig
-from ctclip.models.outputs import VolumeTokens, check_volume
+from ctclip.models.outputs import VolumeTokens, air_where_padded, check_volume
 
 BLOCKS = {18: ("basic", (2, 2, 2, 2)), 50: ("bottleneck", (3, 4, 6, 3))}
 GROUP_CHANNELS = 8
@@ -34,11 +35,17 @@ class ResNet3D(nn.Module):
         self.width = 2 * self.token_width
 
     def forward(self, volume: Tensor, mask: Tensor | None = None) -> VolumeTokens:
-        """``mask`` is accepted and ignored: convolutions see padding as the air it is filled with."""
+        """``mask`` (B, 1, D, H, W) bool, true where voxels are real: convolutions see padding as air, and cells of
+        nothing else are not pooled."""
         check_volume(volume)
         net = self.net
-        cells = net.maxpool(net.act(net.bn1(net.conv1(volume))))
+        cells = net.maxpool(net.act(net.bn1(net.conv1(air_where_padded(volume, mask)))))
         cells = net.layer4(net.layer3(net.layer2(net.layer1(cells))))
         tokens = rearrange(cells, "b c d h w -> b (d h w) c")
         grid = (cells.shape[2], cells.shape[3], cells.shape[4])
-        return VolumeTokens(tokens, grid, torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=1))
+        if mask is None:
+            return VolumeTokens(tokens, grid, torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=1))
+        real = F.adaptive_max_pool3d(mask.to(tokens.dtype), grid).flatten(2).mT > 0
+        mean = (tokens * real).sum(dim=1) / real.sum(dim=1)
+        largest = tokens.masked_fill(~real, float("-inf")).amax(dim=1)
+        return VolumeTokens(tokens * real, grid, torch.cat([mean, largest], dim=1))

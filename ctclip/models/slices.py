@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ctclip.config import SlicesConfig
 from ctclip.errors import CheckpointError
-from ctclip.models.outputs import VolumeTokens, check_volume
+from ctclip.models.outputs import VolumeTokens, air_where_padded, check_volume
 
 LONGEST_MM = 1000.0
 
@@ -48,6 +48,7 @@ class SliceEncoder(nn.Module):
         """volume (B, 1, D, H, W) in [-1, 1]; mask (B, 1, D, H, W) bool, true where voxels are real: slices without
         any take no part and come back as zeros. tokens (B, D / every, width), grid (D / every, 1, 1)."""
         check_volume(volume)
+        volume = air_where_padded(volume, mask)
         first = (volume.shape[2] - 1) % self.config.every // 2
         taken = volume[:, :, first :: self.config.every]
         slices = rearrange(taken, "b 1 d h w -> (b d) 1 h w")
@@ -73,7 +74,9 @@ class SliceEncoder(nn.Module):
             :, : self.channels
         ]
         if shown.shape[-2:] != (self.side, self.side):
-            shown = F.interpolate(shown, (self.side, self.side), mode="bilinear", antialias=True)
+            # In float32: torch has no antialiased bfloat16 on a CPU.
+            scaled = F.interpolate(shown.float(), (self.side, self.side), mode="bilinear", antialias=True)
+            shown = scaled.to(shown.dtype)
         found = self.vision(pixel_values=(shown - self.mean) / self.deviation)
         pooled = getattr(found, "pooler_output", None)
         if pooled is not None:

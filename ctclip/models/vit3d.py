@@ -3,13 +3,16 @@
 The stem cuts the volume into small cells (a linear map of each cell under several HU windows, as a reader
 looks through several windows), mixes neighbours by residual convolutions, and merges cells into tokens. The
 transformer has rotary positions over three axes in mm (Su et al. 2021, extended to 3-D), normalised queries
-and keys (Dehghani et al. 2023), SwiGLU (Shazeer 2020) and register tokens (Darcet et al. 2023).
+and keys (Dehghani et al. 2023), SwiGLU (Shazeer 2020) and register tokens (Darcet et al. 2023). Long grids can be
+attended to in windows, with every few layers a global one (as in Li et al. 2022, ViTDet).
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -18,11 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ctclip.config import ViT3DConfig
 from ctclip.models.batchnorm import GlobalBatchNorm3d
-from ctclip.models.outputs import VolumeTokens, check_volume
+from ctclip.models.outputs import VolumeTokens, air_where_padded, check_volume
 
 LONGEST_WAVE_MM = 800.0
 SHORTEST_WAVE_MM = 12.0
-AIR_HU = -900.0
+# Lung is emphysema below -950 HU (Gevenois et al. 1995); the air around a patient is -1000 with some noise.
+AIR_HU = -950.0
 
 
 class ViT3D(nn.Module):
@@ -45,38 +49,40 @@ class ViT3D(nn.Module):
         (and, with ``drop_air``, of nothing but air outside the body) take no part and come back as zeros.
         """
         self._check(volume)
+        volume = air_where_padded(volume, mask)
         cells = self.stem(volume)
         grid = (cells.shape[2], cells.shape[3], cells.shape[4])
         tokens = rearrange(cells, "b c d h w -> b (d h w) c")
         keep = self._kept(volume, mask)
         positions = self._positions(grid, tokens.device)
         if keep is None:
-            encoded = self._transform(tokens, positions[None], None, grid)
+            flat = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+            encoded = self._transform(tokens, positions[None], flat, None, grid)
             return VolumeTokens(encoded, grid, self._pool(encoded, None))
         order, valid = _compact(keep)
         packed = torch.gather(tokens, 1, order[..., None].expand(-1, -1, tokens.shape[2]))
-        encoded = self._transform(packed, positions[order], valid, grid) * valid[..., None]
+        encoded = self._transform(packed, positions[order], order, valid, grid) * valid[..., None]
         pooled = self._pool(encoded, valid)
         full = torch.zeros_like(tokens).scatter(1, order[..., None].expand_as(encoded), encoded)
         return VolumeTokens(full, grid, pooled)
 
-    def _transform(self, tokens: Tensor, positions: Tensor, valid: Tensor | None, grid: tuple[int, int, int]) -> Tensor:
+    def _transform(
+        self, tokens: Tensor, positions: Tensor, order: Tensor, valid: Tensor | None, grid: tuple[int, int, int]
+    ) -> Tensor:
+        """tokens (B, M, C), of which ``valid`` are real; ``order`` (B, M): their places in the grid, row by row."""
         batch, registers = len(tokens), len(self.registers)
         tokens = torch.cat([self.registers.to(tokens.dtype).expand(batch, -1, -1), tokens], dim=1)
         rotation = _rotation(positions, self.config.width // self.config.heads, registers)
-        full, local = None, None
-        if valid is not None:
-            full = F.pad(valid, (registers, 0), value=True)[:, None, None, :]
+        attends = None if valid is None else F.pad(valid, (registers, 0), value=True)[:, None, None, :]
+        windows = None
         if self.config.window is not None:
-            cell = torch.tensor(self._token_mm(), device=tokens.device)
-            local = _local_mask(positions / cell, self.config.window, registers)
-            local = local if full is None else local & full
+            windows = _windows(order, valid, grid, self.config.window)
         for depth, block in enumerate(self.blocks, start=1):
-            attends = full if local is None or depth % self.config.global_every == 0 else local
+            local = None if depth % self.config.global_every == 0 else windows
             if self.config.activation_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, rotation, attends, use_reentrant=False)
+                tokens = checkpoint(block, tokens, rotation, attends, local, use_reentrant=False)
             else:
-                tokens = block(tokens, rotation, attends)
+                tokens = block(tokens, rotation, attends, local)
         return self.norm(tokens[:, registers:])
 
     def _pool(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
@@ -209,14 +215,24 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, tokens: Tensor, rotation: tuple[Tensor, Tensor], attends: Tensor | None) -> Tensor:
-        """tokens (B, N, C); rotation: cos and sin (B or 1, 1, N, C / heads / 2); attends: bool mask or None."""
+    def forward(
+        self,
+        tokens: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attends: Tensor | None = None,
+        windows: Windows | None = None,
+    ) -> Tensor:
+        """tokens (B, N, C); rotation: cos and sin (B or 1, 1, N, C / heads / 2); attends: which are real (B, 1, 1, N)
+        bool, None for all; windows: attend within them alone."""
         query, key, value = rearrange(
             self.qkv(self.norm_attention(tokens)), "b n (three h c) -> three b h n c", three=3, h=self.heads
         )
         query = _rotate(self.norm_query(query), *rotation)
         key = _rotate(self.norm_key(key), *rotation)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attends)
+        if windows is None:
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attends)
+        else:
+            mixed = _within(query, key, value, attends, windows)
         tokens = tokens + self.out(rearrange(mixed, "b h n c -> b n (h c)"))
         gate, up = self.gate_up(self.norm_mlp(tokens)).chunk(2, dim=-1)
         return tokens + self.down(F.silu(gate) * up)
@@ -226,7 +242,7 @@ def outside_air(volume: Tensor, size: tuple[int, ...], hu_window: tuple[float, f
     """Tokens of nothing but air outside the body.
 
     volume (B, 1, D, H, W) in [-1, 1]; size: voxels of a token. (B, 1, d, h, w) bool. A token is air if the
-    mean of each of its eighths is below -900 HU, and outside if it joins the edge of its own axial slab through
+    mean of each of its eighths is below -950 HU, and outside if it joins the edge of its own axial slab through
     such tokens: lungs, emphysematous ones too, lie within the body wall and are never reached.
     """
     bottom, top = hu_window
@@ -269,9 +285,56 @@ def _rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1).to(vectors.dtype)
 
 
-def _local_mask(cells: Tensor, window: tuple[int, int, int], registers: int) -> Tensor:
-    """(B, 1, N, N) bool: tokens of one window (and registers with everything) see each other."""
-    corner = cells - cells.amin(dim=1, keepdim=True)
-    block = torch.div(corner.round(), torch.tensor(window, device=cells.device), rounding_mode="floor")
-    same = (block[:, :, None] == block[:, None, :]).all(dim=-1)
-    return F.pad(same, (registers, 0, registers, 0), value=True)[:, None]
+class Windows(NamedTuple):
+    """Which tokens attend to each other: S windows of at most L tokens, those of all volumes one after another."""
+
+    rows: Tensor  # (S, L) each window's tokens among the batch's (B * M)
+    real: Tensor | None  # (S, L) bool; None: all windows are full
+    volume: Tensor  # (S,) the volume a window is of
+    back: Tensor  # (B * M,) each token's place among S * L
+
+
+def _windows(order: Tensor, valid: Tensor | None, grid: tuple[int, int, int], window: tuple[int, int, int]) -> Windows:
+    """Windows of ``window`` tokens; those that hold no real token are left out. order, valid (B, M)."""
+    fake = type(order) is not Tensor or order.is_meta  # only shapes are known, and then no token is dropped
+    (batch, count), device = order.shape, order.device
+    places = np.tile(np.arange(count), (batch, 1)) if fake else order.cpu().numpy()
+    blocks = [-(-extent // step) for extent, step in zip(grid, window, strict=True)]
+    cell = [axis // step for axis, step in zip(np.unravel_index(places, grid), window, strict=True)]
+    number = np.arange(batch)[:, None] * math.prod(blocks) + np.ravel_multi_index(cell, blocks)
+    rows = np.arange(batch * count) if valid is None else np.flatnonzero(valid.cpu().numpy())
+    rows = rows[np.argsort(number.ravel()[rows], kind="stable")]
+    _, first, counts = np.unique(number.ravel()[rows], return_index=True, return_counts=True)
+    most = int(counts.max())
+    slots = np.repeat(np.arange(len(counts)) * most - first, counts) + np.arange(len(rows))
+    table, back = np.zeros(len(counts) * most, dtype=np.int64), np.zeros(batch * count, dtype=np.int64)
+    table[slots], back[rows] = rows, slots
+    real = torch.tensor(np.arange(most) < counts[:, None], device=device)
+    return Windows(
+        torch.tensor(table.reshape(-1, most), device=device),
+        None if (counts == most).all() else real,
+        torch.tensor(rows[first] // count, device=device),
+        torch.tensor(back, device=device),
+    )
+
+
+def _within(query: Tensor, key: Tensor, value: Tensor, attends: Tensor | None, windows: Windows) -> Tensor:
+    """Attention (B, heads, registers + M, c) of each token to its window and the registers, of registers to all."""
+    registers = query.shape[2] - len(windows.back) // len(query)
+    keys, values = (
+        torch.cat([part[windows.volume, :, :registers], _gathered(part[:, :, registers:], windows)], dim=2)
+        for part in (key, value)
+    )
+    mask = None if windows.real is None else F.pad(windows.real, (registers, 0), value=True)[:, None, None, :]
+    local = F.scaled_dot_product_attention(_gathered(query[:, :, registers:], windows), keys, values, attn_mask=mask)
+    local = rearrange(local, "s h l c -> (s l) h c")[windows.back]
+    local = rearrange(local, "(b m) h c -> b h m c", b=len(query))
+    if not registers:
+        return local
+    everywhere = F.scaled_dot_product_attention(query[:, :, :registers], key, value, attn_mask=attends)
+    return torch.cat([everywhere, local], dim=2)
+
+
+def _gathered(part: Tensor, windows: Windows) -> Tensor:
+    """(B, heads, M, c) -> (S, heads, L, c)."""
+    return rearrange(rearrange(part, "b h m c -> (b m) h c")[windows.rows], "s l h c -> s h l c")

@@ -1,0 +1,224 @@
+"""Our own volume encoder beside the published one, its cost against the number of tokens, air left out, and a GPU.
+
+Called by ``python -m tests.benchmarks.encoders``; times are processor seconds on one thread (``processor_seconds``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ctclip.config import CTViTConfig, ViT3DConfig
+from ctclip.models import vit3d
+from ctclip.models.ctvit import CTViT
+from ctclip.models.vit3d import ViT3D, outside_air
+from tests.benchmarks.common import apart, peak_gb, processor_seconds, table
+
+HERE = "tests.benchmarks.vit3d"
+PUBLISHED = (240, 480, 480)
+REAL = Path(__file__).parents[3] / "shared" / "ct" / "dicom"
+# As many parameters as the published encoder on its grid of 24 x 24 x 24 tokens; one layer in eight sees everything.
+EQUAL = ViT3DConfig(
+    patch=(10, 20, 20), stages=(), width=496, heads=8, depth=8, spacing=(1.5, 0.75, 0.75), window=(4, 6, 6), global_every=8,
+    drop_air=True, pooling=("attention", "mean"),
+)  # fmt: skip
+SMALL = ViT3DConfig(patch=(4, 4, 4), stages=(), width=192, heads=6, depth=4, window=(4, 6, 6), global_every=4)
+
+
+def chest(shape: tuple[int, int, int] = PUBLISHED) -> Tensor:
+    """A phantom's chest (1, 1, *shape) in [-1, 1]."""
+    from ctclip.phantom.scan import make_scan
+
+    hu = torch.from_numpy(make_scan(1, 0, scale=4.0).reconstructions[0].hu.astype(np.float32))
+    return F.interpolate(hu[None, None], shape, mode="trilinear").clamp(-1000, 1000) / 1000
+
+
+def _seconds(encoder: nn.Module, volume: Tensor, times: int = 2) -> dict[str, float]:
+    """Processor seconds of encoding and of a training step's forward and backward."""
+
+    def step() -> None:
+        encoder.zero_grad()
+        encoder(volume).pooled.square().mean().backward()
+
+    with torch.inference_mode():
+        encoder.eval()(volume)
+        encoding = processor_seconds(lambda: encoder(volume), times)
+    encoder.train()
+    return {"encoding": encoding, "step": processor_seconds(step, 1)}
+
+
+def at_equal_parameters() -> dict[str, Any]:
+    volume, found = chest(), {}
+    torch.manual_seed(0)
+    encoders = {
+        "ctvit": CTViT(CTViTConfig()),
+        "vit3d, all tokens": ViT3D(EQUAL.model_copy(update={"drop_air": False})),
+        "vit3d, air left out": ViT3D(EQUAL),
+    }
+    for name, encoder in encoders.items():
+        parameters = sum(p.numel() for p in encoder.parameters()) / 1e6
+        found[name] = {"parameters": parameters, **_seconds(encoder, volume)}
+    air = float(outside_air(volume, EQUAL.patch, EQUAL.hu_window).float().mean())
+    return {"rows": found, "air": air, "rate": matmul_rate()}
+
+
+def matmul_rate() -> float:
+    """GFLOP a second of the layer's largest matrix product, by processor time."""
+    a, b = torch.randn(13824, 512), torch.randn(512, 2730)
+    return 2 * 13824 * 512 * 2730 / processor_seconds(lambda: a @ b, 3) / 1e9
+
+
+def of_tokens(grids: list[int]) -> list[dict[str, float]]:
+    """Seconds of encoding (2 n) ^ 3 / 8 tokens, with full attention and in windows with a last global layer."""
+    found = []
+    full, windows = ViT3D(SMALL.model_copy(update={"window": None})).eval(), ViT3D(SMALL).eval()
+    for side in grids:
+        volume = torch.rand(1, 1, 4 * side, 4 * side, 4 * side) * 2 - 1
+        with torch.inference_mode():
+            row = {name: processor_seconds(lambda e=e, v=volume: e(v), 1) for name, e in (("full", full), ("windows", windows))}  # fmt: skip
+        found.append({"tokens": float(side**3), **row})
+    return found
+
+
+def one_layer(way: str) -> dict[str, float]:
+    """Seconds and peak memory of a layer's forward and backward over 24 ^ 3 tokens."""
+    torch.manual_seed(0)
+    config = SMALL.model_copy(update={"depth": 1, "global_every": 2, "window": None if way == "full" else SMALL.window})
+    encoder, volume = ViT3D(config), torch.rand(1, 1, 96, 96, 96) * 2 - 1
+    place = torch.stack(torch.meshgrid(*[torch.arange(24)] * 3, indexing="ij"), dim=-1).flatten(0, 2)
+    window = place // torch.tensor(SMALL.window)
+    own, before = vit3d.Block.forward, peak_gb()
+
+    def masked(self: Any, tokens: Tensor, rotation: Any, attends: Any, windows: Any) -> Tensor:
+        together = (window[:, None] == window[None]).all(dim=-1)
+        registers = tokens.shape[1] - len(window)
+        return own(self, tokens, rotation, F.pad(together, (registers, 0, registers, 0), value=True)[None, None])
+
+    with mock.patch.object(vit3d.Block, "forward", masked if way == "masked" else own):
+        seconds = processor_seconds(lambda: encoder(volume).pooled.square().mean().backward(), 1)
+    return {"seconds": seconds, "gb": peak_gb() - before}
+
+
+def air() -> list[list[str]]:
+    """Share of tokens left out, and the speed that gives, of a phantom and of real chests where they lie beside us."""
+    from preprocessing import prepare
+
+    config = ViT3DConfig(patch=(8, 16, 16), stages=(), width=384, heads=6, depth=8, spacing=(3.0, 1.5, 1.5), drop_air=True)  # fmt: skip
+    given = {"phantom": chest((112, 224, 224))}
+    for folder in sorted(REAL.glob("lungdx_*")):
+        given[folder.name] = torch.from_numpy(prepare(folder, "ct_224").voxels)[None, None]
+    torch.manual_seed(0)
+    drops, rows = ViT3D(config), []
+    keeps = ViT3D(config.model_copy(update={"drop_air": False}))
+    keeps.load_state_dict(drops.state_dict())
+    for name, volume in given.items():
+        with torch.inference_mode():
+            cosine = float(F.cosine_similarity(drops.eval()(volume).pooled, keeps.eval()(volume).pooled))
+        share = float(outside_air(volume, config.patch, config.hu_window).float().mean())
+        a, b = _seconds(keeps, volume), _seconds(drops, volume)
+        rows.append([name, f"{100 * share:.0f} %", f"{a['encoding'] / b['encoding']:.2f} x", f"{a['step'] / b['step']:.2f} x", f"{cosine:.3f}"])  # fmt: skip
+    return rows
+
+
+def show(threads: int, plot: Path) -> None:
+    found = apart(HERE, "at_equal_parameters", threads=threads)
+    base = found["rows"]["ctvit"]
+    rows = [
+        [name, f"{r['parameters']:.1f} M", f"{r['encoding']:.1f}", f"{base['encoding'] / r['encoding']:.2f} x", f"{r['step']:.1f}", f"{base['step'] / r['step']:.2f} x"]
+        for name, r in found["rows"].items()
+    ]  # fmt: skip
+    print(f"24 x 24 x 24 tokens of a phantom's chest, {100 * found['air']:.0f} % of them air outside the body; {found['rate']:.0f} GFLOP/s\n")  # fmt: skip
+    print(table("vit3d and ctvit at equal parameters and one token grid", ["", "parameters", "encoding, s", "speed", "forward and backward, s", "speed (bar 2)"], rows), flush=True)  # fmt: skip
+    layers = {way: apart(HERE, "one_layer", way, threads=threads) for way in ("full", "masked", "windows")}
+    rows = [[way, f"{r['seconds']:.2f}", f"{layers['full']['seconds'] / r['seconds']:.1f} x", f"{r['gb']:.2f}"] for way, r in layers.items()]  # fmt: skip
+    print(table("One layer of width 192 over 13,824 tokens, forward and backward", ["attention", "seconds", "speed", "GB"], rows), flush=True)  # fmt: skip
+    costs = apart(HERE, "of_tokens", [6, 8, 12, 16, 20, 24], threads=threads)
+    rows = [[f"{r['tokens']:.0f}", f"{r['full']:.3f}", f"{r['windows']:.3f}", f"{r['full'] / r['windows']:.1f} x"] for r in costs]  # fmt: skip
+    print(table("Encoding against the number of tokens (width 192, 4 layers, the last one global)", ["tokens", "full, s", "windows, s", ""], rows), flush=True)  # fmt: skip
+    draw(costs, plot)
+    print(table("Air left out (width 384, 8 layers, spec ct_224)", ["chest", "left out", "encoding", "forward and backward", "cosine to looking at the air, untrained"], apart(HERE, "air", threads=threads)), flush=True)  # fmt: skip
+
+
+def draw(costs: list[dict[str, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    tokens = [row["tokens"] for row in costs]
+    for name, label in (("full", "full attention"), ("windows", "windows of 4 x 6 x 6, one layer in four global")):
+        axes.loglog(tokens, [row[name] for row in costs], "o-", label=label)
+    axes.loglog(tokens, [costs[0]["full"] * t / tokens[0] for t in tokens], ":", color="grey", label="linear")
+    axes.set(xlabel="tokens", ylabel="processor seconds a volume", title="vit3d, width 192, 4 layers: cost of encoding")
+    axes.set_xticks(tokens, [f"{t:,.0f}" for t in tokens], minor=False)
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    print(f"plotted: {path}\n", flush=True)
+
+
+def on_a_gpu() -> None:
+    """bfloat16 with fused attention: tokens a second, share of the card's measured rate, largest batch."""
+    name = torch.cuda.get_device_name()
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    rate = 20 * 2 * 8192**3 / _cuda_seconds(lambda: [a @ a for _ in range(20)])
+    print(f"{name}, {rate / 1e12:.0f} TFLOP/s measured in bfloat16 (8192 x 8192 matrix product)\n")
+    rows = []
+    for kind, encoder in (
+        ("ctvit", CTViT(CTViTConfig())),
+        ("vit3d", ViT3D(EQUAL.model_copy(update={"drop_air": False}))),
+        ("vit3d large", ViT3D(EQUAL.model_copy(update={"drop_air": False, "width": 1024, "heads": 16, "depth": 24}))),
+    ):
+        encoder.cuda().train()
+        batch, best = 1, (0.0, 0.0, 0)
+        while True:
+            try:
+                best = max(best, (*_gpu_rates(encoder, batch), batch), key=lambda found: found[2])
+            except torch.OutOfMemoryError:
+                break
+            finally:
+                torch.cuda.empty_cache()
+            batch *= 2
+        rows.append([kind, f"{best[0]:,.0f}", f"{best[1] / 1e12:.0f}", f"{100 * best[1] / rate:.0f} %", str(best[2])])
+        encoder.cpu()
+    print(table(f"Forward and backward in bfloat16, full size, {name}", ["", "tokens/s", "TFLOP/s", "of the card's rate (bar 40 %)", "largest batch (powers of 2)"], rows))  # fmt: skip
+
+
+def _gpu_rates(encoder: nn.Module, batch: int) -> tuple[float, float]:
+    """Tokens and operations a second."""
+    volume = torch.rand(batch, 1, *PUBLISHED, device="cuda") * 2 - 1
+    tokens = 0
+
+    def step() -> None:
+        nonlocal tokens
+        encoder.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            found = encoder(volume)
+        found.pooled.float().square().mean().backward()
+        tokens = found.tokens.shape[0] * found.tokens.shape[1]
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    seconds = _cuda_seconds(step)
+    return tokens / seconds, counter.get_total_flops() / seconds
+
+
+def _cuda_seconds(action: Any, times: int = 3) -> float:
+    action()
+    found = []
+    for _ in range(times):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        action()
+        ended.record()
+        torch.cuda.synchronize()
+        found.append(began.elapsed_time(ended) / 1000)
+    return min(found)

@@ -1,0 +1,112 @@
+"""Tokens of air are left out and lungs never are; attention in windows is attention with all else masked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+from ctclip.config import ViT3DConfig
+from ctclip.models import vit3d
+from ctclip.models.vit3d import Block, ViT3D, outside_air
+from ctclip.phantom.scan import make_scan
+from preprocessing import prepare
+
+HU = (-1000.0, 1000.0)
+TOKEN = (8, 16, 16)
+CHESTS = ("dicom/lungdx_A0001_philips_B_5mm_64", "dicom/lungdx_A0002_siemens_B40f_8mm_30")
+CROPS = ("nifti/ts_chestCTA_aorta_crop_1p5mm_LPS.nii.gz", "nifti/ts_chestCTA_heart_crop_1p5mm_LPS.nii.gz")
+
+
+def as_voxels(dropped: Tensor, size: tuple[int, int, int]) -> np.ndarray:
+    """Tokens (1, 1, d, h, w) as voxels."""
+    return np.kron(dropped[0, 0].numpy(), np.ones(size, dtype=bool))
+
+
+@pytest.mark.parametrize("patient", range(4))
+def test_emphysema_of_a_phantom_is_never_dropped(patient: int) -> None:
+    """The phantom marks each voxel it empties, and knows nothing of tokens."""
+    made = make_scan(3, patient, scale=4.0, only=frozenset({"Emphysema"})).reconstructions[0]
+    size = (4, 8, 8)
+    cut = tuple(slice(0, extent // step * step) for extent, step in zip(made.hu.shape, size, strict=True))
+    hu, marked = made.hu[cut], made.masks[cut] > 0
+    dropped = outside_air(torch.from_numpy(hu.astype(np.float32)).clamp(*HU)[None, None] / 1000, size, HU)
+    assert marked.sum() > 100
+    assert dropped.any()
+    assert not (as_voxels(dropped, size) & marked).any()
+
+
+def lungs(hu: np.ndarray) -> np.ndarray:
+    """Aerated voxels within the outline of the largest body, slice by slice; by another way than the encoder's."""
+    labelled, _ = ndimage.label(ndimage.binary_opening(hu > -300, iterations=2))
+    body = labelled == 1 + np.argmax(np.bincount(labelled.ravel())[1:])
+    closed = [ndimage.binary_closing(np.pad(part, 8), iterations=6) for part in body]
+    return np.stack([ndimage.binary_fill_holes(part)[8:-8, 8:-8] for part in closed]) & (hu < -500)
+
+
+@pytest.mark.parametrize("name", [*CHESTS, *CROPS])
+def test_lungs_of_real_scans_are_never_dropped(shared: Path, name: str) -> None:
+    """Also where the field of view cuts through them (the crops)."""
+    voxels = prepare(shared / "ct" / name, "ct_224").voxels
+    inside = lungs(voxels * 1000)
+    dropped = outside_air(torch.from_numpy(voxels)[None, None], TOKEN, HU)
+    assert inside.sum() > 10_000
+    assert dropped.float().mean() > 0.15
+    assert not (as_voxels(dropped, TOKEN) & inside).any()
+
+
+def test_what_is_left_out_only_saves_time(shared: Path) -> None:
+    """A model that leaves air out gives what the same model gives with air masked out of every layer, and, of a real
+    chest, nearly what it gives when it looks at all the air."""
+    voxels = torch.from_numpy(prepare(shared / "ct" / CHESTS[1], "ct_224").voxels)[None, None]
+    config = ViT3DConfig(patch=TOKEN, stages=(), width=96, heads=4, depth=3, pooling=("attention",), drop_air=True)
+    torch.manual_seed(0)
+    leaves_out = ViT3D(config).eval()
+    looks = ViT3D(config.model_copy(update={"drop_air": False})).eval()
+    looks.load_state_dict(leaves_out.state_dict())
+    kept = ~outside_air(voxels, TOKEN, HU).flatten(1)
+    with torch.no_grad():
+        found, whole = leaves_out(voxels), looks(voxels)
+        with mock.patch.object(vit3d, "_compact", lambda keep: (torch.arange(keep.shape[1])[None], keep)):
+            masked = leaves_out(voxels)
+    assert 0.3 < kept.float().mean() < 0.7
+    torch.testing.assert_close(found.tokens, masked.tokens, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.pooled, masked.pooled, atol=1e-5, rtol=1e-5)
+    assert F.cosine_similarity(found.pooled, whole.pooled) > 0.9
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_windows_are_attention_with_all_else_masked(registers: int, padded: bool) -> None:
+    torch.manual_seed(0)
+    config = ViT3DConfig(patch=(2, 2, 2), stages=(), width=24, heads=2, depth=3, registers=registers, window=(2, 3, 2), global_every=3)  # fmt: skip
+    encoder = ViT3D(config).eval()
+    volume, mask = torch.rand(3, 1, 10, 14, 12) * 2 - 1, None
+    if padded:
+        mask = torch.ones(volume.shape, dtype=torch.bool)
+        mask[1, :, :8] = mask[2, ..., 8:] = False
+    place = torch.stack(torch.meshgrid(torch.arange(5), torch.arange(7), torch.arange(6), indexing="ij"), dim=-1)
+    window = (place // torch.tensor([2, 3, 2])).flatten(0, 2)
+    together = F.pad((window[:, None] == window[None]).all(dim=-1), (registers, 0, registers, 0), value=True)
+    own = Block.forward
+
+    def masked(self: Block, tokens: Tensor, rotation: Any, attends: Tensor | None, windows: Any = None) -> Tensor:
+        if windows is not None:
+            attends = together & attends if attends is not None else together
+        return own(self, tokens, rotation, attends)
+
+    def all_places(keep: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.arange(keep.shape[1]).expand(len(keep), -1), keep
+
+    with torch.no_grad():
+        found = encoder(volume, mask).tokens
+        with mock.patch.object(Block, "forward", masked), mock.patch.object(vit3d, "_compact", all_places):
+            expected = encoder(volume, mask).tokens
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
