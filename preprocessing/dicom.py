@@ -38,17 +38,18 @@ class Slice:
 def read_series(folder: Path, series: str | None = None, only: Path | None = None, name: Path | None = None) -> Volume:
     """See ``readers.read_dicom``; ``name`` is what messages call the series (a zip, instead of where it was unpacked)."""
     headers = _headers(folder)
-    said = str(name or folder)
+    said = str(name or only or folder)
     if not headers:
         raise PreprocessingError(f"{said}: no DICOM slices found; name a DICOM folder, .nii.gz, .nrrd or .mha file")
     groups: dict[str, list[tuple[Any, Path]]] = {}
     for header, path in headers:
         groups.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((header, path))
+    for members in groups.values():
+        said = masked(said, members[0][0])
     if only is not None:
         groups = {uid: members for uid, members in groups.items() if any(path == only for _, path in members)}
         if not groups:
-            raise PreprocessingError(f"{only}: not a DICOM slice, nor any other format that is read")
-    said = masked(said, next(iter(groups.values()))[0][0])
+            raise PreprocessingError(f"{said}: not a DICOM slice, nor any other format that is read")
     if series is not None:
         if series not in groups:
             listed = ", ".join(f"{uid} ({len(members)} files)" for uid, members in sorted(groups.items()))
@@ -56,7 +57,7 @@ def read_series(folder: Path, series: str | None = None, only: Path | None = Non
         chosen = groups[series]
     else:
         chosen = max(groups.values(), key=lambda members: (len(_slices(members)), str(members[0][1])))
-    volume = _volume(masked(said, chosen[0][0]), chosen)
+    volume = _volume(said, chosen)
     if len(groups) > 1 and series is None:
         volume.warnings.append(f"{len(groups)} series in the folder: took the one with most slices (--series chooses)")
     return volume

@@ -24,7 +24,8 @@ from preprocessing.files import written_beside
 from preprocessing.spec import PreprocessingSpec
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-CHUNK = 64
+# Measured against ZSTD and cubes of 64: a whole volume in half the time and crops sooner, for a third more disk.
+CHUNK = (16, 96, 480)
 SUFFIX = ".b2nd"
 ABANDONED_SECONDS = 1800
 # What blosc2 makes of a file whose bytes have changed.
@@ -82,10 +83,10 @@ class VolumeStore:
         if hu.shape != self.spec.shape:
             raise PreprocessingError(f"{volume}: shape {hu.shape}, the store's spec has {self.spec.shape}")
         whole = np.ascontiguousarray(np.rint(hu), dtype=np.int16) if hu.dtype != np.int16 else np.ascontiguousarray(hu)
-        chunks = tuple(min(CHUNK, extent) for extent in whole.shape)
+        chunks = tuple(map(min, CHUNK, whole.shape))
         packed = blosc2.asarray(
             whole, chunks=chunks,
-            cparams=blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=1, nthreads=1, filters=[blosc2.Filter.SHUFFLE]),
+            cparams=blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=1, nthreads=1, filters=[blosc2.Filter.SHUFFLE]),
         )  # fmt: skip
         packed.schunk.vlmeta["crc32"] = zlib.crc32(whole.data)
         with written_beside(self.file(volume)) as partial:

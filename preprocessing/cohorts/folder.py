@@ -24,7 +24,9 @@ def read(root: Path) -> Cohort:
     paths: list[Path] = []
     for folder, _, files in sorted(os.walk(root)):
         volumes = [Path(folder, name) for name in sorted(files) if name.lower().endswith(FILES)]
-        paths += volumes or [Path(folder)] * (first_header(Path(folder)) is not None)
+        paths += volumes
+        if len(volumes) < len(files) and first_header(Path(folder)) is not None:
+            paths.append(Path(folder))
     if not paths:
         raise PreprocessingError(f"{root}: no {', '.join(FILES)} and no DICOM slices below it")
     return _named(root, paths)

@@ -194,6 +194,8 @@ def test_a_cd_of_dicom_series_is_its_series(tmp_path: Path, hu: np.ndarray) -> N
     for name in ("AUTORUN.INF", "README", "VIEWER.EXE", "DICOM/S1/A_README"):
         (tmp_path / "cd" / name).write_text("not a slice")
     assert sorted(read_cohort(tmp_path / "cd").table["path"]) == ["DICOM/S1", "DICOM/S2"]
+    _nifti(tmp_path / "cd" / "DICOM" / "S1", hu)
+    assert sorted(read_cohort(tmp_path / "cd").table["path"]) == ["DICOM/S1", "DICOM/S1/scan.nii.gz", "DICOM/S2"]
 
 
 def test_the_quality_page_shows_every_volume_and_every_refusal(tmp_path: Path, hu: np.ndarray) -> None:
