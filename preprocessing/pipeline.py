@@ -102,17 +102,23 @@ def preprocess_cohort(
     workers: int | None = None,
     shard: tuple[int, int] = (1, 1),
     calibration: float = 0.0,
+    partial: bool = False,
 ) -> list[Outcome]:
     """Bring every volume of a cohort into a store and return what became of each.
 
     Volumes that are stored already are kept, so a run that was interrupted continues. ``shard`` (i, n) takes
     every n-th volume from the i-th on: shards may run at once on one store. ``calibration`` of the training patients
-    become a split of that name, which training never sees.
+    become a split of that name, which training never sees. Volumes without a report and reports without a volume are
+    refused unless ``partial``: then the former are kept without text, the latter left out.
     """
     options = options or Options()
     cohort = read_cohort(root, layout)
     table = hold_out(cohort.table, calibration)
-    for warning in cohort.warnings:
+    if cohort.unmatched and not partial:
+        raise PreprocessingError(
+            f"{root}: {', and '.join(cohort.unmatched)}; complete the cohort, or say --partial to take what is there"
+        )
+    for warning in [*cohort.warnings, *cohort.unmatched]:
         print(f"warning: {root}: {warning}")
     store = VolumeStore.create(output, spec)
     store.sweep()

@@ -45,6 +45,11 @@ def preprocess(
     calibration: float = typer.Option(
         0.0, min=0.0, max=0.9, help="Share of the training patients to hold out as the split `calibration`."
     ),
+    partial: bool = typer.Option(
+        False,
+        "--partial",
+        help="Take what is there: volumes without a report without text, reports without a volume not.",
+    ),
     verify: bool = typer.Option(
         False, "--verify", help="Check every stored volume, set damaged ones aside, rebuild them."
     ),
@@ -73,6 +78,7 @@ def preprocess(
         workers=workers,
         shard=_shard(shard),
         calibration=calibration,
+        partial=partial,
     )
     _said(outcomes, output / outcomes_name(_shard(shard)))
 

@@ -31,12 +31,11 @@ def read(root: Path) -> Cohort:
     reports = _tables(root, "*reports*.csv", ("VolumeName", *SECTIONS))
     labels = _tables(root, "*labels*.csv", ("VolumeName",))
     metadata = _tables(root, "*metadata*.csv", ("VolumeName", "RescaleSlope", "RescaleIntercept"))
-    orphans = sorted(set(reports.index) - set(files))
-    if orphans:
-        warnings.append(f"{len(orphans)} reports have no volume on disk, the first {orphans[0]}: left out")
-    silent = sorted(set(files) - set(reports.index))
-    if silent:
-        warnings.append(f"{len(silent)} volumes have no report, the first {silent[0]}: kept without text")
+    unmatched = []
+    if orphans := sorted(set(reports.index) - set(files)):
+        unmatched.append(f"{len(orphans)} of the reports have no volume on disk (the first: {orphans[0]})")
+    if silent := sorted(set(files) - set(reports.index)):
+        unmatched.append(f"{len(silent)} of the volumes have no report (the first: {silent[0]})")
     records = []
     for volume, path in files.items():
         match = NAME.fullmatch(volume)
@@ -55,7 +54,7 @@ def read(root: Path) -> Cohort:
     known = labels.reindex(table["volume"]).reset_index(drop=True)
     for name in known.columns:
         table[name] = zeros_and_ones(known[name], f"{root}: label {name!r}")
-    return Cohort(table, files, warnings)
+    return Cohort(table, files, warnings, unmatched)
 
 
 def _files(root: Path) -> tuple[dict[str, Path], list[str]]:

@@ -26,11 +26,15 @@ DEFAULTS = {
 
 @dataclass
 class Cohort:
-    """``table`` as it may be kept and shown; ``files``, where each of its volumes lies, which may name a patient."""
+    """``table`` as it may be kept and shown; ``files``, where each of its volumes lies, which may name a patient.
+
+    ``unmatched``: what one of volumes and tables holds and the other does not, a line each.
+    """
 
     table: pd.DataFrame
     files: dict[str, Path]
     warnings: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
 
 
 def rows(records: list[dict[str, Any]]) -> pd.DataFrame:

@@ -120,3 +120,26 @@ def test_a_corrupt_volume_is_refused_and_the_rest_is_done(cohort: Path, tmp_path
     outcomes = pd.read_csv(tmp_path / "store" / "outcomes.csv")
     assert sorted(outcomes["outcome"]) == ["done", "done", "refused"]
     assert files[0].name in outcomes["reason"].dropna().iloc[0]
+
+
+def test_reports_and_volumes_that_do_not_match_are_named_or_taken_on_purpose(cohort: Path, tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    shutil.copytree(cohort / "dataset", part / "dataset")
+    gone, *kept = sorted((part / "dataset").rglob("*.nii.gz"))
+    for path in [gone, *kept[5:]]:
+        path.unlink()
+    tables = sorted((part / "dataset" / "radiology_text_reports").glob("*.csv"))
+    for path in tables:
+        table = pd.read_csv(path)
+        table[~table["VolumeName"].isin([kept[0].name])].to_csv(path, index=False)
+    command = ("preprocess", part, "--output", tmp_path / "store", "--spec", "phantom", "--workers", 1)
+    done = run(*command)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    for said in ("have no volume on disk", "1 of the volumes have no report", kept[0].name.split(".")[0], "--partial"):
+        assert said in line
+    assert not (tmp_path / "store").exists()
+    assert run(*command, "--partial").returncode == 0
+    assert sorted(pd.read_csv(tmp_path / "store" / "outcomes.csv")["volume"]) == [
+        p.name.split(".")[0] for p in kept[:5]
+    ]

@@ -275,8 +275,8 @@ def test_the_stored_volume_is_the_prepared_one(cohort, store) -> None:
 
 def test_the_cohort_table_of_ct_rate(cohort) -> None:
     found = read_cohort(cohort)
-    table, warnings = found.table, found.warnings
-    assert warnings == []
+    table = found.table
+    assert found.warnings == found.unmatched == []
     assert len(table) == 24
     assert set(table["split"]) == {"train", "valid"}
     assert not table["findings"].str.fullmatch("(?i)not given.?").any()
@@ -290,8 +290,7 @@ def test_bad_tables_are_named(tmp_path, cohort) -> None:
         shutil.copytree(source / name, tmp_path / "dataset" / name)
     reports = pd.read_csv(source / "radiology_text_reports" / "train_reports.csv")
     reports.head(-2).to_csv(tmp_path / "train_reports.csv", index=False)
-    warnings = read_cohort(tmp_path).warnings
-    assert "volumes have no report" in warnings[0]
+    assert "volumes have no report" in read_cohort(tmp_path).unmatched[0]
     reports.drop(columns="Findings_EN").to_csv(tmp_path / "train_reports.csv", index=False)
     with pytest.raises(PreprocessingError, match=r"train_reports\.csv: column 'Findings_EN' is missing"):
         read_cohort(tmp_path)
