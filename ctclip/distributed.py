@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,6 +83,8 @@ def launch(processes: int, module: str) -> int:
 def initialise() -> torch.device:
     """Join the process group and return the device of this rank."""
     prepare_environment()
+    # DeepSpeed calls what torch has since renamed, and every rank would say so at every call's first place.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
     cuda = torch.cuda.is_available()

@@ -56,6 +56,10 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
+    def close(self) -> None:
+        """Let a write that goes on end, without asking how."""
+        self.writer.shutdown()
+
     def _write(self, step: int, state: dict[str, torch.Tensor], valid_loss: float | None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".step_*.partial"):

@@ -60,7 +60,7 @@ class Engine:
             state.load_moments(step, self.optimizer, self.stage, resumed)
 
     def state(self) -> dict[str, Tensor]:
-        """All that a checkpoint holds. A collective."""
+        """All that a checkpoint holds, on rank 0. A collective."""
         return state.collect(self.module, self.optimizer, self.stage)
 
     def scale(self) -> Tensor:
@@ -82,7 +82,7 @@ class Engine:
             yield
 
     def parameters(self) -> dict[str, Tensor]:
-        """Whole parameters and buffers, under ``state/``. A collective at stage 3."""
+        """Whole parameters and buffers, under ``state/``, on rank 0. A collective at stage 3."""
         return state.parameters(self.module, self.stage)
 
     def step(self, batch: Batch, number: int, steps: int) -> dict[str, float]:
@@ -109,17 +109,22 @@ class Engine:
             self.deepspeed.backward(loss)
         else:
             loss, parts = self._two_pass(batch, identities)
+        norm = self._norm() if self.stage == 0 else None
         self.deepspeed.step()
-        norm = self.deepspeed.get_global_grad_norm()
+        norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
         # Each rank knows its rows; what is logged is of the global batch.
         values = torch.stack(
             [loss.detach().float().reshape(()), *(part.float().reshape(()) for part in parts.values())]
         )
         logged = dict(zip(("loss", *parts), mean_over_ranks(values).tolist(), strict=True))
-        return logged | {
-            "gradient_norm": float(norm) if norm is not None else math.nan,
-            "learning_rate": self.config.learning_rate * factor,
-        }
+        logged["learning_rate"] = self.config.learning_rate * factor
+        # -1 is DeepSpeed's word for one that is not a number.
+        return logged | {"gradient_norm": float(norm) if norm is not None and norm >= 0 else math.nan}
+
+    def _norm(self) -> Tensor:
+        """Of the gradients that the backward pass has averaged over ranks: at stage 0 DeepSpeed clips, and keeps it to itself."""
+        found = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        return nn.utils.get_total_norm(found)
 
     def _two_pass(self, batch: Batch, identities: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """GradCache (Gao et al. 2021): the exact gradient of a contrastive batch larger than memory.

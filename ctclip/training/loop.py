@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import resource
@@ -9,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -127,23 +129,28 @@ class Run:
         """Steps ``sampler.start`` to ``steps``."""
         main = distributed.is_main()
         log = MetricsLog(self.output, sampler.start, self.settings.wandb_project) if main else None
+        try:
+            self._steps(iter(self._batches(data, sampler)), sampler, steps, log)
+            self.checkpoints.wait()
+        finally:
+            self.checkpoints.close()
+            if log is not None:
+                log.close()
+
+    def _steps(self, stream: Any, sampler: ScanSampler, steps: int, log: MetricsLog | None) -> None:
         numbers: Any = range(sampler.start, steps)
-        if main:
+        if log is not None:
             numbers = track(numbers, steps - sampler.start, "training", "steps", lambda: self.shown)
-        stream = iter(self._batches(data, sampler))
-        began, waited = time.monotonic(), 0.0
+        meter = Meter()
         for step in numbers:
-            asked = time.monotonic()
-            batch = _next(stream).to(self.engine.device)
-            waited += time.monotonic() - asked
+            with meter.waiting():
+                batch = _next(stream).to(self.engine.device)
             logged = self.engine.step(batch, step, steps)
+            meter.volumes += self.settings.batch
             self._check(logged, step)
             done, last = step + 1, step + 1 == steps
             if log is not None and (done % self.settings.log_every == 0 or last):
-                elapsed = time.monotonic() - began
-                logged["epoch"] = step / sampler.steps_per_epoch
-                logged["volumes_per_second"] = (done - sampler.start) * self.settings.batch / elapsed
-                logged["data_wait"] = waited / elapsed
+                logged |= {"epoch": step / sampler.steps_per_epoch, **meter.read()}
                 logged["memory_gb"] = _memory_gb(self.engine.device)
                 log.write(step, logged)
                 self.shown = _line(logged)
@@ -153,16 +160,16 @@ class Run:
                 validated = self.validation(self.engine)
                 if log is not None:
                     log.write(step, validated)
+                meter.read()
             if done % self.settings.checkpoint_every == 0 or last or stop or validated is not None:
                 state = self.engine.state()
-                if main:
+                if log is not None:
                     self.checkpoints.save(done, state, None if validated is None else validated["valid_loss"])
             if stop and not last:
                 self.checkpoints.wait()
+                # A rank that leaves early would have the launcher end the one that still writes.
+                distributed.barrier()
                 raise Interrupted(f"stopped after step {done} of {steps}; the same command continues from there")
-        self.checkpoints.wait()
-        if log is not None:
-            log.close()
 
     def _batches(self, data: StoredVolumes, sampler: ScanSampler) -> Any:
         return DataLoader(
@@ -175,17 +182,41 @@ class Run:
         )
 
     def _check(self, logged: dict[str, float], step: int) -> None:
-        """Stop at the first loss that is not a number: what follows it is lost."""
-        diverging = self.divergence.seen(logged["loss"])
-        if math.isfinite(logged["loss"]) and not diverging:
+        """Stop at the first loss or gradient that is not a number: what follows it is lost, and so would a checkpoint be."""
+        loss, norm = logged["loss"], logged["gradient_norm"]
+        diverging = self.divergence.seen(loss)
+        if math.isfinite(loss) and math.isfinite(norm) and not diverging:
             return
         self.checkpoints.wait()
-        what = f"the loss has grown to {logged['loss']:.3g}" if diverging else f"the loss is {logged['loss']}"
+        what = f"the loss has grown to {loss:.3g}" if math.isfinite(loss) else f"the loss is {loss}"
+        if math.isfinite(loss) and not math.isfinite(norm):
+            what = "the gradient is not finite"
+        found = self.checkpoints.found()
+        good = self.checkpoints.best() or (found[0][1] if found else None)
         raise TrainingError(
-            f"{what} at step {step} (logit scale {logged['logit_scale']:.3g}, gradient norm "
-            f"{logged['gradient_norm']:.3g}): lower training.learning_rate or raise training.warmup; the last good "
-            f"checkpoint is in {self.checkpoints.folder}"
+            f"{what} at step {step} (logit scale {logged['logit_scale']:.3g}, gradient norm {norm:.3g}, learning rate "
+            f"{logged['learning_rate']:.3g}): lower training.learning_rate or raise training.warmup, with --force to go on in "
+            f"this folder; {f'the last good checkpoint is {good}' if good else 'no checkpoint had been written yet'}"
         )
+
+
+class Meter:
+    """Volumes a second, and the share of the time that was spent waiting for them, since the last reading."""
+
+    def __init__(self) -> None:
+        self.began, self.waited, self.volumes = time.monotonic(), 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        asked = time.monotonic()
+        yield
+        self.waited += time.monotonic() - asked
+
+    def read(self) -> dict[str, float]:
+        elapsed = time.monotonic() - self.began
+        found = {"volumes_per_second": self.volumes / elapsed, "data_wait": self.waited / elapsed}
+        self.began, self.waited, self.volumes = time.monotonic(), 0.0, 0
+        return found
 
 
 class Divergence:

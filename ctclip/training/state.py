@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ctclip.distributed import rank, world_size
+from ctclip.distributed import is_main, rank, world_size
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def collect(module: nn.Module, optimizer: Any, stage: int) -> dict[str, torch.Tensor]:
-    """Every parameter, buffer and moment, whole, on the CPU. A collective: call it on all ranks."""
+    """Every parameter, buffer and moment, whole, on rank 0's CPU; other ranks get nothing. A collective."""
     state = parameters(module, stage)
     _link(optimizer, stage)
     for name, parameter in module.named_parameters():
@@ -25,24 +25,30 @@ def collect(module: nn.Module, optimizer: Any, stage: int) -> dict[str, torch.Te
             continue
         for moment in MOMENTS:
             value = _moment(parameter, optimizer, stage, moment)
-            if value is not None:
-                state[f"{moment}/{name}"] = value.detach().cpu().clone().contiguous()
-    state["optimizer_step"] = torch.tensor(_optimizer_step(optimizer))
+            if value is not None and is_main():
+                state[f"{moment}/{name}"] = _copied(value).contiguous()
+    if is_main():
+        state["optimizer_step"] = torch.tensor(_optimizer_step(optimizer))
     return state
 
 
 def parameters(module: nn.Module, stage: int) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer, whole, on the CPU, under ``state/``. A collective at stage 3."""
+    """Every parameter and buffer, whole, on rank 0's CPU, under ``state/``. A collective at stage 3."""
     if stage < 3:
-        return {f"state/{name}": value.detach().cpu().clone() for name, value in module.state_dict().items()}
+        return {f"state/{name}": _copied(value) for name, value in module.state_dict().items()} if is_main() else {}
     import deepspeed
 
     kept = set(module.state_dict())
-    state = {f"state/{n}": value.detach().cpu().clone() for n, value in module.named_buffers() if n in kept}
+    state = {f"state/{name}": _copied(value) for name, value in module.named_buffers() if name in kept}
     for name, parameter in module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
-            state[f"state/{name}"] = parameter.detach().cpu().clone()
-    return state
+            if is_main():
+                state[f"state/{name}"] = _copied(parameter)
+    return state if is_main() else {}
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def load_parameters(module: nn.Module, state: dict[str, torch.Tensor]) -> None:

@@ -26,6 +26,9 @@ MODEL = {
     "text": {"width": 128, "depth": 2, "heads": 4, "max_tokens": 64},
 }  # fmt: skip
 SHAPE = (64, 80, 112)
+HERE = "tests.benchmarks.training"
+# Where memory is measured: what is freed goes back at once, or the C library would keep half as much again of a step.
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 TEXTS = [
     "There is a large pleural effusion on the left.",
     "No nodule is seen.",
@@ -54,25 +57,6 @@ def build(batch: int, stage: int = 1) -> tuple[Any, Any, Any]:
         step,
         Batch(volumes, texts, torch.arange(first, first + share), torch.arange(first, first + share), None),
     )
-
-
-def bare(batch: int, steps: int) -> float:
-    """Seconds a step of a plain PyTorch loop: the same module, AdamW, clipping."""
-    _, step, data = build(batch)
-    optimizer = torch.optim.AdamW(step.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6)
-    step.train()
-
-    def once() -> None:
-        tokens = step.model.text_encoder.tokenise(data.texts)
-        loss, _ = step(
-            "step", volumes=data.volumes, tokens=tokens, scans=data.scans, text_identities=data.text_identities
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(step.parameters(), 1.0)
-        optimizer.step()
-
-    return _median(once, steps)
 
 
 def engine(batch: int, steps: int, stage: int) -> dict[str, float]:
@@ -193,6 +177,24 @@ def scaled(ranks: int, share: int, stage: int, steps: int) -> dict[str, float]:
     return found
 
 
+def waiting(workers: int) -> dict[str, float]:
+    """Data-wait share and volumes a second of `ctclip train` on a store on local disk, its first window left out."""
+    from ctclip.phantom.cohort import Options, make_cohort
+    from preprocessing.pipeline import preprocess_cohort
+    from preprocessing.spec import PreprocessingSpec
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_cohort(folder / "cohort", Options(volumes=32, seed=5, scale=4.0, valid_fraction=0.2), workers=1)
+        preprocess_cohort(folder / "cohort", folder / "store", PreprocessingSpec.load("phantom"), workers=1)
+        given = ["training.epochs=8", "training.batch=8", "training.log_every=4", "training.text_warmup.steps=0", f"data.workers={workers}"]  # fmt: skip
+        command = [sys.executable, "-m", "ctclip.train", "--config", "phantom_tiny", "--store", str(folder / "store"), "--output", str(folder / "run")]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, *given], env=environment, capture_output=True, check=True)
+        lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+    return {key: sum(line[key] for line in lines) / len(lines) for key in ("data_wait", "volumes_per_second")}
+
+
 def memory(batch: int, stage: int) -> dict[str, float]:
     """Peak memory of training steps above what the process held before the model, and what the plan says of it."""
     from ctclip.training.plan import _kept, stage_memory
@@ -222,18 +224,9 @@ def _median(action: Any, times: int) -> float:
     return float(torch.tensor(seconds).median())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rank", help="one rank of the scaling run; the benchmark starts it itself")
-    parser.add_argument("--steps", type=int, default=8)
-    chosen = parser.parse_args()
-    if chosen.rank:
-        rank_main(json.loads(chosen.rank))
-        return
-    here, steps = "tests.benchmarks.training", chosen.steps
-    print(f"{machine()}; vit3d of phantom_tiny, volumes of {' x '.join(map(str, SHAPE))}\n")
-    pair = apart(here, "both", 16, steps)
-    alone = apart(here, "engine", 16, steps, 1)
+def engine_table(steps: int) -> str:
+    pair = apart(HERE, "both", 16, steps)
+    alone = apart(HERE, "engine", 16, steps, 1)
     rows = [
         ["bare PyTorch loop, batch 16, seconds a step", f"{pair['bare']:.3f}", ""],
         ["engine (ZeRO 0), the same steps in turn", f"{pair['engine']:.3f}", f"{pair['engine'] / pair['bare'] - 1:+.1%} overhead"],
@@ -241,27 +234,64 @@ def main() -> None:
         ["checkpoint: written, checksummed, flushed", f"{alone['written']:.3f}", "beside training"],
         ["step while one is written", f"{alone['during']:.3f}", f"{alone['during'] / alone['seconds'] - 1:+.1%} of a step"],
     ]  # fmt: skip
-    print(table("Engine", ["", "seconds", ""], rows))
-    rows = []
-    base = 0.0
+    return table("Engine and checkpoints", ["", "seconds", ""], rows)
+
+
+def scaling_table(steps: int) -> str:
+    rows, base = [], 0.0
     for ranks in (1, 2, 4):
         found = scaled(ranks, 4, 1, steps)
         base = base or found["seconds"]
-        expected = 2 * 4 * found["parameters"] * (ranks - 1) / ranks
         cores = min(ranks, len(os.sched_getaffinity(0)))
-        rows.append([f"{ranks} on {cores}", f"{found['seconds']:.3f}", f"{base * ranks / cores / found['seconds']:.0%}", f"{found['sent'] / 1e6:.1f}", f"{expected / 1e6:.1f}"])  # fmt: skip
-    print(table("Weak scaling, 4 volumes a rank, ZeRO 1 (efficiency: work a core does in a second, against one rank)", ["ranks on cores", "seconds a step", "efficiency", "MB sent a step and rank", "formula, MB: gradients reduced and parameters gathered, (n - 1) / n each"], rows))  # fmt: skip
-    rows = []
-    for stage in (0, 1):
-        found = apart(here, "memory", 24, stage)
-        rows.append([str(stage), f"{found['measured']:.3f}", f"{found['planned']:.3f}", f"{found['planned'] / found['measured'] - 1:+.0%}"])  # fmt: skip
-    print(
-        table(
-            "Memory of a step, batch 24, GiB",
-            ["ZeRO", "measured (peak resident)", "`ctclip train --plan`", "plan is off by"],
-            rows,
-        )
-    )
+        rows.append([f"{ranks} on {cores}", f"{found['seconds']:.3f}", f"{base * ranks / cores / found['seconds']:.0%}", *_sent(found, 1, ranks)])  # fmt: skip
+    return table("Weak scaling, 4 volumes a rank, ZeRO 1 (efficiency: work a core does in a second, against one rank)", ["ranks on cores", "seconds a step", "efficiency", *SENT], rows)  # fmt: skip
+
+
+def bytes_table(_: int) -> str:
+    rows = [[str(stage), *_sent(scaled(2, 2, stage, 1), stage, 2)] for stage in range(4)]
+    return table("Bytes sent a step and rank, 2 ranks, by ZeRO stage", ["ZeRO", *SENT], rows)
+
+
+# Rajbhandari et al. 2020, section 7: gradients are reduced and parameters gathered once, at stage 3 gathered twice; a ring
+# sends (n - 1) / n of each.
+SENT = ["MB sent a step and rank, counted", "formula, MB", "difference"]
+
+
+def _sent(found: dict[str, float], stage: int, ranks: int) -> list[str]:
+    times, whole = 3 if stage == 3 else 2, 4 * found["parameters"] / 1e6
+    expected = times * whole * (ranks - 1) / ranks
+    apart_by = f"{found['sent'] / 1e6 / expected - 1:+.1%}" if expected else ""
+    return [f"{found['sent'] / 1e6:.2f}", f"{times} x {whole:.2f} x {ranks - 1}/{ranks} = {expected:.2f}", apart_by]
+
+
+def waiting_table(_: int) -> str:
+    found = {workers: apart(HERE, "waiting", workers) for workers in (1, 2)}
+    rows = [[str(workers), f"{read['data_wait']:.2%}", f"{read['volumes_per_second']:.1f}"] for workers, read in found.items()]  # fmt: skip
+    return table("Waiting for data: `ctclip train`, phantom_tiny, store on local disk, one thread", ["reading processes", "share of the time", "volumes a second"], rows)  # fmt: skip
+
+
+def memory_table(_: int) -> str:
+    os.environ |= GIVEN_BACK
+    found = {stage: apart(HERE, "memory", 24, stage) for stage in (0, 1)}
+    rows = [[str(stage), f"{one['measured']:.3f}", f"{one['planned']:.3f}", f"{one['planned'] / one['measured'] - 1:+.0%}"] for stage, one in found.items()]  # fmt: skip
+    return table("Memory of a step, batch 24, GiB", ["ZeRO", "measured (peak resident)", "`ctclip train --plan`", "plan is off by"], rows)  # fmt: skip
+
+
+TABLES = {"engine": engine_table, "scaling": scaling_table, "bytes": bytes_table, "waiting": waiting_table, "memory": memory_table}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rank", help="one rank of the scaling run; the benchmark starts it itself")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--only", choices=list(TABLES), nargs="*", default=list(TABLES))
+    chosen = parser.parse_args()
+    if chosen.rank:
+        rank_main(json.loads(chosen.rank))
+        return
+    print(f"{machine()}; vit3d of phantom_tiny, volumes of {' x '.join(map(str, SHAPE))}\n")
+    for name in chosen.only:
+        print(TABLES[name](chosen.steps), flush=True)
 
 
 if __name__ == "__main__":

@@ -115,43 +115,37 @@ def test_kill_9_while_a_batch_is_read(store: Path, whole: Path, tmp_path: Path) 
     same_curve(output, whole)
 
 
-@pytest.mark.parametrize("killed", ["one", "all"])
-def test_kill_9_of_ranks_of_two(store: Path, whole: Path, tmp_path: Path, killed: str) -> None:
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ctclip.train"]
+
+
+@pytest.mark.parametrize(("killed", "launcher"), [("one", TORCHRUN), ("all", ["ctclip", "train", "--processes", "2"])])
+def test_kill_9_of_ranks_of_two(store: Path, whole: Path, tmp_path: Path, killed: str, launcher: list[str]) -> None:
+    """Under torchrun, and under DeepSpeed's launcher, which ``--processes`` starts."""
     output = tmp_path / "run"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ctclip.train"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen(
-        [sys.executable, *launcher, *command(store, output)[1:]],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True,
+        [sys.executable, "-m", *launcher, *command(store, output)[1:]],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
     )  # fmt: skip
     wait_for_step(output, 3)
-    if killed == "all":
-        for rank in _ranks(process.pid):
-            os.kill(rank, signal.SIGKILL)
-        os.kill(process.pid, signal.SIGKILL)
-    else:
-        os.kill(max(_ranks(process.pid)), signal.SIGKILL)
-    # The launcher ends the other rank; nothing is left to wait for ever.
+    # Launchers first: none shall see its ranks die.
+    there = _processes(output)
+    for pid in there if killed == "all" else there[-1:]:
+        os.kill(pid, signal.SIGKILL)
+    # Where one rank died the launcher ends the other; nothing is left to wait for ever.
     assert process.wait(timeout=120) != 0
-    assert not _ranks(process.pid)
+    ends = time.monotonic() + 20
+    while _processes(output) and time.monotonic() < ends:
+        time.sleep(0.1)
+    assert not _processes(output)
     # One process goes on where two were; sums over two ranks round otherwise.
     assert run(command(store, output)).returncode == 0
     same_curve(output, whole, 1e-4)
 
 
-def _ranks(launcher: int) -> list[int]:
-    """Processes that ``launcher`` has started and that live, itself not among them."""
-    found = subprocess.run(
-        ["pgrep", "-f", "ctclip.train.*--output"], capture_output=True, text=True, check=False
-    ).stdout
-    return [int(pid) for pid in found.split() if int(pid) != launcher and _parent(int(pid)) == launcher]
-
-
-def _parent(pid: int) -> int | None:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return None
+def _processes(output: Path) -> list[int]:
+    """Launchers and ranks of the run in ``output``, the oldest first."""
+    found = subprocess.run(["pgrep", "-f", f"--output {output}"], capture_output=True, text=True, check=False).stdout
+    return sorted(int(pid) for pid in found.split())
 
 
 def test_kill_9_while_a_checkpoint_is_written(store: Path, whole: Path, tmp_path: Path) -> None:
@@ -256,16 +250,27 @@ def test_a_full_disk_keeps_the_checkpoint_before(store: Path, tmp_path: Path) ->
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_00000002"]
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "stage"), [("loss is nan", 1), *(("gradient is not finite", stage) for stage in (0, 1, 3))]
+)
+def test_what_is_not_a_number_stops_the_run_before_it_is_kept(
+    store: Path, tmp_path: Path, what: str, stage: int
+) -> None:
+    """The fourth step, after which a checkpoint would be written."""
     body = (
-        "import torch; import ctclip.losses as l; real, calls = l.clip, []\n"
-        "def bad(*a):\n    calls.append(1)\n    return real(*a) * (float('nan') if len(calls) == 4 else 1)\n"
+        "import ctclip.losses as l; real, calls, nan = l.clip, [], float('nan')\n"
+        "def bad(*a):\n"
+        "    calls.append(1); loss = real(*a)\n"
+        f"    if len(calls) == 4 and {'gradient' in what}: loss.register_hook(lambda gradient: gradient * nan)\n"
+        f"    return loss * nan if len(calls) == 4 and {'loss' in what} else loss\n"
         "l.clip = bad"
     )
     output = tmp_path / "run"
-    said = last_line(run(command(store, output, "training.text_warmup.steps=0"), body))
-    assert "the loss is nan at step 3" in said
-    assert str(output / "checkpoints") in said
+    more = ("training.text_warmup.steps=0", f"training.zero.stage={stage}")
+    said = last_line(run(command(store, output, *more), body))
+    assert f"the {what} at step 3" in said
+    assert f"the last good checkpoint is {output / 'checkpoints' / 'step_00000002'}" in said
+    assert len(list((output / "checkpoints").iterdir())) == 1
 
 
 def test_a_loss_that_grows_stops_the_run() -> None:
