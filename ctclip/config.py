@@ -389,7 +389,9 @@ def _explain(schema: type[Section], fault: Any) -> str:
         valid = _valid_names(schema, location[:-1])
         near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
         return f"unknown key {key!r}; did you mean {'.'.join([*location[:-1], *near])!r}?"
-    return f"{key or 'configuration'}: {fault['msg']} (found {fault.get('input')!r})"
+    said = str(fault["msg"]).removeprefix("Value error, ")
+    # A rule of ours about a whole file says what is wrong itself.
+    return f"{key}: {said} (found {fault.get('input')!r})" if key else said
 
 
 def _valid_names(schema: type[Section], parents: list[str]) -> list[str]:

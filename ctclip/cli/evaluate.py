@@ -56,7 +56,15 @@ def evaluate(
         if "histogram_mean_auroc" in controls:
             print(f"histogram control {controls['histogram_mean_auroc']:.3f}")
         print(f"shuffled control {controls['shuffled_mean_auroc']:.3f}")
-    print(f"calibration error {zero['means']['calibration_error']['value']:.3f}; thresholds: {zero['thresholds']}")
+    error = zero["means"]["calibration_error"]["value"]
+    if error is not None:
+        print(f"calibration error {error:.3f} by label, {zero['pooled_calibration_error']:.3f} of all labels together")
+    print(f"thresholds: {zero['thresholds']}")
+    if not found["whole_set"]:
+        size = found["protocol"]["size"]
+        print(
+            f"note: {found['volumes']:,} volumes, the protocol's set has {size:,}: not comparable with published figures"
+        )
     if "paired" in found:
         mean = found["paired"]["mean"]
         print(

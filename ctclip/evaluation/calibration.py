@@ -12,7 +12,6 @@ from typing import Literal
 import numpy as np
 
 from ctclip.errors import EvaluationError
-from ctclip.evaluation.metrics import best_threshold
 from preprocessing.files import write_text
 
 Method = Literal["platt", "temperature"]
@@ -93,6 +92,9 @@ def fit_calibration(
     for all labels and no intercept (Guo et al. 2017). Labels with fewer than five positives or negatives are left
     uncalibrated by ``platt``. The threshold is the ROC point nearest to perfect, on this split.
     """
+    # Here and not above: detection reads calibrations, and need not wait for the compiler of the metrics.
+    from ctclip.evaluation.metrics import best_threshold
+
     known = ~np.isnan(labels)
     if not known.any():
         raise EvaluationError("no labels in the calibration split: nothing can be fitted")

@@ -66,6 +66,7 @@ def evaluate(
                 }
                 for metric in metrics.METRICS[1:]
             },
+            "pooled_calibration_error": _pooled_calibration_error(truth, scores),
             "f1": metrics.f1_averages(truth, scores >= thresholds),
             "thresholds": said,
             "auroc": per_label,
@@ -77,6 +78,12 @@ def evaluate(
         "bootstrap": {"resamples": resamples, "unit": "patient", "level": 0.95, "seed": seed},
     }  # fmt: skip
     return plain(result)
+
+
+def _pooled_calibration_error(truth: np.ndarray, scores: np.ndarray) -> float:
+    """Of all labels together: bins of thousands of calls, where a label of few volumes has bins of a handful."""
+    known = ~np.isnan(truth)
+    return metrics.calibration_error(truth[known], scores[known]) if known.any() else float("nan")
 
 
 def _thresholds(

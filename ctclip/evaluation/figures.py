@@ -20,7 +20,6 @@ def example(
     path: Path,
     hu: np.ndarray,
     spacing: tuple[float, float, float],
-    title: str,
     report: str,
     found: list[tuple[str, float, int | None]],
 ) -> None:
@@ -29,7 +28,6 @@ def example(
     hu [slice, row, column] LPS+: shown as radiologists do, the patient's right on the left of the picture, the head
     up. found: (abnormality, probability, label or None) in the order shown.
     """
-    figure, axes = _canvas(2, 4, (15, 7.2), [1, 1, 1, 1.5])
     dz, dy, dx = spacing
     middle = [extent // 2 for extent in hu.shape]
     views = (
@@ -37,29 +35,24 @@ def example(
         ("coronal", hu[::-1, middle[1]], dz / dx),
         ("sagittal", hu[::-1, :, int(hu.shape[2] * 0.66)], dz / dy),
     )
+    # Columns as wide as what they show, so that all pictures of a row are equally high.
+    widths = [plane.shape[1] / (plane.shape[0] * aspect) for _, plane, aspect in views]
+    height = max(8 / sum(widths), 2.9)
+    figure, axes = _canvas(2, 4, (12.2, 2 * height + 0.5), [*widths, sum(widths) * 0.5])
     for row, (name, (low, high)) in enumerate((("lung window", LUNG), ("soft-tissue window", SOFT))):
         for column, (view, plane, aspect) in enumerate(views):
             axis = axes[row][column]
             axis.imshow(plane, cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="bilinear")
-            axis.set_title(f"{view}, {name}", fontsize=9, color=INK)
-            if view != "sagittal":
-                axis.text(0.02, 0.5, "R", color="white", transform=axis.transAxes, va="center", fontsize=9)
-                axis.text(
-                    0.98,
-                    0.5,
-                    "L",
-                    color="white",
-                    transform=axis.transAxes,
-                    va="center",
-                    ha="right",
-                    fontsize=9,
-                )
+            axis.set_title(f"{view}, {name}", fontsize=8, color=INK)
+            sides = ("R", "L") if view != "sagittal" else ("A", "P")
+            for side, place, edge in zip(sides, (0.02, 0.98), ("left", "right"), strict=True):
+                axis.text(place, 0.5, side, color="white", transform=axis.transAxes, va="center", ha=edge, fontsize=8)
             axis.axis("off")
     lines = textwrap.wrap(report, 58)
-    _words(axes[0][3], "Report", "\n".join(lines[:24] + (["[...]"] if len(lines) > 24 else [])))
+    most = int(height * 72 / 11)
+    _words(axes[0][3], "Report", "\n".join(lines[:most] + (["[...]"] if len(lines) > most else [])))
     scores = [f"{p:4.0%}  {'+' if y == 1 else '-' if y == 0 else ' '}  {name}" for name, p, y in found]
     _words(axes[1][3], "Zero-shot probability (+/- label)", "\n".join(scores), mono=True)
-    figure.suptitle(title, fontsize=11, color=INK)
     _save(figure, path)
 
 
@@ -208,7 +201,7 @@ def _words(axis: Any, title: str, text: str, mono: bool = False) -> None:
         0.98,
         text,
         va="top",
-        fontsize=7.5,
+        fontsize=8,
         family="monospace" if mono else None,
         transform=axis.transAxes,
         color=INK,

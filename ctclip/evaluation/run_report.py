@@ -18,6 +18,10 @@ from ctclip.evaluation import figures
 from ctclip.evaluation.pages import comparison_table, label_table, number, write_page
 from ctclip.evaluation.published import published_table
 
+METRICS = {
+    "f1": "F1", "weighted_f1": "F1, weighted over present and absent (as published)", "brier": "Brier score",
+}  # fmt: skip
+
 
 @dataclass
 class Example:
@@ -180,8 +184,10 @@ def _threshold_section(output: Path, zero: dict[str, Any], pictures: Pictures) -
     rows = [["", "mean over labels", "95 % interval"]]
     for metric, entry in zero["means"].items():
         limits = f"{number(entry['interval'][0])} to {number(entry['interval'][1])}"
-        rows.append([metric.replace("_", " "), number(entry["value"]), limits])
-    rows += [[f"F1, {kind}", number(value), ""] for kind, value in zero["f1"].items()]
+        rows.append([METRICS.get(metric, metric.replace("_", " ")), number(entry["value"]), limits])
+    pooled = zero.get("pooled_calibration_error")
+    rows.append(["calibration error, all labels together", number(pooled), ""])
+    rows += [[f"F1, {kind} over labels", number(value), ""] for kind, value in zero["f1"].items()]
     section: dict[str, Any] = {"title": "Thresholds and calibration", "words": f"Thresholds: {zero['thresholds']}.", "table": rows}  # fmt: skip
     if pictures.scores is not None:
         figures.reliability(output / "reliability.png", *pictures.scores, list(zero["auroc"]))
@@ -195,7 +201,7 @@ def _picture_sections(output: Path, metrics: dict[str, Any], pictures: Pictures)
     shown = []
     for index, item in enumerate(pictures.examples, start=1):
         path = output / f"example_{index}.png"
-        figures.example(path, item.hu, item.spacing, item.title, item.report, item.found)
+        figures.example(path, item.hu, item.spacing, item.report, item.found)
         shown.append((item.title, path))
     if shown:
         sections.append({"title": "Examples", "figures": shown})
@@ -230,22 +236,17 @@ def _published_section(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def _retrieval(found: dict[str, Any]) -> dict[str, Any]:
-    """A column a direction; what the pool is and what counts as a hit stand below."""
-    directions = list(found)
-    keys = [key for key in dict.fromkeys(key for one in found.values() for key in one) if key.startswith(("recall@", "map@", "jaccard@"))]  # fmt: skip
-    rows = [["", *[name.replace("_", " ") for name in directions]]]
-    for key in keys:
-        rows.append(
-            [key.replace("@", " at "), *[number(found[name][key]) if key in found[name] else "" for name in directions]]
-        )
-    for key in ("median_rank", "queries", "pool", "chance_recall@10"):
-        digits = 3 if key.startswith("chance") else 0
-        values = [found[name].get(key) for name in directions]
-        rows.append(
-            [key.replace("_", " ").replace("@", " at "), *["" if v is None else f"{v:.{digits}f}" for v in values]]
-        )
+    """A column a direction; what the pool is and what counts as a hit stand above."""
     words = [
         f"{name.replace('_', ' ')}: the pool is {one['pool_is']}; {one['duplicates']}." for name, one in found.items()
     ]
-    relevant = next((one["relevant"] for one in found.values() if "relevant" in one), "")
-    return {"words": " ".join(word[0].upper() + word[1:] for word in words) + (f" MAP: relevant is a {relevant}." if relevant else ""), "table": rows}  # fmt: skip
+    words += [f"MAP: relevant is a {one['relevant']}." for one in list(found.values())[:1] if "relevant" in one]
+    rows = [["", *[name.replace("_", " ") for name in found]]]
+    for key in dict.fromkeys(key for one in found.values() for key in one):
+        values = [one.get(key) for one in found.values()]
+        if any(isinstance(value, str) for value in values):
+            continue
+        digits = 3 if "@" in key else 0
+        name = key.replace("@", " at ").replace("_", " ").replace("map", "MAP").replace("jaccard", "mean Jaccard")
+        rows.append([name, *["" if value is None else f"{value:.{digits}f}" for value in values]])
+    return {"words": " ".join(word[0].upper() + word[1:] for word in words), "table": rows}

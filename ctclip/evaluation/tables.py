@@ -7,6 +7,7 @@ spec and prompts they are of.
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 
@@ -138,9 +139,11 @@ def read_labels(path: str | os.PathLike[str], names: list[str]) -> pd.DataFrame:
         )
     absent = [name for name in names if name not in table.columns]
     if absent:
-        known = ", ".join(str(column) for column in table.columns[:8])
+        columns = {str(column).casefold(): str(column) for column in table.columns}
+        near = difflib.get_close_matches(absent[0].casefold(), columns, n=1, cutoff=0.75)
+        there = f"it has {columns[near[0]]!r}" if near else f"it has {', '.join(map(str, table.columns[:6]))} ..."
         raise EvaluationError(
-            f"{path}: no label column {absent[0]!r} (it has {known} ...); rename it, or choose another --protocol"
+            f"{path}: no label column {absent[0]!r} ({there}); rename it, or choose another --protocol"
         )
     table["volume"] = table["volume"].astype(str).str.removesuffix(".nii.gz")
     if table["volume"].duplicated().any():

@@ -114,6 +114,9 @@ def load_prompts(source: str | Path | dict[str, Any]) -> PromptSet:
         if isinstance(source, dict):
             return validated(PromptSet, source, "the model's prompts.yaml")
         path = find_config(str(source), "prompts")
+        if not path.read_text(encoding="utf-8").strip():
+            raise PromptError(f"{path}: an empty prompt set: give abnormalities, or templates with {{x}}")
         return validated(PromptSet, read_mapping(path), str(path))
-    except ConfigError as error:
-        raise PromptError(str(error)) from error
+    except (ConfigError, UnicodeDecodeError) as error:
+        said = f"{source}: not UTF-8 text ({error})" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise PromptError(said) from error

@@ -93,15 +93,16 @@ def calibrated(detector: Detector) -> str:
 def table_of(table: pd.DataFrame, detector: Detector, volumes: int) -> None:
     """Print a table of probabilities: a row an abnormality, a column a scan (the first few of ``volumes``)."""
     from rich.console import Console
+    from rich.markup import escape as plain
     from rich.table import Table
 
     console = Console()
     # A column needs some fourteen characters to be read.
     shown = table.head(min(MOST_SCANS, max(1, (console.width - 40) // 14)))
-    grid = Table(title=f"Probabilities ({calibrated(detector)}; {NOTE})")
+    grid = Table(title=plain(f"Probabilities ({calibrated(detector)}; {NOTE})"))
     grid.add_column("abnormality", no_wrap=True)
     for name in shown["volume"]:
-        grid.add_column(str(name), justify="right", overflow="fold")
+        grid.add_column(plain(str(name)), justify="right", overflow="fold")
     if len(shown) == 1:
         grid.add_column("margin", justify="right")
     known = detector.thresholds()
@@ -109,9 +110,9 @@ def table_of(table: pd.DataFrame, detector: Detector, volumes: int) -> None:
         cells = [f"{value:.2f}{'*' if value >= known.get(name, 2) else ' '}" for value in shown[name]]
         if len(shown) == 1:
             cells.append(f"{shown[f'margin:{name}'].iloc[0]:+.2f}")
-        grid.add_row(name, *cells)
+        grid.add_row(plain(name), *cells)
     for name in [name for name in shown.columns if name.startswith("value:")]:
-        grid.add_row(f"{name.removeprefix('value:')}, if present", *[f"{value:.1f} " for value in shown[name]])
+        grid.add_row(plain(f"{name.removeprefix('value:')}, if present"), *[f"{value:.1f} " for value in shown[name]])
     console.print(grid)
     if known:
         console.print(ABOVE)
@@ -125,6 +126,7 @@ def table_of(table: pd.DataFrame, detector: Detector, volumes: int) -> None:
 def neighbours(title: str, hits: pd.DataFrame) -> None:
     """Print the hits of an index: how near, which scan, what its report concluded."""
     from rich.console import Console
+    from rich.markup import escape as plain
     from rich.table import Table
 
     grid = Table(title=title)
@@ -133,5 +135,6 @@ def neighbours(title: str, hits: pd.DataFrame) -> None:
     grid.add_column("impression (findings where there is none)")
     for hit in hits.itertuples():
         said = str(hit.impression) or str(hit.findings)
-        grid.add_row(f"{hit.similarity:.3f}", str(hit.volume), said if len(said) <= 160 else said[:157] + "...")
+        shown = said if len(said) <= 160 else said[:157] + "..."
+        grid.add_row(f"{hit.similarity:.3f}", plain(str(hit.volume)), plain(shown))
     Console().print(grid)

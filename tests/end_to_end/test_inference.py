@@ -204,7 +204,7 @@ def test_a_notebook_gets_a_result_that_shows_itself(model: Path, cohort: Path) -
     assert float(vector.norm()) == pytest.approx(1, abs=1e-5)
 
 
-def test_graded_prompts_give_a_size(model: Path, cohort: Path, tmp_path: Path) -> None:
+def test_graded_prompts_give_a_size(model: Path, cohort: Path, tmp_path: Path, capsys) -> None:
     prompts = tmp_path / "graded.yaml"
     prompts.write_text(
         "name: graded\nabnormalities:\n  Lung nodule:\n    positive: {findings: [There is a nodule.]}\n"
@@ -212,6 +212,7 @@ def test_graded_prompts_give_a_size(model: Path, cohort: Path, tmp_path: Path) -
         "graded:\n  Nodule diameter:\n    templates: ['A {value} mm lung nodule is present.']\n    values: [4, 8, 16, 30]\n"
     )
     assert typed("zero-shot", "--model", model, scans_of(cohort, 1)[0], "--prompts", prompts, "--output", tmp_path) == 0
+    assert "Nodule diameter [mm], if present" in capsys.readouterr().out
     value = pd.read_csv(tmp_path / "predictions.csv")["value:Nodule diameter [mm]"][0]
     assert 4 <= value <= 30
     prompts.write_text(prompts.read_text().replace("{value} mm lung", "lung"))
@@ -223,7 +224,7 @@ def test_graded_prompts_give_a_size(model: Path, cohort: Path, tmp_path: Path) -
     with pytest.raises(PromptError, match=r"has no \{x\}"):
         load_prompts(prompts)
     (tmp_path / "blank.yaml").write_text("")
-    with pytest.raises(PromptError, match=r"blank\.yaml: expected a mapping"):
+    with pytest.raises(PromptError, match=r"blank\.yaml: an empty prompt set"):
         load_prompts(tmp_path / "blank.yaml")
     (tmp_path / "empty.yaml").write_text("name: nothing\n")
     with pytest.raises(PromptError, match="empty prompt set"):

@@ -287,7 +287,7 @@ def test_two_evaluations_on_one_page_and_their_protocols_told_apart(tmp_path: Pa
 def test_bad_tables_are_named(tmp_path: Path) -> None:
     table, labels = recorded(40)
     for change, said in (
-        (lambda t: t.rename(columns={"Emphysema": "emphysema"}), "'Emphysema'"),
+        (lambda t: t.rename(columns={"Emphysema": "emphysema"}), "no label column 'Emphysema' .it has 'emphysema'"),
         (lambda t: t.assign(Emphysema=2), "'Emphysema' of 'valid_1_a_1' is '2'; labels are 0, 1, or empty"),
         (lambda t: t.assign(Emphysema="yes"), "'Emphysema' of 'valid_1_a_1' is 'yes'"),
         (lambda t: pd.concat([t, t.head(1)]), "twice"),
