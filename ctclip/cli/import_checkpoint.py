@@ -16,13 +16,19 @@ def import_checkpoint(
     text_config: Path = typer.Option(
         None, help="That config.json by itself; the tokenizer is taken from --text, or from beside it."
     ),
-    ignore: list[str] = typer.Option(None, help="A key that may be dropped; may be repeated."),
+    ignore: list[str] = typer.Option(
+        None, help="A key that may be dropped, or a pattern of some ('decoder.*'); may be repeated."
+    ),
 ) -> None:
     """Turn a published CT-CLIP checkpoint into a model folder; nothing in the file is executed.
 
     `ctclip import-checkpoint CT-CLIP_v2.pt --text BiomedVLP-CXR-BERT-specialized --output models/ct-clip`
     """
+    from huggingface_hub.utils import logging
+
     from ctclip.models.folder import import_published
 
+    # A hub that cannot be reached is said once, at the end.
+    logging.set_verbosity_error()
     folder = import_published(file, output, text, ignore or [], text_config=text_config)
     print(f"model: {folder}")

@@ -33,4 +33,5 @@ def models(
             name, size.kind, shape, str(size.tokens), f"{size.volume_parameters / 1e6:.1f} M",
             f"{size.text_parameters / 1e6:.1f} M", f"{size.flops / 1e9:.0f}",
         )  # fmt: skip
-    Console().print(table)
+    # A table that is piped is not cut at 80 columns.
+    Console(width=max(Console().width, 100)).print(table)

@@ -167,7 +167,7 @@ class Codebook(nn.Module):
         """(..., C) -> quantised tokens (..., C) and the codes' indices (...). Gradients pass straight through."""
         flat = F.normalize(tokens.reshape(-1, tokens.shape[-1]).float(), dim=-1)
         # The nearest of thousands of rows is not found in bfloat16.
-        with torch.autocast(tokens.device.type, enabled=False):
+        with torch.autocast("cpu" if tokens.is_meta else tokens.device.type, enabled=False):
             codes = (flat @ F.normalize(self.rows.float(), dim=-1).T).argmax(dim=-1)
         quantised = self.rows[codes].reshape(tokens.shape).to(tokens.dtype)
         if self.training:

@@ -6,6 +6,7 @@ import pickle
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,18 @@ class Published:
 def read_published(path: str | Path, ignore: Sequence[str] = ()) -> Published:
     """Read a published checkpoint without running anything in it; all sizes are inferred from the tensors.
 
-    Raises CheckpointError for a file that is none, and for keys that are not understood, unless ``ignore`` names them.
+    Raises CheckpointError for a file that is none, and for keys that are not understood, unless ``ignore`` names them (``*`` stands for
+    anything).
     """
     found = _tensors(Path(path))
     state: dict[str, Tensor] = {}
     strange = []
     for key, value in found.items():
         name = next((rename(m) for pattern, rename in RENAMED if (m := re.fullmatch(pattern, key))), None)
-        if UNUSED.fullmatch(key) or key in ignore:
+        if any(fnmatchcase(key, given) for given in ignore):
+            continue
+        # Null keys and values of any length would take part in attention; the published model has none.
+        if UNUSED.fullmatch(key) and not (key.endswith("null_kv") and value.numel()):
             continue
         if name is None:
             strange.append(key)
@@ -85,7 +90,7 @@ def read_published(path: str | Path, ignore: Sequence[str] = ()) -> Published:
             )
     if strange:
         raise CheckpointError(
-            f"{path}: {len(strange)} keys are not understood: {', '.join(strange[:8])}; name those that may be dropped in --ignore"
+            f"{path}: {len(strange)} keys are not understood: {', '.join(strange)}; name those that may be dropped in --ignore (`--ignore 'decoder.*'` for many)"
         )
     try:
         volume, dim, bert = _sizes(found, state)
@@ -129,10 +134,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: holds no dictionary of tensors")
     tensors = {}
     for key, value in loaded.items():
-        for prefix in ("module.", "trained_model.", "model."):
-            key = key.removeprefix(prefix)
         if isinstance(value, Tensor):
-            tensors[key] = value
+            # Wrappers of wrappers leave several.
+            tensors[re.sub(r"^((module|trained_model|model)\.)+", "", key)] = value
     return tensors
 
 

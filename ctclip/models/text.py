@@ -64,7 +64,7 @@ def load_tokenizer(source: str | Path) -> Any:
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{source}: no tokenizer could be loaded. Put tokenizer.json, or vocab.txt with "
-            f"tokenizer_config.json, in a folder and name it in model.text.pretrained"
+            f"tokenizer_config.json, in a folder and name it in model.text.pretrained (--text of import-checkpoint)"
         ) from error
 
 

@@ -14,6 +14,7 @@ from transformers import BertConfig, BertModel
 from ctclip.config import TextConfig
 from ctclip.errors import CheckpointError
 from ctclip.losses import clip
+from ctclip.models.ctvit import CTViT
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.published import read_published, to_model
 
@@ -65,6 +66,18 @@ def test_any_batch_gives_the_same(parity: Path) -> None:
     torch.testing.assert_close(alone, together[2:], atol=1e-5, rtol=0)
 
 
+def test_it_trains_with_the_quantiser_off(parity: Path) -> None:
+    published = read_published(parity / "checkpoint.pt")
+    model = CTViT(published.volume.model_copy(update={"quantise": False})).train()
+    prefix = "volume_encoder."
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in published.state.items() if k.startswith(prefix) and "codebook" not in k})  # fmt: skip
+    golden = load_file(parity / "golden.safetensors")
+    found = model(golden["volume"])
+    torch.testing.assert_close(found.tokens, golden["encoded_tokens"].flatten(1, 3), atol=1e-5, rtol=0)
+    found.pooled.square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
 def test_it_trains_with_the_quantiser_on(parity: Path) -> None:
     model = build(parity).train()
     before = model.volume_encoder.codebook.rows.clone()
@@ -82,6 +95,8 @@ def variants(state: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {
         "stray buffers": state | buffers,
         "wrapped": {f"module.{key}": value for key, value in state.items()},
+        "wrapped twice": {f"model.module.{key}": value for key, value in state.items()},
+        "wrapped, with optimizer": {"model": {f"module.{key}": v for key, v in state.items()}, "optim": {"step": 3}},
         "with optimizer": {"model": state, "optim": {"state": {}}},
         "LiPro": {f"trained_model.{key}": value for key, value in state.items()} | head,
     }
@@ -152,6 +167,15 @@ def test_what_is_no_checkpoint_is_said_in_one_line(parity: Path, tmp_path: Path)
     with pytest.raises(CheckpointError, match=r"mystery\.weight.*--ignore"):
         read_published(tmp_path / "strange.pt")
     assert read_published(tmp_path / "strange.pt", ignore=["mystery.weight"]).dim == 24
+    torch.save(state | {f"decoder.{i}": torch.zeros(2) for i in range(12)}, tmp_path / "strange.pt")
+    with pytest.raises(CheckpointError, match=r"12 keys .*decoder\.0, .*decoder\.11; ") as refused:
+        read_published(tmp_path / "strange.pt")
+    assert "\n" not in str(refused.value)
+    assert read_published(tmp_path / "strange.pt", ignore=["decoder.*"]).dim == 24
+    null = next(key for key in state if key.endswith("null_kv"))
+    torch.save(state | {null: torch.ones(2, 2, 1, 8)}, tmp_path / "other_model.pt")
+    with pytest.raises(CheckpointError, match="null_kv"):
+        read_published(tmp_path / "other_model.pt")
     (tmp_path / "text.pt").write_bytes(b"not a checkpoint")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     (tmp_path / "code.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
