@@ -106,10 +106,11 @@ def _thresholds(
 
 def _limits(value: float, drawn: np.ndarray, metric: str = "") -> list[float]:
     limits = metrics.interval(value, drawn)
-    if metric == "calibration_error":
-        # A sum of distances: resampling adds noise to each and only ever raises it. Reflected about the value (the
-        # basic bootstrap, Davison and Hinkley 1997, section 5.2) that bias points the other way.
-        return [max(0.0, 2 * value - limits.upper), max(0.0, 2 * value - limits.lower)]
+    if metric == "calibration_error" and np.isfinite(drawn).any():
+        # A sum of distances: resampling adds noise to each and so raises it. That bias, the mean of the resamples above
+        # the value (Efron and Tibshirani 1993, section 10.2), is taken off the limits.
+        bias = float(np.nanmean(drawn)) - value
+        return [max(0.0, limits.lower - bias), max(0.0, limits.upper - bias)]
     return [limits.lower, limits.upper]
 
 

@@ -98,6 +98,8 @@ def test_the_published_protocol_is_scikit_learns_definitions_label_by_label(tmp_
     for average in ("macro", "micro", "weighted"):
         expected = f1_score(labels[list(FINDINGS)], pd.DataFrame(called)[list(FINDINGS)], average=average)
         assert found["f1"][average] == pytest.approx(expected, abs=1e-12)
+    error = found["means"]["calibration_error"]
+    assert error["interval"][0] <= error["value"] <= error["interval"][1]
     assert "optimistic" in found["thresholds"]
 
 
