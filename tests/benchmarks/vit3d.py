@@ -76,7 +76,7 @@ def matmul_rate() -> float:
 
 
 def of_tokens(grids: list[int]) -> list[dict[str, float]]:
-    """Seconds of encoding (2 n) ^ 3 / 8 tokens, with full attention and in windows with a last global layer."""
+    """Seconds of encoding n ^ 3 tokens for each n of ``grids``, with full attention and in windows with a last global layer."""
     found = []
     full, windows = ViT3D(SMALL.model_copy(update={"window": None})).eval(), ViT3D(SMALL).eval()
     for side in grids:
