@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=Path("runs/demo/store"))
     parser.add_argument("--scan", type=Path, default=None, help="one .nii.gz; the demo cohort's first if not given")
     chosen = parser.parse_args()
-    scan = chosen.scan or next((chosen.store.parent / "cohort").rglob("valid_*.nii.gz"))
+    scan = chosen.scan or next((chosen.store.parent / "cohort" / "dataset").rglob("valid_*.nii.gz"))
     once, detected = detection(chosen.model, chosen.store, 200)
     with tempfile.TemporaryDirectory() as folder:
         command("zero-shot", "--model", chosen.model, scan, "--output", folder)
