@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -63,7 +65,7 @@ def device() -> torch.device:
 def launch(processes: int, module: str) -> int:
     """Run this command line again as ``processes`` ranks of ``module`` on this machine, under DeepSpeed's launcher.
 
-    Returns its exit code.
+    SIGTERM and SIGUSR1 are passed on to the ranks, which end as they would alone. Returns the launcher's exit code.
     """
     cuda = torch.cuda.is_available()
     environment = dict(os.environ)
@@ -77,7 +79,18 @@ def launch(processes: int, module: str) -> int:
     # This was called as `ctclip train ...` or `python -m ctclip.train ...`.
     command_name = module.rpartition(".")[2].replace("_", "-")
     arguments = sys.argv[2:] if sys.argv[1:2] == [command_name] else sys.argv[1:]
-    return subprocess.run([*command, "--module", module, *arguments], env=environment, check=False).returncode
+    process = subprocess.Popen([*command, "--module", module, *arguments], env=environment)
+
+    def pass_on(number: int, _: object) -> None:
+        # To the ranks alone: the launcher would end at once, and they with it.
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if any(word.startswith("--local_rank") for word in child.cmdline()):
+                    child.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    return process.wait()
 
 
 def initialise() -> torch.device:

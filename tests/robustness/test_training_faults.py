@@ -145,6 +145,22 @@ def test_kill_9_of_ranks_of_two(store: Path, whole: Path, tmp_path: Path, killed
     same_curve(output, whole, 1e-4)
 
 
+def test_a_signal_to_the_launching_command_reaches_its_ranks(store: Path, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ctclip.train", *command(store, output)[1:], "--processes", "2"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    wait_for_step(output, 1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said[-2000:]
+    assert not _processes(output)
+    assert list((output / "checkpoints").glob("step_*"))
+    assert run(command(store, output)).returncode == 0
+    same_curve(output, whole, 1e-4)
+
+
 def _parent(pid: int) -> int | None:
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
