@@ -26,15 +26,24 @@ class Size:
     volumes: int
     overrides: tuple[str, ...]
     bootstrap: int
+    calibration: float
 
 
 SIZES = {
-    "default": Size(5200, (), 1000),
+    "default": Size(5200, (), 1000, 0.08),
     # Shows that every stage runs; far too small to learn from.
     "smoke": Size(
         60,
-        ("training.epochs=1", "training.batch=8", "training.log_every=1", "model.text.vocabulary=600"),
+        (
+            "training.epochs=1",
+            "training.text_warmup.steps=20",
+            "training.batch=8",
+            "training.log_every=1",
+            "model.text.vocabulary=600",
+        ),
         100,
+        # Of so few patients a third, or no label has enough of both kinds.
+        0.35,
     ),
 }
 
@@ -46,7 +55,7 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
     model, held = run / "model", output / "calibration"
     stages: list[tuple[str, list[str], Path]] = [
         ("phantom", ["phantom", str(cohort), "--volumes", str(chosen.volumes), "--seed", str(seed), "--rare-floor", "0.15"], cohort / "dataset" / "metadata"),
-        ("preprocess", ["preprocess", str(cohort), "--output", str(store), "--spec", "phantom", "--calibration", "0.08"], store / "outcomes.csv"),
+        ("preprocess", ["preprocess", str(cohort), "--output", str(store), "--spec", "phantom", "--calibration", str(chosen.calibration)], store / "outcomes.csv"),
         ("train", ["train", "--config", "phantom_tiny", "--store", str(store), "--output", str(run), "--processes", str(processes), f"seed={seed}", *chosen.overrides], model),
         ("zero-shot, calibration split", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "calibration", "--output", str(held)], held / "predictions.csv"),
         ("calibrate", ["calibrate", str(held / "predictions.csv"), "--model", str(model), "--store", str(store)], model / "calibration.json"),
