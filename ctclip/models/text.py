@@ -223,6 +223,8 @@ def build_text_encoder(config: TextConfig, tokenizer: Any | None = None) -> Text
     if config.pretrained is None:
         if tokenizer is None:
             raise ConfigError("model.text.pretrained is not set: a tokenizer trained on the reports is needed")
+        if config.tuning == "lora":
+            raise ConfigError("model.text.tuning=lora adapts a pretrained encoder: name one in model.text.pretrained")
         return TextEncoder(_small_bert(config, tokenizer), tokenizer, config)
     tokenizer = tokenizer or load_tokenizer(config.pretrained)
     bert = _pretrained_bert(config)

@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel, ResNetConfig, ResNetModel, ViTCo
 
 import ctclip
 from ctclip.config import ModelConfig, SlicesConfig, TextConfig, load_config, load_size
-from ctclip.errors import CheckpointError
+from ctclip.errors import CheckpointError, ConfigError
 from ctclip.models.dual_encoder import build_model, build_volume_encoder
 from ctclip.models.folder import load_model, save_model
 from ctclip.models.sizes import measure
@@ -137,3 +137,51 @@ def test_saved_and_loaded_as_hugging_face_does(tmp_path: Path) -> None:
     two = Model.from_pretrained(str(tmp_path / "two"))
     assert torch.equal(two.encode_text(SENTENCES), made.eval().encode_text(SENTENCES))
     assert two.folder.hash == ctclip.load(str(tmp_path / "one")).folder.hash
+
+
+TEXTS = ["The heart is enlarged.", "No nodule.", "A nodule of 5 mm lies in the upper lobe."]
+
+
+def test_attention_pooling_weighs_words_and_never_padding() -> None:
+    torch.manual_seed(0)
+    config = TextConfig(width=16, depth=1, heads=2, max_tokens=24, pooling="attention", vocabulary=200)
+    text = build_text_encoder(config, train_tokenizer(TEXTS * 10, 200)).eval()
+    whole = text(**text.tokenise(TEXTS))
+    for row, one in zip(whole, TEXTS, strict=True):
+        assert torch.allclose(text(**text.tokenise([one]))[0], row, atol=1e-5), "shorter beside longer ones"
+    tokens = text.tokenise(TEXTS[:1])
+    hidden = text.bert(**{name: tokens[name] for name in ("input_ids", "attention_mask")}).last_hidden_state[0]
+    weights = (hidden @ text.attention.weight[0] + text.attention.bias).softmax(dim=0)
+    assert torch.allclose(whole[0], (weights[:, None] * hidden).sum(dim=0), atol=1e-5)
+    text(**text.tokenise(TEXTS)).square().sum().backward()
+    assert text.attention.weight.grad.abs().sum() > 0
+
+
+def test_lora_learns_beside_weights_that_stay(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = TextConfig(width=16, depth=1, heads=2, max_tokens=24, vocabulary=200)
+    scratch = build_text_encoder(config, train_tokenizer(TEXTS * 10, 200))
+    scratch.bert.save_pretrained(tmp_path)
+    scratch.tokenizer.save_pretrained(tmp_path)
+    lora = {"tuning": "lora", "lora_rank": 2}
+    with pytest.raises(ConfigError, match=r"name one in model\.text\.pretrained"):
+        build_text_encoder(config.model_copy(update=lora), scratch.tokenizer)
+    text = build_text_encoder(config.model_copy(update={**lora, "pretrained": str(tmp_path)})).eval()
+    assert torch.allclose(text(**text.tokenise(TEXTS)), scratch.eval()(**scratch.tokenise(TEXTS)), atol=1e-5)
+    learned = {name for name, p in text.named_parameters() if p.requires_grad}
+    assert learned
+    assert all("lora_" in name for name in learned)
+    before = {name: p.detach().clone() for name, p in text.named_parameters()}
+    first = text(**text.tokenise(TEXTS)).detach()
+    optimizer = torch.optim.SGD([p for p in text.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        text(**text.tokenise(TEXTS))[:, 0].sum().backward()
+        optimizer.step()
+    moved = {name for name, p in text.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert moved <= learned
+    with torch.no_grad():
+        assert not torch.allclose(text(**text.tokenise(TEXTS)), first, atol=1e-4)
+        with text.bert.disable_adapter():
+            assert torch.allclose(text(**text.tokenise(TEXTS)), first, atol=1e-5), "an adapter begins as nothing"
