@@ -206,7 +206,9 @@ class ObjectiveConfig(Section):
     labels: float = Field(
         0.0, ge=0, description="cross-entropy on report-derived labels, of both embeddings: not zero-shot any more"
     )
-    labels_first: float = Field(0.0, ge=0, lt=1, description="share of the steps in which labels alone are learned")
+    labels_first: float = Field(
+        0.0, ge=0, lt=1, description="share of the steps, the first, in which nothing is contrasted"
+    )
     captioning: float = Field(0.0, ge=0, description="writing the report from the volume, word by word")
     mlm: float = Field(0.0, ge=0, description="filling masked words of the report in, reading the volume")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import typer
 
+from ctclip.cli.preprocess import Expected
+
 
 class Format(StrEnum):
     csv = "csv"
@@ -16,11 +18,6 @@ class Format(StrEnum):
 class Trusted(StrEnum):
     auto = "auto"
     file = "trust-file"
-
-
-class Expected(StrEnum):
-    any = "any"
-    chest = "chest"
 
 
 def zero_shot(

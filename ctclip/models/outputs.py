@@ -34,8 +34,4 @@ def check_volume(volume: Tensor) -> None:
 
 def air_where_padded(volume: Tensor, mask: Tensor | None) -> Tensor:
     """``volume`` with -1 wherever ``mask`` (B, 1, D, H, W) bool is false: what padding holds cannot matter."""
-    return (
-        volume
-        if mask is None
-        else torch.where(mask, volume, torch.full((), -1.0, dtype=volume.dtype, device=volume.device))
-    )
+    return volume if mask is None else volume.masked_fill(~mask, -1.0)

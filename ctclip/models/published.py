@@ -65,8 +65,8 @@ class Published:
 def read_published(path: str | Path, ignore: Sequence[str] = ()) -> Published:
     """Read a published checkpoint without running anything in it; all sizes are inferred from the tensors.
 
-    Raises CheckpointError for a file that is none, and for keys that are not understood, unless ``ignore`` names them (``*`` stands for
-    anything).
+    Raises CheckpointError for a file that is none, and for keys that are not understood, unless ``ignore`` names them
+    (``*`` stands for anything).
     """
     found = _tensors(Path(path))
     state: dict[str, Tensor] = {}

@@ -70,10 +70,9 @@ def _files(root: Path) -> tuple[dict[str, Path], list[str]]:
                 found[volume] = path
     if not found:
         raise PreprocessingError(f"{root}: no volumes named like train_1_a_1.nii.gz below it")
-    warnings = [f"{again} files share their name with another; the least deep is taken, of those the last"] * (
-        again > 0
-    )
-    return found, warnings
+    if not again:
+        return found, []
+    return found, [f"{again} files share their name with another; the least deep is taken, of those the last"]
 
 
 def _tables(root: Path, pattern: str, required: tuple[str, ...]) -> pd.DataFrame:

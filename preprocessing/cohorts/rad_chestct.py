@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from preprocessing.cohorts.table import Cohort, rows
+from preprocessing.cohorts.table import Cohort, read_csv, rows
 from preprocessing.errors import PreprocessingError
 
 TABLES = "*Abnormality_and_Location_Labels.csv"
@@ -44,10 +44,7 @@ def read(root: Path) -> Cohort:
 
 
 def _labels(path: Path) -> pd.DataFrame:
-    try:
-        part = pd.read_csv(path)
-    except (ValueError, OSError, UnicodeDecodeError) as error:
-        raise PreprocessingError(f"{path}: cannot be read as CSV ({' '.join(str(error).split())})") from error
+    part = read_csv(path, numbers=True)
     if "NoteAcc_DEID" not in part.columns:
         raise PreprocessingError(f"{path}: column 'NoteAcc_DEID' is missing; take RAD-ChestCT's own table")
     places = part.drop(columns="NoteAcc_DEID").select_dtypes("number")

@@ -73,10 +73,10 @@ def check_table(table: pd.DataFrame, source: Path) -> pd.DataFrame:
     return table
 
 
-def read_csv(path: Path, **options: Any) -> pd.DataFrame:
-    """A CSV of a stranger as strings; one that is none is named."""
+def read_csv(path: Path, *, numbers: bool = False) -> pd.DataFrame:
+    """A CSV of a stranger as strings, or with ``numbers`` as what its columns hold; one that is none is named."""
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False, **options)
+        return pd.read_csv(path) if numbers else pd.read_csv(path, dtype=str, keep_default_na=False)
     except (ValueError, OSError, UnicodeDecodeError) as error:
         raise PreprocessingError(f"{path}: cannot be read as CSV ({' '.join(str(error).split())})") from error
 

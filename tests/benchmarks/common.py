@@ -45,15 +45,14 @@ def best_of(action: Callable[[], object], times: int = 3) -> float:
 
 def processor_seconds(action: Callable[[], object], times: int = 3) -> float:
     """Processor time of the fastest of a few runs: on one thread what a run takes on an idle machine, and what others
-    do on a shared one hardly touches it. On several threads it is divided among them."""
-    import torch
-
+    do on a shared one hardly touches it. On several threads (of ``apart``) it is divided among them."""
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     seconds = []
     for _ in range(times):
         began = time.process_time()
         action()
         seconds.append(time.process_time() - began)
-    return min(seconds) / torch.get_num_threads()
+    return min(seconds) / threads
 
 
 def peak_gb() -> float:

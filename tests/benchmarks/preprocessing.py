@@ -12,24 +12,13 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from tests.benchmarks.common import apart, machine, peak_gb, table
+from tests.benchmarks.common import apart, machine, peak_gb, processor_seconds, table
 
 SPEC = "ct_clip"
-
-
-def best_of(action: Callable[[], object], times: int = 3) -> float:
-    """Processor seconds of the best of a few runs: one thread, files cached; others on the machine count for little."""
-    seconds = []
-    for _ in range(times):
-        began = time.process_time()
-        action()
-        seconds.append(time.process_time() - began)
-    return min(seconds)
 
 
 def baseline(path: str) -> dict[str, float]:
@@ -60,7 +49,7 @@ def baseline(path: str) -> dict[str, float]:
         return result
 
     result = load()
-    return {"seconds": best_of(load, 3), "gb": peak_gb() - empty, "mean": float(result.mean())}
+    return {"seconds": processor_seconds(load, 3), "gb": peak_gb() - empty, "mean": float(result.mean())}
 
 
 def ours(path: str) -> dict[str, float]:
@@ -74,7 +63,7 @@ def ours(path: str) -> dict[str, float]:
     prepare(Path(path).with_name("tiny.nii.gz"), small).voxels.mean()
     empty = peak_gb()
     mean = float(prepare(path, SPEC).voxels.mean())
-    return {"seconds": best_of(lambda: prepare(path, SPEC).voxels, 3), "gb": peak_gb() - empty, "mean": mean}
+    return {"seconds": processor_seconds(lambda: prepare(path, SPEC).voxels, 3), "gb": peak_gb() - empty, "mean": mean}
 
 
 def floor(path: str) -> float:
@@ -85,7 +74,7 @@ def floor(path: str) -> float:
         with igzip.open(path, "rb") as stream:
             return float(np.frombuffer(stream.read()[352:], np.int16).max())
 
-    return best_of(read)
+    return processor_seconds(read)
 
 
 def stored(store: str) -> float:
@@ -94,7 +83,7 @@ def stored(store: str) -> float:
 
     opened = VolumeStore(store)
     name = opened.volumes[0]
-    return best_of(lambda: opened.spec.normalise(opened.read(name)), 5)
+    return processor_seconds(lambda: opened.spec.normalise(opened.read(name)), 5)
 
 
 def cropped(store: str) -> float:
@@ -104,7 +93,7 @@ def cropped(store: str) -> float:
     opened = VolumeStore(store)
     name = opened.volumes[0]
     region = (slice(60, 172), slice(100, 324), slice(130, 354))
-    return best_of(lambda: opened.spec.normalise(opened.read(name, region)), 5)
+    return processor_seconds(lambda: opened.spec.normalise(opened.read(name, region)), 5)
 
 
 def whole_cohort(folder: str, store: str, workers: int, spec: str = SPEC) -> dict[str, float]:

@@ -17,7 +17,7 @@ DEMO = Path(os.environ.get("CTCLIP_DEMO", Path(__file__).parents[2] / "runs" / "
 def metrics() -> dict:
     path = DEMO / "metrics.json"
     if not path.is_file():
-        pytest.skip(f"{path} is not there: `make demo` makes it, in some twenty minutes")
+        pytest.skip(f"{path} is not there: `make demo` makes it, in half an hour on 2 cores")
     return json.loads(path.read_text())
 
 
