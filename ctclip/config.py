@@ -45,6 +45,9 @@ class ViT3DConfig(Section):
     )
     hu_window: tuple[float, float] = Field((-1000.0, 1000.0), description="HU that -1 and 1 of the input stand for")
     pooling: tuple[Literal["attention", "mean", "max"], ...] = ("attention", "mean")
+    pool_stem: bool = Field(
+        False, description="mean and largest of every stage of the stem beside the pooled tokens: for small findings"
+    )
     window: tuple[int, int, int] | None = Field(
         None, description="tokens [slice, row, column] of a local attention window; null: full attention"
     )
@@ -203,6 +206,9 @@ class ObjectiveConfig(Section):
         ge=2,
         description="contrast only within groups of so many volumes, as the published training did; null: all",
     )
+    memory: int = Field(
+        0, ge=0, description="texts of earlier steps that volumes are contrasted with too (clip); 0: the batch alone"
+    )
     labels: float = Field(
         0.0, ge=0, description="cross-entropy on report-derived labels, of both embeddings: not zero-shot any more"
     )
@@ -218,6 +224,8 @@ class ObjectiveConfig(Section):
             raise ValueError("give clip, convirt or siglip a weight above 0: nothing else joins volumes and reports")
         if self.negatives is not None and self.siglip:
             raise ValueError("negatives belongs to clip and convirt; siglip contrasts every pair")
+        if self.memory and (not self.clip or self.negatives is not None):
+            raise ValueError("memory gives clip more negatives: it needs clip, and no bound on negatives")
         if self.labels_first and not self.labels:
             raise ValueError("labels_first needs labels: give it a weight above 0")
         return self

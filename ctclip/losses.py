@@ -34,11 +34,13 @@ def clip(
     same: Tensor | None = None,
     rows: slice = EVERY,
     volume_weight: float = 0.5,
+    further: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE (Radford et al. 2021, figure 3; van den Oord et al. 2018, eq. 4).
 
     volumes, texts (B, d) unit vectors, row i of one belonging to row i of the other; scale (1,) the inverse
-    temperature; same (rows, B) bool, see ``same_identity``. Scalar, in nats; ln B is chance.
+    temperature; same (rows, B) bool, see ``same_identity``; further: other texts (M, d) that volumes are contrasted with
+    too, and which of them each row is not (rows, M) bool. Scalar, in nats; ln B is chance without further texts.
     """
     volumes, texts = volumes.float(), texts.float()
     target = torch.arange(len(volumes), device=volumes.device)[rows]
@@ -51,6 +53,9 @@ def clip(
         logits = scale * one[rows] @ other.T
         if masked is not None:
             logits = logits.masked_fill(masked, float("-inf"))
+        if further is not None and one is volumes:
+            others, left_out = further
+            logits = torch.cat([logits, (scale * one[rows] @ others.T).masked_fill(left_out, float("-inf"))], dim=1)
         total = total + weight * F.cross_entropy(logits, target)
     return total
 

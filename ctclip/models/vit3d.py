@@ -40,7 +40,8 @@ class ViT3D(nn.Module):
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width)
         self.query = nn.Parameter(torch.randn(config.width) * 0.02) if "attention" in config.pooling else None
-        self.width, self.token_width = config.width * len(config.pooling), config.width
+        self.token_width = config.width
+        self.width = config.width * len(config.pooling) + self.stem.pooled_width
 
     def forward(self, volume: Tensor, mask: Tensor | None = None) -> VolumeTokens:
         """volume (B, 1, D, H, W) in [-1, 1]; mask (B, 1, D, H, W) bool, true where voxels are real.
@@ -50,7 +51,7 @@ class ViT3D(nn.Module):
         """
         self._check(volume)
         volume = air_where_padded(volume, mask)
-        cells = self.stem(volume)
+        cells, pooled_stem = self.stem(volume, mask)
         grid = (cells.shape[2], cells.shape[3], cells.shape[4])
         tokens = rearrange(cells, "b c d h w -> b (d h w) c")
         keep = self._kept(volume, mask)
@@ -58,11 +59,11 @@ class ViT3D(nn.Module):
         if keep is None:
             flat = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
             encoded = self._transform(tokens, positions[None], flat, None, grid)
-            return VolumeTokens(encoded, grid, self._pool(encoded, None))
+            return VolumeTokens(encoded, grid, torch.cat([self._pool(encoded, None), *pooled_stem], dim=1))
         order, valid = _compact(keep)
         packed = torch.gather(tokens, 1, order[..., None].expand(-1, -1, tokens.shape[2]))
         encoded = self._transform(packed, positions[order], order, valid, grid) * valid[..., None]
-        pooled = self._pool(encoded, valid)
+        pooled = torch.cat([self._pool(encoded, valid), *pooled_stem], dim=1)
         full = torch.zeros_like(tokens).scatter(1, order[..., None].expand_as(encoded), encoded)
         return VolumeTokens(full, grid, pooled)
 
@@ -143,7 +144,9 @@ class ViT3D(nn.Module):
 class Stem(nn.Module):
     """Volume -> tokens' cells: HU windows, a linear map of each patch, then stages of convolutions.
 
-    Each stage mixes neighbours by 3x3x3 convolutions and ends with a strided one that halves each axis.
+    Each stage mixes neighbours by 3x3x3 convolutions and ends with a strided one that halves each axis. With ``pool_stem``
+    the mean and the largest of each channel before that are given out too: what is small need not survive the way to a
+    token to be seen.
     """
 
     def __init__(self, config: ViT3DConfig) -> None:
@@ -158,9 +161,11 @@ class Stem(nn.Module):
             layers += [Convolution(width, width) for _ in range(depth)]
             layers.append(Convolution(width, after, stride=2))
         self.convolutions = nn.Sequential(*layers)
+        self.pools = config.pool_stem
+        self.pooled_width = 2 * sum(widths[:-1]) if config.pool_stem else 0
 
-    def forward(self, volume: Tensor) -> Tensor:
-        """(B, 1, D, H, W) -> (B, C, d, h, w)."""
+    def forward(self, volume: Tensor, mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """volume and mask (B, 1, D, H, W) -> (B, C, d, h, w), and what was pooled on the way, (B, ...) each."""
         pd, ph, pw = self.patch
         patches = rearrange(volume, "b 1 (d pd) (h ph) (w pw) -> b d h w (pd ph pw)", pd=pd, ph=ph, pw=pw)
         # A linear map of all windows side by side is the sum of one a window: nothing is copied next to anything.
@@ -172,7 +177,12 @@ class Stem(nn.Module):
         cells = rearrange(embedded, "b d h w c -> b c d h w")
         if len(self.convolutions):
             cells = F.relu(self.embed_norm(cells))
-        return self.convolutions(cells)
+        pooled: list[Tensor] = []
+        for layer in self.convolutions:
+            if self.pools and layer.halves:
+                pooled += _mean_and_largest(cells, mask)
+            cells = layer(cells)
+        return cells, pooled
 
     def _window(self, values: Tensor, low: float, high: float) -> Tensor:
         """Show HU from ``low`` to ``high`` as -1 to 1, clipped; values stand for ``hu_window``."""
@@ -192,6 +202,7 @@ class Convolution(nn.Module):
         self.convolution = nn.Conv3d(width, after, 3, stride, padding=1, bias=False)
         self.norm = GlobalBatchNorm3d(after)
         self.residual = width == after and stride == 1
+        self.halves = stride == 2
 
     def forward(self, cells: Tensor) -> Tensor:
         """(B, C, D, H, W) -> (B, after, D / stride, H / stride, W / stride)."""
@@ -236,6 +247,15 @@ class Block(nn.Module):
         tokens = tokens + self.out(rearrange(mixed, "b h n c -> b n (h c)"))
         gate, up = self.gate_up(self.norm_mlp(tokens)).chunk(2, dim=-1)
         return tokens + self.down(F.silu(gate) * up)
+
+
+def _mean_and_largest(cells: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """(B, C, d, h, w) -> two of (B, C), over the cells of which a voxel is real: mask (B, 1, D, H, W)."""
+    if mask is None:
+        return [cells.mean(dim=(2, 3, 4)), cells.amax(dim=(2, 3, 4))]
+    real = F.adaptive_max_pool3d(mask.to(cells.dtype), cells.shape[2:])  # type: ignore[arg-type]
+    mean = (cells * real).sum(dim=(2, 3, 4)) / real.sum(dim=(2, 3, 4))
+    return [mean, cells.masked_fill(real == 0, float("-inf")).amax(dim=(2, 3, 4))]
 
 
 def outside_air(volume: Tensor, size: tuple[int, ...], hu_window: tuple[float, float]) -> Tensor:

@@ -12,6 +12,7 @@ from ctclip.config import ObjectiveConfig
 from ctclip.distributed import gather, rank
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.words import LONGEST, WordPredictor, captioning, masked_words
+from ctclip.training.memory import TextMemory
 
 
 class ContrastiveStep(nn.Module):
@@ -28,6 +29,9 @@ class ContrastiveStep(nn.Module):
         self.objectives = objectives
         # A parameter that no loss uses has no gradient and no moments; the optimizer must not know it.
         model.similarity.logit_bias.requires_grad_(objectives.siglip > 0)
+        # What the text encoder has places for.
+        self.longest = min(LONGEST, model.text_encoder.max_tokens)
+        self.memory = TextMemory(objectives.memory, model.config.dim) if objectives.memory else None
         self.label_head = nn.Linear(model.config.dim, labels) if objectives.labels else None
         self.writer = self._predictor(None) if objectives.captioning else None
         self.filler = self._predictor(model.text_encoder.width) if objectives.mlm else None
@@ -47,7 +51,7 @@ class ContrastiveStep(nn.Module):
         if self.writer is None and self.filler is None:
             return None
         found = self.model.text_encoder.tokenizer(
-            texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt"
+            texts, padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
         )
         return {name: found[name] for name in ("input_ids", "attention_mask")}
 
@@ -57,16 +61,25 @@ class ContrastiveStep(nn.Module):
         """volumes (b, 1, D, H, W); tokens of b * views texts; words of the first view of each -> features (b, dim) and
         (b * views, dim), and the weighted objectives on words."""
         encoded = self.model.volume_encoder(volumes, None)
-        features = self.model.volume_projection(encoded.pooled), self.model.text_features(tokens)
+        read = {} if words is None else self.read(words, encoded.tokens)
+        return self.model.volume_projection(encoded.pooled), self.model.text_features(tokens), read
+
+    def read(self, words: dict[str, Tensor], volume: Tensor) -> dict[str, Tensor]:
+        """The weighted objectives on words: ids of whole texts (b, L), the volumes' tokens (b, N, C)."""
+        ids, mask, text = words["input_ids"], words["attention_mask"], self.model.text_encoder
         read: dict[str, Tensor] = {}
-        if words is not None:
-            ids, mask, text = words["input_ids"], words["attention_mask"], self.model.text_encoder
-            if self.writer is not None:
-                read["captioning"] = self.objectives.captioning * captioning(self.writer, ids, mask, encoded.tokens)
-            if self.filler is not None:
-                found = masked_words(self.filler, text.bert, ids, mask, encoded.tokens, text.tokenizer)
-                read["mlm"] = self.objectives.mlm * found
-        return *features, read
+        if self.writer is not None:
+            read["captioning"] = self.objectives.captioning * captioning(self.writer, ids, mask, volume)
+        if self.filler is not None:
+            found = masked_words(self.filler, text.bert, ids, mask, volume, text.tokenizer)
+            read["mlm"] = self.objectives.mlm * found
+        return read
+
+    def _remembered(self, scans: Tensor, identities: Tensor, rows: slice) -> tuple[Tensor, Tensor] | None:
+        """Texts of earlier steps (size, dim), and which of them each row is not contrasted with (rows, size)."""
+        if self.memory is None:
+            return None
+        return self.memory.texts.clone(), self.memory.left_out(scans[rows], identities[rows])
 
     def _predictor(self, inside: int | None) -> WordPredictor:
         text = self.model.text_encoder
@@ -96,8 +109,11 @@ class ContrastiveStep(nn.Module):
             same = losses.same_identity(scans, text_identities[view::views], rows)
             if objectives.negatives is not None:
                 same = same | _apart(len(volumes), objectives.negatives, rows, same.device)
+            further = self._remembered(scans, text_identities[view::views], rows)
             found = {
-                "clip": lambda texts=of_view, same=same: losses.clip(volumes, texts, scale, same, rows),
+                "clip": lambda texts=of_view, same=same, further=further: losses.clip(
+                    volumes, texts, scale, same, rows, further=further
+                ),
                 "convirt": lambda texts=of_view, same=same: losses.convirt(volumes, texts, scale, same, rows),
                 "siglip": lambda texts=of_view, same=same: losses.siglip(
                     volumes, texts, scale, similarity.logit_bias, same, rows
@@ -106,6 +122,8 @@ class ContrastiveStep(nn.Module):
             for name, loss in found.items():
                 if weight := getattr(objectives, name):
                     parts[name] = parts.get(name, 0.0) + weight / views * loss()
+        if self.memory is not None and torch.is_grad_enabled():
+            self.memory.remember(texts.detach(), scans.repeat_interleave(views), text_identities)
         if self.label_head is not None:
             if labels is None:
                 raise ValueError("objectives.labels is set, but the batch has no labels")

@@ -23,6 +23,7 @@ ALONE: list[dict[str, Any]] = [
     {"name": "alone"},
     {"name": "alone linear", "linear": True},
     {"name": "alone warm", "warm_up": True},
+    {"name": "alone with memory", "memory": 12},
     {"name": "refused", "micro_batch": 2},
     {"name": "plain", **ONE_STEP},
     {"name": "chunks", **ONE_STEP, "micro_batch": 2},
@@ -37,11 +38,14 @@ TOGETHER: list[dict[str, Any]] = [
     {"name": "one at 0, two at 3", "resume": "one at 0", "stage": 3, "steps": [3, 5]},
     {"name": "one at 1, two at 2", "resume": "one at 1", "stage": 2, "steps": [3, 5]},
     {"name": "warm", "warm_up": True},
+    {"name": "memory", "memory": 12, "stage": 2},
+    {"name": "memory before", "memory": 12, "stage": 3, "steps": [0, 3]},
     {"name": "bf16", "precision": "bf16", "stage": 2},
     {"name": "checkpointed", "checkpointed": True, "stage": 2},
     {"name": "compiled", "compile": True, "stage": 2},
 ]
 ALONE_AGAIN: list[dict[str, Any]] = [
+    {"name": "memory after", "memory": 12, "resume": "memory before", "steps": [3, 5]},
     {"name": "two at 3, one at 0", "resume": "two at 3", "stage": 0, "steps": [3, 5]},
     {"name": "two at 2, one at 3", "resume": "two at 2", "stage": 3, "steps": [3, 5]},
 ]
@@ -105,6 +109,12 @@ def test_offload_to_the_host_is_the_same(results: Path, stage: int) -> None:
 def test_a_run_goes_on_at_another_stage_and_number_of_ranks(results: Path, before: str, after: str) -> None:
     """Three steps before, two after."""
     assert_same(results, f"{before}, {after}", before=before)
+
+
+def test_texts_of_earlier_steps_are_remembered_alike(results: Path) -> None:
+    assert_same(results, "memory", "alone with memory")
+    assert_same(results, "memory after", "alone with memory", before="memory before")
+    assert losses(results, "memory")[1] > losses(results, "alone")[1] + 0.1
 
 
 def test_bfloat16_is_near_and_keeps_float32_masters(results: Path) -> None:

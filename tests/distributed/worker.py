@@ -80,7 +80,8 @@ def configuration(case: dict[str, Any]) -> Any:
         "batch": BATCH, "learning_rate": 5e-4, "zero": {"stage": stage, "offload": case.get("offload", False)},
         **{key: case[key] for key in ("micro_batch", "precision", "compile") if key in case},
     }  # fmt: skip
-    return Config.model_validate({"model": {**MODEL, "volume": volume}, "training": training})
+    objectives = {"memory": case.get("memory", 0)}
+    return Config.model_validate({"model": {**MODEL, "volume": volume}, "training": training, "objectives": objectives})
 
 
 def batch(step: int) -> Any:

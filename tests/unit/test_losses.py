@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ctclip import losses
+from ctclip.training.memory import TextMemory
 
 
 def unit(rows: int, seed: int) -> torch.Tensor:
@@ -89,3 +90,35 @@ def test_unknown_labels_are_left_out() -> None:
     labels = torch.tensor([[1.0, float("nan")], [0.0, float("nan")]])
     expected = (math.log(2) + math.log(1 + math.e)) / 2
     assert abs(float(losses.multi_label(logits, labels)) - expected) < 1e-6
+
+
+def test_a_memory_of_texts_gives_volumes_more_negatives() -> None:
+    """Four steps of three pairs with a memory of five texts: the sum written out over the last five of a plain list."""
+    memory, told = TextMemory(5, 6), []
+    for step in range(4):
+        volumes, texts = unit(3, 2 * step), unit(3, 2 * step + 1)
+        scans, wording = torch.tensor([step + 1, 10 + step, step]), torch.tensor([step, 20 + step % 2, 30 + step])
+        same = losses.same_identity(scans, wording)
+        found = losses.clip(
+            volumes, texts, torch.tensor([7.0]), same, further=(memory.texts.clone(), memory.left_out(scans, wording))
+        )
+        total = 2 * by_hand(volumes, texts, 7.0, same) * 3
+        for i in range(3):
+            near = sum(math.exp(7 * float(volumes[i] @ texts[j])) for j in range(3) if j == i or not same[i, j])
+            far = sum(
+                math.exp(7 * float(volumes[i] @ text))
+                for text, scan, words in told[-5:]
+                if scan != int(scans[i]) and words != int(wording[i])
+            )
+            total += math.log((near + far) / near)
+        assert abs(float(found) - total / 6) < 1e-5
+        memory.remember(texts, scans, wording)
+        told += list(zip(texts, scans.tolist(), wording.tolist(), strict=True))
+
+
+def test_a_batch_longer_than_the_memory_leaves_its_last_texts() -> None:
+    memory, texts = TextMemory(2, 6), unit(5, 0)
+    memory.remember(texts, torch.arange(5), torch.arange(5))
+    assert sorted(memory.scans.tolist()) == [3, 4]
+    for text, scan in zip(memory.texts, memory.scans, strict=True):
+        assert torch.equal(text, texts[scan])

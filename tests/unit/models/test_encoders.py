@@ -92,6 +92,25 @@ def test_padding_takes_no_part() -> None:
     assert (found.tokens.reshape(1, 2, 2, 3, 24)[..., 2, :] == 0).all()
 
 
+def test_the_stem_is_pooled_over_real_cells_alone() -> None:
+    torch.manual_seed(0)
+    encoder = ViT3D(SMALL.model_copy(update={"pool_stem": True})).eval()
+    mask = torch.ones(1, 1, 16, 16, 24, dtype=torch.bool)
+    mask[..., 16:] = False
+    seen = {}
+    for number, layer in enumerate(encoder.stem.convolutions):
+        layer.register_forward_pre_hook(lambda _, inputs, number=number: seen.__setitem__(number, inputs[0][0]))
+    pooled = encoder(volume(1), mask).pooled[0, 24 * 2 :]
+    fine, coarse = seen[1][..., :8], seen[2][..., :4]
+    expected = [
+        fine.mean(dim=(1, 2, 3)),
+        fine.amax(dim=(1, 2, 3)),
+        coarse.mean(dim=(1, 2, 3)),
+        coarse.amax(dim=(1, 2, 3)),
+    ]
+    torch.testing.assert_close(pooled, torch.cat(expected))
+
+
 def test_global_batch_norm_is_batch_norm() -> None:
     torch.manual_seed(0)
     ours, theirs = GlobalBatchNorm3d(5), torch.nn.BatchNorm3d(5)
