@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numba
 import numpy as np
 
@@ -9,6 +11,7 @@ from preprocessing.errors import PreprocessingError
 from preprocessing.spec import PreprocessingSpec
 from preprocessing.volume import Volume
 
+Kind = Literal["hu", "stored", "voxels"]
 AIR, METAL = -1024.0, 3071.0
 OBLIQUE_DEGREES = 0.5
 LPS = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
@@ -76,79 +79,86 @@ def straighten(volume: Volume, degrees: float) -> Volume:
     return Volume(moved, affine, volume.source, [*volume.warnings, warning])
 
 
-def resample(volume: Volume, spec: PreprocessingSpec) -> tuple[np.ndarray, np.ndarray]:
-    """An oriented volume in HU on the grid of ``spec``, centred: float32 HU of ``spec.shape``, and its affine."""
-    low, high = spec.hu_window if spec.published_geometry else (AIR, METAL)
-    array = volume.array if volume.array.dtype in (np.int16, np.float32) else volume.array.astype(np.float32)
-    sources = [
-        _source_positions(n, s, target, count, spec.published_geometry)
-        for n, s, target, count in zip(array.shape, volume.spacing, spec.spacing, spec.shape, strict=True)
-    ]
-    taps = []
-    for axis, (positions, target) in enumerate(zip(sources, spec.spacing, strict=True)):
-        width = max(1.0, target / volume.spacing[axis]) if spec.interpolation == "antialiased" else 1.0
-        (first, weights), begin, end = _taps(positions, array.shape[axis], width)
-        if array.strides[axis] < 0:
-            # The axis was only turned round: read it as it lies, from its other end.
-            first, weights = array.shape[axis] - first - weights.shape[1], weights[:, ::-1]
-        taps.append((np.ascontiguousarray(first), np.ascontiguousarray(weights), slice(begin, end)))
-    unturned = array[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in array.strides)]
-    # CT-CLIP indexes its volumes [slice, column, row].
-    turned = spec.published_geometry
-    placed = np.empty([spec.shape[axis] for axis in ((0, 2, 1) if turned else (0, 1, 2))], np.float32)
-    inside = tuple(taps[axis][2] for axis in ((0, 2, 1) if turned else (0, 1, 2)))
-    _fill_outside(placed, inside, spec.fill)
-    (zf, zw, _), (yf, yw, _), (xf, xw, _) = taps
-    _separable(
-        np.ascontiguousarray(unturned),
-        zf,
-        zw,
-        yf,
-        yw,
-        xf,
-        xw,
-        np.float32(low),
-        np.float32(high),
-        turned,
-        placed[inside],
-    )
+def resampled_affine(volume: Volume, spec: PreprocessingSpec) -> np.ndarray:
+    """(4, 4) from voxel indices of what ``resample`` returns to LPS+ mm. Raises where volume and grid do not meet."""
     affine = volume.affine.copy()
-    for axis, positions in enumerate(sources):
+    for axis, positions in enumerate(_source_positions(volume, spec)):
+        _inside(positions, volume.array.shape[axis])
         step = positions[1] - positions[0] if len(positions) > 1 else 1.0
         affine[:3, 3] += volume.affine[:3, axis] * positions[0]
         affine[:3, axis] = volume.affine[:3, axis] * step
-    return placed, affine[:, [0, 2, 1, 3]] if turned else affine
+    return affine[:, [0, 2, 1, 3]] if spec.published_geometry else affine
 
 
-def _fill_outside(placed: np.ndarray, inside: tuple[slice, ...], fill: float) -> None:
-    """Only the margins: every page of a volume that is touched twice costs as much as its resampling."""
-    for axis, kept in enumerate(inside):
-        before = inside[:axis]
-        placed[(*before, slice(0, kept.start))] = fill
-        placed[(*before, slice(kept.stop, None))] = fill
+def resample(volume: Volume, spec: PreprocessingSpec, kind: Kind = "hu") -> np.ndarray:
+    """An oriented volume in HU on the grid of ``spec``, centred: float32 HU of ``spec.shape``; or ``stored``, int16 HU;
+    or ``voxels``, float32 in [-1, 1].
+
+    Each is written once, as it will be used: at the published size, touching fresh memory is half of the work.
+    """
+    clip = spec.hu_window if spec.published_geometry else (AIR, METAL)
+    array = volume.array if volume.array.dtype in (np.int16, np.float32) else volume.array.astype(np.float32)
+    taps, kept = [], []
+    for axis, (positions, target) in enumerate(zip(_source_positions(volume, spec), spec.spacing, strict=True)):
+        width = max(1.0, target / volume.spacing[axis]) if spec.interpolation == "antialiased" else 1.0
+        inside = _inside(positions, array.shape[axis])
+        first, weights = _taps(positions[inside], array.shape[axis], width)
+        if array.strides[axis] < 0:
+            # The axis was only turned round: read it as it lies, from its other end.
+            first, weights = array.shape[axis] - first - weights.shape[1], weights[:, ::-1]
+        taps.append((np.ascontiguousarray(first), np.ascontiguousarray(weights)))
+        kept.append((inside.start, inside.stop))
+    unturned = array[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in array.strides)]
+    # CT-CLIP indexes its volumes [slice, column, row].
+    turned = spec.published_geometry
+    order = (0, 2, 1) if turned else (0, 1, 2)
+    placed = np.empty([spec.shape[axis] for axis in order], np.int16 if kind == "stored" else np.float32)
+    fill = np.full((1, 1, 1), round(spec.fill) if kind == "stored" else spec.fill, np.float32)
+    if kind == "voxels":
+        fill = spec.normalise(fill)
+    window = {"hu": (-np.inf, np.inf, 0.0, 1.0), "stored": (-32768.0, 32767.0, 0.0, 1.0), "voxels": spec.window}[kind]
+    z, y, x = taps
+    _separable(
+        np.ascontiguousarray(unturned), z, y, x, _float32(clip), _float32(window), kind == "stored", turned,
+        fill[0, 0, 0], placed, tuple(kept[axis] for axis in order),
+    )  # fmt: skip
+    return placed
 
 
-def _source_positions(size: int, spacing: float, target: float, count: int, published: bool) -> np.ndarray:
-    """Source index (float) of each of ``count`` output voxels along one axis."""
-    output = np.arange(count, dtype=np.float64)
-    if not published:
-        return (output - (count - 1) / 2) * (target / spacing) + (size - 1) / 2
-    resized = int(size * spacing / target)
-    if resized < 1:
-        raise PreprocessingError(
-            f"an axis of {size} voxels of {spacing:g} mm is shorter than one voxel of {target:g} mm"
-        )
-    start = (resized - count) // 2 if resized >= count else -((count - resized) // 2)
-    return (output + start + 0.5) * (size / resized) - 0.5
+def _float32(values: tuple[float, ...]) -> tuple[np.float32, ...]:
+    return tuple(map(np.float32, values))
 
 
-def _taps(positions: np.ndarray, size: int, width: float) -> tuple[tuple[np.ndarray, np.ndarray], int, int]:
-    """First source index and weights of a triangle filter of half-width ``width`` source voxels for the output
-    voxels that lie inside the source; and the range of those."""
+def _source_positions(volume: Volume, spec: PreprocessingSpec) -> list[np.ndarray]:
+    """Source index (float) of each output voxel, along each axis."""
+    found = []
+    for size, spacing, target, count in zip(volume.array.shape, volume.spacing, spec.spacing, spec.shape, strict=True):
+        output = np.arange(count, dtype=np.float64)
+        if not spec.published_geometry:
+            found.append((output - (count - 1) / 2) * (target / spacing) + (size - 1) / 2)
+            continue
+        resized = int(size * spacing / target)
+        if resized < 1:
+            raise PreprocessingError(
+                f"{volume.source}: an axis of {size} voxels of {spacing:g} mm is shorter than one voxel of {target:g} mm"
+            )
+        start = (resized - count) // 2 if resized >= count else -((count - resized) // 2)
+        found.append((output + start + 0.5) * (size / resized) - 0.5)
+    return found
+
+
+def _inside(positions: np.ndarray, size: int) -> slice:
+    """The output voxels that lie inside the source."""
     inside = np.flatnonzero((positions > -0.5 - 1e-6) & (positions < size - 0.5 + 1e-6))
     if len(inside) == 0:
         raise PreprocessingError("the volume does not meet the grid of the spec")
-    centre = np.clip(positions[inside], 0, size - 1)
+    return slice(int(inside[0]), int(inside[-1]) + 1)
+
+
+def _taps(positions: np.ndarray, size: int, width: float) -> tuple[np.ndarray, np.ndarray]:
+    """First source index and weights of a triangle filter of half-width ``width`` source voxels about positions inside
+    the source."""
+    centre = np.clip(positions, 0, size - 1)
     count = min(size, int(np.ceil(2 * width)) + 1)
     first = np.clip(np.floor(centre - width).astype(np.int64) + 1, 0, size - count)
     index = first[:, None] + np.arange(count)
@@ -163,55 +173,103 @@ def _taps(positions: np.ndarray, size: int, width: float) -> tuple[tuple[np.ndar
         scale = np.where(whole, 1 / (1 - first_moment**2 / second_moment), 1.0)
         tilt = np.where(whole, -scale * first_moment / second_moment, 0.0)
         weights *= scale[:, None] + tilt[:, None] * distance
-    return (first, weights.astype(np.float32)), int(inside[0]), int(inside[-1]) + 1
+    return first, weights.astype(np.float32)
 
 
 @numba.njit(cache=True, fastmath=False, nogil=True)
-def _separable(  # type: ignore[no-untyped-def]
-    source, z_first, z_weights, y_first, y_weights, x_first, x_weights, low, high, turned, result
-):
-    """Weighted sums along the three axes, one output slice at a time: what lies between the passes stays in cache.
+def _separable(source, z, y, x, clip, window, rounded, turned, fill, placed, kept):  # type: ignore[no-untyped-def]
+    """Weighted sums along the three axes; ``z``, ``y``, ``x`` are (first index, weights) of each.
 
-    ``source`` (n, H, W) of HU, clipped to [low, high] as it is read; ``result`` (slices, rows, columns), or (slices,
-    columns, rows) if ``turned``.
+    ``source`` (n, H, W) of HU; ``placed`` (slices, rows, columns), or (slices, columns, rows) if ``turned``, is written
+    once from end to end: ``fill`` outside of ``kept`` (begin, end along each axis), inside of it through ``window`` (low,
+    high, middle, gain), ``rounded`` if it is whole-numbered. One slice at a time, so that what lies between the passes
+    stays in cache; along z first where that leaves fewer slices, else last.
     """
-    _, height, width = source.shape
-    rows, columns = len(y_first), len(x_first)
+    z_first, z_weights = z
+    low, high, middle, gain = window
+    (above, below), (before, behind), (begin, end) = kept
+    shrinks = z_first.max() + z_weights.shape[1] - z_first.min() > below - above
+    count = 1 if shrinks else z_weights.shape[1]
+    slab = np.empty(source.shape[1:], np.float32)
+    planes = np.empty((count, behind - before, end - begin), np.float32)
+    held = np.full(count, -1)
+    line = np.empty(end - begin, np.float32)
     # Rows of an odd number of cache lines: a column of them must not fall into one set of the cache.
-    stride = (width // 16 | 1) * 16 + 16
-    slab = np.empty((height, width), np.float32)
-    lines = np.empty((rows, stride), np.float32)
-    for k in range(len(z_first)):
-        for y in range(height):
-            line = slab[y]
-            line[:] = 0
-            for t in range(z_weights.shape[1]):
-                weight = z_weights[k, t]
-                if weight != 0:
-                    read = source[z_first[k] + t, y]
-                    for x in range(width):
-                        line[x] += weight * min(max(np.float32(read[x]), low), high)
-        for i in range(rows):
-            line = lines[i]
-            line[:] = 0
-            for t in range(y_weights.shape[1]):
-                weight = y_weights[i, t]
-                if weight != 0:
-                    read_slab = slab[y_first[i] + t]
-                    for x in range(width):
-                        line[x] += weight * read_slab[x]
-        if turned:
-            for j in range(columns):
-                begin = x_first[j]
-                for i in range(rows):
-                    total = np.float32(0)
-                    for t in range(x_weights.shape[1]):
-                        total += x_weights[j, t] * lines[i, begin + t]
-                    result[k, j, i] = total
+    lines = np.empty((len(y[0]), (source.shape[2] // 16 | 1) * 16 + 16), np.float32)
+    placed[:above] = fill
+    for k in range(below - above):
+        if shrinks:
+            _blended(source, z_first[k], z_weights[k], clip, slab)
+            _in_plane(slab, y, x, (-np.inf, np.inf), turned, lines, planes[0])
         else:
-            for i in range(rows):
-                for j in range(columns):
-                    total = np.float32(0)
-                    for t in range(x_weights.shape[1]):
-                        total += x_weights[j, t] * lines[i, x_first[j] + t]
-                    result[k, i, j] = total
+            for index in range(z_first[k], z_first[k] + count):
+                if held[index % count] != index and z_weights[k, index - z_first[k]] != 0:
+                    _in_plane(source[index], y, x, clip, turned, lines, planes[index % count])
+                    held[index % count] = index
+        result = placed[above + k]
+        result[:before] = fill
+        for i in range(behind - before):
+            line[:] = 0
+            for t in range(count):
+                weight = np.float32(1) if shrinks else z_weights[k, t]
+                if weight != 0:
+                    plane = planes[(z_first[k] + t) % count, i]
+                    for j in range(len(line)):
+                        line[j] += weight * plane[j]
+            written = result[before + i]
+            written[:begin] = fill
+            if rounded:
+                for j in range(len(line)):
+                    written[begin + j] = np.rint(min(max(line[j], low), high))
+            else:
+                for j in range(len(line)):
+                    written[begin + j] = (min(max(line[j], low), high) - middle) * gain
+            written[end:] = fill
+        result[behind:] = fill
+    placed[below:] = fill
+
+
+@numba.njit(cache=True, fastmath=False, nogil=True)
+def _blended(source, first, weights, clip, slab):  # type: ignore[no-untyped-def]
+    """``slab`` (H, W): the weighted sum of a few slices, clipped as they are read."""
+    low, high = clip
+    for y in range(slab.shape[0]):
+        line = slab[y]
+        line[:] = 0
+        for t in range(len(weights)):
+            weight = weights[t]
+            if weight != 0:
+                read = source[first + t, y]
+                for x in range(len(line)):
+                    line[x] += weight * min(max(np.float32(read[x]), low), high)
+
+
+@numba.njit(cache=True, fastmath=False, nogil=True)
+def _in_plane(source, y, x, clip, turned, lines, plane):  # type: ignore[no-untyped-def]
+    """One slice (H, W), clipped as it is read, to ``plane`` (rows, columns), or (columns, rows) if ``turned``."""
+    (y_first, y_weights), (x_first, x_weights) = y, x
+    low, high = clip
+    for i in range(len(y_first)):
+        line = lines[i]
+        line[:] = 0
+        for t in range(y_weights.shape[1]):
+            weight = y_weights[i, t]
+            if weight != 0:
+                read = source[y_first[i] + t]
+                for j in range(len(read)):
+                    line[j] += weight * min(max(np.float32(read[j]), low), high)
+    if turned:
+        for j in range(len(x_first)):
+            begin = x_first[j]
+            for i in range(len(y_first)):
+                total = np.float32(0)
+                for t in range(x_weights.shape[1]):
+                    total += x_weights[j, t] * lines[i, begin + t]
+                plane[j, i] = total
+    else:
+        for i in range(len(y_first)):
+            for j in range(len(x_first)):
+                total = np.float32(0)
+                for t in range(x_weights.shape[1]):
+                    total += x_weights[j, t] * lines[i, x_first[j] + t]
+                plane[i, j] = total

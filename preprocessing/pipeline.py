@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -18,12 +18,13 @@ import pandas as pd
 from preprocessing.cohorts import hold_out, read_cohort
 from preprocessing.errors import PreprocessingError
 from preprocessing.files import written_beside
-from preprocessing.geometry import orient, resample
+from preprocessing.geometry import orient, resample, resampled_affine
 from preprocessing.hounsfield import Rescale, Trust, check_chest, to_hu
 from preprocessing.progress import track
 from preprocessing.readers import read
 from preprocessing.spec import PreprocessingSpec
 from preprocessing.store import VolumeStore
+from preprocessing.volume import Volume
 
 Expect = Literal["chest", "any"]
 OUTCOME_COLUMNS = ("volume", "outcome", "reason", "source_spacing", "source_shape")
@@ -33,22 +34,36 @@ OUTCOME_COLUMNS = ("volume", "outcome", "reason", "source_spacing", "source_shap
 class Prepared:
     """One scan, ready for a model of ``spec``.
 
-    ``hu`` float32 [slice, row, column], ``voxels`` the same grid in [-1, 1]; ``affine`` (4, 4) from voxel
-    index (slice, row, column, 1) to LPS+ mm of the scan's own space. ``source_spacing`` mm and ``source_shape`` are
-    the scan's own, [slice, row, column].
+    ``scan`` is what was read and checked, oriented and in HU, on its own grid. ``affine`` (4, 4) leads from voxel index
+    (of ``voxels`` and ``hu``) to LPS+ mm of the scan's own space.
     """
 
-    hu: np.ndarray
+    scan: Volume
     spec: PreprocessingSpec
     affine: np.ndarray
-    warnings: list[str] = field(default_factory=list)
-    source_spacing: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    source_shape: tuple[int, ...] = ()
 
     @cached_property
     def voxels(self) -> np.ndarray:
-        """What a model is given: ``hu`` through the spec's window."""
-        return self.spec.normalise(self.hu)
+        """What a model is given: float32 in [-1, 1], of the spec's shape."""
+        return resample(self.scan, self.spec, "voxels")
+
+    @cached_property
+    def hu(self) -> np.ndarray:
+        """The same grid in HU, float32."""
+        return resample(self.scan, self.spec)
+
+    @property
+    def warnings(self) -> list[str]:
+        return self.scan.warnings
+
+    @property
+    def source_spacing(self) -> tuple[float, float, float]:
+        """mm along [slice, row, column] of the scan itself."""
+        return self.scan.spacing
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        return self.scan.array.shape
 
 
 def prepare(
@@ -68,8 +83,7 @@ def prepare(
     volume = orient(to_hu(read(path, series), table, trust))
     if expect == "chest" and (reason := check_chest(volume)):
         raise PreprocessingError(f"{volume.source}: {reason}; --expect any takes it all the same")
-    hu, affine = resample(volume, spec)
-    return Prepared(hu, spec, affine, volume.warnings, volume.spacing, volume.array.shape)
+    return Prepared(volume, spec, resampled_affine(volume, spec))
 
 
 @dataclass(frozen=True)
@@ -281,7 +295,7 @@ def _one(task: Task, store: Path, options: Options) -> Outcome:
         # A fault of ours in one scan must not end a run of fifty thousand; what libraries say may quote its header.
         return Outcome(name, f"{name}: could not be prepared ({type(error).__name__}); please report this as a fault")
     try:
-        target.write(name, ready.hu)
+        target.write(name, resample(ready.scan, target.spec, "stored"))
     except PreprocessingError as error:
         return Outcome(name, str(error))
     spacing = " x ".join(f"{step:.2f}" for step in ready.source_spacing)

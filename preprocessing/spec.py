@@ -76,12 +76,23 @@ class PreprocessingSpec:
             del values["interpolation"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
-    def normalise(self, hu: np.ndarray) -> np.ndarray:
-        """HU of any dtype -> float32 in [-1, 1], the window's ends at -1 and 1."""
+    @property
+    def window(self) -> tuple[float, float, float, float]:
+        """(low, high, middle, gain): voxels are (HU clipped to [low, high] - middle) * gain."""
         low, high = self.hu_window
-        source = np.ascontiguousarray(hu if hu.dtype in (np.int16, np.float32) else hu.astype(np.float32))
-        voxels = np.empty(hu.shape, np.float32)
-        _windowed(source.reshape(-1), np.float32(low), np.float32(high), voxels.reshape(-1))
+        return low, high, (low + high) / 2, 2 / (high - low)
+
+    def normalise(
+        self, hu: np.ndarray, out: np.ndarray | None = None, corner: tuple[int, ...] = (0, 0, 0)
+    ) -> np.ndarray:
+        """HU (D, H, W) of any dtype -> float32 in [-1, 1], the window's ends at -1 and 1.
+
+        Written into ``out``, a larger C-ordered array, from ``corner`` on if given; returns the whole of it.
+        """
+        source = hu if hu.dtype in (np.int16, np.float32) else hu.astype(np.float32)
+        voxels = np.empty(hu.shape, np.float32) if out is None else out
+        low, high, middle, gain = map(np.float32, self.window)
+        _windowed(source, low, high, middle, gain, voxels, corner)
         return voxels
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -107,8 +118,11 @@ class PreprocessingSpec:
 
 
 @numba.njit(cache=True, nogil=True)
-def _windowed(hu, low, high, voxels):  # type: ignore[no-untyped-def]
+def _windowed(hu, low, high, middle, gain, voxels, corner):  # type: ignore[no-untyped-def]
     """One pass over memory, where clipping, converting and scaling one after the other take four."""
-    middle, gain = (low + high) / np.float32(2), np.float32(2) / (high - low)
-    for index in range(len(hu)):
-        voxels[index] = (min(max(np.float32(hu[index]), low), high) - middle) * gain
+    z, y, x = corner
+    for i in range(hu.shape[0]):
+        for j in range(hu.shape[1]):
+            read, written = hu[i, j], voxels[z + i, y + j][x : x + hu.shape[2]]
+            for k in range(len(read)):
+                written[k] = (min(max(np.float32(read[k]), low), high) - middle) * gain

@@ -79,7 +79,7 @@ class StoredVolumes(Dataset):
         """``key`` is (row, draw): the same draw gives the same voxels and views, in any worker on any rank."""
         index, draw = key
         random = np.random.default_rng([self.seed, index, draw])
-        voxels = self.spec.normalise(self.store.read(self.rows["volume"].iloc[index]))
+        voxels = self.store.voxels(self.rows["volume"].iloc[index])
         if self.training:
             voxels = augment(voxels, self.config.augment, self.spec, random)
         texts = [self.views.draw(self.reports[index], random) for _ in range(self.config.views_per_volume)]

@@ -53,7 +53,7 @@ class StoredScans:
         return f"{self.store.path.resolve()} {self.spec.hash}"
 
     def voxels(self, index: int) -> tuple[np.ndarray, str]:
-        return self.spec.normalise(self.store.read(str(self.rows["volume"].iloc[index]))), ""
+        return self.store.voxels(str(self.rows["volume"].iloc[index])), ""
 
 
 class ScanFiles:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ctclip.phantom.scan import make_scan
 from preprocessing import PreprocessingError, PreprocessingSpec, prepare
 from preprocessing.cohorts import read_cohort
-from preprocessing.geometry import orient, resample
+from preprocessing.geometry import orient, resample, resampled_affine
 from preprocessing.hounsfield import Rescale, to_hu
 from preprocessing.pipeline import preprocess_cohort, quarantine_damaged
 from preprocessing.readers import read
@@ -68,7 +68,8 @@ def test_a_ramp_is_resampled_exactly_inside(spacing, shape, slope, level) -> Non
     values = (level + world @ np.array(slope)).astype(np.float32)
     if np.abs(values).max() > 1000:
         return
-    found, moved = resample(Volume(values, affine, "ramp"), SPEC)
+    ramp = Volume(values, affine, "ramp")
+    found, moved = resample(ramp, SPEC), resampled_affine(ramp, SPEC)
     index = np.stack(np.meshgrid(*[np.arange(n) for n in SPEC.shape], indexing="ij"), axis=-1)
     back = index @ moved[:3, :3].T + moved[:3, 3]
     expected = level + back @ np.array(slope)
@@ -200,6 +201,38 @@ def test_a_store_is_whole_checked_and_mended(tmp_path, cohort, store) -> None:
         copy.read("../../etc/passwd")
 
 
+@pytest.mark.parametrize("shape", [(20, 100, 500), (33, 96, 480), (5, 7, 9)])
+@pytest.mark.parametrize("window", [(-1000.0, 1000.0), (-1350.0, 150.0)])
+def test_a_training_sample_is_the_stored_volume_through_the_window(tmp_path, shape, window) -> None:
+    """By whole chunks, chunks that a volume does not fill, and into an array that held something else."""
+    store = VolumeStore.create(tmp_path / "s", PreprocessingSpec("t", (3.0, 3.0, 3.0), shape, hu_window=window))
+    hu = np.random.default_rng(0).integers(-2000, 3000, shape).astype(np.int16)
+    store.write("a", hu)
+    low, high = window
+    expected = (np.clip(hu.astype(np.float64), low, high) - low) / (high - low) * 2 - 1
+    used = np.full(shape, np.nan, np.float32)
+    assert store.voxels("a", used) is used
+    assert np.abs(used - expected).max() < 1e-6
+    assert np.array_equal(store.voxels("a"), used)
+
+
+@pytest.mark.parametrize("published", [True, False])
+@pytest.mark.parametrize("spacing", [(5.0, 0.9, 0.8), (0.9, 2.1, 2.3), (1.0, 1.0, 1.0)])
+def test_hu_stored_and_model_ready_voxels_are_one_volume(spacing, published) -> None:
+    """Slices set farther and nearer than the grid's, margins of every width: the same values in all three forms."""
+    hu = np.random.default_rng(0).integers(-1024, 1500, (30, 34, 38)).astype(np.int16)
+    affine = np.zeros((4, 4))
+    affine[2, 0], affine[1, 1], affine[0, 2], affine[3, 3] = *spacing, 1.0
+    volume = Volume(hu, affine, "x")
+    spec = PreprocessingSpec("t", (2.0, 1.5, 1.7), (40, 30, 52), published_geometry=published)
+    found = resample(volume, spec)
+    stored, voxels = resample(volume, spec, "stored"), resample(volume, spec, "voxels")
+    assert stored.dtype == np.int16
+    assert np.array_equal(stored, np.rint(found))
+    assert np.abs(voxels - np.clip(found, -1000, 1000) / 1000).max() < 1e-6
+    assert found.shape == ((40, 52, 30) if published else (40, 30, 52))
+
+
 def test_a_crop_reads_its_chunks_alone(tmp_path) -> None:
     """Chunks of a crop's neighbours are destroyed on disk: the crop does not notice, a larger one does."""
     store = VolumeStore.create(tmp_path / "s", PreprocessingSpec("t", (3.0, 3.0, 3.0), (128, 128, 128)))
@@ -258,7 +291,7 @@ def test_interpolation_is_part_of_the_spec(hu) -> None:
     noise = np.random.default_rng(0).normal(0, 100, (40, 60, 60)).astype(np.float32)
     affine = np.zeros((4, 4))
     affine[2, 0], affine[1, 1], affine[0, 2], affine[3, 3] = 3.0, 2.0, 2.0, 1.0
-    smooth, sharp = (resample(Volume(noise, affine, "x"), spec)[0].std() for spec in specs)
+    smooth, sharp = (resample(Volume(noise, affine, "x"), spec).std() for spec in specs)
     assert smooth < sharp / 3
     assert PreprocessingSpec.load("ct_clip").interpolation == "linear"
     with pytest.raises(PreprocessingError, match="antialiased or linear"):
