@@ -1,12 +1,14 @@
 """What a run will need before anyone pays for it: bytes a rank for each ZeRO stage, the batch that fits, time an epoch.
 
 Activations are counted, not guessed: the forward pass is traced on tensors that have shapes but no data, and what
-autograd would keep is added up; floating-point operations come from the same pass.
+autograd would keep is added up; floating-point operations come from the same pass. Bytes are those that tensors take
+(``torch.cuda.max_memory_allocated``); what a process holds beside them is said by ``describe``.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from ctclip.config import Config
 from ctclip.models.dual_encoder import DualEncoder, build_model
 from ctclip.models.text import train_tokenizer
+from ctclip.training.engine import piece_size
 from ctclip.training.step import ContrastiveStep
 from preprocessing.spec import PreprocessingSpec
 
@@ -29,6 +32,10 @@ UTILISATION = 0.35
 # What the CUDA context, cuBLAS and NCCL hold before the first tensor.
 CONTEXT = 1.5 * GIB
 REPORT_TOKENS = 256
+# What a processor's figures leave out, as measured by tests/benchmarks/training.py.
+PROCESS = (
+    "beside them a process holds Python and its libraries (some 0.6 GiB), and memory that was freed: up to 60 % more"
+)
 
 
 @dataclass(frozen=True)
@@ -39,10 +46,20 @@ class StageMemory:
     parameters: float
     gradients: float
     optimizer: float
+    buffers: float
 
     @property
     def states(self) -> float:
-        return self.parameters + self.gradients + self.optimizer
+        return self.parameters + self.gradients + self.optimizer + self.buffers
+
+    @property
+    def held(self) -> float:
+        """What there is all the time. At stage 3 DeepSpeed keeps a place for gradients too."""
+        return self.states - (self.gradients if self.stage < 3 else 0.0)
+
+    def peak(self, activations: float) -> float:
+        """The most at once: gradients come while activations go."""
+        return max(self.states, self.held + activations)
 
 
 @dataclass(frozen=True)
@@ -51,15 +68,28 @@ class Plan:
 
     volume_parameters: int
     text_parameters: int
+    head_parameters: int
     stages: tuple[StageMemory, ...]
     activations: float
+    """of each volume"""
+    weights: float
+    """copies of weights that a step keeps whatever the batch: those in bfloat16"""
     batch_volumes: float
     flops: float
     ranks: int
 
+    def peak(self, stage: StageMemory, micro: int, share: int) -> float:
+        """Bytes of a step that encodes ``micro`` of a rank's ``share`` of volumes at once."""
+        return stage.peak(self.weights + micro * self.activations) + share * self.batch_volumes
+
     def largest_share(self, stage: StageMemory, card_bytes: float) -> int:
         """Volumes a rank can hold at once on a card."""
-        return max(0, math.floor((card_bytes - CONTEXT - stage.states) / (self.activations + self.batch_volumes)))
+        room = card_bytes - CONTEXT
+        if stage.peak(0.0) > room:
+            return 0
+        # peak() is flat in the activations as long as gradients need more, and linear from there.
+        left = room - stage.held - self.weights
+        return max(0, math.floor(left / (self.activations + self.batch_volumes)))
 
     def hours(self, volumes: int, flops_a_second: float) -> float:
         """Hours of one epoch over ``volumes`` scans on all ranks."""
@@ -69,36 +99,52 @@ class Plan:
 def make_plan(config: Config, ranks: int) -> Plan:
     """Count for the model and batch of ``config`` on ``ranks`` ranks."""
     spec = PreprocessingSpec.load(config.preprocessing)
-    tokenizer = train_tokenizer(["the lungs are clear"], 60) if config.model.text.pretrained is None else None
-    model = build_model(config.model, tokenizer)
-    step = ContrastiveStep(model, config.objectives, 18)
-    trained = [p for p in step.parameters() if p.requires_grad]
-    count, learned = sum(p.numel() for p in step.parameters()), sum(p.numel() for p in trained)
-    volume_parameters = sum(p.numel() for n, p in model.named_parameters() if n.startswith("volume_"))
+    tokenizer = None
+    if config.model.text.pretrained is None:
+        words = config.model.text.vocabulary
+        tokenizer = train_tokenizer([" ".join(f"word{number}" for number in range(words))], words)
+    step = ContrastiveStep(build_model(config.model, tokenizer), config.objectives, 18)
+    return plan_of(step, config, spec.shape, ranks)
+
+
+def plan_of(step: ContrastiveStep, config: Config, shape: tuple[int, ...], ranks: int) -> Plan:
+    """The same of a step that has been built, on volumes of ``shape``."""
+    sides = dict.fromkeys(("volume", "text", "head"), 0)
+    for name, parameter in step.named_parameters():
+        side = "head" if not name.startswith("model.") else "volume" if name.startswith("model.volume_") else "text"
+        sides[side] += parameter.numel()
+    count, trained = sum(sides.values()), sum(p.numel() for p in step.parameters() if p.requires_grad)
     views = config.data.views_per_volume
-    bf16 = config.training.precision == "bf16"
-    one = _kept(model, spec.shape, views, 1, bf16)
-    two = _kept(model, spec.shape, views, 2, bf16)
+    with warnings.catch_warnings():
+        # On a processor torch says of some operations that they are slow in bfloat16; the plan is not run there.
+        warnings.simplefilter("ignore", UserWarning)
+        one, two = (_kept(step, shape, views, batch, config.training.precision == "bf16") for batch in (1, 2))
+        flops = _flops(step, shape, views)
     return Plan(
-        volume_parameters=volume_parameters,
-        text_parameters=count - volume_parameters,
-        stages=tuple(stage_memory(s, count, learned, ranks) for s in range(4)),
+        volume_parameters=sides["volume"],
+        text_parameters=sides["text"],
+        head_parameters=sides["head"],
+        stages=tuple(stage_memory(stage, count, trained, ranks) for stage in range(4)),
         activations=float(two - one),
-        batch_volumes=4.0 * math.prod(spec.shape),
-        flops=_flops(model, spec.shape, views),
+        weights=float(max(0, 2 * one - two)),
+        batch_volumes=4.0 * math.prod(shape),
+        flops=flops,
         ranks=ranks,
     )
 
 
 def stage_memory(stage: int, parameters: int, trained: int, ranks: int) -> StageMemory:
     """Float32 masters, gradients and Adam's two moments: 16 bytes a parameter, of which ZeRO 1 shares the moments and a
-    second copy of the masters it updates, ZeRO 2 the gradients too, ZeRO 3 everything (Rajbhandari et al. 2020)."""
-    copies = 4.0 * trained / ranks if stage in (1, 2) else 0.0
+    second copy of the masters it updates, ZeRO 2 the gradients too, ZeRO 3 everything (Rajbhandari et al. 2020). What
+    is under way between ranks comes to it."""
+    piece = 4.0 * piece_size(trained)
     return StageMemory(
         stage,
-        parameters=4.0 * parameters / (ranks if stage == 3 else 1) + copies,
+        parameters=4.0 * parameters / (ranks if stage == 3 else 1) + (4.0 * trained / ranks if stage else 0.0),
         gradients=4.0 * trained / (ranks if stage >= 2 else 1),
         optimizer=8.0 * trained / (ranks if stage >= 1 else 1),
+        # Gradients that wait to be reduced; at stage 3 those under way, flattened and sent, and parameters gathered too.
+        buffers=piece * (4 if stage == 3 else 1 if stage else 0),
     )
 
 
@@ -114,24 +160,39 @@ def measured_flops_a_second() -> float:
     return 5 * 2 * 1536**3 / (time.perf_counter() - began)
 
 
-def _tokens(model: DualEncoder, texts: int) -> dict[str, Tensor]:
-    ids = torch.ones(texts, min(REPORT_TOKENS, model.text_encoder.max_tokens), dtype=torch.long)
+def _ids(model: DualEncoder, texts: int, length: int) -> dict[str, Tensor]:
+    # The last word of a vocabulary is a word like any other; the first are marks.
+    ids = torch.full((texts, length), model.text_encoder.bert.config.vocab_size - 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _kept(model: DualEncoder, shape: tuple[int, ...], views: int, batch: int, bf16: bool) -> int:
+def _report(model: DualEncoder, texts: int) -> Tensor:
+    encoded: Tensor = model.text_encoder(**_ids(model, texts, min(REPORT_TOKENS, model.text_encoder.max_tokens)))
+    return encoded
+
+
+def _words(step: ContrastiveStep, tokens: Tensor) -> list[Tensor]:
+    """The objectives on words, of tokens (B, N, C)."""
+    return list(step.read(_ids(step.model, len(tokens), step.longest), tokens).values())
+
+
+def _kept(step: ContrastiveStep, shape: tuple[int, ...], views: int, batch: int, bf16: bool) -> int:
     """Bytes that autograd keeps of a forward pass, beside parameters."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model.train()
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _converted(model.volume_encoder, mode):
-        volume = _saved(lambda: model.volume_encoder(torch.zeros(batch, 1, *shape)).pooled, model.volume_encoder, bf16)
-    # BERT looks at its mask, so it needs data; a report is small enough to run.
-    text = _saved(lambda: model.text_encoder(**_tokens(model, batch * views)), model.text_encoder, bf16)
-    return volume + text
+    step.train()
+    encoder = step.model.volume_encoder
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _converted(encoder, mode):
+        volume, encoded = _saved(lambda: encoder(torch.zeros(batch, 1, *shape)), encoder, bf16)
+    # BERT and torch's decoder look at their masks, so they need data; a report is small enough to run.
+    text, _ = _saved(lambda: _report(step.model, batch * views), step, bf16)
+    tokens = torch.ones(encoded.tokens.shape, dtype=encoded.tokens.dtype)
+    words, _ = _saved(lambda: _words(step, tokens), step, bf16)
+    return volume + text + words
 
 
-def _saved(forward: Callable[[], Tensor], module: nn.Module, bf16: bool) -> int:
+def _saved(forward: Callable[[], Any], module: nn.Module, bf16: bool) -> tuple[int, Any]:
+    """Bytes kept for the backward pass beside the parameters of ``module``, and what ``forward`` returned."""
     own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -144,10 +205,8 @@ def _saved(forward: Callable[[], Tensor], module: nn.Module, bf16: bool) -> int:
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         # Held until the end: a storage that is freed may give its number to the next.
-        held = forward()
-    total = sum(storage.nbytes() for storage in kept.values())
-    del held
-    return total
+        found = forward()
+    return sum(storage.nbytes() for storage in kept.values()), found
 
 
 @contextmanager
@@ -174,41 +233,49 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
     held[leaf] = tensor
 
 
-def _flops(model: DualEncoder, shape: tuple[int, ...], views: int) -> float:
-    """Operations of one volume's training step: forward, and twice as many backward; once more where activations are
-    computed again."""
+def _flops(step: ContrastiveStep, shape: tuple[int, ...], views: int) -> float:
+    """Operations of one volume's training step, forward and backward, as torch counts them when they are made."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    encoder = model.volume_encoder.eval()
-    encoder.to("meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        encoder(torch.zeros(1, 1, *shape, device="meta"))
-    with FlopCounterMode(display=False) as text_counter, torch.no_grad():
-        model.text_encoder.eval()(**_tokens(model, views))
-    again = 1 if getattr(model.config.volume, "activation_checkpointing", False) else 0
-    return float(counter.get_total_flops() * (3 + again) + 3 * text_counter.get_total_flops())
+    encoder = step.model.volume_encoder
+    # Attention as matrix products: torch does not count the processor's own kernel for it.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, _converted(encoder, mode):
+            encoded = encoder(torch.zeros(1, 1, *shape))
+            (encoded.pooled.sum() + encoded.tokens.sum()).backward()
+        tokens = torch.ones(encoded.tokens.shape, requires_grad=True)
+        sum(_words(step, tokens), _report(step.model, views).sum()).backward()
+    step.zero_grad()
+    return float(counter.get_total_flops())
 
 
 def describe(config: Config, plan: Plan, card: str, volumes: int) -> str:
     """The plan as text for a terminal."""
     memory, rate = (CARDS[card][0] * GIB, CARDS[card][1] * 1e12 * UTILISATION) if card in CARDS else (_host(), measured_flops_a_second())  # fmt: skip
     share = config.training.batch // plan.ranks
+    micro = min(share, config.training.micro_batch or share)
     lines = [
         f"{config.name} on {plan.ranks} x {card} ({memory / GIB:.0f} GiB), batch {config.training.batch} ({share} a rank)",
-        f"parameters: {plan.volume_parameters / 1e6:.1f} M volume, {plan.text_parameters / 1e6:.1f} M text",
+        f"parameters: {plan.volume_parameters / 1e6:.1f} M volume, {plan.text_parameters / 1e6:.1f} M text, "
+        f"{plan.head_parameters / 1e6:.1f} M of objectives on words and labels",
         f"a volume: {plan.flops / 1e12:.3f} TFLOP to train on, {plan.activations / GIB:.3f} GiB of activations, "
         f"{plan.batch_volumes / GIB:.3f} GiB of voxels",
         "",
-        "ZeRO  parameters  gradients  optimizer  states     with the batch  largest micro batch",
+        "GiB a rank, of tensors",
+        "ZeRO  parameters  gradients  optimizer  buffers   states  with the batch  largest micro batch",
     ]
     for stage in plan.stages:
-        held = min(share, config.training.micro_batch or share)
-        total = stage.states + held * plan.activations + share * plan.batch_volumes
+        parts = (stage.parameters, stage.gradients, stage.optimizer, stage.buffers, stage.states, plan.peak(stage, micro, share))  # fmt: skip
+        columns = "  ".join(f"{part / GIB:{width}.3f}" for part, width in zip(parts, (10, 9, 9, 7, 7, 14), strict=True))
         mark = " <- configured" if stage.stage == config.training.zero.stage else ""
-        lines.append(
-            f"{stage.stage:<5} {_gib(stage.parameters)}   {_gib(stage.gradients)}  {_gib(stage.optimizer)}  "
-            f"{_gib(stage.states)}  {_gib(total)}       {plan.largest_share(stage, memory):>6}{mark}"
-        )
+        lines.append(f"{stage.stage:<4}  {columns}  {plan.largest_share(stage, memory):>19}{mark}")
+    lines.append(
+        f"beside them a GPU holds some {CONTEXT / GIB:.1f} GiB (CUDA, NCCL), taken off in the last column"
+        if card in CARDS
+        else PROCESS
+    )
     seconds = 3600 * plan.hours(volumes, rate)
     source = f"{UTILISATION:.0%} of the card's data sheet" if card in CARDS else "measured here, matrix products"
     lines += [
@@ -217,7 +284,7 @@ def describe(config: Config, plan: Plan, card: str, volumes: int) -> str:
         f"{config.training.epochs:g} epochs, at {rate / 1e12:.2f} TFLOP/s a rank ({source}), reading not counted",
     ]
     configured = plan.stages[config.training.zero.stage]
-    if plan.largest_share(configured, memory) < min(share, config.training.micro_batch or share):
+    if plan.largest_share(configured, memory) < micro:
         lines.append(
             "does not fit: raise zero.stage, set training.micro_batch (two-pass gradients), "
             "model.volume.activation_checkpointing=true, or take more ranks"
@@ -230,10 +297,6 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} seconds"
-
-
-def _gib(value: float) -> str:
-    return f"{value / GIB:7.3f} GiB"
 
 
 def _host() -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import json
 import os
 import subprocess
@@ -17,7 +19,7 @@ import torch
 
 from ctclip import distributed
 from ctclip.training.engine import Engine
-from tests.benchmarks.common import apart, machine, peak_gb, table
+from tests.benchmarks.common import ONE_THREAD, apart, machine, peak_gb, table
 
 MODEL = {
     "dim": 64, "standardise": True,
@@ -27,30 +29,40 @@ MODEL = {
 }  # fmt: skip
 SHAPE = (64, 80, 112)
 HERE = "tests.benchmarks.training"
-# Where memory is measured: what is freed goes back at once, or the C library would keep half as much again of a step.
-GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+SMALL = (32, 48, 64)
+FOUND = "found: "
+WORDS = {"captioning": 1.0, "mlm": 1.0}
 TEXTS = [
     "There is a large pleural effusion on the left.",
     "No nodule is seen.",
     "The heart is enlarged.",
     "Mild emphysema.",
 ]
+# With its full stops nearly the 64 tokens that the encoder reads at once, as the plan counts on.
+LONG = " ".join(TEXTS * 3).split()[:48]
 
 
-def build(batch: int, stage: int = 1) -> tuple[Any, Any, Any]:
-    """Configuration, step module and one rank's batch on fixed data."""
+def build(
+    batch: int,
+    stage: int = 1,
+    shape: tuple[int, ...] = SHAPE,
+    objectives: dict[str, float] | None = None,
+    long: bool = False,
+) -> tuple[Any, Any, Any]:
+    """Configuration, step module and one rank's batch on fixed data; ``long``: reports that fill the text encoder."""
     from ctclip.config import Config
     from ctclip.data.dataset import Batch
     from ctclip.models.dual_encoder import build_model
     from ctclip.models.text import train_tokenizer
     from ctclip.training.step import ContrastiveStep
 
-    config = Config.model_validate({"model": MODEL, "training": {"batch": batch, "zero": {"stage": stage}}})
+    wanted = {"model": MODEL, "training": {"batch": batch, "zero": {"stage": stage}}, "objectives": objectives or {}}
+    config = Config.model_validate(wanted)
     torch.manual_seed(0)
     step = ContrastiveStep(build_model(config.model, train_tokenizer(TEXTS * 4, 100)), config.objectives)
     share = batch // distributed.world_size()
-    volumes = torch.rand(share, 1, *SHAPE) * 2 - 1
-    texts = [f"{TEXTS[i % 4]} {i}" for i in range(share)]
+    volumes = torch.rand(share, 1, *shape) * 2 - 1
+    texts = [" ".join(LONG[i:] + LONG[:i]) if long else f"{TEXTS[i % 4]} {i}" for i in range(share)]
     first = distributed.rank() * share
     return (
         config,
@@ -110,24 +122,47 @@ def both(batch: int, steps: int) -> dict[str, float]:
     return {name: float(torch.tensor(values).median()) for name, values in times.items()}
 
 
-def rank_main(settings: dict[str, int]) -> None:
-    """One rank of the scaling run: seconds a step, and bytes it sends a step."""
+def rank_main(settings: dict[str, Any]) -> None:
+    """One rank of what ``settings`` names; rank 0 prints what it found."""
     # DeepSpeed keeps references to torch's collectives from its start on: they are counted from before that.
-    with Counted() as sent, distributed.process_group() as device:
-        config, step, data = build(settings["share"] * distributed.world_size(), settings["stage"])
-        made = Engine(step, config, device)
-        made.step(data, 0, 100)
-        sent.bytes = 0.0
-        made.step(data, 0, 100)
-        counted = sent.bytes
-        seconds = _median(lambda: made.step(data, 0, 100), settings["steps"])
-        parameters = sum(p.numel() for p in step.parameters() if p.requires_grad)
+    with Counted() as sent, distributed.process_group():
+        found = memory(settings) if settings["kind"] == "memory" else speed(settings, sent)
         if distributed.is_main():
-            print("\n" + json.dumps({"seconds": seconds, "sent": counted, "parameters": parameters}), flush=True)
+            print(f"\n{FOUND}{json.dumps(found)}", flush=True)
+    distributed.leave(0)
+
+
+def speed(settings: dict[str, Any], sent: Counted) -> dict[str, float]:
+    """Seconds a step and of them in collectives; bytes a step and rank as counted, and as they pass the kernel."""
+    config, step, data = build(settings["share"] * distributed.world_size(), settings["stage"])
+    sizes = [4 * p.numel() for p in step.parameters() if p.requires_grad]
+    made, steps = Engine(step, config, distributed.device()), settings["steps"]
+    for number in range(3):
+        made.step(data, number, 100)
+    distributed.barrier()
+    sent.bytes, sent.seconds, passed, times = 0.0, 0.0, _loopback(), []
+    for number in range(steps):
+        began = time.perf_counter()
+        made.step(data, number, 100)
+        times.append(time.perf_counter() - began)
+    counted, collectives = sent.bytes, sent.seconds
+    distributed.barrier()
+    return {
+        "seconds": float(torch.tensor(times).median()), "collectives": collectives / steps, "sent": counted / steps,
+        "wire": (_loopback() - passed) / steps / distributed.world_size(), "parameters": sum(sizes),
+        # DeepSpeed's stage3_param_persistence_threshold: smaller ones are whole on every rank.
+        "small": sum(size for size in sizes if size <= 4 * 100_000),
+    }  # fmt: skip
+
+
+def _loopback() -> int:
+    """Bytes that the kernel has sent from this machine to itself."""
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    return next(int(line.split()[9]) for line in lines if line.strip().startswith("lo:"))
 
 
 class Counted:
-    """Bytes this rank sends in torch's collectives, as a ring sends them: a reduction or a gathering of S bytes is
+    """Seconds in torch's collectives, and bytes this rank sends in them, as a ring sends them: a reduction or a gathering of S bytes is
     S (n - 1) / n, an all-reduce both."""
 
     # Which argument is the tensor a rank gives, and how many times S (n - 1) / n it costs; S is the whole tensor.
@@ -137,7 +172,7 @@ class Counted:
     }  # fmt: skip
 
     def __init__(self) -> None:
-        self.bytes = 0.0
+        self.bytes = self.seconds = 0.0
         self.patches: list[Any] = []
 
     def __enter__(self) -> Counted:
@@ -160,21 +195,31 @@ class Counted:
             size = float(given.numel() * given.element_size())
             # What a rank gives to a gathering is one part of it, and goes to every other rank.
             self.bytes += size * (ranks - 1) if cost == 0 else cost * size * (ranks - 1) / ranks
-            return real(*arguments, **named)
+            began = time.perf_counter()
+            try:
+                return real(*arguments, **named)
+            finally:
+                self.seconds += time.perf_counter() - began
 
         return counting
 
 
-def scaled(ranks: int, share: int, stage: int, steps: int) -> dict[str, float]:
-    """``rank_main`` on several processes of one thread each."""
-    settings = json.dumps({"share": share, "stage": stage, "steps": steps})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "tests.benchmarks.training", "--rank", settings]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-    found: dict[str, float] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    return found
+def ranked(ranks: int, settings: dict[str, Any]) -> Any:
+    """What rank 0 of so many processes of one thread each finds."""
+    return _found(_started(ranks, settings))
+
+
+def _started(ranks: int, settings: dict[str, Any]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "tests.benchmarks.training", "--rank", json.dumps(settings)]  # fmt: skip
+    environment = {**os.environ, **ONE_THREAD, "DS_ACCELERATOR": "cpu"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _found(process: subprocess.Popen[str]) -> Any:
+    said, wrong = process.communicate()
+    if process.returncode:
+        raise RuntimeError(wrong[-3000:])
+    return json.loads(next(line for line in said.splitlines() if line.startswith(FOUND)).removeprefix(FOUND))
 
 
 def waiting(workers: int) -> dict[str, float]:
@@ -195,23 +240,53 @@ def waiting(workers: int) -> dict[str, float]:
     return {key: sum(line[key] for line in lines) / len(lines) for key in ("data_wait", "volumes_per_second")}
 
 
-def memory(batch: int, stage: int) -> dict[str, float]:
-    """Peak memory of training steps above what the process held before the model, and what the plan says of it."""
-    from ctclip.training.plan import _kept, stage_memory
+def memory(settings: dict[str, Any]) -> list[dict[str, float]]:
+    """For all ``objectives``, and of each all ``stages``: what `ctclip train --plan` says of a rank, and what two steps took.
 
-    with distributed.process_group() as device:
-        warm_config, warm, tiny = build(4, stage)
-        Engine(warm, warm_config, device).step(tiny, 0, 10)
-        before = peak_gb()
-        config, step, data = build(batch, stage)
-        made = Engine(step, config, device)
-        for number in range(2):
-            made.step(data, number, 10)
-        grown = peak_gb() - before
-        parameters = sum(p.numel() for p in step.parameters())
-        one, two = (_kept(step.model, SHAPE, 1, count, False) for count in (1, 2))
-    planned = stage_memory(stage, parameters, parameters, 1).states + (batch - 4) * ((two - one) + 4.0 * torch.Size(SHAPE).numel())  # fmt: skip
-    return {"measured": grown, "planned": planned / 2**30}
+    ``allocated``: the most bytes that torch's allocator had given out at once, by its own events, what a GPU's would say
+    of itself; ``resident``: by how much the process has grown. Operations are those of the forward and backward pass.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ctclip.training.plan import plan_of
+
+    results, ranks, share = [], distributed.world_size(), settings["share"]
+    for objectives in settings["objectives"]:
+        given = (share * ranks, 0, SMALL, objectives, True)
+        config, step, data = build(*given)
+        inputs = {"volumes": data.volumes, "tokens": step.model.text_encoder.tokenise(data.texts), "words": step.words(data.texts)}  # fmt: skip
+        # Attention as matrix products: torch does not count the processor's own kernel for it.
+        with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+            step("step", **inputs, scans=data.scans, text_identities=data.text_identities)[0].backward()
+        flops = counted.get_total_flops() / share
+        plan = plan_of(step, config, SMALL, ranks)
+        del config, step, data, inputs
+        for stage in settings["stages"]:
+            gc.collect()
+            before = peak_gb()
+            allocated = _allocated(lambda given=given, stage=stage: _steps(given[0], stage, *given[2:]))
+            results.append({
+                "allocated": allocated / 2**30, "resident": peak_gb() - before,
+                "planned": plan.peak(plan.stages[stage], share, share) / 2**30, "flops": flops, "planned_flops": plan.flops,
+            })  # fmt: skip
+    return results
+
+
+def _steps(*given: Any) -> None:
+    config, step, data = build(*given)
+    made = Engine(step, config, distributed.device())
+    for number in range(2):
+        made.step(data, number, 10)
+
+
+def _allocated(action: Any) -> float:
+    """The most bytes of torch's processor allocator that were in use at once, of those asked for in ``action``."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return float(max(itertools.accumulate(change for _, change in changes)))
 
 
 def _median(action: Any, times: int) -> float:
@@ -238,30 +313,42 @@ def engine_table(steps: int) -> str:
 
 
 def scaling_table(steps: int) -> str:
-    rows, base = [], 0.0
-    for ranks in (1, 2, 4):
-        found = scaled(ranks, 4, 1, steps)
-        base = base or found["seconds"]
-        cores = min(ranks, len(os.sched_getaffinity(0)))
-        rows.append([f"{ranks} on {cores}", f"{found['seconds']:.3f}", f"{base * ranks / cores / found['seconds']:.0%}", *_sent(found, 1, ranks)])  # fmt: skip
-    return table("Weak scaling, 4 volumes a rank, ZeRO 1 (efficiency: work a core does in a second, against one rank)", ["ranks on cores", "seconds a step", "efficiency", *SENT], rows)  # fmt: skip
+    def one(stage: int = 1) -> dict[str, Any]:
+        return {"kind": "speed", "share": 4, "stage": stage, "steps": 3 * steps}
+
+    alone = ranked(1, one())
+    pair = [_found(process) for process in [_started(1, one()) for _ in range(2)]]
+    beside = sum(found["seconds"] for found in pair) / 2
+    rows = [["1", f"{alone['seconds']:.3f}", "", "100 %"], ["2 runs of one rank, at once", f"{beside:.3f}", "", f"{alone['seconds'] / beside:.0%}"]]  # fmt: skip
+    for ranks, stage in ((2, 0), (2, 1), (4, 1)):
+        found, cores = ranked(ranks, one(stage)), min(ranks, len(os.sched_getaffinity(0)))
+        rows.append([f"{ranks} on {cores} cores, ZeRO {stage}", f"{found['seconds']:.3f}", f"{found['collectives']:.3f}", f"{alone['seconds'] * ranks / cores / found['seconds']:.0%}"])  # fmt: skip
+    return table("Weak scaling, 4 volumes a rank (efficiency: work a core does in a second, against one rank)", ["ranks", "seconds a step", "of them in collectives, waiting for the other rank included", "efficiency"], rows)  # fmt: skip
 
 
 def bytes_table(_: int) -> str:
-    rows = [[str(stage), *_sent(scaled(2, 2, stage, 1), stage, 2)] for stage in range(4)]
-    return table("Bytes sent a step and rank, 2 ranks, by ZeRO stage", ["ZeRO", *SENT], rows)
+    rows = []
+    for stage in range(4):
+        found = ranked(2, {"kind": "speed", "share": 2, "stage": stage, "steps": 4})
+        whole, small, sent, wire = (found[name] / 1e6 for name in ("parameters", "small", "sent", "wire"))
+        name, times = FORMULAS[stage]
+        expected = times(whole, small) / 2
+        rows.append(
+            [str(stage), f"{sent:.2f}", f"{name} = {expected:.2f}", f"{sent / expected - 1:+.1%}", f"{wire:.2f}"]
+        )
+    head = ["ZeRO", "MB counted", "formula, MB (P: parameters, S: those of 100,000 elements at most)", "difference", "MB that passed the kernel"]  # fmt: skip
+    return table("Bytes sent a step and rank, 2 ranks, by ZeRO stage", head, rows)
 
 
-# Rajbhandari et al. 2020, section 7: gradients are reduced and parameters gathered once, at stage 3 gathered twice; a ring
-# sends (n - 1) / n of each.
-SENT = ["MB sent a step and rank, counted", "formula, MB", "difference"]
-
-
-def _sent(found: dict[str, float], stage: int, ranks: int) -> list[str]:
-    times, whole = 3 if stage == 3 else 2, 4 * found["parameters"] / 1e6
-    expected = times * whole * (ranks - 1) / ranks
-    apart_by = f"{found['sent'] / 1e6 / expected - 1:+.1%}" if expected else ""
-    return [f"{found['sent'] / 1e6:.2f}", f"{times} x {whole:.2f} x {ranks - 1}/{ranks} = {expected:.2f}", apart_by]
+# What a ring sends, (n - 1) / n of each. DeepSpeed all-reduces gradients (twice their size) up to stage 2, from stage 1
+# on gathers the parameters; at stage 3 it gathers all but the small ones before either pass, reduces and scatters
+# gradients, and gathers the small ones after the step.
+FORMULAS: dict[int, tuple[str, Any]] = {
+    0: ("1/2 x 2 P", lambda whole, small: 2 * whole),
+    1: ("1/2 x (2 P + P)", lambda whole, small: 3 * whole),
+    2: ("1/2 x (2 P + P)", lambda whole, small: 3 * whole),
+    3: ("1/2 x (2 (P - S) + P + S)", lambda whole, small: 3 * whole - small),
+}
 
 
 def waiting_table(_: int) -> str:
@@ -271,10 +358,13 @@ def waiting_table(_: int) -> str:
 
 
 def memory_table(_: int) -> str:
-    os.environ |= GIVEN_BACK
-    found = {stage: apart(HERE, "memory", 24, stage) for stage in (0, 1)}
-    rows = [[str(stage), f"{one['measured']:.3f}", f"{one['planned']:.3f}", f"{one['planned'] / one['measured'] - 1:+.0%}"] for stage, one in found.items()]  # fmt: skip
-    return table("Memory of a step, batch 24, GiB", ["ZeRO", "measured (peak resident)", "`ctclip train --plan`", "plan is off by"], rows)  # fmt: skip
+    rows = []
+    for name, objectives in (("contrastive", {}), ("with captioning and mlm", WORDS)):
+        for stage in range(4):
+            found = ranked(2, {"kind": "memory", "share": 16, "objectives": [objectives], "stages": [stage]})[0]
+            rows.append([name, str(stage), f"{found['allocated']:.3f}", f"{found['planned']:.3f}", f"{found['planned'] / found['allocated'] - 1:+.0%}",
+                         f"{found['resident']:.3f}", f"{found['planned_flops'] / found['flops'] - 1:+.0%}"])  # fmt: skip
+    return table("Memory of a step, 2 ranks, 16 volumes a rank, GiB", ["objectives", "ZeRO", "allocated by tensors at most", "`ctclip train --plan`", "plan is off by", "process has grown by", "operations: plan is off by"], rows)  # fmt: skip
 
 
 TABLES = {"engine": engine_table, "scaling": scaling_table, "bytes": bytes_table, "waiting": waiting_table, "memory": memory_table}  # fmt: skip
@@ -282,7 +372,7 @@ TABLES = {"engine": engine_table, "scaling": scaling_table, "bytes": bytes_table
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rank", help="one rank of the scaling run; the benchmark starts it itself")
+    parser.add_argument("--rank", help="one rank of a run; the benchmark starts it itself")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--only", choices=list(TABLES), nargs="*", default=list(TABLES))
     chosen = parser.parse_args()

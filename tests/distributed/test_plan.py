@@ -1,16 +1,35 @@
-"""`ctclip train --plan` against the memory that DeepSpeed's steps are measured to take."""
+"""`ctclip train --plan` against what torch's allocator and its counter of operations say of DeepSpeed's steps."""
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 
-from tests.benchmarks.common import apart
-from tests.benchmarks.training import GIVEN_BACK
+from tests.benchmarks.training import WORDS, ranked
+
+CASES = list(itertools.product(("contrastive", "words"), (0, 1, 3)))
 
 
-def test_the_plan_is_within_a_fifth_of_measured_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in GIVEN_BACK.items():
-        monkeypatch.setenv(name, value)
-    found = apart("tests.benchmarks.training", "memory", 24, 1, threads=1)
-    assert found["measured"] > 0.2
-    assert found["planned"] == pytest.approx(found["measured"], rel=0.2)
+@pytest.fixture(scope="module")
+def found() -> dict[tuple[str, int], dict[str, float]]:
+    """Two ranks, 8 volumes each; ``words``: captioning and masked words too."""
+    settings = {"kind": "memory", "share": 8, "objectives": [{}, WORDS], "stages": [0, 1, 3]}
+    return dict(zip(CASES, ranked(2, settings), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plan_is_within_a_fifth_of_measured_memory(found: Any, case: tuple[str, int]) -> None:
+    assert found[case]["planned"] == pytest.approx(found[case]["allocated"], rel=0.2)
+
+
+@pytest.mark.parametrize("kind", ["contrastive", "words"])
+def test_the_plan_is_within_a_fifth_of_counted_operations(found: Any, kind: str) -> None:
+    assert found[kind, 0]["planned_flops"] == pytest.approx(found[kind, 0]["flops"], rel=0.2)
+
+
+def test_objectives_on_words_cost_more_than_the_bar(found: Any) -> None:
+    """A plan that left them out would fail."""
+    assert found["words", 1]["allocated"] > 1.5 * found["contrastive", 1]["allocated"]
+    assert found["words", 1]["flops"] > 1.3 * found["contrastive", 1]["flops"]
