@@ -110,7 +110,7 @@ class ContrastiveStep(nn.Module):
             if objectives.negatives is not None:
                 same = same | _apart(len(volumes), objectives.negatives, rows, same.device)
             further = self._remembered(scans, text_identities[view::views], rows)
-            found = {
+            found: dict[str, Any] = {
                 "clip": lambda texts=of_view, same=same, further=further: losses.clip(
                     volumes, texts, scale, same, rows, further=further
                 ),

@@ -1,0 +1,48 @@
+"""What a run writes of itself: ``metrics.jsonl``, TensorBoard events, Weights & Biases where it is installed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ctclip.training.records import MetricsLog
+
+
+def test_a_resumed_log_has_one_line_a_step_on_disk_and_in_tensorboard(tmp_path: Path) -> None:
+    """Killed after step 3, going on from a checkpoint before step 2; the last line was cut short."""
+    log = MetricsLog(tmp_path, 0)
+    for step in range(4):
+        log.write(step, {"loss": 10.0 + step})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 4, "lo')
+    log = MetricsLog(tmp_path, 2)
+    for step in (2, 3):
+        log.write(step, {"loss": 20.0 + step, "note": "not a number"})
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(0, 10.0), (1, 11.0), (2, 22.0), (3, 23.0)]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(0, 10), (1, 11), (2, 22), (3, 23)]
+
+
+def test_weights_and_biases_gets_the_same_and_is_not_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    MetricsLog(tmp_path / "without", 0, "project").close()
+    assert "wandb is not installed" in capsys.readouterr().err
+    said: list[Any] = []
+    run = SimpleNamespace(log=lambda values, step: said.append((step, values)), finish=lambda: said.append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: said.append(given) or run))
+    log = MetricsLog(tmp_path / "with", 0, "project")
+    log.write(7, {"loss": 1.5})
+    log.close()
+    assert said[0]["project"] == "project"
+    assert said[1:] == [(7, {"loss": 1.5}), "finished"]
