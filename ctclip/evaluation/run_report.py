@@ -218,9 +218,11 @@ def _picture_sections(output: Path, metrics: dict[str, Any], pictures: Pictures)
 def _run_sections(output: Path, run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
-    batch = yaml.safe_load((run / "config.yaml").read_text())["training"]["batch"]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    batch, memory = config["training"]["batch"], config["objectives"].get("memory", 0)
     path = output / "loss.png"
-    figures.loss_curve(path, [line["step"] for line in lines], [line["loss"] for line in lines], math.log(batch))
+    chance = (math.log(batch + memory) + math.log(batch)) / 2  # volume to texts, and text to volumes
+    figures.loss_curve(path, [line["step"] for line in lines], [line["loss"] for line in lines], chance)
     return [
         {"title": "Training", "figures": [("Contrastive loss of the global batch", path)]},
         {"title": "Configuration", "pre": (run / "config.yaml").read_text() + "\n" + (run / "run.json").read_text()},

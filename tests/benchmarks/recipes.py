@@ -23,7 +23,9 @@ from tests.benchmarks.common import machine, table
 VARIANTS: dict[str, tuple[str, ...]] = {
     "phantom_tiny": ("phantom_tiny",),
     "phantom_published": ("phantom_published",),
-    "negatives of 8 alone": ("phantom_tiny", "objectives.negatives=8"),
+    "negatives of 8 alone": ("phantom_tiny", "objectives.memory=0", "objectives.negatives=8"),
+    "the batch's texts alone": ("phantom_tiny", "objectives.memory=0"),
+    "stem not pooled": ("phantom_tiny", "model.volume.pool_stem=false"),
     "sections drawn": ("phantom_tiny", "data.views={report: 1, findings: 1, impression: 1}"),
     "sentences drawn": ("phantom_tiny", "data.views={report: 1, sentences: 1}"),
     "sentences shuffled": ("phantom_tiny", "data.shuffle_sentences=true"),
