@@ -75,7 +75,7 @@ def launch(processes: int, module: str) -> int:
         cores = len(os.sched_getaffinity(0))
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     count = ["--num_gpus" if cuda else "--num_accelerators", str(processes)]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, "--master_port", str(free_port())]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, "--master_port", str(free_port()), "--quiet"]
     # This was called as `ctclip train ...` or `python -m ctclip.train ...`.
     command_name = module.rpartition(".")[2].replace("_", "-")
     arguments = sys.argv[2:] if sys.argv[1:2] == [command_name] else sys.argv[1:]
