@@ -17,9 +17,14 @@ MOST_FILES = 20000
 EVEN_GAPS = 0.02
 LARGEST_GAP_RATIO = 3.0
 MOST_MISSING = 0.1
+# What makes numbers of a slice's bits: one series has one of each.
+VALUES = ("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept")
+JPEG = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70))
+NEAR_LOSSLESS = (*JPEG[:2], "1.2.840.10008.1.2.4.81")
 GEOMETRY = [
     "Rows", "Columns", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImageType", "Modality",
-    "SamplesPerPixel", "NumberOfFrames", "PatientIdentityRemoved",
+    "SamplesPerPixel", "NumberOfFrames", "PatientIdentityRemoved", "LossyImageCompression",
+    *VALUES,
 ]  # fmt: skip
 
 
@@ -58,6 +63,8 @@ def read_series(folder: Path, series: str | None = None, only: Path | None = Non
     else:
         chosen = max(groups.values(), key=lambda members: (len(_slices(members)), str(members[0][1])))
     volume = _volume(said, chosen)
+    if left := _unread(chosen, {path for _, path in headers}):
+        volume.warnings.append(f"{left} files beside the slices look like some of them but cannot be read: left out")
     if len(groups) > 1 and series is None:
         volume.warnings.append(f"{len(groups)} series in the folder: took the one with most slices (--series chooses)")
     return volume
@@ -70,6 +77,23 @@ def _headers(folder: Path) -> list[tuple[Any, Path]]:
         raise PreprocessingError(f"{folder}: holds {len(files)} files, more than one study; name a series' folder")
     found = ((read_header(path, [*TAGS, *GEOMETRY]), path) for path in files)
     return [(h, path) for h, path in found if h is not None and "Rows" in h and not is_directory_record(h)]
+
+
+def _unread(members: list[tuple[Any, Path]], read: set[Path]) -> int:
+    """Files that lie beside slices, are called as they are, as large or marked as DICOM, and yet were not read."""
+    usual = float(np.median([path.stat().st_size for _, path in members]))
+    found = 0
+    for folder, suffix in {(path.parent, path.suffix) for _, path in members}:
+        for path in folder.iterdir():
+            if path in read or path.suffix != suffix or not path.is_file():
+                continue
+            size = path.stat().st_size
+            with path.open("rb") as stream:
+                head = stream.read(132)
+            # A preamble is zeros: so is what is left of a file that was cut short in it.
+            marked = head[128:] == b"DICM" or not head.strip(b"\0")
+            found += (marked or size > usual / 2) and not is_directory_record(read_header(path, TAGS))
+    return found
 
 
 def _slices(members: list[tuple[Any, Path]]) -> list[Slice]:
@@ -110,6 +134,13 @@ def _volume(said: str, listed: list[tuple[Any, Path]]) -> Volume:
     order = np.argsort(depth, kind="stable")
     members, depth = [members[i] for i in order], depth[order]
     warnings: list[str] = []
+    if len(members) < len(listed):
+        warnings.append(f"{len(listed) - len(members)} files of the series have no place among its slices: left out")
+    differing = [word for word in VALUES if len({str(member.header.get(word)) for member in members}) > 1]
+    if differing:
+        warnings.append(f"slices differ in {', '.join(differing)}: values of some may be wrong")
+    if any(_lossy(member.header) for member in members):
+        warnings.append("compressed with loss: HU are approximate")
     members, depth = _without_duplicates(said, members, depth, warnings)
     gaps = np.diff(depth)
     usual = float(np.median(gaps))
@@ -189,11 +220,17 @@ def _pixels(said: str, member: Slice) -> np.ndarray:
     import SimpleITK as sitk
 
     file = masked(member.path.name, member.header)
+    syntax = str(getattr(member.header, "file_meta", {}).get("TransferSyntaxUID", "none"))
     try:
+        if syntax in JPEG and not 2 <= _jpeg_precision(member.path.read_bytes()) <= 16:
+            # GDCM ends the process over it.
+            raise RuntimeError("JPEG of an impossible precision")
         image = sitk.ReadImage(str(member.path))
     except RuntimeError as error:
-        syntax = str(getattr(member.header, "file_meta", {}).get("TransferSyntaxUID", "none"))
-        raise PreprocessingError(f"{said}: slice {file} cannot be decoded (transfer syntax {syntax})") from error
+        raise PreprocessingError(
+            f"{said}: slice {file} cannot be decoded; it is damaged, or its transfer syntax ({_named(syntax)}) is not one "
+            f"that is read: export the series again, uncompressed"
+        ) from error
     array = sitk.GetArrayFromImage(image)
     array = array[0] if array.ndim == 3 else array
     if array.shape != member.shape:
@@ -201,6 +238,31 @@ def _pixels(said: str, member: Slice) -> np.ndarray:
     if array.dtype.kind in "iu" and array.min() >= -32768 and array.max() <= 32767:
         return array.astype(np.int16)
     return array.astype(np.float32)
+
+
+def _jpeg_precision(content: bytes) -> int:
+    """Bits a sample of the first JPEG stream in a DICOM file, by its frame header (ITU-T T.81, B.2.2); 0 without one."""
+    at = content.find(b"\xff\xd8", content.rfind(b"\xe0\x7f\x10\x00"))
+    while 0 <= at < len(content) - 5 and content[at] == 0xFF:
+        marker = content[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return content[at + 4]
+        alone = {0xD8: 2, 0xFF: 1}.get(marker)
+        at += alone or 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return 0
+
+
+def _lossy(header: Any) -> bool:
+    syntax = str(getattr(header, "file_meta", {}).get("TransferSyntaxUID", ""))
+    return syntax in NEAR_LOSSLESS or str(header.get("LossyImageCompression", "")).strip() == "01"
+
+
+def _named(syntax: str) -> str:
+    import pydicom
+
+    # pydicom warns of a value it finds odd, and quotes it.
+    name = pydicom.uid.UID(syntax, validation_mode=pydicom.config.IGNORE).name
+    return syntax if name == syntax else f"{name}, {syntax}"
 
 
 def _even(array: np.ndarray, positions: np.ndarray, depth: np.ndarray, usual: float) -> tuple[np.ndarray, np.ndarray]:

@@ -204,16 +204,13 @@ def test_a_store_is_whole_checked_and_mended(tmp_path, cohort, store) -> None:
 @pytest.mark.parametrize("shape", [(20, 100, 500), (33, 96, 480), (5, 7, 9)])
 @pytest.mark.parametrize("window", [(-1000.0, 1000.0), (-1350.0, 150.0)])
 def test_a_training_sample_is_the_stored_volume_through_the_window(tmp_path, shape, window) -> None:
-    """By whole chunks, chunks that a volume does not fill, and into an array that held something else."""
+    """By whole chunks, and by chunks that a volume does not fill."""
     store = VolumeStore.create(tmp_path / "s", PreprocessingSpec("t", (3.0, 3.0, 3.0), shape, hu_window=window))
     hu = np.random.default_rng(0).integers(-2000, 3000, shape).astype(np.int16)
     store.write("a", hu)
     low, high = window
     expected = (np.clip(hu.astype(np.float64), low, high) - low) / (high - low) * 2 - 1
-    used = np.full(shape, np.nan, np.float32)
-    assert store.voxels("a", used) is used
-    assert np.abs(used - expected).max() < 1e-6
-    assert np.array_equal(store.voxels("a"), used)
+    assert np.abs(store.voxels("a") - expected).max() < 1e-6
 
 
 @pytest.mark.parametrize("published", [True, False])
