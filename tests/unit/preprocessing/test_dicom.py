@@ -264,6 +264,31 @@ def test_missing_slices_and_copies_are_told_or_refused(tmp_path: Path, hu: np.nd
         read(twice)
 
 
+@pytest.mark.parametrize(("degrees", "uneven"), [(18.5, 0.0), (-12.0, 0.0), (0.0, 0.3), (15.0, 0.3)])
+def test_tilt_and_uneven_gaps_leave_a_point_in_its_place(tmp_path: Path, degrees: float, uneven: float) -> None:
+    """A Gaussian at a known point of the patient, sampled where slices of a tilted gantry lie."""
+    place, random = np.array([50.0, 62.0, 48.0]), np.random.default_rng(0)
+    angle = np.radians(degrees)
+    row, column = np.array([1.0, 0, 0]), np.array([0, np.cos(angle), np.sin(angle)])
+    down, right = np.mgrid[:32, :28] * 4.0
+    folder = write_series(tmp_path / "s", np.zeros((24, 32, 28), np.int16))
+    for path in folder.iterdir():
+        header = pydicom.dcmread(path)
+        index = int(header.InstanceNumber) - 1
+        corner = np.array([0.0, 0.0, 5.0 * index + uneven * 5.0 * random.uniform(-1, 1)])
+        world = corner + down[..., None] * column + right[..., None] * row
+        excess = 1000 * np.exp(-((world - place) ** 2).sum(axis=-1) / (2 * 12.0**2))
+        header.ImagePositionPatient, header.ImageOrientationPatient = list(corner), [*row, *column]
+        header.PixelData = np.rint(excess).astype(np.int16).tobytes()
+        header.save_as(path)
+    found = read(folder)
+    assert any("gantry tilt" in warning for warning in found.warnings) == (degrees != 0)
+    assert any("slice gaps" in warning for warning in found.warnings) == (uneven != 0)
+    weight = np.maximum(found.array + 1024.0 - 50, 0)
+    centre = np.array([(weight * axis).sum() for axis in np.indices(weight.shape)]) / weight.sum()
+    assert np.linalg.norm(found.affine[:3, :3] @ centre + found.affine[:3, 3] - place) < 0.5
+
+
 def test_slices_of_different_spacing_are_no_volume(tmp_path: Path, hu: np.ndarray) -> None:
     folder = write_series(tmp_path / "s", hu[:6])
     path = sorted(folder.iterdir())[2]

@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -50,6 +51,20 @@ def test_all_48_orientations_give_the_same_voxels(tmp_path, hu) -> None:
             assert np.allclose(prepare(tmp_path / "b.nii", SPEC).voxels, expected, atol=1e-5)
             count += 1
     assert count == 48
+
+
+@pytest.mark.parametrize("name", ["scan.nrrd", "scan.nhdr", "scan.mha", "scan.mhd"])
+def test_nrrd_and_metaimage_are_the_nifti_they_were_made_of(tmp_path, hu, name: str) -> None:
+    """By ITK, which knows both: turned about an axis, off the origin, compressed and not."""
+    sine, cosine = np.sin(0.2), np.cos(0.2)
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[cosine, 0, sine], [0, 1, 0], [-sine, 0, cosine]]) @ np.diag([-4.0, -4.0, 5.0])
+    affine[:3, 3] = 31, -7, 55
+    expected = read(save(tmp_path / "scan.nii", hu, affine))
+    sitk.WriteImage(sitk.ReadImage(tmp_path / "scan.nii"), tmp_path / name, useCompression=name != "scan.mhd")
+    found = read(tmp_path / name)
+    assert np.array_equal(found.array, expected.array.transpose(2, 1, 0))
+    assert np.allclose(found.affine, expected.affine[:, [2, 1, 0, 3]], atol=1e-4)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
