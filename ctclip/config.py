@@ -245,6 +245,11 @@ class TextWarmupConfig(Section):
     batch: int = Field(128, ge=2, description="reports in the global batch")
     learning_rate: float = 2e-3
     keep: float = Field(0.7, gt=0, le=1, description="share of the findings' sentences that is shown")
+    lock: bool = Field(False, description="afterwards the text side learns no more: volumes are fitted to it")
+
+    @property
+    def locks(self) -> bool:
+        return self.lock and self.steps > 0
 
 
 class TrainingConfig(Section):

@@ -35,6 +35,14 @@ class DualEncoder(nn.Module):
         self.text_projection = _projection(config.projection, text_encoder.width, config.dim)
         self.similarity = Similarity(config)
 
+    def lock_text(self) -> None:
+        """From here on the text side is a fixed function of the text (LiT, Zhai et al. 2022): nothing of it learns, and
+        its standardisation keeps the statistics it has."""
+        self.text_encoder.freeze()
+        for module in (self.text_encoder, self.text_projection):
+            module.requires_grad_(False)
+        self.similarity.lock_text()
+
     def volume_features(self, volume: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, 1, D, H, W) in [-1, 1] -> (B, dim), before standardisation and normalisation."""
         return self.volume_projection(self.volume_encoder(volume, mask).pooled)
@@ -98,9 +106,21 @@ class Similarity(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor([math.log(config.logit_scale)]))
         self.logit_bias = nn.Parameter(torch.tensor([-config.logit_scale]))
         self.largest = math.log(config.logit_scale_max)
+        self.text_locked = False
         standard: Any = nn.BatchNorm1d if config.standardise else None
         self.volume_standard = standard(config.dim, affine=False) if standard else nn.Identity()
         self.text_standard = standard(config.dim, affine=False) if standard else nn.Identity()
+
+    def lock_text(self) -> None:
+        """Texts are standardised by the statistics known now, in training too."""
+        self.text_locked = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Similarity:
+        super().train(mode)
+        if self.text_locked:
+            self.text_standard.eval()
+        return self
 
     def scale(self) -> Tensor:
         return self.logit_scale.clamp(max=self.largest).exp()

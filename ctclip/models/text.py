@@ -97,13 +97,21 @@ class TextEncoder(nn.Module):
         self.attention = nn.Linear(self.width, 1) if config.pooling == "attention" else None
         # Of a frozen BERT: vectors of the chunks seen so far, by their token ids.
         self.known: dict[bytes, Tensor] = {}
-        if config.tuning == "frozen":
-            self.bert.requires_grad_(False)
+        self.frozen = config.tuning == "frozen"
+        if self.frozen:
+            self.freeze()
+
+    def freeze(self) -> None:
+        """From here on BERT learns nothing."""
+        self.frozen = True
+        self.known.clear()
+        self.bert.requires_grad_(False)
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> TextEncoder:
         """A frozen BERT stays in evaluation mode: its dropout would only add noise."""
         super().train(mode)
-        if self.config.tuning == "frozen":
+        if self.frozen:
             self.bert.eval()
         return self
 
@@ -119,7 +127,7 @@ class TextEncoder(nn.Module):
         if self._cacheable():
             pooled = self._remembered(input_ids, attention_mask)
         else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.tuning != "frozen"):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
                 hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             pooled = self._pool(hidden, attention_mask)
         if chunk is None or owner is None:
@@ -134,7 +142,7 @@ class TextEncoder(nn.Module):
     def _cacheable(self) -> bool:
         """Whether a chunk's vector never changes. Attention pooling learns; and under ZeRO 3 every rank must run the
         same modules, whatever each has seen before."""
-        if self.config.tuning != "frozen" or self.attention is not None:
+        if not self.frozen or self.attention is not None:
             return False
         return not any(hasattr(parameter, "ds_id") for parameter in self.bert.parameters())
 

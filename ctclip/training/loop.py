@@ -30,7 +30,7 @@ from ctclip.training.checkpoints import Checkpoints
 from ctclip.training.engine import Engine
 from ctclip.training.records import MetricsLog, claim_run, open_run
 from ctclip.training.step import ContrastiveStep
-from ctclip.training.text_warmup import warm_up_text
+from ctclip.training.text_warmup import lock_text, warm_up_text
 from ctclip.training.validation import Validation
 from ctclip.versions import revision
 from preprocessing.errors import PreprocessingError
@@ -101,8 +101,13 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
     model = build_model(config.model, run_tokenizer(config, output, data))
     checkpoints = Checkpoints(output / "checkpoints", config.training.keep_checkpoints, data.spec.hash)
     first, resumed = checkpoints.newest()
-    if not resumed and config.training.text_warmup.steps:
-        warm_up_text(model, data.reports, config.training.text_warmup, seed=config.seed, device=device)
+    warmup = config.training.text_warmup
+    if not resumed and warmup.steps:
+        warm_up_text(model, data.reports, warmup, seed=config.seed, device=device)
+        if warmup.locks:
+            lock_text(model, data.reports, device)
+    elif warmup.locks:
+        model.lock_text()
     engine = Engine(ContrastiveStep(model, config.objectives, len(labels)), config, device, resumed)
     del resumed
     sampler, steps = _sampler(config, data, first)

@@ -103,7 +103,10 @@ def make_plan(config: Config, ranks: int) -> Plan:
     if config.model.text.pretrained is None:
         words = config.model.text.vocabulary
         tokenizer = train_tokenizer([" ".join(f"word{number}" for number in range(words))], words)
-    step = ContrastiveStep(build_model(config.model, tokenizer), config.objectives, 18)
+    model = build_model(config.model, tokenizer)
+    if config.training.text_warmup.locks:
+        model.lock_text()
+    step = ContrastiveStep(model, config.objectives, 18)
     return plan_of(step, config, spec.shape, ranks)
 
 

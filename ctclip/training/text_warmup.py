@@ -61,6 +61,29 @@ def warm_up_text(
     return value
 
 
+@torch.no_grad()
+def lock_text(model: DualEncoder, reports: list[Report], device: torch.device) -> None:
+    """Fix the text side as it is now, standardised over all ``reports``; the same on any number of ranks."""
+    model.to(device).lock_text()
+    standard = model.similarity.text_standard
+    if not isinstance(standard, nn.BatchNorm1d):
+        return
+    texts = sorted({report.text() for report in reports})
+    features = torch.cat(
+        [
+            model.text_features(
+                {name: ids.to(device) for name, ids in model.text_encoder.tokenise(texts[start : start + 64]).items()}
+            ).double()
+            for start in range(0, len(texts), 64)
+        ]
+    )
+    for known, found in ((standard.running_mean, features.mean(dim=0)), (standard.running_var, features.var(dim=0))):
+        assert known is not None
+        known.copy_(found)
+        if distributed.world_size() > 1:
+            dist.broadcast(known, 0)
+
+
 def distinct_pairs(reports: list[Report]) -> list[Report]:
     """Reports with both sections, each impression once: two of one wording would be each other's false negative."""
     by_impression = {report.impression.strip(): report for report in reports if report.findings and report.impression}

@@ -36,6 +36,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "labels first": ("phantom_tiny", "objectives.labels=1", "objectives.labels_first=0.4"),
     "labels beside": ("phantom_tiny", "objectives.labels=1"),
     "labels alone": ("phantom_tiny", "objectives.labels=1", "objectives.labels_first=0.999"),
+    "text goes on learning": ("phantom_tiny", "training.text_warmup.lock=false", "training.text_learning_rate=1e-4"),
     "no text warm-up": ("phantom_tiny", "training.text_warmup.steps=0", "training.text_learning_rate=1e-3"),
     "not standardised": ("phantom_tiny", "model.standardise=false"),
     "no augmentation": ("phantom_tiny", "data.augment={}"),

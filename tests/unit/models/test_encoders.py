@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ctclip.config import ModelConfig, ResNet3DConfig, TextConfig, ViT3DConfig
+from ctclip.config import ModelConfig, ObjectiveConfig, ResNet3DConfig, TextConfig, ViT3DConfig
+from ctclip.data.reports import Report
 from ctclip.errors import CheckpointError
 from ctclip.models.batchnorm import GlobalBatchNorm3d
 from ctclip.models.dual_encoder import DualEncoder, build_model
@@ -13,6 +14,8 @@ from ctclip.models.folder import load_model, save_model
 from ctclip.models.resnet3d import ResNet3D
 from ctclip.models.text import build_text_encoder, train_tokenizer
 from ctclip.models.vit3d import ViT3D, outside_air
+from ctclip.training.step import ContrastiveStep
+from ctclip.training.text_warmup import lock_text
 from preprocessing.spec import PreprocessingSpec
 
 SMALL = ViT3DConfig(stages=((8, 1), (16, 0)), width=24, heads=2, depth=2, patch=(2, 2, 2), registers=2)
@@ -181,3 +184,28 @@ def test_a_report_is_the_mean_of_its_sentences_and_shared_ones_are_encoded_once(
     assert torch.allclose(found[0], expected, atol=1e-6)
     assert torch.allclose(found[1], alone["No nodule is seen."], atol=1e-6)
     assert torch.allclose(found[2], torch.stack(list(alone.values())).mean(dim=0), atol=1e-6)
+
+
+def test_a_locked_text_side_is_a_fixed_function_of_the_text() -> None:
+    """After it is locked: standardised over all reports, the same in training as in use, and no step changes it."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        volume=SMALL, text=TextConfig(width=16, depth=1, heads=2, max_tokens=32), dim=12, standardise=True
+    )
+    dual = build_model(config, train_tokenizer(SENTENCES * 20, 200)).train()
+    reports = [Report(one, other) for one in SENTENCES for other in SENTENCES if one != other]
+    lock_text(dual, reports, torch.device("cpu"))
+    texts = [report.text() for report in reports]
+    features = dual.text_features(dual.text_encoder.tokenise(texts))
+    expected = (features - features.mean(dim=0)) / (features.var(dim=0) + 1e-5).sqrt()
+    torch.testing.assert_close(dual.encode_prompts(texts), expected, atol=1e-4, rtol=1e-4)
+    step = ContrastiveStep(dual.train(), ObjectiveConfig(memory=4))
+    before = dual.encode_text(texts[:1])  # one alone in training: a batch's statistics would refuse it
+    optimizer = torch.optim.SGD([p for p in step.parameters() if p.requires_grad], lr=0.1)
+    identities = {"scans": torch.arange(2), "text_identities": torch.arange(2)}
+    loss, _ = step("step", volumes=volume(), tokens=dual.text_encoder.tokenise(texts[:2]), **identities)
+    loss.backward()
+    optimizer.step()
+    assert all(p.grad is None for name, p in dual.named_parameters() if "text" in name)
+    assert torch.equal(dual.encode_text(texts[:1]), before)
+    assert torch.equal(dual.eval().encode_text(texts[:1]), before)
