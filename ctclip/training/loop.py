@@ -30,7 +30,7 @@ from ctclip.training.checkpoints import Checkpoints
 from ctclip.training.engine import Engine
 from ctclip.training.records import MetricsLog, claim_run, open_run
 from ctclip.training.step import ContrastiveStep
-from ctclip.training.text_warmup import lock_text, warm_up_text
+from ctclip.training.text_warmup import lock_text, read_all, warm_up_text
 from ctclip.training.validation import Validation
 from ctclip.versions import revision
 from preprocessing.errors import PreprocessingError
@@ -109,6 +109,8 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
     elif warmup.locks:
         model.lock_text()
     engine = Engine(ContrastiveStep(model, config.objectives, len(labels)), config, device, resumed)
+    if resumed and warmup.locks and config.training.zero.stage < 3:
+        read_all(model, data.reports, device)
     del resumed
     sampler, steps = _sampler(config, data, first)
     if first < steps:

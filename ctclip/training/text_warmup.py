@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ctclip import distributed, losses
 from ctclip.config import TextWarmupConfig
@@ -61,27 +61,30 @@ def warm_up_text(
     return value
 
 
-@torch.no_grad()
 def lock_text(model: DualEncoder, reports: list[Report], device: torch.device) -> None:
     """Fix the text side as it is now, standardised over all ``reports``; the same on any number of ranks."""
     model.to(device).lock_text()
+    features = read_all(model, reports, device)
     standard = model.similarity.text_standard
     if not isinstance(standard, nn.BatchNorm1d):
         return
-    texts = sorted({report.text() for report in reports})
-    features = torch.cat(
-        [
-            model.text_features(
-                {name: ids.to(device) for name, ids in model.text_encoder.tokenise(texts[start : start + 64]).items()}
-            ).double()
-            for start in range(0, len(texts), 64)
-        ]
-    )
     for known, found in ((standard.running_mean, features.mean(dim=0)), (standard.running_var, features.var(dim=0))):
         assert known is not None
         known.copy_(found)
         if distributed.world_size() > 1:
             dist.broadcast(known, 0)
+
+
+@torch.no_grad()
+def read_all(model: DualEncoder, reports: list[Report], device: torch.device) -> Tensor:
+    """Features of every distinct report (n, dim) float64, in one order whenever it is asked: a locked text side keeps what
+    it read, and how a sentence is rounded depends on those beside which it was first read."""
+    texts = sorted({report.text() for report in reports})
+    found = []
+    for start in range(0, len(texts), 64):
+        tokens = model.text_encoder.tokenise(texts[start : start + 64])
+        found.append(model.text_features({name: ids.to(device) for name, ids in tokens.items()}).double())
+    return torch.cat(found)
 
 
 def distinct_pairs(reports: list[Report]) -> list[Report]:
