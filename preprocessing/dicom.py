@@ -223,7 +223,7 @@ def _pixels(said: str, member: Slice) -> np.ndarray:
     syntax = str(getattr(member.header, "file_meta", {}).get("TransferSyntaxUID", "none"))
     try:
         if syntax in JPEG and not 2 <= _jpeg_precision(member.path.read_bytes()) <= 16:
-            # GDCM ends the process over it.
+            # In a lossless stream GDCM ends the process over it.
             raise RuntimeError("JPEG of an impossible precision")
         image = sitk.ReadImage(str(member.path))
     except RuntimeError as error:

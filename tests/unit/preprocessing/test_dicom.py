@@ -116,6 +116,23 @@ def stream_of(name: str) -> tuple[bytes, tuple[int, int]]:
     return next(generate_frames(header.PixelData, number_of_frames=1)), (header.Rows, header.Columns)
 
 
+def compressed_by_itk(path: Path, output: Path, compressor: str) -> None:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.LoadPrivateTagsOn()
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    writer.UseCompressionOn()
+    writer.SetCompressor(compressor)
+    writer.SetFileName(str(output))
+    image = reader.Execute()
+    stored = sitk.Cast(image, sitk.sitkInt16)
+    for key in image.GetMetaDataKeys():
+        if not key.startswith("0028"):
+            stored.SetMetaData(key, image.GetMetaData(key))
+    writer.Execute(stored)
+
+
 @pytest.mark.parametrize(
     ("compressor", "syntax"), [("RLE", "5"), ("JPEG", "4.70"), ("JPEG2000", "4.90"), ("deflated", "1.99")]
 )
@@ -132,20 +149,7 @@ def test_compressed_transfer_syntaxes(tmp_path: Path, hu: np.ndarray, compressor
                 header.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
             header.save_as(folder / path.name)
             continue
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(str(path))
-        reader.LoadPrivateTagsOn()
-        writer = sitk.ImageFileWriter()
-        writer.KeepOriginalImageUIDOn()
-        writer.UseCompressionOn()
-        writer.SetCompressor(compressor)
-        writer.SetFileName(str(folder / f"{path.name}.dcm"))
-        image = reader.Execute()
-        stored = sitk.Cast(image, sitk.sitkInt16)
-        for key in image.GetMetaDataKeys():
-            if not key.startswith("0028"):
-                stored.SetMetaData(key, image.GetMetaData(key))
-        writer.Execute(stored)
+        compressed_by_itk(path, folder / f"{path.name}.dcm", compressor)
     for path in folder.iterdir():
         assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == f"1.2.840.10008.1.2.{syntax}"
     assert np.array_equal(read(folder).array, read(plain).array)
@@ -198,12 +202,22 @@ def test_what_cannot_be_decoded_names_its_syntax_and_the_remedy(tmp_path: Path) 
     stream, shape = stream_of("MR_small_jpeg_ls_lossless.dcm")
     with pytest.raises(PreprocessingError, match=r"\(MPEG-4 AVC.*4\.102\).*export the series again, uncompressed"):
         read(packed(tmp_path / "video", stream, "1.2.840.10008.1.2.4.102", shape))
-    stream, shape = stream_of("JPGExtended.dcm")
-    frame = stream.index(b"\xff\xc1") + 4
-    # Of this precision GDCM has no decoder, and follows the pointer to none.
-    broken = stream[:frame] + b"\x1c" + stream[frame + 1 :]
-    with pytest.raises(PreprocessingError, match=r"damaged, or its transfer syntax \(JPEG Extended"):
-        read(packed(tmp_path / "broken", broken, JPEGExtended12Bit, shape, PixelRepresentation=0))
+
+
+@pytest.mark.parametrize("precision", [0, 17, 28, 255])
+def test_a_jpeg_of_an_impossible_precision_does_not_end_the_process(
+    tmp_path: Path, hu: np.ndarray, precision: int
+) -> None:
+    plain, folder = write_series(tmp_path / "plain", hu[:3]), tmp_path / "packed"
+    folder.mkdir()
+    for path in plain.iterdir():
+        compressed_by_itk(path, folder / f"{path.name}.dcm", "JPEG")
+    spoiled = sorted(folder.iterdir())[1]
+    content = bytearray(spoiled.read_bytes())
+    content[content.index(b"\xff\xc3", content.rindex(b"\xe0\x7f\x10\x00")) + 4] = precision
+    spoiled.write_bytes(content)
+    with pytest.raises(PreprocessingError, match=r"damaged, or its transfer syntax \(JPEG Lossless"):
+        read(folder)
 
 
 @pytest.mark.filterwarnings("error")
