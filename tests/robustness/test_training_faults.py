@@ -102,12 +102,12 @@ def test_kill_9_and_the_same_command_again(store: Path, whole: Path, tmp_path: P
 def test_kill_9_while_a_batch_is_read(store: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     body = (
-        "import os; from preprocessing.store import VolumeStore; real, calls = VolumeStore.read, []\n"
+        "import os; from preprocessing.store import VolumeStore; real, calls = VolumeStore.voxels, []\n"
         "def dying(self, *a):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 22: os.kill(os.getpid(), 9)\n"
         "    return real(self, *a)\n"
-        "VolumeStore.read = dying"
+        "VolumeStore.voxels = dying"
     )
     assert run(command(store, output, "data.workers=0"), body).returncode == -signal.SIGKILL
     assert losses(output)
@@ -231,12 +231,12 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_asks_to_be_requeued(
 
 def test_a_reading_process_that_dies_is_one_line(store: Path, tmp_path: Path) -> None:
     body = (
-        "import os; from preprocessing.store import VolumeStore; real, calls = VolumeStore.read, []\n"
+        "import os; from preprocessing.store import VolumeStore; real, calls = VolumeStore.voxels, []\n"
         "def dying(self, *a):\n"
         "    calls.append(1)\n"
         "    if len(calls) > 6: os.kill(os.getpid(), 9)\n"
         "    return real(self, *a)\n"
-        "VolumeStore.read = dying"
+        "VolumeStore.voxels = dying"
     )
     done = run(command(store, tmp_path / "run", "data.workers=1"), body)
     assert "a reading process died" in last_line(done)
@@ -285,8 +285,8 @@ def test_what_is_not_a_number_stops_the_run_before_it_is_kept(
     """The fourth step, after which a checkpoint would be written."""
     body = (
         "import ctclip.losses as l; real, calls, nan = l.clip, [], float('nan')\n"
-        "def bad(*a):\n"
-        "    calls.append(1); loss = real(*a)\n"
+        "def bad(*a, **k):\n"
+        "    calls.append(1); loss = real(*a, **k)\n"
         f"    if len(calls) == 4 and {'gradient' in what}: loss.register_hook(lambda gradient: gradient * nan)\n"
         f"    return loss * nan if len(calls) == 4 and {'loss' in what} else loss\n"
         "l.clip = bad"
