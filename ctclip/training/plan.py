@@ -34,7 +34,7 @@ CONTEXT = 1.5 * GIB
 REPORT_TOKENS = 256
 # What a processor's figures leave out, as measured by tests/benchmarks/training.py.
 PROCESS = (
-    "beside them a process holds Python and its libraries (some 0.6 GiB), and memory that was freed: up to 60 % more"
+    "beside them a process holds Python and its libraries (some 0.7 GiB), and memory that was freed: some 40 % more"
 )
 
 
