@@ -249,7 +249,9 @@ def _flops(step: ContrastiveStep, shape: tuple[int, ...], views: int) -> float:
             encoded = encoder(torch.zeros(1, 1, *shape))
             (encoded.pooled.sum() + encoded.tokens.sum()).backward()
         tokens = torch.ones(encoded.tokens.shape, requires_grad=True)
-        sum(_words(step, tokens), _report(step.model, views).sum()).backward()
+        read = sum(_words(step, tokens), _report(step.model, views).sum())
+        if read.requires_grad:  # a locked text side is read and learns nothing
+            read.backward()
     step.zero_grad()
     return float(counter.get_total_flops())
 
