@@ -20,7 +20,7 @@ MOST_MISSING = 0.1
 # What makes numbers of a slice's bits: one series has one of each.
 VALUES = ("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept")
 JPEG = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70))
-NEAR_LOSSLESS = (*JPEG[:2], "1.2.840.10008.1.2.4.81")
+LOSSY = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 81))
 GEOMETRY = [
     "Rows", "Columns", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImageType", "Modality",
     "SamplesPerPixel", "NumberOfFrames", "PatientIdentityRemoved", "LossyImageCompression",
@@ -220,7 +220,7 @@ def _pixels(said: str, member: Slice) -> np.ndarray:
     import SimpleITK as sitk
 
     file = masked(member.path.name, member.header)
-    syntax = str(getattr(member.header, "file_meta", {}).get("TransferSyntaxUID", "none"))
+    syntax = _syntax(member.header)
     try:
         if syntax in JPEG and not 2 <= _jpeg_precision(member.path.read_bytes()) <= 16:
             # In a lossless stream GDCM ends the process over it.
@@ -252,9 +252,12 @@ def _jpeg_precision(content: bytes) -> int:
     return 0
 
 
+def _syntax(header: Any) -> str:
+    return str(getattr(header, "file_meta", {}).get("TransferSyntaxUID", "none"))
+
+
 def _lossy(header: Any) -> bool:
-    syntax = str(getattr(header, "file_meta", {}).get("TransferSyntaxUID", ""))
-    return syntax in NEAR_LOSSLESS or str(header.get("LossyImageCompression", "")).strip() == "01"
+    return _syntax(header) in LOSSY or str(header.get("LossyImageCompression", "")).strip() == "01"
 
 
 def _named(syntax: str) -> str:

@@ -34,6 +34,7 @@ class DualEncoder(nn.Module):
         self.volume_projection = _projection(config.projection, int(volume_encoder.width), config.dim)
         self.text_projection = _projection(config.projection, text_encoder.width, config.dim)
         self.similarity = Similarity(config)
+        self.text_locked = False
 
     def lock_text(self) -> None:
         """From here on the text side is a fixed function of the text (LiT, Zhai et al. 2022): nothing of it learns, and
@@ -41,7 +42,15 @@ class DualEncoder(nn.Module):
         self.text_encoder.freeze()
         for module in (self.text_encoder, self.text_projection):
             module.requires_grad_(False)
-        self.similarity.lock_text()
+        self.text_locked = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> DualEncoder:
+        """Of a locked text side not even the statistics go on."""
+        super().train(mode)
+        if self.text_locked:
+            self.similarity.text_standard.eval()
+        return self
 
     def volume_features(self, volume: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, 1, D, H, W) in [-1, 1] -> (B, dim), before standardisation and normalisation."""
@@ -106,21 +115,9 @@ class Similarity(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor([math.log(config.logit_scale)]))
         self.logit_bias = nn.Parameter(torch.tensor([-config.logit_scale]))
         self.largest = math.log(config.logit_scale_max)
-        self.text_locked = False
         standard: Any = nn.BatchNorm1d if config.standardise else None
         self.volume_standard = standard(config.dim, affine=False) if standard else nn.Identity()
         self.text_standard = standard(config.dim, affine=False) if standard else nn.Identity()
-
-    def lock_text(self) -> None:
-        """Texts are standardised by the statistics known now, in training too."""
-        self.text_locked = True
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> Similarity:
-        super().train(mode)
-        if self.text_locked:
-            self.text_standard.eval()
-        return self
 
     def scale(self) -> Tensor:
         return self.logit_scale.clamp(max=self.largest).exp()

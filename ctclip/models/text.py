@@ -97,8 +97,8 @@ class TextEncoder(nn.Module):
         self.attention = nn.Linear(self.width, 1) if config.pooling == "attention" else None
         # Of a frozen BERT: vectors of the chunks seen so far, by their token ids.
         self.known: dict[bytes, Tensor] = {}
-        self.frozen = config.tuning == "frozen"
-        if self.frozen:
+        self.frozen = False
+        if config.tuning == "frozen":
             self.freeze()
 
     def freeze(self) -> None:

@@ -95,12 +95,8 @@ class ViT3D(nn.Module):
                 if valid is not None:
                     score = score.masked_fill(~valid, float("-inf"))
                 pooled.append(torch.einsum("bn,bnc->bc", score.softmax(dim=1), tokens))
-            elif kind == "mean":
-                count = tokens.shape[1] if valid is None else valid.sum(dim=1, keepdim=True)
-                pooled.append(tokens.sum(dim=1) / count)
             else:
-                real = tokens if valid is None else tokens.masked_fill(~valid[..., None], float("-inf"))
-                pooled.append(real.amax(dim=1))
+                pooled.append(_mean(tokens, valid) if kind == "mean" else _largest(tokens, valid))
         return torch.cat(pooled, dim=1)
 
     def _kept(self, volume: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -180,7 +176,11 @@ class Stem(nn.Module):
         pooled: list[Tensor] = []
         for layer in self.convolutions:
             if self.pools and layer.halves:
-                pooled += _mean_and_largest(cells, mask)
+                real = None
+                if mask is not None:
+                    real = F.adaptive_max_pool3d(mask.to(cells.dtype), cells.shape[2:]).flatten(1) > 0
+                tokens = rearrange(cells, "b c d h w -> b (d h w) c")
+                pooled += [_mean(tokens, real), _largest(tokens, real)]
             cells = layer(cells)
         return cells, pooled
 
@@ -249,13 +249,16 @@ class Block(nn.Module):
         return tokens + self.down(F.silu(gate) * up)
 
 
-def _mean_and_largest(cells: Tensor, mask: Tensor | None) -> list[Tensor]:
-    """(B, C, d, h, w) -> two of (B, C), over the cells of which a voxel is real: mask (B, 1, D, H, W)."""
-    if mask is None:
-        return [cells.mean(dim=(2, 3, 4)), cells.amax(dim=(2, 3, 4))]
-    real = F.adaptive_max_pool3d(mask.to(cells.dtype), cells.shape[2:])  # type: ignore[arg-type]
-    mean = (cells * real).sum(dim=(2, 3, 4)) / real.sum(dim=(2, 3, 4))
-    return [mean, cells.masked_fill(real == 0, float("-inf")).amax(dim=(2, 3, 4))]
+def _mean(tokens: Tensor, real: Tensor | None) -> Tensor:
+    """tokens (B, N, C) -> (B, C), over those of ``real`` (B, N) bool; None: all."""
+    if real is None:
+        return tokens.mean(dim=1)
+    return tokens.masked_fill(~real[..., None], 0.0).sum(dim=1) / real.sum(dim=1, keepdim=True)
+
+
+def _largest(tokens: Tensor, real: Tensor | None) -> Tensor:
+    """As ``_mean``, the largest of each channel."""
+    return (tokens if real is None else tokens.masked_fill(~real[..., None], float("-inf"))).amax(dim=1)
 
 
 def outside_air(volume: Tensor, size: tuple[int, ...], hu_window: tuple[float, float]) -> Tensor:

@@ -109,6 +109,7 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
     elif warmup.locks:
         model.lock_text()
     engine = Engine(ContrastiveStep(model, config.objectives, len(labels)), config, device, resumed)
+    # At stage 3 nothing read is kept.
     if resumed and warmup.locks and config.training.zero.stage < 3:
         read_all(model, data.reports, device)
     del resumed
