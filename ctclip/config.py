@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -232,10 +233,28 @@ class ObjectiveConfig(Section):
 
 
 class ZeroConfig(Section):
-    """DeepSpeed ZeRO."""
+    """DeepSpeed ZeRO; in one word too: ``training.zero=2`` or ``training.zero=3+offload``."""
 
     stage: Literal[0, 1, 2, 3] = 1
     offload: bool = Field(False, description="optimizer (and at stage 3 parameters) in host memory")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_one_word(cls, given: Any) -> Any:
+        if not isinstance(given, int | float | str):
+            return given
+        word = re.fullmatch(r"([0-3])(\+offload)?", str(given))
+        if word is None:
+            raise ValueError(
+                "write 0, 1, 2 or 3, or with the optimizer in host memory 1+offload, 2+offload or 3+offload"
+            )
+        return {"stage": int(word[1]), "offload": word[2] is not None}
+
+    @model_validator(mode="after")
+    def _offloads_what_is_shared(self) -> ZeroConfig:
+        if self.offload and self.stage == 0:
+            raise ValueError("offload needs stage 1, 2 or 3: at stage 0 nothing is moved")
+        return self
 
 
 class TextWarmupConfig(Section):

@@ -46,6 +46,9 @@ def test_every_recipe_can_be_planned(path) -> None:
         ("training.batch=1", "training.batch"),
         ("model.volume.kind=vit", "vit3d"),
         ("training.epochs", "key=value"),
+        ("training.zero=4", r"training.zero: write 0, 1, 2 or 3.*3\+offload"),
+        ("training.zero=offload", "training.zero: write 0"),
+        ("training.zero=0+offload", "offload needs stage 1"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(override: str, said: str) -> None:
@@ -57,6 +60,12 @@ def test_a_wrong_key_or_value_is_named(override: str, said: str) -> None:
 def test_overrides_are_typed() -> None:
     config = load_config("phantom_tiny", ["training.learning_rate=1e-3", "training.zero.stage=3", "seed=7"])
     assert (config.training.learning_rate, config.training.zero.stage, config.seed) == (1e-3, 3, 7)
+
+
+@pytest.mark.parametrize(("word", "stage", "offload"), [("0", 0, False), ("2", 2, False), ("3+offload", 3, True)])
+def test_one_key_chooses_zero(word: str, stage: int, offload: bool) -> None:
+    chosen = load_config("phantom_tiny", [f"training.zero={word}"]).training.zero
+    assert (chosen.stage, chosen.offload) == (stage, offload)
 
 
 def test_differing_keys_are_paths() -> None:
