@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -49,3 +50,11 @@ def test_no_import_points_upwards() -> None:
 
 def test_a_layer_below_is_noticed() -> None:
     assert layer("preprocessing.store") < layer("ctclip.models.text") < layer("ctclip.cli.train")
+
+
+def test_launchers_are_known_in_one_file() -> None:
+    """Ranks, backends and whoever started us are read in ``ctclip/distributed.py`` alone; DeepSpeed's own ``--local_rank`` is taken
+    by commands and ignored."""
+    words = re.compile(r"environ\b|getenv|\bRANK\b|LOCAL_RANK|WORLD_SIZE|MASTER_(ADDR|PORT)|SLURM_|init_process_group")
+    files = [*ROOT.glob("ctclip/**/*.py"), *ROOT.glob("preprocessing/**/*.py")]
+    assert [path.name for path in files if words.search(path.read_text(encoding="utf-8"))] == ["distributed.py"]
