@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("worker.py")
 ONE_STEP = {"linear": True, "steps": [0, 1]}
+CLIPPED = {**ONE_STEP, "gradient_clip": 0.01}
 ALONE: list[dict[str, Any]] = [
     {"name": "alone"},
     {"name": "alone linear", "linear": True},
@@ -27,12 +28,16 @@ ALONE: list[dict[str, Any]] = [
     {"name": "refused", "micro_batch": 2},
     {"name": "plain", **ONE_STEP},
     {"name": "chunks", **ONE_STEP, "micro_batch": 2},
+    {"name": "clipped", **CLIPPED},
     *({"name": f"one at {stage}", "stage": stage, "steps": [0, 3]} for stage in (0, 1)),
 ]
 TOGETHER: list[dict[str, Any]] = [
     *({"name": f"stage {stage}", "stage": stage} for stage in (0, 1, 2, 3)),
     *({"name": f"offload {stage}", "stage": stage, "offload": True} for stage in (2, 3)),
     *({"name": f"chunks at {stage}", **ONE_STEP, "micro_batch": 2, "stage": stage} for stage in (0, 2, 3)),
+    *({"name": f"clipped at {stage}", **CLIPPED, "stage": stage} for stage in (0, 1, 2, 3)),
+    {"name": "clipped in chunks", **CLIPPED, "micro_batch": 2, "stage": 2},
+    {"name": "clipped and offloaded", **CLIPPED, "stage": 3, "offload": True},
     {"name": "chunks for long", "linear": True, "micro_batch": 1, "stage": 1},
     *({"name": f"two at {stage}", "stage": stage, "steps": [0, 3]} for stage in (2, 3)),
     {"name": "one at 0, two at 3", "resume": "one at 0", "stage": 3, "steps": [3, 5]},
@@ -73,6 +78,11 @@ def losses(results: Path, name: str) -> list[float]:
 
 def state(results: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(results / f"{name}.safetensors")
+
+
+def gradients(results: Path, name: str) -> dict[str, torch.Tensor]:
+    """After one step Adam's first moment is a tenth of the gradient: nothing has amplified rounding yet."""
+    return {moment: 10 * value for moment, value in state(results, name).items() if moment.startswith("exp_avg/")}
 
 
 def assert_same(results: Path, name: str, other: str = "alone", before: str | None = None) -> None:
@@ -139,15 +149,20 @@ def test_two_pass_gradients_are_refused_where_they_would_not_be_exact(results: P
 
 @pytest.mark.parametrize("chunks", ["chunks", "chunks at 0", "chunks at 2", "chunks at 3"])
 def test_two_pass_gradients_are_the_plain_step(results: Path, chunks: str) -> None:
-    """After one step Adam's first moment is a tenth of the gradient: nothing has amplified rounding yet."""
     assert losses(results, chunks) == pytest.approx(losses(results, "plain"), rel=1e-6)
-    gradients = [
-        {name: 10 * value for name, value in state(results, case).items() if name.startswith("exp_avg/")}
-        for case in (chunks, "plain")
-    ]
-    assert len(gradients[1]) > 20
-    assert max(float(gradient.abs().max()) for gradient in gradients[1].values()) > 0.1
-    assert_near(gradients[0], gradients[1], 1e-6)
+    found, plain = gradients(results, chunks), gradients(results, "plain")
+    assert len(plain) > 20
+    assert max(float(gradient.abs().max()) for gradient in plain.values()) > 0.1
+    assert_near(found, plain, 1e-6)
+
+
+@pytest.mark.parametrize("how", ["", *(f" at {stage}" for stage in (0, 1, 2, 3)), " in chunks", " and offloaded"])
+def test_gradients_are_clipped_by_the_norm_of_all_of_them(results: Path, how: str) -> None:
+    found, plain = gradients(results, f"clipped{how}"), gradients(results, "plain")
+    whole = float(torch.cat([gradient.flatten() for gradient in plain.values()]).norm())
+    assert whole > 0.1
+    # torch and DeepSpeed add a millionth to the norm before they divide by it.
+    assert_near({name: gradient * whole / 0.01 for name, gradient in found.items()}, plain, 1e-5 * whole)
 
 
 def test_two_pass_steps_of_single_volumes_go_on_like_plain_ones(results: Path) -> None:

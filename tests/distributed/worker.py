@@ -78,7 +78,7 @@ def configuration(case: dict[str, Any]) -> Any:
     volume["activation_checkpointing"] = case.get("checkpointed", False)
     training = {
         "batch": BATCH, "learning_rate": 5e-4, "zero": {"stage": stage, "offload": case.get("offload", False)},
-        **{key: case[key] for key in ("micro_batch", "precision", "compile") if key in case},
+        **{key: case[key] for key in ("micro_batch", "precision", "compile", "gradient_clip") if key in case},
     }  # fmt: skip
     objectives = {"memory": case.get("memory", 0)}
     return Config.model_validate({"model": {**MODEL, "volume": volume}, "training": training, "objectives": objectives})
