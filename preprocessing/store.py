@@ -101,16 +101,16 @@ class VolumeStore:
         except (RuntimeError, ValueError, MemoryError) as error:
             raise self._damaged(volume) from error
 
-    def voxels(self, volume: str) -> np.ndarray:
-        """float32 [-1, 1] of the spec's shape, as a model is given them.
+    def voxels(self, volume: str, out: np.ndarray | None = None) -> np.ndarray:
+        """float32 [-1, 1] of the spec's shape, as a model is given them; written into ``out``, C-ordered, if given.
 
         A chunk is put through the window while it is in cache: int16 HU of the whole volume never reach memory.
         """
         packed = self._open(volume)
         (_, height, width), shape = packed.chunks, packed.shape
         if packed.blocks[1:] != (height, width):
-            return self.spec.normalise(self.read(volume))
-        voxels = np.empty(shape, np.float32)
+            return self.spec.normalise(self.read(volume), out)
+        voxels = np.empty(shape, np.float32) if out is None else out
         chunk = np.empty((packed.schunk.chunksize // (2 * height * width), height, width), np.int16)
         corners = itertools.product(*(range(0, n, step) for n, step in zip(shape, packed.chunks, strict=True)))
         try:

@@ -1,11 +1,13 @@
-"""Volumes of a store with their reports, and how they are gathered into batches.
+"""Volumes of a store with their reports, read into batches.
 
-Reading labels is a separate, explicit step (``labels=``): a run that trains from reports alone never
+A voxel is written once, where the model will read it: the store decompresses into the batch, and augmentation works
+in place. Reading labels is a separate, explicit step (``labels=``): a run that trains from reports alone never
 touches the label columns.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,11 @@ class Batch:
     text_identities: Tensor
     labels: Tensor | None
 
+    def pin_memory(self) -> Batch:
+        """What DataLoader calls on it, so that the copy to a card runs beside its work."""
+        self.volumes = self.volumes.pin_memory()
+        return self
+
     def to(self, device: torch.device) -> Batch:
         self.volumes = self.volumes.to(device, non_blocking=True)
         self.scans, self.text_identities = self.scans.to(device), self.text_identities.to(device)
@@ -43,7 +50,7 @@ class Batch:
 
 
 class StoredVolumes(Dataset):
-    """One item a stored volume of ``split``: a dictionary of its voxels, views of its report, and identities."""
+    """The stored volumes of ``split`` with views of their reports, by the batch."""
 
     def __init__(
         self,
@@ -75,20 +82,41 @@ class StoredVolumes(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """``key`` is (row, draw): the same draw gives the same voxels and views, in any worker on any rank."""
-        index, draw = key
-        random = np.random.default_rng([self.seed, index, draw])
-        voxels = self.store.voxels(self.rows["volume"].iloc[index])
-        if self.training:
-            voxels = augment(voxels, self.config.augment, self.spec, random)
-        texts = [self.views.draw(self.reports[index], random) for _ in range(self.config.views_per_volume)]
-        return {
-            "voxels": torch.from_numpy(np.ascontiguousarray(voxels)),
-            "texts": texts,
-            "scan": int(self.scan_numbers[index]),
-            "labels": None if self.labels is None else self.labels[index],
-        }
+    def batch(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        """``keys``: (row, draw) each; the same draw gives the same voxels and views, in any worker on any rank."""
+        volumes = _memory((len(keys), 1, *self.spec.shape))
+        texts: list[str] = []
+        for voxels, (row, draw) in zip(volumes.numpy()[:, 0], keys, strict=True):
+            random = np.random.default_rng([self.seed, row, draw])
+            self.store.voxels(self.rows["volume"].iloc[row], out=voxels)
+            if self.training:
+                augment(voxels, self.config.augment, self.spec, random)
+            texts += [self.views.draw(self.reports[row], random) for _ in range(self.config.views_per_volume)]
+        rows = [row for row, _ in keys]
+        return Batch(
+            volumes=volumes,
+            texts=texts,
+            scans=torch.from_numpy(self.scan_numbers[rows]),
+            text_identities=torch.tensor([zlib.crc32(text.encode()) for text in texts]),
+            labels=None if self.labels is None else torch.from_numpy(self.labels[rows]),
+        )
+
+    # DataLoader asks for a whole batch by this name.
+    __getitems__ = batch
+
+
+def as_read(batch: Any) -> Batch:
+    """``collate_fn`` of a DataLoader over StoredVolumes, whose batches are whole already."""
+    whole: Batch = batch
+    return whole
+
+
+def _memory(shape: tuple[int, ...]) -> Tensor:
+    """float32, not yet written; in a worker, shared with the process that will train on it."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape)
+    storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
+    return torch.empty(0).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def stored_rows(store: VolumeStore, split: str | None) -> pd.DataFrame:
@@ -139,23 +167,24 @@ def label_array(rows: pd.DataFrame, labels: Sequence[str]) -> np.ndarray:
     return rows[list(labels)].to_numpy(dtype="float32", na_value=np.nan)
 
 
-def augment(
-    voxels: np.ndarray, config: AugmentConfig, spec: PreprocessingSpec, random: np.random.Generator
-) -> np.ndarray:
-    """Turn, size, shift, contrast and noise of a volume in [-1, 1]; what comes in from outside is air (-1)."""
+def augment(voxels: np.ndarray, config: AugmentConfig, spec: PreprocessingSpec, random: np.random.Generator) -> None:
+    """Turn, size, shift, contrast and noise of a volume in [-1, 1], in place; what comes in from outside is air (-1)."""
     if config.rotate_degrees or config.zoom:
         angles = np.radians(random.uniform(-config.rotate_degrees, config.rotate_degrees, size=3))
-        voxels = turned(voxels, angles, 1 + random.uniform(-config.zoom, config.zoom), spec.spacing)
+        voxels[:] = turned(voxels, angles, 1 + random.uniform(-config.zoom, config.zoom), spec.spacing)
     if config.shift_voxels:
-        voxels = shifted(voxels, random.integers(-config.shift_voxels, config.shift_voxels + 1, size=3))
+        shift(voxels, random.integers(-config.shift_voxels, config.shift_voxels + 1, size=3))
     if config.scale:
         # Contrast changes about air, whose value is the one thing every scanner agrees on.
-        voxels = (voxels + 1) * np.float32(1 + random.uniform(-config.scale, config.scale)) - 1
+        voxels += 1
+        voxels *= np.float32(1 + random.uniform(-config.scale, config.scale))
+        voxels -= 1
     if config.noise_hu:
         low, high = spec.hu_window
         amplitude = random.uniform(0, config.noise_hu) * 2 / (high - low)
-        voxels = voxels + random.standard_normal(voxels.shape, dtype=np.float32) * np.float32(amplitude)
-    return np.clip(voxels, -1, 1) if config.scale or config.noise_hu else voxels
+        voxels += random.standard_normal(voxels.shape, dtype=np.float32) * np.float32(amplitude)
+    if config.scale or config.noise_hu:
+        np.clip(voxels, -1, 1, out=voxels)
 
 
 def turned(voxels: np.ndarray, angles: np.ndarray, zoom: float, spacing: Sequence[float]) -> np.ndarray:
@@ -175,26 +204,14 @@ def turned(voxels: np.ndarray, angles: np.ndarray, zoom: float, spacing: Sequenc
     return result
 
 
-def shifted(voxels: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """``voxels`` moved by whole voxels, filled with -1."""
-    moved = np.full_like(voxels, -1)
+def shift(voxels: np.ndarray, offset: np.ndarray) -> None:
+    """Move ``voxels`` by whole voxels, in place; -1 comes in."""
     source = tuple(slice(max(0, -o), n - max(0, o)) for o, n in zip(offset, voxels.shape, strict=True))
     target = tuple(slice(max(0, o), n - max(0, -o)) for o, n in zip(offset, voxels.shape, strict=True))
-    moved[target] = voxels[source]
-    return moved
-
-
-def collate(items: list[dict[str, Any]]) -> Batch:
-    """Stack items into a Batch."""
-    texts = [text for item in items for text in item["texts"]]
-    labels = None if items[0]["labels"] is None else torch.from_numpy(np.stack([item["labels"] for item in items]))
-    return Batch(
-        volumes=torch.stack([item["voxels"] for item in items])[:, None],
-        texts=texts,
-        scans=torch.tensor([item["scan"] for item in items]),
-        text_identities=torch.tensor([zlib.crc32(text.encode()) for text in texts]),
-        labels=labels,
-    )
+    voxels[target] = voxels[source]
+    for axis, moved in enumerate(offset):
+        edge = slice(0, moved) if moved > 0 else slice(voxels.shape[axis] + moved, None)
+        voxels[(slice(None),) * axis + (edge,)] = -1
 
 
 class ScanSampler(Sampler[list[tuple[int, int]]]):

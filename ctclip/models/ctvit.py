@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ctclip.config import CTViTConfig
+from ctclip.models import by_hand
 from ctclip.models.outputs import VolumeTokens, air_where_padded, check_volume
 
 ATTENTION_SCALE = 8.0
@@ -100,15 +101,13 @@ class Layer(nn.Module):
         """rows (sequences, n, C); grid (B, t, h, w); bias (heads, n, n) or None."""
         rows = rows + self._convolve(rows, grid)
         rows = rows + self._attend(rows, bias)
-        up, gate = self.up_gate(self.mlp_norm(rows)).chunk(2, dim=-1)
-        return rows + self.down(up * F.gelu(gate))
+        return rows + self.down(by_hand.gated(self.up_gate(self.mlp_norm(rows))))
 
     def _convolve(self, rows: Tensor, grid: tuple[int, ...]) -> Tensor:
         # Kept quirk: in the temporal layers rows are ordered (b h w) t, and are reshaped to (b t h w) all the same.
-        cells = rows.reshape(*grid, rows.shape[-1]).permute(0, 4, 1, 2, 3)
         # Causal along slabs: two before, none after.
-        mixed = self.convolution(F.pad(cells, (1, 1, 1, 1, 2, 0)))
-        return mixed.permute(0, 2, 3, 4, 1).reshape(rows.shape)
+        cells = F.pad(rows.reshape(*grid, rows.shape[-1]), (0, 0, 1, 1, 1, 1, 2, 0))
+        return by_hand.depthwise(cells, self.convolution.weight, self.convolution.bias).reshape(rows.shape)
 
     def _attend(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         query = rearrange(self.to_query(self.norm(rows)), "s n (h c) -> s h n c", h=self.heads)
@@ -116,8 +115,10 @@ class Layer(nn.Module):
         key, value = rearrange(self.to_key_value(rows), "s n (two h c) -> two s h n c", two=2, h=self.heads)
         query = F.normalize(query, dim=-1) * self.query_scale
         key = F.normalize(key, dim=-1) * self.key_scale
-        mask = None if bias is None else bias.to(query.dtype)[None]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=ATTENTION_SCALE)
+        if bias is None:
+            mixed = F.scaled_dot_product_attention(query, key, value, scale=ATTENTION_SCALE)
+        else:
+            mixed = by_hand.attention(query, key, value, bias.to(query.dtype), ATTENTION_SCALE)
         return self.out(rearrange(mixed, "s h n c -> s n (h c)"))
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ctclip import distributed
 from ctclip.config import Config
-from ctclip.data.dataset import Batch, ScanSampler, StoredVolumes, collate, rarity_weights
+from ctclip.data.dataset import Batch, ScanSampler, StoredVolumes, as_read, rarity_weights
 from ctclip.errors import TrainingError
 from ctclip.findings import FINDINGS
 from ctclip.models.dual_encoder import DualEncoder, build_model
@@ -132,10 +132,12 @@ class Run:
         self.validation = Validation(config) if self.settings.validate_every else None
         self.shown = ""
         self.divergence = Divergence()
+        self.good = 0  # steps after which the loss was still where it belongs
 
     def train(self, data: StoredVolumes, sampler: ScanSampler, steps: int) -> None:
         """Steps ``sampler.start`` to ``steps``."""
         main = distributed.is_main()
+        self.good = sampler.start
         log = MetricsLog(self.output, sampler.start, self.settings.wandb_project) if main else None
         try:
             self._steps(iter(self._batches(data, sampler)), sampler, steps, log)
@@ -183,7 +185,7 @@ class Run:
         return DataLoader(
             data,
             batch_sampler=sampler,
-            collate_fn=collate,
+            collate_fn=as_read,
             num_workers=self.config.data.workers,
             persistent_workers=self.config.data.workers > 0,
             pin_memory=self.engine.device.type == "cuda",
@@ -192,20 +194,32 @@ class Run:
     def _check(self, logged: dict[str, float], step: int) -> None:
         """Stop at the first loss or gradient that is not a number: what follows it is lost, and so would a checkpoint be."""
         loss, norm = logged["loss"], logged["gradient_norm"]
-        diverging = self.divergence.seen(loss)
-        if math.isfinite(loss) and math.isfinite(norm) and not diverging:
+        risen = self.divergence.seen(loss)
+        if math.isfinite(loss) and math.isfinite(norm) and risen <= 1:
+            if risen <= 0.5:
+                self.good = step + 1
             return
         self.checkpoints.wait()
+        # The figures are of all ranks, so all come here; one that left early would have the launcher end the one that writes.
+        distributed.barrier()
         what = f"the loss has grown to {loss:.3g}" if math.isfinite(loss) else f"the loss is {loss}"
         if math.isfinite(loss) and not math.isfinite(norm):
             what = "the gradient is not finite"
-        found = self.checkpoints.found()
-        good = self.checkpoints.best() or (found[0][1] if found else None)
         raise TrainingError(
             f"{what} at step {step} (logit scale {logged['logit_scale']:.3g}, gradient norm {norm:.3g}, learning rate "
             f"{logged['learning_rate']:.3g}): lower training.learning_rate or raise training.warmup, with --force to go on in "
-            f"this folder; {f'the last good checkpoint is {good}' if good else 'no checkpoint had been written yet'}"
+            f"this folder; {self._last_good()}"
         )
+
+    def _last_good(self) -> str:
+        found = self.checkpoints.found()
+        if not found:
+            return "no checkpoint had been written yet"
+        good = [path for step, path in found if step <= self.good]
+        if not good:
+            return f"all checkpoints kept are of steps after {self.good}, when it had begun: start in another folder"
+        later = "" if good[0] == found[0][1] else ": remove those after it, the run would go on from them"
+        return f"the last good checkpoint is {good[0]}{later}"
 
 
 class Meter:
@@ -228,21 +242,21 @@ class Meter:
 
 
 class Divergence:
-    """Whether the loss has left the ground it began on: its running mean over some 20 steps is more than twice (and a
-    nat above) what it was after the first 20."""
+    """Whether the loss leaves the ground it began on, by its running mean over some 20 steps."""
 
     def __init__(self) -> None:
         self.steps = 0
         self.mean = 0.0
         self.first: float | None = None
 
-    def seen(self, loss: float) -> bool:
-        """Note a loss; true if the run diverges."""
+    def seen(self, loss: float) -> float:
+        """Note a loss; how far it has risen: above 1, at more than twice (and a nat above) what it was after the first
+        20 steps, the run diverges."""
         self.steps += 1
         self.mean += (loss - self.mean) / min(self.steps, 20)
         if self.steps == 20:
             self.first = self.mean
-        return self.first is not None and self.mean > 2 * self.first + 1
+        return 0.0 if self.first is None else (self.mean - self.first) / (self.first + 1)
 
 
 def _next(stream: Any) -> Batch:

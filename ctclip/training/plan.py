@@ -281,6 +281,9 @@ def describe(config: Config, plan: Plan, card: str, volumes: int) -> str:
         if card in CARDS
         else PROCESS
     )
+    if config.training.zero.offload:
+        moved = "optimizer and parameters" if config.training.zero.stage == 3 else "optimizer"
+        lines.append(f"training.zero.offload moves {moved} to the host's memory: not taken off here")
     seconds = 3600 * plan.hours(volumes, rate)
     source = f"{UTILISATION:.0%} of the card's data sheet" if card in CARDS else "measured here, matrix products"
     lines += [

@@ -9,6 +9,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -123,6 +124,8 @@ def cluster() -> Iterator[Cluster]:
     ]
     daemons += [["slurmd", "-D", "-N", node] for node in ("node1", "node2")]
     running: list[subprocess.Popen[bytes]] = []
+    # Whoever ends the tests (``timeout`` does) shall not leave daemons behind: as if Ctrl-C had been pressed.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for command in daemons:
             quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -140,6 +143,7 @@ def cluster() -> Iterator[Cluster]:
                 process.wait(20)
             process.kill()
         shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _until(condition, made: Cluster) -> None:  # type: ignore[no-untyped-def]

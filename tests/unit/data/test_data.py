@@ -5,15 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
 from ctclip.config import AugmentConfig, DataConfig, ViewConfig
 from ctclip.data.dataset import (
     ScanSampler,
     StoredVolumes,
+    as_read,
     augment,
-    collate,
     rarity_weights,
-    shifted,
+    shift,
     some_scans,
     turned,
     with_report,
@@ -66,19 +68,28 @@ def test_too_few_scans_say_what_to_do() -> None:
 
 def test_items_are_deterministic_and_without_labels(store) -> None:
     data = StoredVolumes(DataConfig(store=str(store)), "train", seed=1)
-    first, again = data[(0, 5)], data[(0, 5)]
-    assert first["texts"] == again["texts"]
-    assert first["labels"] is None
-    assert np.array_equal(first["voxels"], again["voxels"])
-    batch = collate([data[(0, 0)], data[(1, 0)]])
+    batch, again = data.batch([(0, 5), (1, 0)]), data.batch([(1, 0), (0, 5)])
+    assert batch.texts == again.texts[::-1]
+    assert torch.equal(batch.volumes, again.volumes.flip(0))
     assert batch.volumes.shape == (2, 1, 64, 80, 112)
     assert batch.labels is None
     assert -1 <= float(batch.volumes.min()) <= float(batch.volumes.max()) <= 1
 
 
+def test_a_worker_reads_into_memory_it_shares(store) -> None:
+    data, keys = StoredVolumes(DataConfig(store=str(store)), "train", seed=1), [(0, 5), (1, 0)]
+    here = data.batch(keys)
+    (there,) = DataLoader(data, batch_sampler=[keys], collate_fn=as_read, num_workers=1)
+    assert there.volumes.is_shared()
+    assert not here.volumes.is_shared()
+    assert torch.equal(here.volumes, there.volumes)
+    assert here.texts == there.texts
+
+
 def test_shift_moves_and_fills_with_air() -> None:
     voxels = RANDOM(0).random((4, 5, 6)).astype(np.float32)
-    moved = shifted(voxels, np.array([1, -2, 0]))
+    moved = voxels.copy()
+    shift(moved, np.array([1, -2, 0]))
     assert np.array_equal(moved[1:, :3], voxels[:3, 2:])
     assert (moved[0] == -1).all()
     assert (moved[:, 3:] == -1).all()
@@ -111,7 +122,9 @@ def test_augmentation_is_a_function_of_its_seed() -> None:
     voxels = np.random.default_rng(0).uniform(-1, 1, (8, 10, 12)).astype(np.float32)
     config = AugmentConfig(shift_voxels=1, scale=0.05, noise_hu=10, rotate_degrees=5, zoom=0.05)
     spec = PreprocessingSpec.load("phantom")
-    one, two, other = (augment(voxels, config, spec, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    one, two, other = voxels.copy(), voxels.copy(), voxels.copy()
+    for copy, seed in ((one, 1), (two, 1), (other, 2)):
+        augment(copy, config, spec, np.random.default_rng(seed))
     assert np.array_equal(one, two)
     assert not np.array_equal(one, other)
     assert one.min() >= -1
