@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -107,7 +108,9 @@ def _wandb(folder: Path, project: str) -> Any:
             "warning: training.wandb_project is set, but wandb is not installed: `pip install wandb`", file=sys.stderr
         )
         return None
-    return wandb.init(project=project, name=folder.name, dir=str(folder), resume="allow", id=folder.name)
+    # A run that goes on is the same one there; another folder of the same name is not.
+    known = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
+    return wandb.init(project=project, name=folder.name, dir=str(folder), resume="allow", id=known)
 
 
 def _step_of(line: str) -> int:

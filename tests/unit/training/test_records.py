@@ -46,3 +46,7 @@ def test_weights_and_biases_gets_the_same_and_is_not_needed(
     log.close()
     assert said[0]["project"] == "project"
     assert said[1:] == [(7, {"loss": 1.5}), "finished"]
+    for folder in (tmp_path / "with", tmp_path / "other" / "with"):
+        MetricsLog(folder, 0, "project").close()
+    identities = [given["id"] for given in said if isinstance(given, dict)]
+    assert identities[0] == identities[1] != identities[2]
