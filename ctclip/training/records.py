@@ -86,11 +86,17 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Validations have keys that begin with ``valid``; training lines have ``loss``."""
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(name, value, step)
+        try:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(name, value, step)
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path}: could not be written ({error.strerror}); free some space and start the same command again: it "
+                f"continues from the last checkpoint"
+            ) from error
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ctclip.errors import TrainingError
 from ctclip.training.records import MetricsLog
 
 
@@ -50,3 +51,11 @@ def test_weights_and_biases_gets_the_same_and_is_not_needed(
         MetricsLog(folder, 0, "project").close()
     identities = [given["id"] for given in said if isinstance(given, dict)]
     assert identities[0] == identities[1] != identities[2]
+
+
+def test_a_full_disk_is_told_with_what_to_do(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log.path = Path("/dev/full")
+    with pytest.raises(TrainingError, match=r"full: could not be written \(No space left on device\); free some space"):
+        log.write(0, {"loss": 1.0})
+    log.close()
