@@ -128,14 +128,18 @@ def cluster() -> Iterator[Cluster]:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for command in daemons:
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            running.append(subprocess.Popen(command, env=environment, **quiet))  # type: ignore[call-overload]
+            # A session of its own: the signal that ends the tests goes to their whole group, and jobs must be ended first.
+            apart = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+            running.append(subprocess.Popen(command, env=environment, **apart))  # type: ignore[call-overload]
             if command[0] == "munged":
                 _until(lambda: Path(files["socket"]).exists(), made)
         _until(lambda: made.run("sinfo", "--noheader", "-o", "%T %D").split() == ["idle", "2"], made)
         yield made
     finally:
-        subprocess.run(["scancel", "-u", "root"], env=environment, capture_output=True, check=False, timeout=20)
+        # Jobs first: with no daemon left nobody would end them.
+        with contextlib.suppress(RuntimeError, TimeoutError, subprocess.TimeoutExpired):
+            made.run("scancel", "-u", "root")
+            _until(lambda: not made.run("squeue", "--noheader"), made, 20)
         for process in reversed(running):
             process.terminate()
         for process in running:
@@ -146,14 +150,14 @@ def cluster() -> Iterator[Cluster]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _until(condition, made: Cluster) -> None:  # type: ignore[no-untyped-def]
-    ends = time.monotonic() + 60
+def _until(condition, made: Cluster, seconds: float = 60) -> None:  # type: ignore[no-untyped-def]
+    ends = time.monotonic() + seconds
     while time.monotonic() < ends:
         with contextlib.suppress(RuntimeError):
             if condition():
                 return
         time.sleep(0.2)
-    raise TimeoutError(f"the cluster did not start{made.logs()}")
+    raise TimeoutError(f"the cluster did not come so far{made.logs()}")
 
 
 def _free_ports(count: int) -> list[int]:
