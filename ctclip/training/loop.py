@@ -26,6 +26,7 @@ from ctclip.findings import FINDINGS
 from ctclip.models.dual_encoder import DualEncoder, build_model
 from ctclip.models.folder import prompts_file, save_model
 from ctclip.models.text import load_tokenizer, train_tokenizer
+from ctclip.training.allocator import keep_freed_memory
 from ctclip.training.checkpoints import Checkpoints
 from ctclip.training.engine import Engine
 from ctclip.training.records import MetricsLog, claim_run, open_run
@@ -53,6 +54,8 @@ def train(config: Config, output: Path, *, force: bool = False) -> Path:
     """
     with distributed.process_group() as device, Signals() as signals:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if device.type == "cpu":
+            keep_freed_memory()
         held: list[IO[str]] = []
         try:
             _on_main(lambda: held.append(claim_run(output)))
