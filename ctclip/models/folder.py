@@ -93,6 +93,11 @@ def save_model(
             shutil.rmtree(aside, ignore_errors=True)
         else:
             partial.rename(final)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{final}: the model could not be written ({' '.join(str(error).split())[-160:]}); free some space and start the "
+            f"same command again"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
