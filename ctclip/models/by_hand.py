@@ -1,4 +1,4 @@
-"""Three steps of a transformer layer whose gradient PyTorch's CPU kernels compute slowly, differentiated by hand.
+"""Four steps of a transformer layer whose gradient PyTorch's CPU kernels compute slowly, differentiated by hand.
 
 Each takes a cache's worth of rows at a time, and keeps for the backward pass what it was given, not what it made on the
 way. Elsewhere (a GPU, autocast, inference, torch.compile) PyTorch's own operations are called, whose results these equal.
@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-ROWS, CHANNELS = 64, 128
+ROWS, LINES = 64, 8
 
 
 def gated(up_gate: Tensor) -> Tensor:
     """(..., 2 n) -> (..., n): the first half times the GELU of the second (Shazeer 2020)."""
     if _by_hand(up_gate):
-        return _Gated.apply(up_gate)
+        made: Tensor = _Gated.apply(up_gate)  # type: ignore[no-untyped-call]
+        return made
     up, gate = up_gate.chunk(2, dim=-1)
     return up * F.gelu(gate)
 
@@ -32,11 +34,19 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: fl
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None], scale=scale)
 
 
-def depthwise(cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Cells (B, t, h, w, C), padded already; weight (C, 1, kt, kh, kw) -> (B, t - kt + 1, h - kh + 1, w - kw + 1, C)."""
-    if _by_hand(cells):
-        return _Depthwise.apply(cells, weight, bias)
-    return _convolve(cells, weight, bias)
+def depthwise(cells: Tensor, convolution: nn.Conv3d) -> Tensor:
+    """Cells (B, t, h, w, C) -> the same, of a kernel of three that reaches two slabs back and one to each side."""
+    run: Any = _Depthwise.apply if _by_hand(cells) else _convolve
+    made: Tensor = run(cells, convolution.weight, convolution.bias)
+    return made
+
+
+def unit(given: Tensor, scale: Tensor) -> Tensor:
+    """(..., heads, c) of unit length, times ``scale`` (c)."""
+    if _by_hand(given):
+        made: Tensor = _Unit.apply(given, scale)  # type: ignore[no-untyped-call]
+        return made
+    return F.normalize(given, dim=-1) * scale
 
 
 def _by_hand(given: Tensor) -> bool:
@@ -60,6 +70,7 @@ class _Gated(torch.autograd.Function):
         return made
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> Tensor:
         (up_gate,) = ctx.saved_tensors
         made = torch.empty_like(up_gate)
@@ -84,6 +95,7 @@ class _Attention(torch.autograd.Function):
         return made
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, made = ctx.saved_tensors
         # In memory as a linear map of all heads side by side makes and takes them.
@@ -91,17 +103,49 @@ class _Attention(torch.autograd.Function):
         of_bias = torch.zeros_like(bias)
         # The part of a score's gradient that softmax's normalisation takes away again (Dao et al. 2022, section 3.1).
         common = (slope * made).sum(dim=-1, keepdim=True)
-        for head in range(query.shape[1]):
-            for row in range(len(query)):
-                at = (row, head)
-                q, k, v, above = query[at], key[at], value[at], slope[at]
-                weights = torch.addmm(bias[head], q, k.T, alpha=ctx.scale).softmax(dim=-1)
-                of_scores = torch.addmm(common[at], above, v.T, beta=-1).mul_(weights)
-                of_bias[head] += of_scores
-                of_value[at] = weights.T @ above
-                of_query[at] = (of_scores @ k).mul_(ctx.scale)
-                of_key[at] = (of_scores.T @ q).mul_(ctx.scale)
-        return of_query, of_key, of_value, of_bias, None
+        weights, of_scores = torch.empty_like(bias[0]), torch.empty_like(bias[0])
+        for head, row in itertools.product(range(query.shape[1]), range(len(query))):
+            q, k, v, above = (part[row, head] for part in (query, key, value, slope))
+            torch.softmax(torch.addmm(bias[head], q, k.T, alpha=ctx.scale, out=weights), dim=-1, out=weights)
+            torch.mm(above, v.T, out=of_scores).sub_(common[row, head]).mul_(weights)
+            of_bias[head] += of_scores
+            torch.mm(weights.T, above, out=of_value[row, head])
+            torch.mm(of_scores, k, out=of_query[row, head])
+            torch.mm(of_scores.T, q, out=of_key[row, head])
+        return of_query.mul_(ctx.scale), of_key.mul_(ctx.scale), of_value, of_bias, None
+
+
+class _Unit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(given, scale)
+        made = torch.empty_like(given, memory_format=torch.contiguous_format)
+        for some, into in zip(_heads(given), _heads(made), strict=True):
+            torch.div(some, _length(some), out=into).mul_(scale)
+        return made
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
+        given, scale = ctx.saved_tensors
+        made = torch.empty_like(slope, memory_format=torch.contiguous_format)
+        of_scale = torch.zeros_like(scale)
+        for some, above, into in zip(_heads(given), _heads(slope), _heads(made), strict=True):
+            length = _length(some)
+            direction = some / length
+            along = above * direction
+            of_scale += along.sum(dim=(0, 1))
+            outward = along.mul_(scale).sum(dim=-1, keepdim=True)
+            torch.mul(above, scale, out=into).sub_(direction.mul_(outward)).div_(length)
+        return made, of_scale
+
+
+def _heads(given: Tensor) -> tuple[Tensor, ...]:
+    return given.flatten(0, -3).split(8 * ROWS)
+
+
+def _length(given: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(given, dim=-1, keepdim=True).clamp_min_(1e-12)
 
 
 class _Depthwise(torch.autograd.Function):
@@ -111,24 +155,35 @@ class _Depthwise(torch.autograd.Function):
         return _convolve(cells, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cells, weight = ctx.saved_tensors
-        _, slabs, height, width, channels = slope.shape
-        kt, kh, kw = weight.shape[2:]
-        around = F.pad(slope, (0, 0, kw - 1, kw - 1, kh - 1, kh - 1, kt - 1, kt - 1))
-        of_cells = _convolve(around, weight.flip(2, 3, 4), None)
-        of_weight = weight.new_zeros(kt, kh, kw, channels)
-        taps = list(itertools.product(range(kt), range(kh), range(kw)))
-        for block, above in zip(cells, slope, strict=True):
-            for slab, start in itertools.product(range(slabs), range(0, channels, CHANNELS)):
-                some = slice(start, start + CHANNELS)
-                given, times = block[slab : slab + kt, :, :, some], above[slab, :, :, some]
-                product = torch.empty_like(times, memory_format=torch.contiguous_format)
-                for t, h, w in taps:
-                    torch.mul(given[t, h : h + height, w : w + width], times, out=product)
-                    of_weight[t, h, w, some] += product.sum(dim=(0, 1))
+        # What looked back is looked at from there: the kernel turned about, the first two slabs cut off, not the last.
+        of_cells = _padded(slope, weight.flip(2, 3, 4), None)[:, 2:]
+        of_weight = weight.new_zeros(3, 3, 3, cells.shape[-1])
+        for given, above in zip(cells, slope, strict=True):
+            slabs, height, width = above.shape[:3]
+            for slab, top in itertools.product(range(slabs), range(0, height, LINES)):
+                lines = range(top, min(top + LINES, height))
+                for t, h, w in itertools.product(range(max(0, 2 - slab), 3), range(3), range(3)):
+                    down, there_down = _overlap(lines, h - 1, height)
+                    across, there_across = _overlap(range(width), w - 1, width)
+                    product = given[slab + t - 2, there_down, there_across] * above[slab, down, across]
+                    of_weight[t, h, w] += product.sum(dim=(0, 1))
         return of_cells, of_weight.permute(3, 0, 1, 2)[:, None], slope.sum(dim=(0, 1, 2, 3))
 
 
+def _overlap(places: range, offset: int, length: int) -> tuple[slice, slice]:
+    """Those of ``places`` whose neighbour at ``offset`` is there, and those neighbours."""
+    first, last = max(places.start, -offset), min(places.stop, length - offset)
+    return slice(first, last), slice(first + offset, last + offset)
+
+
 def _convolve(cells: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv3d(cells.permute(0, 4, 1, 2, 3), weight, bias, groups=len(weight)).permute(0, 2, 3, 4, 1)
+    return _padded(cells, weight, bias)[:, : cells.shape[1]]
+
+
+def _padded(cells: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, t, h, w, C) -> (B, t + 2, h, w, C): as PyTorch pads on the way, which copies nothing."""
+    made = F.conv3d(cells.permute(0, 4, 1, 2, 3), weight, bias, padding=(2, 1, 1), groups=len(weight))
+    return made.permute(0, 2, 3, 4, 1)

@@ -6,6 +6,8 @@ replaced by rows of a codebook. Quirks of the published code that its weights de
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -18,6 +20,7 @@ from ctclip.models.outputs import VolumeTokens, air_where_padded, check_volume
 
 ATTENTION_SCALE = 8.0
 CODEBOOK_DECAY = 0.8
+TOKENS_AT_ONCE = 2048
 
 
 class CTViT(nn.Module):
@@ -56,14 +59,23 @@ class CTViT(nn.Module):
                 f"expected a volume (B, 1, {', '.join(map(str, self.config.shape))}), found {tuple(volume.shape)}"
             )
         pt, p1, p2 = self.config.patch
-        return self.embed(rearrange(volume, "b c (t pt) (h p1) (w p2) -> b t h w (c pt p1 p2)", pt=pt, p1=p1, p2=p2))
+        rows = rearrange(volume, "b c (t pt) (h p1) (w p2) -> b t h w (c pt p1 p2)", pt=pt, p1=p1, p2=p2)
+        norm: Any = self.embed[0]
+        linear: Any = self.embed[1]
+        # The norm's weight and bias seen as the linear map's: no gradient need flow back to where each voxel was.
+        weight, bias = linear.weight * norm.weight, linear.bias + (linear.weight * norm.bias).sum(dim=1)
+        embedded: Tensor = self.embed[2](
+            F.linear(F.layer_norm(rows, norm.normalized_shape, eps=norm.eps), weight, bias)
+        )
+        return embedded
 
     def encode(self, tokens: Tensor) -> Tensor:
         """(B, t, h, w, C) -> the same, before quantisation."""
         batch, slabs, height, width, _ = tokens.shape
         grid = (batch, slabs, height, width)
         bias = self.bias(height, width)
-        rows = rearrange(tokens, "b t h w c -> (b t) (h w) c")
+        # Layers add to float32 under autocast; what is added is computed in bfloat16.
+        rows = rearrange(tokens.to(self.spatial_norm.weight.dtype), "b t h w c -> (b t) (h w) c")
         for layer in self.spatial:
             rows = self._run(layer, rows, grid, bias)
         rows = self.spatial_norm(rows)
@@ -106,15 +118,14 @@ class Layer(nn.Module):
     def _convolve(self, rows: Tensor, grid: tuple[int, ...]) -> Tensor:
         # Kept quirk: in the temporal layers rows are ordered (b h w) t, and are reshaped to (b t h w) all the same.
         # Causal along slabs: two before, none after.
-        cells = F.pad(rows.reshape(*grid, rows.shape[-1]), (0, 0, 1, 1, 1, 1, 2, 0))
-        return by_hand.depthwise(cells, self.convolution.weight, self.convolution.bias).reshape(rows.shape)
+        return by_hand.depthwise(rows.reshape(*grid, rows.shape[-1]), self.convolution).reshape(rows.shape)
 
     def _attend(self, rows: Tensor, bias: Tensor | None) -> Tensor:
-        query = rearrange(self.to_query(self.norm(rows)), "s n (h c) -> s h n c", h=self.heads)
+        query = rearrange(self.to_query(self.norm(rows)), "s n (h c) -> s n h c", h=self.heads)
         # Kept quirk: keys and values are made from the input before the norm.
-        key, value = rearrange(self.to_key_value(rows), "s n (two h c) -> two s h n c", two=2, h=self.heads)
-        query = F.normalize(query, dim=-1) * self.query_scale
-        key = F.normalize(key, dim=-1) * self.key_scale
+        key, value = rearrange(self.to_key_value(rows), "s n (two h c) -> two s n h c", two=2, h=self.heads)
+        query = by_hand.unit(query, self.query_scale).transpose(1, 2)
+        key, value = by_hand.unit(key, self.key_scale).transpose(1, 2), value.transpose(1, 2)
         if bias is None:
             mixed = F.scaled_dot_product_attention(query, key, value, scale=ATTENTION_SCALE)
         else:
@@ -166,13 +177,14 @@ class Codebook(nn.Module):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(..., C) -> quantised tokens (..., C) and the codes' indices (...). Gradients pass straight through."""
-        flat = F.normalize(tokens.reshape(-1, tokens.shape[-1]).float(), dim=-1)
-        # The nearest of thousands of rows is not found in bfloat16.
-        with torch.autocast("cpu" if tokens.is_meta else tokens.device.type, enabled=False):
-            codes = (flat @ F.normalize(self.rows.float(), dim=-1).T).argmax(dim=-1)
+        # The nearest of thousands of rows is not found in bfloat16, nor need all similarities be there at once.
+        with torch.no_grad(), torch.autocast("cpu" if tokens.is_meta else tokens.device.type, enabled=False):
+            flat = F.normalize(tokens.detach().reshape(-1, tokens.shape[-1]).float(), dim=-1)
+            rows = F.normalize(self.rows.float(), dim=-1)
+            codes = torch.cat([(some @ rows.T).argmax(dim=-1) for some in flat.split(TOKENS_AT_ONCE)])
         quantised = self.rows[codes].reshape(tokens.shape).to(tokens.dtype)
         if self.training:
-            self._move(flat.detach(), codes)
+            self._move(flat, codes)
             quantised = tokens + (quantised - tokens).detach()
         return quantised, codes.reshape(tokens.shape[:-1])
 

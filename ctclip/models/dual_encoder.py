@@ -157,7 +157,15 @@ def build_volume_encoder(
     return ResNet3D(config)
 
 
+class _Exact(nn.Linear):
+    """In its parameters' precision under autocast too: scores rounded to three digits would not keep their order."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        with torch.autocast("cpu" if given.is_meta else given.device.type, enabled=False):
+            return super().forward(given.to(self.weight.dtype))
+
+
 def _projection(kind: str, inside: int, outside: int) -> nn.Module:
     if kind == "linear":
-        return nn.Linear(inside, outside, bias=False)
-    return nn.Sequential(nn.Linear(inside, inside), nn.GELU(), nn.Linear(inside, outside))
+        return _Exact(inside, outside, bias=False)
+    return nn.Sequential(nn.Linear(inside, inside), nn.GELU(), _Exact(inside, outside))
