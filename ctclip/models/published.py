@@ -132,6 +132,11 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(k, str) for k in loaded):
         raise CheckpointError(f"{path}: holds no dictionary of tensors")
+    if set(loaded) == {"state", "param_groups"}:
+        # The published fine-tuning saves its optimizer over its last model.
+        raise CheckpointError(
+            f"{path}: the state of an optimizer, not of a model; give the checkpoint of a step before"
+        )
     tensors = {}
     for key, value in loaded.items():
         if isinstance(value, Tensor):

@@ -39,11 +39,15 @@ def test_every_recorded_output(parity: Path, kind: str) -> None:
     model = build(parity, activation_checkpointing=kind == "checkpointed")
     encoder = model.volume_encoder
     close = lambda a, name: torch.testing.assert_close(a, golden[name], atol=1e-5, rtol=0)  # noqa: E731
+
+    def every(volume: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        patches = encoder.patches(volume)
+        encoded = encoder.encode(patches)
+        return patches, encoded, *encoder.codebook(encoded)
+
+    run = torch.compile(every) if kind == "compiled" else every
     with torch.set_grad_enabled(kind == "checkpointed"):
-        patches = encoder.patches(golden["volume"])
-        encode = torch.compile(encoder.encode) if kind == "compiled" else encoder.encode
-        encoded = encode(patches)
-        quantised, codes = encoder.codebook(encoded)
+        patches, encoded, quantised, codes = run(golden["volume"])
         volumes = model.encode_volume(golden["volume"])
         texts = model.encode_text(input_ids=golden["input_ids"], attention_mask=golden["attention_mask"])
     close(patches, "patch_tokens")
@@ -136,6 +140,39 @@ def test_the_command_makes_a_folder_that_loads(parity: Path, tmp_path: Path) -> 
         import_published(parity / "checkpoint.pt", tmp_path / "again", str(text))
 
 
+def test_vocabfine_detects_as_published(parity: Path, tmp_path: Path) -> None:
+    """CT_VocabFine_v2.pt is the state of the whole model, tuned on the prompts."""
+    from ctclip.inference.detector import Detector
+    from ctclip.inference.prompts import load_prompts
+    from ctclip.models.folder import import_published, load_model
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "emphysema", "nodule", "is", "not", "present", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join([*words, *(f"w{i}" for i in range(120 - len(words)))]))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    shape = json.loads((parity / "config.json").read_text())["bert"]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **shape}))
+    state = torch.load(parity / "checkpoint.pt", weights_only=True)
+    state["to_text_latent.weight"] = state["to_text_latent.weight"].flip(0)  # tuned: not what it began with
+    torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "CT_VocabFine_v2.pt")
+    import_published(tmp_path / "CT_VocabFine_v2.pt", tmp_path / "model", str(tmp_path))
+    model = load_model(tmp_path / "model").model
+    volume, latents = (load_file(parity / "golden.safetensors")[name] for name in ("volume", "image_latents"))
+    names = ["emphysema", "nodule"]
+    found = Detector(model, load_prompts("published"), names).detect(volume).probabilities
+
+    # Step by step, with Hugging Face's own BERT.
+    bert, prefix = BertModel(BertConfig(**shape), add_pooling_layer=False).eval(), "text_transformer."
+    bert.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, strict=False)
+    for column, name in enumerate(names):
+        pair = []
+        for said in (f"[CLS] {name} is present . [SEP]", f"[CLS] {name} is not present . [SEP]"):
+            with torch.no_grad():
+                read = bert(torch.tensor([[words.index(word) for word in said.split()]])).last_hidden_state[:, 0]
+            pair.append(torch.nn.functional.normalize(read @ state["to_text_latent.weight"].T, dim=-1))
+        logits = state["temperature"].exp() * latents @ torch.cat(pair).T
+        torch.testing.assert_close(found[:, column], logits.softmax(dim=1)[:, 0], atol=1e-5, rtol=0)
+
+
 def test_the_linear_head_and_a_configuration_by_itself(parity: Path, tmp_path: Path) -> None:
     from ctclip.inference.probe import LinearProbe
     from ctclip.models.folder import import_published, load_model
@@ -179,6 +216,10 @@ def test_what_is_no_checkpoint_is_said_in_one_line(parity: Path, tmp_path: Path)
     (tmp_path / "text.pt").write_bytes(b"not a checkpoint")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     (tmp_path / "code.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    # What the published fine-tuning script leaves where its last model was.
+    torch.save(torch.optim.AdamW([torch.zeros(2, requires_grad=True)]).state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt: the state of an optimizer"):
+        read_published(tmp_path / "optimizer.pt")
     for name in ("text.pt", "other.pt", "code.pt", "absent.pt"):
         with pytest.raises(CheckpointError, match=name) as refused:
             read_published(tmp_path / name)

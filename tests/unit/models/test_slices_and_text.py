@@ -15,7 +15,7 @@ from ctclip.errors import CheckpointError, ConfigError
 from ctclip.models.dual_encoder import build_model, build_volume_encoder
 from ctclip.models.folder import load_model, save_model
 from ctclip.models.sizes import measure
-from ctclip.models.text import build_text_encoder, train_tokenizer
+from ctclip.models.text import build_text_encoder, load_tokenizer, train_tokenizer
 from preprocessing.spec import PreprocessingSpec
 
 SENTENCES = ["The heart is enlarged.", "No pleural effusion is seen.", "A nodule lies in the upper lobe."]
@@ -123,6 +123,31 @@ def test_named_sizes_stand_for_the_model_of_a_recipe(tmp_path: Path) -> None:
     assert [s.flops for s in sizes] == sorted(s.flops for s in sizes)
     tiny = build_model(load_size("tiny"), train_tokenizer(SENTENCES * 20, 200))
     assert sizes[0].volume_parameters == sum(p.numel() for p in tiny.volume_encoder.parameters())
+
+
+def test_what_a_model_costs_is_printed() -> None:
+    from typer.testing import CliRunner
+
+    from ctclip.cli import app
+
+    shown = CliRunner().invoke(app, ["models", "ct_clip"]).stdout
+    # Of the published sizes, layer by layer: convolution, attention, feed-forward.
+    layer = 28 * 512 + 512 * (2 + 256 + 512 + 256) + 64 + 512 * (2 + 2730 + 1365)
+    patches, places = 4000 * 514 + 512 * 3, 2 * 512 + 512 + 512 * 513 + 513 * 8
+    assert f" {(8 * layer + patches + places + 4 * 512) / 1e6:.1f} M " in shown
+    # A multiplication and an addition for each weight of a linear map and token; scores, their weighted sums; codes.
+    linear = 8 * 512 * (256 + 512 + 256 + 2730 + 1365 + 27) + 4000 * 512
+    attention = 4 * 2 * 256 * (576 + 24)
+    flops = 2 * 24**3 * (linear + attention + 8192 * 512)
+    assert float(shown.splitlines()[3].split("│")[-2]) == pytest.approx(flops / 1e9, rel=0.01)
+
+
+def test_what_to_do_without_a_tokenizer_is_said(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json, or vocab\.txt with tokenizer_config\.json.*--text"
+    ) as said:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(said.value)
 
 
 def test_saved_and_loaded_as_hugging_face_does(tmp_path: Path) -> None:
