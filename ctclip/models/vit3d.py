@@ -164,11 +164,8 @@ class Stem(nn.Module):
         """volume and mask (B, 1, D, H, W) -> (B, C, d, h, w), and what was pooled on the way, (B, ...) each."""
         pd, ph, pw = self.patch
         patches = rearrange(volume, "b 1 (d pd) (h ph) (w pw) -> b d h w (pd ph pw)", pd=pd, ph=ph, pw=pw)
-        # A linear map of all windows side by side is the sum of one a window: nothing is copied next to anything.
-        parts = self.embed.weight.unflatten(1, (len(self.windows), -1)).unbind(1)
-        embedded: Tensor = self.embed.bias
-        for (low, high), part in zip(self.windows, parts, strict=True):
-            embedded = embedded + F.linear(self._window(patches, low, high), part)
+        shown = [self._window(patches, low, high) for low, high in self.windows]
+        embedded = self.embed(torch.cat(shown, dim=-1))
         # The channel axis stays innermost in memory: convolutions and linear maps both want it there.
         cells = rearrange(embedded, "b d h w c -> b c d h w")
         if len(self.convolutions):
@@ -258,7 +255,9 @@ def _mean(tokens: Tensor, real: Tensor | None) -> Tensor:
 
 def _largest(tokens: Tensor, real: Tensor | None) -> Tensor:
     """As ``_mean``, the largest of each channel."""
-    return (tokens if real is None else tokens.masked_fill(~real[..., None], float("-inf"))).amax(dim=1)
+    shown = tokens if real is None else tokens.masked_fill(~real[..., None], float("-inf"))
+    # Not amax, whose gradient compares every token with the largest.
+    return shown.max(dim=1).values
 
 
 def outside_air(volume: Tensor, size: tuple[int, ...], hu_window: tuple[float, float]) -> Tensor:
