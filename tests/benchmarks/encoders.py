@@ -155,9 +155,11 @@ def our_zero_shot() -> dict[str, Any]:
 def training_step(way: str) -> dict[str, float]:
     """Seconds and peak memory of one contrastive step at batch 1: forward, backward, the optimizer."""
     from ctclip import distributed
+    from ctclip.training.allocator import keep_freed_memory
 
-    if way != "published":
-        distributed.prepare_environment()  # as ``ctclip train`` begins
+    if way != "published":  # as ``ctclip train`` begins
+        distributed.prepare_environment()
+        keep_freed_memory()
     model = build(checkpointed=way.endswith("checkpointed")).train()
     given = volume()
     tokens = ["A nodule is seen in the right upper lobe."]
