@@ -87,6 +87,13 @@ class ResNet3DConfig(Section):
     stem_stride: tuple[int, int, int] = (2, 2, 2)
     norm: Literal["batch", "group"] = "group"
     width_factor: float = 1.0
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _counts_once(self) -> ResNet3DConfig:
+        if self.activation_checkpointing and self.norm == "batch":
+            raise ValueError("activation_checkpointing would count a batch's statistics twice: set norm=group")
+        return self
 
 
 class SlicesConfig(Section):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ctclip.config import ResNet3DConfig
-from ctclip.models.outputs import VolumeTokens, air_where_padded, check_volume
+from ctclip.models.outputs import VolumeTokens, air_where_padded, check_volume, largest_token, mean_token, real_cells
 
 BLOCKS = {18: ("basic", (2, 2, 2, 2)), 50: ("bottleneck", (3, 4, 6, 3))}
 GROUP_CHANNELS = 8
@@ -21,6 +21,7 @@ class ResNet3D(nn.Module):
 
     def __init__(self, config: ResNet3DConfig) -> None:
         super().__init__()
+        self.config = config
         from monai.networks.nets import ResNet
 
         block, layers = BLOCKS[config.depth]
@@ -40,12 +41,13 @@ class ResNet3D(nn.Module):
         check_volume(volume)
         net = self.net
         cells = net.maxpool(net.act(net.bn1(net.conv1(air_where_padded(volume, mask)))))
-        cells = net.layer4(net.layer3(net.layer2(net.layer1(cells))))
+        for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
+            if self.config.activation_checkpointing and self.training:
+                cells = checkpoint(layer, cells, use_reentrant=False)
+            else:
+                cells = layer(cells)
         tokens = rearrange(cells, "b c d h w -> b (d h w) c")
         grid = (cells.shape[2], cells.shape[3], cells.shape[4])
-        if mask is None:
-            return VolumeTokens(tokens, grid, torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=1))
-        real = F.adaptive_max_pool3d(mask.to(tokens.dtype), grid).flatten(2).mT > 0
-        mean = (tokens * real).sum(dim=1) / real.sum(dim=1)
-        largest = tokens.masked_fill(~real, float("-inf")).amax(dim=1)
-        return VolumeTokens(tokens * real, grid, torch.cat([mean, largest], dim=1))
+        real = real_cells(mask, grid)
+        pooled = torch.cat([mean_token(tokens, real), largest_token(tokens, real)], dim=1)
+        return VolumeTokens(tokens if real is None else tokens * real[..., None], grid, pooled)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ctclip.config import ViT3DConfig
 from ctclip.models.batchnorm import GlobalBatchNorm3d
-from ctclip.models.outputs import VolumeTokens, air_where_padded, check_volume
+from ctclip.models.outputs import VolumeTokens, air_where_padded, check_volume, largest_token, mean_token, real_cells
 
 LONGEST_WAVE_MM = 800.0
 SHORTEST_WAVE_MM = 12.0
@@ -96,7 +96,7 @@ class ViT3D(nn.Module):
                     score = score.masked_fill(~valid, float("-inf"))
                 pooled.append(torch.einsum("bn,bnc->bc", score.softmax(dim=1), tokens))
             else:
-                pooled.append(_mean(tokens, valid) if kind == "mean" else _largest(tokens, valid))
+                pooled.append(mean_token(tokens, valid) if kind == "mean" else largest_token(tokens, valid))
         return torch.cat(pooled, dim=1)
 
     def _kept(self, volume: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -173,11 +173,9 @@ class Stem(nn.Module):
         pooled: list[Tensor] = []
         for layer in self.convolutions:
             if self.pools and layer.halves:
-                real = None
-                if mask is not None:
-                    real = F.adaptive_max_pool3d(mask.to(cells.dtype), cells.shape[2:]).flatten(1) > 0
+                real = real_cells(mask, cells.shape[2:])
                 tokens = rearrange(cells, "b c d h w -> b (d h w) c")
-                pooled += [_mean(tokens, real), _largest(tokens, real)]
+                pooled += [mean_token(tokens, real), largest_token(tokens, real)]
             cells = layer(cells)
         return cells, pooled
 
@@ -244,20 +242,6 @@ class Block(nn.Module):
         tokens = tokens + self.out(rearrange(mixed, "b h n c -> b n (h c)"))
         gate, up = self.gate_up(self.norm_mlp(tokens)).chunk(2, dim=-1)
         return tokens + self.down(F.silu(gate) * up)
-
-
-def _mean(tokens: Tensor, real: Tensor | None) -> Tensor:
-    """tokens (B, N, C) -> (B, C), over those of ``real`` (B, N) bool; None: all."""
-    if real is None:
-        return tokens.mean(dim=1)
-    return tokens.masked_fill(~real[..., None], 0.0).sum(dim=1) / real.sum(dim=1, keepdim=True)
-
-
-def _largest(tokens: Tensor, real: Tensor | None) -> Tensor:
-    """As ``_mean``, the largest of each channel."""
-    shown = tokens if real is None else tokens.masked_fill(~real[..., None], float("-inf"))
-    # Not amax, whose gradient compares every token with the largest.
-    return shown.max(dim=1).values
 
 
 def outside_air(volume: Tensor, size: tuple[int, ...], hu_window: tuple[float, float]) -> Tensor:

@@ -194,6 +194,24 @@ def test_the_same_seed_gives_the_same_gradients(name: str, vision: Path) -> None
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("name", ["vit3d, linear", "ctvit, no codebook", "resnet3d 18", "slices, mean"])
+def test_activations_made_again_give_the_same_gradients(name: str, vision: Path) -> None:
+    gradients = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        config = config_of(name, vision).model_copy(update={"activation_checkpointing": again})
+        encoder = build_volume_encoder(config).train()
+        encoder(volume()).pooled.square().sum().backward()
+        gradients.append([p.grad for p in encoder.parameters() if p.grad is not None])
+    for kept, made in zip(*gradients, strict=True):
+        torch.testing.assert_close(made, kept)
+
+
+def test_batch_norm_and_activation_checkpointing_are_refused_together() -> None:
+    with pytest.raises(ValueError, match="norm=group"):
+        ResNet3DConfig(norm="batch", activation_checkpointing=True)
+
+
 @pytest.mark.parametrize("window", [None, (2, 3, 4)])
 def test_operations_are_those_of_the_formula(window: tuple[int, int, int] | None) -> None:
     config = ViT3DConfig(width=48, heads=2, depth=4, patch=(4, 4, 4), stages=(), registers=0, window=window)
