@@ -40,8 +40,6 @@ def prepare_environment() -> None:
         environment["MASTER_PORT"] = str(free_port())
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-        # Tensors of 2 MB and more in pages of 2 MB: a third of the time to write to them first. PyTorch reads it once.
-        environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def launched() -> bool:
