@@ -46,6 +46,11 @@ class ViT3DConfig(Section):
     )
     hu_window: tuple[float, float] = Field((-1000.0, 1000.0), description="HU that -1 and 1 of the input stand for")
     pooling: tuple[Literal["attention", "mean", "max"], ...] = ("attention", "mean")
+    extremes: bool = Field(
+        False,
+        description="beside a patch's voxels, the largest and smallest of them under each window: for small "
+        "bright or dark spots, wherever in the patch they lie",
+    )
     pool_stem: bool = Field(
         False, description="mean and largest of every stage of the stem beside the pooled tokens: for small findings"
     )

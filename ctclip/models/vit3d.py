@@ -140,9 +140,10 @@ class ViT3D(nn.Module):
 class Stem(nn.Module):
     """Volume -> tokens' cells: HU windows, a linear map of each patch, then stages of convolutions.
 
-    Each stage mixes neighbours by 3x3x3 convolutions and ends with a strided one that halves each axis. With ``pool_stem``
-    the mean and the largest of each channel before that are given out too: what is small need not survive the way to a
-    token to be seen.
+    With ``extremes`` the smallest and largest voxel of each patch and window are mapped beside its voxels: a fleck of
+    calcium is lost in a weighted sum of 64. Each stage mixes neighbours by 3x3x3 convolutions and ends with a strided
+    one that halves each axis. With ``pool_stem`` the mean and the largest of each channel before that are given out too:
+    what is small need not survive the way to a token to be seen.
     """
 
     def __init__(self, config: ViT3DConfig) -> None:
@@ -151,6 +152,7 @@ class Stem(nn.Module):
         self.hu_window, self.windows = config.hu_window, config.windows
         widths = [width for width, _ in config.stages] + [config.width]
         self.embed = nn.Linear(math.prod(config.patch) * len(config.windows), widths[0])
+        self.extremes = nn.Linear(2 * len(config.windows), widths[0], bias=False) if config.extremes else None
         self.embed_norm = GlobalBatchNorm3d(widths[0]) if config.stages else nn.Identity()
         layers: list[nn.Module] = []
         for (width, depth), after in zip(config.stages, widths[1:], strict=True):
@@ -166,6 +168,9 @@ class Stem(nn.Module):
         patches = rearrange(volume, "b 1 (d pd) (h ph) (w pw) -> b d h w (pd ph pw)", pd=pd, ph=ph, pw=pw)
         shown = [self._window(patches, low, high) for low, high in self.windows]
         embedded = self.embed(torch.cat(shown, dim=-1))
+        if self.extremes is not None:
+            spots = [extreme for window in shown for extreme in (window.amin(dim=-1), window.amax(dim=-1))]
+            embedded = embedded + self.extremes(torch.stack(spots, dim=-1))
         # The channel axis stays innermost in memory: convolutions and linear maps both want it there.
         cells = rearrange(embedded, "b d h w c -> b c d h w")
         if len(self.convolutions):

@@ -114,6 +114,21 @@ def test_the_stem_is_pooled_over_real_cells_alone() -> None:
     torch.testing.assert_close(pooled, torch.cat(expected))
 
 
+def test_extremes_are_those_of_each_patch_and_window() -> None:
+    torch.manual_seed(0)
+    windows = ((-1000.0, 1000.0), (-160.0, 240.0))
+    stem = ViT3D(SMALL.model_copy(update={"extremes": True, "stages": (), "windows": windows})).stem
+    torch.nn.init.zeros_(stem.embed.weight)
+    torch.nn.init.zeros_(stem.embed.bias)
+    found, _ = stem(volume(1))
+    shown = torch.cat([volume(1), ((volume(1) * 1000 - 40) / 200).clamp(-1, 1)], dim=1)
+    highest, lowest = (sign * torch.nn.functional.max_pool3d(sign * shown, stem.patch) for sign in (1, -1))
+    expected = torch.einsum(
+        "bkdhw,ck->bcdhw", torch.stack([lowest, highest], dim=2).flatten(1, 2), stem.extremes.weight
+    )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_global_batch_norm_is_batch_norm() -> None:
     torch.manual_seed(0)
     ours, theirs = GlobalBatchNorm3d(5), torch.nn.BatchNorm3d(5)

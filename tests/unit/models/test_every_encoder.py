@@ -27,7 +27,7 @@ CTVIT: dict[str, Any] = {
 CONFIGS: dict[str, Any] = {
     "vit3d, linear": ViT3DConfig(stages=(), **VIT),
     "vit3d, convolutions": ViT3DConfig(
-        stages=((8, 1),), **VIT | {"patch": (2, 2, 2)}, pooling=("attention", "mean", "max"), pool_stem=True
+        stages=((8, 1),), **VIT | {"patch": (2, 2, 2)}, pooling=("attention", "mean", "max"), extremes=True, pool_stem=True
     ),
     "vit3d, windows": ViT3DConfig(stages=(), **VIT, window=(2, 2, 3), global_every=2, drop_air=True),
     "vit3d, checkpointed": ViT3DConfig(stages=(), **VIT, activation_checkpointing=True),
