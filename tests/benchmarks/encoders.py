@@ -3,8 +3,8 @@
 ``--only zero_shot`` (or step, batches, ranking, vit3d, cuda) runs a part; the whole takes half an hour on an idle core.
 
 The published way: float32, score matrices written out, the position network run over every pair of places at every
-call, codes as one-hot rows (as the library does that its quantiser comes from), texts padded to 512 tokens, the volume
-encoded once more for each abnormality, Adam. Full size (240 x 480 x 480 voxels), a BERT of base size.
+call, texts padded to 512 tokens, the volume encoded once more for each abnormality, Adam. Full size (240 x 480 x 480
+voxels), a BERT of base size.
 """
 
 from __future__ import annotations
@@ -85,18 +85,6 @@ def published_way() -> Iterator[None]:
         pt, p1, p2 = self.config.patch
         return self.embed(rearrange(given, "b c (t pt) (h p1) (w p2) -> b t h w (c pt p1 p2)", pt=pt, p1=p1, p2=p2))
 
-    def one_hot(self: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        flat, rows = F.normalize(tokens.reshape(-1, tokens.shape[-1]), dim=-1), F.normalize(self.rows, dim=-1)
-        codes = (flat @ rows.T).argmax(dim=-1)
-        chosen = F.one_hot(codes, len(rows)).to(flat.dtype)
-        quantised = self.rows[codes].reshape(tokens.shape)
-        if self.training:
-            with torch.no_grad():
-                mean = torch.where(chosen.sum(dim=0)[:, None] > 0, F.normalize(chosen.T @ flat, dim=-1), rows)
-                self.rows.lerp_(mean, 1 - ctvit.CODEBOOK_DECAY)
-            quantised = tokens + (quantised - tokens).detach()
-        return quantised, codes.reshape(tokens.shape[:-1])
-
     def padded(self: Any, texts: Any) -> dict[str, Tensor]:
         tokens = tokenise(self, texts)
         return {name: F.pad(ids, (0, PADDED - ids.shape[1])) for name, ids in tokens.items()}
@@ -106,7 +94,6 @@ def published_way() -> Iterator[None]:
         mock.patch.object(ctvit.Layer, "_attend", attend),
         mock.patch.object(ctvit.RelativeBias, "forward", all_pairs),
         mock.patch.object(ctvit.CTViT, "patches", patches),
-        mock.patch.object(ctvit.Codebook, "forward", one_hot),
         mock.patch.object(by_hand, "_by_hand", return_value=False),
         mock.patch.object(TextEncoder, "tokenise", padded),
     ):
@@ -273,11 +260,11 @@ def floor(threads: int) -> str:
     # Forward and twice that backward: the position network over all pairs of 576 places, BERT's layers over 512 tokens.
     places = 3 * 2 * 576**2 * (2 * 512 + 512 * 512 + 512 * 8) / 1e9
     text = 3 * 2 * PADDED * 12 * (12 * 768**2) / 1e9
-    # The mean of each code's tokens as a product of one-hot rows; the gradient of the patches before their linear map.
-    codes, patches = 2 * 24**3 * 8192 * 512 / 1e9, 2 * 24**3 * 4000 * 512 / 1e9
+    # The gradient of the patches before their linear map.
+    patches = 2 * 24**3 * 4000 * 512 / 1e9
     return "".join(
         f"Products of {way}: {count:,.0f} GFLOP; at {rate:.0f} GFLOP/s they take {count / rate:.1f} s.\n"
-        for way, count in (("the published way", ours + places + text + codes + patches), ("ctclip", ours))
+        for way, count in (("the published way", ours + places + text + patches), ("ctclip", ours))
     )
 
 

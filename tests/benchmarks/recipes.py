@@ -26,6 +26,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "negatives of 8 alone": ("phantom_tiny", "objectives.memory=0", "objectives.negatives=8"),
     "the batch's texts alone": ("phantom_tiny", "objectives.memory=0"),
     "stem not pooled": ("phantom_tiny", "model.volume.pool_stem=false"),
+    "no extremes": ("phantom_tiny", "model.volume.extremes=false"),
     "sections drawn": ("phantom_tiny", "data.views={report: 1, findings: 1, impression: 1}"),
     "sentences drawn": ("phantom_tiny", "data.views={report: 1, sentences: 1}"),
     "sentences shuffled": ("phantom_tiny", "data.shuffle_sentences=true"),
