@@ -21,9 +21,9 @@ venv: .venv/installed
 # torch by itself first: the pinned version, before anything can ask for another.
 .venv/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --upgrade pip setuptools
-	.venv/bin/python -m pip install --quiet torch==2.13.0
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	.venv/bin/python -m pip install -qq --upgrade pip setuptools
+	.venv/bin/python -m pip install -qq torch==2.13.0
+	.venv/bin/python -m pip install -qq --constraint constraints.txt --editable ".[dev]"
 	touch .venv/installed
 
 clean:
