@@ -1,7 +1,7 @@
 """Volumes of a store with their reports, read into batches.
 
-A voxel is written once, where the model will read it: the store decompresses into the batch, and augmentation works
-in place. Reading labels is a separate, explicit step (``labels=``): a run that trains from reports alone never
+A voxel is written once: the store decompresses int16 HU into the batch, and the device that trains does the rest
+(``augment.py``). Reading labels is a separate, explicit step (``labels=``): a run that trains from reports alone never
 touches the label columns.
 """
 
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from ctclip.config import AugmentConfig, DataConfig
+from ctclip.config import DataConfig
+from ctclip.data.augment import Change, draw_change, shown
 from ctclip.data.reports import Report, ReportViews
 from ctclip.errors import DataError
 from preprocessing.spec import PreprocessingSpec
@@ -37,16 +38,32 @@ class Batch:
     text_identities: Tensor
     labels: Tensor | None
 
-    def pin_memory(self) -> Batch:
+
+@dataclass
+class ReadBatch:
+    """As the store has it: hu (B, 1, D, H, W) int16, and how each volume is to be changed; the rest as in Batch."""
+
+    hu: Tensor
+    changes: list[Change]
+    texts: list[str]
+    scans: Tensor
+    text_identities: Tensor
+    labels: Tensor | None
+
+    def pin_memory(self) -> ReadBatch:
         """What DataLoader calls on it, so that the copy to a card runs beside its work."""
-        self.volumes = self.volumes.pin_memory()
+        self.hu = self.hu.pin_memory()
         return self
 
-    def to(self, device: torch.device) -> Batch:
-        self.volumes = self.volumes.to(device, non_blocking=True)
-        self.scans, self.text_identities = self.scans.to(device), self.text_identities.to(device)
-        self.labels = None if self.labels is None else self.labels.to(device)
-        return self
+    def on(self, device: torch.device, spec: PreprocessingSpec) -> Batch:
+        """What a model on ``device`` is shown; ``spec``: the store's."""
+        return Batch(
+            volumes=shown(self.hu.to(device, non_blocking=True), spec, self.changes),
+            texts=self.texts,
+            scans=self.scans.to(device),
+            text_identities=self.text_identities.to(device),
+            labels=None if self.labels is None else self.labels.to(device),
+        )
 
 
 class StoredVolumes(Dataset):
@@ -82,19 +99,21 @@ class StoredVolumes(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, keys: Sequence[tuple[int, int]]) -> Batch:
+    def batch(self, keys: Sequence[tuple[int, int]]) -> ReadBatch:
         """``keys``: (row, draw) each; the same draw gives the same voxels and views, in any worker on any rank."""
-        volumes = _memory((len(keys), 1, *self.spec.shape))
+        hu = _memory((len(keys), 1, *self.spec.shape))
+        changes: list[Change] = []
         texts: list[str] = []
-        for voxels, (row, draw) in zip(volumes.numpy()[:, 0], keys, strict=True):
+        for voxels, (row, draw) in zip(hu.numpy()[:, 0], keys, strict=True):
             random = np.random.default_rng([self.seed, row, draw])
-            self.store.voxels(self.rows["volume"].iloc[row], out=voxels)
+            self.store.read(self.rows["volume"].iloc[row], out=voxels)
             if self.training:
-                augment(voxels, self.config.augment, self.spec, random)
+                changes.append(draw_change(self.config.augment, random))
             texts += [self.views.draw(self.reports[row], random) for _ in range(self.config.views_per_volume)]
         rows = [row for row, _ in keys]
-        return Batch(
-            volumes=volumes,
+        return ReadBatch(
+            hu=hu,
+            changes=changes,
             texts=texts,
             scans=torch.from_numpy(self.scan_numbers[rows]),
             text_identities=torch.tensor([zlib.crc32(text.encode()) for text in texts]),
@@ -105,18 +124,18 @@ class StoredVolumes(Dataset):
     __getitems__ = batch
 
 
-def as_read(batch: Any) -> Batch:
+def as_read(batch: Any) -> ReadBatch:
     """``collate_fn`` of a DataLoader over StoredVolumes, whose batches are whole already."""
-    whole: Batch = batch
+    whole: ReadBatch = batch
     return whole
 
 
 def _memory(shape: tuple[int, ...]) -> Tensor:
-    """float32, not yet written; in a worker, shared with the process that will train on it."""
+    """int16, not yet written; in a worker, shared with the process that will train on it."""
     if torch.utils.data.get_worker_info() is None:
-        return torch.empty(shape)
-    storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
-    return torch.empty(0).set_(storage, 0, shape)  # type: ignore[call-overload]
+        return torch.empty(shape, dtype=torch.int16)
+    storage = torch.UntypedStorage._new_shared(2 * math.prod(shape))
+    return torch.empty(0, dtype=torch.int16).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def stored_rows(store: VolumeStore, split: str | None) -> pd.DataFrame:
@@ -165,53 +184,6 @@ def label_array(rows: pd.DataFrame, labels: Sequence[str]) -> np.ndarray:
     if absent:
         raise DataError(f"the cohort table has no label column {absent[0]!r}; run without labels, or add the column")
     return rows[list(labels)].to_numpy(dtype="float32", na_value=np.nan)
-
-
-def augment(voxels: np.ndarray, config: AugmentConfig, spec: PreprocessingSpec, random: np.random.Generator) -> None:
-    """Turn, size, shift, contrast and noise of a volume in [-1, 1], in place; what comes in from outside is air (-1)."""
-    if config.rotate_degrees or config.zoom:
-        angles = np.radians(random.uniform(-config.rotate_degrees, config.rotate_degrees, size=3))
-        voxels[:] = turned(voxels, angles, 1 + random.uniform(-config.zoom, config.zoom), spec.spacing)
-    if config.shift_voxels:
-        shift(voxels, random.integers(-config.shift_voxels, config.shift_voxels + 1, size=3))
-    if config.scale:
-        # Contrast changes about air, whose value is the one thing every scanner agrees on.
-        voxels += 1
-        voxels *= np.float32(1 + random.uniform(-config.scale, config.scale))
-        voxels -= 1
-    if config.noise_hu:
-        low, high = spec.hu_window
-        amplitude = random.uniform(0, config.noise_hu) * 2 / (high - low)
-        voxels += random.standard_normal(voxels.shape, dtype=np.float32) * np.float32(amplitude)
-    if config.scale or config.noise_hu:
-        np.clip(voxels, -1, 1, out=voxels)
-
-
-def turned(voxels: np.ndarray, angles: np.ndarray, zoom: float, spacing: Sequence[float]) -> np.ndarray:
-    """``voxels`` turned about their centre by ``angles`` (rad, about the slice, row and column axis) in the patient's
-    millimetres and magnified by ``zoom``: MONAI's Affine, trilinear."""
-    from monai.transforms import Affine
-    from monai.transforms.utils import create_rotate
-
-    millimetres = np.diag([*spacing, 1.0])
-    # Where each voxel of the result comes from, in voxels from the centre.
-    matrix = np.linalg.inv(millimetres) @ create_rotate(3, angles.tolist()) @ millimetres / zoom
-    matrix[3, 3] = 1.0
-    moved = Affine(affine=matrix, padding_mode="zeros", align_corners=False, image_only=True)(
-        torch.from_numpy(voxels + 1)[None]
-    )
-    result: np.ndarray = np.asarray(moved[0], dtype=np.float32) - 1
-    return result
-
-
-def shift(voxels: np.ndarray, offset: np.ndarray) -> None:
-    """Move ``voxels`` by whole voxels, in place; -1 comes in."""
-    source = tuple(slice(max(0, -o), n - max(0, o)) for o, n in zip(offset, voxels.shape, strict=True))
-    target = tuple(slice(max(0, o), n - max(0, -o)) for o, n in zip(offset, voxels.shape, strict=True))
-    voxels[target] = voxels[source]
-    for axis, moved in enumerate(offset):
-        edge = slice(0, moved) if moved > 0 else slice(voxels.shape[axis] + moved, None)
-        voxels[(slice(None),) * axis + (edge,)] = -1
 
 
 class ScanSampler(Sampler[list[tuple[int, int]]]):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ctclip import distributed
 from ctclip.config import Config
-from ctclip.data.dataset import Batch, ScanSampler, StoredVolumes, as_read, rarity_weights
+from ctclip.data.dataset import ReadBatch, ScanSampler, StoredVolumes, as_read, rarity_weights
 from ctclip.errors import TrainingError
 from ctclip.findings import FINDINGS
 from ctclip.models.dual_encoder import DualEncoder, build_model
@@ -143,21 +143,23 @@ class Run:
         self.good = sampler.start
         log = MetricsLog(self.output, sampler.start, self.settings.wandb_project) if main else None
         try:
-            self._steps(iter(self._batches(data, sampler)), sampler, steps, log)
+            self._steps(iter(self._batches(data, sampler)), data.spec, sampler, steps, log)
             self.checkpoints.wait()
         finally:
             self.checkpoints.close()
             if log is not None:
                 log.close()
 
-    def _steps(self, stream: Any, sampler: ScanSampler, steps: int, log: MetricsLog | None) -> None:
+    def _steps(
+        self, stream: Any, spec: PreprocessingSpec, sampler: ScanSampler, steps: int, log: MetricsLog | None
+    ) -> None:
         numbers: Any = range(sampler.start, steps)
         if log is not None:
             numbers = track(numbers, steps - sampler.start, "training", "steps", lambda: self.shown)
         meter = Meter()
         for step in numbers:
             with meter.waiting():
-                batch = _next(stream).to(self.engine.device)
+                batch = _next(stream).on(self.engine.device, spec)
             logged = self.engine.step(batch, step, steps)
             meter.volumes += self.settings.batch
             self._check(logged, step)
@@ -262,10 +264,10 @@ class Divergence:
         return 0.0 if self.first is None else (self.mean - self.first) / (self.first + 1)
 
 
-def _next(stream: Any) -> Batch:
+def _next(stream: Any) -> ReadBatch:
     """The next batch; what went wrong in a reading process becomes one line here."""
     try:
-        batch: Batch = next(stream)
+        batch: ReadBatch = next(stream)
         return batch
     except PreprocessingError as error:
         # torch wraps what a worker raised in the worker's whole traceback; its last line is the message.

@@ -46,7 +46,7 @@ class Validation:
         with torch.no_grad(), engine.autocast():
             for start in range(0, share, BATCH):
                 rows = padded[start : start + BATCH]
-                voxels = self.data.batch([(row, 0) for row in rows]).volumes.to(engine.device)
+                voxels = self.data.batch([(row, 0) for row in rows]).on(engine.device, self.data.spec).volumes
                 reports = [self.data.reports[row].text() for row in rows]
                 tokens = {name: ids.to(engine.device) for name, ids in engine.tokenise(reports).items()}
                 volume, text, _ = engine.deepspeed("features", volumes=voxels, tokens=tokens)

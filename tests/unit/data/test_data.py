@@ -9,17 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ctclip.config import AugmentConfig, DataConfig, ViewConfig
-from ctclip.data.dataset import (
-    ScanSampler,
-    StoredVolumes,
-    as_read,
-    augment,
-    rarity_weights,
-    shift,
-    some_scans,
-    turned,
-    with_report,
-)
+from ctclip.data.augment import Change, draw_change, shifted, shown, turned
+from ctclip.data.dataset import ScanSampler, StoredVolumes, as_read, rarity_weights, some_scans, with_report
 from ctclip.data.reports import Report, ReportViews, negates
 from ctclip.errors import DataError
 from preprocessing.spec import PreprocessingSpec
@@ -70,27 +61,28 @@ def test_items_are_deterministic_and_without_labels(store) -> None:
     data = StoredVolumes(DataConfig(store=str(store)), "train", seed=1)
     batch, again = data.batch([(0, 5), (1, 0)]), data.batch([(1, 0), (0, 5)])
     assert batch.texts == again.texts[::-1]
-    assert torch.equal(batch.volumes, again.volumes.flip(0))
-    assert batch.volumes.shape == (2, 1, 64, 80, 112)
+    assert torch.equal(batch.hu, again.hu.flip(0))
+    assert batch.changes == again.changes[::-1]
+    assert batch.hu.shape == (2, 1, 64, 80, 112)
     assert batch.labels is None
-    assert -1 <= float(batch.volumes.min()) <= float(batch.volumes.max()) <= 1
+    volumes = batch.on(torch.device("cpu"), data.spec).volumes
+    assert -1 <= float(volumes.min()) <= float(volumes.max()) <= 1
 
 
 def test_a_worker_reads_into_memory_it_shares(store) -> None:
     data, keys = StoredVolumes(DataConfig(store=str(store)), "train", seed=1), [(0, 5), (1, 0)]
     here = data.batch(keys)
     (there,) = DataLoader(data, batch_sampler=[keys], collate_fn=as_read, num_workers=1)
-    assert there.volumes.is_shared()
-    assert not here.volumes.is_shared()
-    assert torch.equal(here.volumes, there.volumes)
+    assert there.hu.is_shared()
+    assert not here.hu.is_shared()
+    assert torch.equal(here.hu, there.hu)
     assert here.texts == there.texts
 
 
 def test_shift_moves_and_fills_with_air() -> None:
-    voxels = RANDOM(0).random((4, 5, 6)).astype(np.float32)
-    moved = voxels.copy()
-    shift(moved, np.array([1, -2, 0]))
-    assert np.array_equal(moved[1:, :3], voxels[:3, 2:])
+    voxels = torch.rand(4, 5, 6)
+    moved = shifted(voxels, (1, -2, 0))
+    assert torch.equal(moved[1:, :3], voxels[:3, 2:])
     assert (moved[0] == -1).all()
     assert (moved[:, 3:] == -1).all()
 
@@ -107,7 +99,7 @@ def test_a_turn_is_a_turn_in_millimetres() -> None:
     index = np.stack(np.meshgrid(*map(np.arange, (20, 24, 28)), indexing="ij"), axis=-1)
     blob = np.exp(-((index - np.array([8, 15, 10])) ** 2).sum(axis=-1) / 18).astype(np.float32) * 2 - 1
     spacing, angle, zoom = (3.0, 1.5, 2.0), 0.3, 1.1
-    found = turned(blob, np.array([angle, 0.0, 0.0]), zoom, spacing)
+    found = turned(torch.from_numpy(blob), (angle, 0.0, 0.0), zoom, spacing).numpy()
     scale = np.diag(spacing)
     rotation = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
     back = np.linalg.inv(scale) @ rotation @ scale / zoom
@@ -115,20 +107,34 @@ def test_a_turn_is_a_turn_in_millimetres() -> None:
     expected = affine_transform(blob, back, centre - back @ centre, order=1, mode="grid-constant", cval=-1)
     inner = (slice(2, -2),) * 3
     assert np.abs(found - expected)[inner].max() < 1e-4
-    assert np.abs(turned(blob, np.zeros(3), 1.0, spacing) - blob).max() < 1e-5
+    assert np.abs(turned(torch.from_numpy(blob), (0.0, 0.0, 0.0), 1.0, spacing).numpy() - blob).max() < 1e-5
 
 
 def test_augmentation_is_a_function_of_its_seed() -> None:
-    voxels = np.random.default_rng(0).uniform(-1, 1, (8, 10, 12)).astype(np.float32)
+    hu = torch.from_numpy(RANDOM(0).integers(-1200, 1200, (1, 1, 8, 10, 12), dtype=np.int16))
     config = AugmentConfig(shift_voxels=1, scale=0.05, noise_hu=10, rotate_degrees=5, zoom=0.05)
     spec = PreprocessingSpec.load("phantom")
-    one, two, other = voxels.copy(), voxels.copy(), voxels.copy()
-    for copy, seed in ((one, 1), (two, 1), (other, 2)):
-        augment(copy, config, spec, np.random.default_rng(seed))
-    assert np.array_equal(one, two)
-    assert not np.array_equal(one, other)
+    one, two, other = (shown(hu, spec, [draw_change(config, RANDOM(seed))]) for seed in (1, 1, 2))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
     assert one.min() >= -1
     assert one.max() <= 1
+
+
+def test_without_a_change_a_model_is_shown_what_inference_reads(store) -> None:
+    stored = StoredVolumes(DataConfig(store=str(store)), "train").store
+    name = stored.volumes[0]
+    hu = torch.from_numpy(stored.read(name, out=np.empty(stored.spec.shape, np.int16)))[None, None]
+    assert np.array_equal(hu[0, 0], stored.read(name))
+    for changes in ([], [draw_change(AugmentConfig(), RANDOM(0))]):
+        assert np.array_equal(shown(hu, stored.spec, changes)[0, 0], stored.voxels(name))
+
+
+def test_contrast_changes_about_air() -> None:
+    hu = torch.tensor([-1000, 0, 500], dtype=torch.int16).reshape(1, 1, 1, 1, 3)
+    change = Change((0.0, 0.0, 0.0), 1.0, (0, 0, 0), 1.1, 0.0, 0)
+    found = shown(hu, PreprocessingSpec.load("phantom"), [change])
+    torch.testing.assert_close(found.flatten(), torch.tensor([-1.0, 0.1, 0.65]))
 
 
 def test_rare_labels_are_drawn_more_often() -> None:

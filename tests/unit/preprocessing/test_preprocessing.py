@@ -253,17 +253,30 @@ def test_a_crop_reads_its_chunks_alone(tmp_path) -> None:
     content = store.file("a").read_bytes()
     opened = blosc2.ndarray_from_cframe(content)
     chunks = opened.schunk
-    assert chunks.nchunks == 16
-    for index in range(1, 16):
-        chunk = chunks.get_chunk(index)
-        assert content.count(chunk) == 1
-        content = content.replace(chunk, chunk[:32] + b"\xff" * (len(chunk) - 32))
-    store.file("a").write_bytes(content)
-    first = slice(3, 16), slice(3, 96), slice(3, 64)
+    assert chunks.nchunks == 2
+    chunk = chunks.get_chunk(1)
+    assert content.count(chunk) == 1
+    store.file("a").write_bytes(content.replace(chunk, chunk[:32] + b"\xff" * (len(chunk) - 32)))
+    first = slice(3, 64), slice(3, 96), slice(3, 64)
     assert np.array_equal(store.read("a", first), hu[first])
-    for rows in ((slice(3, 17), first[1]), (first[0], slice(3, 97))):
+    for damaged in (lambda: store.read("a", (slice(3, 65), *first[1:])), lambda: store.read("a", out=np.empty_like(hu))):
         with pytest.raises(PreprocessingError, match="damaged"):
-            store.read("a", (*rows, first[2]))
+            damaged()
+
+
+@pytest.mark.parametrize("chunks", [None, (16, 48, 60), (16, 96, 60), (7, 96, 60)])
+def test_a_volume_is_read_into_a_batch_whatever_its_chunks(tmp_path, chunks) -> None:
+    """``None``: as stores are written; others as earlier versions did, or anyone."""
+    store = VolumeStore.create(tmp_path / "s", PreprocessingSpec("t", (3.0, 3.0, 3.0), (75, 96, 60)))
+    hu = np.random.default_rng(0).integers(-1000, 1000, (75, 96, 60)).astype(np.int16)
+    store.write("a", hu)
+    if chunks:
+        store.file("a").write_bytes(blosc2.asarray(hu, chunks=chunks).to_cframe())
+    batch = np.full((2, *hu.shape), 7, np.int16)
+    store.read("a", out=batch[1])
+    assert np.array_equal(batch[1], hu)
+    assert (batch[0] == 7).all()
+    assert np.abs(store.voxels("a") - np.clip(hu / 1000, -1, 1)).max() < 1e-6
 
 
 def test_a_file_of_the_store_that_changed_is_found(tmp_path) -> None:

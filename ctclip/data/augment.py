@@ -1,0 +1,95 @@
+"""From stored HU to what a model is shown, on the device that trains: window, and random changes drawn beforehand.
+
+The reading processes draw a change with the volume's own seed; a change is applied where the batch lies, so that a card
+turns volumes instead of the processors that feed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctclip.config import AugmentConfig
+from preprocessing.spec import PreprocessingSpec
+
+
+class Change(NamedTuple):
+    """One volume's: a turn about the slice, row and column axis (rad), size, shift (voxels), contrast, noise (HU)."""
+
+    angles: tuple[float, ...]
+    zoom: float
+    offset: tuple[int, ...]
+    contrast: float
+    noise_hu: float
+    seed: int
+
+
+def draw_change(config: AugmentConfig, random: np.random.Generator) -> Change:
+    """A change within the amplitudes of ``config``; one of amplitude 0 draws nothing."""
+    angles, zoom, offset, contrast, noise, seed = [0.0] * 3, 1.0, [0] * 3, 1.0, 0.0, 0
+    if config.rotate_degrees or config.zoom:
+        angles = np.radians(random.uniform(-config.rotate_degrees, config.rotate_degrees, size=3)).tolist()
+        zoom = 1 + random.uniform(-config.zoom, config.zoom)
+    if config.shift_voxels:
+        offset = random.integers(-config.shift_voxels, config.shift_voxels + 1, size=3).tolist()
+    if config.scale:
+        contrast = 1 + random.uniform(-config.scale, config.scale)
+    if config.noise_hu:
+        noise, seed = random.uniform(0, config.noise_hu), int(random.integers(2**63))
+    return Change(tuple(angles), zoom, tuple(offset), contrast, noise, seed)
+
+
+def shown(hu: Tensor, spec: PreprocessingSpec, changes: Sequence[Change] = ()) -> Tensor:
+    """HU (B, 1, D, H, W) int16 -> float32 in [-1, 1] on the same device, each volume changed by its own of ``changes``
+    (none: as it is). What comes in from outside is air (-1)."""
+    low, high, middle, gain = spec.window
+    volumes = hu.float().clamp_(low, high).sub_(middle).mul_(gain)
+    for volume, change in zip(volumes[:, 0], changes, strict=False):
+        _apply(volume, change, spec)
+    return volumes
+
+
+def _apply(volume: Tensor, change: Change, spec: PreprocessingSpec) -> None:
+    """In place."""
+    if any(change.angles) or change.zoom != 1:
+        volume.copy_(turned(volume, change.angles, change.zoom, spec.spacing))
+    if any(change.offset):
+        volume.copy_(shifted(volume, change.offset))
+    if change.contrast != 1:
+        # Contrast changes about air, whose value is the one thing every scanner agrees on.
+        volume.add_(1).mul_(change.contrast).sub_(1)
+    if change.noise_hu:
+        low, high = spec.hu_window
+        random = torch.Generator(volume.device).manual_seed(change.seed)
+        noise = torch.randn(volume.shape, generator=random, device=volume.device)
+        volume.add_(noise, alpha=change.noise_hu * 2 / (high - low))
+    if change.contrast != 1 or change.noise_hu:
+        volume.clamp_(-1, 1)
+
+
+def turned(volume: Tensor, angles: Sequence[float], zoom: float, spacing: Sequence[float]) -> Tensor:
+    """``volume`` (D, H, W) turned about its centre by ``angles`` (rad, about the slice, row and column axis) in the
+    patient's millimetres and magnified by ``zoom``: MONAI's Affine, trilinear."""
+    from monai.transforms import Affine
+    from monai.transforms.utils import create_rotate
+
+    millimetres = np.diag([*spacing, 1.0])
+    # Where each voxel of the result comes from, in voxels from the centre.
+    matrix = np.linalg.inv(millimetres) @ create_rotate(3, list(angles)) @ millimetres / zoom
+    matrix[3, 3] = 1.0
+    turn = Affine(affine=matrix, padding_mode="zeros", align_corners=False, image_only=True, device=volume.device)
+    moved: Tensor = torch.as_tensor(turn(volume[None] + 1))[0]
+    return moved - 1
+
+
+def shifted(volume: Tensor, offset: Sequence[int]) -> Tensor:
+    """``volume`` moved by whole voxels, filled with -1."""
+    moved = torch.full_like(volume, -1)
+    source = tuple(slice(max(0, -o), n - max(0, o)) for o, n in zip(offset, volume.shape, strict=True))
+    target = tuple(slice(max(0, o), n - max(0, -o)) for o, n in zip(offset, volume.shape, strict=True))
+    moved[target] = volume[source]
+    return moved
