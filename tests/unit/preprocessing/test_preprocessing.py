@@ -259,7 +259,10 @@ def test_a_crop_reads_its_chunks_alone(tmp_path) -> None:
     store.file("a").write_bytes(content.replace(chunk, chunk[:32] + b"\xff" * (len(chunk) - 32)))
     first = slice(3, 64), slice(3, 96), slice(3, 64)
     assert np.array_equal(store.read("a", first), hu[first])
-    for damaged in (lambda: store.read("a", (slice(3, 65), *first[1:])), lambda: store.read("a", out=np.empty_like(hu))):
+    for damaged in (
+        lambda: store.read("a", (slice(3, 65), *first[1:])),
+        lambda: store.read("a", out=np.empty_like(hu)),
+    ):
         with pytest.raises(PreprocessingError, match="damaged"):
             damaged()
 
