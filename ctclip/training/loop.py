@@ -159,8 +159,8 @@ class Run:
         meter = Meter()
         for step in numbers:
             with meter.waiting():
-                batch = _next(stream).on(self.engine.device, spec)
-            logged = self.engine.step(batch, step, steps)
+                read = _next(stream)
+            logged = self.engine.step(read.on(self.engine.device, spec), step, steps)
             meter.volumes += self.settings.batch
             self._check(logged, step)
             done, last = step + 1, step + 1 == steps
