@@ -18,7 +18,7 @@ def models(
     from rich.console import Console
     from rich.table import Table
 
-    from ctclip.config import configs_folder, load_size
+    from ctclip.config_files import configs_folder, load_size
     from ctclip.models.sizes import measure
     from preprocessing.spec import PreprocessingSpec
 

@@ -13,7 +13,7 @@ def list_sets() -> None:
 
     `ctclip prompts list`
     """
-    from ctclip.config import configs_folder
+    from ctclip.config_files import configs_folder
     from ctclip.inference.prompts import load_prompts
 
     for path in sorted((configs_folder() / "prompts").glob("*.yaml")):

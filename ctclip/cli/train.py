@@ -40,7 +40,7 @@ def train(
     `torchrun --nproc-per-node 4 -m ctclip.train --config phantom_tiny --store store --output runs/first`
     """
     from ctclip import distributed
-    from ctclip.config import load_config
+    from ctclip.config_files import load_config
     from ctclip.errors import ConfigError
 
     given = [f"data.store={store}"] if store is not None else []

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, model_validator
 
-from ctclip.config import Section, find_config, read_mapping, validated
+from ctclip.config import Section
+from ctclip.config_files import find_config, read_mapping, validated
 from ctclip.errors import EvaluationError
 
 Thresholds = Literal["calibration", "published"]

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ctclip.config import Section, find_config, read_mapping, validated
+from ctclip.config import Section
+from ctclip.config_files import find_config, read_mapping, validated
 from ctclip.errors import ConfigError, PromptError
 from ctclip.findings import FINDINGS
 

@@ -13,13 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctclip.config import (
-    CTViTConfig,
-    ModelConfig,
-    ResNet3DConfig,
-    SlicesConfig,
-    ViT3DConfig,
-)
+from ctclip.config import CTViTConfig, ModelConfig, ResNet3DConfig, SlicesConfig, ViT3DConfig
 from ctclip.models.text import TextEncoder, build_text_encoder
 
 

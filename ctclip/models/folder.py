@@ -24,7 +24,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ctclip.config import ModelConfig, SlicesConfig, TextConfig, configs_folder, dump_config, read_mapping, validated
+from ctclip.config import ModelConfig, SlicesConfig, TextConfig
+from ctclip.config_files import configs_folder, dump_config, read_mapping, validated
 from ctclip.errors import CheckpointError
 from ctclip.models.dual_encoder import DualEncoder, build_volume_encoder
 from ctclip.models.text import TextEncoder, load_tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ctclip.config import build_config, read_mapping
+from ctclip.config_files import build_config, read_mapping
 from ctclip.data.dataset import stored_rows
 from ctclip.errors import CheckpointError
 from ctclip.models.dual_encoder import build_model

@@ -11,7 +11,8 @@ import zlib
 from pathlib import Path
 from typing import IO, Any
 
-from ctclip.config import Config, build_config, differing_keys, dump_config, read_mapping
+from ctclip.config import Config
+from ctclip.config_files import build_config, differing_keys, dump_config, read_mapping
 from ctclip.errors import TrainingError
 from ctclip.versions import revision, versions
 from preprocessing.files import write_text

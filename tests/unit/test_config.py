@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ctclip.config import Config, build_config, configs_folder, differing_keys, dump_config, load_config, read_mapping
+from ctclip.config import Config
+from ctclip.config_files import build_config, configs_folder, differing_keys, dump_config, load_config, read_mapping
 from ctclip.errors import ConfigError
 
 

@@ -9,7 +9,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"preprocessing"},
-    {"ctclip.errors", "ctclip.findings", "ctclip.sentences", "ctclip.versions", "ctclip.config", "ctclip.distributed"},
+    {
+        "ctclip.errors",
+        "ctclip.findings",
+        "ctclip.sentences",
+        "ctclip.versions",
+        "ctclip.config",
+        "ctclip.config_files",
+        "ctclip.distributed",
+    },
     {"ctclip.models", "ctclip.losses", "ctclip.data", "ctclip.phantom"},
     {"ctclip.evaluation"},
     {"ctclip.training", "ctclip.inference"},

@@ -22,7 +22,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from ctclip.config import configs_folder
+from ctclip.config_files import configs_folder
 from ctclip.errors import ConfigError, EvaluationError
 from ctclip.evaluation import metrics
 from ctclip.evaluation.calibration import Calibration, fit_calibration

@@ -10,7 +10,8 @@ import torch
 from transformers import CLIPConfig, CLIPModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 import ctclip
-from ctclip.config import ModelConfig, SlicesConfig, TextConfig, load_config, load_size
+from ctclip.config import ModelConfig, SlicesConfig, TextConfig
+from ctclip.config_files import load_config, load_size
 from ctclip.errors import CheckpointError, ConfigError
 from ctclip.models.dual_encoder import build_model, build_volume_encoder
 from ctclip.models.folder import load_model, save_model

@@ -1,0 +1,159 @@
+"""Configurations as files: found by name, overridden by ``key=value``, validated with errors that name the remedy, written.
+
+A key that does not exist is refused with its full path and the nearest valid name. The sections themselves, with their
+defaults and meanings, are in ``config.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from ctclip.config import Config, ModelConfig, Section
+from ctclip.errors import ConfigError
+
+S = TypeVar("S", bound=Section)
+
+
+def configs_folder() -> Path:
+    """The folder ``configs/`` beside the packages."""
+    return Path(__file__).resolve().parents[1] / "configs"
+
+
+def find_config(name: str, folder: str = "") -> Path:
+    """The YAML file for ``name``: a path, or the name of a file in ``configs/<folder>``."""
+    given = Path(name)
+    if given.is_file():
+        return given
+    inside = configs_folder() / folder / f"{name}.yaml"
+    if inside.is_file():
+        return inside
+    known = ", ".join(sorted(path.stem for path in (configs_folder() / folder).glob("*.yaml")))
+    raise ConfigError(f"no configuration {name!r}: give a path to a YAML file, or one of: {known}")
+
+
+def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML configuration and apply ``key.path=value`` overrides (values are YAML).
+
+    Raises ConfigError naming the file, the path of the key, and the nearest valid name.
+    """
+    path = find_config(name)
+    values = read_mapping(path)
+    if isinstance(values.get("model"), str):
+        values["model"] = read_mapping(find_config(values["model"], "models"))
+    for override in overrides:
+        _apply(values, override)
+    return build_config(values, str(path))
+
+
+def load_size(name: str) -> ModelConfig:
+    """A named model of ``configs/models``, or a YAML file of one."""
+    path = find_config(name, "models")
+    return validated(ModelConfig, read_mapping(path), str(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping a YAML file holds; anything else is refused."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(values).__name__}")
+    return values
+
+
+def build_config(values: dict[str, Any], source: str) -> Config:
+    """Validate ``values``; ``source`` is named in the error."""
+    return validated(Config, values, source)
+
+
+def validated(schema: type[S], values: dict[str, Any], source: str) -> S:
+    """``schema`` built from ``values``; the first fault becomes one ConfigError line."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ConfigError(f"{source}: {_explain(schema, fault)}") from error
+
+
+def dump_config(config: Section) -> str:
+    """YAML of a configuration, every default spelled out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differing_keys(old: Section, new: Section) -> list[str]:
+    """Paths whose values differ between two configurations."""
+    flat_old, flat_new = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    return sorted(key for key in flat_old.keys() | flat_new.keys() if flat_old.get(key) != flat_new.get(key))
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write it as key=value, for example training.epochs=5")
+    *parents, last = key.split(".")
+    here = values
+    for parent in parents:
+        child = here.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a single value, it has no keys inside")
+        here = child
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as a string; nobody who types it means one.
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    here[last] = value
+
+
+def _explain(schema: type[Section], fault: Any) -> str:
+    location = [str(part) for part in fault["loc"]]
+    key = ".".join(location)
+    if fault["type"] == "extra_forbidden":
+        valid = _valid_names(schema, location[:-1])
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
+        return f"unknown key {key!r}; did you mean {'.'.join([*location[:-1], *near])!r}?"
+    said = str(fault["msg"]).removeprefix("Value error, ")
+    # A rule of ours about a whole file says what is wrong itself.
+    return f"{key}: {said} (found {fault.get('input')!r})" if key else said
+
+
+def _valid_names(schema: type[Section], parents: list[str]) -> list[str]:
+    here: list[type[Section]] = [schema]
+    for parent in parents:
+        # The path of a fault inside a union of encoders holds the encoder's kind as a step of its own.
+        kinds = [section for section in here if _kind(section) == parent]
+        here = kinds or [inner for section in here for inner in _sections(section, parent)]
+    return [name for section in here for name in section.model_fields]
+
+
+def _kind(section: type[Section]) -> str | None:
+    field = section.model_fields.get("kind")
+    return field.default if field is not None else None
+
+
+def _sections(section: type[Section], name: str) -> list[type[Section]]:
+    field = section.model_fields.get(name)
+    if field is None:
+        return []
+    found = [field.annotation, *get_args(field.annotation)]
+    return [kind for kind in found if isinstance(kind, type) and issubclass(kind, Section)]
