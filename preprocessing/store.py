@@ -96,22 +96,18 @@ class VolumeStore:
         with written_beside(self.file(volume)) as partial:
             partial.write_bytes(packed.to_cframe())
 
-    def read(
-        self, volume: str, region: tuple[slice, slice, slice] | None = None, out: np.ndarray | None = None
-    ) -> np.ndarray:
-        """int16 HU [slice, row, column]; of a ``region`` only the chunks it touches are decompressed.
-
-        ``out``: an int16 array of the spec's shape into which a whole volume is decompressed.
-        """
+    def read(self, volume: str, region: tuple[slice, slice, slice] | None = None) -> np.ndarray:
+        """int16 HU [slice, row, column]; of a ``region`` only the chunks it touches are decompressed."""
         packed = self._open(volume)
-        if out is None:
-            try:
-                return packed[:] if region is None else packed[region]
-            except (RuntimeError, ValueError, MemoryError) as error:
-                raise self._damaged(volume) from error
-        for _ in self._slabs(volume, packed, out):
+        try:
+            return packed[:] if region is None else packed[region]
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise self._damaged(volume) from error
+
+    def read_into(self, volume: str, out: np.ndarray) -> None:
+        """Decompress a whole volume into its place in a batch: int16 of the spec's shape, C-ordered."""
+        for _ in self._slabs(volume, self._open(volume), out):
             pass
-        return out
 
     def voxels(self, volume: str) -> np.ndarray:
         """float32 [-1, 1] of the spec's shape, as a model is given them.

@@ -48,8 +48,9 @@ def shown(hu: Tensor, spec: PreprocessingSpec, changes: Sequence[Change] = ()) -
     (none: as it is). What comes in from outside is air (-1)."""
     low, high, middle, gain = spec.window
     volumes = hu.float().clamp_(low, high).sub_(middle).mul_(gain)
-    for volume, change in zip(volumes[:, 0], changes, strict=False):
-        _apply(volume, change, spec)
+    if changes:
+        for volume, change in zip(volumes[:, 0], changes, strict=True):
+            _apply(volume, change, spec)
     return volumes
 
 

@@ -106,7 +106,7 @@ class StoredVolumes(Dataset):
         texts: list[str] = []
         for voxels, (row, draw) in zip(hu.numpy()[:, 0], keys, strict=True):
             random = np.random.default_rng([self.seed, row, draw])
-            self.store.read(self.rows["volume"].iloc[row], out=voxels)
+            self.store.read_into(self.rows["volume"].iloc[row], voxels)
             if self.training:
                 changes.append(draw_change(self.config.augment, random))
             texts += [self.views.draw(self.reports[row], random) for _ in range(self.config.views_per_volume)]

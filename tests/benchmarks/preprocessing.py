@@ -100,7 +100,7 @@ def stored(store: str) -> float:
 
     opened = VolumeStore(store)
     name = opened.volumes[0]
-    return processor_seconds(lambda: opened.read(name, out=np.empty(opened.spec.shape, np.int16)), 9)
+    return processor_seconds(lambda: opened.read_into(name, np.empty(opened.spec.shape, np.int16)), 9)
 
 
 def windowed(store: str) -> float:

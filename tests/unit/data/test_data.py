@@ -124,7 +124,8 @@ def test_augmentation_is_a_function_of_its_seed() -> None:
 def test_without_a_change_a_model_is_shown_what_inference_reads(store) -> None:
     stored = StoredVolumes(DataConfig(store=str(store)), "train").store
     name = stored.volumes[0]
-    hu = torch.from_numpy(stored.read(name, out=np.empty(stored.spec.shape, np.int16)))[None, None]
+    hu = torch.empty((1, 1, *stored.spec.shape), dtype=torch.int16)
+    stored.read_into(name, hu.numpy()[0, 0])
     assert np.array_equal(hu[0, 0], stored.read(name))
     for changes in ([], [draw_change(AugmentConfig(), RANDOM(0))]):
         assert np.array_equal(shown(hu, stored.spec, changes)[0, 0], stored.voxels(name))

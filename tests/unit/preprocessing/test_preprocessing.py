@@ -261,7 +261,7 @@ def test_a_crop_reads_its_chunks_alone(tmp_path) -> None:
     assert np.array_equal(store.read("a", first), hu[first])
     for damaged in (
         lambda: store.read("a", (slice(3, 65), *first[1:])),
-        lambda: store.read("a", out=np.empty_like(hu)),
+        lambda: store.read_into("a", np.empty_like(hu)),
     ):
         with pytest.raises(PreprocessingError, match="damaged"):
             damaged()
@@ -276,7 +276,7 @@ def test_a_volume_is_read_into_a_batch_whatever_its_chunks(tmp_path, chunks) -> 
     if chunks:
         store.file("a").write_bytes(blosc2.asarray(hu, chunks=chunks).to_cframe())
     batch = np.full((2, *hu.shape), 7, np.int16)
-    store.read("a", out=batch[1])
+    store.read_into("a", batch[1])
     assert np.array_equal(batch[1], hu)
     assert (batch[0] == 7).all()
     assert np.abs(store.voxels("a") - np.clip(hu / 1000, -1, 1)).max() < 1e-6
