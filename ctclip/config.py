@@ -45,7 +45,11 @@ class ViT3DConfig(Section):
     window: tuple[int, int, int] | None = Field(
         None, description="tokens [slice, row, column] of a local attention window; null: full attention"
     )
-    global_every: int = Field(4, ge=1, description="with a window: every n-th layer attends to all tokens")
+    global_every: int = Field(4, ge=1, description="with a window: every n-th layer is a global one")
+    global_over: Literal["tokens", "windows"] = Field(
+        "tokens",
+        description="what a global layer works on: all tokens, or one a window, the mean of its tokens: far cheaper",
+    )
     drop_air: bool = Field(False, description="drop tokens of nothing but air outside the body")
     activation_checkpointing: bool = False
 

@@ -4,15 +4,15 @@ The stem cuts the volume into small cells (a linear map of each cell under sever
 looks through several windows), mixes neighbours by residual convolutions, and merges cells into tokens. The
 transformer has rotary positions over three axes in mm (Su et al. 2021, extended to 3-D), normalised queries
 and keys (Dehghani et al. 2023), SwiGLU (Shazeer 2020) and register tokens (Darcet et al. 2023). Long grids can be
-attended to in windows, with every few layers a global one (as in Li et al. 2022, ViTDet).
+attended to in windows, with every few layers a global one, over all tokens or over windows (``windows.py``).
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ctclip.config import ViT3DConfig
 from ctclip.models.batchnorm import GlobalBatchNorm3d
 from ctclip.models.outputs import VolumeTokens, air_where_padded, check_volume, largest_token, mean_token, real_cells
+from ctclip.models.windows import Windows, cut, means, to_tokens, within
 
 LONGEST_WAVE_MM = 800.0
 SHORTEST_WAVE_MM = 12.0
@@ -73,17 +74,25 @@ class ViT3D(nn.Module):
         """tokens (B, M, C), of which ``valid`` are real; ``order`` (B, M): their places in the grid, row by row."""
         batch, registers = len(tokens), len(self.registers)
         tokens = torch.cat([self.registers.to(tokens.dtype).expand(batch, -1, -1), tokens], dim=1)
-        rotation = _rotation(positions, self.config.width // self.config.heads, registers)
-        attends = None if valid is None else F.pad(valid, (registers, 0), value=True)[:, None, None, :]
-        windows = None
+        head_width = self.config.width // self.config.heads
+        rotation = _rotation(positions, head_width, registers)
+        attends = _attends(valid, registers)
+        windows, between = None, None
         if self.config.window is not None:
-            windows = _windows(order, valid, grid, self.config.window)
+            windows = cut(order, valid, grid, self.config.window)
+            if self.config.global_over == "windows":
+                turn = _rotation(means(positions, windows, batch), head_width, registers)
+                between = (turn, _attends(windows.there, registers), windows)
         for depth, block in enumerate(self.blocks, start=1):
-            local = None if depth % self.config.global_every == 0 else windows
+            everywhere = depth % self.config.global_every == 0
+            layer: Callable[..., Tensor] = block
+            given: tuple[Any, ...] = (rotation, attends, None if everywhere else windows)
+            if everywhere and between is not None:
+                layer, given = block.between, between  # type: ignore[assignment]
             if self.config.activation_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, rotation, attends, local, use_reentrant=False)
+                tokens = checkpoint(layer, tokens, *given, use_reentrant=False)
             else:
-                tokens = block(tokens, rotation, attends, local)
+                tokens = layer(tokens, *given)
         return self.norm(tokens[:, registers:])
 
     def _pool(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
@@ -243,10 +252,20 @@ class Block(nn.Module):
         if windows is None:
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attends)
         else:
-            mixed = _within(query, key, value, attends, windows)
+            mixed = within(query, key, value, attends, windows)
         tokens = tokens + self.out(rearrange(mixed, "b h n c -> b n (h c)"))
         gate, up = self.gate_up(self.norm_mlp(tokens)).chunk(2, dim=-1)
         return tokens + self.down(F.silu(gate) * up)
+
+    def between(
+        self, tokens: Tensor, rotation: tuple[Tensor, Tensor], attends: Tensor | None, windows: Windows
+    ) -> Tensor:
+        """tokens (B, registers + M, C): the layer over registers and the windows' means; rotation and attends are of those."""
+        registers = tokens.shape[1] - len(windows.back) // len(tokens)
+        before = torch.cat([tokens[:, :registers], means(tokens[:, registers:], windows, len(tokens))], dim=1)
+        after = self(before, rotation, attends)
+        change = to_tokens((after - before)[:, registers:], windows)
+        return torch.cat([after[:, :registers], tokens[:, registers:] + change], dim=1)
 
 
 def outside_air(volume: Tensor, size: tuple[int, ...], hu_window: tuple[float, float]) -> Tensor:
@@ -272,6 +291,11 @@ def outside_air(volume: Tensor, size: tuple[int, ...], hu_window: tuple[float, f
     return reached
 
 
+def _attends(valid: Tensor | None, registers: int) -> Tensor | None:
+    """(B, N) bool -> (B, 1, 1, registers + N)."""
+    return None if valid is None else F.pad(valid, (registers, 0), value=True)[:, None, None, :]
+
+
 def _compact(keep: Tensor) -> tuple[Tensor, Tensor]:
     """Indices (B, M) of the kept tokens first, and which of them (B, M) are real; M is the batch's largest count."""
     most = int(keep.sum(dim=1).max())
@@ -294,58 +318,3 @@ def _rotation(positions: Tensor, head_width: int, registers: int) -> tuple[Tenso
 def _rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = vectors.float().chunk(2, dim=-1)
     return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1).to(vectors.dtype)
-
-
-class Windows(NamedTuple):
-    """Which tokens attend to each other: S windows of at most L tokens, those of all volumes one after another."""
-
-    rows: Tensor  # (S, L) each window's tokens among the batch's (B * M)
-    real: Tensor | None  # (S, L) bool; None: all windows are full
-    volume: Tensor  # (S,) the volume a window is of
-    back: Tensor  # (B * M,) each token's place among S * L
-
-
-def _windows(order: Tensor, valid: Tensor | None, grid: tuple[int, int, int], window: tuple[int, int, int]) -> Windows:
-    """Windows of ``window`` tokens; those that hold no real token are left out. order, valid (B, M)."""
-    fake = type(order) is not Tensor or order.is_meta  # only shapes are known, and then no token is dropped
-    (batch, count), device = order.shape, order.device
-    places = np.tile(np.arange(count), (batch, 1)) if fake else order.cpu().numpy()
-    blocks = [-(-extent // step) for extent, step in zip(grid, window, strict=True)]
-    cell = [axis // step for axis, step in zip(np.unravel_index(places, grid), window, strict=True)]
-    number = np.arange(batch)[:, None] * math.prod(blocks) + np.ravel_multi_index(cell, blocks)
-    rows = np.arange(batch * count) if valid is None else np.flatnonzero(valid.cpu().numpy())
-    rows = rows[np.argsort(number.ravel()[rows], kind="stable")]
-    _, first, counts = np.unique(number.ravel()[rows], return_index=True, return_counts=True)
-    most = int(counts.max())
-    slots = np.repeat(np.arange(len(counts)) * most - first, counts) + np.arange(len(rows))
-    table, back = np.zeros(len(counts) * most, dtype=np.int64), np.zeros(batch * count, dtype=np.int64)
-    table[slots], back[rows] = rows, slots
-    real = torch.tensor(np.arange(most) < counts[:, None], device=device)
-    return Windows(
-        torch.tensor(table.reshape(-1, most), device=device),
-        None if (counts == most).all() else real,
-        torch.tensor(rows[first] // count, device=device),
-        torch.tensor(back, device=device),
-    )
-
-
-def _within(query: Tensor, key: Tensor, value: Tensor, attends: Tensor | None, windows: Windows) -> Tensor:
-    """Attention (B, heads, registers + M, c) of each token to its window and the registers, of registers to all."""
-    registers = query.shape[2] - len(windows.back) // len(query)
-    keys, values = (
-        torch.cat([part[windows.volume, :, :registers], _gathered(part[:, :, registers:], windows)], dim=2)
-        for part in (key, value)
-    )
-    mask = None if windows.real is None else F.pad(windows.real, (registers, 0), value=True)[:, None, None, :]
-    local = F.scaled_dot_product_attention(_gathered(query[:, :, registers:], windows), keys, values, attn_mask=mask)
-    local = rearrange(local, "s h l c -> (s l) h c")[windows.back]
-    local = rearrange(local, "(b m) h c -> b h m c", b=len(query))
-    if not registers:
-        return local
-    everywhere = F.scaled_dot_product_attention(query[:, :, :registers], key, value, attn_mask=attends)
-    return torch.cat([everywhere, local], dim=2)
-
-
-def _gathered(part: Tensor, windows: Windows) -> Tensor:
-    """(B, heads, M, c) -> (S, heads, L, c)."""
-    return rearrange(rearrange(part, "b h m c -> (b m) h c")[windows.rows], "s l h c -> s h l c")

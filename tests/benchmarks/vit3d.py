@@ -25,11 +25,12 @@ from tests.benchmarks.common import apart, peak_gb, processor_seconds, table
 HERE = "tests.benchmarks.vit3d"
 PUBLISHED = (240, 480, 480)
 REAL = Path(__file__).parents[3] / "shared" / "ct" / "dicom"
-# As many parameters as the published encoder on its grid of 24 x 24 x 24 tokens; the last layer sees everything.
+# As many parameters as the published encoder on its grid of 24 x 24 x 24 tokens; every third layer is between windows.
 EQUAL = ViT3DConfig(
-    patch=(10, 20, 20), stages=(), width=512, heads=8, depth=7, spacing=(1.5, 0.75, 0.75), window=(4, 6, 6), global_every=7,
-    drop_air=True, pooling=("attention", "mean"),
+    patch=(10, 20, 20), stages=(), width=512, heads=8, depth=7, spacing=(1.5, 0.75, 0.75), window=(4, 6, 6), global_every=3,
+    global_over="windows", drop_air=True, pooling=("attention", "mean"),
 )  # fmt: skip
+LAST = {"global_every": EQUAL.depth, "global_over": "tokens"}
 SMALL = ViT3DConfig(patch=(4, 4, 4), stages=(), width=192, heads=6, depth=4, window=(4, 6, 6), global_every=4)
 
 
@@ -62,8 +63,7 @@ def at_equal_parameters() -> dict[str, Any]:
         "ctvit": CTViT(CTViTConfig()),
         "vit3d, all tokens": ViT3D(EQUAL.model_copy(update={"drop_air": False})),
         "vit3d, air left out": ViT3D(EQUAL),
-        # Windows hear of each other from the registers, which attend to all tokens.
-        "vit3d, air left out, no global layer": ViT3D(EQUAL.model_copy(update={"global_every": EQUAL.depth + 1})),
+        "vit3d, air left out, the last layer over all tokens": ViT3D(EQUAL.model_copy(update=LAST)),
     }
     for name, encoder in encoders.items():
         parameters = sum(p.numel() for p in encoder.parameters()) / 1e6
@@ -102,14 +102,21 @@ def products(action: Callable[[], object]) -> float:
     return float(sum(count for operation, count in counts.items() if "convolution_backward" not in str(operation)))
 
 
+WAYS = {
+    "full": ("full attention", {"window": None}),
+    "windows": ("windows of 4 x 6 x 6, the last layer over all tokens", {}),
+    "between": ("windows of 4 x 6 x 6, the last layer between windows", {"global_over": "windows"}),
+}
+
+
 def of_tokens(grids: list[int]) -> list[dict[str, float]]:
-    """Seconds of encoding n ^ 3 tokens for each n of ``grids``, with full attention and in windows with a last global layer."""
+    """Seconds of encoding n ^ 3 tokens for each n of ``grids``, in each of the ways."""
     found = []
-    full, windows = ViT3D(SMALL.model_copy(update={"window": None})).eval(), ViT3D(SMALL).eval()
+    encoders = {name: ViT3D(SMALL.model_copy(update=changes)).eval() for name, (_, changes) in WAYS.items()}
     for side in grids:
         volume = torch.rand(1, 1, 4 * side, 4 * side, 4 * side) * 2 - 1
         with torch.inference_mode():
-            row = {name: processor_seconds(lambda e=e, v=volume: e(v), 1) for name, e in (("full", full), ("windows", windows))}  # fmt: skip
+            row = {name: processor_seconds(lambda e=e, v=volume: e(v), 1) for name, e in encoders.items()}
         found.append({"tokens": float(side**3), **row})
     return found
 
@@ -171,8 +178,8 @@ def show(threads: int, plot: Path) -> None:
     rows = [[way, f"{r['seconds']:.2f}", f"{layers['full']['seconds'] / r['seconds']:.1f} x", f"{r['gb']:.2f}"] for way, r in layers.items()]  # fmt: skip
     print(table("One layer of width 192 over 13,824 tokens, forward and backward", ["attention", "seconds", "speed", "GB"], rows), flush=True)  # fmt: skip
     costs = apart(HERE, "of_tokens", [6, 8, 12, 16, 20, 24], threads=threads)
-    rows = [[f"{r['tokens']:.0f}", f"{r['full']:.3f}", f"{r['windows']:.3f}", f"{r['full'] / r['windows']:.1f} x"] for r in costs]  # fmt: skip
-    print(table("Encoding against the number of tokens (width 192, 4 layers, the last one global)", ["tokens", "full, s", "windows, s", ""], rows), flush=True)  # fmt: skip
+    rows = [[f"{r['tokens']:.0f}", *(f"{r[way]:.3f}" for way in WAYS), *(f"{r['full'] / r[way]:.1f} x" for way in list(WAYS)[1:])] for r in costs]  # fmt: skip
+    print(table("Encoding against the number of tokens (width 192, 4 layers)", ["tokens", *(f"{said}, s" for said, _ in WAYS.values()), "", ""], rows), flush=True)  # fmt: skip
     draw(costs, plot)
     print(table("Air left out (width 384, 8 layers, spec ct_224)", ["chest", "left out", "encoding", "forward and backward", "cosine to looking at the air, untrained"], apart(HERE, "air", threads=threads)), flush=True)  # fmt: skip
 
@@ -185,7 +192,7 @@ def draw(costs: list[dict[str, float]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     tokens = [row["tokens"] for row in costs]
-    for name, label in (("full", "full attention"), ("windows", "windows of 4 x 6 x 6, one layer in four global")):
+    for name, (label, _) in WAYS.items():
         axes.loglog(tokens, [row[name] for row in costs], "o-", label=label)
     axes.loglog(tokens, [costs[0]["full"] * t / tokens[0] for t in tokens], ":", color="grey", label="linear")
     axes.set(xlabel="tokens", ylabel="processor seconds a volume", title="vit3d, width 192, 4 layers: cost of encoding")

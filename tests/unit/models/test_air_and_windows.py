@@ -110,3 +110,37 @@ def test_windows_are_attention_with_all_else_masked(registers: int, padded: bool
         with mock.patch.object(Block, "forward", masked), mock.patch.object(vit3d, "_compact", all_places):
             expected = encoder(volume, mask).tokens
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_between_windows_a_layer_sees_their_means(registers: int, padded: bool) -> None:
+    """By loops over volumes and windows, the layer itself given no window."""
+    torch.manual_seed(0)
+    config = ViT3DConfig(
+        patch=(2, 2, 2), stages=(), width=24, heads=2, depth=1, registers=registers, window=(2, 3, 2), global_every=1,
+        global_over="windows", spacing=(3.0, 1.5, 1.5),
+    )  # fmt: skip
+    encoder = ViT3D(config).eval()
+    volume, mask = torch.rand(3, 1, 10, 14, 12) * 2 - 1, torch.ones(3, 1, 10, 14, 12, dtype=torch.bool)
+    if padded:
+        mask[1, :, :, :8] = mask[2, ..., 7:] = False
+    kept = F.max_pool3d(mask.float(), 2).flatten(1) > 0
+    place = torch.stack(torch.meshgrid(torch.arange(5), torch.arange(7), torch.arange(6), indexing="ij"), dim=-1)
+    windows = (place // torch.tensor([2, 3, 2])).flatten(0, 2)
+    millimetres = (place.flatten(0, 2) - torch.tensor([2.0, 3.0, 2.5])) * torch.tensor([6.0, 3.0, 3.0])
+    with torch.no_grad():
+        found = encoder(volume, mask).tokens
+        cells, _ = encoder.stem(torch.where(mask, volume, -1.0), mask)
+        expected = torch.zeros_like(found)
+        for index, tokens in enumerate(cells.flatten(2).transpose(1, 2)):
+            groups = [
+                torch.nonzero((windows == window).all(dim=1) & kept[index])[:, 0] for window in windows.unique(dim=0)
+            ]
+            groups = [group for group in groups if len(group)]
+            given = torch.cat([encoder.registers, *(tokens[group].mean(dim=0, keepdim=True) for group in groups)])
+            centres = torch.stack([millimetres[group].mean(dim=0) for group in groups])
+            after = encoder.blocks[0](given[None], vit3d._rotation(centres[None], 12, registers))[0]
+            for group, change in zip(groups, (after - given)[registers:], strict=True):
+                expected[index, group] = encoder.norm(tokens[group] + change)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -30,6 +30,9 @@ CONFIGS: dict[str, Any] = {
         stages=((8, 1),), **VIT | {"patch": (2, 2, 2)}, pooling=("attention", "mean", "max"), extremes=True, pool_stem=True
     ),
     "vit3d, windows": ViT3DConfig(stages=(), **VIT, window=(2, 2, 3), global_every=2, drop_air=True),
+    "vit3d, between windows": ViT3DConfig(
+        stages=(), **VIT, window=(2, 2, 3), global_every=2, global_over="windows", drop_air=True, activation_checkpointing=True
+    ),
     "vit3d, checkpointed": ViT3DConfig(stages=(), **VIT, activation_checkpointing=True),
     "ctvit": CTViTConfig(**CTVIT),
     "ctvit, no codebook": CTViTConfig(**CTVIT, quantise=False, activation_checkpointing=True),
@@ -139,7 +142,7 @@ def test_what_padding_holds_changes_nothing(name: str, vision: Path) -> None:
     assert not torch.equal(found, encoder(full).pooled)
 
 
-@pytest.mark.parametrize("name", ["vit3d, linear", "vit3d, windows"])
+@pytest.mark.parametrize("name", ["vit3d, linear", "vit3d, windows", "vit3d, between windows"])
 def test_the_amount_of_padding_changes_nothing(name: str, vision: Path) -> None:
     """Positions are counted from the middle, and dropped tokens take no part: a volume may be padded on all sides."""
     encoder = build(name, vision)

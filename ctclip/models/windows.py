@@ -1,0 +1,102 @@
+"""Attention of a long grid in windows, and between them.
+
+Within a window every token attends to the others and to the registers, which attend to all (Li et al. 2022, ViTDet,
+has windows of this kind). Between windows a layer works on one token a window, the mean of its tokens, and what it
+changes is added to each of them: the carrier tokens of Hatamizadeh et al. 2024 (FasterViT), of no parameters of
+their own. 13,824 tokens in windows of 144 are 96 for such a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+class Windows(NamedTuple):
+    """Which tokens attend to each other: S windows of at most L tokens, those of all volumes one after another."""
+
+    rows: Tensor  # (S, L) each window's tokens among the batch's (B * M)
+    real: Tensor | None  # (S, L) bool; None: all windows are full
+    volume: Tensor  # (S,) the volume a window is of
+    place: Tensor  # (S,) each window's place among B * W, W the most windows of a volume
+    there: Tensor | None  # (B, W) bool, which of these there are; None: every volume has W
+    back: Tensor  # (B * M,) each token's place among S * L
+
+
+def cut(order: Tensor, valid: Tensor | None, grid: tuple[int, int, int], window: tuple[int, int, int]) -> Windows:
+    """Windows of ``window`` tokens; those that hold no real token are left out. order, valid (B, M)."""
+    fake = type(order) is not Tensor or order.is_meta  # only shapes are known, and then no token is dropped
+    (batch, count), device = order.shape, order.device
+    places = np.tile(np.arange(count), (batch, 1)) if fake else order.cpu().numpy()
+    blocks = [-(-extent // step) for extent, step in zip(grid, window, strict=True)]
+    cell = [axis // step for axis, step in zip(np.unravel_index(places, grid), window, strict=True)]
+    number = np.arange(batch)[:, None] * math.prod(blocks) + np.ravel_multi_index(cell, blocks)
+    rows = np.arange(batch * count) if valid is None else np.flatnonzero(valid.cpu().numpy())
+    rows = rows[np.argsort(number.ravel()[rows], kind="stable")]
+    _, first, counts = np.unique(number.ravel()[rows], return_index=True, return_counts=True)
+    most = int(counts.max())
+    slots = np.repeat(np.arange(len(counts)) * most - first, counts) + np.arange(len(rows))
+    table, back = np.zeros(len(counts) * most, dtype=np.int64), np.zeros(batch * count, dtype=np.int64)
+    table[slots], back[rows] = rows, slots
+    real, volume = np.arange(most) < counts[:, None], rows[first] // count
+    each = np.bincount(volume, minlength=batch)
+    there = np.arange(each.max()) < each[:, None]
+    return Windows(
+        torch.tensor(table.reshape(-1, most), device=device),
+        None if real.all() else torch.tensor(real, device=device),
+        torch.tensor(volume, device=device),
+        torch.tensor(np.flatnonzero(there), device=device),
+        None if there.all() else torch.tensor(there, device=device),
+        torch.tensor(back, device=device),
+    )
+
+
+def within(query: Tensor, key: Tensor, value: Tensor, attends: Tensor | None, windows: Windows) -> Tensor:
+    """Attention (B, heads, registers + M, c) of each token to its window and the registers, of registers to all."""
+    registers = query.shape[2] - len(windows.back) // len(query)
+    keys, values = (
+        torch.cat([part[windows.volume, :, :registers], _gathered(part[:, :, registers:], windows)], dim=2)
+        for part in (key, value)
+    )
+    mask = None if windows.real is None else F.pad(windows.real, (registers, 0), value=True)[:, None, None, :]
+    local = F.scaled_dot_product_attention(_gathered(query[:, :, registers:], windows), keys, values, attn_mask=mask)
+    local = rearrange(local, "s h l c -> (s l) h c")[windows.back]
+    local = rearrange(local, "(b m) h c -> b h m c", b=len(query))
+    if not registers:
+        return local
+    everywhere = F.scaled_dot_product_attention(query[:, :, :registers], key, value, attn_mask=attends)
+    return torch.cat([everywhere, local], dim=2)
+
+
+def _gathered(part: Tensor, windows: Windows) -> Tensor:
+    """(B, heads, M, c) -> (S, heads, L, c)."""
+    return rearrange(rearrange(part, "b h m c -> (b m) h c")[windows.rows], "s l h c -> s h l c")
+
+
+def means(parts: Tensor, windows: Windows, batch: int) -> Tensor:
+    """(B or 1, M, C) -> (B, W, C), the mean of the real tokens of each window; zeros where there is none."""
+    inside = rearrange(parts.expand(batch, -1, -1), "b m c -> (b m) c")[windows.rows]
+    if windows.real is None:
+        found = inside.mean(dim=1)
+    else:
+        real = windows.real[..., None]
+        found = (inside * real).sum(dim=1) / real.sum(dim=1)
+    if windows.there is None:
+        return rearrange(found, "(b w) c -> b w c", b=batch)
+    return (
+        found.new_zeros(windows.there.numel(), found.shape[1])
+        .index_copy(0, windows.place, found)
+        .unflatten(0, windows.there.shape)
+    )
+
+
+def to_tokens(parts: Tensor, windows: Windows) -> Tensor:
+    """(B, W, C) -> (B, M, C), to each token what is of its window."""
+    window = windows.place[windows.back // windows.rows.shape[1]]
+    return rearrange(rearrange(parts, "b w c -> (b w) c")[window], "(b m) c -> b m c", b=len(parts))
