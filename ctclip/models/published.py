@@ -151,8 +151,10 @@ def _sizes(found: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[CTViTCon
     head_width = state["volume_encoder.spatial.0.query_scale"].shape[0]
     dim, flat = state["volume_projection.weight"].shape
     side = round((flat / width) ** 0.5)
-    # The number of voxels of a patch is known, not its proportions; the published ones are 2 : 1 in plane to depth.
-    patch = round((2 * inside) ** (1 / 3))
+    # Of a patch the number of voxels is known. How many lie in plane says the embedding of a single slice, which nothing
+    # else uses; where it was stripped, the proportions are the published ones, 2 : 1 in plane to depth.
+    slice_of_patch = found.get("visual_transformer.to_patch_emb_first_frame.1.weight")
+    patch = round((2 * inside) ** (1 / 3) if slice_of_patch is None else slice_of_patch.numel() ** 0.5)
     depth = inside // patch**2
     if side * side * width != flat or depth * patch**2 != inside:
         raise ValueError("to_visual_latent.weight or to_patch_emb")
@@ -161,7 +163,7 @@ def _sizes(found: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[CTViTCon
         for kind in ("spatial", "temporal")
     }
     volume = CTViTConfig(
-        # Half as many slices as columns, as published: 240 of 480. Any number of slabs fits the weights.
+        # As many slabs as columns of patches, as published. Any number of slabs fits the weights.
         shape=(side * depth, side * patch, side * patch), patch=(depth, patch, patch), width=width, heads=heads,
         head_width=head_width, spatial_depth=layers["spatial"], temporal_depth=layers["temporal"],
         codebook_size=state["volume_encoder.codebook.rows"].shape[0],

@@ -116,6 +116,26 @@ def test_checkpoints_as_they_circulate(parity: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(found, golden["image_latents"], atol=1e-5, rtol=0, msg=name)
 
 
+def test_sizes_of_a_patch_come_from_the_tensors(parity: Path, tmp_path: Path) -> None:
+    """Patches of 3 x 10 x 10 are told from those of 5 x 10 x 10, and where nothing says so 2 : 1 is taken."""
+    state = torch.load(parity / "checkpoint.pt", weights_only=True)
+    first = {key for key in state if "first_frame" in key}
+    flat = {key: value for key, value in state.items() if ".to_patch_emb." in key and 500 in value.shape}
+    flat = {key: value[..., :300].clone() for key, value in flat.items()}
+    found = {}
+    for name, content in {
+        "as it is": state,
+        "flat": state | flat,
+        "stripped": {key: value for key, value in state.items() if key not in first},
+    }.items():
+        torch.save(content, tmp_path / "c.pt")
+        found[name] = read_published(tmp_path / "c.pt").volume.patch
+    assert found == {"as it is": (5, 10, 10), "flat": (3, 10, 10), "stripped": (5, 10, 10)}
+    torch.save(state | {key: value[..., :250].clone() for key, value in flat.items()}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="to_patch_emb is missing or of an odd shape"):
+        read_published(tmp_path / "c.pt")
+
+
 def test_the_command_makes_a_folder_that_loads(parity: Path, tmp_path: Path) -> None:
     """With a tokenizer of the checkpoint's size, made here: the small checkpoint has 120 words."""
     from ctclip.models.folder import import_published, load_model
