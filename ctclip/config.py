@@ -211,17 +211,29 @@ class ObjectiveConfig(Section):
         ge=2,
         description="contrast only within groups of so many volumes, as the published training did; null: all",
     )
+    by_identity: bool = Field(
+        True,
+        description="reconstructions of one scan and equal reports are no negatives of each other; false: all but the "
+        "volume's own report are, as in the published training",
+    )
     memory: int = Field(
         0, ge=0, description="texts of earlier steps that volumes are contrasted with too (clip); 0: the batch alone"
     )
     labels: float = Field(
         0.0, ge=0, description="cross-entropy on report-derived labels, of both embeddings: not zero-shot any more"
     )
+    prompts: float = Field(
+        0.0, ge=0, description="the same cross-entropy, of the zero-shot scores that the run's prompts give (VocabFine)"
+    )
     labels_first: float = Field(
         0.0, ge=0, lt=1, description="share of the steps, the first, in which nothing is contrasted"
     )
     captioning: float = Field(0.0, ge=0, description="writing the report from the volume, word by word")
     mlm: float = Field(0.0, ge=0, description="filling masked words of the report in, reading the volume")
+
+    @property
+    def reads_labels(self) -> bool:
+        return self.labels > 0 or self.prompts > 0
 
     @model_validator(mode="after")
     def _contrasts(self) -> ObjectiveConfig:
@@ -231,8 +243,8 @@ class ObjectiveConfig(Section):
             raise ValueError("negatives belongs to clip and convirt; siglip contrasts every pair")
         if self.memory and (not self.clip or self.negatives is not None):
             raise ValueError("memory gives clip more negatives: it needs clip, and no bound on negatives")
-        if self.labels_first and not self.labels:
-            raise ValueError("labels_first needs labels: give it a weight above 0")
+        if self.labels_first and not self.reads_labels:
+            raise ValueError("labels_first needs labels or prompts: give one a weight above 0")
         return self
 
 

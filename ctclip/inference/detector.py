@@ -88,7 +88,7 @@ class Detector:
         return Scores(self.probabilities(margins), margins, self.graded_values(embeddings), embeddings)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def pair_vectors(model: DualEncoder, prompts: PromptSet, abnormalities: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Positive and negative sides (abnormalities, dim): the mean of each side's phrasings, encoded together.
 

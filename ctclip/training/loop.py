@@ -23,6 +23,7 @@ from ctclip.config import Config
 from ctclip.data.dataset import ReadBatch, ScanSampler, StoredVolumes, as_read, rarity_weights
 from ctclip.errors import TrainingError
 from ctclip.findings import FINDINGS
+from ctclip.inference.prompts import load_prompts
 from ctclip.models.dual_encoder import DualEncoder, build_model
 from ctclip.models.folder import prompts_file, save_model
 from ctclip.models.text import load_tokenizer, train_tokenizer
@@ -111,7 +112,8 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
             lock_text(model, data.reports, device)
     elif warmup.locks:
         model.lock_text()
-    engine = Engine(ContrastiveStep(model, config.objectives, len(labels)), config, device, resumed)
+    prompts = load_prompts(config.prompts) if config.objectives.prompts else None
+    engine = Engine(ContrastiveStep(model, config.objectives, labels, prompts), config, device, resumed)
     # At stage 3 nothing read is kept.
     if resumed and warmup.locks and config.training.zero.stage < 3:
         read_all(model, data.reports, device)
@@ -302,7 +304,7 @@ def _memory_gb(device: torch.device) -> float:
 
 def reads_labels(config: Config) -> bool:
     """Whether the run looks at labels in any way; if it does, it says so wherever its figures are shown."""
-    return config.objectives.labels > 0 or config.data.rarity > 0
+    return config.objectives.reads_labels or config.data.rarity > 0
 
 
 def _sampler(config: Config, data: StoredVolumes, first: int) -> tuple[ScanSampler, int]:

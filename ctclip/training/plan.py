@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ctclip.config import Config
+from ctclip.findings import FINDINGS
 from ctclip.models.dual_encoder import DualEncoder, build_model
 from ctclip.models.text import train_tokenizer
 from ctclip.training.engine import piece_size
@@ -106,7 +107,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
     model = build_model(config.model, tokenizer)
     if config.training.text_warmup.locks:
         model.lock_text()
-    step = ContrastiveStep(model, config.objectives, 18)
+    step = ContrastiveStep(model, config.objectives, FINDINGS)
     return plan_of(step, config, spec.shape, ranks)
 
 

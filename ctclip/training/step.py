@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from ctclip import losses
 from ctclip.config import ObjectiveConfig
 from ctclip.distributed import gather, rank
+from ctclip.inference.detector import pair_vectors
+from ctclip.inference.prompts import PromptSet
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.words import LONGEST, WordPredictor, captioning, masked_words
 from ctclip.training.memory import TextMemory
@@ -23,7 +26,13 @@ class ContrastiveStep(nn.Module):
     Objectives on words (``ctclip/models/words.py``) need no other rank: they come with the features.
     """
 
-    def __init__(self, model: DualEncoder, objectives: ObjectiveConfig, labels: int = 0) -> None:
+    def __init__(
+        self,
+        model: DualEncoder,
+        objectives: ObjectiveConfig,
+        labels: Sequence[str] = (),
+        prompts: PromptSet | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.objectives = objectives
@@ -32,7 +41,9 @@ class ContrastiveStep(nn.Module):
         # What the text encoder has places for.
         self.longest = min(LONGEST, model.text_encoder.max_tokens)
         self.memory = TextMemory(objectives.memory, model.config.dim) if objectives.memory else None
-        self.label_head = nn.Linear(model.config.dim, labels) if objectives.labels else None
+        self.label_head = nn.Linear(model.config.dim, len(labels)) if objectives.labels else None
+        self.labels, self.prompts = tuple(labels), prompts
+        self.pairs: Tensor | None = None
         self.writer = self._predictor(None) if objectives.captioning else None
         self.filler = self._predictor(model.text_encoder.width) if objectives.mlm else None
 
@@ -79,7 +90,14 @@ class ContrastiveStep(nn.Module):
         """Texts of earlier steps (size, dim), and which of them each row is not contrasted with (rows, size)."""
         if self.memory is None:
             return None
+        if not self.objectives.by_identity:
+            scans, identities = torch.full_like(scans, -1), torch.full_like(identities, -1)
         return self.memory.texts.clone(), self.memory.left_out(scans[rows], identities[rows])
+
+    def _same(self, scans: Tensor, identities: Tensor, rows: slice) -> Tensor:
+        """(rows, B) bool: pairs that are no negatives of each other."""
+        found = losses.same_identity(scans, identities, rows)
+        return found if self.objectives.by_identity else torch.zeros_like(found)
 
     def _predictor(self, inside: int | None) -> WordPredictor:
         text = self.model.text_encoder
@@ -106,7 +124,7 @@ class ContrastiveStep(nn.Module):
         parts: dict[str, Tensor] = {}
         for view in range(views):
             of_view = texts[view::views]
-            same = losses.same_identity(scans, text_identities[view::views], rows)
+            same = self._same(scans, text_identities[view::views], rows)
             if objectives.negatives is not None:
                 same = same | _apart(len(volumes), objectives.negatives, rows, same.device)
             further = self._remembered(scans, text_identities[view::views], rows)
@@ -124,18 +142,34 @@ class ContrastiveStep(nn.Module):
                     parts[name] = parts.get(name, 0.0) + weight / views * loss()
         if self.memory is not None and torch.is_grad_enabled():
             self.memory.remember(texts.detach(), scans.repeat_interleave(views), text_identities)
-        if self.label_head is not None:
+        if labels_alone:
+            # Weighed by nothing, not left out: every parameter keeps a gradient, as ZeRO wants it.
+            parts = {name: 0.0 * part for name, part in parts.items()}
+        if objectives.reads_labels:
             if labels is None:
-                raise ValueError("objectives.labels is set, but the batch has no labels")
+                raise ValueError("objectives.labels or prompts is set, but the batch has no labels")
             every = gather(labels)
+        if self.label_head is not None:
             of_volumes = losses.multi_label(self.label_head(volumes * scale), every)
             of_texts = losses.multi_label(self.label_head(texts * scale), every.repeat_interleave(views, dim=0))
-            if labels_alone:
-                # Weighed by nothing, not left out: every parameter keeps a gradient, as ZeRO wants it.
-                parts = {name: 0.0 * part for name, part in parts.items()}
             parts["labels"] = objectives.labels * (of_volumes + of_texts) / 2
+        if self.prompts is not None:
+            margins = self.model.logits(volumes, self._between_prompts())
+            parts["prompts"] = objectives.prompts * losses.multi_label(margins, every)
         total = torch.stack([part.reshape(()) for part in parts.values()]).sum()
         return total, {name: part.detach() for name, part in parts.items()} | {"logit_scale": scale.detach()}
+
+    def _between_prompts(self) -> Tensor:
+        """(labels, dim): what detection multiplies volumes with, from one side of each label's prompts to the other. No
+        gradient flows into it: the prompts say where volumes should go, and learn from the reports alone."""
+        assert self.prompts is not None
+        if self.pairs is None or not self.model.text_locked:
+            training = self.model.training
+            self.model.eval()
+            positive, negative = pair_vectors(self.model, self.prompts, self.labels)
+            self.model.train(training)
+            self.pairs = positive - negative
+        return self.pairs
 
 
 def _apart(batch: int, group: int, rows: slice, device: torch.device) -> Tensor:

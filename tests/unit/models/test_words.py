@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ctclip.config import ModelConfig, ObjectiveConfig, TextConfig, ViT3DConfig
+from ctclip.findings import FINDINGS
 from ctclip.models.dual_encoder import build_model
 from ctclip.models.text import train_tokenizer
 from ctclip.models.words import WordPredictor, captioning, hide
@@ -19,7 +20,9 @@ def step(**weights: float) -> ContrastiveStep:
     volume = ViT3DConfig(stages=(), width=24, heads=2, depth=1, patch=(4, 4, 4), registers=1)
     config = ModelConfig(volume=volume, text=TextConfig(width=16, depth=1, heads=2, max_tokens=24), dim=12)
     model = build_model(config, train_tokenizer(REPORTS * 20, 200))
-    return ContrastiveStep(model, ObjectiveConfig.model_validate(weights), 3 if weights.get("labels") else 0)
+    return ContrastiveStep(
+        model, ObjectiveConfig.model_validate(weights), FINDINGS[:3] if weights.get("labels") else ()
+    )
 
 
 def test_words_alone_are_hidden_as_often_as_bert_does() -> None:
