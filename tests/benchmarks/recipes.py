@@ -19,12 +19,15 @@ import pandas as pd
 from ctclip.findings import FINDINGS
 from tests.benchmarks.common import machine, table
 
+# As in phantom_published.
+CTVIT = "{kind: ctvit, shape: [64, 80, 112], patch: [8, 16, 16], width: 192, spatial_depth: 2, temporal_depth: 2, heads: 6, codebook_size: 1024}"  # fmt: skip
 # Name -> configuration and what is changed in it.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "phantom_tiny": ("phantom_tiny",),
     "phantom_published": ("phantom_published",),
     "negatives of 8 alone": ("phantom_tiny", "objectives.memory=0", "objectives.negatives=8"),
     "the batch's texts alone": ("phantom_tiny", "objectives.memory=0"),
+    "positives by position": ("phantom_tiny", "objectives.by_identity=false"),
     "stem not pooled": ("phantom_tiny", "model.volume.pool_stem=false"),
     "no extremes": ("phantom_tiny", "model.volume.extremes=false"),
     "sections drawn": ("phantom_tiny", "data.views={report: 1, findings: 1, impression: 1}"),
@@ -34,14 +37,16 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "convirt": ("phantom_tiny", "objectives={clip: 0, convirt: 1}", "model.projection=mlp"),
     "captioning beside": ("phantom_tiny", "objectives.captioning=0.3"),
     "masked words beside": ("phantom_tiny", "objectives.mlm=0.3"),
-    "labels first": ("phantom_tiny", "objectives.labels=1", "objectives.labels_first=0.4"),
     "labels beside": ("phantom_tiny", "objectives.labels=1"),
+    "labels of the prompts beside": ("phantom_tiny", "objectives.prompts=2"),
+    "labels of the prompts first": ("phantom_tiny", "objectives.prompts=2", "objectives.labels_first=0.4"),
     "labels alone": ("phantom_tiny", "objectives.labels=1", "objectives.labels_first=0.999"),
     "text goes on learning": ("phantom_tiny", "training.text_warmup.lock=false", "training.text_learning_rate=1e-4"),
     "no text warm-up": ("phantom_tiny", "training.text_warmup.steps=0", "training.text_learning_rate=1e-3"),
     "not standardised": ("phantom_tiny", "model.standardise=false"),
     "no augmentation": ("phantom_tiny", "data.augment={}"),
     "turned and sized": ("phantom_tiny", "data.augment={shift_voxels: 2, scale: 0.03, rotate_degrees: 8, zoom: 0.08}"),
+    "ctvit": ("phantom_tiny", f"model.volume={CTVIT}"),
     "resnet3d": ("phantom_tiny", "model.volume={kind: resnet3d, width_factor: 0.5, norm: batch}"),
     "rare ones oftener": ("phantom_tiny", "data.rarity=0.5"),
 }
