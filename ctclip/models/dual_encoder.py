@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctclip.config import CTViTConfig, ModelConfig, ResNet3DConfig, SlicesConfig, ViT3DConfig
+from ctclip.models.outputs import exactly
 from ctclip.models.text import TextEncoder, build_text_encoder
 
 
@@ -155,7 +156,7 @@ class _Exact(nn.Linear):
     """In its parameters' precision under autocast too: scores rounded to three digits would not keep their order."""
 
     def forward(self, given: Tensor) -> Tensor:
-        with torch.autocast("cpu" if given.is_meta else given.device.type, enabled=False):
+        with exactly(given):
             return super().forward(given.to(self.weight.dtype))
 
 

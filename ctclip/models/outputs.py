@@ -17,6 +17,11 @@ class VolumeTokens(NamedTuple):
     pooled: Tensor
 
 
+def exactly(given: Tensor) -> torch.autocast:
+    """What is done within is done in the precision of its operands, on ``given``'s device, under autocast too."""
+    return torch.autocast("cpu" if given.is_meta else given.device.type, enabled=False)
+
+
 def check_volume(volume: Tensor) -> None:
     """Raise ValueError unless ``volume`` is (B, 1, D, H, W) in [-1, 1]."""
     if volume.ndim != 5 or volume.shape[1] != 1:

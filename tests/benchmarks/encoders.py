@@ -180,7 +180,7 @@ def ranking(volumes: int = 50) -> dict[str, float]:
 
     torch.manual_seed(0)
     config = ModelConfig(
-        volume=CTViTConfig(shape=(60, 80, 80), codebook_size=1024),
+        volume=CTViTConfig(shape=(120, 240, 240), codebook_size=8192),
         text=TextConfig(width=64, depth=2, heads=2, max_tokens=64),
     )
     tokenizer = train_tokenizer(["finding is present .", "finding is not present ."], 60)

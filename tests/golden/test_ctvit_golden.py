@@ -116,6 +116,17 @@ def test_checkpoints_as_they_circulate(parity: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(found, golden["image_latents"], atol=1e-5, rtol=0, msg=name)
 
 
+def test_bfloat16_leaves_no_trace(parity: Path) -> None:
+    """What an encoding under autocast keeps for the next one (the position bias) is exact, and so are its patches."""
+    golden, model = load_file(parity / "golden.safetensors"), build(parity)
+    with torch.inference_mode():
+        with torch.autocast("cpu", torch.bfloat16):
+            patches = model.volume_encoder.patches(golden["volume"])
+            model.encode_volume(golden["volume"])
+        torch.testing.assert_close(patches, golden["patch_tokens"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.encode_volume(golden["volume"]), golden["image_latents"], atol=1e-5, rtol=0)
+
+
 def test_sizes_of_a_patch_come_from_the_tensors(parity: Path, tmp_path: Path) -> None:
     """Patches of 3 x 10 x 10 are told from those of 5 x 10 x 10, and where nothing says so 2 : 1 is taken."""
     state = torch.load(parity / "checkpoint.pt", weights_only=True)
