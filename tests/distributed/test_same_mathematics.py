@@ -19,12 +19,15 @@ from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("worker.py")
 ONE_STEP = {"linear": True, "steps": [0, 1]}
+LABELLED = {"labels": 1, "prompts": 1}
 CLIPPED = {**ONE_STEP, "gradient_clip": 0.01}
 ALONE: list[dict[str, Any]] = [
     {"name": "alone"},
     {"name": "alone linear", "linear": True},
     {"name": "alone warm", "warm_up": True},
     {"name": "alone with memory", "memory": 12},
+    {"name": "alone labelled", **LABELLED},
+    {"name": "plain labelled", **LABELLED, **ONE_STEP},
     {"name": "refused", "micro_batch": 2},
     {"name": "plain", **ONE_STEP},
     {"name": "chunks", **ONE_STEP, "micro_batch": 2},
@@ -45,6 +48,8 @@ TOGETHER: list[dict[str, Any]] = [
     {"name": "warm", "warm_up": True},
     {"name": "memory", "memory": 12, "stage": 2},
     {"name": "memory before", "memory": 12, "stage": 3, "steps": [0, 3]},
+    *({"name": f"labelled {stage}", **LABELLED, "stage": stage} for stage in (1, 3)),
+    {"name": "labelled chunks", **LABELLED, **ONE_STEP, "micro_batch": 2, "stage": 3},
     {"name": "bf16", "precision": "bf16", "stage": 2},
     {"name": "checkpointed", "checkpointed": True, "stage": 2},
     {"name": "compiled", "compile": True, "stage": 2},
@@ -125,6 +130,16 @@ def test_texts_of_earlier_steps_are_remembered_alike(results: Path) -> None:
     assert_same(results, "memory", "alone with memory")
     assert_same(results, "memory after", "alone with memory", before="memory before")
     assert losses(results, "memory")[1] > losses(results, "alone")[1] + 0.1
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_labels_are_learned_alike(results: Path, stage: int) -> None:
+    assert_same(results, f"labelled {stage}", "alone labelled")
+    assert losses(results, f"labelled {stage}")[0] > losses(results, "alone")[0] + 0.1
+
+
+def test_two_pass_gradients_of_labels_are_the_plain_step(results: Path) -> None:
+    assert_near(gradients(results, "labelled chunks"), gradients(results, "plain labelled"), 1e-6)
 
 
 def test_bfloat16_is_near_and_keeps_float32_masters(results: Path) -> None:

@@ -42,6 +42,8 @@ def run(case: dict[str, Any], folder: Path, device: torch.device) -> None:
     from ctclip.config import TextWarmupConfig
     from ctclip.data.reports import Report
     from ctclip.errors import ConfigError
+    from ctclip.findings import FINDINGS
+    from ctclip.inference.prompts import load_prompts
     from ctclip.models.dual_encoder import build_model
     from ctclip.models.text import train_tokenizer
     from ctclip.training.engine import Engine
@@ -60,11 +62,12 @@ def run(case: dict[str, Any], folder: Path, device: torch.device) -> None:
         warm_up_text(model, reports, TextWarmupConfig(steps=3, batch=8, learning_rate=1e-4), seed=0, device=device)
     resumed = load_file(folder / f"{case['resume']}.safetensors") if "resume" in case else None
     try:
-        engine = Engine(ContrastiveStep(model, config.objectives), config, device, resumed)
+        step = ContrastiveStep(model, config.objectives, FINDINGS[:3], load_prompts("report_style"))
+        engine = Engine(step, config, device, resumed)
     except ConfigError as error:
         return write(folder, case["name"], {"refused": str(error)}, {})
     first, last = case.get("steps", (0, 5))
-    losses = [engine.step(batch(step), step, 5)["loss"] for step in range(first, last)]
+    losses = [engine.step(batch(number), number, 5)["loss"] for number in range(first, last)]
     return write(folder, case["name"], {"losses": losses}, engine.state())
 
 
@@ -80,7 +83,7 @@ def configuration(case: dict[str, Any]) -> Any:
         "batch": BATCH, "learning_rate": 5e-4, "zero": {"stage": stage, "offload": case.get("offload", False)},
         **{key: case[key] for key in ("micro_batch", "precision", "compile", "gradient_clip") if key in case},
     }  # fmt: skip
-    objectives = {"memory": case.get("memory", 0)}
+    objectives = {name: case.get(name, 0) for name in ("memory", "labels", "prompts")}
     return Config.model_validate({"model": {**MODEL, "volume": volume}, "training": training, "objectives": objectives})
 
 
@@ -94,9 +97,10 @@ def batch(step: int) -> Any:
     for volume, row in zip(volumes, rows.tolist(), strict=True):
         z, y, x = 4 * (row // 8), 4 * (row // 4 % 2), 4 * (row // 2 % 2)
         volume[0, z : z + 4, y : y + 4, x : x + 4] += 0.7 + row % 2
+    labels = (rows[:, None] >> torch.arange(3) & 1).float()
     share = BATCH // distributed.world_size()
     mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
-    return Batch(volumes[mine], [TEXTS[row] for row in rows[mine]], rows[mine], rows[mine], None)
+    return Batch(volumes[mine], [TEXTS[row] for row in rows[mine]], rows[mine], rows[mine], labels[mine])
 
 
 def write(folder: Path, name: str, said: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
