@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ctclip.config import ModelConfig, SlicesConfig, TextConfig
-from ctclip.config_files import configs_folder, dump_config, read_mapping, validated
+from ctclip.config_files import dump_config, find_config, read_mapping, validated
 from ctclip.errors import CheckpointError
 from ctclip.models.dual_encoder import DualEncoder, build_volume_encoder
 from ctclip.models.text import TextEncoder, load_tokenizer
@@ -168,7 +168,7 @@ def import_published(
         spec = dataclasses.replace(spec, name=f"ct_clip_{published.volume.shape[1]}", shape=published.volume.shape)
     card = f"# Imported from {file.name}\n\nsupervision: as published\n\nPublished CT-CLIP weights, sha256 {file_hash(file)}.\n"
     return save_model(
-        output, model, spec, prompts=prompts_file("published"), card=card, classifier=published.classifier
+        output, model, spec, prompts=find_config("published", "prompts"), card=card, classifier=published.classifier
     )
 
 
@@ -190,12 +190,6 @@ def file_hash(path: Path) -> str:
     """The first 12 hex digits of a file's SHA-256."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
-
-
-def prompts_file(name: str) -> Path:
-    """A prompt set of ``configs/prompts``, or a path."""
-    given = Path(name)
-    return given if given.is_file() else configs_folder() / "prompts" / f"{name}.yaml"
 
 
 def _bert_of(path: Path, config: TextConfig) -> torch.nn.Module:

@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader
 
 from ctclip import distributed
 from ctclip.config import Config
+from ctclip.config_files import find_config
 from ctclip.data.dataset import ReadBatch, ScanSampler, StoredVolumes, as_read, rarity_weights
 from ctclip.errors import TrainingError
 from ctclip.findings import FINDINGS
 from ctclip.inference.prompts import load_prompts
 from ctclip.models.dual_encoder import DualEncoder, build_model
-from ctclip.models.folder import prompts_file, save_model
+from ctclip.models.folder import save_model
 from ctclip.models.text import load_tokenizer, train_tokenizer
 from ctclip.training.allocator import keep_freed_memory
 from ctclip.training.checkpoints import Checkpoints
@@ -93,6 +94,8 @@ class Signals:
 
 
 def _train(config: Config, output: Path, device: torch.device, signals: Signals, force: bool) -> Path:
+    # The model folder takes them at the end: what is wrong with them is said here.
+    prompts = load_prompts(config.prompts)
     labels = list(FINDINGS) if reads_labels(config) else []
     data = StoredVolumes(config.data, config.data.train_split, seed=config.seed, labels=labels)
     if data.spec.name != config.preprocessing:
@@ -112,7 +115,6 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
             lock_text(model, data.reports, device)
     elif warmup.locks:
         model.lock_text()
-    prompts = load_prompts(config.prompts) if config.objectives.prompts else None
     engine = Engine(ContrastiveStep(model, config.objectives, labels, prompts), config, device, resumed)
     # At stage 3 nothing read is kept.
     if resumed and warmup.locks and config.training.zero.stage < 3:
@@ -355,7 +357,7 @@ def save_run_model(
     prefix = "state/model."
     tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     card = _card(config, volumes)
-    save_model(folder, model, spec, prompts=prompts_file(config.prompts), card=card, state=tensors)
+    save_model(folder, model, spec, prompts=find_config(config.prompts, "prompts"), card=card, state=tensors)
 
 
 def _card(config: Config, volumes: int) -> str:

@@ -257,6 +257,15 @@ def test_another_configuration_is_refused_unless_forced(store: Path, whole: Path
     assert len(losses(output)) > len(losses(whole))
 
 
+def test_prompts_that_are_not_there_are_named_before_the_first_step(store: Path, tmp_path: Path) -> None:
+    """The model folder takes them at the end."""
+    said = run(command(store, tmp_path / "run", "prompts=reportstyle"))
+    assert said.returncode == 2
+    assert "'reportstyle'" in last_line(said)
+    assert "report_style" in last_line(said)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_second_run_in_one_folder_is_refused(store: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     more = ("training.epochs=3000", "training.checkpoint_every=100")
