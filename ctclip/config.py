@@ -59,6 +59,12 @@ class ViT3DConfig(Section):
             raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
         return self
 
+    @model_validator(mode="after")
+    def _windows_to_be_global_over(self) -> ViT3DConfig:
+        if self.global_over == "windows" and self.window is None:
+            raise ValueError("global_over=windows needs window: without one every layer is over all tokens")
+        return self
+
 
 class CTViTConfig(Section):
     """The published CT-CLIP's encoder (``ctclip/models/ctvit.py``)."""

@@ -50,6 +50,7 @@ def test_every_recipe_can_be_planned(path) -> None:
         ("training.zero=4", r"training.zero: write 0, 1, 2 or 3.*3\+offload"),
         ("training.zero=offload", "training.zero: write 0"),
         ("training.zero=0+offload", "offload needs stage 1"),
+        ("model.volume.global_over=windows", "global_over=windows needs window"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(override: str, said: str) -> None:
