@@ -42,7 +42,7 @@ class ContrastiveStep(nn.Module):
         self.longest = min(LONGEST, model.text_encoder.max_tokens)
         self.memory = TextMemory(objectives.memory, model.config.dim) if objectives.memory else None
         self.label_head = nn.Linear(model.config.dim, len(labels)) if objectives.labels else None
-        self.labels, self.prompts = tuple(labels), prompts
+        self.labels, self.prompts = tuple(labels), prompts if objectives.prompts else None
         self.pairs: Tensor | None = None
         self.writer = self._predictor(None) if objectives.captioning else None
         self.filler = self._predictor(model.text_encoder.width) if objectives.mlm else None
@@ -91,6 +91,7 @@ class ContrastiveStep(nn.Module):
         if self.memory is None:
             return None
         if not self.objectives.by_identity:
+            # Nobody's: places that are empty are left out, and no other.
             scans, identities = torch.full_like(scans, -1), torch.full_like(identities, -1)
         return self.memory.texts.clone(), self.memory.left_out(scans[rows], identities[rows])
 

@@ -11,7 +11,7 @@ from ctclip.data.reports import Report
 from ctclip.findings import FINDINGS
 from ctclip.inference.detector import Detector
 from ctclip.inference.prompts import load_prompts
-from ctclip.models.dual_encoder import build_model
+from ctclip.models.dual_encoder import DualEncoder, build_model
 from ctclip.models.text import train_tokenizer
 from ctclip.training.step import ContrastiveStep
 from ctclip.training.text_warmup import lock_text
@@ -19,13 +19,17 @@ from ctclip.training.text_warmup import lock_text
 REPORTS = ["The heart is enlarged. No nodule is seen.", "A nodule lies in the upper lobe.", "There is no effusion."]
 
 
-@pytest.mark.parametrize("locked", [False, True])
-def test_the_loss_is_that_of_the_detector(locked: bool) -> None:
+def small(standardise: bool = False) -> DualEncoder:
     torch.manual_seed(0)
     volume = ViT3DConfig(stages=(), width=24, heads=2, depth=1, patch=(4, 4, 4), registers=1)
     text = TextConfig(width=16, depth=1, heads=2, max_tokens=24)
-    config = ModelConfig(volume=volume, text=text, dim=12, standardise=True)
-    model = build_model(config, train_tokenizer(REPORTS * 20, 200)).train()
+    config = ModelConfig(volume=volume, text=text, dim=12, standardise=standardise)
+    return build_model(config, train_tokenizer(REPORTS * 20, 200)).train()
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_the_loss_is_that_of_the_detector(locked: bool) -> None:
+    model = small(standardise=True)
     if locked:
         lock_text(model, [Report(one, one) for one in REPORTS], torch.device("cpu"))
     prompts = load_prompts("report_style")
@@ -60,10 +64,7 @@ def test_the_loss_is_that_of_the_detector(locked: bool) -> None:
 @pytest.mark.parametrize("by_identity", [True, False])
 def test_by_position_all_but_the_own_report_are_negatives(by_identity: bool) -> None:
     """Two volumes of one scan, one of them met before: against cross-entropy over the columns that are left."""
-    torch.manual_seed(0)
-    volume = ViT3DConfig(stages=(), width=24, heads=2, depth=1, patch=(4, 4, 4), registers=1)
-    config = ModelConfig(volume=volume, text=TextConfig(width=16, depth=1, heads=2, max_tokens=24), dim=12)
-    model = build_model(config, train_tokenizer(REPORTS * 20, 200))
+    model = small()
     step = ContrastiveStep(model, ObjectiveConfig(memory=4, by_identity=by_identity))
     earlier, volumes, texts = (torch.nn.functional.normalize(torch.randn(n, 12), dim=1) for n in (1, 3, 3))
     step.memory.remember(earlier, torch.tensor([7]), torch.tensor([1]))
