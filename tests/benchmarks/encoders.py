@@ -297,7 +297,7 @@ def show_batches(threads: int, batches: list[int]) -> None:
 
 def show_ranking(threads: int, model: Path | None, store: Path) -> None:
     if model is None:
-        found, of = apart(HERE, "ranking", threads=threads), "phantoms (grid of 6 x 4 x 4, random weights)"
+        found, of = apart(HERE, "ranking", threads=threads), "phantoms (grid of 12 x 12 x 12, random weights)"
     else:
         found, of = apart(HERE, "ranking_of", str(model), str(store), threads=threads), f"held-out scans by {model}"
     rows = [["lowest of 18", f"{found['lowest']:.4f} (bar 0.999)"], ["mean of 18", f"{found['mean']:.4f}"],
