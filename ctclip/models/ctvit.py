@@ -6,7 +6,6 @@ replaced by rows of a codebook. Quirks of the published code that its weights de
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -65,11 +64,9 @@ class CTViT(nn.Module):
         linear: Any = self.embed[1]
         # The norm's weight and bias seen as the linear map's: no gradient need flow back to where each voxel was.
         weight, bias = linear.weight * norm.weight, linear.bias + (linear.weight * norm.bias).sum(dim=1)
-        # In use exact under autocast too: a voxel rounded to bfloat16 is off by up to 4 HU, most of what would change the
-        # order of scores. It is a fourteenth of the operations.
-        with nullcontext() if self.training else exactly(rows):
-            unit = F.layer_norm(rows, norm.normalized_shape, eps=norm.eps).to(weight.dtype)
-            embedded: Tensor = self.embed[2](F.linear(unit, weight, bias))
+        embedded: Tensor = self.embed[2](
+            F.linear(F.layer_norm(rows, norm.normalized_shape, eps=norm.eps), weight, bias)
+        )
         return embedded
 
     def encode(self, tokens: Tensor) -> Tensor:
