@@ -68,6 +68,6 @@ def apart(module: str, function: str, *arguments: Any, threads: int | None = Non
     if threads is not None:
         environment |= {name: str(threads) for name in ONE_THREAD}
     done = subprocess.run([sys.executable, "-c", script, json.dumps(arguments)], env=environment, capture_output=True, text=True, check=False)  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
+    if done.returncode:  # negative: by a signal (-9 is the kernel's, where memory ran out), with nothing on stderr
+        raise RuntimeError(f"{module}.{function} ended with {done.returncode}: {done.stderr[-3000:] or 'no message'}")
     return json.loads(done.stdout.strip().splitlines()[-1])
