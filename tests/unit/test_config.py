@@ -7,6 +7,7 @@ import pytest
 from ctclip.config import Config
 from ctclip.config_files import build_config, configs_folder, differing_keys, dump_config, load_config, read_mapping
 from ctclip.errors import ConfigError
+from tests.benchmarks.recipes import VARIANTS
 
 
 @pytest.mark.parametrize("path", sorted(configs_folder().glob("*.yaml")), ids=lambda path: path.stem)
@@ -35,6 +36,16 @@ def test_every_recipe_can_be_planned(path) -> None:
     said = describe(config, plan, "a100", 24128)
     assert said.count("<- configured") == 1
     assert "an epoch of 24128 scans" in said
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_of_the_comparison_is_a_configuration(name: str) -> None:
+    # A switch that was renamed would be found after an hour of training.
+    config, *overrides = VARIANTS[name]
+    changed = load_config(config, overrides)
+    assert overrides == [] or changed != load_config(config)
+    # Names are listed with commas between and a colon before the seeds.
+    assert not set(name) & set(",:'/")
 
 
 @pytest.mark.parametrize(
