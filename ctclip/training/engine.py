@@ -102,7 +102,7 @@ class Engine:
             "scans": batch.scans,
             "text_identities": batch.text_identities,
             "labels": batch.labels,
-            "labels_alone": number < self.labels_first * steps,
+            "labels_alone": number < self.labels_until(steps),
         }
         if self.chunks == 1:
             inputs = self._inputs(batch.volumes, batch.texts)
@@ -122,6 +122,10 @@ class Engine:
         logged["learning_rate"] = self.config.learning_rate * factor
         # -1 is DeepSpeed's word for one that is not a number.
         return logged | {"gradient_norm": float(norm) if norm is not None and norm >= 0 else math.nan}
+
+    def labels_until(self, steps: int) -> int:
+        """The first of ``steps`` steps at which the objectives other than labels count."""
+        return math.ceil(self.labels_first * steps)
 
     def _norm(self) -> Tensor:
         """Of the gradients that the backward pass has averaged over ranks: at stage 0 DeepSpeed clips, and keeps it to itself."""

@@ -166,6 +166,8 @@ class Run:
                 read = _next(stream)
             logged = self.engine.step(read.on(self.engine.device, spec), step, steps)
             meter.volumes += self.settings.batch
+            if step == self.engine.labels_until(steps):
+                self.divergence = Divergence()  # more is summed from here on: another loss
             self._check(logged, step)
             done, last = step + 1, step + 1 == steps
             if log is not None and (done % self.settings.log_every == 0 or last):

@@ -231,6 +231,23 @@ def test_a_loss_that_grows_stops_the_run(store: Path, tmp_path: Path) -> None:
     assert Path(found[2]).is_dir()
 
 
+def test_objectives_that_join_after_the_labels_are_no_rise(store: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    more = (
+        "training.text_warmup.steps=0",
+        "training.epochs=24",
+        "objectives={clip: 5, labels: 1, labels_first: 0.5}",
+    )
+    done = run(command(store, output, *more))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = list(losses(output).values())
+    alone, joined = found[: len(found) // 2], found[len(found) // 2 :]
+    # The watch, asked about both in one, would have stopped it.
+    watch = Divergence()
+    assert any(watch.seen(loss) > 1 for loss in found)
+    assert max(alone) < min(joined)
+
+
 def test_what_a_rise_of_the_loss_is() -> None:
     watch = Divergence()
     assert all(watch.seen(3.5 - 0.01 * step) <= 0 for step in range(200))
