@@ -187,6 +187,10 @@ class AugmentConfig(Section):
     noise_hu: float = Field(0.0, ge=0, description="standard deviation of added noise, HU")
     rotate_degrees: float = Field(0.0, ge=0, le=45, description="largest turn about each axis")
     zoom: float = Field(0.0, ge=0, lt=0.5, description="largest relative change of size")
+    window_hu: float = Field(0.0, ge=0, lt=500, description="largest move of each end of the HU window")
+    crop: float = Field(
+        0.0, ge=0, lt=1, description="largest share of each axis that is cut away, as of a smaller scan"
+    )
 
 
 class DataConfig(Section):

@@ -18,7 +18,8 @@ from preprocessing.spec import PreprocessingSpec
 
 
 class Change(NamedTuple):
-    """One volume's: a turn about the slice, row and column axis (rad), size, shift (voxels), contrast, noise (HU)."""
+    """One volume's: a turn about the slice, row and column axis (rad), size, shift (voxels), contrast, noise (HU), how far
+    the window's ends move (HU), and the shares of each axis cut away at its two ends."""
 
     angles: tuple[float, ...]
     zoom: float
@@ -26,11 +27,15 @@ class Change(NamedTuple):
     contrast: float
     noise_hu: float
     seed: int
+    window_hu: tuple[float, ...] = (0.0, 0.0)
+    cut: tuple[tuple[float, float], ...] = ()
 
 
 def draw_change(config: AugmentConfig, random: np.random.Generator) -> Change:
     """A change within the amplitudes of ``config``; one of amplitude 0 draws nothing."""
     angles, zoom, offset, contrast, noise, seed = [0.0] * 3, 1.0, [0] * 3, 1.0, 0.0, 0
+    window: tuple[float, ...] = (0.0, 0.0)
+    cut: tuple[tuple[float, float], ...] = ()
     if config.rotate_degrees or config.zoom:
         angles = np.radians(random.uniform(-config.rotate_degrees, config.rotate_degrees, size=3)).tolist()
         zoom = 1 + random.uniform(-config.zoom, config.zoom)
@@ -40,7 +45,13 @@ def draw_change(config: AugmentConfig, random: np.random.Generator) -> Change:
         contrast = 1 + random.uniform(-config.scale, config.scale)
     if config.noise_hu:
         noise, seed = random.uniform(0, config.noise_hu), int(random.integers(2**63))
-    return Change(tuple(angles), zoom, tuple(offset), contrast, noise, seed)
+    if config.window_hu:
+        window = tuple(random.uniform(-config.window_hu, config.window_hu, size=2).tolist())
+    if config.crop:
+        cut = tuple(
+            (gone * first, gone * (1 - first)) for gone, first in random.uniform((0, 0), (config.crop, 1), (3, 2))
+        )
+    return Change(tuple(angles), zoom, tuple(offset), contrast, noise, seed, window, cut)
 
 
 def shown(hu: Tensor, spec: PreprocessingSpec, changes: Sequence[Change] = ()) -> Tensor:
@@ -60,16 +71,26 @@ def _apply(volume: Tensor, change: Change, spec: PreprocessingSpec) -> None:
         volume.copy_(turned(volume, change.angles, change.zoom, spec.spacing))
     if any(change.offset):
         volume.copy_(shifted(volume, change.offset))
+    low, high = spec.hu_window
+    if any(change.window_hu):
+        # The moved ends in the units of the volume become its -1 and 1.
+        bottom, top = (end + 2 * moved / (high - low) for end, moved in zip((-1, 1), change.window_hu, strict=True))
+        volume.sub_(bottom).mul_(2 / (top - bottom)).sub_(1)
     if change.contrast != 1:
         # Contrast changes about air, whose value is the one thing every scanner agrees on.
         volume.add_(1).mul_(change.contrast).sub_(1)
     if change.noise_hu:
-        low, high = spec.hu_window
         random = torch.Generator(volume.device).manual_seed(change.seed)
         noise = torch.randn(volume.shape, generator=random, device=volume.device)
         volume.add_(noise, alpha=change.noise_hu * 2 / (high - low))
-    if change.contrast != 1 or change.noise_hu:
+    if any(change.window_hu) or change.contrast != 1 or change.noise_hu:
         volume.clamp_(-1, 1)
+    for axis, ends in enumerate(change.cut):
+        # As outside a scanner's field of view: no noise either.
+        length = volume.shape[axis]
+        first, last = (int(share * length) for share in ends)
+        volume.narrow(axis, 0, first).fill_(-1)
+        volume.narrow(axis, length - last, last).fill_(-1)
 
 
 def turned(volume: Tensor, angles: Sequence[float], zoom: float, spacing: Sequence[float]) -> Tensor:

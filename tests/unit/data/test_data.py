@@ -112,7 +112,7 @@ def test_a_turn_is_a_turn_in_millimetres() -> None:
 
 def test_augmentation_is_a_function_of_its_seed() -> None:
     hu = torch.from_numpy(RANDOM(0).integers(-1200, 1200, (1, 1, 8, 10, 12), dtype=np.int16))
-    config = AugmentConfig(shift_voxels=1, scale=0.05, noise_hu=10, rotate_degrees=5, zoom=0.05)
+    config = AugmentConfig(shift_voxels=1, scale=0.05, noise_hu=10, rotate_degrees=5, zoom=0.05, window_hu=50, crop=0.3)
     spec = PreprocessingSpec.load("phantom")
     one, two, other = (shown(hu, spec, [draw_change(config, RANDOM(seed))]) for seed in (1, 1, 2))
     assert torch.equal(one, two)
@@ -136,6 +136,27 @@ def test_contrast_changes_about_air() -> None:
     change = Change((0.0, 0.0, 0.0), 1.0, (0, 0, 0), 1.1, 0.0, 0)
     found = shown(hu, PreprocessingSpec.load("phantom"), [change])
     torch.testing.assert_close(found.flatten(), torch.tensor([-1.0, 0.1, 0.65]))
+
+
+def test_a_moved_window_is_that_window_read_anew() -> None:
+    hu = torch.linspace(-1000, 1000, 60).round().to(torch.int16).reshape(1, 1, 3, 4, 5)
+    spec = PreprocessingSpec.load("phantom")
+    change = Change((0.0, 0.0, 0.0), 1.0, (0, 0, 0), 1.0, 0.0, 0, window_hu=(80.0, -120.0))
+    expected = ((hu.float() + 920) / 900 - 1).clamp(-1, 1)  # -920 to 880 HU
+    torch.testing.assert_close(shown(hu, spec, [change]), expected)
+
+
+def test_a_crop_leaves_a_box_in_air() -> None:
+    hu = torch.zeros((1, 1, 20, 10, 10), dtype=torch.int16)
+    spec = PreprocessingSpec.load("phantom")
+    change = Change((0.0, 0.0, 0.0), 1.0, (0, 0, 0), 1.0, 0.0, 0, cut=((0.25, 0.1), (0.0, 0.3), (0.0, 0.0)))
+    expected = torch.full((20, 10, 10), -1.0)
+    expected[5:18, :7] = shown(hu, spec)[0, 0, 0, 0, 0]
+    assert torch.equal(shown(hu, spec, [change])[0, 0], expected)
+    config = AugmentConfig(crop=0.4)
+    gone = np.array([[sum(ends) for ends in draw_change(config, RANDOM(seed)).cut] for seed in range(500)])
+    assert 0.39 < gone.max() < 0.4
+    assert gone.mean() == pytest.approx(0.2, abs=0.02)
 
 
 def test_rare_labels_are_drawn_more_often() -> None:
