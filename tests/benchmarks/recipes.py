@@ -2,6 +2,7 @@
 
 Every line is a run of the demo's recipe with one thing changed: the commands `ctclip train`, `zero-shot` and `evaluate`
 on held-out patients. Started again, it goes on where it was. ``--curve`` adds learning curves over the number of volumes.
+OUTPUT/figures.csv keeps every figure; ``--recorded tests/benchmarks/recipes.csv`` takes those of RESULTS.md as run.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ctclip.config_files import load_config
 from ctclip.findings import FINDINGS
 from tests.benchmarks.common import machine, table
 
@@ -48,6 +50,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "not standardised": ("phantom_tiny", "model.standardise=false"),
     "no augmentation": ("phantom_tiny", "data.augment={}"),
     "turned and sized": ("phantom_tiny", "data.augment={shift_voxels: 2, scale: 0.03, rotate_degrees: 8, zoom: 0.08}"),
+    "window moved and cropped": (
+        "phantom_tiny",
+        "data.augment={shift_voxels: 2, scale: 0.03, window_hu: 50, crop: 0.15}",
+    ),
     "ctvit": ("phantom_tiny", f"model.volume={CTVIT}"),
     "resnet3d": ("phantom_tiny", "model.volume={kind: resnet3d, width_factor: 0.5, norm: batch}"),
     "rare ones oftener": ("phantom_tiny", "data.rarity=0.5"),
@@ -58,10 +64,14 @@ CURVE = (250, 500, 1000, 2000)
 
 def run(name: str, changes: tuple[str, ...], seed: int, chosen: argparse.Namespace) -> dict[str, object]:
     """Train, detect and evaluate one variant; what it already did is not done again. Returns its figures."""
-    folder = chosen.output / name.replace(" ", "_") / f"seed_{seed}"
-    store, (config, *overrides) = str(chosen.store), changes
+    config, *overrides = changes
     if chosen.epochs is not None:
-        overrides.append(f"training.epochs={chosen.epochs}")
+        overrides.append(f"training.epochs={chosen.epochs:g}")
+    epochs = load_config(config, overrides).training.epochs
+    known = chosen.recorded.query("variant == @name and seed == @seed and epochs == @epochs")
+    if len(known):
+        return dict(known.iloc[0])
+    folder, store = chosen.output / name.replace(" ", "_") / f"epochs_{epochs:g}_seed_{seed}", str(chosen.store)
     if not (folder / "evaluation" / "metrics.json").is_file():
         _ctclip("train", "--config", config, "--store", store, "--output", str(folder), "--processes",
                 str(chosen.processes), f"seed={seed}", *overrides)  # fmt: skip
@@ -70,34 +80,39 @@ def run(name: str, changes: tuple[str, ...], seed: int, chosen: argparse.Namespa
         _ctclip("evaluate", f"{found}/predictions.csv", "--store", store, "--protocol", "phantom", "--run", str(folder),
                 "--output", str(folder / "evaluation"), "--bootstrap", "100")  # fmt: skip
     metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
-    retrieval, labels = metrics["retrieval"]["report_to_volume"], metrics["zero_shot"]["auroc"]
+    labels = metrics["zero_shot"]["auroc"]
     return {
-        "mean": metrics["zero_shot"]["mean_auroc"],
-        "labels": {label: labels[label]["value"] for label in FINDINGS},
-        "recall@10": retrieval.get("recall@10", float("nan")),
+        "variant": name, "seed": seed, "epochs": epochs,
+        "learned from": "labels" if "label-supervised" in (folder / "model" / "model_card.md").read_text() else "reports only",
+        "AUROC": metrics["zero_shot"]["mean_auroc"],
+        "recall@10": metrics["retrieval"]["report_to_volume"].get("recall@10", float("nan")),
         "histogram": metrics["controls"].get("histogram_mean_auroc", float("nan")),
         "shuffled": metrics["controls"]["shuffled_mean_auroc"],
-        "sees labels": "label-supervised" in (folder / "model" / "model_card.md").read_text(),
-    }
+        **{label: labels[label]["value"] for label in FINDINGS},
+    }  # fmt: skip
 
 
-def ceiling(folder: Path, store: Path) -> dict[str, float]:
-    """AUROC a label of logistic regression on the embeddings of a label-supervised model: what its encoder can tell."""
+def ceiling(run: dict[str, object], chosen: argparse.Namespace) -> dict[str, object]:
+    """AUROC a label of logistic regression on the embeddings of a label-supervised ``run``: what its encoder can tell."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
 
+    row = {"variant": "ceiling", "seed": run["seed"], "epochs": run["epochs"], "learned from": "labels"}
+    known = chosen.recorded.query("variant == 'ceiling' and seed == @row['seed'] and epochs == @row['epochs']")
+    if len(known):
+        return dict(known.iloc[0])
+    folder = chosen.output / "labels_alone" / f"epochs_{run['epochs']:g}_seed_{run['seed']}"
     tables = {}
     for split in ("train", "valid"):
         path = folder / f"{split}.parquet"
         if not path.is_file():
-            _ctclip("embed", "--model", str(folder / "model"), "--store", str(store), "--split", split, "--output", str(path))  # fmt: skip
-        tables[split] = pd.read_parquet(path).merge(pd.read_parquet(store / "cohort.parquet"), on="volume")
+            _ctclip("embed", "--model", str(folder / "model"), "--store", str(chosen.store), "--split", split, "--output", str(path))  # fmt: skip
+        tables[split] = pd.read_parquet(path).merge(pd.read_parquet(chosen.store / "cohort.parquet"), on="volume")
     vectors = {split: np.stack(found["volume_embedding"].to_list()) for split, found in tables.items()}
-    scores = {}
     for label in FINDINGS:
         fit = LogisticRegression(C=1.0, max_iter=2000).fit(vectors["train"], tables["train"][label].astype(int))
-        scores[label] = float(roc_auc_score(tables["valid"][label].astype(int), fit.decision_function(vectors["valid"])))  # fmt: skip
-    return scores
+        row[label] = float(roc_auc_score(tables["valid"][label].astype(int), fit.decision_function(vectors["valid"])))
+    return {**row, "AUROC": float(np.mean([row[label] for label in FINDINGS]))}
 
 
 def power_law(volumes: list[int], aurocs: list[float]) -> tuple[float, float]:
@@ -135,8 +150,18 @@ def _training_volumes(store: Path) -> int:
     return int((pd.read_parquet(store / "cohort.parquet")["split"] == "train").sum())
 
 
-def _spread(values: list[float]) -> str:
-    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+def _spread(values: pd.Series) -> str:
+    values = values.dropna()
+    if values.empty:
+        return ""
+    return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
+
+
+def _furthest(changes: pd.Series) -> list[str]:
+    """The two labels that gained most and the two that lost most, where the means moved by 0.01 or more."""
+    ordered = changes.dropna().sort_values()
+    ends = [ordered[ordered >= 0.01].iloc[::-1][:2], ordered[ordered <= -0.01][:2]]
+    return [", ".join(f"{label} {change:+.2f}" for label, change in end.items()) for end in ends]
 
 
 def main() -> None:
@@ -148,40 +173,60 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=None, help="the configuration's own if not given")
     parser.add_argument("--processes", type=int, default=min(2, len(os.sched_getaffinity(0))))
     parser.add_argument("--curve", action="store_true", help="learning curves over the number of volumes")
+    parser.add_argument("--recorded", type=Path, default=None, help="figures of earlier runs (a figures.csv): those are not run")  # fmt: skip
     chosen = parser.parse_args()
     asked = [part.strip().partition(":") for part in (chosen.only or ",".join(VARIANTS)).split(",") if part.strip()]
     unknown = [name for name, _, _ in asked if name not in VARIANTS]
     if unknown:
         parser.error(f"no variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}")
-    found = {
-        name: [run(name, VARIANTS[name], seed, chosen) for seed in range(int(seeds or chosen.seeds))]
-        for name, _, seeds in asked
-    }
+    chosen.recorded = pd.read_csv(chosen.recorded) if chosen.recorded else pd.DataFrame(columns=["variant", "seed", "epochs"])  # fmt: skip
+    runs = [run(name, VARIANTS[name], seed, chosen) for name, _, seeds in asked for seed in range(int(seeds or chosen.seeds))]  # fmt: skip
+    curve = []
+    if chosen.curve:
+        curve = [run(f"volumes {n}", ("phantom_tiny", f"data.volumes={n}"), 0, chosen) for n in CURVE]
+        curve.append(run("phantom_tiny", VARIANTS["phantom_tiny"], 0, chosen))
+    found = dict(list(pd.DataFrame(runs).groupby("variant", sort=False)))
+    tops = [ceiling(row, chosen) for row in runs if row["variant"] == "labels alone" and row["seed"] == 0]
+    figures = pd.DataFrame([*runs, *curve, *tops]).drop_duplicates(["variant", "seed", "epochs"])
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    figures.to_csv(chosen.output / "figures.csv", index=False, float_format="%.4f")
     print(f"\n{machine()}; epochs {chosen.epochs or 'of the configuration'}, held-out patients; mean ± sd over seeds\n")
+    show_variants(found)
+    show_labels(found, tops)
+    if chosen.curve:
+        show_curve([_training_volumes(chosen.store) if row["variant"] == "phantom_tiny" else int(str(row["variant"]).split()[1]) for row in curve], curve, chosen.output)  # fmt: skip
+
+
+def show_variants(found: dict[str, pd.DataFrame]) -> None:
+    """A line a variant, and which labels paid for what others gained, against the first."""
+    first = next(iter(found.values()))[list(FINDINGS)].mean()
     rows = [
-        [name, "labels" if runs[0]["sees labels"] else "reports only", str(len(runs)), _spread([r["mean"] for r in runs]),
-         _spread([r["recall@10"] for r in runs]), _spread([r["histogram"] for r in runs]), _spread([r["shuffled"] for r in runs])]
+        [name, runs["learned from"].iloc[0], str(len(runs)), *(_spread(runs[column]) for column in ("AUROC", "recall@10", "histogram", "shuffled")),
+         *_furthest(runs[list(FINDINGS)].mean() - first)]
         for name, runs in found.items()
     ]  # fmt: skip
-    print(table("One switch a line", ["", "learned from", "seeds", "zero-shot mean AUROC", "report to volume, recall@10", "histogram control", "shuffled labels"], rows))  # fmt: skip
-    tops = {}
-    if "labels alone" in found:
-        tops = ceiling(chosen.output / "labels_alone" / "seed_0", chosen.store)
+    print(table("One switch a line", ["", "learned from", "seeds", "zero-shot mean AUROC", "report to volume, recall@10", "histogram control",
+                "shuffled labels", "labels that gained most", "that lost most"], rows))  # fmt: skip
+
+
+def show_labels(found: dict[str, pd.DataFrame], tops: list[dict[str, object]]) -> None:
+    """A line a label, with the ceiling beside it where it was asked for."""
+    columns = {**found, **({"ceiling: the same encoder learned from labels": pd.DataFrame(tops)} if tops else {})}
+    lines = {**{label: label for label in FINDINGS}, "mean": "AUROC", "report to volume, recall@10": "recall@10"}
+    rows = [[name, *(_spread(runs[key]) if key in runs else "" for runs in columns.values())] for name, key in lines.items()]  # fmt: skip
+    print(table("Label by label", ["", *columns], rows))
+
+
+def show_curve(volumes: list[int], runs: list[dict[str, object]], output: Path) -> None:
+    """The learning curve, its power law, and a picture of both."""
+    aurocs = [float(str(row["AUROC"])) for row in runs]
+    a, b = power_law(volumes, aurocs)
+    draw(volumes, aurocs, (a, b), output / "curve.png")
     rows = [
-        [label, *(_spread([r["labels"][label] for r in runs]) for runs in found.values()), *([f"{tops[label]:.3f}"] if tops else [])]
-        for label in FINDINGS
-    ]  # fmt: skip
-    rows.append(["mean", *(_spread([r["mean"] for r in runs]) for runs in found.values()), *([f"{np.mean(list(tops.values())):.3f}"] if tops else [])])  # fmt: skip
-    print(table("Label by label", ["", *found, *(["ceiling: the same encoder learned from labels"] if tops else [])], rows))  # fmt: skip
-    if chosen.curve:
-        curve = {n: run(f"volumes {n}", ("phantom_tiny", f"data.volumes={n}"), 0, chosen) for n in CURVE}
-        curve[_training_volumes(chosen.store)] = run("phantom_tiny", VARIANTS["phantom_tiny"], 0, chosen)
-        a, b = power_law(list(curve), [found["mean"] for found in curve.values()])
-        rows = [
-            [f"{n:,}", f"{found['mean']:.3f}", f"{1 - a * n**-b:.3f}", f"{found['recall@10']:.3f}"] for n, found in curve.items()
-        ]  # fmt: skip
-        draw(list(curve), [found["mean"] for found in curve.values()], (a, b), chosen.output / "curve.png")
-        print(table(f"Learning curve, seed 0, as many passes: 1 - AUROC = {a:.2f} x volumes^-{b:.3f}", ["volumes", "AUROC", "fit", "recall@10"], rows))  # fmt: skip
+        [f"{n:,}", f"{auroc:.3f}", f"{1 - a * n**-b:.3f}", f"{row['recall@10']:.3f}"]
+        for n, auroc, row in zip(volumes, aurocs, runs, strict=True)
+    ]
+    print(table(f"Learning curve, seed 0, as many passes: 1 - AUROC = {a:.2f} x volumes^-{b:.3f}", ["volumes", "AUROC", "fit", "recall@10"], rows))  # fmt: skip
 
 
 if __name__ == "__main__":
