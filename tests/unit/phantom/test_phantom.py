@@ -14,7 +14,7 @@ import pytest
 from ctclip.data.reports import negates
 from ctclip.errors import PhantomError
 from ctclip.findings import FINDINGS
-from ctclip.phantom import language
+from ctclip.phantom import language, prevalence
 from ctclip.phantom.canvas import Canvas, Grid, ball, tube
 from ctclip.phantom.cohort import Options, make_cohort, plan
 from ctclip.phantom.prevalence import CORRELATION, PREVALENCE, draw_findings
@@ -42,6 +42,24 @@ def test_prevalence_and_co_occurrence_are_the_tables() -> None:
     phi = np.corrcoef(drawn.T.astype(float))
     for (first, second), wanted in CORRELATION.items():
         assert abs(phi[FINDINGS.index(first), FINDINGS.index(second)] - wanted) < 0.09, (first, second)
+
+
+def test_a_seed_draws_the_same_abnormalities_whatever_the_processor(monkeypatch) -> None:
+    """LAPACK's eigenvectors have either sign, and of equal values any rotation; both differ between processors."""
+    usual, random = np.linalg.eigh, np.random.default_rng(1)
+
+    def elsewhere(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values, vectors = usual(matrix)
+        vectors = vectors * random.choice([-1, 1], len(values))
+        equal = np.flatnonzero(np.abs(values - 1) < 1e-9)
+        if len(equal) > 1:
+            turn = np.linalg.qr(random.standard_normal((len(equal), len(equal))))[0]
+            vectors[:, equal] = vectors[:, equal] @ turn
+        return values, vectors
+
+    here = prevalence._latent(0.15)[1]
+    monkeypatch.setattr(np.linalg, "eigh", elsewhere)
+    np.testing.assert_allclose(prevalence._latent.__wrapped__(0.15)[1], here, atol=1e-9)
 
 
 def test_a_floor_raises_rare_ones_only() -> None:
