@@ -1,6 +1,6 @@
 """ctclip: 3-D vision-language learning on chest CT."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(source: str, device: str = "cpu"):  # type: ignore[no-untyped-def]

@@ -63,6 +63,16 @@ class Scan:
         return [int(name in self.present) for name in FINDINGS]
 
 
+def draw_case(
+    seed: int, patient_number: int, scan_number: int, rare_floor: float = 0.0
+) -> tuple[Patient, frozenset[str], np.random.Generator]:
+    """The patient, the abnormalities of one scan, and what goes on drawing for it. Neither says anything of the other."""
+    patient = draw_patient(np.random.default_rng([seed, patient_number]))
+    # To NumPy [seed, patient] is [seed, patient, 0, 0]: a stream numbered 0 would be the patient's once more.
+    random = np.random.default_rng([seed, patient_number, scan_number, 5])
+    return patient, draw_findings(random, rare_floor), random
+
+
 def make_scan(
     seed: int,
     patient_number: int,
@@ -78,9 +88,7 @@ def make_scan(
     ``scale`` multiplies the in-plane spacing; ``only`` sets the abnormalities instead of drawing them by their prevalence.
     """
     stream = [seed, patient_number, scan_number]
-    patient = draw_patient(np.random.default_rng([seed, patient_number]))
-    random = np.random.default_rng([*stream, 0])
-    drawn = draw_findings(random, rare_floor)
+    patient, drawn, random = draw_case(seed, patient_number, scan_number, rare_floor)
     present = drawn if only is None else only
     contrast = bool(random.random() < 0.25)
     blood = float(random.uniform(150, 260)) if contrast else float(random.uniform(38, 52))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -18,7 +19,7 @@ from ctclip.phantom import language, prevalence
 from ctclip.phantom.canvas import Canvas, Grid, ball, tube
 from ctclip.phantom.cohort import Options, make_cohort, plan
 from ctclip.phantom.prevalence import CORRELATION, PREVALENCE, draw_findings
-from ctclip.phantom.scan import make_scan
+from ctclip.phantom.scan import draw_case, make_scan
 from ctclip.sentences import sentences
 
 
@@ -60,6 +61,19 @@ def test_a_seed_draws_the_same_abnormalities_whatever_the_processor(monkeypatch)
     here = prevalence._latent(0.15)[1]
     monkeypatch.setattr(np.linalg, "eigh", elsewhere)
     np.testing.assert_allclose(prevalence._latent.__wrapped__(0.15)[1], here, atol=1e-9)
+
+
+def test_habitus_tells_no_abnormality() -> None:
+    """Drawn from one stream they would: a classifier of body size would find lymph nodes."""
+    cases = [draw_case(0, number, 0, 0.15)[:2] for number in range(3000)]
+    habitus = np.array([[*dataclasses.astuple(patient)[1:]] for patient, _ in cases], dtype=float)
+    women = np.array([patient.sex == "F" for patient, _ in cases], dtype=float)
+    present = np.array([[name in found for name in FINDINGS] for _, found in cases], dtype=float)
+    columns = np.column_stack([women, habitus])
+    between = np.corrcoef(columns.T, present.T)[: columns.shape[1], columns.shape[1] :]
+    # 234 correlations of standard error 0.018.
+    assert np.abs(between).max() < 0.08
+    assert between.std() == pytest.approx(1 / np.sqrt(len(cases)), rel=0.2)
 
 
 def test_a_floor_raises_rare_ones_only() -> None:
