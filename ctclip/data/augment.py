@@ -28,14 +28,14 @@ class Change(NamedTuple):
     noise_hu: float
     seed: int
     window_hu: tuple[float, ...] = (0.0, 0.0)
-    cut: tuple[tuple[float, float], ...] = ()
+    crop: tuple[tuple[float, float], ...] = ()
 
 
 def draw_change(config: AugmentConfig, random: np.random.Generator) -> Change:
     """A change within the amplitudes of ``config``; one of amplitude 0 draws nothing."""
     angles, zoom, offset, contrast, noise, seed = [0.0] * 3, 1.0, [0] * 3, 1.0, 0.0, 0
     window: tuple[float, ...] = (0.0, 0.0)
-    cut: tuple[tuple[float, float], ...] = ()
+    crop: tuple[tuple[float, float], ...] = ()
     if config.rotate_degrees or config.zoom:
         angles = np.radians(random.uniform(-config.rotate_degrees, config.rotate_degrees, size=3)).tolist()
         zoom = 1 + random.uniform(-config.zoom, config.zoom)
@@ -48,10 +48,10 @@ def draw_change(config: AugmentConfig, random: np.random.Generator) -> Change:
     if config.window_hu:
         window = tuple(random.uniform(-config.window_hu, config.window_hu, size=2).tolist())
     if config.crop:
-        cut = tuple(
+        crop = tuple(
             (gone * first, gone * (1 - first)) for gone, first in random.uniform((0, 0), (config.crop, 1), (3, 2))
         )
-    return Change(tuple(angles), zoom, tuple(offset), contrast, noise, seed, window, cut)
+    return Change(tuple(angles), zoom, tuple(offset), contrast, noise, seed, window, crop)
 
 
 def shown(hu: Tensor, spec: PreprocessingSpec, changes: Sequence[Change] = ()) -> Tensor:
@@ -85,7 +85,7 @@ def _apply(volume: Tensor, change: Change, spec: PreprocessingSpec) -> None:
         volume.add_(noise, alpha=change.noise_hu * 2 / (high - low))
     if any(change.window_hu) or change.contrast != 1 or change.noise_hu:
         volume.clamp_(-1, 1)
-    for axis, ends in enumerate(change.cut):
+    for axis, ends in enumerate(change.crop):
         # As outside a scanner's field of view: no noise either.
         length = volume.shape[axis]
         first, last = (int(share * length) for share in ends)

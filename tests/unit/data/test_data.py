@@ -149,12 +149,12 @@ def test_a_moved_window_is_that_window_read_anew() -> None:
 def test_a_crop_leaves_a_box_in_air() -> None:
     hu = torch.zeros((1, 1, 20, 10, 10), dtype=torch.int16)
     spec = PreprocessingSpec.load("phantom")
-    change = Change((0.0, 0.0, 0.0), 1.0, (0, 0, 0), 1.0, 0.0, 0, cut=((0.25, 0.1), (0.0, 0.3), (0.0, 0.0)))
+    change = Change((0.0, 0.0, 0.0), 1.0, (0, 0, 0), 1.0, 0.0, 0, crop=((0.25, 0.1), (0.0, 0.3), (0.0, 0.0)))
     expected = torch.full((20, 10, 10), -1.0)
     expected[5:18, :7] = shown(hu, spec)[0, 0, 0, 0, 0]
     assert torch.equal(shown(hu, spec, [change])[0, 0], expected)
     config = AugmentConfig(crop=0.4)
-    gone = np.array([[sum(ends) for ends in draw_change(config, RANDOM(seed)).cut] for seed in range(500)])
+    gone = np.array([[sum(ends) for ends in draw_change(config, RANDOM(seed)).crop] for seed in range(500)])
     assert 0.39 < gone.max() < 0.4
     assert gone.mean() == pytest.approx(0.2, abs=0.02)
 
