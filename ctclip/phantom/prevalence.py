@@ -74,8 +74,7 @@ def _latent(rare_floor: float) -> tuple[np.ndarray, np.ndarray]:
     matrix = wanted
     for _ in range(200):
         values, vectors = np.linalg.eigh(np.where(listed, wanted, matrix))
-        # The symmetric root: one only, where an eigenvector has either sign and equal values any rotation, as it pleases
-        # the processor, and a seed would draw other abnormalities on another machine.
+        # Of a matrix's roots the symmetric one: the eigenvectors' signs, which differ between processors, cancel in it.
         root = vectors * np.sqrt(np.clip(values, 1e-6, None)) @ vectors.T
         matrix = root @ root.T
     return thresholds, root / np.linalg.norm(root, axis=1, keepdims=True)
