@@ -2,7 +2,7 @@
 
 Every line is a run of the demo's recipe with one thing changed: the commands `ctclip train`, `zero-shot` and `evaluate`
 on held-out patients. Started again, it goes on where it was. ``--curve`` adds learning curves over the number of volumes.
-OUTPUT/figures.csv keeps every figure; ``--recorded tests/benchmarks/recipes.csv`` takes those of RESULTS.md as run.
+OUTPUT/figures.csv keeps every figure, those of ``--recorded tests/benchmarks/recipes.csv`` too: what is in it is not run again.
 """
 
 from __future__ import annotations
@@ -68,10 +68,9 @@ def run(name: str, changes: tuple[str, ...], seed: int, chosen: argparse.Namespa
     if chosen.epochs is not None:
         overrides.append(f"training.epochs={chosen.epochs:g}")
     epochs = load_config(config, overrides).training.epochs
-    known = chosen.recorded.query("variant == @name and seed == @seed and epochs == @epochs")
-    if len(known):
-        return dict(known.iloc[0])
-    folder, store = chosen.output / name.replace(" ", "_") / f"epochs_{epochs:g}_seed_{seed}", str(chosen.store)
+    if known := _recorded(chosen.recorded, name, seed, epochs):
+        return known
+    folder, store = _folder(chosen.output, name, seed, epochs), str(chosen.store)
     if not (folder / "evaluation" / "metrics.json").is_file():
         _ctclip("train", "--config", config, "--store", store, "--output", str(folder), "--processes",
                 str(chosen.processes), f"seed={seed}", *overrides)  # fmt: skip
@@ -92,16 +91,15 @@ def run(name: str, changes: tuple[str, ...], seed: int, chosen: argparse.Namespa
     }  # fmt: skip
 
 
-def ceiling(run: dict[str, object], chosen: argparse.Namespace) -> dict[str, object]:
-    """AUROC a label of logistic regression on the embeddings of a label-supervised ``run``: what its encoder can tell."""
+def ceiling(learned: dict[str, object], chosen: argparse.Namespace) -> dict[str, object]:
+    """AUROC a label of logistic regression on the embeddings of a label-supervised run: what its encoder can tell."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
 
-    row = {"variant": "ceiling", "seed": run["seed"], "epochs": run["epochs"], "learned from": "labels"}
-    known = chosen.recorded.query("variant == 'ceiling' and seed == @row['seed'] and epochs == @row['epochs']")
-    if len(known):
-        return dict(known.iloc[0])
-    folder = chosen.output / "labels_alone" / f"epochs_{run['epochs']:g}_seed_{run['seed']}"
+    name, seed, epochs = f"ceiling of {learned['variant']}", learned["seed"], learned["epochs"]
+    if known := _recorded(chosen.recorded, name, seed, epochs):
+        return known
+    folder = _folder(chosen.output, learned["variant"], seed, epochs)
     tables = {}
     for split in ("train", "valid"):
         path = folder / f"{split}.parquet"
@@ -109,10 +107,12 @@ def ceiling(run: dict[str, object], chosen: argparse.Namespace) -> dict[str, obj
             _ctclip("embed", "--model", str(folder / "model"), "--store", str(chosen.store), "--split", split, "--output", str(path))  # fmt: skip
         tables[split] = pd.read_parquet(path).merge(pd.read_parquet(chosen.store / "cohort.parquet"), on="volume")
     vectors = {split: np.stack(found["volume_embedding"].to_list()) for split, found in tables.items()}
+    aurocs = {}
     for label in FINDINGS:
         fit = LogisticRegression(C=1.0, max_iter=2000).fit(vectors["train"], tables["train"][label].astype(int))
-        row[label] = float(roc_auc_score(tables["valid"][label].astype(int), fit.decision_function(vectors["valid"])))
-    return {**row, "AUROC": float(np.mean([row[label] for label in FINDINGS]))}
+        aurocs[label] = float(roc_auc_score(tables["valid"][label].astype(int), fit.decision_function(vectors["valid"])))  # fmt: skip
+    mean = float(np.mean(list(aurocs.values())))
+    return {"variant": name, "seed": seed, "epochs": epochs, "learned from": "labels", "AUROC": mean, **aurocs}
 
 
 def power_law(volumes: list[int], aurocs: list[float]) -> tuple[float, float]:
@@ -139,6 +139,15 @@ def draw(volumes: list[int], aurocs: list[float], law: tuple[float, float], path
     axes.legend()
     figure.savefig(path, dpi=120)
     print(f"plotted: {path}\n", flush=True)
+
+
+def _recorded(table: pd.DataFrame, name: object, seed: object, epochs: object) -> dict[str, object] | None:
+    rows = table[(table["variant"] == name) & (table["seed"] == seed) & (table["epochs"] == epochs)]
+    return dict(rows.iloc[0]) if len(rows) else None
+
+
+def _folder(output: Path, name: object, seed: object, epochs: object) -> Path:
+    return output / str(name).replace(" ", "_") / f"epochs_{epochs:g}_seed_{seed}"
 
 
 def _ctclip(*arguments: str) -> None:
@@ -173,7 +182,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=None, help="the configuration's own if not given")
     parser.add_argument("--processes", type=int, default=min(2, len(os.sched_getaffinity(0))))
     parser.add_argument("--curve", action="store_true", help="learning curves over the number of volumes")
-    parser.add_argument("--recorded", type=Path, default=None, help="figures of earlier runs (a figures.csv): those are not run")  # fmt: skip
+    parser.add_argument("--recorded", type=Path, default=None, help="a figures.csv of earlier runs, which are not run again")  # fmt: skip
     chosen = parser.parse_args()
     asked = [part.strip().partition(":") for part in (chosen.only or ",".join(VARIANTS)).split(",") if part.strip()]
     unknown = [name for name, _, _ in asked if name not in VARIANTS]
@@ -186,15 +195,19 @@ def main() -> None:
         curve = [run(f"volumes {n}", ("phantom_tiny", f"data.volumes={n}"), 0, chosen) for n in CURVE]
         curve.append(run("phantom_tiny", VARIANTS["phantom_tiny"], 0, chosen))
     found = dict(list(pd.DataFrame(runs).groupby("variant", sort=False)))
-    tops = [ceiling(row, chosen) for row in runs if row["variant"] == "labels alone" and row["seed"] == 0]
-    figures = pd.DataFrame([*runs, *curve, *tops]).drop_duplicates(["variant", "seed", "epochs"])
+    # One is enough: of the first variant that learned from labels.
+    learned = [row for row in runs if row["learned from"] == "labels"]
+    tops = [ceiling(learned[0], chosen)] if learned else []
+    figures = pd.concat([chosen.recorded, pd.DataFrame([*runs, *curve, *tops])]).drop_duplicates(
+        ["variant", "seed", "epochs"]
+    )
     chosen.output.mkdir(parents=True, exist_ok=True)
-    figures.to_csv(chosen.output / "figures.csv", index=False, float_format="%.4f")
+    figures.to_csv(chosen.output / "figures.csv", index=False, float_format="%.6f")
     print(f"\n{machine()}; epochs {chosen.epochs or 'of the configuration'}, held-out patients; mean ± sd over seeds\n")
     show_variants(found)
     show_labels(found, tops)
     if chosen.curve:
-        show_curve([_training_volumes(chosen.store) if row["variant"] == "phantom_tiny" else int(str(row["variant"]).split()[1]) for row in curve], curve, chosen.output)  # fmt: skip
+        show_curve([*CURVE, _training_volumes(chosen.store)], curve, chosen.output)
 
 
 def show_variants(found: dict[str, pd.DataFrame]) -> None:
@@ -211,7 +224,7 @@ def show_variants(found: dict[str, pd.DataFrame]) -> None:
 
 def show_labels(found: dict[str, pd.DataFrame], tops: list[dict[str, object]]) -> None:
     """A line a label, with the ceiling beside it where it was asked for."""
-    columns = {**found, **({"ceiling: the same encoder learned from labels": pd.DataFrame(tops)} if tops else {})}
+    columns = {**found, **{str(top["variant"]): pd.DataFrame([top]) for top in tops}}
     lines = {**{label: label for label in FINDINGS}, "mean": "AUROC", "report to volume, recall@10": "recall@10"}
     rows = [[name, *(_spread(runs[key]) if key in runs else "" for runs in columns.values())] for name, key in lines.items()]  # fmt: skip
     print(table("Label by label", ["", *columns], rows))
