@@ -8,8 +8,9 @@ OUTPUT ?= runs/$(if $(filter default,$(SIZE)),demo,$(SIZE))
 demo: .venv/installed
 	.venv/bin/ctclip demo --size $(SIZE) --output $(OUTPUT)
 
+# Two processes of one thread, each with files of its own: what takes long is starting commands, not numbers.
 test: .venv/installed lint
-	.venv/bin/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

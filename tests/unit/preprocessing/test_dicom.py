@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import locale
 import os
 import shutil
 import subprocess
@@ -131,6 +132,8 @@ def compressed_by_itk(path: Path, output: Path, compressor: str) -> None:
         if not key.startswith("0028"):
             stored.SetMetaData(key, image.GetMetaData(key))
     writer.Execute(stored)
+    # Writing JPEG, it leaves the process in the C locale, in which other libraries cannot read their own files.
+    locale.setlocale(locale.LC_ALL, "")
 
 
 @pytest.mark.parametrize(
