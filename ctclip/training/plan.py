@@ -244,9 +244,12 @@ def _flops(step: ContrastiveStep, shape: tuple[int, ...], views: int) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     encoder = step.model.volume_encoder
-    # Attention as matrix products: torch does not count the processor's own kernel for it.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, _converted(encoder, mode):
+    # Attention as matrix products: torch does not count the processor's own kernel for it. Under autocast, as gradients
+    # by hand (``ctclip/models/by_hand.py``) go block by block, half a million operations to trace.
+    traced = torch.autocast("cpu", torch.bfloat16)
+    mapping = {torch.ops.aten.convolution_backward: _convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
+        with traced, FakeTensorMode(allow_non_fake_inputs=True) as mode, _converted(encoder, mode):
             encoded = encoder(torch.zeros(1, 1, *shape))
             (encoded.pooled.sum() + encoded.tokens.sum()).backward()
         tokens = torch.ones(encoded.tokens.shape, requires_grad=True)
@@ -255,6 +258,15 @@ def _flops(step: ContrastiveStep, shape: tuple[int, ...], views: int) -> float:
             read.backward()
     step.zero_grad()
     return float(counter.get_total_flops())
+
+
+def _convolution_backward(slope: Any, given: Any, weight: Any, *rest: Any, **_: Any) -> int:
+    """Of shapes: each gradient takes what the convolution took. torch's own count takes a depthwise one for a full one."""
+    from torch.utils.flop_counter import conv_flop_count
+
+    *_, transposed, _padding, _groups, asked = rest
+    count: int = conv_flop_count(given, weight, slope, transposed)
+    return sum(asked[:2]) * count
 
 
 def describe(config: Config, plan: Plan, card: str, volumes: int) -> str:

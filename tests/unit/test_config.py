@@ -7,6 +7,8 @@ import pytest
 from ctclip.config import Config
 from ctclip.config_files import build_config, configs_folder, differing_keys, dump_config, load_config, read_mapping
 from ctclip.errors import ConfigError
+from ctclip.models.sizes import measure
+from ctclip.training.plan import make_plan
 from tests.benchmarks.recipes import VARIANTS
 
 
@@ -19,7 +21,7 @@ def test_every_recipe_loads_and_survives_its_dump(path, tmp_path) -> None:
 
 @pytest.mark.parametrize("path", sorted(configs_folder().glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_can_be_planned(path) -> None:
-    from ctclip.training.plan import describe, make_plan
+    from ctclip.training.plan import describe
 
     config = load_config(str(path))
     plan = make_plan(config, ranks=2)
@@ -83,3 +85,14 @@ def test_one_key_chooses_zero(word: str, stage: int, offload: bool) -> None:
 
 def test_differing_keys_are_paths() -> None:
     assert differing_keys(Config(), Config.model_validate({"training": {"epochs": 3}})) == ["training.epochs"]
+
+
+def test_planned_operations_are_three_forward_passes() -> None:
+    """The gradient of a matrix product is two more; that of voxels is not asked for, and codes have none."""
+    config, tokens = load_config("phantom_published"), 8 * 5 * 7
+    forward = measure(config.model, (64, 80, 112)).flops
+    patches, codes = 2 * tokens * (8 * 16 * 16) * 192, 2 * tokens * 1024 * 192
+    # Of 256 words: four maps of attention, two of the feed-forward layer, scores and weighted sums.
+    text = 2 * (2 * 256 * 12 * 128**2 + 2 * 2 * 256**2 * 128)
+    expected = 3 * (forward + text) - patches - 2 * codes
+    assert make_plan(config, ranks=1).flops == pytest.approx(expected, rel=0.01)
