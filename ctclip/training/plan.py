@@ -264,7 +264,7 @@ def _convolution_backward(slope: Any, given: Any, weight: Any, *rest: Any, **_: 
     """Of shapes: each gradient takes what the convolution took. torch's own count takes a depthwise one for a full one."""
     from torch.utils.flop_counter import conv_flop_count
 
-    *_, transposed, _padding, _groups, asked = rest
+    *_before, transposed, _padding, _groups, asked = rest
     count: int = conv_flop_count(given, weight, slope, transposed)
     return sum(asked[:2]) * count
 
