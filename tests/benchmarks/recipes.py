@@ -202,7 +202,7 @@ def main() -> None:
         ["variant", "seed", "epochs"]
     )
     chosen.output.mkdir(parents=True, exist_ok=True)
-    figures.to_csv(chosen.output / "figures.csv", index=False, float_format="%.6f")
+    figures.to_csv(chosen.output / "figures.csv", index=False, float_format="%.6g")
     print(f"\n{machine()}; epochs {chosen.epochs or 'of the configuration'}, held-out patients; mean ± sd over seeds\n")
     show_variants(found)
     show_labels(found, tops)

@@ -8,7 +8,7 @@ from ctclip.config import Config
 from ctclip.config_files import build_config, configs_folder, differing_keys, dump_config, load_config, read_mapping
 from ctclip.errors import ConfigError
 from ctclip.models.sizes import measure
-from ctclip.training.plan import make_plan
+from ctclip.training.plan import describe, make_plan
 from tests.benchmarks.recipes import VARIANTS
 
 
@@ -21,8 +21,6 @@ def test_every_recipe_loads_and_survives_its_dump(path, tmp_path) -> None:
 
 @pytest.mark.parametrize("path", sorted(configs_folder().glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_can_be_planned(path) -> None:
-    from ctclip.training.plan import describe
-
     config = load_config(str(path))
     plan = make_plan(config, ranks=2)
     # Two cards share what ZeRO shares: each stage needs less than the one before, but for the copy that 1 and 2 keep.
