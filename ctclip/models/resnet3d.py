@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ctclip.config import ResNet3DConfig
+from ctclip.models.batchnorm import GlobalBatchNorm3d
 from ctclip.models.outputs import VolumeTokens, air_where_padded, check_volume, largest_token, mean_token, real_cells
 
 BLOCKS = {18: ("basic", (2, 2, 2, 2)), 50: ("bottleneck", (3, 4, 6, 3))}
-GROUP_CHANNELS = 8
+GROUPS = 8
 
 
 class ResNet3D(nn.Module):
@@ -26,12 +27,16 @@ class ResNet3D(nn.Module):
 
         block, layers = BLOCKS[config.depth]
         widths = [round(width * config.width_factor) for width in (64, 128, 256, 512)]
-        norm = ("group", {"num_groups": GROUP_CHANNELS}) if config.norm == "group" else "batch"
         self.net: Any = ResNet(
             block, list(layers), widths, spatial_dims=3, n_input_channels=1, conv1_t_size=7,
             conv1_t_stride=config.stem_stride,  # type: ignore[arg-type]
-            feed_forward=False, norm=norm,
+            feed_forward=False,
         )  # fmt: skip
+        # MONAI 1.6's own ``norm`` reaches the stem alone: blocks would keep a batch norm.
+        for parent in list(self.net.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, nn.BatchNorm3d):
+                    setattr(parent, name, _norm(config, child.num_features))
         self.token_width = widths[-1] * (4 if block == "bottleneck" else 1)
         self.width = 2 * self.token_width
 
@@ -51,3 +56,7 @@ class ResNet3D(nn.Module):
         real = real_cells(mask, grid)
         pooled = torch.cat([mean_token(tokens, real), largest_token(tokens, real)], dim=1)
         return VolumeTokens(tokens if real is None else tokens * real[..., None], grid, pooled)
+
+
+def _norm(config: ResNet3DConfig, width: int) -> nn.Module:
+    return GlobalBatchNorm3d(width) if config.norm == "batch" else nn.GroupNorm(GROUPS, width)

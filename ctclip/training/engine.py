@@ -37,13 +37,8 @@ class Engine:
         self.tokenise = step.model.text_encoder.tokenise
         self.chunks = _chunks(config.training)
         self.bf16 = config.training.precision == "bf16"
-        if self.chunks > 1 and any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in step.model.volume_encoder.modules()
-        ):
-            raise ConfigError(
-                "training.micro_batch: two-pass gradients are exact only for encoders that see each volume alone, and this "
-                "one has batch norm; leave micro_batch unset, or set model.volume.stages=[]"
-            )
+        if self.chunks > 1:
+            check_two_pass(step.model.volume_encoder)
         if config.training.compile:
             step.model.volume_encoder.compile()
         if resumed:
@@ -178,6 +173,15 @@ class Engine:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+
+def check_two_pass(encoder: nn.Module) -> None:
+    """Raises ConfigError if what ``encoder`` says of a volume depends on those beside it."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules()):
+        raise ConfigError(
+            "training.micro_batch: two-pass gradients are exact only for encoders that see each volume alone, and this "
+            "one has batch norm; leave micro_batch unset, or choose model.volume without it (stages=[]; norm=group)"
+        )
 
 
 def rate_factor(progress: float, warmup: float) -> float:

@@ -21,7 +21,7 @@ from ctclip.config import Config
 from ctclip.findings import FINDINGS
 from ctclip.models.dual_encoder import DualEncoder, build_model
 from ctclip.models.text import train_tokenizer
-from ctclip.training.engine import piece_size
+from ctclip.training.engine import check_two_pass, piece_size
 from ctclip.training.step import ContrastiveStep
 from preprocessing.spec import PreprocessingSpec
 
@@ -98,13 +98,15 @@ class Plan:
 
 
 def make_plan(config: Config, ranks: int) -> Plan:
-    """Count for the model and batch of ``config`` on ``ranks`` ranks."""
+    """Count for the model and batch of ``config`` on ``ranks`` ranks. Raises ConfigError if it cannot be trained."""
     spec = PreprocessingSpec.load(config.preprocessing)
     tokenizer = None
     if config.model.text.pretrained is None:
         words = config.model.text.vocabulary
         tokenizer = train_tokenizer([" ".join(f"word{number}" for number in range(words))], words)
     model = build_model(config.model, tokenizer)
+    if (config.training.micro_batch or config.training.batch) < config.training.batch // ranks:
+        check_two_pass(model.volume_encoder)
     if config.training.text_warmup.locks:
         model.lock_text()
     step = ContrastiveStep(model, config.objectives, FINDINGS)

@@ -85,6 +85,15 @@ def test_tokens_fill_their_grid(name: str, vision: Path) -> None:
 
 
 @every
+def test_a_volume_is_seen_alone_in_training_unless_batch_norm_was_asked_for(name: str, vision: Path) -> None:
+    encoder, given = build(name, vision).train(), volume()
+    other = torch.cat([given[:1], given[1:].flip(-1) * 0.5])
+    with torch.no_grad():
+        same = torch.allclose(encoder(given).pooled[0], encoder(other).pooled[0], atol=1e-5)
+    assert same == (name not in ("vit3d, convolutions", "resnet3d 50"))
+
+
+@every
 def test_a_mistaken_volume_is_explained(name: str, vision: Path) -> None:
     encoder = build(name, vision)
     for wrong, said in (
