@@ -183,10 +183,15 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(tensor.item())
 
 
-def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The mean of every rank's ``values``, without gradients."""
+def sum_over_ranks(values: torch.Tensor) -> None:
+    """Every rank's ``values`` summed, in place, without gradients."""
     if world_size() > 1:
         dist.all_reduce(values)
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The mean of every rank's ``values``, without gradients."""
+    sum_over_ranks(values)
     return values / world_size()
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
@@ -44,7 +43,7 @@ class _GlobalNorm(torch.autograd.Function):
         # (A vector norm would do both at once, at a quarter of the speed.)
         squares = rows.float().square().sum(dim=0)
         sums = torch.cat([rows.sum(dim=0, dtype=torch.float32), squares, squares.new_full((1,), len(rows))])
-        _sum_over_ranks(sums)
+        distributed.sum_over_ranks(sums)
         width, count = rows.shape[1], sums[-1]
         mean = sums[:width] / count
         variance = (sums[width:-1] / count - mean.square()).clamp(min=0)
@@ -60,7 +59,7 @@ class _GlobalNorm(torch.autograd.Function):
         total = steep.sum(dim=0)
         projected = ((steep * rows).sum(dim=0) - mean * total) * inverse
         sums = torch.cat([total, projected])
-        _sum_over_ranks(sums)
+        distributed.sum_over_ranks(sums)
         width = len(mean)
         scale = weight * inverse
         # scale * (g - sum(g) / n - x_hat * sum(g * x_hat) / n), written as a * g + b * x + c for each channel.
@@ -69,11 +68,6 @@ class _GlobalNorm(torch.autograd.Function):
         result = torch.addcmul(constant.view(1, -1), steep, scale.view(1, -1)).addcmul_(rows, slope.view(1, -1))
         cells_gradient = result.to(cells.dtype).view(_innermost(cells)).permute(0, 4, 1, 2, 3)
         return cells_gradient, projected, total, None
-
-
-def _sum_over_ranks(sums: Tensor) -> None:
-    if distributed.world_size() > 1:
-        dist.all_reduce(sums)
 
 
 def _innermost(cells: Tensor) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ctclip import distributed
 from ctclip.config import CTViTConfig
 from ctclip.models import by_hand
 from ctclip.models.outputs import VolumeTokens, air_where_padded, check_volume, exactly
@@ -169,13 +170,16 @@ class RelativeBias(nn.Module):
 
 
 class Codebook(nn.Module):
-    """Vector quantisation by cosine similarity; rows move by an exponential average in training."""
+    """Vector quantisation by cosine similarity; in training rows move by an exponential average, once a step (``settle``)."""
 
     rows: Tensor
+    sums: Tensor
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
         self.register_buffer("rows", F.normalize(torch.randn(size, width), dim=-1))
+        # Of the tokens that were replaced by a row since the last step.
+        self.register_buffer("sums", torch.zeros(size, width), persistent=False)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(..., C) -> quantised tokens (..., C) and the codes' indices (...). Gradients pass straight through."""
@@ -185,15 +189,21 @@ class Codebook(nn.Module):
             rows = F.normalize(self.rows.float(), dim=-1)
             codes = torch.cat([(some @ rows.T).argmax(dim=-1) for some in flat.split(TOKENS_AT_ONCE)])
         quantised = self.rows[codes].reshape(tokens.shape).to(tokens.dtype)
+        # Without gradients nothing is learned: of two passes over a batch the second counts.
+        if self.training and torch.is_grad_enabled():
+            with torch.no_grad():
+                self.sums.index_add_(0, codes, flat)
         if self.training:
-            self._move(flat, codes)
             quantised = tokens + (quantised - tokens).detach()
         return quantised, codes.reshape(tokens.shape[:-1])
 
     @torch.no_grad()
-    def _move(self, flat: Tensor, codes: Tensor) -> None:
+    def settle(self) -> None:
+        """Move the rows towards the tokens of the step, of all its parts and ranks: while it lasts all see the same codes,
+        so that a batch in parts, or on many ranks, is the batch. A collective."""
+        distributed.sum_over_ranks(self.sums)
         rows = self.rows.float()
-        total = torch.zeros_like(rows).index_add_(0, codes, flat)
-        used = torch.zeros_like(rows[:, 0]).index_add_(0, codes, torch.ones_like(flat[:, 0])) > 0
-        moved = rows * CODEBOOK_DECAY + F.normalize(total, dim=-1) * (1 - CODEBOOK_DECAY)
-        self.rows.copy_(torch.where(used[:, None], F.normalize(moved, dim=-1), rows))
+        moved = F.normalize(rows * CODEBOOK_DECAY + F.normalize(self.sums, dim=-1) * (1 - CODEBOOK_DECAY), dim=-1)
+        # A sum of unit vectors is nothing only where there were none.
+        self.rows.copy_(torch.where((self.sums != 0).any(dim=-1, keepdim=True), moved, rows))
+        self.sums.zero_()

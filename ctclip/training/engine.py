@@ -14,6 +14,7 @@ from ctclip.config import Config, TrainingConfig
 from ctclip.data.dataset import Batch
 from ctclip.distributed import mean_over_ranks, rank, world_size
 from ctclip.errors import ConfigError
+from ctclip.models.ctvit import Codebook
 from ctclip.training import state
 from ctclip.training.step import ContrastiveStep
 
@@ -52,6 +53,7 @@ class Engine:
                 config.training, self.chunks, sum(p.numel() for p in step.parameters() if p.requires_grad)
             ),
         )
+        self.codebooks = [module for module in step.modules() if isinstance(module, Codebook)]
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         if resumed:
             state.load_moments(step, self.optimizer, self.stage, resumed)
@@ -108,6 +110,8 @@ class Engine:
             loss, parts = self._two_pass(batch, identities)
         norm = self._norm() if self.stage == 0 else None
         self.deepspeed.step()
+        for codebook in self.codebooks:
+            codebook.settle()
         norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
         # Each rank knows its rows; what is logged is of the global batch.
         values = torch.stack(

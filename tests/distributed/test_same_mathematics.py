@@ -32,6 +32,8 @@ ALONE: list[dict[str, Any]] = [
     {"name": "plain", **ONE_STEP},
     {"name": "chunks", **ONE_STEP, "micro_batch": 2},
     {"name": "clipped", **CLIPPED},
+    {"name": "codes", "codes": True},
+    {"name": "codes once", "codes": True, **ONE_STEP},
     *({"name": f"one at {stage}", "stage": stage, "steps": [0, 3]} for stage in (0, 1)),
 ]
 TOGETHER: list[dict[str, Any]] = [
@@ -50,6 +52,8 @@ TOGETHER: list[dict[str, Any]] = [
     {"name": "memory before", "memory": 12, "stage": 3, "steps": [0, 3]},
     *({"name": f"labelled {stage}", **LABELLED, "stage": stage} for stage in (1, 3)),
     {"name": "labelled chunks", **LABELLED, **ONE_STEP, "micro_batch": 2, "stage": 3},
+    {"name": "codes on two", "codes": True, "stage": 2},
+    {"name": "codes in chunks", "codes": True, **ONE_STEP, "micro_batch": 2, "stage": 3, "checkpointed": True},
     {"name": "bf16", "precision": "bf16", "stage": 2},
     {"name": "checkpointed", "checkpointed": True, "stage": 2},
     {"name": "compiled", "compile": True, "stage": 2},
@@ -156,6 +160,18 @@ def test_activation_checkpointing_and_compilation_change_nothing(results: Path, 
 def test_the_text_warm_up_is_the_same_on_two_ranks(results: Path) -> None:
     assert_same(results, "warm", "alone warm")
     assert losses(results, "warm")[0] != pytest.approx(losses(results, "alone")[0], rel=1e-4)
+
+
+def test_codes_move_by_the_whole_batch(results: Path) -> None:
+    assert_same(results, "codes on two", "codes")
+
+
+def test_codes_move_once_for_all_parts_of_a_batch(results: Path) -> None:
+    assert_near(gradients(results, "codes in chunks"), gradients(results, "codes once"), 1e-6)
+    rows = "state/model.volume_encoder.codebook.rows"
+    found, whole = state(results, "codes in chunks")[rows], state(results, "codes once")[rows]
+    torch.testing.assert_close(found, whole, atol=1e-6, rtol=0)
+    assert not torch.allclose(whole, state(results, "codes")[rows], atol=1e-3)
 
 
 def test_two_pass_gradients_are_refused_where_they_would_not_be_exact(results: Path) -> None:

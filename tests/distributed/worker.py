@@ -29,6 +29,12 @@ MODEL = {
     "text": {"width": 16, "depth": 1, "heads": 2, "max_tokens": 32},
 }  # fmt: skip
 
+# The published encoder, whose codes move without gradients.
+CODES = {
+    "kind": "ctvit", "shape": [8, 8, 8], "patch": [4, 4, 4], "width": 12, "spatial_depth": 1, "temporal_depth": 1,
+    "heads": 2, "head_width": 8, "codebook_size": 8,
+}  # fmt: skip
+
 
 def main() -> None:
     cases = Path(sys.argv[1])
@@ -55,7 +61,7 @@ def run(case: dict[str, Any], folder: Path, device: torch.device) -> None:
     model = build_model(config.model, train_tokenizer(TEXTS * 4, 80))
     # A normalisation takes these two away again: their exact gradient is zero, and Adam would make steps of its rounding.
     model.text_encoder.bert.encoder.layer[-1].output.LayerNorm.bias.requires_grad_(False)
-    if hasattr(model.volume_encoder.stem.embed, "bias"):
+    if hasattr(getattr(getattr(model.volume_encoder, "stem", None), "embed", None), "bias"):
         model.volume_encoder.stem.embed.bias.requires_grad_(False)
     if case.get("warm_up"):
         reports = [Report(f"{text} {TEXTS[-index]}", f"{text} again {index}.") for index, text in enumerate(TEXTS)]
@@ -78,6 +84,8 @@ def configuration(case: dict[str, Any]) -> Any:
     if case.get("linear"):
         # Batch norm sees a whole batch, GradCache a part of it: a stem without it is what the two share.
         volume["stages"] = []
+    if case.get("codes"):
+        volume = dict(CODES)
     volume["activation_checkpointing"] = case.get("checkpointed", False)
     training = {
         "batch": BATCH, "learning_rate": 5e-4, "zero": {"stage": stage, "offload": case.get("offload", False)},

@@ -84,11 +84,23 @@ def test_it_trains_with_the_quantiser_off(parity: Path) -> None:
 
 def test_it_trains_with_the_quantiser_on(parity: Path) -> None:
     model = build(parity).train()
-    before = model.volume_encoder.codebook.rows.clone()
-    model.encode_volume(load_file(parity / "golden.safetensors")["volume"]).square().sum().backward()
-    model.volume_features(load_file(parity / "golden.safetensors")["volume"]).sum().backward()
+    codebook, volume = model.volume_encoder.codebook, load_file(parity / "golden.safetensors")["volume"]
+    before = codebook.rows.clone()
+    found = model.volume_encoder(volume)
+    found.pooled.sum().backward()
     assert model.volume_encoder.spatial[0].to_query.weight.grad.abs().sum() > 0
-    assert not torch.equal(before, model.volume_encoder.codebook.rows)
+    assert torch.equal(before, codebook.rows)
+    # Row by row, by the published decay: those that were used, and no other.
+    codebook.settle()
+    tokens = model.volume_encoder.encode(model.volume_encoder.patches(volume))
+    codes = torch.nn.functional.normalize(tokens, dim=-1) @ torch.nn.functional.normalize(before, dim=-1).T
+    codes = codes.argmax(dim=-1).flatten()
+    for code, (row, moved) in enumerate(zip(before, codebook.rows, strict=True)):
+        members = torch.nn.functional.normalize(tokens.flatten(0, 3)[codes == code], dim=-1)
+        if len(members):
+            mean = torch.nn.functional.normalize(members.sum(dim=0), dim=0)
+            row = torch.nn.functional.normalize(0.8 * row + 0.2 * mean, dim=0)
+        torch.testing.assert_close(moved, row, atol=1e-5, rtol=0)
 
 
 def variants(state: dict[str, torch.Tensor]) -> dict[str, Any]:
