@@ -59,7 +59,7 @@ def run_evaluation(
     opened = VolumeStore(store) if store is not None else None
     if opened is not None:
         _same_spec(opened, rows, predictions)
-        result["controls"] |= _histogram_control(opened, rows, declared)
+        result["controls"] |= histogram_control(opened, rows, declared)
     embeddings = _embeddings(predictions.with_name("embeddings.parquet"), rows)
     if embeddings is not None:
         volumes, reports = embeddings["volume_embedding"], embeddings.get("report_embedding")
@@ -193,7 +193,7 @@ def _calibrated(table: pd.DataFrame, names: list[str], fitted: Calibration, path
     )
 
 
-def _histogram_control(store: VolumeStore, table: pd.DataFrame, protocol: Protocol) -> dict[str, Any]:
+def histogram_control(store: VolumeStore, table: pd.DataFrame, protocol: Protocol) -> dict[str, Any]:
     """A supervised classifier on HU histograms: fitted on the stored volumes that were not predicted."""
     cohort = store.cohort.set_index("volume")
     held = [name for name in table["volume"] if name in cohort.index]

@@ -16,7 +16,9 @@ ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MK
 
 
 def machine() -> str:
-    """Processor, cores and memory of this machine."""
+    """Processor, cores and memory of this machine, and its card."""
+    import torch
+
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -24,7 +26,8 @@ def machine() -> str:
     flags = Path("/proc/cpuinfo").read_text()
     has = ", ".join(name for name in ("avx2", "avx512f", "amx_bf16") if f" {name}" in flags)
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{model}, {len(os.sched_getaffinity(0))} cores ({has}), {gigabytes:.0f} GiB"
+    card = f"; {torch.cuda.get_device_name()}, torch {torch.__version__}" if torch.cuda.is_available() else ""
+    return f"{model}, {len(os.sched_getaffinity(0))} cores ({has}), {gigabytes:.0f} GiB{card}"
 
 
 def table(title: str, head: list[str], rows: list[list[str]]) -> str:
@@ -61,10 +64,13 @@ def peak_gb() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
 
-def apart(module: str, function: str, *arguments: Any, threads: int | None = None) -> Any:
-    """``function`` of ``module`` in a fresh process, so that its peak memory is its own; what it returned."""
+def apart(module: str, function: str, *arguments: Any, threads: int | None = None, card: bool = False) -> Any:
+    """``function`` of ``module`` in a fresh process, so that its peak memory is its own; what it returned. It sees a GPU
+    if it asks for the ``card``."""
     script = f"import json, sys; from {module} import {function}; print('\\n' + json.dumps({function}(*json.loads(sys.argv[1]))))"
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ}
+    if not card:
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     if threads is not None:
         environment |= {name: str(threads) for name in ONE_THREAD}
     done = subprocess.run([sys.executable, "-c", script, json.dumps(arguments)], env=environment, capture_output=True, text=True, check=False)  # fmt: skip

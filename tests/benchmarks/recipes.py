@@ -1,8 +1,9 @@
 """What each switch of the training is worth: ``python -m tests.benchmarks.recipes --store runs/demo/store --output runs/recipes``.
 
 Every line is a run of the demo's recipe with one thing changed: the commands `ctclip train`, `zero-shot` and `evaluate`
-on held-out patients. Started again, it goes on where it was. ``--curve`` adds learning curves over the number of volumes.
-OUTPUT/figures.csv keeps every figure, those of ``--recorded tests/benchmarks/recipes.csv`` too: what is in it is not run again.
+on held-out patients. Started again, it goes on where it was. ``--curve`` adds learning curves over the number of volumes;
+``--jobs 8`` has as many runs at a time, which fills a GPU or the cores of a node. OUTPUT/figures.csv keeps every figure as
+it comes, those of ``--recorded tests/benchmarks/recipes.csv`` too: what is in it is not run again.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ctclip.config_files import load_config
+from ctclip.demo import default_processes
 from ctclip.findings import FINDINGS
+from preprocessing.files import written_beside
 from tests.benchmarks.common import machine, table
 
 # As in phantom_published.
@@ -58,11 +63,34 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "resnet3d": ("phantom_tiny", "model.volume={kind: resnet3d, width_factor: 0.5, norm: batch}"),
     "rare ones oftener": ("phantom_tiny", "data.rarity=0.5"),
 }
-# And all of the demo's, some 4,100.
+# And all of the demo's, some 3,800.
 CURVE = (250, 500, 1000, 2000)
+HISTOGRAM = "histogram control"
 
 
-def run(name: str, changes: tuple[str, ...], seed: int, chosen: argparse.Namespace) -> dict[str, object]:
+Task = tuple[str, tuple[str, ...], int]  # a variant's name, what it changes, the seed
+Figures = dict[str, object]
+
+
+def run_all(tasks: Sequence[Task], chosen: argparse.Namespace) -> dict[tuple[str, int], Figures]:
+    """Figures by variant and seed, ``chosen.jobs`` runs at a time. One that fails does not stop the others; exits then."""
+    found: dict[tuple[str, int], Figures] = {}
+    failed = []
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        waiting = {pool.submit(run, *task, chosen): (task[0], task[2]) for task in dict.fromkeys(tasks)}
+        for done in as_completed(waiting):
+            try:
+                found[waiting[done]] = done.result()
+            except subprocess.CalledProcessError as error:
+                failed.append(f"{waiting[done]}: {error}")
+                print("failed:", failed[-1], file=sys.stderr, flush=True)
+            keep([*found.values()], chosen)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(waiting)} runs failed; the same command runs them again")
+    return found
+
+
+def run(name: str, changes: tuple[str, ...], seed: int, chosen: argparse.Namespace) -> Figures:
     """Train, detect and evaluate one variant; what it already did is not done again. Returns its figures."""
     config, *overrides = changes
     if chosen.epochs is not None:
@@ -71,13 +99,15 @@ def run(name: str, changes: tuple[str, ...], seed: int, chosen: argparse.Namespa
     if known := _recorded(chosen.recorded, name, seed, epochs):
         return known
     folder, store = _folder(chosen.output, name, seed, epochs), str(chosen.store)
+    log = folder / "log.txt" if chosen.jobs > 1 else None
     if not (folder / "evaluation" / "metrics.json").is_file():
         _ctclip("train", "--config", config, "--store", store, "--output", str(folder), "--processes",
-                str(chosen.processes), f"seed={seed}", *overrides)  # fmt: skip
+                str(chosen.processes), f"seed={seed}", *overrides, log=log)  # fmt: skip
         found = str(folder / "predictions")
-        _ctclip("zero-shot", "--model", str(folder / "model"), "--store", store, "--split", "valid", "--reports", "--output", found)  # fmt: skip
-        _ctclip("evaluate", f"{found}/predictions.csv", "--store", store, "--protocol", "phantom", "--run", str(folder),
-                "--output", str(folder / "evaluation"), "--bootstrap", "100")  # fmt: skip
+        _ctclip("zero-shot", "--model", str(folder / "model"), "--store", store, "--split", "valid", "--reports", "--output", found, log=log)  # fmt: skip
+        # Without the store: the histogram control is the same for all, and is fitted once.
+        _ctclip("evaluate", f"{found}/predictions.csv", "--labels", f"{store}/cohort.parquet", "--protocol", "phantom", "--run", str(folder),
+                "--output", str(folder / "evaluation"), "--bootstrap", "100", log=log)  # fmt: skip
     metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
     labels = metrics["zero_shot"]["auroc"]
     return {
@@ -85,34 +115,57 @@ def run(name: str, changes: tuple[str, ...], seed: int, chosen: argparse.Namespa
         "learned from": "labels" if "label-supervised" in (folder / "model" / "model_card.md").read_text() else "reports only",
         "AUROC": metrics["zero_shot"]["mean_auroc"],
         "recall@10": metrics["retrieval"]["report_to_volume"].get("recall@10", float("nan")),
-        "histogram": metrics["controls"].get("histogram_mean_auroc", float("nan")),
         "shuffled": metrics["controls"]["shuffled_mean_auroc"],
         **{label: labels[label]["value"] for label in FINDINGS},
     }  # fmt: skip
 
 
-def ceiling(learned: dict[str, object], chosen: argparse.Namespace) -> dict[str, object]:
-    """AUROC a label of logistic regression on the embeddings of a label-supervised run: what its encoder can tell."""
+def histogram(chosen: argparse.Namespace) -> Figures:
+    """The histogram control on the store: AUROC a label of a supervised classifier that sees HU histograms alone."""
+    from ctclip.data.dataset import stored_rows
+    from ctclip.evaluation.command import histogram_control
+    from ctclip.evaluation.protocol import load_protocol
+    from preprocessing.store import VolumeStore
+
+    if known := _recorded(chosen.recorded, HISTOGRAM, 0, 0):
+        return known
+    store = VolumeStore(chosen.store)
+    found = histogram_control(store, stored_rows(store, "valid"), load_protocol("phantom"))
+    return {
+        "variant": HISTOGRAM, "seed": 0, "epochs": 0, "learned from": "labels",
+        "AUROC": found["histogram_mean_auroc"], **found["histogram_auroc"],
+    }  # fmt: skip
+
+
+def ceiling(learned: list[Figures], chosen: argparse.Namespace) -> list[Figures]:
+    """AUROC a label of logistic regression on the embeddings of label-supervised runs: what their encoders can tell.
+    Of those only whose models are at hand, or whose ceiling was recorded."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
 
-    name, seed, epochs = f"ceiling of {learned['variant']}", learned["seed"], learned["epochs"]
-    if known := _recorded(chosen.recorded, name, seed, epochs):
-        return known
-    folder = _folder(chosen.output, learned["variant"], seed, epochs)
-    tables = {}
-    for split in ("train", "valid"):
-        path = folder / f"{split}.parquet"
-        if not path.is_file():
-            _ctclip("embed", "--model", str(folder / "model"), "--store", str(chosen.store), "--split", split, "--output", str(path))  # fmt: skip
-        tables[split] = pd.read_parquet(path).merge(pd.read_parquet(chosen.store / "cohort.parquet"), on="volume")
-    vectors = {split: np.stack(found["volume_embedding"].to_list()) for split, found in tables.items()}
-    aurocs = {}
-    for label in FINDINGS:
-        fit = LogisticRegression(C=1.0, max_iter=2000).fit(vectors["train"], tables["train"][label].astype(int))
-        aurocs[label] = float(roc_auc_score(tables["valid"][label].astype(int), fit.decision_function(vectors["valid"])))  # fmt: skip
-    mean = float(np.mean(list(aurocs.values())))
-    return {"variant": name, "seed": seed, "epochs": epochs, "learned from": "labels", "AUROC": mean, **aurocs}
+    found: list[Figures] = []
+    for row in learned:
+        name, seed, epochs = f"ceiling of {row['variant']}", row["seed"], row["epochs"]
+        folder = _folder(chosen.output, row["variant"], seed, epochs)
+        if known := _recorded(chosen.recorded, name, seed, epochs):
+            found.append(known)
+            continue
+        if not (folder / "model").is_dir():
+            continue
+        tables = {}
+        for split in ("train", "valid"):
+            path = folder / f"{split}.parquet"
+            if not path.is_file():
+                _ctclip("embed", "--model", str(folder / "model"), "--store", str(chosen.store), "--split", split, "--output", str(path))  # fmt: skip
+            tables[split] = pd.read_parquet(path).merge(pd.read_parquet(chosen.store / "cohort.parquet"), on="volume")
+        vectors = {split: np.stack(table["volume_embedding"].to_list()) for split, table in tables.items()}
+        aurocs = {}
+        for label in FINDINGS:
+            fit = LogisticRegression(C=1.0, max_iter=2000).fit(vectors["train"], tables["train"][label].astype(int))
+            aurocs[label] = float(roc_auc_score(tables["valid"][label].astype(int), fit.decision_function(vectors["valid"])))  # fmt: skip
+        mean = float(np.mean(list(aurocs.values())))
+        found.append({"variant": name, "seed": seed, "epochs": epochs, "learned from": "labels", "AUROC": mean, **aurocs})  # fmt: skip
+    return found
 
 
 def power_law(volumes: list[int], aurocs: list[float]) -> tuple[float, float]:
@@ -141,18 +194,32 @@ def draw(volumes: list[int], aurocs: list[float], law: tuple[float, float], path
     print(f"plotted: {path}\n", flush=True)
 
 
-def _recorded(table: pd.DataFrame, name: object, seed: object, epochs: object) -> dict[str, object] | None:
+def _recorded(table: pd.DataFrame, name: object, seed: object, epochs: object) -> Figures | None:
     rows = table[(table["variant"] == name) & (table["seed"] == seed) & (table["epochs"] == epochs)]
     return dict(rows.iloc[0]) if len(rows) else None
+
+
+def keep(rows: Sequence[Figures], chosen: argparse.Namespace) -> None:
+    """``rows`` and what was recorded before, into OUTPUT/figures.csv."""
+    figures = pd.concat([chosen.recorded, pd.DataFrame(list(rows))]).drop_duplicates(["variant", "seed", "epochs"])
+    with written_beside(chosen.output / "figures.csv") as partial:
+        figures.to_csv(partial, index=False, float_format="%.6g")
 
 
 def _folder(output: Path, name: object, seed: object, epochs: object) -> Path:
     return output / str(name).replace(" ", "_") / f"epochs_{epochs:g}_seed_{seed}"
 
 
-def _ctclip(*arguments: str) -> None:
+def _ctclip(*arguments: str, log: Path | None = None) -> None:
+    """A command of ours, what it says to ``log`` if there is one. Raises CalledProcessError."""
     print("$ ctclip", *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "ctclip", *arguments], check=True)
+    command = [sys.executable, "-m", "ctclip", *arguments]
+    if log is None:
+        subprocess.run(command, check=True)
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as stream:
+        subprocess.run(command, check=True, stdout=stream, stderr=stream)
 
 
 def _training_volumes(store: Path) -> int:
@@ -180,7 +247,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names of variants, separated by commas, `name:1` for one seed; all if not given")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=None, help="the configuration's own if not given")
-    parser.add_argument("--processes", type=int, default=min(2, len(os.sched_getaffinity(0))))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--processes", type=int, default=None, help="of each run; all GPUs (without any, two) if it runs alone")  # fmt: skip
     parser.add_argument("--curve", action="store_true", help="learning curves over the number of volumes")
     parser.add_argument("--recorded", type=Path, default=None, help="a figures.csv of earlier runs, which are not run again")  # fmt: skip
     chosen = parser.parse_args()
@@ -189,23 +257,25 @@ def main() -> None:
     if unknown:
         parser.error(f"no variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}")
     chosen.recorded = pd.read_csv(chosen.recorded) if chosen.recorded else pd.DataFrame(columns=["variant", "seed", "epochs"])  # fmt: skip
-    runs = [run(name, VARIANTS[name], seed, chosen) for name, _, seeds in asked for seed in range(int(seeds or chosen.seeds))]  # fmt: skip
-    curve = []
+    chosen.processes = chosen.processes or (default_processes() if chosen.jobs == 1 else 1)
+    if chosen.jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // chosen.jobs)))
+    tasks: list[Task] = [(name, VARIANTS[name], seed) for name, _, seeds in asked for seed in range(int(seeds or chosen.seeds))]  # fmt: skip
+    points: list[Task] = []
     if chosen.curve:
-        curve = [run(f"volumes {n}", ("phantom_tiny", f"data.volumes={n}"), 0, chosen) for n in CURVE]
-        curve.append(run("phantom_tiny", VARIANTS["phantom_tiny"], 0, chosen))
+        points = [(f"volumes {n}", ("phantom_tiny", f"data.volumes={n}"), 0) for n in CURVE]
+        points.append(("phantom_tiny", VARIANTS["phantom_tiny"], 0))
+    every = run_all([*tasks, *points], chosen)
+    runs = [every[name, seed] for name, _, seed in tasks]
+    curve = [every[name, seed] for name, _, seed in points]
     found = dict(list(pd.DataFrame(runs).groupby("variant", sort=False)))
     # One is enough: of the first variant that learned from labels.
     learned = [row for row in runs if row["learned from"] == "labels"]
-    tops = [ceiling(learned[0], chosen)] if learned else []
-    figures = pd.concat([chosen.recorded, pd.DataFrame([*runs, *curve, *tops])]).drop_duplicates(
-        ["variant", "seed", "epochs"]
-    )
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    figures.to_csv(chosen.output / "figures.csv", index=False, float_format="%.6g")
+    beside = [histogram(chosen), *ceiling(learned[:1], chosen)]
+    keep([*every.values(), *beside], chosen)
     print(f"\n{machine()}; epochs {chosen.epochs or 'of the configuration'}, held-out patients; mean ± sd over seeds\n")
     show_variants(found)
-    show_labels(found, tops)
+    show_labels(found, beside)
     if chosen.curve:
         show_curve([*CURVE, _training_volumes(chosen.store)], curve, chosen.output)
 
@@ -214,23 +284,23 @@ def show_variants(found: dict[str, pd.DataFrame]) -> None:
     """A line a variant, and which labels paid for what others gained, against the first."""
     first = next(iter(found.values()))[list(FINDINGS)].mean()
     rows = [
-        [name, runs["learned from"].iloc[0], str(len(runs)), *(_spread(runs[column]) for column in ("AUROC", "recall@10", "histogram", "shuffled")),
+        [name, runs["learned from"].iloc[0], str(len(runs)), *(_spread(runs[column]) for column in ("AUROC", "recall@10", "shuffled")),
          *_furthest(runs[list(FINDINGS)].mean() - first)]
         for name, runs in found.items()
     ]  # fmt: skip
-    print(table("One switch a line", ["", "learned from", "seeds", "zero-shot mean AUROC", "report to volume, recall@10", "histogram control",
+    print(table("One switch a line", ["", "learned from", "seeds", "zero-shot mean AUROC", "report to volume, recall@10",
                 "shuffled labels", "labels that gained most", "that lost most"], rows))  # fmt: skip
 
 
-def show_labels(found: dict[str, pd.DataFrame], tops: list[dict[str, object]]) -> None:
-    """A line a label, with the ceiling beside it where it was asked for."""
-    columns = {**found, **{str(top["variant"]): pd.DataFrame([top]) for top in tops}}
+def show_labels(found: dict[str, pd.DataFrame], beside: list[Figures]) -> None:
+    """A line a label, with the histogram control and the ceiling, where there is one, beside it."""
+    columns = {**found, **{str(row["variant"]): pd.DataFrame([row]) for row in beside}}
     lines = {**{label: label for label in FINDINGS}, "mean": "AUROC", "report to volume, recall@10": "recall@10"}
     rows = [[name, *(_spread(runs[key]) if key in runs else "" for runs in columns.values())] for name, key in lines.items()]  # fmt: skip
     print(table("Label by label", ["", *columns], rows))
 
 
-def show_curve(volumes: list[int], runs: list[dict[str, object]], output: Path) -> None:
+def show_curve(volumes: list[int], runs: list[Figures], output: Path) -> None:
     """The learning curve, its power law, and a picture of both."""
     aurocs = [float(str(row["AUROC"])) for row in runs]
     a, b = power_law(volumes, aurocs)
