@@ -50,7 +50,7 @@ def train(
         if card not in (*CARDS, "cpu"):
             raise ConfigError(f"--card {card}: choose one of {', '.join((*CARDS, 'cpu'))}")
         wanted = load_config(config, [*given, *(overrides or [])])
-        print(describe(wanted, make_plan(wanted, processes), card, volumes))
+        print(describe(wanted, make_plan(wanted, processes, card=card != "cpu"), card, volumes))
         return
     if output is None:
         raise ConfigError("--output is missing: name the run folder")

@@ -39,7 +39,7 @@ class ViT3D(nn.Module):
         self.stem = Stem(config)
         self.registers = nn.Parameter(torch.randn(config.registers, config.width) * 0.02)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
-        self.norm = nn.RMSNorm(config.width)
+        self.norm = RMSNorm(config.width)
         self.query = nn.Parameter(torch.randn(config.width) * 0.02) if "attention" in config.pooling else None
         self.token_width = config.width
         self.width = config.width * len(config.pooling) + self.stem.pooled_width
@@ -219,6 +219,14 @@ class Convolution(nn.Module):
         return F.relu(cells + mixed if self.residual else mixed)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Under autocast with its weight in the tokens' precision: PyTorch has one kernel for both alike, several for both mixed."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        assert self.weight is not None
+        return F.rms_norm(tokens, self.normalized_shape, self.weight.to(tokens.dtype), self.eps)
+
+
 class Block(nn.Module):
     """Pre-norm transformer layer: attention with normalised queries and keys, then SwiGLU."""
 
@@ -226,12 +234,12 @@ class Block(nn.Module):
         super().__init__()
         hidden = 8 * ((width * 8 // 3 + 7) // 8)
         self.heads = heads
-        self.norm_attention = nn.RMSNorm(width)
+        self.norm_attention = RMSNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.norm_query = nn.RMSNorm(width // heads)
-        self.norm_key = nn.RMSNorm(width // heads)
+        self.norm_query = RMSNorm(width // heads)
+        self.norm_key = RMSNorm(width // heads)
         self.out = nn.Linear(width, width, bias=False)
-        self.norm_mlp = nn.RMSNorm(width)
+        self.norm_mlp = RMSNorm(width)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 

@@ -1,24 +1,31 @@
 """What a run will need before anyone pays for it: bytes a rank for each ZeRO stage, the batch that fits, time an epoch.
 
-Activations are counted, not guessed: the forward pass is traced on tensors that have shapes but no data, and what
-autograd would keep is added up; floating-point operations come from the same pass. Bytes are those that tensors take
-(``torch.cuda.max_memory_allocated``); what a process holds beside them is said by ``describe``.
+Activations are counted, not guessed: a step is traced forward and backward on tensors that have shapes but no data, and
+what is held at its fullest moment is added up; floating-point operations are counted likewise. Bytes are those that
+tensors take (``torch.cuda.max_memory_allocated``), without the workspaces of cuDNN; what a process holds beside them is
+said by ``describe``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ctclip.config import Config
 from ctclip.findings import FINDINGS
+from ctclip.models import by_hand
 from ctclip.models.dual_encoder import DualEncoder, build_model
 from ctclip.models.text import train_tokenizer
 from ctclip.training.engine import check_two_pass, piece_size
@@ -58,9 +65,9 @@ class StageMemory:
         """What there is all the time. At stage 3 DeepSpeed keeps a place for gradients too."""
         return self.states - (self.gradients if self.stage < 3 else 0.0)
 
-    def peak(self, activations: float) -> float:
-        """The most at once: gradients come while activations go."""
-        return max(self.states, self.held + activations)
+    def peak(self, activations: float, in_parts: bool = False) -> float:
+        """The most at once: gradients come while activations go; those of a batch's first part stay for the second."""
+        return self.states + activations if in_parts else max(self.states, self.held + activations)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class Plan:
 
     def peak(self, stage: StageMemory, micro: int, share: int) -> float:
         """Bytes of a step that encodes ``micro`` of a rank's ``share`` of volumes at once."""
-        return stage.peak(self.weights + micro * self.activations) + share * self.batch_volumes
+        return stage.peak(self.weights + micro * self.activations, micro < share) + share * self.batch_volumes
 
     def largest_share(self, stage: StageMemory, card_bytes: float) -> int:
         """Volumes a rank can hold at once on a card."""
@@ -97,8 +104,9 @@ class Plan:
         return volumes * self.flops / (flops_a_second * self.ranks) / 3600
 
 
-def make_plan(config: Config, ranks: int) -> Plan:
-    """Count for the model and batch of ``config`` on ``ranks`` ranks. Raises ConfigError if it cannot be trained."""
+def make_plan(config: Config, ranks: int, *, card: bool = True) -> Plan:
+    """Count for the model and batch of ``config`` on ``ranks`` ranks, of a GPU each if ``card``, of a processor if not.
+    Raises ConfigError if it cannot be trained."""
     spec = PreprocessingSpec.load(config.preprocessing)
     tokenizer = None
     if config.model.text.pretrained is None:
@@ -110,10 +118,10 @@ def make_plan(config: Config, ranks: int) -> Plan:
     if config.training.text_warmup.locks:
         model.lock_text()
     step = ContrastiveStep(model, config.objectives, FINDINGS)
-    return plan_of(step, config, spec.shape, ranks)
+    return plan_of(step, config, spec.shape, ranks, card=card)
 
 
-def plan_of(step: ContrastiveStep, config: Config, shape: tuple[int, ...], ranks: int) -> Plan:
+def plan_of(step: ContrastiveStep, config: Config, shape: tuple[int, ...], ranks: int, *, card: bool = True) -> Plan:
     """The same of a step that has been built, on volumes of ``shape``."""
     sides = dict.fromkeys(("volume", "text", "head"), 0)
     for name, parameter in step.named_parameters():
@@ -124,7 +132,8 @@ def plan_of(step: ContrastiveStep, config: Config, shape: tuple[int, ...], ranks
     with warnings.catch_warnings():
         # On a processor torch says of some operations that they are slow in bfloat16; the plan is not run there.
         warnings.simplefilter("ignore", UserWarning)
-        one, two = (_kept(step, shape, views, batch, config.training.precision == "bf16") for batch in (1, 2))
+        bf16 = config.training.precision == "bf16"
+        one, two = (_most(step, shape, views, batch, bf16=bf16, card=card) for batch in (1, 2))
         flops = _flops(step, shape, views)
     return Plan(
         volume_parameters=sides["volume"],
@@ -182,19 +191,72 @@ def _words(step: ContrastiveStep, tokens: Tensor) -> list[Tensor]:
     return list(step.read(_ids(step.model, len(tokens), step.longest), tokens).values())
 
 
-def _kept(step: ContrastiveStep, shape: tuple[int, ...], views: int, batch: int, bf16: bool) -> int:
-    """Bytes that autograd keeps of a forward pass, beside parameters."""
+def _most(step: ContrastiveStep, shape: tuple[int, ...], views: int, batch: int, *, bf16: bool, card: bool) -> int:
+    """Bytes of a step on ``batch`` volumes at their most, beside parameters and their gradients."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     step.train()
     encoder = step.model.volume_encoder
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, _converted(encoder, mode):
-        volume, encoded = _saved(lambda: encoder(torch.zeros(batch, 1, *shape)), encoder, bf16)
+        for parameter in encoder.parameters():
+            if parameter.requires_grad:  # counted by stage_memory
+                parameter.register_post_accumulate_grad_hook(lambda learned: setattr(learned, "grad", None))
+        volumes = torch.zeros(batch, 1, *shape)
+        with Live() as live:
+            with _precisions(bf16=bf16, card=card):
+                encoded = encoder(volumes)
+            kept = live.now
+            (encoded.pooled.float().sum() + encoded.tokens.float().sum()).backward()
     # BERT and torch's decoder look at their masks, so they need data; a report is small enough to run.
     text, _ = _saved(lambda: _report(step.model, batch * views), step, bf16)
     tokens = torch.ones(encoded.tokens.shape, dtype=encoded.tokens.dtype)
     words, _ = _saved(lambda: _words(step, tokens), step, bf16)
-    return volume + text + words
+    # Texts are read after the volumes, and have gone when gradients come to the volumes.
+    return max(live.most, kept + text + words)
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that operations within have made and that are still held: ``now``, and at their ``most``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.seen: weakref.WeakKeyDictionary[torch.UntypedStorage, None] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage not in self.seen:
+                self.seen[storage] = None
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return made
+
+    def _freed(self, count: int) -> None:
+        self.now -= count
+
+
+class _Exactly(TorchFunctionMode):
+    """On a card autocast has these in float32; on a processor it leaves them as they come."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.layer_norm, F.group_norm):
+            args = [given.float() if isinstance(given, Tensor) else given for given in args]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _precisions(*, bf16: bool, card: bool) -> Iterator[None]:
+    """Operations on tensors without data, in the precisions a card would have them in, or a processor."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=bf16))
+        if card:
+            stack.enter_context(by_hand.switched_off())
+        if card and bf16:
+            stack.enter_context(_Exactly())
+        yield
 
 
 def _saved(forward: Callable[[], Any], module: nn.Module, bf16: bool) -> tuple[int, Any]:
@@ -215,7 +277,7 @@ def _saved(forward: Callable[[], Any], module: nn.Module, bf16: bool) -> tuple[i
     return sum(storage.nbytes() for storage in kept.values()), found
 
 
-@contextmanager
+@contextlib.contextmanager
 def _converted(model: nn.Module, mode: Any) -> Iterator[None]:
     """The module's tensors as tensors without data, for the length of a block."""
     parameters = {name: p for name, p in model.named_parameters()}
@@ -246,12 +308,10 @@ def _flops(step: ContrastiveStep, shape: tuple[int, ...], views: int) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     encoder = step.model.volume_encoder
-    # Attention as matrix products: torch does not count the processor's own kernel for it. Under autocast, as gradients
-    # by hand (``ctclip/models/by_hand.py``) go block by block, half a million operations to trace.
-    traced = torch.autocast("cpu", torch.bfloat16)
+    # Attention as matrix products: torch does not count the processor's own kernel for it.
     mapping = {torch.ops.aten.convolution_backward: _convolution_backward}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
-        with traced, FakeTensorMode(allow_non_fake_inputs=True) as mode, _converted(encoder, mode):
+        with by_hand.switched_off(), FakeTensorMode(allow_non_fake_inputs=True) as mode, _converted(encoder, mode):
             encoded = encoder(torch.zeros(1, 1, *shape))
             (encoded.pooled.sum() + encoded.tokens.sum()).backward()
         tokens = torch.ones(encoded.tokens.shape, requires_grad=True)

@@ -289,7 +289,7 @@ def memory(settings: dict[str, Any]) -> list[dict[str, float]]:
         with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
             step("step", **inputs, scans=data.scans, text_identities=data.text_identities)[0].backward()
         flops = counted.get_total_flops() / share
-        plan = plan_of(step, config, SMALL, ranks)
+        plan = plan_of(step, config, SMALL, ranks, card=False)
         del config, step, data, inputs
         for stage in settings["stages"]:
             gc.collect()
@@ -316,7 +316,7 @@ def process(batch: int, steps: int) -> dict[str, float]:
         made = Engine(step, config, device)
         seconds = _median(lambda: made.step(data, 0, 10), steps)
         grown = peak_gb() - before
-        plan = plan_of(step, config, SHAPE, 1)
+        plan = plan_of(step, config, SHAPE, 1, card=False)
     planned = plan.peak(plan.stages[1], batch, batch) / 2**30
     return {"before": before, "grown": grown, "planned": planned, "seconds": seconds}
 
