@@ -40,6 +40,8 @@ UTILISATION = 0.35
 # What the CUDA context, cuBLAS and NCCL hold before the first tensor.
 CONTEXT = 1.5 * GIB
 REPORT_TOKENS = 256
+# As tests/benchmarks/training.py found for four recipes.
+MEASURED = "on an H200 a step took 0.95 to 1.65 times what is said here; try a few before a long run"
 # What a processor's figures leave out, as measured by tests/benchmarks/training.py.
 PROCESS = (
     "beside them a process holds Python and its libraries (some 0.7 GiB), and memory that was freed: some 40 % more"
@@ -352,7 +354,8 @@ def describe(config: Config, plan: Plan, card: str, volumes: int) -> str:
         mark = " <- configured" if stage.stage == config.training.zero.stage else ""
         lines.append(f"{stage.stage:<4}  {columns}  {plan.largest_share(stage, memory):>19}{mark}")
     lines.append(
-        f"beside them a GPU holds some {CONTEXT / GIB:.1f} GiB (CUDA, NCCL), taken off in the last column"
+        f"beside them a GPU holds some {CONTEXT / GIB:.1f} GiB (CUDA, NCCL), taken off in the last column, and workspaces of cuDNN, "
+        f"which are not: {MEASURED}"
         if card in CARDS
         else PROCESS
     )
