@@ -41,7 +41,7 @@ OTHERWISE = 0.03
 # What the CUDA context, cuBLAS and NCCL hold before the first tensor.
 CONTEXT = 1.5 * GIB
 REPORT_TOKENS = 256
-# As tests/benchmarks/training.py found for four recipes.
+# As tests/benchmarks/card.py found for four recipes.
 MEASURED = "on an H200 a step took 0.95 to 1.65 times what is said here; try a few before a long run"
 # What a processor's figures leave out, as measured by tests/benchmarks/training.py.
 PROCESS = (

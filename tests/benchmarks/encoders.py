@@ -1,6 +1,6 @@
 """The published encoder run the published way, and ours with the same weights: ``python -m tests.benchmarks.encoders``.
 
-``--only zero_shot`` (or step, batches, ranking, vit3d, cuda) runs a part; the whole takes half an hour on an idle core.
+``--only zero_shot`` (or step, batches, ranking, vit3d) runs a part; the whole takes half an hour on an idle core.
 
 The published way: float32, score matrices written out, the position network run over every pair of places at every
 call, texts padded to 512 tokens, the volume encoded once more for each abnormality, Adam. Full size (240 x 480 x 480
@@ -27,7 +27,7 @@ from tests.benchmarks.common import apart, machine, peak_gb, processor_seconds, 
 ABNORMALITIES = 18
 HERE = "tests.benchmarks.encoders"
 PADDED = 512
-PARTS = ("zero_shot", "step", "batches", "ranking", "vit3d", "cuda")
+PARTS = ("zero_shot", "step", "batches", "ranking", "vit3d")
 
 
 def build(checkpointed: bool = False) -> Any:
@@ -89,16 +89,12 @@ def published_way() -> Iterator[None]:
         tokens = tokenise(self, texts)
         return {name: F.pad(ids, (0, PADDED - ids.shape[1])) for name, ids in tokens.items()}
 
-    def never(given: Tensor) -> bool:
-        # Not a Mock, which keeps whatever it is called with: every tensor.
-        return False
-
     tokenise = TextEncoder.tokenise
     with (
         mock.patch.object(ctvit.Layer, "_attend", attend),
         mock.patch.object(ctvit.RelativeBias, "forward", all_pairs),
         mock.patch.object(ctvit.CTViT, "patches", patches),
-        mock.patch.object(by_hand, "_by_hand", never),
+        by_hand.switched_off(),
         mock.patch.object(TextEncoder, "tokenise", padded),
     ):
         yield
@@ -336,8 +332,6 @@ def main() -> None:
         show_ranking(chosen.threads, chosen.model, chosen.store)
     if "vit3d" in chosen.only:
         vit3d.show(chosen.threads, chosen.plot)
-    if "cuda" in chosen.only:
-        vit3d.on_a_gpu() if torch.cuda.is_available() else print("No GPU here: nothing measured on one.\n")
 
 
 if __name__ == "__main__":

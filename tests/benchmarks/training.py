@@ -31,7 +31,6 @@ SHAPE = (64, 80, 112)
 HERE = "tests.benchmarks.training"
 SMALL = (32, 48, 64)
 FOUND = "found: "
-CT_RATE_SCANS = 24_128  # of its training split
 WORDS = {"captioning": 1.0, "mlm": 1.0}
 TEXTS = [
     "There is a large pleural effusion on the left.",
@@ -314,7 +313,7 @@ def process(batch: int, steps: int) -> dict[str, float]:
         before = peak_gb()
         config, step, data = build(batch)
         made = Engine(step, config, device)
-        seconds = _median(lambda: made.step(data, 0, 10), steps)
+        seconds = median(lambda: made.step(data, 0, 10), steps)
         grown = peak_gb() - before
         plan = plan_of(step, config, SHAPE, 1, card=False)
     planned = plan.peak(plan.stages[1], batch, batch) / 2**30
@@ -337,7 +336,7 @@ def _allocated(action: Any) -> float:
     return float(max(itertools.accumulate(change for _, change in changes)))
 
 
-def _median(action: Any, times: int) -> float:
+def median(action: Any, times: int) -> float:
     action()
     seconds = []
     for _ in range(times):
@@ -424,80 +423,7 @@ def memory_table(steps: int) -> str:
     return tensors + "\n" + table("Memory of a process, ZeRO 1, 24 volumes, GiB", ["C library", "Python, libraries, a first step of 4 volumes", "grown by", "`ctclip train --plan`", "seconds a step"], held)  # fmt: skip
 
 
-# What one card has of each configuration in `configs/`: for 8 cards its share of the batch.
-ON_A_CARD = {
-    "phantom_tiny": (),
-    "ct_rate_resnet18_labels": (),
-    "ct_rate_vit3d_base": ("training.batch=32",),
-    "ct_rate_ctvit": ("training.batch=8",),
-}
-
-
-def on_a_card(name: str, overrides: list[str], steps: int) -> dict[str, float]:
-    """What `ctclip train --plan` says of one card, and the memory and time that steps on random volumes took there."""
-    from ctclip.config_files import load_config
-    from ctclip.data.dataset import Batch
-    from ctclip.findings import FINDINGS
-    from ctclip.inference.prompts import load_prompts
-    from ctclip.models.dual_encoder import build_model
-    from ctclip.models.text import train_tokenizer
-    from ctclip.training.plan import make_plan
-    from ctclip.training.step import ContrastiveStep
-    from preprocessing.spec import PreprocessingSpec
-
-    config, random = load_config(name, overrides), torch.Generator().manual_seed(0)
-    plan, batch = make_plan(config, 1), config.training.batch
-    shape = PreprocessingSpec.load(config.preprocessing).shape
-    words = [f"word{number}" for number in range(config.model.text.vocabulary)]
-    # 20 sentences of 12 words: with their full stops the 256 tokens that the plan counts on, and more than it where a
-    # sentence is read at a time.
-    drawn = torch.randint(len(words), (batch * config.data.views_per_volume, 20, 12), generator=random).tolist()
-    texts = [" ".join(" ".join(words[word] for word in line) + "." for line in text) for text in drawn]
-    with distributed.process_group() as device:
-        model = build_model(config.model, train_tokenizer([" ".join(words)], len(words)))
-        if config.training.text_warmup.locks:
-            model.lock_text()
-        labels = FINDINGS if config.objectives.reads_labels else ()
-        made = Engine(ContrastiveStep(model, config.objectives, labels, load_prompts(config.prompts)), config, device)
-        ones = torch.arange(batch, device=device)
-        data = Batch(
-            torch.rand(batch, 1, *shape, device=device) * 2 - 1, texts, ones, ones.repeat_interleave(config.data.views_per_volume),
-            torch.randint(2, (batch, len(labels)), generator=random).float().to(device) if labels else None,
-        )  # fmt: skip
-        torch.cuda.reset_peak_memory_stats()
-        for _ in range(2):
-            made.step(data, 0, 100)
-        # ``step`` reads the loss back, and so waits for the card.
-        seconds = _median(lambda: made.step(data, 0, 100), steps)
-        measured = torch.cuda.max_memory_allocated()
-    micro = config.training.micro_batch or batch
-    return {
-        "batch": batch, "micro": micro, "seconds": seconds, "measured": measured / 2**30,
-        "planned": plan.peak(plan.stages[config.training.zero.stage], micro, batch) / 2**30,
-        "flops": batch * plan.flops, "bf16": float(config.training.precision == "bf16"),
-    }  # fmt: skip
-
-
-def card_table(steps: int) -> str:
-    """Of the configurations on this machine's card; the operations are those the plan counts, without what is computed twice."""
-    if not torch.cuda.is_available():
-        return "No GPU here: nothing measured on one.\n"
-    rows = []
-    for name, overrides in ON_A_CARD.items():
-        try:
-            found = apart(HERE, "on_a_card", name, overrides, steps, card=True)
-        except RuntimeError as error:
-            rows.append([name, str(error).strip().splitlines()[-1]])
-            continue
-        rows.append([
-            name, f"{found['batch']:.0f} ({found['micro']:.0f})", "bf16" if found["bf16"] else "fp32", f"{found['measured']:.2f}", f"{found['planned']:.2f}",
-            f"{found['planned'] / found['measured'] - 1:+.0%}", f"{found['seconds']:.3f}", f"{found['batch'] / found['seconds']:,.0f}",
-            f"{found['flops'] / found['seconds'] / 1e12:.1f}", f"{CT_RATE_SCANS * found['seconds'] / found['batch'] / 3600:.2f}",
-        ])  # fmt: skip
-    return table("Training steps on one card, voxels on it already", ["configuration", "batch (at once)", "precision", "GiB at most", "`--plan`", "off by", "seconds a step", "volumes a second", "TFLOP/s", f"hours an epoch of {CT_RATE_SCANS:,} scans"], rows)  # fmt: skip
-
-
-TABLES = {"engine": engine_table, "scaling": scaling_table, "bytes": bytes_table, "waiting": waiting_table, "memory": memory_table, "card": card_table}  # fmt: skip
+TABLES = {"engine": engine_table, "scaling": scaling_table, "bytes": bytes_table, "waiting": waiting_table, "memory": memory_table}  # fmt: skip
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Our own volume encoder beside the published one, its cost against the number of tokens, air left out, and a GPU.
+"""Our own volume encoder beside the published one, its cost against the number of tokens, and air left out.
 
 Called by ``python -m tests.benchmarks.encoders``; times are processor seconds on one thread (``processor_seconds``).
 """
@@ -201,80 +201,3 @@ def draw(costs: list[dict[str, float]], path: Path) -> None:
     axes.legend()
     figure.savefig(path, dpi=120)
     print(f"plotted: {path}\n", flush=True)
-
-
-def on_a_gpu() -> None:
-    """bfloat16 with fused attention: tokens a second, share of the card's measured rate, largest batch."""
-    name = torch.cuda.get_device_name()
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    rate = 20 * 2 * 8192**3 / _cuda_seconds(lambda: [a @ a for _ in range(20)])
-    print(f"{name}, {rate / 1e12:.0f} TFLOP/s measured in bfloat16 (8192 x 8192 matrix product)\n")
-    rows, costs = [], {}
-    for kind, encoder in (
-        ("ctvit", CTViT(CTViTConfig())),
-        ("vit3d", ViT3D(EQUAL.model_copy(update={"drop_air": False}))),
-        ("vit3d large", ViT3D(EQUAL.model_copy(update={"drop_air": False, "width": 1024, "heads": 16, "depth": 24}))),
-    ):
-        encoder.cuda().train()
-        batch, best = 1, (0.0, 0.0, 0)
-        while True:
-            try:
-                best = max(best, (*_gpu_rates(encoder, batch), batch), key=lambda found: found[2])
-            except torch.OutOfMemoryError:
-                break
-            finally:
-                torch.cuda.empty_cache()
-            batch *= 2
-        costs[kind] = costliest(lambda encoder=encoder: _step(encoder, _volume(1)))
-        rows.append([kind, f"{best[0]:,.0f}", f"{best[1] / 1e12:.0f}", f"{100 * best[1] / rate:.0f} %", str(best[2])])
-        encoder.cpu()
-    print("\n".join(f"{kind}, one volume: {cost}" for kind, cost in costs.items()) + "\n")
-    print(table(f"Forward and backward in bfloat16, full size, {name}", ["", "tokens/s", "TFLOP/s", "of the card's rate (bar 40 %)", "largest batch (powers of 2)"], rows))  # fmt: skip
-
-
-def costliest(action: Any, shown: int = 6) -> str:
-    """The operations that a card spends most of its time on, and their shares of it."""
-    from torch.profiler import ProfilerActivity, profile
-
-    action()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        action()
-        torch.cuda.synchronize()
-    spent = {event.key: event.self_device_time_total for event in profiler.key_averages() if event.key.startswith("aten::")}  # fmt: skip
-    whole = sum(spent.values()) or 1.0
-    first = sorted(spent.items(), key=lambda item: -item[1])[:shown]
-    return ", ".join(f"{name.removeprefix('aten::')} {time / whole:.0%}" for name, time in first)
-
-
-def _volume(batch: int) -> Tensor:
-    return torch.rand(batch, 1, *PUBLISHED, device="cuda") * 2 - 1
-
-
-def _step(encoder: nn.Module, volume: Tensor) -> int:
-    """Forward and backward in bfloat16; how many tokens."""
-    encoder.zero_grad()
-    with torch.autocast("cuda", torch.bfloat16):
-        found = encoder(volume)
-    found.pooled.float().square().mean().backward()
-    return int(found.tokens.shape[0] * found.tokens.shape[1])
-
-
-def _gpu_rates(encoder: nn.Module, batch: int) -> tuple[float, float]:
-    """Tokens and operations a second."""
-    volume = _volume(batch)
-    operations = products(lambda: _step(encoder, volume))
-    seconds = _cuda_seconds(lambda: _step(encoder, volume))
-    return _step(encoder, volume) / seconds, operations / seconds
-
-
-def _cuda_seconds(action: Any, times: int = 3) -> float:
-    action()
-    found = []
-    for _ in range(times):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        action()
-        ended.record()
-        torch.cuda.synchronize()
-        found.append(began.elapsed_time(ended) / 1000)
-    return min(found)

@@ -1,0 +1,176 @@
+"""On a GPU: training steps of the recipes beside their plan, and the encoders at full size: ``python -m tests.benchmarks.card``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctclip import distributed
+from ctclip.config import CTViTConfig
+from ctclip.models.ctvit import CTViT
+from ctclip.models.vit3d import ViT3D
+from ctclip.training.engine import Engine
+from tests.benchmarks.common import apart, machine, table
+from tests.benchmarks.training import median
+from tests.benchmarks.vit3d import EQUAL, PUBLISHED, products
+
+HERE = "tests.benchmarks.card"
+CT_RATE_SCANS = 24_128  # of its training split
+# What one card has of each configuration in `configs/`: for 8 cards its share of the batch.
+ON_A_CARD = {
+    "phantom_tiny": (),
+    "ct_rate_resnet18_labels": (),
+    "ct_rate_vit3d_base": ("training.batch=32",),
+    "ct_rate_ctvit": ("training.batch=8",),
+}
+
+
+def on_a_card(name: str, overrides: list[str], steps: int) -> dict[str, float]:
+    """What `ctclip train --plan` says of one card, and the memory and time that steps on random volumes took there."""
+    from ctclip.config_files import load_config
+    from ctclip.data.dataset import Batch
+    from ctclip.findings import FINDINGS
+    from ctclip.inference.prompts import load_prompts
+    from ctclip.models.dual_encoder import build_model
+    from ctclip.models.text import train_tokenizer
+    from ctclip.training.plan import make_plan
+    from ctclip.training.step import ContrastiveStep
+    from preprocessing.spec import PreprocessingSpec
+
+    config, random = load_config(name, overrides), torch.Generator().manual_seed(0)
+    plan, batch = make_plan(config, 1), config.training.batch
+    shape = PreprocessingSpec.load(config.preprocessing).shape
+    words = [f"word{number}" for number in range(config.model.text.vocabulary)]
+    # 20 sentences of 12 words: with their full stops the 256 tokens that the plan counts on, and more than it where a
+    # sentence is read at a time.
+    drawn = torch.randint(len(words), (batch * config.data.views_per_volume, 20, 12), generator=random).tolist()
+    texts = [" ".join(" ".join(words[word] for word in line) + "." for line in text) for text in drawn]
+    with distributed.process_group() as device:
+        model = build_model(config.model, train_tokenizer([" ".join(words)], len(words)))
+        if config.training.text_warmup.locks:
+            model.lock_text()
+        labels = FINDINGS if config.objectives.reads_labels else ()
+        made = Engine(ContrastiveStep(model, config.objectives, labels, load_prompts(config.prompts)), config, device)
+        numbers = torch.arange(batch, device=device)
+        data = Batch(
+            torch.rand(batch, 1, *shape, device=device) * 2 - 1, texts, numbers, numbers.repeat_interleave(config.data.views_per_volume),
+            torch.randint(2, (batch, len(labels)), generator=random).float().to(device) if labels else None,
+        )  # fmt: skip
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            made.step(data, 0, 100)
+        # ``step`` reads the loss back, and so waits for the card.
+        seconds = median(lambda: made.step(data, 0, 100), steps)
+        measured = torch.cuda.max_memory_allocated()
+    micro = config.training.micro_batch or batch
+    return {
+        "batch": batch, "micro": micro, "seconds": seconds, "measured": measured / 2**30,
+        "planned": plan.peak(plan.stages[config.training.zero.stage], micro, batch) / 2**30,
+        "flops": batch * plan.flops, "bf16": float(config.training.precision == "bf16"),
+    }  # fmt: skip
+
+
+def training_table(steps: int) -> str:
+    """Of the configurations on this machine's card; the operations are those the plan counts, without what is computed twice."""
+    rows = []
+    for name, overrides in ON_A_CARD.items():
+        try:
+            found = apart(HERE, "on_a_card", name, overrides, steps, card=True)
+        except RuntimeError as error:
+            rows.append([name, str(error).strip().splitlines()[-1]])
+            continue
+        rows.append([
+            name, f"{found['batch']:.0f} ({found['micro']:.0f})", "bf16" if found["bf16"] else "fp32", f"{found['measured']:.2f}", f"{found['planned']:.2f}",
+            f"{found['planned'] / found['measured'] - 1:+.0%}", f"{found['seconds']:.3f}", f"{found['batch'] / found['seconds']:,.0f}",
+            f"{found['flops'] / found['seconds'] / 1e12:.1f}", f"{CT_RATE_SCANS * found['seconds'] / found['batch'] / 3600:.2f}",
+        ])  # fmt: skip
+    return table("Training steps on one card, voxels on it already", ["configuration", "batch (at once)", "precision", "GiB at most", "`--plan`", "off by", "seconds a step", "volumes a second", "TFLOP/s", f"hours an epoch of {CT_RATE_SCANS:,} scans"], rows)  # fmt: skip
+
+
+def encoders_table() -> str:
+    """bfloat16 with fused attention: tokens a second, share of the card's measured rate, largest batch."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    rate = 20 * 2 * 8192**3 / _cuda_seconds(lambda: [a @ a for _ in range(20)])
+    rows, costs = [], {}
+    for kind, encoder in (
+        ("ctvit", CTViT(CTViTConfig())),
+        ("vit3d", ViT3D(EQUAL.model_copy(update={"drop_air": False}))),
+        ("vit3d large", ViT3D(EQUAL.model_copy(update={"drop_air": False, "width": 1024, "heads": 16, "depth": 24}))),
+    ):
+        encoder.cuda().train()
+        batch, best = 1, (0.0, 0.0, 0)
+        while True:
+            try:
+                best = max(best, (*_gpu_rates(encoder, batch), batch), key=lambda found: found[2])
+            except torch.OutOfMemoryError:
+                break
+            finally:
+                torch.cuda.empty_cache()
+            batch *= 2
+        costs[kind] = costliest(lambda encoder=encoder: _step(encoder, _volume(1)))
+        rows.append([kind, f"{best[0]:,.0f}", f"{best[1] / 1e12:.0f}", f"{100 * best[1] / rate:.0f} %", str(best[2])])
+        encoder.cpu()
+    said = "\n".join(f"{kind}, one volume: {cost}" for kind, cost in costs.items())
+    title = f"Forward and backward in bfloat16, full size; matrix products of 8192 x 8192: {rate / 1e12:.0f} TFLOP/s"
+    return table(title, ["", "tokens/s", "TFLOP/s", "of the card's rate (bar 40 %)", "largest batch (powers of 2)"], rows) + "\n" + said  # fmt: skip
+
+
+def costliest(action: Any, shown: int = 6) -> str:
+    """The operations that a card spends most of its time on, and their shares of it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    action()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        action()
+        torch.cuda.synchronize()
+    spent = {event.key: event.self_device_time_total for event in profiler.key_averages() if event.key.startswith("aten::")}  # fmt: skip
+    whole = sum(spent.values()) or 1.0
+    first = sorted(spent.items(), key=lambda item: -item[1])[:shown]
+    return ", ".join(f"{name.removeprefix('aten::')} {time / whole:.0%}" for name, time in first)
+
+
+def _volume(batch: int) -> Tensor:
+    return torch.rand(batch, 1, *PUBLISHED, device="cuda") * 2 - 1
+
+
+def _step(encoder: nn.Module, volume: Tensor) -> int:
+    """Forward and backward in bfloat16; how many tokens."""
+    encoder.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16):
+        found = encoder(volume)
+    found.pooled.float().square().mean().backward()
+    return int(found.tokens.shape[0] * found.tokens.shape[1])
+
+
+def _gpu_rates(encoder: nn.Module, batch: int) -> tuple[float, float]:
+    """Tokens and operations a second."""
+    volume = _volume(batch)
+    operations = products(lambda: _step(encoder, volume))
+    seconds = _cuda_seconds(lambda: _step(encoder, volume))
+    return _step(encoder, volume) / seconds, operations / seconds
+
+
+def _cuda_seconds(action: Any, times: int = 3) -> float:
+    action()
+    found = []
+    for _ in range(times):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        action()
+        ended.record()
+        torch.cuda.synchronize()
+        found.append(began.elapsed_time(ended) / 1000)
+    return min(found)
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        print("No GPU here: nothing measured on one.")
+        return
+    print(f"{machine()}\n\n{training_table(8)}\n{encoders_table()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
