@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,8 +60,8 @@ def write_page(
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A figure, or "undefined"."""
-    return "undefined" if value is None else f"{value:.{digits}f}"
+    """A figure, or "undefined" (None, or NaN)."""
+    return "undefined" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def label_table(per_label: dict[str, Any], histogram: dict[str, float | None] | None) -> list[list[str]]:

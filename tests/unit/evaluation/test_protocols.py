@@ -28,6 +28,7 @@ from ctclip.evaluation import metrics
 from ctclip.evaluation.calibration import Calibration, fit_calibration
 from ctclip.evaluation.command import run_calibration, run_evaluation
 from ctclip.evaluation.evaluate import evaluate
+from ctclip.evaluation.pages import label_table
 from ctclip.evaluation.paired import paired_test
 from ctclip.evaluation.protocol import Protocol, load_protocol
 from ctclip.evaluation.retrieval import evaluate_retrieval
@@ -331,3 +332,9 @@ def test_union_of_columns_is_unknown_only_where_it_must_be() -> None:
     expected = [max(pair) if 1.0 in pair or not np.isnan(pair).any() else np.nan for pair in table.to_numpy().tolist()]
     expected = [1.0 if 1.0 in pair else value for pair, value in zip(table.to_numpy().tolist(), expected, strict=True)]
     assert np.array_equal(protocol.merged(table)["A"].to_numpy(float), np.array(expected), equal_nan=True)
+
+
+def test_a_label_that_the_control_cannot_be_fitted_to_is_undefined_in_the_table() -> None:
+    known = {"value": 0.8, "lower": 0.7, "upper": 0.9, "positives": 3, "n": 15}
+    head, row = label_table({"Cardiomegaly": known}, {"Cardiomegaly": float("nan")})
+    assert (head[-1], row[-1]) == ("histogram control", "undefined")
