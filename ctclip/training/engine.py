@@ -37,7 +37,7 @@ class Engine:
         self.device = device
         self.tokenise = step.model.text_encoder.tokenise
         self.chunks = _chunks(config.training)
-        self.bf16 = config.training.precision == "bf16"
+        step.bf16 = config.training.precision == "bf16"
         if self.chunks > 1:
             check_two_pass(step.model.volume_encoder)
         if config.training.compile:
@@ -103,8 +103,7 @@ class Engine:
         }
         if self.chunks == 1:
             inputs = self._inputs(batch.volumes, batch.texts)
-            with self.autocast():
-                loss, parts = self.deepspeed("step", **inputs, **identities)
+            loss, parts = self.deepspeed("step", **inputs, **identities)
             self.deepspeed.backward(loss)
         else:
             loss, parts = self._two_pass(batch, identities)
@@ -143,7 +142,7 @@ class Engine:
             self._inputs(batch.volumes[first : first + size], batch.texts[first * views : (first + size) * views])
             for first in range(0, len(batch.volumes), size)
         ]
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad():
             encoded = [self.deepspeed("features", volumes=piece["volumes"], tokens=piece["tokens"]) for piece in pieces]
         volumes = torch.cat([pair[0] for pair in encoded]).float().requires_grad_()
         texts = torch.cat([pair[1] for pair in encoded]).float().requires_grad_()
@@ -154,8 +153,7 @@ class Engine:
         assert texts.grad is not None
         for index, piece in enumerate(pieces):
             self.deepspeed.set_gradient_accumulation_boundary(index == self.chunks - 1)
-            with self.autocast():
-                volume_features, text_features, read = self.deepspeed("features", **piece)
+            volume_features, text_features, read = self.deepspeed("features", **piece)
             rows = slice(index * size, (index + 1) * size)
             text_rows = slice(index * size * views, (index + 1) * size * views)
             surrogate = (volume_features.float() * volumes.grad[rows]).sum()
@@ -174,9 +172,6 @@ class Engine:
         if words is not None:
             inputs["words"] = {name: ids.to(self.device) for name, ids in words.items()}
         return inputs
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
 
 def check_two_pass(encoder: nn.Module) -> None:

@@ -43,6 +43,9 @@ class ContrastiveStep(nn.Module):
         self.memory = TextMemory(objectives.memory, model.config.dim) if objectives.memory else None
         self.label_head = nn.Linear(model.config.dim, len(labels)) if objectives.labels else None
         self.labels, self.prompts = tuple(labels), prompts if objectives.prompts else None
+        # Encoders in bfloat16, losses never. In here, not around DeepSpeed's engine, which takes a card out of an
+        # autocast that it was not told of.
+        self.bf16 = False
         self.pairs: Tensor | None = None
         self.writer = self._predictor(None) if objectives.captioning else None
         self.filler = self._predictor(model.text_encoder.width) if objectives.mlm else None
@@ -71,9 +74,10 @@ class ContrastiveStep(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """volumes (b, 1, D, H, W); tokens of b * views texts; words of the first view of each -> features (b, dim) and
         (b * views, dim), and the weighted objectives on words."""
-        encoded = self.model.volume_encoder(volumes, None)
-        read = {} if words is None else self.read(words, encoded.tokens)
-        return self.model.volume_projection(encoded.pooled), self.model.text_features(tokens), read
+        with torch.autocast(volumes.device.type, torch.bfloat16, enabled=self.bf16):
+            encoded = self.model.volume_encoder(volumes, None)
+            read = {} if words is None else self.read(words, encoded.tokens)
+            return self.model.volume_projection(encoded.pooled), self.model.text_features(tokens), read
 
     def read(self, words: dict[str, Tensor], volume: Tensor) -> dict[str, Tensor]:
         """The weighted objectives on words: ids of whole texts (b, L), the volumes' tokens (b, N, C)."""

@@ -43,7 +43,7 @@ class Validation:
         share = math.ceil(len(self.rows) / distributed.world_size())
         padded = (mine * share)[:share] if len(mine) < share else mine
         volumes, texts = [], []
-        with torch.no_grad(), engine.autocast():
+        with torch.no_grad():
             for start in range(0, share, BATCH):
                 rows = padded[start : start + BATCH]
                 voxels = self.data.batch([(row, 0) for row in rows]).on(engine.device, self.data.spec).volumes

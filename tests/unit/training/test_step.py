@@ -84,3 +84,21 @@ def test_the_order_of_its_settings_is_explained() -> None:
     with pytest.raises(ValueError, match="labels_first needs labels or prompts"):
         ObjectiveConfig(labels_first=0.2)
     assert ObjectiveConfig(prompts=1, labels_first=0.2).reads_labels
+
+
+def test_encoders_run_in_bfloat16_whatever_is_around_them() -> None:
+    """DeepSpeed calls the module with autocast switched off; losses are in float32 either way."""
+    model = small()
+    step = ContrastiveStep(model, ObjectiveConfig())
+    inputs = {"volumes": torch.rand(3, 1, 8, 8, 8) * 2 - 1, "tokens": model.text_encoder.tokenise(REPORTS)}
+    exact = step("features", **inputs)[:2]
+    step.bf16 = True
+    with torch.autocast("cpu", enabled=False):
+        rounded = step("features", **inputs)[:2]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.volume_features(inputs["volumes"]), model.text_features(inputs["tokens"])
+        loss, _ = step("step", **inputs, scans=torch.arange(3), text_identities=torch.arange(3))
+    for found, wanted, whole in zip(rounded, expected, exact, strict=True):
+        assert torch.equal(found, wanted)
+        assert not torch.equal(found.float(), whole)
+    assert loss.dtype == torch.float32
