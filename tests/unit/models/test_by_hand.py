@@ -6,11 +6,12 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctclip.config import CTViTConfig
 from ctclip.models import by_hand
-from ctclip.models.ctvit import CTViT
+from ctclip.models.ctvit import CTViT, in_eights
 
 
 def given(*shape: int) -> Tensor:
@@ -42,6 +43,25 @@ def test_gradients_are_what_differences_say(name: str) -> None:
     assert torch.autograd.gradcheck(action, inputs, fast_mode=True)
     with by_hand.switched_off():
         torch.testing.assert_close(made, action(*inputs))
+
+
+def test_a_sum_of_shifts_is_the_depthwise_convolution() -> None:
+    """What a GPU computes in its place."""
+    torch.manual_seed(0)
+    inputs = [given(2, 4, 5, 3, 2), given(2, 1, 3, 3, 3), given(2)]
+    assert torch.autograd.gradcheck(by_hand._Shifts.apply, inputs, fast_mode=True)
+    torch.testing.assert_close(by_hand._Shifts.apply(*inputs), by_hand._convolve(*inputs))
+
+
+def test_a_feed_forward_in_eights_is_the_same() -> None:
+    torch.manual_seed(0)
+    rows, up_gate, down = given(7, 4), given(2 * 13, 4), given(4, 13)
+    for_a_card = in_eights(up_gate, down)
+    assert [tuple(weight.shape) for weight in for_a_card] == [(2 * 16, 4), (4, 16)]
+    ways = [F.linear(by_hand.gated(F.linear(rows, wide)), narrow) for wide, narrow in ((up_gate, down), for_a_card)]
+    torch.testing.assert_close(*ways)
+    gradients = [torch.autograd.grad(way.square().sum(), [rows, up_gate, down]) for way in ways]
+    torch.testing.assert_close(*gradients)
 
 
 def test_memory_in_any_order_gives_the_same_gradient() -> None:
