@@ -1,8 +1,8 @@
 """What each switch of the training is worth: ``python -m tests.benchmarks.recipes --store runs/demo/store --output runs/recipes``.
 
 Every line is a run of the demo's recipe with one thing changed: the commands `ctclip train`, `zero-shot` and `evaluate`
-on held-out patients. Started again, it goes on where it was. ``--curve`` adds learning curves over the number of volumes;
-``--jobs 8`` has as many runs at a time, which fills a GPU or the cores of a node. OUTPUT/figures.csv keeps every figure as
+on held-out patients. Started again, it goes on where it was. ``--curve`` learns from 250 to 4,000 volumes in place of the
+switches (for all of them the store must hold 5,500: `ctclip phantom --volumes 5500 --rare-floor 0.15`); ``--jobs 8`` has as many runs at a time, which fills a GPU or the cores of a node. OUTPUT/figures.csv keeps every figure as
 it comes, those of ``--recorded tests/benchmarks/recipes.csv`` too: what is in it is not run again.
 """
 
@@ -28,6 +28,7 @@ from tests.benchmarks.common import machine, table
 
 # As in phantom_published.
 CTVIT = "{kind: ctvit, shape: [64, 80, 112], patch: [8, 16, 16], width: 192, spatial_depth: 2, temporal_depth: 2, heads: 6, codebook_size: 1024}"  # fmt: skip
+BONE = [[-1000, 1000], [-1000, -500], [-160, 240], [300, 1000]]
 # Name -> configuration and what is changed in it.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "phantom_tiny": ("phantom_tiny",),
@@ -37,6 +38,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "positives by position": ("phantom_tiny", "objectives.by_identity=false"),
     "stem not pooled": ("phantom_tiny", "model.volume.pool_stem=false"),
     "no extremes": ("phantom_tiny", "model.volume.extremes=false"),
+    "bone in place of calcium": ("phantom_tiny", f"model.volume.windows={BONE}"),
     "sections drawn": ("phantom_tiny", "data.views={report: 1, findings: 1, impression: 1}"),
     "sentences drawn": ("phantom_tiny", "data.views={report: 1, sentences: 1}"),
     # The recipe's report is the mean of its sentences, which no order changes.
@@ -48,6 +50,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "masked words beside": ("phantom_tiny", "objectives.mlm=0.3"),
     "labels beside": ("phantom_tiny", "objectives.labels=1"),
     "labels of the prompts beside": ("phantom_tiny", "objectives.prompts=2"),
+    "labels of the prompts weigh more": ("phantom_tiny", "objectives.prompts=4"),
     "labels of the prompts first": ("phantom_tiny", "objectives.prompts=2", "objectives.labels_first=0.4"),
     "labels alone": ("phantom_tiny", "objectives.labels=1", "objectives.labels_first=0.999"),
     "text goes on learning": ("phantom_tiny", "training.text_warmup.lock=false", "training.text_learning_rate=1e-4"),
@@ -63,8 +66,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "resnet3d": ("phantom_tiny", "model.volume={kind: resnet3d, width_factor: 0.5, norm: batch}"),
     "rare ones oftener": ("phantom_tiny", "data.rarity=0.5"),
 }
-# And all of the demo's, some 3,800.
-CURVE = (250, 500, 1000, 2000)
+CURVE = (250, 500, 1000, 2000, 4000)
 HISTOGRAM = "histogram control"
 
 
@@ -244,15 +246,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--store", type=Path, required=True, help="of the demo")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--only", default="", help="names of variants, separated by commas, `name:1` for one seed; all if not given")  # fmt: skip
+    parser.add_argument("--only", default=None, help="names of variants, separated by commas, `name:1` for one seed; all if not given")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=None, help="the configuration's own if not given")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--processes", type=int, default=None, help="of each run; all GPUs (without any, two) if it runs alone")  # fmt: skip
-    parser.add_argument("--curve", action="store_true", help="learning curves over the number of volumes")
+    parser.add_argument("--curve", action="store_true", help="a learning curve over the number of volumes, and of variants only those of --only")  # fmt: skip
     parser.add_argument("--recorded", type=Path, default=None, help="a figures.csv of earlier runs, which are not run again")  # fmt: skip
     chosen = parser.parse_args()
-    asked = [part.strip().partition(":") for part in (chosen.only or ",".join(VARIANTS)).split(",") if part.strip()]
+    if chosen.only is None:
+        chosen.only = "" if chosen.curve else ",".join(VARIANTS)
+    asked = [part.strip().partition(":") for part in chosen.only.split(",") if part.strip()]
     unknown = [name for name, _, _ in asked if name not in VARIANTS]
     if unknown:
         parser.error(f"no variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}")
@@ -261,23 +265,27 @@ def main() -> None:
     if chosen.jobs > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // chosen.jobs)))
     tasks: list[Task] = [(name, VARIANTS[name], seed) for name, _, seeds in asked for seed in range(int(seeds or chosen.seeds))]  # fmt: skip
-    points: list[Task] = []
-    if chosen.curve:
-        points = [(f"volumes {n}", ("phantom_tiny", f"data.volumes={n}"), 0) for n in CURVE]
-        points.append(("phantom_tiny", VARIANTS["phantom_tiny"], 0))
+    sizes = curve_sizes(_training_volumes(chosen.store)) if chosen.curve else []
+    points: list[Task] = [(f"volumes {n}", ("phantom_tiny", f"data.volumes={n}"), 0) for n in sizes]
     every = run_all([*tasks, *points], chosen)
     runs = [every[name, seed] for name, _, seed in tasks]
-    curve = [every[name, seed] for name, _, seed in points]
-    found = dict(list(pd.DataFrame(runs).groupby("variant", sort=False)))
     # One is enough: of the first variant that learned from labels.
     learned = [row for row in runs if row["learned from"] == "labels"]
-    beside = [histogram(chosen), *ceiling(learned[:1], chosen)]
+    beside = [histogram(chosen), *ceiling(learned[:1], chosen)] if runs else []
     keep([*every.values(), *beside], chosen)
     print(f"\n{machine()}; epochs {chosen.epochs or 'of the configuration'}, held-out patients; mean ± sd over seeds\n")
-    show_variants(found)
-    show_labels(found, beside)
-    if chosen.curve:
-        show_curve([*CURVE, _training_volumes(chosen.store)], curve, chosen.output)
+    if runs:
+        found = dict(list(pd.DataFrame(runs).groupby("variant", sort=False)))
+        show_variants(found)
+        show_labels(found, beside)
+    if sizes:
+        show_curve(sizes, [every[name, seed] for name, _, seed in points], chosen.output)
+
+
+def curve_sizes(training: int) -> list[int]:
+    """Those of CURVE that a store's so many training volumes allow; if not all, the last is all there are."""
+    allowed = [size for size in CURVE if size <= training]
+    return allowed if len(allowed) == len(CURVE) else [*allowed, training]
 
 
 def show_variants(found: dict[str, pd.DataFrame]) -> None:
