@@ -178,7 +178,8 @@ class RelativeBias(nn.Module):
         places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), dim=-1)
         places = places.reshape(-1, 2).to(device)
         pair = places[:, None] - places[None, :]
-        bias = values[pair[..., 0] + height - 1, pair[..., 1] + width - 1].permute(2, 0, 1)
+        # In memory as it is read: a card's fused attention takes no other, and writes all score matrices out instead.
+        bias = values[pair[..., 0] + height - 1, pair[..., 1] + width - 1].permute(2, 0, 1).contiguous()
         self.kept = None if torch.is_grad_enabled() or self.training else ((height, width), bias)
         return bias
 
