@@ -35,14 +35,15 @@ from preprocessing.spec import PreprocessingSpec
 GIB = 2**30
 # Memory (GiB) and dense bf16 rate (TFLOP/s) of cards, from their data sheets; "cpu" is measured when asked for.
 CARDS = {"a10": (24, 125), "rtx4090": (24, 165), "a100-40": (40, 312), "a100": (80, 312), "h100": (80, 989), "h200": (141, 989)}  # fmt: skip
-# Share of the data sheet's rate that the recipes of configs/ reach, as measured on an H200; of others, what is between.
-UTILISATION = {"vit3d": 0.041, "resnet3d": 0.029, "ctvit": 0.015}
+# Share of the data sheet's rate that the recipes of configs/ reach, as measured on an H100 (vit3d; ctvit by its encoder) and
+# an H200 (resnet3d, in float32: too little); of others, what is between.
+UTILISATION = {"vit3d": 0.177, "resnet3d": 0.029, "ctvit": 0.025}
 OTHERWISE = 0.03
 # What the CUDA context, cuBLAS and NCCL hold before the first tensor.
 CONTEXT = 1.5 * GIB
 REPORT_TOKENS = 256
-# As tests/benchmarks/card.py found for four recipes.
-MEASURED = "on an H200 a step took 0.95 to 1.65 times what is said here; try a few before a long run"
+# What tests/benchmarks/card.py has found.
+MEASURED = "of the recipes ct_rate_vit3d_base has been timed on an H100, the others have not since; try a few steps before a long run"
 # What a processor's figures leave out, as measured by tests/benchmarks/training.py.
 PROCESS = (
     "beside them a process holds Python and its libraries (some 0.7 GiB), and memory that was freed: some 40 % more"
@@ -365,9 +366,7 @@ def describe(config: Config, plan: Plan, card: str, volumes: int) -> str:
         moved = "optimizer and parameters" if config.training.zero.stage == 3 else "optimizer"
         lines.append(f"training.zero.offload moves {moved} to the host's memory: not taken off here")
     seconds = 3600 * plan.hours(volumes, rate)
-    source = (
-        f"{reached:.1%} of the card's data sheet, as on an H200" if card in CARDS else "measured here, matrix products"
-    )
+    source = f"{reached:.1%} of the card's data sheet" if card in CARDS else "measured here, matrix products"
     lines += [
         "",
         f"time: {_duration(seconds)} an epoch of {volumes} scans, {_duration(seconds * config.training.epochs)} for "

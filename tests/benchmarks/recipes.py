@@ -28,17 +28,20 @@ from tests.benchmarks.common import machine, table
 
 # As in phantom_published.
 CTVIT = "{kind: ctvit, shape: [64, 80, 112], patch: [8, 16, 16], width: 192, spatial_depth: 2, temporal_depth: 2, heads: 6, codebook_size: 1024}"  # fmt: skip
-BONE = [[-1000, 1000], [-1000, -500], [-160, 240], [300, 1000]]
+CALCIUM = "model.volume.windows=[[-1000, 1000], [-1000, -500], [-160, 240], [130, 600]]"
 # Name -> configuration and what is changed in it.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "phantom_tiny": ("phantom_tiny",),
+    "phantom_labels": ("phantom_labels",),
     "phantom_published": ("phantom_published",),
     "negatives of 8 alone": ("phantom_tiny", "objectives.memory=0", "objectives.negatives=8"),
     "texts of the batch alone": ("phantom_tiny", "objectives.memory=0"),
     "positives by position": ("phantom_tiny", "objectives.by_identity=false"),
     "stem not pooled": ("phantom_tiny", "model.volume.pool_stem=false"),
     "no extremes": ("phantom_tiny", "model.volume.extremes=false"),
-    "bone in place of calcium": ("phantom_tiny", f"model.volume.windows={BONE}"),
+    "calcium window": ("phantom_tiny", CALCIUM),
+    "calcium window and labels": ("phantom_tiny", CALCIUM, "objectives.prompts=2"),
+    "calcium window and labels that weigh more": ("phantom_tiny", CALCIUM, "objectives.prompts=4"),
     "sections drawn": ("phantom_tiny", "data.views={report: 1, findings: 1, impression: 1}"),
     "sentences drawn": ("phantom_tiny", "data.views={report: 1, sentences: 1}"),
     # The recipe's report is the mean of its sentences, which no order changes.
@@ -50,7 +53,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "masked words beside": ("phantom_tiny", "objectives.mlm=0.3"),
     "labels beside": ("phantom_tiny", "objectives.labels=1"),
     "labels of the prompts beside": ("phantom_tiny", "objectives.prompts=2"),
-    "labels of the prompts weigh more": ("phantom_tiny", "objectives.prompts=4"),
     "labels of the prompts first": ("phantom_tiny", "objectives.prompts=2", "objectives.labels_first=0.4"),
     "labels alone": ("phantom_tiny", "objectives.labels=1", "objectives.labels_first=0.999"),
     "text goes on learning": ("phantom_tiny", "training.text_warmup.lock=false", "training.text_learning_rate=1e-4"),
