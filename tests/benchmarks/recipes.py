@@ -286,8 +286,7 @@ def main() -> None:
 
 def curve_sizes(training: int) -> list[int]:
     """Those of CURVE that a store's so many training volumes allow; if not all, the last is all there are."""
-    allowed = [size for size in CURVE if size <= training]
-    return allowed if len(allowed) == len(CURVE) else [*allowed, training]
+    return sorted({min(size, training) for size in CURVE})
 
 
 def show_variants(found: dict[str, pd.DataFrame]) -> None:
