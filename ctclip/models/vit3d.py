@@ -342,6 +342,6 @@ def _turn(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """In float32 as the angles are, whatever the vectors (B, heads, N, c) are."""
     made = torch.empty_like(vectors)
     (even, odd), (turned_even, turned_odd) = vectors.chunk(2, dim=-1), made.chunk(2, dim=-1)
-    turned_even.copy_(torch.addcmul(even * cos, odd, sin, value=-1))
-    turned_odd.copy_(torch.addcmul(odd * cos, even, sin))
+    turned_even.copy_(even * cos - odd * sin)
+    turned_odd.copy_(even * sin + odd * cos)
     return made
