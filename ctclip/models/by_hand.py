@@ -204,9 +204,9 @@ def _by_planes(cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     slabs, total = cells.shape[1], bias
     # A slab beside a slab, channels innermost: the order in memory that cuDNN has its fast kernels for.
     before = F.pad(cells, (0, 0, 0, 0, 0, 0, 2, 0))
-    for back in range(3):
-        planes = before[:, back : back + slabs].flatten(0, 1).permute(0, 3, 1, 2)
-        made = F.conv2d(planes, weight[:, :, back], padding=1, groups=len(weight))
+    for tap in range(3):
+        planes = before[:, tap : tap + slabs].flatten(0, 1).permute(0, 3, 1, 2)
+        made = F.conv2d(planes, weight[:, :, tap], padding=1, groups=len(weight))
         total = total + made.permute(0, 2, 3, 1).view(cells.shape)
     return total
 

@@ -43,7 +43,7 @@ OTHERWISE = 0.03
 CONTEXT = 1.5 * GIB
 REPORT_TOKENS = 256
 # What tests/benchmarks/card.py has found.
-MEASURED = "of the recipes ct_rate_vit3d_base has been timed on an H100, the others have not since; try a few steps before a long run"
+MEASURED = "on an H100 ct_rate_vit3d_base took 5 % less than is said here"
 # What a processor's figures leave out, as measured by tests/benchmarks/training.py.
 PROCESS = (
     "beside them a process holds Python and its libraries (some 0.7 GiB), and memory that was freed: some 40 % more"
@@ -366,7 +366,11 @@ def describe(config: Config, plan: Plan, card: str, volumes: int) -> str:
         moved = "optimizer and parameters" if config.training.zero.stage == 3 else "optimizer"
         lines.append(f"training.zero.offload moves {moved} to the host's memory: not taken off here")
     seconds = 3600 * plan.hours(volumes, rate)
-    source = f"{reached:.1%} of the card's data sheet" if card in CARDS else "measured here, matrix products"
+    source = (
+        f"{reached:.1%} of the card's data sheet; try a few steps before a long run"
+        if card in CARDS
+        else "measured here, matrix products"
+    )
     lines += [
         "",
         f"time: {_duration(seconds)} an epoch of {volumes} scans, {_duration(seconds * config.training.epochs)} for "
