@@ -21,8 +21,8 @@ S = TypeVar("S", bound=Section)
 
 
 def configs_folder() -> Path:
-    """The folder ``configs/`` beside the packages."""
-    return Path(__file__).resolve().parents[1] / "configs"
+    """The configurations that come with the package."""
+    return Path(__file__).parent / "configs"
 
 
 def find_config(name: str, folder: str = "") -> Path:

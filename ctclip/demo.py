@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ctclip.errors import CtclipError
-from preprocessing.files import write_text
+from ctclip.preprocessing.files import write_text
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.errors import PreprocessingError
 
 if TYPE_CHECKING:
-    from preprocessing.pipeline import Prepared, prepare
-    from preprocessing.spec import PreprocessingSpec
+    from ctclip.preprocessing.pipeline import Prepared, prepare
+    from ctclip.preprocessing.spec import PreprocessingSpec
 
 __all__ = ["Prepared", "PreprocessingError", "PreprocessingSpec", "prepare"]
 
@@ -18,7 +18,7 @@ _WHERE = {"Prepared": "pipeline", "prepare": "pipeline", "PreprocessingSpec": "s
 def __getattr__(name: str) -> Any:
     # Loaded when asked for: a command line that only prints its help must not wait for readers and compilers.
     if name not in _WHERE:
-        raise AttributeError(f"module 'preprocessing' has no attribute {name!r}")
+        raise AttributeError(f"module 'ctclip.preprocessing' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"preprocessing.{_WHERE[name]}"), name)
+    return getattr(importlib.import_module(f"ctclip.preprocessing.{_WHERE[name]}"), name)

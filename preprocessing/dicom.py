@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.errors import PreprocessingError
-from preprocessing.identifiers import TAGS, is_directory_record, masked, read_header
-from preprocessing.volume import Volume
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.identifiers import TAGS, is_directory_record, masked, read_header
+from ctclip.preprocessing.volume import Volume
 
 MOST_FILES = 20000
 EVEN_GAPS = 0.02

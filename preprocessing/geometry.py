@@ -7,9 +7,9 @@ from typing import Literal
 import numba
 import numpy as np
 
-from preprocessing.errors import PreprocessingError
-from preprocessing.spec import PreprocessingSpec
-from preprocessing.volume import Volume
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.volume import Volume
 
 Kind = Literal["hu", "stored", "voxels"]
 AIR, METAL = -1024.0, 3071.0

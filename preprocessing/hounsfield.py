@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from preprocessing.errors import PreprocessingError
-from preprocessing.volume import Volume
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.volume import Volume
 
 Trust = Literal["auto", "trust-file", "trust-table"]
 

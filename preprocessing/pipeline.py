@@ -15,16 +15,16 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from preprocessing.cohorts import hold_out, read_cohort
-from preprocessing.errors import PreprocessingError
-from preprocessing.files import written_beside
-from preprocessing.geometry import orient, resample, resampled_affine
-from preprocessing.hounsfield import Rescale, Trust, check_chest, to_hu
-from preprocessing.progress import track
-from preprocessing.readers import read
-from preprocessing.spec import PreprocessingSpec
-from preprocessing.store import VolumeStore
-from preprocessing.volume import Volume
+from ctclip.preprocessing.cohorts import hold_out, read_cohort
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.geometry import orient, resample, resampled_affine
+from ctclip.preprocessing.hounsfield import Rescale, Trust, check_chest, to_hu
+from ctclip.preprocessing.progress import track
+from ctclip.preprocessing.readers import read
+from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.store import VolumeStore
+from ctclip.preprocessing.volume import Volume
 
 Expect = Literal["chest", "any"]
 OUTCOME_COLUMNS = ("volume", "outcome", "reason", "source_spacing", "source_shape")

@@ -12,12 +12,12 @@ import numpy as np
 from jinja2 import Environment
 from PIL import Image
 
-from preprocessing.files import write_text
-from preprocessing.hounsfield import ALREADY_HU, check_chest
-from preprocessing.pipeline import Outcome, read_outcomes
-from preprocessing.progress import track
-from preprocessing.store import VolumeStore
-from preprocessing.volume import Volume
+from ctclip.preprocessing.files import write_text
+from ctclip.preprocessing.hounsfield import ALREADY_HU, check_chest
+from ctclip.preprocessing.pipeline import Outcome, read_outcomes
+from ctclip.preprocessing.progress import track
+from ctclip.preprocessing.store import VolumeStore
+from ctclip.preprocessing.volume import Volume
 
 HEIGHT = 150
 WINDOWS = ((-1350, 150), (-160, 240))

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.errors import PreprocessingError
-from preprocessing.identifiers import TAGS, is_directory_record, read_header
-from preprocessing.volume import Volume
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.identifiers import TAGS, is_directory_record, read_header
+from ctclip.preprocessing.volume import Volume
 
 LARGEST_VOXELS = 2**31
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -252,7 +252,7 @@ def read_dicom(folder: Path, series: str | None = None, only: Path | None = None
     Slices are put in order and checked by their positions: tilt is corrected, uneven gaps are resampled up to three
     times the usual, copies are left out, single missing slices interpolated, all of it aloud; more is refused.
     """
-    from preprocessing.dicom import read_series
+    from ctclip.preprocessing.dicom import read_series
 
     return read_series(folder, series, only, name)
 

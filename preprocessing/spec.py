@@ -14,8 +14,8 @@ import numba
 import numpy as np
 import yaml
 
-from preprocessing.errors import PreprocessingError
-from preprocessing.files import write_text
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.files import write_text
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 from isal import isal_zlib
 
-from preprocessing.cohorts import check_table
-from preprocessing.errors import PreprocessingError
-from preprocessing.files import written_beside
-from preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.cohorts import check_table
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.spec import PreprocessingSpec
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # LZ4, measured against ZSTD: a whole volume in half the time, for a third to a half more disk. Chunks are whole slices:

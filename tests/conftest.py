@@ -34,8 +34,8 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def store(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cohort's store under the phantom's spec."""
-    from preprocessing.pipeline import preprocess_cohort
-    from preprocessing.spec import PreprocessingSpec
+    from ctclip.preprocessing.pipeline import preprocess_cohort
+    from ctclip.preprocessing.spec import PreprocessingSpec
 
     folder = tmp_path_factory.mktemp("store") / "store"
     preprocess_cohort(cohort, folder, PreprocessingSpec.load("phantom"), workers=1)

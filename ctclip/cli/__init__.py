@@ -68,7 +68,7 @@ def options(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an error a user can act on becomes one line and exit code 2."""
     from ctclip.errors import CtclipError
-    from preprocessing.errors import PreprocessingError
+    from ctclip.preprocessing.errors import PreprocessingError
 
     arguments = sys.argv[1:] if arguments is None else arguments
     try:

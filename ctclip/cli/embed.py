@@ -32,7 +32,7 @@ def embed(
     from ctclip.inference.embed import embed_reports, embed_scans
     from ctclip.inference.scans import ScanFiles, Scans, StoredScans
     from ctclip.models.folder import load_model
-    from preprocessing.store import VolumeStore
+    from ctclip.preprocessing.store import VolumeStore
 
     if bool(scans) + (store is not None) + (reports is not None) != 1:
         raise DataError("give one of: scans, --store, --reports")

@@ -22,7 +22,7 @@ def index(
     from ctclip.inference.index import build_index
     from ctclip.inference.scans import StoredScans
     from ctclip.models.folder import load_model
-    from preprocessing.store import VolumeStore
+    from ctclip.preprocessing.store import VolumeStore
 
     loaded = load_model(model, distributed.device())
     scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)

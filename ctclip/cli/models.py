@@ -20,7 +20,7 @@ def models(
 
     from ctclip.config_files import configs_folder, load_size
     from ctclip.models.sizes import measure
-    from preprocessing.spec import PreprocessingSpec
+    from ctclip.preprocessing.spec import PreprocessingSpec
 
     wanted = names or ["tiny", "small", "base", "large", "ct_clip"]
     table = Table(title=f"models of {configs_folder() / 'models'}" if not names else None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from preprocessing.pipeline import Outcome
+    from ctclip.preprocessing.pipeline import Outcome
 
 
 SHOWN = 20
@@ -60,8 +60,14 @@ def preprocess(
 
     `ctclip preprocess CT-RATE --output store --spec ct_224`
     """
-    from preprocessing.pipeline import Options, merge_shards, outcomes_name, preprocess_cohort, quarantine_damaged
-    from preprocessing.spec import PreprocessingSpec
+    from ctclip.preprocessing.pipeline import (
+        Options,
+        merge_shards,
+        outcomes_name,
+        preprocess_cohort,
+        quarantine_damaged,
+    )
+    from ctclip.preprocessing.spec import PreprocessingSpec
 
     if merge:
         _said(merge_shards(output), output / outcomes_name())

@@ -18,8 +18,8 @@ def quality(
 
     `ctclip quality store --output quality.html`
     """
-    from preprocessing.quality import quality_page
-    from preprocessing.store import VolumeStore
+    from ctclip.preprocessing.quality import quality_page
+    from ctclip.preprocessing.store import VolumeStore
 
     page = output or store / "quality.html"
     warned = quality_page(VolumeStore(store), page, split=split, first=first, count=count)

@@ -75,7 +75,7 @@ def zero_shot(
     from ctclip.inference.scans import ScanFiles, Scans, StoredScans
     from ctclip.inference.show import table_of
     from ctclip.models.folder import load_model
-    from preprocessing.store import VolumeStore
+    from ctclip.preprocessing.store import VolumeStore
 
     group = distributed.process_group() if distributed.launched() else contextlib.nullcontext(distributed.device())
     with group as device:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ctclip.config import AugmentConfig
-from preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.spec import PreprocessingSpec
 
 
 class Change(NamedTuple):

@@ -24,8 +24,8 @@ from ctclip.config import DataConfig
 from ctclip.data.augment import Change, draw_change, shown
 from ctclip.data.reports import Report, ReportViews
 from ctclip.errors import DataError
-from preprocessing.spec import PreprocessingSpec
-from preprocessing.store import VolumeStore
+from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.store import VolumeStore
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from ctclip.errors import EvaluationError
-from preprocessing.files import write_text
+from ctclip.preprocessing.files import write_text
 
 Method = Literal["platt", "temperature"]
 FEWEST = 5

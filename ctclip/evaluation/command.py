@@ -19,10 +19,10 @@ from ctclip.evaluation.protocol import Protocol, Thresholds, align, load_protoco
 from ctclip.evaluation.retrieval import evaluate_retrieval
 from ctclip.evaluation.run_report import Example, Pictures, write_report
 from ctclip.evaluation.tables import MARGIN, provenance, read_embeddings, read_labels, read_predictions
+from ctclip.preprocessing.files import write_text, written_beside
+from ctclip.preprocessing.progress import track
+from ctclip.preprocessing.store import VolumeStore
 from ctclip.versions import versions
-from preprocessing.files import write_text, written_beside
-from preprocessing.progress import track
-from preprocessing.store import VolumeStore
 
 EXAMPLES = 4
 MATRIX = 48

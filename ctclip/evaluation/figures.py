@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ctclip.evaluation import metrics
-from preprocessing.files import written_beside
+from ctclip.preprocessing.files import written_beside
 
 LUNG, SOFT = (-1350.0, 150.0), (-160.0, 240.0)
 INK, BAR, CONTROL = "#222222", "#2f6f9f", "#c07830"

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-from preprocessing.files import write_text
+from ctclip.preprocessing.files import write_text
 
 # Cells that stand in columns of numbers, and are set to the right.
 FIGURES = re.compile(r"[-+\d.,%\s]*|(undefined|[-+]?[\d.]+) to (undefined|[-+]?[\d.]+)|undefined|[+-]?\d+ of \d+")

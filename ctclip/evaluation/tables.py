@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctclip.errors import EvaluationError
-from preprocessing.files import written_beside
+from ctclip.preprocessing.files import written_beside
 
 IDENTITY = ("volume", "patient", "scan")
 PROVENANCE = ("model", "supervision", "spec", "prompts", "warnings")

@@ -16,8 +16,8 @@ from ctclip.evaluation.tables import embedding_table
 from ctclip.inference.run import REPORT, VOLUME, batches, report_embeddings, report_texts
 from ctclip.inference.scans import Scans
 from ctclip.models.dual_encoder import DualEncoder
-from preprocessing.files import written_beside
-from preprocessing.progress import track
+from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.progress import track
 
 COLUMNS = {"Findings_EN": "findings", "Impressions_EN": "impression", "VolumeName": "volume"}
 CHUNK = 256

@@ -16,7 +16,7 @@ from ctclip.errors import DataError
 from ctclip.inference.run import batches, report_embeddings, report_texts
 from ctclip.inference.scans import StoredScans
 from ctclip.models.folder import ModelFolder
-from preprocessing.files import write_text, written_beside
+from ctclip.preprocessing.files import write_text, written_beside
 
 ROWS = ("volume", "patient", "scan", "findings", "impression")
 

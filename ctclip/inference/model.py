@@ -19,7 +19,7 @@ from ctclip.inference.detector import Detector
 from ctclip.inference.prompts import PromptSet, load_prompts
 from ctclip.inference.show import Detection, calibrated
 from ctclip.models.folder import ModelFolder, load_model
-from preprocessing.pipeline import Expect, Prepared, Trust, prepare
+from ctclip.preprocessing.pipeline import Expect, Prepared, Trust, prepare
 
 
 class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "zero-shot"]):
@@ -51,7 +51,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         return Detector(self.dual, self.prompts, None, self.calibration)
 
     def prepare(self, scan: str | os.PathLike[str], *, trust: Trust = "auto", expect: Expect = "any") -> Prepared:
-        """One scan of disk as this model wants it; see ``preprocessing.prepare``."""
+        """One scan of disk as this model wants it; see ``ctclip.preprocessing.prepare``."""
         return prepare(scan, self.spec, trust=trust, expect=expect)
 
     def detect(

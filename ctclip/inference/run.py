@@ -27,9 +27,9 @@ from ctclip.inference.probe import LinearProbe
 from ctclip.inference.scans import Scans, ahead
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import ModelFolder
-from preprocessing.errors import PreprocessingError
-from preprocessing.files import written_beside
-from preprocessing.progress import track
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.progress import track
 
 VOLUME, REPORT = "volume_embedding", "report_embedding"
 PART_BATCHES = 8

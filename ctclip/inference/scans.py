@@ -14,12 +14,12 @@ import pandas as pd
 
 from ctclip.data.dataset import stored_rows
 from ctclip.errors import DataError
-from preprocessing.cohorts import read_cohort
-from preprocessing.cohorts.folder import scan_id
-from preprocessing.errors import PreprocessingError
-from preprocessing.pipeline import Expect, Trust, prepare
-from preprocessing.spec import PreprocessingSpec
-from preprocessing.store import VolumeStore
+from ctclip.preprocessing.cohorts import read_cohort
+from ctclip.preprocessing.cohorts.folder import scan_id
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.pipeline import Expect, Trust, prepare
+from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.store import VolumeStore
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -29,7 +29,7 @@ from ctclip.config_files import dump_config, find_config, read_mapping, validate
 from ctclip.errors import CheckpointError
 from ctclip.models.dual_encoder import DualEncoder, build_volume_encoder
 from ctclip.models.text import TextEncoder, load_tokenizer
-from preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.spec import PreprocessingSpec
 
 REQUIRED = ("config.yaml", "model.safetensors", "tokenizer", "text_config.json", "preprocessing.yaml")
 

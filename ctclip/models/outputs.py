@@ -34,7 +34,7 @@ def check_volume(volume: Tensor) -> None:
     if not (low >= -1.5 and high <= 1.5):
         raise ValueError(
             f"voxels range over [{low:.4g}, {high:.4g}], expected [-1, 1]: these look like unscaled Hounsfield units; "
-            f"prepare the scan with preprocessing.prepare"
+            f"prepare the scan with ctclip.preprocessing.prepare"
         )
 
 

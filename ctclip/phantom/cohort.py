@@ -23,8 +23,8 @@ from ctclip.errors import PhantomError
 from ctclip.findings import FINDINGS
 from ctclip.phantom.acquisition import Acquisition
 from ctclip.phantom.scan import Scan, make_scan
-from preprocessing.files import write_text, written_beside
-from preprocessing.progress import track
+from ctclip.preprocessing.files import write_text, written_beside
+from ctclip.preprocessing.progress import track
 
 RECONSTRUCTIONS = (0.7, 0.2, 0.1)
 SECOND_SCAN = 0.1

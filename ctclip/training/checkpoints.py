@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from ctclip import distributed
 from ctclip.errors import CheckpointError
-from preprocessing.files import flush
+from ctclip.preprocessing.files import flush
 
 NAME = re.compile(r"step_(\d{8})")
 

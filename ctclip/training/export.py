@@ -8,9 +8,9 @@ from ctclip.config_files import build_config, read_mapping
 from ctclip.data.dataset import stored_rows
 from ctclip.errors import CheckpointError
 from ctclip.models.dual_encoder import build_model
+from ctclip.preprocessing.store import VolumeStore
 from ctclip.training.checkpoints import Checkpoints, read_checkpoint
 from ctclip.training.loop import run_tokenizer, save_run_model
-from preprocessing.store import VolumeStore
 
 
 def export_checkpoint(run: Path, output: Path, which: str = "newest") -> Path:

@@ -28,6 +28,9 @@ from ctclip.inference.prompts import load_prompts
 from ctclip.models.dual_encoder import DualEncoder, build_model
 from ctclip.models.folder import save_model
 from ctclip.models.text import load_tokenizer, train_tokenizer
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.progress import track
+from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.training.allocator import keep_freed_memory
 from ctclip.training.checkpoints import Checkpoints
 from ctclip.training.engine import Engine
@@ -36,9 +39,6 @@ from ctclip.training.step import ContrastiveStep
 from ctclip.training.text_warmup import lock_text, read_all, warm_up_text
 from ctclip.training.validation import Validation
 from ctclip.versions import revision
-from preprocessing.errors import PreprocessingError
-from preprocessing.progress import track
-from preprocessing.spec import PreprocessingSpec
 
 # sysexits.h's "temporary failure, try again": what slurm/train.sbatch requeues on.
 INTERRUPTED = 75

@@ -28,9 +28,9 @@ from ctclip.findings import FINDINGS
 from ctclip.models import by_hand
 from ctclip.models.dual_encoder import DualEncoder, build_model
 from ctclip.models.text import train_tokenizer
+from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.training.engine import check_two_pass, piece_size
 from ctclip.training.step import ContrastiveStep
-from preprocessing.spec import PreprocessingSpec
 
 GIB = 2**30
 # Memory (GiB) and dense bf16 rate (TFLOP/s) of cards, from their data sheets; "cpu" is measured when asked for.

@@ -14,8 +14,8 @@ from typing import IO, Any
 from ctclip.config import Config
 from ctclip.config_files import build_config, differing_keys, dump_config, read_mapping
 from ctclip.errors import TrainingError
+from ctclip.preprocessing.files import write_text
 from ctclip.versions import revision, versions
-from preprocessing.files import write_text
 
 # Keys that say where or how often, not what is learned: a run may continue with other values of these.
 FREE_KEYS = (

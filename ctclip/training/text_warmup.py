@@ -16,9 +16,9 @@ from ctclip import distributed, losses
 from ctclip.config import TextWarmupConfig
 from ctclip.data.reports import Report
 from ctclip.models.dual_encoder import DualEncoder
+from ctclip.preprocessing.progress import track
 from ctclip.sentences import sentences
 from ctclip.training.engine import rate_factor
-from preprocessing.progress import track
 
 
 def warm_up_text(

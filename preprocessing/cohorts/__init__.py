@@ -10,9 +10,9 @@ import pkgutil
 from importlib import import_module
 from pathlib import Path
 
-from preprocessing.cohorts.folder import scan_id
-from preprocessing.cohorts.table import COLUMNS, FILES, Cohort, check_table, hold_out, identity, label_names
-from preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.cohorts.folder import scan_id
+from ctclip.preprocessing.cohorts.table import COLUMNS, FILES, Cohort, check_table, hold_out, identity, label_names
+from ctclip.preprocessing.errors import PreprocessingError
 
 __all__ = [
     "COLUMNS",

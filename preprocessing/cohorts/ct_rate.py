@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from preprocessing.cohorts.table import Cohort, identity, read_csv, rows, zeros_and_ones
-from preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.cohorts.table import Cohort, identity, read_csv, rows, zeros_and_ones
+from ctclip.preprocessing.errors import PreprocessingError
 
 SECTIONS = {
     "ClinicalInformation_EN": "clinical_information",

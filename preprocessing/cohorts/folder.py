@@ -8,9 +8,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from preprocessing.cohorts.table import COLUMNS, DEFAULTS, FILES, Cohort, identity, read_csv, rows, zeros_and_ones
-from preprocessing.errors import PreprocessingError
-from preprocessing.identifiers import anonymous_id, first_header, masked
+from ctclip.preprocessing.cohorts.table import (
+    COLUMNS,
+    DEFAULTS,
+    FILES,
+    Cohort,
+    identity,
+    read_csv,
+    rows,
+    zeros_and_ones,
+)
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.identifiers import anonymous_id, first_header, masked
 
 
 def recognised(root: Path) -> bool:

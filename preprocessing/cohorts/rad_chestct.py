@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from preprocessing.cohorts.table import Cohort, read_csv, rows
-from preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.cohorts.table import Cohort, read_csv, rows
+from ctclip.preprocessing.errors import PreprocessingError
 
 TABLES = "*Abnormality_and_Location_Labels.csv"
 SPLITS = {"trn": "train", "val": "valid", "tst": "test"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.errors import PreprocessingError
 
 # The table's columns. After them comes one nullable Int8 column a label, named as the finding.
 COLUMNS = (

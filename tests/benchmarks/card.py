@@ -36,9 +36,9 @@ def on_a_card(name: str, overrides: list[str], steps: int) -> dict[str, float]:
     from ctclip.inference.prompts import load_prompts
     from ctclip.models.dual_encoder import build_model
     from ctclip.models.text import train_tokenizer
+    from ctclip.preprocessing.spec import PreprocessingSpec
     from ctclip.training.plan import make_plan
     from ctclip.training.step import ContrastiveStep
-    from preprocessing.spec import PreprocessingSpec
 
     config, random = load_config(name, overrides), torch.Generator().manual_seed(0)
     plan, batch = make_plan(config, 1), config.training.batch

@@ -207,7 +207,7 @@ def ranking_of(model: str, store: str, volumes: int = 50) -> dict[str, float]:
     from ctclip.inference.prompts import load_prompts
     from ctclip.inference.scans import StoredScans
     from ctclip.models.folder import load_model
-    from preprocessing.store import VolumeStore
+    from ctclip.preprocessing.store import VolumeStore
 
     loaded = load_model(Path(model))
     scans = StoredScans(VolumeStore(Path(store)), "valid", loaded.spec, Path(model))

@@ -53,9 +53,9 @@ def baseline(path: str) -> dict[str, float]:
 
 
 def ours(path: str) -> dict[str, float]:
-    """Seconds and GB of ``preprocessing.prepare``."""
-    from preprocessing import prepare
-    from preprocessing.spec import PreprocessingSpec
+    """Seconds and GB of ``ctclip.preprocessing.prepare``."""
+    from ctclip.preprocessing import prepare
+    from ctclip.preprocessing.spec import PreprocessingSpec
 
     # Imports and compiled loops are not what is measured.
     small = PreprocessingSpec.load(SPEC)
@@ -79,14 +79,14 @@ def floor(path: str) -> float:
 
 def filled(kind: str) -> float:
     """Seconds to allocate and fill a volume of the published spec: 221 MB of float32, or 111 MB of int16."""
-    from preprocessing.spec import PreprocessingSpec
+    from ctclip.preprocessing.spec import PreprocessingSpec
 
     return processor_seconds(lambda: np.full(PreprocessingSpec.load(SPEC).shape, -1, kind), 9)
 
 
 def unpacked(store: str) -> float:
     """Seconds to decompress one stored volume into one chunk's worth of memory, again and again."""
-    from preprocessing.store import VolumeStore
+    from ctclip.preprocessing.store import VolumeStore
 
     opened = VolumeStore(store)
     packed = opened._open(opened.volumes[0])
@@ -96,7 +96,7 @@ def unpacked(store: str) -> float:
 
 def stored(store: str) -> float:
     """Seconds of one training sample from a store, int16 HU in a batch's memory; the device that trains applies the window."""
-    from preprocessing.store import VolumeStore
+    from ctclip.preprocessing.store import VolumeStore
 
     opened = VolumeStore(store)
     name = opened.volumes[0]
@@ -105,7 +105,7 @@ def stored(store: str) -> float:
 
 def windowed(store: str) -> float:
     """Seconds of one stored volume as float32 in [-1, 1], as inference reads it."""
-    from preprocessing.store import VolumeStore
+    from ctclip.preprocessing.store import VolumeStore
 
     opened = VolumeStore(store)
     name = opened.volumes[0]
@@ -114,7 +114,7 @@ def windowed(store: str) -> float:
 
 def cropped(store: str) -> float:
     """Seconds of a random crop of 112 x 224 x 224 voxels from a store, as float32 in [-1, 1]."""
-    from preprocessing.store import VolumeStore
+    from ctclip.preprocessing.store import VolumeStore
 
     opened = VolumeStore(store)
     name = opened.volumes[0]
@@ -126,8 +126,8 @@ def whole_cohort(folder: str, store: str, workers: int, spec: str = SPEC) -> dic
     """Seconds to bring a cohort into a new store, and seconds that processors worked for it."""
     import resource
 
-    from preprocessing.pipeline import preprocess_cohort
-    from preprocessing.spec import PreprocessingSpec
+    from ctclip.preprocessing.pipeline import preprocess_cohort
+    from ctclip.preprocessing.spec import PreprocessingSpec
 
     began = time.perf_counter()
     preprocess_cohort(folder, store, PreprocessingSpec.load(spec), workers=workers)

@@ -23,7 +23,7 @@ import pandas as pd
 from ctclip.config_files import load_config
 from ctclip.demo import default_processes
 from ctclip.findings import FINDINGS
-from preprocessing.files import written_beside
+from ctclip.preprocessing.files import written_beside
 from tests.benchmarks.common import machine, table
 
 # As in phantom_published.
@@ -129,7 +129,7 @@ def histogram(chosen: argparse.Namespace) -> Figures:
     from ctclip.data.dataset import stored_rows
     from ctclip.evaluation.command import histogram_control
     from ctclip.evaluation.protocol import load_protocol
-    from preprocessing.store import VolumeStore
+    from ctclip.preprocessing.store import VolumeStore
 
     if known := _recorded(chosen.recorded, HISTOGRAM, 0, 0):
         return known

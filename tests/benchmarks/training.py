@@ -253,8 +253,8 @@ def _found(process: subprocess.Popen[str]) -> Any:
 def waiting(workers: int) -> dict[str, float]:
     """Data-wait share and volumes a second of `ctclip train` on a store on local disk, its first window left out."""
     from ctclip.phantom.cohort import Options, make_cohort
-    from preprocessing.pipeline import preprocess_cohort
-    from preprocessing.spec import PreprocessingSpec
+    from ctclip.preprocessing.pipeline import preprocess_cohort
+    from ctclip.preprocessing.spec import PreprocessingSpec
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

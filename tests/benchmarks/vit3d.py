@@ -142,7 +142,7 @@ def one_layer(way: str) -> dict[str, float]:
 
 def air() -> list[list[str]]:
     """Share of tokens left out, and the speed that gives, of a phantom and of real chests where they lie beside us."""
-    from preprocessing import prepare
+    from ctclip.preprocessing import prepare
 
     config = ViT3DConfig(patch=(8, 16, 16), stages=(), width=384, heads=6, depth=8, spacing=(3.0, 1.5, 1.5), drop_air=True)  # fmt: skip
     given = {"phantom": chest((112, 224, 224))}

@@ -23,7 +23,7 @@ def detection(model: Path, store: Path, volumes: int) -> tuple[float, float]:
     from ctclip.inference.run import batches, detect
     from ctclip.inference.scans import StoredScans
     from ctclip.models.folder import load_model
-    from preprocessing.store import VolumeStore
+    from ctclip.preprocessing.store import VolumeStore
 
     loaded = load_model(model)
     scans = StoredScans(VolumeStore(store), None, loaded.spec, model)

@@ -18,7 +18,7 @@ from ctclip.inference.prompts import load_prompts
 from ctclip.inference.run import detect
 from ctclip.inference.scans import ScanFiles, StoredScans
 from ctclip.models.folder import load_model
-from preprocessing.store import VolumeStore
+from ctclip.preprocessing.store import VolumeStore
 
 from .conftest import run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from preprocessing import prepare
+from ctclip.preprocessing import prepare
 
 CASES = {
     "ts_chestCTA_aorta_crop": "nifti/ts_chestCTA_aorta_crop_1p5mm_LPS.nii.gz",

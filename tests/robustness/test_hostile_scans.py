@@ -13,9 +13,9 @@ import pytest
 import SimpleITK as sitk
 
 from ctclip.phantom.scan import make_scan
-from preprocessing import PreprocessingError, PreprocessingSpec, prepare
-from preprocessing.hounsfield import Trust
-from preprocessing.readers import read
+from ctclip.preprocessing import PreprocessingError, PreprocessingSpec, prepare
+from ctclip.preprocessing.hounsfield import Trust
+from ctclip.preprocessing.readers import read
 from tests.unit.preprocessing.test_dicom import write_series
 
 SPEC = PreprocessingSpec("test", (5.0, 4.0, 4.0), (12, 16, 20))

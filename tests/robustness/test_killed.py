@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from preprocessing.store import VolumeStore
+from ctclip.preprocessing.store import VolumeStore
 
 
 def test_preprocessing_survives_kill_9(cohort: Path, store: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_kill_9_and_the_same_command_again(store: Path, whole: Path, tmp_path: P
 def test_kill_9_while_a_batch_is_read(store: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     body = (
-        "import os; from preprocessing.store import VolumeStore; real, calls = VolumeStore.read_into, []\n"
+        "import os; from ctclip.preprocessing.store import VolumeStore; real, calls = VolumeStore.read_into, []\n"
         "def dying(self, *a, **k):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 22: os.kill(os.getpid(), 9)\n"
@@ -128,7 +128,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_asks_to_be_requeued(
 
 def test_a_reading_process_that_dies_is_one_line(store: Path, tmp_path: Path) -> None:
     body = (
-        "import os; from preprocessing.store import VolumeStore; real, calls = VolumeStore.read_into, []\n"
+        "import os; from ctclip.preprocessing.store import VolumeStore; real, calls = VolumeStore.read_into, []\n"
         "def dying(self, *a, **k):\n"
         "    calls.append(1)\n"
         "    if len(calls) > 6: os.kill(os.getpid(), 9)\n"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from preprocessing.pipeline import merge_shards
-from preprocessing.store import VolumeStore
+from ctclip.preprocessing.pipeline import merge_shards
+from ctclip.preprocessing.store import VolumeStore
 
 from ..end_to_end.conftest import TINY
 from .cluster import Cluster, cluster, missing

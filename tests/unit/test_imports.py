@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [
-    {"preprocessing"},
+    {"ctclip.preprocessing"},
     {
         "ctclip.errors",
         "ctclip.findings",
@@ -39,15 +39,14 @@ def imported(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {
-        name for name in found if name.split(".")[0] in ("ctclip", "preprocessing") and name != "ctclip.__version__"
-    }
+    return {name for name in found if name.split(".")[0] == "ctclip" and name != "ctclip.__version__"}
 
 
 def test_no_import_points_upwards() -> None:
     upward = []
     for path in [*ROOT.glob("ctclip/**/*.py"), *ROOT.glob("preprocessing/**/*.py")]:
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        module = module if module.startswith("ctclip") else f"ctclip.{module}"
         if module == "ctclip":
             continue
         upward += [
@@ -57,7 +56,7 @@ def test_no_import_points_upwards() -> None:
 
 
 def test_a_layer_below_is_noticed() -> None:
-    assert layer("preprocessing.store") < layer("ctclip.models.text") < layer("ctclip.cli.train")
+    assert layer("ctclip.preprocessing.store") < layer("ctclip.models.text") < layer("ctclip.cli.train")
 
 
 def test_launchers_are_known_in_one_file() -> None:

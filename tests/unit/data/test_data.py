@@ -13,7 +13,7 @@ from ctclip.data.augment import Change, draw_change, shifted, shown, turned
 from ctclip.data.dataset import ScanSampler, StoredVolumes, as_read, rarity_weights, some_scans, with_report
 from ctclip.data.reports import Report, ReportViews, negates
 from ctclip.errors import DataError
-from preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.spec import PreprocessingSpec
 
 REPORT = Report("The heart is enlarged. No pleural effusion is seen. There is a nodule.", "Cardiomegaly. Nodule.")
 RANDOM = np.random.default_rng

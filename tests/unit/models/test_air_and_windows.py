@@ -17,7 +17,7 @@ from ctclip.config import ViT3DConfig
 from ctclip.models import vit3d
 from ctclip.models.vit3d import Block, ViT3D, outside_air
 from ctclip.phantom.scan import make_scan
-from preprocessing import prepare
+from ctclip.preprocessing import prepare
 
 HU = (-1000.0, 1000.0)
 TOKEN = (8, 16, 16)

@@ -14,9 +14,9 @@ from ctclip.models.folder import load_model, save_model
 from ctclip.models.resnet3d import ResNet3D
 from ctclip.models.text import build_text_encoder, train_tokenizer
 from ctclip.models.vit3d import ViT3D, outside_air
+from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.training.step import ContrastiveStep
 from ctclip.training.text_warmup import lock_text
-from preprocessing.spec import PreprocessingSpec
 
 SMALL = ViT3DConfig(stages=((8, 1), (16, 0)), width=24, heads=2, depth=2, patch=(2, 2, 2), registers=2)
 SENTENCES = ["The heart is enlarged.", "No pleural effusion is seen.", "A nodule lies in the upper lobe."]

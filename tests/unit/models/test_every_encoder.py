@@ -16,7 +16,7 @@ from ctclip.models.dual_encoder import build_model, build_volume_encoder
 from ctclip.models.folder import load_model, save_model
 from ctclip.models.sizes import measure
 from ctclip.models.text import train_tokenizer
-from preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.spec import PreprocessingSpec
 
 SHAPE = (16, 24, 32)
 VIT: dict[str, Any] = {"width": 24, "heads": 2, "depth": 2, "patch": (4, 4, 4), "registers": 2}

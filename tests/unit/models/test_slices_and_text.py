@@ -17,7 +17,7 @@ from ctclip.models.dual_encoder import build_model, build_volume_encoder
 from ctclip.models.folder import load_model, save_model
 from ctclip.models.sizes import measure
 from ctclip.models.text import build_text_encoder, load_tokenizer, train_tokenizer
-from preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.spec import PreprocessingSpec
 
 SENTENCES = ["The heart is enlarged.", "No pleural effusion is seen.", "A nodule lies in the upper lobe."]
 

@@ -16,13 +16,13 @@ import pytest
 
 from ctclip.cli import main
 from ctclip.phantom.scan import make_scan
-from preprocessing import PreprocessingError, PreprocessingSpec, prepare
-from preprocessing.cohorts import hold_out, identity, read_cohort
-from preprocessing.hounsfield import check_chest
-from preprocessing.pipeline import merge_shards, preprocess_cohort
-from preprocessing.quality import quality_page
-from preprocessing.store import VolumeStore
-from preprocessing.volume import Volume
+from ctclip.preprocessing import PreprocessingError, PreprocessingSpec, prepare
+from ctclip.preprocessing.cohorts import hold_out, identity, read_cohort
+from ctclip.preprocessing.hounsfield import check_chest
+from ctclip.preprocessing.pipeline import merge_shards, preprocess_cohort
+from ctclip.preprocessing.quality import quality_page
+from ctclip.preprocessing.store import VolumeStore
+from ctclip.preprocessing.volume import Volume
 from tests.unit.preprocessing.test_dicom import write_series
 
 SPEC = PreprocessingSpec("test", (5.0, 4.0, 4.0), (12, 16, 20))
@@ -68,7 +68,7 @@ def test_shards_are_merged_without_reading_a_volume(cohort: Path, tmp_path: Path
         merge_shards(store)
     preprocess_cohort(cohort, store, spec, workers=1, shard=(2, 3))
     monkeypatch.setattr(VolumeStore, "read", lambda *_: pytest.fail("a volume was read"))
-    monkeypatch.setattr("preprocessing.pipeline.prepare", lambda *_: pytest.fail("a scan was read"))
+    monkeypatch.setattr("ctclip.preprocessing.pipeline.prepare", lambda *_: pytest.fail("a scan was read"))
     merged = merge_shards(store)
     assert len(merged) == 24
     assert not list(store.glob("outcomes-*"))
@@ -113,7 +113,7 @@ def test_a_run_with_bad_scans_ends_with_the_rest_done(cohort: Path, tmp_path: Pa
 
 
 def test_a_scan_that_kills_its_process_is_refused_alone(cohort: Path, tmp_path: Path, monkeypatch) -> None:
-    from preprocessing import pipeline
+    from ctclip.preprocessing import pipeline
 
     honest = pipeline.prepare
 

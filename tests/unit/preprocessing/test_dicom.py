@@ -33,9 +33,9 @@ from pydicom.uid import (
 )
 
 from ctclip.phantom.scan import make_scan
-from preprocessing import PreprocessingError, PreprocessingSpec, prepare
-from preprocessing.identifiers import masked
-from preprocessing.readers import read
+from ctclip.preprocessing import PreprocessingError, PreprocessingSpec, prepare
+from ctclip.preprocessing.identifiers import masked
+from ctclip.preprocessing.readers import read
 
 SPEC = PreprocessingSpec("test", (5.0, 4.0, 4.0), (12, 16, 20))
 IDENTIFIERS = ("Zebrowski^Ottilie", "PID-778899", "19410217", "St Elsewhere Hospital", "ACC-424242", "Dr^Frankenstein")

@@ -8,9 +8,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocessing.geometry import orient, resample, resampled_affine
-from preprocessing.spec import PreprocessingSpec
-from preprocessing.volume import Volume
+from ctclip.preprocessing.geometry import orient, resample, resampled_affine
+from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.volume import Volume
 
 TURNS = [
     (axes, flips) for axes in itertools.permutations(range(3)) for flips in itertools.product((1.0, -1.0), repeat=3)

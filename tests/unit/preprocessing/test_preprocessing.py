@@ -16,14 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ctclip.phantom.scan import make_scan
-from preprocessing import PreprocessingError, PreprocessingSpec, prepare
-from preprocessing.cohorts import read_cohort
-from preprocessing.geometry import orient, resample, resampled_affine
-from preprocessing.hounsfield import Rescale, to_hu
-from preprocessing.pipeline import preprocess_cohort, quarantine_damaged
-from preprocessing.readers import read
-from preprocessing.store import VolumeStore
-from preprocessing.volume import Volume
+from ctclip.preprocessing import PreprocessingError, PreprocessingSpec, prepare
+from ctclip.preprocessing.cohorts import read_cohort
+from ctclip.preprocessing.geometry import orient, resample, resampled_affine
+from ctclip.preprocessing.hounsfield import Rescale, to_hu
+from ctclip.preprocessing.pipeline import preprocess_cohort, quarantine_damaged
+from ctclip.preprocessing.readers import read
+from ctclip.preprocessing.store import VolumeStore
+from ctclip.preprocessing.volume import Volume
 
 SPEC = PreprocessingSpec("test", (5.0, 4.0, 4.0), (12, 16, 20))
 
