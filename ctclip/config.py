@@ -1,126 +1,42 @@
-"""The one configuration schema: frozen, typed, validated; nothing is read from the environment and nothing is global."""
+"""The one configuration schema: frozen, typed, validated; nothing is read from the environment and nothing is global.
+
+Encoders and objectives keep their own sections beside their code; they are looked up by name (``ctclip/plugins.py``).
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from ctclip import plugins
+from ctclip.errors import ConfigError
+from ctclip.schema import Section, validated
 
 
-class Section(BaseModel):
-    """A part of the configuration; immutable once built."""
+class EncoderConfig(Section):
+    """What every volume encoder can be told; each adds its own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
-
-
-class ViT3DConfig(Section):
-    """Our 3-D vision transformer with a convolutional stem (``ctclip/models/vit3d.py``)."""
-
-    kind: Literal["vit3d"] = "vit3d"
-    patch: tuple[int, int, int] = Field((4, 4, 4), description="voxels [slice, row, column] of one stem cell")
-    stages: tuple[tuple[int, int], ...] = Field(
-        ((64, 1), (128, 1)),
-        description="width and 3x3x3 residual convolutions of each stage of the stem; each ends with a strided "
-        "one that halves the axes. No stages: a linear patch embedding",
+    kind: str
+    activation_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory"
     )
-    width: int = 192
-    depth: int = 4
-    heads: int = 6
-    registers: int = 4
-    spacing: tuple[float, float, float] = Field((1.5, 1.5, 3.0), description="mm [slice, row, column] of a voxel")
-    windows: tuple[tuple[float, float], ...] = Field(
-        ((-1000.0, 1000.0),), description="HU windows shown side by side as input channels"
+    tuning: Literal["full", "lora"] = Field(
+        "full", description="lora: low-rank adapters learn beside weights that stay as they are"
     )
-    hu_window: tuple[float, float] = Field((-1000.0, 1000.0), description="HU that -1 and 1 of the input stand for")
-    pooling: tuple[Literal["attention", "mean", "max"], ...] = ("attention", "mean")
-    extremes: bool = Field(
-        False,
-        description="beside a patch's voxels, the largest and smallest of them under each window: for small "
-        "bright or dark spots, wherever in the patch they lie",
-    )
-    pool_stem: bool = Field(
-        False, description="mean and largest of every stage of the stem beside the pooled tokens: for small findings"
-    )
-    window: tuple[int, int, int] | None = Field(
-        None, description="tokens [slice, row, column] of a local attention window; null: full attention"
-    )
-    global_every: int = Field(4, ge=1, description="with a window: every n-th layer is a global one")
-    global_over: Literal["tokens", "windows"] = Field(
-        "tokens",
-        description="what a global layer works on: all tokens, or one a window, the mean of its tokens: far cheaper",
-    )
-    drop_air: bool = Field(False, description="drop tokens of nothing but air outside the body")
-    activation_checkpointing: bool = False
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> ViT3DConfig:
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
-        return self
-
-    @model_validator(mode="after")
-    def _windows_to_be_global_over(self) -> ViT3DConfig:
-        if self.global_over == "windows" and self.window is None:
-            raise ValueError("global_over=windows needs window: without one every layer is over all tokens")
-        return self
+    lora_rank: int = Field(8, ge=1)
 
 
-class CTViTConfig(Section):
-    """The published CT-CLIP's encoder (``ctclip/models/ctvit.py``)."""
-
-    kind: Literal["ctvit"] = "ctvit"
-    shape: tuple[int, int, int] = Field((240, 480, 480), description="voxels [slice, row, column] of a volume")
-    patch: tuple[int, int, int] = Field((10, 20, 20), description="voxels [slice, row, column] of one token")
-    width: int = 512
-    spatial_depth: int = 4
-    temporal_depth: int = 4
-    heads: int = 8
-    head_width: int = 32
-    codebook_size: int = 8192
-    quantise: bool = True
-    activation_checkpointing: bool = False
+def encoder_config(given: Any) -> Any:
+    """The section of the encoder that ``given`` names; ``kind: module:Name`` takes a class of the user's own."""
+    if not isinstance(given, dict):
+        return given
+    values = {"kind": "vit3d", **given}
+    return validated(plugins.find("encoder", str(values["kind"])).Config, values, path="model.volume")
 
 
-class ResNet3DConfig(Section):
-    """MONAI's 3-D ResNets (``ctclip/models/resnet3d.py``)."""
-
-    kind: Literal["resnet3d"] = "resnet3d"
-    depth: Literal[18, 50] = 18
-    stem_stride: tuple[int, int, int] = (2, 2, 2)
-    norm: Literal["batch", "group"] = "group"
-    width_factor: float = 1.0
-    activation_checkpointing: bool = False
-
-    @model_validator(mode="after")
-    def _counts_once(self) -> ResNet3DConfig:
-        if self.activation_checkpointing and self.norm == "batch":
-            raise ValueError("activation_checkpointing would count a batch's statistics twice: set norm=group")
-        return self
-
-
-class SlicesConfig(Section):
-    """A 2-D vision model of Hugging Face on every slice, and an aggregator over slices (``ctclip/models/slices.py``)."""
-
-    kind: Literal["slices"] = "slices"
-    pretrained: str = Field("", description="folder or hub name of a vision model, for example facebook/dinov2-small")
-    weights: Literal["pretrained", "random"] = Field(
-        "pretrained", description="random: keep the architecture of `pretrained`, not its weights"
-    )
-    aggregator: Literal["mean", "lstm", "transformer", "cross"] = "transformer"
-    depth: int = Field(2, ge=1, description="layers of the transformer or LSTM over slices")
-    heads: int = 8
-    spacing: float = Field(3.0, gt=0, description="mm between slices")
-    every: int = Field(1, ge=1, description="take every n-th slice")
-    windows: tuple[tuple[float, float], ...] = Field(
-        ((-1000.0, 400.0), (-160.0, 240.0), (-500.0, 1000.0)), description="HU windows shown as the colour channels"
-    )
-    hu_window: tuple[float, float] = Field((-1000.0, 1000.0), description="HU that -1 and 1 of the input stand for")
-    slices_at_once: int = Field(64, ge=1, description="slices encoded together, over the batch")
-    activation_checkpointing: bool = False
-
-
-VolumeEncoderConfig = Annotated[ViT3DConfig | CTViTConfig | ResNet3DConfig | SlicesConfig, Field(discriminator="kind")]
+VolumeEncoderConfig = Annotated[SerializeAsAny[EncoderConfig], BeforeValidator(encoder_config)]
 
 
 class TextConfig(Section):
@@ -148,32 +64,19 @@ class TextConfig(Section):
 class ModelConfig(Section):
     """The dual encoder."""
 
-    volume: VolumeEncoderConfig = ViT3DConfig()
+    volume: VolumeEncoderConfig = Field(default_factory=lambda: encoder_config({}))
     text: TextConfig = TextConfig()
-    dim: int = Field(128, description="width of the shared embedding")
+    dim: int = Field(128, ge=1, description="width of the shared embedding")
     projection: Literal["linear", "mlp"] = "linear"
     standardise: bool = Field(
         False, description="centre and scale the embeddings over the global batch before normalising"
     )
     logit_scale: float = Field(10.0, gt=0, description="initial inverse temperature")
-    logit_scale_max: float = 100.0
-
-
-class ViewConfig(Section):
-    """How often each view of a report is drawn (weights, not probabilities)."""
-
-    report: float = Field(1.0, ge=0, description="findings and impression together")
-    findings: float = Field(0.0, ge=0)
-    impression: float = Field(0.0, ge=0)
-    sentence: float = Field(0.0, ge=0, description="one sentence of findings or impression")
-    sentences: float = Field(0.0, ge=0, description="a few sentences, in random order")
-    positive: float = Field(0.0, ge=0, description="sentences that negate nothing, by their wording alone")
-
-    @model_validator(mode="after")
-    def _some_weight(self) -> ViewConfig:
-        if sum(self.model_dump().values()) <= 0:
-            raise ValueError("give at least one view a weight above 0")
-        return self
+    logit_scale_max: float = Field(100.0, gt=0)
+    init: str | None = Field(
+        None, description="model folder (or hub name) whose weights the training begins with; null: from scratch"
+    )
+    init_sides: Literal["both", "volume", "text"] = Field("both", description="which encoders `init` gives")
 
 
 class AugmentConfig(Section):
@@ -199,7 +102,19 @@ class DataConfig(Section):
     store: str | None = Field(None, description="folder written by `ctclip preprocess`")
     train_split: str = "train"
     valid_split: str = "valid"
-    views: ViewConfig = ViewConfig()
+    sections: tuple[str, ...] = Field(
+        ("findings", "impression"),
+        min_length=1,
+        description="columns of the cohort table that make up a report, in order",
+    )
+    language: str = Field(
+        "english", description="words of negation: a YAML file, or the name of one in configs/languages"
+    )
+    views: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {"report": 1.0},
+        description="how often each view of a report is drawn (weights): report (all sections), a section by its name, "
+        "sentence (one), sentences (a few, in random order), positive (those that negate nothing, by their wording)",
+    )
     views_per_volume: int = Field(1, ge=1, description="report views contrasted with each volume in a step")
     shuffle_sentences: bool = False
     volumes: int | None = Field(None, ge=2, description="learn from so many volumes only; null: all of the split")
@@ -209,53 +124,43 @@ class DataConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     workers: int = Field(2, ge=0, description="reading processes per rank")
 
+    @model_validator(mode="after")
+    def _some_view(self) -> DataConfig:
+        known = ("report", "sentence", "sentences", "positive", *self.sections)
+        for name in self.views:
+            if name not in known:
+                raise ValueError(f"views: no view {name!r}; give weights to some of {', '.join(known)}")
+        if sum(self.views.values()) <= 0:
+            raise ValueError("views: give at least one view a weight above 0")
+        return self
+
 
 class ObjectiveConfig(Section):
-    """Weights of the objectives; 0 leaves one out."""
+    """What every objective can be told; each adds its own. A number alone is its weight."""
 
-    clip: float = Field(1.0, ge=0, description="symmetric InfoNCE over the global batch")
-    convirt: float = Field(0.0, ge=0, description="ConVIRT's weighted bidirectional loss")
-    siglip: float = Field(0.0, ge=0, description="pairwise sigmoid loss")
-    negatives: int | None = Field(
-        None,
-        ge=2,
-        description="contrast only within groups of so many volumes, as the published training did; null: all",
-    )
-    by_identity: bool = Field(
-        True,
-        description="reconstructions of one scan and equal reports are no negatives of each other; false: all but the "
-        "volume's own report are, as in the published training",
-    )
-    memory: int = Field(
-        0, ge=0, description="texts of earlier steps that volumes are contrasted with too (clip); 0: the batch alone"
-    )
-    labels: float = Field(
-        0.0, ge=0, description="cross-entropy on report-derived labels, of both embeddings: not zero-shot any more"
-    )
-    prompts: float = Field(
-        0.0, ge=0, description="the same cross-entropy, of the zero-shot scores that the run's prompts give (VocabFine)"
-    )
-    labels_first: float = Field(
-        0.0, ge=0, lt=1, description="share of the steps, the first, in which nothing is contrasted"
-    )
-    captioning: float = Field(0.0, ge=0, description="writing the report from the volume, word by word")
-    mlm: float = Field(0.0, ge=0, description="filling masked words of the report in, reading the volume")
+    weight: float = Field(1.0, ge=0, description="factor of its loss in the sum; 0 leaves it out")
+    begin: float = Field(0.0, ge=0, lt=1, description="share of the steps after which it begins to count")
 
-    @property
-    def reads_labels(self) -> bool:
-        return self.labels > 0 or self.prompts > 0
 
-    @model_validator(mode="after")
-    def _contrasts(self) -> ObjectiveConfig:
-        if not (self.clip or self.convirt or self.siglip):
-            raise ValueError("give clip, convirt or siglip a weight above 0: nothing else joins volumes and reports")
-        if self.negatives is not None and self.siglip:
-            raise ValueError("negatives belongs to clip and convirt; siglip contrasts every pair")
-        if self.memory and (not self.clip or self.negatives is not None):
-            raise ValueError("memory gives clip more negatives: it needs clip, and no bound on negatives")
-        if self.labels_first and not self.reads_labels:
-            raise ValueError("labels_first needs labels or prompts: give one a weight above 0")
-        return self
+def objective_configs(given: Any) -> Any:
+    """The sections of the objectives that a mapping names; those of weight 0 are left out."""
+    if not isinstance(given, dict):
+        return given
+    sections: dict[str, ObjectiveConfig] = {}
+    for name, value in given.items():
+        if isinstance(value, ObjectiveConfig):
+            section = value
+        else:
+            values = {"weight": value} if isinstance(value, int | float) else value
+            section = validated(plugins.find("objective", str(name)).Config, values, path=f"objectives.{name}")
+        if section.weight > 0:
+            sections[str(name)] = section
+    if not sections:
+        raise ConfigError("objectives: give at least one a weight above 0, for example objectives.clip=1")
+    return sections
+
+
+ObjectiveConfigs = Annotated[dict[str, SerializeAsAny[ObjectiveConfig]], BeforeValidator(objective_configs)]
 
 
 class ZeroConfig(Section):
@@ -288,7 +193,7 @@ class TextWarmupConfig(Section):
 
     steps: int = Field(0, ge=0)
     batch: int = Field(128, ge=2, description="reports in the global batch")
-    learning_rate: float = 2e-3
+    learning_rate: float = Field(2e-3, gt=0)
     keep: float = Field(0.7, gt=0, le=1, description="share of the findings' sentences that is shown")
     lock: bool = Field(False, description="afterwards the text side learns no more: volumes are fitted to it")
 
@@ -297,22 +202,35 @@ class TextWarmupConfig(Section):
         return self.lock and self.steps > 0
 
 
+class FreezeConfig(Section):
+    """Encoder layers that do not learn: ``all``, ``none``, or a range such as ``0-5`` (counted from the input; the patch
+    or word embedding is frozen with layer 0)."""
+
+    volume: str = Field("none", pattern=r"^(none|all|\d+-\d+)$")
+    text: str = Field("none", pattern=r"^(none|all|\d+-\d+)$")
+
+
 class TrainingConfig(Section):
     """The optimisation."""
 
     batch: int = Field(32, ge=2, description="volumes in the global batch, over all ranks")
     micro_batch: int | None = Field(
         None,
+        ge=1,
         description="volumes a rank encodes at once; fewer than its share: two-pass gradients (GradCache)",
     )
-    epochs: float = 10.0
-    learning_rate: float = 1e-3
+    epochs: float = Field(10.0, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
     text_learning_rate: float | None = Field(None, description="null: the same as learning_rate")
     text_warmup: TextWarmupConfig = TextWarmupConfig()
-    weight_decay: float = 0.05
+    weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps")
-    gradient_clip: float = 1.0
+    gradient_clip: float = Field(1.0, gt=0)
+    freeze: FreezeConfig = FreezeConfig()
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="factor of the learning rate from each encoder layer to the one before it"
+    )
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     zero: ZeroConfig = ZeroConfig()
@@ -328,10 +246,31 @@ class Config(Section):
     """One training run."""
 
     name: str = "run"
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     preprocessing: str = Field("ct_224", description="spec the volumes must have been prepared with")
-    prompts: str = Field("report_style", description="prompt set stored with the model")
+    labels: str | None = Field(
+        None, description="label set: a YAML file, or the name of one in configs/labels; null: the store's own"
+    )
+    prompts: str | None = Field(
+        None,
+        description="prompt set kept with the model: a YAML file, or the name of one in configs/prompts; null: the label set's",
+    )
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    objectives: ObjectiveConfig = ObjectiveConfig()
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    objectives: ObjectiveConfigs = Field(default_factory=lambda: objective_configs({"clip": 1.0}))
     training: TrainingConfig = TrainingConfig()
+
+    def reads(self, column: str) -> bool:
+        """Whether an objective of the run asks for ``column`` (``labels``, ``masks``, ...)."""
+        return any(column in plugins.find("objective", name).needs for name in self.objectives)
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the run looks at labels in any way; if it does, it says so wherever its figures are shown."""
+        return self.reads("labels") or self.data.rarity > 0
+
+    @model_validator(mode="after")
+    def _begins_with_something(self) -> Config:
+        if all(section.begin > 0 for section in self.objectives.values()):
+            raise ValueError("objectives: one of them must begin at step 0")
+        return self

@@ -7,17 +7,14 @@ defaults and meanings, are in ``config.py``.
 from __future__ import annotations
 
 import contextlib
-import difflib
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from ctclip.config import Config, ModelConfig, Section
+from ctclip.config import Config, ModelConfig
 from ctclip.errors import ConfigError
-
-S = TypeVar("S", bound=Section)
+from ctclip.schema import Section, validated
 
 
 def configs_folder() -> Path:
@@ -73,15 +70,6 @@ def build_config(values: dict[str, Any], source: str) -> Config:
     return validated(Config, values, source)
 
 
-def validated(schema: type[S], values: dict[str, Any], source: str) -> S:
-    """``schema`` built from ``values``; the first fault becomes one ConfigError line."""
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise ConfigError(f"{source}: {_explain(schema, fault)}") from error
-
-
 def dump_config(config: Section) -> str:
     """YAML of a configuration, every default spelled out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -123,37 +111,3 @@ def _apply(values: dict[str, Any], override: str) -> None:
         with contextlib.suppress(ValueError):
             value = float(value)
     here[last] = value
-
-
-def _explain(schema: type[Section], fault: Any) -> str:
-    location = [str(part) for part in fault["loc"]]
-    key = ".".join(location)
-    if fault["type"] == "extra_forbidden":
-        valid = _valid_names(schema, location[:-1])
-        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
-        return f"unknown key {key!r}; did you mean {'.'.join([*location[:-1], *near])!r}?"
-    said = str(fault["msg"]).removeprefix("Value error, ")
-    # A rule of ours about a whole file says what is wrong itself.
-    return f"{key}: {said} (found {fault.get('input')!r})" if key else said
-
-
-def _valid_names(schema: type[Section], parents: list[str]) -> list[str]:
-    here: list[type[Section]] = [schema]
-    for parent in parents:
-        # The path of a fault inside a union of encoders holds the encoder's kind as a step of its own.
-        kinds = [section for section in here if _kind(section) == parent]
-        here = kinds or [inner for section in here for inner in _sections(section, parent)]
-    return [name for section in here for name in section.model_fields]
-
-
-def _kind(section: type[Section]) -> str | None:
-    field = section.model_fields.get("kind")
-    return field.default if field is not None else None
-
-
-def _sections(section: type[Section], name: str) -> list[type[Section]]:
-    field = section.model_fields.get(name)
-    if field is None:
-        return []
-    found = [field.annotation, *get_args(field.annotation)]
-    return [kind for kind in found if isinstance(kind, type) and issubclass(kind, Section)]

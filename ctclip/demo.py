@@ -58,9 +58,9 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
         ("preprocess", ["preprocess", str(cohort), "--output", str(store), "--spec", "phantom", "--calibration", str(chosen.calibration)], store / "outcomes.csv"),
         ("train", ["train", "--config", "phantom_tiny", "--store", str(store), "--output", str(run), "--processes", str(processes), f"seed={seed}", *chosen.overrides], model),
         ("zero-shot, calibration split", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "calibration", "--output", str(held)], held / "predictions.csv"),
-        ("calibrate", ["calibrate", str(held / "predictions.csv"), "--model", str(model), "--store", str(store)], model / "calibration.json"),
+        ("calibrate", ["calibrate", str(held / "predictions.csv"), "--model", str(model), "--store", str(store)], model / "heads" / "prompts" / "calibration.json"),
         ("zero-shot", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "valid", "--reports", "--output", str(found)], found / "embeddings.parquet"),
-        ("evaluate", ["evaluate", str(found / "predictions.csv"), "--store", str(store), "--protocol", "phantom", "--run", str(run), "--calibration", str(model / "calibration.json"), "--output", str(output), "--bootstrap", str(chosen.bootstrap)], output / "report.html"),
+        ("evaluate", ["evaluate", str(found / "predictions.csv"), "--store", str(store), "--protocol", "phantom", "--run", str(run), "--calibration", str(model / "heads" / "prompts" / "calibration.json"), "--output", str(output), "--bootstrap", str(chosen.bootstrap)], output / "report.html"),
     ]  # fmt: skip
     _claim(output, {"size": size, "seed": seed})
     book = output / "seconds.json"

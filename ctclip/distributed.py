@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import signal
 import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -120,6 +121,7 @@ def process_group() -> Iterator[torch.device]:
     try:
         yield device
     finally:
+        _control_group.cache_clear()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -174,13 +176,34 @@ def gather_objects(value: Any) -> list[Any]:
     return box
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
+@functools.cache
+def _control_group() -> Any:
+    """All ranks once more, over gloo: what they say to each other here is not asked of a GPU."""
+    return dist.new_group(backend="gloo")
+
+
+def any_rank(flag: bool) -> bool:
     """Whether ``flag`` is set on at least one rank."""
     if world_size() == 1:
         return flag
-    tensor = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    tensor = torch.tensor([int(flag)])
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_control_group())
     return bool(tensor.item())
+
+
+def on_main(action: Callable[[], object]) -> None:
+    """Do something on rank 0; if it fails there, every rank stops with its message instead of waiting for it."""
+    fault: Exception | None = None
+    if is_main():
+        try:
+            action()
+        except Exception as error:
+            fault = error
+    message = broadcast_object(None if fault is None else str(fault))
+    if fault is not None:
+        raise fault
+    if message is not None:
+        sys.exit(2)
 
 
 def sum_over_ranks(values: torch.Tensor) -> None:

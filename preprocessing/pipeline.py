@@ -52,6 +52,15 @@ class Prepared:
         """The same grid in HU, float32."""
         return resample(self.scan, self.spec)
 
+    def token_affine(self, affine: np.ndarray) -> np.ndarray:
+        """``Encoded.affine`` (token index to mm of the prepared volume) -> (4, 4) from token index to LPS+ mm of the
+        scan's own space."""
+        depth, row, column = self.spec.spacing
+        along = (depth, column, row) if self.spec.published_geometry else (depth, row, column)
+        to_voxels: np.ndarray = np.diag([*(1 / step for step in along), 1.0])
+        leads: np.ndarray = self.affine @ to_voxels @ affine
+        return leads
+
     @property
     def warnings(self) -> list[str]:
         return self.scan.warnings

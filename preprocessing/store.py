@@ -144,6 +144,26 @@ class VolumeStore:
         except (RuntimeError, ValueError, MemoryError) as error:
             raise self._damaged(volume) from error
 
+    def write_column(self, name: str, volume: str, values: np.ndarray) -> None:
+        """Keep an array of a volume (a label map of the spec's shape, say) under ``columns/<name>/``."""
+        with written_beside(self._column_file(name, volume)) as partial, partial.open("wb") as stream:
+            np.save(stream, values, allow_pickle=False)
+
+    def read_column(self, name: str, volume: str) -> np.ndarray:
+        """An array that ``write_column`` kept; raises PreprocessingError if there is none."""
+        path = self._column_file(name, volume)
+        try:
+            values: np.ndarray = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise PreprocessingError(f"{path}: no array {name!r} of this volume can be read from the store") from error
+        return values
+
+    def _column_file(self, name: str, volume: str) -> Path:
+        for part in (name, volume):
+            if not SAFE_NAME.fullmatch(part):
+                raise PreprocessingError(f"{self.path}: {part!r} is not a file name")
+        return self.path / "columns" / name / f"{volume}.npy"
+
     def intact(self, volume: str) -> bool:
         """Whether a volume's voxels are those that were written."""
         try:

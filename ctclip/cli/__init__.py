@@ -17,6 +17,7 @@ from ctclip.cli.evaluate import evaluate
 from ctclip.cli.export import export
 from ctclip.cli.import_checkpoint import import_checkpoint
 from ctclip.cli.index import index, similar
+from ctclip.cli.labels import labels
 from ctclip.cli.models import models
 from ctclip.cli.phantom import phantom
 from ctclip.cli.preprocess import preprocess
@@ -45,6 +46,7 @@ app.command()(embed)
 app.command()(index)
 app.command()(similar)
 app.add_typer(prompts, name="prompts")
+app.add_typer(labels, name="labels")
 app.command()(export)
 app.command("import-checkpoint")(import_checkpoint)
 app.command()(models)
@@ -61,8 +63,20 @@ def _version(wanted: bool) -> None:
 def options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    plugin: list[str] = typer.Option(
+        None,
+        "--plugin",
+        metavar="MODULE",
+        help="Import this module first: a model may use its classes. May be repeated.",
+    ),
 ) -> None:
     """Options that stand before the command."""
+    import importlib
+
+    if "" not in sys.path:
+        sys.path.append("")
+    for module in plugin or []:
+        importlib.import_module(module)
 
 
 def main(arguments: list[str] | None = None) -> None:

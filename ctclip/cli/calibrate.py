@@ -15,9 +15,10 @@ class Kind(StrEnum):
 
 def calibrate(
     predictions: Path = typer.Argument(..., help="Predictions of `ctclip zero-shot` on the calibration split."),
-    model: Path = typer.Option(..., "--model", "-m", help="The model folder; calibration.json is kept in it."),
+    model: Path = typer.Option(..., "--model", "-m", help="The model folder; calibration.json is kept with its head."),
     labels: Path = typer.Option(None, help="A labels CSV or cohort table; the store's own if not given."),
     store: Path = typer.Option(None, help="The store the predictions are of."),
+    head: str = typer.Option("prompts", help="The head that made the predictions."),
     method: Kind = typer.Option(Kind.platt, help="platt: a line each label; temperature: one slope for all."),
 ) -> None:
     """Fit probabilities and thresholds to a calibration split, and keep them with the model.
@@ -28,13 +29,15 @@ def calibrate(
     """
     from ctclip.errors import EvaluationError
     from ctclip.evaluation.command import run_calibration
+    from ctclip.heads.folder import calibration_file
     from ctclip.models.folder import load_model
 
     loaded = load_model(str(model))
+    path = calibration_file(model, head)
     fitted = run_calibration(
-        predictions, model, labels=labels, store=store, method=method.value, model_hash=loaded.hash
+        predictions, model, path, labels=labels, store=store, method=method.value, model_hash=loaded.hash
     )
     if not fitted.lines:
         raise EvaluationError(f"{predictions}: nothing could be calibrated")
     print(f"{fitted.method} calibration of {len(fitted.lines)} abnormalities on {fitted.fitted_on}")
-    print(f"kept: {model / 'calibration.json'}")
+    print(f"kept: {path}")

@@ -16,7 +16,9 @@ class Thresholds(StrEnum):
 def evaluate(
     predictions: Path = typer.Argument(..., help="predictions.csv (or .parquet) of `ctclip zero-shot`."),
     labels: Path = typer.Option(None, help="A labels CSV or cohort table; the store's own if not given."),
-    protocol: str = typer.Option("ct_rate", help="A YAML file, or the name of one in configs/protocols."),
+    protocol: str = typer.Option(
+        None, help="A YAML file, or the name of one in configs/protocols; that of the label set if not given."
+    ),
     output: Path = typer.Option(
         Path("evaluation"), "--output", "-o", help="Folder for metrics.json, the figures and report.html."
     ),

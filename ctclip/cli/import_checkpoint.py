@@ -16,6 +16,10 @@ def import_checkpoint(
     text_config: Path = typer.Option(
         None, help="That config.json by itself; the tokenizer is taken from --text, or from beside it."
     ),
+    spec: str = typer.Option(
+        None,
+        help="Preprocessing of the volumes it learned from; ct_clip at the checkpoint's in-plane size if not given.",
+    ),
     ignore: list[str] = typer.Option(
         None, help="A key that may be dropped, or a pattern of some ('decoder.*'); may be repeated."
     ),
@@ -26,9 +30,9 @@ def import_checkpoint(
     """
     from huggingface_hub.utils import logging
 
-    from ctclip.models.folder import import_published
+    from ctclip.inference.import_published import import_published
 
     # A hub that cannot be reached is said once, at the end.
     logging.set_verbosity_error()
-    folder = import_published(file, output, text, ignore or [], text_config=text_config)
+    folder = import_published(file, output, text, ignore or [], text_config=text_config, spec=spec)
     print(f"model: {folder}")

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import typer
 
 
 def models(
     names: list[str] = typer.Argument(None, help="Names in configs/models or YAML files; all named ones if not given."),
     spec: str = typer.Option("ct_224", help="Preprocessing spec whose volumes are counted."),
+    model: Path = typer.Option(
+        None, "--model", "-m", help="Say what this model folder is and which heads it has, instead."
+    ),
 ) -> None:
-    """Parameters and operations of the named model sizes.
+    """Parameters and operations of the named model sizes; or what one model folder is.
 
     `ctclip models`
 
     A size stands for the whole `model:` section of a recipe: `model: base`.
     """
+    if model is not None:
+        _describe(model)
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -27,7 +35,7 @@ def models(
     for head in ("model", "encoder", "voxels", "tokens", "volume side", "text side", "GFLOP a volume"):
         table.add_column(head, justify="left" if head in ("model", "encoder") else "right", no_wrap=True)
     for name in wanted:
-        size = measure(load_size(name), PreprocessingSpec.load(spec).shape)
+        size = measure(load_size(name), PreprocessingSpec.load("ct_clip" if name == "ct_clip" else spec))
         shape = "×".join(map(str, size.shape))
         table.add_row(
             name, size.kind, shape, str(size.tokens), f"{size.volume_parameters / 1e6:.1f} M",
@@ -35,3 +43,18 @@ def models(
         )  # fmt: skip
     # A table that is piped is not cut at 80 columns.
     Console(width=max(Console().width, 100)).print(table)
+
+
+def _describe(folder: Path) -> None:
+    from ctclip.inference.model import load
+
+    loaded = load(folder)
+    facts = loaded.folder.trained_on.model_dump(exclude_none=True)
+    print(loaded)
+    print(
+        "trained on: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if value != "")
+    )
+    for head in loaded.heads:
+        calibrated = "calibrated" if head.calibrated else "not calibrated"
+        learned = "" if head.supervision == "none" else f", {head.supervision}"
+        print(f"head {head.name}: {head.kind}, {len(loaded.head(head.name).names)} names, {calibrated}{learned}")

@@ -40,6 +40,10 @@ def preprocess(
     series: str = typer.Option(
         None, help="SeriesInstanceUID to take of a DICOM folder of several; else the one with most axial slices."
     ),
+    labels: str = typer.Option(
+        None,
+        help="Label set: a YAML file, or the name of one in configs/labels; made of the label columns if not given.",
+    ),
     shard: str = typer.Option("1/1", help="i/n: take every n-th volume from the i-th on, for job arrays."),
     merge: bool = typer.Option(False, "--merge", help="Join the outcomes of all shards; no volume is read."),
     calibration: float = typer.Option(
@@ -60,6 +64,7 @@ def preprocess(
 
     `ctclip preprocess CT-RATE --output store --spec ct_224`
     """
+    from ctclip.labels import keep_labels, load_labels
     from ctclip.preprocessing.pipeline import (
         Options,
         merge_shards,
@@ -68,7 +73,10 @@ def preprocess(
         quarantine_damaged,
     )
     from ctclip.preprocessing.spec import PreprocessingSpec
+    from ctclip.preprocessing.store import VolumeStore
 
+    if labels is not None:
+        load_labels(labels)  # what is wrong with it is said before hours of work
     if merge:
         _said(merge_shards(output), output / outcomes_name())
         return
@@ -86,6 +94,9 @@ def preprocess(
         calibration=calibration,
         partial=partial,
     )
+    kept = keep_labels(VolumeStore(output), labels)
+    if kept is not None:
+        print(f"label set: {kept.name} ({len(kept.names)} labels)")
     _said(outcomes, output / outcomes_name(_shard(shard)))
 
 

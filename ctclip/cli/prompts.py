@@ -14,16 +14,16 @@ def list_sets() -> None:
     `ctclip prompts list`
     """
     from ctclip.config_files import configs_folder
-    from ctclip.inference.prompts import load_prompts
+    from ctclip.prompts import load_prompts
 
     for path in sorted((configs_folder() / "prompts").glob("*.yaml")):
         found = load_prompts(path)
         phrasings = sum(len(found.side(name, side)) for name in found.names() for side in (True, False))
         graded = f", {len(found.graded)} sizes" if found.graded else ""
-        print(
-            f"{path.stem}: {len(found.names())} abnormalities, {phrasings} phrasings, sections "
-            f"{', '.join(found.sections)}{graded}"
+        count = (
+            f"{len(found.names())} abnormalities, {phrasings} phrasings" if found.names() else "templates for any name"
         )
+        print(f"{path.stem}: {count}, sections {', '.join(found.sections)}{graded}")
 
 
 @prompts.command()
@@ -37,10 +37,11 @@ def lint(
     `ctclip prompts lint report_style --model runs/demo/train/model`
     """
     from ctclip.inference.lint import check_prompts
-    from ctclip.inference.prompts import load_prompts
     from ctclip.models.folder import load_model
+    from ctclip.prompts import load_prompts
 
-    checks = check_prompts(load_model(model).model, load_prompts(prompts), too_close)
+    loaded, prompt_set = load_model(model), load_prompts(prompts)
+    checks = check_prompts(loaded.model, prompt_set, too_close, prompt_set.names() or loaded.labels.names)
     for check in checks:
         print(f"{check.cosine:+.3f}  {check.abnormality}")
         for warning in check.warnings:

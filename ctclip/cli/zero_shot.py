@@ -33,8 +33,8 @@ def zero_shot(
         None, help="A prompt file, or the name of one in configs/prompts; the model's own if not given."
     ),
     abnormality: list[str] = typer.Option(None, help="Detect this instead, listed or not; may be repeated."),
-    classifier: bool = typer.Option(
-        False, "--classifier", help="Score by the linear head of an imported CT-LiPro checkpoint, not by prompts."
+    head: str = typer.Option(
+        None, help="Which of the model's heads scores (`ctclip models --model` lists them); prompts if not given."
     ),
     reports: bool = typer.Option(False, "--reports", help="With --store: embed the reports too, for retrieval."),
     batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
@@ -49,7 +49,7 @@ def zero_shot(
 
     `ctclip zero-shot --model runs/demo/train/model --store store --split valid --output predictions`
 
-    Interrupted, the same command goes on where it was. Exit code 3: some scans were refused.
+    If it was interrupted, the same command resumes where it stopped. Exit code 3: some scans were refused.
     """
     import contextlib
 
@@ -60,17 +60,15 @@ def zero_shot(
         raise DataError("give either scans or --store")
     if store is None and (split is not None or reports):
         raise DataError(f"{'--split' if split is not None else '--reports'} goes with --store")
-    if classifier and (prompts or abnormality):
-        raise DataError("--classifier scores its own 18 labels: leave --prompts and --abnormality out")
+    if head is not None and (prompts or abnormality):
+        raise DataError("--head scores its own names: leave --prompts and --abnormality out")
     if not distributed.launched():
         processes = processes or distributed.gpus()
         if processes > 1:
             raise typer.Exit(distributed.launch(processes, "ctclip.zero_shot"))
 
-    from ctclip.inference.detector import Detector
-    from ctclip.inference.model import calibration_of
-    from ctclip.inference.probe import LinearProbe
-    from ctclip.inference.prompts import load_prompts
+    from ctclip.heads.folder import PROMPTS
+    from ctclip.inference.model import asking, usable_head
     from ctclip.inference.run import detect
     from ctclip.inference.scans import ScanFiles, Scans, StoredScans
     from ctclip.inference.show import table_of
@@ -80,20 +78,18 @@ def zero_shot(
     group = distributed.process_group() if distributed.launched() else contextlib.nullcontext(distributed.device())
     with group as device:
         loaded = load_model(model, device)
-        if classifier:
-            detector: Detector = LinearProbe(loaded)
-        else:
-            wanted = load_prompts(prompts or loaded.prompts or "report_style")
-            detector = Detector(loaded.model, wanted, abnormality or None, calibration_of(loaded, wanted))
+        scorer = usable_head(loaded, head or PROMPTS)
+        if prompts or abnormality:
+            scorer = asking(loaded, prompts or scorer.prompts, abnormality or None, scorer)  # type: ignore[attr-defined]
         source: Scans
         if store is not None:
             source = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
         else:
             source = ScanFiles(scans, loaded.spec, trust=hu.value, expect=expect.value)
-        found = detect(loaded, detector, source, output, batch=batch, reports=reports, suffix=f".{format.value}")
+        found = detect(loaded, scorer, source, output, batch=batch, reports=reports, suffix=f".{format.value}")
     if distributed.launched_rank() != 0:
         return
-    table_of(found.table(rows=6), detector, found.volumes)
+    table_of(found.table(rows=6), scorer, found.volumes)
     for reason in found.refused.values():
         print(f"refused: {reason}")
     print(f"predictions: {found.predictions} ({found.volumes} volumes)")

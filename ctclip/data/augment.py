@@ -1,7 +1,7 @@
-"""From stored HU to what a model is shown, on the device that trains: window, and random changes drawn beforehand.
+"""Random changes of a training volume.
 
-The reading processes draw a change with the volume's own seed; a change is applied where the batch lies, so that a card
-turns volumes instead of the processors that feed it.
+The reading processes draw a change with the volume's own seed; it is applied where the batch lies, so that a GPU
+resamples volumes instead of the processors that feed it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ class Change(NamedTuple):
     window_hu: tuple[float, ...] = (0.0, 0.0)
     crop: tuple[tuple[float, float], ...] = ()
 
+    @property
+    def turns(self) -> bool:
+        """Whether the volume is resampled."""
+        return any(self.angles) or self.zoom != 1
+
 
 def draw_change(config: AugmentConfig, random: np.random.Generator) -> Change:
     """A change within the amplitudes of ``config``; one of amplitude 0 draws nothing."""
@@ -54,23 +59,12 @@ def draw_change(config: AugmentConfig, random: np.random.Generator) -> Change:
     return Change(tuple(angles), zoom, tuple(offset), contrast, noise, seed, window, crop)
 
 
-def shown(hu: Tensor, spec: PreprocessingSpec, changes: Sequence[Change] = ()) -> Tensor:
-    """HU (B, 1, D, H, W) int16 -> float32 in [-1, 1] on the same device, each volume changed by its own of ``changes``
-    (none: as it is). What comes in from outside is air (-1)."""
-    low, high, middle, gain = spec.window
-    volumes = hu.float().clamp_(low, high).sub_(middle).mul_(gain)
-    if changes:
-        for volume, change in zip(volumes[:, 0], changes, strict=True):
-            _apply(volume, change, spec)
-    return volumes
-
-
-def _apply(volume: Tensor, change: Change, spec: PreprocessingSpec) -> None:
-    """In place."""
-    if any(change.angles) or change.zoom != 1:
-        volume.copy_(turned(volume, change.angles, change.zoom, spec.spacing))
+def augment(volume: Tensor, change: Change, spec: PreprocessingSpec) -> None:
+    """Apply ``change`` to ``volume`` (D, H, W), float32 in [-1, 1], in place."""
+    if change.turns:
+        volume.copy_(rotate(volume, change.angles, change.zoom, spec.spacing))
     if any(change.offset):
-        volume.copy_(shifted(volume, change.offset))
+        volume.copy_(shift(volume, change.offset))
     low, high = spec.hu_window
     if any(change.window_hu):
         # The moved ends in the units of the volume become its -1 and 1.
@@ -93,9 +87,26 @@ def _apply(volume: Tensor, change: Change, spec: PreprocessingSpec) -> None:
         volume.narrow(axis, length - last, last).fill_(-1)
 
 
-def turned(volume: Tensor, angles: Sequence[float], zoom: float, spacing: Sequence[float]) -> Tensor:
+def augment_map(labels: Tensor, change: Change, spec: PreprocessingSpec) -> Tensor:
+    """A label map (D, H, W) of any dtype moved as ``augment`` moves its volume: nearest voxel, 0 from outside."""
+    moved = labels
+    if change.turns:
+        moved = rotate(labels.float(), change.angles, change.zoom, spec.spacing, fill=0.0, mode="nearest").to(
+            labels.dtype
+        )
+    return shift(moved, change.offset, fill=0) if any(change.offset) else moved
+
+
+def rotate(
+    volume: Tensor,
+    angles: Sequence[float],
+    zoom: float,
+    spacing: Sequence[float],
+    fill: float = -1.0,
+    mode: str = "bilinear",
+) -> Tensor:
     """``volume`` (D, H, W) turned about its centre by ``angles`` (rad, about the slice, row and column axis) in the
-    patient's millimetres and magnified by ``zoom``: MONAI's Affine, trilinear."""
+    patient's millimetres and magnified by ``zoom``: MONAI's Affine, trilinear unless ``mode`` is nearest."""
     from monai.transforms import Affine
     from monai.transforms.utils import create_rotate
 
@@ -103,14 +114,16 @@ def turned(volume: Tensor, angles: Sequence[float], zoom: float, spacing: Sequen
     # Where each voxel of the result comes from, in voxels from the centre.
     matrix = np.linalg.inv(millimetres) @ create_rotate(3, list(angles)) @ millimetres / zoom
     matrix[3, 3] = 1.0
-    turn = Affine(affine=matrix, padding_mode="zeros", align_corners=False, image_only=True, device=volume.device)
-    moved: Tensor = torch.as_tensor(turn(volume[None] + 1))[0]
-    return moved - 1
+    turn = Affine(
+        affine=matrix, mode=mode, padding_mode="zeros", align_corners=False, image_only=True, device=volume.device
+    )
+    moved: Tensor = torch.as_tensor(turn(volume[None] - fill))[0]
+    return moved + fill
 
 
-def shifted(volume: Tensor, offset: Sequence[int]) -> Tensor:
-    """``volume`` moved by whole voxels, filled with -1."""
-    moved = torch.full_like(volume, -1)
+def shift(volume: Tensor, offset: Sequence[int], fill: float = -1) -> Tensor:
+    """``volume`` (D, H, W) moved by whole voxels; ``fill`` comes in from outside."""
+    moved = torch.full_like(volume, fill)
     source = tuple(slice(max(0, -o), n - max(0, o)) for o, n in zip(offset, volume.shape, strict=True))
     target = tuple(slice(max(0, o), n - max(0, -o)) for o, n in zip(offset, volume.shape, strict=True))
     moved[target] = volume[source]

@@ -1,15 +1,15 @@
 """Volumes of a store with their reports, read into batches.
 
 A voxel is written once: the store decompresses int16 HU into the batch, and the device that trains does the rest
-(``augment.py``). Reading labels is a separate, explicit step (``labels=``): a run that trains from reports alone never
-touches the label columns.
+(``normalise.py``, ``augment.py``). Labels and other columns are read only where they are asked for: a run that trains
+from reports alone never touches them.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,52 +18,27 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from ctclip.config import DataConfig
-from ctclip.data.augment import Change, draw_change, shown
-from ctclip.data.reports import Report, ReportViews
+from ctclip.data.air import BodyTokens
+from ctclip.data.augment import Change, draw_change
+from ctclip.data.batch import StoredBatch, Tokens
+from ctclip.data.reports import ReportViews, load_language, reports_of
 from ctclip.errors import DataError
+from ctclip.labels import LabelSet
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 
 
-@dataclass
-class Batch:
-    """volumes (B, 1, D, H, W) float32; texts B * views strings, view varying fastest; scan, texts' identities."""
+@dataclass(frozen=True)
+class Tokenisers:
+    """How texts become ids in the reading processes: ``texts`` for the text encoder, ``words`` (whole reports) for
+    objectives on words, None where there are none; ``parts``: micro-batches a batch is encoded in."""
 
-    volumes: Tensor
-    texts: list[str]
-    scans: Tensor
-    text_identities: Tensor
-    labels: Tensor | None
-
-
-@dataclass
-class ReadBatch:
-    """As the store has it: hu (B, 1, D, H, W) int16, and how each volume is to be changed; the rest as in Batch."""
-
-    hu: Tensor
-    changes: list[Change]
-    texts: list[str]
-    scans: Tensor
-    text_identities: Tensor
-    labels: Tensor | None
-
-    def pin_memory(self) -> ReadBatch:
-        """What DataLoader calls on it, so that the copy to a card runs beside its work."""
-        self.hu = self.hu.pin_memory()
-        return self
-
-    def on(self, device: torch.device, spec: PreprocessingSpec) -> Batch:
-        """What a model on ``device`` is shown; ``spec``: the store's."""
-        return Batch(
-            volumes=shown(self.hu.to(device, non_blocking=True), spec, self.changes),
-            texts=self.texts,
-            scans=self.scans.to(device),
-            text_identities=self.text_identities.to(device),
-            labels=None if self.labels is None else self.labels.to(device),
-        )
+    texts: Callable[[Sequence[str]], Tokens]
+    words: Callable[[Sequence[str]], Tokens] | None = None
+    parts: int = 1
 
 
 class StoredVolumes(Dataset):
@@ -76,57 +51,98 @@ class StoredVolumes(Dataset):
         *,
         seed: int = 0,
         training: bool = True,
-        labels: Sequence[str] = (),
+        columns: Iterable[str] = (),
+        labels: LabelSet | None = None,
     ) -> None:
+        """``columns``: what objectives ask for beside volumes and texts; of these ``labels`` are the columns of the
+        label set, any other one is a column of the store (``VolumeStore.read_column``)."""
         if config.store is None:
             raise DataError("data.store is not set: name the folder that `ctclip preprocess` wrote")
         self.store = VolumeStore(Path(config.store))
-        self.rows = stored_rows(self.store, split)
+        self.table = stored_volumes(self.store, split)
         if training:
-            self.rows = with_report(self.rows, f"{self.store.path}: split {split!r}")
+            self.table = with_report(self.table, config.sections, f"{self.store.path}: split {split!r}")
         if training and config.volumes is not None:
-            self.rows = some_scans(self.rows, config.volumes, seed)
-        self.scan_numbers = pd.factorize(self.rows["scan"])[0]
+            self.table = some_scans(self.table, config.volumes, seed)
+        self.scan_numbers = pd.factorize(self.table["scan"])[0]
         self.config, self.seed, self.training = config, seed, training
-        self.views = ReportViews(config.views, config.shuffle_sentences)
-        self.reports = [Report(f, i) for f, i in zip(self.rows["findings"], self.rows["impression"], strict=True)]
-        self.labels = label_array(self.rows, labels) if labels else None
+        self.views = ReportViews(config.views, load_language(config.language), config.shuffle_sentences)
+        self.reports = reports_of(self.table, config.sections)
+        self.labels = label_array(self.table, labels) if labels is not None else None
+        self.columns = tuple(columns)
+        if "labels" in self.columns and self.labels is None:
+            raise DataError(f"{self.store.path}: an objective asks for labels, but no label set is named")
+        self.tokenisers: Tokenisers | None = None
+        self.body: BodyTokens | None = None
 
     @property
     def spec(self) -> PreprocessingSpec:
         return self.store.spec
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.table)
 
-    def batch(self, keys: Sequence[tuple[int, int]]) -> ReadBatch:
+    def batch(self, keys: Sequence[tuple[int, int]]) -> StoredBatch:
         """``keys``: (row, draw) each; the same draw gives the same voxels and views, in any worker on any rank."""
         hu = _memory((len(keys), 1, *self.spec.shape))
         changes: list[Change] = []
         texts: list[str] = []
         for voxels, (row, draw) in zip(hu.numpy()[:, 0], keys, strict=True):
             random = np.random.default_rng([self.seed, row, draw])
-            self.store.read_into(self.rows["volume"].iloc[row], voxels)
+            self.store.read_into(self.table["volume"].iloc[row], voxels)
             if self.training:
                 changes.append(draw_change(self.config.augment, random))
-            texts += [self.views.draw(self.reports[row], random) for _ in range(self.config.views_per_volume)]
+                texts += [self.views.draw(self.reports[row], random) for _ in range(self.config.views_per_volume)]
+            else:
+                texts.append(self.reports[row].text())
         rows = [row for row, _ in keys]
-        return ReadBatch(
+        return StoredBatch(
             hu=hu,
             changes=changes,
             texts=texts,
+            tokens=self._tokens(texts),
+            words=self._words(texts, len(keys)),
             scans=torch.from_numpy(self.scan_numbers[rows]),
             text_identities=torch.tensor([zlib.crc32(text.encode()) for text in texts]),
-            labels=None if self.labels is None else torch.from_numpy(self.labels[rows]),
+            body=self._body(hu, changes),
+            columns={name: self._column(name, rows) for name in self.columns},
         )
 
     # DataLoader asks for a whole batch by this name.
     __getitems__ = batch
 
+    def _tokens(self, texts: list[str]) -> list[Tokens]:
+        if self.tokenisers is None:
+            return []
+        size = len(texts) // self.tokenisers.parts
+        return [self.tokenisers.texts(texts[first : first + size]) for first in range(0, len(texts), size)]
 
-def as_read(batch: Any) -> ReadBatch:
+    def _words(self, texts: list[str], volumes: int) -> list[Tokens] | None:
+        if self.tokenisers is None or self.tokenisers.words is None:
+            return None
+        first_views = texts[:: len(texts) // volumes]
+        size = volumes // self.tokenisers.parts
+        return [self.tokenisers.words(first_views[first : first + size]) for first in range(0, volumes, size)]
+
+    def _body(self, hu: Tensor, changes: list[Change]) -> Tensor | None:
+        if self.body is None:
+            return None
+        given = changes or [None] * len(hu)
+        volumes = zip(hu.numpy()[:, 0], given, strict=True)
+        return torch.from_numpy(np.stack([self.body.of_hu(volume, change) for volume, change in volumes]))
+
+    def _column(self, name: str, rows: list[int]) -> Tensor:
+        if name == "labels":
+            assert self.labels is not None
+            return torch.from_numpy(self.labels[rows])
+        return torch.from_numpy(
+            np.stack([self.store.read_column(name, self.table["volume"].iloc[row]) for row in rows])
+        )
+
+
+def as_read(batch: Any) -> StoredBatch:
     """``collate_fn`` of a DataLoader over StoredVolumes, whose batches are whole already."""
-    whole: ReadBatch = batch
+    whole: StoredBatch = batch
     return whole
 
 
@@ -138,8 +154,8 @@ def _memory(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(0, dtype=torch.int16).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
-def stored_rows(store: VolumeStore, split: str | None) -> pd.DataFrame:
-    """Rows of the cohort table that are stored, of one split (or of all), in a fixed order."""
+def stored_volumes(store: VolumeStore, split: str | None) -> pd.DataFrame:
+    """The part of the cohort table that is stored, of one split (or of all), in a fixed order."""
     table = store.cohort
     stored = table[table["volume"].isin(set(store.volumes))]
     if split is not None:
@@ -150,95 +166,36 @@ def stored_rows(store: VolumeStore, split: str | None) -> pd.DataFrame:
     return stored.sort_values("volume").reset_index(drop=True)
 
 
-def with_report(rows: pd.DataFrame, where: str) -> pd.DataFrame:
-    """The rows that say anything in findings or impression; nothing can be learned from the others."""
-    said = (rows["findings"].fillna("").str.strip() + rows["impression"].fillna("").str.strip()) != ""
-    if not said.any():
+def with_report(table: pd.DataFrame, sections: Sequence[str], where: str) -> pd.DataFrame:
+    """The volumes with any text in ``sections``; nothing can be learned from the others."""
+    written = np.array([bool(report.text()) for report in reports_of(table, sections)])
+    if not written.any():
         raise DataError(f"{where} has no volume with a report; preprocess the cohort together with its reports table")
-    return rows[said].reset_index(drop=True)
+    return table[written].reset_index(drop=True)
 
 
-def some_scans(rows: pd.DataFrame, volumes: int, seed: int) -> pd.DataFrame:
-    """``volumes`` rows of scans drawn at random, whole scans as far as they fit. Fewer are part of more."""
-    scans = pd.factorize(rows["scan"])[0]
+def some_scans(table: pd.DataFrame, volumes: int, seed: int) -> pd.DataFrame:
+    """``volumes`` volumes of scans drawn at random, whole scans as far as they fit. Fewer are part of more."""
+    scans = pd.factorize(table["scan"])[0]
     place = np.random.default_rng([seed, 11]).permutation(scans.max() + 1)[scans]
     chosen = np.argsort(place, kind="stable")[:volumes]
-    return rows.iloc[np.sort(chosen)].reset_index(drop=True)
+    return table.iloc[np.sort(chosen)].reset_index(drop=True)
 
 
-def rarity_weights(labels: np.ndarray, scans: np.ndarray, power: float) -> np.ndarray:
-    """How often to draw each scan: (volumes, L) labels of 0, 1, NaN; scans (volumes,) numbers -> (scans,), mean 1.
-
-    A scan weighs as its rarest abnormality does: prevalence ** -power; one without any as the commonest.
-    """
-    first = np.unique(scans, return_index=True)[1]
-    present = np.nan_to_num(labels[first]) > 0
-    rates = np.clip(present.mean(axis=0), 1 / len(present), 1)
-    weights = np.where(present, rates**-power, rates.max() ** -power).max(axis=1)
-    return weights / weights.mean()
-
-
-def label_array(rows: pd.DataFrame, labels: Sequence[str]) -> np.ndarray:
-    """(volumes, labels) float32 of 0, 1 and NaN where unknown."""
-    absent = [name for name in labels if name not in rows.columns]
+def label_array(table: pd.DataFrame, labels: LabelSet) -> np.ndarray:
+    """(volumes, labels) float32 of 0, 1 and NaN where unknown. Raises DataError if the table lacks a label."""
+    columns = labels.columns(table.columns)
+    absent = [name for name in labels.names if name not in columns]
     if absent:
-        raise DataError(f"the cohort table has no label column {absent[0]!r}; run without labels, or add the column")
-    return rows[list(labels)].to_numpy(dtype="float32", na_value=np.nan)
+        raise DataError(
+            f"the cohort table has no column for the label {absent[0]!r} of the label set {labels.name!r}; name the "
+            f"store's own set (labels=null), or add the column"
+        )
+    return np.stack([united(table, columns[name]) for name in labels.names], axis=1).astype("float32")
 
 
-class ScanSampler(Sampler[list[tuple[int, int]]]):
-    """This rank's share of every global batch: deterministic, resumable, and aware of scans.
-
-    An epoch shows each scan once, by one of its reconstructions drawn anew each epoch, so that no batch holds
-    two reconstructions of a scan. Batches depend on (seed, step) and not on the number of ranks: rank r takes
-    rows r * share to (r + 1) * share of the global batch. ``start`` continues at a step. With ``weights`` (one a scan)
-    every batch is drawn anew by them, and an epoch is only so many steps.
-    """
-
-    def __init__(
-        self,
-        scans: np.ndarray,
-        batch: int,
-        steps: int,
-        *,
-        seed: int,
-        rank: int,
-        world_size: int,
-        start: int = 0,
-        weights: np.ndarray | None = None,
-    ) -> None:
-        if batch % world_size:
-            raise DataError(f"training.batch={batch} cannot be shared by {world_size} ranks: make it a multiple")
-        order = np.argsort(scans, kind="stable")
-        self.members = np.split(order, np.flatnonzero(np.diff(scans[order])) + 1)
-        if len(self.members) < batch:
-            raise DataError(
-                f"{len(self.members)} scans are fewer than one batch: set training.batch={len(self.members)} or less"
-            )
-        self.batch, self.steps, self.seed, self.start = batch, steps, seed, start
-        self.rank, self.world_size = rank, world_size
-        self.chances = None if weights is None else weights / weights.sum()
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.members) // self.batch
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        share = self.batch // self.world_size
-        for step in range(self.start, self.steps):
-            rows = self._global_batch(step)
-            yield [(int(row), step) for row in rows[self.rank * share : (self.rank + 1) * share]]
-
-    def _global_batch(self, step: int) -> list[int]:
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if self.chances is None:
-            random = np.random.default_rng([self.seed, epoch])
-            scans = random.permutation(len(self.members))[position * self.batch : (position + 1) * self.batch]
-        else:
-            random = np.random.default_rng([self.seed, epoch, 2, position])
-            scans = random.choice(len(self.members), self.batch, replace=False, p=self.chances)
-        picks = np.random.default_rng([self.seed, epoch, 1]).random(len(self.members))
-        return [int(self.members[scan][int(picks[scan] * len(self.members[scan]))]) for scan in scans]
+def united(table: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
+    """(volumes,) 1 where any of ``columns`` is 1, 0 where all are 0, else NaN."""
+    values = table[list(columns)].to_numpy(dtype="float64", na_value=np.nan)
+    present = (values == 1).any(axis=1)
+    return np.where(present, 1.0, np.where(np.isnan(values).any(axis=1), np.nan, 0.0))

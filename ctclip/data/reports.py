@@ -1,77 +1,105 @@
-"""Views of a report: which of its sentences a training step shows."""
+"""Reports: their sections as one text, and the views of them that training steps draw."""
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
+from pydantic import Field
 
-from ctclip.config import ViewConfig
+from ctclip.config_files import find_config, read_mapping
+from ctclip.schema import Section, validated
 from ctclip.sentences import sentences
 
-# Wording alone decides; no label is looked at. Radiologists negate at the start of a sentence or after "is/are".
-NEGATION = re.compile(
-    r"\b(no|not|without|neither|nor|normal|unremarkable|absent|free of|clear|negative|open|patent|preserved)\b",
-    re.IGNORECASE,
-)
+NO_REPORT = "No report."
+
+
+class Language(Section):
+    """A file of ``configs/languages``: words and phrases of negation."""
+
+    name: str
+    negations: tuple[str, ...] = Field(min_length=1)
+
+    def negates(self, sentence: str) -> bool:
+        """Whether a sentence says that something is absent or normal, by its wording."""
+        return self._pattern(self.negations).search(sentence) is not None
+
+    @staticmethod
+    @functools.cache
+    def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
+        return re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
+
+
+def load_language(name: str) -> Language:
+    """A language from a file, or the name of one in ``configs/languages``."""
+    path = find_config(name, "languages")
+    return validated(Language, read_mapping(path), str(path))
 
 
 @dataclass(frozen=True)
 class Report:
-    """The sections of a report that describe the volume; an absent section is the empty string."""
+    """The sections of a report that describe the volume, by name and in order; an absent one is the empty string."""
 
-    findings: str
-    impression: str
+    sections: Mapping[str, str]
 
     def text(self) -> str:
-        return " ".join(part for part in (self.findings.strip(), self.impression.strip()) if part)
+        """All sections as one text: what is embedded in training, validation and retrieval alike."""
+        return " ".join(text.strip() for text in self.sections.values() if text.strip())
 
 
-def negates(sentence: str) -> bool:
-    """Whether a sentence states that something is absent or normal, by its wording."""
-    return NEGATION.search(sentence) is not None
+def reports_of(table: pd.DataFrame, sections: Sequence[str]) -> list[Report]:
+    """The report of each row of a cohort table; a section that the table does not have is absent."""
+    columns = {name: table[name].fillna("").astype(str) for name in sections if name in table.columns}
+    return [Report(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)] if columns else [
+        Report({}) for _ in range(len(table))
+    ]  # fmt: skip
 
 
 class ReportViews:
-    """Draws views of reports by the weights of a ``ViewConfig``."""
+    """Draws views of reports by their weights."""
 
-    def __init__(self, config: ViewConfig, shuffle: bool = False) -> None:
-        self.shuffle = shuffle
-        weights = np.array([getattr(config, name) for name in VIEWS], dtype=float)
-        self.names = list(VIEWS)
-        self.probabilities = weights / weights.sum()
+    def __init__(self, weights: Mapping[str, float], language: Language, shuffle: bool = False) -> None:
+        """``weights``: of ``report``, ``sentence``, ``sentences``, ``positive``, or of a section by its name."""
+        self.shuffle, self.language = shuffle, language
+        self.names = [name for name, weight in weights.items() if weight > 0]
+        values = np.array([weights[name] for name in self.names], dtype=float)
+        self.probabilities = values / values.sum()
 
     def draw(self, report: Report, random: np.random.Generator) -> str:
-        """One view; where it would be empty (no impression was written, say) the whole report stands in."""
+        """One view; where it would be empty (an absent section, say) the whole report stands in for it."""
         name = self.names[random.choice(len(self.names), p=self.probabilities)]
-        chosen = VIEWS[name](report, random)
+        chosen = self._view(name, report, random)
         if not chosen:
-            chosen = sentences(report.text()) or ["No report."]
+            chosen = sentences(report.text()) or [NO_REPORT]
         if self.shuffle and len(chosen) > 1:
             chosen = [chosen[index] for index in random.permutation(len(chosen))]
         return " ".join(chosen)
 
+    def _view(self, name: str, report: Report, random: np.random.Generator) -> list[str]:
+        if name in DRAWN:
+            return DRAWN[name](sentences(report.text()), random)
+        if name == "positive":
+            return [sentence for sentence in sentences(report.text()) if not self.language.negates(sentence)]
+        return sentences(report.sections.get(name, ""))
 
-def _one(report: Report, random: np.random.Generator) -> list[str]:
-    every = sentences(report.text())
+
+def _one(every: list[str], random: np.random.Generator) -> list[str]:
     return [every[random.integers(len(every))]] if every else []
 
 
-def _some(report: Report, random: np.random.Generator) -> list[str]:
-    every = sentences(report.text())
+def _some(every: list[str], random: np.random.Generator) -> list[str]:
     if len(every) < 2:
         return every
     count = int(random.integers(1, min(4, len(every)) + 1))
     return [every[index] for index in random.permutation(len(every))[:count]]
 
 
-VIEWS: dict[str, Callable[[Report, np.random.Generator], list[str]]] = {
-    "report": lambda report, random: sentences(report.text()),
-    "findings": lambda report, random: sentences(report.findings),
-    "impression": lambda report, random: sentences(report.impression),
+DRAWN: dict[str, Callable[[list[str], np.random.Generator], list[str]]] = {
+    "report": lambda every, random: every,
     "sentence": _one,
     "sentences": _some,
-    "positive": lambda report, random: [s for s in sentences(report.text()) if not negates(s)],
 }

@@ -15,10 +15,11 @@ from ctclip.evaluation.controls import histogram_aurocs, histograms
 from ctclip.evaluation.evaluate import evaluate, plain
 from ctclip.evaluation.metrics import mean_defined
 from ctclip.evaluation.paired import paired_test
-from ctclip.evaluation.protocol import Protocol, Thresholds, align, load_protocol
+from ctclip.evaluation.protocol import Protocol, Thresholds, align, default_protocol, load_protocol
 from ctclip.evaluation.retrieval import evaluate_retrieval
 from ctclip.evaluation.run_report import Example, Pictures, write_report
-from ctclip.evaluation.tables import MARGIN, provenance, read_embeddings, read_labels, read_predictions
+from ctclip.evaluation.tables import MARGIN, provenance, read_columns, read_embeddings, read_labels, read_predictions
+from ctclip.labels import store_labels
 from ctclip.preprocessing.files import write_text, written_beside
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
@@ -31,7 +32,7 @@ MATRIX = 48
 def run_evaluation(
     predictions: Path,
     output: Path,
-    protocol: str,
+    protocol: str | None = None,
     *,
     labels: Path | None = None,
     store: Path | None = None,
@@ -43,17 +44,24 @@ def run_evaluation(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Score a prediction file; see the command for the arguments. Returns what ``metrics.json`` holds."""
-    declared = load_protocol(protocol)
+    table, names = read_predictions(predictions)
+    if protocol is not None:
+        declared = load_protocol(protocol)
+    else:
+        label_set = store_labels(VolumeStore(store)) if store is not None else None
+        columns = read_columns(_label_file(labels, store))
+        declared = default_protocol(label_set, provenance(table, "labels"), columns, names)
     if thresholds is not None:
         declared = declared.model_copy(update={"thresholds": thresholds})
-    table, names = read_predictions(predictions)
     _scores_all(declared, names, predictions)
     truth = declared.merged(read_labels(_label_file(labels, store), declared.columns()))
     fitted = Calibration.load(calibration) if calibration is not None else None
     if fitted is not None:
         table = _calibrated(table, names, fitted, predictions)
     result = evaluate(table, truth, declared, calibration=fitted, resamples=bootstrap, seed=seed)
-    result |= {name: provenance(table, name) for name in ("model", "supervision", "spec", "prompts")}
+    result |= {
+        name: provenance(table, name) for name in ("model", "supervision", "trained_on", "spec", "prompts", "labels")
+    }
     # What the protocol scores, is what everything below is about.
     rows, known, scores = align(table, truth, declared)
     opened = VolumeStore(store) if store is not None else None
@@ -84,13 +92,14 @@ def run_evaluation(
 def run_calibration(
     predictions: Path,
     model: Path,
+    path: Path,
     *,
     model_hash: str,
     labels: Path | None = None,
     store: Path | None = None,
     method: Method = "platt",
 ) -> Calibration:
-    """Fit a calibration to the predictions of a calibration split and keep it in the model folder."""
+    """Fit a calibration to the predictions of a calibration split and keep it in ``path``, with the model's head."""
     table, names = read_predictions(predictions)
     if provenance(table, "model") != model_hash:
         raise EvaluationError(
@@ -110,7 +119,7 @@ def run_calibration(
         truth.to_numpy(dtype=float), table[margins].to_numpy(dtype=float), names, method=method,
         fitted_on=_fitted_on(table, predictions, store), model=model_hash, prompts=provenance(table, "prompts"), patients=table["patient"],
     )  # fmt: skip
-    fitted.save(model / "calibration.json")
+    fitted.save(path)
     return fitted
 
 

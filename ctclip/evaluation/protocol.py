@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from pydantic import Field, model_validator
 
-from ctclip.config import Section
-from ctclip.config_files import find_config, read_mapping, validated
+from ctclip.config_files import find_config, read_mapping
 from ctclip.errors import EvaluationError
+from ctclip.labels import LabelSet, installed_sets, load_labels
+from ctclip.schema import Section, validated
 
 Thresholds = Literal["calibration", "published"]
 
@@ -23,7 +25,11 @@ class Protocol(Section):
     describes: str
     cohort: str = Field("", description="whose volumes, as published figures name them")
     size: int | None = Field(None, description="volumes of the whole set; fewer are said to be a part of it")
-    labels: tuple[str, ...] = Field(min_length=1)
+    labels: tuple[str, ...] = Field(min_length=1, description="names, or the name of a label set")
+    without: tuple[str, ...] = Field((), description="labels of the set that are not scored")
+    columns_of: str = Field(
+        "", description="cohort whose columns the label set maps its labels to; others are left out"
+    )
     mapping: dict[str, tuple[str, ...]] = Field(
         default_factory=dict, description="columns of the label table a label is the union of; itself where not listed"
     )
@@ -38,6 +44,19 @@ class Protocol(Section):
         description="calibration: those of the model's calibration split, or 0.5 without one; "
         "published: picked on the test volumes themselves, as is common",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _labels_of_a_set(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("labels"), str):
+            return values
+        label_set, cohort = load_labels(values["labels"]), values.get("columns_of", "")
+        left_out = values.get("without", ())
+        if unknown := [name for name in left_out if name not in label_set.names]:
+            raise ValueError(f"without: {unknown[0]!r} is not a label of {label_set.name!r}")
+        chosen = [one for one in label_set.labels if one.name not in left_out and (not cohort or cohort in one.columns)]
+        mapping = {one.name: one.columns[cohort] for one in chosen} if cohort else {}
+        return values | {"labels": [one.name for one in chosen], "mapping": mapping | values.get("mapping", {})}
 
     @model_validator(mode="after")
     def _mapped_labels_exist(self) -> Protocol:
@@ -76,6 +95,35 @@ def load_protocol(name: str) -> Protocol:
     """A protocol by path, or by the name of one in ``configs/protocols``."""
     path = find_config(name, "protocols")
     return validated(Protocol, read_mapping(Path(path)), str(path))
+
+
+def default_protocol(labels: LabelSet | None, identity: str, columns: Iterable[str], predicted: list[str]) -> Protocol:
+    """What is scored where no protocol is named: the label set's own protocol, else its labels that were predicted.
+
+    ``labels``: the label set of the store, if there is one; ``identity``: of the label set that the prediction table
+    states; ``columns``: of the label table. Raises EvaluationError if no predicted name has a column.
+    """
+    known = labels or next((one for one in installed_sets() if one.identity == identity), None)
+    if known is not None and known.protocol is not None:
+        protocol = load_protocol(known.protocol)
+        if set(protocol.predicted()) <= set(predicted):
+            return protocol
+    columns = list(columns)
+    found = known.columns(columns) if known is not None else {name: (name,) for name in predicted if name in columns}
+    scored = {name: parts for name, parts in found.items() if name in predicted}
+    if not scored:
+        raise EvaluationError(
+            f"none of the predicted names ({', '.join(predicted[:4])} ...) has a column in the label table; name a "
+            f"--protocol that maps them"
+        )
+    source = f"label set {known.name}" if known is not None else "columns of the label table"
+    values = {
+        "name": known.name if known is not None else "labels",
+        "describes": f"{len(scored)} labels ({source}), all volumes that were predicted",
+        "labels": list(scored),
+        "mapping": {name: parts for name, parts in scored.items() if parts != (name,)},
+    }
+    return validated(Protocol, values, source)
 
 
 def align(

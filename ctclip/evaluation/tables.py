@@ -20,7 +20,7 @@ from ctclip.errors import EvaluationError
 from ctclip.preprocessing.files import written_beside
 
 IDENTITY = ("volume", "patient", "scan")
-PROVENANCE = ("model", "supervision", "spec", "prompts", "warnings")
+PROVENANCE = ("model", "supervision", "trained_on", "spec", "prompts", "labels", "warnings")
 IDS = (*IDENTITY, "VolumeName", "NoteAcc_DEID")
 MARGIN = "margin:"
 VALUE = "value:"
@@ -36,7 +36,9 @@ def prediction_table(
     model: str,
     spec: str,
     supervision: str = "",
+    trained_on: str = "",
     prompts: str = "",
+    labels: str = "",
 ) -> pd.DataFrame:
     """identity: columns volume, patient, scan, warnings; probabilities, margins (volumes, names); values: graded
     findings, "name [unit]" to (volumes,)."""
@@ -45,7 +47,8 @@ def prediction_table(
     logits = pd.DataFrame(margins, columns=[f"{MARGIN}{name}" for name in names])
     graded = pd.DataFrame({f"{VALUE}{name}": column for name, column in values.items()}, index=table.index)
     provenance = pd.DataFrame({
-        "model": model, "supervision": supervision, "spec": spec, "prompts": prompts, "warnings": identity["warnings"].to_numpy(),
+        "model": model, "supervision": supervision, "trained_on": trained_on, "spec": spec, "prompts": prompts,
+        "labels": labels, "warnings": identity["warnings"].to_numpy(),
     })  # fmt: skip
     return pd.concat([table, scores, logits, graded, provenance], axis=1)
 
@@ -112,7 +115,7 @@ def read_predictions(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[s
     if ((scores < 0) | (scores > 1)).any().any():
         name = scores.columns[((scores < 0) | (scores > 1)).any()][0]
         raise EvaluationError(f"{path}: scores of {name!r} lie outside [0, 1]; give probabilities")
-    for name in ("model", "spec", "prompts"):
+    for name in ("model", "spec", "prompts", "labels"):
         if name in table.columns and table[name].nunique() > 1:
             some = ", ".join(map(str, table[name].unique()[:3]))
             raise EvaluationError(f"{path}: rows of different {name} ({some}); split the file")
@@ -159,6 +162,32 @@ def read_labels(path: str | os.PathLike[str], names: list[str]) -> pd.DataFrame:
             f"empty where unknown"
         )
     return labels
+
+
+def read_columns(path: str | os.PathLike[str]) -> list[str]:
+    """Names of the columns of a label table."""
+    return [str(column) for column in _read_table(Path(path)).columns]
+
+
+def binary_columns(path: Path, columns: list[str] | None = None) -> list[str]:
+    """Columns of a table that hold nothing but 0, 1 and empty cells, and both 0 and 1 or either; or ``columns``, checked.
+
+    Raises EvaluationError naming the first column that is missing or holds another value.
+    """
+    table = _read_table(path)
+    wanted = [str(c) for c in table.columns if c not in IDS] if columns is None else columns
+    binary = []
+    for name in wanted:
+        if name not in table.columns:
+            raise EvaluationError(f"{path}: no column {name!r} (it has {', '.join(map(str, table.columns[:6]))} ...)")
+        values = pd.to_numeric(table[name], errors="coerce")
+        if values.notna().any() and values[table[name].notna()].isin([0, 1]).all():
+            binary.append(name)
+        elif columns is not None:
+            raise EvaluationError(f"{path}: column {name!r} holds values other than 0 and 1")
+    if not binary:
+        raise EvaluationError(f"{path}: has no column of 0 and 1")
+    return binary
 
 
 def provenance(table: pd.DataFrame, name: str) -> str:

@@ -85,8 +85,8 @@ def write_tables(path: Path, tables: Iterator[pa.Table], refused: dict[str, str]
 
 
 def _volumes(model: DualEncoder, scans: Scans, batch: int, refused: dict[str, str]) -> Iterator[pa.Table]:
-    names = scans.rows["volume"]
-    device = model.similarity.logit_scale.device
+    names = scans.table["volume"]
+    device = model.device
     for indices, voxels, _ in batches(scans, list(range(len(names))), batch, refused, "embedding"):
         with torch.inference_mode():
             vectors = model.encode_volume(torch.from_numpy(voxels).to(device))

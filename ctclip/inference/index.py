@@ -118,15 +118,13 @@ def index_facts(folder: Path) -> dict[str, Any]:
 def build_index(loaded: ModelFolder, scans: StoredScans, batch: int, refused: dict[str, str]) -> Index:
     """Encode the volumes and reports of a store and index them; volumes that cannot be read are named in ``refused``."""
     order, vectors = [], []
-    for indices, voxels, _ in batches(scans, list(range(len(scans.rows))), batch, refused, "indexing"):
+    for indices, voxels, _ in batches(scans, list(range(len(scans.table))), batch, refused, "indexing"):
         with torch.inference_mode():
-            encoded = loaded.model.encode_volume(
-                torch.from_numpy(voxels).to(loaded.model.similarity.logit_scale.device)
-            )
+            encoded = loaded.model.encode_volume(torch.from_numpy(voxels).to(loaded.model.device))
         order += indices
         vectors.append(encoded.float().cpu().numpy())
     if not order:
         raise DataError(next(iter(refused.values()), f"{scans.store.path}: no volume to index"))
-    rows = scans.rows.iloc[order]
+    rows = scans.table.iloc[order]
     reports = report_embeddings(loaded.model, report_texts(rows))
     return Index.build(rows, np.concatenate(vectors), reports, loaded.hash, str(loaded.path.resolve()))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from ctclip.inference.detector import pair_vectors
-from ctclip.inference.prompts import PromptSet
+from ctclip.heads.prompts import pair_vectors
 from ctclip.models.dual_encoder import DualEncoder
+from ctclip.prompts import PromptSet
 
 TOO_CLOSE = 0.95
 
@@ -24,9 +25,12 @@ class PairCheck:
 
 
 @torch.inference_mode()
-def check_prompts(model: DualEncoder, prompts: PromptSet, too_close: float = TOO_CLOSE) -> list[PairCheck]:
-    """One check an abnormality, the pair whose sides are closest first."""
-    names = prompts.names()
+def check_prompts(
+    model: DualEncoder, prompts: PromptSet, too_close: float = TOO_CLOSE, names: Sequence[str] | None = None
+) -> list[PairCheck]:
+    """One check an abnormality (of ``names``; those the set spells out if not given), the pair whose sides are closest
+    first."""
+    names = tuple(names or prompts.names())
     cosines = F.cosine_similarity(*pair_vectors(model, prompts, names)).tolist()
     unknown = model.text_encoder.tokenizer.unk_token
     checks = []

@@ -1,4 +1,4 @@
-"""The one object a notebook needs: a loaded model with its prompts, its preprocessing and its calibration."""
+"""The one object a notebook needs: a loaded model with its heads, its preprocessing and its calibration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +13,15 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
-from ctclip.evaluation.calibration import Calibration
-from ctclip.inference.detector import Detector
-from ctclip.inference.prompts import PromptSet, load_prompts
+from ctclip.heads.folder import PROMPTS, HeadFacts, list_heads, load_head
+from ctclip.heads.head import Head
+from ctclip.heads.prompts import PromptHead
 from ctclip.inference.show import Detection, calibrated
+from ctclip.labels import LabelSet
+from ctclip.models.encoded import Encoded
 from ctclip.models.folder import ModelFolder, load_model
 from ctclip.preprocessing.pipeline import Expect, Prepared, Trust, prepare
+from ctclip.prompts import PromptSet, load_prompts
 
 
 class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "zero-shot"]):
@@ -34,8 +36,14 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         self.folder = folder
         self.dual = folder.model
         self.spec = folder.spec
-        self.prompts = load_prompts(folder.prompts or "report_style")
-        self.calibration = calibration_of(folder, self.prompts)
+        self._heads: dict[str, Head] = {}
+
+    def __repr__(self) -> str:
+        names = ", ".join(head.name for head in self.heads)
+        return (
+            f"ctclip model {self.folder.hash} of {self.folder.path}: {self.dual.config.volume.kind} encoder, spec "
+            f"{self.spec.name}, labels {self.labels.name} ({len(self.labels.names)}), heads {names or 'none'}"
+        )
 
     def _save_pretrained(self, save_directory: Path) -> None:
         shutil.copytree(self.folder.path, save_directory, dirs_exist_ok=True)
@@ -45,55 +53,74 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         """``model_id``: a folder or hub name; see ``ctclip.load``."""
         return load(model_id, map_location)
 
-    @cached_property
-    def detector(self) -> Detector:
-        """Of the model's own prompts."""
-        return Detector(self.dual, self.prompts, None, self.calibration)
+    @property
+    def labels(self) -> LabelSet:
+        """The findings it was made for."""
+        return self.folder.labels
+
+    @property
+    def heads(self) -> list[HeadFacts]:
+        """What turns a scan into named scores."""
+        return list_heads(self.folder.path)
+
+    def head(self, name: str = PROMPTS) -> Head:
+        """One of its heads, by name; loaded once."""
+        if name not in self._heads:
+            self._heads[name] = usable_head(self.folder, name)
+        return self._heads[name]
 
     def prepare(self, scan: str | os.PathLike[str], *, trust: Trust = "auto", expect: Expect = "any") -> Prepared:
-        """One scan of disk as this model wants it; see ``ctclip.preprocessing.prepare``."""
+        """One scan from disk as this model wants it; see ``ctclip.preprocessing.prepare``."""
         return prepare(scan, self.spec, trust=trust, expect=expect)
 
     def detect(
         self,
         scan: str | os.PathLike[str],
-        abnormalities: Sequence[str] | None = None,
+        abnormalities: str | Sequence[str] | None = None,
         *,
+        head: str = PROMPTS,
         trust: Trust = "auto",
         expect: Expect = "any",
     ) -> Detection:
         """What the model sees in one scan (a volume file, a DICOM folder, a zip).
 
-        ``abnormalities``: names to look for instead of the model's own, listed or not. Raises PreprocessingError if
-        the scan cannot be trusted.
+        ``abnormalities``: a name, or names, to look for instead of the model's own, listed or not; ``head``: which of its
+        heads is to score. Raises PreprocessingError if the scan cannot be trusted.
         """
         ready = self.prepare(scan, trust=trust, expect=expect)
-        detector = self.detector
-        if abnormalities is not None:
-            detector = Detector(self.dual, self.prompts, abnormalities, self.calibration)
-        found = detector.detect(torch.from_numpy(ready.voxels)[None, None])
-        names = detector.abnormalities
+        scorer = self.head(head) if abnormalities is None else self._asking(abnormalities, head)
+        with torch.inference_mode():
+            encoded = self.encode(torch.from_numpy(ready.voxels)[None, None])
+            scores, values = scorer.score(encoded).float(), scorer.values(encoded).float()
+            probabilities = scorer.probabilities(scores)
+        names = scorer.names
         return Detection(
             scan=Path(scan).name,
-            probabilities=dict(zip(names, found.probabilities[0].tolist(), strict=True)),
-            margins=dict(zip(names, found.margins[0].tolist(), strict=True)),
-            values=dict(zip(detector.graded, found.values[0].tolist(), strict=True)),
-            thresholds=detector.thresholds(),
-            calibrated=calibrated(detector),
+            probabilities=dict(zip(names, probabilities[0].tolist(), strict=True)),
+            margins=dict(zip(names, scores[0].tolist(), strict=True)),
+            values=dict(zip(scorer.values_of, values[0].tolist(), strict=True)),
+            thresholds=scorer.thresholds(),
+            calibrated=calibrated(scorer),
             model=self.folder.hash,
             spec=self.spec.hash,
             warnings=tuple(ready.warnings),
         )
 
     def embed(self, scan: str | os.PathLike[str], *, trust: Trust = "auto", expect: Expect = "any") -> np.ndarray:
-        """The unit vector (dim,) of one scan of disk."""
+        """The unit vector (dim,) of one scan from disk."""
         ready = self.prepare(scan, trust=trust, expect=expect)
         return self.encode_volume(torch.from_numpy(ready.voxels)[None, None])[0].float().cpu().numpy()
 
     @torch.inference_mode()
+    def encode(self, volume: Tensor, mask: Tensor | None = None) -> Encoded:
+        """(B, 1, D, H, W) in [-1, 1] -> located tokens, pooled vectors and embeddings; see ``Encoded``."""
+        return self.dual.encode(volume.to(self.dual.device), mask)
+
     def encode_volume(self, volume: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, 1, D, H, W) in [-1, 1] -> (B, dim) unit vectors."""
-        return self.dual.encode_volume(volume.to(self.dual.similarity.logit_scale.device), mask)
+        embedding = self.encode(volume, mask).embedding
+        assert embedding is not None
+        return embedding
 
     @torch.inference_mode()
     def encode_text(
@@ -110,20 +137,43 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         """Unit vectors (n, dim), (m, dim) -> (n, m), scaled by the learned temperature."""
         return self.dual.logits(volumes, texts)
 
+    def _asking(self, abnormalities: str | Sequence[str], head: str) -> Head:
+        """A prompt head for other names than its own, with the calibration of those it knows."""
+        known = self.head(head)
+        if not isinstance(known, PromptHead):
+            raise ValueError(
+                f"the head {head!r} scores {', '.join(known.names)} alone; prompts can ask for other names"
+            )
+        names = [abnormalities] if isinstance(abnormalities, str) else list(abnormalities)
+        return asking(self.folder, known.prompts, names, known)
 
-def calibration_of(folder: ModelFolder, prompts: PromptSet) -> Calibration | None:
-    """The calibration kept with a model, if there is one and it is of these weights and prompts."""
-    path = folder.path / "calibration.json"
-    if not path.is_file():
-        return None
-    found = Calibration.load(path)
-    if found.model != folder.hash:
-        _unused(f"{path} was fitted to other weights ({found.model})")
-        return None
-    if found.prompts and found.prompts != prompts.identity():
-        _unused(f"{path} was fitted to the prompts {found.prompts}, these are {prompts.identity()}")
-        return None
-    return found
+
+def usable_head(folder: ModelFolder, name: str) -> Head:
+    """A head of a model folder; a calibration that was fitted to other weights or prompts is left out, and said."""
+    head = load_head(folder.path, name, folder.model)
+    calibration = head.calibration
+    if calibration is not None and calibration.model != folder.hash:
+        _unused(f"the calibration of {folder.path} was fitted to other weights ({calibration.model})")
+        head.calibration = None
+    elif calibration is not None and calibration.prompts and calibration.prompts != head.source:
+        _unused(f"the calibration of {folder.path} was fitted to {calibration.prompts}, this is {head.source}")
+        head.calibration = None
+    return head
+
+
+def asking(
+    folder: ModelFolder, prompts: PromptSet | str, names: Sequence[str] | None, known: Head | None = None
+) -> PromptHead:
+    """A head that asks a model for ``names`` by ``prompts``; names are resolved by the model's label set, so that an alias
+    finds its label. ``known``: a head whose calibration holds for the names it shares, if its prompts are the same."""
+    prompt_set = load_prompts(prompts) if isinstance(prompts, str) else prompts
+    wanted = None if names is None else list(dict.fromkeys(folder.labels.resolve(name) or name for name in names))
+    if wanted is None and not prompt_set.names():
+        wanted = list(folder.labels.names)
+    head = PromptHead(folder.model, prompt_set, wanted)
+    if known is not None and known.source == head.source:
+        head.calibration = known.calibration
+    return head
 
 
 def _unused(reason: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 import torch
 
 from ctclip import distributed
+from ctclip.data.reports import reports_of
 from ctclip.errors import DataError
 from ctclip.evaluation.tables import embedding_table, prediction_table
-from ctclip.inference.detector import Detector
-from ctclip.inference.probe import LinearProbe
-from ctclip.inference.scans import Scans, ahead
+from ctclip.heads.head import Head
+from ctclip.inference.scans import Scans, prefetch
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing.errors import PreprocessingError
@@ -56,7 +56,7 @@ class Summary:
 
 def detect(
     loaded: ModelFolder,
-    detector: Detector,
+    head: Head,
     scans: Scans,
     output: Path,
     *,
@@ -68,17 +68,17 @@ def detect(
 
     ``reports`` embeds each volume's report too. One refused scan does not stop the others; if all are, DataError.
     """
-    parts = output / "parts" / _key(loaded, detector, scans, reports)
+    parts = output / "parts" / _key(loaded, head, scans, reports)
     parts.mkdir(parents=True, exist_ok=True)
     # Read once, for all: a rank that started late would see what the others have finished since, and share otherwise.
     done = distributed.broadcast_object(_done(parts))
-    left = [index for index, name in enumerate(scans.rows["volume"]) if name not in done]
+    left = [index for index, name in enumerate(scans.table["volume"]) if name not in done]
     # Neighbours to one rank, so that the joined table comes in the order of the scans.
     mine = [int(index) for index in np.array_split(left, distributed.world_size())[distributed.rank()]]
     refused: dict[str, str] = {}
     waiting: list[pa.Table] = []
     for indices, voxels, warnings in batches(scans, mine, batch, refused):
-        waiting.append(_scored(loaded, detector, scans, indices, voxels, warnings, reports))
+        waiting.append(_scored(loaded, head, scans, indices, voxels, warnings, reports))
         if len(waiting) == PART_BATCHES:
             _write_part(parts, waiting)
     _write_part(parts, waiting)
@@ -90,7 +90,7 @@ def detect(
     if summary.volumes == 0:
         return summary
     if distributed.is_main():
-        order = {name: row for row, name in enumerate(scans.rows["volume"])}
+        order = {name: row for row, name in enumerate(scans.table["volume"])}
         _join(parts, summary, order)
         shutil.rmtree(output / "parts")
     distributed.barrier()
@@ -109,9 +109,9 @@ def report_embeddings(model: DualEncoder, texts: list[str], batch: int = 32) -> 
     return np.stack([vectors.get(text, nothing) for text in texts])
 
 
-def report_texts(rows: pd.DataFrame) -> list[str]:
-    """Findings and impression together, as they were shown in training."""
-    return [f"{f} {i}".strip() for f, i in zip(rows["findings"], rows["impression"], strict=True)]
+def report_texts(table: pd.DataFrame, sections: Sequence[str] = ("findings", "impression")) -> list[str]:
+    """The sections of each report together, as training showed them."""
+    return [report.text() for report in reports_of(table, sections)]
 
 
 def batches(
@@ -121,12 +121,12 @@ def batches(
     rows: list[int] = []
     voxels: list[np.ndarray] = []
     warnings: list[str] = []
-    ready = zip(indices, ahead(scans.voxels, indices), strict=True)
+    ready = zip(indices, prefetch(scans.voxels, indices), strict=True)
     for index, result in track(ready, len(indices), what, "scans"):
         try:
             one, warning = result()
         except PreprocessingError as error:
-            refused[str(scans.rows["volume"].iloc[index])] = str(error)
+            refused[str(scans.table["volume"].iloc[index])] = str(error)
             continue
         rows.append(index)
         voxels.append(one)
@@ -140,47 +140,58 @@ def batches(
 
 def _scored(
     loaded: ModelFolder,
-    detector: Detector,
+    head: Head,
     scans: Scans,
     indices: list[int],
     voxels: np.ndarray,
     warnings: list[str],
     reports: bool,
 ) -> pa.Table:
-    found = detector.detect(torch.from_numpy(voxels))
-    rows = scans.rows.iloc[indices]
-    identity = rows.loc[:, ["volume", "patient", "scan"]].assign(warnings=warnings)
-    values = dict(zip(detector.graded, found.values.float().cpu().numpy().T, strict=True))
+    with torch.inference_mode():
+        encoded = loaded.model.encode(torch.from_numpy(voxels).to(loaded.model.device))
+        scores, values = head.score(encoded).float(), head.values(encoded).float()
+        probabilities = head.probabilities(scores)
+    assert encoded.embedding is not None
+    identity = scans.table.iloc[indices].loc[:, ["volume", "patient", "scan"]].assign(warnings=warnings)
     table = prediction_table(
-        identity, list(detector.abnormalities), found.probabilities.float().cpu().numpy(),
-        found.margins.float().cpu().numpy(), values, model=loaded.hash, spec=loaded.spec.hash,
-        supervision=supervision(loaded, detector), prompts=detector.prompts,
+        identity, list(head.names), probabilities.cpu().numpy(), scores.cpu().numpy(),
+        dict(zip(head.values_of, values.cpu().numpy().T, strict=True)), **provenance(loaded, head),
     )  # fmt: skip
-    vectors = {VOLUME: found.embeddings.float().cpu().numpy()}
+    vectors = {VOLUME: encoded.embedding.float().cpu().numpy()}
     if reports:
-        vectors[REPORT] = report_embeddings(loaded.model, report_texts(rows))
+        vectors[REPORT] = report_embeddings(loaded.model, report_texts(scans.table.iloc[indices]))
     columns = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(None)
-    for name, column in zip((*vectors,), embedding_table(list(rows["volume"]), **vectors).columns[1:], strict=True):
+    for name, column in zip((*vectors,), embedding_table(list(identity["volume"]), **vectors).columns[1:], strict=True):
         columns = columns.append_column(name, column)
     return columns
 
 
-def supervision(loaded: ModelFolder, detector: Detector) -> str:
-    """What the model learned from, as its card says; a linear head saw labels whatever the card says."""
-    if isinstance(detector, LinearProbe):
-        return "label-supervised"
-    card = loaded.path / "model_card.md"
-    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("supervision:")), "")
+def provenance(loaded: ModelFolder, head: Head) -> dict[str, str]:
+    """What a prediction table says of where its scores come from."""
+    return {
+        "model": loaded.hash, "supervision": supervision(loaded, head), "spec": loaded.spec.hash, "prompts": head.source,
+        "labels": loaded.labels.identity if set(head.names) == set(loaded.labels.names) else "",
+        "trained_on": _in_words(loaded),
+    }  # fmt: skip
 
 
-def _key(loaded: ModelFolder, detector: Detector, scans: Scans, reports: bool) -> str:
+def supervision(loaded: ModelFolder, head: Head) -> str:
+    """What model and head learned from: a head that saw labels makes it label-supervised whatever the model saw."""
+    return loaded.trained_on.supervision if head.supervision == "none" else head.supervision
+
+
+def _in_words(loaded: ModelFolder) -> str:
+    facts = loaded.trained_on
+    kind = {True: "synthetic scans", False: "patients", None: "scans"}[facts.synthetic]
+    count = f"{facts.volumes} volumes, " if facts.volumes is not None else ""
+    return f"{count}{kind}, {facts.body_part or 'body part not stated'}"
+
+
+def _key(loaded: ModelFolder, head: Head, scans: Scans, reports: bool) -> str:
     """Parts made with another model, other prompts or another calibration, or of other scans, are not these."""
-    names = list(scans.rows["volume"])
-    facts = [loaded.hash, loaded.spec.hash, detector.abnormalities, detector.graded, reports, names, scans.origin()]
-    digest = hashlib.sha256(json.dumps(facts).encode())
-    digest.update(detector.identity())
-    return digest.hexdigest()[:16]
+    names = list(scans.table["volume"])
+    facts = [loaded.hash, loaded.spec.hash, head.names, head.values_of, reports, names, scans.origin(), head.identity()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def _done(parts: Path) -> set[str]:

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import pandas as pd
 
-from ctclip.data.dataset import stored_rows
+from ctclip.data.dataset import stored_volumes
 from ctclip.errors import DataError
 from ctclip.preprocessing.cohorts import read_cohort
 from ctclip.preprocessing.cohorts.folder import scan_id
@@ -26,9 +26,9 @@ R = TypeVar("R")
 
 
 class Scans(Protocol):
-    """``rows``: a row a volume with volume, patient, scan (and findings, impression where reports are known)."""
+    """``table``: a row a volume with volume, patient, scan (and findings, impression where reports are known)."""
 
-    rows: pd.DataFrame
+    table: pd.DataFrame
 
     def origin(self) -> str:
         """Differs where the scans are others, though their names be the same."""
@@ -47,13 +47,13 @@ class StoredScans:
                 f"{spec.name!r} ({spec.hash}); run `ctclip preprocess --spec {model}/preprocessing.yaml`"
             )
         self.store, self.spec = store, spec
-        self.rows = stored_rows(store, split)
+        self.table = stored_volumes(store, split)
 
     def origin(self) -> str:
         return f"{self.store.path.resolve()} {self.spec.hash}"
 
     def voxels(self, index: int) -> tuple[np.ndarray, str]:
-        return self.store.voxels(str(self.rows["volume"].iloc[index])), ""
+        return self.store.voxels(str(self.table["volume"].iloc[index])), ""
 
 
 class ScanFiles:
@@ -71,7 +71,7 @@ class ScanFiles:
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise DataError(f"two scans would both be called {twice!r}: give each once, or rename one")
-        self.rows = pd.DataFrame({"volume": names, "patient": names, "scan": names})
+        self.table = pd.DataFrame({"volume": names, "patient": names, "scan": names})
 
     def origin(self) -> str:
         facts = [(path.resolve(), path.stat()) for path in self.paths if path.exists()]
@@ -83,9 +83,9 @@ class ScanFiles:
         return ready.voxels, "; ".join(ready.warnings)
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 2) -> Iterator[Callable[[], R]]:
-    """Results of ``function`` in order, computed a few items ahead while the caller works; calling a result raises
-    what the function raised."""
+def prefetch(function: Callable[[T], R], items: Iterable[T], workers: int = 2) -> Iterator[Callable[[], R]]:
+    """Results of ``function`` in order, a few of them computed while the caller works; calling a result raises what the
+    function raised."""
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Callable[[], R]] = deque()
         for item in items:

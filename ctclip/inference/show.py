@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 if TYPE_CHECKING:
-    from ctclip.inference.detector import Detector
+    from ctclip.heads.head import Head
 
 NOTE = "zero-shot, not for diagnosis"
 ABOVE = "* at or above the threshold of the calibration split"
@@ -81,16 +81,16 @@ class Detection:
         return f"{self.scan} ({self.calibrated}; {NOTE})"
 
 
-def calibrated(detector: Detector) -> str:
+def calibrated(head: Head) -> str:
     """In words, how far the probabilities were calibrated."""
-    known = detector.thresholds()
-    without = [name for name in detector.abnormalities if name not in known]
+    known = head.thresholds()
+    without = [name for name in head.names if name not in known]
     if not without:
         return "calibrated"
     return f"calibrated but for {', '.join(without)}" if known else "not calibrated"
 
 
-def table_of(table: pd.DataFrame, detector: Detector, volumes: int) -> None:
+def table_of(table: pd.DataFrame, head: Head, volumes: int) -> None:
     """Print a table of probabilities: a row an abnormality, a column a scan (the first few of ``volumes``)."""
     from rich.console import Console
     from rich.markup import escape as plain
@@ -99,14 +99,14 @@ def table_of(table: pd.DataFrame, detector: Detector, volumes: int) -> None:
     console = Console()
     # A column needs some fourteen characters to be read.
     shown = table.head(min(MOST_SCANS, max(1, (console.width - 40) // 14)))
-    grid = Table(title=plain(f"Probabilities ({calibrated(detector)}; {NOTE})"))
+    grid = Table(title=plain(f"Probabilities ({calibrated(head)}; {NOTE})"))
     grid.add_column("abnormality", no_wrap=True)
     for name in shown["volume"]:
         grid.add_column(plain(str(name)), justify="right", overflow="fold")
     if len(shown) == 1:
         grid.add_column("margin", justify="right")
-    known = detector.thresholds()
-    for name in sorted(detector.abnormalities, key=lambda name: -float(shown[name].to_numpy()[0])):
+    known = head.thresholds()
+    for name in sorted(head.names, key=lambda name: -float(shown[name].to_numpy()[0])):
         cells = [f"{value:.2f}{'*' if value >= known.get(name, 2) else ' '}" for value in shown[name]]
         if len(shown) == 1:
             cells.append(f"{shown[f'margin:{name}'].iloc[0]:+.2f}")

@@ -6,34 +6,56 @@ replaced by rows of a codebook. Quirks of the published code that its weights de
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ctclip import distributed
-from ctclip.config import CTViTConfig
+from ctclip.config import EncoderConfig
 from ctclip.models import by_hand
-from ctclip.models.outputs import VolumeTokens, air_where_padded, check_volume, exactly
+from ctclip.models.encoded import Encoded, VolumeEncoder, axis_shape, check_shape
+from ctclip.models.pooling import air_where_padded
+from ctclip.models.precision import autocast_off
+from ctclip.preprocessing.spec import PreprocessingSpec
 
 ATTENTION_SCALE = 8.0
 CODEBOOK_DECAY = 0.8
 TOKENS_AT_ONCE = 2048
 
 
-class CTViT(nn.Module):
-    """volume (B, 1, D, H, W) in [-1, 1], indexed [slice, column, row] as ``ct_clip`` prepares it -> VolumeTokens.
+class CTViTConfig(EncoderConfig):
+    """The published CT-CLIP's encoder (``ctclip/models/ctvit.py``)."""
 
-    ``pooled`` is the mean over slabs, flattened: (B, h * w * width).
+    kind: Literal["ctvit"] = "ctvit"
+    patch: tuple[int, int, int] = Field((10, 20, 20), description="voxels [slice, row, column] of one token")
+    width: int = 512
+    spatial_depth: int = 4
+    temporal_depth: int = 4
+    heads: int = 8
+    head_width: int = 32
+    codebook_size: int = 8192
+    quantise: bool = True
+
+
+class CTViT(VolumeEncoder):
+    """volume (B, 1, D, H, W) in [-1, 1], indexed [slice, column, row] as ``ct_clip`` prepares it -> Encoded.
+
+    ``pooled`` is the mean over slabs of slices, flattened: (B, h * w * width). Any number of slabs fits the weights; the
+    in-plane size is the spec's.
     """
 
-    def __init__(self, config: CTViTConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.grid = tuple(extent // step for extent, step in zip(config.shape, config.patch, strict=True))
+    Config: ClassVar[type[EncoderConfig]] = CTViTConfig
+    lora_targets = ("to_query", "to_key_value", "out")
+    config: CTViTConfig
+
+    def __init__(self, config: CTViTConfig, spec: PreprocessingSpec) -> None:
+        super().__init__(config, spec)
+        self.plane = tuple(extent // step for extent, step in zip(axis_shape(spec)[1:], config.patch[1:], strict=True))
         depth, height, width = config.patch
         inside = depth * height * width
         self.embed = nn.Sequential(nn.LayerNorm(inside), nn.Linear(inside, config.width), nn.LayerNorm(config.width))
@@ -43,21 +65,39 @@ class CTViT(nn.Module):
         self.temporal = nn.ModuleList(Layer(config) for _ in range(config.temporal_depth))
         self.temporal_norm = nn.LayerNorm(config.width)
         self.codebook = Codebook(config.codebook_size, config.width) if config.quantise else None
-        self.width, self.token_width = self.grid[1] * self.grid[2] * config.width, config.width
+        self.width, self.token_width = self.plane[0] * self.plane[1] * config.width, config.width
 
-    def forward(self, volume: Tensor, mask: Tensor | None = None) -> VolumeTokens:
+    def forward(self, volume: Tensor, mask: Tensor | None = None, body: Tensor | None = None) -> Encoded:
         """``mask`` (B, 1, D, H, W) bool: padding is seen as air, as the published model sees it."""
         encoded = self.encode(self.patches(air_where_padded(volume, mask)))
         tokens = encoded if self.codebook is None else self.codebook(encoded)[0]
         grid = (tokens.shape[1], tokens.shape[2], tokens.shape[3])
-        return VolumeTokens(rearrange(tokens, "b t h w c -> b (t h w) c"), grid, tokens.mean(dim=1).flatten(1))
+        affine = self.affine(self.config.patch, [(extent - 1) / 2 for extent in self.config.patch])
+        pooled = tokens.mean(dim=1).flatten(1)
+        return Encoded(rearrange(tokens, "b t h w c -> b (t h w) c"), grid, pooled, affine)
+
+    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """The patch embedding, the spatial layers (the first with the position bias), then the temporal ones."""
+        first, *spatial = self.spatial
+        blocks: list[list[nn.Module | nn.Parameter]] = [
+            [self.embed],
+            [self.bias, first],
+            *([layer] for layer in spatial),
+        ]
+        return [*blocks, *([layer] for layer in self.temporal)]
+
+    def end_step(self) -> None:
+        if self.codebook is not None:
+            self.codebook.update_ema()
 
     def patches(self, volume: Tensor) -> Tensor:
         """(B, 1, D, H, W) -> embedded patches (B, t, h, w, C)."""
-        check_volume(volume)
-        if tuple(volume.shape[2:]) != self.config.shape:
+        check_shape(volume)
+        expected = axis_shape(self.spec)
+        if volume.shape[2] % self.config.patch[0] or tuple(volume.shape[3:]) != expected[1:]:
             raise ValueError(
-                f"expected a volume (B, 1, {', '.join(map(str, self.config.shape))}), found {tuple(volume.shape)}"
+                f"expected a volume (B, 1, {', '.join(map(str, expected))}) with any multiple of {self.config.patch[0]} "
+                f"slices, found {tuple(volume.shape)}"
             )
         pt, p1, p2 = self.config.patch
         rows = rearrange(volume, "b c (t pt) (h p1) (w p2) -> b t h w (c pt p1 p2)", pt=pt, p1=p1, p2=p2)
@@ -122,7 +162,7 @@ class Layer(nn.Module):
         return by_hand.depthwise(rows.reshape(*grid, rows.shape[-1]), self.convolution).reshape(rows.shape)
 
     def _feed_forward(self, rows: Tensor) -> Tensor:
-        if not rows.is_cuda:
+        if not rows.is_cuda or not isinstance(self.up_gate, nn.Linear):
             return self.down(by_hand.gated(self.up_gate(rows)))  # type: ignore[no-any-return]
         up_gate, down = in_eights(self.up_gate.weight, self.down.weight)
         return F.linear(by_hand.gated(F.linear(rows, up_gate)), down)
@@ -173,7 +213,7 @@ class RelativeBias(nn.Module):
         steps = [torch.arange(1 - extent, extent, device=device, dtype=torch.float32) for extent in (height, width)]
         offsets = torch.stack(torch.meshgrid(*steps, indexing="ij"), dim=-1)
         # Exact under autocast: it is kept, and asked for again without.
-        with exactly(weight):
+        with autocast_off(weight):
             values = self.net((torch.sign(offsets) * torch.log(offsets.abs() + 1)).to(weight.dtype))
         places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), dim=-1)
         places = places.reshape(-1, 2).to(device)
@@ -185,7 +225,7 @@ class RelativeBias(nn.Module):
 
 
 class Codebook(nn.Module):
-    """Vector quantisation by cosine similarity; in training rows move by an exponential average, once a step (``settle``)."""
+    """Vector quantisation by cosine similarity; in training rows move by an exponential average, once a step (``update_ema``)."""
 
     rows: Tensor
     sums: Tensor
@@ -199,7 +239,7 @@ class Codebook(nn.Module):
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(..., C) -> quantised tokens (..., C) and the codes' indices (...). Gradients pass straight through."""
         # The nearest of thousands of rows is not found in bfloat16, nor need all similarities be there at once.
-        with torch.no_grad(), exactly(tokens):
+        with torch.no_grad(), autocast_off(tokens):
             flat = F.normalize(tokens.detach().reshape(-1, tokens.shape[-1]).float(), dim=-1)
             rows = F.normalize(self.rows.float(), dim=-1)
             codes = torch.cat([(some @ rows.T).argmax(dim=-1) for some in flat.split(TOKENS_AT_ONCE)])
@@ -213,7 +253,7 @@ class Codebook(nn.Module):
         return quantised, codes.reshape(tokens.shape[:-1])
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def update_ema(self) -> None:
         """Move the rows towards the tokens of the step, of all its parts and ranks: while it lasts all see the same codes,
         so that a batch in parts, or on many ranks, is the batch. A collective."""
         distributed.sum_over_ranks(self.sums)

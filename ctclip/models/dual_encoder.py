@@ -1,6 +1,6 @@
-"""Volume and text encoders under one roof: unit vectors, their similarity, and the model folder.
+"""Volume and text encoders under one roof: unit vectors in one space, and their similarity.
 
-``encode_volume``, ``encode_text`` and ``logits`` are all that other code uses.
+``encode``, ``encode_volume``, ``encode_text`` and ``logits`` are all that other code uses.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctclip.config import CTViTConfig, ModelConfig, ResNet3DConfig, SlicesConfig, ViT3DConfig
-from ctclip.models.outputs import exactly
+from ctclip import plugins
+from ctclip.config import EncoderConfig, ModelConfig
+from ctclip.models.encoded import Encoded, VolumeEncoder, check_range
+from ctclip.models.lora import add_lora
+from ctclip.models.precision import ExactLinear
 from ctclip.models.text import TextEncoder, build_text_encoder
+from ctclip.preprocessing.spec import PreprocessingSpec
 
 
 class DualEncoder(nn.Module):
     """Projects both encoders' pooled vectors to one space of ``dim`` dimensions."""
 
-    def __init__(self, volume_encoder: Any, text_encoder: TextEncoder, config: ModelConfig) -> None:
+    def __init__(self, volume_encoder: VolumeEncoder, text_encoder: TextEncoder, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.volume_encoder = volume_encoder
@@ -31,9 +35,18 @@ class DualEncoder(nn.Module):
         self.similarity = Similarity(config)
         self.text_locked = False
 
+    @property
+    def spec(self) -> PreprocessingSpec:
+        """The geometry of the volumes it takes."""
+        return self.volume_encoder.spec
+
+    @property
+    def device(self) -> torch.device:
+        return self.similarity.logit_scale.device
+
     def lock_text(self) -> None:
         """From here on the text side is a fixed function of the text (LiT, Zhai et al. 2022): nothing of it learns, and
-        its standardisation keeps the statistics it has."""
+        its standardisation keeps its statistics."""
         self.text_encoder.freeze()
         for module in (self.text_encoder, self.text_projection):
             module.requires_grad_(False)
@@ -41,23 +54,35 @@ class DualEncoder(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> DualEncoder:
-        """Of a locked text side not even the statistics go on."""
+        """Not even the statistics of a locked text side move."""
         super().train(mode)
         if self.text_locked:
             self.similarity.text_standard.eval()
         return self
 
-    def volume_features(self, volume: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, 1, D, H, W) in [-1, 1] -> (B, dim), before standardisation and normalisation."""
-        return self.volume_projection(self.volume_encoder(volume, mask).pooled)
-
     def text_features(self, tokens: dict[str, Tensor]) -> Tensor:
         """Token ids as ``TextEncoder.tokenise`` makes them -> (texts, dim)."""
         return self.text_projection(self.text_encoder(**tokens))
 
+    def volume_features(self, volume: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, 1, D, H, W) in [-1, 1] -> (B, dim), before standardisation and normalisation."""
+        return self.volume_projection(self.volume_encoder(volume, mask).pooled)
+
+    def encode(self, volume: Tensor, mask: Tensor | None = None) -> Encoded:
+        """(B, 1, D, H, W) in [-1, 1] -> tokens with their places, pooled vectors, and embeddings in the joint space.
+
+        Raises ValueError for another shape, or for voxels that are not in [-1, 1].
+        """
+        if volume.ndim == 5:
+            check_range(volume)
+        encoded: Encoded = self.volume_encoder(volume, mask)
+        return encoded._replace(embedding=self.similarity.volume(self.volume_projection(encoded.pooled)))
+
     def encode_volume(self, volume: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, 1, D, H, W) in [-1, 1] -> (B, dim) unit vectors, float32."""
-        return self.similarity.volume(self.volume_features(volume, mask))
+        embedding = self.encode(volume, mask).embedding
+        assert embedding is not None
+        return embedding
 
     def encode_text(
         self,
@@ -75,8 +100,7 @@ class DualEncoder(nn.Module):
             assert input_ids is not None
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             tokens = {"input_ids": input_ids, "attention_mask": mask}
-        device = self.similarity.logit_scale.device
-        return self.similarity.text(self.text_features({name: ids.to(device) for name, ids in tokens.items()}))
+        return self.similarity.text(self.text_features({name: ids.to(self.device) for name, ids in tokens.items()}))
 
     def encode_prompts(self, texts: Sequence[str]) -> Tensor:
         """Strings -> (n, dim) float32: unit vectors, or of a model that standardises its features, of any length.
@@ -86,8 +110,7 @@ class DualEncoder(nn.Module):
         """
         if not self.config.standardise:
             return self.encode_text(texts)
-        device = self.similarity.logit_scale.device
-        tokens = {name: ids.to(device) for name, ids in self.text_encoder.tokenise(list(texts)).items()}
+        tokens = {name: ids.to(self.device) for name, ids in self.text_encoder.tokenise(list(texts)).items()}
         standardised: Tensor = self.similarity.text_standard(self.text_features(tokens).float())
         return standardised
 
@@ -115,6 +138,7 @@ class Similarity(nn.Module):
         self.text_standard = standard(config.dim, affine=False) if standard else nn.Identity()
 
     def scale(self) -> Tensor:
+        """(1,) the inverse temperature."""
         return self.logit_scale.clamp(max=self.largest).exp()
 
     def volume(self, features: Tensor) -> Tensor:
@@ -126,41 +150,21 @@ class Similarity(nn.Module):
         return F.normalize(self.text_standard(features.float()), dim=-1)
 
 
-def build_model(config: ModelConfig, tokenizer: Any | None = None) -> DualEncoder:
-    """The dual encoder ``config`` describes, freshly initialised."""
-    return DualEncoder(build_volume_encoder(config.volume), build_text_encoder(config.text, tokenizer), config)
+def build_model(config: ModelConfig, spec: PreprocessingSpec, tokenizer: Any | None = None) -> DualEncoder:
+    """The dual encoder that ``config`` describes for volumes of ``spec``, freshly initialised."""
+    return DualEncoder(build_volume_encoder(config.volume, spec), build_text_encoder(config.text, tokenizer), config)
 
 
-def build_volume_encoder(
-    config: ViT3DConfig | CTViTConfig | ResNet3DConfig | SlicesConfig, vision: Any | None = None
-) -> nn.Module:
-    """The volume encoder ``config`` describes; ``vision``: a slice encoder's 2-D model, loaded if not given."""
-    if isinstance(config, ViT3DConfig):
-        from ctclip.models.vit3d import ViT3D
-
-        return ViT3D(config)
-    if isinstance(config, CTViTConfig):
-        from ctclip.models.ctvit import CTViT
-
-        return CTViT(config)
-    if isinstance(config, SlicesConfig):
-        from ctclip.models.slices import SliceEncoder
-
-        return SliceEncoder(config, vision)
-    from ctclip.models.resnet3d import ResNet3D
-
-    return ResNet3D(config)
-
-
-class _Exact(nn.Linear):
-    """In its parameters' precision under autocast too: scores rounded to three digits would not keep their order."""
-
-    def forward(self, given: Tensor) -> Tensor:
-        with exactly(given):
-            return super().forward(given.to(self.weight.dtype))
+def build_volume_encoder(config: EncoderConfig, spec: PreprocessingSpec, **parts: Any) -> VolumeEncoder:
+    """The volume encoder that ``config`` describes for volumes of ``spec``; ``parts`` go to its constructor (a slice
+    encoder's 2-D model, ``vision``, where it is not to be loaded)."""
+    encoder: VolumeEncoder = plugins.find("encoder", config.kind)(config, spec, **parts)
+    if config.tuning == "lora":
+        add_lora(encoder, encoder.lora_targets, config.lora_rank)
+    return encoder
 
 
 def _projection(kind: str, inside: int, outside: int) -> nn.Module:
     if kind == "linear":
-        return _Exact(inside, outside, bias=False)
-    return nn.Sequential(nn.Linear(inside, inside), nn.GELU(), _Exact(inside, outside))
+        return ExactLinear(inside, outside, bias=False)
+    return nn.Sequential(nn.Linear(inside, inside), nn.GELU(), ExactLinear(inside, outside))

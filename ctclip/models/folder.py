@@ -1,9 +1,9 @@
 """The model folder: what training ends with, what import makes, and what every other command takes.
 
-``config.yaml`` (architecture), ``model.safetensors``, ``tokenizer/``, ``text_config.json`` (the BERT's shape; for a
-slice encoder ``vision_config.json`` too), ``preprocessing.yaml`` (the spec its volumes must have), ``prompts.yaml``,
-``model_card.md``, for an imported LiPro checkpoint ``classifier.safetensors``, and, once calibrated,
-``calibration.json``. Nothing in it is code, and nothing is unpickled.
+``config.yaml`` (architecture), ``model.safetensors``, ``tokenizer/``, ``text_config.json`` (the text encoder's shape; for a
+slice encoder ``vision_config.json`` too), ``preprocessing.yaml`` (the spec its volumes must have), ``labels.yaml``,
+``trained_on.yaml`` (what it learned from), ``model_card.md``, and ``heads/`` (``ctclip/heads/folder.py``). Nothing in it is
+code, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -14,51 +14,87 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ctclip.config import ModelConfig, SlicesConfig, TextConfig
-from ctclip.config_files import dump_config, find_config, read_mapping, validated
+from ctclip import plugins
+from ctclip.config import ModelConfig, TextConfig
+from ctclip.config_files import dump_config, read_mapping
 from ctclip.errors import CheckpointError
+from ctclip.labels import FILE as LABELS
+from ctclip.labels import LabelSet, load_labels
 from ctclip.models.dual_encoder import DualEncoder, build_volume_encoder
+from ctclip.models.slices import SlicesConfig
 from ctclip.models.text import TextEncoder, load_tokenizer
 from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.schema import Section, validated
 
-REQUIRED = ("config.yaml", "model.safetensors", "tokenizer", "text_config.json", "preprocessing.yaml")
+ARCHITECTURE = ("config.yaml", "tokenizer", "text_config.json", "preprocessing.yaml")
+REQUIRED = (*ARCHITECTURE, "model.safetensors")
+TRAINED_ON = "trained_on.yaml"
+# Of folders written before label sets were kept (0.2), whose models knew these findings.
+LABELS_BEFORE = "ct_rate_18"
+# Keys of an encoder that 0.2 stated beside the spec, and what they repeat of it.
+REPEATED = ("spacing", "hu_window", "shape")
+
+
+class TrainedOn(Section):
+    """What a model learned from; tables and pages say it."""
+
+    supervision: str = ""
+    cohort: str = ""
+    volumes: int | None = None
+    patients: int | None = None
+    synthetic: bool | None = None
+    body_part: str = ""
+    spacing: tuple[float, float, float] | None = None
+    init: str = ""
+
+
+@dataclass
+class Architecture:
+    """A model without its weights, and what was kept beside it."""
+
+    model: DualEncoder
+    spec: PreprocessingSpec
+    labels: LabelSet
 
 
 @dataclass
 class ModelFolder:
-    """A loaded model with everything needed to use it."""
+    """A loaded model with what is needed to use it; its heads are loaded by ``ctclip.heads.folder.load_head``."""
 
     model: DualEncoder
     spec: PreprocessingSpec
-    prompts: dict[str, Any] | None
+    labels: LabelSet
     path: Path
     hash: str
+    trained_on: TrainedOn = field(default_factory=TrainedOn)
 
 
 def save_model(
     folder: str | os.PathLike[str],
     model: DualEncoder,
-    spec: PreprocessingSpec,
+    labels: LabelSet,
     *,
-    prompts: str | Path | None = None,
+    trained_on: TrainedOn | None = None,
     card: str = "",
     state: dict[str, torch.Tensor] | None = None,
-    classifier: dict[str, torch.Tensor] | None = None,
+    write_more: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a model folder whole or not at all; an existing one is replaced.
 
-    ``state`` stands in for the model's own tensors where they are spread over ranks. ``prompts`` is the path of
-    a prompt file to keep with the model. ``classifier``: weight (18, dim) and bias (18,) of a linear probe.
+    ``state`` stands in for the model's own tensors where they are spread over ranks. ``write_more`` is called with the
+    folder before it is put in its place, to add heads.
     """
     final = Path(folder)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -69,31 +105,14 @@ def save_model(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             partial / "model.safetensors",
         )
-        if classifier:
-            save_file(
-                {name: value.contiguous() for name, value in classifier.items()}, partial / "classifier.safetensors"
-            )
-        (partial / "config.yaml").write_text(dump_config(model.config), encoding="utf-8")
-        bert: dict[str, Any] = model.text_encoder.bert.config.to_dict()  # type: ignore[union-attr, operator]
-        (partial / "text_config.json").write_text(json.dumps(bert, indent=2, default=str), encoding="utf-8")
-        if isinstance(model.config.volume, SlicesConfig):
-            shape: dict[str, Any] = model.volume_encoder.vision.config.to_dict()
-            (partial / "vision_config.json").write_text(json.dumps(shape, indent=2, default=str), encoding="utf-8")
-        model.text_encoder.tokenizer.save_pretrained(partial / "tokenizer")
-        spec.save(partial / "preprocessing.yaml")
-        if prompts is not None:
-            shutil.copyfile(prompts, partial / "prompts.yaml")
+        write_architecture(partial, model, labels)
+        facts = (trained_on or TrainedOn()).model_dump(mode="json")
+        (partial / TRAINED_ON).write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), encoding="utf-8")
         (partial / "model_card.md").write_text(card or "# ctclip model\n", encoding="utf-8")
+        if write_more is not None:
+            write_more(partial)
         partial.chmod(0o755)
-        if final.exists():
-            # A folder cannot be renamed over another: the old one steps aside until the new one is in place.
-            aside = final.with_name(f".{final.name}.replaced")
-            shutil.rmtree(aside, ignore_errors=True)
-            final.rename(aside)
-            partial.rename(final)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            partial.rename(final)
+        _put_in_place(partial, final)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{final}: the model could not be written ({' '.join(str(error).split())[-160:]}); free some space and start the "
@@ -104,86 +123,135 @@ def save_model(
     return final
 
 
-def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> ModelFolder:
-    """Load a model folder, or a hub repository that holds one, in evaluation mode.
+def write_architecture(folder: Path, model: DualEncoder, labels: LabelSet) -> None:
+    """Everything of a model folder but what was learned: enough to build the model again, whatever it was made from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config.model_copy(update={"init": None})
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    bert: dict[str, Any] = model.text_encoder.bert.config.to_dict()
+    (folder / "text_config.json").write_text(json.dumps(bert, indent=2, default=str), encoding="utf-8")
+    if isinstance(model.config.volume, SlicesConfig):
+        shape: dict[str, Any] = model.volume_encoder.vision.config.to_dict()  # type: ignore[union-attr, operator]
+        (folder / "vision_config.json").write_text(json.dumps(shape, indent=2, default=str), encoding="utf-8")
+    model.text_encoder.tokenizer.save_pretrained(folder / "tokenizer")
+    model.spec.save(folder / "preprocessing.yaml")
+    labels.save(folder / LABELS)
 
-    Raises CheckpointError naming what is missing or damaged.
-    """
-    path = _local(str(source))
-    for name in REQUIRED:
+
+def read_architecture(
+    path: Path, change: Callable[[ModelConfig], ModelConfig] | None = None, spec: PreprocessingSpec | None = None
+) -> Architecture:
+    """The model that ``write_architecture`` described, freshly initialised; ``change``: of its configuration before it is
+    built; ``spec``: another geometry than its own. Raises CheckpointError naming what is missing."""
+    for name in ARCHITECTURE:
         if not (path / name).exists():
             raise CheckpointError(
                 f"{path}: {name} is missing, this is not a ctclip model folder. `ctclip train` ends with one; "
                 f"`ctclip import-checkpoint` makes one of a published checkpoint"
             )
-    config = validated(ModelConfig, read_mapping(path / "config.yaml"), str(path / "config.yaml"))
+    own = PreprocessingSpec.load(path / "preprocessing.yaml")
+    config, geometry = _config_of(path, own)
+    config = config if change is None else change(config)
+    geometry = geometry if spec is None else spec
     tokenizer = load_tokenizer(path / "tokenizer")
     text = TextEncoder(_bert_of(path / "text_config.json", config.text), tokenizer, config.text)
-    model = DualEncoder(build_volume_encoder(config.volume, _vision_of(path, config)), text, config)
+    model = DualEncoder(build_volume_encoder(config.volume, geometry, **_vision_of(path, config)), text, config)
+    return Architecture(model, own, _labels_of(path))
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    """Rename ``partial`` to ``final``. A folder cannot be renamed over another: the old one steps aside first."""
+    if final.is_symlink() or (final.exists() and not (final.is_dir() and _is_ours(final))):
+        raise CheckpointError(f"{final}: exists and is not a model folder of ours; give another --output")
+    if not final.exists():
+        partial.rename(final)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".replaced", dir=final.parent))
+    final.rename(aside / final.name)
+    partial.rename(final)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is empty, or a model folder and nothing else."""
+    names = {path.name for path in folder.iterdir()}
+    known = {*REQUIRED, LABELS, TRAINED_ON, "model_card.md", "heads", "vision_config.json", "README.md", ".cache"}
+    known |= {"prompts.yaml", "calibration.json", "classifier.safetensors"}  # of 0.2
+    return not names or ({"config.yaml", "model.safetensors"} <= names and names <= known)
+
+
+def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> ModelFolder:
+    """Load a model folder, or a hub repository that holds one, in evaluation mode.
+
+    A folder written by 0.2 is opened too; what it lacks is filled in and said on stderr. Raises CheckpointError naming
+    what is missing or damaged.
+    """
+    path = local_folder(str(source))
+    if not (path / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"{path}: model.safetensors is missing, this is not a ctclip model folder. `ctclip train` ends with one; "
+            f"`ctclip import-checkpoint` makes one of a published checkpoint"
+        )
+    built = read_architecture(path)
+    model = built.model
     weights = path / "model.safetensors"
     try:
-        state = load_file(weights)
-        model.load_state_dict(state)
+        model.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"{weights}: does not fit config.yaml or is damaged ({' '.join(str(error).split())[:300]}); "
             f"copy the folder again from where it was made"
         ) from error
-    prompts = read_mapping(path / "prompts.yaml") if (path / "prompts.yaml").is_file() else None
-    spec = PreprocessingSpec.load(path / "preprocessing.yaml")
-    return ModelFolder(model.to(device).eval(), spec, prompts, path, file_hash(weights))
-
-
-def import_published(
-    file: Path, output: Path, text: str | None, ignore: Sequence[str] = (), *, text_config: Path | None = None
-) -> Path:
-    """A published checkpoint as a model folder: spec ``ct_clip`` and the published prompts go with it.
-
-    ``text``: folder or hub name with the tokenizer and ``config.json`` of the checkpoint's BERT; ``text_config``: that
-    ``config.json`` by itself, with the tokenizer in ``text`` or beside it. A linear probe's head (CT-LiPro) is kept.
-    """
-    from transformers import BertModel
-
-    from ctclip.models.published import read_published, to_model
-
-    if text is None and text_config is None:
-        raise CheckpointError(f"{file}: name the text encoder's tokenizer and config.json in --text or --text-config")
-    published = read_published(file, ignore)
-    shape = _bert_config(text, text_config)
-    source = text_config or text
-    for name, value in published.bert.items():
-        if getattr(shape, name) != value:
-            raise CheckpointError(
-                f"{source}: its config.json says {name} {getattr(shape, name)}, the checkpoint has {value}"
-            )
-    bert = BertModel(shape, add_pooling_layer=False)
-    settings = TextConfig(
-        pooling="cls", width=shape.hidden_size, depth=shape.num_hidden_layers, heads=shape.num_attention_heads
-    )
-    tokenizer = load_tokenizer(text or Path(str(text_config)).parent)
-    model = to_model(published, bert, tokenizer, settings)
-    spec = PreprocessingSpec.load("ct_clip")
-    if published.volume.shape != (spec.shape[0], spec.shape[2], spec.shape[1]):
-        # A model of another grid: the same published geometry at its own size.
-        spec = dataclasses.replace(spec, name=f"ct_clip_{published.volume.shape[1]}", shape=published.volume.shape)
-    card = f"# Imported from {file.name}\n\nsupervision: as published\n\nPublished CT-CLIP weights, sha256 {file_hash(file)}.\n"
-    return save_model(
-        output, model, spec, prompts=find_config("published", "prompts"), card=card, classifier=published.classifier
+    return ModelFolder(
+        model.to(device).eval(), built.spec, built.labels, path, file_hash(weights), read_trained_on(path)
     )
 
 
-def _bert_config(text: str | None, text_config: Path | None) -> Any:
-    from transformers import BertConfig
+def _config_of(path: Path, spec: PreprocessingSpec) -> tuple[ModelConfig, PreprocessingSpec]:
+    """The architecture of a folder, and the geometry its encoder was built for: the spec's, but for a 0.2 folder whose
+    configuration said otherwise."""
+    values = read_mapping(path / "config.yaml")
+    volume = values.get("volume")
+    geometry = spec
+    if isinstance(volume, dict):
+        plugins.refuse_unknown_code("encoder", str(volume.get("kind", "")), str(path / "config.yaml"))
+        repeated = {name: volume.pop(name) for name in REPEATED if name in volume}
+        if volume.get("kind") == "slices" and "spacing" in repeated:
+            repeated["spacing"] = [repeated["spacing"], *spec.spacing[1:]]
+        if volume.get("kind") == "ctvit" and "shape" in repeated:
+            depth, column, row = repeated["shape"]
+            repeated["shape"] = [depth, row, column] if spec.published_geometry else [depth, column, row]
+        for name, value in repeated.items():
+            kept = getattr(spec, name)
+            if tuple(value) != tuple(kept):
+                print(
+                    f"note: {path / 'config.yaml'}: trained as if {name} were {value}; the spec of its volumes says "
+                    f"{list(kept)}: kept as it was trained",
+                    file=sys.stderr,
+                )
+                geometry = dataclasses.replace(geometry, **{name: tuple(value)})
+    config = validated(ModelConfig, values, str(path / "config.yaml"))
+    return config, geometry
 
-    try:
-        if text_config is not None:
-            return BertConfig.from_dict(json.loads(text_config.read_text(encoding="utf-8")))
-        return BertConfig.from_pretrained(str(text))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{text_config or text}: no BERT configuration; put config.json, vocab.txt and tokenizer_config.json of the "
-            f"checkpoint's text encoder (microsoft/BiomedVLP-CXR-BERT-specialized for CT-CLIP) in a folder and name it in --text"
-        ) from error
+
+def _labels_of(path: Path) -> LabelSet:
+    if (path / LABELS).is_file():
+        return load_labels(path / LABELS)
+    print(
+        f"note: {path}: written by an earlier version, without its label set: {LABELS_BEFORE} is assumed",
+        file=sys.stderr,
+    )
+    return load_labels(LABELS_BEFORE)
+
+
+def read_trained_on(path: Path) -> TrainedOn:
+    """What a model folder says that it learned from."""
+    if (path / TRAINED_ON).is_file():
+        return validated(TrainedOn, read_mapping(path / TRAINED_ON), str(path / TRAINED_ON))
+    card = path / "model_card.md"
+    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
+    supervision = next((line.partition(":")[2].strip() for line in lines if line.startswith("supervision:")), "")
+    return TrainedOn(supervision=supervision)
 
 
 def file_hash(path: Path) -> str:
@@ -209,19 +277,20 @@ def _bert_of(path: Path, config: TextConfig) -> torch.nn.Module:
     return bert
 
 
-def _vision_of(path: Path, config: ModelConfig) -> Any:
-    """A slice encoder's 2-D model, built from the folder alone."""
+def _vision_of(path: Path, config: ModelConfig) -> dict[str, Any]:
+    """A slice encoder's 2-D model (``vision``), built from the folder alone; nothing for other encoders."""
     if not isinstance(config.volume, SlicesConfig):
-        return None
+        return {}
     from ctclip.models.slices import vision_of
 
     shape = path / "vision_config.json"
     if not shape.is_file():
         raise CheckpointError(f"{path}: vision_config.json is missing; copy the folder again from where it was made")
-    return vision_of(json.loads(shape.read_text(encoding="utf-8")))
+    return {"vision": vision_of(json.loads(shape.read_text(encoding="utf-8")))}
 
 
-def _local(source: str) -> Path:
+def local_folder(source: str) -> Path:
+    """The folder ``source`` names: one here, or a snapshot of a hub repository. Raises CheckpointError."""
     path = Path(source)
     if path.is_dir():
         return path
@@ -233,7 +302,16 @@ def _local(source: str) -> Path:
     with contextlib.suppress(HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         return Path(
             snapshot_download(
-                source, allow_patterns=[*REQUIRED, "classifier.safetensors", "tokenizer/*", "*.yaml", "*.json", "*.md"]
+                source,
+                allow_patterns=[
+                    *REQUIRED,
+                    "classifier.safetensors",
+                    "tokenizer/*",
+                    "heads/*",
+                    "*.yaml",
+                    "*.json",
+                    "*.md",
+                ],
             )
         )
     raise CheckpointError(f"{source}: neither a folder here nor a repository that could be fetched from the hub")

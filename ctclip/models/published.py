@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctclip.config import CTViTConfig, ModelConfig, TextConfig
+from ctclip.config import ModelConfig, TextConfig
 from ctclip.errors import CheckpointError
-from ctclip.models.ctvit import CTViT
+from ctclip.models.ctvit import CTViT, CTViTConfig
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.text import TextEncoder
+from ctclip.preprocessing.spec import PreprocessingSpec
 
 _NORM = {"gamma": "weight", "beta": "bias"}
 _SCALE = {"q_scale": "query_scale", "k_scale": "key_scale"}
@@ -53,9 +54,13 @@ LARGEST_BYTES = 16 * 2**30
 
 @dataclass
 class Published:
-    """A checkpoint understood: our configuration (without the text encoder's files) and state; the LiPro head."""
+    """A checkpoint understood: our configuration (without the text encoder's files) and state; the LiPro head.
+
+    ``plane``: voxels of a volume's rows and columns; the number of its slices leaves no trace in the weights.
+    """
 
     volume: CTViTConfig
+    plane: int
     dim: int
     bert: dict[str, int]
     state: dict[str, Tensor]
@@ -93,19 +98,20 @@ def read_published(path: str | Path, ignore: Sequence[str] = ()) -> Published:
             f"{path}: {len(strange)} keys are not understood: {', '.join(strange)}; name those that may be dropped in --ignore (`--ignore 'decoder.*'` for many)"
         )
     try:
-        volume, dim, bert = _sizes(found, state)
+        volume, plane, dim, bert = _sizes(found, state)
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: not a CT-CLIP checkpoint, {error} is missing or of an odd shape") from error
     classifier = {
         key.removeprefix("classifier."): found[key] for key in ("classifier.weight", "classifier.bias") if key in found
     }
-    return Published(volume, dim, bert, state, classifier)
+    return Published(volume, plane, dim, bert, state, classifier)
 
 
-def to_model(published: Published, bert: Any, tokenizer: Any, text: TextConfig) -> DualEncoder:
-    """Our dual encoder holding the published weights; ``bert`` a BertModel of the checkpoint's shape."""
+def to_model(published: Published, bert: Any, tokenizer: Any, text: TextConfig, spec: PreprocessingSpec) -> DualEncoder:
+    """Our dual encoder holding the published weights; ``bert``: a BertModel of the checkpoint's shape; ``spec``: the
+    geometry of its volumes."""
     config = ModelConfig(volume=published.volume, text=text, dim=published.dim, logit_scale_max=1e4)
-    model = DualEncoder(CTViT(published.volume), TextEncoder(bert, tokenizer, text), config)
+    model = DualEncoder(CTViT(published.volume, spec), TextEncoder(bert, tokenizer, text), config)
     state = {**published.state, "similarity.logit_bias": model.similarity.logit_bias.detach()}
     try:
         model.load_state_dict(state)
@@ -145,7 +151,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _sizes(found: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[CTViTConfig, int, dict[str, int]]:
+def _sizes(found: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[CTViTConfig, int, int, dict[str, int]]:
     width, inside = state["volume_encoder.embed.1.weight"].shape
     heads = state["volume_encoder.bias.net.4.weight"].shape[0]
     head_width = state["volume_encoder.spatial.0.query_scale"].shape[0]
@@ -163,8 +169,7 @@ def _sizes(found: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[CTViTCon
         for kind in ("spatial", "temporal")
     }
     volume = CTViTConfig(
-        # As many slabs as columns of patches, as published. Any number of slabs fits the weights.
-        shape=(side * depth, side * patch, side * patch), patch=(depth, patch, patch), width=width, heads=heads,
+        patch=(depth, patch, patch), width=width, heads=heads,
         head_width=head_width, spatial_depth=layers["spatial"], temporal_depth=layers["temporal"],
         codebook_size=state["volume_encoder.codebook.rows"].shape[0],
     )  # fmt: skip
@@ -175,4 +180,4 @@ def _sizes(found: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[CTViTCon
         "intermediate_size": state["text_encoder.bert.encoder.layer.0.intermediate.dense.weight"].shape[0],
         "num_hidden_layers": 1 + max(int(m[1]) for key in state if (m := re.search(r"encoder\.layer\.(\d+)\.", key))),
     }  # fmt: skip
-    return volume, dim, bert
+    return volume, side * patch, dim, bert

@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ctclip.config import ResNet3DConfig
+from ctclip.config import EncoderConfig
 from ctclip.models.batchnorm import GlobalBatchNorm3d
-from ctclip.models.outputs import VolumeTokens, air_where_padded, check_volume, largest_token, mean_token, real_cells
+from ctclip.models.encoded import Encoded, VolumeEncoder, check_shape
+from ctclip.models.pooling import air_where_padded, largest_token, mean_token, real_cells
+from ctclip.preprocessing.spec import PreprocessingSpec
 
 BLOCKS = {18: ("basic", (2, 2, 2, 2)), 50: ("bottleneck", (3, 4, 6, 3))}
 GROUPS = 8
 
 
-class ResNet3D(nn.Module):
-    """volume (B, 1, D, H, W) in [-1, 1] -> VolumeTokens: the last feature map's cells, and their mean and maximum."""
+class ResNet3DConfig(EncoderConfig):
+    """MONAI's 3-D ResNets (``ctclip/models/resnet3d.py``)."""
 
-    def __init__(self, config: ResNet3DConfig) -> None:
-        super().__init__()
-        self.config = config
+    kind: Literal["resnet3d"] = "resnet3d"
+    depth: Literal[18, 50] = 18
+    stem_stride: tuple[int, int, int] = (2, 2, 2)
+    norm: Literal["batch", "group"] = "group"
+    width_factor: float = 1.0
+
+    @model_validator(mode="after")
+    def _counts_once(self) -> ResNet3DConfig:
+        if self.activation_checkpointing and self.norm == "batch":
+            raise ValueError("activation_checkpointing would count a batch's statistics twice: set norm=group")
+        return self
+
+
+class ResNet3D(VolumeEncoder):
+    """volume (B, 1, D, H, W) in [-1, 1] -> Encoded: the last feature map's cells, and their mean and maximum."""
+
+    Config: ClassVar[type[EncoderConfig]] = ResNet3DConfig
+    lora_targets = ("conv1", "conv2", "conv3")
+    config: ResNet3DConfig
+
+    def __init__(self, config: ResNet3DConfig, spec: PreprocessingSpec) -> None:
+        super().__init__(config, spec)
         from monai.networks.nets import ResNet
 
         block, layers = BLOCKS[config.depth]
@@ -40,10 +62,10 @@ class ResNet3D(nn.Module):
         self.token_width = widths[-1] * (4 if block == "bottleneck" else 1)
         self.width = 2 * self.token_width
 
-    def forward(self, volume: Tensor, mask: Tensor | None = None) -> VolumeTokens:
+    def forward(self, volume: Tensor, mask: Tensor | None = None, body: Tensor | None = None) -> Encoded:
         """``mask`` (B, 1, D, H, W) bool, true where voxels are real: convolutions see padding as air, and cells of
         nothing else are not pooled."""
-        check_volume(volume)
+        check_shape(volume)
         net = self.net
         cells = net.maxpool(net.act(net.bn1(net.conv1(air_where_padded(volume, mask)))))
         for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
@@ -55,7 +77,15 @@ class ResNet3D(nn.Module):
         grid = (cells.shape[2], cells.shape[3], cells.shape[4])
         real = real_cells(mask, grid)
         pooled = torch.cat([mean_token(tokens, real), largest_token(tokens, real)], dim=1)
-        return VolumeTokens(tokens if real is None else tokens * real[..., None], grid, pooled)
+        # The stem's pooling and three of the four stages halve the grid after the stem's own stride.
+        affine = self.affine([16 * stride for stride in self.config.stem_stride], (0.0, 0.0, 0.0))
+        return Encoded(tokens if real is None else tokens * real[..., None], grid, pooled, affine, real)
+
+    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """The stem, then each residual block."""
+        net = self.net
+        blocks = [block for stage in (net.layer1, net.layer2, net.layer3, net.layer4) for block in stage]
+        return [[net.conv1, net.bn1], *([block] for block in blocks)]
 
 
 def _norm(config: ResNet3DConfig, width: int) -> nn.Module:

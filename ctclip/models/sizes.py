@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ctclip.config import CTViTConfig, ModelConfig
+from ctclip.config import ModelConfig
 from ctclip.models.dual_encoder import build_volume_encoder
+from ctclip.models.encoded import axis_shape
+from ctclip.preprocessing.spec import PreprocessingSpec
 
 
 @dataclass(frozen=True)
@@ -22,20 +24,18 @@ class Size:
     flops: float
 
 
-def measure(config: ModelConfig, shape: tuple[int, int, int]) -> Size:
-    """Count for volumes of ``shape``; the published encoder has a shape of its own."""
+def measure(config: ModelConfig, spec: PreprocessingSpec) -> Size:
+    """Count for volumes of ``spec``."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    if isinstance(config.volume, CTViTConfig):
-        shape = config.volume.shape
     with torch.device("meta"):
-        encoder = build_volume_encoder(config.volume).eval()
-        volume = torch.zeros(1, 1, *shape)
+        encoder = build_volume_encoder(config.volume, spec).eval()
+        volume = torch.zeros(1, 1, *axis_shape(spec))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         found = encoder(volume)
     return Size(
         kind=config.volume.kind,
-        shape=shape,
+        shape=axis_shape(spec),
         tokens=found.tokens.shape[1],
         volume_parameters=sum(parameter.numel() for parameter in encoder.parameters()),
         text_parameters=_text_parameters(config),

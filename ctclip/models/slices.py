@@ -10,28 +10,52 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ctclip.config import SlicesConfig
+from ctclip.config import EncoderConfig
 from ctclip.errors import CheckpointError
-from ctclip.models.outputs import VolumeTokens, air_where_padded, check_volume
+from ctclip.models.encoded import Encoded, VolumeEncoder, axis_shape, axis_spacing, check_shape
+from ctclip.models.pooling import air_where_padded
+from ctclip.preprocessing.spec import PreprocessingSpec
 
 LONGEST_MM = 1000.0
 
 
-class SliceEncoder(nn.Module):
-    """volume (B, 1, D, H, W) in [-1, 1] -> VolumeTokens: one token a slice, and the aggregator's vector."""
+class SlicesConfig(EncoderConfig):
+    """A 2-D vision model of Hugging Face on every slice, and an aggregator over slices (``ctclip/models/slices.py``)."""
 
-    def __init__(self, config: SlicesConfig, vision: Any | None = None) -> None:
+    kind: Literal["slices"] = "slices"
+    pretrained: str = Field("", description="folder or hub name of a vision model, for example facebook/dinov2-small")
+    weights: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random: keep the architecture of `pretrained`, not its weights"
+    )
+    aggregator: Literal["mean", "lstm", "transformer", "cross"] = "transformer"
+    depth: int = Field(2, ge=1, description="layers of the transformer or LSTM over slices")
+    heads: int = 8
+    every: int = Field(1, ge=1, description="take every n-th slice")
+    windows: tuple[tuple[float, float], ...] = Field(
+        ((-1000.0, 400.0), (-160.0, 240.0), (-500.0, 1000.0)), description="HU windows shown as the colour channels"
+    )
+    slices_at_once: int = Field(64, ge=1, description="slices encoded together, over the batch")
+
+
+class SliceEncoder(VolumeEncoder):
+    """volume (B, 1, D, H, W) in [-1, 1] -> Encoded: one token a slice, and the aggregator's vector."""
+
+    Config: ClassVar[type[EncoderConfig]] = SlicesConfig
+    lora_targets = ("query", "key", "value", "q_proj", "k_proj", "v_proj")
+    config: SlicesConfig
+
+    def __init__(self, config: SlicesConfig, spec: PreprocessingSpec, vision: Any | None = None) -> None:
         """``vision``: the vision model; loaded as ``config`` says if not given."""
-        super().__init__()
-        self.config = config
+        super().__init__(config, spec)
         self.vision: Any = load_vision(config) if vision is None else vision
         shape = self.vision.config
         self.channels = int(getattr(shape, "num_channels", 3))
@@ -42,12 +66,12 @@ class SliceEncoder(nn.Module):
         self.deviation: Tensor
         self.register_buffer("mean", mean, persistent=True)
         self.register_buffer("deviation", deviation, persistent=True)
-        self.aggregate = Aggregator(config, self.width)
+        self.aggregate = Aggregator(config, self.width, axis_spacing(spec)[0])
 
-    def forward(self, volume: Tensor, mask: Tensor | None = None) -> VolumeTokens:
+    def forward(self, volume: Tensor, mask: Tensor | None = None, body: Tensor | None = None) -> Encoded:
         """volume (B, 1, D, H, W) in [-1, 1]; mask (B, 1, D, H, W) bool, true where voxels are real: slices without
         any take no part and come back as zeros. tokens (B, D / every, width), grid (D / every, 1, 1)."""
-        check_volume(volume)
+        check_shape(volume)
         volume = air_where_padded(volume, mask)
         first = (volume.shape[2] - 1) % self.config.every // 2
         taken = volume[:, :, first :: self.config.every]
@@ -57,7 +81,13 @@ class SliceEncoder(nn.Module):
         real = None if mask is None else mask[:, 0, first :: self.config.every].flatten(2).any(dim=2)
         if real is not None:
             tokens = tokens * real[..., None]
-        return VolumeTokens(tokens, (tokens.shape[1], 1, 1), self.aggregate(tokens, real))
+        _, height, width = axis_shape(self.spec)
+        affine = self.affine((self.config.every, 1, 1), (first, (height - 1) / 2, (width - 1) / 2))
+        return Encoded(tokens, (tokens.shape[1], 1, 1), self.aggregate(tokens, real), affine, real)
+
+    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """The 2-D model as a whole; its own layers differ from architecture to architecture."""
+        return [[self.vision]]
 
     def _slices(self, slices: Tensor) -> Tensor:
         """(n, 1, H, W) -> (n, width)."""
@@ -66,7 +96,7 @@ class SliceEncoder(nn.Module):
         return self._encode(slices)
 
     def _encode(self, slices: Tensor) -> Tensor:
-        bottom, top = self.config.hu_window
+        bottom, top = self.spec.hu_window
         hu = (slices + 1) / 2 * (top - bottom) + bottom
         shown = torch.cat([((hu - low) / (high - low)).clamp(0, 1) for low, high in self.config.windows], dim=1)
         # Fewer windows than colours are repeated, more are cut: (n, channels, H, W).
@@ -88,9 +118,10 @@ class SliceEncoder(nn.Module):
 class Aggregator(nn.Module):
     """(B, slices, width) -> (B, width)."""
 
-    def __init__(self, config: SlicesConfig, width: int) -> None:
+    def __init__(self, config: SlicesConfig, width: int, spacing: float) -> None:
+        """``spacing``: mm between the slices of a volume."""
         super().__init__()
-        self.kind, self.step = config.aggregator, config.spacing * config.every
+        self.kind, self.step = config.aggregator, spacing * config.every
         if self.kind == "lstm":
             self.recurrent = nn.LSTM(width, width, config.depth, batch_first=True)
         elif self.kind == "transformer":

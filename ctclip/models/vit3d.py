@@ -11,32 +11,87 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ctclip.config import ViT3DConfig
+from ctclip.config import EncoderConfig
+from ctclip.data.air import BodyTokens
 from ctclip.models.batchnorm import GlobalBatchNorm3d
-from ctclip.models.outputs import VolumeTokens, air_where_padded, check_volume, largest_token, mean_token, real_cells
+from ctclip.models.encoded import Encoded, VolumeEncoder, axis_spacing, check_shape
+from ctclip.models.pooling import air_where_padded, largest_token, mean_token, real_cells
 from ctclip.models.windows import Windows, cut, means, to_tokens, within
+from ctclip.preprocessing.spec import PreprocessingSpec
 
 LONGEST_WAVE_MM = 800.0
 SHORTEST_WAVE_MM = 12.0
-# Lung is emphysema below -950 HU (Gevenois et al. 1995); the air around a patient is -1000 with some noise.
-AIR_HU = -950.0
 
 
-class ViT3D(nn.Module):
-    """volume (B, 1, D, H, W) in [-1, 1] -> VolumeTokens; ``width`` is the size of the pooled vector."""
+class ViT3DConfig(EncoderConfig):
+    """Our 3-D vision transformer with a convolutional stem (``ctclip/models/vit3d.py``)."""
 
-    def __init__(self, config: ViT3DConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.stem = Stem(config)
+    kind: Literal["vit3d"] = "vit3d"
+    patch: tuple[int, int, int] = Field((4, 4, 4), description="voxels [slice, row, column] of one stem cell")
+    stages: tuple[tuple[int, int], ...] = Field(
+        ((64, 1), (128, 1)),
+        description="width and 3x3x3 residual convolutions of each stage of the stem; each ends with a strided "
+        "one that halves the axes. No stages: a linear patch embedding",
+    )
+    width: int = 192
+    depth: int = 4
+    heads: int = 6
+    registers: int = 4
+    windows: tuple[tuple[float, float], ...] = Field(
+        ((-1000.0, 1000.0),), description="HU windows shown side by side as input channels"
+    )
+    pooling: tuple[Literal["attention", "mean", "max"], ...] = ("attention", "mean")
+    extremes: bool = Field(
+        False,
+        description="beside a patch's voxels, the largest and smallest of them under each window: for small "
+        "bright or dark spots, wherever in the patch they lie",
+    )
+    pool_stem: bool = Field(
+        False, description="mean and largest of every stage of the stem beside the pooled tokens: for small findings"
+    )
+    window: tuple[int, int, int] | None = Field(
+        None, description="tokens [slice, row, column] of a local attention window; null: full attention"
+    )
+    global_every: int = Field(4, ge=1, description="with a window: every n-th layer is a global one")
+    global_over: Literal["tokens", "windows"] = Field(
+        "tokens",
+        description="what a global layer works on: all tokens, or one a window, the mean of its tokens: far cheaper",
+    )
+    drop_air: bool = Field(False, description="drop tokens of nothing but air outside the body")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> ViT3DConfig:
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
+        return self
+
+    @model_validator(mode="after")
+    def _windows_to_be_global_over(self) -> ViT3DConfig:
+        if self.global_over == "windows" and self.window is None:
+            raise ValueError("global_over=windows needs window: without one every layer is over all tokens")
+        return self
+
+
+class ViT3D(VolumeEncoder):
+    """volume (B, 1, D, H, W) in [-1, 1] -> Encoded; ``width`` is the size of the pooled vector."""
+
+    Config: ClassVar[type[EncoderConfig]] = ViT3DConfig
+    lora_targets = ("qkv", "out", "gate_up", "down")
+    config: ViT3DConfig
+
+    def __init__(self, config: ViT3DConfig, spec: PreprocessingSpec) -> None:
+        super().__init__(config, spec)
+        self.stem = Stem(config, spec.hu_window)
         self.registers = nn.Parameter(torch.randn(config.registers, config.width) * 0.02)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.norm = RMSNorm(config.width)
@@ -44,8 +99,9 @@ class ViT3D(nn.Module):
         self.token_width = config.width
         self.width = config.width * len(config.pooling) + self.stem.pooled_width
 
-    def forward(self, volume: Tensor, mask: Tensor | None = None) -> VolumeTokens:
-        """volume (B, 1, D, H, W) in [-1, 1]; mask (B, 1, D, H, W) bool, true where voxels are real.
+    def forward(self, volume: Tensor, mask: Tensor | None = None, body: Tensor | None = None) -> Encoded:
+        """volume (B, 1, D, H, W) in [-1, 1]; mask (B, 1, D, H, W) bool, true where voxels are real; body (B, N) bool on
+        the host, with ``drop_air`` (found here if not given).
 
         Returns tokens (B, N, width) in slice, row, column order of ``grid``. Tokens of nothing but padding
         (and, with ``drop_air``, of nothing but air outside the body) take no part and come back as zeros.
@@ -55,23 +111,43 @@ class ViT3D(nn.Module):
         cells, pooled_stem = self.stem(volume, mask)
         grid = (cells.shape[2], cells.shape[3], cells.shape[4])
         tokens = rearrange(cells, "b c d h w -> b (d h w) c")
-        keep = self._kept(volume, mask)
+        keep = self._kept(volume, mask, body)
         positions = self._positions(grid, tokens.device)
+        affine = self.affine(self.token_voxels, [(extent - 1) / 2 for extent in self.config.patch])
         if keep is None:
-            flat = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+            flat = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
             encoded = self._transform(tokens, positions[None], flat, None, grid)
-            return VolumeTokens(encoded, grid, torch.cat([self._pool(encoded, None), *pooled_stem], dim=1))
-        order, valid = _compact(keep)
+            pooled = torch.cat([self._pool(encoded, None), *pooled_stem], dim=1)
+            return Encoded(encoded, grid, pooled, affine)
+        places, is_real = _compact(keep)
+        device = tokens.device
+        order, valid = (torch.from_numpy(part).to(device, non_blocking=True) for part in (places, is_real))
         packed = torch.gather(tokens, 1, order[..., None].expand(-1, -1, tokens.shape[2]))
-        encoded = self._transform(packed, positions[order], order, valid, grid) * valid[..., None]
+        encoded = self._transform(packed, positions[order], places, is_real, grid, valid) * valid[..., None]
         pooled = torch.cat([self._pool(encoded, valid), *pooled_stem], dim=1)
         full = torch.zeros_like(tokens).scatter(1, order[..., None].expand_as(encoded), encoded)
-        return VolumeTokens(full, grid, pooled)
+        real = torch.from_numpy(keep).to(device, non_blocking=True)
+        return Encoded(full, grid, pooled, affine, real)
+
+    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """The stem with the registers, then each block."""
+        return [[self.stem, self.registers], *([block] for block in self.blocks)]
+
+    def body_tokens(self) -> BodyTokens | None:
+        """With ``drop_air``, tokens of air outside the body are left out."""
+        return BodyTokens(self.token_voxels, self.spec) if self.config.drop_air else None
 
     def _transform(
-        self, tokens: Tensor, positions: Tensor, order: Tensor, valid: Tensor | None, grid: tuple[int, int, int]
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        places: np.ndarray,
+        is_real: np.ndarray | None,
+        grid: tuple[int, int, int],
+        valid: Tensor | None = None,
     ) -> Tensor:
-        """tokens (B, M, C), of which ``valid`` are real; ``order`` (B, M): their places in the grid, row by row."""
+        """tokens (B, M, C), of which ``valid`` (B, M) are real (``is_real`` on the host); ``places`` (B, M): their places
+        in the grid, row by row."""
         batch, registers = len(tokens), len(self.registers)
         tokens = torch.cat([self.registers.to(tokens.dtype).expand(batch, -1, -1), tokens], dim=1)
         head_width = self.config.width // self.config.heads
@@ -79,7 +155,7 @@ class ViT3D(nn.Module):
         attends = _attends(valid, registers)
         windows, between = None, None
         if self.config.window is not None:
-            windows = cut(order, valid, grid, self.config.window)
+            windows = cut(places, is_real, grid, self.config.window, tokens.device)
             if self.config.global_over == "windows":
                 turn = _rotation(means(positions, windows, batch), head_width, registers)
                 between = (turn, _attends(windows.there, registers), windows)
@@ -108,18 +184,18 @@ class ViT3D(nn.Module):
                 pooled.append(mean_token(tokens, valid) if kind == "mean" else largest_token(tokens, valid))
         return torch.cat(pooled, dim=1)
 
-    def _kept(self, volume: Tensor, mask: Tensor | None) -> Tensor | None:
+    def _kept(self, volume: Tensor, mask: Tensor | None, body: Tensor | None) -> np.ndarray | None:
         """(B, N) bool of the tokens that take part, or None if all do."""
-        size = self.token_voxels
         keep = None
         if mask is not None:
-            keep = F.max_pool3d(mask.to(volume.dtype), size) > 0
-        if self.config.drop_air and type(volume) is Tensor and not volume.is_meta:
-            inside = ~outside_air(volume, size, self.config.hu_window)
+            keep = (F.max_pool3d(mask.to(volume.dtype), self.token_voxels) > 0).flatten(1).cpu().numpy()
+        finder = self.body_tokens()
+        if body is not None and finder is not None:
+            keep = body.numpy() if keep is None else keep & body.numpy()
+        elif finder is not None and type(volume) is Tensor and not volume.is_meta:
+            inside = finder.of_volumes(volume)
             keep = inside if keep is None else keep & inside
-        if keep is None or bool(keep.all()):
-            return None
-        return keep.flatten(1)
+        return None if keep is None or keep.all() else keep
 
     def _positions(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
         """(N, 3) centre of each token in mm from the centre of the volume."""
@@ -129,16 +205,17 @@ class ViT3D(nn.Module):
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
 
     def _token_mm(self) -> list[float]:
-        return [extent * mm for extent, mm in zip(self.token_voxels, self.config.spacing, strict=True)]
+        return [extent * mm for extent, mm in zip(self.token_voxels, axis_spacing(self.spec), strict=True)]
 
     @property
-    def token_voxels(self) -> tuple[int, ...]:
+    def token_voxels(self) -> tuple[int, int, int]:
         """Voxels [slice, row, column] of a token."""
-        return tuple(extent * 2 ** len(self.config.stages) for extent in self.config.patch)
+        depth, height, width = (extent * 2 ** len(self.config.stages) for extent in self.config.patch)
+        return depth, height, width
 
     def _check(self, volume: Tensor) -> None:
         size = self.token_voxels
-        check_volume(volume)
+        check_shape(volume)
         if any(extent % step for extent, step in zip(volume.shape[2:], size, strict=True)):
             raise ValueError(
                 f"volume of {tuple(volume.shape[2:])} voxels [slice, row, column] cannot be cut into tokens of "
@@ -155,10 +232,11 @@ class Stem(nn.Module):
     what is small need not survive the way to a token to be seen.
     """
 
-    def __init__(self, config: ViT3DConfig) -> None:
+    def __init__(self, config: ViT3DConfig, hu_window: tuple[float, float]) -> None:
+        """``hu_window``: HU that -1 and 1 of the input stand for."""
         super().__init__()
         self.patch = config.patch
-        self.hu_window, self.windows = config.hu_window, config.windows
+        self.hu_window, self.windows = hu_window, config.windows
         widths = [width for width, _ in config.stages] + [config.width]
         self.embed = nn.Linear(math.prod(config.patch) * len(config.windows), widths[0])
         self.extremes = nn.Linear(2 * len(config.windows), widths[0], bias=False) if config.extremes else None
@@ -255,8 +333,8 @@ class Block(nn.Module):
         query, key, value = rearrange(
             self.qkv(self.norm_attention(tokens)), "b n (three h c) -> three b h n c", three=3, h=self.heads
         )
-        query = _Turned.apply(self.norm_query(query), *rotation)  # type: ignore[no-untyped-call]
-        key = _Turned.apply(self.norm_key(key), *rotation)  # type: ignore[no-untyped-call]
+        query = _Rotate.apply(self.norm_query(query), *rotation)  # type: ignore[no-untyped-call]
+        key = _Rotate.apply(self.norm_key(key), *rotation)  # type: ignore[no-untyped-call]
         if windows is None:
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attends)
         else:
@@ -276,39 +354,16 @@ class Block(nn.Module):
         return torch.cat([after[:, :registers], tokens[:, registers:] + change], dim=1)
 
 
-def outside_air(volume: Tensor, size: tuple[int, ...], hu_window: tuple[float, float]) -> Tensor:
-    """Tokens of nothing but air outside the body.
-
-    volume (B, 1, D, H, W) in [-1, 1]; size: voxels of a token. (B, 1, d, h, w) bool. A token is air if the
-    mean of each of its eighths is below -950 HU, and outside if it joins the edge of its own axial slab through
-    such tokens: lungs, emphysematous ones too, lie within the body wall and are never reached.
-    """
-    bottom, top = hu_window
-    threshold = 2 * (AIR_HU - bottom) / (top - bottom) - 1
-    half = tuple(max(1, extent // 2) for extent in size)
-    densest = F.max_pool3d(F.avg_pool3d(volume.float(), half), tuple(s // h for s, h in zip(size, half, strict=True)))
-    air = densest < threshold
-    border = torch.zeros_like(air)
-    border[..., 0, :] = border[..., -1, :] = border[..., :, 0] = border[..., :, -1] = True
-    reached = air & border
-    for _ in range(air.shape[-1] + air.shape[-2]):
-        grown = (F.max_pool3d(reached.float(), (1, 3, 3), stride=1, padding=(0, 1, 1)) > 0) & air
-        if bool((grown == reached).all()):
-            break
-        reached = grown
-    return reached
-
-
 def _attends(valid: Tensor | None, registers: int) -> Tensor | None:
     """(B, N) bool -> (B, 1, 1, registers + N)."""
     return None if valid is None else F.pad(valid, (registers, 0), value=True)[:, None, None, :]
 
 
-def _compact(keep: Tensor) -> tuple[Tensor, Tensor]:
+def _compact(keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Indices (B, M) of the kept tokens first, and which of them (B, M) are real; M is the batch's largest count."""
-    most = int(keep.sum(dim=1).max())
-    order = torch.argsort(keep.to(torch.int8), dim=1, descending=True, stable=True)[:, :most]
-    return order, torch.gather(keep, 1, order)
+    most = int(keep.sum(axis=1).max())
+    order = np.argsort(~keep, axis=1, kind="stable")[:, :most]
+    return order, np.take_along_axis(keep, order, axis=1)
 
 
 def _rotation(positions: Tensor, head_width: int, registers: int) -> tuple[Tensor, Tensor]:
@@ -323,22 +378,22 @@ def _rotation(positions: Tensor, head_width: int, registers: int) -> tuple[Tenso
     return angle.cos(), angle.sin()
 
 
-class _Turned(torch.autograd.Function):
+class _Rotate(torch.autograd.Function):
     """Pairs of channels (i and i + c / 2) turned by an angle; the gradient is turned back, in fewer passes over memory
     than autograd would make."""
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(vectors, cos, sin)
+        return _rotated(vectors, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(slope, cos, -sin), None, None
+        return _rotated(slope, cos, -sin), None, None
 
 
-def _turn(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """In float32 as the angles are, whatever the vectors (B, heads, N, c) are."""
     made = torch.empty_like(vectors)
     (even, odd), (turned_even, turned_odd) = vectors.chunk(2, dim=-1), made.chunk(2, dim=-1)

@@ -29,15 +29,20 @@ class Windows(NamedTuple):
     back: Tensor  # (B * M,) each token's place among S * L
 
 
-def cut(order: Tensor, valid: Tensor | None, grid: tuple[int, int, int], window: tuple[int, int, int]) -> Windows:
-    """Windows of ``window`` tokens; those that hold no real token are left out. order, valid (B, M)."""
-    fake = type(order) is not Tensor or order.is_meta  # only shapes are known, and then no token is dropped
-    (batch, count), device = order.shape, order.device
-    places = np.tile(np.arange(count), (batch, 1)) if fake else order.cpu().numpy()
+def cut(
+    places: np.ndarray,
+    is_real: np.ndarray | None,
+    grid: tuple[int, int, int],
+    window: tuple[int, int, int],
+    device: torch.device,
+) -> Windows:
+    """Windows of ``window`` tokens; those that hold no real token are left out. places (B, M): each token's place in the
+    grid; is_real (B, M) bool, None for all. Both on the host: nothing is asked of the device."""
+    batch, count = places.shape
     blocks = [-(-extent // step) for extent, step in zip(grid, window, strict=True)]
     cell = [axis // step for axis, step in zip(np.unravel_index(places, grid), window, strict=True)]
     number = np.arange(batch)[:, None] * math.prod(blocks) + np.ravel_multi_index(cell, blocks)
-    rows = np.arange(batch * count) if valid is None else np.flatnonzero(valid.cpu().numpy())
+    rows = np.arange(batch * count) if is_real is None else np.flatnonzero(is_real)
     rows = rows[np.argsort(number.ravel()[rows], kind="stable")]
     _, first, counts = np.unique(number.ravel()[rows], return_index=True, return_counts=True)
     most = int(counts.max())
@@ -47,13 +52,17 @@ def cut(order: Tensor, valid: Tensor | None, grid: tuple[int, int, int], window:
     real, volume = np.arange(most) < counts[:, None], rows[first] // count
     each = np.bincount(volume, minlength=batch)
     there = np.arange(each.max()) < each[:, None]
+
+    def moved(array: np.ndarray) -> Tensor:
+        return torch.tensor(array, device=device)
+
     return Windows(
-        torch.tensor(table.reshape(-1, most), device=device),
-        None if real.all() else torch.tensor(real, device=device),
-        torch.tensor(volume, device=device),
-        torch.tensor(np.flatnonzero(there), device=device),
-        None if there.all() else torch.tensor(there, device=device),
-        torch.tensor(back, device=device),
+        moved(table.reshape(-1, most)),
+        None if real.all() else moved(real),
+        moved(volume),
+        moved(np.flatnonzero(there)),
+        None if there.all() else moved(there),
+        moved(back),
     )
 
 

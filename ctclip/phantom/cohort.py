@@ -20,8 +20,8 @@ import pandas as pd
 
 from ctclip import __version__
 from ctclip.errors import PhantomError
-from ctclip.findings import FINDINGS
 from ctclip.phantom.acquisition import Acquisition
+from ctclip.phantom.prevalence import FINDINGS
 from ctclip.phantom.scan import Scan, make_scan
 from ctclip.preprocessing.files import write_text, written_beside
 from ctclip.preprocessing.progress import track

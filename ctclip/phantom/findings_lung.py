@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ctclip.findings import FINDINGS
 from ctclip.phantom.anatomy import branches
 from ctclip.phantom.canvas import ADD, IN_LUNG, Canvas, ball, ellipsoid, tube
 from ctclip.phantom.patient import LOBES, SIDES, Patient, lung_point
+from ctclip.phantom.prevalence import FINDINGS
 
 SEVERITIES = ("mild", "moderate", "severe")
 

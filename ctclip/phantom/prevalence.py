@@ -7,8 +7,6 @@ import functools
 import numpy as np
 from scipy.stats import multivariate_normal, norm
 
-from ctclip.findings import FINDINGS
-
 # Per cent of CT-RATE's training volumes (Hamamci et al. 2024).
 PREVALENCE = {
     "Medical material": 12.3,
@@ -30,6 +28,9 @@ PREVALENCE = {
     "Bronchiectasis": 10.0,
     "Interlobular septal thickening": 7.9,
 }
+
+# What a phantom can show, in the published order.
+FINDINGS = tuple(PREVALENCE)
 
 # Correlations (of 0/1 labels) above 0.2 in CT-RATE's training set; pairs that are not listed
 # have only what these imply.

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ctclip.findings import FINDINGS
 from ctclip.phantom import language
 from ctclip.phantom.findings_lung import Detail
+from ctclip.phantom.prevalence import FINDINGS
 
 NOT_GIVEN = "Not given."
 STATED_NEGATIVES = 0.4

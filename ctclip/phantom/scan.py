@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ctclip.findings import FINDINGS
 from ctclip.phantom import anatomy, findings_chest, findings_lung
 from ctclip.phantom.acquisition import Acquisition, draw_acquisition, draw_table, scan
 from ctclip.phantom.canvas import Canvas
 from ctclip.phantom.findings_lung import Detail
 from ctclip.phantom.patient import SIDES, Patient, draw_patient
-from ctclip.phantom.prevalence import draw_findings
+from ctclip.phantom.prevalence import FINDINGS, draw_findings
 from ctclip.phantom.report import write_report
 
 # Lung first, what displaces it later: an effusion covers what lies under it.

@@ -5,33 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from ctclip.config_files import build_config, read_mapping
-from ctclip.data.dataset import stored_rows
 from ctclip.errors import CheckpointError
-from ctclip.models.dual_encoder import build_model
-from ctclip.preprocessing.store import VolumeStore
+from ctclip.models.folder import read_architecture
 from ctclip.training.checkpoints import Checkpoints, read_checkpoint
-from ctclip.training.loop import run_tokenizer, save_run_model
+from ctclip.training.run_model import ARCHITECTURE, save_run_model
 
 
 def export_checkpoint(run: Path, output: Path, which: str = "newest") -> Path:
-    """Write ``output`` from the checkpoint ``which`` (newest, best, or a step) and return the checkpoint's folder."""
-    if not (run / "config.yaml").is_file():
-        raise CheckpointError(f"{run}: no run folder of `ctclip train` (no config.yaml)")
+    """Write ``output`` from the checkpoint ``which`` (newest, best, or a step) and return the checkpoint's folder. The
+    run folder is all it needs: neither the store nor a pretrained folder."""
+    if not (run / "config.yaml").is_file() or not (run / ARCHITECTURE).is_dir():
+        raise CheckpointError(f"{run}: no run folder of `ctclip train` (no config.yaml, or no {ARCHITECTURE}/)")
     config = build_config(read_mapping(run / "config.yaml"), str(run / "config.yaml"))
-    store = VolumeStore(Path(str(config.data.store)))
-    checkpoints = Checkpoints(run / "checkpoints", config.training.keep_checkpoints, store.spec.hash)
-    found = dict(checkpoints.found())
+    built = read_architecture(run / ARCHITECTURE)
+    checkpoints = Checkpoints(run / "checkpoints", config.training.keep_checkpoints, built.spec.hash)
+    known = dict(checkpoints.found())
     if which == "best":
         path = checkpoints.best()
     elif which == "newest":
-        path = found[max(found)] if found else None
+        path = known[max(known)] if known else None
     else:
-        path = found.get(int(which)) if which.isdigit() else None
+        path = known.get(int(which)) if which.isdigit() else None
     if path is None:
-        there = ", ".join(str(step) for step in sorted(found)) or "none"
+        there = ", ".join(str(step) for step in sorted(known)) or "none"
         raise CheckpointError(f"{run}: no checkpoint {which!r} (there: {there}; best needs training.validate_every)")
-    state = read_checkpoint(path)
-    model = build_model(config.model, run_tokenizer(config, run, None))
-    rows = stored_rows(store, config.data.train_split)
-    save_run_model(output, config, model, store.spec, len(rows), state)
+    save_run_model(output, config, run, built.model, read_checkpoint(path))
     return path

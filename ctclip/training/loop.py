@@ -7,38 +7,42 @@ import logging
 import math
 import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ctclip import distributed
+from ctclip import distributed, plugins
 from ctclip.config import Config
-from ctclip.config_files import find_config
-from ctclip.data.dataset import ReadBatch, ScanSampler, StoredVolumes, as_read, rarity_weights
+from ctclip.data.batch import StoredBatch
+from ctclip.data.dataset import StoredVolumes, as_read
+from ctclip.data.sampler import ScanSampler, rarity_weights
 from ctclip.errors import TrainingError
-from ctclip.findings import FINDINGS
-from ctclip.inference.prompts import load_prompts
-from ctclip.models.dual_encoder import DualEncoder, build_model
-from ctclip.models.folder import save_model
-from ctclip.models.text import load_tokenizer, train_tokenizer
+from ctclip.objectives.objective import Context, columns_needed
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.store import VolumeStore
 from ctclip.training.allocator import keep_freed_memory
 from ctclip.training.checkpoints import Checkpoints
 from ctclip.training.engine import Engine
 from ctclip.training.records import MetricsLog, claim_run, open_run
-from ctclip.training.step import ContrastiveStep
+from ctclip.training.run_model import (
+    build_run_model,
+    describe_training,
+    run_labels,
+    run_prompts,
+    save_run_model,
+    warn,
+    write_trained_on,
+)
+from ctclip.training.step import TrainingStep
 from ctclip.training.text_warmup import lock_text, read_all, warm_up_text
 from ctclip.training.validation import Validation
-from ctclip.versions import revision
 
 # sysexits.h's "temporary failure, try again": what slurm/train.sbatch requeues on.
 INTERRUPTED = 75
@@ -60,7 +64,7 @@ def train(config: Config, output: Path, *, force: bool = False) -> Path:
             keep_freed_memory()
         held: list[IO[str]] = []
         try:
-            _on_main(lambda: held.append(claim_run(output)))
+            distributed.on_main(lambda: held.append(claim_run(output)))
             return _train(config, output, device, signals, force)
         except RuntimeError as error:
             # torch says so from a signal handler: it may come up anywhere.
@@ -94,18 +98,30 @@ class Signals:
 
 
 def _train(config: Config, output: Path, device: torch.device, signals: Signals, force: bool) -> Path:
+    if config.data.store is None:
+        raise TrainingError("data.store is not set: name the folder that `ctclip preprocess` wrote (--store)")
+    labels = run_labels(config, VolumeStore(config.data.store))
     # The model folder takes them at the end: what is wrong with them is said here.
-    prompts = load_prompts(config.prompts)
-    labels = list(FINDINGS) if reads_labels(config) else []
-    data = StoredVolumes(config.data, config.data.train_split, seed=config.seed, labels=labels)
+    prompts = run_prompts(config, labels)
+    columns = columns_of(config)
+    data = StoredVolumes(
+        config.data,
+        config.data.train_split,
+        seed=config.seed,
+        columns=columns,
+        labels=labels if config.reads_labels else None,
+    )
     if data.spec.name != config.preprocessing:
         raise TrainingError(
             f"{config.data.store}: prepared with spec {data.spec.name!r}, the configuration wants "
             f"{config.preprocessing!r}. Run `ctclip preprocess --spec {config.preprocessing}`, or set preprocessing="
         )
-    _on_main(lambda: open_run(output, config, force=force))
+    distributed.on_main(lambda: open_run(output, config, force=force))
     torch.manual_seed(config.seed)
-    model = build_model(config.model, run_tokenizer(config, output, data))
+    model, begins = build_run_model(config, output, data, labels)
+    if begins:
+        warn(begins)
+    distributed.on_main(lambda: write_trained_on(output, describe_training(config, data, labels, begins)))
     checkpoints = Checkpoints(output / "checkpoints", config.training.keep_checkpoints, data.spec.hash)
     first, resumed = checkpoints.newest()
     warmup = config.training.text_warmup
@@ -115,29 +131,43 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
             lock_text(model, data.reports, device)
     elif warmup.locks:
         model.lock_text()
-    engine = Engine(ContrastiveStep(model, config.objectives, labels, prompts), config, device, resumed)
+    engine = Engine(TrainingStep(Context(model, labels, prompts), config.objectives), config, device, resumed)
+    data.tokenisers, data.body = engine.tokenisers, model.volume_encoder.body_tokens()
     # At stage 3 nothing read is kept.
     if resumed and warmup.locks and config.training.zero.stage < 3:
         read_all(model, data.reports, device)
     del resumed
     sampler, steps = _sampler(config, data, first)
     if first < steps:
-        Run(config, output, engine, checkpoints, signals).train(data, sampler, steps)
+        validation = Validation(config, engine, labels, prompts) if config.training.validate_every else None
+        Run(config, output, engine, checkpoints, signals, validation).train(data, sampler, steps)
     state = engine.parameters()
-    _on_main(lambda: save_run_model(output / "model", config, model, data.spec, len(data), state))
+    distributed.on_main(lambda: save_run_model(output / "model", config, output, model, state))
     return output / "model"
+
+
+def columns_of(config: Config) -> tuple[str, ...]:
+    """Columns of a batch that the objectives of a run ask for."""
+    names = (name for objective in config.objectives for name in columns_needed(plugins.find("objective", objective)))
+    return tuple(dict.fromkeys(names))
 
 
 class Run:
     """The loop itself: steps, log lines, validations and checkpoints."""
 
     def __init__(
-        self, config: Config, output: Path, engine: Engine, checkpoints: Checkpoints, signals: Signals
+        self,
+        config: Config,
+        output: Path,
+        engine: Engine,
+        checkpoints: Checkpoints,
+        signals: Signals,
+        validation: Validation | None,
     ) -> None:
         self.config, self.settings = config, config.training
         self.output, self.engine, self.checkpoints, self.signals = output, engine, checkpoints, signals
-        self.validation = Validation(config) if self.settings.validate_every else None
-        self.shown = ""
+        self.validation = validation
+        self.status = ""
         self.divergence = Divergence()
         self.good = 0  # steps after which the loss was still where it belongs
 
@@ -159,33 +189,39 @@ class Run:
     ) -> None:
         numbers: Any = range(sampler.start, steps)
         if log is not None:
-            numbers = track(numbers, steps - sampler.start, "training", "steps", lambda: self.shown)
-        meter = Meter()
+            numbers = track(numbers, steps - sampler.start, "training", "steps", lambda: self.status)
+        meter, unread = Meter(), sampler.start
+        begins = self.engine.progress_at(steps)
         for step in numbers:
             with meter.waiting():
                 read = _next(stream)
-            logged = self.engine.step(read.on(self.engine.device, spec), step, steps)
+            self.engine.step(read.to(self.engine.device, spec), step, steps)
             meter.volumes += self.settings.batch
-            if step == self.engine.labels_until(steps):
-                self.divergence = Divergence()  # more is summed from here on: another loss
-            self._check(logged, step)
             done, last = step + 1, step + 1 == steps
-            if log is not None and (done % self.settings.log_every == 0 or last):
-                logged |= {"epoch": step / sampler.steps_per_epoch, **meter.read()}
-                logged["memory_gb"] = _memory_gb(self.engine.device)
-                log.write(step, logged)
-                self.shown = _line(logged)
-            stop = distributed.any_rank(self.signals.received is not None, self.engine.device)
-            validated = None
-            if self.validation is not None and not stop and (done % self.settings.validate_every == 0 or last):
-                validated = self.validation(self.engine)
+            stop = distributed.any_rank(self.signals.received is not None)
+            validates = self.validation is not None and not stop and (done % self.settings.validate_every == 0 or last)
+            checkpoint = done % self.settings.checkpoint_every == 0 or last or stop or validates
+            if done % self.settings.log_every == 0 or checkpoint:
+                logged = self.engine.read()
+                for number, values in enumerate(logged, start=unread):
+                    if number in begins:
+                        self.divergence = Divergence()  # more is summed from here on: another loss
+                    self._check(values, number)
+                unread = done
+                if log is not None and (done % self.settings.log_every == 0 or last):
+                    values = logged[-1] | {"epoch": step / sampler.steps_per_epoch, **meter.read()}
+                    values["memory_gb"] = _memory_gb(self.engine.device)
+                    log.write(step, values)
+                    self.status = _line(values)
+            validated = self.validation(step / steps) if validates and self.validation is not None else None
+            if validated:
                 if log is not None:
                     log.write(step, validated)
                 meter.read()
-            if done % self.settings.checkpoint_every == 0 or last or stop or validated is not None:
+            if checkpoint:
                 state = self.engine.state()
                 if log is not None:
-                    self.checkpoints.save(done, state, None if validated is None else validated["valid_loss"])
+                    self.checkpoints.save(done, state, validated.get("valid_loss") if validated else None)
             if stop and not last:
                 self.checkpoints.wait()
                 # A rank that leaves early would have the launcher end the one that still writes.
@@ -270,10 +306,10 @@ class Divergence:
         return 0.0 if self.first is None else (self.mean - self.first) / (self.first + 1)
 
 
-def _next(stream: Any) -> ReadBatch:
+def _next(stream: Any) -> StoredBatch:
     """The next batch; what went wrong in a reading process becomes one line here."""
     try:
-        batch: ReadBatch = next(stream)
+        batch: StoredBatch = next(stream)
         return batch
     except PreprocessingError as error:
         # torch wraps what a worker raised in the worker's whole traceback; its last line is the message.
@@ -306,11 +342,6 @@ def _memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def reads_labels(config: Config) -> bool:
-    """Whether the run looks at labels in any way; if it does, it says so wherever its figures are shown."""
-    return config.objectives.reads_labels or config.data.rarity > 0
-
-
 def _sampler(config: Config, data: StoredVolumes, first: int) -> tuple[ScanSampler, int]:
     weights = None
     if config.data.rarity and data.labels is not None:
@@ -330,57 +361,3 @@ def _sampler(config: Config, data: StoredVolumes, first: int) -> tuple[ScanSampl
 
     steps = max(1, round(config.training.epochs * make(first).steps_per_epoch))
     return make(steps), steps
-
-
-def run_tokenizer(config: Config, output: Path, data: StoredVolumes | None) -> Any:
-    """The pretrained encoder's tokenizer, or one learned once from the training reports and kept in the run."""
-    if config.model.text.pretrained is not None:
-        return load_tokenizer(config.model.text.pretrained)
-    folder = output / "tokenizer"
-
-    def learn() -> None:
-        if not (folder / "tokenizer.json").is_file() and data is not None:
-            texts = np.unique([report.text() for report in data.reports])
-            train_tokenizer(texts.tolist(), config.model.text.vocabulary).save_pretrained(folder)
-
-    _on_main(learn)
-    return load_tokenizer(folder)
-
-
-def save_run_model(
-    folder: Path,
-    config: Config,
-    model: DualEncoder,
-    spec: PreprocessingSpec,
-    volumes: int,
-    state: dict[str, torch.Tensor],
-) -> None:
-    """A model folder of a checkpoint's state (names under ``state/model.``)."""
-    prefix = "state/model."
-    tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    card = _card(config, volumes)
-    save_model(folder, model, spec, prompts=find_config(config.prompts, "prompts"), card=card, state=tensors)
-
-
-def _card(config: Config, volumes: int) -> str:
-    supervision = "label-supervised" if reads_labels(config) else "reports only"
-    return (
-        f"# {config.name}\n\nsupervision: {supervision}\n\n"
-        f"Trained on {volumes} volumes of {config.data.train_split!r}, spec {config.preprocessing!r}, seed {config.seed}, "
-        f"code {revision()}. The configuration of the run is in the run's config.yaml. Not a medical device.\n"
-    )
-
-
-def _on_main(action: Any) -> None:
-    """Do something on rank 0; if it fails there, every rank stops with its message instead of waiting for it."""
-    fault: Exception | None = None
-    if distributed.is_main():
-        try:
-            action()
-        except Exception as error:
-            fault = error
-    message = distributed.broadcast_object(None if fault is None else str(fault))
-    if fault is not None:
-        raise fault
-    if message is not None:
-        sys.exit(2)

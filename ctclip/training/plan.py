@@ -24,13 +24,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ctclip.config import Config
-from ctclip.findings import FINDINGS
+from ctclip.labels import load_labels
 from ctclip.models import by_hand
 from ctclip.models.dual_encoder import DualEncoder, build_model
+from ctclip.models.encoded import Encoded
 from ctclip.models.text import train_tokenizer
+from ctclip.objectives.objective import Context, columns_needed
 from ctclip.preprocessing.spec import PreprocessingSpec
-from ctclip.training.engine import check_two_pass, piece_size
-from ctclip.training.step import ContrastiveStep
+from ctclip.training.engine import check_two_pass
+from ctclip.training.optimizer import piece_size
+from ctclip.training.run_model import run_prompts
+from ctclip.training.step import TrainingStep
 
 GIB = 2**30
 # Memory (GiB) and dense bf16 rate (TFLOP/s) of cards, from their data sheets; "cpu" is measured when asked for.
@@ -116,16 +120,17 @@ def make_plan(config: Config, ranks: int, *, card: bool = True) -> Plan:
     if config.model.text.pretrained is None:
         words = config.model.text.vocabulary
         tokenizer = train_tokenizer([" ".join(f"word{number}" for number in range(words))], words)
-    model = build_model(config.model, tokenizer)
+    model = build_model(config.model, spec, tokenizer)
     if (config.training.micro_batch or config.training.batch) < config.training.batch // ranks:
         check_two_pass(model.volume_encoder)
     if config.training.text_warmup.locks:
         model.lock_text()
-    step = ContrastiveStep(model, config.objectives, FINDINGS)
+    labels = load_labels(config.labels or "ct_rate_18")
+    step = TrainingStep(Context(model, labels, run_prompts(config, labels)), config.objectives)
     return plan_of(step, config, spec.shape, ranks, card=card)
 
 
-def plan_of(step: ContrastiveStep, config: Config, shape: tuple[int, ...], ranks: int, *, card: bool = True) -> Plan:
+def plan_of(step: TrainingStep, config: Config, shape: tuple[int, ...], ranks: int, *, card: bool = True) -> Plan:
     """The same of a step that has been built, on volumes of ``shape``."""
     sides = dict.fromkeys(("volume", "text", "head"), 0)
     for name, parameter in step.named_parameters():
@@ -190,12 +195,16 @@ def _report(model: DualEncoder, texts: int) -> Tensor:
     return encoded
 
 
-def _words(step: ContrastiveStep, tokens: Tensor) -> list[Tensor]:
-    """The objectives on words, of tokens (B, N, C)."""
-    return list(step.read(_ids(step.model, len(tokens), step.longest), tokens).values())
+def _on_tokens(step: TrainingStep, encoded: Encoded) -> list[Tensor]:
+    """The objectives on tokens. Columns of the store that they ask for have a shape that only the store knows: objectives
+    that ask for any are not counted."""
+    if any(columns_needed(objective) for objective in step.objectives.values() if "tokens" in objective.needs):  # type: ignore[arg-type, operator]
+        return []
+    words = _ids(step.model, len(encoded.tokens), step.longest) if step.reads_words else None
+    return list(step.token_losses(encoded, words, {}).values())
 
 
-def _most(step: ContrastiveStep, shape: tuple[int, ...], views: int, batch: int, *, bf16: bool, card: bool) -> int:
+def _most(step: TrainingStep, shape: tuple[int, ...], views: int, batch: int, *, bf16: bool, card: bool) -> int:
     """Bytes of a step on ``batch`` volumes at their most, beside parameters and their gradients."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -213,8 +222,8 @@ def _most(step: ContrastiveStep, shape: tuple[int, ...], views: int, batch: int,
             (encoded.pooled.float().sum() + encoded.tokens.float().sum()).backward()
     # BERT and torch's decoder look at their masks, so they need data; a report is small enough to run.
     text, _ = _saved(lambda: _report(step.model, batch * views), step, bf16)
-    tokens = torch.ones(encoded.tokens.shape, dtype=encoded.tokens.dtype)
-    words, _ = _saved(lambda: _words(step, tokens), step, bf16)
+    seen = encoded._replace(tokens=torch.ones(encoded.tokens.shape, dtype=encoded.tokens.dtype), real=None)
+    words, _ = _saved(lambda: _on_tokens(step, seen), step, bf16)
     # Texts are read after the volumes, and have gone when gradients come to the volumes.
     return max(live.most, kept + text + words)
 
@@ -305,7 +314,7 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
     held[leaf] = tensor
 
 
-def _flops(step: ContrastiveStep, shape: tuple[int, ...], views: int) -> float:
+def _flops(step: TrainingStep, shape: tuple[int, ...], views: int) -> float:
     """Operations of one volume's training step, forward and backward, as torch counts them when they are made."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -319,7 +328,7 @@ def _flops(step: ContrastiveStep, shape: tuple[int, ...], views: int) -> float:
             encoded = encoder(torch.zeros(1, 1, *shape))
             (encoded.pooled.sum() + encoded.tokens.sum()).backward()
         tokens = torch.ones(encoded.tokens.shape, requires_grad=True)
-        read = sum(_words(step, tokens), _report(step.model, views).sum())
+        read = sum(_on_tokens(step, encoded._replace(tokens=tokens, real=None)), _report(step.model, views).sum())
         if read.requires_grad:  # a locked text side is read and learns nothing
             read.backward()
     step.zero_grad()

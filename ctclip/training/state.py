@@ -67,7 +67,10 @@ def load_moments(module: nn.Module, optimizer: Any, stage: int, state: dict[str,
     )
     for flat in flats:
         # Adam makes these at its first step; after a restart they must be there to be filled.
-        inner.state[flat] = {"step": torch.tensor(step), **{name: torch.zeros_like(flat) for name in MOMENTS}}
+        inner.state[flat] = {
+            "step": torch.tensor(step, device=flat.device),
+            **{name: torch.zeros_like(flat) for name in MOMENTS},
+        }
     _link(optimizer, stage)
     for name, parameter in module.named_parameters():
         for moment in MOMENTS:

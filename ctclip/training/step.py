@@ -2,182 +2,226 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ctclip import losses
+from ctclip import plugins
 from ctclip.config import ObjectiveConfig
+from ctclip.data.batch import Batch, Tokens
 from ctclip.distributed import gather, rank
-from ctclip.inference.detector import pair_vectors
-from ctclip.inference.prompts import PromptSet
-from ctclip.models.dual_encoder import DualEncoder
-from ctclip.models.words import LONGEST, WordPredictor, captioning, masked_words
-from ctclip.training.memory import TextMemory
+from ctclip.errors import ConfigError
+from ctclip.models.encoded import Encoded
+from ctclip.objectives.objective import GIVEN, Context, Features, Objective, columns_needed
+from ctclip.objectives.siglip import SigLIP
+from ctclip.objectives.text_queue import TextQueue
+from ctclip.objectives.words import LONGEST
 
 
-class ContrastiveStep(nn.Module):
-    """The dual encoder with its objectives. ``stage`` chooses a part of the step:
+@dataclass(frozen=True)
+class Part:
+    """What is encoded at once: a batch, or one of its micro-batches. ``columns`` are those of its volumes; None: no
+    objective looks at its tokens, features alone are wanted."""
 
-    ``features``: encode this rank's volumes and texts; ``loss``: contrast the features of all ranks;
-    ``step``: both. A rank's loss is that of its rows against the whole global batch; the mean over ranks is the loss.
-    Objectives on words (``ctclip/models/words.py``) need no other rank: they come with the features.
+    volumes: Tensor
+    tokens: Tokens
+    words: Tokens | None = None
+    body: Tensor | None = None
+    columns: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What the contrast needs beside features: scans (b,), text_identities (b * views,) and columns of this rank."""
+
+    scans: Tensor
+    text_identities: Tensor
+    columns: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class EncodedPart:
+    """Features of a part, (b, dim) and (b * views, dim), and the weighted losses of the objectives on its tokens."""
+
+    volumes: Tensor
+    texts: Tensor
+    losses: dict[str, Tensor]
+
+
+class TrainingStep(nn.Module):
+    """The dual encoder with its objectives.
+
+    Called with a part it encodes it; with features and pairs it contrasts the features of all ranks; with a part and
+    pairs it does both. A rank's loss is that of its rows against the whole global batch; the mean over ranks is the loss.
     """
 
-    def __init__(
-        self,
-        model: DualEncoder,
-        objectives: ObjectiveConfig,
-        labels: Sequence[str] = (),
-        prompts: PromptSet | None = None,
-    ) -> None:
+    def __init__(self, context: Context, objectives: Mapping[str, ObjectiveConfig]) -> None:
         super().__init__()
+        model = context.model
         self.model = model
-        self.objectives = objectives
+        self.weights = {name: section.weight for name, section in objectives.items()}
+        self.begins = {name: section.begin for name, section in objectives.items()}
+        self.keys = {name: re.sub(r"\W", "_", name) for name in objectives}
+        self.objectives = nn.ModuleDict()
+        for name, section in objectives.items():
+            self.objectives[self.keys[name]] = _built(name, section, context)
+        size = max((objective.queue_size for objective in self._all().values()), default=0)
+        self.queue = TextQueue(size, model.config.dim) if size else None
         # A parameter that no loss uses has no gradient and no moments; the optimizer must not know it.
-        model.similarity.logit_bias.requires_grad_(objectives.siglip > 0)
-        # What the text encoder has places for.
-        self.longest = min(LONGEST, model.text_encoder.max_tokens)
-        self.memory = TextMemory(objectives.memory, model.config.dim) if objectives.memory else None
-        self.label_head = nn.Linear(model.config.dim, len(labels)) if objectives.labels else None
-        self.labels, self.prompts = tuple(labels), prompts if objectives.prompts else None
+        model.similarity.logit_bias.requires_grad_(any(isinstance(o, SigLIP) for o in self._all().values()))
         # Encoders in bfloat16, losses never. In here, not around DeepSpeed's engine, which takes a card out of an
         # autocast that it was not told of.
         self.bf16 = False
-        self.pairs: Tensor | None = None
-        self.writer = self._predictor(None) if objectives.captioning else None
-        self.filler = self._predictor(model.text_encoder.width) if objectives.mlm else None
 
-    def forward(self, stage: str, **inputs: Any) -> Any:
-        if stage == "features":
-            return self._features(**inputs)
-        if stage == "loss":
-            return self._loss(**inputs)
-        features = ("volumes", "tokens", "words")
-        volume_features, text_features, read = self._features(**{n: inputs.pop(n) for n in features if n in inputs})
-        loss, parts = self._loss(volume_features, text_features, **inputs)
-        return sum(read.values(), loss), parts | {name: part.detach() for name, part in read.items()}
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of a batch that the objectives ask for."""
+        names = (name for objective in self._all().values() for name in columns_needed(objective))
+        return tuple(dict.fromkeys(names))
 
-    def words(self, texts: list[str]) -> dict[str, Tensor] | None:
-        """Ids of whole texts for the objectives on words; None where there are none."""
-        if self.writer is None and self.filler is None:
-            return None
-        found = self.model.text_encoder.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
-        )
-        return {name: found[name] for name in ("input_ids", "attention_mask")}
+    @property
+    def reads_words(self) -> bool:
+        """Whether an objective asks for the ids of whole reports."""
+        return any("words" in objective.needs for objective in self._all().values())
 
-    def _features(
-        self, volumes: Tensor, tokens: dict[str, Tensor], words: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """volumes (b, 1, D, H, W); tokens of b * views texts; words of the first view of each -> features (b, dim) and
-        (b * views, dim), and the weighted objectives on words."""
-        with torch.autocast(volumes.device.type, torch.bfloat16, enabled=self.bf16):
-            encoded = self.model.volume_encoder(volumes, None)
-            read = {} if words is None else self.read(words, encoded.tokens)
-            return self.model.volume_projection(encoded.pooled), self.model.text_features(tokens), read
+    @property
+    def longest(self) -> int:
+        """Most ids of a whole report that are looked at."""
+        return min(LONGEST, self.model.text_encoder.max_tokens)
 
-    def read(self, words: dict[str, Tensor], volume: Tensor) -> dict[str, Tensor]:
-        """The weighted objectives on words: ids of whole texts (b, L), the volumes' tokens (b, N, C)."""
-        ids, mask, text = words["input_ids"], words["attention_mask"], self.model.text_encoder
-        read: dict[str, Tensor] = {}
-        if self.writer is not None:
-            read["captioning"] = self.objectives.captioning * captioning(self.writer, ids, mask, volume)
-        if self.filler is not None:
-            found = masked_words(self.filler, text.bert, ids, mask, volume, text.tokenizer)
-            read["mlm"] = self.objectives.mlm * found
-        return read
+    def words(self, texts: list[str]) -> Tokens:
+        """Ids and mask of whole texts, for objectives on words."""
+        tokenizer = self.model.text_encoder.tokenizer
+        encoded = tokenizer(texts, padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
-    def _remembered(self, scans: Tensor, identities: Tensor, rows: slice) -> tuple[Tensor, Tensor] | None:
-        """Texts of earlier steps (size, dim), and which of them each row is not contrasted with (rows, size)."""
-        if self.memory is None:
-            return None
-        if not self.objectives.by_identity:
-            # Nobody's: places that are empty are left out, and no other.
-            scans, identities = torch.full_like(scans, -1), torch.full_like(identities, -1)
-        return self.memory.texts.clone(), self.memory.left_out(scans[rows], identities[rows])
-
-    def _same(self, scans: Tensor, identities: Tensor, rows: slice) -> Tensor:
-        """(rows, B) bool: pairs that are no negatives of each other."""
-        found = losses.same_identity(scans, identities, rows)
-        return found if self.objectives.by_identity else torch.zeros_like(found)
-
-    def _predictor(self, inside: int | None) -> WordPredictor:
-        text = self.model.text_encoder
-        return WordPredictor(text.bert.config.vocab_size, self.model.volume_encoder.token_width, inside, text.width, 2)
-
-    def _loss(
+    def forward(
         self,
-        volume_features: Tensor,
-        text_features: Tensor,
-        scans: Tensor,
-        text_identities: Tensor,
-        labels: Tensor | None = None,
-        labels_alone: bool = False,
+        part: Part | None = None,
+        pairs: Pairs | None = None,
+        features: tuple[Tensor, Tensor] | None = None,
+        progress: float = 1.0,
+    ) -> Any:
+        """``progress``: share of the steps that are done, by which objectives begin.
+
+        Returns ``EncodedPart`` without ``pairs``; else the loss and what to log of it.
+        """
+        if pairs is None:
+            assert part is not None
+            return self._encode(part, progress)
+        if features is not None:
+            return self._contrast(*features, pairs, progress)
+        assert part is not None
+        encoded = self._encode(part, progress)
+        loss, parts = self._contrast(encoded.volumes, encoded.texts, pairs, progress)
+        logged = parts | {name: value.detach() for name, value in encoded.losses.items()}
+        return sum(encoded.losses.values(), loss), logged
+
+    def _all(self) -> dict[str, Objective]:
+        return {name: self.objectives[key] for name, key in self.keys.items()}  # type: ignore[misc]
+
+    def _weight(self, name: str, progress: float) -> float:
+        """0, not left out, before an objective begins: every parameter keeps a gradient, as ZeRO wants it."""
+        return self.weights[name] if progress >= self.begins[name] else 0.0
+
+    def _encode(self, part: Part, progress: float) -> EncodedPart:
+        device = part.volumes.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            encoded: Encoded = self.model.volume_encoder(part.volumes, None, part.body)
+            losses = {}
+            if part.columns is not None:
+                losses = self.token_losses(encoded, part.words, part.columns, progress)
+            tokens = {name: ids.to(device, non_blocking=True) for name, ids in part.tokens.items()}
+            volumes, texts = self.model.volume_projection(encoded.pooled), self.model.text_features(tokens)
+        return EncodedPart(volumes, texts, losses)
+
+    def token_losses(
+        self, encoded: Encoded, words: Tokens | None, columns: Mapping[str, Tensor], progress: float = 1.0
+    ) -> dict[str, Tensor]:
+        """The weighted losses of the objectives on tokens, by name."""
+        offered: dict[str, Any] = {"tokens": encoded, **columns}
+        if words is not None:
+            device = encoded.tokens.device
+            offered["words"] = {name: ids.to(device, non_blocking=True) for name, ids in words.items()}
+        losses: dict[str, Tensor] = {}
+        for name, objective in self._all().items():
+            if "tokens" in objective.needs:
+                given = {need: offered[need] for need in objective.needs}
+                losses[name] = self._weight(name, progress) * objective(**given)
+        return losses
+
+    def _contrast(
+        self, volume_features: Tensor, text_features: Tensor, pairs: Pairs, progress: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Features and identities of this rank -> the loss of the global batch, and what to log of it."""
-        similarity, objectives = self.model.similarity, self.objectives
-        share = len(scans)
-        rows = slice(rank() * share, (rank() + 1) * share)
-        volume_features, text_features = gather(volume_features.float()), gather(text_features.float())
-        scans, text_identities = gather(scans), gather(text_identities)
-        volumes, texts = similarity.volume(volume_features), similarity.text(text_features)
-        views = len(texts) // len(volumes)
-        scale = similarity.scale()
+        similarity, share = self.model.similarity, len(pairs.scans)
+        features = Features(
+            volumes=similarity.volume(gather(volume_features.float())),
+            texts=similarity.text(gather(text_features.float())),
+            scale=similarity.scale(),
+            bias=similarity.logit_bias,
+            scans=gather(pairs.scans),
+            text_identities=gather(pairs.text_identities),
+            rows=slice(rank() * share, (rank() + 1) * share),
+        )
+        offered: dict[str, Any] = {"features": features, "earlier_texts": None}
+        if self.queue is not None:
+            offered["earlier_texts"] = self.queue.earlier()
         parts: dict[str, Tensor] = {}
-        for view in range(views):
-            of_view = texts[view::views]
-            same = self._same(scans, text_identities[view::views], rows)
-            if objectives.negatives is not None:
-                same = same | _apart(len(volumes), objectives.negatives, rows, same.device)
-            further = self._remembered(scans, text_identities[view::views], rows)
-            found: dict[str, Any] = {
-                "clip": lambda texts=of_view, same=same, further=further: losses.clip(
-                    volumes, texts, scale, same, rows, further=further
-                ),
-                "convirt": lambda texts=of_view, same=same: losses.convirt(volumes, texts, scale, same, rows),
-                "siglip": lambda texts=of_view, same=same: losses.siglip(
-                    volumes, texts, scale, similarity.logit_bias, same, rows
-                ),
-            }
-            for name, loss in found.items():
-                if weight := getattr(objectives, name):
-                    parts[name] = parts.get(name, 0.0) + weight / views * loss()
-        if self.memory is not None and torch.is_grad_enabled():
-            self.memory.remember(texts.detach(), scans.repeat_interleave(views), text_identities)
-        if labels_alone:
-            # Weighed by nothing, not left out: every parameter keeps a gradient, as ZeRO wants it.
-            parts = {name: 0.0 * part for name, part in parts.items()}
-        if objectives.reads_labels:
-            if labels is None:
-                raise ValueError("objectives.labels or prompts is set, but the batch has no labels")
-            every = gather(labels)
-        if self.label_head is not None:
-            of_volumes = losses.multi_label(self.label_head(volumes * scale), every)
-            of_texts = losses.multi_label(self.label_head(texts * scale), every.repeat_interleave(views, dim=0))
-            parts["labels"] = objectives.labels * (of_volumes + of_texts) / 2
-        if self.prompts is not None:
-            margins = self.model.logits(volumes, self._between_prompts())
-            parts["prompts"] = objectives.prompts * losses.multi_label(margins, every)
-        total = torch.stack([part.reshape(()) for part in parts.values()]).sum()
-        return total, {name: part.detach() for name, part in parts.items()} | {"logit_scale": scale.detach()}
-
-    def _between_prompts(self) -> Tensor:
-        """(labels, dim): what detection multiplies volumes with, from one side of each label's prompts to the other. No
-        gradient flows into it: the prompts say where volumes should go, and learn from the reports alone."""
-        assert self.prompts is not None
-        if self.pairs is None or not self.model.text_locked:
-            training = self.model.training
-            self.model.eval()
-            positive, negative = pair_vectors(self.model, self.prompts, self.labels)
-            self.model.train(training)
-            self.pairs = positive - negative
-        return self.pairs
+        for name, objective in self._all().items():
+            if "tokens" in objective.needs:
+                continue
+            for need in columns_needed(objective):
+                if need not in offered:
+                    offered[need] = gather(_column(pairs.columns, need, name))
+            given = {need: offered[need] for need in objective.needs}
+            parts[name] = self._weight(name, progress) * objective(**given)
+        if self.queue is not None and torch.is_grad_enabled():
+            scans = features.scans.repeat_interleave(features.views)
+            self.queue.append(features.texts.detach(), scans, features.text_identities)
+        zero = features.volumes.new_zeros(())
+        total = torch.stack([zero, *(part.reshape(()) for part in parts.values())]).sum()
+        logged = {name: part.detach() for name, part in parts.items()}
+        return total, logged | {"logit_scale": features.scale.detach()}
 
 
-def _apart(batch: int, group: int, rows: slice, device: torch.device) -> Tensor:
-    """(rows, B) bool: pairs of different groups of ``group`` neighbours."""
-    number = torch.arange(batch, device=device) // group
-    return number[rows, None] != number[None, :]
+def parts_of(batch: Batch, count: int) -> list[Part]:
+    """A batch as ``count`` micro-batches of equal size; its tokens are cut already."""
+    size = len(batch.volumes) // count
+    parts = []
+    for number in range(count):
+        rows = slice(number * size, (number + 1) * size)
+        parts.append(
+            Part(
+                batch.volumes[rows], batch.tokens[number], None if batch.words is None else batch.words[number],
+                None if batch.body is None else batch.body[rows], {name: column[rows] for name, column in batch.columns.items()},
+            )
+        )  # fmt: skip
+    return parts
+
+
+def pairs_of(batch: Batch) -> Pairs:
+    """What the contrast of a batch needs beside its features."""
+    return Pairs(batch.scans, batch.text_identities, batch.columns)
+
+
+def _built(name: str, section: ObjectiveConfig, context: Context) -> Objective:
+    kind = plugins.find("objective", name)
+    if not (isinstance(kind, type) and issubclass(kind, Objective)):
+        raise ConfigError(f"objectives: {name} is no Objective (ctclip.objectives.objective)")
+    objective: Objective = kind(section, context)
+    if ("tokens" in objective.needs) == ("features" in objective.needs):
+        raise ConfigError(
+            f"objectives.{name}: an objective needs either features or tokens, its `needs` are {objective.needs}"
+        )
+    return objective
+
+
+def _column(columns: Mapping[str, Tensor], need: str, name: str) -> Tensor:
+    if need not in columns:
+        raise ConfigError(f"objectives.{name} asks for {need!r}: the batch has {', '.join((*GIVEN, *columns))}")
+    return columns[need]

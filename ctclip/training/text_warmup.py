@@ -1,8 +1,8 @@
-"""Before the first volume: the text side learns which impression belongs to which findings.
+"""Before the first volume: the text side learns which sections belong to one report.
 
 A text encoder from scratch knows nothing of what its sentences mean, and the few volumes of a first epoch are a poor
-teacher. The reports themselves say it: findings and impression state the same in other words (radiology section
-matching, Boecking et al. 2022). No label and no volume is read.
+teacher. The reports themselves say it: findings and impression (the first and the last section of ``data.sections``)
+state the same in other words (radiology section matching, Boecking et al. 2022). No label and no volume is read.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ctclip import distributed, losses
+from ctclip import distributed
 from ctclip.config import TextWarmupConfig
 from ctclip.data.reports import Report
 from ctclip.models.dual_encoder import DualEncoder
+from ctclip.objectives.clip import clip
 from ctclip.preprocessing.progress import track
 from ctclip.sentences import sentences
-from ctclip.training.engine import rate_factor
+from ctclip.training.optimizer import rate_factor
 
 
 def warm_up_text(
@@ -43,13 +44,13 @@ def warm_up_text(
             group["lr"] = config.learning_rate * rate_factor(step / config.steps, 0.07)
         random = np.random.default_rng([seed, 7, step])
         drawn = [pairs[index] for index in random.choice(len(pairs), batch, replace=False)]
-        findings = [" ".join(_some(report.findings, config.keep, random)) for report in drawn]
+        findings = [" ".join(_some(_ends(report)[0], config.keep, random)) for report in drawn]
         share = slice(rank * batch // ranks, (rank + 1) * batch // ranks)
         sides = []
-        for texts in (findings, [report.impression for report in drawn]):
+        for texts in (findings, [_ends(report)[1] for report in drawn]):
             tokens = {name: ids.to(device) for name, ids in model.text_encoder.tokenise(texts[share]).items()}
             sides.append(model.similarity.text(distributed.gather(model.text_features(tokens).float())))
-        loss = losses.clip(sides[0], sides[1], scale.exp().clamp(max=100))
+        loss = clip(sides[0], sides[1], scale.exp().clamp(max=100))
         optimizer.zero_grad()
         loss.backward()
         for parameter in (*learned, scale):
@@ -77,8 +78,8 @@ def lock_text(model: DualEncoder, reports: list[Report], device: torch.device) -
 
 @torch.no_grad()
 def read_all(model: DualEncoder, reports: list[Report], device: torch.device) -> Tensor:
-    """Features of every distinct report (n, dim) float64, in one order whenever it is asked: a locked text side keeps what
-    it read, and how a sentence is rounded depends on those beside which it was first read."""
+    """Features of every distinct report (n, dim) float64, always in the same order: a locked text side keeps the vectors it
+    has computed, and how a sentence is rounded depends on those it was first encoded with."""
     texts = sorted({report.text() for report in reports})
     found = []
     for start in range(0, len(texts), 64):
@@ -88,9 +89,15 @@ def read_all(model: DualEncoder, reports: list[Report], device: torch.device) ->
 
 
 def distinct_pairs(reports: list[Report]) -> list[Report]:
-    """Reports with both sections, each impression once: two of one wording would be each other's false negative."""
-    by_impression = {report.impression.strip(): report for report in reports if report.findings and report.impression}
-    return [by_impression[key] for key in sorted(by_impression)]
+    """Reports with both sections, each last one once: two of one wording would be each other's false negative."""
+    by_last = {last: report for report in reports for first, last in [_ends(report)] if first and last}
+    return [by_last[key] for key in sorted(by_last)]
+
+
+def _ends(report: Report) -> tuple[str, str]:
+    """The first and the last section of a report; empty strings where it has fewer than two."""
+    texts = [text.strip() for text in report.sections.values()]
+    return (texts[0], texts[-1]) if len(texts) > 1 else ("", "")
 
 
 def _some(text: str, keep: float, random: np.random.Generator) -> list[str]:

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from ctclip.findings import FINDINGS
+from ctclip.phantom.prevalence import FINDINGS
 from tests.benchmarks.common import table
 
 

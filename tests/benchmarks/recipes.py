@@ -22,7 +22,7 @@ import pandas as pd
 
 from ctclip.config_files import load_config
 from ctclip.demo import default_processes
-from ctclip.findings import FINDINGS
+from ctclip.phantom.prevalence import FINDINGS
 from ctclip.preprocessing.files import written_beside
 from tests.benchmarks.common import machine, table
 

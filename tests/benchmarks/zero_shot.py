@@ -19,7 +19,7 @@ from tests.benchmarks.common import best_of, machine, table
 def detection(model: Path, store: Path, volumes: int) -> tuple[float, float]:
     """Seconds of encoding stored volumes once, and of detecting the 18 abnormalities in them; taken in turn."""
     from ctclip.inference.detector import Detector
-    from ctclip.inference.prompts import load_prompts
+    from ctclip.prompts import load_prompts
     from ctclip.inference.run import batches, detect
     from ctclip.inference.scans import StoredScans
     from ctclip.models.folder import load_model

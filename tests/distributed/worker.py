@@ -48,8 +48,8 @@ def run(case: dict[str, Any], folder: Path, device: torch.device) -> None:
     from ctclip.config import TextWarmupConfig
     from ctclip.data.reports import Report
     from ctclip.errors import ConfigError
-    from ctclip.findings import FINDINGS
-    from ctclip.inference.prompts import load_prompts
+    from ctclip.phantom.prevalence import FINDINGS
+    from ctclip.prompts import load_prompts
     from ctclip.models.dual_encoder import build_model
     from ctclip.models.text import train_tokenizer
     from ctclip.training.engine import Engine

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ctclip.findings import FINDINGS
+from ctclip.phantom.prevalence import FINDINGS
 
 DEMO = Path(os.environ.get("CTCLIP_DEMO", Path(__file__).parents[2] / "runs" / "demo"))
 

@@ -14,7 +14,7 @@ from ctclip.cli import main
 from ctclip.errors import DataError, PromptError
 from ctclip.evaluation.tables import read_embeddings
 from ctclip.inference.detector import Detector
-from ctclip.inference.prompts import load_prompts
+from ctclip.prompts import load_prompts
 from ctclip.inference.run import detect
 from ctclip.inference.scans import ScanFiles, StoredScans
 from ctclip.models.folder import load_model

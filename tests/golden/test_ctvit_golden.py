@@ -185,7 +185,7 @@ def test_the_command_makes_a_folder_that_loads(parity: Path, tmp_path: Path) -> 
 def test_vocabfine_detects_as_published(parity: Path, tmp_path: Path) -> None:
     """CT_VocabFine_v2.pt is the state of the whole model, tuned on the prompts."""
     from ctclip.inference.detector import Detector
-    from ctclip.inference.prompts import load_prompts
+    from ctclip.prompts import load_prompts
     from ctclip.models.folder import import_published, load_model
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "emphysema", "nodule", "is", "not", "present", "."]

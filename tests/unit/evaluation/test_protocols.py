@@ -34,7 +34,7 @@ from ctclip.evaluation.protocol import Protocol, load_protocol
 from ctclip.evaluation.retrieval import evaluate_retrieval
 from ctclip.evaluation.run_report import compare_reports
 from ctclip.evaluation.tables import embedding_table, prediction_table, read_labels, write_predictions
-from ctclip.findings import FINDINGS
+from ctclip.phantom.prevalence import FINDINGS
 
 
 def recorded(volumes: int = 240, seed: int = 0, skill: float = 1.0) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ctclip.config import ModelConfig, ObjectiveConfig, TextConfig, ViT3DConfig
-from ctclip.findings import FINDINGS
+from ctclip.phantom.prevalence import FINDINGS
 from ctclip.models.dual_encoder import build_model
 from ctclip.models.text import train_tokenizer
 from ctclip.models.words import WordPredictor, captioning, hide

@@ -14,7 +14,7 @@ import pytest
 
 from ctclip.data.reports import negates
 from ctclip.errors import PhantomError
-from ctclip.findings import FINDINGS
+from ctclip.phantom.prevalence import FINDINGS
 from ctclip.phantom import language, prevalence
 from ctclip.phantom.canvas import Canvas, Grid, ball, tube
 from ctclip.phantom.cohort import Options, make_cohort, plan

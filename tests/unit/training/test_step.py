@@ -8,9 +8,9 @@ from sklearn.metrics import log_loss
 
 from ctclip.config import ModelConfig, ObjectiveConfig, TextConfig, ViT3DConfig
 from ctclip.data.reports import Report
-from ctclip.findings import FINDINGS
+from ctclip.phantom.prevalence import FINDINGS
 from ctclip.inference.detector import Detector
-from ctclip.inference.prompts import load_prompts
+from ctclip.prompts import load_prompts
 from ctclip.models.dual_encoder import DualEncoder, build_model
 from ctclip.models.text import train_tokenizer
 from ctclip.training.step import ContrastiveStep

@@ -9,13 +9,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ctclip.config import Section
-from ctclip.config_files import find_config, read_mapping, validated
+from ctclip.config_files import find_config, read_mapping
 from ctclip.errors import ConfigError, PromptError
-from ctclip.findings import FINDINGS
+from ctclip.schema import Section, validated
 
-SectionName = Literal["findings", "impression"]
-Phrasings = dict[SectionName, tuple[str, ...]]
+Phrasings = dict[str, tuple[str, ...]]
 
 
 class Pair(Section):
@@ -51,7 +49,7 @@ class PromptSet(Section):
     name: str
     ensemble: Literal["embeddings", "logits"] = "embeddings"
     average: Literal["phrasing", "section"] = "phrasing"
-    sections: tuple[SectionName, ...] = Field(("findings", "impression"), min_length=1)
+    sections: tuple[str, ...] = Field(("findings", "impression"), min_length=1)
     templates: Pair | None = None
     abnormalities: dict[str, Pair] = Field(default_factory=dict)
     graded: dict[str, Graded] = Field(default_factory=dict)
@@ -99,8 +97,8 @@ class PromptSet(Section):
         return [text for texts in self.groups(abnormality, positive) for text in texts]
 
     def names(self) -> tuple[str, ...]:
-        """Abnormalities of the set; the 18 of CT-RATE where it has none of its own."""
-        return tuple(self.abnormalities) or FINDINGS
+        """Abnormalities that are spelled out; none where the set has templates alone."""
+        return tuple(self.abnormalities)
 
 
 FREE_TEXT = Pair(
@@ -119,5 +117,5 @@ def load_prompts(source: str | Path | dict[str, Any]) -> PromptSet:
             raise PromptError(f"{path}: an empty prompt set: give abnormalities, or templates with {{x}}")
         return validated(PromptSet, read_mapping(path), str(path))
     except (ConfigError, UnicodeDecodeError) as error:
-        said = f"{source}: not UTF-8 text ({error})" if isinstance(error, UnicodeDecodeError) else str(error)
-        raise PromptError(said) from error
+        message = f"{source}: not UTF-8 text ({error})" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise PromptError(message) from error

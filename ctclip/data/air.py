@@ -1,0 +1,75 @@
+"""Tokens of nothing but air outside the body, which an encoder may leave out.
+
+Found on the processor, in the processes that read: a GPU would have to be waited for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+from ctclip.data.augment import Change, rotate
+from ctclip.preprocessing.spec import PreprocessingSpec
+
+# Lung is emphysema below -950 HU (Gevenois et al. 1995); the air around a patient is -1000 with some noise.
+AIR_HU = -950.0
+
+
+@dataclass(frozen=True)
+class BodyTokens:
+    """Says which tokens of a volume hold anything of the body; ``size``: voxels [slice, row, column] of a token."""
+
+    size: tuple[int, int, int]
+    spec: PreprocessingSpec
+
+    def of_hu(self, hu: np.ndarray, change: Change | None = None) -> np.ndarray:
+        """HU (D, H, W) int16 as stored -> (N,) bool, the volume changed by ``change`` as training will change it."""
+        low, high, middle, gain = self.spec.window
+        volume = torch.from_numpy(hu).float().clamp_(low, high).sub_(middle).mul_(gain)
+        cells = F.avg_pool3d(volume[None, None], self._half)[0, 0]
+        if change is not None:
+            cells = self._moved(cells, change)
+        return self._body(cells[None, None])[0]
+
+    def of_volumes(self, volumes: Tensor) -> np.ndarray:
+        """(B, 1, D, H, W) in [-1, 1] on any device -> (B, N) bool."""
+        return self._body(F.avg_pool3d(volumes.detach().float(), self._half))
+
+    @property
+    def _half(self) -> tuple[int, int, int]:
+        depth, height, width = (max(1, extent // 2) for extent in self.size)
+        return depth, height, width
+
+    def _body(self, cells: Tensor) -> np.ndarray:
+        """Mean of each eighth of a token (B, 1, ...) -> (B, N) bool.
+
+        A token is air if each of its eighths is below -950 HU, and outside if it joins the edge of its own axial slab
+        through such tokens: lungs, emphysematous ones too, lie within the body wall and are never reached.
+        """
+        _, _, middle, gain = self.spec.window
+        eighths = tuple(extent // half for extent, half in zip(self.size, self._half, strict=True))
+        air = F.max_pool3d(cells, eighths)[:, 0].cpu().numpy() < (AIR_HU - middle) * gain
+        border = np.zeros(air.shape[1:], dtype=bool)
+        border[:, [0, -1]] = border[:, :, [0, -1]] = True
+        neighbours = np.ones((1, 3, 3), dtype=bool)
+        outside = np.stack([ndimage.binary_propagation(one & border, neighbours, mask=one) for one in air])
+        return ~outside.reshape(len(outside), -1)
+
+    def _moved(self, cells: Tensor, change: Change) -> Tensor:
+        """Cells moved and cut as ``ctclip.data.augment`` moves and cuts the voxels; noise and contrast change no air."""
+        if change.turns:
+            spacing = [mm * half for mm, half in zip(self.spec.spacing, self._half, strict=True)]
+            cells = rotate(cells, change.angles, change.zoom, spacing)
+        if any(change.offset):
+            steps = [offset / half for offset, half in zip(change.offset, self._half, strict=True)]
+            cells = torch.from_numpy(ndimage.shift(cells.numpy(), steps, order=1, mode="constant", cval=-1.0))
+        for axis, ends in enumerate(change.crop):
+            first, last = (int(share * cells.shape[axis]) for share in ends)
+            cells.narrow(axis, 0, first).fill_(-1)
+            cells.narrow(axis, cells.shape[axis] - last, last).fill_(-1)
+        return cells

@@ -1,0 +1,76 @@
+"""What a head is: named scores of encoded volumes, what it learned from, and its calibration."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ctclip.evaluation.calibration import Calibration
+from ctclip.models.dual_encoder import DualEncoder
+from ctclip.models.encoded import Encoded
+
+
+class Head:
+    """Turns ``Encoded`` into a score for each of ``names``.
+
+    A subclass sets ``kind`` (its name in the configuration, or ``module:Name``), ``names``, ``supervision`` (what it
+    learned from: "none" where that is what the model learned from) and ``source`` (what it was made of, as the prediction
+    table states it), and has ``score``, ``save`` and ``load``.
+    """
+
+    kind: ClassVar[str]
+    names: tuple[str, ...]
+    supervision: str = "none"
+    source: str = ""
+    values_of: tuple[str, ...] = ()  # findings whose size it tells, as "name [unit]"
+
+    def __init__(self, model: DualEncoder) -> None:
+        self.model = model
+        self.calibration: Calibration | None = None
+
+    def score(self, encoded: Encoded) -> Tensor:
+        """(B, names) float32: the larger, the likelier; 0 where a finding is as likely as not. For ranking."""
+        raise NotImplementedError
+
+    def values(self, encoded: Encoded) -> Tensor:
+        """(B, values_of) the size of each finding that has one, in its unit."""
+        return encoded.pooled.new_zeros(len(encoded.pooled), 0)
+
+    def save(self, folder: Path) -> None:
+        """Write all that ``load`` needs into ``folder``, which exists and is empty."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, folder: Path, model: DualEncoder) -> Head:
+        """The head that ``save`` wrote. Raises CheckpointError naming what is missing or does not fit ``model``."""
+        raise NotImplementedError
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """(n, names) scores -> their sigmoid, calibrated where a calibration is known."""
+        if self.calibration is None:
+            return scores.sigmoid()
+        slope, intercept = self.calibration.of(self.names)
+        return (scores * torch.as_tensor(slope).to(scores) + torch.as_tensor(intercept).to(scores)).sigmoid()
+
+    def thresholds(self) -> dict[str, float]:
+        """Decision threshold on the probability of each name that was calibrated."""
+        lines = self.calibration.lines if self.calibration is not None else {}
+        return {name: lines[name].threshold for name in self.names if name in lines}
+
+    def identity(self) -> str:
+        """Equal for heads that score alike, calibration included."""
+        probe = torch.nn.functional.normalize(_probe(self.model.config.dim), dim=-1).to(self.model.device)
+        facts = repr((self.kind, self.names, self.source, self.calibration)).encode()
+        return hashlib.sha256(facts + self.fingerprint(probe)).hexdigest()[:16]
+
+    def fingerprint(self, probe: Tensor) -> bytes:
+        """Bytes that differ where scores differ; probe: a few unit vectors (n, dim) on the model's device."""
+        return b""
+
+
+def _probe(dim: int) -> Tensor:
+    return torch.sin(torch.arange(4 * dim, dtype=torch.float32).view(4, dim) * 1.7)

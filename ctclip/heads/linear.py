@@ -1,0 +1,76 @@
+"""A linear map of the volume's embedding to logits, learned from labels: CT-LiPro's classifier, or a linear probe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ctclip.errors import CheckpointError
+from ctclip.heads.head import Head
+from ctclip.models.dual_encoder import DualEncoder
+from ctclip.models.encoded import Encoded
+
+
+class LinearHead(Head):
+    """Logits ``weight @ embedding + bias``; with ``relu`` of the embedding's positive part alone, as the published
+    ImageLatentsClassifier (CT-LiPro) has it."""
+
+    kind = "linear"
+    supervision = "label-supervised"
+    source = "linear head"
+
+    def __init__(
+        self, model: DualEncoder, names: Sequence[str], weight: Tensor, bias: Tensor, *, relu: bool = False
+    ) -> None:
+        """weight (names, dim), bias (names,)."""
+        super().__init__(model)
+        self.names, self.relu = tuple(names), relu
+        if weight.shape != (len(self.names), model.config.dim) or bias.shape != (len(self.names),):
+            raise CheckpointError(
+                f"a linear head of {tuple(weight.shape)} and {tuple(bias.shape)}, expected {len(self.names)} labels of "
+                f"{model.config.dim} dimensions"
+            )
+        self.weight, self.bias = weight.float().to(model.device), bias.float().to(model.device)
+
+    @torch.inference_mode()
+    def score(self, encoded: Encoded) -> Tensor:
+        if encoded.embedding is None:
+            raise ValueError("these volumes were encoded without the joint space; call DualEncoder.encode")
+        features = encoded.embedding.relu() if self.relu else encoded.embedding
+        return features @ self.weight.T + self.bias
+
+    def fingerprint(self, probe: Tensor) -> bytes:
+        return self.weight.cpu().numpy().tobytes() + self.bias.cpu().numpy().tobytes()
+
+    def save(self, folder: Path) -> None:
+        save_file(
+            {"weight": self.weight.cpu().contiguous(), "bias": self.bias.cpu().contiguous()},
+            folder / "linear.safetensors",
+        )
+        facts = {"names": list(self.names), "relu": self.relu}
+        (folder / "linear.yaml").write_text(
+            yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+
+    @classmethod
+    def load(cls, folder: Path, model: DualEncoder) -> LinearHead:
+        try:
+            facts = yaml.safe_load((folder / "linear.yaml").read_text(encoding="utf-8"))
+            tensors = load_file(folder / "linear.safetensors")
+            return cls(
+                model,
+                [str(name) for name in facts["names"]],
+                tensors["weight"],
+                tensors["bias"],
+                relu=bool(facts["relu"]),
+            )
+        except (OSError, SafetensorError, KeyError, TypeError, yaml.YAMLError) as error:
+            raise CheckpointError(
+                f"{folder}: its linear head is missing or damaged; copy the model folder again"
+            ) from error

@@ -1,0 +1,122 @@
+"""Zero-shot detection by prompts: text is embedded once for all volumes, a volume encoded once for all findings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+
+from ctclip.errors import CheckpointError
+from ctclip.heads.head import Head
+from ctclip.models.dual_encoder import DualEncoder
+from ctclip.models.encoded import Encoded
+from ctclip.prompts import PromptSet, load_prompts
+
+
+class PromptHead(Head):
+    """Scores findings by the softmax over each one's positive and negative prompt (Radford et al. 2021, section 3.1.4)."""
+
+    kind = "prompts"
+
+    def __init__(self, model: DualEncoder, prompts: PromptSet, names: Sequence[str] | None = None) -> None:
+        """``names``: findings, spelled out in ``prompts`` or not; those of ``prompts`` if not given."""
+        super().__init__(model)
+        self.prompts = prompts
+        self.names = tuple(names or prompts.names())
+        if not self.names:
+            raise CheckpointError(f"the prompt set {prompts.name!r} names no finding: say which ones to look for")
+        self.source = prompts.identity()
+        self.positive, self.negative = pair_vectors(model, prompts, self.names)
+        self.values_of = tuple(f"{name} [{grade.unit}]" for name, grade in prompts.graded.items())
+        self.grades = list(prompts.graded.values())
+        self.graded_vectors = [_graded_vectors(model, grade.templates, grade.values) for grade in self.grades]
+
+    @torch.inference_mode()
+    def score(self, encoded: Encoded) -> Tensor:
+        """Positive minus negative logit."""
+        return self.score_embeddings(_embedding(encoded))
+
+    @torch.inference_mode()
+    def score_embeddings(self, embeddings: Tensor) -> Tensor:
+        """Unit vectors (n, dim) of volumes -> (n, names)."""
+        return self.model.logits(embeddings, self.positive - self.negative)
+
+    @torch.inference_mode()
+    def values(self, encoded: Encoded) -> Tensor:
+        """The mean of a finding's values, weighted by their prompts' softmax: EchoCLIP's regression by prompts
+        (Christensen et al. 2024), with weights in place of its median."""
+        embeddings = _embedding(encoded)
+        columns = []
+        for grade, vectors in zip(self.grades, self.graded_vectors, strict=True):
+            weights = self.model.logits(embeddings, vectors).softmax(dim=1)
+            columns.append(weights @ torch.tensor(grade.values).to(weights))
+        return torch.stack(columns, dim=1) if columns else embeddings.new_zeros(len(embeddings), 0)
+
+    def fingerprint(self, probe: Tensor) -> bytes:
+        return (self.positive - self.negative).float().cpu().numpy().tobytes()
+
+    def save(self, folder: Path) -> None:
+        self.write(folder, self.prompts, self.names)
+
+    @staticmethod
+    def write(folder: Path, prompts: PromptSet, names: Sequence[str]) -> None:
+        """What ``save`` writes, of a prompt set that has not been encoded."""
+        values = prompts.model_dump(mode="json", exclude_defaults=True)
+        for name, kept in (("prompts.yaml", values), ("names.yaml", list(names))):
+            (folder / name).write_text(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, model: DualEncoder) -> PromptHead:
+        names = None
+        if (folder / "names.yaml").is_file():
+            names = yaml.safe_load((folder / "names.yaml").read_text(encoding="utf-8"))
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise CheckpointError(f"{folder / 'names.yaml'}: expected a list of names; copy the model folder again")
+        return cls(model, load_prompts(folder / "prompts.yaml"), names)
+
+
+def _embedding(encoded: Encoded) -> Tensor:
+    if encoded.embedding is None:
+        raise ValueError("these volumes were encoded without the joint space; call DualEncoder.encode")
+    return encoded.embedding
+
+
+@torch.no_grad()
+def pair_vectors(model: DualEncoder, prompts: PromptSet, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Positive and negative sides (names, dim): the mean of each side's phrasings, encoded together.
+
+    It is made a unit vector for ``ensemble: embeddings``, and left as long as it is for ``logits``, whose mean of dot
+    products is the dot product with the mean. With ``average: section`` each section weighs alike, however many
+    phrasings it has. A model that standardises its features gives both sides of a pair one length (``embeddings``; see
+    ``DualEncoder.encode_prompts``).
+    """
+    shared = model.config.standardise and prompts.ensemble == "embeddings"
+    encode = model.encode_prompts if shared else model.encode_text
+    groups = [prompts.groups(name, positive) for positive in (True, False) for name in names]
+    vectors = encode([text for sections in groups for texts in sections for text in texts])
+    means, start = [], 0
+    for sections in groups:
+        parts = []
+        for texts in sections:
+            parts.append(vectors[start : start + len(texts)].mean(dim=0))
+            start += len(texts)
+        means.append(torch.stack(parts).mean(dim=0))
+    positive, negative = torch.stack(means).split(len(names))
+    if shared:
+        length = (positive.norm(dim=-1, keepdim=True) + negative.norm(dim=-1, keepdim=True)) / 2
+        return positive / length, negative / length
+    if prompts.ensemble == "embeddings":
+        return F.normalize(positive, dim=-1), F.normalize(negative, dim=-1)
+    return positive, negative
+
+
+@torch.inference_mode()
+def _graded_vectors(model: DualEncoder, templates: Sequence[str], values: Sequence[float]) -> Tensor:
+    """(values, dim) unit vectors, one a value: the mean over templates."""
+    texts = [template.replace("{value}", f"{value:g}") for value in values for template in templates]
+    vectors = model.encode_text(texts)
+    return F.normalize(vectors.unflatten(0, (len(values), len(templates))).mean(dim=1), dim=-1)

@@ -1,0 +1,170 @@
+"""Label sets: the findings that a cohort is labelled with and a model is asked about. They are data, not code.
+
+A label set is a YAML file (``configs/labels``, or anybody's own). It is named in a configuration, kept in the store, in
+the model folder and in every prediction table, and compared where two of them meet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from ctclip.config_files import configs_folder, find_config, read_mapping
+from ctclip.errors import ConfigError, DataError
+from ctclip.preprocessing.cohorts import label_names
+from ctclip.preprocessing.files import write_text
+from ctclip.preprocessing.store import VolumeStore
+from ctclip.schema import Section, validated
+
+BodyPart = Literal["chest", "abdomen", "head", "any"]
+FILE = "labels.yaml"
+
+
+class Label(Section):
+    """One finding."""
+
+    name: str = Field(min_length=1)
+    aliases: tuple[str, ...] = Field((), description="other names under which tables and people know it")
+    columns: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="label columns of a cohort that it is the union of, by the cohort's name; its own name if not listed",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class LabelSet(Section):
+    """A YAML file of label names with what belongs to them."""
+
+    name: str
+    description: str = ""
+    body_part: BodyPart = Field("any", description="what a scan is expected to show")
+    prompts: str | None = Field(None, description="prompt set that asks for these labels")
+    protocol: str | None = Field(None, description="evaluation protocol used unless another is named")
+    windows: dict[str, tuple[float, float]] = Field(
+        default={"lung window": (-1350.0, 150.0), "soft-tissue window": (-160.0, 240.0)},
+        description="HU windows in which pictures show a scan, by name",
+    )
+    labels: tuple[Label, ...] = Field(min_length=1)
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: tuple[Label, ...]) -> tuple[Label, ...]:
+        known: dict[str, str] = {}
+        for label in labels:
+            for word in (label.name, *label.aliases):
+                owner = known.setdefault(word.casefold(), label.name)
+                if owner != label.name:
+                    raise ValueError(f"{word!r} names both {owner!r} and {label.name!r}")
+        if len({label.name for label in labels}) < len(labels):
+            raise ValueError("a label is listed twice")
+        return labels
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the labels, in their order."""
+        return tuple(label.name for label in self.labels)
+
+    @property
+    def identity(self) -> str:
+        """Name and a digest of the labels' names, as tables state it."""
+        return f"{self.name} {hashlib.sha256(chr(10).join(self.names).encode()).hexdigest()[:8]}"
+
+    def resolve(self, word: str) -> str | None:
+        """The label that ``word`` names: its name or one of its aliases, in any case; None if it names none."""
+        for label in self.labels:
+            if word.casefold() in {label.name.casefold(), *(alias.casefold() for alias in label.aliases)}:
+                return label.name
+        return None
+
+    def columns(self, table: Iterable[str], cohort: str = "") -> dict[str, tuple[str, ...]]:
+        """For each label the columns of a table that it is the union of; labels the table does not have are left out.
+
+        ``table``: names of the table's columns; ``cohort``: whose columns to look for first. Without an entry for the
+        cohort a column is found by the label's name, in any case, then by its aliases.
+        """
+        present = {str(column).casefold(): str(column) for column in table}
+        columns: dict[str, tuple[str, ...]] = {}
+        for label in self.labels:
+            if cohort in label.columns:
+                parts = tuple(present[c.casefold()] for c in label.columns[cohort] if c.casefold() in present)
+            else:
+                words = (label.name, *label.aliases)
+                parts = tuple(present[word.casefold()] for word in words if word.casefold() in present)[:1]
+            if parts:
+                columns[label.name] = parts
+        return columns
+
+    def save(self, path: Path) -> None:
+        write_text(path, yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True))  # fmt: skip
+
+
+def load_labels(source: str | Path | dict[str, Any]) -> LabelSet:
+    """A label set from a file, the name of one in ``configs/labels``, or a mapping. Raises ConfigError in one line."""
+    if isinstance(source, dict):
+        return validated(LabelSet, source, "label set")
+    path = find_config(str(source), "labels")
+    return validated(LabelSet, read_mapping(path), str(path))
+
+
+def labels_of_columns(name: str, columns: Sequence[str], body_part: BodyPart = "any") -> LabelSet:
+    """The label set of a table whose label columns are ``columns``."""
+    if not columns:
+        raise DataError(f"{name}: has no label column (one of 0, 1 and empty cells)")
+    return validated(LabelSet, {"name": name, "body_part": body_part, "labels": list(columns)}, name)
+
+
+def require_same(ours: LabelSet | str, theirs: LabelSet | str, where: str) -> None:
+    """Raise ConfigError unless two label sets (or identities of such) are the same; an empty identity is any."""
+    mine, other = (value if isinstance(value, str) else value.identity for value in (ours, theirs))
+    if mine and other and mine != other:
+        raise ConfigError(f"{where}: has the label set {other!r}, not {mine!r}")
+
+
+def installed_sets() -> list[LabelSet]:
+    """The label sets that come with the package."""
+    return [load_labels(path) for path in sorted((configs_folder() / "labels").glob("*.yaml"))]
+
+
+def store_labels(store: VolumeStore) -> LabelSet | None:
+    """The label set kept in a store; where none is kept (0.2), the one its label columns are; None where it has none."""
+    path = store.path / FILE
+    if path.is_file():
+        return load_labels(path)
+    columns = label_names(store.cohort)
+    return labels_that_are(store.path.resolve().name, columns) if columns else None
+
+
+def labels_that_are(name: str, columns: Sequence[str]) -> LabelSet:
+    """The installed label set whose names are ``columns``, or one made of them and called ``name``."""
+    known = (labels for labels in installed_sets() if set(labels.names) == set(columns))
+    return next(known, None) or labels_of_columns(name, columns)
+
+
+def keep_labels(store: VolumeStore, source: str | None) -> LabelSet | None:
+    """Keep a label set in a store: ``source`` (a file, or the name of one), or the one that its label columns are.
+
+    Raises DataError if the cohort table has none of the set's labels.
+    """
+    columns = label_names(store.cohort)
+    if source is not None:
+        labels = load_labels(source)
+        if columns and not labels.columns(columns):
+            raise DataError(
+                f"{store.path}: the cohort table has no column of the label set {labels.name!r} (it has "
+                f"{', '.join(columns[:6])}); name its columns as aliases in the set"
+            )
+    elif columns:
+        labels = labels_that_are(store.path.resolve().name, columns)
+    else:
+        return None
+    labels.save(store.path / FILE)
+    return labels

@@ -1,0 +1,30 @@
+"""Masks of voxels and tokens, and means and maxima over real tokens."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def air_where_padded(volume: Tensor, mask: Tensor | None) -> Tensor:
+    """``volume`` with -1 wherever ``mask`` (B, 1, D, H, W) bool is false: what padding holds cannot matter."""
+    return volume if mask is None else volume.masked_fill(~mask, -1.0)
+
+
+def real_cells(mask: Tensor | None, grid: tuple[int, ...]) -> Tensor | None:
+    """mask (B, 1, D, H, W) bool -> (B, N) bool: cells of ``grid`` (d, h, w) in which any voxel is real; None: all."""
+    return None if mask is None else F.adaptive_max_pool3d(mask.float(), grid).flatten(1) > 0
+
+
+def mean_token(tokens: Tensor, real: Tensor | None) -> Tensor:
+    """tokens (B, N, C) -> (B, C), over those of ``real`` (B, N) bool; None: all."""
+    if real is None:
+        return tokens.mean(dim=1)
+    return tokens.masked_fill(~real[..., None], 0.0).sum(dim=1) / real.sum(dim=1, keepdim=True)
+
+
+def largest_token(tokens: Tensor, real: Tensor | None) -> Tensor:
+    """As ``mean_token``, the largest of each channel."""
+    candidates = tokens if real is None else tokens.masked_fill(~real[..., None], float("-inf"))
+    # Not amax, whose gradient compares every token with the largest.
+    return candidates.max(dim=1).values

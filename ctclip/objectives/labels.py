@@ -1,0 +1,41 @@
+"""Cross-entropy on labels, of a linear map of both embeddings."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctclip.errors import ConfigError
+from ctclip.objectives.objective import Context, Features, Objective
+
+
+class Labels(Objective):
+    """Multi-label classification of volumes and texts beside the contrast: not zero-shot any more.
+
+    Labels that come with the reports (Wu et al. 2023, MedKLIP, and GreenRFM learn from such).
+    """
+
+    needs = ("features", "labels")
+
+    def __init__(self, config: object, context: Context) -> None:
+        super().__init__(config, context)
+        if context.labels is None:
+            raise ConfigError("objectives.labels: no label set is known; name one in labels=")
+        self.classifier = nn.Linear(context.model.config.dim, len(context.labels.names))
+
+    def forward(self, features: Features, labels: Tensor) -> Tensor:
+        """labels (B, L) float32 of 0, 1 and NaN (unknown)."""
+        of_volumes = multi_label(self.classifier(features.volumes * features.scale), labels)
+        of_texts = multi_label(
+            self.classifier(features.texts * features.scale), labels.repeat_interleave(features.views, dim=0)
+        )
+        return (of_volumes + of_texts) / 2
+
+
+def multi_label(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy over labels (B, L) of 0, 1 or NaN (unknown: left out). Scalar; 0 where all are unknown."""
+    known = ~torch.isnan(labels)
+    losses = F.binary_cross_entropy_with_logits(logits.float(), torch.nan_to_num(labels), reduction="none")
+    # Counted, not selected: which labels are known is not asked of the device.
+    return (losses * known).sum() / known.sum().clamp(min=1)

@@ -1,0 +1,105 @@
+"""What an objective is, and what it can ask for.
+
+An objective names what it needs, and is called with just that. Whoever needs ``features`` contrasts the global batch and
+is called once a step; whoever needs ``tokens`` looks at what this rank has encoded, and is called for each micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ctclip.config import ObjectiveConfig
+from ctclip.labels import LabelSet
+from ctclip.models.dual_encoder import DualEncoder
+from ctclip.prompts import PromptSet
+
+
+@dataclass(frozen=True)
+class Features:
+    """Embeddings of the global batch.
+
+    volumes (B, dim), texts (B * views, dim) unit vectors, float32, views of a volume beside each other; scale (1,) and
+    bias (1,) of the similarity; scans (B,) and text_identities (B * views,): equal numbers are the same scan, the same
+    wording; rows: this rank's volumes among the B. The mean over ranks of what an objective returns is the loss.
+    """
+
+    volumes: Tensor
+    texts: Tensor
+    scale: Tensor
+    bias: Tensor
+    scans: Tensor
+    text_identities: Tensor
+    rows: slice
+
+    @property
+    def views(self) -> int:
+        """Texts of each volume."""
+        return len(self.texts) // len(self.volumes)
+
+    def view(self, number: int) -> Features:
+        """The features with one text a volume, the ``number``-th."""
+        return Features(
+            self.volumes, self.texts[number :: self.views], self.scale, self.bias, self.scans,
+            self.text_identities[number :: self.views], self.rows,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an objective may look at when it is built."""
+
+    model: DualEncoder
+    labels: LabelSet | None = None
+    prompts: PromptSet | None = None
+
+
+class Objective(nn.Module):
+    """A loss to be added to the others, with whatever parameters it needs.
+
+    ``needs`` names the arguments of ``forward``: ``features`` (``Features``), ``tokens`` (``Encoded``, of this rank),
+    ``words`` (ids and mask of whole reports), ``earlier_texts`` (``EarlierTexts`` or None), and any column of the batch
+    by its name: ``labels`` (B, L) float32 of 0, 1 and NaN, ``masks``, or a column of the store of the user's own.
+    Columns are of the global batch beside ``features``, and of this rank's micro-batch beside ``tokens``.
+    """
+
+    Config: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def queue_size(self) -> int:
+        """Texts of earlier steps it wants to see; 0: none."""
+        return 0
+
+    def forward(self, **given: Any) -> Tensor:
+        """A scalar loss, not yet weighted."""
+        raise NotImplementedError
+
+
+GIVEN = ("features", "tokens", "words", "earlier_texts")
+
+
+def columns_needed(objective: type[Objective] | Objective) -> tuple[str, ...]:
+    """Columns of the batch that an objective asks for."""
+    return tuple(name for name in objective.needs if name not in GIVEN)
+
+
+def same_identity(scans: Tensor, texts: Tensor, rows: slice) -> Tensor:
+    """Pairs that must not be negatives of each other.
+
+    scans (B,) and texts (B,) are identities of the scan and of the wording -> (rows, B) bool.
+    """
+    return (scans[rows, None] == scans[None, :]) | (texts[rows, None] == texts[None, :])
+
+
+def different_group(batch: int, size: int, rows: slice, device: torch.device) -> Tensor:
+    """(rows, B) bool: pairs of different groups of ``size`` neighbours."""
+    number = torch.arange(batch, device=device) // size
+    return number[rows, None] != number[None, :]

@@ -1,0 +1,45 @@
+"""Cross-entropy on labels, of the zero-shot scores themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ctclip.errors import ConfigError
+from ctclip.heads.prompts import pair_vectors
+from ctclip.objectives.labels import multi_label
+from ctclip.objectives.objective import Context, Features, Objective
+
+
+class Prompts(Objective):
+    """The margins that the run's prompts give are fitted to the labels (VocabFine; Hamamci et al. 2024)."""
+
+    needs = ("features", "labels")
+
+    def __init__(self, config: object, context: Context) -> None:
+        super().__init__(config, context)
+        if context.labels is None or context.prompts is None:
+            raise ConfigError(
+                "objectives.prompts: no label set or no prompts are known; name them in labels= and prompts="
+            )
+        # Not submodules: the step has the model already.
+        self.context = (context.model, context.prompts, context.labels.names)
+        self.directions: Tensor | None = None
+
+    def forward(self, features: Features, labels: Tensor) -> Tensor:
+        """labels (B, L) float32 of 0, 1 and NaN (unknown)."""
+        margins = features.scale * features.volumes @ self._directions().T
+        return multi_label(margins, labels)
+
+    def _directions(self) -> Tensor:
+        """(L, dim): what detection multiplies volumes with, from one side of each label's prompts to the other. No
+        gradient flows into it: the prompts say where volumes should go, and learn from the reports alone."""
+        model, prompts, names = self.context
+        if self.directions is None or not model.text_locked:
+            training = model.training
+            model.eval()
+            with torch.no_grad():
+                positive, negative = pair_vectors(model, prompts, names)
+            model.train(training)
+            self.directions = positive - negative
+        return self.directions

@@ -1,0 +1,59 @@
+"""Reports of earlier steps as further negatives of a volume.
+
+A 3-D encoder learns by steps, and a contrastive loss by negatives: a batch that is small for the one is too small for
+the other. Text changes slowly, so the embeddings that a text had some steps ago still stand for it (cross-batch memory,
+Wang et al. 2020; the queue of He et al. 2020, without a second encoder).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class EarlierTexts(NamedTuple):
+    """texts (M, dim) unit vectors of earlier steps; their scans (M,), -1 where a place is empty, and identities (M,)."""
+
+    texts: Tensor
+    scans: Tensor
+    identities: Tensor
+
+    def excluded(self, scans: Tensor, identities: Tensor) -> Tensor:
+        """(B, M) bool: places that are empty, or of the same scan or wording as the pair (scans (B,), identities (B,))."""
+        same = (self.scans == scans[:, None]) | (self.identities == identities[:, None])
+        return self.empty | same
+
+    @property
+    def empty(self) -> Tensor:
+        """(M,) bool: places not yet filled."""
+        return self.scans < 0
+
+
+class TextQueue(nn.Module):
+    """The last ``size`` texts of all ranks. Buffers, so that a checkpoint holds them; every rank has the same."""
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("texts", torch.zeros(size, dim))
+        self.register_buffer("scans", torch.full((size,), -1))
+        self.register_buffer("identities", torch.full((size,), -1))
+        self.register_buffer("next_slot", torch.zeros(1, dtype=torch.long))
+        self.texts: Tensor
+        self.scans: Tensor
+        self.identities: Tensor
+        self.next_slot: Tensor
+
+    def earlier(self) -> EarlierTexts:
+        """What the queue holds; a copy, as ``append`` changes it before the backward pass."""
+        return EarlierTexts(self.texts.clone(), self.scans.clone(), self.identities.clone())
+
+    @torch.no_grad()
+    def append(self, texts: Tensor, scans: Tensor, identities: Tensor) -> None:
+        """Put a batch's texts (B, dim) with their scans and identities (B,) in the oldest places."""
+        size, count = len(self.texts), min(len(texts), len(self.texts))
+        places = (self.next_slot + torch.arange(count, device=self.next_slot.device)) % size
+        self.texts[places] = texts[-count:].float()
+        self.scans[places], self.identities[places] = scans[-count:], identities[-count:]
+        self.next_slot.copy_((self.next_slot + count) % size)

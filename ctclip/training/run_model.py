@@ -1,0 +1,210 @@
+"""The model of a run: how it is built, started from another one, and written as a model folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from ctclip import distributed
+from ctclip.config import Config, ModelConfig
+from ctclip.config_files import read_mapping
+from ctclip.data.dataset import StoredVolumes
+from ctclip.errors import ConfigError, DataError
+from ctclip.heads.folder import write_prompt_head
+from ctclip.labels import FILE as LABELS
+from ctclip.labels import LabelSet, labels_of_columns, load_labels, store_labels
+from ctclip.models.dual_encoder import DualEncoder, build_model
+from ctclip.models.folder import (
+    TRAINED_ON,
+    TrainedOn,
+    load_model,
+    local_folder,
+    read_architecture,
+    save_model,
+    write_architecture,
+)
+from ctclip.models.start import freeze, take_weights
+from ctclip.models.text import load_tokenizer, train_tokenizer
+from ctclip.preprocessing.files import write_text
+from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.store import VolumeStore
+from ctclip.prompts import PromptSet, load_prompts
+from ctclip.schema import validated
+from ctclip.versions import revision
+
+ARCHITECTURE = "architecture"
+NEUTRAL_PROMPTS = "generic"
+
+
+def run_labels(config: Config, store: VolumeStore) -> LabelSet | None:
+    """The label set a run is asked to use: the configuration's, else the store's own. Raises DataError where the store
+    has not all of its columns."""
+    kept = store_labels(store)
+    if config.labels is None:
+        return kept
+    chosen = load_labels(config.labels)
+    columns = chosen.columns(store.cohort.columns)
+    absent = [name for name in chosen.names if name not in columns]
+    if absent and config.reads_labels:
+        own = f"; its own label set is {kept.name!r}" if kept is not None else ""
+        raise DataError(f"{store.path}: has no column for {absent[0]!r} of the label set {chosen.name!r}{own}")
+    return chosen
+
+
+def run_prompts(config: Config, labels: LabelSet | None) -> PromptSet:
+    """The prompt set of a run: the configuration's, else the label set's, else phrasings that fit any name."""
+    name = config.prompts or (labels.prompts if labels is not None else None) or NEUTRAL_PROMPTS
+    return load_prompts(name)
+
+
+def prompted_names(prompts: PromptSet, labels: LabelSet | None) -> tuple[str, ...]:
+    """What the model is asked about: the label set's names, else those the prompt set spells out."""
+    return labels.names if labels is not None else prompts.names()
+
+
+def build_run_model(
+    config: Config, output: Path, data: StoredVolumes, labels: LabelSet | None
+) -> tuple[DualEncoder, str]:
+    """The model of a run, and where its weights begin, in words. A run that began before is built from its own folder
+    alone: the pretrained folders it came from are not needed again. A collective."""
+    kept = output / ARCHITECTURE
+    if distributed.broadcast_object((kept / "config.yaml").is_file()):
+        model, begins = read_architecture(kept, lambda own: _as_configured(own, config.model), data.spec).model, ""
+    elif config.model.init is not None:
+        model, begins = _from_folder(config.model, data.spec)
+    else:
+        model, begins = build_model(config.model, data.spec, _tokenizer(config, output, data)), ""
+    freeze(model, config.training.freeze)
+    distributed.on_main(lambda: write_architecture(kept, model, labels or _no_labels()))
+    return model, begins
+
+
+def _from_folder(config: ModelConfig, spec: PreprocessingSpec) -> tuple[DualEncoder, str]:
+    """A model that begins with the weights of ``config.init``, whose architecture it takes for the sides it takes."""
+    where = str(config.init)
+    path = local_folder(where)
+    source = load_model(path)
+    if config.init_sides == "volume":
+        raise_if_needs_tokenizer(config)
+        model = build_model(_merged(source.model.config, config), spec)
+    else:
+        model = read_architecture(path, lambda own: _merged(own, config), spec).model
+    taken = take_weights(model, source.model.state_dict(), config.init_sides, where)
+    return model, taken.describe(where)
+
+
+def raise_if_needs_tokenizer(config: ModelConfig) -> None:
+    """A volume encoder alone is taken beside a text encoder that brings its own tokenizer."""
+    if config.text.pretrained is None:
+        raise ConfigError(
+            "model.init_sides=volume: name the text encoder in model.text.pretrained, or take both sides of model.init"
+        )
+
+
+def _merged(own: ModelConfig, asked: ModelConfig) -> ModelConfig:
+    """The architecture of a folder with the settings of a run that do not change its weights' shapes."""
+    both = asked.init_sides == "both"
+    tuning = {name: getattr(asked.volume, name) for name in ("activation_checkpointing", "tuning", "lora_rank")}
+    volume = own.volume.model_copy(update=tuning) if asked.init_sides != "text" else asked.volume
+    adapted = {name: getattr(asked.text, name) for name in ("tuning", "lora_rank")}
+    text = own.text.model_copy(update=adapted) if asked.init_sides != "volume" else asked.text
+    base = own if both else asked
+    return base.model_copy(update={"volume": volume, "text": text, "init": asked.init, "init_sides": asked.init_sides})
+
+
+def _as_configured(own: ModelConfig, asked: ModelConfig) -> ModelConfig:
+    """What the run's folder keeps, with what a resumed run may set anew."""
+    volume = own.volume.model_copy(update={"activation_checkpointing": asked.volume.activation_checkpointing})
+    return own.model_copy(update={"volume": volume})
+
+
+def _tokenizer(config: Config, output: Path, data: StoredVolumes) -> Any:
+    """The pretrained encoder's tokenizer, or one learned once from the training reports and kept in the run."""
+    if config.model.text.pretrained is not None:
+        return load_tokenizer(config.model.text.pretrained)
+    folder = output / "tokenizer"
+
+    def learn() -> None:
+        if not (folder / "tokenizer.json").is_file():
+            texts = np.unique([report.text() for report in data.reports])
+            train_tokenizer(texts.tolist(), config.model.text.vocabulary).save_pretrained(folder)
+
+    distributed.on_main(learn)
+    return load_tokenizer(folder)
+
+
+def describe_training(config: Config, data: StoredVolumes, labels: LabelSet | None, begins: str) -> TrainedOn:
+    """What a model of the run will have learned from."""
+    store = data.store
+    return TrainedOn(
+        supervision="label-supervised" if config.reads_labels else "reports only",
+        cohort=store.path.resolve().name,
+        volumes=len(data),
+        patients=int(data.table["patient"].nunique()),
+        synthetic=bool((data.table["label_source"] == SYNTHETIC).all()) if "label_source" in data.table else None,
+        body_part=labels.body_part if labels is not None else "any",
+        spacing=store.spec.spacing,
+        init=begins.partition(":")[0].removeprefix("from "),
+    )
+
+
+SYNTHETIC = "synthetic"
+
+
+def write_trained_on(output: Path, facts: TrainedOn) -> None:
+    """Keep them in the run folder, for the model folders that are written of it."""
+    write_text(output / TRAINED_ON, yaml.safe_dump(facts.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def save_run_model(folder: Path, config: Config, run: Path, model: DualEncoder, state: dict[str, torch.Tensor]) -> None:
+    """A model folder of a checkpoint's state (names under ``state/model.``); the rest is in the run folder."""
+    prefix = "state/model."
+    tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    trained_on = validated(TrainedOn, read_mapping(run / TRAINED_ON), str(run / TRAINED_ON))
+    labels = load_labels(run / ARCHITECTURE / LABELS)
+    _check_state(tensors, expected, run)
+    known = None if labels.name == NO_LABELS else labels
+    prompts = run_prompts(config, known)
+    names = prompted_names(prompts, known)
+    save_model(
+        folder, model, labels, trained_on=trained_on, card=_card(config, trained_on), state=tensors,
+        write_more=lambda partial: write_prompt_head(partial, prompts, names) if names else None,
+    )  # fmt: skip
+
+
+def _check_state(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Size], run: Path) -> None:
+    """A model folder of anything but this model's weights could not be loaded again."""
+    wrong = sorted(set(expected) ^ set(tensors))
+    if not wrong:
+        # Parameters that ZeRO 3 has spread over ranks have no shape of their own.
+        wrong = [name for name, shape in expected.items() if shape.numel() and tensors[name].shape != shape]
+    if wrong:
+        raise ConfigError(f"{run}: the checkpoint does not fit the run's architecture ({wrong[0]}); take another one")
+
+
+NO_LABELS = "none"
+
+
+def _no_labels() -> LabelSet:
+    """What is kept where a run knows no labels."""
+    return labels_of_columns(NO_LABELS, ["any finding"])
+
+
+def _card(config: Config, facts: TrainedOn) -> str:
+    return (
+        f"# {config.name}\n\nsupervision: {facts.supervision}\n\n"
+        f"Trained on {facts.volumes} volumes of {config.data.train_split!r}, spec {config.preprocessing!r}, seed {config.seed}, "
+        f"code {revision()}. The configuration of the run is in the run's config.yaml. Not a medical device.\n"
+    )
+
+
+def warn(message: str) -> None:
+    """One line on stderr, from one rank."""
+    if distributed.is_main():
+        print(message, file=sys.stderr, flush=True)
