@@ -19,13 +19,14 @@ from ctclip.evaluation.protocol import Protocol, Thresholds, align, default_prot
 from ctclip.evaluation.retrieval import evaluate_retrieval
 from ctclip.evaluation.run_report import Example, Pictures, write_report
 from ctclip.evaluation.tables import MARGIN, provenance, read_columns, read_embeddings, read_labels, read_predictions
-from ctclip.labels import store_labels
+from ctclip.labels import labels_of_columns, store_labels
 from ctclip.preprocessing.files import write_text, written_beside
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.versions import versions
 
 EXAMPLES = 4
+SECTIONS = ("findings", "impression")
 MATRIX = 48
 
 
@@ -254,14 +255,16 @@ def _examples(store: VolumeStore, table: pd.DataFrame, known: np.ndarray, protoc
     order = np.argsort(-np.nan_to_num(known).sum(axis=1), kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, EXAMPLES).astype(int)] if len(order) >= EXAMPLES else order
     examples = []
+    windows = (store_labels(store) or labels_of_columns("windows", ["any"])).windows
     for index in chosen:
         row = table.iloc[index]
         name = str(row["volume"])
         if name not in cohort.index:
             continue
-        report = f"FINDINGS. {cohort.at[name, 'findings']!s}\nIMPRESSION. {str(cohort.at[name, 'impression']) or 'Not given.'}"
+        texts = {part: str(cohort.at[name, part]).strip() for part in SECTIONS if part in cohort.columns}
+        report = "\n".join(f"{part.upper()}. {text or 'Not given.'}" for part, text in texts.items())
         labels = [int(value) if np.isfinite(value) else None for value in known[index]]
         found = [(label, float(row[label]), truth) for label, truth in zip(protocol.labels, labels, strict=True)]
         found.sort(key=lambda entry: -entry[1])
-        examples.append(Example(str(name), store.read(name), store.spec.spacing, report, found))
+        examples.append(Example(str(name), store.read(name), store.spec.spacing, report, found, windows))
     return examples

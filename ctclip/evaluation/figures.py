@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 from ctclip.evaluation import metrics
 from ctclip.preprocessing.files import written_beside
 
-LUNG, SOFT = (-1350.0, 150.0), (-160.0, 240.0)
 INK, BAR, CONTROL = "#222222", "#2f6f9f", "#c07830"
 
 
@@ -22,8 +21,9 @@ def example(
     spacing: tuple[float, float, float],
     report: str,
     found: list[tuple[str, float, int | None]],
+    windows: Mapping[str, tuple[float, float]],
 ) -> None:
-    """Axial, coronal and sagittal slices in lung and soft-tissue windows, with the report and what was detected.
+    """Axial, coronal and sagittal slices in two HU windows, with the report and what was detected.
 
     hu [slice, row, column] LPS+: shown as radiologists do, the patient's right on the left of the picture, the head
     up. found: (abnormality, probability, label or None) in the order shown.
@@ -39,7 +39,7 @@ def example(
     widths = [plane.shape[1] / (plane.shape[0] * aspect) for _, plane, aspect in views]
     height = max(8 / sum(widths), 2.9)
     figure, axes = _canvas(2, 4, (12.2, 2 * height + 0.5), [*widths, sum(widths) * 0.5])
-    for row, (name, (low, high)) in enumerate((("lung window", LUNG), ("soft-tissue window", SOFT))):
+    for row, (name, (low, high)) in enumerate([*windows.items()][:2]):
         for column, (view, plane, aspect) in enumerate(views):
             axis = axes[row][column]
             axis.imshow(plane, cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="bilinear")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Example:
     spacing: tuple[float, float, float]
     report: str
     found: list[tuple[str, float, int | None]]
+    windows: Mapping[str, tuple[float, float]]
 
 
 @dataclass
@@ -201,7 +202,7 @@ def _picture_sections(output: Path, metrics: dict[str, Any], pictures: Pictures)
     shown = []
     for index, item in enumerate(pictures.examples, start=1):
         path = output / f"example_{index}.png"
-        figures.example(path, item.hu, item.spacing, item.report, item.found)
+        figures.example(path, item.hu, item.spacing, item.report, item.found, item.windows)
         shown.append((item.title, path))
     if shown:
         sections.append({"title": "Examples", "figures": shown})
@@ -219,9 +220,12 @@ def _run_sections(output: Path, run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
     config = yaml.safe_load((run / "config.yaml").read_text())
-    batch, memory = config["training"]["batch"], config["objectives"].get("memory", 0)
+    batch, clip = config["training"]["batch"], config["objectives"].get("clip")
     path = output / "loss.png"
-    chance = (math.log(batch + memory) + math.log(batch)) / 2  # volume to texts, and text to volumes
+    chance = None
+    if isinstance(clip, dict) and list(config["objectives"]) == ["clip"]:
+        # Volume to texts, and text to volumes.
+        chance = clip["weight"] * (math.log(batch + clip.get("queue", 0)) + math.log(batch)) / 2
     figures.loss_curve(path, [line["step"] for line in lines], [line["loss"] for line in lines], chance)
     return [
         {"title": "Training", "figures": [("Contrastive loss of the global batch", path)]},

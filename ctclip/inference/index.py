@@ -126,5 +126,5 @@ def build_index(loaded: ModelFolder, scans: StoredScans, batch: int, refused: di
     if not order:
         raise DataError(next(iter(refused.values()), f"{scans.store.path}: no volume to index"))
     rows = scans.table.iloc[order]
-    reports = report_embeddings(loaded.model, report_texts(rows))
+    reports = report_embeddings(loaded.model, report_texts(rows, loaded.trained_on.sections))
     return Index.build(rows, np.concatenate(vectors), reports, loaded.hash, str(loaded.path.resolve()))

@@ -109,7 +109,7 @@ def report_embeddings(model: DualEncoder, texts: list[str], batch: int = 32) -> 
     return np.stack([vectors.get(text, nothing) for text in texts])
 
 
-def report_texts(table: pd.DataFrame, sections: Sequence[str] = ("findings", "impression")) -> list[str]:
+def report_texts(table: pd.DataFrame, sections: Sequence[str]) -> list[str]:
     """The sections of each report together, as training showed them."""
     return [report.text() for report in reports_of(table, sections)]
 
@@ -159,7 +159,9 @@ def _scored(
     )  # fmt: skip
     vectors = {VOLUME: encoded.embedding.float().cpu().numpy()}
     if reports:
-        vectors[REPORT] = report_embeddings(loaded.model, report_texts(scans.table.iloc[indices]))
+        vectors[REPORT] = report_embeddings(
+            loaded.model, report_texts(scans.table.iloc[indices], loaded.trained_on.sections)
+        )
     columns = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(None)
     for name, column in zip((*vectors,), embedding_table(list(identity["volume"]), **vectors).columns[1:], strict=True):
         columns = columns.append_column(name, column)

@@ -57,6 +57,7 @@ class TrainedOn(Section):
     synthetic: bool | None = None
     body_part: str = ""
     spacing: tuple[float, float, float] | None = None
+    sections: tuple[str, ...] = ("findings", "impression")
     init: str = ""
 
 

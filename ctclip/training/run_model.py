@@ -149,6 +149,7 @@ def describe_training(config: Config, data: StoredVolumes, labels: LabelSet | No
         synthetic=bool((data.table["label_source"] == SYNTHETIC).all()) if "label_source" in data.table else None,
         body_part=labels.body_part if labels is not None else "any",
         spacing=store.spec.spacing,
+        sections=config.data.sections,
         init=begins.partition(":")[0].removeprefix("from "),
     )
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import pkgutil
-from importlib import import_module
+import sys
+from collections.abc import Callable
+from importlib import import_module, metadata
 from pathlib import Path
 
 from ctclip.preprocessing.cohorts.folder import scan_id
 from ctclip.preprocessing.cohorts.table import COLUMNS, FILES, Cohort, check_table, hold_out, identity, label_names
+from ctclip.preprocessing.cohorts.table import rows as cohort_table
 from ctclip.preprocessing.errors import PreprocessingError
 
 __all__ = [
@@ -19,6 +22,7 @@ __all__ = [
     "FILES",
     "Cohort",
     "check_table",
+    "cohort_table",
     "hold_out",
     "identity",
     "label_names",
@@ -36,11 +40,16 @@ def layouts() -> list[str]:
 def read_cohort(root: str | os.PathLike[str], layout: str = "auto") -> Cohort:
     """The cohort of ``root``: a folder of a known layout, a CSV of paths, or a single scan.
 
-    ``layout``: one of ``layouts()``, or auto: the first that recognises the folder, else a plain folder.
+    ``layout``: one of ``layouts()``, or auto: the first that recognises the folder, else a plain folder; or a reader of
+    the user's own, ``module:function`` or the name of an entry point of the group ``ctclip.cohorts``.
     """
     folder, wanted = Path(root), layout.replace("-", "_")
     if not folder.exists():
         raise PreprocessingError(f"{folder}: no such cohort")
+    if (reader := _reader(layout)) is not None:
+        own: Cohort = reader(folder)
+        check_table(own.table, folder)
+        return own
     if wanted == "auto":
         found = (name for name in layouts() if import_module(f"{__name__}.{name}").recognised(folder))
         wanted = next(found, "folder")
@@ -49,3 +58,21 @@ def read_cohort(root: str | os.PathLike[str], layout: str = "auto") -> Cohort:
     cohort: Cohort = import_module(f"{__name__}.{wanted}").read(folder)
     check_table(cohort.table, folder)
     return cohort
+
+
+def _reader(name: str) -> Callable[[Path], Cohort] | None:
+    """A reader of the user's own, or None if ``name`` is none."""
+    for entry in metadata.entry_points(group="ctclip.cohorts"):
+        if entry.name == name:
+            loaded: Callable[[Path], Cohort] = entry.load()
+            return loaded
+    module, colon, function = name.partition(":")
+    if not colon:
+        return None
+    if "" not in sys.path:
+        sys.path.append("")
+    try:
+        found: Callable[[Path], Cohort] = getattr(import_module(module), function)
+        return found
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise PreprocessingError(f"--cohort {name}: {error}; name a function of a module in this folder") from error
