@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ctclip import distributed
+from ctclip import distributed, extras
 from ctclip.config import Config
 from ctclip.config_files import find_config
 from ctclip.data.dataset import ReadBatch, ScanSampler, StoredVolumes, as_read, rarity_weights
@@ -54,6 +54,7 @@ def train(config: Config, output: Path, *, force: bool = False) -> Path:
     A run that was interrupted continues from its last checkpoint; a finished one returns at once. Raises Interrupted
     after SIGTERM or SIGUSR1, once the step at hand is done and its checkpoint written.
     """
+    extras.check("train")
     with distributed.process_group() as device, Signals() as signals:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if device.type == "cpu":

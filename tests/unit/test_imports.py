@@ -11,6 +11,7 @@ LAYERS = [
     {"ctclip.preprocessing"},
     {
         "ctclip.errors",
+        "ctclip.extras",
         "ctclip.findings",
         "ctclip.sentences",
         "ctclip.versions",
