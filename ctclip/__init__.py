@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ctclip.caches import use_writable_caches
+
 if TYPE_CHECKING:
     import os
 
@@ -12,6 +14,9 @@ if TYPE_CHECKING:
     from ctclip.inference.model import Model
 
 __version__ = "0.2.0"
+
+# Before numba or matplotlib can be imported, which settle it at their import.
+use_writable_caches()
 
 
 def load(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:
