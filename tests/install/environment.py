@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -74,48 +73,3 @@ def _declared(root: metadata.Distribution, extras: tuple[str, ...]) -> list[meta
                 seen[key] = metadata.distribution(requirement.name)
                 waiting.append((seen[key], key[1]))
     return list(seen.values())
-
-
-class Stranger:
-    """Runs commands as a user that exists nowhere else, owns nothing but ``folder`` and has no home.
-
-    Without root's rights it runs them as the present user, and ``created`` cannot tell its files from others.
-    """
-
-    number = 61234
-
-    def __init__(self, folder: Path, python: Path) -> None:
-        self.root = os.getuid() == 0
-        self.cwd, self.tmp, self.output = folder / "cwd", folder / "tmp", folder / "output"
-        for path in (self.cwd, self.tmp, self.output):
-            path.mkdir(parents=True)
-            if self.root:
-                os.chown(path, self.number, self.number)
-        self.prefix: list[str] = []
-        if self.root:
-            self.prefix = ["setpriv", f"--reuid={self.number}", f"--regid={self.number}", "--clear-groups"]
-            probe = subprocess.run([*self.prefix, str(python), "--version"], capture_output=True, check=False)
-            if probe.returncode != 0:
-                # The interpreter lies in root's home: to read everything is allowed, to write is not.
-                self.prefix += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-
-    def run(self, *command: object) -> subprocess.CompletedProcess[str]:
-        environment = {
-            "PATH": "/usr/bin:/bin",
-            "HOME": "/nonexistent",
-            "TMPDIR": str(self.tmp),
-            "OMP_NUM_THREADS": "1",
-            "LANG": "C.UTF-8",
-        }
-        words = [*self.prefix, *(str(word) for word in command)]
-        return subprocess.run(words, capture_output=True, text=True, check=False, cwd=self.cwd, env=environment)
-
-    def created(self) -> list[str]:
-        """Files of this user anywhere but in its output and its TMPDIR. It can write nowhere that is pruned here."""
-        pruned = ["/proc", "/sys", "/usr", "/lib", "/opt", str(self.output), str(self.tmp), "*/site-packages"]
-        conditions = [word for path in pruned for word in ("-o", "-path", path)][1:]
-        command = ["find", "/", "/dev/shm", "-xdev", "(", *conditions, ")", "-prune", "-o"]
-        found = subprocess.run(
-            [*command, "-uid", str(self.number), "-print"], capture_output=True, text=True, check=False
-        )
-        return sorted(set(found.stdout.splitlines()) - {str(self.cwd)})
