@@ -3,14 +3,18 @@ PYTHON ?= python3
 SIZE ?= default
 OUTPUT ?= runs/$(if $(filter default,$(SIZE)),demo,$(SIZE))
 
-.PHONY: demo test lint venv clean
+.PHONY: demo test install-test lint venv clean
 
 demo: .venv/installed
 	.venv/bin/ctclip demo --size $(SIZE) --output $(OUTPUT)
 
 # Two processes of one thread, each with files of its own: what takes long is starting commands, not numbers.
 test: .venv/installed lint
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile $(PYTEST)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --ignore tests/install $(PYTEST)
+
+# The wheel in new environments, used by another user; three minutes.
+install-test: .venv/installed
+	.venv/bin/python -m pytest tests/install
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -1,9 +1,25 @@
 """ctclip: 3-D vision-language learning on chest CT."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ctclip.caches import use_writable_caches
+
+if TYPE_CHECKING:
+    import os
+
+    import torch
+
+    from ctclip.inference.model import Model
+
 __version__ = "0.2.0"
 
+# Before numba or matplotlib can be imported, which settle it at their import.
+use_writable_caches()
 
-def load(source: str, device: str = "cpu"):  # type: ignore[no-untyped-def]
+
+def load(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:
     """A model folder or hub name, in evaluation mode.
 
     What it returns detects (``detect("scan.nii.gz")``) and encodes: ``encode_volume`` takes (B, 1, D, H, W) in [-1, 1],

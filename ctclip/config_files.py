@@ -14,24 +14,22 @@ import yaml
 
 from ctclip.config import Config, ModelConfig
 from ctclip.errors import ConfigError
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.named_files import find_file, installed_folder
 from ctclip.schema import Section, validated
 
 
 def configs_folder() -> Path:
     """The configurations that come with the package."""
-    return Path(__file__).parent / "configs"
+    return installed_folder()
 
 
 def find_config(name: str, folder: str = "") -> Path:
-    """The YAML file for ``name``: a path, or the name of a file in ``configs/<folder>``."""
-    given = Path(name)
-    if given.is_file():
-        return given
-    inside = configs_folder() / folder / f"{name}.yaml"
-    if inside.is_file():
-        return inside
-    known = ", ".join(sorted(path.stem for path in (configs_folder() / folder).glob("*.yaml")))
-    raise ConfigError(f"no configuration {name!r}: give a path to a YAML file, or one of: {known}")
+    """The YAML file for ``name``: a user's own file, or one of the installed ``configs/<folder>``; see ``find_file``."""
+    try:
+        return find_file(name, folder)
+    except PreprocessingError as error:
+        raise ConfigError(str(error)) from error
 
 
 def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:

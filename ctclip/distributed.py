@@ -18,9 +18,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
+
+from ctclip import extras
 
 
 def prepare_environment() -> None:
@@ -68,6 +69,7 @@ def launch(processes: int, module: str) -> int:
 
     SIGTERM and SIGUSR1 are passed on to the ranks, which end as they would alone. Returns the launcher's exit code.
     """
+    psutil = extras.require("psutil")
     cuda = torch.cuda.is_available()
     environment = dict(os.environ)
     if not cuda:
@@ -99,8 +101,7 @@ def initialise() -> torch.device:
     prepare_environment()
     # DeepSpeed calls what torch has since renamed, and every rank would say so at every call's first place.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    import deepspeed
-
+    deepspeed = extras.require("deepspeed")
     cuda = torch.cuda.is_available()
     if not cuda:
         # Gloo's own collectives do as well as an extension that needs a compiler, takes half a minute to build, and for

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +25,7 @@ from ctclip.preprocessing.readers import read
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.volume import Volume
+from ctclip.preprocessing.workers import worker_pool
 
 Expect = Literal["chest", "any"]
 OUTCOME_COLUMNS = ("volume", "outcome", "reason", "source_spacing", "source_shape")
@@ -281,7 +282,7 @@ def _all(due: list[Task], store: Path, options: Options, workers: int) -> Iterat
 
 
 def _in_parallel(due: list[Task], store: Path, options: Options, workers: int) -> Iterator[tuple[Task, Outcome]]:
-    pool = ProcessPoolExecutor(workers)
+    pool = worker_pool(workers)
     try:
         futures = {pool.submit(_one, task, store, options): task for task in due}
         for future in as_completed(futures):

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -16,6 +15,7 @@ import yaml
 
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import write_text
+from ctclip.preprocessing.named_files import find_file
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,12 @@ class PreprocessingSpec:
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> PreprocessingSpec:
-        """A YAML file, or the name of one in ``configs/preprocessing``."""
-        path = Path(source)
-        if not path.is_file():
-            folder = Path(__file__).resolve().parents[1] / "configs" / "preprocessing"
-            path = folder / f"{source}.yaml"
-            if not path.is_file():
-                known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-                raise PreprocessingError(f"no preprocessing spec {str(source)!r}: give a YAML file, or one of: {known}")
+        """A YAML file, or the name of one in ``configs/preprocessing``; see ``find_file``."""
+        path = find_file(source, "preprocessing")
         try:
             values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
             return cls(**values)
-        except (TypeError, ValueError, yaml.YAMLError) as error:
+        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise PreprocessingError(f"{path}: not a preprocessing spec ({reason})") from error
 

@@ -39,7 +39,7 @@ def train(
 
     `torchrun --nproc-per-node 4 -m ctclip.train --config phantom_tiny --store store --output runs/first`
     """
-    from ctclip import distributed
+    from ctclip import distributed, extras
     from ctclip.config_files import load_config
     from ctclip.errors import ConfigError
 
@@ -54,6 +54,7 @@ def train(
         return
     if output is None:
         raise ConfigError("--output is missing: name the run folder")
+    extras.check("train")
     if processes > 1 and not distributed.launched():
         raise typer.Exit(distributed.launch(processes, "ctclip.train"))
     distributed.prepare_environment()

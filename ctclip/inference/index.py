@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pandas as pd
 import torch
 
+from ctclip import extras
 from ctclip.errors import DataError
 from ctclip.inference.run import batches, report_embeddings, report_texts
 from ctclip.inference.scans import StoredScans
@@ -40,6 +40,7 @@ class Index:
         return cls(rows.loc[:, list(ROWS)].reset_index(drop=True), _flat(volumes), _reports(reports), model, path)
 
     def save(self, folder: Path) -> None:
+        faiss = extras.require("faiss")
         folder.mkdir(parents=True, exist_ok=True)
         for name, index in (("volumes", self.volumes), ("reports", self.reports)):
             if index is not None:
@@ -54,6 +55,7 @@ class Index:
     @classmethod
     def load(cls, folder: Path, model: str) -> Index:
         """Refuses an index made with another model than ``model``."""
+        faiss = extras.require("faiss")
         facts = index_facts(folder)
         try:
             rows = pd.read_parquet(folder / "rows.parquet")
@@ -90,6 +92,7 @@ class Index:
 
 def _flat(vectors: np.ndarray, ids: np.ndarray | None = None) -> Any:
     """Exact search: 50,000 vectors of 512 take 5 ms, and no answer is missed."""
+    faiss = extras.require("faiss")
     index = faiss.IndexFlatIP(vectors.shape[1])
     if ids is None:
         index.add(np.ascontiguousarray(vectors, dtype=np.float32))
@@ -117,6 +120,7 @@ def index_facts(folder: Path) -> dict[str, Any]:
 
 def build_index(loaded: ModelFolder, scans: StoredScans, batch: int, refused: dict[str, str]) -> Index:
     """Encode the volumes and reports of a store and index them; volumes that cannot be read are named in ``refused``."""
+    extras.check("index")
     order, vectors = [], []
     for indices, voxels, _ in batches(scans, list(range(len(scans.table))), batch, refused, "indexing"):
         with torch.inference_mode():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ctclip import extras
 from ctclip.errors import ConfigError
 
 
@@ -15,13 +16,12 @@ def add_lora(module: nn.Module, targets: Sequence[str], rank: int) -> None:
 
     Raises ConfigError if ``module`` has none of the targets.
     """
-    from peft import LoraConfig, inject_adapter_in_model
-
     present = [name for name, _ in module.named_modules() if name.rpartition(".")[2] in targets]
     if not present:
         raise ConfigError(
             f"tuning=lora: {type(module).__name__} has no linear map among {', '.join(targets) or 'its targets'}"
         )
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), module)
+    peft = extras.require("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), module)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_("lora_" in name)

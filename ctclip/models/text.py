@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctclip import extras
 from ctclip.config import TextConfig
 from ctclip.errors import CheckpointError, ConfigError
 from ctclip.sentences import sentences
@@ -243,10 +244,9 @@ def build_text_encoder(config: TextConfig, tokenizer: Any | None = None) -> Text
 
 def with_lora(bert: Any, config: TextConfig) -> nn.Module:
     """Low-rank adapters (Hu et al. 2021) on the attention of ``bert``, whose own weights are frozen."""
-    from peft import LoraConfig, get_peft_model
-
+    peft = extras.require("peft")
     targets = ["query", "key", "value"]
-    return get_peft_model(bert, LoraConfig(r=config.lora_rank, target_modules=targets))
+    return peft.get_peft_model(bert, peft.LoraConfig(r=config.lora_rank, target_modules=targets))
 
 
 def small_bert_config(config: TextConfig, tokens: int | None = None, padding: int = 0) -> Any:

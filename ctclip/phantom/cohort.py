@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ctclip.phantom.prevalence import FINDINGS
 from ctclip.phantom.scan import Scan, make_scan
 from ctclip.preprocessing.files import write_text, written_beside
 from ctclip.preprocessing.progress import track
+from ctclip.preprocessing.workers import worker_pool
 
 RECONSTRUCTIONS = (0.7, 0.2, 0.1)
 SECOND_SCAN = 0.1
@@ -109,7 +110,7 @@ def _all(root: Path, options: Options, due: list[Task], workers: int) -> Iterato
             _one(root, options, task)
             yield None
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with worker_pool(workers) as pool:
         futures = [pool.submit(_one, root, options, task) for task in due]
         for future in as_completed(futures):
             yield future.result()

@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 from torch.utils.data import DataLoader
 
-from ctclip import distributed, plugins
+from ctclip import distributed, extras, plugins
 from ctclip.config import Config
 from ctclip.data.batch import StoredBatch
 from ctclip.data.dataset import StoredVolumes, as_read
@@ -58,6 +58,7 @@ def train(config: Config, output: Path, *, force: bool = False) -> Path:
     A run that was interrupted continues from its last checkpoint; a finished one returns at once. Raises Interrupted
     after SIGTERM or SIGUSR1, once the step at hand is done and its checkpoint written.
     """
+    extras.check("train")
     with distributed.process_group() as device, Signals() as signals:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if device.type == "cpu":

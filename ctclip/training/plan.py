@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -402,6 +403,4 @@ def _duration(seconds: float) -> str:
 
 
 def _host() -> float:
-    import psutil
-
-    return float(psutil.virtual_memory().total)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

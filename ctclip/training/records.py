@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 from typing import IO, Any
 
+from ctclip import extras
 from ctclip.config import Config
 from ctclip.config_files import build_config, differing_keys, dump_config, read_mapping
 from ctclip.errors import TrainingError
@@ -80,9 +81,9 @@ class MetricsLog:
             # Steps after the checkpoint we resume from will be made again; keep one line for each.
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) < first_step]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self.board = extras.require("torch.utils.tensorboard").SummaryWriter(
+            str(folder / "tensorboard"), purge_step=first_step
+        )
         self.wandb = _wandb(folder, wandb_project) if wandb_project else None
 
     def write(self, step: int, values: dict[str, Any]) -> None:

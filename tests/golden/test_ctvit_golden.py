@@ -20,8 +20,9 @@ from ctclip.models.published import read_published, to_model
 
 
 @pytest.fixture(scope="module")
-def parity(shared: Path) -> Path:
-    return shared / "upstream_parity"
+def parity() -> Path:
+    """The recorded outputs; data/README.md says what they are."""
+    return Path(__file__).parent / "data"
 
 
 def build(parity: Path, file: Path | None = None, **changes: Any) -> DualEncoder:

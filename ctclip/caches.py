@@ -1,0 +1,74 @@
+"""Where the libraries below us keep what they compile and cache, when their usual place cannot be written.
+
+A container that is read-only, or runs as a user without a home, has neither the ``__pycache__`` of this package nor
+``~/.cache``: numba would refuse to start, matplotlib would rebuild its list of fonts in every process. They are given a
+private folder in TMPDIR instead. A variable that is already set is left as it is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+
+
+def use_writable_caches() -> None:
+    """Set the cache variables whose usual place cannot be written; child processes inherit them."""
+    # Without HOME and without an entry in /etc/passwd this stays "~", which libraries would create as a folder.
+    home = Path.home() if os.path.isabs(os.path.expanduser("~")) else None
+    usual = {
+        "MPLCONFIGDIR": home and home / ".config" / "matplotlib",
+        "HF_HOME": home and home / ".cache" / "huggingface",
+        "TORCH_HOME": home and home / ".cache" / "torch",
+        "TRITON_HOME": home,
+    }
+    unset = {name for name, folder in usual.items() if folder is None or not _writable(folder)}
+    if any(not _writable(folder / "__pycache__") for folder in (PACKAGE, *_subpackages())):
+        unset.add("NUMBA_CACHE_DIR")
+    unset = {name for name in unset if name not in os.environ}
+    # Models fetched before are read from there, written or not.
+    if home is not None and (home / ".cache" / "huggingface").is_dir():
+        unset.discard("HF_HOME")
+    if not unset:
+        return
+    try:
+        folder = _private_folder()
+    except OSError:
+        # No place to write at all: each library says so when it is used.
+        return
+    for name in unset:
+        os.environ[name] = str(folder / name.partition("_")[0].lower())
+
+
+def _subpackages() -> list[Path]:
+    return [path.parent for path in PACKAGE.glob("*/__init__.py")]
+
+
+def _writable(folder: Path) -> bool:
+    """Whether ``folder`` can be written, or made where it does not exist."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _private_folder() -> Path:
+    """The folder in TMPDIR that this user's processes share, or a new one for this process and its children.
+
+    Compiled code is read back from it: one that belongs to somebody else, or that others can write, is not used.
+    """
+    folder = Path(tempfile.gettempdir()) / f"ctclip-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
+            return folder
+    except OSError:
+        pass
+    folder = Path(tempfile.mkdtemp(prefix="ctclip-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

@@ -1,0 +1,51 @@
+"""Room for the batches that reader processes hand over: they travel in /dev/shm, which containers often make small.
+
+Docker gives 64 MB unless told otherwise; a batch that does not fit ends a worker with a bus error, an hour into a run or
+at its first step. So the room is compared with what readers will hold before they are started.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+# torch's DataLoader asks each worker for this many batches ahead.
+PREFETCH = 2
+
+
+def shared_memory_room(folder: Path = Path("/dev/shm")) -> int:
+    """Bytes that can be written to shared memory; 0 where it is absent or read-only."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            status = os.statvfs(folder)
+    except OSError:
+        return 0
+    return status.f_bavail * status.f_frsize
+
+
+def usable_workers(workers: int, batch_bytes: int, *, ranks: int = 1, room: int | None = None) -> tuple[int, str]:
+    """How many of ``workers`` reader processes a rank can start, and a warning (empty if all of them).
+
+    ``batch_bytes``: size of a rank's batch as it is read (int16 HU). ``ranks``: of this machine, which share the room.
+    Each worker holds the batches it was asked for, and each rank two that it is taking; one with none reads itself.
+    """
+    room = shared_memory_room() if room is None else room
+    needed = _needed(workers, batch_bytes, ranks)
+    if workers == 0 or needed <= room:
+        return workers, ""
+    fitting = max(0, (room // ranks // batch_bytes - 2) // PREFETCH)
+    has = f"has {_size(room)} of room" if room else "is absent or cannot be written"
+    instead = f"{fitting} of them are started" if fitting else "the training process reads by itself, which is slower"
+    return fitting, (
+        f"/dev/shm {has}, and {workers} readers a process need {_size(needed)}: {instead}. Give the container more "
+        f"(docker run --shm-size={-(-needed // 2**30)}g), or set data.workers={fitting}"
+    )
+
+
+def _needed(workers: int, batch_bytes: int, ranks: int) -> int:
+    return ranks * (workers * PREFETCH + 2) * batch_bytes
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.0f} MB"

@@ -1,0 +1,43 @@
+"""Packages that only some commands need, installed as extras: ``pip install "ctclip[train]"``.
+
+Reading a scan, preparing it, detecting, embedding and evaluating need none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from ctclip.errors import CtclipError
+
+# Import names; the names on the package index are in pyproject.toml.
+EXTRAS = {"train": ("deepspeed", "tensorboard", "peft", "psutil"), "index": ("faiss",)}
+
+
+class MissingExtra(CtclipError):
+    """A package of an extra is not installed; the message says which extra brings it."""
+
+
+def require(module: str) -> Any:
+    """Import ``module``, which an extra brings. Raises MissingExtra where the extra is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        absent = (error.name or "").partition(".")[0]
+        for extra, packages in EXTRAS.items():
+            if absent in packages:
+                raise _missing(extra, [absent]) from error
+        raise
+
+
+def check(extra: str) -> None:
+    """Raises MissingExtra if a package of ``extra`` is not installed. Imports nothing, so it costs nothing to ask first."""
+    absent = [package for package in EXTRAS[extra] if importlib.util.find_spec(package) is None]
+    if absent:
+        raise _missing(extra, absent)
+
+
+def _missing(extra: str, packages: list[str]) -> MissingExtra:
+    verb = "is" if len(packages) == 1 else "are"
+    return MissingExtra(f'{", ".join(packages)} {verb} not installed: pip install "ctclip[{extra}]"')

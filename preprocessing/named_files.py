@@ -1,0 +1,60 @@
+"""Files that are named rather than pointed at: a user's own file first, then one that is installed with ctclip.
+
+Configurations, model sizes, preprocessing specs, prompt sets and protocols are all found here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from ctclip.preprocessing.errors import PreprocessingError
+
+SUFFIXES = (".yaml", ".yml")
+KINDS = {
+    "": "configuration",
+    "models": "model size",
+    "preprocessing": "preprocessing spec",
+    "prompts": "prompt set",
+    "protocols": "protocol",
+    "labels": "label set",
+    "languages": "language",
+}
+
+
+def installed_folder() -> Path:
+    """The YAML files that come with ctclip, in a checkout and in an installation alike."""
+    return Path(__file__).parents[1] / "configs"
+
+
+def installed_names(folder: str = "") -> list[str]:
+    """Names of the files installed in ``configs/<folder>``, sorted."""
+    return sorted(path.stem for path in (installed_folder() / folder).glob("*.yaml"))
+
+
+def find_file(name: str | os.PathLike[str], folder: str = "") -> Path:
+    """The YAML file that ``name`` stands for.
+
+    In this order: the path itself, ``name.yaml`` or ``name.yml`` as a path (so that a file of the working directory comes
+    before an installed one of the same name), and ``configs/<folder>/name.yaml`` of the installation. Raises
+    PreprocessingError listing the installed names.
+    """
+    text = os.fspath(name)
+    for candidate in (Path(text), *(Path(text + suffix) for suffix in SUFFIXES if text)):
+        if candidate.is_file():
+            return candidate
+    names = installed_names(folder)
+    # Only a bare name is looked up: a path that does not exist must not become another file.
+    if text in names:
+        return installed_folder() / folder / f"{text}.yaml"
+    kind = KINDS.get(folder, folder)
+    if Path(text).is_dir() and text:
+        raise PreprocessingError(f"{text}: a folder, but a {kind} is one YAML file; {_choices(names)}")
+    near = difflib.get_close_matches(Path(text).stem, names, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise PreprocessingError(f"no {kind} {text!r}{hint}: give the path of a YAML file, or {_choices(names)}")
+
+
+def _choices(names: list[str]) -> str:
+    return f"one of the installed: {', '.join(names)}" if names else "a path: none is installed"

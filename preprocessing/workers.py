@@ -1,0 +1,22 @@
+"""Worker processes, and threads where the machine does not let processes talk to each other."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+
+
+def worker_pool(workers: int) -> Executor:
+    """``workers`` processes; threads, and a warning, where /dev/shm is absent or cannot be written.
+
+    Processes need semaphores, which Linux keeps there. Threads do the same work more slowly.
+    """
+    try:
+        return ProcessPoolExecutor(workers)
+    except OSError as error:
+        print(
+            f"warning: no worker processes can be started ({error.strerror}): /dev/shm is absent or cannot be written. "
+            f"Working with {workers} threads, which is slower",
+            file=sys.stderr,
+        )
+        return ThreadPoolExecutor(workers)
