@@ -28,7 +28,10 @@ from ctclip.config import ModelConfig, SlicesConfig, TextConfig
 from ctclip.config_files import dump_config, find_config, read_mapping, validated
 from ctclip.errors import CheckpointError
 from ctclip.models.dual_encoder import DualEncoder, build_volume_encoder
-from ctclip.models.text import TextEncoder, load_tokenizer
+from ctclip.models.hub import pretrained_folder
+from ctclip.models.huggingface import read_settings, shape_of, vision_model_of
+from ctclip.models.text import TextEncoder, text_encoder_of
+from ctclip.models.tokenizers import load_tokenizer
 from ctclip.preprocessing.spec import PreprocessingSpec
 
 REQUIRED = ("config.yaml", "model.safetensors", "tokenizer", "text_config.json", "preprocessing.yaml")
@@ -118,7 +121,7 @@ def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu
             )
     config = validated(ModelConfig, read_mapping(path / "config.yaml"), str(path / "config.yaml"))
     tokenizer = load_tokenizer(path / "tokenizer")
-    text = TextEncoder(_bert_of(path / "text_config.json", config.text), tokenizer, config.text)
+    text = _bert_of(path / "text_config.json", tokenizer, config.text)
     model = DualEncoder(build_volume_encoder(config.volume, _vision_of(path, config)), text, config)
     weights = path / "model.safetensors"
     try:
@@ -175,15 +178,14 @@ def import_published(
 def _bert_config(text: str | None, text_config: Path | None) -> Any:
     from transformers import BertConfig
 
-    try:
-        if text_config is not None:
-            return BertConfig.from_dict(json.loads(text_config.read_text(encoding="utf-8")))
-        return BertConfig.from_pretrained(str(text))
-    except (OSError, ValueError) as error:
+    path = text_config or pretrained_folder(str(text), "--text", weights=False) / "config.json"
+    shape = shape_of(read_settings(path), path) if path.is_file() else None
+    if not isinstance(shape, BertConfig):
         raise CheckpointError(
-            f"{text_config or text}: no BERT configuration; put config.json, vocab.txt and tokenizer_config.json of the "
+            f"{path}: no BERT configuration; put config.json, vocab.txt and tokenizer_config.json of the "
             f"checkpoint's text encoder (microsoft/BiomedVLP-CXR-BERT-specialized for CT-CLIP) in a folder and name it in --text"
-        ) from error
+        )
+    return shape
 
 
 def file_hash(path: Path) -> str:
@@ -192,33 +194,18 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
 
 
-def _bert_of(path: Path, config: TextConfig) -> torch.nn.Module:
-    from transformers import AutoConfig, AutoModel, BertConfig, BertModel
-
-    values = json.loads(path.read_text(encoding="utf-8"))
-    values.pop("auto_map", None)
-    kind = values.pop("model_type", "bert")
-    if kind in ("bert", "cxr-bert"):
-        bert: Any = BertModel(BertConfig.from_dict(values), add_pooling_layer=False)
-    else:
-        bert = AutoModel.from_config(AutoConfig.for_model(kind, **values))
-    if config.tuning == "lora":
-        from ctclip.models.text import with_lora
-
-        bert = with_lora(bert, config)
-    return bert
+def _bert_of(path: Path, tokenizer: Any, config: TextConfig) -> TextEncoder:
+    return text_encoder_of(read_settings(path), tokenizer, config, path)
 
 
 def _vision_of(path: Path, config: ModelConfig) -> Any:
     """A slice encoder's 2-D model, built from the folder alone."""
     if not isinstance(config.volume, SlicesConfig):
         return None
-    from ctclip.models.slices import vision_of
-
     shape = path / "vision_config.json"
     if not shape.is_file():
         raise CheckpointError(f"{path}: vision_config.json is missing; copy the folder again from where it was made")
-    return vision_of(json.loads(shape.read_text(encoding="utf-8")))
+    return vision_model_of(read_settings(shape), shape)
 
 
 def _local(source: str) -> Path:
