@@ -5,6 +5,7 @@ Only data are brought: configuration, tokenizer and weights. Code that lies besi
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -32,23 +33,35 @@ def pretrained_folder(source: str | Path, key: str, *, weights: bool = True) -> 
     if folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{source}: no such folder; name an existing one in {key}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=_patterns(name, key, weights), ignore_patterns="*/*"))
     except _Unreachable as unreachable:
-        try:
-            # Of an earlier run: what the cache holds is taken as it is, and checked like any folder.
-            return Path(snapshot_download(name, local_files_only=True))
-        except (LocalEntryNotFoundError, EntryNotFoundError, HFValidationError, OSError) as error:
+        earlier = _fetched_before(name, weights)
+        if earlier is None:
             raise CheckpointError(
                 f"{name}: not a folder here, and the Hugging Face hub cannot be reached ({unreachable}). Fetch the "
                 f"repository where there is a connection, and name its folder in {key}"
-            ) from error
+            ) from unreachable
+        return earlier
     except CheckpointError:
         raise
     except Exception as error:  # a connection breaks in as many ways as there are libraries below
         raise CheckpointError(f"{name}: could not be fetched from the Hugging Face hub ({_reason(error)})") from error
+
+
+def _fetched_before(name: str, weights: bool) -> Path | None:
+    """The repository as an earlier run left it in the cache, or None."""
+    from huggingface_hub import snapshot_download
+
+    for patterns in WEIGHTS.values() if weights else [()]:
+        with contextlib.suppress(OSError, ValueError):
+            folder = Path(
+                snapshot_download(name, allow_patterns=[*DATA, *patterns], ignore_patterns="*/*", local_files_only=True)
+            )
+            if not weights or any(any(folder.glob(pattern)) for pattern in patterns):
+                return folder
+    return None
 
 
 class _Unreachable(Exception):

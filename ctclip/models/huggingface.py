@@ -160,7 +160,7 @@ def _architecture(shape: Any, side: str, source: str | Path) -> tuple[Any, Any, 
     kind = kind or MODEL_MAPPING.get(type(shape), None)
     kind = kind[0] if isinstance(kind, tuple | list) else kind
     if kind is None:
-        raise CheckpointError(f"{source}: {shape.model_type} is not a {side} model")
+        raise CheckpointError(f"{source}: Transformers has no {side} encoder of the architecture {shape.model_type}")
     if getattr(shape, "is_encoder_decoder", False) and "Encoder" not in kind.__name__:
         raise CheckpointError(
             f"{source}: {shape.model_type} is an encoder with a decoder, of which no encoder can be had by itself; "

@@ -45,7 +45,7 @@ def reading_of(bert: Any, tokenizer: Any) -> Reading:
     that depends on the padding beside a text.
     """
     kind = bert.config.model_type
-    rows = _rows(bert)
+    rows = word_vectors(bert)
     prefix, suffix = special_tokens(tokenizer)
     special = set(tokenizer.all_special_ids)
     words = sorted(set(tokenizer.get_vocab().values()) - special)
@@ -96,7 +96,8 @@ def positions_of(bert: Any) -> int | None:
     return min(limits, default=None)
 
 
-def _rows(bert: Any) -> int | None:
+def word_vectors(bert: Any) -> int | None:
+    """How many word vectors ``bert`` has; None where words have no table of them."""
     try:
         table = bert.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -121,12 +122,12 @@ def _tried(bert: Any, prefix: tuple[int, ...], suffix: tuple[int, ...], words: l
             alone = bert(input_ids=ids[2:, : len(texts[2])], attention_mask=mask[2:, : len(texts[2])]).last_hidden_state
     except Exception as error:  # whatever an architecture that was made for something else raises
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise CheckpointError(f"model.text: a {kind} model cannot serve as text encoder ({reason})") from error
+        raise CheckpointError(f"model.text: the architecture {kind} cannot serve as text encoder ({reason})") from error
     finally:
         bert.train(training)
     if hidden.shape != (*ids.shape, width):
         raise CheckpointError(
-            f"model.text: a {kind} model cannot serve as text encoder: of {tuple(ids.shape)} tokens it makes "
+            f"model.text: the architecture {kind} cannot serve as text encoder: of {tuple(ids.shape)} tokens it makes "
             f"{tuple(hidden.shape)} numbers, not one vector of {width} each"
         )
     freeze_unused(bert, hidden)
@@ -136,6 +137,6 @@ def _tried(bert: Any, prefix: tuple[int, ...], suffix: tuple[int, ...], words: l
     size = hidden.abs().max()
     if (hidden[2, : alone.shape[1]] - alone[0]).abs().max() > TOLERANCE * size:
         raise CheckpointError(
-            f"model.text: a {kind} model cannot serve as text encoder: a text's vectors depend on the padding beside it"
+            f"model.text: the architecture {kind} cannot serve as text encoder: a text's vectors depend on the padding beside it"
         )
     return bool((hidden[0, 0] - hidden[1, 0]).abs().max() <= 1e-6 * size)

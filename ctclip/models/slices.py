@@ -69,16 +69,16 @@ class SliceEncoder(nn.Module):
     def _encode(self, slices: Tensor) -> Tensor:
         bottom, top = self.config.hu_window
         hu = (slices + 1) / 2 * (top - bottom) + bottom
-        shown = torch.cat([((hu - low) / (high - low)).clamp(0, 1) for low, high in self.config.windows], dim=1)
+        images = torch.cat([((hu - low) / (high - low)).clamp(0, 1) for low, high in self.config.windows], dim=1)
         # Fewer windows than colours are repeated, more are cut: (n, channels, H, W).
-        shown = repeat(shown, "n c h w -> n (again c) h w", again=-(-self.channels // shown.shape[1]))[
+        images = repeat(images, "n c h w -> n (again c) h w", again=-(-self.channels // images.shape[1]))[
             :, : self.channels
         ]
-        if shown.shape[-2:] != (self.side, self.side):
+        if images.shape[-2:] != (self.side, self.side):
             # In float32: torch has no antialiased bfloat16 on a CPU.
-            scaled = F.interpolate(shown.float(), (self.side, self.side), mode="bilinear", antialias=True)
-            shown = scaled.to(shown.dtype)
-        return _pooled(self.vision, (shown - self.mean) / self.deviation)
+            scaled = F.interpolate(images.float(), (self.side, self.side), mode="bilinear", antialias=True)
+            images = scaled.to(images.dtype)
+        return _pooled(self.vision, (images - self.mean) / self.deviation)
 
 
 class Aggregator(nn.Module):
@@ -107,8 +107,8 @@ class Aggregator(nn.Module):
                 real = real.gather(1, order)
             tokens = tokens + self.recurrent(tokens)[0]
         elif self.kind == "transformer":
-            shown = tokens + self._positions(tokens)
-            tokens = tokens + self.layers(shown, src_key_padding_mask=None if real is None else ~real)
+            placed = tokens + self._positions(tokens)
+            tokens = tokens + self.layers(placed, src_key_padding_mask=None if real is None else ~real)
         elif self.kind == "cross":
             keys = self.norm(tokens)
             query = self.query.expand(len(tokens), -1, -1)
@@ -152,13 +152,15 @@ def width_of(vision: Any, channels: int, side: int) -> int:
             first, second = (_pooled(vision, image) for _ in range(2))
     except Exception as error:  # whatever an architecture that was made for something else raises
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise CheckpointError(f"model.volume: a {kind} model cannot serve as slice encoder ({reason})") from error
+        raise CheckpointError(
+            f"model.volume: the architecture {kind} cannot serve as slice encoder ({reason})"
+        ) from error
     finally:
         vision.train(training)
     freeze_unused(vision, first)
     if first.ndim != 2 or not (parameter.is_meta or torch.allclose(first, second, atol=1e-4)):
         raise CheckpointError(
-            f"model.volume: a {kind} model cannot serve as slice encoder: it does not make one vector of an image, and "
+            f"model.volume: the architecture {kind} cannot serve as slice encoder: it does not make one vector of an image, and "
             f"the same each time"
         )
     return int(first.shape[1])

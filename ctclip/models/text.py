@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ctclip.config import TextConfig
 from ctclip.errors import ConfigError
 from ctclip.models.huggingface import text_model, text_model_of
-from ctclip.models.reading import Reading, reading_of
+from ctclip.models.reading import Reading, reading_of, word_vectors
 from ctclip.models.tokenizers import load_tokenizer, train_tokenizer
 from ctclip.sentences import sentences
 
@@ -250,9 +250,8 @@ def text_encoder_of(values: dict[str, Any], tokenizer: Any, config: TextConfig, 
 def give_vectors(bert: Any, tokenizer: Any) -> None:
     """Tokens that were added to ``tokenizer`` without telling ``bert`` get a vector each, the mean of the others, from
     which training moves them."""
-    table = bert.get_input_embeddings()
-    known, wanted = table.num_embeddings, max(tokenizer.get_vocab().values()) + 1
-    if wanted > known:
+    known, wanted = word_vectors(bert), max(tokenizer.get_vocab().values()) + 1
+    if known is not None and wanted > known:
         bert.resize_token_embeddings(wanted, mean_resizing=False)
         with torch.no_grad():
             weight = bert.get_input_embeddings().weight
