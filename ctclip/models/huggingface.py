@@ -63,7 +63,7 @@ def shape_of(values: dict[str, Any], source: str | Path) -> Any:
             f"comes with a checkpoint is never run here. Choose a model of a known architecture"
         )
     _check_parts(values, source)
-    with _told(source, "config.json describes no model"):
+    with _told(source, "describes no model"):
         shape = CONFIG_MAPPING[kind].from_dict(values)
     if hasattr(shape, "use_cache"):
         # Of no use where nothing is written word by word.
@@ -101,7 +101,7 @@ def _pretrained(source: str | Path, side: str, weights: bool) -> nn.Module:
         )
     shape = shape_of(read_settings(folder / "config.json"), folder / "config.json")
     if not weights:
-        return _fresh(shape, side, folder)
+        return _fresh(shape, side, folder / "config.json")
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{folder}: holds an adapter; merge it into its model and save that (merge_and_unload)")
     if not any(any(folder.glob(f"{stem}*")) for stem in ("model*.safetensors", "pytorch_model*.bin")):
@@ -113,7 +113,7 @@ def _pretrained(source: str | Path, side: str, weights: bool) -> nn.Module:
 
 
 def _trained(folder: Path, shape: Any, side: str) -> nn.Module:
-    kind, shape, options = _architecture(shape, side, folder)
+    kind, shape, options = _architecture(shape, side, folder / "config.json")
     with _quiet(), _told(folder, "the weights do not fit config.json, or a file is damaged"):
         model, report = kind.from_pretrained(
             str(folder), config=shape, dtype=torch.float32, local_files_only=True, trust_remote_code=False,
@@ -141,7 +141,7 @@ def _trained(folder: Path, shape: Any, side: str) -> nn.Module:
 
 def _fresh(shape: Any, side: str, source: str | Path) -> nn.Module:
     kind, shape, options = _architecture(shape, side, source)
-    with _quiet(), _told(source, "the configuration describes no model that can be built"):
+    with _quiet(), _told(source, "describes no model that can be built"):
         # `_from_config` is what AutoModel.from_config calls; the public way takes no options of the architecture.
         model = kind._from_config(shape, dtype=torch.float32, **options)
     return _encoder(model, side)
@@ -232,7 +232,7 @@ def _check_memory(kind: Any, shape: Any, options: dict[str, Any], source: str | 
     """What is built at once must fit this machine's memory: counted on a model without any."""
     import psutil
 
-    with torch.device("meta"), _quiet(), _told(source, "the configuration describes no model that can be built"):
+    with torch.device("meta"), _quiet(), _told(source, "describes no model that can be built"):
         model = kind._from_config(copy.deepcopy(shape), dtype=torch.float32, **options)
     needed, memory = sum(4 * p.numel() for p in model.parameters()), psutil.virtual_memory().total
     if needed > memory:

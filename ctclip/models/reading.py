@@ -113,7 +113,7 @@ def _tried(bert: Any, prefix: tuple[int, ...], suffix: tuple[int, ...], words: l
     device = next(bert.parameters()).device
     ids = torch.tensor([[*text, *[padding] * (length - len(text))] for text in texts], device=device)
     mask = torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in texts], device=device)
-    kind, width = bert.config.model_type, bert.config.hidden_size
+    kind, width = bert.config.model_type, getattr(bert.config, "hidden_size", None)
     training = bert.training
     bert.eval()
     try:

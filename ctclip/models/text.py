@@ -65,8 +65,8 @@ class TextEncoder(nn.Module):
         self.bert = bert
         self.tokenizer = tokenizer
         self.config = config
-        self.width: int = bert.config.hidden_size
         self.reading = reading_of(bert, tokenizer)
+        self.width: int = bert.config.hidden_size
         self.max_tokens = min(config.max_tokens, self.reading.positions or config.max_tokens)
         if self.max_tokens <= self.reading.around:
             raise ConfigError(
@@ -233,8 +233,8 @@ def build_text_encoder(config: TextConfig, tokenizer: Any | None = None) -> Text
             raise ConfigError("model.text.tuning=lora adapts a pretrained encoder: name one in model.text.pretrained")
         shape = small_bert_config(config, len(tokenizer), tokenizer.pad_token_id).to_dict()
         return TextEncoder(text_model_of(shape, "model.text"), tokenizer, config)
-    tokenizer = tokenizer or load_tokenizer(config.pretrained)
     bert = text_model(config.pretrained, weights=config.weights == "pretrained")
+    tokenizer = tokenizer or load_tokenizer(config.pretrained)
     if config.tuning == "full":
         give_vectors(bert, tokenizer)
     return TextEncoder(with_lora(bert, config) if config.tuning == "lora" else bert, tokenizer, config)

@@ -38,7 +38,11 @@ def hub(name: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
                     {"type": "file", "path": file, "size": (folder / file).stat().st_size, "oid": _etag(folder / file)}
                     for file in files
                 ]).encode()  # fmt: skip
-            elif path in (f"/api/models/{name}", f"/api/models/{name}/revision/main", f"/api/models/{name}/revision/{SHA}"):
+            elif path in (
+                f"/api/models/{name}",
+                f"/api/models/{name}/revision/main",
+                f"/api/models/{name}/revision/{SHA}",
+            ):
                 siblings = [{"rfilename": file} for file in files]
                 content = json.dumps({"id": name, "modelId": name, "sha": SHA, "siblings": siblings}).encode()
             elif path.startswith(f"/{name}/resolve/") and path.split("/", 5)[5] in files:

@@ -68,7 +68,6 @@ def _modernbert() -> Any:
     return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-
 @dataclass(frozen=True)
 class Family:
     """``model``: from vocabulary size and sizes of a BERT; ``special``: ids before and after each text."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from families import FAMILIES, REPORTS, family_folder
 
 from ctclip.config import ModelConfig, ObjectiveConfig, TextConfig, ViT3DConfig
@@ -72,3 +73,28 @@ def test_a_model_folder_of_any_family_scores_as_the_model_did(name: str, tmp_pat
         table.append((name, pooling, tuning, f"{difference:.1e}"))
         assert difference <= 1e-6
         shutil.rmtree(tmp_path / tuning)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_text_is_encoded_as_transformers_does(name: str, tmp_path: Path) -> None:
+    """The tokenizer's own ids, padded by it, through the family's own class; the token that stands for the text is the
+    one that Transformers itself takes."""
+    folder = family_folder(name, tmp_path)
+    family, texts = FAMILIES[name], TEXTS[:3]
+    kind = {"clip": hf.CLIPTextModel, "t5": hf.T5EncoderModel}.get(name, hf.AutoModel)
+    theirs, tokenizer = kind.from_pretrained(folder).eval(), hf.AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokens = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    with torch.no_grad():
+        output = theirs(input_ids=ids, attention_mask=mask)
+    hidden, length = output.last_hidden_state, mask.sum(dim=1)
+    last = hidden[torch.arange(len(texts)), length - 1]
+    expected = {
+        "mean": torch.stack([row[:size].mean(dim=0) for row, size in zip(hidden, length, strict=True)]),
+        "last": last,
+        "cls": output.pooler_output if name == "clip" else hidden[:, 0],
+    }
+    for pooling in set(expected) & set(family.poolings):
+        ours = dual_encoder(folder, pooling=pooling).text_encoder.eval()
+        assert torch.allclose(ours(**ours.tokenise(texts)), expected[pooling], atol=2e-6), pooling
