@@ -40,7 +40,7 @@ VolumeEncoderConfig = Annotated[SerializeAsAny[EncoderConfig], BeforeValidator(e
 
 
 class TextConfig(Section):
-    """A BERT-like encoder: small and trained from scratch, or any of Hugging Face."""
+    """A text encoder: a small BERT trained from scratch, or any of Hugging Face (BERT's kind, CLIP's, T5's, decoders)."""
 
     pretrained: str | None = Field(None, description="folder or hub name; null: a small BERT from scratch")
     weights: Literal["pretrained", "random"] = Field(
@@ -56,7 +56,10 @@ class TextConfig(Section):
         "full",
         description="full: as many sentences as fit are read together; sentence: each alone, their mean is the report",
     )
-    pooling: Literal["cls", "mean", "attention"] = "mean"
+    pooling: Literal["cls", "mean", "attention", "last"] = Field(
+        "mean",
+        description="cls: the token that stands for a text; last: the last token, for encoders that read left to right",
+    )
     tuning: Literal["full", "lora", "frozen"] = "full"
     lora_rank: int = 8
 

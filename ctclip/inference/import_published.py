@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from ctclip.heads.folder import save_head, write_prompt_head
 from ctclip.heads.linear import LinearHead
 from ctclip.labels import load_labels
 from ctclip.models.folder import TrainedOn, file_hash, save_model
+from ctclip.models.hub import pretrained_folder
+from ctclip.models.huggingface import read_settings, shape_of
 from ctclip.models.published import Published, read_published, to_model
-from ctclip.models.text import load_tokenizer
+from ctclip.models.tokenizers import load_tokenizer
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.prompts import load_prompts
 
@@ -97,12 +98,11 @@ def _spec(published: Published, file: Path, name: str | None) -> PreprocessingSp
 def _bert_config(text: str | None, text_config: Path | None) -> Any:
     from transformers import BertConfig
 
-    try:
-        if text_config is not None:
-            return BertConfig.from_dict(json.loads(text_config.read_text(encoding="utf-8")))
-        return BertConfig.from_pretrained(str(text))
-    except (OSError, ValueError) as error:
+    path = text_config or pretrained_folder(str(text), "--text", weights=False) / "config.json"
+    shape = shape_of(read_settings(path), path) if path.is_file() else None
+    if not isinstance(shape, BertConfig):
         raise CheckpointError(
-            f"{text_config or text}: no BERT configuration; put config.json, vocab.txt and tokenizer_config.json of the "
+            f"{path}: no BERT configuration; put config.json, vocab.txt and tokenizer_config.json of the "
             f"checkpoint's text encoder (microsoft/BiomedVLP-CXR-BERT-specialized for CT-CLIP) in a folder and name it in --text"
-        ) from error
+        )
+    return shape

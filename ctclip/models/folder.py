@@ -27,14 +27,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ctclip import plugins
-from ctclip.config import ModelConfig, TextConfig
+from ctclip.config import ModelConfig
 from ctclip.config_files import dump_config, read_mapping
 from ctclip.errors import CheckpointError
 from ctclip.labels import FILE as LABELS
 from ctclip.labels import LabelSet, load_labels
 from ctclip.models.dual_encoder import DualEncoder, build_volume_encoder
+from ctclip.models.huggingface import read_settings, vision_model_of
 from ctclip.models.slices import SlicesConfig
-from ctclip.models.text import TextEncoder, load_tokenizer
+from ctclip.models.text import text_encoder_of
+from ctclip.models.tokenizers import load_tokenizer
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.schema import Section, validated
 
@@ -155,7 +157,7 @@ def read_architecture(
     config = config if change is None else change(config)
     geometry = geometry if spec is None else spec
     tokenizer = load_tokenizer(path / "tokenizer")
-    text = TextEncoder(_bert_of(path / "text_config.json", config.text), tokenizer, config.text)
+    text = text_encoder_of(read_settings(path / "text_config.json"), tokenizer, config.text, path / "text_config.json")
     model = DualEncoder(build_volume_encoder(config.volume, geometry, **_vision_of(path, config)), text, config)
     return Architecture(model, own, _labels_of(path))
 
@@ -261,33 +263,14 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
 
 
-def _bert_of(path: Path, config: TextConfig) -> torch.nn.Module:
-    from transformers import AutoConfig, AutoModel, BertConfig, BertModel
-
-    values = json.loads(path.read_text(encoding="utf-8"))
-    values.pop("auto_map", None)
-    kind = values.pop("model_type", "bert")
-    if kind in ("bert", "cxr-bert"):
-        bert: Any = BertModel(BertConfig.from_dict(values), add_pooling_layer=False)
-    else:
-        bert = AutoModel.from_config(AutoConfig.for_model(kind, **values))
-    if config.tuning == "lora":
-        from ctclip.models.text import with_lora
-
-        bert = with_lora(bert, config)
-    return bert
-
-
 def _vision_of(path: Path, config: ModelConfig) -> dict[str, Any]:
     """A slice encoder's 2-D model (``vision``), built from the folder alone; nothing for other encoders."""
     if not isinstance(config.volume, SlicesConfig):
         return {}
-    from ctclip.models.slices import vision_of
-
     shape = path / "vision_config.json"
     if not shape.is_file():
         raise CheckpointError(f"{path}: vision_config.json is missing; copy the folder again from where it was made")
-    return {"vision": vision_of(json.loads(shape.read_text(encoding="utf-8")))}
+    return {"vision": vision_model_of(read_settings(shape), shape)}
 
 
 def local_folder(source: str) -> Path:

@@ -44,11 +44,13 @@ def measure(config: ModelConfig, spec: PreprocessingSpec) -> Size:
 
 
 def _text_parameters(config: ModelConfig) -> int:
-    from transformers import AutoConfig, BertModel
-
+    from ctclip.models.huggingface import text_model, text_model_of
     from ctclip.models.text import small_bert_config
 
     text = config.text
     with torch.device("meta"):
-        shape = AutoConfig.from_pretrained(text.pretrained) if text.pretrained is not None else small_bert_config(text)
-        return sum(parameter.numel() for parameter in BertModel(shape, add_pooling_layer=False).parameters())
+        if text.pretrained is not None:
+            model = text_model(text.pretrained, weights=False)
+        else:
+            model = text_model_of(small_bert_config(text).to_dict(), "model.text")
+        return sum(parameter.numel() for parameter in model.parameters())

@@ -7,9 +7,7 @@ text, since a volume must have one vector for all texts.
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from ctclip.config import EncoderConfig
 from ctclip.errors import CheckpointError
 from ctclip.models.encoded import Encoded, VolumeEncoder, axis_shape, axis_spacing, check_shape
+from ctclip.models.hub import pretrained_folder
+from ctclip.models.huggingface import freeze_unused, read_settings, vision_model
 from ctclip.models.pooling import air_where_padded
 from ctclip.preprocessing.spec import PreprocessingSpec
 
@@ -60,8 +60,9 @@ class SliceEncoder(VolumeEncoder):
         shape = self.vision.config
         self.channels = int(getattr(shape, "num_channels", 3))
         self.side = _side(shape)
-        self.width = self.token_width = _width(shape)
-        mean, deviation = _colour(config, self.channels)
+        self.width = self.token_width = width_of(self.vision, self.channels, self.side)
+        # Of a model folder the colours come with the weights.
+        mean, deviation = _colour(config if vision is None else None, self.channels)
         self.mean: Tensor
         self.deviation: Tensor
         self.register_buffer("mean", mean, persistent=True)
@@ -98,21 +99,16 @@ class SliceEncoder(VolumeEncoder):
     def _encode(self, slices: Tensor) -> Tensor:
         bottom, top = self.spec.hu_window
         hu = (slices + 1) / 2 * (top - bottom) + bottom
-        shown = torch.cat([((hu - low) / (high - low)).clamp(0, 1) for low, high in self.config.windows], dim=1)
+        images = torch.cat([((hu - low) / (high - low)).clamp(0, 1) for low, high in self.config.windows], dim=1)
         # Fewer windows than colours are repeated, more are cut: (n, channels, H, W).
-        shown = repeat(shown, "n c h w -> n (again c) h w", again=-(-self.channels // shown.shape[1]))[
+        images = repeat(images, "n c h w -> n (again c) h w", again=-(-self.channels // images.shape[1]))[
             :, : self.channels
         ]
-        if shown.shape[-2:] != (self.side, self.side):
+        if images.shape[-2:] != (self.side, self.side):
             # In float32: torch has no antialiased bfloat16 on a CPU.
-            scaled = F.interpolate(shown.float(), (self.side, self.side), mode="bilinear", antialias=True)
-            shown = scaled.to(shown.dtype)
-        found = self.vision(pixel_values=(shown - self.mean) / self.deviation)
-        pooled = getattr(found, "pooler_output", None)
-        if pooled is not None:
-            return pooled.flatten(1)
-        hidden = found.last_hidden_state
-        return hidden.mean(dim=(2, 3)) if hidden.ndim == 4 else hidden.mean(dim=1)
+            scaled = F.interpolate(images.float(), (self.side, self.side), mode="bilinear", antialias=True)
+            images = scaled.to(images.dtype)
+        return _pooled(self.vision, (images - self.mean) / self.deviation)
 
 
 class Aggregator(nn.Module):
@@ -142,14 +138,14 @@ class Aggregator(nn.Module):
                 real = real.gather(1, order)
             tokens = tokens + self.recurrent(tokens)[0]
         elif self.kind == "transformer":
-            shown = tokens + self._positions(tokens)
-            tokens = tokens + self.layers(shown, src_key_padding_mask=None if real is None else ~real)
+            placed = tokens + self._positions(tokens)
+            tokens = tokens + self.layers(placed, src_key_padding_mask=None if real is None else ~real)
         elif self.kind == "cross":
             keys = self.norm(tokens)
             query = self.query.expand(len(tokens), -1, -1)
             hidden = None if real is None else ~real
-            found, _ = self.attention(query, keys + self._positions(keys), keys, key_padding_mask=hidden)
-            return found[:, 0]
+            pooled, _ = self.attention(query, keys + self._positions(keys), keys, key_padding_mask=hidden)
+            return pooled[:, 0]
         if real is None:
             return tokens.mean(dim=1)
         weight = real[..., None].to(tokens.dtype)
@@ -165,48 +161,69 @@ class Aggregator(nn.Module):
 
 
 def load_vision(config: SlicesConfig) -> Any:
-    """The vision model ``config`` names; code that comes with a checkpoint is never run."""
-    from transformers import AutoConfig, AutoModel
-
+    """The vision model ``config`` names."""
     if not config.pretrained:
         raise CheckpointError("model.volume.pretrained is not set: name the folder (or hub name) of a vision model")
+    return vision_model(config.pretrained, weights=config.weights == "pretrained")
+
+
+def width_of(vision: Any, channels: int, side: int) -> int:
+    """Numbers that ``vision`` makes of an image; parameters that they do not depend on are frozen.
+
+    Found by trying. Raises CheckpointError if the model cannot serve: it takes no image, makes no vector of it, or
+    another one each time (as those do that mask at random).
+    """
+    kind = vision.config.model_type
+    parameter = next(vision.parameters())
+    image = torch.rand(1, channels, side, side, generator=torch.Generator().manual_seed(0), device="cpu").to(parameter)
+    training = vision.training
+    vision.eval()
     try:
-        if config.weights == "random":
-            return vision_of(AutoConfig.from_pretrained(config.pretrained).to_dict())
-        return _images_alone(AutoModel.from_pretrained(config.pretrained))
-    except (OSError, ValueError) as error:
+        with torch.enable_grad():
+            first, second = (_pooled(vision, image) for _ in range(2))
+    except Exception as error:  # whatever an architecture that was made for something else raises
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise CheckpointError(
-            f"{config.pretrained}: no vision model could be loaded ({' '.join(str(error).split())[:200]}). The folder needs "
-            f"config.json, preprocessor_config.json and model.safetensors (model.volume.weights=random does without weights)"
+            f"model.volume: the architecture {kind} cannot serve as slice encoder ({reason})"
         ) from error
+    finally:
+        vision.train(training)
+    freeze_unused(vision, first)
+    if first.ndim != 2 or not (parameter.is_meta or torch.allclose(first, second, atol=1e-4)):
+        raise CheckpointError(
+            f"model.volume: the architecture {kind} cannot serve as slice encoder: it does not make one vector of an image, and "
+            f"the same each time"
+        )
+    return int(first.shape[1])
 
 
-def vision_of(values: dict[str, Any]) -> Any:
-    """A vision model of a configuration, freshly initialised."""
-    from transformers import AutoConfig, AutoModel
-
-    values = {name: value for name, value in values.items() if name != "auto_map"}
-    return _images_alone(AutoModel.from_config(AutoConfig.for_model(values.pop("model_type"), **values)))
-
-
-def _images_alone(model: Any) -> Any:
-    """Of a model of images and text (CLIP, SigLIP) the image side."""
-    return getattr(model, "vision_model", model)
+def _pooled(vision: Any, images: Tensor) -> Tensor:
+    """(n, channels, side, side) -> (n, width): what the model pools itself, or the mean over places."""
+    output = vision(pixel_values=images)
+    pooled = getattr(output, "pooler_output", None)
+    if pooled is not None:
+        return pooled.flatten(1)
+    hidden = output.last_hidden_state
+    return hidden.mean(dim=(2, 3)) if hidden.ndim == 4 else hidden.mean(dim=1)
 
 
 def _side(shape: Any) -> int:
-    size = getattr(shape, "image_size", 224)
+    size = getattr(shape, "image_size", None) or 224
     return int(size if isinstance(size, int) else size[0])
 
 
-def _width(shape: Any) -> int:
-    sizes = getattr(shape, "hidden_sizes", None)
-    return int(sizes[-1] if sizes else shape.hidden_size)
-
-
-def _colour(config: SlicesConfig, channels: int) -> tuple[Tensor, Tensor]:
+def _colour(config: SlicesConfig | None, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and deviation (1, channels, 1, 1) the model was trained with; one half each where its folder says nothing."""
-    path = Path(config.pretrained) / "preprocessor_config.json"
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    half = [0.5] * channels
-    return tuple(torch.tensor(values.get(name, half)).view(1, -1, 1, 1) for name in ("image_mean", "image_std"))  # type: ignore[return-value]
+    values: dict[str, Any] = {}
+    if config is not None:
+        folder = pretrained_folder(config.pretrained, "model.volume.pretrained", weights=False)
+        path = folder / "preprocessor_config.json"
+        values = read_settings(path) if path.is_file() else {}
+    colours = []
+    for name in ("image_mean", "image_std"):
+        numbers = values.get(name) or [0.5] * channels
+        numbers = (
+            list(numbers)[:channels] if isinstance(numbers, list) and len(numbers) >= channels else [0.5] * channels
+        )
+        colours.append(torch.tensor(numbers, dtype=torch.float32).view(1, -1, 1, 1))
+    return colours[0], colours[1]

@@ -1,14 +1,8 @@
-"""Text encoders: a small BERT trained from scratch, or any BERT-like encoder of Hugging Face.
-
-Nothing here runs code that came with a checkpoint: folders that declare their own code (CXR-BERT does) are
-loaded as the plain BERT they are.
-"""
+"""Text encoders: a small BERT trained from scratch, or any text model of Transformers, with its tokenizer."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,70 +11,49 @@ from torch import Tensor, nn
 
 from ctclip import extras
 from ctclip.config import TextConfig
-from ctclip.errors import CheckpointError, ConfigError
+from ctclip.errors import ConfigError
+from ctclip.models.huggingface import text_model, text_model_of
+from ctclip.models.reading import Reading, reading_of, word_vectors
+from ctclip.models.tokenizers import load_tokenizer, train_tokenizer
 from ctclip.sentences import sentences
+
+__all__ = ["TextEncoder", "build_text_encoder", "load_tokenizer", "small_bert_config", "train_tokenizer"]
 
 # Vectors of a frozen text encoder that are kept: 300 MB at BERT's 768 dimensions.
 LARGEST_CACHE = 100_000
-
-
-def train_tokenizer(reports: Iterable[str], vocabulary: int) -> Any:
-    """A lower-casing WordPiece tokenizer (BERT's) for ``reports``: their commonest words, and single characters to
-    spell the rest.
-
-    The same reports give the same vocabulary: ties are broken by the alphabet, where the merging trainers of
-    `tokenizers` follow the order of a hash table and differ from run to run.
-    """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    count: Counter[str] = Counter()
-    for report in reports:
-        count.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(report)))
-    characters = sorted({character for word in count for character in word})
-    words = sorted((word for word in count if len(word) > 1), key=lambda word: (-count[word], word))
-    pieces = [*special, *characters, *[f"##{character}" for character in characters], *words]
-    tokenizer = Tokenizer(
-        models.WordPiece({piece: i for i, piece in enumerate(pieces[:vocabulary])}, unk_token="[UNK]")
-    )
-    tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = splitter
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
-def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of a folder or hub name, without remote code."""
-    from transformers import AutoTokenizer, BertTokenizer
-
-    own_code = "auto_map" in _tokenizer_config(source)
-    try:
-        loader = BertTokenizer if own_code else AutoTokenizer
-        return loader.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{source}: no tokenizer could be loaded. Put tokenizer.json, or vocab.txt with "
-            f"tokenizer_config.json, in a folder and name it in model.text.pretrained (--text of import-checkpoint)"
-        ) from error
-
-
-def _tokenizer_config(source: str | Path) -> dict[str, Any]:
-    folder = Path(source)
-    for name in ("tokenizer_config.json", "config.json"):
-        if (folder / name).is_file():
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
-            if "auto_map" in values:
-                return values
-    return {}
+# Projections of queries, keys and values, by the names they have in Transformers.
+ATTENTION = frozenset(
+    [
+        "query",
+        "key",
+        "value",
+        "query_proj",
+        "key_proj",
+        "value_proj",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "q_lin",
+        "k_lin",
+        "v_lin",
+        "q",
+        "k",
+        "v",
+        "q_head",
+        "k_head",
+        "v_head",
+        "Wqkv",
+        "qkv",
+        "qkv_proj",
+        "query_key_value",
+        "c_attn",
+        "in_proj",
+    ]
+)
 
 
 class TextEncoder(nn.Module):
-    """A BERT-like encoder with its tokenizer and pooling.
+    """A text model of Transformers with its tokenizer and pooling; ``bert`` is its name here, of whatever family.
 
     ``forward`` takes token ids and returns one vector a text; ``tokenise`` makes the ids. Texts longer than
     ``max_tokens`` are cut at sentence ends into chunks whose vectors are averaged, weighted by length. With
@@ -93,14 +66,22 @@ class TextEncoder(nn.Module):
         self.bert = bert
         self.tokenizer = tokenizer
         self.config = config
+        self.reading = reading_of(bert, tokenizer)
         self.width: int = bert.config.hidden_size
-        self.max_tokens = min(config.max_tokens, getattr(bert.config, "max_position_embeddings", config.max_tokens))
+        self.max_tokens = min(config.max_tokens, self.reading.positions or config.max_tokens)
+        if self.max_tokens <= self.reading.around:
+            raise ConfigError(
+                f"model.text.max_tokens={self.max_tokens} leaves no room for a word beside {self.reading.around} special "
+                f"tokens; raise it"
+            )
+        self.last = pools_last(config, self.reading, bert, tokenizer)
         self.attention = nn.Linear(self.width, 1) if config.pooling == "attention" else None
         # Of a frozen BERT: vectors of the chunks seen so far, by their token ids.
         self.known: dict[bytes, Tensor] = {}
         self.frozen = False
         if config.tuning == "frozen":
             self.freeze()
+        self.register_load_state_dict_pre_hook(_without_pooler)
 
     def freeze(self) -> None:
         """From here on BERT learns nothing."""
@@ -124,10 +105,15 @@ class TextEncoder(nn.Module):
         owner: Tensor | None = None,
     ) -> Tensor:
         """input_ids, attention_mask (n, L) int: n distinct chunks. chunk, owner (m,): text ``owner[i]`` holds chunk
-        ``chunk[i]``; None for one chunk a text. Returns (texts, width)."""
+        ``chunk[i]``; None for one chunk a text. Returns (texts, width). Best given on the host, as ``tokenise`` makes
+        them: what is to be known of them is then not asked of the device."""
+        texts = 0 if owner is None else int(owner[-1]) + 1
+        device = next(self.bert.parameters()).device
         if self._cacheable():
             pooled = self._remembered(input_ids, attention_mask)
+            attention_mask = attention_mask.to(device, non_blocking=True)
         else:
+            input_ids, attention_mask = (part.to(device, non_blocking=True) for part in (input_ids, attention_mask))
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
                 hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             pooled = self._pool(hidden, attention_mask)
@@ -136,7 +122,7 @@ class TextEncoder(nn.Module):
         weight = torch.ones_like(pooled[:, :1])
         if self.config.chunks == "full":
             weight = attention_mask.sum(dim=1, keepdim=True).to(pooled.dtype)
-        texts = int(owner[-1]) + 1
+        chunk, owner = chunk.to(device, non_blocking=True), owner.to(device, non_blocking=True)
         total = pooled.new_zeros(texts, pooled.shape[1]).index_add(0, owner, (pooled * weight)[chunk])
         return total / weight.new_zeros(texts, 1).index_add(0, owner, weight[chunk])
 
@@ -153,6 +139,7 @@ class TextEncoder(nn.Module):
         keys = [
             row[kept].numpy().tobytes() for row, kept in zip(input_ids.cpu(), attention_mask.cpu().bool(), strict=True)
         ]
+        device = next(self.bert.parameters()).device
         new = [index for index, key in enumerate(keys) if key not in self.known]
         if len(self.known) + len(new) > LARGEST_CACHE:
             self.known.clear()
@@ -160,14 +147,15 @@ class TextEncoder(nn.Module):
         if new:
             # Rows of zeros at the end are padding that only the longer, known chunks needed.
             length = int(attention_mask[new].sum(dim=1).max())
-            ids, mask = input_ids[new, :length], attention_mask[new, :length]
+            ids, mask = (part[new, :length].to(device) for part in (input_ids, attention_mask))
             pooled = self._pool(self.bert(input_ids=ids, attention_mask=mask).last_hidden_state, mask).float().cpu()
             self.known.update({keys[index]: vector for index, vector in zip(new, pooled, strict=True)})
-        return torch.stack([self.known[key] for key in keys]).to(input_ids.device)
+        return torch.stack([self.known[key] for key in keys]).to(device)
 
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        if self.config.pooling == "cls":
-            return hidden[:, 0]
+        if self.config.pooling in ("cls", "last"):
+            place = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1) if self.last else 0
+            return hidden[torch.arange(len(hidden), device=hidden.device), place]
         if self.attention is not None:
             score = self.attention(hidden).squeeze(-1).masked_fill(mask == 0, float("-inf"))
             return torch.einsum("nl,nlc->nc", score.softmax(dim=1), hidden)
@@ -176,7 +164,8 @@ class TextEncoder(nn.Module):
 
     def tokenise(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` (n, L) and, where texts are of several chunks, ``chunk``, ``owner`` (m,)."""
-        room = self.max_tokens - 2
+        reading = self.reading
+        room = self.max_tokens - reading.around
         rows: dict[tuple[int, ...], int] = {}
         chunk: list[int] = []
         owner: list[int] = []
@@ -184,16 +173,13 @@ class TextEncoder(nn.Module):
             for piece in pieces:
                 chunk.append(rows.setdefault(tuple(piece), len(rows)))
                 owner.append(index)
-        first, last, pad = (
-            self.tokenizer.cls_token_id,
-            self.tokenizer.sep_token_id,
-            self.tokenizer.pad_token_id,
-        )
-        lengths = torch.tensor([len(piece) + 2 for piece in rows])
+        # Where nothing stands around a text, an empty one would be no token at all.
+        whole = [[*reading.prefix, *piece, *reading.suffix] or [reading.padding] for piece in rows]
+        lengths = torch.tensor([len(row) for row in whole])
         length = int(lengths.max())
-        input_ids = torch.full((len(rows), length), pad, dtype=torch.long)
-        for row, distinct in enumerate(rows):
-            input_ids[row, : len(distinct) + 2] = torch.tensor([first, *distinct, last])
+        input_ids = torch.full((len(whole), length), reading.padding, dtype=torch.long)
+        for number, row in enumerate(whole):
+            input_ids[number, : len(row)] = torch.tensor(row)
         tokens = {"input_ids": input_ids, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
         if chunk != list(range(len(texts))):
             tokens |= {"chunk": torch.tensor(chunk), "owner": torch.tensor(owner)}
@@ -211,13 +197,13 @@ class TextEncoder(nn.Module):
         return [[ids[sentence] for sentence in parts] for parts in cut]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        found: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return found
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
 
     def _chunks(self, text: str, room: int) -> list[list[int]]:
         chunks: list[list[int]] = [[]]
         for sentence in sentences(text):
-            ids = self.tokenizer(sentence, add_special_tokens=False, verbose=False)["input_ids"]
+            (ids,) = self._ids([sentence])
             # A sentence longer than a chunk has no better place to be cut than where the chunk is full.
             for start in range(0, len(ids), room):
                 piece = ids[start : start + room]
@@ -227,6 +213,24 @@ class TextEncoder(nn.Module):
         return chunks
 
 
+def pools_last(config: TextConfig, reading: Reading, bert: Any, tokenizer: Any) -> bool:
+    """Whether the token that stands for a text is its last one: where ``pooling`` says so, and of a classification
+    token where the encoder has it at the end, as CLIP does. Raises ConfigError where there is none."""
+    if config.pooling != "cls":
+        return config.pooling == "last"
+    if reading.left_to_right and reading.suffix:
+        return True
+    if not reading.left_to_right and reading.prefix:
+        return False
+    if not reading.left_to_right and tokenizer.cls_token_id in reading.suffix:
+        return True
+    remedy = "last" if reading.left_to_right else "mean"
+    raise ConfigError(
+        f"model.text.pooling=cls: a {bert.config.model_type} encoder has no token that stands for a whole text; set "
+        f"model.text.pooling={remedy}"
+    )
+
+
 def build_text_encoder(config: TextConfig, tokenizer: Any | None = None) -> TextEncoder:
     """The encoder ``config`` describes; ``tokenizer`` is needed where nothing pretrained is named."""
     if config.pretrained is None:
@@ -234,19 +238,52 @@ def build_text_encoder(config: TextConfig, tokenizer: Any | None = None) -> Text
             raise ConfigError("model.text.pretrained is not set: a tokenizer trained on the reports is needed")
         if config.tuning == "lora":
             raise ConfigError("model.text.tuning=lora adapts a pretrained encoder: name one in model.text.pretrained")
-        return TextEncoder(_small_bert(config, tokenizer), tokenizer, config)
+        shape = small_bert_config(config, len(tokenizer), tokenizer.pad_token_id).to_dict()
+        return TextEncoder(text_model_of(shape, "model.text"), tokenizer, config)
+    bert = text_model(config.pretrained, weights=config.weights == "pretrained")
     tokenizer = tokenizer or load_tokenizer(config.pretrained)
-    bert = _pretrained_bert(config)
-    if config.tuning == "lora":
-        bert = with_lora(bert, config)
-    return TextEncoder(bert, tokenizer, config)
+    if config.tuning == "full":
+        give_vectors(bert, tokenizer)
+    return TextEncoder(with_lora(bert, config) if config.tuning == "lora" else bert, tokenizer, config)
+
+
+def text_encoder_of(values: dict[str, Any], tokenizer: Any, config: TextConfig, source: str | Path) -> TextEncoder:
+    """The encoder of a model folder, its weights still to be loaded. ``values``: what ``text_config.json`` holds, as
+    ``TextEncoder.bert.config`` wrote it; ``source`` is named in errors."""
+    bert = text_model_of(values, source)
+    return TextEncoder(with_lora(bert, config) if config.tuning == "lora" else bert, tokenizer, config)
+
+
+def give_vectors(bert: Any, tokenizer: Any) -> None:
+    """Tokens that were added to ``tokenizer`` without telling ``bert`` get a vector each, the mean of the others, from
+    which training moves them."""
+    known, wanted = word_vectors(bert), max(tokenizer.get_vocab().values()) + 1
+    if known is not None and wanted > known:
+        bert.resize_token_embeddings(wanted, mean_resizing=False)
+        with torch.no_grad():
+            weight = bert.get_input_embeddings().weight
+            weight[known:] = weight[:known].mean(dim=0)
 
 
 def with_lora(bert: Any, config: TextConfig) -> nn.Module:
     """Low-rank adapters (Hu et al. 2021) on the attention of ``bert``, whose own weights are frozen."""
     peft = extras.require("peft")
-    targets = ["query", "key", "value"]
-    return peft.get_peft_model(bert, peft.LoraConfig(r=config.lora_rank, target_modules=targets))
+    from transformers.pytorch_utils import Conv1D
+
+    projections = {
+        name.rsplit(".", 1)[-1]: isinstance(module, Conv1D)
+        for name, module in bert.named_modules()
+        if name.rsplit(".", 1)[-1] in ATTENTION and isinstance(module, nn.Linear | Conv1D)
+    }
+    if not projections:
+        raise ConfigError(
+            f"model.text.tuning=lora: the attention of a {bert.config.model_type} encoder has no projections that can be "
+            f"adapted; set model.text.tuning=full or frozen"
+        )
+    lora = peft.LoraConfig(
+        r=config.lora_rank, target_modules=sorted(projections), fan_in_fan_out=any(projections.values())
+    )
+    return peft.get_peft_model(bert, lora)
 
 
 def small_bert_config(config: TextConfig, tokens: int | None = None, padding: int = 0) -> Any:
@@ -266,33 +303,9 @@ def small_bert_config(config: TextConfig, tokens: int | None = None, padding: in
     )
 
 
-def _small_bert(config: TextConfig, tokenizer: Any) -> nn.Module:
-    from transformers import BertModel
-
-    return BertModel(small_bert_config(config, len(tokenizer), tokenizer.pad_token_id), add_pooling_layer=False)
-
-
-def _pretrained_bert(config: TextConfig) -> nn.Module:
-    from transformers import AutoConfig, AutoModel, BertConfig, BertModel
-
-    source = str(config.pretrained)
-    own_code = _declares_code(source)
-    try:
-        shape = BertConfig.from_pretrained(source) if own_code else AutoConfig.from_pretrained(source)
-        if config.weights == "random":
-            if own_code:
-                return BertModel(shape, add_pooling_layer=False)
-            return AutoModel.from_config(shape)
-        if own_code:
-            return BertModel.from_pretrained(source, add_pooling_layer=False)
-        return AutoModel.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{source}: no text encoder could be loaded ({' '.join(str(error).split())[:200]}). The folder needs "
-            f"config.json, the tokenizer and model.safetensors (model.text.weights=random does without weights)"
-        ) from error
-
-
-def _declares_code(source: str) -> bool:
-    config = Path(source) / "config.json"
-    return config.is_file() and "auto_map" in json.loads(config.read_text(encoding="utf-8"))
+def _without_pooler(encoder: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Folders and checkpoints of earlier versions hold a pooler, which nothing used."""
+    own = encoder.state_dict().keys()
+    for name in [name for name in state if name.startswith(f"{prefix}bert.") and ".pooler." in name]:
+        if name.removeprefix(prefix) not in own:
+            del state[name]

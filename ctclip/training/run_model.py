@@ -29,7 +29,7 @@ from ctclip.models.folder import (
     write_architecture,
 )
 from ctclip.models.start import freeze, take_weights
-from ctclip.models.text import load_tokenizer, train_tokenizer
+from ctclip.models.tokenizers import load_tokenizer, train_tokenizer
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore

@@ -135,8 +135,7 @@ class TrainingStep(nn.Module):
             losses = {}
             if part.columns is not None:
                 losses = self.token_losses(encoded, part.words, part.columns, progress)
-            tokens = {name: ids.to(device, non_blocking=True) for name, ids in part.tokens.items()}
-            volumes, texts = self.model.volume_projection(encoded.pooled), self.model.text_features(tokens)
+            volumes, texts = self.model.volume_projection(encoded.pooled), self.model.text_features(part.tokens)
         return EncodedPart(volumes, texts, losses)
 
     def token_losses(

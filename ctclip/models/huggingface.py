@@ -1,0 +1,273 @@
+"""Models of Transformers: one constructor, for weights that somebody else trained and for a model folder of ours.
+
+A configuration is data: what it says about code to run, libraries to fetch or number formats is left out. Parameters
+are float32 whatever a file holds, and every weight is a trained one: what the file lacks is an error, not a draw.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctclip.errors import CheckpointError
+from ctclip.models.hub import pretrained_folder
+
+# Architectures that have another name where their code is published, and are plain ones here.
+PLAIN = {"cxr-bert": "bert"}
+# Keys of a configuration that name code, files or number formats, or change what a model returns.
+LEFT_OUT = frozenset({
+    "auto_map", "custom_pipelines", "_name_or_path", "name_or_path", "transformers_weights",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset",
+    "experts_implementation", "_experts_implementation", "use_kernels", "use_kernel_forward_from_hub",
+    "dtype", "torch_dtype", "torchscript", "return_dict", "use_return_dict", "reference_compile",
+    "output_attentions", "output_hidden_states", "use_cache", "gradient_checkpointing",
+})  # fmt: skip
+# Parts that a configuration may ask for so many of; the largest models there are lie well below.
+MOST = {"layer": 512, "depth": 512, "block": 512, "expert": 4096}
+# Buffers that were kept with the weights once, and are computed today.
+COMPUTED = re.compile(r"(position_ids|token_type_ids|masked_bias|attn\.bias|inv_freq|relative_position_index)$")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object a file holds. Raises CheckpointError naming the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({_reason(error)})") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected an object of names and values, not a {type(values).__name__}")
+    return values
+
+
+def shape_of(values: dict[str, Any], source: str | Path) -> Any:
+    """Transformers' configuration of ``values``, as ``config.json`` holds them. ``source`` is named in errors."""
+    from transformers import CONFIG_MAPPING
+
+    values = _data_alone(values)
+    kind = values.pop("model_type", "bert")
+    kind = PLAIN.get(kind, kind) if isinstance(kind, str) else repr(kind)[:40]
+    if values.get("quantization_config"):
+        raise CheckpointError(f"{source}: these weights are quantised and cannot be trained; take the original ones")
+    if kind not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{source}: the architecture {kind!r} is none of Transformers' own: it would come as code, and code that "
+            f"comes with a checkpoint is never run here. Choose a model of a known architecture"
+        )
+    _check_parts(values, source)
+    with _told(source, "describes no model"):
+        shape = CONFIG_MAPPING[kind].from_dict(values)
+    if hasattr(shape, "use_cache"):
+        # Of no use where nothing is written word by word.
+        shape.use_cache = False
+    return shape
+
+
+def text_model(source: str | Path, *, weights: bool = True) -> nn.Module:
+    """The text encoder of a folder or hub repository; ``weights`` False: its architecture, freshly initialised."""
+    return _pretrained(source, "text", weights)
+
+
+def vision_model(source: str | Path, *, weights: bool = True) -> nn.Module:
+    """The same of an encoder of 2-D images."""
+    return _pretrained(source, "vision", weights)
+
+
+def text_model_of(values: dict[str, Any], source: str | Path) -> nn.Module:
+    """The text encoder that a configuration describes, freshly initialised, as it is built for a model folder."""
+    return _fresh(shape_of(values, source), "text", source)
+
+
+def vision_model_of(values: dict[str, Any], source: str | Path) -> nn.Module:
+    """The same of an encoder of 2-D images."""
+    return _fresh(shape_of(values, source), "vision", source)
+
+
+def _pretrained(source: str | Path, side: str, weights: bool) -> nn.Module:
+    key = {"text": "model.text", "vision": "model.volume"}[side]
+    folder = pretrained_folder(source, f"{key}.pretrained", weights=weights)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: no {side} model could be loaded (config.json is missing). The folder needs config.json, "
+            f"{'the tokenizer' if side == 'text' else 'preprocessor_config.json'} and model.safetensors"
+        )
+    shape = shape_of(read_settings(folder / "config.json"), folder / "config.json")
+    if not weights:
+        return _fresh(shape, side, folder / "config.json")
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{folder}: holds an adapter; merge it into its model and save that (merge_and_unload)")
+    if not any(any(folder.glob(f"{stem}*")) for stem in ("model*.safetensors", "pytorch_model*.bin")):
+        raise CheckpointError(
+            f"{folder}: no {side} model could be loaded (model.safetensors is missing; {key}.weights=random does "
+            f"without weights)"
+        )
+    return _trained(folder, shape, side)
+
+
+def _trained(folder: Path, shape: Any, side: str) -> nn.Module:
+    kind, shape, options = _architecture(shape, side, folder / "config.json")
+    with _quiet(), _told(folder, "the weights do not fit config.json, or a file is damaged"):
+        model, report = kind.from_pretrained(
+            str(folder), config=shape, dtype=torch.float32, local_files_only=True, trust_remote_code=False,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+    missing = set(report["missing_keys"])
+    if any("pooler" in name for name in missing) and "add_pooling_layer" in options and options["add_pooling_layer"]:
+        # Saved by a task that does without: a pooler drawn at random would stand between weights that were trained.
+        shape.add_pooling_layer = False
+        return _trained(folder, shape, side)
+    lacking = sorted(name for name in missing if "pooler" not in name)
+    if lacking:
+        raise CheckpointError(
+            f"{folder}: the weights are those of another architecture than config.json describes: {len(lacking)} "
+            f"parameters are missing, for example {lacking[0]}"
+        )
+    left = sorted(name for name in report["unexpected_keys"] if _of_a_layer(model, name))
+    if left:
+        raise CheckpointError(
+            f"{folder}: the weights are those of another architecture than config.json describes: {len(left)} of them "
+            f"have no place in it, for example {left[0]}"
+        )
+    return _encoder(model, side)
+
+
+def _fresh(shape: Any, side: str, source: str | Path) -> nn.Module:
+    kind, shape, options = _architecture(shape, side, source)
+    with _quiet(), _told(source, "describes no model that can be built"):
+        # `_from_config` is what AutoModel.from_config calls; the public way takes no options of the architecture.
+        model = kind._from_config(shape, dtype=torch.float32, **options)
+    return _encoder(model, side)
+
+
+def _architecture(shape: Any, side: str, source: str | Path) -> tuple[Any, Any, dict[str, Any]]:
+    """The class of Transformers for one side, its configuration and the options to build it with."""
+    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
+
+    # Of a model of images and text (CLIP, SigLIP) the side that is asked for.
+    shape = getattr(shape, f"{side}_config", None) or shape
+    pooled = bool(getattr(shape, "add_pooling_layer", True)) and side == "vision"
+    kind: Any = None
+    if side == "text":
+        kind = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(shape), None)
+    kind = kind or MODEL_MAPPING.get(type(shape), None)
+    kind = kind[0] if isinstance(kind, tuple | list) else kind
+    if kind is None:
+        raise CheckpointError(f"{source}: Transformers has no {side} encoder of the architecture {shape.model_type}")
+    if getattr(shape, "is_encoder_decoder", False) and "Encoder" not in kind.__name__:
+        raise CheckpointError(
+            f"{source}: {shape.model_type} is an encoder with a decoder, of which no encoder can be had by itself; "
+            f"T5's can, and so can models of an encoder or a decoder alone"
+        )
+    options: dict[str, Any] = {"attn_implementation": "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"}
+    if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
+        options["add_pooling_layer"] = pooled
+    _check_memory(kind, shape, options, source)
+    return kind, copy.deepcopy(shape), options
+
+
+def _encoder(model: Any, side: str) -> nn.Module:
+    model = model.float()
+    if side == "vision":
+        return getattr(model, "vision_model", model)
+    # T5's encoder class holds its word vectors under two names; the stack inside does under one.
+    return model.encoder if getattr(model.config, "is_encoder_decoder", False) or hasattr(model, "shared") else model
+
+
+def freeze_unused(model: nn.Module, output: Tensor) -> None:
+    """Parameters of ``model`` that ``output`` does not depend on learn nothing, and no optimizer keeps moments of them.
+
+    Poolers, a Longformer's global projections, mask tokens: read off the graph of ``output``, not by name.
+    """
+    seen: set[Any] = set()
+    used: set[int] = set()
+    waiting = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            used.add(id(node.variable))
+        waiting.extend(parent for parent, _ in node.next_functions)
+    for parameter in model.parameters():
+        if id(parameter) not in used:
+            parameter.requires_grad_(False)
+
+
+def _of_a_layer(model: nn.Module, name: str) -> bool:
+    """Whether a weight that the architecture has no place for belongs to one of its layers."""
+    name = name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
+    inside = name.split(".", 1)[0] in dict(model.named_children())
+    return inside and re.search(r"\.\d+\.", name) is not None and COMPUTED.search(name) is None
+
+
+def _data_alone(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _data_alone(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name not in LEFT_OUT
+    }
+
+
+def _check_parts(values: dict[str, Any], source: str | Path) -> None:
+    """What is built part by part is bounded before the first is built."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_parts(value, source)
+        bounds = [bound for part, bound in MOST.items() if part in str(name)]
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if bounds and isinstance(number, int | float) and number > min(bounds) and "size" not in str(name):
+                raise CheckpointError(f"{source}: {name} {number:.3g} is more than any model known has")
+
+
+def _check_memory(kind: Any, shape: Any, options: dict[str, Any], source: str | Path) -> None:
+    """What is built at once must fit this machine's memory: counted on a model without any."""
+    import psutil
+
+    with torch.device("meta"), _quiet(), _told(source, "describes no model that can be built"):
+        model = kind._from_config(copy.deepcopy(shape), dtype=torch.float32, **options)
+    needed, memory = sum(4 * p.numel() for p in model.parameters()), psutil.virtual_memory().total
+    if needed > memory:
+        raise CheckpointError(
+            f"{source}: the {shape.model_type} model it describes takes {needed / 2**30:.3g} GiB, this machine has "
+            f"{memory / 2**30:.3g}"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Transformers' bars and reports: what matters of them is said in one line of ours."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _told(source: str | Path, fault: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes one line: files of strangers reach all of Transformers, which raises anything."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{source}: {fault} ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

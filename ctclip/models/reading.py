@@ -1,0 +1,142 @@
+"""What a text encoder asks of its input, and whether it can serve at all: read off its parts, and tried.
+
+Families differ in the special tokens around a text, in the positions they have, and in the direction they read. A list
+of families would be out of date; what is tried here holds of any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctclip.errors import CheckpointError
+from ctclip.models.huggingface import freeze_unused
+
+# Tables of absolute positions, by the names they have in Transformers.
+POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "positions_embed", "wpe")
+# What padding may change of a vector, relative to its largest component; kernels round differently by a thousandth of it.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How an encoder reads. ``prefix`` and ``suffix``: ids around each text; ``positions``: the longest text with them
+    in tokens, None where nothing bounds it; ``left_to_right``: a token does not see those after it."""
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    positions: int | None
+    padding: int
+    left_to_right: bool
+
+    @property
+    def around(self) -> int:
+        return len(self.prefix) + len(self.suffix)
+
+
+def reading_of(bert: Any, tokenizer: Any) -> Reading:
+    """How ``bert`` reads what ``tokenizer`` writes; parameters that its answer never uses are frozen.
+
+    Raises CheckpointError if the two do not belong together, or if the encoder cannot serve: no vector a token, or one
+    that depends on the padding beside a text.
+    """
+    kind = bert.config.model_type
+    rows = word_vectors(bert)
+    prefix, suffix = special_tokens(tokenizer)
+    special = set(tokenizer.all_special_ids)
+    words = sorted(set(tokenizer.get_vocab().values()) - special)
+    beyond = [number for number in {*words, *prefix, *suffix} if rows is not None and number >= rows]
+    if beyond:
+        names = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(sorted(beyond)[:3]))
+        raise CheckpointError(
+            f"model.text: the tokenizer has {len(beyond)} tokens that the {kind} encoder has no vectors for ({names}); "
+            f"take the tokenizer that belongs to it, or model.text.tuning=full, with which they are learned"
+        )
+    padding = tokenizer.pad_token_id
+    padding = padding if padding is not None and (rows is None or padding < rows) else 0
+    left_to_right = False
+    if not any(parameter.is_meta for parameter in bert.parameters()):
+        left_to_right = _tried(bert, prefix, suffix, words[:2], padding)
+    return Reading(prefix, suffix, positions_of(bert), padding, left_to_right)
+
+
+def special_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that ``tokenizer`` puts before and after a text."""
+    for text in _short_texts(tokenizer):
+        bare: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        whole: list[int] = tokenizer(text)["input_ids"]
+        for start in range(len(whole) - len(bare) + 1):
+            if bare and whole[start : start + len(bare)] == bare:
+                return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+    raise CheckpointError(f"model.text: a {type(tokenizer).__name__} writes a text differently with special tokens")
+
+
+def _short_texts(tokenizer: Any) -> Iterator[str]:
+    yield from ("a", "1", ".")
+    special = set(tokenizer.all_special_tokens)
+    yield from (token for token in sorted(tokenizer.get_vocab())[:1000] if token not in special)
+
+
+def positions_of(bert: Any) -> int | None:
+    """Tokens the longest text may have, special ones included."""
+    limits = []
+    declared = getattr(bert.config, "max_position_embeddings", None)
+    if isinstance(declared, int) and declared > 0:
+        limits.append(declared)
+    for name, table in bert.named_modules():
+        weight = getattr(table, "weight", None)
+        if name.rsplit(".", 1)[-1] in POSITIONS and isinstance(weight, Tensor) and weight.ndim == 2:
+            # RoBERTa's family counts from the place after the padding token's.
+            padding = getattr(table, "padding_idx", None)
+            limits.append(len(weight) - (0 if padding is None else padding + 1))
+    return min(limits, default=None)
+
+
+def word_vectors(bert: Any) -> int | None:
+    """How many word vectors ``bert`` has; None where words have no table of them."""
+    try:
+        table = bert.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None
+
+
+def _tried(bert: Any, prefix: tuple[int, ...], suffix: tuple[int, ...], words: list[int], padding: int) -> bool:
+    """Whether ``bert`` reads left to right, by two texts that differ in their last word."""
+    one, two = words
+    texts = [[*prefix, one, two, one, *suffix], [*prefix, one, two, two, *suffix], [*prefix, one, *suffix]]
+    length = len(texts[0])
+    device = next(bert.parameters()).device
+    ids = torch.tensor([[*text, *[padding] * (length - len(text))] for text in texts], device=device)
+    mask = torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in texts], device=device)
+    kind, width = bert.config.model_type, getattr(bert.config, "hidden_size", None)
+    training = bert.training
+    bert.eval()
+    try:
+        with torch.enable_grad():
+            hidden = bert(input_ids=ids, attention_mask=mask).last_hidden_state
+            alone = bert(input_ids=ids[2:, : len(texts[2])], attention_mask=mask[2:, : len(texts[2])]).last_hidden_state
+    except Exception as error:  # whatever an architecture that was made for something else raises
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise CheckpointError(f"model.text: the architecture {kind} cannot serve as text encoder ({reason})") from error
+    finally:
+        bert.train(training)
+    if hidden.shape != (*ids.shape, width):
+        raise CheckpointError(
+            f"model.text: the architecture {kind} cannot serve as text encoder: of {tuple(ids.shape)} tokens it makes "
+            f"{tuple(hidden.shape)} numbers, not one vector of {width} each"
+        )
+    freeze_unused(bert, hidden)
+    hidden, alone = hidden.detach(), alone.detach()
+    if not hidden.isfinite().all():
+        raise CheckpointError(f"model.text: the {kind} encoder's vectors are not finite; its weights are damaged")
+    size = hidden.abs().max()
+    if (hidden[2, : alone.shape[1]] - alone[0]).abs().max() > TOLERANCE * size:
+        raise CheckpointError(
+            f"model.text: the architecture {kind} cannot serve as text encoder: a text's vectors depend on the padding beside it"
+        )
+    return bool((hidden[0, 0] - hidden[1, 0]).abs().max() <= 1e-6 * size)
