@@ -40,6 +40,8 @@ class WordPredictor(nn.Module):
             self.embed(words) + places,
             self.memory(tokens.tokens),
             tgt_mask=mask,
+            # Said, or torch asks the device whether the mask is one.
+            tgt_is_causal=self.causal,
             tgt_key_padding_mask=padding,
             memory_key_padding_mask=None if tokens.real is None else ~tokens.real,
         )
