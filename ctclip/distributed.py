@@ -9,11 +9,14 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +25,10 @@ import torch
 import torch.distributed as dist
 
 from ctclip import extras
+
+LOOPBACK = "127.0.0.1"
+# Where ranks that `launch` started meet: a file of their own.
+RENDEZVOUS = "CTCLIP_RENDEZVOUS"
 
 
 def prepare_environment() -> None:
@@ -38,7 +45,7 @@ def prepare_environment() -> None:
         # Two jobs of one user on one node must not meet: the port follows the job.
         environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000))
     if "RANK" not in environment:
-        environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR=LOOPBACK)
         environment["MASTER_PORT"] = str(free_port())
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
@@ -78,10 +85,16 @@ def launch(processes: int, module: str) -> int:
         cores = len(os.sched_getaffinity(0))
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     count = ["--num_gpus" if cuda else "--num_accelerators", str(processes)]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, "--master_port", str(free_port()), "--quiet"]
+    where = ["--master_addr", LOOPBACK, "--master_port", str(free_port())]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, *where, "--quiet"]
     # This was called as `ctclip train ...` or `python -m ctclip.train ...`.
     command_name = module.rpartition(".")[2].replace("_", "-")
     arguments = sys.argv[2:] if sys.argv[1:2] == [command_name] else sys.argv[1:]
+    # Ranks of one machine meet in a private file, and talk over the loopback interface alone.
+    rendezvous = tempfile.mkdtemp(prefix="ctclip-")
+    environment[RENDEZVOUS] = os.path.join(rendezvous, "store")
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        environment.setdefault(variable, "lo")
     process = subprocess.Popen([*command, "--module", module, *arguments], env=environment)
 
     def pass_on(number: int, _: object) -> None:
@@ -93,7 +106,10 @@ def launch(processes: int, module: str) -> int:
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, pass_on)
-    return process.wait()
+    try:
+        return process.wait()
+    finally:
+        shutil.rmtree(rendezvous, ignore_errors=True)
 
 
 def initialise() -> torch.device:
@@ -107,12 +123,27 @@ def initialise() -> torch.device:
         # Gloo's own collectives do as well as an extension that needs a compiler, takes half a minute to build, and for
         # which every later process waits without end if the one that builds it is killed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
-    if not cuda:
-        return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    backend = "nccl" if cuda else "gloo"
+    _join_without_listening(backend)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    return device
+
+
+def _join_without_listening(backend: str) -> None:
+    """Form the group of a process that runs alone, or of ranks that ``launch`` started, without a server that listens on
+    every interface, as torch's own rendezvous does. Ranks of other launchers are left to those."""
+    environment = os.environ
+    rank, ranks = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    if dist.is_initialized() or (ranks > 1 and RENDEZVOUS not in environment):
+        return
+    if ranks == 1:
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = dist.HashStore() if ranks == 1 else dist.FileStore(environment[RENDEZVOUS], ranks)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
 
 
 @contextlib.contextmanager
@@ -159,22 +190,28 @@ def barrier() -> None:
         dist.barrier()
 
 
-def broadcast_object(value: Any) -> Any:
-    """Rank 0's ``value`` on every rank (values of our own making only: this pickles)."""
+def broadcast_json(value: Any) -> Any:
+    """Rank 0's ``value`` on every rank; of JSON's kinds, so that nothing is unpickled that came over a network."""
     if world_size() == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return _json_of_every_rank(value if is_main() else None)[0]
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's ``value``, in rank order, on every rank (values of our own making only: this pickles)."""
-    if world_size() == 1:
-        return [value]
-    box: list[Any] = [None] * world_size()
-    dist.all_gather_object(box, value)
-    return box
+def gather_json(value: Any) -> list[Any]:
+    """Every rank's ``value`` (of JSON's kinds), in rank order, on every rank."""
+    return [value] if world_size() == 1 else _json_of_every_rank(value)
+
+
+def _json_of_every_rank(value: Any) -> list[Any]:
+    group = _control_group()
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.long) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(text)]), group=group)
+    longest = max(int(length) for length in lengths)
+    padded = torch.nn.functional.pad(text, (0, longest - len(text)))
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
+    dist.all_gather(texts, padded, group=group)
+    return [json.loads(bytes(part[: int(length)].tolist())) for part, length in zip(texts, lengths, strict=True)]
 
 
 @functools.cache
@@ -200,7 +237,7 @@ def on_main(action: Callable[[], object]) -> None:
             action()
         except Exception as error:
             fault = error
-    message = broadcast_object(None if fault is None else str(fault))
+    message = broadcast_json(None if fault is None else str(fault))
     if fault is not None:
         raise fault
     if message is not None:

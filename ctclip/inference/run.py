@@ -71,7 +71,7 @@ def detect(
     parts = output / "parts" / _key(loaded, head, scans, reports)
     parts.mkdir(parents=True, exist_ok=True)
     # Read once, for all: a rank that started late would see what the others have finished since, and share otherwise.
-    done = distributed.broadcast_object(_done(parts))
+    done = set(distributed.broadcast_json(sorted(_done(parts))))
     left = [index for index, name in enumerate(scans.table["volume"]) if name not in done]
     # Neighbours to one rank, so that the joined table comes in the order of the scans.
     mine = [int(index) for index in np.array_split(left, distributed.world_size())[distributed.rank()]]
@@ -82,7 +82,7 @@ def detect(
         if len(waiting) == PART_BATCHES:
             _write_part(parts, waiting)
     _write_part(parts, waiting)
-    refusals = distributed.gather_objects(refused)
+    refusals = distributed.gather_json(refused)
     refused = {name: reason for each in refusals for name, reason in each.items()}
     summary = Summary(output / f"predictions{suffix}", output / "embeddings.parquet", len(_done(parts)), refused)
     if summary.volumes == 0 and distributed.is_main():

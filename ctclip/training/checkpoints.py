@@ -104,8 +104,9 @@ class Checkpoints:
 
         A damaged one is named on stderr and the one before it is taken. Every rank reads the same one.
         """
-        for step, path in distributed.broadcast_object(self.found()):
-            fault = distributed.broadcast_object(_fault(path) if distributed.is_main() else None)
+        for step in distributed.broadcast_json([step for step, _ in self.found()]):
+            path = self.folder / f"step_{step:08d}"
+            fault = distributed.broadcast_json(_fault(path) if distributed.is_main() else None)
             if fault is None:
                 learned = json.loads((path / "checkpoint.json").read_text()).get("spec", self.spec)
                 if learned != self.spec:

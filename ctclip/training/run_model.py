@@ -73,7 +73,7 @@ def build_run_model(
     """The model of a run, and where its weights begin, in words. A run that began before is built from its own folder
     alone: the pretrained folders it came from are not needed again. A collective."""
     kept = output / ARCHITECTURE
-    if distributed.broadcast_object((kept / "config.yaml").is_file()):
+    if distributed.broadcast_json((kept / "config.yaml").is_file()):
         model, begins = read_architecture(kept, lambda own: _as_configured(own, config.model), data.spec).model, ""
     elif config.model.init is not None:
         model, begins = _from_folder(config.model, data.spec)
