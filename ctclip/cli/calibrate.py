@@ -37,4 +37,6 @@ def calibrate(
     if not fitted.lines:
         raise EvaluationError(f"{predictions}: nothing could be calibrated")
     print(f"{fitted.method} calibration of {len(fitted.lines)} abnormalities on {fitted.fitted_on}")
+    for name, reason in fitted.uncalibrated.items():
+        print(f"not calibrated: {name} ({reason}); it keeps its plain softmax")
     print(f"kept: {model / 'calibration.json'}")

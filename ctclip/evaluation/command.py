@@ -59,6 +59,7 @@ def run_evaluation(
     opened = VolumeStore(store) if store is not None else None
     if opened is not None:
         _same_spec(opened, rows, predictions)
+        result |= plain(split_coverage(opened, rows, declared))
         result["controls"] |= histogram_control(opened, rows, declared)
     embeddings = _embeddings(predictions.with_name("embeddings.parquet"), rows)
     if embeddings is not None:
@@ -71,8 +72,8 @@ def run_evaluation(
             "against": str(against),
             **plain(paired_test(table, other, truth, declared, resamples=bootstrap, seed=seed)),
         }
-    result["versions"] = versions()
-    write_text(output / "metrics.json", json.dumps(plain(result), indent=2))
+    result = plain(result | {"versions": versions()})
+    write_text(output / "metrics.json", json.dumps(result, indent=2, allow_nan=False))
     with written_beside(output / "metrics.csv") as partial:
         _metrics_table(result["zero_shot"]).to_csv(partial, index_label="abnormality")
     examples = _examples(opened, rows, known, declared) if opened is not None else []
@@ -129,6 +130,21 @@ def _fitted_on(table: pd.DataFrame, predictions: Path, store: Path | None) -> st
     return f"{words}, split {', '.join(splits) or 'unknown'}"
 
 
+def split_coverage(store: VolumeStore, volumes: pd.DataFrame, protocol: Protocol) -> dict[str, Any]:
+    """``split``: how many of the volumes (scans, where the protocol scores one volume a scan) of the splits that the
+    scored volumes are of were not scored, and how many of those are in the store. Empty if they are of no split."""
+    unit = "scan" if protocol.volumes == "one-per-scan" else "volume"
+    cohort = store.cohort
+    splits = sorted(cohort["split"][cohort["volume"].isin(volumes["volume"])].dropna().astype(str).unique())
+    if not splits:
+        return {}
+    whole = cohort[cohort["split"].astype(str).isin(splits)]
+    missing = whole[~whole[unit].isin(volumes[unit])]
+    stored = missing[missing["volume"].isin(store.volumes)]
+    count = {"expected": whole[unit].nunique(), "missing": missing[unit].nunique(), "in_store": stored[unit].nunique()}
+    return {"split": {"names": splits, "unit": unit, **count}}
+
+
 def _label_file(labels: Path | None, store: Path | None) -> Path:
     if labels is None and store is None:
         raise EvaluationError("give --labels, or --store whose cohort table has them")
@@ -170,12 +186,13 @@ def _scores_all(protocol: Protocol, names: list[str], path: Path) -> None:
 
 
 def _calibrated(table: pd.DataFrame, names: list[str], fitted: Calibration, path: Path) -> pd.DataFrame:
-    """Probabilities from margins, whether the predictions were made before or after the calibration."""
+    """Probabilities from margins, whether the predictions were made before or after the calibration. The margins stay as
+    they are: they rank."""
     for what, fitted_to in (("model", fitted.model), ("prompts", fitted.prompts)):
-        found = provenance(table, what)
-        if found and fitted_to and found != fitted_to:
+        predicted_by = provenance(table, what)
+        if predicted_by and fitted_to and predicted_by != fitted_to:
             raise EvaluationError(
-                f"{path}: of {what} {found}, the calibration was fitted to {what} {fitted_to}: take the model's own, or "
+                f"{path}: of {what} {predicted_by}, the calibration was fitted to {what} {fitted_to}: take the model's own, or "
                 f"run `ctclip calibrate` again"
             )
     seen = fitted.saw(table["patient"].unique())

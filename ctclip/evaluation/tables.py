@@ -112,6 +112,13 @@ def read_predictions(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[s
     if ((scores < 0) | (scores > 1)).any().any():
         name = scores.columns[((scores < 0) | (scores > 1)).any()][0]
         raise EvaluationError(f"{path}: scores of {name!r} lie outside [0, 1]; give probabilities")
+    margins = [f"{MARGIN}{name}" for name in names if f"{MARGIN}{name}" in table.columns]
+    table[margins] = table[margins].apply(pd.to_numeric, errors="coerce")
+    if not np.isfinite(table[margins].to_numpy(dtype=float)).all():
+        name = next(name for name in margins if not np.isfinite(table[name].to_numpy(dtype=float)).all())
+        raise EvaluationError(
+            f"{path}: column {name!r} holds a value that is not a finite number; volumes are ranked by it"
+        )
     for name in ("model", "spec", "prompts"):
         if name in table.columns and table[name].nunique() > 1:
             some = ", ".join(map(str, table[name].unique()[:3]))
