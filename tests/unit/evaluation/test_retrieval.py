@@ -69,7 +69,10 @@ def test_chance_is_the_share_of_right_answers_among_ten() -> None:
     assert retrieval(pool, pool, scans, scans)["chance_recall@10"] == pytest.approx(10 * 2 / 100)
     twins = retrieval(pool, pool, scans, scans, itself=np.arange(100))
     assert twins["chance_recall@10"] == pytest.approx(10 * 1 / 99)
-    assert "recall@100" in twins
+    assert [key for key in twins if "@" in key][:5] == [f"recall@{depth}" for depth in (1, 5, 10, 50, 100)]
+    labels = np.ones((100, 1))
+    by_labels = precision_by_labels(pool, pool, labels, labels, scans, scans)
+    assert [key for key in by_labels if "map" in key] == [f"map@{depth}" for depth in (1, 5, 10, 50)]
     assert "recall@100" not in retrieval(pool, pool[:99], scans, scans[:99])
 
 
@@ -97,6 +100,10 @@ def test_average_precision_by_labels_by_hand() -> None:
     assert result["jaccard@1"] == pytest.approx(0.5)
     assert result["jaccard@3"] == pytest.approx((0.5 + 0 + 2 / 3) / 3)
     assert "at least 0.5" in result["relevant"]
+    first = precision_by_labels(
+        query, pool, labels, others, np.array(["q"]), np.array(["a", "b", "c", "q"]), depths=(1,)
+    )
+    assert first["map@1"] == 1  # the query's own scan, which is nearest, takes no place
     none = precision_by_labels(query, pool[:1], np.zeros((1, 3)), np.zeros((1, 3)), np.array(["q"]), np.array(["a"]))
     assert none["map@1"] == none["jaccard@1"] == 1
     assert "map@5" not in none
