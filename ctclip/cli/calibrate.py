@@ -28,7 +28,7 @@ def calibrate(
     `ctclip calibrate calibration/predictions.csv --model M --store store`
     """
     from ctclip.errors import EvaluationError
-    from ctclip.evaluation.command import run_calibration
+    from ctclip.evaluation.run_calibration import run_calibration
     from ctclip.heads.folder import calibration_file
     from ctclip.models.folder import load_model
 
@@ -40,4 +40,6 @@ def calibrate(
     if not fitted.lines:
         raise EvaluationError(f"{predictions}: nothing could be calibrated")
     print(f"{fitted.method} calibration of {len(fitted.lines)} abnormalities on {fitted.fitted_on}")
+    for name, reason in fitted.uncalibrated.items():
+        print(f"not calibrated: {name} ({reason}); it keeps its plain softmax")
     print(f"kept: {path}")

@@ -32,44 +32,51 @@ def evaluate(
     bootstrap: int = typer.Option(None, min=10, help="Resamples of patients; the protocol's if not given."),
     seed: int = typer.Option(0, help="Of the bootstrap and the shuffled control."),
 ) -> None:
-    """Score predictions by a declared protocol: AUROC with bootstrap intervals by patient, controls, retrieval.
+    """Score predictions by a declared protocol: AUROC with intervals by patient, controls, retrieval.
 
     `ctclip evaluate predictions/predictions.csv --labels labels.csv --protocol ct_rate --output evaluation`
 
     `ctclip evaluate ours.csv --against theirs.csv --labels labels.csv --output compared`
     """
-    from ctclip.evaluation.command import run_evaluation
+    from ctclip.evaluation.pages import number, split_note
+    from ctclip.evaluation.run_evaluation import run_evaluation
 
-    found = run_evaluation(
+    result = run_evaluation(
         predictions, output, protocol, labels=labels, store=store, run=run, against=against, calibration=calibration,
         thresholds=thresholds.value if thresholds is not None else None, bootstrap=bootstrap, seed=seed,
     )  # fmt: skip
-    zero, controls = found["zero_shot"], found["controls"]
+    zero, controls = result["zero_shot"], result["controls"]
+    if result["patients"] == 1:
+        print("note: one patient: no interval can be given, and no figure says anything about other patients")
     if zero["mean_auroc"] is None:
-        print(f"mean AUROC undefined: every label has one class only in these {found['volumes']} volumes")
+        print(f"mean AUROC undefined: every label has one class only ({result['volumes']} volumes)")
     else:
-        low, high = zero["mean_auroc_interval"]
+        low, high = map(number, zero["mean_auroc_interval"])
         print(
-            f"mean AUROC {zero['mean_auroc']:.3f} ({low:.3f} to {high:.3f}) over {zero['labels_defined']} labels, "
-            f"{found['volumes']} volumes of {found['patients']} patients"
+            f"mean AUROC {zero['mean_auroc']:.3f} ({low} to {high}) over {zero['labels_defined']} labels, "
+            f"{result['volumes']} volumes of {result['patients']} patients"
         )
         for name in zero["labels_undefined"]:
             print(f"undefined: {name} has one class only; the mean leaves it out")
         if "histogram_mean_auroc" in controls:
-            print(f"histogram control {controls['histogram_mean_auroc']:.3f}")
-        print(f"shuffled control {controls['shuffled_mean_auroc']:.3f}")
+            print(f"histogram control {number(controls['histogram_mean_auroc'])}")
+        print(f"shuffled control {number(controls['shuffled_mean_auroc'])}")
+        untrusted, fewest = zero["intervals_not_trusted"], result["intervals"]["trusted_from_patients"]
+        if untrusted:
+            names = ", ".join(untrusted) if len(untrusted) < len(zero["auroc"]) else "every label"
+            print(f"intervals not to be trusted, with fewer than {fewest} positive or negative patients: {names}")
     error = zero["means"]["calibration_error"]["value"]
     if error is not None:
         print(f"calibration error {error:.3f} by label, {zero['pooled_calibration_error']:.3f} of all labels together")
     print(f"thresholds: {zero['thresholds']}")
-    if not found["whole_set"]:
-        size = found["protocol"]["size"]
+    if not result["whole_set"]:
+        size = result["protocol"]["size"]
         print(
-            f"note: {found['volumes']:,} volumes, the protocol's set has {size:,}: not comparable with published figures"
+            f"note: the protocol's set has {size:,} volumes, {result['volumes']:,} were scored: not comparable with published figures"
         )
-    if "paired" in found:
-        mean = found["paired"]["mean"]
-        print(
-            f"against {against}: {mean['difference']:+.3f} ({mean['lower']:+.3f} to {mean['upper']:+.3f}), p {mean['p']:.3f}"
-        )
+    if split_note(result):
+        print(f"note: {split_note(result)}")
+    if "paired" in result:
+        mean = result["paired"]["mean"]
+        print(f"against {against}: {number(mean['difference'])} ({number(mean['lower'])} to {number(mean['upper'])}), p {number(mean['p'])}")  # fmt: skip
     print(f"report: {output / 'report.html'}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,8 @@ from ctclip.errors import EvaluationError
 from ctclip.preprocessing.files import write_text
 
 Method = Literal["platt", "temperature"]
-FEWEST = 5
+FEWEST = 5  # patients with the finding, and without
+FALLING = "the margins of the calibration split do not rise with the label"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Line:
 @dataclass(frozen=True)
 class Calibration:
     """Of one model and one set of prompts: a line an abnormality, where it was fitted, and digests of the patients it
-    saw, none of whom may be in a test."""
+    saw, none of whom may be in a test. ``uncalibrated``: the abnormalities that keep their plain softmax, and why."""
 
     method: Method
     fitted_on: str
@@ -40,6 +41,7 @@ class Calibration:
     lines: dict[str, Line]
     prompts: str = ""
     patients: tuple[str, ...] = ()
+    uncalibrated: dict[str, str] = field(default_factory=dict)
 
     def of(self, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """slope, intercept (names,) float32; an abnormality that was not fitted keeps its plain softmax."""
@@ -61,11 +63,22 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        """Raises EvaluationError if the file is not one."""
+        """Raises EvaluationError if the file is not one.
+
+        A line that falls or is flat, as versions before 0.3 could fit to a few volumes, is left out: it would call a
+        finding present where the model sees it absent.
+        """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             lines = {str(name): Line(**line) for name, line in values.pop("lines").items()}
-            return cls(**values | {"patients": tuple(values.get("patients", ()))}, lines=lines)
+            numbers = [value for line in lines.values() for value in (line.slope, line.intercept, line.threshold)]
+            if not np.isfinite(np.array(numbers, dtype=float)).all():
+                raise ValueError("a slope, intercept or threshold is not a finite number")
+            uncalibrated = dict(values.pop("uncalibrated", {}))
+            patients = tuple(values.pop("patients", ()))
+            uncalibrated |= {name: FALLING for name, line in lines.items() if line.slope <= 0}
+            rising = {name: line for name, line in lines.items() if line.slope > 0}
+            return cls(**values, lines=rising, patients=patients, uncalibrated=uncalibrated)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise EvaluationError(f"{path}: no calibration ({error}); `ctclip calibrate` writes one") from error
 
@@ -84,54 +97,71 @@ def fit_calibration(
     fitted_on: str,
     model: str,
     prompts: str = "",
-    patients: Iterable[str] = (),
+    patients: Sequence[str] | None = None,
 ) -> Calibration:
-    """labels (n, L) of 0, 1, NaN; margins (n, L), positive minus negative logit.
+    """labels (n, L) of 0, 1, NaN; margins (n, L), positive minus negative logit; patients (n,), or a patient a volume.
 
     ``platt``: a slope and an intercept each label, with Platt's (1999) smoothed targets. ``temperature``: one slope
-    for all labels and no intercept (Guo et al. 2017). Labels with fewer than five positives or negatives are left
-    uncalibrated by ``platt``. The threshold is the ROC point nearest to perfect, on this split.
+    for all labels and no intercept (Guo et al. 2017). A slope is never negative. The threshold is the ROC point nearest
+    to perfect, on this split. Not calibrated, and said to be so in ``uncalibrated``: labels with fewer than five positive
+    or negative patients, and those whose margins do not rise with the label. Raises EvaluationError if no label is left.
     """
-    # Here and not above: detection reads calibrations, and need not wait for the compiler of the metrics.
+    # Here and not above: detection reads calibrations, and need not wait for SciPy.
+    from scipy.special import expit
+
+    from ctclip.evaluation.intervals import patients_by_class
     from ctclip.evaluation.metrics import best_threshold
 
     known = ~np.isnan(labels)
     if not known.any():
         raise EvaluationError("no labels in the calibration split: nothing can be fitted")
-    shared = _fit(margins[known], labels[known], intercept=False) if method == "temperature" else None
-    lines = {}
+    people = np.arange(len(labels)).astype(str) if patients is None else np.asarray(patients, dtype=str)
+    shared = fit_line(margins[known], labels[known], intercept=False) if method == "temperature" else None
+    lines, uncalibrated = {}, {}
     for index, name in enumerate(names):
         truth, margin = labels[known[:, index], index], margins[known[:, index], index]
-        positives = int(truth.sum())
-        if min(positives, len(truth) - positives) < FEWEST:
-            if shared is None:
-                continue
-            slope, intercept = shared
-        else:
-            slope, intercept = shared or _fit(margin, truth, intercept=True)
-        probability = 1 / (1 + np.exp(-(slope * margin + intercept)))
-        lines[name] = Line(slope, intercept, best_threshold(truth, probability), positives, len(truth))
+        positives, negatives = patients_by_class(truth, people[known[:, index]])
+        if min(positives, negatives) < FEWEST:
+            uncalibrated[name] = f"{positives} positive and {negatives} negative patients, of {FEWEST} needed"
+            continue
+        slope, intercept = shared or fit_line(margin, truth, intercept=True)
+        if slope <= 0:
+            uncalibrated[name] = FALLING
+            continue
+        threshold = best_threshold(truth, expit(slope * margin + intercept))
+        lines[name] = Line(slope, intercept, threshold, int(truth.sum()), len(truth))
     if not lines:
-        raise EvaluationError(
-            f"no label has {FEWEST} positives and {FEWEST} negatives in the calibration split: take a larger one"
-        )
-    return Calibration(method, fitted_on, model, lines, prompts, tuple(sorted({digest(p) for p in patients})))
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(uncalibrated.items())[:3])
+        raise EvaluationError(f"no label can be calibrated ({reasons}): take a larger calibration split")
+    digests = tuple(sorted({digest(patient) for patient in people})) if patients is not None else ()
+    return Calibration(method, fitted_on, model, lines, prompts, digests, uncalibrated)
 
 
-def _fit(margin: np.ndarray, truth: np.ndarray, *, intercept: bool) -> tuple[float, float]:
-    """Slope and intercept of least cross-entropy, by Newton's method on smoothed targets."""
+def fit_line(margin: np.ndarray, truth: np.ndarray, *, intercept: bool) -> tuple[float, float]:
+    """Slope (at least 0) and intercept of least cross-entropy; margin (n,), truth (n,) of 0 and 1.
+
+    With an intercept the targets are Platt's: (N+ + 1) / (N+ + 2) for positives and 1 / (N- + 2) for negatives, so that
+    separable margins have a finite slope.
+    """
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
     positives = truth.sum()
     high, low = (positives + 1) / (positives + 2), 1 / (len(truth) - positives + 2)
     target = np.where(truth == 1, high, low) if intercept else truth
-    spread = max(float(margin.std()), 1e-12)
-    design = np.stack([margin / spread, np.ones_like(margin)], axis=1)[:, : 2 if intercept else 1]
-    weights = np.zeros(design.shape[1])
-    for _ in range(100):
-        probability = 1 / (1 + np.exp(-np.clip(design @ weights, -30, 30)))
-        gradient = design.T @ (probability - target)
-        curvature = (design * (probability * (1 - probability))[:, None]).T @ design + 1e-9 * np.eye(len(weights))
-        step = np.linalg.solve(curvature, gradient)
-        weights -= np.clip(step, -5, 5)
-        if np.abs(step).max() < 1e-10:
-            break
-    return float(weights[0] / spread), float(weights[1]) if intercept else 0.0
+    centre = float(margin.mean()) if intercept else 0.0
+    spread = float(np.sqrt(np.mean((margin - centre) ** 2)))
+    if spread == 0:
+        return 0.0, 0.0  # margins that are all one value
+    design = np.stack([(margin - centre) / spread, np.ones_like(margin)], axis=1)[:, : 2 if intercept else 1]
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        score = design @ weights
+        return float(np.mean(np.logaddexp(0, score) - target * score)), design.T @ (expit(score) - target) / len(truth)
+
+    # Without smoothed targets separable margins have no largest slope: 100 a standard deviation is a step.
+    bounds = [(0.0, 100.0), (None, None)][: design.shape[1]]
+    options = {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000}
+    weights = minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
+    slope = float(weights[0] / spread)
+    return slope, float(weights[1]) - slope * centre if intercept else 0.0

@@ -16,11 +16,11 @@ BINS = np.array([LOWEST, *range(-1000, 300, 20), *range(300, 1000, 60), 1000])
 
 def histograms(volumes: Iterable[np.ndarray]) -> np.ndarray:
     """Share of voxels in each HU bin: int16 volumes -> (volumes, bins). Where in the body they lie is thrown away."""
-    rows = []
+    shares = []
     for hu in volumes:
         count = np.bincount(np.clip(hu, LOWEST, HIGHEST).ravel() - LOWEST, minlength=HIGHEST - LOWEST + 1)
-        rows.append(np.add.reduceat(count, BINS - LOWEST) / hu.size)
-    return np.stack(rows)
+        shares.append(np.add.reduceat(count, BINS - LOWEST) / hu.size)
+    return np.stack(shares)
 
 
 def histogram_aurocs(
@@ -28,7 +28,8 @@ def histogram_aurocs(
 ) -> np.ndarray:
     """AUROC on held-out volumes of a supervised classifier that sees the HU histogram alone, label by label.
 
-    The stronger of a logistic regression and gradient boosting, as cross-validated on the training volumes.
+    The stronger of a logistic regression and gradient boosting, as cross-validated on the training volumes. NaN for a
+    label with fewer than five positives or negatives to fit to.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.linear_model import LogisticRegression
@@ -36,7 +37,7 @@ def histogram_aurocs(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    seen, held = np.sqrt(train), np.sqrt(valid)
+    fitted_to, held_out = np.sqrt(train), np.sqrt(valid)
     values = []
     for label in range(train_labels.shape[1]):
         target, truth = train_labels[:, label], valid_labels[:, label]
@@ -47,26 +48,30 @@ def histogram_aurocs(
             make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=500)),
             HistGradientBoostingClassifier(max_iter=40, max_leaf_nodes=8, learning_rate=0.1),
         ]
-        fits = [cross_val_score(c, seen, target, cv=3, scoring="roc_auc").mean() for c in candidates]
-        best = candidates[int(np.argmax(fits))].fit(seen, target)
-        values.append(auroc(truth, best.predict_proba(held)[:, 1]))
+        fits = [cross_val_score(c, fitted_to, target, cv=3, scoring="roc_auc").mean() for c in candidates]
+        best = candidates[int(np.argmax(fits))].fit(fitted_to, target)
+        values.append(auroc(truth, best.predict_proba(held_out)[:, 1]))
     return np.array(values)
 
 
 def shuffled_aurocs(
     labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, *, times: int = 20, seed: int = 0
 ) -> np.ndarray:
-    """Mean AUROC against the labels of other patients, once for each of ``times`` permutations."""
+    """Mean AUROC against the labels of other patients, once for each of ``times`` permutations of the patients.
+
+    labels, scores (n, L), NaN labels left out; groups (n,). Each volume gets the labels of the first volume of the
+    patient its own patient is exchanged with.
+    """
     names, member = np.unique(groups, return_inverse=True)
     first = np.array([np.flatnonzero(member == index)[0] for index in range(len(names))])
     random = np.random.default_rng(seed)
     means = []
     for _ in range(times):
         exchanged = labels[first[random.permutation(len(names))]][member]
-        means.append(mean_defined([_known(exchanged[:, i], scores[:, i]) for i in range(labels.shape[1])]))
+        means.append(mean_defined([_auroc_of_known(exchanged[:, i], scores[:, i]) for i in range(labels.shape[1])]))
     return np.array(means)
 
 
-def _known(labels: np.ndarray, scores: np.ndarray) -> float:
+def _auroc_of_known(labels: np.ndarray, scores: np.ndarray) -> float:
     known = ~np.isnan(labels)
     return auroc(labels[known], scores[known])

@@ -10,7 +10,21 @@ import pandas as pd
 from ctclip.evaluation import metrics
 from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.controls import shuffled_aurocs
+from ctclip.evaluation.intervals import (
+    FEWEST_PATIENTS,
+    LEVEL,
+    auroc_interval,
+    enough_patients,
+    patients_by_class,
+    percentile_interval,
+)
 from ctclip.evaluation.protocol import Protocol, align
+from ctclip.evaluation.ranking import ranking_scores
+
+INTERVALS = {
+    "auroc": "|observed - area| = t sd(area), with the larger of the variances of two normals and of Obuchowski (1997)",
+    "others": "percentiles of a bootstrap by patient, which are too narrow where positives are few",
+}
 
 
 def evaluate(
@@ -22,107 +36,119 @@ def evaluate(
     resamples: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """AUROC and the rest, per label and mean, with bootstrap intervals by patient; and the shuffled control.
+    """AUROC and the rest, per label and mean, with intervals by patient; and the shuffled control.
 
-    predictions as ``tables.read_predictions`` gives them, labels as ``tables.read_labels``. Undefined values are
-    None; means are over the labels that are defined.
+    predictions as ``tables.read_predictions`` gives them, labels as ``tables.read_labels``. AUROC and average precision
+    rank by the uncalibrated margins; what concerns probabilities and thresholds takes the probabilities. Undefined
+    values are None, as are the limits of what cannot be bounded; means are over the labels that are defined.
     """
-    rows, truth, scores = align(predictions, labels, protocol)
-    patients = rows["patient"].to_numpy(dtype=str)
+    volumes, truth, probabilities = align(predictions, labels, protocol)
+    ranking = ranking_scores(volumes, protocol)
+    patients = volumes["patient"].to_numpy(dtype=str)
     resamples = resamples or protocol.bootstrap
-    thresholds, said = _thresholds(truth, scores, protocol, calibration)
-    drawn = metrics.bootstrap_metrics(truth, scores, patients, thresholds, resamples=resamples, seed=seed)
+    thresholds, thresholds_source = _thresholds(truth, probabilities, protocol, calibration)
+    resampled = metrics.bootstrap_metrics(
+        truth, ranking, probabilities, patients, thresholds, resamples=resamples, seed=seed
+    )
     per_label: dict[str, Any] = {}
-    points: dict[str, list[float]] = {}
+    points: dict[str, list[float]] = {metric: [] for metric in metrics.METRICS}
     for index, name in enumerate(protocol.labels):
         known = ~np.isnan(truth[:, index])
-        label, score = truth[known, index], scores[known, index]
-        found = metrics.every(label, score, float(thresholds[index]))
-        for metric, value in found.items():
-            points.setdefault(metric, []).append(value)
-        limits = metrics.interval(found["auroc"], drawn["auroc"][:, index])
+        label, people, threshold = truth[known, index], patients[known], float(thresholds[index])
+        values = metrics.label_metrics(label, ranking[known, index], probabilities[known, index], threshold)
+        for metric, value in values.items():
+            points[metric].append(value)
+        limits = auroc_interval(label, ranking[known, index], people)
+        positive_patients, negative_patients = patients_by_class(label, people)
         per_label[name] = {
-            "value": found.pop("auroc"), "lower": limits.lower, "upper": limits.upper,
-            "positives": int(label.sum()), "n": int(known.sum()), "threshold": float(thresholds[index]), **found,
-            "intervals": {metric: _limits(value, drawn[metric][:, index], metric) for metric, value in found.items()},
+            "value": values.pop("auroc"), "lower": limits.lower, "upper": limits.upper,
+            "interval_trusted": enough_patients(label, people),
+            "positives": int(label.sum()), "n": int(known.sum()), "threshold": threshold,
+            "positive_patients": positive_patients, "negative_patients": negative_patients, **values,
+            "intervals": {metric: _limits(value, resampled[metric][:, index], metric) for metric, value in values.items()},
         }  # fmt: skip
     mean = metrics.mean_defined(points["auroc"])
-    shuffled = shuffled_aurocs(truth, scores, patients, seed=seed)
+    shuffled = shuffled_aurocs(truth, ranking, patients, seed=seed)
     result = {
         "protocol": protocol.model_dump(mode="json"),
-        "volumes": len(rows),
-        "whole_set": protocol.size is None or len(rows) == protocol.size,
+        "volumes": len(volumes),
+        "whole_set": protocol.size is None or len(volumes) == protocol.size,
         "patients": len(np.unique(patients)),
         "zero_shot": {
             "mean_auroc": mean,
-            "mean_auroc_interval": _limits(mean, _means(drawn["auroc"])),
+            "mean_auroc_interval": _limits(mean, _means(resampled["auroc"])),
             "labels_defined": int(np.isfinite(points["auroc"]).sum()),
             "labels_undefined": [n for n, v in zip(protocol.labels, points["auroc"], strict=True) if not np.isfinite(v)],
+            "intervals_not_trusted": [name for name, entry in per_label.items() if not entry["interval_trusted"]],
             "means": {
                 metric: {
                     "value": metrics.mean_defined(points[metric]),
-                    "interval": _limits(metrics.mean_defined(points[metric]), _means(drawn[metric]), metric),
+                    "interval": _limits(metrics.mean_defined(points[metric]), _means(resampled[metric]), metric),
                     "labels": int(np.isfinite(points[metric]).sum()),
                 }
                 for metric in metrics.METRICS[1:]
             },
-            "pooled_calibration_error": _pooled_calibration_error(truth, scores),
-            "f1": metrics.f1_averages(truth, scores >= thresholds),
-            "thresholds": said,
+            "pooled_calibration_error": _pooled_calibration_error(truth, probabilities),
+            "f1": metrics.f1_averages(truth, probabilities >= thresholds),
+            "thresholds": thresholds_source,
             "auroc": per_label,
         },
         "controls": {
             "shuffled_mean_auroc": float(shuffled.mean()),
             "shuffled_mean_auroc_range": [float(shuffled.min()), float(shuffled.max())],
         },
-        "bootstrap": {"resamples": resamples, "unit": "patient", "level": 0.95, "seed": seed},
+        "bootstrap": {"resamples": resamples, "unit": "patient", "level": LEVEL, "seed": seed},
+        "intervals": {**INTERVALS, "level": LEVEL, "trusted_from_patients": FEWEST_PATIENTS},
     }  # fmt: skip
     return plain(result)
 
 
-def _pooled_calibration_error(truth: np.ndarray, scores: np.ndarray) -> float:
+def _pooled_calibration_error(truth: np.ndarray, probabilities: np.ndarray) -> float:
     """Of all labels together: bins of thousands of calls, where a label of few volumes has bins of a handful."""
     known = ~np.isnan(truth)
-    return metrics.calibration_error(truth[known], scores[known]) if known.any() else float("nan")
+    return metrics.calibration_error(truth[known], probabilities[known]) if known.any() else float("nan")
 
 
 def _thresholds(
-    truth: np.ndarray, scores: np.ndarray, protocol: Protocol, calibration: Calibration | None
+    truth: np.ndarray, probabilities: np.ndarray, protocol: Protocol, calibration: Calibration | None
 ) -> tuple[np.ndarray, str]:
     """(labels,) and where they come from."""
     if protocol.thresholds == "published":
         known = ~np.isnan(truth)
-        picked = [metrics.published_threshold(truth[k, i], scores[k, i]) for i, k in enumerate(known.T)]
+        picked = [metrics.published_threshold(truth[k, i], probabilities[k, i]) for i, k in enumerate(known.T)]
         return np.array(picked), "picked on these very volumes, as published: F1, accuracy and the like are optimistic"
     if calibration is None:
         return np.full(truth.shape[1], 0.5), "0.5 for every label: no calibration split was given"
     lines = [calibration.lines.get(name) for name in protocol.labels]
     without = [name for name, line in zip(protocol.labels, lines, strict=True) if line is None]
-    said = f"from the calibration split ({calibration.fitted_on}); none was picked on these volumes"
+    source = f"from the calibration split ({calibration.fitted_on}); none was picked on these volumes"
     if without:
-        said += f"; 0.5 for {', '.join(without)}, of which that split has too few"
-    return np.array([0.5 if line is None else line.threshold for line in lines]), said
+        reasons = [f"{name} ({calibration.uncalibrated.get(name, 'not fitted')})" for name in without]
+        source += f"; not calibrated, and called at 0.5: {', '.join(reasons)}"
+    return np.array([0.5 if line is None else line.threshold for line in lines]), source
 
 
-def _limits(value: float, drawn: np.ndarray, metric: str = "") -> list[float]:
-    limits = metrics.interval(value, drawn)
-    if metric == "calibration_error" and np.isfinite(drawn).any():
+def _limits(value: float, resampled: np.ndarray, metric: str = "") -> list[float]:
+    limits = percentile_interval(value, resampled)
+    if metric == "calibration_error" and np.isfinite(resampled).any():
         # A sum of distances: resampling adds noise to each and so raises it. That bias, the mean of the resamples above
         # the value (Efron and Tibshirani 1993, section 10.2), is taken off the limits.
-        bias = float(np.nanmean(drawn)) - value
+        bias = float(np.nanmean(resampled)) - value
         return [max(0.0, limits.lower - bias), max(0.0, limits.upper - bias)]
     return [limits.lower, limits.upper]
 
 
-def _means(drawn: np.ndarray) -> np.ndarray:
+def _means(resampled: np.ndarray) -> np.ndarray:
     """(resamples,) mean over the labels that are defined in each."""
-    return np.array([metrics.mean_defined(row) for row in drawn])
+    return np.array([metrics.mean_defined(values) for values in resampled])
 
 
 def plain(value: Any) -> Any:
-    """For JSON: NaN becomes None, numpy scalars become Python's."""
+    """For JSON: NaN and infinity become None, numpy's scalars and arrays become Python's."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, np.generic):

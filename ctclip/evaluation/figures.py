@@ -70,8 +70,7 @@ def auroc_bars(
     axis = axes[0][0]
     rows = np.arange(len(names))
     value = np.array([defined[name]["value"] for name in names])
-    low = np.array([defined[name]["lower"] for name in names])
-    high = np.array([defined[name]["upper"] for name in names])
+    low, high = (np.array([defined[name][limit] for name in names], dtype=float) for limit in ("lower", "upper"))
     axis.hlines(rows, low, high, color=BAR, alpha=0.45, linewidth=5)
     axis.plot(value, rows, "o", color=BAR, label="zero-shot, 95 % interval")
     if histogram:
@@ -91,7 +90,7 @@ def auroc_bars(
     if control is not None:
         axis.axvline(control, color=CONTROL, lw=0.8, ls="--", label=f"histogram mean {control:.3f}")
     axis.set_yticks(rows, [f"{name}  ({defined[name]['positives']})" for name in names], fontsize=8)
-    axis.set_xlim(min([0.45, *(low - 0.02)]), 1.01)
+    axis.set_xlim(min([0.45, *(value - 0.02), *(low[np.isfinite(low)] - 0.02)]), 1.01)
     axis.set_xlabel("AUROC on held-out patients (positives in brackets)")
     axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
@@ -106,12 +105,15 @@ def auroc_pair(path: Path, names: Sequence[str], sides: Sequence[dict[str, Any]]
     axis = axes[0][0]
     for name, side, colour, mark, shift in zip(names, sides, (BAR, CONTROL), "os", (0.13, -0.13), strict=True):
         rows = np.arange(len(labels)) + shift
-        low, value, high = (np.array([side[label][key] for label in labels]) for key in ("lower", "value", "upper"))
+        low, value, high = (
+            np.array([side[label][key] for label in labels], dtype=float) for key in ("lower", "value", "upper")
+        )
         axis.hlines(rows, low, high, color=colour, alpha=0.45, linewidth=4)
         axis.plot(value, rows, mark, color=colour, ms=5, label=f"{name}, 95 % interval")
     axis.axvline(0.5, color="0.6", lw=0.8)
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
-    axis.set_xlim(min([0.45, *(side[label]["lower"] - 0.02 for side in sides for label in labels)]), 1.01)
+    lowest = [side[label][key] for side in sides for label in labels for key in ("lower", "value")]
+    axis.set_xlim(min([0.45, *(value - 0.02 for value in lowest if value is not None)]), 1.01)
     axis.set_xlabel("AUROC on held-out patients")
     axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

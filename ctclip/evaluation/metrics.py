@@ -1,48 +1,36 @@
-"""Metrics of scores against labels, with weights, so that a bootstrap is one pass over sorted scores.
+"""Metrics of scores against labels by scikit-learn's definitions, and their values in resamples of patients.
 
-Everything here takes arrays and equals scikit-learn's definitions; where a label has one class only the value is
-NaN ("undefined"), never 0 or 0.5.
+Where a label has one class only, the value is NaN ("undefined"), never 0 or 0.5. What ranks (AUROC, average precision)
+takes the uncalibrated score, and what speaks of probabilities or thresholds takes the probability.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numba
 import numpy as np
 
-METRICS = ("auroc", "average_precision", "f1", "weighted_f1", "accuracy", "precision", "sensitivity", "specificity", "brier", "calibration_error")  # fmt: skip
+from ctclip.evaluation.intervals import placements
+
+RANKING = ("auroc", "average_precision")
+METRICS = (*RANKING, "f1", "weighted_f1", "accuracy", "precision", "sensitivity", "specificity", "brier", "calibration_error")  # fmt: skip
+BINS = 10
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A value with the limits of its bootstrap interval."""
+def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the ROC curve, ties counted half (Hanley & McNeil 1982). labels 0/1 (n,); NaN if one class.
 
-    value: float
-    lower: float
-    upper: float
-
-
-def auroc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """Area under the ROC curve, ties counted half (Hanley & McNeil 1982). labels 0/1 (n,); NaN if one class."""
-    weights = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=float)
-    order = np.argsort(scores, kind="stable")
-    return float(_auroc_sorted(labels[order].astype(float), _ties(scores[order]), weights[order]))
+    Equal to scikit-learn's ``roc_auc_score``, whose checks take 6 ms a call: the shuffled control makes hundreds.
+    """
+    positive = labels == 1
+    return float(placements(labels, scores)[positive].mean()) if positive.any() and not positive.all() else float("nan")
 
 
-def average_precision(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> float:
+def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
     """Sum over thresholds of the recall gained times the precision there. NaN without a positive."""
-    weights = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=float)
-    order = np.argsort(-scores, kind="stable")
-    positive = np.cumsum(weights[order] * labels[order])
-    everything = np.cumsum(weights[order])
-    if positive[-1] <= 0:
-        return float("nan")
-    last = np.append(np.diff(scores[order]) != 0, True)
-    recall = positive[last] / positive[-1]
-    precision = positive[last] / everything[last]
-    return float(np.sum(np.diff(recall, prepend=0.0) * precision))
+    from sklearn.metrics import average_precision_score
+
+    return float(average_precision_score(labels, scores)) if np.any(labels == 1) else float("nan")
 
 
 def mean_defined(values: Sequence[float] | np.ndarray) -> float:
@@ -51,30 +39,38 @@ def mean_defined(values: Sequence[float] | np.ndarray) -> float:
     return float(np.nanmean(defined)) if np.isfinite(defined).any() else float("nan")
 
 
+def label_metrics(
+    labels: np.ndarray, ranking: np.ndarray, probabilities: np.ndarray, threshold: float
+) -> dict[str, float]:
+    """``METRICS`` of one label (n,) of 0/1 without NaN; all NaN without a volume."""
+    if len(labels) == 0:
+        return dict.fromkeys(METRICS, float("nan"))
+    return {
+        "auroc": auroc(labels, ranking), "average_precision": average_precision(labels, ranking),
+        **threshold_metrics(labels, probabilities, threshold),
+        "brier": brier(labels, probabilities), "calibration_error": calibration_error(labels, probabilities),
+    }  # fmt: skip
+
+
 def bootstrap_auroc(
     labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, *, resamples: int = 1000, seed: int = 0
 ) -> np.ndarray:
     """AUROC of each label in each resample of the groups (patients), drawn with replacement.
 
     labels, scores (n, L), NaN labels left out; groups (n,). Returns (resamples, L), NaN where undefined.
-    Resampling patients is weighting their volumes by how often the patient was drawn.
     """
     weights = bootstrap_weights(groups, resamples, seed)
-    result = np.full((resamples, labels.shape[1]), np.nan)
+    columns = []
     for label in range(labels.shape[1]):
         known = ~np.isnan(labels[:, label])
-        order = np.flatnonzero(known)[np.argsort(scores[known, label], kind="stable")]
-        result[:, label] = _auroc_many(
-            labels[order, label].astype(float),
-            _ties(scores[order, label]),
-            np.ascontiguousarray(weights[:, order]),
-        )
-    return result
+        columns.append(weighted_ranking(labels[known, label], scores[known, label], weights[:, known])["auroc"])
+    return np.stack(columns, axis=1)
 
 
 def bootstrap_metrics(
     labels: np.ndarray,
-    scores: np.ndarray,
+    ranking: np.ndarray,
+    probabilities: np.ndarray,
     groups: np.ndarray,
     thresholds: np.ndarray,
     *,
@@ -83,104 +79,118 @@ def bootstrap_metrics(
 ) -> dict[str, np.ndarray]:
     """Every metric of each label in each resample of the groups (patients): name -> (resamples, L).
 
-    labels, scores (n, L), NaN labels left out; thresholds (L,). The same resamples serve every metric and label.
+    labels, ranking scores, probabilities (n, L), NaN labels left out; thresholds (L,). The same resamples serve every
+    metric and label.
     """
     weights = bootstrap_weights(groups, resamples, seed)
-    columns: dict[str, list[np.ndarray]] = {}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in METRICS}
     for label in range(labels.shape[1]):
-        known = np.flatnonzero(~np.isnan(labels[:, label]))
-        if len(known) == 0:
-            for name in METRICS:
-                columns.setdefault(name, []).append(np.full(resamples, np.nan))
-            continue
-        order = known[np.argsort(scores[known, label], kind="stable")]
-        truth, score = labels[order, label].astype(float), scores[order, label]
-        drawn = np.ascontiguousarray(weights[:, order])
-        begins = _ties(score)
-        found = {"auroc": _auroc_many(truth, begins, drawn), "average_precision": _ap_many(truth, begins, drawn)}
-        called = score >= thresholds[label]
-        hit, wrong = drawn @ (called * truth), drawn @ (called * (1 - truth))
-        missed, right = drawn @ (~called * truth), drawn @ (~called * (1 - truth))
-        found |= rates(hit, wrong, right, missed)
-        total = drawn.sum(axis=1)
-        found["brier"] = drawn @ (score - truth) ** 2 / total
-        which = np.clip((score * 10).astype(int), 0, 9)
-        gaps = [np.abs(drawn[:, which == bin] @ (score - truth)[which == bin]) for bin in np.unique(which)]
-        found["calibration_error"] = np.sum(gaps, axis=0) / total
-        for name, column in found.items():
-            columns.setdefault(name, []).append(column)
+        known = ~np.isnan(labels[:, label])
+        truth, probability, drawn = labels[known, label], probabilities[known, label], weights[:, known]
+        values = {
+            **weighted_ranking(truth, ranking[known, label], drawn),
+            **weighted_rates(truth, probability, thresholds[label], drawn),
+            **weighted_errors(truth, probability, drawn),
+        }
+        for name, column in values.items():
+            columns[name].append(column)
     return {name: np.stack(parts, axis=1) for name, parts in columns.items()}
 
 
-def rates(hit: np.ndarray, wrong: np.ndarray, right: np.ndarray, missed: np.ndarray) -> dict[str, np.ndarray]:
-    """F1, accuracy, precision, sensitivity and specificity of true positives, false positives, true negatives and
-    false negatives (any shape); precision is 0 where nothing was called, as scikit-learn's ``zero_division=0``. Without a
-    positive F1, precision and sensitivity are NaN (undefined), without a negative specificity.
-
-    ``weighted_f1``: F1 of "present" and F1 of "absent", weighted by how many of each there are (scikit-learn's
-    ``average="weighted"`` of one label): the F1 that CT-CLIP and its successors report, larger than ``f1`` as a rule.
-    """
-
-    def ratio(part: np.ndarray, whole: np.ndarray, empty: float = 0.0) -> np.ndarray:
-        return np.divide(part, whole, out=np.full(np.shape(whole), empty), where=np.asarray(whole) > 0)
-
-    positive, negative = hit + missed, right + wrong
-    f1, absent_f1 = (ratio(2 * agreed, 2 * agreed + wrong + missed) for agreed in (hit, right))
-    defined = np.where(positive > 0, 1.0, np.nan)
-    return {
-        "f1": f1 * defined, "weighted_f1": ratio(positive * f1 + negative * absent_f1, positive + negative, np.nan),
-        "accuracy": ratio(hit + right, positive + negative, np.nan), "precision": ratio(hit, hit + wrong) * defined,
-        "sensitivity": ratio(hit, positive, np.nan), "specificity": ratio(right, negative, np.nan),
-    }  # fmt: skip
-
-
 def bootstrap_weights(groups: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """(resamples, n): how often each row's group was drawn."""
-    _, member = np.unique(groups, return_inverse=True)
-    count = int(member.max()) + 1
+    """(resamples, n): how often each volume's group was drawn. Resampling patients is weighting their volumes.
+
+    Of a single group there are no resamples (0, n): nothing can be said about another patient.
+    """
+    names, member = np.unique(groups, return_inverse=True)
     random = np.random.default_rng(seed)
-    drawn = random.multinomial(count, np.full(count, 1 / count), size=resamples)
+    drawn = random.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples if len(names) > 1 else 0)
     return drawn[:, member].astype(np.float64)
 
 
-def interval(value: float, resampled: np.ndarray, level: float = 0.95) -> Interval:
-    """Percentile interval (Efron 1979) of a statistic's resampled values."""
-    defined = resampled[np.isfinite(resampled)]
-    if len(defined) == 0 or not np.isfinite(value):
-        return Interval(value, float("nan"), float("nan"))
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high))
-
-
-def every(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, float]:
-    """``METRICS`` of one label (n,) of 0/1 without NaN; all NaN without a volume."""
-    if len(labels) == 0:
-        return dict.fromkeys(METRICS, float("nan"))
+def weighted_ranking(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """AUROC and average precision of one label (n,) 0/1 under each row of weights (R, n): each (R,)."""
+    undefined = np.full(len(weights), np.nan)
+    if not np.any(labels == 1):
+        return dict.fromkeys(RANKING, undefined)
+    # From the highest score down, and one step a distinct score that a positive has: at others nothing is gained.
+    order = np.argsort(-scores, kind="stable")
+    descending, drawn = scores[order], weights[:, order]
+    positive = np.flatnonzero(labels[order] == 1)
+    steps, start = np.unique(-descending[positive], return_index=True)
+    gained = np.add.reduceat(drawn[:, positive], start, axis=1)
+    called = np.concatenate([np.zeros((len(drawn), 1)), np.cumsum(drawn, axis=1)], axis=1)
+    above, through = (called[:, np.searchsorted(-descending, steps, side)] for side in ("left", "right"))
+    hits = np.cumsum(gained, axis=1)
+    positives, total = hits[:, -1], called[:, -1]
+    tied = through - above - gained
+    below = total[:, None] - positives[:, None] - (through - hits)
     return {
-        "auroc": auroc(labels, scores), "average_precision": average_precision(labels, scores),
-        **confusion(labels, scores, threshold),
-        "brier": brier(labels, scores), "calibration_error": calibration_error(labels, scores),
+        "auroc": _ratio(np.sum(gained * (below + tied / 2), axis=1), positives * (total - positives), np.nan),
+        "average_precision": _ratio(np.sum(gained * _ratio(hits, through), axis=1), positives, np.nan),
+    }
+
+
+def weighted_rates(
+    labels: np.ndarray, probabilities: np.ndarray, threshold: float, weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """``rates`` of one label (n,) 0/1 under each row of weights (R, n), called where probability >= threshold."""
+    called, positive = probabilities >= threshold, labels == 1
+    counts = (called & positive, called & ~positive, ~called & ~positive, ~called & positive)
+    return rates(*(weights @ count.astype(float) for count in counts))
+
+
+def weighted_errors(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Brier score and calibration error of one label (n,) 0/1 under each row of weights (R, n)."""
+    total = weights.sum(axis=1)
+    surplus = probabilities - labels
+    bins = _bins(probabilities, BINS)
+    gaps = [np.abs(weights[:, bins == one] @ surplus[bins == one]) for one in np.unique(bins)]
+    return {
+        "brier": _ratio(weights @ surplus**2, total, np.nan),
+        "calibration_error": _ratio(np.sum(gaps, axis=0) * np.ones_like(total), total, np.nan),
+    }
+
+
+def rates(
+    true_positive: np.ndarray, false_positive: np.ndarray, true_negative: np.ndarray, false_negative: np.ndarray
+) -> dict[str, np.ndarray]:
+    """F1, accuracy, precision, sensitivity and specificity of counts of any shape.
+
+    Precision is 0 where nothing was called, as scikit-learn's ``zero_division=0``. Without a positive, F1, precision
+    and sensitivity are NaN (undefined); without a negative, specificity is. ``weighted_f1``: F1 of "present" and F1 of
+    "absent", weighted by how many of each there are (scikit-learn's ``average="weighted"`` of one label): the F1 that
+    CT-CLIP and its successors report, larger than ``f1`` as a rule.
+    """
+    positive, negative = true_positive + false_negative, true_negative + false_positive
+    wrong = false_positive + false_negative
+    f1, absent_f1 = (_ratio(2 * right, 2 * right + wrong) for right in (true_positive, true_negative))
+    defined = np.where(positive > 0, 1.0, np.nan)
+    return {
+        "f1": f1 * defined, "weighted_f1": _ratio(positive * f1 + negative * absent_f1, positive + negative, np.nan),
+        "accuracy": _ratio(true_positive + true_negative, positive + negative, np.nan),
+        "precision": _ratio(true_positive, true_positive + false_positive) * defined,
+        "sensitivity": _ratio(true_positive, positive, np.nan), "specificity": _ratio(true_negative, negative, np.nan),
     }  # fmt: skip
 
 
-def confusion(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, float]:
-    """``rates`` of labels (n,) 0/1 with scores at or above ``threshold`` called positive."""
-    called, positive = scores >= threshold, labels == 1
-    counts = (called & positive, called & ~positive, ~called & ~positive, ~called & positive)
-    return {name: float(value) for name, value in rates(*(np.asarray(count.sum(), float) for count in counts)).items()}
+def threshold_metrics(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> dict[str, float]:
+    """``rates`` of labels (n,) 0/1, called positive where the probability is at or above the threshold."""
+    values = weighted_rates(labels, probabilities, threshold, np.ones((1, len(labels))))
+    return {name: float(value[0]) for name, value in values.items()}
 
 
 def f1_averages(labels: np.ndarray, called: np.ndarray) -> dict[str, float]:
     """Macro, micro and support-weighted F1 over labels (n, L) of 0, 1 and, left out, NaN."""
-    hit = (called & (labels == 1)).sum(axis=0).astype(float)
-    wrong = (called & (labels == 0)).sum(axis=0).astype(float)
-    missed = (~called & (labels == 1)).sum(axis=0).astype(float)
-    per_label = np.array([_ratio(2 * h, 2 * h + w + m) for h, w, m in zip(hit, wrong, missed, strict=True)])
-    support = hit + missed
+    from sklearn.metrics import f1_score
+
+    known = ~np.isnan(labels)
+    each = [f1_score(labels[k, i] == 1, called[k, i], zero_division=0.0) if k.any() else 0.0 for i, k in enumerate(known.T)]  # fmt: skip
+    support = (labels == 1).sum(axis=0)
     return {
-        "macro": float(per_label.mean()),
-        "micro": _ratio(2 * hit.sum(), 2 * hit.sum() + wrong.sum() + missed.sum()),
-        "weighted": float((per_label * support).sum() / support.sum()) if support.sum() else 0.0,
+        "macro": float(np.mean(each)),
+        "micro": float(f1_score(labels[known] == 1, called[known], zero_division=0.0)) if known.any() else 0.0,
+        "weighted": float(np.average(each, weights=support)) if support.sum() else 0.0,
     }
 
 
@@ -189,20 +199,20 @@ def brier(labels: np.ndarray, probabilities: np.ndarray) -> float:
     return float(np.mean((probabilities - labels) ** 2))
 
 
-def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> float:
+def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = BINS) -> float:
     """Expected calibration error over equal-width bins (Naeini et al. 2015)."""
     predicted, observed, count = reliability(labels, probabilities, bins)
-    return float((np.abs(predicted - observed) * count).sum() / count.sum())
+    return float(np.average(np.abs(predicted - observed), weights=count))
 
 
 def reliability(
-    labels: np.ndarray, probabilities: np.ndarray, bins: int = 10
+    labels: np.ndarray, probabilities: np.ndarray, bins: int = BINS
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean probability, share of positives and number of volumes of each equal-width bin that is not empty."""
-    which = np.clip((probabilities * bins).astype(int), 0, bins - 1)
-    count = np.bincount(which, minlength=bins)
+    member = _bins(probabilities, bins)
+    count = np.bincount(member, minlength=bins)
     used = count > 0
-    predicted, observed = (np.bincount(which, values, bins)[used] / count[used] for values in (probabilities, labels))
+    predicted, observed = (np.bincount(member, values, bins)[used] / count[used] for values in (probabilities, labels))
     return predicted, observed, count[used]
 
 
@@ -231,67 +241,10 @@ def published_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(np.nextafter(grid[len(grid) - 1 - np.argmin(distance[::-1])], np.inf))
 
 
-def _ratio(part: float, whole: float) -> float:
-    return float(part / whole) if whole > 0 else 0.0
+def _bins(probabilities: np.ndarray, bins: int) -> np.ndarray:
+    return np.clip((probabilities * bins).astype(int), 0, bins - 1)
 
 
-def _ties(ascending: np.ndarray) -> np.ndarray:
-    """For sorted scores, whether each begins a new value."""
-    return np.append(True, np.diff(ascending) != 0)
-
-
-@numba.njit(cache=True, nogil=True)
-def _auroc_sorted(labels: np.ndarray, begins: np.ndarray, weights: np.ndarray) -> float:
-    below = 0.0
-    area = 0.0
-    tied_positive = 0.0
-    tied_negative = 0.0
-    positives = 0.0
-    for i in range(len(labels)):
-        if begins[i]:
-            area += tied_positive * (below + tied_negative / 2)
-            below += tied_negative
-            tied_positive = 0.0
-            tied_negative = 0.0
-        if labels[i] > 0:
-            tied_positive += weights[i]
-            positives += weights[i]
-        else:
-            tied_negative += weights[i]
-    area += tied_positive * (below + tied_negative / 2)
-    below += tied_negative
-    if positives <= 0 or below <= 0:
-        return np.nan
-    return area / (positives * below)
-
-
-@numba.njit(cache=True, nogil=True)
-def _ap_many(labels: np.ndarray, begins: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    result = np.empty(weights.shape[0])
-    for row in range(weights.shape[0]):
-        total = 0.0
-        for i in range(len(labels)):
-            total += weights[row, i] * labels[i]
-        if total <= 0:
-            result[row] = np.nan
-            continue
-        area = gained = positive = everything = 0.0
-        # From the highest score down; a threshold ends where a new value begins.
-        for i in range(len(labels) - 1, -1, -1):
-            gained += weights[row, i] * labels[i]
-            everything += weights[row, i]
-            if begins[i]:
-                positive += gained
-                if everything > 0:
-                    area += gained / total * positive / everything
-                gained = 0.0
-        result[row] = area
-    return result
-
-
-@numba.njit(cache=True, nogil=True)
-def _auroc_many(labels: np.ndarray, begins: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    result = np.empty(weights.shape[0])
-    for row in range(weights.shape[0]):
-        result[row] = _auroc_sorted(labels, begins, weights[row])
-    return result
+def _ratio(part: np.ndarray, whole: np.ndarray, empty: float = 0.0) -> np.ndarray:
+    """part / whole, ``empty`` where whole is 0."""
+    return np.divide(part, whole, out=np.full(np.shape(whole), empty), where=np.asarray(whole) > 0)

@@ -13,8 +13,12 @@ from jinja2 import Environment
 
 from ctclip.preprocessing.files import write_text
 
+UNTRUSTED = " (!)"
+UNTRUSTED_MEANS = "(!): fewer than ten positive or negative patients; the interval is not to be trusted"
 # Cells that stand in columns of numbers, and are set to the right.
-FIGURES = re.compile(r"[-+\d.,%\s]*|(undefined|[-+]?[\d.]+) to (undefined|[-+]?[\d.]+)|undefined|[+-]?\d+ of \d+")
+FIGURES = re.compile(
+    r"[-+\d.,%\s]*|(undefined|[-+]?[\d.]+) to (undefined|[-+]?[\d.]+)( \(!\))?|undefined|[+-]?\d+ of \d+"
+)
 
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
@@ -64,6 +68,23 @@ def number(value: float | None, digits: int = 3) -> str:
     return "undefined" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
+def interval_words(lower: float | None, upper: float | None, trusted: bool = True) -> str:
+    """Limits, marked where the interval is not to be trusted."""
+    return f"{number(lower)} to {number(upper)}" + ("" if trusted else UNTRUSTED)
+
+
+def split_note(metrics: dict[str, Any]) -> str:
+    """What of a split was not scored, in words; "" where all of it was, or no store was given."""
+    split = metrics.get("split")
+    if not split or not split["missing"]:
+        return ""
+    names, unit = ", ".join(split["names"]), split["unit"]
+    words = (
+        f"{split['missing']:,} of the {split['expected']:,} {unit}s of the split {names} are not among the predictions"
+    )
+    return f"{words} ({split['in_store']:,} of them are in the store: `ctclip zero-shot` can score them)"
+
+
 def label_table(per_label: dict[str, Any], histogram: dict[str, float | None] | None) -> list[list[str]]:
     """Rows of the table of abnormalities, best first."""
     shown = ("average_precision", "f1", "sensitivity", "specificity", "calibration_error")
@@ -80,7 +101,8 @@ def label_table(per_label: dict[str, Any], histogram: dict[str, float | None] | 
         rows[0].append("histogram control")
     for name in sorted(per_label, key=lambda name: -(per_label[name]["value"] or 0)):
         entry = per_label[name]
-        limits = "" if entry["value"] is None else f"{number(entry['lower'])} to {number(entry['upper'])}"
+        trusted = entry.get("interval_trusted", True)
+        limits = "" if entry["value"] is None else interval_words(entry["lower"], entry["upper"], trusted)
         row = [name, number(entry["value"]), limits, f"{entry['positives']} of {entry['n']}"]
         row += [number(entry.get(metric)) for metric in shown]
         rows.append([*row, number(histogram.get(name))] if histogram else row)
@@ -96,12 +118,12 @@ def comparison_table(first: str, ours: dict[str, Any], second: str, theirs: dict
     defined = {name: pair for name, pair in pairs.items() if None not in pair}
     rows = [["abnormality", first, "95 % interval", second, "95 % interval", "difference"]]
 
-    def row(name: str, values: Sequence[float | None], limits: Sequence[Sequence[float | None]]) -> list[str]:
+    def row(name: str, values: Sequence[float | None], limits: Sequence[Sequence[Any]]) -> list[str]:
         cells = [name]
         for value, pair in zip(values, limits, strict=True):
             cells += [
                 number(value),
-                f"{number(pair[0])} to {number(pair[1])}" if len(pair) and value is not None else "",
+                interval_words(*pair) if len(pair) and value is not None else "",
             ]
         first, second = values
         return [*cells, "" if first is None or second is None else f"{first - second:+.3f}"]
@@ -114,5 +136,9 @@ def comparison_table(first: str, ours: dict[str, Any], second: str, theirs: dict
         rows[-1][-1] = ""
         rows.append(row(f"mean of the {len(defined)} labels of both", over, [[], []]))
     for name in sorted(shared, key=lambda name: -abs(pairs[name][0] - pairs[name][1]) if name in defined else 0):
-        rows.append(row(name, pairs[name], [[side[name]["lower"], side[name]["upper"]] for side in sides]))
+        rows.append(row(name, pairs[name], [_limits(side[name]) for side in sides]))
     return rows
+
+
+def _limits(entry: dict[str, Any]) -> list[Any]:
+    return [entry["lower"], entry["upper"], entry.get("interval_trusted", True)]

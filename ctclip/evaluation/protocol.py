@@ -12,7 +12,9 @@ from pydantic import Field, model_validator
 
 from ctclip.config_files import find_config, read_mapping
 from ctclip.errors import EvaluationError
-from ctclip.labels import LabelSet, installed_sets, load_labels
+from ctclip.evaluation.tables import label_file, provenance, read_columns
+from ctclip.labels import LabelSet, installed_sets, load_labels, store_labels
+from ctclip.preprocessing.store import VolumeStore
 from ctclip.schema import Section, validated
 
 Thresholds = Literal["calibration", "published"]
@@ -124,6 +126,13 @@ def default_protocol(labels: LabelSet | None, identity: str, columns: Iterable[s
         "mapping": {name: parts for name, parts in scored.items() if parts != (name,)},
     }
     return validated(Protocol, values, source)
+
+
+def unnamed_protocol(table: pd.DataFrame, predicted: list[str], labels: Path | None, store: Path | None) -> Protocol:
+    """``default_protocol`` of a prediction table and the label table, or store, that it is to be scored with."""
+    label_set = store_labels(VolumeStore(store)) if store is not None else None
+    columns = read_columns(label_file(labels, store))
+    return default_protocol(label_set, provenance(table, "labels"), columns, predicted)
 
 
 def align(

@@ -14,7 +14,7 @@ def evaluate_retrieval(
     scans: np.ndarray, volumes: np.ndarray, reports: np.ndarray | None, labels: np.ndarray | None
 ) -> dict[str, Any]:
     """Report to volume, volume to report, volume to volume: recall@k and median rank of the right scan, and how like the
-    query's labels those of the other scans found are.
+    query's labels those of the retrieved scans are.
 
     scans (n,) ids; volumes (n, dim) unit vectors; reports likewise, NaN where a volume has none; labels (n, L) of 0, 1, NaN.
     """
@@ -109,8 +109,8 @@ def precision_by_labels(
         hits = jaccard >= 0.5
         precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
         for k in kept:
-            found = hits[:k].sum()
-            precise[k] += float((precision[:k] * hits[:k]).sum() / found) if found else 0.0
+            relevant = hits[:k].sum()
+            precise[k] += float((precision[:k] * hits[:k]).sum() / relevant) if relevant else 0.0
             overlap[k] += float(jaccard[:k].mean()) if len(jaccard) else 0.0
     return {
         **{f"map@{k}": total / len(queries) for k, total in precise.items()},
@@ -120,13 +120,15 @@ def precision_by_labels(
 
 
 def _by_labels(
-    asking: tuple[np.ndarray, np.ndarray],
-    asked: tuple[np.ndarray, np.ndarray],
+    queries: tuple[np.ndarray, np.ndarray],
+    pool: tuple[np.ndarray, np.ndarray],
     labels: np.ndarray | None,
     scans: np.ndarray,
 ) -> dict[str, Any]:
-    """``precision_by_labels`` of (vectors, which rows) against (vectors, which rows)."""
+    """``precision_by_labels`` of (vectors, which of them) against (vectors, which of them)."""
     if labels is None:
         return {}
-    (queries, of), (pool, among) = asking, asked
-    return precision_by_labels(queries[of], pool[among], labels[of], labels[among], scans[of], scans[among])
+    (query_vectors, asked), (pool_vectors, offered) = queries, pool
+    return precision_by_labels(
+        query_vectors[asked], pool_vectors[offered], labels[asked], labels[offered], scans[asked], scans[offered]
+    )

@@ -15,9 +15,21 @@ import yaml
 
 from ctclip.errors import EvaluationError
 from ctclip.evaluation import figures
-from ctclip.evaluation.pages import comparison_table, label_table, number, write_page
+from ctclip.evaluation.pages import (
+    UNTRUSTED_MEANS,
+    comparison_table,
+    interval_words,
+    label_table,
+    number,
+    split_note,
+    write_page,
+)
 from ctclip.evaluation.published import published_table
 
+INTERVALS = (
+    "Volumes are ranked by their margins, before any calibration. Intervals are by patient: of an abnormality's AUROC with "
+    f"the larger of two variances (evaluation/intervals.py), of everything else by bootstrap. {UNTRUSTED_MEANS}"
+)
 METRICS = {
     "f1": "F1", "weighted_f1": "F1, weighted over present and absent (as published)", "brier": "Brier score",
 }  # fmt: skip
@@ -54,7 +66,7 @@ def write_report(
     bars = output / "auroc.png"
     figures.auroc_bars(bars, zero["auroc"], zero["mean_auroc"], histogram, controls.get("histogram_mean_auroc"))
     sections: list[dict[str, Any]] = [{
-        "title": "Zero-shot detection", "words": metrics["protocol"]["describes"] + ". Intervals: bootstrap by patient.",
+        "title": "Zero-shot detection", "words": f"{metrics['protocol']['describes']}. {INTERVALS}.",
         "figures": [("AUROC per abnormality", bars)], "table": label_table(zero["auroc"], histogram),
     }]  # fmt: skip
     if metrics.get("paired"):
@@ -145,6 +157,8 @@ def _subtitle(metrics: dict[str, Any]) -> str:
     size = metrics["protocol"].get("size")
     if not metrics.get("whole_set", True):
         scored += f" (not the {size:,} of the protocol's set: not the published test)"
+    if split_note(metrics):
+        scored += f"; {split_note(metrics)}"
     learned = metrics.get("supervision")
     return f"{scored}. {f'The model learned from: {learned}. ' if learned else ''}Research only; not a medical device."
 
@@ -175,9 +189,12 @@ def _protocol_differences(names: list[str], first: dict[str, Any], second: dict[
 def _paired_section(paired: dict[str, Any]) -> dict[str, Any]:
     rows = [["abnormality", "AUROC", "other", "difference", "95 % interval", "p"]]
     for name, entry in [("mean", paired["mean"]), *paired["labels"].items()]:
-        limits = f"{number(entry['lower'])} to {number(entry['upper'])}"
+        limits = interval_words(entry["lower"], entry["upper"], entry.get("interval_trusted", True))
         rows.append([name, number(entry["first"]), number(entry["second"]), number(entry["difference"]), limits, number(entry["p"])])  # fmt: skip
-    words = f"Against {paired['against']}, in the same {paired['resamples']} resamples of patients; p two-sided, not corrected for the number of labels."
+    words = (
+        f"Against {paired['against']}. Intervals: the same {paired['resamples']} resamples of patients; p: "
+        f"{paired.get('test', 'the same resamples')}, two-sided, not corrected for the number of labels. {UNTRUSTED_MEANS}."
+    )
     return {"title": "Paired comparison", "words": words, "table": rows}
 
 

@@ -115,6 +115,13 @@ def read_predictions(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[s
     if ((scores < 0) | (scores > 1)).any().any():
         name = scores.columns[((scores < 0) | (scores > 1)).any()][0]
         raise EvaluationError(f"{path}: scores of {name!r} lie outside [0, 1]; give probabilities")
+    margins = [f"{MARGIN}{name}" for name in names if f"{MARGIN}{name}" in table.columns]
+    table[margins] = table[margins].apply(pd.to_numeric, errors="coerce")
+    if not np.isfinite(table[margins].to_numpy(dtype=float)).all():
+        name = next(name for name in margins if not np.isfinite(table[name].to_numpy(dtype=float)).all())
+        raise EvaluationError(
+            f"{path}: column {name!r} holds a value that is not a finite number; volumes are ranked by it"
+        )
     for name in ("model", "spec", "prompts", "labels"):
         if name in table.columns and table[name].nunique() > 1:
             some = ", ".join(map(str, table[name].unique()[:3]))
@@ -162,6 +169,13 @@ def read_labels(path: str | os.PathLike[str], names: list[str]) -> pd.DataFrame:
             f"empty where unknown"
         )
     return labels
+
+
+def label_file(labels: Path | None, store: Path | None) -> Path:
+    """The label table: ``labels`` if given, else the cohort table of ``store``."""
+    if labels is None and store is None:
+        raise EvaluationError("give --labels, or --store whose cohort table has them")
+    return labels if labels is not None else Path(str(store)) / "cohort.parquet"
 
 
 def read_columns(path: str | os.PathLike[str]) -> list[str]:

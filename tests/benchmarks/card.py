@@ -32,11 +32,11 @@ def on_a_card(name: str, overrides: list[str], steps: int) -> dict[str, float]:
     """What `ctclip train --plan` says of one card, and the memory and time that steps on random volumes took there."""
     from ctclip.config_files import load_config
     from ctclip.data.dataset import Batch
-    from ctclip.phantom.prevalence import FINDINGS
-    from ctclip.prompts import load_prompts
     from ctclip.models.dual_encoder import build_model
     from ctclip.models.text import train_tokenizer
+    from ctclip.phantom.prevalence import FINDINGS
     from ctclip.preprocessing.spec import PreprocessingSpec
+    from ctclip.prompts import load_prompts
     from ctclip.training.plan import make_plan
     from ctclip.training.step import ContrastiveStep
 

@@ -125,6 +125,7 @@ def their_zero_shot(passes: int) -> dict[str, Any]:
 def our_zero_shot() -> dict[str, Any]:
     """The same of ``Detector``: prompts embedded once, the volume encoded once."""
     from ctclip.inference.detector import Detector
+
     from ctclip.prompts import load_prompts
 
     model, given = build().eval(), volume()
@@ -171,12 +172,13 @@ def training_step(way: str) -> dict[str, float]:
 
 def ranking(volumes: int = 50) -> dict[str, float]:
     """Of phantoms by the published shape with random weights; a smaller grid, to be quick."""
-    from ctclip.config import CTViTConfig, ModelConfig, TextConfig
     from ctclip.inference.detector import Detector
-    from ctclip.prompts import load_prompts
+
+    from ctclip.config import CTViTConfig, ModelConfig, TextConfig
     from ctclip.models.dual_encoder import build_model
     from ctclip.models.text import train_tokenizer
     from ctclip.phantom.scan import make_scan
+    from ctclip.prompts import load_prompts
 
     torch.manual_seed(0)
     config = ModelConfig(
@@ -204,10 +206,11 @@ def ranking(volumes: int = 50) -> dict[str, float]:
 def ranking_of(model: str, store: str, volumes: int = 50) -> dict[str, float]:
     """Of a trained model on one stored volume of each of the first held-out scans."""
     from ctclip.inference.detector import Detector
-    from ctclip.prompts import load_prompts
+
     from ctclip.inference.scans import StoredScans
     from ctclip.models.folder import load_model
     from ctclip.preprocessing.store import VolumeStore
+    from ctclip.prompts import load_prompts
 
     loaded = load_model(Path(model))
     scans = StoredScans(VolumeStore(Path(store)), "valid", loaded.spec, Path(model))

@@ -48,10 +48,10 @@ def run(case: dict[str, Any], folder: Path, device: torch.device) -> None:
     from ctclip.config import TextWarmupConfig
     from ctclip.data.reports import Report
     from ctclip.errors import ConfigError
-    from ctclip.phantom.prevalence import FINDINGS
-    from ctclip.prompts import load_prompts
     from ctclip.models.dual_encoder import build_model
     from ctclip.models.text import train_tokenizer
+    from ctclip.phantom.prevalence import FINDINGS
+    from ctclip.prompts import load_prompts
     from ctclip.training.engine import Engine
     from ctclip.training.step import ContrastiveStep
     from ctclip.training.text_warmup import warm_up_text

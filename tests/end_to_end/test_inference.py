@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from ctclip.inference.detector import Detector
 
 import ctclip
 from ctclip.cli import main
 from ctclip.errors import DataError, PromptError
 from ctclip.evaluation.tables import read_embeddings
-from ctclip.inference.detector import Detector
-from ctclip.prompts import load_prompts
 from ctclip.inference.run import detect
 from ctclip.inference.scans import ScanFiles, StoredScans
 from ctclip.models.folder import load_model
 from ctclip.preprocessing.store import VolumeStore
+from ctclip.prompts import load_prompts
 
 from .conftest import run
 

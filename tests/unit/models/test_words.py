@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ctclip.models.words import WordPredictor, captioning, hide
 
 from ctclip.config import ModelConfig, ObjectiveConfig, TextConfig, ViT3DConfig
-from ctclip.phantom.prevalence import FINDINGS
 from ctclip.models.dual_encoder import build_model
 from ctclip.models.text import train_tokenizer
-from ctclip.models.words import WordPredictor, captioning, hide
+from ctclip.phantom.prevalence import FINDINGS
 from ctclip.training.step import ContrastiveStep
 
 REPORTS = ["The heart is enlarged. No nodule is seen.", "A nodule lies in the upper lobe. There is no effusion."]

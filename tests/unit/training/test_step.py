@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ctclip.inference.detector import Detector
 from sklearn.metrics import log_loss
 
 from ctclip.config import ModelConfig, ObjectiveConfig, TextConfig, ViT3DConfig
 from ctclip.data.reports import Report
-from ctclip.phantom.prevalence import FINDINGS
-from ctclip.inference.detector import Detector
-from ctclip.prompts import load_prompts
 from ctclip.models.dual_encoder import DualEncoder, build_model
 from ctclip.models.text import train_tokenizer
+from ctclip.phantom.prevalence import FINDINGS
+from ctclip.prompts import load_prompts
 from ctclip.training.step import ContrastiveStep
 from ctclip.training.text_warmup import lock_text
 

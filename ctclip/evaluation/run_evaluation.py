@@ -1,4 +1,4 @@
-"""What `ctclip evaluate` and `ctclip calibrate` do: read, score or fit, write."""
+"""What `ctclip evaluate` does: read, score, write."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 import pandas as pd
 
 from ctclip.errors import EvaluationError
-from ctclip.evaluation.calibration import Calibration, Method, fit_calibration
+from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.controls import histogram_aurocs, histograms
 from ctclip.evaluation.evaluate import evaluate, plain
 from ctclip.evaluation.metrics import mean_defined
 from ctclip.evaluation.paired import paired_test
-from ctclip.evaluation.protocol import Protocol, Thresholds, align, default_protocol, load_protocol
+from ctclip.evaluation.protocol import Protocol, Thresholds, align, load_protocol, unnamed_protocol
 from ctclip.evaluation.retrieval import evaluate_retrieval
 from ctclip.evaluation.run_report import Example, Pictures, write_report
-from ctclip.evaluation.tables import MARGIN, provenance, read_columns, read_embeddings, read_labels, read_predictions
+from ctclip.evaluation.tables import MARGIN, label_file, provenance, read_embeddings, read_labels, read_predictions
 from ctclip.labels import labels_of_columns, store_labels
 from ctclip.preprocessing.files import write_text, written_beside
 from ctclip.preprocessing.progress import track
@@ -46,16 +46,11 @@ def run_evaluation(
 ) -> dict[str, Any]:
     """Score a prediction file; see the command for the arguments. Returns what ``metrics.json`` holds."""
     table, names = read_predictions(predictions)
-    if protocol is not None:
-        declared = load_protocol(protocol)
-    else:
-        label_set = store_labels(VolumeStore(store)) if store is not None else None
-        columns = read_columns(_label_file(labels, store))
-        declared = default_protocol(label_set, provenance(table, "labels"), columns, names)
+    declared = load_protocol(protocol) if protocol is not None else unnamed_protocol(table, names, labels, store)
     if thresholds is not None:
         declared = declared.model_copy(update={"thresholds": thresholds})
     _scores_all(declared, names, predictions)
-    truth = declared.merged(read_labels(_label_file(labels, store), declared.columns()))
+    truth = declared.merged(read_labels(label_file(labels, store), declared.columns()))
     fitted = Calibration.load(calibration) if calibration is not None else None
     if fitted is not None:
         table = _calibrated(table, names, fitted, predictions)
@@ -68,6 +63,7 @@ def run_evaluation(
     opened = VolumeStore(store) if store is not None else None
     if opened is not None:
         _same_spec(opened, rows, predictions)
+        result |= plain(split_coverage(opened, rows, declared))
         result["controls"] |= histogram_control(opened, rows, declared)
     embeddings = _embeddings(predictions.with_name("embeddings.parquet"), rows)
     if embeddings is not None:
@@ -80,69 +76,14 @@ def run_evaluation(
             "against": str(against),
             **plain(paired_test(table, other, truth, declared, resamples=bootstrap, seed=seed)),
         }
-    result["versions"] = versions()
-    write_text(output / "metrics.json", json.dumps(plain(result), indent=2))
+    result = plain(result | {"versions": versions()})
+    write_text(output / "metrics.json", json.dumps(result, indent=2, allow_nan=False))
     with written_beside(output / "metrics.csv") as partial:
         _metrics_table(result["zero_shot"]).to_csv(partial, index_label="abnormality")
     examples = _examples(opened, rows, known, declared) if opened is not None else []
     pictures = Pictures(examples, _matrix(rows, embeddings), (scores, known))
     write_report(output, f"Zero-shot evaluation: {declared.name}", result, run=run, pictures=pictures)
     return result
-
-
-def run_calibration(
-    predictions: Path,
-    model: Path,
-    path: Path,
-    *,
-    model_hash: str,
-    labels: Path | None = None,
-    store: Path | None = None,
-    method: Method = "platt",
-) -> Calibration:
-    """Fit a calibration to the predictions of a calibration split and keep it in ``path``, with the model's head."""
-    table, names = read_predictions(predictions)
-    if provenance(table, "model") != model_hash:
-        raise EvaluationError(
-            f"{predictions}: not predictions of {model} ({model_hash}); run `ctclip zero-shot` with it"
-        )
-    margins = [f"{MARGIN}{name}" for name in names]
-    absent = [name for name in margins if name not in table.columns]
-    if absent:
-        raise EvaluationError(f"{predictions}: column {absent[0]!r} is missing; `ctclip zero-shot` writes margins")
-    source = _label_file(labels, store)
-    truth = read_labels(source, names)
-    without = table["volume"][~table["volume"].isin(truth.index)]
-    if len(without):
-        raise EvaluationError(f"{source}: no labels of {len(without)} predicted volumes, the first {without.iloc[0]!r}")
-    truth = truth.loc[table["volume"]]
-    fitted = fit_calibration(
-        truth.to_numpy(dtype=float), table[margins].to_numpy(dtype=float), names, method=method,
-        fitted_on=_fitted_on(table, predictions, store), model=model_hash, prompts=provenance(table, "prompts"), patients=table["patient"],
-    )  # fmt: skip
-    fitted.save(path)
-    return fitted
-
-
-def _fitted_on(table: pd.DataFrame, predictions: Path, store: Path | None) -> str:
-    """How many volumes and patients, and of which split; training or test splits are not for this."""
-    words = f"{len(table)} volumes of {table['patient'].nunique()} patients"
-    if store is None:
-        return f"{words}, {predictions}"
-    cohort = VolumeStore(store).cohort.set_index("volume")
-    splits = sorted(set(cohort["split"].reindex(table["volume"]).dropna().astype(str)))
-    if splits != ["calibration"]:
-        print(
-            f"warning: {predictions}: volumes of the split {', '.join(splits) or 'of another store'}, not of a calibration "
-            f"split that neither trains nor tests; `ctclip preprocess --calibration 0.05` holds one out"
-        )
-    return f"{words}, split {', '.join(splits) or 'unknown'}"
-
-
-def _label_file(labels: Path | None, store: Path | None) -> Path:
-    if labels is None and store is None:
-        raise EvaluationError("give --labels, or --store whose cohort table has them")
-    return labels if labels is not None else Path(str(store)) / "cohort.parquet"
 
 
 def _metrics_table(zero: dict[str, Any]) -> pd.DataFrame:
@@ -180,12 +121,13 @@ def _scores_all(protocol: Protocol, names: list[str], path: Path) -> None:
 
 
 def _calibrated(table: pd.DataFrame, names: list[str], fitted: Calibration, path: Path) -> pd.DataFrame:
-    """Probabilities from margins, whether the predictions were made before or after the calibration."""
+    """Probabilities from margins, whether the predictions were made before or after the calibration. The margins stay as
+    they are: they rank."""
     for what, fitted_to in (("model", fitted.model), ("prompts", fitted.prompts)):
-        found = provenance(table, what)
-        if found and fitted_to and found != fitted_to:
+        predicted_by = provenance(table, what)
+        if predicted_by and fitted_to and predicted_by != fitted_to:
             raise EvaluationError(
-                f"{path}: of {what} {found}, the calibration was fitted to {what} {fitted_to}: take the model's own, or "
+                f"{path}: of {what} {predicted_by}, the calibration was fitted to {what} {fitted_to}: take the model's own, or "
                 f"run `ctclip calibrate` again"
             )
     seen = fitted.saw(table["patient"].unique())

@@ -1,0 +1,24 @@
+"""The scores that rank volumes: a model's margins, which no calibration has touched."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from ctclip.evaluation.protocol import Protocol
+from ctclip.evaluation.tables import MARGIN
+
+
+def ranking_scores(predictions: pd.DataFrame, protocol: Protocol) -> np.ndarray:
+    """(n, labels) float: the margin of each label where the table holds it, else its probability.
+
+    AUROC, average precision and paired tests take these, for a calibration cannot make a model tell more, and one that
+    was fitted to few volumes may turn a label round. predictions: rows that ``align`` gives. Where a protocol's label is
+    the largest of several scores, it is the largest of their margins.
+    """
+    columns = []
+    for name in protocol.labels:
+        margins = [f"{MARGIN}{part}" for part in protocol.scores.get(name, (name,))]
+        present = all(column in predictions.columns for column in margins)
+        columns.append(predictions[margins if present else [name]].max(axis=1).to_numpy(dtype=float))
+    return np.stack(columns, axis=1)

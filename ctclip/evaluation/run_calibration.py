@@ -1,0 +1,78 @@
+"""What `ctclip calibrate` does: read, fit, write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from ctclip.errors import EvaluationError
+from ctclip.evaluation.calibration import Calibration, Method, fit_calibration
+from ctclip.evaluation.protocol import unnamed_protocol
+from ctclip.evaluation.tables import MARGIN, label_file, provenance, read_labels, read_predictions
+from ctclip.preprocessing.store import VolumeStore
+
+
+def run_calibration(
+    predictions: Path,
+    model: Path,
+    path: Path,
+    *,
+    model_hash: str,
+    labels: Path | None = None,
+    store: Path | None = None,
+    method: Method = "platt",
+) -> Calibration:
+    """Fit a calibration to the predictions of a calibration split and keep it in ``path``, with the model's head."""
+    table, names = read_predictions(predictions)
+    if provenance(table, "model") != model_hash:
+        raise EvaluationError(
+            f"{predictions}: not predictions of {model} ({model_hash}); run `ctclip zero-shot` with it"
+        )
+    margins = [f"{MARGIN}{name}" for name in names]
+    absent = [name for name in margins if name not in table.columns]
+    if absent:
+        raise EvaluationError(f"{predictions}: column {absent[0]!r} is missing; `ctclip zero-shot` writes margins")
+    source = label_file(labels, store)
+    declared = unnamed_protocol(table, names, labels, store)
+    truth = declared.merged(read_labels(source, declared.columns())).reindex(columns=names)
+    without = table["volume"][~table["volume"].isin(truth.index)]
+    if len(without):
+        raise EvaluationError(f"{source}: no labels of {len(without)} predicted volumes, the first {without.iloc[0]!r}")
+    truth = truth.loc[table["volume"]]
+    fitted = fit_calibration(
+        truth.to_numpy(dtype=float), table[margins].to_numpy(dtype=float), names, method=method,
+        fitted_on=_fitted_on(table, predictions, store), model=model_hash, prompts=provenance(table, "prompts"), patients=table["patient"],
+    )  # fmt: skip
+    fitted.save(path)
+    return fitted
+
+
+def _fitted_on(table: pd.DataFrame, predictions: Path, store: Path | None) -> str:
+    """How many volumes and patients, and of which split; training or test splits are not for this."""
+    words = f"{len(table)} volumes of {table['patient'].nunique()} patients"
+    if store is None:
+        return f"{words}, {predictions}"
+    cohort = VolumeStore(store).cohort.set_index("volume")
+    splits = sorted(set(cohort["split"].reindex(table["volume"]).dropna().astype(str)))
+    if splits != ["calibration"]:
+        print(
+            f"warning: {predictions}: volumes of the split {', '.join(splits) or 'of another store'}, not of a calibration "
+            f"split that neither trains nor tests; `ctclip preprocess --calibration 0.05` holds one out"
+        )
+    return f"{words}, split {', '.join(splits) or 'unknown'}"
+
+
+def split_coverage(store: VolumeStore, volumes: pd.DataFrame, protocol: Protocol) -> dict[str, Any]:
+    """``split``: how many of the volumes (scans, where the protocol scores one volume a scan) of the splits that the
+    scored volumes are of were not scored, and how many of those are in the store. Empty if they are of no split."""
+    unit = "scan" if protocol.volumes == "one-per-scan" else "volume"
+    cohort = store.cohort
+    splits = sorted(cohort["split"][cohort["volume"].isin(volumes["volume"])].dropna().astype(str).unique())
+    if not splits:
+        return {}
+    whole = cohort[cohort["split"].astype(str).isin(splits)]
+    missing = whole[~whole[unit].isin(volumes[unit])]
+    stored = missing[missing["volume"].isin(store.volumes)]
+    count = {"expected": whole[unit].nunique(), "missing": missing[unit].nunique(), "in_store": stored[unit].nunique()}
+    return {"split": {"names": splits, "unit": unit, **count}}
