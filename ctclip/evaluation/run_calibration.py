@@ -61,18 +61,3 @@ def _fitted_on(table: pd.DataFrame, predictions: Path, store: Path | None) -> st
             f"split that neither trains nor tests; `ctclip preprocess --calibration 0.05` holds one out"
         )
     return f"{words}, split {', '.join(splits) or 'unknown'}"
-
-
-def split_coverage(store: VolumeStore, volumes: pd.DataFrame, protocol: Protocol) -> dict[str, Any]:
-    """``split``: how many of the volumes (scans, where the protocol scores one volume a scan) of the splits that the
-    scored volumes are of were not scored, and how many of those are in the store. Empty if they are of no split."""
-    unit = "scan" if protocol.volumes == "one-per-scan" else "volume"
-    cohort = store.cohort
-    splits = sorted(cohort["split"][cohort["volume"].isin(volumes["volume"])].dropna().astype(str).unique())
-    if not splits:
-        return {}
-    whole = cohort[cohort["split"].astype(str).isin(splits)]
-    missing = whole[~whole[unit].isin(volumes[unit])]
-    stored = missing[missing["volume"].isin(store.volumes)]
-    count = {"expected": whole[unit].nunique(), "missing": missing[unit].nunique(), "in_store": stored[unit].nunique()}
-    return {"split": {"names": splits, "unit": unit, **count}}

@@ -126,10 +126,9 @@ def run(name: str, changes: tuple[str, ...], seed: int, chosen: argparse.Namespa
 
 def histogram(chosen: argparse.Namespace) -> Figures:
     """The histogram control on the store: AUROC a label of a supervised classifier that sees HU histograms alone."""
-    from ctclip.evaluation.command import histogram_control
-
     from ctclip.data.dataset import stored_rows
     from ctclip.evaluation.protocol import load_protocol
+    from ctclip.evaluation.run_evaluation import histogram_control
     from ctclip.preprocessing.store import VolumeStore
 
     if known := _recorded(chosen.recorded, HISTOGRAM, 0, 0):
