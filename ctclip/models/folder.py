@@ -25,10 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ctclip.config import ModelConfig, SlicesConfig, TextConfig
-from ctclip.config_files import dump_config, find_config, read_mapping, validated
+from ctclip.config_files import dump_config, read_mapping, validated
 from ctclip.errors import CheckpointError
 from ctclip.models.dual_encoder import DualEncoder, build_volume_encoder
 from ctclip.models.text import TextEncoder, load_tokenizer
+from ctclip.preprocessing.named_files import installed_file
 from ctclip.preprocessing.spec import PreprocessingSpec
 
 REQUIRED = ("config.yaml", "model.safetensors", "tokenizer", "text_config.json", "preprocessing.yaml")
@@ -162,13 +163,13 @@ def import_published(
     )
     tokenizer = load_tokenizer(text or Path(str(text_config)).parent)
     model = to_model(published, bert, tokenizer, settings)
-    spec = PreprocessingSpec.load("ct_clip")
+    spec = PreprocessingSpec.load(installed_file("ct_clip", "preprocessing"))
     if published.volume.shape != (spec.shape[0], spec.shape[2], spec.shape[1]):
         # A model of another grid: the same published geometry at its own size.
         spec = dataclasses.replace(spec, name=f"ct_clip_{published.volume.shape[1]}", shape=published.volume.shape)
     card = f"# Imported from {file.name}\n\nsupervision: as published\n\nPublished CT-CLIP weights, sha256 {file_hash(file)}.\n"
     return save_model(
-        output, model, spec, prompts=find_config("published", "prompts"), card=card, classifier=published.classifier
+        output, model, spec, prompts=installed_file("published", "prompts"), card=card, classifier=published.classifier
     )
 
 
