@@ -61,6 +61,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def local_ranks() -> int:
+    """How many ranks run on this machine, as far as the launcher says; else all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+
+
 def gpus() -> int:
     """GPUs of this machine; 1 where there is none, for the processor."""
     return max(1, torch.cuda.device_count())

@@ -33,6 +33,11 @@ def installed_names(folder: str = "") -> list[str]:
     return sorted(path.stem for path in (installed_folder() / folder).glob("*.yaml"))
 
 
+def installed_file(name: str, folder: str = "") -> Path:
+    """An installed file, whatever lies in the working directory: for what a command means without asking the user."""
+    return installed_folder() / folder / f"{name}.yaml"
+
+
 def find_file(name: str | os.PathLike[str], folder: str = "") -> Path:
     """The YAML file that ``name`` stands for.
 
@@ -47,7 +52,7 @@ def find_file(name: str | os.PathLike[str], folder: str = "") -> Path:
     names = installed_names(folder)
     # Only a bare name is looked up: a path that does not exist must not become another file.
     if text in names:
-        return installed_folder() / folder / f"{text}.yaml"
+        return installed_file(text, folder)
     kind = KINDS.get(folder, folder)
     if Path(text).is_dir() and text:
         raise PreprocessingError(f"{text}: a folder, but a {kind} is one YAML file; {_choices(names)}")

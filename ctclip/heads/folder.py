@@ -22,6 +22,7 @@ from ctclip.labels import load_labels
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import LABELS_BEFORE
 from ctclip.preprocessing.files import write_text
+from ctclip.preprocessing.named_files import installed_file
 from ctclip.prompts import PromptSet, load_prompts
 
 FOLDER, PROMPTS = "heads", "prompts"
@@ -108,11 +109,13 @@ def load_head(model_folder: Path, name: str, model: DualEncoder) -> Head:
 def _head_before(model_folder: Path, name: str, model: DualEncoder) -> Head:
     """A head of a folder written by 0.2, which had its prompts, classifier and calibration at the top."""
     calibration = model_folder / "calibration.json"
-    names = load_labels(LABELS_BEFORE).names
+    names = load_labels(installed_file(LABELS_BEFORE, "labels")).names
     if name == PROMPTS:
         path = model_folder / "prompts.yaml"
         head = PromptHead(
-            model, load_prompts(path if path.is_file() else "report_style"), None if path.is_file() else names
+            model,
+            load_prompts(path if path.is_file() else installed_file("report_style", "prompts")),
+            None if path.is_file() else names,
         )
         head.calibration = Calibration.load(calibration) if calibration.is_file() else None
         return head

@@ -17,6 +17,7 @@ from ctclip.models.hub import pretrained_folder
 from ctclip.models.huggingface import read_settings, shape_of
 from ctclip.models.published import Published, read_published, to_model
 from ctclip.models.tokenizers import load_tokenizer
+from ctclip.preprocessing.named_files import installed_file
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.prompts import load_prompts
 
@@ -58,7 +59,7 @@ def import_published(
     tokenizer = load_tokenizer(text or Path(str(text_config)).parent)
     geometry = _spec(published, file, spec)
     model = to_model(published, bert, tokenizer, settings, geometry)
-    labels = load_labels(LABELS)
+    labels = load_labels(installed_file(LABELS, "labels"))
     card = f"# Imported from {file.name}\n\nsupervision: as published\n\nPublished CT-CLIP weights, sha256 {file_hash(file)}.\n"
     trained_on = TrainedOn(
         supervision="as published",
@@ -69,7 +70,7 @@ def import_published(
     )
 
     def write_heads(folder: Path) -> None:
-        write_prompt_head(folder, load_prompts(PROMPTS), labels.names)
+        write_prompt_head(folder, load_prompts(installed_file(PROMPTS, "prompts")), labels.names)
         if published.classifier:
             weight, bias = published.classifier["weight"], published.classifier["bias"]
             save_head(folder, "linear", LinearHead(model, labels.names, weight, bias, relu=True))
@@ -87,7 +88,7 @@ def _spec(published: Published, file: Path, name: str | None) -> PreprocessingSp
                 f"{published.volume.patch[0]} slices, the spec {name!r} has {' x '.join(map(str, spec.shape))}"
             )
         return spec
-    spec = PreprocessingSpec.load(SPEC)
+    spec = PreprocessingSpec.load(installed_file(SPEC, "preprocessing"))
     if spec.shape[1:] == (published.plane, published.plane):
         return spec
     # A model of another grid: the published geometry at its own size, as many slabs as columns of patches.

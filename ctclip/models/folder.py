@@ -37,6 +37,7 @@ from ctclip.models.huggingface import read_settings, vision_model_of
 from ctclip.models.slices import SlicesConfig
 from ctclip.models.text import text_encoder_of
 from ctclip.models.tokenizers import load_tokenizer
+from ctclip.preprocessing.named_files import installed_file
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.schema import Section, validated
 
@@ -244,7 +245,7 @@ def _labels_of(path: Path) -> LabelSet:
         f"note: {path}: written by an earlier version, without its label set: {LABELS_BEFORE} is assumed",
         file=sys.stderr,
     )
-    return load_labels(LABELS_BEFORE)
+    return load_labels(installed_file(LABELS_BEFORE, "labels"))
 
 
 def read_trained_on(path: Path) -> TrainedOn:

@@ -21,6 +21,7 @@ from ctclip.config import Config
 from ctclip.data.batch import StoredBatch
 from ctclip.data.dataset import StoredVolumes, as_read
 from ctclip.data.sampler import ScanSampler, rarity_weights
+from ctclip.data.shared_memory import usable_workers
 from ctclip.errors import TrainingError
 from ctclip.objectives.objective import Context, columns_needed
 from ctclip.preprocessing.errors import PreprocessingError
@@ -230,12 +231,17 @@ class Run:
                 raise Interrupted(f"stopped after step {done} of {steps}; the same command continues from there")
 
     def _batches(self, data: StoredVolumes, sampler: ScanSampler) -> Any:
+        share = self.settings.batch // distributed.world_size()
+        batch_bytes = 2 * share * math.prod(data.spec.shape)
+        workers, warning = usable_workers(self.config.data.workers, batch_bytes, ranks=distributed.local_ranks())
+        if warning:
+            warn(f"warning: {warning}")
         return DataLoader(
             data,
             batch_sampler=sampler,
             collate_fn=as_read,
-            num_workers=self.config.data.workers,
-            persistent_workers=self.config.data.workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=self.engine.device.type == "cuda",
         )
 

@@ -217,7 +217,9 @@ def test_vocabfine_detects_as_published(parity: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(found[:, column], logits.softmax(dim=1)[:, 0], atol=1e-5, rtol=0)
 
 
-def test_the_linear_head_and_a_configuration_by_itself(parity: Path, tmp_path: Path) -> None:
+def test_the_linear_head_and_a_configuration_by_itself(
+    parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ctclip.inference.probe import LinearProbe
 
     from ctclip.models.folder import import_published, load_model
@@ -231,6 +233,10 @@ def test_the_linear_head_and_a_configuration_by_itself(parity: Path, tmp_path: P
     state = torch.load(parity / "checkpoint.pt", weights_only=True)
     head = {"classifier.weight": torch.randn(18, 24), "classifier.bias": torch.randn(18)}
     torch.save({f"trained_model.{key}": value for key, value in state.items()} | head, tmp_path / "lipro.pt")
+    # Files of the working directory that happen to be called as the spec and prompts of the published model are.
+    monkeypatch.chdir(tmp_path)
+    for name in ("ct_clip", "published"):
+        Path(f"{name}.yaml").write_text("mine: true\n")
     import_published(tmp_path / "lipro.pt", tmp_path / "model", None, text_config=config)
     probe = LinearProbe(load_model(tmp_path / "model"))
     golden = load_file(parity / "golden.safetensors")
