@@ -39,11 +39,14 @@ class Reading:
 
 
 def reading_of(bert: Any, tokenizer: Any) -> Reading:
-    """How ``bert`` reads what ``tokenizer`` writes; parameters that its answer never uses are frozen.
+    """How ``bert`` reads what ``tokenizer`` writes; parameters that its answer never uses are frozen. None: it is given
+    ids alone, first the token that stands for a text, as BERT's are.
 
     Raises CheckpointError if the two do not belong together, or if the encoder cannot serve: no vector a token, or one
     that depends on the padding beside a text.
     """
+    if tokenizer is None:
+        return Reading((), (), positions_of(bert), 0, False)
     kind = bert.config.model_type
     rows = word_vectors(bert)
     prefix, suffix = special_tokens(tokenizer)

@@ -216,7 +216,7 @@ class TextEncoder(nn.Module):
 def pools_last(config: TextConfig, reading: Reading, bert: Any, tokenizer: Any) -> bool:
     """Whether the token that stands for a text is its last one: where ``pooling`` says so, and of a classification
     token where the encoder has it at the end, as CLIP does. Raises ConfigError where there is none."""
-    if config.pooling != "cls":
+    if config.pooling != "cls" or tokenizer is None:
         return config.pooling == "last"
     if reading.left_to_right and reading.suffix:
         return True

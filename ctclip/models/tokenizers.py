@@ -83,13 +83,12 @@ def _is_read(path: Path) -> bool:
 def _tokenizer(folder: Path, settings: dict[str, dict[str, Any]]) -> Any:
     from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
-    options = {"local_files_only": True}
     own_code = any("auto_map" in settings.get(name, {}) for name in ("tokenizer_config.json", "config.json"))
     if own_code and (folder / "vocab.txt").is_file():
-        return BertTokenizer.from_pretrained(str(folder), **options)
+        return BertTokenizer.from_pretrained(str(folder), local_files_only=True)
     if own_code and (folder / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
-    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
 
 
 def _check_growth(values: dict[str, Any], path: Path) -> None:
