@@ -45,9 +45,10 @@ class Calibration:
 
     def of(self, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """slope, intercept (names,) float32; an abnormality that was not fitted keeps its plain softmax."""
-        plain = Line(1.0, 0.0, 0.5, 0, 0)
-        lines = [self.lines.get(name, plain) for name in names]
-        return np.array([line.slope for line in lines], "f4"), np.array([line.intercept for line in lines], "f4")
+        lines = [self.lines.get(name) for name in names]
+        slopes = [1.0 if line is None else line.slope for line in lines]
+        intercepts = [0.0 if line is None else line.intercept for line in lines]
+        return np.array(slopes, "f4"), np.array(intercepts, "f4")
 
     def covers(self, names: Sequence[str]) -> bool:
         """Whether every one of ``names`` was fitted."""

@@ -35,13 +35,14 @@ def clustered(random: np.random.Generator, patient: np.ndarray) -> np.ndarray:
     return np.sqrt(CORRELATION) * own + np.sqrt(1 - CORRELATION) * scan
 
 
-def scored(noise: np.ndarray, labels: np.ndarray, patient: np.ndarray, area: float, shape: str) -> np.ndarray:
+def scored(
+    random: np.random.Generator, noise: np.ndarray, labels: np.ndarray, patient: np.ndarray, area: float, shape: str
+) -> np.ndarray:
     """Scores of a given AUROC: two normals; positives twice as wide; or a share of the positive patients at chance."""
     if shape == "wide":
         return np.where(labels == 1, 2 * noise + norm.ppf(area) * np.sqrt(5), noise)
     if shape == "mixed":
-        count = int((labels * (patient + 1)).max())
-        far = (patient % count) >= round(2 * (1 - area) * count)
+        far = random.random(patient.max() + 1)[patient] >= 2 * (1 - area)
         return noise + 8.0 * (far & (labels == 1))
     return noise + np.sqrt(2) * norm.ppf(area) * labels
 
@@ -97,7 +98,7 @@ def coverage(
     for repetition in range(repetitions):
         patient = patients_of(random, positives + NEGATIVES)
         labels = (patient < positives).astype(float)
-        scores = scored(clustered(random, patient), labels, patient, area, shape)
+        scores = scored(random, clustered(random, patient), labels, patient, area, shape)
         ours = auroc_interval(labels, scores, patient)
         of_variances = {
             "Obuchowski, logit": obuchowski_logit(labels, scores, patient),
@@ -141,7 +142,7 @@ def false_alarms(area: float, positives: int, labels_count: int, repetitions: in
             labels = (random.permutation(count)[patient] < positives).astype(float)
             common = clustered(random, patient)
             noise = [np.sqrt(0.5) * (common + clustered(random, patient)) for _ in range(2)]
-            first, second = (scored(one, labels, patient, area, "normal") for one in noise)
+            first, second = (scored(random, one, labels, patient, area, "normal") for one in noise)
             shares += exchange_shares(labels, first, second, patient, count) / labels_count
             if repetition < repetitions // 4:
                 weights = bootstrap_weights(patient, resamples, repetition)

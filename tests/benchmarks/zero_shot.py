@@ -62,7 +62,9 @@ def bootstrap() -> tuple[float, float]:
     labels, scores = (random.random((3039, 18)) < 0.2).astype(float), random.random((3039, 18))
     patients = random.integers(0, 1304, 3039)
     alone = best_of(lambda: bootstrap_auroc(labels, scores, patients, resamples=1000), 1)
-    return alone, best_of(lambda: bootstrap_metrics(labels, scores, scores, patients, np.full(18, 0.5), resamples=1000), 1)
+    return alone, best_of(
+        lambda: bootstrap_metrics(labels, scores, scores, patients, np.full(18, 0.5), resamples=1000), 1
+    )
 
 
 def main() -> None:
