@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from ctclip.losses import clip
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 from ctclip.config import TextConfig
 from ctclip.errors import CheckpointError
-from ctclip.losses import clip
 from ctclip.models.ctvit import CTViT
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.published import read_published, to_model
@@ -185,8 +185,9 @@ def test_the_command_makes_a_folder_that_loads(parity: Path, tmp_path: Path) -> 
 def test_vocabfine_detects_as_published(parity: Path, tmp_path: Path) -> None:
     """CT_VocabFine_v2.pt is the state of the whole model, tuned on the prompts."""
     from ctclip.inference.detector import Detector
-    from ctclip.prompts import load_prompts
+
     from ctclip.models.folder import import_published, load_model
+    from ctclip.prompts import load_prompts
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "emphysema", "nodule", "is", "not", "present", "."]
     (tmp_path / "vocab.txt").write_text("\n".join([*words, *(f"w{i}" for i in range(120 - len(words)))]))
@@ -217,6 +218,7 @@ def test_vocabfine_detects_as_published(parity: Path, tmp_path: Path) -> None:
 
 def test_the_linear_head_and_a_configuration_by_itself(parity: Path, tmp_path: Path) -> None:
     from ctclip.inference.probe import LinearProbe
+
     from ctclip.models.folder import import_published, load_model
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(115))]

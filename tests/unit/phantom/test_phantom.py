@@ -14,11 +14,10 @@ import pytest
 
 from ctclip.data.reports import negates
 from ctclip.errors import PhantomError
-from ctclip.phantom.prevalence import FINDINGS
 from ctclip.phantom import language, prevalence
 from ctclip.phantom.canvas import Canvas, Grid, ball, tube
 from ctclip.phantom.cohort import Options, make_cohort, plan
-from ctclip.phantom.prevalence import CORRELATION, PREVALENCE, draw_findings
+from ctclip.phantom.prevalence import CORRELATION, FINDINGS, PREVALENCE, draw_findings
 from ctclip.phantom.scan import draw_case, make_scan
 from ctclip.sentences import sentences
 
