@@ -150,7 +150,7 @@ def test_a_store_keeps_the_set_it_was_given(tmp_path: Path) -> None:
 
 def test_a_store_without_a_set_has_the_one_that_its_columns_are(tmp_path: Path) -> None:
     """An installed set where the names are its own, in whatever order the table has them; else one called like the store."""
-    ours = store_of(tmp_path / "ours", dict.fromkeys(reversed(FINDINGS), [0, 1]))
+    ours = store_of(tmp_path / "ours", {name: [0, 1] for name in reversed(FINDINGS)})
     assert store_labels(ours) == load_labels("ct_rate_18")
     assert not (tmp_path / "ours" / FILE).exists(), "asking writes nothing"
     own = store_of(tmp_path / "clinic", {"Gallstones": [0, 1], "Ascites": [1, 1]})

@@ -47,6 +47,11 @@ def heads_of(model: DualEncoder) -> dict[str, Head]:
     }
 
 
+def write_heads(folder: Path, heads: dict[str, Head]) -> None:
+    for name, head in heads.items():
+        save_head(folder, name, head)
+
+
 def scored(head: Head, model: DualEncoder, volumes: torch.Tensor) -> list[torch.Tensor]:
     with torch.no_grad():
         encoded = model.encode(volumes)
@@ -163,7 +168,7 @@ def test_a_folder_of_0_2_still_opens(
     folder = tmp_path / "model"
     save_model(
         folder, model, labels, card="# A run\n\nsupervision: reports only\n",
-        write_more=lambda partial: (save_head(partial, "prompts", prompts), save_head(partial, "linear", linear)) and None,
+        write_more=lambda partial: write_heads(partial, {"prompts": prompts, "linear": linear}),
     )  # fmt: skip
     config = yaml.safe_load((folder / "config.yaml").read_text())
     for name in ("init", "init_sides"):

@@ -88,7 +88,7 @@ def test_a_bright_point_changes_the_token_beside_it_most(name: str, tmp_path: Pa
     steps = np.array(axis_spacing(spec))
     centres = (np.c_[tokens, np.ones(len(tokens))] @ encoded.affine.T)[:, :3]
     # The point is two voxels wide in plane.
-    true = (voxels + [0, 0.5, 0.5]) * steps
+    true = (voxels + np.array([0, 0.5, 0.5])) * steps
     away = (centres - true) / (np.array(size) * steps)
     axes = slice(0, 1) if name == "slices" else slice(None)
     assert np.abs(away[:, axes]).max() <= 1, "in tokens"
@@ -116,7 +116,7 @@ AXES = np.array([[-1.1, 0, 0], [0, 0, -0.9], [0, 2.2, 0]]).T
 def test_tokens_lie_in_the_space_of_the_scan(name: str, turned: bool, tmp_path: Path) -> None:
     """A ball at a known place in millimetres, as nibabel writes it: in the scan's own space the token that it changes
     most lies beside it."""
-    config, spec, size = CASES[name]
+    _, spec, size = CASES[name]
     encoder = build(name, tmp_path)
     shape = (70, 80, 45)
     axes = TURN @ AXES if turned else AXES
