@@ -50,7 +50,9 @@ def _explanation(schema: type[Section], fault: Any, path: str) -> str:
 def _valid_names(schema: type[Section], parents: list[str]) -> list[str]:
     sections: list[type[Section]] = [schema]
     for parent in parents:
-        sections = [inner for section in sections for inner in _inner(section, parent)]
+        # An index of a list, or a key of a mapping, leads to the same sections.
+        if any(parent in section.model_fields for section in sections):
+            sections = [inner for section in sections for inner in _inner(section, parent)]
     return [name for section in sections for name in section.model_fields]
 
 

@@ -18,6 +18,8 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 
 # Lung is emphysema below -950 HU (Gevenois et al. 1995); the air around a patient is -1000 with some noise.
 AIR_HU = -950.0
+# Where a volume is turned, cells are interpolated instead of its voxels, which thins out an edge: half the distance to air.
+AIR_TURNED_HU = -975.0
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,11 @@ class BodyTokens:
         low, high, middle, gain = self.spec.window
         volume = torch.from_numpy(hu).float().clamp_(low, high).sub_(middle).mul_(gain)
         cells = F.avg_pool3d(volume[None, None], self._half)[0, 0]
+        air = AIR_HU
         if change is not None:
             cells = self._moved(cells, change)
-        return self._body(cells[None, None])[0]
+            air = AIR_TURNED_HU if change.turns else AIR_HU
+        return self._body(cells[None, None], air)[0]
 
     def of_volumes(self, volumes: Tensor) -> np.ndarray:
         """(B, 1, D, H, W) in [-1, 1] on any device -> (B, N) bool."""
@@ -45,15 +49,15 @@ class BodyTokens:
         depth, height, width = (max(1, extent // 2) for extent in self.size)
         return depth, height, width
 
-    def _body(self, cells: Tensor) -> np.ndarray:
+    def _body(self, cells: Tensor, air_hu: float = AIR_HU) -> np.ndarray:
         """Mean of each eighth of a token (B, 1, ...) -> (B, N) bool.
 
-        A token is air if each of its eighths is below -950 HU, and outside if it joins the edge of its own axial slab
+        A token is air if each of its eighths is below ``air_hu``, and outside if it joins the edge of its own axial slab
         through such tokens: lungs, emphysematous ones too, lie within the body wall and are never reached.
         """
         _, _, middle, gain = self.spec.window
         eighths = tuple(extent // half for extent, half in zip(self.size, self._half, strict=True))
-        air = F.max_pool3d(cells, eighths)[:, 0].cpu().numpy() < (AIR_HU - middle) * gain
+        air = F.max_pool3d(cells, eighths)[:, 0].cpu().numpy() < (air_hu - middle) * gain
         border = np.zeros(air.shape[1:], dtype=bool)
         border[:, [0, -1]] = border[:, :, [0, -1]] = True
         neighbours = np.ones((1, 3, 3), dtype=bool)
@@ -67,7 +71,7 @@ class BodyTokens:
             cells = rotate(cells, change.angles, change.zoom, spacing)
         if any(change.offset):
             steps = [offset / half for offset, half in zip(change.offset, self._half, strict=True)]
-            cells = torch.from_numpy(ndimage.shift(cells.numpy(), steps, order=1, mode="constant", cval=-1.0))
+            cells = torch.from_numpy(ndimage.shift(cells.numpy(), steps, order=1, mode="grid-constant", cval=-1.0))
         for axis, ends in enumerate(change.crop):
             first, last = (int(share * cells.shape[axis]) for share in ends)
             cells.narrow(axis, 0, first).fill_(-1)

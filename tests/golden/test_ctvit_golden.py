@@ -14,9 +14,14 @@ from transformers import BertConfig, BertModel
 
 from ctclip.config import TextConfig
 from ctclip.errors import CheckpointError
+from ctclip.heads.folder import list_heads, load_head
+from ctclip.inference.import_published import import_published
 from ctclip.models.ctvit import CTViT
 from ctclip.models.dual_encoder import DualEncoder
-from ctclip.models.published import read_published, to_model
+from ctclip.models.folder import load_model
+from ctclip.models.published import Published, read_published, to_model
+from ctclip.objectives.clip import clip
+from ctclip.preprocessing.spec import PreprocessingSpec
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +30,21 @@ def parity() -> Path:
     return Path(__file__).parent / "data"
 
 
+def spec_of(published: Published, slabs: int = 4) -> PreprocessingSpec:
+    """The geometry of the recorded volumes: the slices of SLABS slabs leave no trace in the weights."""
+    side = published.plane
+    return PreprocessingSpec(
+        "test", (1.5, 0.75, 0.75), (published.volume.patch[0] * slabs, side, side), published_geometry=True
+    )
+
+
 def build(parity: Path, file: Path | None = None, **changes: Any) -> DualEncoder:
     published = read_published(file or parity / "checkpoint.pt")
     shape = json.loads((parity / "config.json").read_text())["bert"]
     assert all(shape[name] == value for name, value in published.bert.items()), "sizes are inferred from the tensors"
     published.volume = published.volume.model_copy(update=changes)
     bert = BertModel(BertConfig(**shape), add_pooling_layer=False)
-    return to_model(published, bert, None, TextConfig(pooling="cls", max_tokens=32))
+    return to_model(published, bert, None, TextConfig(pooling="cls", max_tokens=32), spec_of(published))
 
 
 @pytest.mark.parametrize("kind", ["plain", "checkpointed", "compiled"])
@@ -71,9 +84,33 @@ def test_any_batch_gives_the_same(parity: Path) -> None:
     torch.testing.assert_close(alone, together[2:], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("slabs", [1, 3, 6])
+def test_any_number_of_slabs_fits_the_weights(parity: Path, slabs: int) -> None:
+    """Before the layers that look along slabs nothing of a slab depends on how many there are, but for the convolution
+    that reaches two slabs back: whatever follows, the first slabs give the recorded patches and the same tokens."""
+    golden, encoder = load_file(parity / "golden.safetensors"), build(parity).volume_encoder
+    depth = encoder.config.patch[0]
+    volume = golden["volume"].repeat(1, 1, 2, 1, 1)[:, :, : slabs * depth]
+    with torch.no_grad():
+        encoded = encoder(volume)
+        patches = encoder.patches(volume)
+        encoder.temporal = torch.nn.ModuleList()
+        spatial, whole = encoder.encode(patches), encoder.encode(golden["patch_tokens"])
+    assert encoded.grid == (slabs, 4, 4)
+    assert encoded.pooled.shape == (2, encoder.width)
+    assert encoded.pooled.isfinite().all()
+    shared = min(slabs, 4)
+    torch.testing.assert_close(patches[:, :shared], golden["patch_tokens"][:, :shared], atol=1e-5, rtol=0)
+    torch.testing.assert_close(spatial[:, :shared], whole[:, :shared], atol=1e-5, rtol=0)
+    if slabs < 4:
+        assert not torch.allclose(encoded.tokens, golden["quantized_tokens"][:, :slabs].flatten(1, 3))
+    with pytest.raises(ValueError, match="any multiple of 5 slices, found"):
+        encoder(volume[:, :, 1:])
+
+
 def test_it_trains_with_the_quantiser_off(parity: Path) -> None:
     published = read_published(parity / "checkpoint.pt")
-    model = CTViT(published.volume.model_copy(update={"quantise": False})).train()
+    model = CTViT(published.volume.model_copy(update={"quantise": False}), spec_of(published)).train()
     prefix = "volume_encoder."
     model.load_state_dict({k.removeprefix(prefix): v for k, v in published.state.items() if k.startswith(prefix) and "codebook" not in k})  # fmt: skip
     golden = load_file(parity / "golden.safetensors")
@@ -92,7 +129,7 @@ def test_it_trains_with_the_quantiser_on(parity: Path) -> None:
     assert model.volume_encoder.spatial[0].to_query.weight.grad.abs().sum() > 0
     assert torch.equal(before, codebook.rows)
     # Row by row, by the published decay: those that were used, and no other.
-    codebook.settle()
+    model.volume_encoder.end_step()
     tokens = model.volume_encoder.encode(model.volume_encoder.patches(volume))
     codes = torch.nn.functional.normalize(tokens, dim=-1) @ torch.nn.functional.normalize(before, dim=-1).T
     codes = codes.argmax(dim=-1).flatten()
@@ -161,8 +198,6 @@ def test_sizes_of_a_patch_come_from_the_tensors(parity: Path, tmp_path: Path) ->
 
 def test_the_command_makes_a_folder_that_loads(parity: Path, tmp_path: Path) -> None:
     """With a tokenizer of the checkpoint's size, made here: the small checkpoint has 120 words."""
-    from ctclip.models.folder import import_published, load_model
-
     text = tmp_path / "text"
     text.mkdir()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(115))]
@@ -185,9 +220,7 @@ def test_the_command_makes_a_folder_that_loads(parity: Path, tmp_path: Path) -> 
 
 def test_vocabfine_detects_as_published(parity: Path, tmp_path: Path) -> None:
     """CT_VocabFine_v2.pt is the state of the whole model, tuned on the prompts."""
-    from ctclip.inference.detector import Detector
-
-    from ctclip.models.folder import import_published, load_model
+    from ctclip.heads.prompts import PromptHead
     from ctclip.prompts import load_prompts
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "emphysema", "nodule", "is", "not", "present", "."]
@@ -202,7 +235,9 @@ def test_vocabfine_detects_as_published(parity: Path, tmp_path: Path) -> None:
     model = load_model(tmp_path / "model").model
     volume, latents = (load_file(parity / "golden.safetensors")[name] for name in ("volume", "image_latents"))
     names = ["emphysema", "nodule"]
-    found = Detector(model, load_prompts("published"), names).detect(volume).probabilities
+    head = PromptHead(model, load_prompts("published"), names)
+    with torch.no_grad():
+        found = head.probabilities(head.score(model.encode(volume)))
 
     # Step by step, with Hugging Face's own BERT.
     bert, prefix = BertModel(BertConfig(**shape), add_pooling_layer=False).eval(), "text_transformer."
@@ -217,12 +252,7 @@ def test_vocabfine_detects_as_published(parity: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(found[:, column], logits.softmax(dim=1)[:, 0], atol=1e-5, rtol=0)
 
 
-def test_the_linear_head_and_a_configuration_by_itself(
-    parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from ctclip.inference.probe import LinearProbe
-
-    from ctclip.models.folder import import_published, load_model
+def test_the_linear_head_and_a_configuration_by_itself(parity: Path, tmp_path: Path) -> None:
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(115))]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
@@ -238,13 +268,20 @@ def test_the_linear_head_and_a_configuration_by_itself(
     for name in ("ct_clip", "published"):
         Path(f"{name}.yaml").write_text("mine: true\n")
     import_published(tmp_path / "lipro.pt", tmp_path / "model", None, text_config=config)
-    probe = LinearProbe(load_model(tmp_path / "model"))
+    loaded = load_model(tmp_path / "model")
+    facts = {one.name: one.supervision for one in list_heads(loaded.path)}
+    assert facts == {"prompts": "none", "linear": "label-supervised"}
+    linear = load_head(loaded.path, "linear", loaded.model)
+    assert linear.names == loaded.labels.names
     golden = load_file(parity / "golden.safetensors")
     expected = torch.nn.functional.linear(golden["image_latents"].relu(), *head.values()).sigmoid()
-    torch.testing.assert_close(probe.detect(golden["volume"]).probabilities, expected, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        probabilities = linear.probabilities(linear.score(loaded.model.encode(golden["volume"])))
+    torch.testing.assert_close(probabilities, expected, atol=1e-5, rtol=0)
     import_published(parity / "checkpoint.pt", tmp_path / "plain", None, text_config=config)
-    with pytest.raises(CheckpointError, match="no linear head"):
-        LinearProbe(load_model(tmp_path / "plain"))
+    plain = load_model(tmp_path / "plain")
+    with pytest.raises(CheckpointError, match=r"no head 'linear' \(it has: prompts\)"):
+        load_head(plain.path, "linear", plain.model)
     with pytest.raises(CheckpointError, match="--text"):
         import_published(parity / "checkpoint.pt", tmp_path / "none", None)
 

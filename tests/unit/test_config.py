@@ -8,6 +8,7 @@ from ctclip.config import Config
 from ctclip.config_files import build_config, configs_folder, differing_keys, dump_config, load_config, read_mapping
 from ctclip.errors import ConfigError
 from ctclip.models.sizes import measure
+from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.training.plan import describe, make_plan
 from tests.benchmarks.recipes import VARIANTS
 
@@ -56,7 +57,17 @@ def test_every_variant_of_the_comparison_is_a_configuration(name: str) -> None:
         ("trainng.epochs=3", "'training"),
         ("training.batch=many", "training.batch"),
         ("training.batch=1", "training.batch"),
-        ("model.volume.kind=vit", "vit3d"),
+        ("model.volume.kind=vit", "no encoder 'vit': did you mean 'vit3d'"),
+        ("model.volume.kind=nowhere:Encoder", "there is no module 'nowhere'"),
+        ("model.volume.spacing=[3, 1, 1]", "unknown key 'model.volume.spacing'"),
+        ("objectives.clipp=1", "no objective 'clipp': did you mean 'clip'"),
+        ("objectives.clip.qeue=4", "'objectives.clip.queue'"),
+        ("objectives.clip=0", "objectives: give at least one a weight above 0"),
+        ("objectives.clip.begin=1.5", "objectives.clip.begin"),
+        ("data.views={impresion: 1}", "no view 'impresion'"),
+        ("training.freeze.volume=first", "training.freeze.volume"),
+        ("training.layer_decay=0", "training.layer_decay"),
+        ("model.init_sides=image", "model.init_sides"),
         ("training.epochs", "key=value"),
         ("training.zero=4", r"training.zero: write 0, 1, 2 or 3.*3\+offload"),
         ("training.zero=offload", "training.zero: write 0"),
@@ -88,9 +99,53 @@ def test_differing_keys_are_paths() -> None:
 def test_planned_operations_are_three_forward_passes() -> None:
     """The gradient of a matrix product is two more; that of voxels is not asked for, and codes have none."""
     config, tokens = load_config("phantom_published"), 8 * 5 * 7
-    forward = measure(config.model, (64, 80, 112)).flops
+    forward = measure(config.model, PreprocessingSpec.load("phantom")).flops
     patches, codes = 2 * tokens * (8 * 16 * 16) * 192, 2 * tokens * 1024 * 192
     # Of 256 words: four maps of attention, two of the feed-forward layer, scores and weighted sums.
     text = 2 * (2 * 256 * 12 * 128**2 + 2 * 2 * 256**2 * 128)
     expected = 3 * (forward + text) - patches - 2 * codes
     assert make_plan(config, ranks=1).flops == pytest.approx(expected, rel=0.01)
+
+
+def test_a_number_is_the_weight_of_an_objective() -> None:
+    config = load_config("phantom_tiny", ["objectives.mlm=0.3", "objectives.clip.queue=16"])
+    assert config.objectives["mlm"].weight == 0.3
+    assert config.objectives["clip"].model_dump() == {
+        "weight": 1.0, "begin": 0.0, "negatives": None, "by_identity": True, "queue": 16,
+    }  # fmt: skip
+    assert set(load_config("phantom_tiny", ["objectives={clip: 0, siglip: 1}"]).objectives) == {"siglip"}
+
+
+def test_an_encoder_and_an_objective_of_a_file_of_ones_own(tmp_path, monkeypatch) -> None:
+    """`module:Name`, with a section of its own that is checked like ours."""
+    (tmp_path / "mine.py").write_text(
+        "from typing import Literal\n"
+        "from ctclip.config import EncoderConfig, ObjectiveConfig\n"
+        "from ctclip.models.encoded import VolumeEncoder\n"
+        "from ctclip.objectives.objective import Objective\n"
+        "class Size(EncoderConfig):\n"
+        "    kind: Literal['mine:Encoder'] = 'mine:Encoder'\n"
+        "    cells: int = 4\n"
+        "class Encoder(VolumeEncoder):\n"
+        "    Config = Size\n"
+        "class Margin(ObjectiveConfig):\n"
+        "    margin: float = 0.1\n"
+        "class Triplet(Objective):\n"
+        "    Config = Margin\n"
+        "    needs = ('features', 'ages')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    values = {
+        "model": {"volume": {"kind": "mine:Encoder", "cells": 6}},
+        "objectives": {"mine:Triplet": {"margin": 0.5}},
+    }
+    config = build_config(values, "mine")
+    assert config.model.volume.model_dump()["cells"] == 6
+    assert config.objectives["mine:Triplet"].model_dump()["margin"] == 0.5
+    assert config.reads("ages")
+    assert not config.reads_labels
+    assert build_config(config.model_dump(mode="json"), "again") == config
+    with pytest.raises(ConfigError, match=r"'model\.volume\.cell'.*'model\.volume\.cells'"):
+        build_config({"model": {"volume": {"kind": "mine:Encoder", "cell": 6}}}, "mine")
+    with pytest.raises(ConfigError, match="module 'mine' has no 'Decoder'"):
+        build_config({"model": {"volume": {"kind": "mine:Decoder"}}}, "mine")

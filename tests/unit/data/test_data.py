@@ -8,35 +8,44 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ctclip.config import AugmentConfig, DataConfig, ViewConfig
-from ctclip.data.augment import Change, draw_change, shifted, shown, turned
-from ctclip.data.dataset import ScanSampler, StoredVolumes, as_read, rarity_weights, some_scans, with_report
-from ctclip.data.reports import Report, ReportViews, negates
+from ctclip.config import AugmentConfig, DataConfig
+from ctclip.data.augment import Change, draw_change, rotate, shift
+from ctclip.data.dataset import StoredVolumes, Tokenisers, as_read, label_array, some_scans, with_report
+from ctclip.data.normalise import to_model_input
+from ctclip.data.reports import Report, ReportViews, load_language, reports_of
+from ctclip.data.sampler import ScanSampler, rarity_weights
 from ctclip.errors import DataError
+from ctclip.labels import labels_of_columns
+from ctclip.phantom.prevalence import FINDINGS
 from ctclip.preprocessing.spec import PreprocessingSpec
 
-REPORT = Report("The heart is enlarged. No pleural effusion is seen. There is a nodule.", "Cardiomegaly. Nodule.")
+FINDINGS_TEXT = "The heart is enlarged. No pleural effusion is seen. There is a nodule."
+REPORT = Report({"findings": FINDINGS_TEXT, "impression": "Cardiomegaly. Nodule."})
+ENGLISH = load_language("english")
+SECTIONS = ("findings", "impression")
 RANDOM = np.random.default_rng
 
 
 def test_views_show_what_they_say() -> None:
-    view = lambda name: ReportViews(ViewConfig(report=0, **{name: 1})).draw(REPORT, RANDOM(0))  # noqa: E731
+    view = lambda name: ReportViews({name: 1}, ENGLISH).draw(REPORT, RANDOM(0))  # noqa: E731
     assert view("impression") == "Cardiomegaly. Nodule."
     assert "pleural" not in view("positive")
     assert "enlarged" in view("positive")
     assert view("sentence").count(".") == 1
-    assert view("findings") == REPORT.findings
+    assert view("findings") == FINDINGS_TEXT
+    assert view("report") == f"{FINDINGS_TEXT} Cardiomegaly. Nodule."
 
 
 def test_an_empty_section_falls_back_to_the_report() -> None:
-    assert ReportViews(ViewConfig(report=0, impression=1)).draw(Report("A nodule.", ""), RANDOM(0)) == "A nodule."
+    report = Report({"findings": "A nodule.", "impression": ""})
+    assert ReportViews({"impression": 1}, ENGLISH).draw(report, RANDOM(0)) == "A nodule."
 
 
 @pytest.mark.parametrize(
     ("text", "negative"), [("No nodule.", True), ("Heart size is normal.", True), ("A nodule is noted.", False)]
 )
 def test_negation_by_wording(text: str, negative: bool) -> None:
-    assert negates(text) is negative
+    assert ENGLISH.negates(text) is negative
 
 
 def test_batches_do_not_depend_on_ranks_and_never_repeat_a_scan() -> None:
@@ -64,8 +73,8 @@ def test_items_are_deterministic_and_without_labels(store) -> None:
     assert torch.equal(batch.hu, again.hu.flip(0))
     assert batch.changes == again.changes[::-1]
     assert batch.hu.shape == (2, 1, 64, 80, 112)
-    assert batch.labels is None
-    volumes = batch.on(torch.device("cpu"), data.spec).volumes
+    assert batch.columns == {}
+    volumes = batch.to(torch.device("cpu"), data.spec).volumes
     assert -1 <= float(volumes.min()) <= float(volumes.max()) <= 1
 
 
@@ -81,7 +90,7 @@ def test_a_worker_reads_into_memory_it_shares(store) -> None:
 
 def test_shift_moves_and_fills_with_air() -> None:
     voxels = torch.rand(4, 5, 6)
-    moved = shifted(voxels, (1, -2, 0))
+    moved = shift(voxels, (1, -2, 0))
     assert torch.equal(moved[1:, :3], voxels[:3, 2:])
     assert (moved[0] == -1).all()
     assert (moved[:, 3:] == -1).all()
@@ -99,7 +108,7 @@ def test_a_turn_is_a_turn_in_millimetres() -> None:
     index = np.stack(np.meshgrid(*map(np.arange, (20, 24, 28)), indexing="ij"), axis=-1)
     blob = np.exp(-((index - np.array([8, 15, 10])) ** 2).sum(axis=-1) / 18).astype(np.float32) * 2 - 1
     spacing, angle, zoom = (3.0, 1.5, 2.0), 0.3, 1.1
-    found = turned(torch.from_numpy(blob), (angle, 0.0, 0.0), zoom, spacing).numpy()
+    found = rotate(torch.from_numpy(blob), (angle, 0.0, 0.0), zoom, spacing).numpy()
     scale = np.diag(spacing)
     rotation = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
     back = np.linalg.inv(scale) @ rotation @ scale / zoom
@@ -107,14 +116,14 @@ def test_a_turn_is_a_turn_in_millimetres() -> None:
     expected = affine_transform(blob, back, centre - back @ centre, order=1, mode="grid-constant", cval=-1)
     inner = (slice(2, -2),) * 3
     assert np.abs(found - expected)[inner].max() < 1e-4
-    assert np.abs(turned(torch.from_numpy(blob), (0.0, 0.0, 0.0), 1.0, spacing).numpy() - blob).max() < 1e-5
+    assert np.abs(rotate(torch.from_numpy(blob), (0.0, 0.0, 0.0), 1.0, spacing).numpy() - blob).max() < 1e-5
 
 
 def test_augmentation_is_a_function_of_its_seed() -> None:
     hu = torch.from_numpy(RANDOM(0).integers(-1200, 1200, (1, 1, 8, 10, 12), dtype=np.int16))
     config = AugmentConfig(shift_voxels=1, scale=0.05, noise_hu=10, rotate_degrees=5, zoom=0.05, window_hu=50, crop=0.3)
     spec = PreprocessingSpec.load("phantom")
-    one, two, other = (shown(hu, spec, [draw_change(config, RANDOM(seed))]) for seed in (1, 1, 2))
+    one, two, other = (to_model_input(hu, spec, [draw_change(config, RANDOM(seed))]) for seed in (1, 1, 2))
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
     assert one.min() >= -1
@@ -128,13 +137,13 @@ def test_without_a_change_a_model_is_shown_what_inference_reads(store) -> None:
     stored.read_into(name, hu.numpy()[0, 0])
     assert np.array_equal(hu[0, 0], stored.read(name))
     for changes in ([], [draw_change(AugmentConfig(), RANDOM(0))]):
-        assert np.array_equal(shown(hu, stored.spec, changes)[0, 0], stored.voxels(name))
+        assert np.array_equal(to_model_input(hu, stored.spec, changes)[0, 0], stored.voxels(name))
 
 
 def test_contrast_changes_about_air() -> None:
     hu = torch.tensor([-1000, 0, 500], dtype=torch.int16).reshape(1, 1, 1, 1, 3)
     change = Change((0.0, 0.0, 0.0), 1.0, (0, 0, 0), 1.1, 0.0, 0)
-    found = shown(hu, PreprocessingSpec.load("phantom"), [change])
+    found = to_model_input(hu, PreprocessingSpec.load("phantom"), [change])
     torch.testing.assert_close(found.flatten(), torch.tensor([-1.0, 0.1, 0.65]))
 
 
@@ -143,7 +152,7 @@ def test_a_moved_window_is_that_window_read_anew() -> None:
     spec = PreprocessingSpec.load("phantom")
     change = Change((0.0, 0.0, 0.0), 1.0, (0, 0, 0), 1.0, 0.0, 0, window_hu=(80.0, -120.0))
     expected = ((hu.float() + 920) / 900 - 1).clamp(-1, 1)  # -920 to 880 HU
-    torch.testing.assert_close(shown(hu, spec, [change]), expected)
+    torch.testing.assert_close(to_model_input(hu, spec, [change]), expected)
 
 
 def test_a_crop_leaves_a_box_in_air() -> None:
@@ -151,8 +160,8 @@ def test_a_crop_leaves_a_box_in_air() -> None:
     spec = PreprocessingSpec.load("phantom")
     change = Change((0.0, 0.0, 0.0), 1.0, (0, 0, 0), 1.0, 0.0, 0, crop=((0.25, 0.1), (0.0, 0.3), (0.0, 0.0)))
     expected = torch.full((20, 10, 10), -1.0)
-    expected[5:18, :7] = shown(hu, spec)[0, 0, 0, 0, 0]
-    assert torch.equal(shown(hu, spec, [change])[0, 0], expected)
+    expected[5:18, :7] = to_model_input(hu, spec)[0, 0, 0, 0, 0]
+    assert torch.equal(to_model_input(hu, spec, [change])[0, 0], expected)
     config = AugmentConfig(crop=0.4)
     gone = np.array([[sum(ends) for ends in draw_change(config, RANDOM(seed)).crop] for seed in range(500)])
     assert 0.39 < gone.max() < 0.4
@@ -187,6 +196,53 @@ def test_volumes_without_a_report_are_not_learned_from() -> None:
     rows = pd.DataFrame(
         {"volume": ["a", "b", "c"], "findings": ["A nodule.", " ", ""], "impression": ["", None, "Normal."]}
     )
-    assert list(with_report(rows, "store")["volume"]) == ["a", "c"]
+    assert list(with_report(rows, SECTIONS, "store")["volume"]) == ["a", "c"]
     with pytest.raises(DataError, match="store: split 'train' has no volume with a report"):
-        with_report(rows.iloc[1:2], "store: split 'train'")
+        with_report(rows.iloc[1:2], SECTIONS, "store: split 'train'")
+
+
+def test_sections_and_language_are_the_cohorts_own() -> None:
+    """A report of other sections than ours, in another language: nothing of it is known beforehand."""
+    rows = pd.DataFrame({"volume": ["a"], "befund": ["Kein Erguss. Ein Rundherd."], "beurteilung": ["Rundherd."]})
+    (report,) = reports_of(rows, ("befund", "beurteilung", "anhang"))
+    assert report.text() == "Kein Erguss. Ein Rundherd. Rundherd."
+    german = ENGLISH.model_copy(update={"name": "german", "negations": ("kein",)})
+    assert ReportViews({"positive": 1}, german).draw(report, RANDOM(0)) == "Ein Rundherd. Rundherd."
+    assert ReportViews({"beurteilung": 1}, german).draw(report, RANDOM(0)) == "Rundherd."
+
+
+def test_a_view_that_is_no_section_is_refused() -> None:
+    with pytest.raises(ValueError, match="no view 'impresion'; give weights to some of report, sentence"):
+        DataConfig(views={"impresion": 1})
+    with pytest.raises(ValueError, match="at least one view a weight above 0"):
+        DataConfig(views={"report": 0})
+    assert DataConfig(sections=("befund",), views={"befund": 1}).views == {"befund": 1}
+
+
+def test_labels_of_a_batch_are_the_columns_of_the_label_set(store) -> None:
+    """In the set's order, whatever the table's; a union of columns is 1 where any is."""
+    labels = labels_of_columns("two", [FINDINGS[5], FINDINGS[2]])
+    data = StoredVolumes(DataConfig(store=str(store)), "train", columns=("labels",), labels=labels)
+    rows = [3, 0, 1]
+    batch = data.batch([(row, 0) for row in rows])
+    expected = data.table.iloc[rows][[FINDINGS[5], FINDINGS[2]]].to_numpy(float)
+    assert np.array_equal(batch.columns["labels"].numpy(), expected)
+    assert batch.columns["labels"].dtype == torch.float32
+    with pytest.raises(DataError, match="no column for the label 'Gallstones'"):
+        label_array(data.table, labels_of_columns("other", ["Gallstones"]))
+    with pytest.raises(DataError, match="no label set is named"):
+        StoredVolumes(DataConfig(store=str(store)), "train", columns=("labels",))
+
+
+def test_texts_are_cut_into_the_micro_batches_of_a_step(store) -> None:
+    """Tokens of two views a volume, beside each other; words of the first view alone."""
+    data = StoredVolumes(DataConfig(store=str(store), views_per_volume=2, views={"sentence": 1}), "train", seed=1)
+    shown: list[list[str]] = []
+    words: list[list[str]] = []
+    data.tokenisers = Tokenisers(
+        lambda texts: shown.append(list(texts)) or {}, lambda texts: words.append(list(texts)) or {}, parts=2
+    )
+    batch = data.batch([(0, 5), (1, 5), (2, 5), (3, 5)])
+    assert shown == [batch.texts[:4], batch.texts[4:]]
+    assert words == [batch.texts[0:4:2], batch.texts[4:8:2]]
+    assert len(batch.text_identities) == 8

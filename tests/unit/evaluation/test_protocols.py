@@ -25,10 +25,12 @@ from ctclip.config_files import configs_folder
 from ctclip.errors import ConfigError, EvaluationError
 from ctclip.evaluation.evaluate import evaluate
 from ctclip.evaluation.pages import label_table
-from ctclip.evaluation.protocol import Protocol, load_protocol
-from ctclip.evaluation.run_calibration import run_calibration, run_evaluation
+from ctclip.evaluation.protocol import Protocol, default_protocol, load_protocol
+from ctclip.evaluation.run_calibration import run_calibration
+from ctclip.evaluation.run_evaluation import run_evaluation
 from ctclip.evaluation.run_report import compare_reports
 from ctclip.evaluation.tables import embedding_table, prediction_table, read_labels, write_predictions
+from ctclip.labels import load_labels
 from ctclip.phantom.prevalence import FINDINGS
 
 
@@ -153,13 +155,14 @@ def test_thresholds_come_from_the_calibration_split_never_from_the_test(tmp_path
     table, labels = recorded()
     write_predictions(tmp_path / "calibration.csv", table)
     labels.to_csv(tmp_path / "labels.csv", index=False)
-    (tmp_path / "model").mkdir()
-    fitted = run_calibration(tmp_path / "calibration.csv", tmp_path / "model", model_hash="m", labels=tmp_path / "labels.csv")  # fmt: skip
+    kept = tmp_path / "model" / "heads" / "prompts" / "calibration.json"
+    kept.parent.mkdir(parents=True)
+    fitted = run_calibration(tmp_path / "calibration.csv", tmp_path / "model", kept, model_hash="m", labels=tmp_path / "labels.csv")  # fmt: skip
     test, held = recorded(seed=3)
     write_predictions(tmp_path / "test.csv", test)
     arguments = {
         "labels": tmp_path / "labels.csv",
-        "calibration": tmp_path / "model" / "calibration.json",
+        "calibration": kept,
         "bootstrap": 10,
     }
     with pytest.raises(EvaluationError, match="must not come from the test set"):
@@ -173,14 +176,14 @@ def test_thresholds_come_from_the_calibration_split_never_from_the_test(tmp_path
     held.to_csv(tmp_path / "held.csv", index=False)
     found = run_evaluation(
         tmp_path / "test.csv", tmp_path / "out", "ct_rate", labels=tmp_path / "held.csv",
-        calibration=tmp_path / "model" / "calibration.json", bootstrap=10,
+        calibration=kept, bootstrap=10,
     )  # fmt: skip
     for name in FINDINGS:
         assert found["zero_shot"]["auroc"][name]["threshold"] == fitted.lines[name].threshold
     assert "calibration split" in found["zero_shot"]["thresholds"]
     with pytest.raises(EvaluationError, match="not predictions of"):
         run_calibration(
-            tmp_path / "calibration.csv", tmp_path / "model", model_hash="n", labels=tmp_path / "labels.csv"
+            tmp_path / "calibration.csv", tmp_path / "model", kept, model_hash="n", labels=tmp_path / "labels.csv"
         )
 
 
@@ -254,3 +257,32 @@ def test_a_label_that_the_control_cannot_be_fitted_to_is_undefined_in_the_table(
     known = {"value": 0.8, "lower": 0.7, "upper": 0.9, "positives": 3, "n": 15}
     head, row = label_table({"Cardiomegaly": known}, {"Cardiomegaly": float("nan")})
     assert (head[-1], row[-1]) == ("histogram control", "undefined")
+
+
+def test_a_protocol_names_a_label_set() -> None:
+    """All its labels but those left out; of another cohort the labels that it has columns of."""
+    sixteen = load_protocol("ct_rate_16")
+    assert set(FINDINGS) - set(sixteen.labels) == {"Medical material", "Lymphadenopathy"}
+    assert [name for name in FINDINGS if name in sixteen.labels] == list(sixteen.labels)
+    values = {"name": "p", "describes": "", "labels": "ct_rate_18"}
+    elsewhere = Protocol.model_validate(values | {"columns_of": "rad_chestct"})
+    assert elsewhere.mapping["Lung nodule"] == ("nodule", "nodulegr1cm", "scattered_nod")
+    assert set(FINDINGS) - set(elsewhere.labels) == {"Medical material", "Mosaic attenuation pattern"}
+    with pytest.raises(ValueError, match="without: 'Gallstones' is not a label of 'ct_rate_18'"):
+        Protocol.model_validate(values | {"without": ["Gallstones"]})
+
+
+def test_without_a_protocol_the_label_set_says_what_is_scored() -> None:
+    """Its own protocol; where it has none, or not all of that was predicted, its labels that were, in their columns."""
+    ours, columns = load_labels("ct_rate_18"), list(FINDINGS)
+    assert default_protocol(ours, "", columns, columns) == load_protocol("ct_rate")
+    assert default_protocol(None, ours.identity, columns, columns) == load_protocol("ct_rate")
+    part = default_protocol(ours, "", columns, ["Emphysema", "Lung nodule", "Mass"])
+    assert part.labels == ("Emphysema", "Lung nodule")
+    abdomen = load_labels("merlin_30")
+    scored = default_protocol(abdomen, "", ["free_air", "Ascites", "age"], ["Ascites", "Free air", "Fracture"])
+    assert scored.labels == ("Ascites", "Free air")
+    assert scored.mapping == {"Free air": ("free_air",)}
+    assert default_protocol(None, "", ["x", "Stones"], ["Stones", "y"]).labels == ("Stones",)
+    with pytest.raises(EvaluationError, match=r"none of the predicted names \(y \.\.\.\) has a column"):
+        default_protocol(None, "", ["x"], ["y"])

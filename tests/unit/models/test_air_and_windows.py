@@ -13,21 +13,29 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from ctclip.config import ViT3DConfig
+from ctclip.data.air import BodyTokens
 from ctclip.models import vit3d
-from ctclip.models.vit3d import Block, ViT3D, outside_air
+from ctclip.models.vit3d import Block, ViT3D, ViT3DConfig
 from ctclip.phantom.scan import make_scan
 from ctclip.preprocessing import prepare
+from ctclip.preprocessing.spec import PreprocessingSpec
+from tests.unit.small import spec_of
 
-HU = (-1000.0, 1000.0)
 TOKEN = (8, 16, 16)
 CHESTS = ("dicom/lungdx_A0001_philips_B_5mm_64", "dicom/lungdx_A0002_siemens_B40f_8mm_30")
 CROPS = ("nifti/ts_chestCTA_aorta_crop_1p5mm_LPS.nii.gz", "nifti/ts_chestCTA_heart_crop_1p5mm_LPS.nii.gz")
 
 
-def as_voxels(dropped: Tensor, size: tuple[int, int, int]) -> np.ndarray:
-    """Tokens (1, 1, d, h, w) as voxels."""
-    return np.kron(dropped[0, 0].numpy(), np.ones(size, dtype=bool))
+def dropped_tokens(voxels: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:
+    """(D, H, W) in [-1, 1] -> (d, h, w) bool, tokens of nothing but air outside the body."""
+    finder = BodyTokens(size, spec_of(voxels.shape))
+    body = finder.of_volumes(torch.from_numpy(voxels).float()[None, None])[0]
+    return ~body.reshape([extent // step for extent, step in zip(voxels.shape, size, strict=True)])
+
+
+def as_voxels(dropped: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:
+    """Tokens (d, h, w) as voxels."""
+    return np.kron(dropped, np.ones(size, dtype=bool))
 
 
 @pytest.mark.parametrize("patient", range(4))
@@ -37,7 +45,7 @@ def test_emphysema_of_a_phantom_is_never_dropped(patient: int) -> None:
     size = (4, 8, 8)
     cut = tuple(slice(0, extent // step * step) for extent, step in zip(made.hu.shape, size, strict=True))
     hu, marked = made.hu[cut], made.masks[cut] > 0
-    dropped = outside_air(torch.from_numpy(hu.astype(np.float32)).clamp(*HU)[None, None] / 1000, size, HU)
+    dropped = dropped_tokens(hu.clip(-1000, 1000) / np.float32(1000), size)
     assert marked.sum() > 100
     assert dropped.any()
     assert not (as_voxels(dropped, size) & marked).any()
@@ -56,9 +64,9 @@ def test_lungs_of_real_scans_are_never_dropped(shared: Path, name: str) -> None:
     """Also where the field of view cuts through them (the crops)."""
     voxels = prepare(shared / "ct" / name, "ct_224").voxels
     inside = lungs(voxels * 1000)
-    dropped = outside_air(torch.from_numpy(voxels)[None, None], TOKEN, HU)
+    dropped = dropped_tokens(voxels, TOKEN)
     assert inside.sum() > 10_000
-    assert dropped.float().mean() > 0.15
+    assert dropped.mean() > 0.15
     assert not (as_voxels(dropped, TOKEN) & inside).any()
 
 
@@ -68,15 +76,16 @@ def test_what_is_left_out_only_saves_time(shared: Path) -> None:
     voxels = torch.from_numpy(prepare(shared / "ct" / CHESTS[1], "ct_224").voxels)[None, None]
     config = ViT3DConfig(patch=TOKEN, stages=(), width=96, heads=4, depth=3, pooling=("attention",), drop_air=True)
     torch.manual_seed(0)
-    leaves_out = ViT3D(config).eval()
-    looks = ViT3D(config.model_copy(update={"drop_air": False})).eval()
+    spec = PreprocessingSpec.load("ct_224")
+    leaves_out = ViT3D(config, spec).eval()
+    looks = ViT3D(config.model_copy(update={"drop_air": False}), spec).eval()
     looks.load_state_dict(leaves_out.state_dict())
-    kept = ~outside_air(voxels, TOKEN, HU).flatten(1)
+    kept = ~dropped_tokens(voxels[0, 0].numpy(), TOKEN)
     with torch.no_grad():
         found, whole = leaves_out(voxels), looks(voxels)
-        with mock.patch.object(vit3d, "_compact", lambda keep: (torch.arange(keep.shape[1])[None], keep)):
+        with mock.patch.object(vit3d, "_compact", lambda keep: (np.arange(keep.shape[1])[None], keep)):
             masked = leaves_out(voxels)
-    assert 0.3 < kept.float().mean() < 0.7
+    assert 0.3 < kept.mean() < 0.7
     torch.testing.assert_close(found.tokens, masked.tokens, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.pooled, masked.pooled, atol=1e-5, rtol=1e-5)
     assert F.cosine_similarity(found.pooled, whole.pooled) > 0.9
@@ -87,7 +96,7 @@ def test_what_is_left_out_only_saves_time(shared: Path) -> None:
 def test_windows_are_attention_with_all_else_masked(registers: int, padded: bool) -> None:
     torch.manual_seed(0)
     config = ViT3DConfig(patch=(2, 2, 2), stages=(), width=24, heads=2, depth=3, registers=registers, window=(2, 3, 2), global_every=3)  # fmt: skip
-    encoder = ViT3D(config).eval()
+    encoder = ViT3D(config, spec_of((10, 14, 12))).eval()
     volume, mask = torch.rand(3, 1, 10, 14, 12) * 2 - 1, None
     if padded:
         mask = torch.ones(volume.shape, dtype=torch.bool)
@@ -102,8 +111,8 @@ def test_windows_are_attention_with_all_else_masked(registers: int, padded: bool
             attends = together & attends if attends is not None else together
         return own(self, tokens, rotation, attends)
 
-    def all_places(keep: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.arange(keep.shape[1]).expand(len(keep), -1), keep
+    def all_places(keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.tile(np.arange(keep.shape[1]), (len(keep), 1)), keep
 
     with torch.no_grad():
         found = encoder(volume, mask).tokens
@@ -119,9 +128,9 @@ def test_between_windows_a_layer_sees_their_means(registers: int, padded: bool) 
     torch.manual_seed(0)
     config = ViT3DConfig(
         patch=(2, 2, 2), stages=(), width=24, heads=2, depth=1, registers=registers, window=(2, 3, 2), global_every=1,
-        global_over="windows", spacing=(3.0, 1.5, 1.5),
+        global_over="windows",
     )  # fmt: skip
-    encoder = ViT3D(config).eval()
+    encoder = ViT3D(config, spec_of((10, 14, 12), (3.0, 1.5, 1.5))).eval()
     volume, mask = torch.rand(3, 1, 10, 14, 12) * 2 - 1, torch.ones(3, 1, 10, 14, 12, dtype=torch.bool)
     if padded:
         mask[1, :, :, :8] = mask[2, ..., 7:] = False

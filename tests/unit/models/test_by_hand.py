@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctclip.config import CTViTConfig
 from ctclip.models import by_hand
-from ctclip.models.ctvit import CTViT, in_eights
+from ctclip.models.ctvit import CTViT, CTViTConfig, in_eights
+from tests.unit.small import spec_of
 
 
 def given(*shape: int) -> Tensor:
@@ -78,8 +78,11 @@ def test_memory_in_any_order_gives_the_same_gradient() -> None:
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_an_encoder_learns_the_same(checkpointed: bool) -> None:
     torch.manual_seed(0)
-    shape = {"shape": (12, 24, 24), "patch": (4, 8, 8), "width": 16, "spatial_depth": 2, "temporal_depth": 1}
-    encoder = CTViT(CTViTConfig(**shape, heads=2, head_width=8, quantise=False, activation_checkpointing=checkpointed))
+    config = CTViTConfig(
+        patch=(4, 8, 8), width=16, spatial_depth=2, temporal_depth=1, heads=2, head_width=8, quantise=False,
+        activation_checkpointing=checkpointed,
+    )  # fmt: skip
+    encoder = CTViT(config, spec_of((12, 24, 24)))
     volume = torch.rand(2, 1, 12, 24, 24) * 2 - 1
     gradients = []
     for by in (by_hand._by_hand, lambda _: False):

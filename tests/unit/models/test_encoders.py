@@ -5,27 +5,32 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ctclip.config import ModelConfig, ObjectiveConfig, ResNet3DConfig, TextConfig, ViT3DConfig
+from ctclip.config import ModelConfig, TextConfig, objective_configs
+from ctclip.data.air import BodyTokens
 from ctclip.data.reports import Report
 from ctclip.errors import CheckpointError
+from ctclip.labels import labels_of_columns
 from ctclip.models.batchnorm import GlobalBatchNorm3d
 from ctclip.models.dual_encoder import DualEncoder, build_model
 from ctclip.models.folder import load_model, save_model
-from ctclip.models.resnet3d import ResNet3D
+from ctclip.models.resnet3d import ResNet3D, ResNet3DConfig
 from ctclip.models.text import build_text_encoder, train_tokenizer
-from ctclip.models.vit3d import ViT3D, outside_air
-from ctclip.preprocessing.spec import PreprocessingSpec
-from ctclip.training.step import ContrastiveStep
+from ctclip.models.vit3d import ViT3D, ViT3DConfig
+from ctclip.objectives.objective import Context
+from ctclip.training.step import Pairs, Part, TrainingStep
 from ctclip.training.text_warmup import lock_text
+from tests.unit.small import spec_of
 
 SMALL = ViT3DConfig(stages=((8, 1), (16, 0)), width=24, heads=2, depth=2, patch=(2, 2, 2), registers=2)
+SPEC = spec_of((16, 16, 24), (3.0, 1.5, 1.5))
+LABELS = labels_of_columns("two", ["Nodule", "Effusion"])
 SENTENCES = ["The heart is enlarged.", "No pleural effusion is seen.", "A nodule lies in the upper lobe."]
 
 
 def model() -> DualEncoder:
     torch.manual_seed(0)
     config = ModelConfig(volume=SMALL, text=TextConfig(width=16, depth=1, heads=2, max_tokens=16), dim=12)
-    return build_model(config, train_tokenizer(SENTENCES * 20, 200))
+    return build_model(config, SPEC, train_tokenizer(SENTENCES * 20, 200))
 
 
 def volume(batch: int = 2) -> torch.Tensor:
@@ -33,7 +38,7 @@ def volume(batch: int = 2) -> torch.Tensor:
 
 
 def test_tokens_keep_their_grid_and_everything_learns() -> None:
-    encoder = ViT3D(SMALL.model_copy(update={"pooling": ("attention", "mean", "max")}))
+    encoder = ViT3D(SMALL.model_copy(update={"pooling": ("attention", "mean", "max")}), SPEC)
     found = encoder(volume())
     assert found.grid == (2, 2, 3)
     assert found.tokens.shape == (2, 12, 24)
@@ -43,7 +48,7 @@ def test_tokens_keep_their_grid_and_everything_learns() -> None:
 
 
 def test_a_residual_network_of_monai() -> None:
-    encoder = ResNet3D(ResNet3DConfig(width_factor=0.125)).eval()
+    encoder = ResNet3D(ResNet3DConfig(width_factor=0.125), SPEC).eval()
     found = encoder(volume())
     assert found.pooled.shape == (2, encoder.width)
     assert found.tokens.shape[1] == found.grid[0] * found.grid[1] * found.grid[2]
@@ -52,7 +57,7 @@ def test_a_residual_network_of_monai() -> None:
 
 
 def test_a_volume_is_encoded_the_same_in_any_batch() -> None:
-    encoder = ViT3D(SMALL).eval()
+    encoder = ViT3D(SMALL, SPEC).eval()
     alone = torch.cat([encoder(part).pooled for part in volume(3).split(1)])
     assert torch.allclose(encoder(volume(3)).pooled, alone, atol=1e-5)
 
@@ -63,32 +68,38 @@ def test_a_volume_is_encoded_the_same_in_any_batch() -> None:
         (torch.zeros(2, 16, 16, 24), r"\(B, 1, D, H, W\)"),
         (torch.zeros(1, 1, 15, 16, 24), "axis order"),
         (torch.full((1, 1, 16, 16, 24), -1000.0), "Hounsfield"),
+        (torch.full((1, 1, 16, 16, 24), torch.nan), "nan"),
     ],
 )
 def test_a_wrong_volume_is_explained(given: torch.Tensor, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        ViT3D(SMALL)(given)
+        model().encode(given)
+    with pytest.raises(ValueError, match=said):
+        model().encode_volume(given)
 
 
 def test_air_outside_is_dropped_and_lungs_never() -> None:
     body = torch.full((1, 1, 16, 48, 48), -1.0)
     body[..., 12:36, 12:36] = 0.04
     body[..., 18:30, 18:30] = -0.98  # as empty as emphysema, but within the wall
-    dropped = outside_air(body, (4, 4, 4), (-1000.0, 1000.0))[0, 0]
+    spec = spec_of((16, 48, 48))
+    dropped = ~BodyTokens((4, 4, 4), spec).of_volumes(body)[0].reshape(4, 12, 12)
     assert dropped[:, 0].all()
     assert not dropped[:, 3:9, 3:9].any()
     config = SMALL.model_copy(update={"drop_air": True})
-    encoder = ViT3D(config).eval()
+    encoder = ViT3D(config, spec).eval()
     found = encoder(body)
     kept = found.tokens.abs().sum(dim=2).reshape(found.grid) > 0
     assert kept.any()
     assert not kept.all()
+    assert found.real is not None
+    assert torch.equal(found.real.reshape(found.grid), kept)
     bodies = torch.cat([body, torch.full_like(body, 0.04)])
     assert torch.allclose(encoder(bodies).pooled[:1], found.pooled, atol=1e-5), "a fuller neighbour changes nothing"
 
 
 def test_padding_takes_no_part() -> None:
-    encoder = ViT3D(SMALL).eval()
+    encoder = ViT3D(SMALL, SPEC).eval()
     mask = torch.ones(1, 1, 16, 16, 24, dtype=torch.bool)
     mask[..., 16:] = False
     found = encoder(volume(1), mask)
@@ -97,7 +108,7 @@ def test_padding_takes_no_part() -> None:
 
 def test_the_stem_is_pooled_over_real_cells_alone() -> None:
     torch.manual_seed(0)
-    encoder = ViT3D(SMALL.model_copy(update={"pool_stem": True})).eval()
+    encoder = ViT3D(SMALL.model_copy(update={"pool_stem": True}), SPEC).eval()
     mask = torch.ones(1, 1, 16, 16, 24, dtype=torch.bool)
     mask[..., 16:] = False
     seen = {}
@@ -117,7 +128,7 @@ def test_the_stem_is_pooled_over_real_cells_alone() -> None:
 def test_extremes_are_those_of_each_patch_and_window() -> None:
     torch.manual_seed(0)
     windows = ((-1000.0, 1000.0), (-160.0, 240.0))
-    stem = ViT3D(SMALL.model_copy(update={"extremes": True, "stages": (), "windows": windows})).stem
+    stem = ViT3D(SMALL.model_copy(update={"extremes": True, "stages": (), "windows": windows}), SPEC).stem
     torch.nn.init.zeros_(stem.embed.weight)
     torch.nn.init.zeros_(stem.embed.bias)
     found, _ = stem(volume(1))
@@ -165,15 +176,16 @@ def test_any_folder_of_bert_with_its_tokenizer(shared, tmp_path) -> None:
 
 def test_a_model_folder_round_trips(tmp_path) -> None:
     made = model().eval()
-    save_model(tmp_path / "model", made, PreprocessingSpec.load("phantom"))
+    save_model(tmp_path / "model", made, LABELS)
     loaded = load_model(tmp_path / "model")
     assert torch.equal(loaded.model.encode_volume(volume()), made.encode_volume(volume()))
     assert torch.equal(loaded.model.encode_text(SENTENCES), made.encode_text(SENTENCES))
-    assert loaded.spec == PreprocessingSpec.load("phantom")
+    assert loaded.spec == SPEC
+    assert loaded.labels == LABELS
 
 
 def test_a_damaged_model_folder_is_named(tmp_path) -> None:
-    save_model(tmp_path / "model", model(), PreprocessingSpec.load("phantom"))
+    save_model(tmp_path / "model", model(), LABELS)
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
@@ -207,18 +219,20 @@ def test_a_locked_text_side_is_a_fixed_function_of_the_text() -> None:
     config = ModelConfig(
         volume=SMALL, text=TextConfig(width=16, depth=1, heads=2, max_tokens=32), dim=12, standardise=True
     )
-    dual = build_model(config, train_tokenizer(SENTENCES * 20, 200)).train()
-    reports = [Report(one, other) for one in SENTENCES for other in SENTENCES if one != other]
+    dual = build_model(config, SPEC, train_tokenizer(SENTENCES * 20, 200)).train()
+    reports = [
+        Report({"findings": one, "impression": other}) for one in SENTENCES for other in SENTENCES if one != other
+    ]
     lock_text(dual, reports, torch.device("cpu"))
     texts = [report.text() for report in reports]
     features = dual.text_features(dual.text_encoder.tokenise(texts))
     expected = (features - features.mean(dim=0)) / (features.var(dim=0) + 1e-5).sqrt()
     torch.testing.assert_close(dual.encode_prompts(texts), expected, atol=1e-4, rtol=1e-4)
-    step = ContrastiveStep(dual.train(), ObjectiveConfig(memory=4))
+    step = TrainingStep(Context(dual.train()), objective_configs({"clip": {"queue": 4}}))
     before = dual.encode_text(texts[:1])  # one alone in training: a batch's statistics would refuse it
     optimizer = torch.optim.SGD([p for p in step.parameters() if p.requires_grad], lr=0.1)
-    identities = {"scans": torch.arange(2), "text_identities": torch.arange(2)}
-    loss, _ = step("step", volumes=volume(), tokens=dual.text_encoder.tokenise(texts[:2]), **identities)
+    pairs = Pairs(torch.arange(2), torch.arange(2), {})
+    loss, _ = step(Part(volume(), dual.text_encoder.tokenise(texts[:2])), pairs)
     loss.backward()
     optimizer.step()
     assert all(p.grad is None for name, p in dual.named_parameters() if "text" in name)

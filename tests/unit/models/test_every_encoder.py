@@ -8,20 +8,31 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
-from ctclip.config import CTViTConfig, ModelConfig, ResNet3DConfig, SlicesConfig, TextConfig, ViT3DConfig
-from ctclip.models.dual_encoder import build_model, build_volume_encoder
+from ctclip.config import ModelConfig, TextConfig
+from ctclip.labels import labels_of_columns
+from ctclip.models.ctvit import CTViTConfig
+from ctclip.models.dual_encoder import DualEncoder, build_model, build_volume_encoder
+from ctclip.models.encoded import VolumeEncoder, axis_shape
 from ctclip.models.folder import load_model, save_model
+from ctclip.models.resnet3d import ResNet3DConfig
 from ctclip.models.sizes import measure
+from ctclip.models.slices import SlicesConfig
 from ctclip.models.text import train_tokenizer
+from ctclip.models.vit3d import ViT3DConfig
 from ctclip.preprocessing.spec import PreprocessingSpec
+from tests.unit.small import spec_of
 
 SHAPE = (16, 24, 32)
+SPEC = spec_of(SHAPE, (3.0, 1.5, 1.25))
+# The same volumes, their rows and columns turned as the published loader turns them.
+TURNED = spec_of((16, 32, 24), (3.0, 1.25, 1.5), published=True)
+LABELS = labels_of_columns("two", ["Nodule", "Effusion"])
 VIT: dict[str, Any] = {"width": 24, "heads": 2, "depth": 2, "patch": (4, 4, 4), "registers": 2}
 CTVIT: dict[str, Any] = {
-    "shape": SHAPE, "patch": (4, 8, 8), "width": 16, "spatial_depth": 1, "temporal_depth": 1, "heads": 2,
+    "patch": (4, 8, 8), "width": 16, "spatial_depth": 1, "temporal_depth": 1, "heads": 2,
     "head_width": 8, "codebook_size": 32,
 }  # fmt: skip
 CONFIGS: dict[str, Any] = {
@@ -58,9 +69,19 @@ def config_of(name: str, vision: Path) -> Any:
     return config.model_copy(update={"pretrained": str(vision)}) if isinstance(config, SlicesConfig) else config
 
 
-def build(name: str, vision: Path) -> nn.Module:
+def spec(name: str) -> PreprocessingSpec:
+    return TURNED if name.startswith("ctvit") else SPEC
+
+
+def build(name: str, vision: Path) -> VolumeEncoder:
     torch.manual_seed(0)
-    return build_volume_encoder(config_of(name, vision)).eval()
+    return build_volume_encoder(config_of(name, vision), spec(name)).eval()
+
+
+def build_dual(name: str, vision: Path) -> DualEncoder:
+    torch.manual_seed(0)
+    config = ModelConfig(volume=config_of(name, vision), text=TextConfig(width=16, depth=1, heads=2), dim=12)
+    return build_model(config, spec(name), train_tokenizer(["A nodule is seen."] * 20, 60)).eval()
 
 
 def volume(batch: int = 2) -> Tensor:
@@ -82,6 +103,8 @@ def test_tokens_fill_their_grid(name: str, vision: Path) -> None:
     assert found.tokens.shape[:2] == (2, depth * height * width)
     assert found.pooled.shape == (2, encoder.width)
     assert found.tokens.shape[2] == encoder.token_width
+    assert found.affine.shape == (4, 4)
+    assert axis_shape(encoder.spec) == SHAPE
 
 
 @every
@@ -95,7 +118,7 @@ def test_a_volume_is_seen_alone_in_training_unless_batch_norm_was_asked_for(name
 
 @every
 def test_a_mistaken_volume_is_explained(name: str, vision: Path) -> None:
-    encoder = build(name, vision)
+    model = build_dual(name, vision)
     for wrong, said in (
         (volume() * 1000, r"range over \[-1000, .*Hounsfield"),
         (volume().fill_(float("nan")), "nan"),
@@ -103,14 +126,16 @@ def test_a_mistaken_volume_is_explained(name: str, vision: Path) -> None:
         (volume().movedim(1, -1), r"\(B, 1, D, H, W\), found shape"),
     ):
         with pytest.raises(ValueError, match=said):
-            encoder(wrong)
+            model.encode(wrong)
+    with pytest.raises(ValueError, match=r"\(B, 1, D, H, W\), found shape"):
+        model.volume_encoder(volume()[:, 0])
 
 
 @pytest.mark.parametrize("name", ["vit3d, linear", "ctvit"])
 def test_a_wrong_axis_order_is_explained(name: str, vision: Path) -> None:
     """Those with a fixed grid can tell."""
     with pytest.raises(
-        ValueError, match=r"axis order|expected a volume \(B, 1, 16, 24, 32\), found \(2, 1, 24, 30, 16\)"
+        ValueError, match=r"axis order|expected a volume \(B, 1, 16, 24, 32\) .*, found \(2, 1, 24, 30, 16\)"
     ):
         build(name, vision)(volume().permute(0, 1, 3, 4, 2)[:, :, :, :30])
 
@@ -164,12 +189,13 @@ def test_the_amount_of_padding_changes_nothing(name: str, vision: Path) -> None:
 
 @every
 def test_saved_and_loaded_the_same(name: str, vision: Path, tmp_path: Path) -> None:
-    config = ModelConfig(volume=config_of(name, vision), text=TextConfig(width=16, depth=1, heads=2), dim=12)
-    made = build_model(config, train_tokenizer(["A nodule is seen."] * 20, 60)).eval()
-    save_model(tmp_path / "model", made, PreprocessingSpec.load("phantom"))
+    model = build_dual(name, vision)
+    save_model(tmp_path / "model", model, LABELS)
     loaded = load_model(tmp_path / "model").model
-    assert torch.equal(loaded.encode_volume(volume()), made.encode_volume(volume()))
-    assert loaded.config == config
+    assert torch.equal(loaded.encode_volume(volume()), model.encode_volume(volume()))
+    assert loaded.config == model.config
+    assert type(loaded.config.volume) is type(CONFIGS[name])
+    assert loaded.spec == spec(name)
 
 
 @every
@@ -212,7 +238,7 @@ def test_activations_made_again_give_the_same_gradients(name: str, vision: Path)
     for again in (False, True):
         torch.manual_seed(0)
         config = config_of(name, vision).model_copy(update={"activation_checkpointing": again})
-        encoder = build_volume_encoder(config).train()
+        encoder = build_volume_encoder(config, spec(name)).train()
         encoder(volume()).pooled.square().sum().backward()
         gradients.append([p.grad for p in encoder.parameters() if p.grad is not None])
     for kept, made in zip(*gradients, strict=True):
@@ -231,5 +257,5 @@ def test_operations_are_those_of_the_formula(window: tuple[int, int, int] | None
     linear = 2 * tokens * (64 * 48 + 4 * (4 * 48 * 48 + 3 * 48 * hidden))
     attention = 2 * 2 * tokens * 48 * (full * tokens + (4 - full) * 2 * 3 * 4)
     pooling = 2 * tokens * 48 * 2  # a score a token, and their weighted mean
-    found = measure(ModelConfig(volume=config, text=TextConfig()), (16, 24, 32)).flops
+    found = measure(ModelConfig(volume=config, text=TextConfig()), SPEC).flops
     assert found == pytest.approx(linear + attention + pooling, rel=0.01)

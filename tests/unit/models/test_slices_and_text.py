@@ -10,15 +10,20 @@ import torch
 from transformers import CLIPConfig, CLIPModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 import ctclip
-from ctclip.config import ModelConfig, SlicesConfig, TextConfig
+from ctclip.config import ModelConfig, TextConfig
 from ctclip.config_files import load_config, load_size
 from ctclip.errors import CheckpointError, ConfigError
+from ctclip.labels import labels_of_columns
 from ctclip.models.dual_encoder import build_model, build_volume_encoder
 from ctclip.models.folder import load_model, save_model
 from ctclip.models.sizes import measure
+from ctclip.models.slices import SlicesConfig
 from ctclip.models.text import build_text_encoder, load_tokenizer, train_tokenizer
 from ctclip.preprocessing.spec import PreprocessingSpec
+from tests.unit.small import spec_of
 
+LABELS = labels_of_columns("two", ["Nodule", "Effusion"])
+SPEC = spec_of((6, 20, 24), (3.0, 1.5, 1.5))
 SENTENCES = ["The heart is enlarged.", "No pleural effusion is seen.", "A nodule lies in the upper lobe."]
 
 
@@ -48,7 +53,7 @@ def volume(batch: int = 2) -> torch.Tensor:
 def test_slices_of_any_vision_model(vision: Path, aggregator: str) -> None:
     torch.manual_seed(0)
     config = SlicesConfig(pretrained=str(vision), aggregator=aggregator, heads=2, slices_at_once=5)
-    encoder = build_volume_encoder(config).eval()
+    encoder = build_volume_encoder(config, SPEC).eval()
     assert encoder.mean.flatten().tolist() == pytest.approx([0.4] * 3)
     found = encoder(volume())
     assert found.grid == (6, 1, 1)
@@ -67,7 +72,7 @@ def test_slices_of_any_vision_model(vision: Path, aggregator: str) -> None:
 
 
 def test_a_slice_encoder_sees_windows_as_colours(vision: Path) -> None:
-    encoder = build_volume_encoder(SlicesConfig(pretrained=str(vision), aggregator="mean")).eval()
+    encoder = build_volume_encoder(SlicesConfig(pretrained=str(vision), aggregator="mean"), spec_of((1, 16, 16))).eval()
     shown: list[torch.Tensor] = []
     encoder.vision.register_forward_pre_hook(
         lambda _, args, kwargs: shown.append(kwargs["pixel_values"]), with_kwargs=True
@@ -83,8 +88,8 @@ def test_a_model_of_slices_stands_without_the_folder_it_came_from(vision: Path, 
         volume=SlicesConfig(pretrained=str(vision), heads=2),
         text=TextConfig(width=16, depth=1, heads=2, max_tokens=16), dim=12,
     )  # fmt: skip
-    made = build_model(config, train_tokenizer(SENTENCES * 20, 200)).eval()
-    save_model(tmp_path / "model", made, PreprocessingSpec.load("phantom"))
+    made = build_model(config, SPEC, train_tokenizer(SENTENCES * 20, 200)).eval()
+    save_model(tmp_path / "model", made, LABELS)
     settings = tmp_path / "model" / "config.yaml"
     settings.write_text(settings.read_text().replace(str(vision), "gone"))
     loaded = load_model(tmp_path / "model")
@@ -93,7 +98,7 @@ def test_a_model_of_slices_stands_without_the_folder_it_came_from(vision: Path, 
 
 def test_a_folder_without_a_vision_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no vision model could be loaded"):
-        build_volume_encoder(SlicesConfig(pretrained=str(tmp_path)))
+        build_volume_encoder(SlicesConfig(pretrained=str(tmp_path)), SPEC)
 
 
 def test_a_frozen_text_encoder_reads_a_report_once() -> None:
@@ -119,10 +124,10 @@ def test_named_sizes_stand_for_the_model_of_a_recipe(tmp_path: Path) -> None:
     recipe.write_text("name: mine\nmodel: tiny\n")
     config = load_config(str(recipe), ["model.dim=64"])
     assert config.model == load_size("tiny").model_copy(update={"dim": 64})
-    shape = PreprocessingSpec.load("ct_224").shape
-    sizes = [measure(load_size(name), shape) for name in ("tiny", "small", "base", "large")]
+    spec = PreprocessingSpec.load("ct_224")
+    sizes = [measure(load_size(name), spec) for name in ("tiny", "small", "base", "large")]
     assert [s.flops for s in sizes] == sorted(s.flops for s in sizes)
-    tiny = build_model(load_size("tiny"), train_tokenizer(SENTENCES * 20, 200))
+    tiny = build_model(load_size("tiny"), spec, train_tokenizer(SENTENCES * 20, 200))
     assert sizes[0].volume_parameters == sum(p.numel() for p in tiny.volume_encoder.parameters())
 
 
@@ -156,9 +161,10 @@ def test_saved_and_loaded_as_hugging_face_does(tmp_path: Path) -> None:
 
     made = build_model(
         ModelConfig(volume=load_size("tiny").volume, text=TextConfig(width=16, depth=1, heads=2), dim=12),
+        PreprocessingSpec.load("ct_224"),
         train_tokenizer(SENTENCES * 20, 200),
     )
-    save_model(tmp_path / "one", made, PreprocessingSpec.load("ct_224"))
+    save_model(tmp_path / "one", made, LABELS)
     ctclip.load(str(tmp_path / "one")).save_pretrained(tmp_path / "two")
     two = Model.from_pretrained(str(tmp_path / "two"))
     assert torch.equal(two.encode_text(SENTENCES), made.eval().encode_text(SENTENCES))

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctclip.data.reports import negates
+from ctclip.data.reports import load_language
 from ctclip.errors import PhantomError
 from ctclip.phantom import language, prevalence
 from ctclip.phantom.canvas import Canvas, Grid, ball, tube
@@ -111,10 +111,11 @@ def test_reports_agree_with_labels() -> None:
 
 
 def test_negations_are_worded_as_such() -> None:
+    english = load_language("english")
     for positive, impression, negative in language.PHRASES.values():
         assert len(positive) >= 6
         assert len(impression) >= 4
-        assert all(negates(text) for text in negative)
+        assert all(english.negates(text) for text in negative)
 
 
 def test_where_a_finding_lies_is_how_it_looks() -> None:

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from ctclip.models.words import WordPredictor, captioning, hide
 
-from ctclip.config import ModelConfig, ObjectiveConfig, TextConfig, ViT3DConfig
-from ctclip.models.dual_encoder import build_model
-from ctclip.models.text import train_tokenizer
+from ctclip.config import objective_configs
+from ctclip.labels import labels_of_columns
+from ctclip.models.encoded import Encoded
+from ctclip.objectives.captioning import captioning
+from ctclip.objectives.mlm import hide
+from ctclip.objectives.objective import Context
+from ctclip.objectives.words import WordPredictor
 from ctclip.phantom.prevalence import FINDINGS
-from ctclip.training.step import ContrastiveStep
+from ctclip.training.step import Pairs, Part, TrainingStep
+from tests.unit.small import dual_encoder
 
 REPORTS = ["The heart is enlarged. No nodule is seen.", "A nodule lies in the upper lobe. There is no effusion."]
+LABELS = labels_of_columns("three", FINDINGS[:3])
 
 
-def step(**weights: float) -> ContrastiveStep:
-    torch.manual_seed(0)
-    volume = ViT3DConfig(stages=(), width=24, heads=2, depth=1, patch=(4, 4, 4), registers=1)
-    config = ModelConfig(volume=volume, text=TextConfig(width=16, depth=1, heads=2, max_tokens=24), dim=12)
-    model = build_model(config, train_tokenizer(REPORTS * 20, 200))
-    return ContrastiveStep(
-        model, ObjectiveConfig.model_validate(weights), FINDINGS[:3] if weights.get("labels") else ()
-    )
+def step(**objectives: Any) -> TrainingStep:
+    return TrainingStep(Context(dual_encoder().train(), LABELS), objective_configs(objectives))
+
+
+def encoded(tokens: torch.Tensor, real: torch.Tensor | None = None) -> Encoded:
+    """Tokens (B, N, C) in a row."""
+    return Encoded(tokens, (tokens.shape[1], 1, 1), tokens.mean(dim=1), np.eye(4), real)
+
+
+def part_of(whole: TrainingStep, volumes: torch.Tensor) -> Part:
+    return Part(volumes, whole.model.text_encoder.tokenise(REPORTS), whole.words(REPORTS), columns={})
 
 
 def test_words_alone_are_hidden_as_often_as_bert_does() -> None:
@@ -49,7 +61,7 @@ def test_a_short_text_has_one_word_hidden() -> None:
 def test_captioning_never_sees_the_word_it_writes() -> None:
     torch.manual_seed(0)
     predictor = WordPredictor(30, 8, None, 16, 2).eval()
-    ids, tokens = torch.randint(5, 30, (1, 10)), torch.randn(1, 4, 8)
+    ids, tokens = torch.randint(5, 30, (1, 10)), encoded(torch.randn(1, 4, 8))
     changed = ids.clone()
     changed[0, 6] = 4
     padding = torch.zeros(1, 10, dtype=torch.bool)
@@ -62,21 +74,20 @@ def test_padding_of_words_and_dropped_tokens_change_nothing() -> None:
     torch.manual_seed(0)
     predictor = WordPredictor(30, 8, None, 16, 2).eval()
     ids, mask, tokens = torch.randint(5, 30, (2, 10)), torch.ones(2, 10).long(), torch.randn(2, 4, 8)
-    alone = captioning(predictor, ids, mask, tokens)
+    alone = captioning(predictor, ids, mask, encoded(tokens))
     longer = torch.cat([ids, torch.zeros(2, 5).long()], dim=1), torch.cat([mask, torch.zeros(2, 5).long()], dim=1)
-    padded = captioning(predictor, *longer, torch.cat([tokens, torch.zeros(2, 3, 8)], dim=1))
+    real = torch.tensor([[True] * 4 + [False] * 3] * 2)
+    dropped = encoded(torch.cat([tokens, torch.randn(2, 3, 8)], dim=1), real)
+    padded = captioning(predictor, *longer, dropped)
     assert float(padded) == pytest.approx(float(alone), abs=1e-5)
 
 
 @pytest.mark.parametrize("labels_alone", [False, True])
 def test_every_parameter_learns_from_all_objectives_at_once(labels_alone: bool) -> None:
-    whole = step(clip=1, captioning=0.5, mlm=0.5, labels=1)
-    tokens = whole.model.text_encoder.tokenise(REPORTS)
-    identities = {"scans": torch.arange(2), "text_identities": torch.arange(2)}
-    loss, parts = whole(
-        "step", volumes=torch.rand(2, 1, 8, 8, 8), tokens=tokens, words=whole.words(REPORTS),
-        labels=torch.tensor([[0.0, 1, 1], [1, 0, float("nan")]]), labels_alone=labels_alone, **identities,
-    )  # fmt: skip
+    whole = step(clip={"begin": 0.5}, captioning=0.5, mlm=0.5, labels=1)
+    columns = {"labels": torch.tensor([[0.0, 1, 1], [1, 0, float("nan")]])}
+    pairs = Pairs(torch.arange(2), torch.arange(2), columns)
+    loss, parts = whole(part_of(whole, torch.rand(2, 1, 8, 8, 8)), pairs, progress=0.1 if labels_alone else 0.5)
     loss.backward()
     assert [name for name, p in whole.named_parameters() if p.requires_grad and p.grad is None] == []
     assert {"clip", "captioning", "mlm", "labels"} <= set(parts)
@@ -87,17 +98,18 @@ def test_every_parameter_learns_from_all_objectives_at_once(labels_alone: bool) 
 def test_a_volume_helps_to_write_its_report() -> None:
     """Two volumes that look different, two reports: after some steps each volume explains its own report better."""
     whole = step(clip=1, captioning=1)
-    words = whole.words(REPORTS)
-    assert words is not None
     given = torch.stack([torch.full((1, 8, 8, 8), -0.5), torch.full((1, 8, 8, 8), 0.5)])
     optimizer = torch.optim.Adam(whole.parameters(), lr=3e-3)
-    identities = {"scans": torch.arange(2), "text_identities": torch.arange(2)}
+    part, pairs = part_of(whole, given), Pairs(torch.arange(2), torch.arange(2), {})
     for _ in range(60):
         optimizer.zero_grad()
-        whole("step", volumes=given, tokens=whole.model.text_encoder.tokenise(REPORTS), words=words, **identities)[0].backward()  # fmt: skip
+        whole(part, pairs)[0].backward()
         optimizer.step()
+    assert part.words is not None
+    words = part.words["input_ids"], part.words["attention_mask"]
+    predictor = whole.objectives["captioning"].predictor
     with torch.no_grad():
-        tokens = whole.model.volume_encoder(given).tokens
-        right = captioning(whole.writer, words["input_ids"], words["attention_mask"], tokens)
-        wrong = captioning(whole.writer, words["input_ids"], words["attention_mask"], tokens.flip(0))
+        seen = whole.model.volume_encoder(given)
+        right = captioning(predictor, *words, seen)
+        wrong = captioning(predictor, *words, seen._replace(tokens=seen.tokens.flip(0)))
     assert float(right) < 0.5 * float(wrong)

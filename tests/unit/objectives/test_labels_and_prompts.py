@@ -1,0 +1,78 @@
+"""Objectives on labels: unknown ones are left out; that on prompts is the cross-entropy of what detection says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from sklearn.metrics import log_loss
+
+from ctclip.config import objective_configs
+from ctclip.data.reports import Report
+from ctclip.errors import ConfigError
+from ctclip.heads.prompts import PromptHead
+from ctclip.labels import labels_of_columns
+from ctclip.objectives.labels import multi_label
+from ctclip.objectives.objective import Context
+from ctclip.phantom.prevalence import FINDINGS
+from ctclip.prompts import load_prompts
+from ctclip.training.step import Pairs, Part, TrainingStep
+from ctclip.training.text_warmup import lock_text
+from tests.unit.small import REPORTS, dual_encoder
+
+LABELS = labels_of_columns("four", FINDINGS[:4])
+
+
+def test_unknown_labels_are_left_out() -> None:
+    logits = torch.tensor([[0.0, 3.0], [1.0, -2.0]])
+    labels = torch.tensor([[1.0, float("nan")], [0.0, float("nan")]])
+    expected = (math.log(2) + math.log(1 + math.e)) / 2
+    assert abs(float(multi_label(logits, labels)) - expected) < 1e-6
+    logits.requires_grad_()
+    multi_label(logits, torch.full((2, 2), float("nan"))).backward()
+    assert logits.grad is not None
+    assert (logits.grad == 0).all(), "nothing known is nothing learned, not NaN"
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_the_loss_is_that_of_the_prompt_head(locked: bool) -> None:
+    model = dual_encoder(standardise=True).train()
+    if locked:
+        lock_text(model, [Report({"findings": one, "impression": one}) for one in REPORTS], torch.device("cpu"))
+    prompts = load_prompts("report_style")
+    objectives = objective_configs({"clip": {"begin": 0.5}, "prompts": 2.0})
+    step = TrainingStep(Context(model, LABELS, prompts), objectives)
+    labels = torch.tensor([[1, 0, torch.nan, 1], [0, 0, 1, 1], [1, 1, 0, torch.nan]])
+    known = ~labels.isnan()
+    part = Part(torch.rand(3, 1, 8, 8, 8) * 2 - 1, model.text_encoder.tokenise(REPORTS))
+    pairs = Pairs(torch.arange(3), torch.arange(3), {"labels": labels})
+    before = model.similarity.text_standard.running_mean.clone()
+    encoded = step(part)
+    loss, parts = step(None, pairs, (encoded.volumes, encoded.texts))
+    # Statistics of the reports go on, those of the prompts are no part of them.
+    statistics = model.similarity.text_standard.running_mean.clone()
+    expected = before if locked else 0.9 * before + 0.1 * encoded.texts.mean(dim=0)
+    torch.testing.assert_close(statistics, expected)
+    volumes = model.similarity.volume(encoded.volumes)
+    model.eval()
+    head = PromptHead(model, prompts, FINDINGS[:4])
+    probabilities = head.probabilities(head.score_embeddings(volumes.detach()))
+    assert float(parts["prompts"]) == pytest.approx(
+        2 * log_loss(labels[known], probabilities[known].double()), rel=1e-4
+    )
+    assert float(loss.detach()) == pytest.approx(float(parts["clip"]) + float(parts["prompts"]), rel=1e-5)
+    loss.backward()
+    assert model.volume_projection.weight.grad.abs().sum() > 0
+    alone, zeroed = step(None, pairs, (encoded.volumes, encoded.texts), 0.2)
+    assert float(zeroed["clip"]) == 0
+    assert float(alone.detach()) == pytest.approx(float(zeroed["prompts"]))
+
+
+def test_an_objective_on_labels_without_labels_is_explained() -> None:
+    for name in ("labels", "prompts"):
+        with pytest.raises(ConfigError, match=rf"objectives\.{name}: .*labels="):
+            TrainingStep(Context(dual_encoder()), objective_configs({name: 1}))
+    step = TrainingStep(Context(dual_encoder(), LABELS), objective_configs({"labels": 1}))
+    with pytest.raises(ConfigError, match="asks for 'labels'"):
+        step(None, Pairs(torch.arange(2), torch.arange(2), {}), (torch.rand(2, 12), torch.rand(2, 12)))
