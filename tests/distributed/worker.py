@@ -62,7 +62,7 @@ def run(case: dict[str, Any], folder: Path, device: torch.device) -> None:
 
     config = configuration(case)
     torch.manual_seed(0)
-    spec = PreprocessingSpec("test", spacing=(1.5, 1.5, 1.5), shape=SHAPE)
+    spec = PreprocessingSpec("test", spacing=(1.5, 1.5, 3.0), shape=SHAPE)
     model = build_model(config.model, spec, train_tokenizer(TEXTS * 4, 80))
     # A normalisation takes these two away again: their exact gradient is zero, and Adam would make steps of its rounding.
     model.text_encoder.bert.encoder.layer[-1].output.LayerNorm.bias.requires_grad_(False)
