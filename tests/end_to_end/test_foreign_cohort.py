@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def typed(*words: object) -> Done:
-    done = Command([str(word) for word in words]).wait()
+    done = Command([str(word) for word in words]).wait(600)
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 
@@ -144,11 +144,11 @@ def test_labels_that_the_store_lacks_are_refused(folder: Path, said: dict[str, D
         "--output",
         str(tmp_path / "run"),
     ]
-    line = last_line(Command([*command, "labels=ct_rate_18"]).wait())
+    line = last_line(Command([*command, "labels=ct_rate_18"]).wait(600))
     assert "no column for 'Medical material' of the label set 'ct_rate_18'" in line
     assert "its own label set is 'abdomen'" in line
     # Where no label is learned from, the set only names what is asked.
-    asked = Command([*command, "labels=ct_rate_18", "objectives={clip: 1}", "training.validate_every=0"]).wait()
+    asked = Command([*command, "labels=ct_rate_18", "objectives={clip: 1}", "training.validate_every=0"]).wait(600)
     assert asked.returncode == 0, asked.stderr[-2000:]
     assert load_labels(tmp_path / "run" / "model" / "labels.yaml").name == "ct_rate_18"
     preprocess = [
@@ -159,6 +159,6 @@ def test_labels_that_the_store_lacks_are_refused(folder: Path, said: dict[str, D
         "--spec",
         str(folder / "spec.yaml"),
     ]
-    line = last_line(Command([*preprocess, "--labels", "ct_rate_18", "--workers", "1"]).wait())
+    line = last_line(Command([*preprocess, "--labels", "ct_rate_18", "--workers", "1"]).wait(600))
     assert "no column of the label set 'ct_rate_18'" in line
     assert "Liver lesion" in line

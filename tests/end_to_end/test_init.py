@@ -16,13 +16,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from ctclip.config_files import load_config
 from ctclip.inference.import_published import import_published
 from ctclip.models.folder import load_model
 from ctclip.models.start import rate_factors, volume_layers
 from ctclip.preprocessing.pipeline import preprocess_cohort
 from ctclip.preprocessing.spec import PreprocessingSpec
-from ctclip.training.loop import train
 
 from ..robustness.processes import Command
 from ..robustness.runs import last_line, losses
@@ -31,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 PLACES = (ROOT / "tests" / "golden" / "data", ROOT.parent / "shared" / "upstream_parity")
 # The small checkpoint's grid, over a whole chest; its own spacing is CT-CLIP's.
 SPEC = dataclasses.replace(PreprocessingSpec.load("ct_clip"), name="chest_40", spacing=(14, 9, 9), shape=(20, 40, 40))
+WAIT = 600  # seconds, on a loaded machine
 STEPS = {"few": 1.0, "fifty": 50 / 3}
 
 
@@ -78,12 +77,21 @@ def recipe(folder: Path, init: Path, epochs: float = STEPS["few"]) -> Path:
 
 def tuned(
     tmp_path: Path, init: Path, store: Path, *overrides: str, epochs: float = STEPS["few"]
-) -> dict[str, torch.Tensor]:
-    """Tensors of the model folder that a run in this process leaves in ``tmp_path``."""
-    config = load_config(str(recipe(tmp_path, init, epochs)), [f"data.store={store}", *overrides])
-    folder = train(config, tmp_path / "run")
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Tensors of the model folder that a run leaves in ``tmp_path``, and what it wrote on stderr."""
+    words = [
+        "train",
+        "--config",
+        str(recipe(tmp_path, init, epochs)),
+        "--store",
+        str(store),
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    done = Command([*words, *overrides]).wait(WAIT)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert all(np.isfinite(loss) for loss in losses(tmp_path / "run").values())
-    return load_file(folder / "model.safetensors")
+    return load_file(tmp_path / "run" / "model" / "model.safetensors"), done.stderr
 
 
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], prefix: str = "") -> set[str]:
@@ -97,7 +105,7 @@ def test_one_process_and_two_fine_tune_alike(published: Path, chests: Path, tmp_
     runs = {
         count: Command([*words, "--output", str(tmp_path / str(count)), "--processes", str(count)]) for count in (1, 2)
     }
-    done = {count: process.wait() for count, process in runs.items()}
+    done = {count: process.wait(WAIT) for count, process in runs.items()}
     for one in done.values():
         assert one.returncode == 0, one.stderr[-3000:]
         # What was taken, once, whatever the number of ranks.
@@ -117,7 +125,7 @@ def test_fifty_steps_learn_and_neither_resuming_nor_exporting_needs_the_folder(
     init = tmp_path / "init"
     shutil.copytree(published, init)
     before = load_file(init / "model.safetensors")
-    after = tuned(tmp_path, init, chests, epochs=STEPS["fifty"])
+    after, _ = tuned(tmp_path, init, chests, epochs=STEPS["fifty"])
     curve = list(losses(tmp_path / "run").values())
     assert len(curve) >= 50
     assert np.mean(curve[-10:]) < np.mean(curve[:10]) - 0.05
@@ -126,27 +134,26 @@ def test_fifty_steps_learn_and_neither_resuming_nor_exporting_needs_the_folder(
     shutil.rmtree(init)
     shutil.rmtree(tmp_path / "run" / "model")
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
-    exported = Command(["export", str(tmp_path / "run"), "--output", str(tmp_path / "exported")]).wait()
+    exported = Command(["export", str(tmp_path / "run"), "--output", str(tmp_path / "exported")]).wait(WAIT)
     assert exported.returncode == 0, exported.stderr
     assert moved(after, load_file(tmp_path / "exported" / "model.safetensors")) == set()
     # Back to step 40, and once more to the end.
     shutil.rmtree(newest)
-    config = load_config(str(recipe(tmp_path, init, STEPS["fifty"])), [f"data.store={chests}"])
-    again = load_file(train(config, tmp_path / "run") / "model.safetensors")
+    again, _ = tuned(tmp_path, init, chests, epochs=STEPS["fifty"])
     assert list(losses(tmp_path / "run").values()) == pytest.approx(curve, abs=1e-6)
     assert max(float((again[name].double() - after[name].double()).abs().max()) for name in after) < 1e-6
 
 
 def test_a_frozen_volume_encoder_keeps_every_bit(published: Path, chests: Path, tmp_path: Path) -> None:
     before = load_file(published / "model.safetensors")
-    after = tuned(tmp_path, published, chests, "training.freeze.volume=all")
+    after, _ = tuned(tmp_path, published, chests, "training.freeze.volume=all")
     assert moved(before, after, "volume_encoder.") == set()
     assert {"volume_projection.weight", "text_projection.weight"} <= moved(before, after)
 
 
 def test_frozen_layers_keep_every_bit_and_those_after_them_learn(published: Path, chests: Path, tmp_path: Path) -> None:
     before = load_file(published / "model.safetensors")
-    after = tuned(tmp_path, published, chests, "training.freeze.volume=0-1", "training.freeze.text=all")
+    after, _ = tuned(tmp_path, published, chests, "training.freeze.volume=0-1", "training.freeze.text=all")
     learned = moved(before, after)
     kept = ("volume_encoder.embed.", "volume_encoder.bias.", "volume_encoder.spatial.0.", "text_encoder.")
     assert not [name for name in learned if name.startswith(kept)]
@@ -158,7 +165,7 @@ def test_low_rank_adapters_leave_the_weights_and_learn_beside_them(
     published: Path, chests: Path, tmp_path: Path
 ) -> None:
     before = load_file(published / "model.safetensors")
-    after = tuned(tmp_path, published, chests, "model.volume.tuning=lora", "model.volume.lora_rank=2")
+    after, _ = tuned(tmp_path, published, chests, "model.volume.tuning=lora", "model.volume.lora_rank=2")
     adapters = [name for name in after if ".lora_" in name]
     assert len(adapters) == 2 * 3 * 4, "two matrices beside each of three maps of four layers"
     assert all(after[name].abs().sum() > 0 for name in adapters), "those that begin at zero have learned"
@@ -176,7 +183,7 @@ def test_the_first_layers_learn_slowest_with_layer_decay(published: Path, chests
     assert factors[id(model.volume_encoder.embed[1].weight)] == pytest.approx(0.3**depth)
     # Adam's first step is as long as the rate, whatever the gradient.
     before = load_file(published / "model.safetensors")
-    after = tuned(tmp_path, published, chests, "training.layer_decay=0.3", "training.weight_decay=0", epochs=0.1)
+    after, _ = tuned(tmp_path, published, chests, "training.layer_decay=0.3", "training.weight_decay=0", epochs=0.1)
     assert len(losses(tmp_path / "run")) == 1
     step = lambda name: float((after[name] - before[name]).abs().max())  # noqa: E731
     longest = step("volume_encoder.temporal.1.up_gate.weight")
@@ -186,7 +193,7 @@ def test_the_first_layers_learn_slowest_with_layer_decay(published: Path, chests
 
 
 def test_the_volume_side_alone_is_taken_beside_another_text_encoder(
-    published: Path, chests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    published: Path, chests: Path, tmp_path: Path
 ) -> None:
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -197,33 +204,33 @@ def test_the_volume_side_alone_is_taken_beside_another_text_encoder(
     BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt")).save_pretrained(text)
     before = load_file(published / "model.safetensors")
     more = ("model.init_sides=volume", f"model.text.pretrained={text}", "model.dim=24", "training.freeze.volume=all")
-    after = tuned(tmp_path, published, chests, *more)
+    after, said = tuned(tmp_path, published, chests, *more)
     assert moved(before, after, "volume_encoder.") == set()
     assert after["text_encoder.bert.embeddings.word_embeddings.weight"].shape == (130, 16)
-    assert f"from {published}: " in capsys.readouterr().err
+    assert f"from {published}: " in said
 
 
 def test_the_text_side_alone_is_taken_beside_another_volume_encoder(
-    published: Path, chests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    published: Path, chests: Path, tmp_path: Path
 ) -> None:
     before = load_file(published / "model.safetensors")
     volume = "{kind: vit3d, patch: [5, 10, 10], stages: [], width: 12, heads: 2, depth: 1}"
     more = ("model.init_sides=text", f"model.volume={volume}", "model.dim=24", "training.freeze.text=all")
-    after = tuned(tmp_path, published, chests, *more)
+    after, said = tuned(tmp_path, published, chests, *more)
     assert moved(before, after, "text_encoder.") == set()
     assert "volume_encoder.blocks.0.qkv.weight" in after
-    assert "tensors taken" in capsys.readouterr().err
+    assert "tensors taken" in said
 
 
 def test_a_store_of_a_larger_plane_begins_with_a_new_projection_and_says_so(
-    published: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    published: Path, cohort: Path, tmp_path: Path
 ) -> None:
     """Attention and codes fit any grid; the map from all places of a plane to the joint space does not."""
     wide = dataclasses.replace(SPEC, name="chest_60", shape=(20, 60, 60), spacing=(14, 6, 6))
     preprocess_cohort(cohort, tmp_path / "store", wide, workers=1)
-    after = tuned(tmp_path, published, tmp_path / "store", "preprocessing=chest_60")
+    after, said = tuned(tmp_path, published, tmp_path / "store", "preprocessing=chest_60")
     assert after["volume_projection.weight"].shape == (24, 6 * 6 * 48)
-    assert "1 of another shape there, begin at random: volume_projection.weight" in capsys.readouterr().err
+    assert "1 of another shape there, begin at random: volume_projection.weight" in said
 
 
 def test_a_store_whose_voxels_the_patches_do_not_divide_is_refused(
@@ -238,7 +245,7 @@ def test_a_store_whose_voxels_the_patches_do_not_divide_is_refused(
         "--output",
         str(tmp_path / "run"),
     ]
-    line = last_line(Command([*words, "preprocessing=phantom"]).wait())
+    line = last_line(Command([*words, "preprocessing=phantom"]).wait(WAIT))
     assert "112" in line
     assert "10" in line
 
@@ -253,4 +260,4 @@ def test_a_folder_that_does_not_fit_or_is_not_there_is_one_line(published: Path,
         "--output",
         str(tmp_path / "run"),
     ]
-    assert "no such model folder" in last_line(Command(words).wait())
+    assert "no such model folder" in last_line(Command(words).wait(WAIT))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -27,7 +26,7 @@ from ctclip.training.engine import Engine
 from ctclip.training.step import TrainingStep
 from ctclip.training.validation import Validation
 
-from ..robustness.processes import Command
+from ..robustness.processes import FORKED, Command
 from ..robustness.runs import command
 
 BATCH = 8
@@ -49,49 +48,60 @@ def contrastive(volumes: np.ndarray, texts: np.ndarray, scale: float, same: np.n
     return -float(np.mean([log_softmax(side, axis=1).diagonal().mean() for side in (logits, logits.T)]))
 
 
-@pytest.mark.parametrize("micro_batch", [None, 2])
-def test_the_loss_is_the_training_loss_of_held_out_volumes(store: Path, micro_batch: int | None) -> None:
-    """A batch is filled up by repeated scans, and two scans have one wording: none is a negative of the other."""
+def validate(store: str, micro_batch: int | None, path: str) -> None:
+    """In a process of its own: ``valid_loss`` of a model with random weights, and what it is made of, into ``path``."""
     config = Config.model_validate({
-        "data": {"store": str(store), "workers": 0},
+        "data": {"store": store, "workers": 0},
         "model": {"dim": 8, "volume": VOLUME, "text": {"width": 16, "depth": 1, "heads": 2, "vocabulary": 300}},
         "objectives": {"clip": 1.0, "labels": 0.5},
         "training": {"batch": BATCH, "micro_batch": micro_batch, "validate_every": 1, "zero": 0},
     })  # fmt: skip
-    kept, labels = VolumeStore(store), store_labels(VolumeStore(store))
-    assert labels is not None
+    kept = VolumeStore(Path(store))
+    labels, prompts, cohort = store_labels(kept), load_prompts("report_style"), kept.cohort.set_index("volume")
     torch.manual_seed(0)
     with distributed.process_group() as device:
-        table = kept.cohort
-        model = build_model(config.model, kept.spec, train_tokenizer(table["findings"].tolist(), 300))
-        prompts = load_prompts("report_style")
+        model = build_model(config.model, kept.spec, train_tokenizer(cohort["findings"].tolist(), 300))
         engine = Engine(TrainingStep(Context(model, labels, prompts), config.objectives), config, device)
         validation = Validation(config, engine, labels, prompts)
-        scans = len(validation.rows)
-        assert 2 < scans < BATCH
         # One wording for two scans.
-        reports = validation.data.reports
-        reports[validation.rows[1]] = dataclasses.replace(reports[validation.rows[0]])
-        found = validation(1.0)
-        classifier = engine.module.objectives["labels"].classifier
+        reports, first, second = validation.data.reports, *validation.rows[:2]
+        reports[second] = reports[first]
+        found = validation(1.0)["valid_loss"]
         rows = np.resize(validation.rows, BATCH)
-        texts = [reports[row].text() for row in rows]
-        names = validation.data.table["volume"].iloc[rows]
+        names, texts = validation.data.table["volume"].iloc[rows].tolist(), [reports[row].text() for row in rows]
         hu = np.stack([kept.read(name) for name in names]).astype(np.float32)
+        classifier = engine.module.objectives["labels"].classifier
         model.eval()
         with torch.no_grad():
             volumes = model.encode_volume(torch.from_numpy(hu.clip(-1000, 1000) / 1000)[:, None])
-            words = model.encode_text(texts)
-            scale = float(model.similarity.scale())
+            words, scale = model.encode_text(texts), model.similarity.scale()
             scores = [classifier(side * scale).sigmoid().double().numpy() for side in (volumes, words)]
-    identity = validation.data.table["scan"].iloc[rows].to_numpy()
-    same = (identity[:, None] == identity) | (np.array(texts)[:, None] == np.array(texts))
-    truth = table.set_index("volume").loc[names, list(labels.names)].to_numpy(dtype=float)
-    classified = np.mean([log_loss(truth.ravel(), side.ravel()) for side in scores])
-    expected = contrastive(volumes.numpy(), words.numpy(), scale, same) + 0.5 * classified
-    assert found["valid_loss"] == pytest.approx(expected, rel=1e-5)
-    blind = contrastive(volumes.numpy(), words.numpy(), scale, np.zeros_like(same)) + 0.5 * classified
-    assert abs(blind - expected) > 0.05, "a loss that forgot the masks would show"
+    assert labels is not None
+    torch.save({
+        "found": found, "scans": cohort.loc[names, "scan"].to_numpy(), "texts": np.array(texts), "scores": scores,
+        "truth": cohort.loc[names, list(labels.names)].to_numpy(dtype=float),
+        "volumes": volumes.numpy(), "words": words.numpy(), "scale": float(scale),
+    }, path)  # fmt: skip
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_the_loss_is_the_training_loss_of_held_out_volumes(
+    store: Path, tmp_path: Path, micro_batch: int | None
+) -> None:
+    """A batch is filled up by repeated scans, and two scans have one wording: none is a negative of the other."""
+    process = FORKED.Process(target=validate, args=(str(store), micro_batch, str(tmp_path / "figures.pt")))
+    process.start()
+    process.join(600)
+    assert process.exitcode == 0
+    made = torch.load(tmp_path / "figures.pt", weights_only=False)
+    scans, texts = made["scans"], made["texts"]
+    assert 2 < len(set(scans)) < BATCH
+    same = (scans[:, None] == scans) | (texts[:, None] == texts)
+    classified = np.mean([log_loss(made["truth"].ravel(), side.ravel()) for side in made["scores"]])
+    sides = made["volumes"], made["words"], made["scale"]
+    assert made["found"] == pytest.approx(contrastive(*sides, same) + 0.5 * classified, rel=1e-5)
+    blind = contrastive(*sides, np.zeros_like(same)) + 0.5 * classified
+    assert abs(blind - made["found"]) > 0.05, "a loss that forgot the masks would show"
 
 
 def changed(store: Path, folder: Path, change: Any) -> Path:
@@ -117,7 +127,7 @@ def validated(store: Path, output: Path, *more: str) -> list[dict[str, Any]]:
     words = command(
         store, output, "training.epochs=0.5", "training.text_warmup.steps=0", "training.validate_every=1000", *more
     )
-    done = Command(words).wait()
+    done = Command(words).wait(600)
     assert done.returncode == 0, done.stderr[-3000:]
     return lines_of(output)
 
