@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ctclip import distributed
 from ctclip.config import EncoderConfig
+from ctclip.errors import ConfigError
 from ctclip.models import by_hand
 from ctclip.models.encoded import Encoded, VolumeEncoder, axis_shape, check_shape
 from ctclip.models.pooling import air_where_padded
@@ -55,7 +56,13 @@ class CTViT(VolumeEncoder):
 
     def __init__(self, config: CTViTConfig, spec: PreprocessingSpec) -> None:
         super().__init__(config, spec)
-        self.plane = tuple(extent // step for extent, step in zip(axis_shape(spec)[1:], config.patch[1:], strict=True))
+        extents = axis_shape(spec)
+        if any(extent % step for extent, step in zip(extents, config.patch, strict=True)):
+            raise ConfigError(
+                f"model.volume.patch={list(config.patch)} does not divide the volumes of spec {spec.name!r} "
+                f"({' x '.join(map(str, extents))} voxels): prepare them with another spec, or choose another patch"
+            )
+        self.plane = tuple(extent // step for extent, step in zip(extents[1:], config.patch[1:], strict=True))
         depth, height, width = config.patch
         inside = depth * height * width
         self.embed = nn.Sequential(nn.LayerNorm(inside), nn.Linear(inside, config.width), nn.LayerNorm(config.width))

@@ -34,6 +34,8 @@ class DualEncoder(nn.Module):
         self.text_projection = _projection(config.projection, text_encoder.width, config.dim)
         self.similarity = Similarity(config)
         self.text_locked = False
+        # Frozen modules, whose buffers (a codebook, statistics of a batch norm) stay as they are too.
+        self.frozen: list[nn.Module] = []
 
     @property
     def spec(self) -> PreprocessingSpec:
@@ -54,8 +56,10 @@ class DualEncoder(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> DualEncoder:
-        """Not even the statistics of a locked text side move."""
+        """Not even the statistics of a locked text side or of frozen layers move."""
         super().train(mode)
+        for module in self.frozen:
+            module.eval()
         if self.text_locked:
             self.similarity.text_standard.eval()
         return self

@@ -88,6 +88,7 @@ def freeze(model: DualEncoder, config: FreezeConfig) -> None:
             if side == "text":
                 model.text_encoder.freeze()
             module.requires_grad_(False)
+            model.frozen.append(module)
             continue
         first, last = (int(part) for part in chosen.split("-"))
         if not first <= last < len(layers):
@@ -95,6 +96,9 @@ def freeze(model: DualEncoder, config: FreezeConfig) -> None:
         for layer in layers[first : last + 1]:
             for part in layer:
                 part.requires_grad_(False)
+                if isinstance(part, nn.Module):
+                    model.frozen.append(part)
+    model.train(model.training)
 
 
 def volume_layers(model: DualEncoder) -> Sequence[Sequence[nn.Module | nn.Parameter]]:

@@ -113,11 +113,7 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
         columns=columns,
         labels=labels if config.reads_labels else None,
     )
-    if data.spec.name != config.preprocessing:
-        raise TrainingError(
-            f"{config.data.store}: prepared with spec {data.spec.name!r}, the configuration wants "
-            f"{config.preprocessing!r}. Run `ctclip preprocess --spec {config.preprocessing}`, or set preprocessing="
-        )
+    _check_spec(config.preprocessing, data.spec, config.data.store)
     distributed.on_main(lambda: open_run(output, config, force=force))
     torch.manual_seed(config.seed)
     model, begins = build_run_model(config, output, data, labels)
@@ -146,6 +142,17 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
     state = engine.parameters()
     distributed.on_main(lambda: save_run_model(output / "model", config, output, model, state))
     return output / "model"
+
+
+def _check_spec(wanted: str, kept: PreprocessingSpec, store: str) -> None:
+    """Raise TrainingError unless a store was prepared as the configuration wants: with the spec of that name, or with
+    that of a file of the user's own."""
+    same = PreprocessingSpec.load(wanted).hash == kept.hash if Path(wanted).is_file() else kept.name == wanted
+    if not same:
+        raise TrainingError(
+            f"{store}: prepared with spec {kept.name!r}, the configuration wants {wanted!r}. Run `ctclip preprocess "
+            f"--spec {wanted}`, or set preprocessing="
+        )
 
 
 def columns_of(config: Config) -> tuple[str, ...]:

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ctclip import distributed
-from ctclip.config import CTViTConfig
 from ctclip.models import by_hand
-from ctclip.models.ctvit import CTViT
+from ctclip.models.ctvit import CTViT, CTViTConfig
 from ctclip.models.vit3d import ViT3D
 from ctclip.training.engine import Engine
 from tests.benchmarks.common import apart, machine, table
 from tests.benchmarks.training import median
-from tests.benchmarks.vit3d import EQUAL, PUBLISHED, products
+from tests.benchmarks.vit3d import EQUAL, PUBLISHED, SPEC, products
 
 HERE = "tests.benchmarks.card"
 CT_RATE_SCANS = 24_128  # of its training split
@@ -31,39 +30,55 @@ ON_A_CARD = {
 def on_a_card(name: str, overrides: list[str], steps: int) -> dict[str, float]:
     """What `ctclip train --plan` says of one card, and the memory and time that steps on random volumes took there."""
     from ctclip.config_files import load_config
-    from ctclip.data.dataset import Batch
+    from ctclip.data.batch import Batch
+    from ctclip.labels import load_labels
     from ctclip.models.dual_encoder import build_model
+    from ctclip.models.encoded import axis_shape
     from ctclip.models.text import train_tokenizer
-    from ctclip.phantom.prevalence import FINDINGS
+    from ctclip.objectives.objective import Context
     from ctclip.preprocessing.spec import PreprocessingSpec
-    from ctclip.prompts import load_prompts
     from ctclip.training.plan import make_plan
-    from ctclip.training.step import ContrastiveStep
+    from ctclip.training.run_model import run_prompts
+    from ctclip.training.step import TrainingStep
 
     config, random = load_config(name, overrides), torch.Generator().manual_seed(0)
     plan, batch = make_plan(config, 1), config.training.batch
-    shape = PreprocessingSpec.load(config.preprocessing).shape
+    spec = PreprocessingSpec.load(config.preprocessing)
     words = [f"word{number}" for number in range(config.model.text.vocabulary)]
     # 20 sentences of 12 words: with their full stops the 256 tokens that the plan counts on, and more than it where a
     # sentence is read at a time.
     drawn = torch.randint(len(words), (batch * config.data.views_per_volume, 20, 12), generator=random).tolist()
     texts = [" ".join(" ".join(words[word] for word in line) + "." for line in text) for text in drawn]
     with distributed.process_group() as device:
-        model = build_model(config.model, train_tokenizer([" ".join(words)], len(words)))
+        model = build_model(config.model, spec, train_tokenizer([" ".join(words)], len(words)))
         if config.training.text_warmup.locks:
             model.lock_text()
-        labels = FINDINGS if config.objectives.reads_labels else ()
-        made = Engine(ContrastiveStep(model, config.objectives, labels, load_prompts(config.prompts)), config, device)
-        numbers = torch.arange(batch, device=device)
+        labels, views = load_labels("ct_rate_18"), config.data.views_per_volume
+        context = Context(model, labels, run_prompts(config, labels))
+        engine = Engine(TrainingStep(context, config.objectives), config, device)
+        of_a_part = len(texts) // engine.parts
+        parts = [texts[first : first + of_a_part] for first in range(0, len(texts), of_a_part)]
+        words = engine.tokenisers.words
+        columns = {}
+        if config.reads("labels"):
+            columns["labels"] = torch.randint(2, (batch, len(labels.names)), generator=random).float().to(device)
+        numbers, body = torch.arange(batch, device=device), model.volume_encoder.body_tokens()
+        volumes = torch.rand(batch, 1, *axis_shape(spec), device=device) * 2 - 1
         data = Batch(
-            torch.rand(batch, 1, *shape, device=device) * 2 - 1, texts, numbers, numbers.repeat_interleave(config.data.views_per_volume),
-            torch.randint(2, (batch, len(labels)), generator=random).float().to(device) if labels else None,
+            volumes, [engine.tokenisers.texts(part) for part in parts], numbers, numbers.repeat_interleave(views),
+            words=None if words is None else [words(part[::views]) for part in parts],
+            body=None if body is None else torch.from_numpy(body.of_volumes(volumes)), columns=columns,
         )  # fmt: skip
+
+        def step() -> None:
+            # Reading the loss back waits for the card.
+            engine.step(data, 0, 100)
+            engine.read()
+
         torch.cuda.reset_peak_memory_stats()
         for _ in range(2):
-            made.step(data, 0, 100)
-        # ``step`` reads the loss back, and so waits for the card.
-        seconds = median(lambda: made.step(data, 0, 100), steps)
+            step()
+        seconds = median(step, steps)
         measured = torch.cuda.max_memory_allocated()
     micro = config.training.micro_batch or batch
     return {
@@ -96,9 +111,12 @@ def encoders_table() -> str:
     rate = 20 * 2 * 8192**3 / _cuda_seconds(lambda: [a @ a for _ in range(20)])
     rows, costs = [], {}
     for kind, encoder in (
-        ("ctvit", CTViT(CTViTConfig())),
-        ("vit3d", ViT3D(EQUAL.model_copy(update={"drop_air": False}))),
-        ("vit3d large", ViT3D(EQUAL.model_copy(update={"drop_air": False, "width": 1024, "heads": 16, "depth": 24}))),
+        ("ctvit", CTViT(CTViTConfig(), SPEC)),
+        ("vit3d", ViT3D(EQUAL.model_copy(update={"drop_air": False}), SPEC)),
+        (
+            "vit3d large",
+            ViT3D(EQUAL.model_copy(update={"drop_air": False, "width": 1024, "heads": 16, "depth": 24}), SPEC),
+        ),
     ):
         encoder.cuda().train()
         batch, best = 1, (0.0, 0.0, 0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,11 @@ def build(checkpointed: bool = False) -> Any:
     """The published model's shape with random weights, every run the same."""
     from transformers import BertConfig, BertModel
 
-    from ctclip.config import CTViTConfig, ModelConfig, TextConfig
-    from ctclip.models.ctvit import CTViT
+    from ctclip.config import ModelConfig, TextConfig
+    from ctclip.models.ctvit import CTViT, CTViTConfig
     from ctclip.models.dual_encoder import DualEncoder
     from ctclip.models.text import TextEncoder, train_tokenizer
+    from ctclip.preprocessing.spec import PreprocessingSpec
 
     torch.manual_seed(0)
     text = TextConfig(pooling="cls", width=768, depth=12, heads=12)
@@ -45,7 +47,9 @@ def build(checkpointed: bool = False) -> Any:
     bert = BertModel(BertConfig(vocab_size=30522), add_pooling_layer=False)
     tokenizer = train_tokenizer(["finding is present .", "finding is not present ."], 60)
     model = DualEncoder(
-        CTViT(volume), TextEncoder(bert, tokenizer, text), ModelConfig(volume=volume, text=text, dim=512)
+        CTViT(volume, PreprocessingSpec.load("ct_clip")),
+        TextEncoder(bert, tokenizer, text),
+        ModelConfig(volume=volume, text=text, dim=512),
     )
     for name, parameter in model.volume_encoder.named_parameters():
         # Scales and biases begin at one and zero, where a fault in them would not show.
@@ -123,9 +127,8 @@ def their_zero_shot(passes: int) -> dict[str, Any]:
 
 
 def our_zero_shot() -> dict[str, Any]:
-    """The same of ``Detector``: prompts embedded once, the volume encoded once."""
-    from ctclip.inference.detector import Detector
-
+    """The same of ``PromptHead``: prompts embedded once, the volume encoded once."""
+    from ctclip.heads.prompts import PromptHead
     from ctclip.prompts import load_prompts
 
     model, given = build().eval(), volume()
@@ -133,10 +136,10 @@ def our_zero_shot() -> dict[str, Any]:
     published = load_prompts("published")
     with torch.inference_mode():
         one = processor_seconds(lambda: model.encode_volume(given), 2)
-        detector = Detector(model, published, names)
-        later = processor_seconds(lambda: detector.detect(given), 1)
-        seconds = processor_seconds(lambda: Detector(model, published, names).detect(given), 1)
-        scores = detector.detect(given).probabilities[0].tolist()
+        head = PromptHead(model, published, names)
+        later = processor_seconds(lambda: head.score(model.encode(given)), 1)
+        seconds = processor_seconds(lambda: PromptHead(model, published, names).score(model.encode(given)), 1)
+        scores = head.probabilities(head.score(model.encode(given)))[0].tolist()
     return {"one": one, "seconds": seconds, "later": later, "scores": scores, "gb": peak_gb()}
 
 
@@ -172,26 +175,28 @@ def training_step(way: str) -> dict[str, float]:
 
 def ranking(volumes: int = 50) -> dict[str, float]:
     """Of phantoms by the published shape with random weights; a smaller grid, to be quick."""
-    from ctclip.inference.detector import Detector
-
-    from ctclip.config import CTViTConfig, ModelConfig, TextConfig
+    from ctclip.config import ModelConfig, TextConfig
+    from ctclip.heads.prompts import PromptHead
+    from ctclip.models.ctvit import CTViTConfig
     from ctclip.models.dual_encoder import build_model
     from ctclip.models.text import train_tokenizer
     from ctclip.phantom.scan import make_scan
+    from ctclip.preprocessing.spec import PreprocessingSpec
     from ctclip.prompts import load_prompts
 
     torch.manual_seed(0)
     config = ModelConfig(
-        volume=CTViTConfig(shape=(120, 240, 240), codebook_size=8192),
+        volume=CTViTConfig(codebook_size=8192),
         text=TextConfig(width=64, depth=2, heads=2, max_tokens=64),
     )
     tokenizer = train_tokenizer(["finding is present .", "finding is not present ."], 60)
-    model = build_model(config, tokenizer).eval()
-    detector = Detector(model, load_prompts("published"), [f"finding {number}" for number in range(ABNORMALITIES)])
+    spec = dataclasses.replace(PreprocessingSpec.load("ct_clip"), shape=(120, 240, 240))
+    model = build_model(config, spec, tokenizer).eval()
+    head = PromptHead(model, load_prompts("published"), [f"finding {number}" for number in range(ABNORMALITIES)])
 
     def chest(patient: int) -> Tensor:
         hu = torch.from_numpy(make_scan(1, patient, scale=8.0).reconstructions[0].hu.astype("float32"))[None, None]
-        return F.interpolate(hu, config.volume.shape, mode="trilinear").clamp(-1000, 1000) / 1000
+        return F.interpolate(hu, spec.shape, mode="trilinear").clamp(-1000, 1000) / 1000
 
     with torch.inference_mode():
         # A trained codebook lies where tokens do; random rows are all equally far from any.
@@ -200,34 +205,32 @@ def ranking(volumes: int = 50) -> dict[str, float]:
             [encoder.encode(encoder.patches(chest(patient))) for patient in range(volumes, volumes + 11)]
         )
         encoder.codebook.rows.copy_(F.normalize(tokens.flatten(0, 3)[: config.volume.codebook_size], dim=-1))
-    return _ranked(detector, (chest(patient) for patient in range(volumes)))
+    return _ranked(head, (chest(patient) for patient in range(volumes)))
 
 
 def ranking_of(model: str, store: str, volumes: int = 50) -> dict[str, float]:
     """Of a trained model on one stored volume of each of the first held-out scans."""
-    from ctclip.inference.detector import Detector
-
+    from ctclip.heads.folder import PROMPTS, load_head
     from ctclip.inference.scans import StoredScans
     from ctclip.models.folder import load_model
     from ctclip.preprocessing.store import VolumeStore
-    from ctclip.prompts import load_prompts
 
     loaded = load_model(Path(model))
     scans = StoredScans(VolumeStore(Path(store)), "valid", loaded.spec, Path(model))
-    scans.rows = scans.rows.drop_duplicates("scan").head(volumes).reset_index(drop=True)
-    detector = Detector(loaded.model, load_prompts(loaded.prompts or "report_style"))
-    return _ranked(detector, (torch.from_numpy(scans.voxels(row)[0])[None, None] for row in range(len(scans.rows))))
+    scans.table = scans.table.drop_duplicates("scan").head(volumes).reset_index(drop=True)
+    head = load_head(loaded.path, PROMPTS, loaded.model)
+    return _ranked(head, (torch.from_numpy(scans.voxels(row)[0])[None, None] for row in range(len(scans.table))))
 
 
-def _ranked(detector: Any, volumes: Iterable[Tensor]) -> dict[str, float]:
+def _ranked(head: Any, volumes: Iterable[Tensor]) -> dict[str, float]:
     """Rank correlation of float32 and bfloat16 scores over volumes, for each abnormality."""
     from scipy.stats import spearmanr
 
     whole, half = [], []
     for given in volumes:
-        whole.append(detector.detect(given).margins[0])
+        whole.append(head.score(head.model.encode(given))[0])
         with torch.autocast("cpu", torch.bfloat16):
-            half.append(detector.detect(given).margins[0].float())
+            half.append(head.score(head.model.encode(given))[0].float())
     a, b = torch.stack(whole), torch.stack(half)
     found = [float(spearmanr(a[:, column], b[:, column]).statistic) for column in range(a.shape[1])]
     return {"lowest": min(found), "mean": sum(found) / len(found), "difference": float((a - b).abs().max()), "spread": float(a.std(dim=0).mean())}  # fmt: skip
@@ -237,15 +240,17 @@ def large_batch(batch: int) -> dict[str, float]:
     """Peak memory and seconds of one step of ``batch`` full-size volumes, encoded one at a time (GradCache)."""
     from ctclip import distributed
     from ctclip.config import Config
-    from ctclip.data.dataset import Batch
+    from ctclip.data.batch import Batch
+    from ctclip.objectives.objective import Context
     from ctclip.training.engine import Engine
-    from ctclip.training.step import ContrastiveStep
+    from ctclip.training.step import TrainingStep
 
     with distributed.process_group() as device:
         config = Config.model_validate({"training": {"batch": batch, "micro_batch": 1, "zero": {"stage": 1}}})
-        engine = Engine(ContrastiveStep(build(checkpointed=True), config.objectives), config, device)
-        given = Batch(volume().expand(batch, -1, -1, -1, -1).contiguous(), [f"finding {i} is present." for i in range(batch)],
-                      torch.arange(batch), torch.arange(batch), None)  # fmt: skip
+        engine = Engine(TrainingStep(Context(build(checkpointed=True)), config.objectives), config, device)
+        tokens = [engine.tokenisers.texts([f"finding {i} is present."]) for i in range(batch)]
+        volumes = volume().expand(batch, -1, -1, -1, -1).contiguous()
+        given = Batch(volumes, tokens, torch.arange(batch), torch.arange(batch))
         return {"seconds": processor_seconds(lambda: engine.step(given, 0, 10), 1), "gb": peak_gb()}
 
 

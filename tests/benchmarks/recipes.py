@@ -27,16 +27,16 @@ from ctclip.preprocessing.files import written_beside
 from tests.benchmarks.common import machine, table
 
 # As in phantom_published.
-CTVIT = "{kind: ctvit, shape: [64, 80, 112], patch: [8, 16, 16], width: 192, spatial_depth: 2, temporal_depth: 2, heads: 6, codebook_size: 1024}"  # fmt: skip
+CTVIT = "{kind: ctvit, patch: [8, 16, 16], width: 192, spatial_depth: 2, temporal_depth: 2, heads: 6, codebook_size: 1024}"  # fmt: skip
 CALCIUM = "model.volume.windows=[[-1000, 1000], [-1000, -500], [-160, 240], [130, 600]]"
 # Name -> configuration and what is changed in it.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "phantom_tiny": ("phantom_tiny",),
     "phantom_labels": ("phantom_labels",),
     "phantom_published": ("phantom_published",),
-    "negatives of 8 alone": ("phantom_tiny", "objectives.memory=0", "objectives.negatives=8"),
-    "texts of the batch alone": ("phantom_tiny", "objectives.memory=0"),
-    "positives by position": ("phantom_tiny", "objectives.by_identity=false"),
+    "negatives of 8 alone": ("phantom_tiny", "objectives.clip={negatives: 8}"),
+    "texts of the batch alone": ("phantom_tiny", "objectives.clip.queue=0"),
+    "positives by position": ("phantom_tiny", "objectives.clip.by_identity=false"),
     "stem not pooled": ("phantom_tiny", "model.volume.pool_stem=false"),
     "no extremes": ("phantom_tiny", "model.volume.extremes=false"),
     "calcium window": ("phantom_tiny", CALCIUM),
@@ -47,14 +47,14 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     # The recipe's report is the mean of its sentences, which no order changes.
     "reports read whole": ("phantom_tiny", "model.text.chunks=full"),
     "reports read whole shuffled": ("phantom_tiny", "model.text.chunks=full", "data.shuffle_sentences=true"),
-    "siglip": ("phantom_tiny", "objectives={clip: 0, siglip: 1}"),
-    "convirt": ("phantom_tiny", "objectives={clip: 0, convirt: 1}", "model.projection=mlp"),
+    "siglip": ("phantom_tiny", "objectives={siglip: 1}"),
+    "convirt": ("phantom_tiny", "objectives={convirt: 1}", "model.projection=mlp"),
     "captioning beside": ("phantom_tiny", "objectives.captioning=0.3"),
     "masked words beside": ("phantom_tiny", "objectives.mlm=0.3"),
     "labels beside": ("phantom_tiny", "objectives.labels=1"),
     "labels of the prompts beside": ("phantom_tiny", "objectives.prompts=2"),
-    "labels of the prompts first": ("phantom_tiny", "objectives.prompts=2", "objectives.labels_first=0.4"),
-    "labels alone": ("phantom_tiny", "objectives.labels=1", "objectives.labels_first=0.999"),
+    "labels of the prompts first": ("phantom_tiny", "objectives.prompts=2", "objectives.clip.begin=0.4"),
+    "labels alone": ("phantom_tiny", "objectives.labels=1", "objectives.clip.begin=0.999"),
     "text goes on learning": ("phantom_tiny", "training.text_warmup.lock=false", "training.text_learning_rate=1e-4"),
     "no text warm-up": ("phantom_tiny", "training.text_warmup.steps=0", "training.text_learning_rate=1e-3"),
     "not standardised": ("phantom_tiny", "model.standardise=false"),
@@ -126,7 +126,7 @@ def run(name: str, changes: tuple[str, ...], seed: int, chosen: argparse.Namespa
 
 def histogram(chosen: argparse.Namespace) -> Figures:
     """The histogram control on the store: AUROC a label of a supervised classifier that sees HU histograms alone."""
-    from ctclip.data.dataset import stored_rows
+    from ctclip.data.dataset import stored_volumes
     from ctclip.evaluation.protocol import load_protocol
     from ctclip.evaluation.run_evaluation import histogram_control
     from ctclip.preprocessing.store import VolumeStore
@@ -134,7 +134,7 @@ def histogram(chosen: argparse.Namespace) -> Figures:
     if known := _recorded(chosen.recorded, HISTOGRAM, 0, 0):
         return known
     store = VolumeStore(chosen.store)
-    found = histogram_control(store, stored_rows(store, "valid"), load_protocol("phantom"))
+    found = histogram_control(store, stored_volumes(store, "valid"), load_protocol("phantom"))
     return {
         "variant": HISTOGRAM, "seed": 0, "epochs": 0, "learned from": "labels",
         "AUROC": found["histogram_mean_auroc"], **found["histogram_auroc"],

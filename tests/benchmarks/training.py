@@ -19,11 +19,12 @@ import torch
 
 from ctclip import distributed
 from ctclip.training.engine import Engine
+from ctclip.training.step import pairs_of, parts_of
 from tests.benchmarks.common import ONE_THREAD, apart, machine, peak_gb, table
 
 MODEL = {
     "dim": 64, "standardise": True,
-    "volume": {"kind": "vit3d", "spacing": [4.5, 3.2, 3.2], "patch": [4, 4, 4], "stages": [[32, 1], [96, 1]], "width": 192, "depth": 1,
+    "volume": {"kind": "vit3d", "patch": [4, 4, 4], "stages": [[32, 1], [96, 1]], "width": 192, "depth": 1,
                "heads": 6, "registers": 2, "windows": [[-1000, 1000], [-160, 240]], "pooling": ["mean", "max"]},
     "text": {"width": 128, "depth": 2, "heads": 4, "max_tokens": 64},
 }  # fmt: skip
@@ -45,30 +46,34 @@ LONG = " ".join(TEXTS * 3).split()[:48]
 def build(
     batch: int,
     stage: int = 1,
-    shape: tuple[int, ...] = SHAPE,
+    shape: tuple[int, int, int] = SHAPE,
     objectives: dict[str, float] | None = None,
     long: bool = False,
 ) -> tuple[Any, Any, Any]:
     """Configuration, step module and one rank's batch on fixed data; ``long``: reports that fill the text encoder."""
     from ctclip.config import Config
-    from ctclip.data.dataset import Batch
+    from ctclip.data.batch import Batch
     from ctclip.models.dual_encoder import build_model
     from ctclip.models.text import train_tokenizer
-    from ctclip.training.step import ContrastiveStep
+    from ctclip.objectives.objective import Context
+    from ctclip.preprocessing.spec import PreprocessingSpec
+    from ctclip.training.step import TrainingStep
 
-    wanted = {"model": MODEL, "training": {"batch": batch, "zero": {"stage": stage}}, "objectives": objectives or {}}
-    config = Config.model_validate(wanted)
+    training = {"batch": batch, "zero": {"stage": stage}}
+    config = Config.model_validate(
+        {"model": MODEL, "training": training, "objectives": {"clip": 1, **(objectives or {})}}
+    )
     torch.manual_seed(0)
-    step = ContrastiveStep(build_model(config.model, train_tokenizer(TEXTS * 4, 100)), config.objectives)
+    spec = PreprocessingSpec("benchmark", spacing=(4.5, 3.2, 3.2), shape=shape)
+    model = build_model(config.model, spec, train_tokenizer(TEXTS * 4, 100))
+    step = TrainingStep(Context(model), config.objectives)
     share = batch // distributed.world_size()
     volumes = torch.rand(share, 1, *shape) * 2 - 1
     texts = [" ".join(LONG[i:] + LONG[:i]) if long else f"{TEXTS[i % 4]} {i}" for i in range(share)]
     first = distributed.rank() * share
-    return (
-        config,
-        step,
-        Batch(volumes, texts, torch.arange(first, first + share), torch.arange(first, first + share), None),
-    )
+    numbers = torch.arange(first, first + share)
+    words = [step.words(texts)] if step.reads_words else None
+    return config, step, Batch(volumes, [model.text_encoder.tokenise(texts)], numbers, numbers, words=words)
 
 
 def checkpoints(batch: int, steps: int) -> dict[str, float]:
@@ -106,12 +111,11 @@ def both(batch: int, steps: int) -> dict[str, float]:
         config, step, data = build(batch, 0)
         made = Engine(step, config, device)
         _, other, _ = build(batch)
-        optimizer = torch.optim.AdamW(other.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6)
+        optimizer = torch.optim.AdamW(other.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, fused=True)
         other.train()
 
         def plain() -> None:
-            tokens = other.model.text_encoder.tokenise(data.texts)
-            loss, _ = other("step", volumes=data.volumes, tokens=tokens, scans=data.scans, text_identities=data.text_identities)  # fmt: skip
+            loss, _ = other(parts_of(data, 1)[0], pairs_of(data), progress=0.0)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
@@ -283,13 +287,12 @@ def memory(settings: dict[str, Any]) -> list[dict[str, float]]:
     for objectives in settings["objectives"]:
         given = (share * ranks, 0, SMALL, objectives, True)
         config, step, data = build(*given)
-        inputs = {"volumes": data.volumes, "tokens": step.model.text_encoder.tokenise(data.texts), "words": step.words(data.texts)}  # fmt: skip
         # Attention as matrix products: torch does not count the processor's own kernel for it.
         with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
-            step("step", **inputs, scans=data.scans, text_identities=data.text_identities)[0].backward()
+            step(parts_of(data, 1)[0], pairs_of(data), progress=0.0)[0].backward()
         flops = counted.get_total_flops() / share
         plan = plan_of(step, config, SMALL, ranks, card=False)
-        del config, step, data, inputs
+        del config, step, data
         for stage in settings["stages"]:
             gc.collect()
             allocated = _allocated(lambda given=given, stage=stage: _steps(given[0], stage, *given[2:]))

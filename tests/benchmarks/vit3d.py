@@ -16,18 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ctclip.config import CTViTConfig, ViT3DConfig
 from ctclip.models import vit3d
-from ctclip.models.ctvit import CTViT
-from ctclip.models.vit3d import ViT3D, outside_air
+from ctclip.models.ctvit import CTViT, CTViTConfig
+from ctclip.models.vit3d import ViT3D, ViT3DConfig
+from ctclip.preprocessing.spec import PreprocessingSpec
 from tests.benchmarks.common import apart, peak_gb, processor_seconds, table
 
 HERE = "tests.benchmarks.vit3d"
-PUBLISHED = (240, 480, 480)
+SPEC = PreprocessingSpec.load("ct_clip")
+PUBLISHED = SPEC.shape
 REAL = Path(__file__).parents[3] / "shared" / "ct" / "dicom"
 # As many parameters as the published encoder on its grid of 24 x 24 x 24 tokens; every third layer is between windows.
 EQUAL = ViT3DConfig(
-    patch=(10, 20, 20), stages=(), width=512, heads=8, depth=7, spacing=(1.5, 0.75, 0.75), window=(4, 6, 6), global_every=3,
+    patch=(10, 20, 20), stages=(), width=512, heads=8, depth=7, window=(4, 6, 6), global_every=3,
     global_over="windows", drop_air=True, pooling=("attention", "mean"),
 )  # fmt: skip
 LAST = {"global_every": EQUAL.depth, "global_over": "tokens"}
@@ -60,16 +61,26 @@ def at_equal_parameters() -> dict[str, Any]:
     volume, found = chest(), {}
     torch.manual_seed(0)
     encoders = {
-        "ctvit": CTViT(CTViTConfig()),
-        "vit3d, all tokens": ViT3D(EQUAL.model_copy(update={"drop_air": False})),
-        "vit3d, air left out": ViT3D(EQUAL),
-        "vit3d, air left out, the last layer over all tokens": ViT3D(EQUAL.model_copy(update=LAST)),
+        "ctvit": CTViT(CTViTConfig(), SPEC),
+        "vit3d, all tokens": ViT3D(EQUAL.model_copy(update={"drop_air": False}), SPEC),
+        "vit3d, air left out": ViT3D(EQUAL, SPEC),
+        "vit3d, air left out, the last layer over all tokens": ViT3D(EQUAL.model_copy(update=LAST), SPEC),
     }
     for name, encoder in encoders.items():
         parameters = sum(p.numel() for p in encoder.parameters()) / 1e6
         found[name] = {"parameters": parameters, "operations": operations(encoder, volume), **_seconds(encoder, volume)}
-    air = float(outside_air(volume, EQUAL.patch, EQUAL.hu_window).float().mean())
+    air = left_out(encoders["vit3d, air left out"], volume)
     return {"rows": found, "air": air, "rate": matmul_rate()}
+
+
+def left_out(encoder: Any, volume: Tensor) -> float:
+    """Share of the tokens that are air outside the body."""
+    return 1 - float(encoder.body_tokens().of_volumes(volume).mean())
+
+
+def cube(side: int) -> PreprocessingSpec:
+    """Volumes of ``side`` ^ 3 voxels."""
+    return PreprocessingSpec("cube", spacing=(1.5, 1.5, 1.5), shape=(side, side, side))
 
 
 def _fused_attention(query: Any, key: Any, *_: Any, **__: Any) -> int:
@@ -112,8 +123,9 @@ WAYS = {
 def of_tokens(grids: list[int]) -> list[dict[str, float]]:
     """Seconds of encoding n ^ 3 tokens for each n of ``grids``, in each of the ways."""
     found = []
-    encoders = {name: ViT3D(SMALL.model_copy(update=changes)).eval() for name, (_, changes) in WAYS.items()}
     for side in grids:
+        spec = cube(4 * side)
+        encoders = {name: ViT3D(SMALL.model_copy(update=changes), spec).eval() for name, (_, changes) in WAYS.items()}
         volume = torch.rand(1, 1, 4 * side, 4 * side, 4 * side) * 2 - 1
         with torch.inference_mode():
             row = {name: processor_seconds(lambda e=e, v=volume: e(v), 1) for name, e in encoders.items()}
@@ -125,7 +137,7 @@ def one_layer(way: str) -> dict[str, float]:
     """Seconds and peak memory of a layer's forward and backward over 24 ^ 3 tokens."""
     torch.manual_seed(0)
     config = SMALL.model_copy(update={"depth": 1, "global_every": 2, "window": None if way == "full" else SMALL.window})
-    encoder, volume = ViT3D(config), torch.rand(1, 1, 96, 96, 96) * 2 - 1
+    encoder, volume = ViT3D(config, cube(96)), torch.rand(1, 1, 96, 96, 96) * 2 - 1
     place = torch.stack(torch.meshgrid(*[torch.arange(24)] * 3, indexing="ij"), dim=-1).flatten(0, 2)
     window = place // torch.tensor(SMALL.window)
     own, before = vit3d.Block.forward, peak_gb()
@@ -144,18 +156,19 @@ def air() -> list[list[str]]:
     """Share of tokens left out, and the speed that gives, of a phantom and of real chests where they lie beside us."""
     from ctclip.preprocessing import prepare
 
-    config = ViT3DConfig(patch=(8, 16, 16), stages=(), width=384, heads=6, depth=8, spacing=(3.0, 1.5, 1.5), drop_air=True)  # fmt: skip
-    given = {"phantom": chest((112, 224, 224))}
+    spec = PreprocessingSpec.load("ct_224")
+    config = ViT3DConfig(patch=(8, 16, 16), stages=(), width=384, heads=6, depth=8, drop_air=True)
+    given = {"phantom": chest(spec.shape)}
     for folder in sorted(REAL.glob("lungdx_*")):
-        given[folder.name] = torch.from_numpy(prepare(folder, "ct_224").voxels)[None, None]
+        given[folder.name] = torch.from_numpy(prepare(folder, spec).voxels)[None, None]
     torch.manual_seed(0)
-    drops, rows = ViT3D(config), []
-    keeps = ViT3D(config.model_copy(update={"drop_air": False}))
+    drops, rows = ViT3D(config, spec), []
+    keeps = ViT3D(config.model_copy(update={"drop_air": False}), spec)
     keeps.load_state_dict(drops.state_dict())
     for name, volume in given.items():
         with torch.inference_mode():
             cosine = float(F.cosine_similarity(drops.eval()(volume).pooled, keeps.eval()(volume).pooled))
-        share = float(outside_air(volume, config.patch, config.hu_window).float().mean())
+        share = left_out(drops, volume)
         a, b = _seconds(keeps, volume), _seconds(drops, volume)
         rows.append([name, f"{100 * share:.0f} %", f"{a['encoding'] / b['encoding']:.2f} x", f"{a['step'] / b['step']:.2f} x", f"{cosine:.3f}"])  # fmt: skip
     return rows

@@ -18,28 +18,25 @@ from tests.benchmarks.common import best_of, machine, table
 
 def detection(model: Path, store: Path, volumes: int) -> tuple[float, float]:
     """Seconds of encoding stored volumes once, and of detecting the 18 abnormalities in them; taken in turn."""
-    from ctclip.inference.detector import Detector
-
+    from ctclip.heads.folder import PROMPTS, load_head
     from ctclip.inference.run import batches, detect
     from ctclip.inference.scans import StoredScans
     from ctclip.models.folder import load_model
     from ctclip.preprocessing.store import VolumeStore
-    from ctclip.prompts import load_prompts
 
     loaded = load_model(model)
     scans = StoredScans(VolumeStore(store), None, loaded.spec, model)
-    scans.rows = scans.rows.head(volumes).reset_index(drop=True)
-    prompts = load_prompts(loaded.prompts or "report_style")
+    scans.table = scans.table.head(volumes).reset_index(drop=True)
 
     def encode() -> None:
         with torch.inference_mode():
-            for _, voxels, _ in batches(scans, list(range(len(scans.rows))), 8, {}):
+            for _, voxels, _ in batches(scans, list(range(len(scans.table))), 8, {}):
                 loaded.model.encode_volume(torch.from_numpy(voxels))
 
     def detected() -> None:
         # With the prompts embedded, the table written and joined: all that the command does after start-up.
         with tempfile.TemporaryDirectory() as folder:
-            detect(loaded, Detector(loaded.model, prompts), scans, Path(folder))
+            detect(loaded, load_head(loaded.path, PROMPTS, loaded.model), scans, Path(folder))
 
     encode()
     times = [(best_of(encode, 1), best_of(detected, 1)) for _ in range(3)]

@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("worker.py")
 ONE_STEP = {"linear": True, "steps": [0, 1]}
-LABELLED = {"labels": 1, "prompts": 1}
+LABELLED = {"objectives": {"clip": 1, "labels": 1, "prompts": 1}}
+QUEUE = {"objectives": {"clip": {"queue": 12}}}
 CLIPPED = {**ONE_STEP, "gradient_clip": 0.01}
 ALONE: list[dict[str, Any]] = [
     {"name": "alone"},
     {"name": "alone linear", "linear": True},
     {"name": "alone warm", "warm_up": True},
-    {"name": "alone with memory", "memory": 12},
+    {"name": "alone with queue", **QUEUE},
     {"name": "alone labelled", **LABELLED},
     {"name": "plain labelled", **LABELLED, **ONE_STEP},
     {"name": "refused", "micro_batch": 2},
@@ -48,8 +49,8 @@ TOGETHER: list[dict[str, Any]] = [
     {"name": "one at 0, two at 3", "resume": "one at 0", "stage": 3, "steps": [3, 5]},
     {"name": "one at 1, two at 2", "resume": "one at 1", "stage": 2, "steps": [3, 5]},
     {"name": "warm", "warm_up": True},
-    {"name": "memory", "memory": 12, "stage": 2},
-    {"name": "memory before", "memory": 12, "stage": 3, "steps": [0, 3]},
+    {"name": "queue", **QUEUE, "stage": 2},
+    {"name": "queue before", **QUEUE, "stage": 3, "steps": [0, 3]},
     *({"name": f"labelled {stage}", **LABELLED, "stage": stage} for stage in (1, 3)),
     {"name": "labelled chunks", **LABELLED, **ONE_STEP, "micro_batch": 2, "stage": 3},
     {"name": "codes on two", "codes": True, "stage": 2},
@@ -59,7 +60,7 @@ TOGETHER: list[dict[str, Any]] = [
     {"name": "compiled", "compile": True, "stage": 2},
 ]
 ALONE_AGAIN: list[dict[str, Any]] = [
-    {"name": "memory after", "memory": 12, "resume": "memory before", "steps": [3, 5]},
+    {"name": "queue after", **QUEUE, "resume": "queue before", "steps": [3, 5]},
     {"name": "two at 3, one at 0", "resume": "two at 3", "stage": 0, "steps": [3, 5]},
     {"name": "two at 2, one at 3", "resume": "two at 2", "stage": 3, "steps": [3, 5]},
 ]
@@ -131,9 +132,9 @@ def test_a_run_goes_on_at_another_stage_and_number_of_ranks(results: Path, befor
 
 
 def test_texts_of_earlier_steps_are_remembered_alike(results: Path) -> None:
-    assert_same(results, "memory", "alone with memory")
-    assert_same(results, "memory after", "alone with memory", before="memory before")
-    assert losses(results, "memory")[1] > losses(results, "alone")[1] + 0.1
+    assert_same(results, "queue", "alone with queue")
+    assert_same(results, "queue after", "alone with queue", before="queue before")
+    assert losses(results, "queue")[1] > losses(results, "alone")[1] + 0.1
 
 
 @pytest.mark.parametrize("stage", [1, 3])

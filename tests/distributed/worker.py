@@ -31,9 +31,10 @@ MODEL = {
 
 # The published encoder, whose codes move without gradients.
 CODES = {
-    "kind": "ctvit", "shape": [8, 8, 8], "patch": [4, 4, 4], "width": 12, "spatial_depth": 1, "temporal_depth": 1,
+    "kind": "ctvit", "patch": [4, 4, 4], "width": 12, "spatial_depth": 1, "temporal_depth": 1,
     "heads": 2, "head_width": 8, "codebook_size": 8,
 }  # fmt: skip
+SHAPE = (8, 8, 8)
 
 
 def main() -> None:
@@ -48,32 +49,41 @@ def run(case: dict[str, Any], folder: Path, device: torch.device) -> None:
     from ctclip.config import TextWarmupConfig
     from ctclip.data.reports import Report
     from ctclip.errors import ConfigError
+    from ctclip.labels import labels_of_columns
     from ctclip.models.dual_encoder import build_model
     from ctclip.models.text import train_tokenizer
+    from ctclip.objectives.objective import Context
     from ctclip.phantom.prevalence import FINDINGS
+    from ctclip.preprocessing.spec import PreprocessingSpec
     from ctclip.prompts import load_prompts
     from ctclip.training.engine import Engine
-    from ctclip.training.step import ContrastiveStep
+    from ctclip.training.step import TrainingStep
     from ctclip.training.text_warmup import warm_up_text
 
     config = configuration(case)
     torch.manual_seed(0)
-    model = build_model(config.model, train_tokenizer(TEXTS * 4, 80))
+    spec = PreprocessingSpec("test", spacing=(1.5, 1.5, 3.0), shape=SHAPE)
+    model = build_model(config.model, spec, train_tokenizer(TEXTS * 4, 80))
     # A normalisation takes these two away again: their exact gradient is zero, and Adam would make steps of its rounding.
     model.text_encoder.bert.encoder.layer[-1].output.LayerNorm.bias.requires_grad_(False)
     if hasattr(getattr(getattr(model.volume_encoder, "stem", None), "embed", None), "bias"):
         model.volume_encoder.stem.embed.bias.requires_grad_(False)
     if case.get("warm_up"):
-        reports = [Report(f"{text} {TEXTS[-index]}", f"{text} again {index}.") for index, text in enumerate(TEXTS)]
+        reports = [
+            Report({"findings": f"{text} {TEXTS[-index]}", "impression": f"{text} again {index}."})
+            for index, text in enumerate(TEXTS)
+        ]
         warm_up_text(model, reports, TextWarmupConfig(steps=3, batch=8, learning_rate=1e-4), seed=0, device=device)
     resumed = load_file(folder / f"{case['resume']}.safetensors") if "resume" in case else None
     try:
-        step = ContrastiveStep(model, config.objectives, FINDINGS[:3], load_prompts("report_style"))
-        engine = Engine(step, config, device, resumed)
+        context = Context(model, labels_of_columns("test", FINDINGS[:3]), load_prompts("report_style"))
+        engine = Engine(TrainingStep(context, config.objectives), config, device, resumed)
     except ConfigError as error:
         return write(folder, case["name"], {"refused": str(error)}, {})
     first, last = case.get("steps", (0, 5))
-    losses = [engine.step(batch(number), number, 5)["loss"] for number in range(first, last)]
+    for number in range(first, last):
+        engine.step(batch(number, engine.tokenisers), number, 5)
+    losses = [logged["loss"] for logged in engine.read()]
     return write(folder, case["name"], {"losses": losses}, engine.state())
 
 
@@ -91,30 +101,42 @@ def configuration(case: dict[str, Any]) -> Any:
         "batch": BATCH, "learning_rate": 5e-4, "zero": {"stage": stage, "offload": case.get("offload", False)},
         **{key: case[key] for key in ("micro_batch", "precision", "compile", "gradient_clip") if key in case},
     }  # fmt: skip
-    objectives = {name: case.get(name, 0) for name in ("memory", "labels", "prompts")}
-    return Config.model_validate({"model": {**MODEL, "volume": volume}, "training": training, "objectives": objectives})
+    model = {**MODEL, "volume": volume}
+    return Config.model_validate(
+        {"model": model, "training": training, "objectives": case.get("objectives", {"clip": 1})}
+    )
 
 
-def batch(step: int) -> Any:
+def batch(step: int, tokenisers: Any) -> Any:
     """This rank's share of a global batch: eight of sixteen scans, each a bright cell in noise at a place of its own."""
-    from ctclip.data.dataset import Batch
+    from ctclip.data.batch import Batch
 
     random = torch.Generator().manual_seed(step)
     rows = torch.randperm(len(TEXTS), generator=random)[:BATCH]
-    volumes = 0.2 * torch.rand(BATCH, 1, 8, 8, 8, generator=random) - 0.9
+    volumes = 0.2 * torch.rand(BATCH, 1, *SHAPE, generator=random) - 0.9
     for volume, row in zip(volumes, rows.tolist(), strict=True):
         z, y, x = 4 * (row // 8), 4 * (row // 4 % 2), 4 * (row // 2 % 2)
         volume[0, z : z + 4, y : y + 4, x : x + 4] += 0.7 + row % 2
     labels = (rows[:, None] >> torch.arange(3) & 1).float()
     share = BATCH // distributed.world_size()
     mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
-    return Batch(volumes[mine], [TEXTS[row] for row in rows[mine]], rows[mine], rows[mine], labels[mine])
+    texts = [TEXTS[row] for row in rows[mine]]
+    size = share // tokenisers.parts
+    parts = [texts[first : first + size] for first in range(0, share, size)]
+    return Batch(
+        volumes[mine],
+        [tokenisers.texts(part) for part in parts],
+        rows[mine],
+        rows[mine],
+        words=None if tokenisers.words is None else [tokenisers.words(part) for part in parts],
+        columns={"labels": labels[mine]},
+    )
 
 
-def write(folder: Path, name: str, said: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+def write(folder: Path, name: str, outcome: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
     if distributed.is_main():
         save_file(state, folder / f"{name}.safetensors")
-        (folder / f"{name}.json").write_text(json.dumps(said))
+        (folder / f"{name}.json").write_text(json.dumps(outcome))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def run(*command: object, module: str = "ctclip") -> subprocess.CompletedProcess
         capture_output=True,
         text=True,
         env=environment,
-        timeout=300,
+        timeout=900,
         check=False,
     )
 

@@ -8,15 +8,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from ctclip.inference.detector import Detector
 
 import ctclip
 from ctclip.cli import main
 from ctclip.errors import DataError, PromptError
 from ctclip.evaluation.tables import read_embeddings
+from ctclip.heads.folder import load_head
+from ctclip.heads.head import Head
+from ctclip.heads.prompts import PromptHead
 from ctclip.inference.run import detect
 from ctclip.inference.scans import ScanFiles, StoredScans
-from ctclip.models.folder import load_model
+from ctclip.models.folder import ModelFolder, load_model
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.prompts import load_prompts
 
@@ -35,6 +37,10 @@ def typed(*arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
+def loaded_head(loaded: ModelFolder) -> Head:
+    return load_head(loaded.path, "prompts", loaded.model)
+
+
 def scans_of(cohort: Path, count: int) -> list[Path]:
     return sorted((cohort / "dataset").rglob("*.nii.gz"))[:count]
 
@@ -42,9 +48,9 @@ def scans_of(cohort: Path, count: int) -> list[Path]:
 def test_detection_goes_on_where_it_was_interrupted(model: Path, store: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("ctclip.inference.run.PART_BATCHES", 1)
     loaded = load_model(model)
-    detector = Detector(loaded.model, load_prompts("report_style"))
+    head = loaded_head(loaded)
     scans = StoredScans(VolumeStore(store), None, loaded.spec, model)
-    whole = detect(loaded, detector, scans, tmp_path / "whole", batch=4).table()
+    whole = detect(loaded, head, scans, tmp_path / "whole", batch=4).table()
     asked: list[int] = []
     honest = StoredScans.voxels
 
@@ -56,11 +62,11 @@ def test_detection_goes_on_where_it_was_interrupted(model: Path, store: Path, tm
 
     monkeypatch.setattr(StoredScans, "voxels", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        detect(loaded, detector, scans, tmp_path / "again", batch=4)
+        detect(loaded, head, scans, tmp_path / "again", batch=4)
     assert not (tmp_path / "again" / "predictions.csv").exists()
     before = len(asked)
-    found = detect(loaded, detector, scans, tmp_path / "again", batch=4)
-    assert len(asked) - before < len(scans.rows)
+    found = detect(loaded, head, scans, tmp_path / "again", batch=4)
+    assert len(asked) - before < len(scans.table)
     pd.testing.assert_frame_equal(found.table(), whole)
     assert not (tmp_path / "again" / "parts").exists()
 
@@ -76,7 +82,7 @@ def test_what_an_interrupted_run_left_is_not_taken_for_other_scans(
         for name, path in zip(("x.nii.gz", "y.nii.gz"), contents, strict=True):
             (folder / name).write_bytes(path.read_bytes())
     loaded = load_model(model)
-    detector = Detector(loaded.model, load_prompts("report_style"))
+    head = loaded_head(loaded)
     honest = ScanFiles.voxels
 
     def interrupted(self: ScanFiles, index: int):
@@ -87,10 +93,10 @@ def test_what_an_interrupted_run_left_is_not_taken_for_other_scans(
     with monkeypatch.context() as patched:
         patched.setattr(ScanFiles, "voxels", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            detect(loaded, detector, ScanFiles([folders[0]], loaded.spec), tmp_path / "out", batch=1)
+            detect(loaded, head, ScanFiles([folders[0]], loaded.spec), tmp_path / "out", batch=1)
     assert list((tmp_path / "out" / "parts").rglob("*.parquet")), "the first of them was done"
-    found = detect(loaded, detector, ScanFiles([folders[1]], loaded.spec), tmp_path / "out", batch=1).table()
-    alone = detect(loaded, detector, ScanFiles([third], loaded.spec), tmp_path / "alone").table()
+    found = detect(loaded, head, ScanFiles([folders[1]], loaded.spec), tmp_path / "out", batch=1).table()
+    alone = detect(loaded, head, ScanFiles([third], loaded.spec), tmp_path / "alone").table()
     assert list(found["volume"]) == ["x", "y"]
     assert found["Emphysema"][0] == pytest.approx(alone["Emphysema"][0], abs=1e-6)
 
@@ -99,7 +105,7 @@ def test_memory_does_not_grow_with_the_number_of_scans(model: Path, tmp_path: Pa
     class Many:
         def __init__(self, count: int) -> None:
             names = [f"v{index:04d}" for index in range(count)]
-            self.rows = pd.DataFrame({"volume": names, "patient": names, "scan": names})
+            self.table = pd.DataFrame({"volume": names, "patient": names, "scan": names})
 
         def origin(self) -> str:
             return ""
@@ -111,10 +117,10 @@ def test_memory_does_not_grow_with_the_number_of_scans(model: Path, tmp_path: Pa
         return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) / 1024
 
     loaded = load_model(model)
-    detector = Detector(loaded.model, load_prompts("report_style"))
-    detect(loaded, detector, Many(16), tmp_path / "few")
+    head = loaded_head(loaded)
+    detect(loaded, head, Many(16), tmp_path / "few")
     before = resident()
-    found = detect(loaded, detector, Many(160), tmp_path / "many")
+    found = detect(loaded, head, Many(160), tmp_path / "many")
     assert found.volumes == 160
     # The voxels of 160 volumes are 367 MB.
     assert resident() - before < 60
@@ -242,8 +248,8 @@ def test_sections_weigh_alike_where_the_prompt_set_says_so(model: Path) -> None:
     }
     base = {"name": "x", "ensemble": "logits", "abnormalities": {"Emphysema": pair}}
     vectors = loaded.encode_text([*pair["positive"]["findings"], *pair["positive"]["impression"]])
-    by_phrasing = Detector(loaded, load_prompts(base)).positive[0]
-    by_section = Detector(loaded, load_prompts({**base, "average": "section"})).positive[0]
+    by_phrasing = PromptHead(loaded, load_prompts(base)).positive[0]
+    by_section = PromptHead(loaded, load_prompts({**base, "average": "section"})).positive[0]
     assert np.allclose(by_phrasing, vectors.mean(dim=0).detach(), atol=1e-6)
     assert np.allclose(by_section, (vectors[:3].mean(dim=0) + vectors[3]).detach() / 2, atol=1e-6)
 
@@ -296,6 +302,7 @@ def test_calibration_is_kept_with_the_model_and_used(
     labels.insert(0, "volume", table["volume"])
     labels.to_csv(tmp_path / "labels.csv", index=False)
     assert typed("zero-shot", "--model", model, "--store", store, "--output", tmp_path / "before") == 0
+    kept = model / "heads" / "prompts" / "calibration.json"
     try:
         code = typed(
             "calibrate", tmp_path / "before" / "predictions.csv", "--model", model, "--labels", tmp_path / "labels.csv"
@@ -309,9 +316,9 @@ def test_calibration_is_kept_with_the_model_and_used(
         other = typed("zero-shot", "--model", model, "--store", store, "--prompts", "published", "--output", tmp_path / "other")  # fmt: skip
         assert other == 0
         assert "was fitted to the prompts report_style" in capsys.readouterr().err
-        fitted = json.loads((model / "calibration.json").read_text())
+        fitted = json.loads(kept.read_text())
     finally:
-        (model / "calibration.json").unlink(missing_ok=True)
+        kept.unlink(missing_ok=True)
     assert fitted["model"] == loaded.hash
     before, after = (pd.read_csv(tmp_path / name / "predictions.csv") for name in ("before", "after"))
     line = fitted["lines"]["Emphysema"]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from ctclip.losses import clip
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
@@ -252,7 +251,9 @@ def test_vocabfine_detects_as_published(parity: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(found[:, column], logits.softmax(dim=1)[:, 0], atol=1e-5, rtol=0)
 
 
-def test_the_linear_head_and_a_configuration_by_itself(parity: Path, tmp_path: Path) -> None:
+def test_the_linear_head_and_a_configuration_by_itself(
+    parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(115))]
     (tmp_path / "vocab.txt").write_text("\n".join(words))

@@ -17,7 +17,7 @@ SETTINGS = [*TINY, "training.epochs=4", "training.learning_rate=1e-4", "training
 RECORDED = """
 import json, os, zlib; from ctclip.training.engine import Engine; step_ = Engine.step
 def recording(self, batch, number, steps):
-    seen = [number, zlib.crc32(batch.volumes.numpy().tobytes()), batch.texts, batch.scans.tolist()]
+    seen = [number, zlib.crc32(batch.volumes.numpy().tobytes()), batch.text_identities.tolist(), batch.scans.tolist()]
     with open(os.environ["BATCHES"], "a") as stream: stream.write(json.dumps(seen) + "\\n")
     return step_(self, batch, number, steps)
 Engine.step = recording

@@ -183,33 +183,41 @@ def test_a_full_disk_leaves_no_half_model(whole: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("what", "stage"), [("loss is nan", 1), *(("gradient is not finite", stage) for stage in (0, 1, 3))]
-)
+NOT_FINITE = [
+    ("loss is nan", 1, 3, 1),
+    *(("gradient is not finite", stage, 3, 1) for stage in (0, 1, 3)),
+    # Nothing is read of the device but before a checkpoint: a step after the one at fault has been made by then.
+    ("gradient is not finite", 0, 2, 1000),
+]
+
+
+@pytest.mark.parametrize(("what", "stage", "step", "log_every"), NOT_FINITE)
 def test_what_is_not_a_number_stops_the_run_before_it_is_kept(
-    store: Path, tmp_path: Path, what: str, stage: int
+    store: Path, tmp_path: Path, what: str, stage: int, step: int, log_every: int
 ) -> None:
-    """The fourth step, after which a checkpoint would be written."""
+    """In the third or fourth step, before the second checkpoint would be written."""
     body = (
-        "import ctclip.losses as l; real, calls, nan = l.clip, [], float('nan')\n"
+        "import ctclip.objectives.clip as l; real, calls, nan = l.clip, [], float('nan')\n"
         "def bad(*a, **k):\n"
-        "    calls.append(1); loss = real(*a, **k)\n"
-        f"    if len(calls) == 4 and {'gradient' in what}: loss.register_hook(lambda gradient: gradient * nan)\n"
-        f"    return loss * nan if len(calls) == 4 and {'loss' in what} else loss\n"
+        f"    calls.append(1); loss = real(*a, **k); now = len(calls) == {step + 1}\n"
+        f"    if now and {'gradient' in what}: loss.register_hook(lambda gradient: gradient * nan)\n"
+        f"    return loss * nan if now and {'loss' in what} else loss\n"
         "l.clip = bad"
     )
     output = tmp_path / "run"
-    more = ("training.text_warmup.steps=0", f"training.zero.stage={stage}")
-    said = last_line(run(command(store, output, *more), body))
-    assert f"the {what} at step 3" in said
-    assert f"the last good checkpoint is {output / 'checkpoints' / 'step_00000002'}" in said
-    assert len(list((output / "checkpoints").iterdir())) == 1
+    more = ("training.text_warmup.steps=0", f"training.zero.stage={stage}", f"training.log_every={log_every}")
+    line = last_line(run(command(store, output, *more), body))
+    assert f"the {what} at step {step}" in line
+    kept = output / "checkpoints" / "step_00000002"
+    assert f"the last good checkpoint is {kept}" in line
+    assert list((output / "checkpoints").iterdir()) == [kept]
+    assert all(value.isfinite().all() for value in load_file(kept / "state.safetensors").values())
 
 
 def test_a_loss_that_grows_stops_the_run(store: Path, tmp_path: Path) -> None:
     """Ten times as large from the 23rd step on: seen some steps later, and checkpoints of these are not called good."""
     body = (
-        "import ctclip.losses as l; real, calls = l.clip, []\n"
+        "import ctclip.objectives.clip as l; real, calls = l.clip, []\n"
         "def growing(*a, **k): calls.append(1); return real(*a, **k) * (10 if len(calls) > 22 else 1)\n"
         "l.clip = growing"
     )
@@ -236,7 +244,7 @@ def test_objectives_that_join_after_the_labels_are_no_rise(store: Path, tmp_path
     more = (
         "training.text_warmup.steps=0",
         "training.epochs=24",
-        "objectives={clip: 5, labels: 1, labels_first: 0.5}",
+        "objectives={clip: {weight: 5, begin: 0.5}, labels: 1}",
     )
     done = run(command(store, output, *more))
     assert done.returncode == 0, done.stderr[-2000:]

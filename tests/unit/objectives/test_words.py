@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ctclip.models.words import WordPredictor, captioning, hide
 
 from ctclip.config import objective_configs
 from ctclip.labels import labels_of_columns
