@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.geometry_check import Geometry
 from ctclip.preprocessing.identifiers import TAGS, is_directory_record, read_header
 from ctclip.preprocessing.volume import Volume
 
@@ -23,10 +24,12 @@ LARGEST_VOXELS = 2**31
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
-def read(path: str | os.PathLike[str], series: str | None = None) -> Volume:
+def read(path: str | os.PathLike[str], series: str | None = None, geometry: Geometry = "auto") -> Volume:
     """Read a file or a DICOM folder (or a zip of one); the values are as stored, see ``hounsfield.to_hu``.
 
-    ``series`` names one series (SeriesInstanceUID) of several. Raises PreprocessingError with one clear line.
+    ``series`` names one series (SeriesInstanceUID) of several. ``geometry`` says which of a NIfTI header's readings is
+    taken; what cannot be taken as it is stands in ``Volume.geometry_doubt``, and ``geometry_check.settle`` decides on it.
+    Raises PreprocessingError with one clear line.
     """
     path = Path(path)
     try:
