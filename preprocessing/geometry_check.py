@@ -112,6 +112,5 @@ def _by_table(volume: Volume, table: np.ndarray, choice: Geometry) -> Volume:
 
 
 def _remedy(volume: Volume) -> str:
-    # A doubt that names both readings of a NIfTI header can be settled by naming one of them.
-    both = "sform" in str(volume.geometry_doubt) and "qform" in str(volume.geometry_doubt)
-    return "sform or --geometry qform" if both else "header"
+    # A doubt that names the two readings of a NIfTI header can be settled by naming one of them.
+    return "sform|qform|header" if "qform" in str(volume.geometry_doubt) else "header"
