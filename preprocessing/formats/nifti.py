@@ -6,7 +6,7 @@ Layout and the meaning of its fields: https://nifti.nimh.nih.gov/pub/dist/src/ni
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +77,7 @@ def _opened(path: Path, source: str) -> Any:
     stream = streams.open_regular(path, source)
     packed = stream.read(2) == streams.GZIP
     stream.seek(0)
-    return _Gzip(stream) if packed else stream
+    return streams.inflated(stream, "gzip") if packed else stream
 
 
 def _header_block(stream: Any, source: str) -> tuple[int, str, bool, bytes]:
@@ -147,10 +147,9 @@ def _offset(header: Any, header_size: int, source: str) -> int:
 
 def _content(stream: Any, at: int, offset: int, size: int, largest: int, source: str) -> tuple[np.ndarray, list[str]]:
     """The bytes of the voxels, from ``offset`` to the end of the file, of which ``at`` were read already."""
-    raw = stream.raw_file if isinstance(stream, _Gzip) else stream
-    held = streams.size_of(raw)
+    held = streams.size_of(stream)
     streams.plausible(size, held, largest, source)
-    if raw is stream and held < offset + size:
+    if not streams.is_packed(stream) and held < offset + size:
         raise PreprocessingError(f"{source}: cut short ({held} of {offset + size} bytes); copy it again")
     try:
         # Extensions of the header are skipped; they are small, however much a header claims.
@@ -200,19 +199,3 @@ def _partner(path: Path, suffix: str, source: str) -> Path:
             f"{source}: the other file of the pair, {stem}{suffix}, is missing; copy it beside this one"
         )
     return beside[0]
-
-
-class _Gzip:
-    """A gzip stream that closes its file, and lets the file's size be asked."""
-
-    def __init__(self, raw_file: BinaryIO) -> None:
-        self.raw_file = raw_file
-        self._inflated = streams.inflated(raw_file, "gzip")
-        self.read, self.readinto = self._inflated.read, self._inflated.readinto
-
-    def __enter__(self) -> _Gzip:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._inflated.close()
-        self.raw_file.close()

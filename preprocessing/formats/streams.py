@@ -19,6 +19,7 @@ from ctclip.preprocessing.errors import PreprocessingError
 
 GZIP = b"\x1f\x8b"
 CHUNK = 1 << 20
+PACKED_CHUNK = 1 << 16
 # No deflate stream expands more than 1032-fold: a header that claims more lies, or the file is cut short.
 LARGEST_EXPANSION = 1100
 TRAILING = "bytes follow the end of its compressed stream: left out"
@@ -38,9 +39,14 @@ def open_regular(path: Path, source: str) -> BinaryIO:
     return stream
 
 
-def size_of(stream: BinaryIO) -> int:
-    """Bytes of an open regular file."""
+def size_of(stream: Any) -> int:
+    """Bytes of an open regular file, or of the file behind what is inflated."""
     return os.fstat(stream.fileno()).st_size
+
+
+def is_packed(stream: Any) -> bool:
+    """Whether a stream is one that ``inflated`` returned."""
+    return isinstance(stream, _Deflated | bz2.BZ2File)
 
 
 def is_gzip(path: Path) -> bool:
@@ -50,12 +56,11 @@ def is_gzip(path: Path) -> bool:
 
 
 def inflated(stream: BinaryIO, kind: str) -> Any:
-    """A reader of what a compressed stream holds from its present position on: ``gzip``, ``zlib`` or ``bzip2``."""
-    if kind == "gzip":
-        from isal import igzip
+    """A reader of what a compressed stream holds from its present position on: ``gzip``, ``zlib`` or ``bzip2``.
 
-        return igzip.IGzipFile(fileobj=stream, mode="rb")
-    return _Zlib(stream) if kind == "zlib" else bz2.BZ2File(stream)
+    Closing it closes the stream.
+    """
+    return bz2.BZ2File(stream) if kind == "bzip2" else _Deflated(stream, kind)
 
 
 def damage() -> tuple[type[Exception], ...]:
@@ -84,8 +89,6 @@ def exactly(stream: Any, size: int, source: str) -> tuple[np.ndarray, list[str]]
         # Reading on to the end makes the stream compare its checksum.
         more = stream.read(1)
     except damage() as error:
-        if str(error).startswith("Not a gzipped file"):
-            return content, [TRAILING]
         raise _damaged(source) from error
     if more:
         raise PreprocessingError(
@@ -108,30 +111,64 @@ def _damaged(source: str) -> PreprocessingError:
     return PreprocessingError(f"{source}: its compressed stream is damaged or cut short; copy it again")
 
 
-class _Zlib(io.RawIOBase):
-    """A zlib stream, inflated as far as it is asked for; ``trailing`` once bytes after its end were seen."""
+class _Deflated(io.RawIOBase):
+    """A zlib stream, or the members of a gzip stream, inflated as far as is asked for.
 
-    def __init__(self, stream: BinaryIO) -> None:
+    ISA-L compares the checksum (and gzip's length) where a stream ends. ``trailing`` is set once bytes that are neither
+    zeros nor another member were seen behind the end; Python's own reader of gzip loses voxels over them.
+    """
+
+    def __init__(self, stream: BinaryIO, kind: str) -> None:
         from isal import isal_zlib
 
-        self._stream = stream
-        self._inflater = isal_zlib.decompressobj()
+        self._stream, self._kind = stream, kind
+        self._start = lambda: isal_zlib.decompressobj(wbits=31 if kind == "gzip" else 15)
+        self._inflater = self._start()
         self._rest = b""
         self.trailing = False
 
     def readable(self) -> bool:
         return True
 
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+    def read(self, size: int = -1) -> bytes:
+        """``size`` bytes, or fewer where the stream ends before."""
+        blocks = []
+        while size > 0 and (block := self._next(size)):
+            blocks.append(block)
+            size -= len(block)
+        return b"".join(blocks)
+
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)
-        while not self._inflater.eof:
-            self._rest = self._rest or self._stream.read(CHUNK)
+        block = self._next(len(buffer))
+        buffer[: len(block)] = block
+        return len(block)
+
+    def _next(self, size: int) -> bytes:
+        while not self._inflater.eof or self._another():
+            self._rest = self._rest or self._stream.read(PACKED_CHUNK)
             if not self._rest:
                 raise EOFError
-            block = self._inflater.decompress(self._rest, len(view))
+            block: bytes = self._inflater.decompress(self._rest, size)
             self._rest = self._inflater.unconsumed_tail
             if block:
-                view[: len(block)] = block
-                return len(block)
-        self.trailing = bool(self._inflater.unused_data or self._stream.read(1))
-        return 0
+                return block
+        return b""
+
+    def _another(self) -> bool:
+        """Whether another gzip member begins where one ended."""
+        rest = self._inflater.unused_data
+        if self._kind == "gzip":
+            while len(rest := rest.lstrip(b"\0")) < 2 and (more := self._stream.read(PACKED_CHUNK)):
+                rest += more
+            if rest[:2] == GZIP:
+                self._inflater, self._rest = self._start(), rest
+                return True
+        self.trailing = self.trailing or bool(rest or self._stream.read(1))
+        return False

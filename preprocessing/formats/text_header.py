@@ -37,9 +37,10 @@ def lines(stream: BinaryIO, source: str) -> Iterator[str]:
 
 def bounded(value: str, field: str, source: str) -> str:
     """The value of a field, refused if no honest one is as long."""
+    value = value.strip()
     if len(value) > LONGEST_LINE:
         raise PreprocessingError(f"{source}: field {field!r} of its header has {len(value)} characters; it is damaged")
-    return value.strip()
+    return value
 
 
 def numbers(value: str, count: int, field: str, source: str) -> list[float]:
@@ -52,10 +53,10 @@ def numbers(value: str, count: int, field: str, source: str) -> list[float]:
 
 def integers(value: str, count: int, field: str, source: str) -> list[int]:
     """Exactly ``count`` whole numbers of a field."""
-    if not all(re.fullmatch(r"[+-]?\d{1,18}", word) for word in value.split()):
+    words = value.split()
+    if len(words) != count or not all(re.fullmatch(r"[+-]?\d{1,18}", word) for word in words):
         raise PreprocessingError(f"{source}: field {field!r} of its header is not {count} whole numbers; it is damaged")
-    numbers(value, count, field, source)
-    return [int(word) for word in value.split()]
+    return [int(word) for word in words]
 
 
 def choice(value: str, choices: dict[str, bool], field: str, source: str) -> bool:

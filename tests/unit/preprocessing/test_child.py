@@ -98,7 +98,7 @@ def test_its_death_is_one_line_and_the_next_call_works(how: str) -> None:
 
 def test_it_is_bounded_in_time_and_memory() -> None:
     start = time.monotonic()
-    with pytest.raises(PreprocessingError, match="longer than 0.5 s"):
+    with pytest.raises(PreprocessingError, match=r"longer than 0\.5 s"):
         call("hang", seconds=0.5)
     assert time.monotonic() - start < 5
     with pytest.raises(PreprocessingError, match="MemoryError"):
