@@ -92,7 +92,11 @@ def reading(affine: np.ndarray) -> str:
 
 def is_blank(affine: np.ndarray) -> bool:
     """Whether an affine is what writers leave when nobody stated a geometry: 1 mm along straight axes, the origin 0."""
-    return not affine[:3, 3].any() and bool(np.array_equal(np.abs(affine[:3, :3]).round(7) @ np.ones(3), np.ones(3)))
+    steps = np.abs(affine[:3, :3]).round(7)
+    permutes = bool(
+        np.isin(steps, (0.0, 1.0)).all() and (steps.sum(axis=0) == 1).all() and (steps.sum(axis=1) == 1).all()
+    )
+    return permutes and not affine[:3, 3].any()
 
 
 def _by_table(volume: Volume, table: np.ndarray, choice: Geometry) -> Volume:

@@ -157,7 +157,7 @@ NIFTI_ROWS = [
     n("capital suffix", GZ, name="SCAN.NII.GZ"),
     n("another name", NIFTI, name="scan", nibabel="refuses: by name", itk="refuses: by name"),
     n("bytes after the gzip stream", GZ + b"junk" * 9, name="scan.nii.gz", warned="bytes follow the end",
-      nibabel="same: reads no further than the voxels"),
+      nibabel="refuses: loses voxels over them"),
     n("zeros after the gzip stream", GZ + bytes(512), name="scan.nii.gz"),
     n("two gzip members", gzip.compress(NIFTI[:500]) + gzip.compress(NIFTI[500:]), name="scan.nii.gz"),
     Row("pair, by its header", "scan.hdr", files("scan.hdr", scan__hdr=HEADER, scan__img=VOXELS), nibabel="same", itk="same"),
