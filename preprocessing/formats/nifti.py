@@ -30,7 +30,8 @@ FIELDS = {
         "sform_code": ("i4", 348), "quatern": ("3f8", 352), "qoffset": ("3f8", 376), "srow": ("(3,4)f8", 400),
     },
 }  # fmt: skip
-MAGIC = {348: (344, b"n+1", b"ni1"), 540: (4, b"n+2", b"ni2")}
+# Where the magic stands, that of a single file, and that of a pair; NIfTI-2's ends in bytes that a transfer as text spoils.
+MAGIC = {348: (344, b"n+1\0", b"ni1\0"), 540: (4, b"n+2\0\r\n\x1a\n", b"ni2\0\r\n\x1a\n")}
 TYPES = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8",
 }  # fmt: skip
@@ -67,7 +68,7 @@ def read(path: Path, source: str, geometry: Geometry, largest: int) -> Volume:
 def is_header(block: bytes) -> bool:
     """Whether the first bytes of a file are those of a NIfTI header."""
     return any(
-        int.from_bytes(block[:4], order) == size and block[at : at + 3] in magics  # type: ignore[arg-type]
+        int.from_bytes(block[:4], order) == size and block[at : at + len(magics[0])] in magics  # type: ignore[arg-type]
         for size, (at, *magics) in MAGIC.items()
         for order in ("little", "big")
     )
@@ -90,7 +91,7 @@ def _header_block(stream: Any, source: str) -> tuple[int, str, bool, bytes]:
                 continue
             block += stream.read(size - 348)
             place, single, pair = MAGIC[size]
-            magic = block[place : place + 3]
+            magic = block[place : place + len(single)]
             if len(block) == size and magic in (single, pair):
                 return size, order, magic == single, block
             if size == 348 and not magic.strip(b"\0"):
