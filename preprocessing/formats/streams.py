@@ -19,7 +19,8 @@ from ctclip.preprocessing.errors import PreprocessingError
 
 GZIP = b"\x1f\x8b"
 CHUNK = 1 << 20
-PACKED_CHUNK = 1 << 16
+# Measured: what is inflated at a time stays in the cache until it is copied to its place.
+PACKED_CHUNK, INFLATED_CHUNK = 1 << 17, 1 << 18
 # No deflate stream expands more than 1032-fold: a header that claims more lies, or the file is cut short.
 LARGEST_EXPANSION = 1100
 TRAILING = "bytes follow the end of its compressed stream: left out"
@@ -79,7 +80,7 @@ def exactly(stream: Any, size: int, source: str) -> tuple[np.ndarray, list[str]]
     view, length = memoryview(content), 0
     try:
         while length < size:
-            count = stream.readinto(view[length : length + CHUNK])
+            count = stream.readinto(view[length : length + INFLATED_CHUNK])
             if not count:
                 raise PreprocessingError(f"{source}: cut short ({length} of {size} bytes of voxels); copy it again")
             length += count

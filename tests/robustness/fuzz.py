@@ -34,7 +34,7 @@ from ctclip.preprocessing.volume import Volume
 from tests.robustness.fuzz_files import AFFINE, SPEC, good, spoil, stored_hu, truth
 from tests.unit.preprocessing.scan_files import RAS
 
-SECONDS = 60.0
+SECONDS = 120.0
 MEMORY_MB = 1500
 BAD = ("silently wrong", "other exception", "crash", "hang", "memory")
 OUTCOMES = ("refused", "accepted", "accepted with a warning", "accepted as stated", *BAD)
@@ -70,7 +70,7 @@ def _scan(path: Path, name: str) -> str:
     if set(ready.warnings) - set(expected.warnings):
         return "accepted with a warning"
     try:
-        array, affine = decode_in_child("tests.robustness.fuzz:by_another", str(path), source="x", seconds=30)
+        array, affine = decode_in_child("tests.robustness.fuzz:by_another", str(path), source=str(path), seconds=120)
     except PreprocessingError:
         return "silently wrong"
     stated = orient(Volume(array, np.array(affine), ""))
@@ -155,6 +155,7 @@ def work(connection: Connection, seed: int) -> None:
     for name in good():
         if good()[name].kind == "scan":
             prepared_truth(name)
+    connection.send("ready")
     while True:
         number = connection.recv()
         with tempfile.TemporaryDirectory(prefix="ctclip-fuzz-") as folder:
@@ -175,13 +176,14 @@ class Worker:
         self.process = context.Process(target=work, args=(theirs, self.seed), daemon=True)
         self.process.start()
         theirs.close()
+        assert self.connection.recv() == "ready"
 
     def ask(self, number: int) -> tuple[str, str, str]:
         names = sorted(good())
         kind = names[number % len(names)]
         try:
             self.connection.send(number)
-            if not self.connection.poll(SECONDS + (60 if number < len(names) else 0)):
+            if not self.connection.poll(SECONDS):
                 self.stop()
                 self._start()
                 return kind, "hang", f"file {number}"
