@@ -56,11 +56,8 @@ def _read(path: Path, source: str, series: str | None, geometry: Geometry, large
         raise PreprocessingError(f"{source}: holds what macOS keeps beside a file, not a scan; name the file itself")
     if head[:4] in archive.ZIP and name.endswith(".npz"):
         return npz.read(path, source, largest)
-    if (
-        head[:4] in archive.ZIP
-        or name.endswith((".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2"))
-        or archive.is_tar(path)
-    ):
+    packed = head[:4] in archive.ZIP or name.endswith((".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2"))
+    if packed or (not name.endswith(nifti.SUFFIXES) and archive.is_tar(path)):
         with archive.unpacked(path, source, largest) as scan:
             if scan.is_dir():
                 return _dicom(scan, series, name=path)

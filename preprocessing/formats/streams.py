@@ -120,10 +120,11 @@ class _Deflated(io.RawIOBase):
     """
 
     def __init__(self, stream: BinaryIO, kind: str) -> None:
-        from isal import isal_zlib
+        from isal import igzip_lib
 
         self._stream, self._kind = stream, kind
-        self._start = lambda: isal_zlib.decompressobj(wbits=31 if kind == "gzip" else 15)
+        flag = igzip_lib.DECOMP_GZIP if kind == "gzip" else igzip_lib.DECOMP_ZLIB
+        self._start = lambda: igzip_lib.IgzipDecompressor(flag=flag)
         self._inflater = self._start()
         self._rest = b""
         self.trailing = False
@@ -153,11 +154,13 @@ class _Deflated(io.RawIOBase):
 
     def _next(self, size: int) -> bytes:
         while not self._inflater.eof or self._another():
-            self._rest = self._rest or self._stream.read(PACKED_CHUNK)
-            if not self._rest:
-                raise EOFError
-            block: bytes = self._inflater.decompress(self._rest, size)
-            self._rest = self._inflater.unconsumed_tail
+            packed = b""
+            if self._inflater.needs_input:
+                packed = self._rest or self._stream.read(PACKED_CHUNK)
+                self._rest = b""
+                if not packed:
+                    raise EOFError
+            block: bytes = self._inflater.decompress(packed, size)
             if block:
                 return block
         return b""
