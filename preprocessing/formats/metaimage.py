@@ -154,6 +154,8 @@ def _geometry(fields: dict[str, str], source: str) -> tuple[np.ndarray, str | No
         warnings.append("its header states no TransformMatrix: columns are taken to run to the left, rows to the back")
     if "Offset" in fields:
         origin = np.array(text_header.numbers(fields["Offset"], 3, "Offset", source))
+    else:
+        warnings.append("its header states no Offset: the origin is taken to be 0")
     unit = text_header.MM_PER_UNIT.get(fields.get("DistanceUnits", "mm").lower())
     if unit is None:
         doubt = doubt or "DistanceUnits of its header names no unit that is known"

@@ -141,7 +141,7 @@ def _geometry(fields: dict[str, str], source: str) -> tuple[np.ndarray, str | No
             doubt = "its header states no usable spacings, and no orientation (space directions)"
     else:
         doubt = "its header states neither spacings nor directions"
-    origin, signs = np.zeros(3), np.ones(3)
+    origin, signs, warnings = np.zeros(3), np.ones(3), list[str]()
     if "space directions" in fields:
         directions = _vectors(fields["space directions"], 3, "space directions", source)
         steps, plain = directions.T * _units(fields, "space units", 3, source), steps
@@ -157,12 +157,14 @@ def _geometry(fields: dict[str, str], source: str) -> tuple[np.ndarray, str | No
     if "space origin" in fields:
         origin = _vectors(fields["space origin"], 1, "space origin", source)[0]
         origin = origin * _units(fields, "space units", 3, source)
+    else:
+        warnings.append("its header states no space origin: the origin is taken to be 0")
     affine = np.eye(4)
     affine[:3, :3] = (signs[:, None] * steps)[:, ::-1]
     affine[:3, 3] = signs * origin
     if doubt is None and is_blank(affine):
         doubt = "its geometry is exactly the identity (1 mm, straight axes, origin 0): no geometry was ever stated"
-    return affine, doubt, []
+    return affine, doubt, warnings
 
 
 def _vectors(value: str, count: int, field: str, source: str) -> np.ndarray:

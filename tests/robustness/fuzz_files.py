@@ -80,7 +80,7 @@ def good() -> dict[str, Good]:
         "nrrd gzip": _one("scan.nrrd", nrrd(gzip.compress(raw), encoding="gzip", **geometry), 500, text=True),
         "nhdr": Good({"scan.nhdr": nrrd(b"", data_file="scan.raw", **geometry), "scan.raw": raw}, "scan.nhdr", "scan.nhdr", 600, text=True),
         "mha": _one("scan.mha", meta(raw, **fields), len(meta_header(**fields)), text=True),
-        "mha zlib": _one("scan.mha", meta(packed, CompressedData="True", **fields), 500, text=True),
+        "mha zlib": _one("scan.mha", meta(packed, CompressedData="True", CompressedDataSize=str(len(packed)), **fields), 500, text=True),
         "mhd": Good({"scan.mhd": meta(b"", ElementDataFile="scan.raw", **fields), "scan.raw": raw}, "scan.mhd", "scan.mhd", 600, text=True),
         "npz": _one("scan.npz", npz.getvalue(), 200),
         "dicom": Good({f"series/{name}": content for name, content in slices.items()}, "series", "series/0004.dcm", 1500),
