@@ -19,6 +19,7 @@ from ctclip.preprocessing.cohorts import hold_out, read_cohort
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.geometry import orient, resample, resampled_affine
+from ctclip.preprocessing.geometry_check import Geometry, settle
 from ctclip.preprocessing.hounsfield import Rescale, Trust, check_chest, to_hu
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.readers import read
@@ -84,13 +85,15 @@ def prepare(
     expect: Expect = "any",
     table: Rescale | None = None,
     series: str | None = None,
+    geometry: Geometry = "auto",
 ) -> Prepared:
     """Read one scan and bring it to ``spec``: exactly what made the training set.
 
     Raises PreprocessingError with one line that names the file, what is wrong and what to do.
     """
     spec = spec if isinstance(spec, PreprocessingSpec) else PreprocessingSpec.load(spec)
-    volume = orient(to_hu(read(path, series), table, trust))
+    volume = settle(read(path, series, geometry), None, geometry)
+    volume = orient(to_hu(volume, table, trust))
     if expect == "chest" and (reason := check_chest(volume)):
         raise PreprocessingError(f"{volume.source}: {reason}; --expect any takes it all the same")
     return Prepared(volume, spec, resampled_affine(volume, spec))
