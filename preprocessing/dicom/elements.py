@@ -215,7 +215,8 @@ def _sequence_end(data: bytes, element: Element, encoding: Encoding) -> int:
     opened = [(element.tag != ITEM, within)]
     at = element.start
     while opened:
-        if len(opened) > DEEPEST:
+        # A sequence and its item are two steps down.
+        if len(opened) > 2 * DEEPEST:
             raise NotDicom(f"sequences nested more than {DEEPEST} deep")
         sequence, within = opened[-1]
         inner = _element(data, at, within)

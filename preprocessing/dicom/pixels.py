@@ -125,11 +125,17 @@ def _dtype(layout: Layout) -> np.dtype:
 
 def _used_bits(raw: np.ndarray, layout: Layout) -> np.ndarray:
     """Stored values: the bits above and below the stored ones hold overlays or nothing."""
-    unused = layout.allocated - layout.stored
+    unused, high = layout.allocated - layout.stored, layout.high
     if unused == 0:
         return raw
+    below = high + 1 - layout.stored
+    if below and (raw & (2**below - 1)).any():
+        # The header says that these bits are not used, and they are: values at the bottom, as nearly all are written.
+        if (raw.view(raw.dtype.str.replace("i", "u")) >> layout.stored).any():
+            raise Undecodable(f"{layout.stored} bits stored below high bit {high}, and others used")
+        high = layout.stored - 1
     # Shifted to the top and back: arithmetically for signed values, which copies their sign into the unused bits.
-    return raw << (layout.allocated - 1 - layout.high) >> unused
+    return raw << (layout.allocated - 1 - high) >> unused
 
 
 def _native(image: Image, layout: Layout) -> np.ndarray:

@@ -90,8 +90,8 @@ def _candidate(members: list[Image]) -> Candidate:
 
 def _first(candidates: list[Candidate]) -> Candidate:
     """The best series, by the rule at the top of this file."""
-    plain = [c.length for c in candidates if c.slices and alteration(c.slices[0].image.header) < REFORMATTED]
-    longest = max(plain, default=0.0)
+    headers = [(c.length, c.slices[0].image.header) for c in candidates if c.slices]
+    longest = max((length for length, head in headers if in_hu(head) and alteration(head) < REFORMATTED), default=0.0)
 
     def rank(candidate: Candidate) -> tuple[object, ...]:
         slices = candidate.slices
