@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
+RLE = "1.2.840.10008.1.2.5"
 JPEG = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70))
 JPEG_LS = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (80, 81))
 JPEG_2000 = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (90, 91, 201, 202, 203))
@@ -67,35 +70,75 @@ def _jpeg_frame(stream: bytes) -> tuple[int, tuple[int, int]]:
     return 0, (0, 0)
 
 
-@contextlib.contextmanager
-def bare_file(stream: bytes, syntax: str, layout: Mapping[str, int]) -> Iterator[str]:
-    """The path of a DICOM file that holds one frame and nothing else, in memory where the system allows it."""
-    from pydicom import Dataset, dcmwrite
-    from pydicom.dataset import FileMetaDataset
+def decoded(stream: bytes, syntax: str, layout: Mapping[str, int]) -> np.ndarray:
+    """Stored values [row, column] of one compressed frame: RLE by pydicom, in Python, all else by GDCM.
+
+    GDCM sees nothing of the file but this stream. ``layout`` are the fields of ``pixels.Layout``. All arguments can be
+    pickled. Raises Undecodable.
+    """
+    if syntax == RLE:
+        return _rle(stream, layout)
+    import SimpleITK as sitk
+
+    with _in_memory(_bare_file(stream, syntax, layout)) as path:
+        try:
+            array = sitk.GetArrayFromImage(sitk.ReadImage(path))
+        except RuntimeError as error:
+            raise Undecodable("its decoder refuses it") from error
+    return array[0] if array.ndim == 3 else array
+
+
+def _rle(stream: bytes, layout: Mapping[str, int]) -> np.ndarray:
     from pydicom.encaps import encapsulate
-    from pydicom.uid import UID, CTImageStorage
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import RLELossless
 
-    data = Dataset()
-    data.file_meta = FileMetaDataset()
-    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = CTImageStorage
-    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = UID("2.25.1")
-    data.file_meta.TransferSyntaxUID = UID(syntax)
-    data.Modality, data.PhotometricInterpretation, data.SamplesPerPixel = "CT", "MONOCHROME2", 1
-    data.Rows, data.Columns, data.PixelRepresentation = layout["rows"], layout["columns"], int(layout["signed"])
-    data.BitsAllocated, data.BitsStored, data.HighBit = layout["allocated"], layout["stored"], layout["high"]
-    data.PixelData = encapsulate([stream])
-    data["PixelData"].VR = "OB"
-    with _in_memory() as (file, path):
-        dcmwrite(file, data, enforce_file_format=True)
-        file.flush()
-        yield path
+    try:
+        array, _ = get_decoder(RLELossless).as_array(
+            encapsulate([stream]), raw=True, decoding_plugin="pydicom", number_of_frames=1, rows=layout["rows"],
+            columns=layout["columns"], samples_per_pixel=1, photometric_interpretation="MONOCHROME2",
+            bits_allocated=layout["allocated"], bits_stored=layout["stored"],
+            pixel_representation=int(layout["signed"]), pixel_keyword="PixelData",
+        )  # fmt: skip
+    except Exception as error:
+        # pydicom parses bytes of strangers, and raises whatever they make it raise.
+        raise Undecodable("its RLE stream is damaged") from error
+    return np.array(array)
+
+
+def _bare_file(stream: bytes, syntax: str, layout: Mapping[str, int]) -> bytes:
+    """A DICOM file (PS3.10, 7.1) that holds one frame and what its decoder needs, and nothing else."""
+
+    def element(group: int, number: int, vr: bytes, value: bytes | int) -> bytes:
+        value = struct.pack("<H", value) if isinstance(value, int) else value + b"\0" * (len(value) % 2)
+        return struct.pack("<HH2sH", group, number, vr, len(value)) + value
+
+    ct_image = b"1.2.840.10008.5.1.4.1.1.2"
+    meta = element(2, 0x02, b"UI", ct_image) + element(2, 0x03, b"UI", b"2.25.1")
+    meta += element(2, 0x10, b"UI", syntax.encode("ascii", "replace"))
+    image = element(8, 0x16, b"UI", ct_image) + element(8, 0x18, b"UI", b"2.25.1") + element(8, 0x60, b"CS", b"CT")
+    image += element(0x28, 0x02, b"US", 1) + element(0x28, 0x04, b"CS", b"MONOCHROME2 ")
+    for number, keyword in ((0x10, "rows"), (0x11, "columns"), (0x100, "allocated"), (0x101, "stored"), (0x102, "high"),
+                            (0x103, "signed")):  # fmt: skip
+        image += element(0x28, number, b"US", int(layout[keyword]))
+    item = struct.Struct("<HHL")
+    even = stream + b"\0" * (len(stream) % 2)
+    pixels = struct.pack("<HH2sHL", 0x7FE0, 0x10, b"OB", 0, 0xFFFFFFFF)
+    pixels += item.pack(0xFFFE, 0xE000, 0) + item.pack(0xFFFE, 0xE000, len(even)) + even + item.pack(0xFFFE, 0xE0DD, 0)
+    length = struct.pack("<HH2sHL", 2, 0, b"UL", 4, len(meta))
+    return b"\0" * 128 + b"DICM" + length + meta + image + pixels
 
 
 @contextlib.contextmanager
-def _in_memory():  # type: ignore[no-untyped-def]
+def _in_memory(content: bytes) -> Iterator[str]:
+    """The path of a file of these bytes, which is in no folder, and gone with the process, where the system allows it."""
     if hasattr(os, "memfd_create"):
         with os.fdopen(os.memfd_create("frame"), "wb") as file:
-            yield file, f"/proc/self/fd/{file.fileno()}"
+            file.write(content)
+            file.flush()
+            yield f"/proc/self/fd/{file.fileno()}"
     else:
         with tempfile.NamedTemporaryFile(suffix=".dcm") as file:
-            yield file, file.name
+            file.write(content)
+            file.flush()
+            yield file.name

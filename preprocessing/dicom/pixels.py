@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ctclip.preprocessing.dicom.codestreams import Undecodable, bare_file, frame_streams, stated_size
+from ctclip.preprocessing.dicom.codestreams import Undecodable, decoded, frame_streams, stated_size
 from ctclip.preprocessing.dicom.elements import (
     DEFLATED,
     EXPLICIT_BIG,
@@ -182,22 +182,10 @@ def _compressed(image: Image, layout: Layout) -> np.ndarray:
         raise Undecodable(f"{len(streams)} frames where its header says {image.frames}")
     stream = streams[image.frame]
     stated_size(stream, image.syntax, layout.rows, layout.columns)
-    array = decode_compressed(stream, image.syntax, layout)
+    array = decoded(stream, image.syntax, asdict(layout))
     if array.shape != (layout.rows, layout.columns):
         raise Undecodable(f"a picture of {array.shape}, its header says {(layout.rows, layout.columns)}")
     return array.astype(_dtype(layout), copy=False)
-
-
-def decode_compressed(stream: bytes, syntax: str, layout: Layout) -> np.ndarray:
-    """Stored values [row, column] of one compressed frame. GDCM sees nothing of the file but this stream."""
-    import SimpleITK as sitk
-
-    with bare_file(stream, syntax, layout.__dict__) as path:
-        try:
-            array = sitk.GetArrayFromImage(sitk.ReadImage(path))
-        except RuntimeError as error:
-            raise Undecodable("GDCM refuses it") from error
-    return array[0] if array.ndim == 3 else array
 
 
 def lossy(image: Image) -> bool:
