@@ -43,7 +43,9 @@ def expanded(image: Image, parsed: Parsed) -> list[Image]:
         if number >= len(single):
             header.pop("ImagePositionPatient", None)
         own = single[number] if number < len(single) else {}
-        header.update({**common, **own, "InstanceNumber": offset + number + 1})
+        header.update({**common, **own})
+        if count > 1:
+            header["InstanceNumber"] = offset + number + 1
         frames.append(Image(image.path, header, image.syntax, image.little, image.pixels, frame=number, frames=count))
     return frames
 

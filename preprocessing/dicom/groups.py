@@ -72,28 +72,32 @@ def depths(slices: Sequence[Slice]) -> np.ndarray:
 
 def _apart(slices: list[Slice]) -> tuple[list[Slice], list[str]]:
     """The best of the groups that differ in geometry or identity, and in what the others differ from it."""
+    # Values that differ from slice to slice come from a careless de-identification.
+    identity = [word for word in IDENTITY if len({_text(member, word) for member in slices}) <= len(slices) / 2]
     clusters: list[list[Slice]] = []
     rest = slices
     while rest:
-        alike = _alike(rest[0], rest)
+        alike = _alike(rest[0], rest, identity)
         clusters.append([member for member, same in zip(rest, alike, strict=True) if same])
         rest = [member for member, same in zip(rest, alike, strict=True) if not same]
     largest = max(map(len, clusters))
     chosen = min(clusters, key=lambda cluster: _rank(cluster, largest))
-    others = [word for cluster in clusters if cluster is not chosen for word in _differences(chosen[0], cluster[0])]
+    others = [
+        word for cluster in clusters if cluster is not chosen for word in _differences(chosen[0], cluster[0], identity)
+    ]
     return chosen, list(dict.fromkeys(others))
 
 
-def _alike(first: Slice, slices: list[Slice]) -> np.ndarray:
+def _alike(first: Slice, slices: list[Slice], identity: list[str]) -> np.ndarray:
     """Which slices may share a volume with the first of them."""
     spacings, turns = (np.array([getattr(member, word) for member in slices]) for word in ("spacing", "turn"))
     alike = np.abs(spacings / first.spacing - 1).max(axis=1) <= SAME_GEOMETRY
     alike &= np.abs(turns - first.turn).max(axis=1) <= SAME_GEOMETRY
-    identity = [(member.shape, *(str(member.image.header.get(word, "")) for word in IDENTITY)) for member in slices]
-    return alike & np.array([one == identity[0] for one in identity])
+    labels = [(member.shape, *(_text(member, word) for word in identity)) for member in slices]
+    return alike & np.array([label == labels[0] for label in labels])
 
 
-def _differences(one: Slice, other: Slice) -> list[str]:
+def _differences(one: Slice, other: Slice, identity: list[str]) -> list[str]:
     """In what two slices differ that slices of a volume share."""
     words = []
     if one.shape != other.shape:
@@ -102,8 +106,11 @@ def _differences(one: Slice, other: Slice) -> list[str]:
         words.append("PixelSpacing")
     if np.abs(one.turn - other.turn).max() > SAME_GEOMETRY:
         words.append("ImageOrientationPatient")
-    words += [word for word in IDENTITY if str(one.image.header.get(word, "")) != str(other.image.header.get(word, ""))]
-    return words
+    return words + [word for word in identity if _text(one, word) != _text(other, word)]
+
+
+def _text(member: Slice, keyword: str) -> str:
+    return str(member.image.header.get(keyword, "") or "")
 
 
 def _acquisitions(slices: list[Slice], depth: np.ndarray) -> tuple[list[str], list[Hashable]]:
@@ -111,7 +118,7 @@ def _acquisitions(slices: list[Slice], depth: np.ndarray) -> tuple[list[str], li
     names: list[str] = []
     labels: list[Hashable] = [()] * len(slices)
     for keyword in ACQUISITION:
-        values: list[Hashable] = [str(member.image.header.get(keyword, "")) for member in slices]
+        values = [_label(member.image.header.get(keyword, None)) for member in slices]
         if _overlapping(depth, values):
             names.append(keyword)
             labels = list(zip(labels, values, strict=True))
@@ -164,6 +171,14 @@ def _passes(slices: list[Slice], depth: np.ndarray, labels: Sequence[Hashable]) 
             for i in part:
                 passes[i] = found[i]
     return passes
+
+
+def _label(value: object) -> Hashable:
+    """A value to compare: 2.5 and 2.50 are the same thickness."""
+    try:
+        return float(str(value))
+    except ValueError:
+        return str(value or "").strip()
 
 
 def _parts(labels: Sequence[Hashable]) -> list[list[int]]:

@@ -113,9 +113,9 @@ def damaged_files(folder: Path, slices: list[Image], dicom: set[Path]) -> int:
                 count += 1
             elif (path.parent, path.suffix) in places and not _other(head):
                 # A preamble is zeros: so is what is left of a slice that was cut short in it, or lost altogether.
-                named = path.suffix or (path.parent, path.suffix, _pattern(path)) in beside
-                cut = bool(named) and not head.strip(b"\0")
-                count += cut or usual / 2 < path.stat().st_size < 2 * usual or not (head or b"x").strip(b"\0")
+                called_alike = bool(path.suffix) or (path.parent, path.suffix, _pattern(path)) in beside
+                lost = not head.strip(b"\0") and (bool(head) or called_alike)
+                count += lost or usual / 2 < path.stat().st_size < 2 * usual
     return count
 
 

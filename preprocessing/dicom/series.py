@@ -119,7 +119,7 @@ def _check(source: str, chosen: Candidate) -> None:
             raise PreprocessingError(f"{source}: its modality is not CT" + f" ({shown})" * bool(shown))
         raise PreprocessingError(
             f"{source}: {len(chosen.slices)} of {len(chosen.images)} images of the series are CT slices with a position"
-            + f" ({reasons})" * bool(reasons)
+            + f" ({'; '.join(filter(None, [reasons, *chosen.warnings]))})" * bool(reasons or chosen.warnings)
             + "; a localizer, screenshots or a derived series are not a volume"
         )
     if reasons:

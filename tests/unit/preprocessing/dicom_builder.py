@@ -137,9 +137,19 @@ def deflated(path: Path, data_set: bytes) -> None:
         stream.write(deflater.compress(data_set) + deflater.flush())
 
 
-def enhanced(hu: np.ndarray, order: Iterable[int] | None = None, *, phases: int = 1, shared: bool = True) -> Any:
+def enhanced(
+    hu: np.ndarray,
+    order: Iterable[int] | None = None,
+    *,
+    phases: int = 1,
+    shared: bool = True,
+    start: int = 0,
+    number: int = 1,
+    offset: int | None = None,
+) -> Any:
     """One Enhanced CT image of HU, frames in any order; ``phases`` copies of it, each 100 HU above the one before, as
-    temporal positions. ``shared`` keeps what all frames have in common in the shared functional groups."""
+    temporal positions. ``start`` is the first slice's place in a series, ``number`` the file's InstanceNumber and ``offset``
+    that of its frames in a concatenation. ``shared`` keeps what all frames have in common in the shared functional groups."""
     order = list(range(len(hu))) if order is None else list(order)
     data = series(hu[:1])[0]
     for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope",
@@ -152,7 +162,7 @@ def enhanced(hu: np.ndarray, order: Iterable[int] | None = None, *, phases: int 
         for index in order:
             own = pydicom.Dataset()
             own.PlanePositionSequence = Sequence([pydicom.Dataset()])
-            place = [ORIGIN[0], ORIGIN[1], ORIGIN[2] + index * SPACING[0]]
+            place = [ORIGIN[0], ORIGIN[1], ORIGIN[2] + (start + index) * SPACING[0]]
             own.PlanePositionSequence[0].ImagePositionPatient = place
             own.FrameContentSequence = Sequence([pydicom.Dataset()])
             own.FrameContentSequence[0].TemporalPositionIndex = phase + 1
@@ -171,7 +181,8 @@ def enhanced(hu: np.ndarray, order: Iterable[int] | None = None, *, phases: int 
     ):
         item.DimensionIndexPointer = pydicom.tag.Tag(keyword)
         item.FunctionalGroupPointer = pydicom.tag.Tag("FrameContentSequence")
-    data.NumberOfFrames = len(frames)
+    data.NumberOfFrames, data.InstanceNumber = len(frames), number
+    change(data, "ConcatenationFrameOffsetNumber", offset)
     store(data, np.stack(planes))
     return data
 
