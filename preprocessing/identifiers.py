@@ -128,6 +128,7 @@ def anonymous_id(header: Any, shown: str) -> str:
 
 
 def _headers(path: Path) -> Iterator[Any]:
+    found: Iterator[Any]
     if path.is_dir():
         found = (read_header(file, TAGS) for file in sorted(path.iterdir()))
     elif path.suffix.lower() == ".zip":
@@ -199,7 +200,8 @@ def _folded(text: str, write_out: bool) -> tuple[str, list[int]]:
         return text.lower(), list(range(len(text)))
     from anyascii import anyascii
 
-    letters, places = [], []
+    letters: list[str] = []
+    places: list[int] = []
     for place, letter in enumerate(text):
         small = letter.lower()
         if unicodedata.combining(letter):

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -93,13 +94,15 @@ def _rle(stream: bytes, layout: Mapping[str, int]) -> np.ndarray:
     from pydicom.pixels import get_decoder
     from pydicom.uid import RLELossless
 
+    options: Any = {
+        "number_of_frames": 1, "rows": layout["rows"], "columns": layout["columns"], "samples_per_pixel": 1,
+        "photometric_interpretation": "MONOCHROME2", "bits_allocated": layout["allocated"],
+        "bits_stored": layout["stored"], "pixel_representation": int(layout["signed"]), "pixel_keyword": "PixelData",
+    }  # fmt: skip
     try:
         array, _ = get_decoder(RLELossless).as_array(
-            encapsulate([stream]), raw=True, decoding_plugin="pydicom", number_of_frames=1, rows=layout["rows"],
-            columns=layout["columns"], samples_per_pixel=1, photometric_interpretation="MONOCHROME2",
-            bits_allocated=layout["allocated"], bits_stored=layout["stored"],
-            pixel_representation=int(layout["signed"]), pixel_keyword="PixelData",
-        )  # fmt: skip
+            encapsulate([stream]), raw=True, decoding_plugin="pydicom", **options
+        )
     except Exception as error:
         # pydicom parses bytes of strangers, and raises whatever they make it raise.
         raise Undecodable("its RLE stream is damaged") from error

@@ -152,8 +152,9 @@ def _passes(slices: list[Slice], depth: np.ndarray, labels: Sequence[Hashable]) 
     """Which passes along the patient slices belong to, by InstanceNumber: a volume is numbered in one direction."""
     passes = [0] * len(slices)
     for part in _parts(labels):
-        numbers = [_integer(slices[i].image.header.get("InstanceNumber", None)) for i in part]
-        if None in numbers or len(set(numbers)) < len(numbers) or len(part) < 2 * FEWEST:
+        stated = (_integer(slices[i].image.header.get("InstanceNumber", None)) for i in part)
+        numbers = [number for number in stated if number is not None]
+        if len(set(numbers)) < len(part) or len(part) < 2 * FEWEST:
             continue
         order = [part[i] for i in np.argsort(numbers)]
         run, direction, found = 0, 0, {order[0]: 0}

@@ -74,8 +74,8 @@ def hounsfield(source: str, image: Image) -> np.ndarray:
 
 def _rescaled(stored: np.ndarray, slope: float, intercept: float, padding: np.ndarray | None) -> np.ndarray:
     measured = stored if padding is None else stored[~padding]
-    ends = [int(measured.min()), int(measured.max())] if measured.size else [0]
-    ends = sorted(end * slope + intercept for end in ends)
+    stored_ends = [int(measured.min()), int(measured.max())] if measured.size else [0]
+    ends = sorted(end * slope + intercept for end in stored_ends)
     whole = slope == int(slope) and intercept == int(intercept) and abs(slope) < 2**15 and abs(intercept) < 2**31
     if whole and ends[0] >= -32768 and ends[-1] <= 32767:
         # In 16 bits numbers wrap around, and what fits in the end has wrapped back.

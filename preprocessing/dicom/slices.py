@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +83,7 @@ def _numbers(image: Image, keyword: str) -> np.ndarray:
     return values if np.isfinite(values).all() and np.abs(values).max(initial=0) < 1e6 else np.zeros(0)
 
 
-def _several(value: object) -> list[object]:
+def _several(value: Any) -> list[Any]:
     if value is None or isinstance(value, str | bytes | float | int):
         return [] if value is None or value == "" else [value]
-    return list(value)  # type: ignore[call-overload, no-any-return]
+    return list(value)
