@@ -128,14 +128,14 @@ def anonymous_id(header: Any, shown: str) -> str:
 
 
 def _headers(path: Path) -> Iterator[Any]:
-    found: Iterator[Any]
+    headers: Iterator[Any]
     if path.is_dir():
-        found = (read_header(file, TAGS) for file in sorted(path.iterdir()))
+        headers = (read_header(file, TAGS) for file in sorted(path.iterdir()))
     elif path.suffix.lower() == ".zip":
-        found = _zipped_headers(path)
+        headers = _zipped_headers(path)
     else:
-        found = (read_header(file, TAGS) for file in [path])
-    return (header for header in found if header is not None and not is_directory_record(header))
+        headers = (read_header(file, TAGS) for file in [path])
+    return (header for header in headers if header is not None and not is_directory_record(header))
 
 
 def _zipped_headers(path: Path) -> Iterator[Any]:

@@ -74,12 +74,17 @@ def _apart(slices: list[Slice]) -> tuple[list[Slice], list[str]]:
     """The best of the groups that differ in geometry or identity, and in what the others differ from it."""
     # Values that differ from slice to slice come from a careless de-identification.
     identity = [word for word in IDENTITY if len({_text(member, word) for member in slices}) <= len(slices) / 2]
+    labels = _codes([(member.shape, *(_text(member, word) for word in identity)) for member in slices])
+    spacings, turns = (np.array([getattr(member, word) for member in slices]) for word in ("spacing", "turn"))
     clusters: list[list[Slice]] = []
-    rest = slices
-    while rest:
-        alike = _alike(rest[0], rest, identity)
-        clusters.append([member for member, same in zip(rest, alike, strict=True) if same])
-        rest = [member for member, same in zip(rest, alike, strict=True) if not same]
+    rest = np.arange(len(slices))
+    while len(rest):
+        first = rest[0]
+        alike = labels[rest] == labels[first]
+        alike &= np.abs(spacings[rest] / spacings[first] - 1).max(axis=1) <= SAME_GEOMETRY
+        alike &= np.abs(turns[rest] - turns[first]).max(axis=1) <= SAME_GEOMETRY
+        clusters.append([slices[i] for i in rest[alike]])
+        rest = rest[~alike]
     largest = max(map(len, clusters))
     chosen = min(clusters, key=lambda cluster: _rank(cluster, largest))
     others = [
@@ -88,13 +93,10 @@ def _apart(slices: list[Slice]) -> tuple[list[Slice], list[str]]:
     return chosen, list(dict.fromkeys(others))
 
 
-def _alike(first: Slice, slices: list[Slice], identity: list[str]) -> np.ndarray:
-    """Which slices may share a volume with the first of them."""
-    spacings, turns = (np.array([getattr(member, word) for member in slices]) for word in ("spacing", "turn"))
-    alike = np.abs(spacings / first.spacing - 1).max(axis=1) <= SAME_GEOMETRY
-    alike &= np.abs(turns - first.turn).max(axis=1) <= SAME_GEOMETRY
-    labels = [(member.shape, *(_text(member, word) for word in identity)) for member in slices]
-    return alike & np.array([label == labels[0] for label in labels])
+def _codes(labels: Sequence[Hashable]) -> np.ndarray:
+    """(n,) the same number for the same label."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(label, len(numbers)) for label in labels])
 
 
 def _differences(one: Slice, other: Slice, identity: list[str]) -> list[str]:
@@ -157,7 +159,7 @@ def _passes(slices: list[Slice], depth: np.ndarray, labels: Sequence[Hashable]) 
         if len(set(numbers)) < len(part) or len(part) < 2 * FEWEST:
             continue
         order = [part[i] for i in np.argsort(numbers)]
-        run, direction, found = 0, 0, {order[0]: 0}
+        run, direction, run_of = 0, 0, {order[0]: 0}
         steps = [int(np.sign(round(depth[b] - depth[a], 3))) for a, b in pairwise(order)]
         for place, (index, step) in enumerate(zip(order[1:], steps, strict=True)):
             onward = step or next((later for later in steps[place + 1 :] if later), 0)
@@ -166,11 +168,11 @@ def _passes(slices: list[Slice], depth: np.ndarray, labels: Sequence[Hashable]) 
                 run, direction = run + 1, onward if step == 0 else 0
             else:
                 direction = direction or step
-            found[index] = run
-        runs = np.array([found[i] for i in part])
+            run_of[index] = run
+        runs = np.array([run_of[i] for i in part])
         if np.bincount(runs).min() >= FEWEST and _overlapping(depth[part], list(runs)):
             for i in part:
-                passes[i] = found[i]
+                passes[i] = run_of[i]
     return passes
 
 
