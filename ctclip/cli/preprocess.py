@@ -38,7 +38,8 @@ def preprocess(
     hu: Trusted = typer.Option(Trusted.auto, help="Whom to believe about Hounsfield units."),
     expect: Expected = typer.Option(Expected.any, help="Refuse what is not a chest."),
     series: str = typer.Option(
-        None, help="SeriesInstanceUID to take of a DICOM folder of several; else the one with most axial slices."
+        None,
+        help="SeriesInstanceUID to take of a DICOM folder of several; else the original axial one with most slices.",
     ),
     labels: str = typer.Option(
         None,
