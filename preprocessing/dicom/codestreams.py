@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from ctclip.preprocessing.errors import PreprocessingError
+
 RLE = "1.2.840.10008.1.2.5"
 JPEG = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70))
 JPEG_LS = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (80, 81))
 JPEG_2000 = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (90, 91, 201, 202, 203))
 
 
-class Undecodable(Exception):
+class Undecodable(PreprocessingError):
     """Pixels that cannot be decoded; the message says what is wrong with them."""
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ctclip.preprocessing.dicom.codestreams import Undecodable, decoded, frame_streams, stated_size
+from ctclip.preprocessing.child import decode_in_child
+from ctclip.preprocessing.dicom.codestreams import RLE, Undecodable, decoded, frame_streams, stated_size
 from ctclip.preprocessing.dicom.elements import (
     DEFLATED,
     EXPLICIT_BIG,
@@ -182,10 +183,23 @@ def _compressed(image: Image, layout: Layout) -> np.ndarray:
         raise Undecodable(f"{len(streams)} frames where its header says {image.frames}")
     stream = streams[image.frame]
     stated_size(stream, image.syntax, layout.rows, layout.columns)
-    array = decoded(stream, image.syntax, asdict(layout))
+    array = _decoded(stream, image.syntax, layout)
     if array.shape != (layout.rows, layout.columns):
         raise Undecodable(f"a picture of {array.shape}, its header says {(layout.rows, layout.columns)}")
     return array.astype(_dtype(layout), copy=False)
+
+
+def _decoded(stream: bytes, syntax: str, layout: Layout) -> np.ndarray:
+    """One codestream: run lengths here, all others by GDCM in the child, which a damaged one may end."""
+    if syntax == RLE:
+        return decoded(stream, syntax, asdict(layout))
+    try:
+        array, _ = decode_in_child(
+            "ctclip.preprocessing.dicom.codestreams:decoded", stream, syntax, asdict(layout), source="the frame"
+        )
+    except PreprocessingError as error:
+        raise Undecodable(str(error)) from error
+    return array
 
 
 def lossy(image: Image) -> bool:
