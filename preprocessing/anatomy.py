@@ -222,6 +222,8 @@ def _upright(lungs: Lungs) -> float:
     inset = ndimage.distance_transform_edt(outline, sampling=lungs.size[1:])
     core, rim = outline & (inset > 0.6 * inset.max()), outline & (inset < 0.3 * inset.max())
     bottom, top = mask.argmax(axis=0), depth - 1 - mask[::-1].argmax(axis=0)
+    if not core.any() or not rim.any():
+        return 0.0
     # A dome from below lifts the middle of the bottom; a tip lifts the middle of the top.
     taper = sum(surface[core].mean() - surface[rim].mean() for surface in (bottom, top)) / (high - low)
     reach = max(1, round(25 / lungs.size[2]))

@@ -102,10 +102,11 @@ class VolumeStore:
     def notes(self, volume: str) -> dict[str, str]:
         """What was written with a volume; nothing for volumes of earlier versions, or where it cannot be read."""
         try:
-            meta = self._open(volume).schunk.vlmeta
-            found = json.loads(meta["notes"]) if "notes" in meta else {}
+            packed = self._open(volume)
+            # The names first: an older volume has no notes, and asking for them is an error.
+            found = json.loads(packed.schunk.vlmeta["notes"]) if "notes" in packed.schunk.vlmeta.getall() else {}
             return {str(key): str(value) for key, value in found.items()}
-        except (PreprocessingError, AttributeError, *BLOSC_RAISES):
+        except (PreprocessingError, AttributeError, ReferenceError, *BLOSC_RAISES):
             return {}
 
     def read(self, volume: str, region: tuple[slice, slice, slice] | None = None) -> np.ndarray:

@@ -215,12 +215,12 @@ def test_what_is_no_chest_is_told(shared: Path) -> None:
     phantom = make_scan(1, 1, scale=8.0).reconstructions[0]
     volume = Volume(phantom.hu, np.diag([*phantom.acquisition.grid.spacing, 1.0]), "phantom")
     assert no_chest(find_lungs(volume)) is None
-    folder = shared / "ct" / "dicom"
+    folder, spec = shared / "ct" / "dicom", PreprocessingSpec.load("ct_224")
     for name in ("dcm_qa_ct/gantry_tilt_ge", "dcm_qa_ct/philips_28x5mm", "ts_abd_contrast_siemens_20"):
         with pytest.raises(PreprocessingError, match="not a chest"):
-            prepare(folder / name, SPEC, expect="chest")
+            prepare(folder / name, spec, expect="chest")
     for path in (folder / "lungdx_A0002_siemens_B40f_8mm_30", *(shared / "ct" / "nifti").glob("ts_chestCTA*.nii.gz")):
-        prepare(path, SPEC, expect="chest")
+        prepare(path, spec, expect="chest")
 
 
 def _nifti(folder: Path, hu: np.ndarray) -> Path:
