@@ -92,7 +92,11 @@ def reading(affine: np.ndarray) -> str:
 
 def is_blank(affine: np.ndarray) -> bool:
     """Whether an affine is what writers leave when nobody stated a geometry: 1 mm along straight axes, the origin 0."""
-    return not affine[:3, 3].any() and bool(np.array_equal(np.abs(affine[:3, :3]).round(7) @ np.ones(3), np.ones(3)))
+    steps = np.abs(affine[:3, :3]).round(7)
+    permutes = bool(
+        np.isin(steps, (0.0, 1.0)).all() and (steps.sum(axis=0) == 1).all() and (steps.sum(axis=1) == 1).all()
+    )
+    return permutes and not affine[:3, 3].any()
 
 
 def _by_table(volume: Volume, table: np.ndarray, choice: Geometry) -> Volume:
@@ -112,6 +116,5 @@ def _by_table(volume: Volume, table: np.ndarray, choice: Geometry) -> Volume:
 
 
 def _remedy(volume: Volume) -> str:
-    # A doubt that names both readings of a NIfTI header can be settled by naming one of them.
-    both = "sform" in str(volume.geometry_doubt) and "qform" in str(volume.geometry_doubt)
-    return "sform or --geometry qform" if both else "header"
+    # A doubt that names the two readings of a NIfTI header can be settled by naming one of them.
+    return "sform|qform|header" if "qform" in str(volume.geometry_doubt) else "header"

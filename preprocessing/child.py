@@ -1,0 +1,243 @@
+"""Decoding in another process: libraries that end a process over bytes of strangers end that one, not ours.
+
+One child is kept and reused. It has bounds on memory and time, gives arrays back in shared memory that lies in no file
+system, and takes its death with it as one PreprocessingError; the next call starts a new one. Nothing that comes from it is
+unpickled: a decoder that was taken over stays where it is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import mmap
+import os
+import pickle
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from ctclip.preprocessing.errors import PreprocessingError
+
+MEMORY_GB = 16.0
+SECONDS = 600.0
+LONGEST_REPLY = 1 << 20
+LENGTH = struct.Struct("<Q")
+
+
+def decode_in_child(
+    function: str, *args: Any, source: str, seconds: float = SECONDS, memory_gb: float = MEMORY_GB
+) -> tuple[np.ndarray, Any]:
+    """Call ``function`` ("package.module:name") with ``args`` (picklable) in the child.
+
+    The function returns an array, or an array and something that JSON can hold; both come back, the latter None if there
+    is none. ``memory_gb`` bounds the child's address space, and ``seconds`` one call. A PreprocessingError of the
+    function is raised here as it is; any other end is one that names ``source``.
+    """
+    with _LOCK:
+        child = _child(memory_gb)
+        try:
+            return child.call(function, args, seconds)
+        except TimeoutError as error:
+            child.end()
+            raise PreprocessingError(f"{source}: decoding it took longer than {seconds:g} s; it is damaged") from error
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            child.end()
+            raise PreprocessingError(
+                f"{source}: decoding it ended the decoder; it is damaged, or too large for memory"
+            ) from error
+        except _FailedError as failure:
+            if failure.clear:
+                raise PreprocessingError(failure.reason) from None
+            raise PreprocessingError(f"{source}: cannot be decoded ({failure.reason}); it is damaged") from None
+        except BaseException:
+            # Interrupted between question and answer: the next call must not be given this one's.
+            child.end()
+            raise
+
+
+class _FailedError(Exception):
+    """The function raised in the child; ``clear`` if its message is fit to be shown as it is."""
+
+    def __init__(self, reason: str, clear: bool) -> None:
+        super().__init__(reason)
+        self.reason, self.clear = reason, clear
+
+
+class _Child:
+    """The process, and the socket that leads to it."""
+
+    def __init__(self, memory_gb: float) -> None:
+        self.memory_gb, self.owner = memory_gb, os.getpid()
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            # A program of its own, not a fork: it inherits no locks and threads, and runs nobody's main module again.
+            self.process = subprocess.Popen(
+                # -P: the working directory, which may hold a stranger's files, is no place to import from.
+                [sys.executable, "-P", "-m", "ctclip.preprocessing.child", str(theirs.fileno()), str(memory_gb)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                # Libraries complain there of what they read, and quote it.
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            )
+
+    @property
+    def alive(self) -> bool:
+        # After a fork this process is not the child's parent, and its socket is another's too.
+        return self.owner == os.getpid() and self.process.poll() is None
+
+    def call(self, function: str, args: tuple[Any, ...], seconds: float) -> tuple[np.ndarray, Any]:
+        until = time.monotonic() + seconds
+        self.socket.settimeout(seconds)
+        _send(self.socket, pickle.dumps((function, args)))
+        content, descriptors = _receive(self.socket, until)
+        try:
+            reply = json.loads(content)
+            if "failed" in reply:
+                raise _FailedError(str(reply["failed"]), bool(reply["clear"]))
+            return _mapped(descriptors[0], reply["shape"], reply["dtype"]), reply["extra"]
+        except IndexError as error:
+            raise EOFError from error
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def end(self) -> None:
+        self.socket.close()
+        if self.owner == os.getpid():
+            self.process.kill()
+            self.process.wait()
+
+
+_LOCK = threading.Lock()
+_KEPT: list[_Child] = []
+
+
+def _child(memory_gb: float) -> _Child:
+    if _KEPT and (not _KEPT[0].alive or _KEPT[0].memory_gb != memory_gb):
+        _KEPT.pop().end()
+    if not _KEPT:
+        _KEPT.append(_Child(memory_gb))
+    return _KEPT[0]
+
+
+@atexit.register
+def _end() -> None:
+    while _KEPT:
+        _KEPT.pop().end()
+
+
+def _forked() -> None:
+    # The parent's child stays the parent's: let go of its socket, or it would not see the parent's end.
+    global _LOCK
+    _LOCK = threading.Lock()
+    _end()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+def _mapped(descriptor: int, shape: list[int], dtype: str) -> np.ndarray:
+    """The array in shared memory, without a copy; the memory is freed with the array."""
+    kind = np.dtype(dtype)
+    count = int(np.prod(shape, dtype=object)) if shape else 1
+    size = count * kind.itemsize
+    if kind.kind not in "biuf" or min(shape, default=1) < 0 or size > os.fstat(descriptor).st_size:
+        raise ValueError(shape)
+    if size == 0:
+        return np.empty(shape, kind)
+    return np.frombuffer(mmap.mmap(descriptor, size), kind, count).reshape(shape)
+
+
+def _send(connection: socket.socket, content: bytes, descriptors: list[int] | None = None) -> None:
+    head = LENGTH.pack(len(content))
+    if descriptors:
+        socket.send_fds(connection, [head], descriptors)
+    else:
+        connection.sendall(head)
+    connection.sendall(content)
+
+
+def _receive(connection: socket.socket, until: float | None = None) -> tuple[bytes, list[int]]:
+    """One message and the descriptors that came with it, by ``until`` (``time.monotonic``), or EOFError."""
+    head, descriptors, _, _ = socket.recv_fds(connection, LENGTH.size, 1)
+    try:
+        head += _bytes(connection, LENGTH.size - len(head), until) if head else b""
+        (length,) = LENGTH.unpack(head) if head else (0,)
+        if not head or (until is not None and length > LONGEST_REPLY):
+            raise EOFError
+        return _bytes(connection, length, until), descriptors
+    except BaseException:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+
+
+def _bytes(connection: socket.socket, length: int, until: float | None) -> bytes:
+    content = bytearray()
+    while len(content) < length:
+        if until is not None:
+            connection.settimeout(max(0.001, until - time.monotonic()))
+        block = connection.recv(min(1 << 20, length - len(content)))
+        if not block:
+            raise EOFError
+        content += block
+    return bytes(content)
+
+
+def _answer(connection: socket.socket, question: bytes) -> None:
+    """Call what is asked for and send the array, or why there is none."""
+    function, args = pickle.loads(question)
+    try:
+        module, _, name = function.partition(":")
+        result = getattr(importlib.import_module(module), name)(*args)
+        array, extra = result if isinstance(result, tuple) else (result, None)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+            raise TypeError(function)
+        array = np.ascontiguousarray(array)
+        reply = json.dumps({"shape": array.shape, "dtype": array.dtype.str, "extra": extra}).encode()
+        descriptor = os.memfd_create("voxels")
+        try:
+            os.ftruncate(descriptor, array.nbytes)
+            if array.nbytes:
+                with mmap.mmap(descriptor, array.nbytes) as shared:
+                    shared.write(memoryview(array).cast("B"))
+            _send(connection, reply, [descriptor])
+        finally:
+            os.close(descriptor)
+    except PreprocessingError as error:
+        _send(connection, json.dumps({"failed": str(error), "clear": True}).encode())
+    except Exception as error:
+        # What libraries say may quote the header: only the kind is passed on.
+        _send(connection, json.dumps({"failed": type(error).__name__, "clear": False}).encode())
+
+
+def main(descriptor: int, memory_gb: float) -> None:
+    """The child: answer questions until the other end is closed."""
+    import resource
+    import signal
+
+    # Ctrl-C reaches the whole group: the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    limit = int(memory_gb * 1e9)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with socket.socket(fileno=descriptor) as connection:
+        while True:
+            try:
+                question, _ = _receive(connection)
+            except (EOFError, OSError):
+                return
+            _answer(connection, question)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]))

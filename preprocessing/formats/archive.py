@@ -1,0 +1,218 @@
+"""Zip and tar archives of one scan, unpacked within a bound into a temporary folder.
+
+What a directory of members claims is checked first, what comes out is counted: claims cost nothing to write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import re
+import shutil
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.formats import streams
+
+MOST_MEMBERS = 20000
+DEEPEST = 3
+ZIP = (b"PK\3\4", b"PK\5\6")
+PREFIX = "ctclip-unpacked-"
+# What macOS and Windows add, and the viewers of patient CDs: no part of a scan.
+JUNK = re.compile(r"(^|/)(__MACOSX/|\._|\.DS_Store$|Thumbs\.db$|desktop\.ini$)", re.IGNORECASE)
+VIEWERS = {
+    ".exe", ".dll", ".inf", ".ini", ".htm", ".html", ".css", ".js", ".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ico",
+    ".txt", ".pdf", ".xml", ".jar", ".bat", ".sh", ".chm", ".cfg", ".log", ".md", ".json", ".csv", ".rtf", ".swf",
+}  # fmt: skip
+VOLUMES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr", ".hdr.gz", ".npz")
+VOXELS = (".raw", ".raw.gz", ".zraw", ".img", ".img.gz", ".gz", ".bz2")
+PLAIN = re.compile(r"[\w()+-][\w .()+-]{0,100}")
+
+
+def is_zip(path: Path) -> bool:
+    with streams.open_regular(path, str(path)) as stream:
+        return stream.read(4) in ZIP
+
+
+def is_tar(path: Path) -> bool:
+    """Whether a file is a tar, compressed or not: POSIX and GNU write their mark into the first header."""
+    with streams.open_regular(path, str(path)) as stream:
+        block = stream.read(262)
+        if kind := _packed(block):
+            stream.seek(0)
+            with contextlib.suppress(*streams.damage()):
+                block = streams.inflated(stream, kind).read(262)
+        return block[257:] == b"ustar"
+
+
+@contextlib.contextmanager
+def unpacked(path: Path, source: str, largest: int) -> Iterator[Path]:
+    """The scan of an archive, as long as the context lasts: the one volume file in it, or a folder of DICOM slices.
+
+    ``largest`` bounds what is unpacked, in bytes; archives within it are unpacked too. Members of a scan keep no name
+    that is not needed to find them, and none leads out of the folder. Raises PreprocessingError.
+    """
+    _sweep()
+    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name, _held(Path(name)):
+        folder = Path(name, "scan")
+        folder.mkdir()
+        _Unpacking(source, largest).unpack(path, folder, 1)
+        volumes = [file for file in sorted(folder.rglob("*")) if file.name.lower().endswith(VOLUMES)]
+        if len(volumes) > 1:
+            raise PreprocessingError(f"{source}: holds {len(volumes)} volumes; unpack it and name one")
+        yield volumes[0] if volumes else folder
+
+
+class _Unpacking:
+    """One archive and those inside it, which share a bound on bytes and members."""
+
+    def __init__(self, source: str, largest: int) -> None:
+        self.source, self.largest = source, largest
+        self.bytes, self.members = 0, 0
+
+    def unpack(self, path: Path, folder: Path, depth: int) -> None:
+        damage = (zipfile.BadZipFile, tarfile.TarError, RuntimeError, zlib.error, OSError, EOFError, ValueError)
+        try:
+            (self._zip if is_zip(path) else self._tar)(path, folder)
+        except damage as error:
+            # What the libraries say may quote the names inside, and those the patient's.
+            raise PreprocessingError(
+                f"{self.source}: not a readable archive ({type(error).__name__}); copy it again"
+            ) from error
+        for inner in [file for file in sorted(folder.rglob("*")) if file.is_file()]:
+            if inner.name.lower().endswith(".npz") or not (is_zip(inner) or is_tar(inner)):
+                continue
+            if depth == DEEPEST:
+                raise PreprocessingError(f"{self.source}: archives in archives, {depth} deep; unpack it yourself")
+            below = inner.with_name(f"{inner.name}.unpacked")
+            below.mkdir()
+            self.unpack(inner, below, depth + 1)
+            inner.unlink()
+
+    def _zip(self, path: Path, folder: Path) -> None:
+        with streams.open_regular(path, self.source) as file, zipfile.ZipFile(file) as archive:
+            members = [member for member in archive.infolist() if not member.is_dir()]
+            self._claimed(sum(member.file_size for member in members), len(members), streams.size_of(file))
+            for member in members:
+                if member.flag_bits & 1:
+                    raise PreprocessingError(f"{self.source}: is encrypted; unpack it with its password")
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise PreprocessingError(f"{self.source}: is packed in a way that is not read; unpack it yourself")
+                if target := self._target(member.filename, folder):
+                    with archive.open(member) as stream:
+                        self._copy(stream, target)
+
+    def _tar(self, path: Path, folder: Path) -> None:
+        with streams.open_regular(path, self.source) as file, tempfile.TemporaryFile() as plain:
+            kind = _packed(file.read(6))
+            file.seek(0)
+            if kind:
+                # Inflated first, within the bound: tarfile believes what a header claims of another header's size.
+                self._inflate(streams.inflated(file, kind), plain)
+            with tarfile.open(fileobj=_Bounded(plain if kind else file), mode="r:") as archive:
+                for number, member in enumerate(archive):
+                    if number == MOST_MEMBERS:
+                        raise PreprocessingError(f"{self.source}: holds more than {number} files; refused")
+                    content = archive.extractfile(member) if member.isreg() and not member.issparse() else None
+                    if content is not None and (target := self._target(member.name, folder)):
+                        self._copy(content, target)
+
+    def _inflate(self, stream: Any, plain: BinaryIO) -> None:
+        length = 0
+        with contextlib.suppress(StopIteration):
+            for block in iter(lambda: stream.read(streams.CHUNK), b""):
+                length += len(block)
+                if length > self.largest:
+                    raise self._too_large()
+                plain.write(block)
+        plain.seek(0)
+
+    def _claimed(self, total: int, members: int, packed: int) -> None:
+        if members > MOST_MEMBERS or total > self.largest or total > streams.LARGEST_EXPANSION * packed:
+            raise PreprocessingError(f"{self.source}: would unpack to {total / 1e9:.1f} GB in {members} files; refused")
+
+    def _target(self, name: str, folder: Path) -> Path | None:
+        """Where a member is written, or None for what is no part of a scan."""
+        self.members += 1
+        if self.members > MOST_MEMBERS:
+            raise PreprocessingError(f"{self.source}: holds more than {MOST_MEMBERS} files; refused")
+        name = name.replace("\\", "/")
+        suffix = PurePosixPath(name).suffix.lower()
+        if JUNK.search(name) or suffix in VIEWERS:
+            return None
+        parts = [part for part in PurePosixPath(name).parts if part != "."]
+        if parts and all(PLAIN.fullmatch(part) for part in parts) and name.lower().endswith(VOLUMES + VOXELS):
+            # A detached header finds its voxels by their name.
+            target = folder.joinpath(*parts)
+        else:
+            # A folder of slices keeps its folders and suffixes, which say what belongs together.
+            below = [part if PLAIN.fullmatch(part) else "folder" for part in parts[:-1]]
+            kept = suffix if re.fullmatch(r"\.\w{1,8}", suffix) else ""
+            target = folder.joinpath(*below, f"{self.members:06d}{kept}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+    def _copy(self, stream: Any, target: Path) -> None:
+        with target.open("xb") as written:
+            for block in iter(lambda: stream.read(streams.CHUNK), b""):
+                self.bytes += len(block)
+                if self.bytes > self.largest:
+                    raise self._too_large()
+                written.write(block)
+
+    def _too_large(self) -> PreprocessingError:
+        return PreprocessingError(
+            f"{self.source}: would unpack to more than the {self.largest / 1e9:g} GB of the largest CT; refused"
+        )
+
+
+class _Bounded(io.RawIOBase):
+    """A file for tarfile that refuses to be read far at once: tarfile takes the size of a long name at its word."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= streams.CHUNK:
+            raise ValueError("a member's header claims more than it can be")
+        return self._stream.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+
+def _packed(block: bytes) -> str:
+    """Which compression a file starts with, or none of them."""
+    return {streams.GZIP: "gzip", b"BZ": "bzip2"}.get(block[:2], "")
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """A lock that ends with this process, however that ends: the folder is then known to be nobody's."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _sweep() -> None:
+    """Remove what killed processes left unpacked: scans of patients do not stay in the temporary folder."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError), (folder / "lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)

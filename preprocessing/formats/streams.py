@@ -1,0 +1,175 @@
+"""Exactly the bytes that a header promises, from plain and compressed streams: no more are inflated, no fewer taken.
+
+A compressed stream is read to its end, where its own checksum (CRC-32, Adler-32) is compared.
+"""
+
+from __future__ import annotations
+
+import bz2
+import io
+import os
+import stat
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ctclip.preprocessing.errors import PreprocessingError
+
+GZIP = b"\x1f\x8b"
+CHUNK = 1 << 20
+# Measured: what is inflated at a time stays in the cache until it is copied to its place.
+PACKED_CHUNK, INFLATED_CHUNK = 1 << 17, 1 << 18
+# No deflate stream expands more than 1032-fold: a header that claims more lies, or the file is cut short.
+LARGEST_EXPANSION = 1100
+TRAILING = "bytes follow the end of its compressed stream: left out"
+
+
+def open_regular(path: Path, source: str) -> BinaryIO:
+    """Open a regular file; a pipe or device, which could block for ever, is refused."""
+    try:
+        # Without O_NONBLOCK, opening a pipe waits for whoever writes to it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise PreprocessingError(f"{source}: cannot be opened ({error.strerror})") from error
+    stream = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        stream.close()
+        raise PreprocessingError(f"{source}: not a file")
+    return stream
+
+
+def size_of(stream: Any) -> int:
+    """Bytes of an open regular file, or of the file behind what is inflated."""
+    return os.fstat(stream.fileno()).st_size
+
+
+def is_packed(stream: Any) -> bool:
+    """Whether a stream is one that ``inflated`` returned."""
+    return isinstance(stream, _Deflated | bz2.BZ2File)
+
+
+def is_gzip(path: Path) -> bool:
+    """Whether a file's content is a gzip stream, whatever it is called."""
+    with open_regular(path, str(path)) as stream:
+        return stream.read(2) == GZIP
+
+
+def inflated(stream: BinaryIO, kind: str) -> Any:
+    """A reader of what a compressed stream holds from its present position on: ``gzip``, ``zlib`` or ``bzip2``.
+
+    Closing it closes the stream.
+    """
+    return bz2.BZ2File(stream) if kind == "bzip2" else _Deflated(stream, kind)
+
+
+def damage() -> tuple[type[Exception], ...]:
+    """What readers of compressed streams raise over damaged ones."""
+    from isal import isal_zlib
+
+    return (OSError, EOFError, zlib.error, isal_zlib.error, ValueError)
+
+
+def exactly(stream: Any, size: int, source: str) -> tuple[np.ndarray, list[str]]:
+    """The next ``size`` bytes of a stream, uint8, and warnings; the stream must end there, with a good checksum.
+
+    Raises PreprocessingError if it is damaged, ends earlier or goes on.
+    """
+    content = np.empty(size, np.uint8)
+    view, length = memoryview(content), 0
+    try:
+        while length < size:
+            count = stream.readinto(view[length : length + INFLATED_CHUNK])
+            if not count:
+                raise PreprocessingError(f"{source}: cut short ({length} of {size} bytes of voxels); copy it again")
+            length += count
+    except damage() as error:
+        raise _damaged(source) from error
+    try:
+        # Reading on to the end makes the stream compare its checksum.
+        more = stream.read(1)
+    except damage() as error:
+        raise _damaged(source) from error
+    if more:
+        raise PreprocessingError(
+            f"{source}: holds more bytes than the {size} that its header promises: one of the two is wrong; convert it again"
+        )
+    return content, [TRAILING] if getattr(stream, "trailing", False) else []
+
+
+def plausible(size: int, file_size: int, largest: int, source: str) -> None:
+    """Refuse what a header claims before memory is taken for it; sizes in bytes."""
+    if size > largest:
+        raise PreprocessingError(
+            f"{source}: its header claims {size / 1e9:.1f} GB of voxels, more than the {largest / 1e9:g} GB of the largest CT"
+        )
+    if size > LARGEST_EXPANSION * file_size:
+        raise PreprocessingError(f"{source}: cut short, or its header is wrong; copy it again")
+
+
+def _damaged(source: str) -> PreprocessingError:
+    return PreprocessingError(f"{source}: its compressed stream is damaged or cut short; copy it again")
+
+
+class _Deflated(io.RawIOBase):
+    """A zlib stream, or the members of a gzip stream, inflated as far as is asked for.
+
+    ISA-L compares the checksum (and gzip's length) where a stream ends. ``trailing`` is set once bytes that are neither
+    zeros nor another member were seen behind the end; Python's own reader of gzip loses voxels over them.
+    """
+
+    def __init__(self, stream: BinaryIO, kind: str) -> None:
+        from isal import isal_zlib
+
+        self._stream, self._kind = stream, kind
+        self._start = lambda: isal_zlib.decompressobj(wbits=31 if kind == "gzip" else 15)
+        self._inflater = self._start()
+        self._rest = b""
+        self.trailing = False
+
+    def readable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+    def read(self, size: int = -1) -> bytes:
+        """``size`` bytes, or fewer where the stream ends before."""
+        blocks = []
+        while size > 0 and (block := self._next(size)):
+            blocks.append(block)
+            size -= len(block)
+        return b"".join(blocks)
+
+    def readinto(self, buffer: Any) -> int:
+        block = self._next(len(buffer))
+        buffer[: len(block)] = block
+        return len(block)
+
+    def _next(self, size: int) -> bytes:
+        while not self._inflater.eof or self._another():
+            self._rest = self._rest or self._stream.read(PACKED_CHUNK)
+            if not self._rest:
+                raise EOFError
+            block: bytes = self._inflater.decompress(self._rest, size)
+            self._rest = self._inflater.unconsumed_tail
+            if block:
+                return block
+        return b""
+
+    def _another(self) -> bool:
+        """Whether another gzip member begins where one ended."""
+        rest = self._inflater.unused_data
+        if self._kind == "gzip":
+            while len(rest := rest.lstrip(b"\0")) < 2 and (more := self._stream.read(PACKED_CHUNK)):
+                rest += more
+            if rest[:2] == GZIP:
+                self._inflater, self._rest = self._start(), rest
+                return True
+        self.trailing = self.trailing or bool(rest or self._stream.read(1))
+        return False

@@ -1,0 +1,68 @@
+"""Lines and numbers of text headers (NRRD, MetaImage), within bounds that no honest header reaches.
+
+Libraries that parse these headers were seen to end the process over long values: here nothing is passed on to one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from ctclip.preprocessing.errors import PreprocessingError
+
+LONGEST_LINE = 1000
+LONGEST_COMMENT = 1 << 16
+MOST_LINES = 10000
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|[+-]?(nan|inf)", re.IGNORECASE)
+# Lengths in millimetres, as NRRD and MetaImage spell their units; nothing stated counts as mm.
+MM_PER_UNIT = {
+    "": 1.0, "?": 1.0, "???": 1.0, "mm": 1.0, "millimeter": 1.0, "millimeters": 1.0, "millimetre": 1.0,
+    "cm": 10.0, "m": 1000.0, "meter": 1000.0, "metre": 1000.0, "dm": 100.0,
+    "um": 0.001, "µm": 0.001, "μm": 0.001, "micron": 0.001, "micrometer": 0.001, "nm": 1e-6,
+}  # fmt: skip
+
+
+def lines(stream: BinaryIO, source: str) -> Iterator[str]:
+    """Lines of a header without their ends, up to the end of the file; the caller stops where the header does."""
+    for _ in range(MOST_LINES):
+        line = stream.readline(LONGEST_COMMENT + 1)
+        if not line:
+            return
+        if len(line) > LONGEST_COMMENT:
+            break
+        yield line.decode("utf-8", "replace").rstrip("\r\n")
+    raise PreprocessingError(f"{source}: its header does not end, or has a line that is too long; it is damaged")
+
+
+def bounded(value: str, field: str, source: str) -> str:
+    """The value of a field, refused if no honest one is as long."""
+    value = value.strip()
+    if len(value) > LONGEST_LINE:
+        raise PreprocessingError(f"{source}: field {field!r} of its header has {len(value)} characters; it is damaged")
+    return value
+
+
+def numbers(value: str, count: int, field: str, source: str) -> list[float]:
+    """Exactly ``count`` numbers of a field, separated by white space."""
+    words = value.split()
+    if len(words) != count or not all(NUMBER.fullmatch(word) for word in words):
+        raise PreprocessingError(f"{source}: field {field!r} of its header is not {count} numbers; it is damaged")
+    return [float(word) for word in words]
+
+
+def integers(value: str, count: int, field: str, source: str) -> list[int]:
+    """Exactly ``count`` whole numbers of a field."""
+    words = value.split()
+    if len(words) != count or not all(re.fullmatch(r"[+-]?\d{1,18}", word) for word in words):
+        raise PreprocessingError(f"{source}: field {field!r} of its header is not {count} whole numbers; it is damaged")
+    return [int(word) for word in words]
+
+
+def choice(value: str, choices: dict[str, bool], field: str, source: str) -> bool:
+    """A field of few words, such as True and False."""
+    if value.lower() not in choices:
+        raise PreprocessingError(
+            f"{source}: field {field!r} of its header is none of {', '.join(choices)}; it is damaged"
+        )
+    return choices[value.lower()]

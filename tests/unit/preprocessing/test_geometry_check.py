@@ -1,0 +1,110 @@
+"""The one check of geometry: what a table, the user's word, or nothing makes of a header that is in doubt."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ctclip.preprocessing import PreprocessingError
+from ctclip.preprocessing.geometry_check import differ, is_blank, reading, settle, unusable
+from ctclip.preprocessing.volume import Volume
+from tests.unit.preprocessing.scan_files import AFFINE, HU
+
+
+def volume(affine: np.ndarray = AFFINE, doubt: str | None = None) -> Volume:
+    return Volume(HU, affine, "scan.nii", ["earlier"], doubt)
+
+
+def stretched(factor: float) -> np.ndarray:
+    affine = AFFINE.copy()
+    affine[:3, 0] *= factor
+    return affine
+
+
+def test_a_header_that_is_not_in_doubt_is_kept_as_it_is() -> None:
+    given = volume()
+    assert settle(given) is given
+    assert settle(given, AFFINE) is given
+    assert settle(given, stretched(1.005)) is given, "within 1 %"
+
+
+@pytest.mark.parametrize("table", [stretched(1.02), AFFINE * [-1, 1, 1, 1], AFFINE[:, [1, 0, 2, 3]]])
+def test_a_table_that_differs_decides_aloud(table: np.ndarray) -> None:
+    settled = settle(volume(), table)
+    assert np.array_equal(settled.affine, table)
+    assert settled.warnings[0] == "earlier"
+    assert "geometry taken from the metadata table" in settled.warnings[1]
+    assert reading(AFFINE) in settled.warnings[1]
+
+
+def test_a_table_decides_where_the_header_is_in_doubt() -> None:
+    settled = settle(volume(np.eye(4), "its affine is the identity"), AFFINE)
+    assert np.array_equal(settled.affine, AFFINE)
+    assert settled.geometry_doubt is None
+    assert "its affine is the identity" in settled.warnings[-1]
+
+
+def test_without_a_table_doubt_is_refused_or_taken_at_the_users_word() -> None:
+    doubtful = volume(doubt="its sform and qform codes are both 0")
+    with pytest.raises(
+        PreprocessingError, match=r"^scan\.nii: its sform .* --geometry sform\|qform\|header if you know"
+    ):
+        settle(doubtful)
+    taken = settle(doubtful, None, "header")
+    assert np.array_equal(taken.affine, AFFINE)
+    assert taken.geometry_doubt is None
+    assert "codes are both 0" in taken.warnings[-1]
+    assert settle(doubtful, stretched(2), "header").affine[0, 0] == AFFINE[0, 0], (
+        "the user's word stands above the table"
+    )
+    with pytest.raises(PreprocessingError, match="no metadata table states its geometry"):
+        settle(volume(), None, "table")
+    assert np.array_equal(settle(volume(), stretched(1.005), "table").affine, stretched(1.005))
+
+
+@pytest.mark.parametrize(
+    ("affine", "reason"),
+    [
+        (np.diag([0.05, 1, 1, 1]), "0.05 x 1 x 1 mm"),
+        (np.diag([25.0, 1, 1, 1]), "25 x 1 x 1 mm"),
+        (np.diag([0.0, 1, 1, 1]), "0 x 1 x 1 mm"),
+        (np.diag([np.nan, 1, 1, 1]), "not finite"),
+        (np.diag([np.inf, 1, 1, 1]), "not finite"),
+        (np.array([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]), "degenerate"),
+        (np.diag([1.0, 1, 1, 1]) + np.outer([1e9, 0, 0, 0], [0, 0, 0, 1]), "far too large"),
+    ],
+)
+def test_what_no_ct_has_is_refused_whoever_states_it(affine: np.ndarray, reason: str) -> None:
+    assert reason in str(unusable(affine))
+    for choice in ("auto", "header"):
+        with pytest.raises(PreprocessingError, match=r"^scan\.nii: its header"):
+            settle(volume(affine), None, choice)
+    with pytest.raises(PreprocessingError, match=r"^scan\.nii: the metadata table.*correct the table"):
+        settle(volume(), affine)
+
+
+def test_a_tilted_gantry_is_no_contradiction_in_itself() -> None:
+    tilted = np.diag([5.0, 0.7, 0.7, 1.0])
+    tilted[1, 0] = 5 * np.tan(np.radians(29))
+    assert unusable(tilted) is None
+
+
+def test_differences_are_those_of_steps_not_of_origins() -> None:
+    moved = AFFINE.copy()
+    moved[:3, 3] += 500
+    assert not differ(AFFINE, moved)
+    assert not differ(AFFINE, AFFINE + 1e-5)
+    assert differ(AFFINE, np.full((4, 4), np.nan))
+    angle = np.radians(1)
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    assert differ(AFFINE, turn @ AFFINE)
+
+
+def test_blank_is_one_millimetre_straight_axes_and_no_origin() -> None:
+    for axes in ([0, 1, 2, 3], [2, 1, 0, 3], [1, 2, 0, 3]):
+        for signs in ([1, 1, 1, 1], [-1, -1, 1, 1], [-1, 1, 1, 1]):
+            assert is_blank(np.eye(4)[axes] * signs)
+    assert not is_blank(np.diag([1.0, 1, 1.0001, 1]))
+    assert not is_blank(np.eye(4) + np.outer([0, 0, 1, 0], [0, 0, 0, 1]))
+    assert not is_blank(np.array([[0.6, 0.4, 0, 0], [0.4, 0.6, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]))
