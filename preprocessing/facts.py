@@ -73,7 +73,10 @@ def placed(volume: Volume, facts: TableFacts | None, choice: Geometry = "auto") 
     DICOM states its own geometry and no table changes it. Raises PreprocessingError where neither can be trusted.
     """
     name = volume.source.lower()
-    is_nifti, is_itk = name.endswith((".nii", ".nii.gz", ".hdr", ".img")), name.endswith(ITK_SUFFIXES)
+    is_nifti, is_itk = (
+        name.endswith((".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz")),
+        name.endswith(ITK_SUFFIXES),
+    )
     if facts is None or facts.spacing is None or not (is_nifti or is_itk) or choice not in ("auto", "table"):
         return settle(volume, None, choice)
     # ITK's arrays lie [k, j, i].

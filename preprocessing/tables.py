@@ -14,7 +14,10 @@ import pandas as pd
 
 from ctclip.preprocessing.errors import PreprocessingError
 
-VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz", ".zip")
+VOLUME_SUFFIXES = (
+    ".nii.gz", ".nii", ".hdr.gz", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz", ".zip", ".tar.gz", ".tar.bz2", ".tgz",
+    ".tar",
+)  # fmt: skip
 SEPARATORS = (",", "\t", ";", "|")
 LONGEST_CELL = 10_000_000
 # A value that is not there, in a column of numbers or labels.

@@ -42,7 +42,10 @@ from ctclip.preprocessing.tables import (
 
 TABLES = (".csv", ".tsv", ".parquet")
 # Voxels of a header in another file beside it.
-DETACHED = {".mhd": (".raw", ".zraw", ".raw.gz"), ".nhdr": (".raw", ".raw.gz", ".zraw"), ".hdr": (".img",)}
+DETACHED = {
+    ".mhd": (".raw", ".zraw", ".raw.gz"), ".nhdr": (".raw", ".raw.gz", ".zraw"), ".hdr": (".img", ".img.gz"),
+    ".hdr.gz": (".img", ".img.gz"),
+}  # fmt: skip
 SAMPLED_BYTES = 1 << 16
 
 
@@ -57,7 +60,10 @@ def read(tree: Tree, *, labels: Sequence[str] | None = None) -> Cohort:
     root = tree.root
     if root.is_file():
         return _from_table(root, labels) if root.suffix.lower() in TABLES else _named(root.parent, [root])
+    everything = set(tree.files)
     volumes = [path for path in tree.files if path.name.lower().endswith(FILES)]
+    # Many programs call something a header; NIfTI's has its voxels beside it.
+    volumes = [path for path in volumes if ".hdr" not in path.name.lower()[-7:] or _detached([path]) & everything]
     detached = _detached(volumes)
     rest = [path for path in tree.files if path not in {*volumes, *detached}]
     scans, read_files, images_unused = dicom_scans(rest, alone=not volumes)
@@ -73,8 +79,8 @@ def read(tree: Tree, *, labels: Sequence[str] | None = None) -> Cohort:
 
 
 def _detached(volumes: list[Path]) -> set[Path]:
-    headers = ((path, DETACHED[path.suffix.lower()]) for path in volumes if path.suffix.lower() in DETACHED)
-    return {path.with_suffix(end) for path, ends in headers for end in ends}
+    headers = ((path, path.name[len(identity(path)) :].lower()) for path in volumes)
+    return {path.with_name(identity(path) + end) for path, kind in headers for end in DETACHED.get(kind, ())}
 
 
 def _named(root: Path, paths: list[Path], series: dict[Path, Scan] | None = None) -> Cohort:

@@ -14,8 +14,8 @@ import pytest
 import SimpleITK as sitk
 
 from ctclip.phantom.scan import make_scan
-from ctclip.preprocessing import PreprocessingError, PreprocessingSpec, prepare
-from ctclip.preprocessing.cohorts import read_cohort
+from ctclip.preprocessing import Prepared, PreprocessingError, PreprocessingSpec, prepare
+from ctclip.preprocessing.cohorts import Cohort, read_cohort
 from ctclip.preprocessing.facts import table_facts
 from ctclip.preprocessing.pipeline import preprocess
 
@@ -111,15 +111,12 @@ def test_the_table_or_the_header_whichever_is_right(tmp_path: Path, hu: np.ndarr
     truth = prepare(save(tmp_path / "truth.nii", hu.transpose(2, 1, 0), GOOD), SPEC)
     values = (row.turned(hu.transpose(2, 1, 0)) + (row.offset if name != "every voxel 0" else 0)).astype(row.kind)
     cohort = ct_rate(tmp_path / "cohort", {"train_1_a_1": (values, row.header)}, {"train_1_a_1": TABLE | row.table})
-    listed = cohort.table.iloc[0]
     if row.refused:
         with pytest.raises(PreprocessingError, match=row.said) as refusal:
-            if listed["volume"] in cohort.refused:
-                raise PreprocessingError(cohort.refused[listed["volume"]])
-            prepare(cohort.files["train_1_a_1"], SPEC, table=table_facts(listed))
+            prepared(cohort)
         assert "train_1_a_1" in str(refusal.value)
         return
-    ready = prepare(cohort.files["train_1_a_1"], SPEC, table=table_facts(listed))
+    ready = prepared(cohort)
     loose = name == "slices 0.5 % too thick"
     if not loose:
         assert np.abs(ready.hu - truth.hu).max() < 0.01
@@ -128,13 +125,23 @@ def test_the_table_or_the_header_whichever_is_right(tmp_path: Path, hu: np.ndarr
     assert (row.said in "; ".join(ready.warnings)) if row.said else not any(TAKEN in w for w in ready.warnings)
 
 
+def prepared(cohort: Cohort) -> Prepared:
+    """The one volume of a cohort, as a run prepares it."""
+    row = cohort.table.iloc[0]
+    if row["volume"] in cohort.refused:
+        raise PreprocessingError(cohort.refused[row["volume"]])
+    return prepare(cohort.files[row["volume"]], SPEC, table=table_facts(row))
+
+
 def test_a_file_of_the_fixed_release_that_was_reoriented_keeps_its_header(tmp_path: Path, hu: np.ndarray) -> None:
     """By nibabel: the same box in the patient along other axes. The table speaks of the axes as they were."""
     truth = prepare(save(tmp_path / "truth.nii", hu.transpose(2, 1, 0), GOOD), SPEC)
     image = nib.Nifti1Image(hu.transpose(2, 1, 0), GOOD)
     for turned in (nib.as_closest_canonical(image), image.as_reoriented(np.array([[2, 1], [0, -1], [1, 1]]))):
-        cohort = ct_rate(tmp_path / "c", {"train_1_a_1": (np.asarray(turned.dataobj), turned.affine)}, {"train_1_a_1": TABLE})
-        ready = prepare(cohort.files["train_1_a_1"], SPEC, table=table_facts(cohort.table.iloc[0]))
+        cohort = ct_rate(
+            tmp_path / "c", {"train_1_a_1": (np.asarray(turned.dataobj), turned.affine)}, {"train_1_a_1": TABLE}
+        )
+        ready = prepared(cohort)
         assert np.abs(ready.hu - truth.hu).max() < 0.01
         assert np.allclose(ready.affine, truth.affine, atol=1e-3)
         assert not any(TAKEN in warning for warning in ready.warnings)
@@ -206,7 +213,9 @@ def test_reports_of_volumes_nobody_has_are_a_matter_of_partial(tmp_path: Path, h
     assert cohort.unmatched == ["2 of the reports have no volume on disk (the first: train_7_a_1)"]
     with pytest.raises(PreprocessingError, match="--partial"):
         preprocess(tmp_path / "c", tmp_path / "s", SPEC, workers=1)
-    assert [o.word for o in preprocess(tmp_path / "c", tmp_path / "s", SPEC, workers=1, partial=True).outcomes] == ["done"]
+    assert [o.word for o in preprocess(tmp_path / "c", tmp_path / "s", SPEC, workers=1, partial=True).outcomes] == [
+        "done"
+    ]
 
 
 def save(path: Path, values: np.ndarray, header: np.ndarray | Callable[[np.ndarray], nib.Nifti1Image]) -> Path:
@@ -222,7 +231,10 @@ def ct_rate(root: Path, scans: dict[str, tuple[np.ndarray, Any]], table: dict[st
         folder.mkdir(parents=True, exist_ok=True)
         save(folder / f"{name}.nii.gz", values, header)
     (root / "metadata").mkdir(exist_ok=True)
-    rows = [{"VolumeName": f"{name}.nii.gz"} | {k: v for k, v in row.items() if v is not None} for name, row in table.items()]
+    rows = [
+        {"VolumeName": f"{name}.nii.gz"} | {k: v for k, v in row.items() if v is not None}
+        for name, row in table.items()
+    ]
     pd.DataFrame(rows).to_csv(root / "metadata" / "train_metadata.csv", index=False)
     sections = ("ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
     reports = [{"VolumeName": f"{name}.nii.gz", **dict.fromkeys(sections, "Normal.")} for name in table]
