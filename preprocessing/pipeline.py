@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -23,6 +23,13 @@ from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.geometry import Centre, bounds, orient, resample, resampled_affine
 from ctclip.preprocessing.geometry_check import Geometry
 from ctclip.preprocessing.hounsfield import Trust, to_hu
+from ctclip.preprocessing.outcomes import (
+    OUTCOME_COLUMNS,
+    Outcome,
+    outcome_table,
+    read_outcomes,
+    write_outcomes,
+)
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.readers import read
 from ctclip.preprocessing.spec import PreprocessingSpec
@@ -30,7 +37,6 @@ from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.volume import Volume
 
 Expect = Literal["chest", "any"]
-OUTCOME_COLUMNS = ("volume", "outcome", "reason", "source_spacing", "source_shape")
 # Less than this of the lungs outside of the grid is the thickness of its edge.
 LUNG_CUT = 0.01
 # Under ``--expect chest``.
@@ -140,37 +146,6 @@ def _about_the_lungs(volume: Volume, lungs: Lungs, spec: PreprocessingSpec) -> t
         f"{better:.0%} are in it"
     )
     return centre, better
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one volume: refused with a reason, left out with a reason, or done."""
-
-    volume: str
-    refused: str | None
-    warnings: tuple[str, ...] = ()
-    source_spacing: str = ""
-    source_shape: str = ""
-    left_out: str | None = None
-
-    @property
-    def word(self) -> str:
-        """``done``, ``refused`` or ``left out``."""
-        return "refused" if self.refused else "left out" if self.left_out else "done"
-
-    def row(self) -> dict[str, str]:
-        """A row of ``outcomes.csv``."""
-        reason = self.refused or self.left_out or "; ".join(self.warnings)
-        values = (self.volume, self.word, reason, self.source_spacing, self.source_shape)
-        return dict(zip(OUTCOME_COLUMNS, values, strict=True))
-
-    @classmethod
-    def of_row(cls, row: dict[str, str]) -> Outcome:
-        """The outcome that a row of ``outcomes.csv`` tells of."""
-        volume, word, reason, spacing, shape = (row[name] for name in OUTCOME_COLUMNS)
-        if word == "done":
-            return cls(volume, None, tuple(reason.split("; ")) if reason else (), spacing, shape)
-        return cls(volume, reason if word == "refused" else None, left_out=None if word == "refused" else reason)
 
 
 @dataclass(frozen=True)
@@ -305,37 +280,6 @@ def write_table(store: VolumeStore, table: pd.DataFrame) -> None:
         table.to_parquet(partial, index=False)
 
 
-def outcomes_name(shard: tuple[int, int] = (1, 1)) -> str:
-    """The file of a store that says what became of the volumes of a run, or of one shard of it."""
-    return "outcomes.csv" if shard[1] == 1 else f"outcomes-{shard[0]}-of-{shard[1]}.csv"
-
-
-def write_outcomes(store: VolumeStore, outcomes: Iterable[Outcome], shard: tuple[int, int]) -> None:
-    """``outcomes[-i-of-n].csv``: each volume done, or refused and why."""
-    rows = [outcome.row() for outcome in sorted(outcomes, key=lambda outcome: outcome.volume)]
-    with written_beside(store.path / outcomes_name(shard)) as partial:
-        pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)).to_csv(partial, index=False)
-    if shard[1] == 1:
-        # Said of every volume now: what shards said is history, and must not be merged with shards to come.
-        for part in store.path.glob("outcomes-*-of-*.csv"):
-            part.unlink(missing_ok=True)
-
-
-def read_outcomes(store: VolumeStore) -> dict[str, Outcome]:
-    """What earlier runs and shards wrote of the volumes that were done."""
-    found: dict[str, Outcome] = {}
-    for path in sorted(store.path.glob("outcomes*.csv")):
-        table = _outcome_table(path)
-        done = table[table["outcome"] == "done"].to_dict("records")
-        found |= {str(row["volume"]): Outcome.of_row(row) for row in done}
-    return found
-
-
-def _outcome_table(path: Path) -> pd.DataFrame:
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    return table.reindex(columns=list(OUTCOME_COLUMNS), fill_value="")
-
-
 def merge_shards(path: str | os.PathLike[str]) -> list[Outcome]:
     """One ``outcomes.csv`` of the shards' own; no volume is read. Refuses while a shard has not ended."""
     store = VolumeStore(path)
@@ -350,7 +294,7 @@ def merge_shards(path: str | os.PathLike[str]) -> list[Outcome]:
     missing = [i for i in range(1, total + 1) if not (store.path / f"outcomes-{i}-of-{total}.csv").is_file()]
     if missing:
         raise PreprocessingError(f"{store.path}: shard {missing[0]}/{total} has not ended; run it, then merge")
-    table = pd.concat([_outcome_table(path) for path in parts]).drop_duplicates("volume")
+    table = pd.concat([outcome_table(path) for path in parts]).drop_duplicates("volume")
     absent = set(store.cohort["volume"]) - set(table["volume"])
     if absent:
         raise PreprocessingError(f"{store.path}: no shard says what became of {sorted(absent)[0]!r}; run them again")

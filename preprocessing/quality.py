@@ -15,7 +15,8 @@ from PIL import Image
 from ctclip.preprocessing.anatomy import find_lungs, no_chest
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.hounsfield import ALREADY_HU
-from ctclip.preprocessing.pipeline import Expect, Outcome, read_outcomes
+from ctclip.preprocessing.outcomes import Outcome, read_outcomes
+from ctclip.preprocessing.pipeline import Expect
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.volume import Volume

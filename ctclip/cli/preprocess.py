@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from ctclip.preprocessing.pipeline import Outcome, Report
+    from ctclip.preprocessing.outcomes import Outcome
+    from ctclip.preprocessing.pipeline import Report
 
 
 SHOWN, SHOWN_KINDS = 20, 6
@@ -87,11 +88,11 @@ def preprocess(
 
     `ctclip preprocess CT-RATE --output store --spec ct_224`
     """
+    from ctclip.preprocessing.outcomes import outcomes_name
     from ctclip.preprocessing.pipeline import (
         Options,
         Report,
         merge_shards,
-        outcomes_name,
         quarantine_damaged,
     )
     from ctclip.preprocessing.pipeline import preprocess as run

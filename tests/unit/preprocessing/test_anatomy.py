@@ -77,7 +77,7 @@ def wide(volume: Volume, left: int) -> np.ndarray:
 def test_lungs_are_kept_in_the_grid(
     tmp_path: Path, made: Volume, make: Callable[[Volume], np.ndarray], moved: bool
 ) -> None:
-    """Voxels and places against scipy-free truth: each voxel of the grid is looked up in the scan by its affine."""
+    """Voxels and places: a few voxels of the grid are looked up in the scan by its affine."""
     whole = Volume(make(made), made.affine, "x")
     ready = prepare(saved(tmp_path / "a.nii", whole), GRID)
     assert (ready.centre is not None) == moved
@@ -86,7 +86,6 @@ def test_lungs_are_kept_in_the_grid(
     assert lungs.is_chest
     # As much lung as fits into the grid about the chest alone.
     alone = prepare(saved(tmp_path / "b.nii", made), GRID)
-    assert (ready.hu < -600)[(ready.hu > -950)].sum() >= 0
     kept = int(((ready.hu < -600) & (ready.hu > -950)).sum())
     assert kept > 0.95 * int(((alone.hu < -600) & (alone.hu > -950)).sum())
     back = np.linalg.inv(ready.scan.affine) @ ready.affine
