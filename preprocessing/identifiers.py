@@ -1,103 +1,225 @@
-"""What a DICOM header says of its patient, wherever a user's folder names repeat it: kept out of messages and stores.
+"""What DICOM headers say of their patient, wherever a user's folder names repeat it: kept out of messages and stores.
 
 Exports of hospital archives name folders after the patient. A volume's id, the paths in tables and the messages come
-from those names, so they are compared with the header and what they share with it is replaced by ``***``.
+from those names, so they are compared with the headers and what they share with them is replaced by ``***``: whatever
+the case, the separators, the order, the accents (composed, decomposed, written out or dropped) or the script.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
-import warnings
+import unicodedata
 import zipfile
+from collections.abc import Iterable, Iterator
+from itertools import permutations
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-NAMES = ("PatientName", "OtherPatientNames", "PatientBirthName", "ReferringPhysicianName", "PatientMotherBirthName")
-NUMBERS = ("PatientID", "OtherPatientIDs", "AccessionNumber", "IssuerOfPatientID")
-PLACES = ("InstitutionName", "InstitutionAddress", "PatientAddress")
-TAGS = ["PatientIdentityRemoved", "SeriesInstanceUID", "PatientBirthDate", *NAMES, *NUMBERS, *PLACES]
+from ctclip.preprocessing.dicom.headers import is_directory_record, read_header
+
+__all__ = [
+    "TAGS",
+    "Mask",
+    "all_headers",
+    "anonymous_id",
+    "first_header",
+    "is_directory_record",
+    "masked",
+    "read_header",
+]
+
+NAMES = (
+    "PatientName", "OtherPatientNames", "PatientBirthName", "PatientMotherBirthName", "ResponsiblePerson",
+    "ReferringPhysicianName", "PerformingPhysicianName", "NameOfPhysiciansReadingStudy", "PhysiciansOfRecord",
+    "RequestingPhysician", "ConsultingPhysicianName", "OperatorsName", "ScheduledPerformingPhysicianName",
+)  # fmt: skip
+NUMBERS = ("PatientID", "OtherPatientIDs", "AccessionNumber", "IssuerOfPatientID", "AdmissionID")
+# Short ones are counts and codes, not identifiers.
+CODES = (
+    "StudyID", "DeviceSerialNumber", "StationName", "PatientTelephoneNumbers", "ReferringPhysicianTelephoneNumbers",
+    "MedicalRecordLocator", "RequestedProcedureID", "PerformedProcedureStepID", "ScheduledProcedureStepID",
+    "FillerOrderNumberImagingServiceRequest", "PlacerOrderNumberImagingServiceRequest", "DetectorID", "GantryID",
+)  # fmt: skip
+PLACES = (
+    "InstitutionName", "InstitutionAddress", "PatientAddress", "InstitutionalDepartmentName", "CurrentPatientLocation",
+)  # fmt: skip
+DATES = (
+    "PatientBirthDate", "StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate", "InstanceCreationDate",
+    "AcquisitionDateTime", "PerformedProcedureStepStartDate", "AdmittingDate",
+)  # fmt: skip
+UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID", "DeviceUID")
+SHORTEST = {
+    **dict.fromkeys(NAMES, 2),
+    **dict.fromkeys(NUMBERS, 2),
+    **dict.fromkeys(CODES, 3),
+    **dict.fromkeys(PLACES, 4),
+}
+TAGS = ["PatientIdentityRemoved", "SpecificCharacterSet", *SHORTEST, *DATES, *UIDS]
+WRITTEN_OUT = {"ä": "ae", "ö": "oe", "ü": "ue", "ø": "oe", "å": "aa", "æ": "ae", "œ": "oe", "ß": "ss", "þ": "th"}
+GAP = r"[\W_]*"
 
 
-def read_header(source: Path | BinaryIO, tags: list[str]) -> Any:
-    """A pydicom header without pixels, or None if it is not one. Warnings of pydicom quote values: they are dropped."""
-    import pydicom
+class Mask:
+    """Replaces in a text what any of several headers says of its patient; headers marked de-identified say nothing."""
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            if isinstance(source, Path) and not source.is_file():
-                return None
-            header = pydicom.dcmread(source, stop_before_pixels=True, specific_tags=tags)
-        except Exception:
-            # pydicom parses bytes of strangers, and raises whatever they make it raise.
-            return None
-        for part in (header, header.file_meta):
-            # Values are converted when they are first asked for: here, where nobody hears what is wrong with them.
-            for tag in list(part.keys()):
-                with contextlib.suppress(Exception):
-                    part[tag]
-        return header
+    def __init__(self, headers: Iterable[Any]) -> None:
+        self._values: dict[str, set[str]] = {}
+        for header in headers:
+            if header is None or str(header.get("PatientIdentityRemoved", "") or "").strip().upper() == "YES":
+                continue
+            for keyword in (*SHORTEST, *DATES, *UIDS):
+                value = header.get(keyword, None)
+                if value:
+                    self._values.setdefault(keyword, set()).update(_texts(value))
+        self._pattern: re.Pattern[str] | None = None
+
+    def __call__(self, text: str) -> str:
+        if not self._values:
+            return text
+        if self._pattern is None:
+            self._pattern = re.compile("|".join(dict.fromkeys(self._patterns())) or r"(?!)")
+        spans = []
+        for write_out in (False,) if text.isascii() else (False, True):
+            folded, places = _folded(text, write_out)
+            spans += [(places[m.start()], places[m.end() - 1] + 1) for m in self._pattern.finditer(folded) if m.group()]
+            for uid in self._uids():
+                start = folded.find(uid)
+                spans += [(places[start], places[start + len(uid) - 1] + 1)] if start >= 0 else []
+        return _without(text, spans)
+
+    def _uids(self) -> Iterator[str]:
+        return (value.lower() for keyword in UIDS for value in self._values.get(keyword, ()) if len(value) > 6)
+
+    def _patterns(self) -> Iterator[str]:
+        for keyword in DATES:
+            for value in self._values.get(keyword, ()):
+                yield from _date(value)
+        for keyword, shortest in SHORTEST.items():
+            for value in self._values.get(keyword, ()):
+                for folded in {_folded(value, False)[0], _folded(value, True)[0]}:
+                    yield from _spellings(folded, shortest, keyword in NAMES)
 
 
-def is_directory_record(header: Any) -> bool:
-    """Whether a header is that of a DICOMDIR, whatever its file is called."""
-    return str(getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID", "")) == "1.2.840.10008.1.3.10"
+def all_headers(path: Path) -> list[Any]:
+    """One header of each set of identifiers among the DICOM files of a path (a file, a folder or a zip)."""
+    distinct: dict[str, Any] = {}
+    for header in _headers(path):
+        key = str([header.get(keyword) for keyword in TAGS if keyword != "SOPInstanceUID"])
+        distinct.setdefault(key, header)
+    return list(distinct.values())
 
 
 def first_header(path: Path) -> Any:
     """Header of a DICOM slice: a file's own, or the first of a folder or a zip; None if there is none."""
-    if path.is_dir():
-        headers = (read_header(file, TAGS) for file in sorted(path.iterdir()))
-        return next((header for header in headers if header is not None and not is_directory_record(header)), None)
-    if path.suffix.lower() != ".zip":
-        return read_header(path, TAGS)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                with archive.open(member) as stream:
-                    header = None if member.is_dir() else read_header(stream, TAGS)  # type: ignore[arg-type]
-                if header is not None and not is_directory_record(header):
-                    return header
-    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError):
-        pass
-    return None
+    return next(_headers(path), None)
 
 
 def masked(text: str, header: Any) -> str:
-    """``text`` with every identifier of ``header`` in it replaced by ``***``; headers marked de-identified have none."""
-    if header is None or str(header.get("PatientIdentityRemoved", "")).strip().upper() == "YES":
-        return text
-    for pattern in _patterns(header):
-        text = pattern.sub("***", text)
-    return text
+    """``text`` with every identifier of a header, or of a list of headers, in it replaced by ``***``."""
+    return Mask(header if isinstance(header, list) else [header])(text)
 
 
 def anonymous_id(header: Any, shown: str) -> str:
     """An id that follows from the series alone: the same in every run, and no name can be read from it."""
-    return "scan-" + hashlib.sha256(f"{header.get('SeriesInstanceUID', '')} {shown}".encode()).hexdigest()[:12]
+    first = next(iter(header), None) if isinstance(header, list) else header
+    uid = "" if first is None else first.get("SeriesInstanceUID", "")
+    return "scan-" + hashlib.sha256(f"{uid} {shown}".encode()).hexdigest()[:12]
 
 
-def _patterns(header: Any) -> list[re.Pattern[str]]:
-    found = [_date(str(header.get("PatientBirthDate", "") or ""))]
-    for keywords, shortest in ((NUMBERS, 2), (NAMES, 2), (PLACES, 4)):
-        for keyword in keywords:
-            value = str(header.get(keyword, "") or "").strip()
-            parts = [part for part in re.split(r"[\W_]+", value) if len(part) >= shortest]
-            whole = re.sub(r"[\W_]+", r"[\\W_]*", value)
-            found += [whole if len(parts) > 1 else "", *map(_word, parts)]
-    return [re.compile(pattern, re.IGNORECASE) for pattern in found if pattern]
+def _headers(path: Path) -> Iterator[Any]:
+    if path.is_dir():
+        found = (read_header(file, TAGS) for file in sorted(path.iterdir()))
+    elif path.suffix.lower() == ".zip":
+        found = _zipped_headers(path)
+    else:
+        found = (read_header(file, TAGS) for file in [path])
+    return (header for header in found if header is not None and not is_directory_record(header))
 
 
-def _word(word: str) -> str:
-    # Short words stand inside others by chance: they count where they stand alone.
-    return re.escape(word) if len(word) >= 4 else rf"(?<![^\W_]){re.escape(word)}(?![^\W_])"
+def _zipped_headers(path: Path) -> Iterator[Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if not member.is_dir():
+                    with archive.open(member) as stream:
+                        yield read_header(stream, TAGS)  # type: ignore[arg-type]
+    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, EOFError, NotImplementedError):
+        return
 
 
-def _date(date: str) -> str:
-    if not re.fullmatch(r"\d{8}", date):
-        return ""
-    year, month, day = date[:4], date[4:6], date[6:]
-    orders = ((year, month, day), (day, month, year), (month, day, year))
-    return "|".join(r"[\W_]?".join(order) for order in orders)
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value.strip()] if value.strip() else []
+    several = value if type(value).__name__ in ("MultiValue", "list") else [value]
+    return [str(one).strip() for one in several if str(one).strip()]
+
+
+def _spellings(folded: str, shortest: int, name: bool) -> Iterator[str]:
+    """Patterns of a value: all of it with any separators or none, names also in other orders, and each long word."""
+    words = [word for word in re.split(r"[\W_]+", folded) if len(word) >= shortest]
+    if len(words) > 1:
+        every = [word for word in re.split(r"[\W_]+", folded) if word]
+        yield GAP.join(map(re.escape, every))
+        if name and len(words) <= 4:
+            yield from (GAP.join(map(re.escape, pair)) for pair in permutations(words, 2) if len("".join(pair)) >= 4)
+    for word in words:
+        for spelling in {word, word.lstrip("0"), re.sub("([aou])e", r"\1", word) if name else word}:
+            if len(spelling) >= max(shortest, 4 if spelling != word else 0):
+                # Short words stand inside others by chance: they count where they stand alone.
+                yield re.escape(spelling) if len(spelling) >= 4 else rf"(?<![^\W_]){re.escape(spelling)}(?![^\W_])"
+
+
+def _date(value: str) -> Iterator[str]:
+    """Patterns of a date (YYYYMMDD and what follows) in the orders, separators and month names people write."""
+    if not re.match(r"\d{8}", value) or value.startswith("0000"):
+        return
+    year, month, day = value[:4], value[4:6], value[6:8]
+    short = [year[2:], month, day]
+    for order in ((year, month, day), (day, month, year), (month, day, year)):
+        yield r"[\W_]?".join(order)
+        # Without leading zeros, and with the year's last two digits, only where no other digits follow.
+        loose = [rf"0?{number.lstrip('0')}" if number != year else year for number in order]
+        yield r"(?<!\d)" + r"[\W_]+".join(loose) + r"(?!\d)"
+    for a, b, c in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        yield rf"(?<!\d){short[a]}[\W_]?{short[b]}[\W_]?{short[c]}(?!\d)"
+    number = rf"0?{day.lstrip('0')}"
+    # A month's name in any language: a word between or before the numbers.
+    for order in (
+        (number, r"[^\W\d_]{3,12}", year),
+        (year, r"[^\W\d_]{3,12}", number),
+        (r"[^\W\d_]{3,12}", number, year),
+    ):
+        yield r"(?<!\d)" + GAP.join(order) + r"(?!\d)"
+
+
+def _folded(text: str, write_out: bool) -> tuple[str, list[int]]:
+    """Small letters without accents, in Latin script, and the place in ``text`` of each; ``write_out`` as ä to ae."""
+    if text.isascii():
+        return text.lower(), list(range(len(text)))
+    from anyascii import anyascii
+
+    letters, places = [], []
+    for place, letter in enumerate(text):
+        small = letter.lower()
+        if unicodedata.combining(letter):
+            # Decomposed: the accent stands behind its letter.
+            small = "e" if write_out and letter == "\u0308" and letters and letters[-1] in "aou" else ""
+        elif write_out and small in WRITTEN_OUT:
+            small = WRITTEN_OUT[small]
+        elif not small.isascii():
+            small = anyascii(small).lower() or "?"
+        letters += list(small)
+        places += [place] * len(small)
+    return "".join(letters), places
+
+
+def _without(text: str, spans: list[tuple[int, int]]) -> str:
+    shown, at = "", 0
+    for start, end in sorted(spans):
+        while end < len(text) and unicodedata.combining(text[end]):
+            end += 1
+        if start >= at:
+            shown += text[at:start] + "***"
+        at = max(at, end)
+    return shown + text[at:]

@@ -60,8 +60,8 @@ def preprocess(
     ),
     series: str = typer.Option(
         None,
-        help="SeriesInstanceUID of the series to read from a DICOM folder that holds several; the one with most axial "
-        "slices if not given.",
+        help="SeriesInstanceUID of the series to read from a DICOM folder that holds several; the original axial one with "
+        "most slices if not given.",
     ),
     shard: str = typer.Option("1/1", help="i/n: process every n-th volume, starting with the i-th; for job arrays."),
     merge: bool = typer.Option(False, "--merge", help="Join the outcomes of all shards; no volume is read."),

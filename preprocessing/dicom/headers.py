@@ -1,0 +1,197 @@
+"""Headers of DICOM files: the tags that are read, and the images of a folder with what else lies between them."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ctclip.preprocessing.dicom.elements import Element, Encoding, NotDicom, Parsed, parse
+from ctclip.preprocessing.errors import PreprocessingError
+
+MOST_FILES = 20000
+DIRECTORY = "1.2.840.10008.1.3.10"
+# What makes numbers of a slice's bits.
+VALUES = ("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept",
+          "PixelPaddingValue", "PixelPaddingRangeLimit")  # fmt: skip
+# In what two acquisitions or reconstructions of one series differ.
+ACQUISITION = ("SeriesNumber", "AcquisitionNumber", "TemporalPositionIdentifier", "TemporalPositionIndex",
+               "ConvolutionKernel", "ImageType", "SeriesDescription", "SliceThickness", "AcquisitionTime",
+               "ReconstructionDiameter", "NominalPercentageOfCardiacPhase", "KVP", "ContrastBolusAgent")  # fmt: skip
+IMAGE_TAGS = (
+    "SpecificCharacterSet", "Rows", "Columns", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
+    "Modality", "SOPClassUID", "SamplesPerPixel", "NumberOfFrames", "PatientIdentityRemoved", "LossyImageCompression",
+    "PhotometricInterpretation", "RescaleType", "InstanceNumber", "ImagesInAcquisition", "PatientID",
+    "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "ConcatenationFrameOffsetNumber", "StudyID",
+    *VALUES, *ACQUISITION,
+)  # fmt: skip
+FUNCTIONAL_GROUPS = (0x52009229, 0x52009230)
+# Files of programs, pictures and pages on a patient's CD, by how they begin.
+OTHER_FILES = (
+    b"MZ", b"PK", b"%PDF", b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"\0\0\1\0", b"\x7fELF", b"\xca\xfe",
+    b"\xd0\xcf\x11\xe0", b"\x00\x05\x16\x07", b"\0\0\0\1Bud1", b"SQLite", b"\x1f\x8b", b"7z", b"Rar!", b"MSCF", b"ITSF",
+    b"\xfe\xff", b"\xff\xfe", b"OTTO", b"\0\1\0\0", b"ID3", b"II*\0", b"MM\0*",
+)  # fmt: skip
+
+
+class Header(dict[str, Any]):
+    """Values by keyword, as pydicom converts them, and ``file_meta`` likewise."""
+
+    file_meta: dict[str, Any]
+
+
+@dataclass
+class Image:
+    """One image of a file: ``header`` with the values of ``IMAGE_TAGS`` that hold for it, and where its pixels lie.
+
+    ``frames`` is how many images the file holds, ``frame`` which of them this is.
+    """
+
+    path: Path
+    header: Header
+    syntax: str
+    little: bool
+    pixels: Element | None
+    frame: int = 0
+    frames: int = 1
+
+
+def read_header(source: Path | BinaryIO, tags: Iterable[str]) -> Header | None:
+    """The tags (keywords) that a DICOM file has, and its ``file_meta``; None if it is no DICOM file."""
+    parsed = _parsed(source, tuple(tags), ())
+    return None if parsed is None else header_of(parsed)
+
+
+def is_directory_record(header: Any) -> bool:
+    """Whether a header is that of a DICOMDIR, whatever its file is called."""
+    return str(getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID", "")) == DIRECTORY
+
+
+def images(folder: Path, extra: Iterable[str]) -> tuple[list[Image], set[Path]]:
+    """The images below a folder, with the tags ``extra`` too, pixels unread; and all files that are DICOM."""
+    from ctclip.preprocessing.dicom.frames import expanded
+
+    files = sorted(Path(root) / name for root, _, names in os.walk(folder) for name in names)
+    if len(files) > MOST_FILES:
+        raise PreprocessingError(f"{folder}: holds {len(files)} files, more than one study; name a series' folder")
+    tags = tuple(dict.fromkeys([*IMAGE_TAGS, *extra]))
+    known, dicom = [], set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for path in files:
+            parsed = None if path.name.startswith("._") else _parsed(path, tags, FUNCTIONAL_GROUPS)
+            if parsed is None:
+                continue
+            dicom.add(path)
+            header = header_of(parsed)
+            if "Rows" in header and not is_directory_record(header):
+                image = Image(path, header, parsed.syntax, parsed.encoding.little, parsed.pixels)
+                known += expanded(image, parsed)
+    return known, dicom
+
+
+def damaged_files(folder: Path, slices: list[Image], dicom: set[Path]) -> int:
+    """How many files below ``folder`` are DICOM by their mark, or look like the slices, and yet could not be read."""
+    usual = float(np.median([image.path.stat().st_size for image in slices])) if slices else float("inf")
+    beside = {(image.path.parent, image.path.suffix, _pattern(image.path)) for image in slices}
+    places = {(parent, suffix) for parent, suffix, _ in beside}
+    count = 0
+    for root, _, names in os.walk(folder):
+        for path in (Path(root) / name for name in names):
+            if path in dicom or path.name.startswith("._") or not path.is_file():
+                continue
+            with path.open("rb") as stream:
+                head = stream.read(512)
+            if head[128:132] == b"DICM":
+                count += 1
+            elif (path.parent, path.suffix) in places and not _other(head):
+                # A preamble is zeros: so is what is left of a slice that was cut short in it, or lost altogether.
+                called_alike = bool(path.suffix) or (path.parent, path.suffix, _pattern(path)) in beside
+                lost = not head.strip(b"\0") and (bool(head) or called_alike)
+                count += lost or usual / 2 < path.stat().st_size < 2 * usual
+    return count
+
+
+def _pattern(path: Path) -> str:
+    return re.sub(r"\d+", "0", path.name)
+
+
+def _other(head: bytes) -> bool:
+    """Whether bytes begin a file of another known kind, or a text."""
+    text = bool(head) and not head.translate(None, bytes([9, 10, 12, 13, *range(32, 127), *range(160, 256)]))
+    return text or head.startswith(OTHER_FILES)
+
+
+def _parsed(source: Path | BinaryIO, tags: tuple[str, ...], sequences: tuple[int, ...]) -> Parsed | None:
+    try:
+        if not isinstance(source, Path):
+            return parse(source, _numbers(tags), sequences)
+        if not source.is_file():
+            return None
+        with source.open("rb", buffering=0) as stream:
+            return parse(stream, _numbers(tags), sequences)
+    except (NotDicom, OSError):
+        return None
+
+
+@cache
+def _numbers(tags: tuple[str, ...]) -> frozenset[int]:
+    from pydicom.datadict import tag_for_keyword
+
+    numbers = [tag_for_keyword(tag) for tag in tags]
+    return frozenset(int(number) for number in numbers if number is not None)
+
+
+def header_of(parsed: Parsed) -> Header:
+    """The values as pydicom converts them; what cannot be converted is left out, unmentioned: pydicom quotes values."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        header = converted(parsed.values, parsed.encoding)
+        header.file_meta = converted({t: v for t, v in parsed.meta.items() if t == 0x00020002}, Encoding(False, True))
+    return header
+
+
+def converted(values: dict[int, tuple[str | None, bytes]], encoding: Encoding) -> Header:
+    """Raw values by tag as a header."""
+    from pydicom.datadict import keyword_for_tag
+
+    characters = values.get(0x00080005, (None, b""))[1]
+    header = Header()
+    for tag, (vr, raw) in values.items():
+        value = _value(tag, vr, raw, encoding.implicit, encoding.little, characters)
+        if value is not _UNREADABLE:
+            header[keyword_for_tag(tag)] = value
+    return header
+
+
+_UNREADABLE = object()
+
+
+@lru_cache(maxsize=8192)
+def _value(tag: int, vr: str | None, raw: bytes, implicit: bool, little: bool, characters: bytes) -> Any:
+    # The slices of a series share most of their values: each is converted once.
+    from pydicom.charset import convert_encodings
+    from pydicom.dataelem import RawDataElement, convert_raw_data_element
+    from pydicom.tag import BaseTag
+
+    try:
+        encodings = convert_encodings(characters.decode("ascii").strip("\0 ").split("\\"))
+    except Exception:
+        encodings = ["iso8859"]
+    try:
+        element = RawDataElement(BaseTag(tag), vr, len(raw), raw, 0, implicit, little)
+        value = convert_raw_data_element(element, encoding=encodings).value
+    except Exception:
+        # pydicom converts bytes of strangers, and raises whatever they make it raise.
+        return _UNREADABLE
+    if isinstance(value, bytes) and len(value) == 2:
+        # "US or SS", where the file states no type: unsigned, see ``padding``.
+        return int.from_bytes(value, "little" if little else "big")
+    return value

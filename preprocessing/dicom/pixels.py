@@ -1,0 +1,204 @@
+"""Pixels of one slice in HU. What is not compressed is decoded here; codecs of strangers' streams are GDCM's."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ctclip.preprocessing.dicom.codestreams import Undecodable, decoded, frame_streams, stated_size
+from ctclip.preprocessing.dicom.elements import (
+    DEFLATED,
+    EXPLICIT_BIG,
+    EXPLICIT_LITTLE,
+    IMPLICIT_LITTLE,
+    PIXELS,
+    UNDEFINED,
+    NotDicom,
+    inflate,
+)
+from ctclip.preprocessing.dicom.headers import Image
+from ctclip.preprocessing.dicom.padding import padded
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.hounsfield import OUTSIDE_FIELD_OF_VIEW
+from ctclip.preprocessing.identifiers import masked
+
+NATIVE = ("", IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG, DEFLATED)
+LOSSY = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 81))
+LARGEST_SIDE = 8192
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a pixel's bits are laid out: ``high`` is the highest bit of the ``stored`` ones among the ``allocated``."""
+
+    rows: int
+    columns: int
+    allocated: int
+    stored: int
+    high: int
+    signed: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of one frame."""
+        return self.rows * self.columns * self.allocated // 8
+
+
+def hounsfield(source: str, image: Image) -> np.ndarray:
+    """One slice [row, column] in HU: int16 where they are whole numbers that fit, else float32.
+
+    Stored values are rescaled by the slice's own slope and intercept whatever PhotometricInterpretation says, which
+    concerns their display. Padding becomes air.
+    """
+    try:
+        slope, intercept = _rescale(image.header)
+        layout = _layout(image.header)
+        raw = _native(image, layout) if image.syntax in NATIVE else _compressed(image, layout)
+        stored = _used_bits(raw, layout)
+        padding = padded(stored, raw, image.header, slope, intercept)
+    except Undecodable as error:
+        file = masked(image.path.name, image.header)
+        raise PreprocessingError(
+            f"{source}: slice {file} cannot be decoded ({error}); it is damaged, or its transfer syntax "
+            f"({named(image.syntax)}) is not one that is read: export the series again, uncompressed"
+        ) from error
+    values = _rescaled(stored, slope, intercept, padding)
+    if padding is not None:
+        values[padding] = OUTSIDE_FIELD_OF_VIEW
+    return values
+
+
+def _rescaled(stored: np.ndarray, slope: float, intercept: float, padding: np.ndarray | None) -> np.ndarray:
+    measured = stored if padding is None else stored[~padding]
+    ends = [int(measured.min()), int(measured.max())] if measured.size else [0]
+    ends = sorted(end * slope + intercept for end in ends)
+    whole = slope == int(slope) and intercept == int(intercept) and abs(slope) < 2**15 and abs(intercept) < 2**31
+    if whole and ends[0] >= -32768 and ends[-1] <= 32767:
+        # In 16 bits numbers wrap around, and what fits in the end has wrapped back.
+        values = stored.astype(np.int16)
+        if slope != 1:
+            values *= np.int16(slope)
+        values += np.array(int(intercept)).astype(np.int16)
+        return values
+    return (stored * float(slope) + float(intercept)).astype(np.float32)
+
+
+def _rescale(header: Any) -> tuple[float, float]:
+    values = []
+    for keyword, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0)):
+        value = header.get(keyword, None)
+        try:
+            values.append(default if value is None or value == "" else float(value))
+        except (TypeError, ValueError):
+            raise Undecodable(f"its {keyword} is no number") from None
+        if not np.isfinite(values[-1]) or abs(values[-1]) > 1e9:
+            raise Undecodable(f"its {keyword} is no number")
+    if values[0] == 0:
+        raise Undecodable("its RescaleSlope is 0")
+    return values[0], values[1]
+
+
+def _layout(header: Any) -> Layout:
+    try:
+        allocated = int(header.get("BitsAllocated", 16) or 16)
+        stored = int(header.get("BitsStored", allocated) or allocated)
+        high = header.get("HighBit", None)
+        high = stored - 1 if high is None else int(high)
+        signed = int(header.get("PixelRepresentation", 0) or 0)
+        layout = Layout(int(header["Rows"]), int(header["Columns"]), allocated, stored, high, signed == 1)
+    except (KeyError, TypeError, ValueError):
+        raise Undecodable("its header does not say how pixels are stored") from None
+    if allocated not in (8, 16, 32) or not 1 <= stored <= high + 1 <= allocated or signed not in (0, 1):
+        raise Undecodable(f"{allocated} bits allocated, {stored} stored, high bit {high}")
+    if max(layout.rows, layout.columns) > LARGEST_SIDE:
+        raise Undecodable(f"{layout.rows} x {layout.columns} pixels, more than a CT has")
+    return layout
+
+
+def _dtype(layout: Layout) -> np.dtype:
+    return np.dtype(f"{'i' if layout.signed else 'u'}{layout.allocated // 8}")
+
+
+def _used_bits(raw: np.ndarray, layout: Layout) -> np.ndarray:
+    """Stored values: the bits above and below the stored ones hold overlays or nothing."""
+    unused, high = layout.allocated - layout.stored, layout.high
+    if unused == 0:
+        return raw
+    below = high + 1 - layout.stored
+    if below and (raw & (2**below - 1)).any():
+        # The header says that these bits are not used, and they are: values at the bottom, as nearly all are written.
+        if (raw.view(raw.dtype.str.replace("i", "u")) >> layout.stored).any():
+            raise Undecodable(f"{layout.stored} bits stored below high bit {high}, and others used")
+        high = layout.stored - 1
+    # Shifted to the top and back: arithmetically for signed values, which copies their sign into the unused bits.
+    return raw << (layout.allocated - 1 - high) >> unused
+
+
+def _native(image: Image, layout: Layout) -> np.ndarray:
+    """A frame as it is stored, in this machine's byte order."""
+    assert image.pixels is not None
+    tag, _, start, length = image.pixels
+    if tag != PIXELS[-1]:
+        raise Undecodable("its pixels are floating-point numbers, which a CT has not")
+    if length == UNDEFINED:
+        raise Undecodable("its pixels are compressed, and its transfer syntax says that they are not")
+    due = image.frames * layout.size
+    if length not in (due, due + due % 2):
+        raise Undecodable(f"{length} bytes of pixels where its header says {due}")
+    start += image.frame * layout.size
+    if image.syntax == DEFLATED:
+        data = _inflated(image.path, image.path.stat().st_mtime_ns, image.pixels.start + length)
+        data = data[start : start + layout.size]
+    else:
+        with image.path.open("rb", buffering=0) as stream:
+            stream.seek(start)
+            data = stream.read(layout.size) or b""
+    if len(data) < layout.size:
+        raise Undecodable("cut short")
+    dtype = _dtype(layout).newbyteorder("<" if image.little else ">")
+    return np.frombuffer(data, dtype).reshape(layout.rows, layout.columns).astype(_dtype(layout), copy=False)
+
+
+@lru_cache(maxsize=1)
+def _inflated(path: Path, modified: int, length: int) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return inflate(stream, length)
+    except NotDicom as error:
+        raise Undecodable(str(error)) from error
+
+
+def _compressed(image: Image, layout: Layout) -> np.ndarray:
+    """A frame of encapsulated pixels, by GDCM."""
+    assert image.pixels is not None
+    if image.pixels.length != UNDEFINED:
+        raise Undecodable("its pixels are not compressed, and its transfer syntax says that they are")
+    streams = frame_streams(image.path, image.path.stat().st_mtime_ns, image.pixels.start, image.frames)
+    if image.frame >= len(streams):
+        raise Undecodable(f"{len(streams)} frames where its header says {image.frames}")
+    stream = streams[image.frame]
+    stated_size(stream, image.syntax, layout.rows, layout.columns)
+    array = decoded(stream, image.syntax, asdict(layout))
+    if array.shape != (layout.rows, layout.columns):
+        raise Undecodable(f"a picture of {array.shape}, its header says {(layout.rows, layout.columns)}")
+    return array.astype(_dtype(layout), copy=False)
+
+
+def lossy(image: Image) -> bool:
+    """Whether a slice was compressed with loss, by its syntax or by its header."""
+    return image.syntax in LOSSY or str(image.header.get("LossyImageCompression", "")).strip() == "01"
+
+
+def named(syntax: str) -> str:
+    """A transfer syntax by name and UID."""
+    import pydicom
+
+    if not syntax:
+        return "none"
+    # pydicom warns of a value it finds odd, and quotes it.
+    name = pydicom.uid.UID(syntax, validation_mode=pydicom.config.IGNORE).name
+    return syntax[:64] if name == syntax else f"{name}, {syntax}"

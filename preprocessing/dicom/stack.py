@@ -1,0 +1,192 @@
+"""Slices of one acquisition to a volume: order, copies, gaps and tilt, by their positions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ctclip.preprocessing.dicom.headers import VALUES
+from ctclip.preprocessing.dicom.missing import MOST_MISSING
+from ctclip.preprocessing.dicom.pixels import hounsfield, lossy
+from ctclip.preprocessing.dicom.slices import Slice
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.volume import Volume
+
+EVEN_GAPS = 0.02
+LARGEST_GAP_RATIO = 3.0
+LARGEST_VOXELS = 2**31
+# Of what is compressed no byte holds more voxels than this.
+LARGEST_RATIO = 1100
+# How much more than from those beyond them slices may differ from their neighbours.
+ALTERNATING = 1.15
+
+
+def volume(source: str, members: list[Slice], numbers_missing: int, warnings: list[str]) -> Volume:
+    """The volume [slice, row, column] in HU of at least three slices that share orientation, size and pixel spacing.
+
+    Copies are left out, single missing slices interpolated, uneven gaps resampled and a gantry's tilt undone, all of it
+    aloud; more is refused. ``numbers_missing`` is how many slices are missing by their numbering. Values are rescaled
+    slice by slice.
+    """
+    row, column, normal = _plane(source, members)
+    depth = np.array([member.place @ normal for member in members])
+    order = np.argsort(depth, kind="stable")
+    members, depth = [members[i] for i in order], depth[order]
+    _differences(members, warnings)
+    members, depth = _without_copies(source, members, depth, warnings)
+    gaps = np.diff(depth)
+    usual = float(np.median(gaps))
+    _missing(source, gaps, usual, numbers_missing, warnings)
+    array = _array(source, members)
+    if _alternating(array):
+        warnings.append("every other slice differs more from its neighbours than from those beyond: two acquisitions?")
+    positions = np.array([member.place for member in members])
+    if np.abs(gaps - usual).max() > EVEN_GAPS * usual:
+        array, positions = _even(array, positions, depth, usual)
+        warnings.append(f"slice gaps of {gaps.min():.2f} to {gaps.max():.2f} mm: resampled to {usual:.2f} mm")
+    step = (positions[-1] - positions[0]) / (len(positions) - 1)
+    spacing = members[0].spacing
+    tilt = float(np.degrees(np.arccos(np.clip(step @ normal / np.linalg.norm(step), -1, 1))))
+    if tilt > 0.2:
+        array, step = _untilt(array, step, normal, row, column, spacing)
+        warnings.append(f"gantry tilt of {tilt:.1f} degrees corrected")
+    affine = np.eye(4)
+    # Along a row the column index grows, in the direction `row`.
+    affine[:3, 0], affine[:3, 1], affine[:3, 2] = step, column * spacing[0], row * spacing[1]
+    affine[:3, 3] = positions[0]
+    return Volume(array, affine, source, warnings)
+
+
+def _plane(source: str, members: list[Slice]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Directions of rows, columns and the normal that all slices share."""
+    row, column, normal = members[0].turn[:3], members[0].turn[3:], members[0].normal
+    if abs(np.linalg.norm(normal) - 1) > 0.01:
+        raise PreprocessingError(
+            f"{source}: its header's orientation (ImageOrientationPatient) is degenerate; export the series again"
+        )
+    return row, column, normal
+
+
+def _differences(members: list[Slice], warnings: list[str]) -> None:
+    """Tells what slices of one series usually share, and these do not."""
+    headers = [member.image.header for member in members]
+    differing = [word for word in VALUES if len({str(header.get(word)) for header in headers}) > 1]
+    rescaled = [word for word in differing if word.startswith("Rescale")]
+    if rescaled:
+        warnings.append(f"slices differ in {', '.join(rescaled)}: each is rescaled by its own")
+    if others := [word for word in differing if word not in rescaled]:
+        warnings.append(f"slices differ in {', '.join(others)}: values of some may be wrong")
+    if len({str(header.get("PhotometricInterpretation")) for header in headers}) > 1:
+        warnings.append("slices differ in PhotometricInterpretation: it concerns display, values are taken as stored")
+    if any(lossy(member.image) for member in members):
+        warnings.append("compressed with loss: HU are approximate")
+
+
+def _without_copies(
+    source: str, members: list[Slice], depth: np.ndarray, warnings: list[str]
+) -> tuple[list[Slice], np.ndarray]:
+    """One slice a position. Copies are left out; two different slices at one place are two volumes in one series."""
+    again = np.concatenate([[False], np.diff(depth) < 1e-3])
+    if again.sum() == len(members) - 1:
+        raise PreprocessingError(
+            f"{source}: ImagePositionPatient is the same in all {len(members)} slices (screenshots, or a scan of one "
+            f"place over time?): not a volume"
+        )
+    for index in np.flatnonzero(again):
+        one, other = (hounsfield(source, member.image) for member in members[index - 1 : index + 1])
+        if not np.array_equal(one, other):
+            raise PreprocessingError(
+                f"{source}: {int(again.sum())} positions hold more than one slice, and they differ: several phases or "
+                f"reconstructions in one series; put each into a folder of its own"
+            )
+    if again.any():
+        warnings.append(f"{int(again.sum())} slices are copies of others and were left out")
+    members = [member for member, copy in zip(members, again, strict=True) if not copy]
+    if len(members) < 3:
+        raise PreprocessingError(f"{source}: fewer than 3 slices at different positions (screenshots?): not a volume")
+    return members, depth[~again]
+
+
+def _missing(source: str, gaps: np.ndarray, usual: float, numbers_missing: int, warnings: list[str]) -> None:
+    """Single slices missing here and there are interpolated aloud; more are refused, with what was left out before."""
+    left_out = f" ({'; '.join(warnings)})" if any("left out" in warning for warning in warnings) else ""
+    if gaps.max() > LARGEST_GAP_RATIO * usual:
+        raise PreprocessingError(
+            f"{source}: a gap of {gaps.max():.1f} mm where slices lie {usual:.1f} mm apart: slices are missing"
+            f"{left_out}; export the series again"
+        )
+    ratio = gaps / usual
+    whole = np.round(ratio)
+    even = np.abs(ratio - whole).max() < EVEN_GAPS
+    missing = int((whole - 1).sum()) if even else numbers_missing
+    count = len(gaps) + 1 + missing
+    if missing > MOST_MISSING * count:
+        raise PreprocessingError(
+            f"{source}: {missing} of {count} slices are missing{left_out}; export the series again"
+        )
+    if missing:
+        warnings.append(f"{missing} slices are missing: interpolated from their neighbours")
+    elif numbers_missing:
+        warnings.append(f"InstanceNumber leaves out {numbers_missing} numbers, though no slice is missing by position")
+
+
+def _array(source: str, members: list[Slice]) -> np.ndarray:
+    """[slice, row, column] in HU, int16 if that holds all slices, else float32."""
+    rows, columns = members[0].shape
+    voxels = len(members) * rows * columns
+    held = sum(path.stat().st_size for path in {member.image.path for member in members})
+    if voxels > min(LARGEST_VOXELS, LARGEST_RATIO * held):
+        raise PreprocessingError(
+            f"{source}: its headers claim {len(members)} x {rows} x {columns} voxels, more than its files or any CT hold"
+        )
+    array = np.empty((len(members), rows, columns), np.int16)
+    for index, member in enumerate(members):
+        plane = hounsfield(source, member.image)
+        if plane.dtype != array.dtype and array.dtype == np.int16:
+            array = array.astype(np.float32)
+        array[index] = plane
+    return array
+
+
+def _alternating(array: np.ndarray) -> bool:
+    """Whether slices resemble those two further on more than their neighbours, as two interleaved acquisitions do."""
+    if len(array) < 8:
+        return False
+    step = [max(1, size // 128) for size in array.shape[1:]]
+    coarse = np.clip(array[:, :: step[0], :: step[1]], -1024, 1000).astype(np.float32)
+    near, far = (np.median(np.abs(coarse[k:] - coarse[:-k]).mean(axis=(1, 2))) for k in (1, 2))
+    return bool(near > ALTERNATING * far)
+
+
+def _even(array: np.ndarray, positions: np.ndarray, depth: np.ndarray, usual: float) -> tuple[np.ndarray, np.ndarray]:
+    """Slices linearly interpolated at even depths."""
+    count = round((depth[-1] - depth[0]) / usual) + 1
+    wanted = np.linspace(depth[0], depth[-1], count)
+    upper = np.clip(np.searchsorted(depth, wanted), 1, len(depth) - 1)
+    share = ((wanted - depth[upper - 1]) / (depth[upper] - depth[upper - 1])).astype(np.float32)
+    even = np.empty((count, *array.shape[1:]), dtype=np.float32)
+    for index in range(count):
+        even[index] = array[upper[index] - 1] * (1 - share[index]) + array[upper[index]] * share[index]
+    places = np.stack([np.interp(wanted, depth, positions[:, axis]) for axis in range(3)], axis=1)
+    return even, places
+
+
+def _untilt(
+    array: np.ndarray,
+    step: np.ndarray,
+    normal: np.ndarray,
+    row: np.ndarray,
+    column: np.ndarray,
+    spacing: tuple[float, float],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Undo the shear of a tilted gantry: shift each slice in its plane so that slices stack along their normal."""
+    from scipy.ndimage import shift
+
+    drift = step - (step @ normal) * normal
+    rows, columns = float(drift @ column) / spacing[0], float(drift @ row) / spacing[1]
+    straight = np.empty(array.shape, dtype=np.float32)
+    for index, plane in enumerate(array):
+        # The drift of slice i is i * (rows, columns) pixels; content moves back by as much as the grid moved on.
+        # Padding below air would bleed into what it borders on.
+        plane = np.maximum(plane, -1024).astype(np.float32)
+        straight[index] = shift(plane, (index * rows, index * columns), order=1, mode="constant", cval=-1024.0)
+    return straight, (step @ normal) * normal
