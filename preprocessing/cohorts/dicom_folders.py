@@ -43,10 +43,12 @@ class Series:
 
 @dataclass
 class Scan:
-    """What is read as one scan: ``series`` of ``folder``; ``name_folder`` gives it its name."""
+    """What is read as one scan: ``series`` of ``folder``; ``name_folder`` gives it its name. ``headers``: one of each series
+    in its folders, of the one that is read first."""
 
     folder: Path
     name_folder: Path
+    headers: list[Any]
     series: str | None
     study: str
     patient: str
@@ -78,7 +80,8 @@ def dicom_scans(files: list[Path], alone: bool) -> tuple[list[Scan], set[Path], 
         # Reading a folder takes what lies below it too: a series is named where others might be meant.
         named = len(places) > 1 or deeper
         main = max(series, key=lambda one: (_is_ct(one), one.frames or len(one.files)))
-        found.append(Scan(common, folder, main.uid if named and main.uid else None, *_whose(main.header)))
+        headers = [main.header, *(one.header for one in series if one is not main)]
+        found.append(Scan(common, folder, headers, main.uid if named and main.uid else None, *_whose(main.header)))
         used |= {path for one in series for path in one.files}
     known = used | {path for series in by_folder.values() for one in series for path in one.files}
     return found, known, unused

@@ -28,7 +28,7 @@ from ctclip.preprocessing.cohorts.table import (
 from ctclip.preprocessing.cohorts.walk import Tree
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
-from ctclip.preprocessing.identifiers import anonymous_id, first_header, masked
+from ctclip.preprocessing.identifiers import all_headers, anonymous_id, masked
 from ctclip.preprocessing.tables import (
     MISSING,
     Columns,
@@ -91,13 +91,14 @@ def _named(root: Path, paths: list[Path], series: dict[Path, Scan] | None = None
     records: list[dict[str, Any]] = []
     keys: list[list[str]] = []
     for name, place, path in zip(names, places, paths, strict=True):
-        scan, header = series.get(path), _header(path)
-        shown = masked(str(place), header)
+        scan = series.get(path)
+        headers = scan.headers if scan else _headers(path)
+        shown = masked(str(place), headers)
         known = shown == str(place)
         records.append({
-            "volume": name if known else anonymous_id(header, shown), "path": _printable(shown) if path != root else ".",
+            "volume": name if known else anonymous_id(headers, shown), "path": _printable(shown) if path != root else ".",
         })  # fmt: skip
-        uid = "" if header is None else str(header.get("SeriesInstanceUID", "") or "")
+        uid = str(headers[0].get("SeriesInstanceUID", "") or "") if headers else ""
         keys.append([f"series {uid}" * bool(uid)] + ([f"study {scan.study}" * bool(scan.study)] if scan else []))
     different = {scan.patient for scan in series.values() if scan.patient}
     for path, own in zip(paths, keys, strict=True):
@@ -189,15 +190,15 @@ def _whole(path: Path, size: int) -> str:
 def scan_id(path: Path) -> str:
     """What to call one scan outside of a cohort: its file's name, or an anonymous id if that or its folder's names the
     patient."""
-    header = _header(path)
+    headers = _headers(path)
     place = f"{path.parent.name}/{path.name}"
-    return identity(path) if masked(place, header) == place else anonymous_id(header, "")
+    return identity(path) if masked(place, headers) == place else anonymous_id(headers, "")
 
 
-def _header(path: Path):  # type: ignore[no-untyped-def]
-    """The DICOM header behind a path; other formats know no patient."""
+def _headers(path: Path) -> list[Any]:
+    """The DICOM headers behind a path, one of each set of identifiers; other formats know no patient."""
     other = path.is_file() and path.name.lower().endswith(FILES) and path.suffix.lower() != ".zip"
-    return None if other or not path.exists() else first_header(path)
+    return [] if other or not path.exists() else all_headers(path)
 
 
 def _unlike(names: list[str], places: list[str]) -> list[str]:
@@ -295,16 +296,16 @@ def _ids(path: Path, table: pd.DataFrame, places: list[Path]) -> tuple[list[str]
         wanted = ids = _unlike([identity(place) for place in places], table["path"].tolist())
     volumes, shown = [], []
     for line, name, text, place in zip(table.index, ids, table["path"], places, strict=True):
-        header = _header(place)
-        shown.append(masked(text, header))
-        if masked(name, header) == name:
+        headers = _headers(place)
+        shown.append(masked(text, headers))
+        if masked(name, headers) == name:
             volumes.append(name)
         elif given:
             raise PreprocessingError(
                 f"{path}: the volume id in line {line} names the patient of its DICOM header; choose another"
             )
         else:
-            volumes.append(anonymous_id(header, shown[-1]))
+            volumes.append(anonymous_id(headers, shown[-1]))
     changed = [(name, one) for name, one in zip(wanted, volumes, strict=True) if given and name != one]
     if not changed:
         return volumes, shown, []

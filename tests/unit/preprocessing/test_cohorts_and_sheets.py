@@ -207,6 +207,7 @@ def test_the_quality_page_shows_every_volume_and_every_refusal(tmp_path: Path, h
     page = (tmp_path / "q.html").read_text()
     assert page.count("data:image/jpeg") == 1
     assert "broken" in page
+    assert "cut short" in page
     assert "not a NIfTI file" in page
     assert "5.00 x 4.00 x 4.00" in page
 
