@@ -19,10 +19,12 @@ from ctclip.errors import ConfigError, DataError
 from ctclip.preprocessing.cohorts import label_names
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.store import VolumeStore
+from ctclip.preprocessing.tables import read_table
 from ctclip.schema import Section, validated
 
 BodyPart = Literal["chest", "abdomen", "head", "any"]
 FILE = "labels.yaml"
+TABLES = (".csv", ".tsv", ".txt", ".parquet")
 
 
 class Label(Section):
@@ -147,6 +149,21 @@ def labels_that_are(name: str, columns: Sequence[str]) -> LabelSet:
     """The installed label set whose names are ``columns``, or one made of them and called ``name``."""
     known = (labels for labels in installed_sets() if set(labels.names) == set(columns))
     return next(known, None) or labels_of_columns(name, columns)
+
+
+def label_columns_of(cohort: Path, labels: LabelSet) -> list[str] | None:
+    """Columns of a cohort's table that hold the labels of a set; None where the cohort is a folder, whose layout knows
+    them. Raises DataError if the table has none of them."""
+    if not cohort.is_file() or cohort.suffix.lower() not in TABLES:
+        return None
+    columns = [str(column) for column in read_table(cohort).columns]
+    known = [part for parts in labels.columns(columns).values() for part in parts]
+    if not known:
+        raise DataError(
+            f"{cohort}: has no column of the label set {labels.name!r} (it has {', '.join(columns[:8])}); name its columns "
+            f"as aliases in the set"
+        )
+    return known
 
 
 def keep_labels(store: VolumeStore, source: str | None) -> LabelSet | None:

@@ -79,10 +79,23 @@ def straighten(volume: Volume, degrees: float) -> Volume:
     return Volume(moved, affine, volume.source, [*volume.warnings, warning])
 
 
-def resampled_affine(volume: Volume, spec: PreprocessingSpec) -> np.ndarray:
+Centre = tuple[float, float, float]
+
+
+def bounds(volume: Volume, spec: PreprocessingSpec, centre: Centre | None = None) -> list[tuple[float, float]]:
+    """Voxel indices of an oriented volume between which the grid lies, along each axis, to the outer faces of its voxels."""
+    ends = []
+    for positions, target, spacing in zip(
+        source_positions(volume, spec, centre), spec.spacing, volume.spacing, strict=True
+    ):
+        ends.append((float(positions[0] - target / spacing / 2), float(positions[-1] + target / spacing / 2)))
+    return ends
+
+
+def resampled_affine(volume: Volume, spec: PreprocessingSpec, centre: Centre | None = None) -> np.ndarray:
     """(4, 4) from voxel indices of what ``resample`` returns to LPS+ mm. Raises where volume and grid do not meet."""
     affine = volume.affine.copy()
-    for axis, positions in enumerate(_source_positions(volume, spec)):
+    for axis, positions in enumerate(source_positions(volume, spec, centre)):
         _inside(positions, volume.array.shape[axis])
         step = positions[1] - positions[0] if len(positions) > 1 else 1.0
         affine[:3, 3] += volume.affine[:3, axis] * positions[0]
@@ -90,16 +103,16 @@ def resampled_affine(volume: Volume, spec: PreprocessingSpec) -> np.ndarray:
     return affine[:, [0, 2, 1, 3]] if spec.published_geometry else affine
 
 
-def resample(volume: Volume, spec: PreprocessingSpec, kind: Kind = "hu") -> np.ndarray:
-    """An oriented volume in HU on the grid of ``spec``, centred: float32 HU of ``spec.shape``; or ``stored``, int16 HU;
-    or ``voxels``, float32 in [-1, 1].
+def resample(volume: Volume, spec: PreprocessingSpec, kind: Kind = "hu", centre: Centre | None = None) -> np.ndarray:
+    """An oriented volume in HU on the grid of ``spec``, about the volume's middle or the voxel index ``centre``: float32 HU
+    of ``spec.shape``; or ``stored``, int16 HU; or ``voxels``, float32 in [-1, 1].
 
     Each is written once, as it will be used: at the published size, touching fresh memory is half of the work.
     """
     clip = spec.hu_window if spec.published_geometry else (AIR, METAL)
     array = volume.array if volume.array.dtype in (np.int16, np.float32) else volume.array.astype(np.float32)
     taps, kept = [], []
-    for axis, (positions, target) in enumerate(zip(_source_positions(volume, spec), spec.spacing, strict=True)):
+    for axis, (positions, target) in enumerate(zip(source_positions(volume, spec, centre), spec.spacing, strict=True)):
         width = max(1.0, target / volume.spacing[axis]) if spec.interpolation == "antialiased" else 1.0
         inside = _inside(positions, array.shape[axis])
         first, weights = _taps(positions[inside], array.shape[axis], width)
@@ -129,13 +142,16 @@ def _float32(values: tuple[float, ...]) -> tuple[np.float32, ...]:
     return tuple(map(np.float32, values))
 
 
-def _source_positions(volume: Volume, spec: PreprocessingSpec) -> list[np.ndarray]:
-    """Source index (float) of each output voxel, along each axis."""
+def source_positions(volume: Volume, spec: PreprocessingSpec, centre: Centre | None = None) -> list[np.ndarray]:
+    """Source index (float) of each output voxel, along each axis. The published geometry knows no other centre than the
+    volume's middle."""
     found = []
-    for size, spacing, target, count in zip(volume.array.shape, volume.spacing, spec.spacing, spec.shape, strict=True):
+    sides = zip(volume.array.shape, volume.spacing, spec.spacing, spec.shape, strict=True)
+    for axis, (size, spacing, target, count) in enumerate(sides):
         output = np.arange(count, dtype=np.float64)
         if not spec.published_geometry:
-            found.append((output - (count - 1) / 2) * (target / spacing) + (size - 1) / 2)
+            middle = (size - 1) / 2 if centre is None else centre[axis]
+            found.append((output - (count - 1) / 2) * (target / spacing) + middle)
             continue
         resized = int(size * spacing / target)
         if resized < 1:

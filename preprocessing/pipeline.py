@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -15,12 +15,21 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from ctclip.preprocessing.cohorts import hold_out, read_cohort
+from ctclip.preprocessing.anatomy import Lungs, find_lungs, no_chest, orientation_doubt
+from ctclip.preprocessing.cohorts import Cohort, hold_out, read_cohort
 from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.facts import TableFacts, placed, table_facts
 from ctclip.preprocessing.files import written_beside
-from ctclip.preprocessing.geometry import orient, resample, resampled_affine
-from ctclip.preprocessing.geometry_check import Geometry, settle
-from ctclip.preprocessing.hounsfield import Rescale, Trust, check_chest, to_hu
+from ctclip.preprocessing.geometry import Centre, bounds, orient, resample, resampled_affine
+from ctclip.preprocessing.geometry_check import Geometry
+from ctclip.preprocessing.hounsfield import Trust, to_hu
+from ctclip.preprocessing.outcomes import (
+    OUTCOME_COLUMNS,
+    Outcome,
+    outcome_table,
+    read_outcomes,
+    write_outcomes,
+)
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.readers import read
 from ctclip.preprocessing.spec import PreprocessingSpec
@@ -29,7 +38,10 @@ from ctclip.preprocessing.volume import Volume
 from ctclip.preprocessing.workers import worker_pool
 
 Expect = Literal["chest", "any"]
-OUTCOME_COLUMNS = ("volume", "outcome", "reason", "source_spacing", "source_shape")
+# Less than this of the lungs outside of the grid is the thickness of its edge.
+LUNG_CUT = 0.01
+# Under ``--expect chest``.
+LEAST_LUNG = 0.9
 
 
 @dataclass
@@ -37,22 +49,29 @@ class Prepared:
     """One scan, ready for a model of ``spec``.
 
     ``scan`` is what was read and checked, oriented and in HU, on its own grid. ``affine`` (4, 4) leads from voxel index
-    (of ``voxels`` and ``hu``) to LPS+ mm of the scan's own space.
+    (of ``voxels`` and ``hu``) to LPS+ mm of the scan's own space. ``centre``: the voxel index of the scan that the grid is
+    laid about, where that is not its middle.
     """
 
     scan: Volume
     spec: PreprocessingSpec
     affine: np.ndarray
+    centre: Centre | None = None
 
     @cached_property
     def voxels(self) -> np.ndarray:
         """What a model is given: float32 in [-1, 1], of the spec's shape."""
-        return resample(self.scan, self.spec, "voxels")
+        return resample(self.scan, self.spec, "voxels", self.centre)
 
     @cached_property
     def hu(self) -> np.ndarray:
         """The same grid in HU, float32."""
-        return resample(self.scan, self.spec)
+        return resample(self.scan, self.spec, "hu", self.centre)
+
+    @property
+    def stored(self) -> np.ndarray:
+        """The same grid in HU, int16, as a store keeps it."""
+        return resample(self.scan, self.spec, "stored", self.centre)
 
     def token_affine(self, affine: np.ndarray) -> np.ndarray:
         """``Encoded.affine`` (token index to mm of the prepared volume) -> (4, 4) from token index to LPS+ mm of the
@@ -83,31 +102,60 @@ def prepare(
     *,
     trust: Trust = "auto",
     expect: Expect = "any",
-    table: Rescale | None = None,
+    table: TableFacts | None = None,
     series: str | None = None,
     geometry: Geometry = "auto",
 ) -> Prepared:
     """Read one scan and bring it to ``spec``: exactly what made the training set.
 
-    Raises PreprocessingError with one line that names the file, what is wrong and what to do.
+    ``table``: what a metadata table states of it. The grid is laid about the scan's middle, or where that would cut lung,
+    about the lungs (never under the published geometry, which only warns). Raises PreprocessingError with one line that
+    names the file, what is wrong and what to do.
     """
     spec = spec if isinstance(spec, PreprocessingSpec) else PreprocessingSpec.load(spec)
-    volume = settle(read(path, series, geometry), None, geometry)
-    volume = orient(to_hu(volume, table, trust))
-    if expect == "chest" and (reason := check_chest(volume)):
+    volume = orient(to_hu(placed(read(path, series, geometry), table, geometry), table, trust))
+    lungs = find_lungs(volume)
+    if expect == "chest" and (reason := no_chest(lungs)):
         raise PreprocessingError(f"{volume.source}: {reason}; --expect any takes it all the same")
-    return Prepared(volume, spec, resampled_affine(volume, spec))
+    if doubt := orientation_doubt(lungs):
+        volume.warnings.append(doubt)
+    centre, kept = _about_the_lungs(volume, lungs, spec)
+    if expect == "chest" and kept < LEAST_LUNG:
+        raise PreprocessingError(
+            f"{volume.source}: only {kept:.0%} of the lungs fit into the grid of spec {spec.name!r}; --expect any takes it "
+            f"all the same"
+        )
+    return Prepared(volume, spec, resampled_affine(volume, spec, centre), centre)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one volume: refused with a reason, or done."""
-
-    volume: str
-    refused: str | None
-    warnings: tuple[str, ...] = ()
-    source_spacing: str = ""
-    source_shape: str = ""
+def _about_the_lungs(volume: Volume, lungs: Lungs, spec: PreprocessingSpec) -> tuple[Centre | None, float]:
+    """Where to lay the grid, if not about the scan's middle, and the share of the lungs in it; warns where lung is cut."""
+    if not lungs.is_chest:
+        return None, 1.0
+    ends = bounds(volume, spec)
+    kept = lungs.share_within(ends)
+    if kept >= 1 - LUNG_CUT:
+        return None, kept
+    if spec.published_geometry:
+        volume.warnings.append(
+            f"{1 - kept:.0%} of the lungs lie outside of the grid, which is laid about the scan's middle"
+        )
+        return None, kept
+    middle = [(size - 1) / 2 for size in volume.array.shape]
+    for axis, (low, high) in enumerate(ends):
+        first, end = lungs.box[axis]
+        if first * lungs.step[axis] < low or end * lungs.step[axis] > high:
+            middle[axis] = lungs.middle(axis)
+    centre = (middle[0], middle[1], middle[2])
+    better = lungs.share_within(bounds(volume, spec, centre))
+    if better <= kept:
+        volume.warnings.append(f"{1 - kept:.0%} of the lungs lie outside of the grid, which is too small for them")
+        return None, kept
+    volume.warnings.append(
+        f"{1 - kept:.0%} of the lungs would lie outside of a grid about the scan's middle: laid about the lungs, of which "
+        f"{better:.0%} are in it"
+    )
+    return centre, better
 
 
 @dataclass(frozen=True)
@@ -117,6 +165,16 @@ class Options:
     trust: Trust = "auto"
     expect: Expect = "any"
     series: str | None = None
+    geometry: Geometry = "auto"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of each volume of a run, and what there is to tell of the cohort in the last lines."""
+
+    outcomes: list[Outcome]
+    notes: list[str]
+    unused: dict[str, int]
 
 
 def preprocess_cohort(
@@ -130,16 +188,40 @@ def preprocess_cohort(
     shard: tuple[int, int] = (1, 1),
     calibration: float = 0.0,
     partial: bool = False,
+    keep_no_chest: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> list[Outcome]:
-    """Bring every volume of a cohort into a store and return what became of each.
+    """``preprocess``, and of its report what became of each volume."""
+    return preprocess(
+        root, output, spec, layout=layout, options=options, workers=workers, shard=shard, calibration=calibration,
+        partial=partial, keep_no_chest=keep_no_chest, labels=labels,
+    ).outcomes  # fmt: skip
+
+
+def preprocess(
+    root: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    spec: PreprocessingSpec,
+    *,
+    layout: str = "auto",
+    options: Options | None = None,
+    workers: int | None = None,
+    shard: tuple[int, int] = (1, 1),
+    calibration: float = 0.0,
+    partial: bool = False,
+    keep_no_chest: bool = False,
+    labels: Sequence[str] | None = None,
+) -> Report:
+    """Bring every volume of a cohort into a store.
 
     Volumes that are stored already are kept, so a run that was interrupted continues. ``shard`` (i, n) takes
     every n-th volume from the i-th on: shards may run at once on one store. ``calibration`` of the training patients
     become a split of that name, which training never sees. Volumes without a report and reports without a volume are
-    refused unless ``partial``: then the former are kept without text, the latter left out.
+    refused unless ``partial``: then the former are kept without text, the latter left out. ``keep_no_chest`` and ``labels``:
+    see ``read_cohort``.
     """
     options = options or Options()
-    cohort = read_cohort(root, layout)
+    cohort = read_cohort(root, layout, labels=labels, keep_no_chest=keep_no_chest)
     table = hold_out(cohort.table, calibration)
     if cohort.unmatched and not partial:
         raise PreprocessingError(
@@ -151,18 +233,39 @@ def preprocess_cohort(
     store.sweep()
     write_table(store, table)
     mine = table.iloc[shard[0] - 1 :: shard[1]]
-    there = set(store.volumes)
+    there = set(store.volumes) - set(cohort.refused)
     due = [
-        (row["volume"], cohort.files[row["volume"]], Rescale(row["rescale_slope"], row["rescale_intercept"]))
+        (row["volume"], cohort.files[row["volume"]], table_facts(row), cohort.series.get(row["volume"]))
         for row in mine.to_dict("records")
-        if row["volume"] not in there
+        if row["volume"] not in there and row["volume"] not in cohort.refused
     ]
-    before = read_outcomes(store)
-    outcomes = [before.get(name, Outcome(name, None)) for name in mine["volume"] if name in there]
+    outcomes = [
+        *_kept(store, [name for name in mine["volume"] if name in there]),
+        *_not_read(cohort, set(mine["volume"])),
+    ]
     made = _all(due, store.path, options, workers or len(os.sched_getaffinity(0)))
     outcomes += track(made, len(due), "preprocessing")
     write_outcomes(store, outcomes, shard)
-    return outcomes
+    return Report(outcomes, cohort.notes, dict(cohort.unused))
+
+
+def _kept(store: VolumeStore, names: list[str]) -> list[Outcome]:
+    """Outcomes of volumes that are stored already, by what is kept with them; stores of earlier versions have only
+    ``outcomes.csv``."""
+    before = read_outcomes(store)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        notes = list(pool.map(store.notes, names))
+    return [
+        Outcome.of_row(dict.fromkeys(OUTCOME_COLUMNS, "") | own | {"volume": name, "outcome": "done"})
+        if own else before.get(name, Outcome(name, None))
+        for name, own in zip(names, notes, strict=True)
+    ]  # fmt: skip
+
+
+def _not_read(cohort: Cohort, mine: set[str]) -> list[Outcome]:
+    """Outcomes of what is known beforehand: volumes that the cohort lists as none to take, or that cannot be one."""
+    refused = [Outcome(name, reason) for name, reason in cohort.refused.items() if name in mine]
+    return refused + [Outcome(name, None, left_out=reason) for name, reason in cohort.left_out.items()]
 
 
 def quarantine_damaged(path: str | os.PathLike[str]) -> list[str]:
@@ -187,46 +290,6 @@ def write_table(store: VolumeStore, table: pd.DataFrame) -> None:
         table.to_parquet(partial, index=False)
 
 
-def outcomes_name(shard: tuple[int, int] = (1, 1)) -> str:
-    """The file of a store that says what became of the volumes of a run, or of one shard of it."""
-    return "outcomes.csv" if shard[1] == 1 else f"outcomes-{shard[0]}-of-{shard[1]}.csv"
-
-
-def write_outcomes(store: VolumeStore, outcomes: Iterable[Outcome], shard: tuple[int, int]) -> None:
-    """``outcomes[-i-of-n].csv``: each volume done, or refused and why."""
-    rows = [
-        {
-            "volume": o.volume,
-            "outcome": "refused" if o.refused else "done",
-            "reason": o.refused or "; ".join(o.warnings),
-            "source_spacing": o.source_spacing,
-            "source_shape": o.source_shape,
-        }
-        for o in sorted(outcomes, key=lambda outcome: outcome.volume)
-    ]
-    with written_beside(store.path / outcomes_name(shard)) as partial:
-        pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)).to_csv(partial, index=False)
-    if shard[1] == 1:
-        # Said of every volume now: what shards said is history, and must not be merged with shards to come.
-        for part in store.path.glob("outcomes-*-of-*.csv"):
-            part.unlink(missing_ok=True)
-
-
-def read_outcomes(store: VolumeStore) -> dict[str, Outcome]:
-    """What earlier runs and shards wrote of the volumes that were done."""
-    found: dict[str, Outcome] = {}
-    for path in sorted(store.path.glob("outcomes*.csv")):
-        table = pd.read_csv(path, dtype=str, keep_default_na=False).reindex(
-            columns=list(OUTCOME_COLUMNS), fill_value=""
-        )
-        for row in table[table["outcome"] == "done"].itertuples():
-            warnings = tuple(str(row.reason).split("; ")) if row.reason else ()
-            found[str(row.volume)] = Outcome(
-                str(row.volume), None, warnings, str(row.source_spacing), str(row.source_shape)
-            )
-    return found
-
-
 def merge_shards(path: str | os.PathLike[str]) -> list[Outcome]:
     """One ``outcomes.csv`` of the shards' own; no volume is read. Refuses while a shard has not ended."""
     store = VolumeStore(path)
@@ -241,21 +304,16 @@ def merge_shards(path: str | os.PathLike[str]) -> list[Outcome]:
     missing = [i for i in range(1, total + 1) if not (store.path / f"outcomes-{i}-of-{total}.csv").is_file()]
     if missing:
         raise PreprocessingError(f"{store.path}: shard {missing[0]}/{total} has not ended; run it, then merge")
-    tables = [pd.read_csv(path, dtype=str, keep_default_na=False) for path in parts]
-    table = pd.concat(tables).reindex(columns=list(OUTCOME_COLUMNS), fill_value="").drop_duplicates("volume")
+    table = pd.concat([outcome_table(path) for path in parts]).drop_duplicates("volume")
     absent = set(store.cohort["volume"]) - set(table["volume"])
     if absent:
         raise PreprocessingError(f"{store.path}: no shard says what became of {sorted(absent)[0]!r}; run them again")
-    outcomes = []
-    for row in table.itertuples():
-        refused = str(row.reason) if row.outcome == "refused" else None
-        warnings = tuple(str(row.reason).split("; ")) if refused is None and row.reason else ()
-        outcomes.append(Outcome(str(row.volume), refused, warnings, str(row.source_spacing), str(row.source_shape)))
+    outcomes = [Outcome.of_row(row) for row in table.to_dict("records")]
     write_outcomes(store, outcomes, (1, 1))
     return outcomes
 
 
-Task = tuple[str, Path, Rescale]
+Task = tuple[str, Path, TableFacts, str | None]
 
 
 def _all(due: list[Task], store: Path, options: Options, workers: int) -> Iterator[Outcome]:
@@ -296,20 +354,23 @@ def _in_parallel(due: list[Task], store: Path, options: Options, workers: int) -
 
 
 def _one(task: Task, store: Path, options: Options) -> Outcome:
-    name, path, table = task
+    name, path, table, series = task
     target = VolumeStore(store)
     try:
         ready = prepare(
-            path, target.spec, trust=options.trust, expect=options.expect, table=table, series=options.series
-        )
+            path, target.spec, trust=options.trust, expect=options.expect, table=table, series=options.series or series,
+            geometry=options.geometry,
+        )  # fmt: skip
     except PreprocessingError as error:
         return Outcome(name, str(error))
     except Exception as error:
         # A fault of ours in one scan must not end a run of fifty thousand; what libraries say may quote its header.
         return Outcome(name, f"{name}: could not be prepared ({type(error).__name__}); please report this as a fault")
+    spacing = " x ".join(f"{step:.2f}" for step in ready.source_spacing)
+    done = Outcome(name, None, tuple(ready.warnings), spacing, " x ".join(map(str, ready.source_shape)))
     try:
-        target.write(name, resample(ready.scan, target.spec, "stored"))
+        # A run that is killed writes no outcomes.csv: what became of a volume lies with it.
+        target.write(name, ready.stored, done.row())
     except PreprocessingError as error:
         return Outcome(name, str(error))
-    spacing = " x ".join(f"{step:.2f}" for step in ready.source_spacing)
-    return Outcome(name, None, tuple(ready.warnings), spacing, " x ".join(map(str, ready.source_shape)))
+    return done

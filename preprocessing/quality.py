@@ -12,9 +12,11 @@ import numpy as np
 from jinja2 import Environment
 from PIL import Image
 
+from ctclip.preprocessing.anatomy import find_lungs, no_chest
 from ctclip.preprocessing.files import write_text
-from ctclip.preprocessing.hounsfield import ALREADY_HU, check_chest
-from ctclip.preprocessing.pipeline import Outcome, read_outcomes
+from ctclip.preprocessing.hounsfield import ALREADY_HU
+from ctclip.preprocessing.outcomes import Outcome, read_outcomes
+from ctclip.preprocessing.pipeline import Expect
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.volume import Volume
@@ -55,9 +57,18 @@ class Card:
 
 
 def quality_page(
-    store: VolumeStore, output: Path, *, split: str | None = None, first: int = 0, count: int = 500
+    store: VolumeStore,
+    output: Path,
+    *,
+    split: str | None = None,
+    first: int = 0,
+    count: int = 500,
+    expect: Expect = "any",
 ) -> int:
-    """Write the page of ``count`` stored volumes from the ``first`` on; returns how many have warnings."""
+    """Write the page of ``count`` stored volumes from the ``first`` on; returns how many have warnings.
+
+    ``expect``: ``chest`` warns of volumes that show none, where the store is one of chests.
+    """
     cohort = store.cohort.set_index("volume")
     names = [name for name in store.volumes if name in cohort.index and split in (None, cohort.at[name, "split"])]
     shown = names[first : first + count]
@@ -65,7 +76,7 @@ def quality_page(
     refused = _refused(store)
 
     def card(name: str) -> Card:
-        return _card(store, name, str(cohort.at[name, "split"]), outcomes.get(name))
+        return _card(store, name, str(cohort.at[name, "split"]), outcomes.get(name), expect)
 
     with ThreadPoolExecutor() as pool:
         cards = list(track(pool.map(card, shown), len(shown), "drawing"))
@@ -95,14 +106,14 @@ def _refused(store: VolumeStore) -> list[tuple[str, str]]:
     return list(zip(rows["volume"], rows["reason"], strict=True))
 
 
-def _card(store: VolumeStore, name: str, split: str, outcome: Outcome | None) -> Card:
+def _card(store: VolumeStore, name: str, split: str, outcome: Outcome | None, expect: Expect) -> Card:
     hu = store.read(name)
     if store.spec.published_geometry:
         hu = hu.transpose(0, 2, 1)
     said = outcome.warnings if outcome else ()
     warnings = [warning for warning in said if warning != ALREADY_HU]
     affine = np.diag([*store.spec.spacing, 1.0])
-    if (reason := check_chest(Volume(hu, affine, name))) is not None:
+    if expect == "chest" and (reason := no_chest(find_lungs(Volume(hu, affine, name)))):
         warnings.append(reason)
     if hu.max() < 100:
         warnings.append(f"nothing above {hu.max()} HU: is there bone in it?")

@@ -7,6 +7,7 @@ whole or not at all. Each file carries the CRC of its voxels.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -81,8 +82,8 @@ class VolumeStore:
             raise PreprocessingError(f"{self.path}: volume id {volume!r} is not a file name")
         return self.path / "volumes" / f"{volume}{SUFFIX}"
 
-    def write(self, volume: str, hu: np.ndarray) -> None:
-        """Store HU [slice, row, column] of the spec's shape, rounded to int16."""
+    def write(self, volume: str, hu: np.ndarray, notes: dict[str, str] | None = None) -> None:
+        """Store HU [slice, row, column] of the spec's shape, rounded to int16, and ``notes`` on it in the same file."""
         if hu.shape != self.spec.shape:
             raise PreprocessingError(f"{volume}: shape {hu.shape}, the store's spec has {self.spec.shape}")
         whole = np.ascontiguousarray(np.rint(hu), dtype=np.int16) if hu.dtype != np.int16 else np.ascontiguousarray(hu)
@@ -93,8 +94,20 @@ class VolumeStore:
             cparams=blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=1, nthreads=1, filters=[blosc2.Filter.SHUFFLE]),
         )  # fmt: skip
         packed.schunk.vlmeta["crc32"] = isal_zlib.crc32(whole.data)
+        if notes is not None:
+            packed.schunk.vlmeta["notes"] = json.dumps(notes, sort_keys=True)
         with written_beside(self.file(volume)) as partial:
             partial.write_bytes(packed.to_cframe())
+
+    def notes(self, volume: str) -> dict[str, str]:
+        """What was written with a volume; nothing for volumes of earlier versions, or where it cannot be read."""
+        try:
+            packed = self._open(volume)
+            # The names first: an older volume has no notes, and asking for them is an error.
+            found = json.loads(packed.schunk.vlmeta["notes"]) if "notes" in packed.schunk.vlmeta.getall() else {}
+            return {str(key): str(value) for key, value in found.items()}
+        except (PreprocessingError, AttributeError, ReferenceError, *BLOSC_RAISES):
+            return {}
 
     def read(self, volume: str, region: tuple[slice, slice, slice] | None = None) -> np.ndarray:
         """int16 HU [slice, row, column]; of a ``region`` only the chunks it touches are decompressed."""

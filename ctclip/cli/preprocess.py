@@ -9,16 +9,25 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from ctclip.preprocessing.pipeline import Outcome
+    from ctclip.preprocessing.outcomes import Outcome
+    from ctclip.preprocessing.pipeline import Report
 
 
-SHOWN = 20
+SHOWN, SHOWN_KINDS = 20, 6
 
 
 class Trusted(StrEnum):
     auto = "auto"
     file = "trust-file"
     table = "trust-table"
+
+
+class Geometry(StrEnum):
+    auto = "auto"
+    sform = "sform"
+    qform = "qform"
+    header = "header"
+    table = "table"
 
 
 class Expected(StrEnum):
@@ -29,23 +38,36 @@ class Expected(StrEnum):
 def preprocess(
     cohort: Path = typer.Argument(
         ...,
-        help="CT-RATE's or RAD-ChestCT's folder, a folder of volumes or DICOM series, a CSV with a `path` column, or one scan.",
+        help="CT-RATE's or RAD-ChestCT's folder, a folder of volumes or DICOM series, a CSV, TSV or Parquet table with a "
+        "`path` column, or one scan.",
     ),
     output: Path = typer.Option(..., "--output", "-o", help="The store; volumes already in it are kept."),
     spec: str = typer.Option("ct_224", help="A YAML file, or the name of one in configs/preprocessing."),
-    workers: int = typer.Option(None, help="Processes; all cores if not given."),
-    layout: str = typer.Option("auto", "--cohort", help="How it lies on disk: auto, ct-rate, rad-chestct or folder."),
-    hu: Trusted = typer.Option(Trusted.auto, help="Whom to believe about Hounsfield units."),
-    expect: Expected = typer.Option(Expected.any, help="Refuse what is not a chest."),
+    workers: int = typer.Option(None, help="Number of processes; as many as there are cores if not given."),
+    layout: str = typer.Option(
+        "auto", "--cohort", help="How the cohort lies on disk: auto, ct-rate, rad-chestct or folder."
+    ),
+    hu: Trusted = typer.Option(
+        Trusted.auto,
+        help="Whether to trust the file or the metadata table about Hounsfield units; auto decides from the values.",
+    ),
+    geometry: Geometry = typer.Option(
+        Geometry.auto,
+        help="Which geometry to take where header and table, or the two readings of a NIfTI header, contradict each other.",
+    ),
+    expect: Expected = typer.Option(
+        Expected.any, help="`chest` refuses scans that show no chest, or whose lungs do not fit into the grid."
+    ),
     series: str = typer.Option(
         None,
-        help="SeriesInstanceUID to take of a DICOM folder of several; else the original axial one with most slices.",
+        help="SeriesInstanceUID of the series to read from a DICOM folder that holds several; the original axial one with "
+        "most slices if not given.",
     ),
     labels: str = typer.Option(
         None,
         help="Label set: a YAML file, or the name of one in configs/labels; made of the label columns if not given.",
     ),
-    shard: str = typer.Option("1/1", help="i/n: take every n-th volume from the i-th on, for job arrays."),
+    shard: str = typer.Option("1/1", help="i/n: process every n-th volume, starting with the i-th; for job arrays."),
     merge: bool = typer.Option(False, "--merge", help="Join the outcomes of all shards; no volume is read."),
     calibration: float = typer.Option(
         0.0, min=0.0, max=0.9, help="Share of the training patients to hold out as the split `calibration`."
@@ -53,63 +75,88 @@ def preprocess(
     partial: bool = typer.Option(
         False,
         "--partial",
-        help="Take what is there: volumes without a report without text, reports without a volume not.",
+        help="Accept an incomplete cohort: volumes without a report are stored without text, and reports without a volume "
+        "are ignored.",
+    ),
+    keep_no_chest: bool = typer.Option(
+        False, "--keep-no-chest", help="Keep the volumes that CT-RATE lists as not showing a chest."
     ),
     verify: bool = typer.Option(
-        False, "--verify", help="Check every stored volume, set damaged ones aside, rebuild them."
+        False, "--verify", help="Check every stored volume first; set damaged ones aside and rebuild them."
     ),
 ) -> None:
     """Bring every volume of a cohort to one geometry and keep it in a store.
 
-    Exit code 0: all done; 3: some refused (see outcomes.csv in the store); 2: could not run.
+    Exit code 0: every volume is done or was left out by rule; 3: some were refused (outcomes.csv in the store says why);
+    2: nothing could be run.
 
     `ctclip preprocess CT-RATE --output store --spec ct_224`
     """
-    from ctclip.labels import keep_labels, load_labels
+    from ctclip.labels import keep_labels, label_columns_of, load_labels
+    from ctclip.preprocessing.outcomes import outcomes_name
     from ctclip.preprocessing.pipeline import (
         Options,
+        Report,
         merge_shards,
-        outcomes_name,
-        preprocess_cohort,
         quarantine_damaged,
     )
+    from ctclip.preprocessing.pipeline import preprocess as run
     from ctclip.preprocessing.spec import PreprocessingSpec
     from ctclip.preprocessing.store import VolumeStore
 
-    if labels is not None:
-        load_labels(labels)  # what is wrong with it is said before hours of work
+    # What is wrong with the label set is said before hours of work.
+    columns = label_columns_of(cohort, load_labels(labels)) if labels is not None else None
     if merge:
-        _said(merge_shards(output), output / outcomes_name())
+        _tell(Report(merge_shards(output), [], {}), output / outcomes_name())
         return
     if verify:
         for damaged in quarantine_damaged(output):
             print(f"damaged, set aside, rebuilding: {damaged}")
-    outcomes = preprocess_cohort(
+    report = run(
         cohort,
         output,
         PreprocessingSpec.load(spec),
         layout=layout,
-        options=Options(trust=hu.value, expect=expect.value, series=series),
+        options=Options(trust=hu.value, expect=expect.value, series=series, geometry=geometry.value),
         workers=workers,
         shard=_shard(shard),
         calibration=calibration,
         partial=partial,
+        keep_no_chest=keep_no_chest,
+        labels=columns,
     )
     kept = keep_labels(VolumeStore(output), labels)
     if kept is not None:
         print(f"label set: {kept.name} ({len(kept.names)} labels)")
-    _said(outcomes, output / outcomes_name(_shard(shard)))
+    _tell(report, output / outcomes_name(_shard(shard)))
 
 
-def _said(outcomes: list[Outcome], table: Path) -> None:
-    refused = [outcome for outcome in outcomes if outcome.refused]
+def _tell(report: Report, table: Path) -> None:
+    refused = [outcome for outcome in report.outcomes if outcome.refused]
     for outcome in refused[:SHOWN]:
         print(f"refused {outcome.volume}: {outcome.refused}")
     if len(refused) > SHOWN:
         print(f"... and {len(refused) - SHOWN} more")
-    print(f"{len(outcomes) - len(refused)} done, {len(refused)} refused; each with its reason: {table}")
+    for note in report.notes:
+        print(f"note: {note}")
+    print(_summary(report.outcomes, report.unused, table))
     if refused:
         raise typer.Exit(3)
+
+
+def _summary(outcomes: list[Outcome], unused: dict[str, int], table: Path) -> str:
+    """The last line: how many volumes became what, and how many files were not used."""
+    counts = {word: sum(outcome.word == word for outcome in outcomes) for word in ("done", "refused", "left out")}
+    words = [f"{counts['done']} done", f"{counts['refused']} refused"]
+    if counts["left out"]:
+        words.append(f"{counts['left out']} left out (listed as no chest; --keep-no-chest keeps them)")
+    line = f"{', '.join(words)}; the reasons are in {table}"
+    if not unused:
+        return line
+    kinds = sorted(unused.items(), key=lambda kind: (-kind[1], kind[0]))
+    told = ", ".join(f"{kind}: {count}" for kind, count in kinds[:SHOWN_KINDS])
+    more = sum(count for _, count in kinds[SHOWN_KINDS:])
+    return f"{line}; files not used: {sum(unused.values())} ({told}" + f", other kinds: {more}" * bool(more) + ")"
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Cohorts as they lie on disk, brought to one table.
 
-A layout is one module here with ``recognised(root)`` and ``read(root) -> Cohort``; a new one is found by being there.
+A layout is one module here with ``recognised(tree)`` and ``read(tree) -> Cohort``; a new one is found by being there.
 """
 
 from __future__ import annotations
@@ -8,13 +8,22 @@ from __future__ import annotations
 import os
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 
 from ctclip.preprocessing.cohorts.folder import scan_id
-from ctclip.preprocessing.cohorts.table import COLUMNS, FILES, Cohort, check_table, hold_out, identity, label_names
-from ctclip.preprocessing.cohorts.table import rows as cohort_table
+from ctclip.preprocessing.cohorts.table import (
+    COLUMNS,
+    FILES,
+    Cohort,
+    check_table,
+    cohort_table,
+    hold_out,
+    identity,
+    label_names,
+)
+from ctclip.preprocessing.cohorts.walk import Tree, walk
 from ctclip.preprocessing.errors import PreprocessingError
 
 __all__ = [
@@ -31,17 +40,26 @@ __all__ = [
     "scan_id",
 ]
 
+PARTS = ("dicom_folders", "table", "walk")
+
 
 def layouts() -> list[str]:
     """Names of the layouts that are known."""
-    return [module.name for module in pkgutil.iter_modules(__path__) if module.name != "table"]
+    return [module.name for module in pkgutil.iter_modules(__path__) if module.name not in PARTS]
 
 
-def read_cohort(root: str | os.PathLike[str], layout: str = "auto") -> Cohort:
-    """The cohort of ``root``: a folder of a known layout, a CSV of paths, or a single scan.
+def read_cohort(
+    root: str | os.PathLike[str],
+    layout: str = "auto",
+    *,
+    labels: Sequence[str] | None = None,
+    keep_no_chest: bool = False,
+) -> Cohort:
+    """The cohort of ``root``: a folder of a known layout, a table of paths, or a single scan.
 
     ``layout``: one of ``layouts()``, or auto: the first that recognises the folder, else a plain folder; or a reader of
-    the user's own, ``module:function`` or the name of an entry point of the group ``ctclip.cohorts``.
+    the user's own, ``module:function`` or the name of an entry point of the group ``ctclip.cohorts``. ``labels`` names
+    the label columns of a table of paths. ``keep_no_chest`` keeps what CT-RATE lists as no chest.
     """
     folder, wanted = Path(root), layout.replace("-", "_")
     if not folder.exists():
@@ -50,12 +68,14 @@ def read_cohort(root: str | os.PathLike[str], layout: str = "auto") -> Cohort:
         own: Cohort = reader(folder)
         check_table(own.table, folder)
         return own
-    if wanted == "auto":
-        found = (name for name in layouts() if import_module(f"{__name__}.{name}").recognised(folder))
-        wanted = next(found, "folder")
-    elif wanted not in layouts():
+    if wanted != "auto" and wanted not in layouts():
         raise PreprocessingError(f"no cohort layout {layout!r}; there are auto, {', '.join(layouts())}")
-    cohort: Cohort = import_module(f"{__name__}.{wanted}").read(folder)
+    tree = walk(folder) if folder.is_dir() else Tree(folder, [folder])
+    if wanted == "auto":
+        found = (name for name in layouts() if import_module(f"{__name__}.{name}").recognised(tree))
+        wanted = next(found, "folder")
+    options = {"ct_rate": {"keep_no_chest": keep_no_chest}, "folder": {"labels": labels}}.get(wanted, {})
+    cohort: Cohort = import_module(f"{__name__}.{wanted}").read(tree, **options)
     check_table(cohort.table, folder)
     return cohort
 

@@ -1,15 +1,31 @@
-"""CT-RATE (Hamamci et al. 2024) as it lies on disk: patient, scan and reconstruction folders, and four CSV tables."""
+"""CT-RATE (Hamamci et al. 2024) as it lies on disk: patient, scan and reconstruction folders, and tables beside them.
+
+Its first release has blank NIfTI headers and values without slope and intercept: geometry and rescaling stand in the
+metadata table alone. Its second ("fixed") release has both applied. Either, or both, may lie in one folder.
+"""
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
 import pandas as pd
 
-from ctclip.preprocessing.cohorts.table import Cohort, identity, read_csv, rows, zeros_and_ones
+from ctclip.preprocessing.cohorts.table import Cohort, cohort_table, counted, identity
+from ctclip.preprocessing.cohorts.walk import Tree
 from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
+from ctclip.preprocessing.tables import (
+    MISSING,
+    is_no_report,
+    label_columns,
+    numbers,
+    one_row_each,
+    read_table,
+    report_text,
+    volume_name,
+    zeros_and_ones,
+)
 
 SECTIONS = {
     "ClinicalInformation_EN": "clinical_information",
@@ -17,95 +33,190 @@ SECTIONS = {
     "Findings_EN": "findings",
     "Impressions_EN": "impression",
 }
-NOT_GIVEN = re.compile(r"\s*not given\.?\s*", re.IGNORECASE)
 NAME = re.compile(r"((?:train|valid)_\d+)_([a-z]+)_(\d+)")
+RESCALE = {"rescale_slope": ("RescaleSlope", 1.0), "rescale_intercept": ("RescaleIntercept", 0.0)}
 
 
-def recognised(root: Path) -> bool:
-    return root.is_dir() and any(root.rglob("*reports*.csv"))
+def recognised(tree: Tree) -> bool:
+    """By the names of volumes (train_1_a_1.nii.gz), or by a table of reports with CT-RATE's columns and volumes."""
+    if not tree.root.is_dir():
+        return False
+    if any(NAME.fullmatch(identity(path)) for path in tree.named(".nii.gz")):
+        return True
+    return any(_is_ours(path) for path in _tables_named(tree, "reports"))
 
 
-def read(root: Path) -> Cohort:
-    """Volumes and the tables of reports, labels and metadata, wherever under ``root`` they lie."""
-    files, warnings = _files(root)
-    reports = _tables(root, "*reports*.csv", ("VolumeName", *SECTIONS))
-    labels = _tables(root, "*labels*.csv", ("VolumeName",))
-    metadata = _tables(root, "*metadata*.csv", ("VolumeName", "RescaleSlope", "RescaleIntercept"))
+def _is_ours(path: Path) -> bool:
+    try:
+        table = read_table(path)
+    except PreprocessingError:
+        return False
+    names = table.get("VolumeName", pd.Series(dtype=str))
+    return set(SECTIONS) & set(table.columns) != set() and any(NAME.fullmatch(volume_name(name)) for name in names)
+
+
+def read(tree: Tree, *, keep_no_chest: bool = False) -> Cohort:
+    """Volumes and the tables of reports, labels and metadata, wherever in the tree they lie.
+
+    Volumes that the data set lists as no chest (``no_chest*.txt``) are left out unless ``keep_no_chest``; those whose row
+    of the metadata table has no ZSpacing are refused.
+    """
+    root = tree.root
+    files, warnings = _files(tree)
+    reports = _tables(tree, "reports", ("VolumeName", *SECTIONS))
+    labels = _tables(tree, "labels", ("VolumeName",))
+    metadata = _tables(tree, "metadata", ("VolumeName", "RescaleSlope", "RescaleIntercept"))
+    no_chest, lists = _no_chest(tree)
+    left_out = {name: f"listed as no chest in {no_chest[name].name}" for name in files if name in no_chest}
+    if keep_no_chest:
+        left_out = {}
+    kept = {name: path for name, path in files.items() if name not in left_out}
     unmatched = []
-    if orphans := sorted(set(reports.index) - set(files)):
+    # Reports of what is left out are not missing a volume.
+    if orphans := sorted(set(reports.index) - set(files) - set(no_chest)):
         unmatched.append(f"{len(orphans)} of the reports have no volume on disk (the first: {orphans[0]})")
-    if silent := sorted(set(files) - set(reports.index)):
+    silent = sorted(set(kept) - set(reports.index))
+    if silent and len(reports):
         unmatched.append(f"{len(silent)} of the volumes have no report (the first: {silent[0]})")
-    records = []
-    for volume, path in files.items():
-        match = NAME.fullmatch(volume)
-        assert match is not None
-        sections = {ours: _section(reports, volume, theirs) for theirs, ours in SECTIONS.items()}
-        records.append(
-            {
-                "volume": volume, "patient": match[1], "scan": f"{match[1]}_{match[2]}", "reconstruction": int(match[3]),
-                "split": match[1].split("_")[0], "path": str(path.relative_to(root)), **sections,
-                "label_source": "CT-RATE labels CSV" if volume in labels.index else "",
-                "rescale_slope": _number(metadata, volume, "RescaleSlope", 1.0),
-                "rescale_intercept": _number(metadata, volume, "RescaleIntercept", 0.0),
-            }
-        )  # fmt: skip
-    table = rows(records)
-    known = labels.reindex(table["volume"]).reset_index(drop=True)
-    for name in known.columns:
-        table[name] = zeros_and_ones(known[name], f"{root}: label {name!r}")
-    return Cohort(table, files, warnings, unmatched)
+    elif silent:
+        warnings.append("no table of reports below it: all volumes are kept without text")
+    table = (
+        cohort_table([_record(root, volume, path, reports, labels, metadata) for volume, path in kept.items()])
+        if kept
+        else None
+    )
+    if table is None:
+        raise PreprocessingError(f"{root}: all of its volumes are listed as no chest; --keep-no-chest takes them")
+    table["no_chest"] = table["volume"].isin(set(no_chest))
+    notes = _notes(reports, kept)
+    names, others = _labels(labels)
+    known = labels.reindex(table["volume"])
+    for name in names:
+        table[name] = zeros_and_ones(known[name].set_axis(known["at"]), f"label {name!r}").to_numpy()
+        table[name] = table[name].astype("Int8")
+    if others:
+        notes.append(f"columns of the label table that are no labels: {', '.join(others)}")
+    unused = tree.others(
+        {*files.values(), *lists, *(p for kind in ("reports", "labels", "metadata") for p in _tables_named(tree, kind))}
+    )
+    return Cohort(
+        table, kept, warnings, unmatched, left_out=left_out, refused=_without_spacing(metadata, kept), notes=notes,
+        unused=unused,
+    )  # fmt: skip
 
 
-def _files(root: Path) -> tuple[dict[str, Path], list[str]]:
+def _source(root: Path) -> str:
+    """Where its labels come from; a synthetic cohort, which is laid out as CT-RATE is, says so in a file of its own."""
+    return "synthetic" if (root / "phantom.json").is_file() else "CT-RATE labels CSV"
+
+
+def _record(
+    root: Path, volume: str, path: Path, reports: pd.DataFrame, labels: pd.DataFrame, metadata: pd.DataFrame
+) -> dict[str, object]:
+    match = NAME.fullmatch(volume)
+    assert match is not None
+    sections = {ours: report_text(_cell(reports, volume, theirs)) for theirs, ours in SECTIONS.items()}
+    return {
+        "volume": volume, "patient": match[1], "scan": f"{match[1]}_{match[2]}", "reconstruction": int(match[3]),
+        "split": match[1].split("_")[0], "path": str(path.relative_to(root)), **sections,
+        "label_source": _source(root) if volume in labels.index else "",
+        **{ours: _number(metadata, volume, theirs, default) for ours, (theirs, default) in RESCALE.items()},
+        **{ours: _cell(metadata, volume, theirs) for ours, theirs in GEOMETRY_COLUMNS.items()},
+    }  # fmt: skip
+
+
+def _files(tree: Tree) -> tuple[dict[str, Path], list[str]]:
     """Each volume's file. Of several of one name the least deep is taken (segmentations lie in folders of their own
     under the same names), of those the last (``train_fixed`` comes after ``train``)."""
     found: dict[str, Path] = {}
     again = 0
-    for path in sorted(root.rglob("*.nii.gz")):
+    for path in sorted(tree.named(".nii.gz")):
         volume = identity(path)
         if NAME.fullmatch(volume):
             again += volume in found
             if volume not in found or len(path.parts) <= len(found[volume].parts):
                 found[volume] = path
     if not found:
-        raise PreprocessingError(f"{root}: no volumes named like train_1_a_1.nii.gz below it")
+        raise PreprocessingError(f"{tree.root}: no volumes named like train_1_a_1.nii.gz below it")
     if not again:
         return found, []
     return found, [f"{again} files share their name with another; the least deep is taken, of those the last"]
 
 
-def _tables(root: Path, pattern: str, required: tuple[str, ...]) -> pd.DataFrame:
-    """All CSVs of a pattern stacked, indexed by volume id."""
+def _tables_named(tree: Tree, kind: str) -> list[Path]:
+    names = (".csv", ".tsv", ".parquet")
+    return [path for path in tree.files if kind in path.name.lower() and path.suffix.lower() in names]
+
+
+def _tables(tree: Tree, kind: str, required: tuple[str, ...]) -> pd.DataFrame:
+    """All tables of a kind stacked, indexed by volume id; the column ``at`` says where a row stands."""
     parts = []
-    for path in sorted(root.rglob(pattern)):
-        part = read_csv(path)
+    for path in _tables_named(tree, kind):
+        part = read_table(path)
         for name in required:
             if name not in part.columns:
                 raise PreprocessingError(
                     f"{path}: column {name!r} is missing (it has {', '.join(part.columns[:6])}); take CT-RATE's own table"
                 )
-        parts.append(part)
-    if not parts:
-        return pd.DataFrame(columns=list(required[1:]), index=pd.Index([], dtype=str))
-    stacked = pd.concat(parts, ignore_index=True)
-    stacked.index = pd.Index([identity(Path(name)) for name in stacked.pop("VolumeName")])
-    return stacked[~stacked.index.duplicated()]
+        parts.append((path, part))
+    whole = one_row_each(parts, "VolumeName")
+    return whole if parts else pd.DataFrame(columns=[*required[1:], "at"], index=pd.Index([], dtype=str), dtype=str)
 
 
-def _section(table: pd.DataFrame, volume: str, column: str) -> str:
-    if volume not in table.index:
-        return ""
-    text = str(table.at[volume, column]).strip()
-    return "" if NOT_GIVEN.fullmatch(text) else text
+def _no_chest(tree: Tree) -> tuple[dict[str, Path], list[Path]]:
+    """Volumes that ``no_chest*.txt`` list, one a line, with or without folders and suffix; and the lists."""
+    lists = [path for path in tree.named(".txt") if path.name.lower().startswith("no_chest")]
+    listed: dict[str, Path] = {}
+    for path in lists:
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        for line in re.split(r"[\r\n,;]+", text):
+            if name := volume_name(line.strip().strip("'\"[]")):
+                listed.setdefault(name, path)
+    return listed, lists
+
+
+def _without_spacing(metadata: pd.DataFrame, files: dict[str, Path]) -> dict[str, str]:
+    """Volumes of which the metadata table says no distance of slices: projections, and reports that slipped in."""
+    if "ZSpacing" not in metadata.columns:
+        return {}
+    return {
+        name: f"{files[name].name}: its metadata table has no ZSpacing for it: a projection or another image that is no volume"
+        for name in files
+        if name in metadata.index and not (numbers(metadata.at[name, "ZSpacing"], 1) or [0])[0]
+    }  # fmt: skip
+
+
+def _labels(labels: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Label columns; those that describe the patient or the scan are none."""
+    others = [name for name, why in label_columns(labels.iloc[:0]).metadata.items() if "describes" in why]
+    return [name for name in labels.columns if name not in (*others, "at")], others
+
+
+def _notes(reports: pd.DataFrame, files: dict[str, Path]) -> list[str]:
+    mine = reports.loc[reports.index.isin(set(files)), list(SECTIONS)]
+    words = [cell for column in SECTIONS for cell in mine[column] if cell and is_no_report(cell)]
+    notes = []
+    if words:
+        notes.append(f"{counted(len(words), 'section')} of reports say nothing (such as {words[0]!r}): taken as empty")
+    silent = [
+        n for n, row in mine.iterrows() if is_no_report(row["Findings_EN"]) and is_no_report(row["Impressions_EN"])
+    ]
+    if silent:
+        notes.append(
+            f"{counted(len(silent), 'report')} without a word of findings or impression (the first: {silent[0]})"
+        )
+    return notes
+
+
+def _cell(table: pd.DataFrame, volume: str, column: str) -> str:
+    return str(table.at[volume, column]) if column in table.columns and volume in table.index else ""
 
 
 def _number(table: pd.DataFrame, volume: str, column: str, default: float) -> float:
-    if volume not in table.index:
+    text = _cell(table, volume, column)
+    if text.casefold() in MISSING:
         return default
-    text = str(table.at[volume, column]).strip()
-    try:
-        value = ast.literal_eval(text) if text else default
-        return float(value[0] if isinstance(value, list | tuple) else value)
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise PreprocessingError(f"metadata of {volume}: {column} is {text!r}, not a number") from error
+    values = numbers(text, 1)
+    if values is None:
+        raise PreprocessingError(f"{table.at[volume, 'at']}: {column} of {volume} is {text[:40]!r}, not a number")
+    return values[0]

@@ -1,112 +1,332 @@
-"""A folder of volumes and DICOM series, a CSV of their paths, or one scan by itself."""
+"""A folder of volumes and DICOM series, a table of their paths, or one scan by itself."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from ctclip.preprocessing.cohorts.table import (
+from ctclip.preprocessing.cohorts.dicom_folders import Scan, dicom_scans
+from ctclip.preprocessing.cohorts.table import cohort_table, (
     COLUMNS,
     DEFAULTS,
     FILES,
+    METADATA_COLUMNS,
+    SECTIONS,
     Cohort,
+    counted,
     identity,
-    read_csv,
-    rows,
+)
+from ctclip.preprocessing.cohorts.walk import Tree
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
+from ctclip.preprocessing.identifiers import all_headers, anonymous_id, masked
+from ctclip.preprocessing.tables import (
+    MISSING,
+    Columns,
+    is_no_report,
+    label_columns,
+    numbers,
+    read_table,
+    report_text,
     zeros_and_ones,
 )
-from ctclip.preprocessing.errors import PreprocessingError
-from ctclip.preprocessing.identifiers import anonymous_id, first_header, masked
+
+TABLES = (".csv", ".tsv", ".parquet")
+# Voxels of a header in another file beside it.
+DETACHED = {
+    ".mhd": (".raw", ".zraw", ".raw.gz"), ".nhdr": (".raw", ".raw.gz", ".zraw"), ".hdr": (".img", ".img.gz"),
+    ".hdr.gz": (".img", ".img.gz"),
+}  # fmt: skip
+SAMPLED_BYTES = 1 << 16
 
 
-def recognised(root: Path) -> bool:
-    return root.is_file()
+def recognised(tree: Tree) -> bool:
+    """One file: a scan, or a table of scans."""
+    return tree.root.is_file()
 
 
-def read(root: Path) -> Cohort:
-    """Every volume file below a folder and every folder of DICOM slices, each its own patient; or the rows of a CSV."""
+def read(tree: Tree, *, labels: Sequence[str] | None = None) -> Cohort:
+    """Every volume file and every DICOM series below a folder, each its own patient unless the headers or the bytes of two
+    are the same; or the rows of a table, of which ``labels`` names the label columns."""
+    root = tree.root
     if root.is_file():
-        return _from_csv(root) if root.suffix.lower() == ".csv" else _named(root.parent, [root])
-    paths: list[Path] = []
-    for folder, _, files in sorted(os.walk(root)):
-        volumes = [Path(folder, name) for name in sorted(files) if name.lower().endswith(FILES)]
-        paths += volumes
-        if len(volumes) < len(files) and first_header(Path(folder)) is not None:
-            paths.append(Path(folder))
-    if not paths:
+        return _from_table(root, labels) if root.suffix.lower() in TABLES else _named(root.parent, [root])
+    everything = set(tree.files)
+    volumes = [path for path in tree.files if path.name.lower().endswith(FILES)]
+    # Many programs call something a header; NIfTI's has its voxels beside it.
+    volumes = [path for path in volumes if ".hdr" not in path.name.lower()[-7:] or _detached([path]) & everything]
+    detached = _detached(volumes)
+    rest = [path for path in tree.files if path not in {*volumes, *detached}]
+    scans, read_files, images_unused = dicom_scans(rest, alone=not volumes)
+    if not volumes and not scans:
         raise PreprocessingError(f"{root}: no {', '.join(FILES)} and no DICOM slices below it")
-    return _named(root, paths)
+    series = {scan.name_folder: scan for scan in scans}
+    places = sorted(
+        [*volumes, *series], key=lambda path: (path.parts if path in series else path.parent.parts, path.name)
+    )
+    cohort = _named(root, places, series)
+    cohort.unused = tree.others({*volumes, *detached, *read_files}) + images_unused
+    return cohort
 
 
-def _named(root: Path, paths: list[Path]) -> Cohort:
+def _detached(volumes: list[Path]) -> set[Path]:
+    headers = ((path, path.name[len(identity(path)) :].lower()) for path in volumes)
+    return {path.with_name(identity(path) + end) for path, kind in headers for end in DETACHED.get(kind, ())}
+
+
+def _named(root: Path, paths: list[Path], series: dict[Path, Scan] | None = None) -> Cohort:
     """Ids by file name, or by the whole path where names repeat; anonymous where a path names its patient."""
+    series = series or {}
     places = [path.relative_to(root) if path != root else Path(root.resolve().name) for path in paths]
-    names = [_safe(identity(place)) for place in places]
-    if len(set(names)) < len(names):
-        names = [_safe(str(place)) for place in places]
-    records = []
+    names = _unlike([identity(place) for place in places], [str(place) for place in places])
+    records: list[dict[str, Any]] = []
+    keys: list[list[str]] = []
     for name, place, path in zip(names, places, paths, strict=True):
-        header = _header(path)
-        shown = masked(str(place), header)
+        scan = series.get(path)
+        headers = scan.headers if scan else _headers(path)
+        shown = masked(str(place), headers)
         known = shown == str(place)
-        records.append(
-            {"volume": name if known else anonymous_id(header, shown), "path": shown if path != root else "."}
+        records.append({
+            "volume": name if known else anonymous_id(headers, shown), "path": _printable(shown) if path != root else ".",
+        })  # fmt: skip
+        uid = str(headers[0].get("SeriesInstanceUID", "") or "") if headers else ""
+        keys.append([f"series {uid}" * bool(uid)] + ([f"study {scan.study}" * bool(scan.study)] if scan else []))
+    different = {scan.patient for scan in series.values() if scan.patient}
+    for path, own in zip(paths, keys, strict=True):
+        # An id that every scan shares is no patient's.
+        if path in series and series[path].patient and len(different) > 1:
+            own.append(f"patient {series[path].patient}")
+    copies = _copies([path for path in paths if path not in series])
+    for path, own in zip(paths, keys, strict=True):
+        own.append(f"content {copies[path]}" if path in copies else "")
+    warnings = _same_patients(records, keys)
+    if copies:
+        warnings.append(
+            f"{len(copies)} volume files hold the same bytes as another (the first: {_printable(str(min(copies)))}): "
+            f"taken as one patient's"
         )
-    table = rows(records)
-    return Cohort(table, dict(zip(table["volume"], paths, strict=True)))
+    table = cohort_table(records)
+    files = {
+        name: series[path].folder if path in series else path for name, path in zip(table["volume"], paths, strict=True)
+    }
+    chosen = {
+        name: str(series[path].series)
+        for name, path in zip(table["volume"], paths, strict=True)
+        if path in series and series[path].series
+    }
+    return Cohort(table, files, warnings, series=chosen)
+
+
+def _same_patients(records: list[dict[str, Any]], keys: list[list[str]]) -> list[str]:
+    """Give records that share a key the patient of the first of them: what shows one patient must not be split."""
+    first: dict[str, int] = {}
+    owner = list(range(len(records)))
+
+    def root_of(index: int) -> int:
+        while owner[index] != index:
+            index = owner[index]
+        return index
+
+    for index, own in enumerate(keys):
+        for key in filter(None, own):
+            one, other = root_of(first.setdefault(key, index)), root_of(index)
+            owner[max(one, other)] = min(one, other)
+    joined = 0
+    for index, record in enumerate(records):
+        if root_of(index) != index:
+            record["patient"] = records[root_of(index)]["volume"]
+            joined += 1
+    return (
+        [f"{counted(joined, 'scan')} belong to a patient or a study that was met before: kept together"]
+        if joined
+        else []
+    )
+
+
+def _copies(paths: list[Path]) -> dict[Path, str]:
+    """Files whose bytes another file has too, each with a hash of them."""
+    sizes: dict[int, list[Path]] = {}
+    for path in paths:
+        if path.is_file() and path.stat().st_size:
+            sizes.setdefault(path.stat().st_size, []).append(path)
+    found: dict[Path, str] = {}
+    for size, members in sizes.items():
+        for step in (_sampled, _whole):
+            groups: dict[str, list[Path]] = {}
+            for path in members if len(members) > 1 else []:
+                groups.setdefault(step(path, size), []).append(path)
+            members = [path for group in groups.values() if len(group) > 1 for path in group]
+        found |= {path: value for value, group in groups.items() if len(group) > 1 for path in group}
+    return found
+
+
+def _sampled(path: Path, size: int) -> str:
+    digest = hashlib.blake2b()
+    try:
+        with path.open("rb") as stream:
+            for share in (0.0, 0.3, 0.5, 0.7, 1.0):
+                stream.seek(int(share * max(0, size - SAMPLED_BYTES)))
+                digest.update(stream.read(SAMPLED_BYTES))
+    except OSError:
+        return str(path)
+    return digest.hexdigest()
+
+
+def _whole(path: Path, size: int) -> str:
+    real = os.path.realpath(path)
+    with open(real, "rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
 def scan_id(path: Path) -> str:
     """What to call one scan outside of a cohort: its file's name, or an anonymous id if that or its folder's names the
     patient."""
-    header = _header(path)
+    headers = _headers(path)
     place = f"{path.parent.name}/{path.name}"
-    return identity(path) if masked(place, header) == place else anonymous_id(header, "")
+    return identity(path) if masked(place, headers) == place else anonymous_id(headers, "")
 
 
-def _header(path: Path):  # type: ignore[no-untyped-def]
-    """The DICOM header behind a path; other formats know no patient."""
+def _headers(path: Path) -> list[Any]:
+    """The DICOM headers behind a path, one of each set of identifiers; other formats know no patient."""
     other = path.is_file() and path.name.lower().endswith(FILES) and path.suffix.lower() != ".zip"
-    return None if other or not path.exists() else first_header(path)
+    return [] if other or not path.exists() else all_headers(path)
+
+
+def _unlike(names: list[str], places: list[str]) -> list[str]:
+    """Ids that are file names, no two alike: by name, by the whole path where names repeat, and with a hash of the path
+    where even those would be one."""
+    ids = [_safe(name) for name in names]
+    if _alike(ids):
+        ids = [_safe(place) for place in places]
+    again = _alike(ids)
+    return [
+        f"{one}-{_digest(place)}" if one.casefold() in again else one for one, place in zip(ids, places, strict=True)
+    ]
+
+
+def _alike(ids: list[str]) -> set[str]:
+    # Some file systems hold A and a for the same.
+    return {name for name, count in Counter(map(str.casefold, ids)).items() if count > 1}
 
 
 def _safe(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip("._-") or "scan"
+    """A name with letters, digits, ``.``, ``_`` and ``-`` alone; a hash takes the part of letters that are not ASCII."""
+    name = unicodedata.normalize("NFC", name)
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", plain if not name.isascii() else name).lstrip("._-") or "scan"
+    return safe if name.isascii() else f"{safe}-{_digest(name)}"
 
 
-def _from_csv(path: Path) -> Cohort:
-    """A CSV with ``path``, relative to the CSV, any other column of the cohort table, and labels of 0, 1 or nothing."""
-    table = read_csv(path)
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+
+
+def _printable(text: str) -> str:
+    # Names on disk need not be text.
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _from_table(path: Path, label_names: Sequence[str] | None) -> Cohort:
+    """A table with ``path``, relative to itself, any other column of the cohort table, labels of 0, 1 or nothing, and
+    metadata."""
+    table = read_table(path)
     if "path" not in table.columns:
         raise PreprocessingError(f"{path}: column 'path' is missing (it has {', '.join(map(str, table.columns[:6]))})")
-    if table.empty or (table["path"].str.strip() == "").any():
+    if table.empty or (table["path"] == "").any():
         raise PreprocessingError(f"{path}: {'no rows' if table.empty else 'a row without a path'}; list one scan a row")
+    table = table.rename(
+        columns={theirs: ours for ours, theirs in GEOMETRY_COLUMNS.items() if ours not in table.columns}
+    )
     places = [path.parent / place for place in table["path"]]
-    given = table["volume"].tolist() if "volume" in table.columns else [_safe(identity(place)) for place in places]
-    volumes, shown = [], []
-    for row, (name, place) in enumerate(zip(given, places, strict=True), start=2):
-        header = _header(place)
-        shown.append(masked(table["path"].iloc[row - 2], header))
-        if masked(name, header) == name:
-            volumes.append(name)
-        elif "volume" in table.columns:
+    volumes, shown, notes = _ids(path, table, places)
+    table = table.assign(volume=volumes, path=shown)
+    for name in ("rescale_slope", "rescale_intercept", "reconstruction"):
+        if name in table.columns:
+            table[name] = pd.Series(
+                _numbers(path, table[name], DEFAULTS[name]), table.index, dtype=type(DEFAULTS[name])
+            )
+    silent = Counter(
+        cell for name in SECTIONS if name in table.columns for cell in table[name] if cell and is_no_report(cell)
+    )
+    if silent:
+        notes.append(
+            f"{counted(silent.total(), 'section')} of reports say nothing (such as {min(silent)!r}): taken as empty"
+        )
+    for name in SECTIONS:
+        if name in table.columns:
+            table[name] = table[name].map(report_text)
+    own = [name for name in table.columns if name in COLUMNS or name in METADATA_COLUMNS]
+    chosen = label_columns(table.drop(columns=own), label_names)
+    labels = {name: zeros_and_ones(table[name], f"{path}: label column {name!r}").to_numpy() for name in chosen.labels}
+    notes += _columns_told(chosen)
+    records = table[own].to_dict("records")
+    made = cohort_table([{str(name): value for name, value in record.items() if value != ""} for record in records])
+    if "no_chest" in made.columns:
+        made["no_chest"] = (zeros_and_ones(table["no_chest"], f"{path}: column 'no_chest'").fillna(0) == 1).to_numpy()
+    geometry = [name for name in GEOMETRY_COLUMNS if name in made.columns]
+    made[geometry] = made[geometry].fillna("")
+    extra = {name: table[name].to_numpy() for name in chosen.metadata if name not in made.columns}
+    made = made.assign(**extra, **{name: pd.array(values, dtype="Int8") for name, values in labels.items()})
+    return Cohort(made, dict(zip(made["volume"], places, strict=True)), notes=notes)
+
+
+def _ids(path: Path, table: pd.DataFrame, places: list[Path]) -> tuple[list[str], list[str], list[str]]:
+    """Volume ids that are file names, the paths as they may be shown, and what there is to tell of them."""
+    given = "volume" in table.columns
+    if given:
+        wanted = table["volume"].tolist()
+        ids = [_safe(name) for name in wanted]
+        if len({*zip(wanted, ids, strict=True)}) > len(set(ids)):
+            ids = [one if one == name else f"{one}-{_digest(name)}" for name, one in zip(wanted, ids, strict=True)]
+    else:
+        twice = table["path"].duplicated()
+        if twice.any():
             raise PreprocessingError(
-                f"{path}: the volume id in line {row} names the patient of its DICOM header; choose another"
+                f"{path}: {table['path'][twice].iloc[0]!r} is listed twice (line {table.index[twice][0]})"
+            )
+        wanted = ids = _unlike([identity(place) for place in places], table["path"].tolist())
+    volumes, shown = [], []
+    for line, name, text, place in zip(table.index, ids, table["path"], places, strict=True):
+        headers = _headers(place)
+        shown.append(masked(text, headers))
+        if masked(name, headers) == name:
+            volumes.append(name)
+        elif given:
+            raise PreprocessingError(
+                f"{path}: the volume id in line {line} names the patient of its DICOM header; choose another"
             )
         else:
-            volumes.append(anonymous_id(header, shown[-1]))
-    table = table.assign(volume=volumes, path=shown)
-    for name in table.columns:
-        if name in ("rescale_slope", "rescale_intercept", "reconstruction"):
-            table[name] = pd.to_numeric(table[name].replace("", DEFAULTS[name]), errors="coerce")
-            if table[name].isna().any():
-                raise PreprocessingError(f"{path}: column {name!r} holds what is not a number")
-        elif name not in COLUMNS:
-            table[name] = zeros_and_ones(table[name], f"{path}: label column {name!r}")
-    labels = {name: table[name] for name in table.columns if name not in COLUMNS}
-    records = table.drop(columns=list(labels)).to_dict("records")
-    made = rows([{str(name): value for name, value in record.items() if value != ""} for record in records])
-    return Cohort(made.assign(**labels), dict(zip(made["volume"], places, strict=True)))
+            volumes.append(anonymous_id(headers, shown[-1]))
+    changed = [(name, one) for name, one in zip(wanted, volumes, strict=True) if given and name != one]
+    if not changed:
+        return volumes, shown, []
+    told = f"{counted(len(changed), 'volume id')} changed to what a file may be called, such as {changed[0][0]!r} to {changed[0][1]!r}"
+    return volumes, shown, [told]
+
+
+def _numbers(path: Path, column: pd.Series, default: Any) -> list[float]:
+    found: list[float] = []
+    for line, cell in column.items():
+        values = [default] if cell.casefold() in MISSING else numbers(cell, 1)
+        if values is None:
+            raise PreprocessingError(f"{path}: column {column.name!r} holds {cell[:40]!r}, not a number (line {line})")
+        found.append(values[0])
+    return found
+
+
+def _columns_told(columns: Columns) -> list[str]:
+    notes = []
+    if columns.labels:
+        notes.append(f"label columns: {', '.join(columns.labels)}")
+    if columns.metadata:
+        told = ", ".join(f"{name} ({why})" for name, why in columns.metadata.items())
+        notes.append(f"kept as metadata, not as labels: {told}")
+    return notes

@@ -2,53 +2,60 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
 
-from ctclip.preprocessing.cohorts.table import Cohort, read_csv, rows
+from ctclip.preprocessing.cohorts.table import Cohort, cohort_table, identity
+from ctclip.preprocessing.cohorts.walk import Tree
 from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.tables import label_columns, one_row_each, read_table, zeros_and_ones
 
-TABLES = "*Abnormality_and_Location_Labels.csv"
+TABLES = "abnormality_and_location_labels.csv"
 SPLITS = {"trn": "train", "val": "valid", "tst": "test"}
 SOURCE = "RAD-ChestCT abnormality and location labels"
 
 
-def recognised(root: Path) -> bool:
-    return root.is_dir() and any(root.rglob(TABLES))
+def recognised(tree: Tree) -> bool:
+    """By the name of its table of labels."""
+    return tree.root.is_dir() and bool(tree.named(TABLES))
 
 
-def read(root: Path) -> Cohort:
-    """Volumes and ``img*_Abnormality_and_Location_Labels.csv``, wherever under ``root``.
+def read(tree: Tree) -> Cohort:
+    """Volumes and ``img*_Abnormality_and_Location_Labels.csv``, wherever in the tree.
 
     A label is an abnormality at any place: the union of the table's columns ``abnormality*location``. Reports are not
     part of the data set.
     """
-    files = {path.stem: path for path in sorted(root.rglob("*.npz"))}
+    files = {identity(path): path for path in tree.named(".npz")}
     if not files:
-        raise PreprocessingError(f"{root}: no volumes named like trn00001.npz below it")
-    parts = [_labels(path) for path in sorted(root.rglob(TABLES))]
-    labels = pd.concat(parts) if parts else pd.DataFrame(index=pd.Index([], dtype=str))
-    labels = labels[~labels.index.duplicated()]
+        raise PreprocessingError(f"{tree.root}: no volumes named like trn00001.npz below it")
+    labels = _labels(tree)
     orphans = sorted(set(labels.index) - set(files))
     warnings = [f"{len(orphans)} labelled volumes are not on disk, the first {orphans[0]}: left out"] if orphans else []
-    table = rows([
+    table = cohort_table([
         {
-            "volume": name, "path": str(path.relative_to(root)), "split": SPLITS.get(name[:3], "all"),
+            "volume": name, "path": str(path.relative_to(tree.root)), "split": SPLITS.get(name[:3], "all"),
             "label_source": SOURCE if name in labels.index else "",
         }
         for name, path in files.items()
     ])  # fmt: skip
     known = labels.reindex(table["volume"]).reset_index(drop=True)
-    return Cohort(pd.concat([table, known.astype("Int8")], axis=1), files, warnings)
+    unused = tree.others({*files.values(), *tree.named(TABLES)})
+    return Cohort(pd.concat([table, known.astype("Int8")], axis=1), files, warnings, unused=unused)
 
 
-def _labels(path: Path) -> pd.DataFrame:
-    part = read_csv(path, numbers=True)
-    if "NoteAcc_DEID" not in part.columns:
-        raise PreprocessingError(f"{path}: column 'NoteAcc_DEID' is missing; take RAD-ChestCT's own table")
-    places = part.drop(columns="NoteAcc_DEID").select_dtypes("number")
-    if not places.isin([0, 1]).all(axis=None):
-        raise PreprocessingError(f"{path}: holds values other than 0 and 1")
-    found = places.T.groupby([str(column).partition("*")[0] for column in places.columns]).max().T
-    return found.set_index(part["NoteAcc_DEID"].astype(str))
+def _labels(tree: Tree) -> pd.DataFrame:
+    parts = []
+    for path in tree.named(TABLES):
+        part = read_table(path)
+        if "NoteAcc_DEID" not in part.columns:
+            raise PreprocessingError(f"{path}: column 'NoteAcc_DEID' is missing; take RAD-ChestCT's own table")
+        parts.append((path, part))
+    if not parts:
+        return pd.DataFrame(index=pd.Index([], dtype=str))
+    whole = one_row_each(parts, "NoteAcc_DEID")
+    places = whole.pop("at")
+    # A value such as 2 would be refused; columns of words are notes of whoever kept the table.
+    columns = [name for name in whole.columns if name in label_columns(whole).labels or "*" in name]
+    values = {name: zeros_and_ones(whole[name].set_axis(places), f"label {name!r}").to_numpy() for name in columns}
+    known = pd.DataFrame(values, index=whole.index).astype("Int8")
+    return known.T.groupby([str(column).partition("*")[0] for column in columns]).max().T.astype("Int8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,20 @@ from typing import Any
 import pandas as pd
 
 from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
+from ctclip.preprocessing.tables import VOLUME_SUFFIXES, volume_name
 
-# The table's columns. After them comes one nullable Int8 column a label, named as the finding.
+# The table's columns. After them come those of METADATA_COLUMNS that are known, metadata of strangers as strings, and one
+# nullable Int8 column a label, named as the finding.
 COLUMNS = (
     "volume", "patient", "scan", "reconstruction", "split", "path",
     "clinical_information", "technique", "findings", "impression", "label_source",
     "rescale_slope", "rescale_intercept",
 )  # fmt: skip
-FILES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz", ".zip")
+# ``no_chest``: whether the cohort lists the volume among those that show no chest.
+METADATA_COLUMNS = ("no_chest", *GEOMETRY_COLUMNS)
+SECTIONS = ("clinical_information", "technique", "findings", "impression")
+FILES = VOLUME_SUFFIXES
 DEFAULTS = {
     "reconstruction": 1, "split": "all", "clinical_information": "", "technique": "", "findings": "", "impression": "",
     "label_source": "", "rescale_slope": 1.0, "rescale_intercept": 0.0,
@@ -28,16 +35,24 @@ DEFAULTS = {
 class Cohort:
     """``table`` as it may be kept and shown; ``files``, where each of its volumes lies, which may name a patient.
 
-    ``unmatched``: what one of volumes and tables holds and the other does not, a line each.
+    ``series`` names the DICOM series of volumes that share their folder with others. ``unmatched``: what one of volumes
+    and tables holds and the other does not, a line each. ``left_out`` and ``refused`` say why volumes that are not read
+    at all are not, by volume; rows of ``left_out`` are not in ``table``. ``notes`` tell how the cohort was understood.
+    ``unused`` counts files that were seen and not used, by kind.
     """
 
     table: pd.DataFrame
     files: dict[str, Path]
     warnings: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+    series: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    unused: Counter[str] = field(default_factory=Counter)
 
 
-def rows(records: list[dict[str, Any]]) -> pd.DataFrame:
+def cohort_table(records: list[dict[str, Any]]) -> pd.DataFrame:
     """Records as a table, with what they do not say filled in: each volume its own scan of its own patient."""
     filled = []
     for record in records:
@@ -50,16 +65,13 @@ def rows(records: list[dict[str, Any]]) -> pd.DataFrame:
 
 def identity(path: Path) -> str:
     """A volume's id: its file's name without the suffix of its format."""
-    name = path.name
-    for suffix in FILES:
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return name
+    return volume_name(path.name)
 
 
 def label_names(table: pd.DataFrame) -> list[str]:
-    """Label columns of a cohort table, in order."""
-    return [name for name in table.columns if name not in COLUMNS]
+    """Label columns of a cohort table, in order: nullable Int8, where metadata are strings."""
+    others = {*COLUMNS, *METADATA_COLUMNS}
+    return [name for name in table.columns if name not in others and str(table[name].dtype) == "Int8"]
 
 
 def check_table(table: pd.DataFrame, source: Path) -> pd.DataFrame:
@@ -73,20 +85,9 @@ def check_table(table: pd.DataFrame, source: Path) -> pd.DataFrame:
     return table
 
 
-def read_csv(path: Path, *, numbers: bool = False) -> pd.DataFrame:
-    """A CSV of a stranger as strings, or with ``numbers`` as what its columns hold; one that is none is named."""
-    try:
-        return pd.read_csv(path) if numbers else pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (ValueError, OSError, UnicodeDecodeError) as error:
-        raise PreprocessingError(f"{path}: cannot be read as CSV ({' '.join(str(error).split())})") from error
-
-
-def zeros_and_ones(column: pd.Series, said: str) -> pd.Series:
-    """A label column as nullable Int8; anything but 0, 1 and nothing is refused."""
-    values = pd.to_numeric(column.replace("", None), errors="coerce")
-    if (column.replace("", None).notna() & ~values.isin([0, 1])).any():
-        raise PreprocessingError(f"{said} holds values other than 0 and 1")
-    return values.astype("Int8")
+def counted(number: int, what: str) -> str:
+    """``1 volume``, ``3 volumes``."""
+    return f"{number} {what}" + "s" * (number != 1)
 
 
 def hold_out(table: pd.DataFrame, fraction: float, *, source: str = "train", name: str = "calibration") -> pd.DataFrame:

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from ctclip.phantom.scan import make_scan
 from ctclip.preprocessing import PreprocessingError, PreprocessingSpec, prepare
 from ctclip.preprocessing.cohorts import read_cohort
+from ctclip.preprocessing.facts import TableFacts, table_facts
 from ctclip.preprocessing.geometry import orient, resample, resampled_affine
-from ctclip.preprocessing.hounsfield import Rescale, to_hu
+from ctclip.preprocessing.hounsfield import to_hu
 from ctclip.preprocessing.pipeline import preprocess_cohort, quarantine_damaged
 from ctclip.preprocessing.readers import read
 from ctclip.preprocessing.store import VolumeStore
@@ -109,7 +110,7 @@ def test_an_oblique_point_keeps_its_place() -> None:
 
 
 def test_units_are_decided_from_evidence(hu) -> None:
-    table = Rescale(1.0, -1024.0)
+    table = TableFacts(1.0, -1024.0)
     volume = lambda array: Volume(array, np.eye(4), "x.nii")  # noqa: E731
     kept = to_hu(volume(hu), table)
     assert np.array_equal(kept.array, hu), "the known trap: already in HU, the table says otherwise"
@@ -117,7 +118,7 @@ def test_units_are_decided_from_evidence(hu) -> None:
     raw = to_hu(volume((hu + 1024).astype(np.int16)), table)
     assert np.array_equal(raw.array, hu)
     with pytest.raises(PreprocessingError, match=r"As stored: .* With the table: "):
-        to_hu(volume((hu + 1024).astype(np.int16)), Rescale(1.0, 0.0))
+        to_hu(volume((hu + 1024).astype(np.int16)), TableFacts(1.0, 0.0))
     assert np.array_equal(to_hu(volume(hu), table, "trust-table").array, hu.astype(np.float32) - 1024)
 
 
@@ -157,7 +158,7 @@ def test_padding_is_no_evidence(hu, value: int) -> None:
     wide[:, 90 : 90 + hu.shape[1], 60 : 60 + hu.shape[2]] = hu
     for axes in itertools.permutations(range(3)):
         assert to_hu(Volume(wide.transpose(axes), np.eye(4), "x")).warnings == []
-    raw = to_hu(Volume(padded(hu + 1024, value), np.eye(4), "x"), Rescale(1.0, -1024.0))
+    raw = to_hu(Volume(padded(hu + 1024, value), np.eye(4), "x"), TableFacts(1.0, -1024.0))
     assert raw.warnings == ["slope and intercept of the metadata table applied"]
     inside = padded(np.zeros_like(hu), 1) == 0
     assert np.array_equal(raw.array[inside], hu[inside])
@@ -329,7 +330,7 @@ def test_interpolation_is_part_of_the_spec(hu) -> None:
 def test_the_stored_volume_is_the_prepared_one(cohort, store) -> None:
     opened = VolumeStore(store)
     row = opened.cohort.iloc[0]
-    ready = prepare(cohort / row["path"], opened.spec, table=Rescale(row["rescale_slope"], row["rescale_intercept"]))
+    ready = prepare(cohort / row["path"], opened.spec, table=table_facts(row))
     assert np.abs(opened.read(row["volume"]) - ready.hu).max() <= 0.5
     assert "not applied again" in ready.warnings[0]
 

@@ -1,0 +1,279 @@
+"""Where the lungs of an oriented CT in HU lie: whether it is a chest, and which way up it is.
+
+All of it is seen at about 6 mm, where no edge between air and tissue looks like lung.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numba
+import numpy as np
+
+from ctclip.preprocessing.volume import Volume
+
+COARSE_MM = 6.0
+SMALLEST_LUNG_ML = 150.0
+SHORTEST_LUNG_MM = 100.0
+THINNEST_LUNG_MM = 45.0
+# Lungs destroyed by emphysema are at -960 HU, the air around a patient near -1000.
+AIR_NOT_LUNG = -975.0
+# The other lung, where no airway joins the two at this resolution: of a fifth of the first one's volume, thicker than the
+# foam of a table, and for half of its height beside the first.
+OTHER_LUNG, OTHER_LUNG_MM, BESIDE = 0.2, 35.0, 0.5
+LARGEST_SPACES, LARGEST_SLICES = 8, 8
+# Scores run from -1 to 1. Bars lie well below the least of 300 phantoms (see ``orientation_doubt``).
+SPINE_BAR, UPRIGHT_BAR = -0.3, -0.15
+HEART_BAR, LUNGS_BAR, LIVER_BAR = -0.25, -0.05, -0.05
+
+
+@dataclass(frozen=True)
+class Lungs:
+    """``mask`` (d, h, w) of both lungs on ``coarse`` HU; a coarse voxel measures ``size`` mm and stands for ``step``
+    voxels of the scan. Millilitres, height and thickness (mm) are those of the largest connected space of lung."""
+
+    coarse: np.ndarray
+    mask: np.ndarray
+    step: tuple[int, ...]
+    size: tuple[float, ...]
+    millilitres: float = 0.0
+    height: float = 0.0
+    thickness: float = 0.0
+
+    @property
+    def is_chest(self) -> bool:
+        """Whether the largest space of lung holds 150 ml, is 100 mm high and, in one axial slice, holds a disc of 45 mm:
+        the lung bases of an abdomen are too low, the foam of a table or around a head is too thin."""
+        return (
+            self.millilitres >= SMALLEST_LUNG_ML
+            and self.height >= SHORTEST_LUNG_MM
+            and self.thickness >= THINNEST_LUNG_MM
+        )
+
+    @cached_property
+    def box(self) -> list[tuple[int, int]]:
+        """First and last + 1 coarse voxel of lung along each axis."""
+        counts = (self.mask.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3))
+        # A stray voxel or two is no end of a lung.
+        planes = (np.flatnonzero(count > min(2, count.max() - 1)) for count in counts)
+        return [(int(where[0]), int(where[-1]) + 1) for where in planes]
+
+    def middle(self, axis: int) -> float:
+        """The middle of the lungs along an axis, as a voxel index of the scan."""
+        first, end = self.box[axis]
+        return (first + end) / 2 * self.step[axis] - 0.5
+
+    def share_within(self, bounds: list[tuple[float, float]]) -> float:
+        """The share of lung between two voxel indices of the scan along each axis."""
+        inside = []
+        for axis, (low, high) in enumerate(bounds):
+            place = (np.arange(self.mask.shape[axis]) + 0.5) * self.step[axis] - 0.5
+            inside.append((place >= low) & (place <= high))
+        return float(self.mask[np.ix_(*inside)].sum() / max(1, self.mask.sum()))
+
+
+def find_lungs(volume: Volume) -> Lungs:
+    """The lungs of an oriented volume in HU, or what comes nearest to them."""
+    # A volume thinner than 6 mm is one coarse voxel thick.
+    sides = zip(volume.spacing, volume.array.shape, strict=True)
+    step = tuple(max(1, min(round(COARSE_MM / spacing), count)) for spacing, count in sides)
+    coarse = _coarse(volume.array, *step)
+    size = tuple(spacing * s for spacing, s in zip(volume.spacing, step, strict=True))
+    nothing = Lungs(coarse, np.zeros(coarse.shape, bool), step, size)
+    best = nothing
+    # Healthy lung ends where air begins; lung destroyed by emphysema is as thin as air, and known by being apart from it.
+    for mask in ((coarse > -950) & (coarse < -550), coarse < -550):
+        best = _spaces(nothing, mask)
+        if best.is_chest:
+            break
+    return best
+
+
+def no_chest(lungs: Lungs) -> str | None:
+    """Why these cannot be the lungs of a chest, or None."""
+    if lungs.is_chest:
+        return None
+    return (
+        f"its largest space of lung density measures {lungs.millilitres:.0f} ml, {lungs.height:.0f} mm high, "
+        f"{lungs.thickness:.0f} mm thick: not a chest"
+    )
+
+
+@numba.njit(cache=True, fastmath=True, nogil=True)
+def _coarse(array, i, j, k):  # type: ignore[no-untyped-def]
+    """Means of blocks of (i, j, k) voxels; what does not fill a block is left off. Every third row and slice is enough:
+    their noise averages out, and most of the memory is not read."""
+    d, h, w = array.shape[0] // i, array.shape[1] // j, array.shape[2] // k
+    coarse = np.zeros((d, h, w), np.float32)
+    for a in range(d):
+        slices = 0
+        for s in range(a * i, a * i + i, 3):
+            slices += 1
+            for b in range(h):
+                for r in range(b * j, b * j + j, 3):
+                    line = array[s, r]
+                    for c in range(w):
+                        total = np.float32(0)
+                        for x in range(c * k, c * k + k):
+                            total += np.float32(line[x])
+                        coarse[a, b, c] += total
+        coarse[a] /= np.float32(slices * ((j + 2) // 3) * k)
+    return coarse
+
+
+def _spaces(scan: Lungs, mask: np.ndarray) -> Lungs:
+    """The largest connected space of a mask that is not air by its median, and the other lung beside it."""
+    from scipy import ndimage
+
+    # As scipy's erosion by a square of 2 x 2: bridges of one voxel between lungs and the air around them go.
+    eroded = np.zeros_like(mask)
+    eroded[:, 1:, 1:] = mask[:, 1:, 1:] & mask[:, :-1, 1:] & mask[:, 1:, :-1] & mask[:, :-1, :-1]
+    regions, _ = ndimage.label(eroded)
+    counts = np.bincount(regions.ravel())
+    order = [int(label) for label in np.argsort(counts)[::-1] if label > 0 and counts[label] > 0]
+    # With the mask of emphysema, the air around the patient is a space too, and the largest.
+    spaces: list[np.ndarray] = []
+    least = 0.0
+    for n in order[:LARGEST_SPACES]:
+        if counts[n] < least:
+            break
+        space = regions == n
+        if np.median(scan.coarse[space]) > AIR_NOT_LUNG:
+            spaces.append(space)
+            least = max(least, OTHER_LUNG * counts[n])
+    if not spaces:
+        return scan
+    measured = [_measured(scan, space) for space in spaces]
+    # The foam of a table runs to the sides of the image, and may be larger than a lung.
+    inner = (one for one in measured if one.is_chest and not _at_sides(one.mask))
+    first = next(inner, measured[0])
+    both = first.mask.copy()
+    for other in measured:
+        cut = _at_sides(other.mask) and not _at_sides(first.mask)
+        if other is not first and not cut and other.thickness >= OTHER_LUNG_MM and _beside(other.mask, first.mask):
+            both |= other.mask
+    return replace(first, mask=both)
+
+
+def _measured(scan: Lungs, space: np.ndarray) -> Lungs:
+    slices = np.flatnonzero(space.any(axis=(1, 2)))
+    millilitres = float(np.count_nonzero(space) * np.prod(scan.size) / 1000)
+    height = float((slices[-1] - slices[0] + 1) * scan.size[0])
+    return Lungs(scan.coarse, space, scan.step, scan.size, millilitres, height, _thickness(space, scan.size))
+
+
+def _beside(space: np.ndarray, other: np.ndarray) -> bool:
+    tall, heights = space.any(axis=(1, 2)), other.any(axis=(1, 2))
+    return bool((tall & heights).sum() >= BESIDE * tall.sum())
+
+
+def _at_sides(space: np.ndarray) -> bool:
+    return bool(space[:, [0, -1]].any() or space[:, :, [0, -1]].any())
+
+
+def _thickness(space: np.ndarray, size: tuple[float, ...]) -> float:
+    """Diameter in mm of the largest disc in the largest axial slices of a space."""
+    from scipy import ndimage
+
+    widest = np.argsort(space.sum(axis=(1, 2)))[-LARGEST_SLICES:]
+    return max(2 * float(ndimage.distance_transform_edt(space[n], sampling=size[1:]).max()) for n in widest)
+
+
+def orientation_doubt(lungs: Lungs) -> str | None:
+    """What was seen where the anatomy lies otherwise than an oriented volume's axes say, or None.
+
+    The spine lies behind the lungs; lungs are pointed above and hollow below, the trachea lies between their upper parts;
+    the heart takes room of the left lung and the liver lies below the right. A header that is wrong by 180 degrees turns
+    round two of the three. The heart alone says little (a collapsed lung draws it over): it counts where lungs and liver
+    say the same. Nothing is said of what is no chest, or of a scan that cuts the lungs in front, behind or at the sides.
+    """
+    (_, _), (front, back), (right, left) = lungs.box if lungs.is_chest else [(0, 0)] * 3
+    _, height, width = lungs.mask.shape
+    if not lungs.is_chest or front < 1 or right < 1 or back >= height or left >= width:
+        return None
+    seen = []
+    if _spine_behind(lungs) < SPINE_BAR:
+        seen.append("the spine lies in front of the lungs")
+    if _upright(lungs) < UPRIGHT_BAR:
+        seen.append("the lungs' tips and the trachea lie below, the domes of the diaphragm above")
+    if not seen and _heart_left(lungs):
+        seen.append("the heart lies on the right and the liver on the left (a mirrored header, or situs inversus)")
+    return f"orientation doubtful: {', and '.join(seen)}" if seen else None
+
+
+def _spine_behind(lungs: Lungs) -> float:
+    """1 where bone in the middle lies behind the lungs, in most slices and in sum; -1 where it lies before them.
+
+    It is looked for where lungs end, not between them, where contrast medium is as dense as bone."""
+    (_, _), (front, back), (right, left) = lungs.box
+    reach = max(1, round(30 / lungs.size[2]))
+    middle = (right + left - 1) / 2
+    columns = slice(max(0, int(middle - reach)), int(middle + reach) + 1)
+    bone = np.clip(lungs.coarse[:, :, columns], 100, 400) - 100
+    height = lungs.coarse.shape[1]
+    behind = bone[:, _part(front, back, 0.92, 1.35, height)].sum(axis=(1, 2))
+    before = bone[:, _part(front, back, -0.35, 0.08, height)].sum(axis=(1, 2))
+    there = behind + before > 50
+    vote = float(np.sign(behind - before)[there].mean()) if there.sum() > 3 else 0.0
+    return (_balance(behind.sum(), before.sum()) + vote) / 2
+
+
+def _upright(lungs: Lungs) -> float:
+    """1 where the lungs taper upwards and air (the trachea) lies between their upper parts, -1 where it is below."""
+    from scipy import ndimage
+
+    (low, high), (front, back), (right, left) = lungs.box
+    mask, depth = lungs.mask, lungs.mask.shape[0]
+    outline = mask.any(axis=0)
+    inset = ndimage.distance_transform_edt(outline, sampling=lungs.size[1:])
+    core, rim = outline & (inset > 0.6 * inset.max()), outline & (inset < 0.3 * inset.max())
+    bottom, top = mask.argmax(axis=0), depth - 1 - mask[::-1].argmax(axis=0)
+    if not core.any() or not rim.any():
+        return 0.0
+    # A dome from below lifts the middle of the bottom; a tip lifts the middle of the top.
+    taper = sum(surface[core].mean() - surface[rim].mean() for surface in (bottom, top)) / (high - low)
+    reach = max(1, round(25 / lungs.size[2]))
+    middle = (right + left - 1) / 2
+    columns = slice(max(0, int(middle - reach)), int(middle + reach) + 1)
+    rows = _part(front, back, 0.15, 0.85, mask.shape[1])
+    air = (lungs.coarse[:, rows, columns] < -500) & ~ndimage.binary_dilation(mask[:, rows, columns])
+    airway = air.any(axis=(1, 2))
+    upper, lower = airway[_part(low, high, 0.65, 1.15, depth)], airway[_part(low, high, -0.15, 0.35, depth)]
+    windpipe = float(upper.mean() - lower.mean()) if len(upper) and len(lower) else 0.0
+    return float(np.clip(3 * taper + windpipe, -2, 2) / 2)
+
+
+def _heart_left(lungs: Lungs) -> bool:
+    """Whether heart, lungs and liver all lie on the other side of the spine than they should."""
+    (low, high), (front, back), (right, left) = lungs.box
+    depth, height, _ = lungs.mask.shape
+    reach = max(1, round(30 / lungs.size[2]))
+    middle = (right + left - 1) / 2
+    first = max(0, int(middle - reach))
+    bone = np.clip(
+        lungs.coarse[low:high, _part(front, back, 0.75, 1.3, height), first : int(middle + reach) + 1], 150, 400
+    )
+    weight = (bone - 150).sum(axis=(0, 1))
+    spine = round(first + float(weight @ np.arange(len(weight)) / weight.sum())) if weight.sum() > 0 else int(middle)
+
+    def towards_left(mask: np.ndarray, millimetres: float) -> float:
+        columns, near = mask.sum(axis=(0, 1)), round(millimetres / lungs.size[2])
+        return _balance(columns[spine + 1 : spine + 1 + near].sum(), columns[max(0, spine - near) : spine].sum())
+
+    zone = _part(low, high, 0.15, 0.5, depth)
+    heart = towards_left(lungs.coarse[zone, _part(front, back, 0.0, 0.65, height)] > -20, 80)
+    lung = -towards_left(lungs.mask[zone], 1000)
+    below = lungs.coarse[_part(low, high, -0.05, 0.15, depth), front:back]
+    liver = -towards_left((below > -20) & (below < 250), 120)
+    return heart < HEART_BAR and lung < LUNGS_BAR and liver < LIVER_BAR
+
+
+def _part(first: int, end: int, begin: float, until: float, limit: int) -> slice:
+    """From ``begin`` to ``until`` of the way from ``first`` to ``end``, within an axis of ``limit``."""
+    length = end - first
+    return slice(*(min(limit, max(0, round(first + share * length))) for share in (begin, until)))
+
+
+def _balance(one: float, other: float) -> float:
+    return float((one - other) / max(1e-6, one + other))

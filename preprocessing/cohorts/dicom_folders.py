@@ -1,0 +1,200 @@
+"""Which DICOM series of a tree are scans: one spread over folders is one, a copy or a localizer beside it is none."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ctclip.preprocessing.identifiers import TAGS, is_directory_record, read_header
+
+FEWEST_SLICES = 3
+# Of a folder with more images, three tell whether it holds one series.
+ALL_READ = 24
+MORE = ["StudyInstanceUID", "SOPInstanceUID", "ImageType", "Rows", "NumberOfFrames", "Modality"]
+DUMMY_IDS = (
+    "",
+    "anonymous",
+    "anonymized",
+    "anonymised",
+    "anon",
+    "unknown",
+    "none",
+    "na",
+    "n/a",
+    "patient",
+    "test",
+    "0",
+)
+
+
+@dataclass
+class Series:
+    """One series of one folder: ``files`` that were read of it, or stand for it, and one header of them."""
+
+    uid: str
+    header: Any
+    files: list[Path] = field(default_factory=list)
+    frames: int = 0
+    localizers: int = 0
+
+
+@dataclass
+class Scan:
+    """What is read as one scan: ``series`` of ``folder``; ``name_folder`` gives it its name. ``headers``: one of each series
+    in its folders, of the one that is read first."""
+
+    folder: Path
+    name_folder: Path
+    headers: list[Any]
+    series: str | None
+    study: str
+    patient: str
+
+
+def dicom_scans(files: list[Path], alone: bool) -> tuple[list[Scan], set[Path], Counter[str]]:
+    """The scans among files that are no volumes, what of the files they use, and a count of images that they do not.
+
+    ``alone``: nothing else is in the cohort. Then what can be no scan is kept, so that reading it says why.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for path in files:
+        folders.setdefault(path.parent, []).append(path)
+    by_folder = {folder: series for folder, members in folders.items() if (series := _series(members))}
+    unused: Counter[str] = Counter()
+    scans = {folder: [s for s in series if _is_scan(s)] for folder, series in by_folder.items()}
+    if alone and by_folder and not any(scans.values()):
+        scans = by_folder
+    for folder, series in by_folder.items():
+        for one in series:
+            if one not in scans[folder]:
+                kind = "localizers" if one.localizers else "DICOM files that are too few for a scan"
+                unused[kind] += len(one.files)
+    owners = _owners({folder: series for folder, series in scans.items() if series}, unused)
+    found, used = [], set()
+    for folder, series, places in owners:
+        common = Path(os.path.commonpath(places))
+        deeper = any(other != common and common in other.parents for other in by_folder)
+        # Reading a folder takes what lies below it too: a series is named where others might be meant.
+        named = len(places) > 1 or deeper
+        main = max(series, key=lambda one: (_is_ct(one), one.frames or len(one.files)))
+        headers = [main.header, *(one.header for one in series if one is not main)]
+        found.append(Scan(common, folder, headers, main.uid if named and main.uid else None, *_whose(main.header)))
+        used |= {path for one in series for path in one.files}
+    known = used | {path for series in by_folder.values() for one in series for path in one.files}
+    return found, known, unused
+
+
+def _series(files: list[Path]) -> list[Series]:
+    """The series of one folder; files that are no DICOM are passed over."""
+    images = _images(sorted(files))
+    if not images:
+        return []
+    every = list(images)
+    probes = every if len(every) <= ALL_READ else [every[0], every[len(every) // 2], every[-1]]
+    headers = {path: read_header(path, [*TAGS, *MORE]) for path in probes}
+    if len(probes) < len(every) and len({_uid(header) for header in headers.values()}) > 1:
+        headers = {path: read_header(path, [*TAGS, *MORE]) for path in every}
+    found: dict[str, Series] = {}
+    for path, header in headers.items():
+        if header is None or is_directory_record(header):
+            continue
+        one = found.setdefault(_uid(header), Series(_uid(header), header))
+        one.files.append(path)
+        if "Rows" not in header:
+            continue
+        kinds = [str(kind).upper() for kind in header.get("ImageType", None) or []]
+        one.localizers += "LOCALIZER" in kinds
+        frames = str(header.get("NumberOfFrames", "") or "1")
+        one.frames += int(frames) if frames.isdigit() else 1
+    if len(headers) < len(every) and len(found) == 1:
+        only = next(iter(found.values()))
+        only.files, only.frames = every, max(only.frames, len(every)) if only.frames else 0
+    return list(found.values())
+
+
+def _images(files: list[Path]) -> dict[Path, None]:
+    """Files that are DICOM by their mark, or are called as one that is; without any mark, those pydicom can read."""
+    images: dict[Path, None] = {}
+    suffixes: set[str] = set()
+    unmarked = []
+    for path in files:
+        if path.suffix.lower() in suffixes or _marked(path):
+            suffixes.add(path.suffix.lower() if not path.suffix[1:].isdigit() else "")
+            images[path] = None
+        else:
+            unmarked.append(path)
+    if not images:
+        # Written without a preamble: rare, and told by reading alone.
+        images = {path: None for path in unmarked if read_header(path, TAGS) is not None}
+    return images
+
+
+def _marked(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _is_scan(series: Series) -> bool:
+    return series.frames - series.localizers >= FEWEST_SLICES
+
+
+def _is_ct(series: Series) -> bool:
+    kinds = [str(kind).upper() for kind in series.header.get("ImageType", None) or []]
+    return str(series.header.get("Modality", "CT") or "CT") == "CT" and "LOCALIZER" not in kinds
+
+
+def _uid(header: Any) -> str:
+    return "" if header is None else str(header.get("SeriesInstanceUID", "") or "")
+
+
+def _owners(scans: dict[Path, list[Series]], unused: Counter[str]) -> list[tuple[Path, list[Series], list[Path]]]:
+    """Each scan's first folder, its series there, and all of its folders. Folders that share their series are one scan;
+    of those, one whose images another has already is a copy."""
+    by_uid: dict[str, list[Path]] = {}
+    for folder, series in scans.items():
+        for one in series:
+            if one.uid:
+                by_uid.setdefault(one.uid, []).append(folder)
+    shared = {folder: folders for folders in by_uid.values() if len(folders) > 1 for folder in folders}
+    found, done = [], set()
+    for folder in scans:
+        if folder in done:
+            continue
+        group = shared.get(folder, [folder])
+        group = [place for place in group if place not in done]
+        if len(group) == 1:
+            found.append((folder, scans[folder], [folder]))
+            done.add(folder)
+            continue
+        places: list[Path] = []
+        held: set[str] = set()
+        # The fullest first: what it has already is a copy, wherever it lies.
+        instances = {place: _instances(scans[place]) for place in group}
+        for place in sorted(group, key=lambda place: (-len(instances[place]), group.index(place))):
+            if places and instances[place] <= held:
+                unused["copies of DICOM images"] += sum(len(one.files) for one in scans[place])
+            else:
+                places.append(place)
+                held |= instances[place]
+        places.sort(key=group.index)
+        found.append((places[0], [one for place in places for one in scans[place]], places))
+        done.update(group)
+    return found
+
+
+def _instances(series: list[Series]) -> set[str]:
+    """What tells images apart: their own ids; where one has none, that it is a file of its own."""
+    headers = ((path, read_header(path, ["SOPInstanceUID"])) for one in series for path in one.files)
+    return {str(header.get("SOPInstanceUID", "") or path) for path, header in headers if header is not None}
+
+
+def _whose(header: Any) -> tuple[str, str]:
+    """Study and patient by the header, to be compared and never kept."""
+    patient = str(header.get("PatientID", "") or "").strip().casefold()
+    return str(header.get("StudyInstanceUID", "") or ""), "" if patient in DUMMY_IDS else patient

@@ -1,0 +1,125 @@
+"""What a metadata table states of a volume: slope and intercept, and the geometry of headers that came without one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.geometry_check import Geometry, differ, settle
+from ctclip.preprocessing.tables import numbers
+from ctclip.preprocessing.volume import Volume
+
+# A cohort table's columns of geometry, and what CT-RATE (after DICOM) calls them.
+GEOMETRY_COLUMNS = {
+    "xy_spacing": "XYSpacing",
+    "z_spacing": "ZSpacing",
+    "image_orientation": "ImageOrientationPatient",
+    "image_position": "ImagePositionPatient",
+}
+ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
+
+
+@dataclass(frozen=True)
+class TableFacts:
+    """``slope`` and ``intercept`` lead to HU. ``spacing`` (x, y, z) mm, ``orientation`` (6,) direction cosines of a file's
+    first and second axis and ``position`` (3,) mm of its first voxel, all in LPS+, are None where the table lacks them."""
+
+    slope: float = 1.0
+    intercept: float = 0.0
+    spacing: tuple[float, ...] | None = None
+    orientation: tuple[float, ...] | None = None
+    position: tuple[float, ...] | None = None
+
+    @property
+    def affine(self) -> np.ndarray | None:
+        """(4, 4) from voxel (i, j, k), as they follow each other in the file, to LPS+ mm; None unless all of it is stated.
+
+        As CT-RATE's own repair script sets it: slices follow each other along the normal of the first two axes.
+        """
+        if self.spacing is None or self.orientation is None or self.position is None:
+            return None
+        first, second = np.array(self.orientation[:3]), np.array(self.orientation[3:])
+        affine = np.eye(4)
+        affine[:3, :3] = np.stack([first, second, np.cross(first, second)], axis=1) * np.array(self.spacing)
+        affine[:3, 3] = self.position
+        return affine
+
+    @property
+    def lacks(self) -> str:
+        """Which of the table's columns of geometry are missing, for a message."""
+        stated = (self.spacing, self.spacing, self.orientation, self.position)
+        return ", ".join(n for n, value in zip(GEOMETRY_COLUMNS.values(), stated, strict=True) if value is None)
+
+
+def table_facts(row: Mapping[str, Any]) -> TableFacts:
+    """The facts in one row of a cohort table; columns of geometry may be absent."""
+    plane, step = numbers(row.get("xy_spacing"), 2), numbers(row.get("z_spacing"), 1)
+    plane = plane or (numbers(row.get("xy_spacing"), 1) or []) * 2
+    turn, place = numbers(row.get("image_orientation"), 6), numbers(row.get("image_position"), 3)
+    spacing = (*plane, abs(step[0])) if plane and step and min(*plane, abs(step[0])) > 0 else None
+    return TableFacts(
+        float(row["rescale_slope"]), float(row["rescale_intercept"]), spacing,
+        tuple(turn) if turn else None, tuple(place) if place else None,
+    )  # fmt: skip
+
+
+def placed(volume: Volume, facts: TableFacts | None, choice: Geometry = "auto") -> Volume:
+    """The volume with the geometry that holds: the header's, or the table's where the header is blank or says another.
+
+    DICOM states its own geometry and no table changes it. Raises PreprocessingError where neither can be trusted.
+    """
+    name = volume.source.lower()
+    is_nifti, is_itk = (
+        name.endswith((".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz")),
+        name.endswith(ITK_SUFFIXES),
+    )
+    if facts is None or facts.spacing is None or not (is_nifti or is_itk) or choice not in ("auto", "table"):
+        return settle(volume, None, choice)
+    # ITK's arrays lie [k, j, i].
+    order = [2, 1, 0, 3] if is_itk else [0, 1, 2, 3]
+    affine = facts.affine
+    if affine is not None:
+        affine = affine[:, order]
+        trusted = choice == "auto" and volume.geometry_doubt is None
+        return settle(volume, None if trusted and _same_box(volume, affine) else affine, choice)
+    if volume.geometry_doubt is not None and choice == "auto":
+        raise PreprocessingError(
+            f"{volume.source}: {volume.geometry_doubt}, and its metadata table lacks {facts.lacks}; "
+            f"complete the table, or convert the scan from DICOM again"
+        )
+    if choice == "table":
+        raise PreprocessingError(f"{volume.source}: --geometry table, but its metadata table lacks {facts.lacks}")
+    spacing = np.array(facts.spacing)[order[:3]]
+    # A header that was reoriented keeps its spacings, on other axes.
+    if np.allclose(np.sort(spacing), np.sort(volume.spacing), rtol=0.01):
+        return settle(volume, None, choice)
+    turned = volume.affine.copy()
+    turned[:3, :3] *= spacing / np.array(volume.spacing)
+    return settle(volume, turned, choice)
+
+
+def _same_box(volume: Volume, table: np.ndarray) -> bool:
+    """Whether the header lays the voxels into the box of the table, along other axes: a file that was reoriented since,
+    whose header is right."""
+    if not differ(volume.affine, table):
+        return False
+    if not np.allclose(np.sort(volume.spacing), np.sort(np.linalg.norm(table[:3, :3], axis=0)), rtol=0.01):
+        return False
+    shape = np.array(volume.array.shape)
+    steps = np.linalg.norm(table[:3, :3], axis=0)
+    # The table speaks of the axes as they were: each of its axes had the length of the header's axis along it.
+    along = np.abs((table[:3, :3] / steps).T @ (volume.affine[:3, :3] / np.array(volume.spacing))).argmax(axis=1)
+    if len(set(along)) < 3:
+        return False
+    one, other = _corners(volume.affine, shape), _corners(table, shape[along])
+    return bool(np.abs(np.sort(one, axis=0) - np.sort(other, axis=0)).max() <= 0.5 * steps.max())
+
+
+def _corners(affine: np.ndarray, shape: np.ndarray) -> np.ndarray:
+    """(8, 3): the middles of the corner voxels in mm."""
+    ends = np.array(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij")).reshape(3, -1)
+    return (affine[:3, :3] @ ends + affine[:3, 3:]).T

@@ -1,0 +1,77 @@
+"""What became of each volume of a run: ``outcomes.csv`` of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.store import VolumeStore
+
+OUTCOME_COLUMNS = ("volume", "outcome", "reason", "source_spacing", "source_shape")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one volume: refused with a reason, left out with a reason, or done."""
+
+    volume: str
+    refused: str | None
+    warnings: tuple[str, ...] = ()
+    source_spacing: str = ""
+    source_shape: str = ""
+    left_out: str | None = None
+
+    @property
+    def word(self) -> str:
+        """``done``, ``refused`` or ``left out``."""
+        return "refused" if self.refused else "left out" if self.left_out else "done"
+
+    def row(self) -> dict[str, str]:
+        """A row of ``outcomes.csv``."""
+        reason = self.refused or self.left_out or "; ".join(self.warnings)
+        values = (self.volume, self.word, reason, self.source_spacing, self.source_shape)
+        return dict(zip(OUTCOME_COLUMNS, values, strict=True))
+
+    @classmethod
+    def of_row(cls, row: dict[str, str]) -> Outcome:
+        """The outcome that a row of ``outcomes.csv`` tells of."""
+        volume, word, reason, spacing, shape = (row[name] for name in OUTCOME_COLUMNS)
+        if word == "done":
+            return cls(volume, None, tuple(reason.split("; ")) if reason else (), spacing, shape)
+        return cls(volume, reason if word == "refused" else None, left_out=None if word == "refused" else reason)
+
+
+def outcomes_name(shard: tuple[int, int] = (1, 1)) -> str:
+    """The file of a store that says what became of the volumes of a run, or of one shard of it."""
+    return "outcomes.csv" if shard[1] == 1 else f"outcomes-{shard[0]}-of-{shard[1]}.csv"
+
+
+def write_outcomes(store: VolumeStore, outcomes: Iterable[Outcome], shard: tuple[int, int]) -> None:
+    """``outcomes[-i-of-n].csv``: each volume done, or refused and why."""
+    rows = [outcome.row() for outcome in sorted(outcomes, key=lambda outcome: outcome.volume)]
+    with written_beside(store.path / outcomes_name(shard)) as partial:
+        pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)).to_csv(partial, index=False)
+    if shard[1] == 1:
+        # Said of every volume now: what shards said is history, and must not be merged with shards to come.
+        for part in store.path.glob("outcomes-*-of-*.csv"):
+            part.unlink(missing_ok=True)
+
+
+def read_outcomes(store: VolumeStore) -> dict[str, Outcome]:
+    """What earlier runs and shards wrote of the volumes that were done."""
+    found: dict[str, Outcome] = {}
+    for path in sorted(store.path.glob("outcomes*.csv")):
+        table = outcome_table(path)
+        done = table[table["outcome"] == "done"].to_dict("records")
+        found |= {str(row["volume"]): Outcome.of_row(row) for row in done}
+    return found
+
+
+def outcome_table(path: Path) -> pd.DataFrame:
+    """The rows of an ``outcomes*.csv`` as strings."""
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    return table.reindex(columns=list(OUTCOME_COLUMNS), fill_value="")
