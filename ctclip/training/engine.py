@@ -139,7 +139,7 @@ class Engine:
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         # As torch's own GradScaler tells a fused optimizer.
-        self.optimizer.found_inf = (~norm.isfinite()).float().reshape(1)
+        self.optimizer.found_inf = (~norm.isfinite()).float()
         return norm
 
     def _two_pass(
