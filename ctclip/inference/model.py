@@ -173,6 +173,8 @@ def asking(
     head = PromptHead(folder.model, prompt_set, wanted)
     if known is not None and known.source == head.source:
         head.calibration = known.calibration
+    elif known is not None and known.calibration is not None:
+        _unused(f"the calibration of {folder.path} was fitted to {known.source}, this is {head.source}")
     return head
 
 

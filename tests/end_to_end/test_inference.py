@@ -315,7 +315,7 @@ def test_calibration_is_kept_with_the_model_and_used(
         assert shown.thresholds["Emphysema"] == pytest.approx(shown.frame().at["Emphysema", "threshold"])
         other = typed("zero-shot", "--model", model, "--store", store, "--prompts", "published", "--output", tmp_path / "other")  # fmt: skip
         assert other == 0
-        assert "was fitted to the prompts report_style" in capsys.readouterr().err
+        assert "was fitted to report_style" in capsys.readouterr().err
         fitted = json.loads(kept.read_text())
     finally:
         kept.unlink(missing_ok=True)
