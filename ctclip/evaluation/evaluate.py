@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from ctclip.evaluation.intervals import (
     FEWEST_PATIENTS,
     LEVEL,
     auroc_interval,
-    enough_patients,
     patients_by_class,
     percentile_interval,
 )
@@ -50,48 +50,17 @@ def evaluate(
     resampled = metrics.bootstrap_metrics(
         truth, ranking, probabilities, patients, thresholds, resamples=resamples, seed=seed
     )
-    per_label: dict[str, Any] = {}
-    points: dict[str, list[float]] = {metric: [] for metric in metrics.METRICS}
-    for index, name in enumerate(protocol.labels):
-        known = ~np.isnan(truth[:, index])
-        label, people, threshold = truth[known, index], patients[known], float(thresholds[index])
-        values = metrics.label_metrics(label, ranking[known, index], probabilities[known, index], threshold)
-        for metric, value in values.items():
-            points[metric].append(value)
-        limits = auroc_interval(label, ranking[known, index], people)
-        positive_patients, negative_patients = patients_by_class(label, people)
-        per_label[name] = {
-            "value": values.pop("auroc"), "lower": limits.lower, "upper": limits.upper,
-            "interval_trusted": enough_patients(label, people),
-            "positives": int(label.sum()), "n": int(known.sum()), "threshold": threshold,
-            "positive_patients": positive_patients, "negative_patients": negative_patients, **values,
-            "intervals": {metric: _limits(value, resampled[metric][:, index], metric) for metric, value in values.items()},
-        }  # fmt: skip
-    mean = metrics.mean_defined(points["auroc"])
+    per_label, points = _by_label(truth, ranking, probabilities, patients, thresholds, resampled, protocol.labels)
     shuffled = shuffled_aurocs(truth, ranking, patients, seed=seed)
     result = {
         "protocol": protocol.model_dump(mode="json"),
         "volumes": len(volumes),
         "whole_set": protocol.size is None or len(volumes) == protocol.size,
         "patients": len(np.unique(patients)),
-        "zero_shot": {
-            "mean_auroc": mean,
-            "mean_auroc_interval": _limits(mean, _means(resampled["auroc"])),
-            "labels_defined": int(np.isfinite(points["auroc"]).sum()),
-            "labels_undefined": [n for n, v in zip(protocol.labels, points["auroc"], strict=True) if not np.isfinite(v)],
-            "intervals_not_trusted": [name for name, entry in per_label.items() if not entry["interval_trusted"]],
-            "means": {
-                metric: {
-                    "value": metrics.mean_defined(points[metric]),
-                    "interval": _limits(metrics.mean_defined(points[metric]), _means(resampled[metric]), metric),
-                    "labels": int(np.isfinite(points[metric]).sum()),
-                }
-                for metric in metrics.METRICS[1:]
-            },
+        "zero_shot": _zero_shot(per_label, points, resampled) | {
             "pooled_calibration_error": _pooled_calibration_error(truth, probabilities),
             "f1": metrics.f1_averages(truth, probabilities >= thresholds),
             "thresholds": thresholds_source,
-            "auroc": per_label,
         },
         "controls": {
             "shuffled_mean_auroc": float(shuffled.mean()),
@@ -101,6 +70,59 @@ def evaluate(
         "intervals": {**INTERVALS, "level": LEVEL, "trusted_from_patients": FEWEST_PATIENTS},
     }  # fmt: skip
     return plain(result)
+
+
+def _by_label(
+    truth: np.ndarray,
+    ranking: np.ndarray,
+    probabilities: np.ndarray,
+    patients: np.ndarray,
+    thresholds: np.ndarray,
+    resampled: dict[str, np.ndarray],
+    names: Sequence[str],
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Each label's metrics with their intervals; and each metric's values over the labels."""
+    per_label: dict[str, Any] = {}
+    points: dict[str, list[float]] = {metric: [] for metric in metrics.METRICS}
+    for index, name in enumerate(names):
+        known = ~np.isnan(truth[:, index])
+        label, people, threshold = truth[known, index], patients[known], float(thresholds[index])
+        values = metrics.label_metrics(label, ranking[known, index], probabilities[known, index], threshold)
+        for metric, value in values.items():
+            points[metric].append(value)
+        limits = auroc_interval(label, ranking[known, index], people)
+        positive_patients, negative_patients = patients_by_class(label, people)
+        per_label[name] = {
+            "value": values.pop("auroc"), "lower": limits.lower, "upper": limits.upper, "interval_trusted": limits.trusted,
+            "positives": int(label.sum()), "n": int(known.sum()), "threshold": threshold,
+            "positive_patients": positive_patients, "negative_patients": negative_patients, **values,
+            "intervals": {metric: _limits(value, resampled[metric][:, index], metric) for metric, value in values.items()},
+        }  # fmt: skip
+    return per_label, points
+
+
+def _zero_shot(
+    per_label: dict[str, Any], points: dict[str, list[float]], resampled: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Means over the labels that are defined, with their intervals; and the labels themselves, as ``auroc``."""
+    means = {
+        metric: {
+            "value": metrics.mean_defined(values),
+            "interval": _limits(metrics.mean_defined(values), _means(resampled[metric]), metric),
+            "labels": int(np.isfinite(values).sum()),
+        }
+        for metric, values in points.items()
+    }
+    auroc = means.pop("auroc")
+    return {
+        "mean_auroc": auroc["value"],
+        "mean_auroc_interval": auroc["interval"],
+        "labels_defined": auroc["labels"],
+        "labels_undefined": [name for name, entry in per_label.items() if not np.isfinite(entry["value"])],
+        "intervals_not_trusted": [name for name, entry in per_label.items() if not entry["interval_trusted"]],
+        "means": means,
+        "auroc": per_label,
+    }
 
 
 def _pooled_calibration_error(truth: np.ndarray, probabilities: np.ndarray) -> float:

@@ -167,6 +167,7 @@ def test_resamples_hold_whole_patients_and_as_many_as_there_are() -> None:
     assert not np.array_equal(weights, metrics.bootstrap_weights(patients, 4000, seed=2))
     assert np.array_equal(weights, metrics.bootstrap_weights(patients, 4000, seed=1))
     assert metrics.bootstrap_weights(np.array(["a", "a"]), 10, seed=1).shape == (0, 2)
+    assert metrics.bootstrap_weights(np.array(["a", "b"]), 10, seed=1).shape == (10, 2)
 
 
 def test_every_metric_is_of_the_same_resamples() -> None:
