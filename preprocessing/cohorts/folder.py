@@ -14,13 +14,14 @@ from typing import Any
 import pandas as pd
 
 from ctclip.preprocessing.cohorts.dicom_folders import Scan, dicom_scans
-from ctclip.preprocessing.cohorts.table import cohort_table, (
+from ctclip.preprocessing.cohorts.table import (
     COLUMNS,
     DEFAULTS,
     FILES,
     METADATA_COLUMNS,
     SECTIONS,
     Cohort,
+    cohort_table,
     counted,
     identity,
 )
