@@ -78,15 +78,16 @@ class _Child:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             # A program of its own, not a fork: it inherits no locks and threads, and runs nobody's main module again.
+            paths = [path or os.getcwd() for path in sys.path]
+            start = f"import sys; sys.path[:] = {paths!r}; from {__package__}.child import main; "
+            # -P: the working directory, which may hold a stranger's files, is no place to import from.
             self.process = subprocess.Popen(
-                # -P: the working directory, which may hold a stranger's files, is no place to import from.
-                [sys.executable, "-P", "-m", "ctclip.preprocessing.child", str(theirs.fileno()), str(memory_gb)],
+                [sys.executable, "-P", "-c", f"{start}main({theirs.fileno()}, {memory_gb!r})"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 # Libraries complain there of what they read, and quote it.
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
             )
 
     @property
@@ -237,7 +238,3 @@ def main(descriptor: int, memory_gb: float) -> None:
             except (EOFError, OSError):
                 return
             _answer(connection, question)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]))
