@@ -98,7 +98,7 @@ def fit_calibration(
     fitted_on: str,
     model: str,
     prompts: str = "",
-    patients: Sequence[str] | None = None,
+    patients: Iterable[str] | None = None,
 ) -> Calibration:
     """labels (n, L) of 0, 1, NaN; margins (n, L), positive minus negative logit; patients (n,), or a patient a volume.
 
@@ -116,7 +116,9 @@ def fit_calibration(
     known = ~np.isnan(labels)
     if not known.any():
         raise EvaluationError("no labels in the calibration split: nothing can be fitted")
-    people = np.arange(len(labels)).astype(str) if patients is None else np.asarray(patients, dtype=str)
+    people = (
+        np.arange(len(labels)).astype(str) if patients is None else np.array([str(patient) for patient in patients])
+    )
     shared = fit_line(margins[known], labels[known], intercept=False) if method == "temperature" else None
     lines, uncalibrated = {}, {}
     for index, name in enumerate(names):
