@@ -125,7 +125,13 @@ def one_scan(table: pd.DataFrame) -> None:
 def validated(store: Path, output: Path, *more: str) -> list[dict[str, Any]]:
     """Lines of the metrics of a small run that validates at its end."""
     words = command(
-        store, output, "training.epochs=0.5", "training.text_warmup.steps=0", "training.validate_every=1000", *more
+        store,
+        output,
+        "training.epochs=0.5",
+        "training.text_warmup.steps=0",
+        "training.validate_every=1000",
+        "objectives={clip: 1}",
+        *more,
     )
     done = Command(words).wait(600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -142,7 +148,7 @@ def test_one_scan_for_two_ranks_is_what_it_is_for_one(store: Path, tmp_path: Pat
     alone = changed(store, tmp_path / "store", one_scan)
     figures = [validated(alone, tmp_path / str(count), "--processes", str(count))[-1] for count in (1, 2)]
     one, two = ({key: value for key, value in line.items() if key.startswith("valid")} for line in figures)
-    assert one["valid_loss"] == pytest.approx(0, abs=1e-6), "nothing to take it for"
+    assert one["valid_loss"] == pytest.approx(0, abs=1e-6), "no other scan, and no queue, to take it for"
     assert one["valid_recall@1"] == 1
     assert "valid_auroc" not in one, "one scan is of one class"
     assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
