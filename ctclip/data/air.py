@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from ctclip.data.augment import Change, rotate
+from ctclip.data.augment import Change, augment, rotate
 from ctclip.preprocessing.spec import PreprocessingSpec
 
 # Lung is emphysema below -950 HU (Gevenois et al. 1995); the air around a patient is -1000 with some noise.
 AIR_HU = -950.0
-# Where a volume is turned, cells are interpolated instead of its voxels, which thins out an edge: half the distance to air.
-AIR_TURNED_HU = -975.0
+# Where a volume is turned, cells are interpolated instead of its voxels, which thins out an edge: nearer to air.
+AIR_TURNED_HU = -980.0
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,13 @@ class BodyTokens:
         """HU (D, H, W) int16 as stored -> (N,) bool, the volume changed by ``change`` as training will change it."""
         low, high, middle, gain = self.spec.window
         volume = torch.from_numpy(hu).float().clamp_(low, high).sub_(middle).mul_(gain)
+        if change is not None and not change.turns:
+            # Noise and contrast change no air, and would have to be drawn as on the device.
+            augment(volume, change._replace(contrast=1.0, noise_hu=0.0, window_hu=(0.0, 0.0)), self.spec)
         cells = F.avg_pool3d(volume[None, None], self._half)[0, 0]
-        air = AIR_HU
-        if change is not None:
-            cells = self._moved(cells, change)
-            air = AIR_TURNED_HU if change.turns else AIR_HU
-        return self._body(cells[None, None], air)[0]
+        if change is not None and change.turns:
+            return self._body(self._moved(cells, change)[None, None], AIR_TURNED_HU)[0]
+        return self._body(cells[None, None])[0]
 
     def of_volumes(self, volumes: Tensor) -> np.ndarray:
         """(B, 1, D, H, W) in [-1, 1] on any device -> (B, N) bool."""
@@ -65,10 +66,9 @@ class BodyTokens:
         return ~outside.reshape(len(outside), -1)
 
     def _moved(self, cells: Tensor, change: Change) -> Tensor:
-        """Cells moved and cut as ``ctclip.data.augment`` moves and cuts the voxels; noise and contrast change no air."""
-        if change.turns:
-            spacing = [mm * half for mm, half in zip(self.spec.spacing, self._half, strict=True)]
-            cells = rotate(cells, change.angles, change.zoom, spacing)
+        """Cells turned, moved and cut as ``ctclip.data.augment`` does it to the voxels: a hundredth of the work."""
+        spacing = [mm * half for mm, half in zip(self.spec.spacing, self._half, strict=True)]
+        cells = rotate(cells, change.angles, change.zoom, spacing)
         if any(change.offset):
             steps = [offset / half for offset, half in zip(change.offset, self._half, strict=True)]
             cells = torch.from_numpy(ndimage.shift(cells.numpy(), steps, order=1, mode="grid-constant", cval=-1.0))

@@ -63,13 +63,15 @@ def test_a_shift_by_whole_tokens_shifts_the_tokens(scan: tuple[np.ndarray, Prepr
 
 
 @pytest.mark.parametrize("offset", [(1, 0, 0), (-1, 3, -5), (3, -4, 1)])
-def test_a_shift_by_voxels_drops_no_body(scan: tuple[np.ndarray, PreprocessingSpec], offset: tuple[int, ...]) -> None:
-    """Half cells come in at the first and the last slice too, where the body is cut by the field of view."""
+@pytest.mark.parametrize("crop", [(), ((0.11, 0.07), (0.3, 0.02), (0.05, 0.33))], ids=["whole", "cropped"])
+def test_without_a_turn_the_tokens_are_those_of_the_changed_volume(
+    scan: tuple[np.ndarray, PreprocessingSpec], offset: tuple[int, ...], crop: tuple[tuple[float, float], ...]
+) -> None:
+    """To the token, parts of tokens that come in at the first and the last slice too."""
     hu, spec = scan
-    finder, change = BodyTokens(SIZE, spec), STILL._replace(offset=offset)
-    kept, needed = finder.of_hu(hu, change), finder.of_volumes(really(hu, spec, change))[0]
-    assert not (needed & ~kept).any()
-    assert (kept & ~needed).mean() < 0.05
+    finder, change = BodyTokens(SIZE, spec), STILL._replace(offset=offset, crop=crop)
+    assert np.array_equal(finder.of_hu(hu, change), finder.of_volumes(really(hu, spec, change))[0])
+    assert not np.array_equal(finder.of_hu(hu, change), finder.of_hu(hu))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -87,5 +89,5 @@ def test_no_token_of_a_turned_body_is_dropped(
     needed = finder.of_volumes(volume)[0]
     tissue = torch.nn.functional.avg_pool3d((volume > -0.7).float(), SIZE).flatten().numpy()
     assert not (needed & ~kept & (tissue > SLIVER)).any()
-    assert (needed & ~kept).mean() < 0.001
-    assert (kept & ~needed).mean() < 0.06, "nor is much more kept"
+    assert (needed & ~kept).mean() < 0.002
+    assert (kept & ~needed).mean() < 0.08, "nor is much more kept"

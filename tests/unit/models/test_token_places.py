@@ -100,10 +100,10 @@ def test_slices_lie_in_the_middle_of_their_plane(tmp_path: Path) -> None:
     encoder = build("slices", tmp_path)
     _, spec, _ = CASES["slices"]
     encoded = encoder(torch.zeros(1, 1, *spec.shape))
-    # 23 slices, each third from the second on: 1, 4 ... 22.
+    # 23 slices, each third from the first on: 0, 3 ... 21.
     assert encoded.grid == (8, 1, 1)
-    assert (encoded.affine @ [0, 0, 0, 1]).tolist() == pytest.approx([1 * 3.0, 7.5 * 0.8, 11.5 * 1.7, 1])
-    assert (encoded.affine @ [7, 0, 0, 1])[0] == pytest.approx(22 * 3.0)
+    assert (encoded.affine @ [0, 0, 0, 1]).tolist() == pytest.approx([0, 7.5 * 0.8, 11.5 * 1.7, 1])
+    assert (encoded.affine @ [7, 0, 0, 1])[0] == pytest.approx(21 * 3.0)
 
 
 # Columns of the scan's array run to the left, down and to the front, turned by some degrees, far from the origin.
@@ -124,13 +124,16 @@ def test_tokens_lie_in_the_space_of_the_scan(name: str, turned: bool, tmp_path: 
     affine[:3, :3] = axes
     affine[:3, 3] = (40.0, -170.0, 310.0) - axes @ ((np.array(shape) - 1) / 2)
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    # A body in air, with noise: what is read as Hounsfield units.
+    body = (((index / np.array(shape) - 0.5) * 2.2) ** 2).sum(axis=-1) < 1
+    tissue = np.where(body, 30, -1000) + np.random.default_rng(0).normal(0, 15, shape)
     world = index @ affine[:3, :3].T + affine[:3, 3]
     extent = np.array(size) * axis_spacing(spec)
     for offset in ((0.0, 0.0, 0.0), (9.0, -12.0, 14.0), (-8.0, 13.0, -11.0)):
         ball = np.array((40.0, -170.0, 310.0)) + offset
         prepared = []
         for hu in (0, 900):
-            voxels = np.where(np.linalg.norm(world - ball, axis=-1) < 4, hu, 0).astype(np.int16)
+            voxels = np.where(np.linalg.norm(world - ball, axis=-1) < 4, tissue + hu, tissue).astype(np.int16)
             path = tmp_path / f"{hu}.nii"
             nib.save(nib.Nifti1Image(voxels, affine), path)
             prepared.append(prepare(path, spec))

@@ -37,7 +37,8 @@ with distributed.process_group() as device:
         tokens = [model.text_encoder.tokenise(REPORTS)]
         volumes = torch.rand(3, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
         identities = torch.arange(3)
-        states = [state(engine)]
+        # The optimizer has no moments before its first step.
+        states = [{name: value.clone() for name, value in engine.parameters().items()}]
         for number, value in enumerate((0.5, math.nan, 0.5)):
             shown = volumes.clone()
             shown[1, 0, 2, 2, 2] = value
