@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ctclip.inference.prompts import load_prompts
 
 from ctclip.config_files import find_config, load_config
 from ctclip.errors import ConfigError, PromptError
 from ctclip.evaluation.protocol import load_protocol
 from ctclip.preprocessing import PreprocessingError, PreprocessingSpec
 from ctclip.preprocessing.named_files import find_file, installed_folder, installed_names
+from ctclip.prompts import load_prompts
 
 FOLDERS = ["", "models", "preprocessing", "prompts", "protocols"]
 
