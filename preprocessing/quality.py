@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.volume import Volume
 
 HEIGHT = 150
-WINDOWS = ((-1350, 150), (-160, 240))
+WINDOWS = {"lung window": (-1350.0, 150.0), "soft-tissue window": (-160.0, 240.0)}
 BINS = np.arange(-1050, 1051, 50)
 
 TEMPLATE = """<!doctype html>
@@ -64,11 +65,14 @@ def quality_page(
     first: int = 0,
     count: int = 500,
     expect: Expect = "any",
+    windows: Mapping[str, tuple[float, float]] | None = None,
 ) -> int:
     """Write the page of ``count`` stored volumes from the ``first`` on; returns how many have warnings.
 
+    ``windows``: HU windows in which slices are drawn, by name, a row each; two for a chest if not given.
     ``expect``: ``chest`` warns of volumes that show none, where the store is one of chests.
     """
+    windows = windows or WINDOWS
     cohort = store.cohort.set_index("volume")
     names = [name for name in store.volumes if name in cohort.index and split in (None, cohort.at[name, "split"])]
     shown = names[first : first + count]
@@ -76,7 +80,7 @@ def quality_page(
     refused = _refused(store)
 
     def card(name: str) -> Card:
-        return _card(store, name, str(cohort.at[name, "split"]), outcomes.get(name), expect)
+        return _card(store, name, str(cohort.at[name, "split"]), outcomes.get(name), expect, windows)
 
     with ThreadPoolExecutor() as pool:
         cards = list(track(pool.map(card, shown), len(shown), "drawing"))
@@ -85,7 +89,7 @@ def quality_page(
     title = f"Quality control: {store.path.name}"
     subtitle = (
         f"Volumes {first + 1} to {first + len(cards)} of {len(names)}, spec {store.spec.name} "
-        f"({' x '.join(f'{s:g}' for s in store.spec.spacing)} mm). Upper row lung window, lower row soft tissue; the "
+        f"({' x '.join(f'{s:g}' for s in store.spec.spacing)} mm). Rows from above: {', '.join(windows)}; the "
         f"patient's right on the left. {warned} have warnings."
     )
     write_text(
@@ -106,7 +110,14 @@ def _refused(store: VolumeStore) -> list[tuple[str, str]]:
     return list(zip(rows["volume"], rows["reason"], strict=True))
 
 
-def _card(store: VolumeStore, name: str, split: str, outcome: Outcome | None, expect: Expect) -> Card:
+def _card(
+    store: VolumeStore,
+    name: str,
+    split: str,
+    outcome: Outcome | None,
+    expect: Expect,
+    windows: Mapping[str, tuple[float, float]],
+) -> Card:
     hu = store.read(name)
     if store.spec.published_geometry:
         hu = hu.transpose(0, 2, 1)
@@ -120,19 +131,19 @@ def _card(store: VolumeStore, name: str, split: str, outcome: Outcome | None, ex
     counted = np.histogram(hu, BINS)[0]
     bars = np.sqrt(counted / max(1, counted.max())) * 42
     return Card(
-        volume=name, split=split, picture=_picture(hu, store.spec.spacing), shape=outcome.source_shape if outcome else "",
+        volume=name, split=split, picture=_picture(hu, store.spec.spacing, windows), shape=outcome.source_shape if outcome else "",
         spacing=outcome.source_spacing if outcome else "", bars=[round(float(h), 1) for h in bars],
         range=f"{hu.min()} to {hu.max()}", warnings=warnings, note=ALREADY_HU if ALREADY_HU in said else "",
     )  # fmt: skip
 
 
-def _picture(hu: np.ndarray, spacing: tuple[float, float, float]) -> str:
-    """Middle axial, coronal and sagittal slices in two windows, as one base64 JPEG."""
+def _picture(hu: np.ndarray, spacing: tuple[float, float, float], windows: Mapping[str, tuple[float, float]]) -> str:
+    """Middle axial, coronal and sagittal slices, a row a window, as one base64 JPEG."""
     dz, dy, dx = spacing
     d, h, w = hu.shape
     views = ((hu[d // 2], dy / dx), (hu[::-1, h // 2], dz / dx), (hu[::-1, :, int(w * 0.66)], dz / dy))
     rows = []
-    for low, high in WINDOWS:
+    for low, high in windows.values():
         planes = []
         for plane, aspect in views:
             grey = np.clip((plane.astype(np.float32) - low) * (255 / (high - low)), 0, 255).astype(np.uint8)

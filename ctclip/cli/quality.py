@@ -18,9 +18,15 @@ def quality(
 
     `ctclip quality store --output quality.html`
     """
+    from ctclip.labels import store_labels
     from ctclip.preprocessing.quality import quality_page
     from ctclip.preprocessing.store import VolumeStore
 
+    opened = VolumeStore(store)
+    labels = store_labels(opened)
     page = output or store / "quality.html"
-    warned = quality_page(VolumeStore(store), page, split=split, first=first, count=count)
+    warned = quality_page(
+        opened, page, split=split, first=first, count=count, windows=labels.windows if labels is not None else None,
+        expect="chest" if labels is not None and labels.body_part == "chest" else "any",
+    )  # fmt: skip
     print(f"quality page: {page} ({warned} volumes with warnings)")

@@ -95,9 +95,7 @@ def test_a_set_survives_its_file(tmp_path: Path) -> None:
 
 
 def test_an_unknown_set_lists_the_known_ones() -> None:
-    with pytest.raises(
-        ConfigError, match=r"no configuration 'ct_rate': .*ct_rate_18, merlin_30, rad_chestct"
-    ) as refused:
+    with pytest.raises(ConfigError, match=r"no label set 'ct_rate' .*ct_rate_18, merlin_30, rad_chestct") as refused:
         load_labels("ct_rate")
     assert "\n" not in str(refused.value)
 
@@ -132,7 +130,9 @@ def store_of(folder: Path, columns: dict[str, list[float]]) -> VolumeStore:
     """A store of two volumes that nobody has written yet, with label columns."""
     store = VolumeStore.create(folder, PreprocessingSpec.load("phantom"))
     table = pd.DataFrame({name: ["a", "b"] for name in COLUMNS})
-    table.assign(**columns).to_parquet(folder / "cohort.parquet")
+    table.assign(**{name: pd.array(values, "Int8") for name, values in columns.items()}).to_parquet(
+        folder / "cohort.parquet"
+    )
     return store
 
 

@@ -172,9 +172,9 @@ def test_real_scans_upright_and_turned(shared: Path) -> None:
 def test_the_quality_page_asks_for_a_chest_only_where_there_should_be_one(tmp_path: Path) -> None:
     store = VolumeStore.create(tmp_path / "s", GRID)
     store.write("abdomen", noise(GRID.shape, 45))
-    from ctclip.preprocessing.cohorts.table import rows
+    from ctclip.preprocessing.cohorts.table import cohort_table
 
-    rows([{"volume": "abdomen", "path": "a.nii"}]).to_parquet(tmp_path / "s" / "cohort.parquet")
+    cohort_table([{"volume": "abdomen", "path": "a.nii"}]).to_parquet(tmp_path / "s" / "cohort.parquet")
     quality_page(store, tmp_path / "any.html")
     quality_page(store, tmp_path / "chest.html", expect="chest")
     assert "not a chest" not in (tmp_path / "any.html").read_text()
