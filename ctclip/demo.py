@@ -51,7 +51,7 @@ SIZES = {
 def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]:
     """Run all stages into ``output``; returns the seconds each took. Raises CtclipError if one fails."""
     chosen = SIZES[size]
-    cohort, store, run, found = output / "cohort", output / "store", output / "train", output / "predictions"
+    cohort, store, run, predictions = output / "cohort", output / "store", output / "train", output / "predictions"
     model, held = run / "model", output / "calibration"
     stages: list[tuple[str, list[str], Path]] = [
         ("phantom", ["phantom", str(cohort), "--volumes", str(chosen.volumes), "--seed", str(seed), "--rare-floor", "0.15"], cohort / "dataset" / "metadata"),
@@ -59,8 +59,8 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
         ("train", ["train", "--config", "phantom_tiny", "--store", str(store), "--output", str(run), "--processes", str(processes), f"seed={seed}", *chosen.overrides], model),
         ("zero-shot, calibration split", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "calibration", "--output", str(held)], held / "predictions.csv"),
         ("calibrate", ["calibrate", str(held / "predictions.csv"), "--model", str(model), "--store", str(store)], model / "heads" / "prompts" / "calibration.json"),
-        ("zero-shot", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "valid", "--reports", "--output", str(found)], found / "embeddings.parquet"),
-        ("evaluate", ["evaluate", str(found / "predictions.csv"), "--store", str(store), "--protocol", "phantom", "--run", str(run), "--calibration", str(model / "heads" / "prompts" / "calibration.json"), "--output", str(output), "--bootstrap", str(chosen.bootstrap)], output / "report.html"),
+        ("zero-shot", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "valid", "--reports", "--output", str(predictions)], predictions / "embeddings.parquet"),
+        ("evaluate", ["evaluate", str(predictions / "predictions.csv"), "--store", str(store), "--protocol", "phantom", "--run", str(run), "--calibration", str(model / "heads" / "prompts" / "calibration.json"), "--output", str(output), "--bootstrap", str(chosen.bootstrap)], output / "report.html"),
     ]  # fmt: skip
     _claim(output, {"size": size, "seed": seed})
     book = output / "seconds.json"

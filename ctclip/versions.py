@@ -24,13 +24,13 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and those it stands on."""
-    found = {"python": platform.python_version(), "ctclip": __version__}
+    installed = {"python": platform.python_version(), "ctclip": __version__}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def revision() -> str:

@@ -145,13 +145,13 @@ def _float32(values: tuple[float, ...]) -> tuple[np.float32, ...]:
 def source_positions(volume: Volume, spec: PreprocessingSpec, centre: Centre | None = None) -> list[np.ndarray]:
     """Source index (float) of each output voxel, along each axis. The published geometry knows no other centre than the
     volume's middle."""
-    found = []
+    positions = []
     sides = zip(volume.array.shape, volume.spacing, spec.spacing, spec.shape, strict=True)
     for axis, (size, spacing, target, count) in enumerate(sides):
         output = np.arange(count, dtype=np.float64)
         if not spec.published_geometry:
             middle = (size - 1) / 2 if centre is None else centre[axis]
-            found.append((output - (count - 1) / 2) * (target / spacing) + middle)
+            positions.append((output - (count - 1) / 2) * (target / spacing) + middle)
             continue
         resized = int(size * spacing / target)
         if resized < 1:
@@ -159,8 +159,8 @@ def source_positions(volume: Volume, spec: PreprocessingSpec, centre: Centre | N
                 f"{volume.source}: an axis of {size} voxels of {spacing:g} mm is shorter than one voxel of {target:g} mm"
             )
         start = (resized - count) // 2 if resized >= count else -((count - resized) // 2)
-        found.append((output + start + 0.5) * (size / resized) - 0.5)
-    return found
+        positions.append((output + start + 0.5) * (size / resized) - 0.5)
+    return positions
 
 
 def _inside(positions: np.ndarray, size: int) -> slice:

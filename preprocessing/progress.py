@@ -19,11 +19,11 @@ def track(
 
     ``status`` says what else to show beside them.
     """
-    said = status or (lambda: "")
+    status_text = status or (lambda: "")
     if sys.stderr.isatty():
-        yield from _live(items, total, what, unit, said)
+        yield from _live(items, total, what, unit, status_text)
     else:
-        yield from _logged(items, total, what, unit, said)
+        yield from _logged(items, total, what, unit, status_text)
 
 
 def _live(items: Iterable[T], total: int, what: str, unit: str, status: Callable[[], str]) -> Iterator[T]:
@@ -55,12 +55,12 @@ def _live(items: Iterable[T], total: int, what: str, unit: str, status: Callable
 
 
 def _logged(items: Iterable[T], total: int, what: str, unit: str, status: Callable[[], str]) -> Iterator[T]:
-    started = shown = time.monotonic()
+    started = reported = time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
         now = time.monotonic()
-        if now - shown >= LOG_EVERY_SECONDS or done == total:
-            shown = now
+        if now - reported >= LOG_EVERY_SECONDS or done == total:
+            reported = now
             elapsed = now - started
             left = elapsed / done * (total - done)
             more = f"; {status()}" if status() else ""

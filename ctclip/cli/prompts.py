@@ -17,13 +17,15 @@ def list_sets() -> None:
     from ctclip.prompts import load_prompts
 
     for path in sorted((configs_folder() / "prompts").glob("*.yaml")):
-        found = load_prompts(path)
-        phrasings = sum(len(found.side(name, side)) for name in found.names() for side in (True, False))
-        graded = f", {len(found.graded)} sizes" if found.graded else ""
+        prompt_set = load_prompts(path)
+        phrasings = sum(len(prompt_set.side(name, side)) for name in prompt_set.names() for side in (True, False))
+        graded = f", {len(prompt_set.graded)} sizes" if prompt_set.graded else ""
         count = (
-            f"{len(found.names())} abnormalities, {phrasings} phrasings" if found.names() else "templates for any name"
+            f"{len(prompt_set.names())} abnormalities, {phrasings} phrasings"
+            if prompt_set.names()
+            else "templates for any name"
         )
-        print(f"{path.stem}: {count}, sections {', '.join(found.sections)}{graded}")
+        print(f"{path.stem}: {count}, sections {', '.join(prompt_set.sections)}{graded}")
 
 
 @prompts.command()

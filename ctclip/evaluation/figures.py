@@ -20,13 +20,13 @@ def example(
     hu: np.ndarray,
     spacing: tuple[float, float, float],
     report: str,
-    found: list[tuple[str, float, int | None]],
+    detections: list[tuple[str, float, int | None]],
     windows: Mapping[str, tuple[float, float]],
 ) -> None:
     """Axial, coronal and sagittal slices in two HU windows, with the report and what was detected.
 
     hu [slice, row, column] LPS+: shown as radiologists do, the patient's right on the left of the picture, the head
-    up. found: (abnormality, probability, label or None) in the order shown.
+    up. detections: (abnormality, probability, label or None) in the order shown.
     """
     dz, dy, dx = spacing
     middle = [extent // 2 for extent in hu.shape]
@@ -51,7 +51,7 @@ def example(
     lines = textwrap.wrap(report, 58)
     most = int(height * 72 / 11)
     _words(axes[0][3], "Report", "\n".join(lines[:most] + (["[...]"] if len(lines) > most else [])))
-    scores = [f"{p:4.0%}  {'+' if y == 1 else '-' if y == 0 else ' '}  {name}" for name, p, y in found]
+    scores = [f"{p:4.0%}  {'+' if y == 1 else '-' if y == 0 else ' '}  {name}" for name, p, y in detections]
     _words(axes[1][3], "Zero-shot probability (+/- label)", "\n".join(scores), mono=True)
     _save(figure, path)
 
@@ -74,9 +74,9 @@ def auroc_bars(
     axis.hlines(rows, low, high, color=BAR, alpha=0.45, linewidth=5)
     axis.plot(value, rows, "o", color=BAR, label="zero-shot, 95 % interval")
     if histogram:
-        found = [histogram.get(name) for name in names]
+        values = [histogram.get(name) for name in names]
         axis.plot(
-            [np.nan if v is None else v for v in found],
+            [np.nan if v is None else v for v in values],
             rows,
             "D",
             mfc="none",
@@ -138,10 +138,10 @@ def similarity(path: Path, matrix: np.ndarray) -> None:
     """Cosine similarity of reports (rows) and volumes (columns) of the same scans: the diagonal should stand out."""
     figure, axes = _canvas(1, 1, (5.2, 4.6))
     axis = axes[0][0]
-    shown = axis.imshow(matrix, cmap="viridis", interpolation="nearest")
+    image = axis.imshow(matrix, cmap="viridis", interpolation="nearest")
     axis.set_xlabel("volumes")
     axis.set_ylabel("reports")
-    figure.colorbar(shown, ax=axis, label="cosine similarity", shrink=0.8)
+    figure.colorbar(image, ax=axis, label="cosine similarity", shrink=0.8)
     _save(figure, path)
 
 

@@ -87,14 +87,14 @@ def split_note(metrics: dict[str, Any]) -> str:
 
 def label_table(per_label: dict[str, Any], histogram: dict[str, float | None] | None) -> list[list[str]]:
     """Rows of the table of abnormalities, best first."""
-    shown = ("average_precision", "f1", "sensitivity", "specificity", "calibration_error")
+    columns = ("average_precision", "f1", "sensitivity", "specificity", "calibration_error")
     rows = [
         [
             "abnormality",
             "AUROC",
             "95 % interval",
             "positives",
-            *[metric.replace("_", " ").replace("f1", "F1") for metric in shown],
+            *[metric.replace("_", " ").replace("f1", "F1") for metric in columns],
         ]
     ]
     if histogram:
@@ -104,7 +104,7 @@ def label_table(per_label: dict[str, Any], histogram: dict[str, float | None] | 
         trusted = entry.get("interval_trusted", True)
         limits = "" if entry["value"] is None else interval_words(entry["lower"], entry["upper"], trusted)
         row = [name, number(entry["value"]), limits, f"{entry['positives']} of {entry['n']}"]
-        row += [number(entry.get(metric)) for metric in shown]
+        row += [number(entry.get(metric)) for metric in columns]
         rows.append([*row, number(histogram.get(name))] if histogram else row)
     return rows
 

@@ -111,8 +111,8 @@ def default_protocol(labels: LabelSet | None, identity: str, columns: Iterable[s
         if set(protocol.predicted()) <= set(predicted):
             return protocol
     columns = list(columns)
-    found = known.columns(columns) if known is not None else {name: (name,) for name in predicted if name in columns}
-    scored = {name: parts for name, parts in found.items() if name in predicted}
+    mapped = known.columns(columns) if known is not None else {name: (name,) for name in predicted if name in columns}
+    scored = {name: parts for name, parts in mapped.items() if name in predicted}
     if not scored:
         raise EvaluationError(
             f"none of the predicted names ({', '.join(predicted[:4])} ...) has a column in the label table; name a "

@@ -35,7 +35,7 @@ PUBLISHED = (
 
 
 def differences(line: Published, metrics: dict[str, Any]) -> str:
-    """In what a published figure was made otherwise than ``metrics``, in words."""
+    """How a published figure was obtained differently from ``metrics``, in words."""
     protocol = metrics["protocol"]
     labels, volumes = len(protocol["labels"]), metrics["volumes"]
     told = []
@@ -72,5 +72,5 @@ def published_table(metrics: dict[str, Any]) -> list[list[str]]:
 def _row(line: Published, metrics: dict[str, Any]) -> list[str]:
     labels = "labels not stated" if line.labels is None else f"{line.labels} labels"
     volumes = "volumes not stated" if line.volumes is None else f"{line.volumes:,} volumes"
-    said = f"{labels}, {volumes}; {line.supervision}"
-    return [line.model, f"{line.auroc:.3f}", said, "; ".join(filter(None, (line.cohort, line.note))), differences(line, metrics)]  # fmt: skip
+    facts = f"{labels}, {volumes}; {line.supervision}"
+    return [line.model, f"{line.auroc:.3f}", facts, "; ".join(filter(None, (line.cohort, line.note))), differences(line, metrics)]  # fmt: skip

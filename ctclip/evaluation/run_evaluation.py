@@ -187,14 +187,14 @@ def histogram_control(store: VolumeStore, table: pd.DataFrame, protocol: Protoco
 def _embeddings(path: Path, table: pd.DataFrame) -> dict[str, np.ndarray] | None:
     if not path.is_file():
         return None
-    found = read_embeddings(path)
-    row = {name: index for index, name in enumerate(found["volume"])}
+    arrays = read_embeddings(path)
+    row = {name: index for index, name in enumerate(arrays["volume"])}
     if not set(table["volume"]) <= set(row):
         raise EvaluationError(
             f"{path}: holds other volumes than the predictions beside it; run `ctclip zero-shot` again"
         )
     order = [row[name] for name in table["volume"]]
-    return {name: values[order] for name, values in found.items()}
+    return {name: values[order] for name, values in arrays.items()}
 
 
 def _matrix(table: pd.DataFrame, embeddings: dict[str, np.ndarray] | None) -> np.ndarray | None:
@@ -221,7 +221,7 @@ def _examples(store: VolumeStore, table: pd.DataFrame, known: np.ndarray, protoc
         texts = {part: str(cohort.at[name, part]).strip() for part in SECTIONS if part in cohort.columns}
         report = "\n".join(f"{part.upper()}. {text or 'Not given.'}" for part, text in texts.items())
         labels = [int(value) if np.isfinite(value) else None for value in known[index]]
-        found = [(label, float(row[label]), truth) for label, truth in zip(protocol.labels, labels, strict=True)]
-        found.sort(key=lambda entry: -entry[1])
-        examples.append(Example(str(name), store.read(name), store.spec.spacing, report, found, windows))
+        detections = [(label, float(row[label]), truth) for label, truth in zip(protocol.labels, labels, strict=True)]
+        detections.sort(key=lambda entry: -entry[1])
+        examples.append(Example(str(name), store.read(name), store.spec.spacing, report, detections, windows))
     return examples

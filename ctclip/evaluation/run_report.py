@@ -43,7 +43,7 @@ class Example:
     hu: np.ndarray
     spacing: tuple[float, float, float]
     report: str
-    found: list[tuple[str, float, int | None]]
+    detections: list[tuple[str, float, int | None]]
     windows: Mapping[str, tuple[float, float]]
 
 
@@ -85,24 +85,26 @@ def write_report(
 
 def compare_reports(first: Path, second: Path | None, output: Path) -> Path:
     """One page of one evaluation folder, or of two side by side; ``output`` is the HTML file."""
-    found = [_metrics_of(folder) for folder in (first, second) if folder is not None]
-    names = _names([folder for folder, _ in found])
+    evaluations = [_metrics_of(folder) for folder in (first, second) if folder is not None]
+    names = _names([folder for folder, _ in evaluations])
     with tempfile.TemporaryDirectory() as scratch:
         sections = (
-            _side_by_side(names, [one for _, one in found], Path(scratch) / "pair.png") if len(found) == 2 else []
+            _side_by_side(names, [one for _, one in evaluations], Path(scratch) / "pair.png")
+            if len(evaluations) == 2
+            else []
         )
         for file, title in (("auroc.png", "AUROC per abnormality"), ("reliability.png", "Reliability"), ("loss.png", "Training loss")):  # fmt: skip
-            shown = [(name, folder / file) for name, (folder, _) in zip(names, found, strict=True) if (folder / file).is_file()]  # fmt: skip
-            if shown and not (len(found) == 2 and file == "auroc.png"):
-                sections.append({"title": title, "figures": shown, "beside": len(shown) == 2 and file == "loss.png"})
-        for name, (_, one) in zip(names, found, strict=True):
+            images = [(name, folder / file) for name, (folder, _) in zip(names, evaluations, strict=True) if (folder / file).is_file()]  # fmt: skip
+            if images and not (len(evaluations) == 2 and file == "auroc.png"):
+                sections.append({"title": title, "figures": images, "beside": len(images) == 2 and file == "loss.png"})
+        for name, (_, one) in zip(names, evaluations, strict=True):
             histogram = one.get("controls", {}).get("histogram_auroc")
             words = f"{one['protocol']['describes']}. {_subtitle(one)} Thresholds: {one['zero_shot']['thresholds']}."
             sections.append({"title": name, "words": words, "table": label_table(one["zero_shot"]["auroc"], histogram)})
             if one.get("retrieval"):
                 sections.append({"title": f"Retrieval: {name}", **_retrieval(one["retrieval"])})
             sections.append(_published_section(one) | {"title": f"Published figures beside {name}"})
-        headline = [(value, f"{words}: {name}") for name, (_, one) in zip(names, found, strict=True) for value, words in _headline(one)]  # fmt: skip
+        headline = [(value, f"{words}: {name}") for name, (_, one) in zip(names, evaluations, strict=True) for value, words in _headline(one)]  # fmt: skip
         write_page(output, title=" against ".join(names), headline=headline, sections=sections, subtitle="Research only; not a medical device.")  # fmt: skip
     return output
 
@@ -133,11 +135,11 @@ def _metrics_of(folder: Path) -> tuple[Path, dict[str, Any]]:
     for place in (folder, folder / "evaluation"):
         if (place / "metrics.json").is_file():
             try:
-                found: dict[str, Any] = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
+                metrics: dict[str, Any] = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
             except ValueError as error:
                 raise EvaluationError(f"{place / 'metrics.json'}: is not JSON ({error}); run `ctclip evaluate` again") from error  # fmt: skip
-            if "zero_shot" in found:
-                return place, found
+            if "zero_shot" in metrics:
+                return place, metrics
     raise EvaluationError(f"{folder}: no metrics.json of an evaluation in it; `ctclip evaluate --output {folder}` writes one")  # fmt: skip
 
 
@@ -216,13 +218,13 @@ def _threshold_section(output: Path, zero: dict[str, Any], pictures: Pictures) -
 
 def _picture_sections(output: Path, metrics: dict[str, Any], pictures: Pictures) -> list[dict[str, Any]]:
     sections: list[dict[str, Any]] = []
-    shown = []
+    examples = []
     for index, item in enumerate(pictures.examples, start=1):
         path = output / f"example_{index}.png"
-        figures.example(path, item.hu, item.spacing, item.report, item.found, item.windows)
-        shown.append((item.title, path))
-    if shown:
-        sections.append({"title": "Examples", "figures": shown})
+        figures.example(path, item.hu, item.spacing, item.report, item.detections, item.windows)
+        examples.append((item.title, path))
+    if examples:
+        sections.append({"title": "Examples", "figures": examples})
     if pictures.matrix is not None:
         path = output / "similarity.png"
         figures.similarity(path, pictures.matrix)
@@ -258,15 +260,16 @@ def _published_section(metrics: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _retrieval(found: dict[str, Any]) -> dict[str, Any]:
+def _retrieval(directions: dict[str, Any]) -> dict[str, Any]:
     """A column a direction; what the pool is and what counts as a hit stand above."""
     words = [
-        f"{name.replace('_', ' ')}: the pool is {one['pool_is']}; {one['duplicates']}." for name, one in found.items()
+        f"{name.replace('_', ' ')}: the pool is {one['pool_is']}; {one['duplicates']}."
+        for name, one in directions.items()
     ]
-    words += [f"MAP: relevant is a {one['relevant']}." for one in list(found.values())[:1] if "relevant" in one]
-    rows = [["", *[name.replace("_", " ") for name in found]]]
-    for key in dict.fromkeys(key for one in found.values() for key in one):
-        values = [one.get(key) for one in found.values()]
+    words += [f"MAP: relevant is a {one['relevant']}." for one in list(directions.values())[:1] if "relevant" in one]
+    rows = [["", *[name.replace("_", " ") for name in directions]]]
+    for key in dict.fromkeys(key for one in directions.values() for key in one):
+        values = [one.get(key) for one in directions.values()]
         if any(isinstance(value, str) for value in values):
             continue
         digits = 3 if "@" in key else 0

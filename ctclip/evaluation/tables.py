@@ -73,13 +73,13 @@ def read_embeddings(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         ) from error
     if "volume" not in table.column_names or len(table.column_names) < 2:
         raise EvaluationError(f"{path}: no columns of embeddings; `ctclip embed` writes them")
-    found: dict[str, np.ndarray] = {"volume": table["volume"].to_numpy(zero_copy_only=False).astype(str)}
+    arrays: dict[str, np.ndarray] = {"volume": table["volume"].to_numpy(zero_copy_only=False).astype(str)}
     for name in table.column_names:
         if pa.types.is_fixed_size_list(table[name].type):
             column = table[name].combine_chunks()
             flat = column.flatten().to_numpy(zero_copy_only=False)
-            found[name] = flat.reshape(len(table), column.type.list_size)
-    return found
+            arrays[name] = flat.reshape(len(table), column.type.list_size)
+    return arrays
 
 
 def write_predictions(path: str | os.PathLike[str], table: pd.DataFrame) -> None:

@@ -98,27 +98,27 @@ def table_of(table: pd.DataFrame, head: Head, volumes: int) -> None:
 
     console = Console()
     # A column needs some fourteen characters to be read.
-    shown = table.head(min(MOST_SCANS, max(1, (console.width - 40) // 14)))
+    scans = table.head(min(MOST_SCANS, max(1, (console.width - 40) // 14)))
     grid = Table(title=plain(f"Probabilities ({calibrated(head)}; {NOTE})"))
     grid.add_column("abnormality", no_wrap=True)
-    for name in shown["volume"]:
+    for name in scans["volume"]:
         grid.add_column(plain(str(name)), justify="right", overflow="fold")
-    if len(shown) == 1:
+    if len(scans) == 1:
         grid.add_column("margin", justify="right")
     known = head.thresholds()
-    for name in sorted(head.names, key=lambda name: -float(shown[name].to_numpy()[0])):
-        cells = [f"{value:.2f}{'*' if value >= known.get(name, 2) else ' '}" for value in shown[name]]
-        if len(shown) == 1:
-            cells.append(f"{shown[f'margin:{name}'].iloc[0]:+.2f}")
+    for name in sorted(head.names, key=lambda name: -float(scans[name].to_numpy()[0])):
+        cells = [f"{value:.2f}{'*' if value >= known.get(name, 2) else ' '}" for value in scans[name]]
+        if len(scans) == 1:
+            cells.append(f"{scans[f'margin:{name}'].iloc[0]:+.2f}")
         grid.add_row(plain(name), *cells)
-    for name in [name for name in shown.columns if name.startswith("value:")]:
-        grid.add_row(plain(f"{name.removeprefix('value:')}, if present"), *[f"{value:.1f} " for value in shown[name]])
+    for name in [name for name in scans.columns if name.startswith("value:")]:
+        grid.add_row(plain(f"{name.removeprefix('value:')}, if present"), *[f"{value:.1f} " for value in scans[name]])
     console.print(grid)
     if known:
         console.print(ABOVE)
-    if volumes > len(shown):
-        print(f"({volumes - len(shown)} more in the file)")
-    for row in shown.itertuples():
+    if volumes > len(scans):
+        print(f"({volumes - len(scans)} more in the file)")
+    for row in scans.itertuples():
         if isinstance(row.warnings, str) and row.warnings:
             print(f"{row.volume}: {row.warnings}")
 
@@ -134,7 +134,7 @@ def neighbours(title: str, hits: pd.DataFrame) -> None:
     grid.add_column("volume", overflow="fold")
     grid.add_column("impression (findings where there is none)")
     for hit in hits.itertuples():
-        said = str(hit.impression) or str(hit.findings)
-        shown = said if len(said) <= 160 else said[:157] + "..."
-        grid.add_row(f"{hit.similarity:.3f}", plain(str(hit.volume)), plain(shown))
+        conclusion = str(hit.impression) or str(hit.findings)
+        excerpt = conclusion if len(conclusion) <= 160 else conclusion[:157] + "..."
+        grid.add_row(f"{hit.similarity:.3f}", plain(str(hit.volume)), plain(excerpt))
     Console().print(grid)

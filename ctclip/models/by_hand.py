@@ -1,6 +1,6 @@
 """Four steps of a transformer layer whose gradient PyTorch's CPU kernels compute slowly, differentiated by hand.
 
-Each takes a cache's worth of rows at a time, and keeps for the backward pass what it was given, not what it made on the
+Each takes a cache's worth of rows at a time, and keeps for the backward pass what it was given, not what it computed on the
 way. Elsewhere (a GPU, autocast, inference, torch.compile) PyTorch's own operations are called, whose results these equal;
 but for the depthwise convolution on a GPU, whose 3-D kernel has a gradient 80 times as slow as three in 2-D.
 """
@@ -35,8 +35,8 @@ def switched_off() -> Iterator[None]:
 def gated(up_gate: Tensor) -> Tensor:
     """(..., 2 n) -> (..., n): the first half times the GELU of the second (Shazeer 2020)."""
     if _by_hand(up_gate):
-        made: Tensor = _Gated.apply(up_gate)  # type: ignore[no-untyped-call]
-        return made
+        result: Tensor = _Gated.apply(up_gate)  # type: ignore[no-untyped-call]
+        return result
     up, gate = up_gate.chunk(2, dim=-1)
     return up * F.gelu(gate)
 
@@ -52,15 +52,15 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: fl
 def depthwise(cells: Tensor, convolution: nn.Conv3d) -> Tensor:
     """Cells (B, t, h, w, C) -> the same, of a kernel of three that reaches two slabs back and one to each side."""
     run: Any = _Depthwise.apply if _by_hand(cells) else _by_planes if cells.is_cuda else _convolve
-    made: Tensor = run(cells, convolution.weight, convolution.bias)
-    return made
+    result: Tensor = run(cells, convolution.weight, convolution.bias)
+    return result
 
 
 def unit(given: Tensor, scale: Tensor) -> Tensor:
     """(..., heads, c) of unit length, times ``scale`` (c)."""
     if _by_hand(given):
-        made: Tensor = _Unit.apply(given, scale)  # type: ignore[no-untyped-call]
-        return made
+        result: Tensor = _Unit.apply(given, scale)  # type: ignore[no-untyped-call]
+        return result
     return F.normalize(given, dim=-1) * scale
 
 
@@ -79,22 +79,22 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, up_gate: Tensor) -> Tensor:
         ctx.save_for_backward(up_gate)
-        made = up_gate.new_empty(*up_gate.shape[:-1], up_gate.shape[-1] // 2)
-        for given, into in zip(_blocks(up_gate), _blocks(made), strict=True):
+        result = up_gate.new_empty(*up_gate.shape[:-1], up_gate.shape[-1] // 2)
+        for given, into in zip(_blocks(up_gate), _blocks(result), strict=True):
             up, gate = given.chunk(2, dim=-1)
             torch.mul(up, F.gelu(gate), out=into)
-        return made
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> Tensor:
         (up_gate,) = ctx.saved_tensors
-        made = torch.empty_like(up_gate)
-        for given, above, into in zip(_blocks(up_gate), _blocks(slope.contiguous()), _blocks(made), strict=True):
+        result = torch.empty_like(up_gate)
+        for given, above, into in zip(_blocks(up_gate), _blocks(slope.contiguous()), _blocks(result), strict=True):
             (up, gate), (of_up, of_gate) = given.chunk(2, dim=-1), into.chunk(2, dim=-1)
             torch.mul(above, F.gelu(gate), out=of_up)
             torch.ops.aten.gelu_backward.grad_input(above * up, gate, grad_input=of_gate)
-        return made
+        return result
 
 
 def _blocks(given: Tensor) -> tuple[Tensor, ...]:
@@ -105,20 +105,20 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
         # Detached: the fused kernel is refused to a mask that wants a gradient, even where none is recorded.
-        made = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.detach()[None], scale=scale)
-        ctx.save_for_backward(query, key, value, bias, made)
+        result = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.detach()[None], scale=scale)
+        ctx.save_for_backward(query, key, value, bias, result)
         ctx.scale = scale
-        return made
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, made = ctx.saved_tensors
+        query, key, value, bias, result = ctx.saved_tensors
         # In memory as a linear map of all heads side by side makes and takes them.
         of_query, of_key, of_value = (torch.empty_like(query.transpose(1, 2)).transpose(1, 2) for _ in range(3))
         of_bias = torch.zeros_like(bias)
         # The part of a score's gradient that softmax's normalisation takes away again (Dao et al. 2022, section 3.1).
-        common = (slope * made).sum(dim=-1, keepdim=True)
+        common = (slope * result).sum(dim=-1, keepdim=True)
         weights, of_scores = torch.empty_like(bias[0]), torch.empty_like(bias[0])
         for head, row in itertools.product(range(query.shape[1]), range(len(query))):
             q, k, v, above = (part[row, head] for part in (query, key, value, slope))
@@ -135,25 +135,25 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(given, scale)
-        made = torch.empty_like(given, memory_format=torch.contiguous_format)
-        for some, into in zip(_heads(given), _heads(made), strict=True):
+        result = torch.empty_like(given, memory_format=torch.contiguous_format)
+        for some, into in zip(_heads(given), _heads(result), strict=True):
             torch.div(some, _length(some), out=into).mul_(scale)
-        return made
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
         given, scale = ctx.saved_tensors
-        made = torch.empty_like(slope, memory_format=torch.contiguous_format)
+        result = torch.empty_like(slope, memory_format=torch.contiguous_format)
         of_scale = torch.zeros_like(scale)
-        for some, above, into in zip(_heads(given), _heads(slope), _heads(made), strict=True):
+        for some, above, into in zip(_heads(given), _heads(slope), _heads(result), strict=True):
             length = _length(some)
             direction = some / length
             along = above * direction
             of_scale += along.sum(dim=(0, 1))
             outward = along.mul_(scale).sum(dim=-1, keepdim=True)
             torch.mul(above, scale, out=into).sub_(direction.mul_(outward)).div_(length)
-        return made, of_scale
+        return result, of_scale
 
 
 def _heads(given: Tensor) -> tuple[Tensor, ...]:
@@ -206,12 +206,12 @@ def _by_planes(cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     before = F.pad(cells, (0, 0, 0, 0, 0, 0, 2, 0))
     for tap in range(3):
         planes = before[:, tap : tap + slabs].flatten(0, 1).permute(0, 3, 1, 2)
-        made = F.conv2d(planes, weight[:, :, tap], padding=1, groups=len(weight))
-        total = total + made.permute(0, 2, 3, 1).view(cells.shape)
+        result = F.conv2d(planes, weight[:, :, tap], padding=1, groups=len(weight))
+        total = total + result.permute(0, 2, 3, 1).view(cells.shape)
     return total
 
 
 def _padded(cells: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(B, t, h, w, C) -> (B, t + 2, h, w, C): as PyTorch pads on the way, which copies nothing."""
-    made = F.conv3d(cells.permute(0, 4, 1, 2, 3), weight, bias, padding=(2, 1, 1), groups=len(weight))
-    return made.permute(0, 2, 3, 4, 1)
+    result = F.conv3d(cells.permute(0, 4, 1, 2, 3), weight, bias, padding=(2, 1, 1), groups=len(weight))
+    return result.permute(0, 2, 3, 4, 1)

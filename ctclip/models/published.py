@@ -73,10 +73,10 @@ def read_published(path: str | Path, ignore: Sequence[str] = ()) -> Published:
     Raises CheckpointError for a file that is none, and for keys that are not understood, unless ``ignore`` names them
     (``*`` stands for anything).
     """
-    found = _tensors(Path(path))
+    tensors = _tensors(Path(path))
     state: dict[str, Tensor] = {}
     strange = []
-    for key, value in found.items():
+    for key, value in tensors.items():
         name = next((rename(m) for pattern, rename in RENAMED if (m := re.fullmatch(pattern, key))), None)
         if any(fnmatchcase(key, given) for given in ignore):
             continue
@@ -98,11 +98,13 @@ def read_published(path: str | Path, ignore: Sequence[str] = ()) -> Published:
             f"{path}: {len(strange)} keys are not understood: {', '.join(strange)}; name those that may be dropped in --ignore (`--ignore 'decoder.*'` for many)"
         )
     try:
-        volume, plane, dim, bert = _sizes(found, state)
+        volume, plane, dim, bert = _sizes(tensors, state)
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: not a CT-CLIP checkpoint, {error} is missing or of an odd shape") from error
     classifier = {
-        key.removeprefix("classifier."): found[key] for key in ("classifier.weight", "classifier.bias") if key in found
+        key.removeprefix("classifier."): tensors[key]
+        for key in ("classifier.weight", "classifier.bias")
+        if key in tensors
     }
     return Published(volume, plane, dim, bert, state, classifier)
 
@@ -151,7 +153,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _sizes(found: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[CTViTConfig, int, int, dict[str, int]]:
+def _sizes(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[CTViTConfig, int, int, dict[str, int]]:
     width, inside = state["volume_encoder.embed.1.weight"].shape
     heads = state["volume_encoder.bias.net.4.weight"].shape[0]
     head_width = state["volume_encoder.spatial.0.query_scale"].shape[0]
@@ -159,7 +161,7 @@ def _sizes(found: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[CTViTCon
     side = round((flat / width) ** 0.5)
     # Of a patch the number of voxels is known. How many lie in plane says the embedding of a single slice, which nothing
     # else uses; where it was stripped, the proportions are the published ones, 2 : 1 in plane to depth.
-    slice_of_patch = found.get("visual_transformer.to_patch_emb_first_frame.1.weight")
+    slice_of_patch = tensors.get("visual_transformer.to_patch_emb_first_frame.1.weight")
     patch = round((2 * inside) ** (1 / 3) if slice_of_patch is None else slice_of_patch.numel() ** 0.5)
     depth = inside // patch**2
     if side * side * width != flat or depth * patch**2 != inside:

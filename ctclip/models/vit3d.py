@@ -253,10 +253,10 @@ class Stem(nn.Module):
         """volume and mask (B, 1, D, H, W) -> (B, C, d, h, w), and what was pooled on the way, (B, ...) each."""
         pd, ph, pw = self.patch
         patches = rearrange(volume, "b 1 (d pd) (h ph) (w pw) -> b d h w (pd ph pw)", pd=pd, ph=ph, pw=pw)
-        shown = [self._window(patches, low, high) for low, high in self.windows]
-        embedded = self.embed(torch.cat(shown, dim=-1))
+        windowed = [self._window(patches, low, high) for low, high in self.windows]
+        embedded = self.embed(torch.cat(windowed, dim=-1))
         if self.extremes is not None:
-            spots = [extreme for window in shown for extreme in (window.amin(dim=-1), window.amax(dim=-1))]
+            spots = [extreme for window in windowed for extreme in (window.amin(dim=-1), window.amax(dim=-1))]
             embedded = embedded + self.extremes(torch.stack(spots, dim=-1))
         # The channel axis stays innermost in memory: convolutions and linear maps both want it there.
         cells = rearrange(embedded, "b d h w c -> b c d h w")
@@ -395,8 +395,8 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """In float32 as the angles are, whatever the vectors (B, heads, N, c) are."""
-    made = torch.empty_like(vectors)
-    (even, odd), (turned_even, turned_odd) = vectors.chunk(2, dim=-1), made.chunk(2, dim=-1)
+    result = torch.empty_like(vectors)
+    (even, odd), (turned_even, turned_odd) = vectors.chunk(2, dim=-1), result.chunk(2, dim=-1)
     turned_even.copy_(even * cos - odd * sin)
     turned_odd.copy_(even * sin + odd * cos)
-    return made
+    return result

@@ -92,15 +92,15 @@ def means(parts: Tensor, windows: Windows, batch: int) -> Tensor:
     """(B or 1, M, C) -> (B, W, C), the mean of the real tokens of each window; zeros where there is none."""
     inside = rearrange(parts.expand(batch, -1, -1), "b m c -> (b m) c")[windows.rows]
     if windows.real is None:
-        found = inside.mean(dim=1)
+        average = inside.mean(dim=1)
     else:
         real = windows.real[..., None]
-        found = (inside * real).sum(dim=1) / real.sum(dim=1)
+        average = (inside * real).sum(dim=1) / real.sum(dim=1)
     if windows.there is None:
-        return rearrange(found, "(b w) c -> b w c", b=batch)
+        return rearrange(average, "(b w) c -> b w c", b=batch)
     return (
-        found.new_zeros(windows.there.numel(), found.shape[1])
-        .index_copy(0, windows.place, found)
+        average.new_zeros(windows.there.numel(), average.shape[1])
+        .index_copy(0, windows.place, average)
         .unflatten(0, windows.there.shape)
     )
 

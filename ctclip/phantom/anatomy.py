@@ -179,7 +179,7 @@ def branches(
     """A branching tree from the hilum into the lung: (start, end, generation) of each segment."""
     start = hilum(patient, side)
     centre, radii = np.array(patient.lung_centre(side)), np.array(patient.lung_radii(side))
-    found: list[tuple[np.ndarray, np.ndarray, int]] = []
+    branches: list[tuple[np.ndarray, np.ndarray, int]] = []
     tips = [(start, (centre + radii * direction - start)) for direction in _lobar_directions()]
     for generation in range(generations):
         grown = []
@@ -188,12 +188,12 @@ def branches(
             end = point + heading * length * 0.78**generation * random.uniform(0.8, 1.2)
             if np.linalg.norm((end - centre) / radii) > 0.98:
                 continue
-            found.append((point, end, generation))
+            branches.append((point, end, generation))
             for _ in range(2):
                 outward = (end - start) / (np.linalg.norm(end - start) + 1e-6)
                 grown.append((end, heading + 0.4 * outward + random.normal(0, 0.5, size=3)))
         tips = grown
-    return found
+    return branches
 
 
 def _lobar_directions() -> list[np.ndarray]:

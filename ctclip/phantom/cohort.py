@@ -75,17 +75,17 @@ def plan(options: Options) -> Iterator[Task]:
     """The scans of a cohort, in order: a function of the options alone."""
     random = np.random.default_rng([options.seed, 99])
     numbers = {"train": 0, "valid": 0}
-    made = patient = 0
-    while made < options.volumes:
+    drawn = patient = 0
+    while drawn < options.volumes:
         # Every fifth or so goes to validation; drawn, not counted, so that a larger cohort begins with a smaller one.
         split = "valid" if random.random() < options.valid_fraction else "train"
         numbers[split] += 1
         for scan_number in range(1 + int(random.random() < SECOND_SCAN)):
-            count = min(1 + int(random.choice(3, p=RECONSTRUCTIONS)), options.volumes - made)
+            count = min(1 + int(random.choice(3, p=RECONSTRUCTIONS)), options.volumes - drawn)
             if count:
                 name = f"{split}_{numbers[split]}_{'ab'[scan_number]}"
                 yield Task(patient, scan_number, split, name, count)
-            made += count
+            drawn += count
         patient += 1
 
 
@@ -93,8 +93,8 @@ def _claim(root: Path, options: Options) -> None:
     path = root / "phantom.json"
     wanted = {"version": __version__, **dataclasses.asdict(options)}
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        differing = [key for key in wanted if found.get(key) != wanted[key]]
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        differing = [key for key in wanted if kept.get(key) != wanted[key]]
         if differing:
             raise PhantomError(
                 f"{path}: this folder holds another cohort (differs in {', '.join(differing)}); choose another folder"
@@ -123,12 +123,14 @@ def _one(root: Path, options: Options, task: Task) -> None:
     )  # fmt: skip
     patient = task.name.rsplit("_", 1)[0]
     rows = []
-    for number, made in enumerate(scan.reconstructions, start=1):
+    for number, reconstruction in enumerate(scan.reconstructions, start=1):
         volume = f"{task.name}_{number}"
         relative = Path(task.split, patient, task.name)
-        _write_nifti(root / "dataset" / relative / f"{volume}.nii.gz", made.hu, made.acquisition)
-        _write_nifti(root / "masks" / relative / f"{volume}_findings.nii.gz", made.masks, made.acquisition)
-        rows.append(_metadata(f"{volume}.nii.gz", made.acquisition, scan))
+        _write_nifti(root / "dataset" / relative / f"{volume}.nii.gz", reconstruction.hu, reconstruction.acquisition)
+        _write_nifti(
+            root / "masks" / relative / f"{volume}_findings.nii.gz", reconstruction.masks, reconstruction.acquisition
+        )
+        rows.append(_metadata(f"{volume}.nii.gz", reconstruction.acquisition, scan))
     # Written last: a scan with its sidecar is whole.
     write_text(_sidecar(root, task), json.dumps(_facts(scan, rows), indent=1))
 

@@ -89,8 +89,8 @@ def lung_point(
             continue
         # Above the fissure is upper; below it in front on the right is middle.
         above = unit[2] - 0.45 * unit[1] > 0.12
-        found = "upper" if above else ("middle" if side == "right" and unit[1] < -0.1 else "lower")
+        here = "upper" if above else ("middle" if side == "right" and unit[1] < -0.1 else "lower")
         point = centre + unit * radii
-        if found == lobe and np.linalg.norm((point - heart) / (heart_radii + 6)) > 1:
+        if here == lobe and np.linalg.norm((point - heart) / (heart_radii + 6)) > 1:
             return point
     return centre + np.array([0.0, 0.35, 0.35 if lobe == "upper" else -0.35]) * radii

@@ -96,20 +96,20 @@ def make_scan(
         factor, heart_detail = findings_chest.enlarged_heart(random)
         patient = dataclasses.replace(patient, heart=patient.heart * factor)
     protocols = np.random.default_rng([*stream, 1])
-    made: list[Reconstruction] = []
+    reconstructions: list[Reconstruction] = []
     details: list[Detail] = []
     for number in range(reconstructions):
         acquisition = draw_acquisition(patient, protocols, scale)
         # The same stream for each reconstruction: the same patient on another grid.
         canvas, details = _draw(patient, present, blood, acquisition, np.random.default_rng([*stream, 2]))
         noise = np.random.default_rng([*stream, 3, number])
-        made.append(Reconstruction(scan(canvas, acquisition, noise), canvas.findings, acquisition))
+        reconstructions.append(Reconstruction(scan(canvas, acquisition, noise), canvas.findings, acquisition))
     if heart_detail is not None:
         details.append(heart_detail)
     details.sort(key=lambda detail: FINDINGS.index(detail.finding))
-    thickness = made[0].acquisition.grid.spacing[0]
+    thickness = reconstructions[0].acquisition.grid.spacing[0]
     report = write_report(details, np.random.default_rng([*stream, 4]), contrast=contrast, slice_mm=thickness)
-    return Scan(patient, present, tuple(details), report, tuple(made))
+    return Scan(patient, present, tuple(details), report, tuple(reconstructions))
 
 
 def _draw(

@@ -3,7 +3,7 @@
 Activations are counted, not guessed: a step is traced forward and backward on tensors that have shapes but no data, and
 what is held at its fullest moment is added up; floating-point operations are counted likewise. Bytes are those that
 tensors take (``torch.cuda.max_memory_allocated``), without the workspaces of cuDNN; what a process holds beside them is
-said by ``describe``.
+stated by ``describe``.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ OTHERWISE = 0.03
 # What the CUDA context, cuBLAS and NCCL hold before the first tensor.
 CONTEXT = 1.5 * GIB
 REPORT_TOKENS = 256
-# What tests/benchmarks/card.py has found.
-MEASURED = "on an H100 ct_rate_vit3d_base took 5 % less than is said here"
+# Measured by tests/benchmarks/card.py.
+MEASURED = "on an H100 ct_rate_vit3d_base took 5 % less than is stated here"
 # What a processor's figures leave out, as measured by tests/benchmarks/training.py.
 PROCESS = (
     "beside them a process holds Python and its libraries (some 0.7 GiB), and memory that was freed: some 40 % more"
@@ -238,15 +238,15 @@ class Live(TorchDispatchMode):
         self.seen: weakref.WeakKeyDictionary[torch.UntypedStorage, None] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
             if storage is not None and storage not in self.seen:
                 self.seen[storage] = None
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._freed, storage.nbytes())
         self.most = max(self.most, self.now)
-        return made
+        return result
 
     def _freed(self, count: int) -> None:
         self.now -= count
@@ -287,8 +287,8 @@ def _saved(forward: Callable[[], Any], module: nn.Module, bf16: bool) -> tuple[i
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         # Held until the end: a storage that is freed may give its number to the next.
-        found = forward()
-    return sum(storage.nbytes() for storage in kept.values()), found
+        output = forward()
+    return sum(storage.nbytes() for storage in kept.values()), output
 
 
 @contextlib.contextmanager
