@@ -120,11 +120,11 @@ def masked(text: str, header: Any) -> str:
     return Mask(header if isinstance(header, list) else [header])(text)
 
 
-def anonymous_id(header: Any, shown: str) -> str:
+def anonymous_id(header: Any, place: str) -> str:
     """An id that follows from the series alone: the same in every run, and no name can be read from it."""
     first = next(iter(header), None) if isinstance(header, list) else header
     uid = "" if first is None else first.get("SeriesInstanceUID", "")
-    return "scan-" + hashlib.sha256(f"{uid} {shown}".encode()).hexdigest()[:12]
+    return "scan-" + hashlib.sha256(f"{uid} {place}".encode()).hexdigest()[:12]
 
 
 def _headers(path: Path) -> Iterator[Any]:
@@ -217,11 +217,11 @@ def _folded(text: str, write_out: bool) -> tuple[str, list[int]]:
 
 
 def _without(text: str, spans: list[tuple[int, int]]) -> str:
-    shown, at = "", 0
+    masked_text, at = "", 0
     for start, end in sorted(spans):
         while end < len(text) and unicodedata.combining(text[end]):
             end += 1
         if start >= at:
-            shown += text[at:start] + "***"
+            masked_text += text[at:start] + "***"
         at = max(at, end)
-    return shown + text[at:]
+    return masked_text + text[at:]

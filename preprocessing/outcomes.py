@@ -63,12 +63,12 @@ def write_outcomes(store: VolumeStore, outcomes: Iterable[Outcome], shard: tuple
 
 def read_outcomes(store: VolumeStore) -> dict[str, Outcome]:
     """What earlier runs and shards wrote of the volumes that were done."""
-    found: dict[str, Outcome] = {}
+    outcomes: dict[str, Outcome] = {}
     for path in sorted(store.path.glob("outcomes*.csv")):
         table = outcome_table(path)
         done = table[table["outcome"] == "done"].to_dict("records")
-        found |= {str(row["volume"]): Outcome.of_row(row) for row in done}
-    return found
+        outcomes |= {str(row["volume"]): Outcome.of_row(row) for row in done}
+    return outcomes
 
 
 def outcome_table(path: Path) -> pd.DataFrame:

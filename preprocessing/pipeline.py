@@ -243,8 +243,8 @@ def preprocess(
         *_kept(store, [name for name in mine["volume"] if name in there]),
         *_not_read(cohort, set(mine["volume"])),
     ]
-    made = _all(due, store.path, options, workers or len(os.sched_getaffinity(0)))
-    outcomes += track(made, len(due), "preprocessing")
+    fresh = _all(due, store.path, options, workers or len(os.sched_getaffinity(0)))
+    outcomes += track(fresh, len(due), "preprocessing")
     write_outcomes(store, outcomes, shard)
     return Report(outcomes, cohort.notes, dict(cohort.unused))
 

@@ -75,7 +75,7 @@ def quality_page(
     windows = windows or WINDOWS
     cohort = store.cohort.set_index("volume")
     names = [name for name in store.volumes if name in cohort.index and split in (None, cohort.at[name, "split"])]
-    shown = names[first : first + count]
+    page_names = names[first : first + count]
     outcomes = read_outcomes(store)
     refused = _refused(store)
 
@@ -83,7 +83,7 @@ def quality_page(
         return _card(store, name, str(cohort.at[name, "split"]), outcomes.get(name), expect, windows)
 
     with ThreadPoolExecutor() as pool:
-        cards = list(track(pool.map(card, shown), len(shown), "drawing"))
+        cards = list(track(pool.map(card, page_names), len(page_names), "drawing"))
     warned = sum(bool(card.warnings) for card in cards)
     page = Environment(autoescape=True).from_string(TEMPLATE)
     title = f"Quality control: {store.path.name}"
@@ -121,8 +121,8 @@ def _card(
     hu = store.read(name)
     if store.spec.published_geometry:
         hu = hu.transpose(0, 2, 1)
-    said = outcome.warnings if outcome else ()
-    warnings = [warning for warning in said if warning != ALREADY_HU]
+    told = outcome.warnings if outcome else ()
+    warnings = [warning for warning in told if warning != ALREADY_HU]
     affine = np.diag([*store.spec.spacing, 1.0])
     if expect == "chest" and (reason := no_chest(find_lungs(Volume(hu, affine, name)))):
         warnings.append(reason)
@@ -133,7 +133,7 @@ def _card(
     return Card(
         volume=name, split=split, picture=_picture(hu, store.spec.spacing, windows), shape=outcome.source_shape if outcome else "",
         spacing=outcome.source_spacing if outcome else "", bars=[round(float(h), 1) for h in bars],
-        range=f"{hu.min()} to {hu.max()}", warnings=warnings, note=ALREADY_HU if ALREADY_HU in said else "",
+        range=f"{hu.min()} to {hu.max()}", warnings=warnings, note=ALREADY_HU if ALREADY_HU in told else "",
     )  # fmt: skip
 
 

@@ -104,8 +104,8 @@ class VolumeStore:
         try:
             packed = self._open(volume)
             # The names first: an older volume has no notes, and asking for them is an error.
-            found = json.loads(packed.schunk.vlmeta["notes"]) if "notes" in packed.schunk.vlmeta.getall() else {}
-            return {str(key): str(value) for key, value in found.items()}
+            notes = json.loads(packed.schunk.vlmeta["notes"]) if "notes" in packed.schunk.vlmeta.getall() else {}
+            return {str(key): str(value) for key, value in notes.items()}
         except (PreprocessingError, AttributeError, ReferenceError, *BLOSC_RAISES):
             return {}
 

@@ -184,14 +184,14 @@ def one_row_each(parts: Iterable[tuple[Path, pd.DataFrame]], key: str) -> pd.Dat
     return whole[~whole.index.duplicated()]
 
 
-def zeros_and_ones(column: pd.Series, said: str) -> pd.Series:
+def zeros_and_ones(column: pd.Series, what: str) -> pd.Series:
     """A label column as nullable Int8: 0 and 1, their words (``true``, ``no``), and nothing; else the first bad cell is
     quoted with where it stands."""
     values = [_label(cell) for cell in column]
     for place, cell, value in zip(column.index, column, values, strict=True):
         if value is NotALabel:
             where = f"{column.index.name} {place}" if column.index.name else str(place)
-            raise PreprocessingError(f"{said} holds values other than 0 and 1: {str(cell)[:40]!r} ({where})")
+            raise PreprocessingError(f"{what} holds values other than 0 and 1: {str(cell)[:40]!r} ({where})")
     return pd.Series(values, index=column.index, dtype="Int8")
 
 
@@ -251,8 +251,8 @@ def label_columns(table: pd.DataFrame, names: Sequence[str] | None = None) -> Co
 
 def report_text(text: object) -> str:
     """A section of a report, or "" where it holds nothing but a word for "no report" (``Not given.``, ``nan``, ``-``)."""
-    said = _cell(text)
-    return "" if is_no_report(said) else said
+    cell = _cell(text)
+    return "" if is_no_report(cell) else cell
 
 
 def is_no_report(text: str) -> bool:

@@ -32,11 +32,11 @@ def measure(config: ModelConfig, spec: PreprocessingSpec) -> Size:
         encoder = build_volume_encoder(config.volume, spec).eval()
         volume = torch.zeros(1, 1, *axis_shape(spec))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        found = encoder(volume)
+        encoded = encoder(volume)
     return Size(
         kind=config.volume.kind,
         shape=axis_shape(spec),
-        tokens=found.tokens.shape[1],
+        tokens=encoded.tokens.shape[1],
         volume_parameters=sum(parameter.numel() for parameter in encoder.parameters()),
         text_parameters=_text_parameters(config),
         flops=float(counter.get_total_flops()),

@@ -96,20 +96,20 @@ def make_scan(
         factor, heart_detail = findings_chest.enlarged_heart(random)
         patient = dataclasses.replace(patient, heart=patient.heart * factor)
     protocols = np.random.default_rng([*stream, 1])
-    reconstructions: list[Reconstruction] = []
+    images: list[Reconstruction] = []
     details: list[Detail] = []
     for number in range(reconstructions):
         acquisition = draw_acquisition(patient, protocols, scale)
         # The same stream for each reconstruction: the same patient on another grid.
         canvas, details = _draw(patient, present, blood, acquisition, np.random.default_rng([*stream, 2]))
         noise = np.random.default_rng([*stream, 3, number])
-        reconstructions.append(Reconstruction(scan(canvas, acquisition, noise), canvas.findings, acquisition))
+        images.append(Reconstruction(scan(canvas, acquisition, noise), canvas.findings, acquisition))
     if heart_detail is not None:
         details.append(heart_detail)
     details.sort(key=lambda detail: FINDINGS.index(detail.finding))
-    thickness = reconstructions[0].acquisition.grid.spacing[0]
+    thickness = images[0].acquisition.grid.spacing[0]
     report = write_report(details, np.random.default_rng([*stream, 4]), contrast=contrast, slice_mm=thickness)
-    return Scan(patient, present, tuple(details), report, tuple(reconstructions))
+    return Scan(patient, present, tuple(details), report, tuple(images))
 
 
 def _draw(

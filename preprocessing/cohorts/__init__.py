@@ -1,6 +1,6 @@
 """Cohorts as they lie on disk, brought to one table.
 
-A layout is one module here with ``recognised(tree)`` and ``read(tree) -> Cohort``; a new one is found by being there.
+A layout is one module here with ``recognised(tree)`` and ``read(tree) -> Cohort``; a new one is recognised because it is there.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def read_cohort(
         raise PreprocessingError(f"no cohort layout {layout!r}; there are auto, {', '.join(layouts())}")
     tree = walk(folder) if folder.is_dir() else Tree(folder, [folder])
     if wanted == "auto":
-        found = (name for name in layouts() if import_module(f"{__name__}.{name}").recognised(tree))
-        wanted = next(found, "folder")
+        names = (name for name in layouts() if import_module(f"{__name__}.{name}").recognised(tree))
+        wanted = next(names, "folder")
     options = {"ct_rate": {"keep_no_chest": keep_no_chest}, "folder": {"labels": labels}}.get(wanted, {})
     cohort: Cohort = import_module(f"{__name__}.{wanted}").read(tree, **options)
     check_table(cohort.table, folder)
@@ -92,7 +92,7 @@ def _reader(name: str) -> Callable[[Path], Cohort] | None:
     if "" not in sys.path:
         sys.path.append("")
     try:
-        found: Callable[[Path], Cohort] = getattr(import_module(module), function)
-        return found
+        reader: Callable[[Path], Cohort] = getattr(import_module(module), function)
+        return reader
     except (ModuleNotFoundError, AttributeError) as error:
         raise PreprocessingError(f"--cohort {name}: {error}; name a function of a module in this folder") from error

@@ -73,7 +73,7 @@ def dicom_scans(files: list[Path], alone: bool) -> tuple[list[Scan], set[Path], 
                 kind = "localizers" if one.localizers else "DICOM files that are too few for a scan"
                 unused[kind] += len(one.files)
     owners = _owners({folder: series for folder, series in scans.items() if series}, unused)
-    found, used = [], set()
+    merged, used = [], set()
     for folder, series, places in owners:
         common = Path(os.path.commonpath(places))
         deeper = any(other != common and common in other.parents for other in by_folder)
@@ -81,10 +81,10 @@ def dicom_scans(files: list[Path], alone: bool) -> tuple[list[Scan], set[Path], 
         named = len(places) > 1 or deeper
         main = max(series, key=lambda one: (_is_ct(one), one.frames or len(one.files)))
         headers = [main.header, *(one.header for one in series if one is not main)]
-        found.append(Scan(common, folder, headers, main.uid if named and main.uid else None, *_whose(main.header)))
+        merged.append(Scan(common, folder, headers, main.uid if named and main.uid else None, *_whose(main.header)))
         used |= {path for one in series for path in one.files}
     known = used | {path for series in by_folder.values() for one in series for path in one.files}
-    return found, known, unused
+    return merged, known, unused
 
 
 def _series(files: list[Path]) -> list[Series]:
@@ -97,11 +97,11 @@ def _series(files: list[Path]) -> list[Series]:
     headers = {path: read_header(path, [*TAGS, *MORE]) for path in probes}
     if len(probes) < len(every) and len({_uid(header) for header in headers.values()}) > 1:
         headers = {path: read_header(path, [*TAGS, *MORE]) for path in every}
-    found: dict[str, Series] = {}
+    series: dict[str, Series] = {}
     for path, header in headers.items():
         if header is None or is_directory_record(header):
             continue
-        one = found.setdefault(_uid(header), Series(_uid(header), header))
+        one = series.setdefault(_uid(header), Series(_uid(header), header))
         one.files.append(path)
         if "Rows" not in header:
             continue
@@ -109,10 +109,10 @@ def _series(files: list[Path]) -> list[Series]:
         one.localizers += "LOCALIZER" in kinds
         frames = str(header.get("NumberOfFrames", "") or "1")
         one.frames += int(frames) if frames.isdigit() else 1
-    if len(headers) < len(every) and len(found) == 1:
-        only = next(iter(found.values()))
+    if len(headers) < len(every) and len(series) == 1:
+        only = next(iter(series.values()))
         only.files, only.frames = every, max(only.frames, len(every)) if only.frames else 0
-    return list(found.values())
+    return list(series.values())
 
 
 def _images(files: list[Path]) -> dict[Path, None]:
@@ -162,14 +162,14 @@ def _owners(scans: dict[Path, list[Series]], unused: Counter[str]) -> list[tuple
             if one.uid:
                 by_uid.setdefault(one.uid, []).append(folder)
     shared = {folder: folders for folders in by_uid.values() if len(folders) > 1 for folder in folders}
-    found, done = [], set()
+    gathered, done = [], set()
     for folder in scans:
         if folder in done:
             continue
         group = shared.get(folder, [folder])
         group = [place for place in group if place not in done]
         if len(group) == 1:
-            found.append((folder, scans[folder], [folder]))
+            gathered.append((folder, scans[folder], [folder]))
             done.add(folder)
             continue
         places: list[Path] = []
@@ -183,9 +183,9 @@ def _owners(scans: dict[Path, list[Series]], unused: Counter[str]) -> list[tuple
                 places.append(place)
                 held |= instances[place]
         places.sort(key=group.index)
-        found.append((places[0], [one for place in places for one in scans[place]], places))
+        gathered.append((places[0], [one for place in places for one in scans[place]], places))
         done.update(group)
-    return found
+    return gathered
 
 
 def _instances(series: list[Series]) -> set[str]:

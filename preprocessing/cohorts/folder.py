@@ -93,10 +93,10 @@ def _named(root: Path, paths: list[Path], series: dict[Path, Scan] | None = None
     for name, place, path in zip(names, places, paths, strict=True):
         scan = series.get(path)
         headers = scan.headers if scan else _headers(path)
-        shown = masked(str(place), headers)
-        known = shown == str(place)
+        name_masked = masked(str(place), headers)
+        known = name_masked == str(place)
         records.append({
-            "volume": name if known else anonymous_id(headers, shown), "path": _printable(shown) if path != root else ".",
+            "volume": name if known else anonymous_id(headers, name_masked), "path": _printable(name_masked) if path != root else ".",
         })  # fmt: skip
         uid = str(headers[0].get("SeriesInstanceUID", "") or "") if headers else ""
         keys.append([f"series {uid}" * bool(uid)] + ([f"study {scan.study}" * bool(scan.study)] if scan else []))
@@ -158,15 +158,15 @@ def _copies(paths: list[Path]) -> dict[Path, str]:
     for path in paths:
         if path.is_file() and path.stat().st_size:
             sizes.setdefault(path.stat().st_size, []).append(path)
-    found: dict[Path, str] = {}
+    patients: dict[Path, str] = {}
     for size, members in sizes.items():
         for step in (_sampled, _whole):
             groups: dict[str, list[Path]] = {}
             for path in members if len(members) > 1 else []:
                 groups.setdefault(step(path, size), []).append(path)
             members = [path for group in groups.values() if len(group) > 1 for path in group]
-        found |= {path: value for value, group in groups.items() if len(group) > 1 for path in group}
-    return found
+        patients |= {path: value for value, group in groups.items() if len(group) > 1 for path in group}
+    return patients
 
 
 def _sampled(path: Path, size: int) -> str:
@@ -247,8 +247,8 @@ def _from_table(path: Path, label_names: Sequence[str] | None) -> Cohort:
         columns={theirs: ours for ours, theirs in GEOMETRY_COLUMNS.items() if ours not in table.columns}
     )
     places = [path.parent / place for place in table["path"]]
-    volumes, shown, notes = _ids(path, table, places)
-    table = table.assign(volume=volumes, path=shown)
+    volumes, paths, notes = _ids(path, table, places)
+    table = table.assign(volume=volumes, path=paths)
     for name in ("rescale_slope", "rescale_intercept", "reconstruction"):
         if name in table.columns:
             table[name] = pd.Series(
@@ -269,14 +269,14 @@ def _from_table(path: Path, label_names: Sequence[str] | None) -> Cohort:
     labels = {name: zeros_and_ones(table[name], f"{path}: label column {name!r}").to_numpy() for name in chosen.labels}
     notes += _columns_told(chosen)
     records = table[own].to_dict("records")
-    made = cohort_table([{str(name): value for name, value in record.items() if value != ""} for record in records])
-    if "no_chest" in made.columns:
-        made["no_chest"] = (zeros_and_ones(table["no_chest"], f"{path}: column 'no_chest'").fillna(0) == 1).to_numpy()
-    geometry = [name for name in GEOMETRY_COLUMNS if name in made.columns]
-    made[geometry] = made[geometry].fillna("")
-    extra = {name: table[name].to_numpy() for name in chosen.metadata if name not in made.columns}
-    made = made.assign(**extra, **{name: pd.array(values, dtype="Int8") for name, values in labels.items()})
-    return Cohort(made, dict(zip(made["volume"], places, strict=True)), notes=notes)
+    cohort = cohort_table([{str(name): value for name, value in record.items() if value != ""} for record in records])
+    if "no_chest" in cohort.columns:
+        cohort["no_chest"] = (zeros_and_ones(table["no_chest"], f"{path}: column 'no_chest'").fillna(0) == 1).to_numpy()
+    geometry = [name for name in GEOMETRY_COLUMNS if name in cohort.columns]
+    cohort[geometry] = cohort[geometry].fillna("")
+    extra = {name: table[name].to_numpy() for name in chosen.metadata if name not in cohort.columns}
+    cohort = cohort.assign(**extra, **{name: pd.array(values, dtype="Int8") for name, values in labels.items()})
+    return Cohort(cohort, dict(zip(cohort["volume"], places, strict=True)), notes=notes)
 
 
 def _ids(path: Path, table: pd.DataFrame, places: list[Path]) -> tuple[list[str], list[str], list[str]]:
@@ -294,10 +294,10 @@ def _ids(path: Path, table: pd.DataFrame, places: list[Path]) -> tuple[list[str]
                 f"{path}: {table['path'][twice].iloc[0]!r} is listed twice (line {table.index[twice][0]})"
             )
         wanted = ids = _unlike([identity(place) for place in places], table["path"].tolist())
-    volumes, shown = [], []
+    volumes, masked_paths = [], []
     for line, name, text, place in zip(table.index, ids, table["path"], places, strict=True):
         headers = _headers(place)
-        shown.append(masked(text, headers))
+        masked_paths.append(masked(text, headers))
         if masked(name, headers) == name:
             volumes.append(name)
         elif given:
@@ -305,22 +305,22 @@ def _ids(path: Path, table: pd.DataFrame, places: list[Path]) -> tuple[list[str]
                 f"{path}: the volume id in line {line} names the patient of its DICOM header; choose another"
             )
         else:
-            volumes.append(anonymous_id(headers, shown[-1]))
+            volumes.append(anonymous_id(headers, masked_paths[-1]))
     changed = [(name, one) for name, one in zip(wanted, volumes, strict=True) if given and name != one]
     if not changed:
-        return volumes, shown, []
+        return volumes, masked_paths, []
     told = f"{counted(len(changed), 'volume id')} changed to what a file may be called, such as {changed[0][0]!r} to {changed[0][1]!r}"
-    return volumes, shown, [told]
+    return volumes, masked_paths, [told]
 
 
 def _numbers(path: Path, column: pd.Series, default: Any) -> list[float]:
-    found: list[float] = []
+    numbers_read: list[float] = []
     for line, cell in column.items():
         values = [default] if cell.casefold() in MISSING else numbers(cell, 1)
         if values is None:
             raise PreprocessingError(f"{path}: column {column.name!r} holds {cell[:40]!r}, not a number (line {line})")
-        found.append(values[0])
-    return found
+        numbers_read.append(values[0])
+    return numbers_read
 
 
 def _columns_told(columns: Columns) -> list[str]:

@@ -29,7 +29,7 @@ HOLE = 0.75
 
 
 def best(slices: list[Slice], warnings: list[str]) -> list[Slice]:
-    """The slices of one acquisition, the best by this file's rule; what was left out is said in ``warnings``."""
+    """The slices of one acquisition, the best by this file's rule; ``warnings`` name what was left out."""
     if len(slices) < FEWEST:
         return slices
     chosen, reasons = _apart(slices)

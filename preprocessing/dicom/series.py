@@ -115,8 +115,8 @@ def _check(source: str, chosen: Candidate) -> None:
     if len(chosen.slices) < FEWEST:
         kinds = {modality(image) for image in chosen.images}
         if "CT" not in kinds:
-            shown = ", ".join(sorted(kind for kind in kinds if re.fullmatch(r"[A-Z]{2,8}", kind)))
-            raise PreprocessingError(f"{source}: its modality is not CT" + f" ({shown})" * bool(shown))
+            named = ", ".join(sorted(kind for kind in kinds if re.fullmatch(r"[A-Z]{2,8}", kind)))
+            raise PreprocessingError(f"{source}: its modality is not CT" + f" ({named})" * bool(named))
         raise PreprocessingError(
             f"{source}: {len(chosen.slices)} of {len(chosen.images)} images of the series are CT slices with a position"
             + f" ({'; '.join(filter(None, [reasons, *chosen.warnings]))})" * bool(reasons or chosen.warnings)
@@ -127,7 +127,7 @@ def _check(source: str, chosen: Candidate) -> None:
         chosen.warnings.insert(0, f"{count} images of the series have no place among its slices: left out ({reasons})")
     header = chosen.slices[0].image.header
     if not all(in_hu(member.image.header) for member in chosen.slices):
-        shown = re.sub(r"[^A-Z0-9_]", "", str(header.get("RescaleType", "")).upper())[:16]
-        chosen.warnings.append(f"RescaleType is {shown or 'unknown'}, not HU: values may be another quantity")
+        quantity = re.sub(r"[^A-Z0-9_]", "", str(header.get("RescaleType", "")).upper())[:16]
+        chosen.warnings.append(f"RescaleType is {quantity or 'unknown'}, not HU: values may be another quantity")
     if (kind := altered_as(header)) is not None:
         chosen.warnings.append(f"its header says {kind}: values may not be those of a plain CT")

@@ -45,14 +45,14 @@ def read(path: Path, source: str, largest: int) -> Volume:
         size, name = byte_count(shape, dtype), fields["ElementDataFile"]
         local = name.upper() == "LOCAL"
         if local:
-            content, said = _content(stream, size, packed, 0, largest, source)
+            content, told = _content(stream, size, packed, 0, largest, source)
     if not local:
         if name.upper().split()[0] == "LIST":
             raise PreprocessingError(f"{source}: its voxels lie in several files; save it as one .mha")
         with streams.open_regular(detached(path, name, source), source) as stream:
-            content, said = _content(stream, size, packed, skip, largest, source)
+            content, told = _content(stream, size, packed, skip, largest, source)
     array = content.view(dtype).reshape(shape[::-1])
-    return Volume(native(array), affine, source, [*warnings, *said], doubt)
+    return Volume(native(array), affine, source, [*warnings, *told], doubt)
 
 
 def is_header(block: bytes) -> bool:

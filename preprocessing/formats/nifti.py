@@ -61,8 +61,8 @@ def read(path: Path, source: str, geometry: Geometry, largest: int) -> Volume:
         with np.errstate(over="ignore", invalid="ignore"):
             array *= np.float32(slope)
             array += np.float32(intercept)
-    affine, doubt, said = geometry_of(header, geometry)
-    return Volume(native(array), affine, source, [*warnings, *said], doubt)
+    affine, doubt, told = geometry_of(header, geometry)
+    return Volume(native(array), affine, source, [*warnings, *told], doubt)
 
 
 def is_header(block: bytes) -> bool:

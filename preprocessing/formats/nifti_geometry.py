@@ -77,11 +77,11 @@ def _origins(sform: np.ndarray, qform: np.ndarray) -> list[str]:
 
 
 def _readings(one: str, affine: np.ndarray, other: str, against: np.ndarray) -> str:
-    said, instead = reading(affine), reading(against)
-    if said == instead:
+    stated, instead = reading(affine), reading(against)
+    if stated == instead:
         degrees = max(_angles(affine, against))
         instead += f" and turned by {degrees:.1f} degrees against it"
-    return f"{one} says {said}; {other} says {instead}"
+    return f"{one} says {stated}; {other} says {instead}"
 
 
 def _angles(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -54,14 +54,14 @@ def read(path: Path, source: str, largest: int) -> Volume:
         if name is None and not ended:
             raise PreprocessingError(f"{source}: cut short (its header does not end); copy it again")
         if name is None:
-            content, said = _content(stream, byte_count(shape, dtype), encoding, skip, largest, source)
+            content, told = _content(stream, byte_count(shape, dtype), encoding, skip, largest, source)
     if name is not None:
         if name.split()[0] == "LIST":
             raise PreprocessingError(f"{source}: its voxels lie in several files; save it as one .nrrd")
         with streams.open_regular(detached(path, name, source), source) as stream:
-            content, said = _content(stream, byte_count(shape, dtype), encoding, skip, largest, source)
+            content, told = _content(stream, byte_count(shape, dtype), encoding, skip, largest, source)
     array = content.view(dtype).reshape(shape[::-1])
-    return Volume(native(array), affine, source, [*warnings, *said], doubt)
+    return Volume(native(array), affine, source, [*warnings, *told], doubt)
 
 
 def _fields(stream: BinaryIO, source: str) -> tuple[dict[str, str], bool]:
