@@ -73,6 +73,35 @@ class Prepared:
         """The same grid in HU, int16, as a store keeps it."""
         return resample(self.scan, self.spec, "stored", self.centre)
 
+    @property
+    def affine_lps(self) -> np.ndarray:
+        """``affine`` by its convention's name: voxel index to LPS+ mm, as DICOM and SimpleITK count."""
+        return self.affine
+
+    @property
+    def affine_ras(self) -> np.ndarray:
+        """(4, 4) from voxel index to RAS+ mm, as NIfTI and nibabel count."""
+        ras: np.ndarray = np.diag([-1.0, -1.0, 1.0, 1.0]) @ self.affine
+        return ras
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ``hu`` as NIfTI (int16) that lies where the scan lies: it opens over the scan in any viewer.
+
+        Raises PreprocessingError unless the name ends in .nii or .nii.gz.
+        """
+        import nibabel as nib
+
+        name = str(path)
+        if not name.endswith((".nii", ".nii.gz")):
+            raise PreprocessingError(f"{path}: end the name in .nii.gz (or .nii)")
+        # Files count columns first.
+        image = nib.Nifti1Image(self.stored.transpose(2, 1, 0), self.affine_ras[:, [2, 1, 0, 3]])
+        image.header.set_xyzt_units("mm")
+        image.set_qform(image.affine, 1)
+        image.set_sform(image.affine, 1)
+        with written_beside(path, suffix=".nii.gz" if name.endswith(".gz") else ".nii") as partial:
+            nib.save(image, partial)
+
     def token_affine(self, affine: np.ndarray) -> np.ndarray:
         """``Encoded.affine`` (token index to mm of the prepared volume) -> (4, 4) from token index to LPS+ mm of the
         scan's own space."""
