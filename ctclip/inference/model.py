@@ -90,7 +90,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         ready = self.prepare(scan, trust=trust, expect=expect)
         scorer = self.head(head) if abnormalities is None else self._asking(abnormalities, head)
         with torch.inference_mode():
-            encoded = self.encode(torch.from_numpy(ready.voxels)[None, None])
+            encoded = self.encode(ready)
             scores, values = scorer.score(encoded).float(), scorer.values(encoded).float()
             probabilities = scorer.probabilities(scores)
         names = scorer.names
@@ -103,21 +103,25 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             calibrated=calibrated(scorer),
             model=self.folder.hash,
             spec=self.spec.hash,
-            warnings=tuple(ready.warnings),
+            warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
         )
 
     def embed(self, scan: str | os.PathLike[str], *, trust: Trust = "auto", expect: Expect = "any") -> np.ndarray:
         """The unit vector (dim,) of one scan from disk."""
         ready = self.prepare(scan, trust=trust, expect=expect)
-        return self.encode_volume(torch.from_numpy(ready.voxels)[None, None])[0].float().cpu().numpy()
+        return self.encode_volume(ready)[0].float().cpu().numpy()
 
     @torch.inference_mode()
-    def encode(self, volume: Tensor, mask: Tensor | None = None) -> Encoded:
-        """(B, 1, D, H, W) in [-1, 1] -> located tokens, pooled vectors and embeddings; see ``Encoded``."""
-        return self.dual.encode(volume.to(self.dual.device), mask)
+    def encode(self, volume: Tensor | np.ndarray | Prepared, mask: Tensor | None = None) -> Encoded:
+        """Located tokens, pooled vectors and embeddings; see ``Encoded``.
 
-    def encode_volume(self, volume: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, 1, D, H, W) in [-1, 1] -> (B, dim) unit vectors."""
+        ``volume``: (B, 1, D, H, W) in [-1, 1], one volume (D, H, W), or what ``prepare`` returns. Raises ValueError for
+        another shape, for voxels outside [-1, 1], and for a scan prepared with another spec than the model's.
+        """
+        return self.dual.encode(self._batch(volume).to(self.dual.device), mask)
+
+    def encode_volume(self, volume: Tensor | np.ndarray | Prepared, mask: Tensor | None = None) -> Tensor:
+        """``volume`` as ``encode`` takes it -> (B, dim) unit vectors."""
         embedding = self.encode(volume, mask).embedding
         assert embedding is not None
         return embedding
@@ -136,6 +140,16 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
     def logits(self, volumes: Tensor, texts: Tensor) -> Tensor:
         """Unit vectors (n, dim), (m, dim) -> (n, m), scaled by the learned temperature."""
         return self.dual.logits(volumes, texts)
+
+    def _batch(self, volume: Tensor | np.ndarray | Prepared) -> Tensor:
+        if isinstance(volume, Prepared):
+            if volume.spec.hash != self.spec.hash:
+                raise ValueError(
+                    f"this scan was prepared with spec {volume.spec.name!r}, the model wants {self.spec.name!r}: use model.prepare"
+                )
+            volume = volume.voxels
+        tensor = torch.as_tensor(volume)
+        return tensor[None, None] if tensor.ndim == 3 else tensor
 
     def _asking(self, abnormalities: str | Sequence[str], head: str) -> Head:
         """A prompt head for other names than its own, with the calibration of those it knows."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 NOTE = "zero-shot, not for diagnosis"
 ABOVE = "* at or above the threshold of the calibration split"
+APART = "not calibrated, not to be compared with those above:"
 MOST_SCANS = 6
 
 
@@ -35,8 +36,9 @@ class Detection:
     warnings: tuple[str, ...] = ()
 
     def ranked(self) -> list[tuple[str, float]]:
-        """Abnormalities, the likeliest first."""
-        return sorted(self.probabilities.items(), key=lambda item: -item[1])
+        """Abnormalities, the likeliest first; those that were not calibrated after the calibrated ones, with whose
+        probabilities theirs cannot be compared."""
+        return sorted(self.probabilities.items(), key=lambda item: (item[0] not in self.thresholds, -item[1]))
 
     def frame(self) -> pd.DataFrame:
         """probability, margin and threshold (NaN where none is known), a row an abnormality, the likeliest first."""
@@ -51,8 +53,10 @@ class Detection:
     def __str__(self) -> str:
         width = max(len(name) for name in self.probabilities)
         lines = [self._title(), f"{'':<{width}}  probability   margin"]
-        for name, p in self.ranked():
+        for number, (name, p) in enumerate(self.ranked()):
             mark = "*" if self.above(name) else " "
+            if number == len(self.thresholds) > 0:
+                lines.append(APART)
             lines.append(
                 f"{name:<{width}}  {p:>11.1%}{mark}{self.margins[name]:>+8.2f}  {'█' * round(20 * p)}".rstrip()
             )
@@ -65,10 +69,12 @@ class Detection:
 
     def _repr_html_(self) -> str:
         bar = "<div style='background:#2f6f9f;height:.7em;width:{:.0f}px'></div>"
+        apart = f"<tr><td colspan='4' style='text-align:left'><i>{APART}</i></td></tr>"
         rows = "".join(
+            f"{apart if number == len(self.thresholds) > 0 else ''}"
             f"<tr><td style='text-align:left'>{escape(name)}</td><td>{p:.1%}{' *' if self.above(name) else ''}</td>"
             f"<td>{self.margins[name]:+.2f}</td><td style='text-align:left'>{bar.format(120 * p)}</td></tr>"
-            for name, p in self.ranked()
+            for number, (name, p) in enumerate(self.ranked())
         )
         notes = [f"{name}: {value:.1f} if present" for name, value in self.values.items()]
         notes += ([ABOVE] if self.thresholds else []) + [f"Warning: {text}" for text in self.warnings]
@@ -87,7 +93,10 @@ def calibrated(head: Head) -> str:
     without = [name for name in head.names if name not in known]
     if not without:
         return "calibrated"
-    return f"calibrated but for {', '.join(without)}" if known else "not calibrated"
+    if not known:
+        return "not calibrated"
+    names = ", ".join(without) if len(without) <= 3 else f"{len(without)} of {len(head.names)}"
+    return f"calibrated but for {names}"
 
 
 def table_of(table: pd.DataFrame, head: Head, volumes: int) -> None:
@@ -106,7 +115,12 @@ def table_of(table: pd.DataFrame, head: Head, volumes: int) -> None:
     if len(scans) == 1:
         grid.add_column("margin", justify="right")
     known = head.thresholds()
-    for name in sorted(head.names, key=lambda name: -float(scans[name].to_numpy()[0])):
+    for number, name in enumerate(
+        sorted(head.names, key=lambda name: (name not in known, -float(scans[name].to_numpy()[0])))
+    ):
+        if number == len(known) > 0:
+            grid.add_section()
+            grid.add_row(f"[italic]{APART}[/italic]")
         cells = [f"{value:.2f}{'*' if value >= known.get(name, 2) else ' '}" for value in scans[name]]
         if len(scans) == 1:
             cells.append(f"{scans[f'margin:{name}'].iloc[0]:+.2f}")

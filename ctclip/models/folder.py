@@ -63,6 +63,12 @@ class TrainedOn(Section):
     sections: tuple[str, ...] = ("findings", "impression")
     init: str = ""
 
+    def caveats(self) -> list[str]:
+        """What a reader of the model's scores must know of it."""
+        if self.synthetic:
+            return ["this model learned from synthetic scans alone: its scores of a patient's scan mean nothing"]
+        return []
+
 
 @dataclass
 class Architecture:
