@@ -210,7 +210,7 @@ def _answer(connection: socket.socket, question: bytes) -> None:
             os.ftruncate(descriptor, array.nbytes)
             if array.nbytes:
                 with mmap.mmap(descriptor, array.nbytes) as shared:
-                    shared.write(memoryview(array).cast("B"))
+                    shared.write(array.data.cast("B"))
             _send(connection, reply, [descriptor])
         finally:
             os.close(descriptor)

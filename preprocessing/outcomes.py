@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -37,7 +38,7 @@ class Outcome:
         return dict(zip(OUTCOME_COLUMNS, values, strict=True))
 
     @classmethod
-    def of_row(cls, row: dict[str, str]) -> Outcome:
+    def of_row(cls, row: Mapping[Any, Any]) -> Outcome:
         """The outcome that a row of ``outcomes.csv`` tells of."""
         volume, word, reason, spacing, shape = (row[name] for name in OUTCOME_COLUMNS)
         if word == "done":

@@ -264,7 +264,12 @@ def preprocess(
     mine = table.iloc[shard[0] - 1 :: shard[1]]
     there = set(store.volumes) - set(cohort.refused)
     due = [
-        (row["volume"], cohort.files[row["volume"]], table_facts(row), cohort.series.get(row["volume"]))
+        (
+            row["volume"],
+            cohort.files[row["volume"]],
+            table_facts({str(key): value for key, value in row.items()}),
+            cohort.series.get(row["volume"]),
+        )
         for row in mine.to_dict("records")
         if row["volume"] not in there and row["volume"] not in cohort.refused
     ]

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
 
 from ctclip.preprocessing.cohorts.folder import scan_id
 from ctclip.preprocessing.cohorts.table import (
@@ -74,7 +75,9 @@ def read_cohort(
     if wanted == "auto":
         names = (name for name in layouts() if import_module(f"{__name__}.{name}").recognised(tree))
         wanted = next(names, "folder")
-    options = {"ct_rate": {"keep_no_chest": keep_no_chest}, "folder": {"labels": labels}}.get(wanted, {})
+    options: dict[str, Any] = {"ct_rate": {"keep_no_chest": keep_no_chest}, "folder": {"labels": labels}}.get(
+        wanted, {}
+    )
     cohort: Cohort = import_module(f"{__name__}.{wanted}").read(tree, **options)
     check_table(cohort.table, folder)
     return cohort

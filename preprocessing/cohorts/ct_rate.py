@@ -218,5 +218,5 @@ def _number(table: pd.DataFrame, volume: str, column: str, default: float) -> fl
         return default
     values = numbers(text, 1)
     if values is None:
-        raise PreprocessingError(f"{table.at[volume, 'at']}: {column} of {volume} is {text[:40]!r}, not a number")
+        raise PreprocessingError(f"{table.at[volume, 'at']!s}: {column} of {volume} is {text[:40]!r}, not a number")
     return values[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 
@@ -100,7 +100,7 @@ def _layout(fields: dict[str, str], source: str) -> tuple[tuple[int, int, int], 
         raise PreprocessingError(f"{source}: its voxels are of no type that a CT has")
     if not _is(fields, "BinaryData", True, source):
         raise PreprocessingError(f"{source}: its voxels are written as text; save it as binary")
-    order = ">" if _is(fields, "BinaryDataByteOrderMSB", False, source) else "<"
+    order: Literal["<", ">"] = ">" if _is(fields, "BinaryDataByteOrderMSB", False, source) else "<"
     return (
         sizes,
         np.dtype(TYPES[fields["ElementType"]]).newbyteorder(order),

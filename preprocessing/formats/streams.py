@@ -68,7 +68,8 @@ def damage() -> tuple[type[Exception], ...]:
     """What readers of compressed streams raise over damaged ones."""
     from isal import isal_zlib
 
-    return (OSError, EOFError, zlib.error, isal_zlib.error, ValueError)
+    isal_error: type[Exception] = isal_zlib.error  # type: ignore[assignment]
+    return (OSError, EOFError, zlib.error, isal_error, ValueError)
 
 
 def exactly(stream: Any, size: int, source: str) -> tuple[np.ndarray, list[str]]:
@@ -77,7 +78,7 @@ def exactly(stream: Any, size: int, source: str) -> tuple[np.ndarray, list[str]]
     Raises PreprocessingError if it is damaged, ends earlier or goes on.
     """
     content = np.empty(size, np.uint8)
-    view, length = memoryview(content), 0
+    view, length = memoryview(content.data), 0
     try:
         while length < size:
             count = stream.readinto(view[length : length + INFLATED_CHUNK])
