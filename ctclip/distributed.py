@@ -160,7 +160,18 @@ def process_group() -> Iterator[torch.device]:
     finally:
         _control_group.cache_clear()
         if dist.is_initialized():
-            dist.destroy_process_group()
+            _destroy_groups()
+
+
+def _destroy_groups() -> None:
+    """End the process group. DeepSpeed must forget it too, or a second run of this Python process (a notebook's) would
+    find groups there that are no longer known to torch."""
+    deepspeed = extras.require("deepspeed")
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def leave(code: int) -> None:
