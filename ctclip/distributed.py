@@ -1,8 +1,4 @@
-"""The only file that knows ranks, launchers and backends.
-
-The same command runs alone, under ``deepspeed``, ``torchrun`` and ``srun``: whoever launched us left the
-ranks in the environment, and this file is where they are read.
-"""
+"""Ranks and backends: how they meet, talk to each other and part. Who launched them is read in ``launchers.py``."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,35 +20,14 @@ import torch
 import torch.distributed as dist
 
 from ctclip import extras
+from ctclip.launchers import LOOPBACK
+from ctclip.launchers import free_port as free_port
+from ctclip.launchers import launched as launched
+from ctclip.launchers import prepare_environment as prepare_environment
+from ctclip.launchers import say_unused_tasks as say_unused_tasks
 
-LOOPBACK = "127.0.0.1"
 # Where ranks that `launch` started meet: a file of their own.
 RENDEZVOUS = "CTCLIP_RENDEZVOUS"
-
-
-def prepare_environment() -> None:
-    """Fill in what a launcher did not set; to be called before DeepSpeed is imported.
-
-    Slurm's names become torch's; without any launcher this process is a world of one.
-    """
-    environment = os.environ
-    if "RANK" not in environment and "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
-        environment["RANK"] = environment["SLURM_PROCID"]
-        environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
-        environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
-        environment.setdefault("MASTER_ADDR", _first_host(environment.get("SLURM_STEP_NODELIST", "127.0.0.1")))
-        # Two jobs of one user on one node must not meet: the port follows the job.
-        environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000))
-    if "RANK" not in environment:
-        environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR=LOOPBACK)
-        environment["MASTER_PORT"] = str(free_port())
-    if not torch.cuda.is_available():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
 def launched_rank() -> int:
@@ -298,17 +272,3 @@ class _Gather(torch.autograd.Function):
         dist.all_reduce(summed)
         first = rank() * context.rows
         return summed[first : first + context.rows]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _first_host(nodes: str) -> str:
-    """The first host of a Slurm node list: ``gpu[03-05,9],x`` is ``gpu03``."""
-    head, bracket, rest = nodes.partition("[")
-    if not bracket or "," in head:
-        return nodes.split(",")[0]
-    return head + rest.split("]")[0].split(",")[0].split("-")[0]
