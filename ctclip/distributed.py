@@ -14,6 +14,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,7 +54,9 @@ def device() -> torch.device:
 def launch(processes: int, module: str) -> int:
     """Run this command line again as ``processes`` ranks of ``module`` on this machine, under DeepSpeed's launcher.
 
-    SIGTERM and SIGUSR1 are passed on to the ranks, which end as they would alone. Returns the launcher's exit code.
+    SIGTERM and SIGUSR1 are passed on to the ranks, which end as they would alone. Ctrl-C and the end of the terminal
+    reach them as SIGTERM, and a second Ctrl-C ends them at once. Returns the launcher's exit code; 128 + the signal where
+    one ended the ranks before they could end by themselves.
     """
     psutil = extras.require("psutil")
     cuda = torch.cuda.is_available()
@@ -66,29 +69,49 @@ def launch(processes: int, module: str) -> int:
     count = ["--num_gpus" if cuda else "--num_accelerators", str(processes)]
     where = ["--master_addr", LOOPBACK, "--master_port", str(free_port())]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, *where, "--quiet"]
-    # This was called as `ctclip train ...` or `python -m ctclip.train ...`.
-    command_name = module.rpartition(".")[2].replace("_", "-")
-    arguments = sys.argv[2:] if sys.argv[1:2] == [command_name] else sys.argv[1:]
     # Ranks of one machine meet in a private file, and talk over the loopback interface alone.
     rendezvous = tempfile.mkdtemp(prefix="ctclip-")
     environment[RENDEZVOUS] = os.path.join(rendezvous, "store")
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         environment.setdefault(variable, "lo")
-    process = subprocess.Popen([*command, "--module", module, *arguments], env=environment)
+    # A process group of its own: a terminal's Ctrl-C goes to every process of the group in front, and DeepSpeed's launcher
+    # would end the ranks before they have written a checkpoint.
+    process = subprocess.Popen([*command, "--module", module, *_arguments(module)], env=environment, process_group=0)
+    received: list[int] = []
 
     def pass_on(number: int, _: object) -> None:
-        # To the ranks alone: the launcher would end at once, and they with it.
+        again = number == signal.SIGINT and number in received
+        received.append(number)
         for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if any(word.startswith("--local_rank") for word in child.cmdline()):
-                    child.send_signal(number)
+                if again:
+                    child.kill()
+                # To the ranks alone: the launcher would end at once, and they with it.
+                elif any(word.startswith("--local_rank") for word in child.cmdline()):
+                    child.send_signal(number if number == signal.SIGUSR1 else signal.SIGTERM)
+        if again:
+            process.kill()
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, pass_on)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        # nohup has a process ignore the end of its terminal.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, pass_on)
     try:
-        return process.wait()
+        code = process.wait()
     finally:
         shutil.rmtree(rendezvous, ignore_errors=True)
+    # DeepSpeed's launcher ends with minus the signal that ended a rank, which a shell sees as 256 less it.
+    ended_by_signal = code < 0 or 256 - signal.NSIG < code < 256
+    return 128 + received[0] if received and ended_by_signal else code
+
+
+def _arguments(module: str) -> list[str]:
+    """The arguments of this process without the command's name: it was called as `ctclip --debug train ...` or as `python
+    -m ctclip.train --debug ...`."""
+    arguments, command = sys.argv[1:], module.rpartition(".")[2]
+    if Path(sys.argv[0]).stem != command:
+        arguments.remove(command.replace("_", "-"))
+    return arguments
 
 
 def initialise() -> torch.device:

@@ -27,7 +27,8 @@ def train(
 ) -> None:
     """Train a dual encoder on volumes and reports.
 
-    Exit code 75: stopped by SIGTERM or SIGUSR1 after writing a checkpoint; the same command continues.
+    Exit code 75: stopped by Ctrl-C, SIGTERM or SIGUSR1 after writing a checkpoint; the same command continues. 130: stopped
+    at once, by a second Ctrl-C or before the first step.
 
     The same command runs under every launcher:
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -47,6 +49,7 @@ from ctclip.training.validation import Validation
 
 # sysexits.h's "temporary failure, try again": what slurm/train.sbatch requeues on.
 INTERRUPTED = 75
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interrupted(Exception):
@@ -57,7 +60,8 @@ def train(config: Config, output: Path, *, force: bool = False) -> Path:
     """Train as ``config`` says and return the model folder ``output/model``.
 
     A run that was interrupted continues from its last checkpoint; a finished one returns at once. Raises Interrupted
-    after SIGTERM or SIGUSR1, once the step at hand is done and its checkpoint written.
+    after SIGTERM, SIGUSR1 or Ctrl-C, once the step at hand is done and its checkpoint written; a second Ctrl-C ends the
+    process at once.
     """
     extras.check("train")
     with distributed.process_group() as device, Signals() as signals:
@@ -79,7 +83,7 @@ def train(config: Config, output: Path, *, force: bool = False) -> Path:
 
 
 class Signals:
-    """Notes SIGTERM and SIGUSR1 (a preempted or ending Slurm job) for the loop to see between two steps."""
+    """Notes SIGTERM and SIGUSR1 (a preempted or ending Slurm job) and Ctrl-C for the loop to see between two steps."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -87,7 +91,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):
+            for number in SIGNALS:
                 self.before[number] = signal.signal(number, self._note)
         return self
 
@@ -97,6 +101,11 @@ class Signals:
 
     def _note(self, number: int, _: object) -> None:
         self.received = number
+        if number == signal.SIGINT:
+            # Left to the system, the second one ends this process wherever it is, in a wait for other ranks too.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if distributed.launched_rank() == 0:
+                print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
 
 
 def _train(config: Config, output: Path, device: torch.device, signals: Signals, force: bool) -> Path:
@@ -247,6 +256,7 @@ class Run:
             data,
             batch_sampler=sampler,
             collate_fn=as_read,
+            worker_init_fn=leave_signals if workers else None,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=self.engine.device.type == "cuda",
@@ -318,6 +328,22 @@ class Divergence:
         if self.steps == 20:
             self.first = self.mean
         return 0.0 if self.first is None else (self.mean - self.first) / (self.first + 1)
+
+
+def leave_signals(_: int) -> None:
+    """Of a reading process: a terminal, Slurm and launchers send signals to it too, and the rank it reads for still needs a
+    batch. It ends when that rank says so or is gone."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_rank, daemon=True).start()
+
+
+def _end_with_rank() -> None:
+    """Leave SIGTERM alone unless the rank itself sends it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _next(stream: Any) -> StoredBatch:
