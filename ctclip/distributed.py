@@ -68,7 +68,8 @@ def launch(processes: int, module: str) -> int:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     count = ["--num_gpus" if cuda else "--num_accelerators", str(processes)]
     where = ["--master_addr", LOOPBACK, "--master_port", str(free_port())]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, *where, "--quiet"]
+    # Ranks say themselves what is wrong; DeepSpeed would repeat their whole command line.
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, *where, "--log_level=critical"]
     # Ranks of one machine meet in a private file, and talk over the loopback interface alone.
     rendezvous = tempfile.mkdtemp(prefix="ctclip-")
     environment[RENDEZVOUS] = os.path.join(rendezvous, "store")

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import resource
 import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +29,7 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.training.allocator import keep_freed_memory
 from ctclip.training.checkpoints import Checkpoints
+from ctclip.training.cohort import Cohort, open_cohort
 from ctclip.training.engine import Engine
 from ctclip.training.records import MetricsLog, claim_run, open_run
 from ctclip.training.run_model import (
@@ -43,13 +41,13 @@ from ctclip.training.run_model import (
     warn,
     write_trained_on,
 )
+from ctclip.training.signals import Signals, leave_signals
 from ctclip.training.step import TrainingStep
 from ctclip.training.text_warmup import lock_text, read_all, warm_up_text
 from ctclip.training.validation import Validation
 
 # sysexits.h's "temporary failure, try again": what slurm/train.sbatch requeues on.
 INTERRUPTED = 75
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interrupted(Exception):
@@ -82,32 +80,6 @@ def train(config: Config, output: Path, *, force: bool = False) -> Path:
                 stream.close()
 
 
-class Signals:
-    """Notes SIGTERM and SIGUSR1 (a preempted or ending Slurm job) and Ctrl-C for the loop to see between two steps."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self.before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        self.received = number
-        if number == signal.SIGINT:
-            # Left to the system, the second one ends this process wherever it is, in a wait for other ranks too.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            if distributed.launched_rank() == 0:
-                print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
-
-
 def _train(config: Config, output: Path, device: torch.device, signals: Signals, force: bool) -> Path:
     if config.data.store is None:
         raise TrainingError("data.store is not set: name the folder that `ctclip preprocess` wrote (--store)")
@@ -123,13 +95,17 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
         labels=labels if config.reads_labels else None,
     )
     _check_spec(config.preprocessing, data.spec, config.data.store)
+    _check_reports(config, data)
     distributed.on_main(lambda: open_run(output, config, force=force))
+    checkpoints = Checkpoints(output / "checkpoints", config.training.keep_checkpoints, data.spec.hash)
+    learned = bool(checkpoints.found())
+    cohorts: list[Cohort] = []
+    distributed.on_main(lambda: cohorts.append(open_cohort(output, data, learned=learned, force=force)))
     torch.manual_seed(config.seed)
     model, begins = build_run_model(config, output, data, labels)
     if begins:
         warn(begins)
-    distributed.on_main(lambda: write_trained_on(output, describe_training(config, data, labels, begins)))
-    checkpoints = Checkpoints(output / "checkpoints", config.training.keep_checkpoints, data.spec.hash)
+    distributed.on_main(lambda: write_trained_on(output, describe_training(config, data, cohorts[0], labels, begins)))
     first, resumed = checkpoints.newest()
     warmup = config.training.text_warmup
     if not resumed and warmup.steps:
@@ -161,6 +137,19 @@ def _check_spec(wanted: str, kept: PreprocessingSpec, store: str) -> None:
         raise TrainingError(
             f"{store}: prepared with spec {kept.name!r}, the configuration wants {wanted!r}. Run `ctclip preprocess "
             f"--spec {wanted}`, or set preprocessing="
+        )
+
+
+def _check_reports(config: Config, data: StoredVolumes) -> None:
+    """Raise TrainingError where volumes are contrasted with reports, and every volume has the same one."""
+    needs = [plugins.find("objective", name).needs for name in config.objectives]
+    if not any("features" in needed and "labels" not in needed for needed in needs):
+        return
+    texts = {" ".join(report.text().lower().split()) for report in data.reports}
+    if len(texts) == 1 and len(data) > 1:
+        raise TrainingError(
+            f"{data.store.path}: all {len(data)} reports of split {data.split!r} have the same text, so nothing can be learned "
+            f"from them: check the reports table and data.sections={list(data.config.sections)}"
         )
 
 
@@ -328,22 +317,6 @@ class Divergence:
         if self.steps == 20:
             self.first = self.mean
         return 0.0 if self.first is None else (self.mean - self.first) / (self.first + 1)
-
-
-def leave_signals(_: int) -> None:
-    """Of a reading process: a terminal, Slurm and launchers send signals to it too, and the rank it reads for still needs a
-    batch. It ends when that rank says so or is gone."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_rank, daemon=True).start()
-
-
-def _end_with_rank() -> None:
-    """Leave SIGTERM alone unless the rank itself sends it."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 def _next(stream: Any) -> StoredBatch:
