@@ -83,7 +83,10 @@ def launch(processes: int, module: str) -> int:
     def pass_on(number: int, _: object) -> None:
         again = number == signal.SIGINT and number in received
         received.append(number)
-        for child in psutil.Process(process.pid).children(recursive=True):
+        children: list[Any] = []
+        with contextlib.suppress(psutil.Error):
+            children = psutil.Process(process.pid).children(recursive=True)
+        for child in children:
             with contextlib.suppress(psutil.Error):
                 if again:
                     child.kill()

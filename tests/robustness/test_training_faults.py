@@ -17,7 +17,7 @@ from ctclip.inference.model import Model
 from ctclip.training.loop import Divergence
 
 from .processes import Command
-from .runs import batches, command, last_line, losses, recorded, run, same_curve, wait_for_step
+from .runs import SETTINGS, batches, command, last_line, losses, recorded, run, same_curve, wait_for_step
 
 
 def test_the_console_says_how_the_run_goes(whole: Path) -> None:
@@ -281,6 +281,17 @@ def test_another_configuration_is_refused_unless_forced(store: Path, whole: Path
     assert "--force" in said
     assert run([*changed, "--force"]).returncode == 0
     assert len(losses(output)) > len(losses(whole))
+
+
+def test_a_second_training_in_one_process(store: Path, tmp_path: Path) -> None:
+    """A notebook's, for example: DeepSpeed would find groups of the first that are gone."""
+    first = (
+        "from pathlib import Path; from ctclip.config_files import load_config; from ctclip.training.loop import train; "
+        f"train(load_config('phantom_tiny', {SETTINGS}, {{'data.store': {str(store)!r}}}), Path({str(tmp_path / 'first')!r}))"
+    )
+    done = run(command(store, tmp_path / "second"), first)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "second") == losses(tmp_path / "first")
 
 
 def test_other_data_are_refused_unless_forced(store: Path, whole: Path, tmp_path: Path) -> None:

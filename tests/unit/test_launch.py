@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ctclip import distributed
+from ctclip.cli import _options_first
 from ctclip.demo import default_processes
 from ctclip.errors import TrainingError
 
@@ -23,7 +24,8 @@ class Recorded:
     pid = 0
     started: tuple[list[str], dict[str, str]] | None = None
 
-    def __init__(self, command: list[str], env: dict[str, str]) -> None:
+    def __init__(self, command: list[str], env: dict[str, str], process_group: int) -> None:
+        assert process_group == 0  # Ctrl-C in a terminal does not reach it
         Recorded.started = command, env
 
     def wait(self) -> int:
@@ -46,6 +48,39 @@ def test_a_launch_takes_every_card_or_two_processes(cards: int, expected: list[s
     assert command[place : place + 2] == expected
     assert command[-4:] == ["--module", "ctclip.train", "--config", "phantom_tiny"]
     assert ("DS_ACCELERATOR" in environment) == (cards == 0)
+
+
+COMMAND_LINES = [
+    (["ctclip", "train", "--config", "a"], ["--config", "a"]),
+    (["ctclip", "--debug", "train", "--config", "a"], ["--debug", "--config", "a"]),
+    (["bin/ctclip", "--plugin", "train", "train"], ["--plugin", "train"]),
+    (["ctclip/train.py", "--debug", "--config", "a"], ["--debug", "--config", "a"]),
+    (["ctclip/train.py", "--store", "train"], ["--store", "train"]),
+]
+
+
+@pytest.mark.parametrize(("words", "passed_on"), COMMAND_LINES)
+def test_ranks_are_given_all_but_the_command_itself(words: list[str], passed_on: list[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr("sys.argv", words)
+    assert distributed._arguments("ctclip.train") == passed_on
+
+
+@pytest.mark.parametrize(
+    ("given", "ordered"),
+    [
+        (
+            ["train", "--local_rank=0", "--debug", "--config", "a"],
+            ["--debug", "train", "--local_rank=0", "--config", "a"],
+        ),
+        (["train", "--plugin", "mine", "--config", "a"], ["--plugin", "mine", "train", "--config", "a"]),
+        (["--plugin=mine", "train"], ["--plugin=mine", "train"]),
+        (["train", "--", "--debug"], ["train", "--", "--debug"]),
+        (["train", "--plugin"], ["--plugin", "train"]),
+        ([], []),
+    ],
+)
+def test_options_of_every_command_may_stand_anywhere(given: list[str], ordered: list[str]) -> None:
+    assert _options_first(given) == ordered
 
 
 STEP = {"SLURM_JOB_ID": "41", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2",
