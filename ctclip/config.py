@@ -8,11 +8,23 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
 
 from ctclip import plugins
 from ctclip.errors import ConfigError
-from ctclip.schema import Section, validated
+from ctclip.schema import Section, read_typed, validated
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _in_order(window: tuple[float, float]) -> tuple[float, float]:
+    if window[0] >= window[1]:
+        raise ValueError("the lower end of a HU window must lie below its upper end")
+    return window
+
+
+HuWindow = Annotated[tuple[float, float], AfterValidator(_in_order)]
 
 
 class EncoderConfig(Section):
@@ -47,11 +59,11 @@ class TextConfig(Section):
         "pretrained",
         description="random: keep the architecture and tokenizer of `pretrained`, not its weights",
     )
-    vocabulary: int = Field(2000, description="WordPiece tokens learned from the training reports")
-    width: int = 192
-    depth: int = 3
-    heads: int = 6
-    max_tokens: int = Field(512, description="longer reports are cut into chunks at sentence ends and averaged")
+    vocabulary: int = Field(2000, ge=64, description="WordPiece tokens learned from the training reports")
+    width: int = Field(192, ge=1)
+    depth: int = Field(3, ge=1)
+    heads: int = Field(6, ge=1)
+    max_tokens: int = Field(512, ge=3, description="longer reports are cut into chunks at sentence ends and averaged")
     chunks: Literal["full", "sentence"] = Field(
         "full",
         description="full: as many sentences as fit are read together; sentence: each alone, their mean is the report",
@@ -61,7 +73,13 @@ class TextConfig(Section):
         description="cls: the token that stands for a text; last: the last token, for encoders that read left to right",
     )
     tuning: Literal["full", "lora", "frozen"] = "full"
-    lora_rank: int = 8
+    lora_rank: int = Field(8, ge=1)
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> TextConfig:
+        if self.pretrained is None and self.width % self.heads:
+            raise ValueError(f"heads {self.heads} must divide width {self.width}")
+        return self
 
 
 class ModelConfig(Section):
@@ -80,6 +98,12 @@ class ModelConfig(Section):
         None, description="model folder (or hub name) whose weights the training begins with; null: from scratch"
     )
     init_sides: Literal["both", "volume", "text"] = Field("both", description="which encoders `init` gives")
+
+    @model_validator(mode="after")
+    def _scale_begins_below_its_limit(self) -> ModelConfig:
+        if self.logit_scale > self.logit_scale_max:
+            raise ValueError(f"logit_scale {self.logit_scale:g} is above logit_scale_max {self.logit_scale_max:g}")
+        return self
 
 
 class AugmentConfig(Section):
@@ -154,6 +178,7 @@ def objective_configs(given: Any) -> Any:
         if isinstance(value, ObjectiveConfig):
             section = value
         else:
+            value = read_typed(value)
             values = {"weight": value} if isinstance(value, int | float) else value
             section = validated(plugins.find("objective", str(name)).Config, values, path=f"objectives.{name}")
         if section.weight > 0:
@@ -224,10 +249,10 @@ class TrainingConfig(Section):
     )
     epochs: float = Field(10.0, gt=0)
     learning_rate: float = Field(1e-3, gt=0)
-    text_learning_rate: float | None = Field(None, description="null: the same as learning_rate")
+    text_learning_rate: float | None = Field(None, gt=0, description="null: the same as learning_rate")
     text_warmup: TextWarmupConfig = TextWarmupConfig()
     weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Share, Share] = (0.9, 0.98)
     warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps")
     gradient_clip: float = Field(1.0, gt=0)
     freeze: FreezeConfig = FreezeConfig()
@@ -249,7 +274,7 @@ class Config(Section):
     """One training run."""
 
     name: str = "run"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     preprocessing: str = Field("ct_224", description="spec the volumes must have been prepared with")
     labels: str | None = Field(
         None, description="label set: a YAML file, or the name of one in configs/labels; null: the store's own"

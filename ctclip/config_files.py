@@ -6,7 +6,7 @@ defaults and meanings, are in ``config.py``.
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ctclip.config import Config, ModelConfig
 from ctclip.errors import ConfigError
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.named_files import find_file, installed_folder
-from ctclip.schema import Section, validated
+from ctclip.schema import Section, Typed, read_typed, validated
 
 
 def configs_folder() -> Path:
@@ -32,8 +32,11 @@ def find_config(name: str, folder: str = "") -> Path:
         raise ConfigError(str(error)) from error
 
 
-def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML configuration and apply ``key.path=value`` overrides (values are YAML).
+def load_config(
+    name: str, overrides: list[str] | tuple[str, ...] = (), values_set: Mapping[str, Any] | None = None
+) -> Config:
+    """Read a YAML configuration, set ``values_set`` (by the path of their key, as they are), and apply ``key.path=value``
+    overrides: text for keys that hold text, YAML for all others.
 
     Raises ConfigError naming the file, the path of the key, and the nearest valid name.
     """
@@ -41,8 +44,13 @@ def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     values = read_mapping(path)
     if isinstance(values.get("model"), str):
         values["model"] = read_mapping(find_config(values["model"], "models"))
+    for key, value in (values_set or {}).items():
+        _set(values, key, value, f"{key}={value}")
     for override in overrides:
-        _apply(values, override)
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r}: write it as key=value, for example training.epochs=5")
+        _set(values, key, Typed(text, override), override)
     return build_config(values, str(path))
 
 
@@ -89,23 +97,16 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r}: write it as key=value, for example training.epochs=5")
+def _set(values: dict[str, Any], key: str, value: Any, override: str) -> None:
     *parents, last = key.split(".")
     here = values
     for parent in parents:
-        child = here.setdefault(parent, {})
+        child = here.get(parent)
+        if isinstance(child, Typed):
+            child = read_typed(child)
+        if child is None:
+            child = {}
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is a single value, it has no keys inside")
-        here = child
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML") from error
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-3 as a string; nobody who types it means one.
-        with contextlib.suppress(ValueError):
-            value = float(value)
+        here[parent] = here = child
     here[last] = value

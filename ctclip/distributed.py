@@ -1,8 +1,4 @@
-"""The only file that knows ranks, launchers and backends.
-
-The same command runs alone, under ``deepspeed``, ``torchrun`` and ``srun``: whoever launched us left the
-ranks in the environment, and this file is where they are read.
-"""
+"""Ranks and backends: how they meet, talk to each other and part. Who launched them is read in ``launchers.py``."""
 
 from __future__ import annotations
 
@@ -13,47 +9,26 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ctclip import extras
+from ctclip.launchers import LOOPBACK
+from ctclip.launchers import free_port as free_port
+from ctclip.launchers import launched as launched
+from ctclip.launchers import prepare_environment as prepare_environment
+from ctclip.launchers import say_unused_tasks as say_unused_tasks
 
-LOOPBACK = "127.0.0.1"
 # Where ranks that `launch` started meet: a file of their own.
 RENDEZVOUS = "CTCLIP_RENDEZVOUS"
-
-
-def prepare_environment() -> None:
-    """Fill in what a launcher did not set; to be called before DeepSpeed is imported.
-
-    Slurm's names become torch's; without any launcher this process is a world of one.
-    """
-    environment = os.environ
-    if "RANK" not in environment and "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
-        environment["RANK"] = environment["SLURM_PROCID"]
-        environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
-        environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
-        environment.setdefault("MASTER_ADDR", _first_host(environment.get("SLURM_STEP_NODELIST", "127.0.0.1")))
-        # Two jobs of one user on one node must not meet: the port follows the job.
-        environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000))
-    if "RANK" not in environment:
-        environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR=LOOPBACK)
-        environment["MASTER_PORT"] = str(free_port())
-    if not torch.cuda.is_available():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
 def launched_rank() -> int:
@@ -79,7 +54,9 @@ def device() -> torch.device:
 def launch(processes: int, module: str) -> int:
     """Run this command line again as ``processes`` ranks of ``module`` on this machine, under DeepSpeed's launcher.
 
-    SIGTERM and SIGUSR1 are passed on to the ranks, which end as they would alone. Returns the launcher's exit code.
+    SIGTERM and SIGUSR1 are passed on to the ranks, which end as they would alone. Ctrl-C and the end of the terminal
+    reach them as SIGTERM, and a second Ctrl-C ends them at once. Returns the launcher's exit code; 128 + the signal where
+    one ended the ranks before they could end by themselves.
     """
     psutil = extras.require("psutil")
     cuda = torch.cuda.is_available()
@@ -91,30 +68,54 @@ def launch(processes: int, module: str) -> int:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     count = ["--num_gpus" if cuda else "--num_accelerators", str(processes)]
     where = ["--master_addr", LOOPBACK, "--master_port", str(free_port())]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, *where, "--quiet"]
-    # This was called as `ctclip train ...` or `python -m ctclip.train ...`.
-    command_name = module.rpartition(".")[2].replace("_", "-")
-    arguments = sys.argv[2:] if sys.argv[1:2] == [command_name] else sys.argv[1:]
+    # Ranks say themselves what is wrong; DeepSpeed would repeat their whole command line.
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, *where, "--log_level=critical"]
     # Ranks of one machine meet in a private file, and talk over the loopback interface alone.
     rendezvous = tempfile.mkdtemp(prefix="ctclip-")
     environment[RENDEZVOUS] = os.path.join(rendezvous, "store")
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         environment.setdefault(variable, "lo")
-    process = subprocess.Popen([*command, "--module", module, *arguments], env=environment)
+    # A process group of its own: a terminal's Ctrl-C goes to every process of the group in front, and DeepSpeed's launcher
+    # would end the ranks before they have written a checkpoint.
+    process = subprocess.Popen([*command, "--module", module, *_arguments(module)], env=environment, process_group=0)
+    received: list[int] = []
 
     def pass_on(number: int, _: object) -> None:
-        # To the ranks alone: the launcher would end at once, and they with it.
-        for child in psutil.Process(process.pid).children(recursive=True):
+        again = number == signal.SIGINT and number in received
+        received.append(number)
+        children: list[Any] = []
+        with contextlib.suppress(psutil.Error):
+            children = psutil.Process(process.pid).children(recursive=True)
+        for child in children:
             with contextlib.suppress(psutil.Error):
-                if any(word.startswith("--local_rank") for word in child.cmdline()):
-                    child.send_signal(number)
+                if again:
+                    child.kill()
+                # To the ranks alone: the launcher would end at once, and they with it.
+                elif any(word.startswith("--local_rank") for word in child.cmdline()):
+                    child.send_signal(number if number == signal.SIGUSR1 else signal.SIGTERM)
+        if again:
+            process.kill()
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, pass_on)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        # nohup has a process ignore the end of its terminal.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, pass_on)
     try:
-        return process.wait()
+        code = process.wait()
     finally:
         shutil.rmtree(rendezvous, ignore_errors=True)
+    # DeepSpeed's launcher ends with minus the signal that ended a rank, which a shell sees as 256 less it.
+    ended_by_signal = code < 0 or 256 - signal.NSIG < code < 256
+    return 128 + received[0] if received and ended_by_signal else code
+
+
+def _arguments(module: str) -> list[str]:
+    """The arguments of this process without the command's name: it was called as `ctclip --debug train ...` or as `python
+    -m ctclip.train --debug ...`."""
+    arguments, command = sys.argv[1:], module.rpartition(".")[2]
+    if Path(sys.argv[0]).stem != command:
+        arguments.remove(command.replace("_", "-"))
+    return arguments
 
 
 def initialise() -> torch.device:
@@ -160,7 +161,18 @@ def process_group() -> Iterator[torch.device]:
     finally:
         _control_group.cache_clear()
         if dist.is_initialized():
-            dist.destroy_process_group()
+            _destroy_groups()
+
+
+def _destroy_groups() -> None:
+    """End the process group. DeepSpeed must forget it too, or a second run of this Python process (a notebook's) would
+    find groups there that are no longer known to torch."""
+    deepspeed = extras.require("deepspeed")
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def leave(code: int) -> None:
@@ -287,17 +299,3 @@ class _Gather(torch.autograd.Function):
         dist.all_reduce(summed)
         first = rank() * context.rows
         return summed[first : first + context.rows]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _first_host(nodes: str) -> str:
-    """The first host of a Slurm node list: ``gpu[03-05,9],x`` is ``gpu03``."""
-    head, bracket, rest = nodes.partition("[")
-    if not bracket or "," in head:
-        return nodes.split(",")[0]
-    return head + rest.split("]")[0].split(",")[0].split("-")[0]

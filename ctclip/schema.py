@@ -2,20 +2,71 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from typing import Any, TypeVar, get_args
+from typing import Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from ctclip.errors import ConfigError
 
 S = TypeVar("S", bound="Section")
+NULL = "null"
+
+
+class Typed(str):
+    """The value of an override ``key=value``, as it was typed. The field it is meant for decides whether it is taken as
+    text or read as YAML, so a folder named 2024-01-05 stays a folder and does not become a date."""
+
+    override: str
+
+    def __new__(cls, text: str, override: str) -> Self:
+        typed = super().__new__(cls, text)
+        typed.override = override
+        return typed
+
+
+def read_typed(value: Any) -> Any:
+    """A typed value read as YAML; any other value as it is. Raises ConfigError where it is not YAML."""
+    if not isinstance(value, Typed):
+        return value
+    try:
+        read = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"override {value.override!r}: the value is not YAML") from error
+    if isinstance(read, str):
+        # YAML 1.1 reads 1e-3 as a string; nobody who types it means one.
+        with contextlib.suppress(ValueError):
+            return float(read)
+    return read
 
 
 class Section(BaseModel):
     """A part of a configuration; immutable once built."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_typed_values(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        fields = cls.model_fields
+        return {name: _of_field(fields[name], value) if name in fields else value for name, value in given.items()}
+
+
+def _of_field(field: FieldInfo, value: Any) -> Any:
+    """A typed value for ``field``: text as it stands where the field holds text, else YAML. An optional text is left out
+    by the word null or by nothing at all."""
+    if not isinstance(value, Typed):
+        return value
+    if field.annotation is str:
+        return str(value)
+    if set(get_args(field.annotation)) == {str, type(None)}:
+        return None if value in ("", NULL) else str(value)
+    return read_typed(value)
 
 
 def validated(schema: type[S], values: Any, source: str = "", path: str = "") -> S:
@@ -43,6 +94,9 @@ def _explanation(schema: type[Section], fault: Any, path: str) -> str:
         near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
         return f"unknown key {key!r}; did you mean {'.'.join([*parents, *location[:-1], *near])!r}?"
     message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "string_type":
+        # A date, a number or a truth value of YAML, where text is meant.
+        message += "; write it in quotes"
     # A rule of ours about a whole section says by itself what is wrong.
     return f"{key}: {message} (found {fault.get('input')!r})" if location else f"{key}: {message}" if key else message
 

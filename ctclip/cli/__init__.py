@@ -5,6 +5,7 @@ Heavy packages are imported inside the commands, so that ``ctclip --help`` answe
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import typer
@@ -26,6 +27,9 @@ from ctclip.cli.quality import quality
 from ctclip.cli.report import report
 from ctclip.cli.train import train
 from ctclip.cli.zero_shot import zero_shot
+
+# What a shell expects of a command that Ctrl-C has ended; Typer ends ours so.
+INTERRUPTED = 130
 
 app = typer.Typer(
     help="3-D vision-language learning on chest CT: prepare volumes, train, detect abnormalities from prompts.",
@@ -84,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     from ctclip.errors import CtclipError
     from ctclip.preprocessing.errors import PreprocessingError
 
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = _options_first(sys.argv[1:] if arguments is None else arguments)
     try:
         app(arguments)
     except SystemExit as end:
@@ -98,8 +102,28 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
 
 
+def _options_first(arguments: list[str]) -> list[str]:
+    """``--debug`` and ``--plugin MODULE`` before the command, wherever they stand: whoever calls `ctclip.train` through a
+    launcher cannot write anything before it."""
+    first: list[str] = []
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--debug" or word.startswith("--plugin="):
+            first.append(word)
+        elif word == "--plugin":
+            first += [word, *itertools.islice(words, 1)]
+        elif word == "--":
+            rest += [word, *words]
+        else:
+            rest.append(word)
+    return [*first, *rest]
+
+
 def _leave(code: int) -> None:
     # Whoever has not loaded it (and torch, which takes seconds) has not been one of several processes.
     distributed = sys.modules.get("ctclip.distributed")
+    if code == INTERRUPTED and (distributed is None or distributed.launched_rank() == 0):
+        print("interrupted", file=sys.stderr, flush=True)
     if distributed is not None:
         distributed.leave(code)

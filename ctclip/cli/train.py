@@ -27,7 +27,8 @@ def train(
 ) -> None:
     """Train a dual encoder on volumes and reports.
 
-    Exit code 75: stopped by SIGTERM or SIGUSR1 after writing a checkpoint; the same command continues.
+    Exit code 75: stopped by Ctrl-C, SIGTERM or SIGUSR1 after writing a checkpoint; the same command continues. 130: stopped
+    at once, by a second Ctrl-C or before the first step.
 
     The same command runs under every launcher:
 
@@ -43,13 +44,14 @@ def train(
     from ctclip.config_files import load_config
     from ctclip.errors import ConfigError
 
-    given = [f"data.store={store}"] if store is not None else []
+    # A path is a path, whatever YAML would make of it.
+    given = {"data.store": str(store)} if store is not None else {}
     if plan:
         from ctclip.training.plan import CARDS, describe, make_plan
 
         if card not in (*CARDS, "cpu"):
             raise ConfigError(f"--card {card}: choose one of {', '.join((*CARDS, 'cpu'))}")
-        wanted = load_config(config, [*given, *(overrides or [])])
+        wanted = load_config(config, overrides or [], given)
         print(describe(wanted, make_plan(wanted, processes, card=card != "cpu"), card, volumes))
         return
     if output is None:
@@ -62,7 +64,7 @@ def train(
     from ctclip.training.loop import train as run
 
     try:
-        folder = run(load_config(config, [*given, *(overrides or [])]), output, force=force)
+        folder = run(load_config(config, overrides or [], given), output, force=force)
     except Interrupted as reason:
         if distributed.launched_rank() == 0:
             print(f"interrupted: {reason}", flush=True)

@@ -66,6 +66,7 @@ def zero_shot(
         processes = processes or distributed.gpus()
         if processes > 1:
             raise typer.Exit(distributed.launch(processes, "ctclip.zero_shot"))
+        distributed.say_unused_tasks()
 
     from ctclip.heads.folder import PROMPTS
     from ctclip.inference.model import asking, usable_head

@@ -65,7 +65,7 @@ class StoredVolumes(Dataset):
         if training and config.volumes is not None:
             self.table = some_scans(self.table, config.volumes, seed)
         self.scan_numbers = pd.factorize(self.table["scan"])[0]
-        self.config, self.seed, self.training = config, seed, training
+        self.config, self.split, self.seed, self.training = config, split, seed, training
         self.views = ReportViews(config.views, load_language(config.language), config.shuffle_sentences)
         self.reports = reports_of(self.table, config.sections)
         self.labels = label_array(self.table, labels) if labels is not None else None

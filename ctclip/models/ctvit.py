@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ctclip import distributed
-from ctclip.config import EncoderConfig
+from ctclip.config import Count, EncoderConfig
 from ctclip.errors import ConfigError
 from ctclip.models import by_hand
 from ctclip.models.encoded import Encoded, VolumeEncoder, axis_shape, check_shape
@@ -33,13 +33,13 @@ class CTViTConfig(EncoderConfig):
     """The published CT-CLIP's encoder (``ctclip/models/ctvit.py``)."""
 
     kind: Literal["ctvit"] = "ctvit"
-    patch: tuple[int, int, int] = Field((10, 20, 20), description="voxels [slice, row, column] of one token")
-    width: int = 512
-    spatial_depth: int = 4
-    temporal_depth: int = 4
-    heads: int = 8
-    head_width: int = 32
-    codebook_size: int = 8192
+    patch: tuple[Count, Count, Count] = Field((10, 20, 20), description="voxels [slice, row, column] of one token")
+    width: int = Field(512, ge=1)
+    spatial_depth: int = Field(4, ge=1)
+    temporal_depth: int = Field(4, ge=1)
+    heads: int = Field(8, ge=1)
+    head_width: int = Field(32, ge=1)
+    codebook_size: int = Field(8192, ge=2)
     quantise: bool = True
 
 

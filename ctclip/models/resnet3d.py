@@ -6,11 +6,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ctclip.config import EncoderConfig
+from ctclip.config import Count, EncoderConfig
 from ctclip.models.batchnorm import GlobalBatchNorm3d
 from ctclip.models.encoded import Encoded, VolumeEncoder, check_shape
 from ctclip.models.pooling import air_where_padded, largest_token, mean_token, real_cells
@@ -25,15 +25,29 @@ class ResNet3DConfig(EncoderConfig):
 
     kind: Literal["resnet3d"] = "resnet3d"
     depth: Literal[18, 50] = 18
-    stem_stride: tuple[int, int, int] = (2, 2, 2)
+    stem_stride: tuple[Count, Count, Count] = (2, 2, 2)
     norm: Literal["batch", "group"] = "group"
-    width_factor: float = 1.0
+    width_factor: float = Field(1.0, gt=0)
 
     @model_validator(mode="after")
     def _counts_once(self) -> ResNet3DConfig:
         if self.activation_checkpointing and self.norm == "batch":
             raise ValueError("activation_checkpointing would count a batch's statistics twice: set norm=group")
         return self
+
+    @model_validator(mode="after")
+    def _groups_divide_widths(self) -> ResNet3DConfig:
+        if any(width < 1 or (self.norm == "group" and width % GROUPS) for width in self.widths):
+            raise ValueError(
+                f"width_factor {self.width_factor:g} gives stages of {', '.join(map(str, self.widths))} channels; each must "
+                f"be a multiple of {GROUPS} with norm=group"
+            )
+        return self
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of the four stages."""
+        return [round(width * self.width_factor) for width in (64, 128, 256, 512)]
 
 
 class ResNet3D(VolumeEncoder):
@@ -48,7 +62,7 @@ class ResNet3D(VolumeEncoder):
         from monai.networks.nets import ResNet
 
         block, layers = BLOCKS[config.depth]
-        widths = [round(width * config.width_factor) for width in (64, 128, 256, 512)]
+        widths = config.widths
         self.net: Any = ResNet(
             block, list(layers), widths, spatial_dims=3, n_input_channels=1, conv1_t_size=7,
             conv1_t_stride=config.stem_stride,  # type: ignore[arg-type]

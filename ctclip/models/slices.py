@@ -17,8 +17,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ctclip.config import EncoderConfig
-from ctclip.errors import CheckpointError
+from ctclip.config import EncoderConfig, HuWindow
+from ctclip.errors import CheckpointError, ConfigError
 from ctclip.models.encoded import Encoded, VolumeEncoder, axis_shape, axis_spacing, check_shape
 from ctclip.models.hub import pretrained_folder
 from ctclip.models.huggingface import freeze_unused, read_settings, vision_model
@@ -38,10 +38,12 @@ class SlicesConfig(EncoderConfig):
     )
     aggregator: Literal["mean", "lstm", "transformer", "cross"] = "transformer"
     depth: int = Field(2, ge=1, description="layers of the transformer or LSTM over slices")
-    heads: int = 8
+    heads: int = Field(8, ge=1)
     every: int = Field(1, ge=1, description="take every n-th slice")
-    windows: tuple[tuple[float, float], ...] = Field(
-        ((-1000.0, 400.0), (-160.0, 240.0), (-500.0, 1000.0)), description="HU windows shown as the colour channels"
+    windows: tuple[HuWindow, ...] = Field(
+        ((-1000.0, 400.0), (-160.0, 240.0), (-500.0, 1000.0)),
+        min_length=1,
+        description="HU windows shown as the colour channels",
     )
     slices_at_once: int = Field(64, ge=1, description="slices encoded together, over the batch")
 
@@ -118,6 +120,8 @@ class Aggregator(nn.Module):
         """``spacing``: mm between the slices of a volume."""
         super().__init__()
         self.kind, self.step = config.aggregator, spacing * config.every
+        if self.kind in ("transformer", "cross") and width % config.heads:
+            raise ConfigError(f"model.volume.heads={config.heads} must divide the vision model's width {width}")
         if self.kind == "lstm":
             self.recurrent = nn.LSTM(width, width, config.depth, batch_first=True)
         elif self.kind == "transformer":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ctclip.config import EncoderConfig
+from ctclip.config import Count, EncoderConfig, HuWindow
 from ctclip.data.air import BodyTokens
 from ctclip.models.batchnorm import GlobalBatchNorm3d
 from ctclip.models.encoded import Encoded, VolumeEncoder, axis_spacing, check_shape
@@ -37,20 +37,20 @@ class ViT3DConfig(EncoderConfig):
     """Our 3-D vision transformer with a convolutional stem (``ctclip/models/vit3d.py``)."""
 
     kind: Literal["vit3d"] = "vit3d"
-    patch: tuple[int, int, int] = Field((4, 4, 4), description="voxels [slice, row, column] of one stem cell")
-    stages: tuple[tuple[int, int], ...] = Field(
+    patch: tuple[Count, Count, Count] = Field((4, 4, 4), description="voxels [slice, row, column] of one stem cell")
+    stages: tuple[tuple[Count, Annotated[int, Field(ge=0)]], ...] = Field(
         ((64, 1), (128, 1)),
         description="width and 3x3x3 residual convolutions of each stage of the stem; each ends with a strided "
         "one that halves the axes. No stages: a linear patch embedding",
     )
-    width: int = 192
-    depth: int = 4
-    heads: int = 6
-    registers: int = 4
-    windows: tuple[tuple[float, float], ...] = Field(
-        ((-1000.0, 1000.0),), description="HU windows shown side by side as input channels"
+    width: int = Field(192, ge=1)
+    depth: int = Field(4, ge=1)
+    heads: int = Field(6, ge=1)
+    registers: int = Field(4, ge=0)
+    windows: tuple[HuWindow, ...] = Field(
+        ((-1000.0, 1000.0),), min_length=1, description="HU windows shown side by side as input channels"
     )
-    pooling: tuple[Literal["attention", "mean", "max"], ...] = ("attention", "mean")
+    pooling: tuple[Literal["attention", "mean", "max"], ...] = Field(("attention", "mean"), min_length=1)
     extremes: bool = Field(
         False,
         description="beside a patch's voxels, the largest and smallest of them under each window: for small "
@@ -59,7 +59,7 @@ class ViT3DConfig(EncoderConfig):
     pool_stem: bool = Field(
         False, description="mean and largest of every stage of the stem beside the pooled tokens: for small findings"
     )
-    window: tuple[int, int, int] | None = Field(
+    window: tuple[Count, Count, Count] | None = Field(
         None, description="tokens [slice, row, column] of a local attention window; null: full attention"
     )
     global_every: int = Field(4, ge=1, description="with a window: every n-th layer is a global one")

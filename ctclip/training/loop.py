@@ -7,7 +7,6 @@ import logging
 import math
 import resource
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.training.allocator import keep_freed_memory
 from ctclip.training.checkpoints import Checkpoints
+from ctclip.training.cohort import Cohort, open_cohort
 from ctclip.training.engine import Engine
 from ctclip.training.records import MetricsLog, claim_run, open_run
 from ctclip.training.run_model import (
@@ -41,6 +41,7 @@ from ctclip.training.run_model import (
     warn,
     write_trained_on,
 )
+from ctclip.training.signals import Signals, leave_signals
 from ctclip.training.step import TrainingStep
 from ctclip.training.text_warmup import lock_text, read_all, warm_up_text
 from ctclip.training.validation import Validation
@@ -57,7 +58,8 @@ def train(config: Config, output: Path, *, force: bool = False) -> Path:
     """Train as ``config`` says and return the model folder ``output/model``.
 
     A run that was interrupted continues from its last checkpoint; a finished one returns at once. Raises Interrupted
-    after SIGTERM or SIGUSR1, once the step at hand is done and its checkpoint written.
+    after SIGTERM, SIGUSR1 or Ctrl-C, once the step at hand is done and its checkpoint written; a second Ctrl-C ends the
+    process at once.
     """
     extras.check("train")
     with distributed.process_group() as device, Signals() as signals:
@@ -78,27 +80,6 @@ def train(config: Config, output: Path, *, force: bool = False) -> Path:
                 stream.close()
 
 
-class Signals:
-    """Notes SIGTERM and SIGUSR1 (a preempted or ending Slurm job) for the loop to see between two steps."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                self.before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        self.received = number
-
-
 def _train(config: Config, output: Path, device: torch.device, signals: Signals, force: bool) -> Path:
     if config.data.store is None:
         raise TrainingError("data.store is not set: name the folder that `ctclip preprocess` wrote (--store)")
@@ -114,13 +95,17 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
         labels=labels if config.reads_labels else None,
     )
     _check_spec(config.preprocessing, data.spec, config.data.store)
+    _check_reports(config, data)
     distributed.on_main(lambda: open_run(output, config, force=force))
+    checkpoints = Checkpoints(output / "checkpoints", config.training.keep_checkpoints, data.spec.hash)
+    learned = bool(checkpoints.found())
+    cohorts: list[Cohort] = []
+    distributed.on_main(lambda: cohorts.append(open_cohort(output, data, learned=learned, force=force)))
     torch.manual_seed(config.seed)
     model, begins = build_run_model(config, output, data, labels)
     if begins:
         warn(begins)
-    distributed.on_main(lambda: write_trained_on(output, describe_training(config, data, labels, begins)))
-    checkpoints = Checkpoints(output / "checkpoints", config.training.keep_checkpoints, data.spec.hash)
+    distributed.on_main(lambda: write_trained_on(output, describe_training(config, data, cohorts[0], labels, begins)))
     first, resumed = checkpoints.newest()
     warmup = config.training.text_warmup
     if not resumed and warmup.steps:
@@ -152,6 +137,19 @@ def _check_spec(wanted: str, kept: PreprocessingSpec, store: str) -> None:
         raise TrainingError(
             f"{store}: prepared with spec {kept.name!r}, the configuration wants {wanted!r}. Run `ctclip preprocess "
             f"--spec {wanted}`, or set preprocessing="
+        )
+
+
+def _check_reports(config: Config, data: StoredVolumes) -> None:
+    """Raise TrainingError where volumes are contrasted with reports, and every volume has the same one."""
+    needs = [plugins.find("objective", name).needs for name in config.objectives]
+    if not any("features" in needed and "labels" not in needed for needed in needs):
+        return
+    texts = {" ".join(report.text().lower().split()) for report in data.reports}
+    if len(texts) == 1 and len(data) > 1:
+        raise TrainingError(
+            f"{data.store.path}: all {len(data)} reports of split {data.split!r} have the same text, so nothing can be learned "
+            f"from them: check the reports table and data.sections={list(data.config.sections)}"
         )
 
 
@@ -247,6 +245,7 @@ class Run:
             data,
             batch_sampler=sampler,
             collate_fn=as_read,
+            worker_init_fn=leave_signals if workers else None,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=self.engine.device.type == "cuda",

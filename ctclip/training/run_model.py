@@ -35,6 +35,7 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.prompts import PromptSet, load_prompts
 from ctclip.schema import validated
+from ctclip.training.cohort import Cohort
 from ctclip.versions import revision
 
 ARCHITECTURE = "architecture"
@@ -138,14 +139,16 @@ def _tokenizer(config: Config, output: Path, data: StoredVolumes) -> Any:
     return load_tokenizer(folder)
 
 
-def describe_training(config: Config, data: StoredVolumes, labels: LabelSet | None, begins: str) -> TrainedOn:
-    """What a model of the run will have learned from."""
+def describe_training(
+    config: Config, data: StoredVolumes, cohort: Cohort, labels: LabelSet | None, begins: str
+) -> TrainedOn:
+    """What a model of the run will have learned from, at its earlier starts too."""
     store = data.store
     return TrainedOn(
         supervision="label-supervised" if config.reads_labels else "reports only",
         cohort=store.path.resolve().name,
-        volumes=len(data),
-        patients=int(data.table["patient"].nunique()),
+        volumes=len(cohort.seen),
+        patients=len(cohort.patients),
         synthetic=bool((data.table["label_source"] == SYNTHETIC).all()) if "label_source" in data.table else None,
         body_part=labels.body_part if labels is not None else "any",
         spacing=store.spec.spacing,

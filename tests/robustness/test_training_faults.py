@@ -9,6 +9,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
@@ -16,7 +17,7 @@ from ctclip.inference.model import Model
 from ctclip.training.loop import Divergence
 
 from .processes import Command
-from .runs import batches, command, last_line, losses, recorded, run, same_curve, wait_for_step
+from .runs import SETTINGS, batches, command, last_line, losses, recorded, run, same_curve, wait_for_step
 
 
 def test_the_console_says_how_the_run_goes(whole: Path) -> None:
@@ -280,6 +281,45 @@ def test_another_configuration_is_refused_unless_forced(store: Path, whole: Path
     assert "--force" in said
     assert run([*changed, "--force"]).returncode == 0
     assert len(losses(output)) > len(losses(whole))
+
+
+def test_a_second_training_in_one_process(store: Path, tmp_path: Path) -> None:
+    """A notebook's, for example: DeepSpeed would find groups of the first that are gone."""
+    first = (
+        "from pathlib import Path; from ctclip.config_files import load_config; from ctclip.training.loop import train; "
+        f"train(load_config('phantom_tiny', {SETTINGS}, {{'data.store': {str(store)!r}}}), Path({str(tmp_path / 'first')!r}))"
+    )
+    done = run(command(store, tmp_path / "second"), first)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "second") == losses(tmp_path / "first")
+
+
+def test_other_data_are_refused_unless_forced(store: Path, whole: Path, tmp_path: Path) -> None:
+    """And the model card then counts what the weights saw, before and after."""
+    output, fewer = tmp_path / "run", tmp_path / "fewer"
+    shutil.copytree(whole, output)
+    shutil.copytree(store, fewer)
+    table = pd.read_parquet(store / "cohort.parquet")
+    training = table.index[table["split"] == "train"]
+    table.drop(training[:2]).to_parquet(fewer / "cohort.parquet")
+    longer = "training.epochs=5"
+    said = last_line(run(command(fewer, output)))
+    assert "2 volumes are gone" in said
+    assert "--force" in said
+    assert run(command(fewer, output, longer, "--force")).returncode == 0
+    assert f"Trained on {len(training)} volumes" in (output / "model" / "model_card.md").read_text()
+
+
+def test_reports_that_are_all_the_same_are_refused_at_the_start(store: Path, tmp_path: Path) -> None:
+    same = tmp_path / "same"
+    shutil.copytree(store, same)
+    table = pd.read_parquet(store / "cohort.parquet")
+    table["findings"], table["impression"] = "Normal chest CT.", "No acute disease."
+    table.to_parquet(same / "cohort.parquet")
+    said = last_line(run(command(same, tmp_path / "run")))
+    assert "have the same text" in said
+    assert "learning_rate" not in said
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_prompts_that_are_not_there_are_named_before_the_first_step(store: Path, tmp_path: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
+from ctclip import plugins
 from ctclip.config import Config
 from ctclip.config_files import build_config, configs_folder, differing_keys, dump_config, load_config, read_mapping
 from ctclip.errors import ConfigError
 from ctclip.models.sizes import measure
 from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.schema import Section
 from ctclip.training.plan import describe, make_plan
 from tests.benchmarks.recipes import VARIANTS
 
@@ -79,6 +84,122 @@ def test_a_wrong_key_or_value_is_named(override: str, said: str) -> None:
     with pytest.raises(ConfigError, match="(?s)" + said) as refused:
         load_config("phantom_tiny", [override])
     assert "\n" not in str(refused.value)
+
+
+OUT_OF_BOUNDS = [
+    "seed=-1", "seed=1e20", "seed=0.5", "model.dim=0", "model.logit_scale=0", "model.logit_scale=200", "model.logit_scale_max=inf",
+    "model.volume.heads=5", "model.volume.heads=0", "model.volume.width=0", "model.volume.width=-96", "model.volume.depth=0",
+    "model.volume.registers=-1", "model.volume.patch=[0, 4, 4]", "model.volume.stages=[[0, 1]]", "model.volume.stages=[[8, -1]]",
+    "model.volume.windows=[[1000, -1000]]", "model.volume.windows=[]", "model.volume.pooling=[]", "model.volume.window=[0, 1, 1]",
+    "model.volume.global_every=0", "model.volume.lora_rank=0", "model.text.vocabulary=3", "model.text.width=0", "model.text.depth=0",
+    "model.text.heads=5", "model.text.heads=-2", "model.text.max_tokens=0", "model.text.lora_rank=0", "data.workers=-1", "data.volumes=1",
+    "data.views_per_volume=0", "data.rarity=-1", "data.views={report: -1}", "data.sections=[]", "data.augment.noise_hu=-1",
+    "data.augment.noise_hu=inf", "objectives.clip.weight=-1", "objectives.clip.weight=nan", "objectives.clip.queue=-1",
+    "training.epochs=0", "training.epochs=inf", "training.epochs=nan", "training.batch=0", "training.micro_batch=0", "training.learning_rate=0",
+    "training.learning_rate=inf", "training.text_learning_rate=-1e-3", "training.weight_decay=-1", "training.betas=[0.9, 1]",
+    "training.betas=[-0.1, 0.9]", "training.betas=[0.9]", "training.warmup=1", "training.gradient_clip=0", "training.layer_decay=1.5",
+    "training.checkpoint_every=0", "training.keep_checkpoints=0", "training.validate_every=-1", "training.validate_volumes=1",
+    "training.log_every=0", "training.text_warmup.steps=-1", "training.text_warmup.keep=0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("override", OUT_OF_BOUNDS)
+def test_every_number_has_bounds(override: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config("phantom_tiny", [override])
+    message, key = str(refused.value), override.partition("=")[0]
+    assert "\n" not in message
+    # A rule about two keys names the section that holds them, and both.
+    section, _, name = key.rpartition(".")
+    assert key in message or (f"{section}: " in message and name in message)
+
+
+@pytest.mark.parametrize(
+    "volume",
+    [
+        "{kind: ctvit, heads: 0}", "{kind: ctvit, head_width: 0}", "{kind: ctvit, spatial_depth: 0}", "{kind: ctvit, temporal_depth: -1}",
+        "{kind: ctvit, codebook_size: 0}", "{kind: ctvit, patch: [0, 20, 20]}", "{kind: ctvit, width: 0}", "{kind: slices, depth: 0}",
+        "{kind: slices, heads: 0}", "{kind: slices, every: 0}", "{kind: slices, slices_at_once: 0}", "{kind: slices, windows: [[5, 5]]}",
+        "{kind: resnet3d, width_factor: 0}", "{kind: resnet3d, width_factor: 0.1}", "{kind: resnet3d, stem_stride: [0, 1, 1]}",
+    ],
+)  # fmt: skip
+def test_every_number_of_an_encoder_has_bounds(volume: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.volume") as refused:
+        load_config("phantom_tiny", [f"model.volume={volume}"])
+    assert "\n" not in str(refused.value)
+    assert volume.split()[2].rstrip(":") in str(refused.value)
+
+
+def unbounded(schema: Any, key: str = "") -> Iterator[str]:
+    """Keys of a JSON schema that hold a number without a lower bound; HU windows have an order instead."""
+    if isinstance(schema, list):
+        for one in schema:
+            yield from unbounded(one, key)
+    if not isinstance(schema, dict) or key == "windows":
+        return
+    if schema.get("type") in ("integer", "number") and not {"minimum", "exclusiveMinimum", "enum"} & set(schema):
+        yield key
+    for name, inner in schema.items():
+        if name in ("properties", "$defs"):
+            for own, value in inner.items():
+                yield from unbounded(value, own)
+        elif name not in ("default", "enum"):
+            yield from unbounded(inner, key)
+
+
+@pytest.mark.parametrize("section", [Config, *(plugins.find("encoder", name).Config for name in ("vit3d", "ctvit", "resnet3d", "slices")),
+                                     *(plugins.find("objective", name).Config for name in ("clip", "siglip", "convirt", "labels", "mlm"))])  # fmt: skip
+def test_no_number_is_without_bounds(section: type[Section]) -> None:
+    assert list(unbounded(section.model_json_schema())) == []
+
+
+PATHS = [
+    "2024-01-05", "2024-01-05 10:00:00", "1e5", "1_000", "0x10", "12", "1.5", "null", "~", "yes", "true", "my store #1", "[v2]", "{a: b}",
+    "a: b", "'quoted'", '"half', "&anchor", "*alias", "!tag", "%x", "@x", "- x", "store ", "größe/été", "a=b", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_is_a_path(path: str, tmp_path) -> None:
+    config = load_config("phantom_tiny", values_set={"data.store": path})
+    assert config.data.store == path
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert build_config(read_mapping(tmp_path / "config.yaml"), "again").data.store == path
+
+
+@pytest.mark.parametrize("text", PATHS)
+@pytest.mark.parametrize(
+    "key", ["data.store", "model.init", "model.text.pretrained", "labels", "name", "data.train_split"]
+)
+def test_an_override_of_text_is_text(key: str, text: str) -> None:
+    value = load_config("phantom_tiny", [f"{key}={text}"])
+    for part in key.split("."):
+        value = getattr(value, part)
+    optional = key not in ("name", "data.train_split")
+    assert value == (None if optional and text in ("null", "") else text)
+
+
+def test_text_of_the_encoder_that_is_chosen_after_it() -> None:
+    config = load_config(
+        "phantom_tiny", ["model.volume={}", "model.volume.pretrained=2024-01-05", "model.volume.kind=slices"]
+    )
+    assert config.model.volume.model_dump()["pretrained"] == "2024-01-05"
+
+
+def test_a_date_in_a_file_is_to_be_quoted(tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text("data: {store: 2024-01-05}")
+    with pytest.raises(ConfigError, match=r"data\.store: .* write it in quotes"):
+        load_config(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    "override", ["training.betas=[0.9", "seed={", "data.views.report=[1", "objectives.clip={", "seed=2024-13-45"]
+)
+def test_an_override_that_cannot_be_read_is_named(override: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config("phantom_tiny", [override])
+    assert "\n" not in str(refused.value)
+    assert override.partition("=")[0].partition(".")[0] in str(refused.value)
 
 
 def test_overrides_are_typed() -> None:

@@ -23,6 +23,7 @@ LAYERS = [
         "ctclip.sentences",
         "ctclip.versions",
         "ctclip.distributed",
+        "ctclip.launchers",
     },
     {"ctclip.models", "ctclip.data", "ctclip.phantom"},
     {"ctclip.evaluation"},
@@ -66,11 +67,12 @@ def test_a_layer_below_is_noticed() -> None:
     assert layer("ctclip.preprocessing.store") < layer("ctclip.models.text") < layer("ctclip.cli.train")
 
 
-def test_launchers_are_known_in_one_file() -> None:
-    """Ranks, backends and whoever started us are read in ``ctclip/distributed.py`` alone; DeepSpeed's own ``--local_rank`` is taken
-    by commands and ignored."""
+def test_launchers_are_known_in_two_files() -> None:
+    """Whoever started us is read in ``ctclip/launchers.py`` and ranks meet in ``ctclip/distributed.py``; DeepSpeed's own
+    ``--local_rank`` is taken by commands and ignored."""
     words = re.compile(r"environ\b|getenv|\bRANK\b|LOCAL_RANK|WORLD_SIZE|MASTER_(ADDR|PORT)|SLURM_|init_process_group")
     files = [*ROOT.glob("ctclip/**/*.py"), *ROOT.glob("preprocessing/**/*.py")]
     # caches.py reads where libraries keep their caches.
     files = [path for path in files if path.name != "caches.py"]
-    assert [path.name for path in files if words.search(path.read_text(encoding="utf-8"))] == ["distributed.py"]
+    reading = [path.name for path in files if words.search(path.read_text(encoding="utf-8"))]
+    assert sorted(reading) == ["distributed.py", "launchers.py"]

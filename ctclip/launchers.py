@@ -1,0 +1,182 @@
+"""Who started this process: alone, or as one of several ranks.
+
+The same command runs under ``deepspeed``, ``torchrun``, ``srun`` and ``mpirun``: each leaves the ranks in the environment
+under names of its own, and this file is where they are read. They become torch's names.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import zlib
+from collections.abc import Mapping
+
+import torch
+
+from ctclip.errors import TrainingError
+
+LOOPBACK = "127.0.0.1"
+# What launchers call rank, ranks, rank and ranks of this machine; MPI first: mpirun may have started its own helpers as
+# tasks of a Slurm step.
+LAUNCHERS = {
+    "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "mpirun (MVAPICH)": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    "mpirun": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+}  # fmt: skip
+# What all ranks of one mpirun, and no others, have in common.
+MPI_JOB = (
+    "PMIX_NAMESPACE",
+    "OMPI_MCA_ess_base_jobid",
+    "PMI_KVS",
+    "PMI_JOBID",
+    "PMI_ID",
+    "HYDI_CONTROL_FD",
+    "SLURM_JOB_ID",
+)
+# Slurm numbers the steps that srun starts from 0; a batch script, an interactive shell and the like have numbers up here.
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
+
+
+def prepare_environment() -> None:
+    """Fill in what a launcher did not set; to be called before DeepSpeed is imported.
+
+    The names of Slurm and MPI become torch's; without any launcher this process is a world of one, and where Slurm has
+    allocated more tasks that is said. Raises TrainingError where what a launcher left does not say which rank this is.
+    """
+    environment = os.environ
+    if "RANK" in environment:
+        _check_ranks(environment)
+    else:
+        ranks = _of_mpi(environment) or _of_slurm(environment)
+        if ranks is None:
+            say_unused_tasks()
+        environment.update(ranks or _alone())
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return "RANK" in os.environ or _of_mpi(os.environ) is not None or _of_slurm(os.environ) is not None
+
+
+def say_unused_tasks() -> None:
+    """One line on stderr where this process runs alone in a Slurm allocation of several tasks."""
+    tasks = _allocated(os.environ)
+    if tasks > 1:
+        print(
+            f"warning: Slurm has allocated {tasks} tasks, and this process is none of them: running as one process. To use "
+            f"all, put `srun` before the command: srun --ntasks={tasks} python -m ctclip ...",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _check_ranks(environment: Mapping[str, str]) -> None:
+    """A launcher that speaks torch's language sets all of these; a RANK left over from elsewhere does not."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in environment:
+            raise TrainingError(
+                f"RANK={environment['RANK']} is set in the environment but {name} is not: unset RANK to run as one process, or "
+                f"start the ranks with torchrun, deepspeed or srun"
+            )
+        if name != "MASTER_ADDR" and not environment[name].isdigit():
+            raise TrainingError(f"{name}={environment[name]} in the environment is not a number: unset RANK and {name}")
+
+
+def _of_mpi(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """torch's variables for a rank that mpirun started as one of several; None elsewhere."""
+    for launcher, (rank, size, local_rank, local_size) in LAUNCHERS.items():
+        ranks = _number(environment, size)
+        if ranks is None or ranks < 2:
+            continue
+        if _number(environment, rank) is None:
+            raise TrainingError(
+                f"{size}={ranks} is set in the environment but {rank} is not: unset {size} to run as one process, or start "
+                f"{ranks} ranks with torchrun, deepspeed or srun"
+            )
+        here = _number(environment, local_size)
+        if "MASTER_ADDR" not in environment and here != ranks:
+            raise TrainingError(
+                f"{launcher} started {ranks} ranks, and not all are known to be on this machine: export MASTER_ADDR, the name "
+                f"of the first machine, to all of them"
+            )
+        known = {"LOCAL_WORLD_SIZE": str(here)} if here is not None else {}
+        job = next((environment[name] for name in MPI_JOB if name in environment), "")
+        return {
+            "RANK": environment[rank],
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": environment.get(local_rank, environment[rank]),
+            "MASTER_ADDR": environment.get("MASTER_ADDR", LOOPBACK),
+            "MASTER_PORT": environment.get("MASTER_PORT", _port_of(job)),
+            **known,
+        }
+    return None
+
+
+def _of_slurm(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """torch's variables for a task of a step that srun started with several; None elsewhere.
+
+    An allocation alone (salloc, an interactive shell, the batch script itself) has the number of tasks too, but runs
+    this process once.
+    """
+    step, task = _number(environment, "SLURM_STEP_ID"), _number(environment, "SLURM_PROCID")
+    tasks = _number(environment, "SLURM_STEP_NUM_TASKS") or _number(environment, "SLURM_NTASKS") or 1
+    if step is None or step >= FIRST_SPECIAL_STEP or task is None or task >= tasks or tasks < 2:
+        return None
+    # srun --pty gives a terminal to one task: a shell there is not one of several of this program.
+    if "SLURM_PTY_PORT" in environment and environment.get("SLURM_TASK_PID") != str(os.getpid()):
+        return None
+    return {
+        "RANK": str(task),
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", LOOPBACK)),
+        # Two jobs of one user on one node must not meet: the port follows the job.
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000),
+    }
+
+
+def _alone() -> dict[str, str]:
+    """torch's variables for a world of one."""
+    return {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(free_port()),
+    }
+
+
+def _allocated(environment: Mapping[str, str]) -> int:
+    """Tasks of the Slurm allocation this process runs in; 1 where there is none, or in a step of one task."""
+    step = _number(environment, "SLURM_STEP_ID")
+    if step is not None and step < FIRST_SPECIAL_STEP and "SLURM_PTY_PORT" not in environment:
+        return _number(environment, "SLURM_STEP_NUM_TASKS") or 1
+    tasks = _number(environment, "SLURM_NTASKS") or _number(environment, "SLURM_NPROCS")
+    nodes = _number(environment, "SLURM_JOB_NUM_NODES") or 1
+    return tasks or nodes * (_number(environment, "SLURM_NTASKS_PER_NODE") or 1)
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name, "")
+    return int(text) if text.isdigit() else None
+
+
+def _port_of(job: str) -> str:
+    return str(20000 + zlib.crc32(job.encode()) % 20000)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _first_host(nodes: str) -> str:
+    """The first host of a Slurm node list: ``gpu[03-05,9],x`` is ``gpu03``."""
+    head, bracket, rest = nodes.partition("[")
+    if not bracket or "," in head:
+        return nodes.split(",")[0]
+    return head + rest.split("]")[0].split(",")[0].split("-")[0]

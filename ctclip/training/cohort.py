@@ -1,0 +1,86 @@
+"""What a run learns from, kept in its folder: a run that continues must not go on with other data unnoticed.
+
+Names and reports are kept as hashes: the run folder may be passed on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ctclip.data.dataset import StoredVolumes
+from ctclip.errors import TrainingError
+from ctclip.preprocessing.files import write_text
+
+FILE = "cohort.json"
+
+
+@dataclass
+class Cohort:
+    """The training volumes of a run."""
+
+    volumes: dict[str, str]
+    """of the latest start: a volume's hash, and that of its report and labels"""
+    seen: list[str] = field(default_factory=list)
+    """hashes of all volumes that its weights have learned from"""
+    patients: list[str] = field(default_factory=list)
+    """hashes of their patients"""
+
+
+def open_cohort(folder: Path, data: StoredVolumes, *, learned: bool, force: bool = False) -> Cohort:
+    """Compare ``data`` with what the run in ``folder`` learned from before, and keep it there.
+
+    ``learned``: weights of an earlier start are continued, so its volumes count among those seen. Raises TrainingError
+    where volumes, reports or labels differ, unless forced.
+    """
+    path = folder / FILE
+    now = _cohort_of(data)
+    before = _read(path)
+    if before is not None:
+        changes = _changes(before.volumes, now.volumes)
+        if changes and not force:
+            raise TrainingError(
+                f"{path}: this run learned from other data than {data.store.path} holds now ({', '.join(changes)}). Name the "
+                f"store it learned from, choose another --output, or continue it on purpose with --force"
+            )
+        if learned:
+            now.seen = sorted({*now.seen, *before.seen})
+            now.patients = sorted({*now.patients, *before.patients})
+    write_text(path, json.dumps(asdict(now)))
+    return now
+
+
+def _cohort_of(data: StoredVolumes) -> Cohort:
+    volumes: dict[str, str] = {}
+    for row, (name, report) in enumerate(zip(data.table["volume"], data.reports, strict=True)):
+        labels = "" if data.labels is None else str(data.labels[row].tolist())
+        volumes[_hash(str(name))] = _hash(f"{report.text()}\0{labels}")
+    return Cohort(volumes, sorted(volumes), sorted({_hash(str(patient)) for patient in data.table["patient"]}))
+
+
+def _changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    both = before.keys() & now.keys()
+    counts = {
+        "volumes are gone": len(before.keys() - now.keys()),
+        "volumes are new": len(now.keys() - before.keys()),
+        "have another report or other labels": sum(before[name] != now[name] for name in both),
+    }
+    return [f"{count} {what}" for what, count in counts.items() if count]
+
+
+def _read(path: Path) -> Cohort | None:
+    """None where there is none, as in runs of earlier versions."""
+    if not path.is_file():
+        return None
+    try:
+        cohort = Cohort(**json.loads(path.read_text(encoding="utf-8")))
+        cohort.volumes.items()
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise TrainingError(f"{path}: cannot be read ({error}); delete it to continue with the store's data") from error
+    return cohort
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
