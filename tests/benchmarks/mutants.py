@@ -115,7 +115,7 @@ def passes(finder: Changed, files: Sequence[str], seconds: float) -> bool:
 
 def preload() -> None:
     """Import what tests need of other people's packages once, not for every mutant."""
-    for name in ("pytest", "numpy", "pandas", "pyarrow.parquet", "scipy.stats", "scipy.optimize", "scipy.integrate", "scipy.ndimage", "sklearn.metrics", "sklearn.calibration", "sklearn.linear_model", "sklearn.ensemble", "hypothesis", "numba", "torch", "transformers.models.bert.modeling_bert", "pydantic"):  # fmt: skip
+    for name in ("pytest", "numpy", "pandas", "pyarrow.parquet", "scipy.stats", "scipy.optimize", "scipy.integrate", "scipy.ndimage", "sklearn.metrics", "sklearn.calibration", "sklearn.linear_model", "sklearn.ensemble", "hypothesis", "numba", "torch", "transformers.models.bert.modeling_bert", "pydantic", "deepspeed"):  # fmt: skip
         importlib.import_module(name)
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which sample")
     parser.add_argument("--select", default="", help="options for pytest, such as '-k name'")
     chosen = parser.parse_args()
-    os.environ |= {"NUMBA_DISABLE_JIT": "1", "PYTHONHASHSEED": "0", "HYPOTHESIS_DATABASE_FILE": os.devnull}
+    os.environ |= {"NUMBA_DISABLE_JIT": "1", "DS_ACCELERATOR": "cpu", "PYTHONHASHSEED": "0", "HYPOTHESIS_DATABASE_FILE": os.devnull}
     file = Path(*chosen.module.split(".")).with_suffix(".py")
     source = file.read_text(encoding="utf-8")
     preload()
