@@ -245,6 +245,7 @@ CASES = [
     ((1.0, 1.0, 1.0), (9, 6, 17), (3.0, 1.0, 0.9), (5, 9, 6)),  # padded all around the slices and rows
     ((2.0, 1.0, 1.0), (4, 5, 6), (2.0, 1.0, 1.0), (6, 8, 9)),  # the same spacing; half voxels; padded
     ((2.0, 1.0, 1.0), (3, 7, 6), (1.0, 2.9, 1.0), (3, 1, 5)),
+    ((1.0, 1.0, 1.0), (9, 6, 7), (2.1, 0.8, 1.6), (5, 6, 5)),  # voxels wider than a slice, about the outermost slices
 ]
 
 

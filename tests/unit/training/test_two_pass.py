@@ -5,8 +5,10 @@ DeepSpeed is played by a few lines that do what it does at stage 0 on one rank; 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -280,6 +282,41 @@ def test_the_encoder_ends_its_step_once(monkeypatch: pytest.MonkeyPatch) -> None
     run.step(batch(run), 0, 5)
     assert calls == [1]
     assert run.module.training
+
+
+def test_at_stage_3_the_text_side_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    @contextlib.contextmanager
+    def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+        calls.append([id(parameter) for parameter in parameters])
+        yield
+        calls.append("left")
+
+    monkeypatch.setattr(deepspeed.zero, "GatheredParameters", gathered)
+    run = engine()
+    for stage in (0, 2):
+        run.stage = stage
+        with run.gathered():
+            assert calls == []
+    run.stage = 3
+    model = run.module.model
+    with run.gathered():
+        held = {
+            id(p) for part in (model.text_encoder, model.text_projection, model.similarity) for p in part.parameters()
+        }
+        assert {*calls[0]} == held
+        assert calls[1:] == []
+    assert calls[1:] == ["left"]
+
+
+def test_batch_norm_is_allowed_where_a_share_is_encoded_at_once() -> None:
+    encoder = encoder_config({"kind": "resnet3d", "width_factor": 0.125, "norm": "batch"})
+    for micro_batch in (4, 2):
+        config = Config.model_validate({"training": {"batch": 4, "micro_batch": micro_batch, "zero": {"stage": 0}}})
+        step = TrainingStep(Context(dual_encoder(encoder, spec_of((32, 32, 32)))), config.objectives)
+        with contextlib.nullcontext() if micro_batch == 4 else pytest.raises(ConfigError, match="batch norm"):
+            Engine(step, config, torch.device("cpu"))
 
 
 def test_batch_norm_is_refused_in_parts_alone() -> None:
