@@ -101,7 +101,9 @@ def test_some_sentences_are_one_to_four_different_ones_in_any_order(available: i
 def test_positive_sentences_are_those_that_negate_nothing() -> None:
     positive = ReportViews({"positive": 1}, ENGLISH)
     assert set(draws(positive, of(*FIVE), 5)) == {"Nodule in the apex. Large heart. Dense bone."}
-    assert set(draws(positive, of("No nodule.", "Normal heart."), 5)) == {"No nodule. Normal heart."}, "the whole report"
+    assert set(draws(positive, of("No nodule.", "Normal heart."), 5)) == {"No nodule. Normal heart."}, (
+        "the whole report"
+    )
 
 
 def test_an_empty_view_is_the_report_and_an_empty_report_says_so() -> None:
