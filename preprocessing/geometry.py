@@ -97,7 +97,7 @@ def resampled_affine(volume: Volume, spec: PreprocessingSpec, centre: Centre | N
     affine = volume.affine.copy()
     for axis, positions in enumerate(source_positions(volume, spec, centre)):
         _inside(positions, volume.array.shape[axis])
-        step = positions[1] - positions[0] if len(positions) > 1 else 1.0
+        step = positions[1] - positions[0] if len(positions) > 1 else spec.spacing[axis] / volume.spacing[axis]
         affine[:3, 3] += volume.affine[:3, axis] * positions[0]
         affine[:3, axis] = volume.affine[:3, axis] * step
     return affine[:, [0, 2, 1, 3]] if spec.published_geometry else affine

@@ -57,10 +57,10 @@ def changes(tree: ast.AST) -> Iterator[tuple[ast.AST, str, object]]:
             yield node, "value", ast.Constant(None)
 
 
-def mutants(source: str, sample: int | None = None) -> Iterator[tuple[int, str, CodeType]]:
+def mutants(source: str, sample: int | None = None, seed: int = 0) -> Iterator[tuple[int, str, CodeType]]:
     """Line, words and code of every mutant of a module's source, or of a random sample of them."""
     count = len(list(changes(ast.parse(source))))
-    indices = range(count) if sample is None else sorted(random.Random(0).sample(range(count), min(sample, count)))
+    indices = range(count) if sample is None else sorted(random.Random(seed).sample(range(count), min(sample, count)))
     for index in indices:
         tree = ast.parse(source)
         node, field, value = list(changes(tree))[index]
@@ -115,7 +115,7 @@ def passes(finder: Changed, files: Sequence[str], seconds: float) -> bool:
 
 def preload() -> None:
     """Import what tests need of other people's packages once, not for every mutant."""
-    for name in ("pytest", "numpy", "pandas", "pyarrow.parquet", "scipy.stats", "scipy.optimize", "scipy.integrate", "scipy.ndimage", "sklearn.metrics", "sklearn.calibration", "sklearn.linear_model", "sklearn.ensemble", "hypothesis", "numba"):  # fmt: skip
+    for name in ("pytest", "numpy", "pandas", "pyarrow.parquet", "scipy.stats", "scipy.optimize", "scipy.integrate", "scipy.ndimage", "sklearn.metrics", "sklearn.calibration", "sklearn.linear_model", "sklearn.ensemble", "hypothesis", "numba", "torch", "transformers.models.bert.modeling_bert", "pydantic", "deepspeed"):  # fmt: skip
         importlib.import_module(name)
 
 
@@ -124,9 +124,10 @@ def main() -> None:
     parser.add_argument("module", help="such as ctclip.evaluation.metrics")
     parser.add_argument("tests", nargs="+", help="the module's test files")
     parser.add_argument("--sample", type=int, default=None, help="as many mutants, drawn at random; all if not given")
+    parser.add_argument("--seed", type=int, default=0, help="which sample")
     parser.add_argument("--select", default="", help="options for pytest, such as '-k name'")
     chosen = parser.parse_args()
-    os.environ |= {"NUMBA_DISABLE_JIT": "1", "PYTHONHASHSEED": "0", "HYPOTHESIS_DATABASE_FILE": os.devnull}
+    os.environ |= {"NUMBA_DISABLE_JIT": "1", "DS_ACCELERATOR": "cpu", "PYTHONHASHSEED": "0", "HYPOTHESIS_DATABASE_FILE": os.devnull}
     file = Path(*chosen.module.split(".")).with_suffix(".py")
     source = file.read_text(encoding="utf-8")
     preload()
@@ -136,7 +137,7 @@ def main() -> None:
         sys.exit(f"{chosen.module}: its tests fail as it stands; mend that first")
     limit = max(30.0, SLOWEST * (time.monotonic() - began))
     survivors, total = [], 0
-    for line, words, code in mutants(source, chosen.sample):
+    for line, words, code in mutants(source, chosen.sample, chosen.seed):
         total += 1
         if passes(Changed(chosen.module, str(file), code), tests, limit):
             survivors.append((line, words))

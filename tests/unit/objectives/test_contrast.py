@@ -12,7 +12,16 @@ from ctclip.config import objective_configs
 from ctclip.errors import ConfigError
 from ctclip.objectives.clip import Clip, clip
 from ctclip.objectives.convirt import ConVIRT
-from ctclip.objectives.objective import Context, Features, Objective, different_group, same_identity
+from ctclip.objectives.labels import Labels
+from ctclip.objectives.mlm import MaskedWords
+from ctclip.objectives.objective import (
+    Context,
+    Features,
+    Objective,
+    columns_needed,
+    different_group,
+    same_identity,
+)
 from ctclip.objectives.siglip import SigLIP, siglip
 from ctclip.objectives.text_queue import TextQueue
 from tests.unit.small import dual_encoder
@@ -183,6 +192,100 @@ def test_what_a_queue_gave_out_does_not_change_with_it() -> None:
     queue.append(unit(4, 1), torch.arange(4), torch.arange(4))
     assert all(torch.equal(one, other) for one, other in zip(earlier, before, strict=True))
     assert before[1].tolist() == [0, 1, -1, -1]
+
+
+@pytest.mark.parametrize("rows", [EVERY, slice(2, 4)])
+def test_by_position_every_text_of_the_queue_is_a_negative(rows: slice) -> None:
+    """Of a queue that is partly filled, of the same scans and wordings as the batch, by a rank's rows."""
+    queue, earlier = TextQueue(5, 6), unit(3, 9)
+    queue.append(earlier, torch.arange(3), torch.arange(3))
+    volumes, texts = unit(4, 0), unit(4, 1)
+    contrast = objective("clip", queue=5, by_identity=False)
+    loss = contrast(features=features(volumes, texts, rows=rows), earlier_texts=queue.earlier())
+    right = torch.arange(4)[rows]
+    of_volumes = F.cross_entropy(6.0 * volumes[rows] @ torch.cat([texts, earlier]).T, right)
+    of_texts = F.cross_entropy(6.0 * texts[rows] @ volumes.T, right)
+    torch.testing.assert_close(loss, (of_volumes + of_texts) / 2)
+
+
+def test_a_queue_is_used_by_whom_it_was_set_for() -> None:
+    """The queue of another objective is offered to all."""
+    queue = TextQueue(3, 6)
+    queue.append(unit(3, 9), torch.tensor([7, 8, 9]), torch.tensor([7, 8, 9]))
+    given = features(unit(4, 0), unit(4, 1))
+    without = objective("clip")
+    assert torch.equal(
+        without(features=given, earlier_texts=queue.earlier()), without(features=given, earlier_texts=None)
+    )
+    queued = objective("clip", queue=3)
+    assert queued(features=given, earlier_texts=queue.earlier()) > queued(features=given, earlier_texts=None)
+    assert [one.queue_size for one in (without, queued, objective("convirt"))] == [0, 3, 0]
+
+
+def test_what_is_set_by_itself() -> None:
+    """Identity counts unless told otherwise; a group has two volumes at least."""
+    given = features(unit(3, 4), unit(3, 5), torch.tensor([0, 1, 0]))
+    for name in ("clip", "siglip"):
+        more = {"earlier_texts": None} if name == "clip" else {}
+        usual, by_identity, by_position = (
+            objective(name, **settings)(features=given, **more)
+            for settings in ({}, {"by_identity": True}, {"by_identity": False})
+        )
+        assert usual == by_identity
+        assert usual != by_position
+    objective("clip", negatives=2, queue=0)
+    objective("clip", queue=1)
+    for wrong in ({"negatives": 1}, {"queue": -1}):
+        with pytest.raises(ConfigError, match="greater than or equal"):
+            objective("clip", **wrong)
+
+
+def test_the_columns_an_objective_asks_for_are_what_is_not_given_anyway() -> None:
+    class Masks(Objective):
+        needs = ("tokens", "masks", "features", "labels", "words", "earlier_texts")
+
+    assert columns_needed(Masks) == ("masks", "labels")
+    assert columns_needed(Labels) == ("labels",)
+    assert columns_needed(MaskedWords) == columns_needed(objective("clip")) == columns_needed(Objective) == ()
+    with pytest.raises(NotImplementedError):
+        Objective(None, Context(dual_encoder()))()
+
+
+def test_features_and_context_cannot_be_changed() -> None:
+    for given in (features(unit(2, 0), unit(2, 1)), Context(dual_encoder())):
+        with pytest.raises(AttributeError, match="cannot assign"):
+            given.rows = EVERY  # type: ignore[union-attr,misc]
+
+
+def test_an_empty_queue_excludes_every_place() -> None:
+    earlier = TextQueue(3, 6).earlier()
+    assert earlier.scans.tolist() == earlier.identities.tolist() == [-1, -1, -1]
+    assert earlier.excluded(torch.tensor([0, 1]), torch.tensor([5, 6])).tolist() == [[True] * 3] * 2
+
+
+def test_places_are_excluded_by_scan_or_by_wording() -> None:
+    queue = TextQueue(4, 6)
+    queue.append(unit(3, 0), torch.tensor([0, 1, 2]), torch.tensor([5, 6, 7]))
+    excluded = queue.earlier().excluded(torch.tensor([1, 9, 8]), torch.tensor([4, 7, 8]))
+    assert excluded.tolist() == [[False, True, False, True], [False, False, True, True], [False, False, False, True]]
+
+
+def test_the_oldest_places_are_written_over() -> None:
+    queue = TextQueue(3, 6)
+    for step in range(5):
+        queue.append(unit(2, step).double(), torch.tensor([2 * step, 2 * step + 1]), torch.tensor([step, 50 + step]))
+        newest = [scan for scan in range(2 * step + 2)][-3:]
+        held = {
+            scan: (wording, text)
+            for scan, wording, text in zip(queue.scans.tolist(), queue.identities, queue.texts, strict=True)
+        }
+        assert sorted(scan for scan in held if scan >= 0) == newest
+        for scan in newest:
+            wording, text = held[scan]
+            assert wording == (scan // 2 if scan % 2 == 0 else 50 + scan // 2)
+            torch.testing.assert_close(text, unit(2, scan // 2)[scan % 2])
+    assert not queue.texts.requires_grad
+    assert set(queue.state_dict()) == {"texts", "scans", "identities", "next_slot"}
 
 
 def test_a_queue_beside_smaller_groups_is_refused() -> None:

@@ -13,8 +13,8 @@ from ctclip.data.reports import Report
 from ctclip.errors import ConfigError
 from ctclip.heads.prompts import PromptHead
 from ctclip.labels import labels_of_columns
-from ctclip.objectives.labels import multi_label
-from ctclip.objectives.objective import Context
+from ctclip.objectives.labels import Labels, multi_label
+from ctclip.objectives.objective import Context, Features
 from ctclip.phantom.prevalence import FINDINGS
 from ctclip.prompts import load_prompts
 from ctclip.training.step import Pairs, Part, TrainingStep
@@ -33,6 +33,33 @@ def test_unknown_labels_are_left_out() -> None:
     multi_label(logits, torch.full((2, 2), float("nan"))).backward()
     assert logits.grad is not None
     assert (logits.grad == 0).all(), "nothing known is nothing learned, not NaN"
+
+
+def test_one_known_label_counts_whole() -> None:
+    labels = torch.full((3, 2), float("nan"))
+    labels[1, 0] = 1.0
+    logits = torch.tensor([[5.0, 5.0], [0.3, 5.0], [5.0, 5.0]])
+    assert float(multi_label(logits, labels)) == pytest.approx(math.log(1 + math.exp(-0.3)), rel=1e-6)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_labels_are_read_off_both_embeddings(views: int) -> None:
+    """The mean of scikit-learn's cross-entropy of volumes and of texts, of which each has the labels of its volume."""
+    torch.manual_seed(0)
+    objective = Labels(objective_configs({"labels": 1.0})["labels"], Context(dual_encoder(), LABELS))
+    labels = torch.tensor([[1, 0, torch.nan, 1], [0, 0, 1, 1], [1, 1, 0, torch.nan]])
+    volumes, texts = (torch.nn.functional.normalize(torch.randn(n, 12), dim=1) for n in (3, 3 * views))
+    numbers = torch.arange(3)
+    given = Features(
+        volumes, texts, torch.tensor([4.0]), torch.tensor([0.0]), numbers, torch.arange(3 * views), slice(0, 3)
+    )
+    expected = []
+    for embeddings, truth in ((volumes, labels), (texts, labels[numbers.repeat_interleave(views)])):
+        scores = 4.0 * embeddings @ objective.classifier.weight.T + objective.classifier.bias
+        known = ~truth.isnan()
+        expected.append(log_loss(truth[known], scores[known].sigmoid().detach().double()))
+    assert objective.classifier.weight.shape == (4, 12)
+    assert float(objective(features=given, labels=labels).detach()) == pytest.approx(sum(expected) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("locked", [False, True])

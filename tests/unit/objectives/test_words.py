@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import log_loss
 
 from ctclip.config import objective_configs
 from ctclip.labels import labels_of_columns
 from ctclip.models.encoded import Encoded
 from ctclip.objectives.captioning import captioning
-from ctclip.objectives.mlm import hide
+from ctclip.objectives.mlm import hide, masked_words
 from ctclip.objectives.objective import Context
 from ctclip.objectives.words import WordPredictor
 from ctclip.phantom.prevalence import FINDINGS
@@ -55,6 +57,67 @@ def test_words_alone_are_hidden_as_often_as_bert_does() -> None:
 def test_a_short_text_has_one_word_hidden() -> None:
     _, target = hide(torch.tensor([[2, 7, 3]]), torch.ones(1, 3).long(), 4, [2, 3], 50)
     assert target.tolist() == [[-100, 7, -100]]
+
+
+def test_of_the_hidden_words_one_in_ten_is_another_and_one_in_ten_is_kept() -> None:
+    """Devlin et al. 2019, section 3.1; the other word is any of the vocabulary, itself included."""
+    ids = torch.full((500, 200), 9)
+    torch.manual_seed(1)
+    shown, target = hide(ids, torch.ones_like(ids), blank=4, special=[0, 1, 2, 3, 4], vocabulary=20)
+    chosen = shown[target != -100]
+    counts = torch.bincount(chosen, minlength=20) / len(chosen)
+    expected = torch.full((20,), 0.1 / 20)
+    expected[4] += 0.8
+    expected[9] += 0.1
+    assert len(counts) == 20
+    assert torch.allclose(counts, expected, atol=0.01)
+    assert counts.min() > 0.003, "from the first word to the last"
+    assert len(chosen) / ids.numel() == pytest.approx(0.15, abs=0.005)
+    # Few words beyond: a text of three words has 1 - 0.85^3 with a word below 0.15, and exactly one elsewhere.
+    ids = torch.full((20000, 3), 9)
+    several = (hide(ids, torch.ones_like(ids), 4, [0], 20)[1] != -100).sum(dim=1)
+    assert several.min() == 1
+    for count, share in ((2, 3 * 0.15**2 * 0.85), (3, 0.15**3)):
+        assert (several == count).float().mean() == pytest.approx(share, abs=0.005)
+
+
+def test_a_text_without_words_has_none_hidden() -> None:
+    ids = torch.tensor([[2, 3, 0], [2, 7, 3]])
+    shown, target = hide(ids, (ids != 0).long(), 4, [2, 3], 50)
+    assert (target[0] == -100).all()
+    assert torch.equal(shown[0], ids[0])
+
+
+def test_masked_words_are_scored_alone() -> None:
+    """The mean over hidden words of what is written by the predictor, which is shown the rest."""
+    ids = torch.randint(5, 20, (6, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[::2, 8:] = 0
+    tokenizer = SimpleNamespace(mask_token_id=4, all_special_ids=[0, 1, 2, 3, 4], __len__=lambda self: 20)
+    tokenizer = type("Tokenizer", (), vars(tokenizer))()
+    tokens, seen = encoded(torch.randn(6, 4, 8)), {}
+
+    def bert(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        seen.update(ids=input_ids, mask=attention_mask)
+        return SimpleNamespace(last_hidden_state=input_ids.float()[..., None])
+
+    def predictor(hidden: torch.Tensor, padding: torch.Tensor, volumes: Encoded) -> torch.Tensor:
+        seen.update(padding=padding, tokens=volumes)
+        return scores
+
+    scores = torch.randn(6, 12, 20)
+    torch.manual_seed(3)
+    loss = masked_words(predictor, bert, ids, mask, tokens, tokenizer)  # type: ignore[arg-type]
+    torch.manual_seed(3)
+    shown, target = hide(ids, mask, 4, [0, 1, 2, 3, 4], 20)
+    assert torch.equal(seen["ids"], shown)
+    assert torch.equal(seen["mask"], mask)
+    assert torch.equal(seen["padding"], mask == 0)
+    assert seen["tokens"] is tokens
+    hidden = target != -100
+    assert float(loss) == pytest.approx(
+        log_loss(target[hidden], scores[hidden].double().softmax(dim=1), labels=list(range(20))), rel=1e-5
+    )
 
 
 def test_captioning_never_sees_the_word_it_writes() -> None:
