@@ -31,6 +31,7 @@ def evaluate(
     ),
     bootstrap: int = typer.Option(None, min=10, help="Resamples of patients; the protocol's if not given."),
     seed: int = typer.Option(0, help="Of the bootstrap and the shuffled control."),
+    force: bool = typer.Option(False, "--force", help="Replace the evaluation of another run."),
 ) -> None:
     """Score predictions by a declared protocol: AUROC with intervals by patient, controls, retrieval.
 
@@ -43,7 +44,7 @@ def evaluate(
 
     result = run_evaluation(
         predictions, output, protocol, labels=labels, store=store, run=run, against=against, calibration=calibration,
-        thresholds=thresholds.value if thresholds is not None else None, bootstrap=bootstrap, seed=seed,
+        thresholds=thresholds.value if thresholds is not None else None, bootstrap=bootstrap, seed=seed, force=force,
     )  # fmt: skip
     zero, controls = result["zero_shot"], result["controls"]
     if result["patients"] == 1:

@@ -22,5 +22,8 @@ def quality(
     from ctclip.preprocessing.store import VolumeStore
 
     page = output or store / "quality.html"
+    replaced = page.exists()
     warned = quality_page(VolumeStore(store), page, split=split, first=first, count=count)
+    if replaced:
+        print(f"note: replaced the page that was at {page}")
     print(f"quality page: {page} ({warned} volumes with warnings)")

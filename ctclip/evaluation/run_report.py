@@ -16,6 +16,7 @@ import yaml
 from ctclip.errors import EvaluationError
 from ctclip.evaluation import figures
 from ctclip.evaluation.pages import (
+    MARK,
     UNTRUSTED_MEANS,
     comparison_table,
     interval_words,
@@ -25,6 +26,7 @@ from ctclip.evaluation.pages import (
     write_page,
 )
 from ctclip.evaluation.published import published_table
+from ctclip.preprocessing.outputs import check_file, file_holds
 
 INTERVALS = (
     "Volumes are ranked by their margins, before any calibration. Intervals are by patient: of an abnormality's AUROC with "
@@ -85,6 +87,7 @@ def write_report(
 
 def compare_reports(first: Path, second: Path | None, output: Path) -> Path:
     """One page of one evaluation folder, or of two side by side; ``output`` is the HTML file."""
+    check_file(output, file_holds(MARK))
     found = [_metrics_of(folder) for folder in (first, second) if folder is not None]
     names = _names([folder for folder, _ in found])
     with tempfile.TemporaryDirectory() as scratch:
