@@ -16,8 +16,8 @@ from ctclip.preprocessing.anatomy import find_lungs, no_chest
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.hounsfield import ALREADY_HU
 from ctclip.preprocessing.outcomes import Outcome, read_outcomes
-from ctclip.preprocessing.pipeline import Expect
 from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
+from ctclip.preprocessing.pipeline import Expect
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.volume import Volume

@@ -52,7 +52,7 @@ class VolumeStore:
     def create(cls, path: str | os.PathLike[str], spec: PreprocessingSpec) -> VolumeStore:
         """Open a store for ``spec``, making it if there is none; one of another spec is refused."""
         folder = Path(path)
-        check_folder(folder, _is_store, "volume store")
+        check_store_folder(folder)
         if (folder / "spec.yaml").is_file():
             store = cls(folder)
             (folder / "volumes").mkdir(exist_ok=True)
@@ -213,6 +213,11 @@ class VolumeStore:
 
     def _damaged(self, volume: str) -> PreprocessingError:
         return PreprocessingError(f"{self.file(volume)}: damaged; `ctclip preprocess --verify` finds and rebuilds it")
+
+
+def check_store_folder(path: str | os.PathLike[str]) -> None:
+    """Raise PreprocessingError unless a store may be made in, or volumes added to, the folder ``path``."""
+    check_folder(path, _is_store, "volume store")
 
 
 def _is_store(folder: Path) -> bool:

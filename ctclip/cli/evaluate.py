@@ -42,6 +42,7 @@ def evaluate(
     from ctclip.evaluation.pages import number, split_note
     from ctclip.evaluation.run_evaluation import run_evaluation
 
+    replaced = (output / "metrics.json").exists()
     result = run_evaluation(
         predictions, output, protocol, labels=labels, store=store, run=run, against=against, calibration=calibration,
         thresholds=thresholds.value if thresholds is not None else None, bootstrap=bootstrap, seed=seed, force=force,
@@ -80,4 +81,6 @@ def evaluate(
     if "paired" in result:
         mean = result["paired"]["mean"]
         print(f"against {against}: {number(mean['difference'])} ({number(mean['lower'])} to {number(mean['upper'])}), p {number(mean['p'])}")  # fmt: skip
+    if replaced:
+        print(f"note: replaced the evaluation that was in {output}")
     print(f"report: {output / 'report.html'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,12 @@ def _calibrated(table: pd.DataFrame, names: list[str], fitted: Calibration, path
                 f"{path}: of {what} {predicted_by}, the calibration was fitted to {what} {fitted_to}: take the model's own, or "
                 f"run `ctclip calibrate` again"
             )
+    if not fitted.patients:
+        print(
+            f"warning: {path}: the calibration does not say on which patients it was fitted (a folder from a hub never "
+            f"does): whether some are in this test set cannot be checked",
+            file=sys.stderr,
+        )
     seen = fitted.saw(table["patient"].unique())
     if seen:
         raise EvaluationError(

@@ -26,7 +26,7 @@ from ctclip.evaluation.pages import (
     write_page,
 )
 from ctclip.evaluation.published import published_table
-from ctclip.preprocessing.outputs import check_file, file_holds
+from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
 
 INTERVALS = (
     "Volumes are ranked by their margins, before any calibration. Intervals are by patient: of an abnormality's AUROC with "
@@ -106,7 +106,8 @@ def compare_reports(first: Path, second: Path | None, output: Path) -> Path:
                 sections.append({"title": f"Retrieval: {name}", **_retrieval(one["retrieval"])})
             sections.append(_published_section(one) | {"title": f"Published figures beside {name}"})
         headline = [(value, f"{words}: {name}") for name, (_, one) in zip(names, found, strict=True) for value, words in _headline(one)]  # fmt: skip
-        write_page(output, title=" against ".join(names), headline=headline, sections=sections, subtitle="Research only; not a medical device.")  # fmt: skip
+        with claimed_file(output):
+            write_page(output, title=" against ".join(names), headline=headline, sections=sections, subtitle="Research only; not a medical device.")  # fmt: skip
     return output
 
 
