@@ -123,19 +123,27 @@ def claimed_folder(
     ``key`` is kept in ``run.json``. Tables of another key are another run's, and refused unless ``force``; the same run may
     be resumed or repeated. Raises PreprocessingError in one line.
     """
-    check_folder(folder, is_ours, f"output of `ctclip {command}`")
+    check_run(folder, command, key, tables, is_ours, force=force)
     with contextlib.closing(claim_folder(folder)):
-        for name in (*tables, RUN):
-            refuse_special(folder / name)
-        runs = _runs(folder)
-        there = [name for name in tables if (folder / name).exists()]
-        if there and runs.get(command) != key and not force:
-            raise PreprocessingError(
-                f"{folder}: {there[0]} is of another run of `ctclip {command}` (other scans, model or options); give "
-                f"another --output, or replace it with --force"
-            )
-        write_text(folder / RUN, json.dumps({"runs": {**runs, command: key}}, indent=2))
+        # Again: another command may have ended in between.
+        check_run(folder, command, key, tables, is_ours, force=force)
+        write_text(folder / RUN, json.dumps({"runs": {**_runs(folder), command: key}}, indent=2))
         yield
+
+
+def check_run(
+    folder: Path, command: str, key: str, tables: Sequence[str], is_ours: Recognised, *, force: bool = False
+) -> None:
+    """Raise PreprocessingError where ``claimed_folder`` would, but for a lock that is held."""
+    check_folder(folder, is_ours, f"output of `ctclip {command}`")
+    for name in (*tables, RUN):
+        refuse_special(folder / name)
+    there = [name for name in tables if (folder / name).exists()]
+    if there and _runs(folder).get(command) != key and not force:
+        raise PreprocessingError(
+            f"{folder}: {there[0]} is of another run of `ctclip {command}` (other scans, model or options); give another "
+            f"--output, or replace it with --force"
+        )
 
 
 @contextlib.contextmanager
@@ -168,9 +176,12 @@ def _lock(path: Path, busy: str) -> IO[bytes]:
                     f"{path}: cannot be written ({error.strerror}); give another --output"
                 ) from error
             raise PreprocessingError(f"{path}: is {kind}, where a lock file should be; remove it") from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise PreprocessingError(f"{path}: is {kind_of(path)}, where a lock file should be; remove it")
         stream = os.fdopen(descriptor, "r+b")
-        content = stream.read(200) if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
-        if content is None or (content and not content.startswith(HOLDER)):
+        content = stream.read(200)
+        if content and not content.startswith(HOLDER):
             stream.close()
             raise PreprocessingError(f"{path}: is no lock file of ours; give another --output, or remove it")
         try:

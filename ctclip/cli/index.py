@@ -20,7 +20,7 @@ def index(
     `ctclip index --model runs/demo/train/model --store store --split train --output index`
     """
     from ctclip import distributed
-    from ctclip.inference.index import build_index, check_output
+    from ctclip.inference.index import check_output, index_store
     from ctclip.inference.scans import StoredScans
     from ctclip.models.folder import load_model
     from ctclip.preprocessing.store import VolumeStore
@@ -29,8 +29,7 @@ def index(
     loaded = load_model(model, distributed.device())
     scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
     refused: dict[str, str] = {}
-    made = build_index(loaded, scans, batch, refused)
-    made.save(output, force=force)
+    made = index_store(loaded, scans, output, batch, refused, force=force)
     for reason in refused.values():
         print(f"refused: {reason}")
     print(f"index: {output} ({len(made.rows)} volumes)")

@@ -23,7 +23,7 @@ from ctclip.evaluation.run_report import Example, Pictures, write_report
 from ctclip.evaluation.tables import MARGIN, label_file, provenance, read_embeddings, read_labels, read_predictions
 from ctclip.labels import labels_of_columns, store_labels
 from ctclip.preprocessing.files import write_text, written_beside
-from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
+from ctclip.preprocessing.outputs import check_folder, check_run, claimed_folder, made_by_us
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.versions import versions
@@ -58,6 +58,8 @@ def run_evaluation(
     """
     check_folder(output, is_evaluation, "output of `ctclip evaluate`")
     table, names = read_predictions(predictions)
+    key = _digest(predictions)
+    check_run(output, "evaluate", key, FILES, is_evaluation, force=force)
     declared = load_protocol(protocol) if protocol is not None else unnamed_protocol(table, names, labels, store)
     if thresholds is not None:
         declared = declared.model_copy(update={"thresholds": thresholds})
@@ -91,7 +93,7 @@ def run_evaluation(
     result = plain(result | {"versions": versions()})
     examples = _examples(opened, rows, known, declared) if opened is not None else []
     pictures = Pictures(examples, _matrix(rows, embeddings), (scores, known))
-    with claimed_folder(output, "evaluate", _digest(predictions), FILES, is_evaluation, force=force):
+    with claimed_folder(output, "evaluate", key, FILES, is_evaluation, force=force):
         write_text(output / "metrics.json", json.dumps(result, indent=2, allow_nan=False))
         with written_beside(output / "metrics.csv") as partial:
             _metrics_table(result["zero_shot"]).to_csv(partial, index_label="abnormality")

@@ -41,23 +41,20 @@ class Index:
         of the model that made them, and where it lies."""
         return cls(rows.loc[:, list(ROWS)].reset_index(drop=True), _flat(volumes), _reports(reports), model, path)
 
-    def save(self, folder: Path, *, force: bool = False) -> None:
-        """Write it into a folder of its own. Raises PreprocessingError if the folder holds something else, or an index of
-        other scans or another model and ``force`` is not given."""
+    def save(self, folder: Path) -> None:
+        """Write it into a folder of its own; see ``index_store`` for one that may hold something."""
         faiss = extras.require("faiss")
-        key = run_key(self.model, list(self.rows["volume"]), list(self.rows["scan"]))
-        with claimed_folder(folder, "index", key, FILES, is_index, force=force):
-            for name, index in (("volumes", self.volumes), ("reports", self.reports)):
-                if index is None:
-                    # Of an index that was here before.
-                    (folder / f"{name}.faiss").unlink(missing_ok=True)
-                    continue
-                with written_beside(folder / f"{name}.faiss") as partial:
-                    faiss.write_index(index, str(partial))
-            with written_beside(folder / "rows.parquet") as partial:
-                self.rows.to_parquet(partial, index=False)
-            facts = {"model": self.model, "path": self.path, "volumes": len(self.rows)}
-            write_text(folder / "index.json", json.dumps(facts))
+        for name, index in (("volumes", self.volumes), ("reports", self.reports)):
+            if index is None:
+                # Of an index that was here before.
+                (folder / f"{name}.faiss").unlink(missing_ok=True)
+                continue
+            with written_beside(folder / f"{name}.faiss") as partial:
+                faiss.write_index(index, str(partial))
+        with written_beside(folder / "rows.parquet") as partial:
+            self.rows.to_parquet(partial, index=False)
+        facts = {"model": self.model, "path": self.path, "volumes": len(self.rows)}
+        write_text(folder / "index.json", json.dumps(facts))
 
     @classmethod
     def load(cls, folder: Path, model: str) -> Index:
@@ -133,6 +130,18 @@ def index_facts(folder: Path) -> dict[str, Any]:
         return facts | {"model": str(facts["model"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: no index could be read; `ctclip index` makes one") from error
+
+
+def index_store(
+    loaded: ModelFolder, scans: StoredScans, folder: Path, batch: int, refused: dict[str, str], *, force: bool = False
+) -> Index:
+    """``build_index`` into ``folder``. Raises PreprocessingError if it holds something else, another process writes there,
+    or it is an index of other scans or another model and ``force`` is not given."""
+    key = run_key(loaded.hash, loaded.spec.hash, list(scans.table["volume"]), scans.origin())
+    with claimed_folder(folder, "index", key, FILES, is_index, force=force):
+        index = build_index(loaded, scans, batch, refused)
+        index.save(folder)
+    return index
 
 
 def build_index(loaded: ModelFolder, scans: StoredScans, batch: int, refused: dict[str, str]) -> Index:
