@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ctclip.errors import CtclipError
 from ctclip.preprocessing.files import write_text
+from ctclip.preprocessing.outputs import check_folder, made_by_us
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,12 @@ def default_processes() -> int:
 
 def _claim(output: Path, wanted: dict[str, object]) -> None:
     path = output / "demo.json"
-    if path.is_file() and json.loads(path.read_text()) != wanted:
-        raise CtclipError(
-            f"{path}: this folder holds another demo {path.read_text()}; choose another --output, or delete it"
-        )
+    check_folder(output, lambda folder: made_by_us(folder, {path.name: b'"size"'}), "demo")
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CtclipError(f"{path}: damaged; choose another --output, or delete this folder") from error
+        if found != wanted:
+            raise CtclipError(f"{path}: this folder holds another demo {found}; choose another --output, or delete it")
     write_text(path, json.dumps(wanted))

@@ -1,12 +1,29 @@
-"""Writing that never leaves half a file under a final name."""
+"""Writing that never leaves half a file under a final name, and never goes through a link."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from ctclip.preprocessing.errors import PreprocessingError
+
+KINDS = (
+    (stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a folder"), (stat.S_ISREG, "a file"), (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"), (stat.S_ISSOCK, "a socket"),
+)  # fmt: skip
+
+
+def kind_of(path: str | os.PathLike[str]) -> str | None:
+    """What lies at ``path`` itself, in words ("a symbolic link", "a folder", "a file", ...); None if nothing does."""
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return next((words for test, words in KINDS if test(mode)), "a special file")
 
 
 @contextlib.contextmanager
@@ -14,20 +31,31 @@ def written_beside(path: str | os.PathLike[str], *, suffix: str = "") -> Iterato
     """Yield a temporary path in the folder of ``path``; flush it to disk and rename it over ``path`` on success.
 
     ``suffix`` is appended to the temporary name for writers that read the format off the name
-    (``.nii.gz``). On any exception the temporary file is removed and ``path`` is left as it was.
+    (``.nii.gz``). On any exception the temporary file is removed and ``path`` is left as it was. Raises
+    PreprocessingError if ``path`` is anything but a regular file or a new name.
     """
     final = Path(path)
+    refuse_special(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=f".partial{suffix}", dir=final.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{final.name[:60]}.", suffix=f".partial{suffix}", dir=final.parent)
     os.close(handle)
     partial = Path(name)
     try:
         yield partial
         flush(partial)
         os.chmod(partial, 0o666 & ~_umask())
+        # Again: the caller may have taken hours, and a rename would replace a link or a device.
+        refuse_special(final)
         os.replace(partial, final)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def refuse_special(path: Path) -> None:
+    """Raise PreprocessingError if a link, a folder, a device or a FIFO lies where a file is to be written."""
+    kind = kind_of(path)
+    if kind not in (None, "a file"):
+        raise PreprocessingError(f"{path}: is {kind}, and a file would be written there; give another name")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

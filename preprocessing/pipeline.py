@@ -33,7 +33,7 @@ from ctclip.preprocessing.outcomes import (
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.readers import read
 from ctclip.preprocessing.spec import PreprocessingSpec
-from ctclip.preprocessing.store import VolumeStore
+from ctclip.preprocessing.store import VolumeStore, check_store_folder
 from ctclip.preprocessing.volume import Volume
 from ctclip.preprocessing.workers import worker_pool
 
@@ -250,6 +250,7 @@ def preprocess(
     see ``read_cohort``.
     """
     options = options or Options()
+    check_store_folder(output)
     cohort = read_cohort(root, layout, labels=labels, keep_no_chest=keep_no_chest)
     table = hold_out(cohort.table, calibration)
     if cohort.unmatched and not partial:

@@ -17,6 +17,7 @@ from ctclip.preprocessing.anatomy import find_lungs, no_chest
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.hounsfield import ALREADY_HU
 from ctclip.preprocessing.outcomes import Outcome, read_outcomes
+from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
 from ctclip.preprocessing.pipeline import Expect
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
@@ -26,6 +27,8 @@ HEIGHT = 150
 WINDOWS = {"lung window": (-1350.0, 150.0), "soft-tissue window": (-160.0, 240.0)}
 BINS = np.arange(-1050, 1051, 50)
 
+# How a page of this kind, and so one that may be replaced, is known.
+MARK = b"<title>Quality control: "
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
 body { font: 13px/1.4 system-ui, sans-serif; margin: 1rem; color: #222 } h1 { font-size: 1.2rem }
@@ -72,6 +75,7 @@ def quality_page(
     ``windows``: HU windows in which slices are drawn, by name, a row each; two for a chest if not given.
     ``expect``: ``chest`` warns of volumes that show none, where the store is one of chests.
     """
+    check_file(output, file_holds(MARK))
     windows = windows or WINDOWS
     cohort = store.cohort.set_index("volume")
     names = [name for name in store.volumes if name in cohort.index and split in (None, cohort.at[name, "split"])]
@@ -92,10 +96,13 @@ def quality_page(
         f"({' x '.join(f'{s:g}' for s in store.spec.spacing)} mm). Rows from above: {', '.join(windows)}; the "
         f"patient's right on the left. {warned} have warnings."
     )
-    write_text(
-        output,
-        page.render(title=title, subtitle=subtitle, scans=cards, refused=refused, width=3 * HEIGHT, bins=len(BINS) - 1),
-    )
+    with claimed_file(output):
+        write_text(
+            output,
+            page.render(
+                title=title, subtitle=subtitle, scans=cards, refused=refused, width=3 * HEIGHT, bins=len(BINS) - 1
+            ),
+        )
     return warned
 
 

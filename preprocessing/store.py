@@ -24,6 +24,7 @@ from isal import isal_zlib
 from ctclip.preprocessing.cohorts import check_table
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.outputs import check_folder
 from ctclip.preprocessing.spec import PreprocessingSpec
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -31,6 +32,8 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # they decompress straight into their place in a batch.
 BLOCK_BYTES, BLOCKS = 1 << 19, 4
 SUFFIX = ".b2nd"
+# A volume that ``written_beside`` was writing.
+PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}\.partial")
 ABANDONED_SECONDS = 1800
 # What blosc2 makes of a file whose bytes have changed.
 BLOSC_RAISES = (RuntimeError, ValueError, OSError, SyntaxError, KeyError, TypeError, OverflowError, MemoryError)
@@ -49,16 +52,19 @@ class VolumeStore:
     def create(cls, path: str | os.PathLike[str], spec: PreprocessingSpec) -> VolumeStore:
         """Open a store for ``spec``, making it if there is none; one of another spec is refused."""
         folder = Path(path)
-        (folder / "volumes").mkdir(parents=True, exist_ok=True)
+        check_store_folder(folder)
         if (folder / "spec.yaml").is_file():
             store = cls(folder)
+            (folder / "volumes").mkdir(exist_ok=True)
             if store.spec.hash != spec.hash:
                 raise PreprocessingError(
                     f"{folder}: holds volumes of spec {store.spec.name!r} ({store.spec.hash}), not {spec.name!r} "
                     f"({spec.hash}); give another --output"
                 )
             return store
+        # The spec first: a folder that has it is a store, for shards that start at the same moment too.
         spec.save(folder / "spec.yaml")
+        (folder / "volumes").mkdir(exist_ok=True)
         return cls(folder)
 
     @cached_property
@@ -189,7 +195,8 @@ class VolumeStore:
         """Remove what killed runs left beside the volumes. Half an hour old, it is nobody's work any more."""
         for entry in os.scandir(self.path / "volumes"):
             with contextlib.suppress(FileNotFoundError):
-                if entry.name.startswith(".") and time.time() - entry.stat().st_mtime > ABANDONED_SECONDS:
+                ours = PARTIAL.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
+                if ours and time.time() - entry.stat().st_mtime > ABANDONED_SECONDS:
                     os.unlink(entry.path)
 
     def _open(self, volume: str) -> blosc2.NDArray:
@@ -206,6 +213,19 @@ class VolumeStore:
 
     def _damaged(self, volume: str) -> PreprocessingError:
         return PreprocessingError(f"{self.file(volume)}: damaged; `ctclip preprocess --verify` finds and rebuilds it")
+
+
+def check_store_folder(path: str | os.PathLike[str]) -> None:
+    """Raise PreprocessingError unless a store may be made in, or volumes added to, the folder ``path``."""
+    check_folder(path, _is_store, "volume store")
+
+
+def _is_store(folder: Path) -> bool:
+    """Whether a folder is a volume store, or will be one as soon as another shard has written its spec."""
+    if (folder / "spec.yaml").is_file():
+        PreprocessingSpec.load(folder / "spec.yaml")
+        return True
+    return all(path.name.startswith(".spec.yaml.") and PARTIAL.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _is_volume(name: str) -> bool:

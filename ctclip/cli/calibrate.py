@@ -34,6 +34,7 @@ def calibrate(
 
     loaded = load_model(str(model))
     path = calibration_file(model, head)
+    replaced = path.exists()
     fitted = run_calibration(
         predictions, model, path, labels=labels, store=store, method=method.value, model_hash=loaded.hash
     )
@@ -42,4 +43,6 @@ def calibrate(
     print(f"{fitted.method} calibration of {len(fitted.lines)} abnormalities on {fitted.fitted_on}")
     for name, reason in fitted.uncalibrated.items():
         print(f"not calibrated: {name} ({reason}); it keeps its plain softmax")
+    if replaced:
+        print("note: replaced the calibration that the head had")
     print(f"kept: {path}")

@@ -33,7 +33,7 @@ def demo(
     zero, controls = metrics["zero_shot"], metrics["controls"]
     low, high = zero["mean_auroc_interval"]
     found = metrics["retrieval"]["report_to_volume"]
-    weak = [name for name, entry in zero["auroc"].items() if entry["value"] is not None and entry["lower"] <= 0.5]
+    weak = [name for name, entry in zero["auroc"].items() if entry["lower"] is not None and entry["lower"] <= 0.5]
     print(
         f"\nzero-shot mean AUROC  {zero['mean_auroc']:.3f}  (95 % interval {low:.3f} to {high:.3f}), {zero['labels_defined']} abnormalities, reports only"
     )

@@ -20,6 +20,7 @@ def embed(
         Path("embeddings.parquet"), "--output", "-o", help=".parquet: ids and vectors; .npy: the vectors alone."
     ),
     batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
+    force: bool = typer.Option(False, "--force", help="Replace embeddings of another run."),
 ) -> None:
     """Embed volumes or reports as unit vectors of one space.
 
@@ -29,7 +30,7 @@ def embed(
     """
     from ctclip import distributed
     from ctclip.errors import DataError
-    from ctclip.inference.embed import embed_reports, embed_scans
+    from ctclip.inference.embed import check_embeddings, embed_reports, embed_scans
     from ctclip.inference.scans import ScanFiles, Scans, StoredScans
     from ctclip.models.folder import load_model
     from ctclip.preprocessing.store import VolumeStore
@@ -38,17 +39,18 @@ def embed(
         raise DataError("give one of: scans, --store, --reports")
     if output.suffix not in (".parquet", ".npy"):
         raise DataError(f"{output}: end the name in .parquet or .npy")
+    check_embeddings(output, force=force)
     loaded = load_model(model, distributed.device())
     refused: dict[str, str] = {}
     if reports is not None:
-        rows = embed_reports(loaded.model, reports, output)
+        rows = embed_reports(loaded, reports, output, force=force)
     else:
         source: Scans
         if store is not None:
             source = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
         else:
             source = ScanFiles(scans, loaded.spec)
-        rows = embed_scans(loaded.model, source, output, batch, refused)
+        rows = embed_scans(loaded, source, output, batch, refused, force=force)
     for reason in refused.values():
         print(f"refused: {reason}")
     print(f"embeddings: {output} ({rows} rows of {loaded.model.config.dim})")

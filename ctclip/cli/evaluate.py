@@ -31,6 +31,7 @@ def evaluate(
     ),
     bootstrap: int = typer.Option(None, min=10, help="Resamples of patients; the protocol's if not given."),
     seed: int = typer.Option(0, help="Of the bootstrap and the shuffled control."),
+    force: bool = typer.Option(False, "--force", help="Replace the evaluation of another run."),
 ) -> None:
     """Score predictions by a declared protocol: AUROC with intervals by patient, controls, retrieval.
 
@@ -41,9 +42,10 @@ def evaluate(
     from ctclip.evaluation.pages import number, split_note
     from ctclip.evaluation.run_evaluation import run_evaluation
 
+    replaced = (output / "metrics.json").exists()
     result = run_evaluation(
         predictions, output, protocol, labels=labels, store=store, run=run, against=against, calibration=calibration,
-        thresholds=thresholds.value if thresholds is not None else None, bootstrap=bootstrap, seed=seed,
+        thresholds=thresholds.value if thresholds is not None else None, bootstrap=bootstrap, seed=seed, force=force,
     )  # fmt: skip
     zero, controls = result["zero_shot"], result["controls"]
     if result["patients"] == 1:
@@ -79,4 +81,6 @@ def evaluate(
     if "paired" in result:
         mean = result["paired"]["mean"]
         print(f"against {against}: {number(mean['difference'])} ({number(mean['lower'])} to {number(mean['upper'])}), p {number(mean['p'])}")  # fmt: skip
+    if replaced:
+        print(f"note: replaced the evaluation that was in {output}")
     print(f"report: {output / 'report.html'}")

@@ -13,22 +13,23 @@ def index(
     split: str = typer.Option(None, help="One split of the cohort."),
     output: Path = typer.Option(..., "--output", "-o", help="Folder of the index."),
     batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
+    force: bool = typer.Option(False, "--force", help="Replace an index of another run."),
 ) -> None:
     """Index the volumes and reports of a store for `ctclip similar`.
 
     `ctclip index --model runs/demo/train/model --store store --split train --output index`
     """
     from ctclip import distributed
-    from ctclip.inference.index import build_index
+    from ctclip.inference.index import check_output, index_store
     from ctclip.inference.scans import StoredScans
     from ctclip.models.folder import load_model
     from ctclip.preprocessing.store import VolumeStore
 
+    check_output(output)
     loaded = load_model(model, distributed.device())
     scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
     refused: dict[str, str] = {}
-    made = build_index(loaded, scans, batch, refused)
-    made.save(output)
+    made = index_store(loaded, scans, output, batch, refused, force=force)
     for reason in refused.values():
         print(f"refused: {reason}")
     print(f"index: {output} ({len(made.rows)} volumes)")

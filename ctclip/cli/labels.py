@@ -49,12 +49,12 @@ def from_csv(
 
     `ctclip labels from-csv abdomen.csv --output abdomen.yaml --body-part abdomen`
     """
-    from ctclip.errors import ConfigError
     from ctclip.evaluation.tables import binary_columns
     from ctclip.labels import labels_of_columns
+    from ctclip.preprocessing.outputs import check_file
 
-    if output.exists():
-        raise ConfigError(f"{output}: exists; give another --output")
+    # Whatever it is, it may have been edited since.
+    check_file(output, lambda _: False)
     columns = binary_columns(table, column or None)
     label_set = labels_of_columns(name or output.stem, columns, body_part)  # type: ignore[arg-type]
     label_set.save(output)

@@ -25,8 +25,11 @@ def quality(
     opened = VolumeStore(store)
     labels = store_labels(opened)
     page = output or store / "quality.html"
+    replaced = page.exists()
     warned = quality_page(
         opened, page, split=split, first=first, count=count, windows=labels.windows if labels is not None else None,
         expect="chest" if labels is not None and labels.body_part == "chest" else "any",
     )  # fmt: skip
+    if replaced:
+        print(f"note: replaced the page that was at {page}")
     print(f"quality page: {page} ({warned} volumes with warnings)")

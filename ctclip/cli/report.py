@@ -18,4 +18,8 @@ def report(
     """
     from ctclip.evaluation.run_report import compare_reports
 
-    print(f"report: {compare_reports(first, second, output)}")
+    replaced = output.exists()
+    page = compare_reports(first, second, output)
+    if replaced:
+        print(f"note: replaced the page that was at {page}")
+    print(f"report: {page}")

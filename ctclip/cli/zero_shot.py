@@ -41,6 +41,7 @@ def zero_shot(
     processes: int = typer.Option(None, min=1, help="Processes to share the scans; one a GPU if not given."),
     hu: Trusted = typer.Option(Trusted.auto, help="Whom to believe about Hounsfield units."),
     expect: Expected = typer.Option(Expected.any, help="Refuse what is not a chest."),
+    force: bool = typer.Option(False, "--force", help="Replace the tables of another run."),
     local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Set by the deepspeed launcher."),
 ) -> None:
     """Detect abnormalities by prompts, without any labelled example.
@@ -55,6 +56,7 @@ def zero_shot(
 
     from ctclip import distributed
     from ctclip.errors import DataError
+    from ctclip.inference.run import check_output, detect
 
     if bool(scans) == (store is not None):
         raise DataError("give either scans or --store")
@@ -62,6 +64,7 @@ def zero_shot(
         raise DataError(f"{'--split' if split is not None else '--reports'} goes with --store")
     if head is not None and (prompts or abnormality):
         raise DataError("--head scores its own names: leave --prompts and --abnormality out")
+    check_output(output)
     if not distributed.launched():
         processes = processes or distributed.gpus()
         if processes > 1:
@@ -70,7 +73,6 @@ def zero_shot(
 
     from ctclip.heads.folder import PROMPTS
     from ctclip.inference.model import asking, usable_head
-    from ctclip.inference.run import detect
     from ctclip.inference.scans import ScanFiles, Scans, StoredScans
     from ctclip.inference.show import table_of
     from ctclip.models.folder import load_model
@@ -87,7 +89,9 @@ def zero_shot(
             source = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
         else:
             source = ScanFiles(scans, loaded.spec, trust=hu.value, expect=expect.value)
-        found = detect(loaded, scorer, source, output, batch=batch, reports=reports, suffix=f".{format.value}")
+        found = detect(
+            loaded, scorer, source, output, batch=batch, reports=reports, suffix=f".{format.value}", force=force
+        )
     if distributed.launched_rank() != 0:
         return
     table_of(found.table(rows=6), scorer, found.volumes)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,15 +34,19 @@ class Line:
 @dataclass(frozen=True)
 class Calibration:
     """Of one model and one set of prompts: a line an abnormality, where it was fitted, and digests of the patients it
-    saw, none of whom may be in a test. ``uncalibrated``: the abnormalities that keep their plain softmax, and why."""
+    saw, none of whom may be in a test. ``uncalibrated``: the abnormalities that keep their plain softmax, and why.
+    ``salt`` goes into the digests (empty in files before 0.3), so that no table of digests made beforehand finds the ids.
+    Without digests, as in a folder from a hub, nothing can be said of the patients."""
 
     method: Method
     fitted_on: str
     model: str
     lines: dict[str, Line]
     prompts: str = ""
-    patients: tuple[str, ...] = ()
+    # Not in the representation, of which a head's identity is made: they do not change a score.
+    patients: tuple[str, ...] = field(default=(), repr=False)
     uncalibrated: dict[str, str] = field(default_factory=dict)
+    salt: str = field(default="", repr=False)
 
     def of(self, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """slope, intercept (names,) float32; an abnormality that was not fitted keeps its plain softmax."""
@@ -57,7 +62,11 @@ class Calibration:
     def saw(self, patients: Iterable[str]) -> list[str]:
         """Those of ``patients`` it was fitted on."""
         seen = set(self.patients)
-        return [patient for patient in patients if digest(patient) in seen]
+        return [patient for patient in patients if digest(patient, self.salt) in seen]
+
+    def without_patients(self) -> Calibration:
+        """The same without the digests of its patients, to be given away."""
+        return replace(self, patients=(), salt="")
 
     def save(self, path: Path) -> None:
         write_text(path, json.dumps(asdict(self), indent=2))
@@ -79,14 +88,16 @@ class Calibration:
             patients = tuple(values.pop("patients", ()))
             uncalibrated |= {name: FALLING for name, line in lines.items() if line.slope <= 0}
             rising = {name: line for name, line in lines.items() if line.slope > 0}
+            if not isinstance(values.get("salt", ""), str):
+                raise ValueError("the salt is not a text")
             return cls(**values, lines=rising, patients=patients, uncalibrated=uncalibrated)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise EvaluationError(f"{path}: no calibration ({error}); `ctclip calibrate` writes one") from error
 
 
-def digest(patient: str) -> str:
-    """Twelve hex digits that stand for a patient's id in a file that travels with the model."""
-    return hashlib.sha256(patient.encode()).hexdigest()[:12]
+def digest(patient: str, salt: str = "") -> str:
+    """Twelve hex digits that stand for a patient's id in a file that lies with the model."""
+    return hashlib.sha256((salt + patient).encode()).hexdigest()[:12]
 
 
 def fit_calibration(
@@ -136,8 +147,9 @@ def fit_calibration(
     if not lines:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(uncalibrated.items())[:3])
         raise EvaluationError(f"no label can be calibrated ({reasons}): take a larger calibration split")
-    digests = tuple(sorted({digest(patient) for patient in people})) if patients is not None else ()
-    return Calibration(method, fitted_on, model, lines, prompts, digests, uncalibrated)
+    salt = secrets.token_hex(16) if patients is not None else ""
+    digests = tuple(sorted({digest(patient, salt) for patient in people})) if patients is not None else ()
+    return Calibration(method, fitted_on, model, lines, prompts, digests, uncalibrated, salt)
 
 
 def fit_line(margin: np.ndarray, truth: np.ndarray, *, intercept: bool) -> tuple[float, float]:

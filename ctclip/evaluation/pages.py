@@ -20,6 +20,8 @@ FIGURES = re.compile(
     r"[-+\d.,%\s]*|(undefined|[-+]?[\d.]+) to (undefined|[-+]?[\d.]+)( \(!\))?|undefined|[+-]?\d+ of \d+"
 )
 
+# How a page of this kind, and so one that may be replaced, is known.
+MARK = b'<div class="headline">'
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
 <style>

@@ -10,6 +10,7 @@ from ctclip.errors import EvaluationError
 from ctclip.evaluation.calibration import Calibration, Method, fit_calibration
 from ctclip.evaluation.protocol import unnamed_protocol
 from ctclip.evaluation.tables import MARGIN, label_file, provenance, read_labels, read_predictions
+from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
 from ctclip.preprocessing.store import VolumeStore
 
 
@@ -24,6 +25,7 @@ def run_calibration(
     method: Method = "platt",
 ) -> Calibration:
     """Fit a calibration to the predictions of a calibration split and keep it in ``path``, with the model's head."""
+    check_file(path, file_holds(b'"lines"'))
     table, names = read_predictions(predictions)
     if provenance(table, "model") != model_hash:
         raise EvaluationError(
@@ -44,7 +46,8 @@ def run_calibration(
         truth.to_numpy(dtype=float), table[margins].to_numpy(dtype=float), names, method=method,
         fitted_on=_fitted_on(table, predictions, store), model=model_hash, prompts=provenance(table, "prompts"), patients=table["patient"],
     )  # fmt: skip
-    fitted.save(path)
+    with claimed_file(path):
+        fitted.save(path)
     return fitted
 
 

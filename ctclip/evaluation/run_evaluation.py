@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,13 @@ from ctclip.evaluation.run_report import Example, Pictures, write_report
 from ctclip.evaluation.tables import MARGIN, label_file, provenance, read_embeddings, read_labels, read_predictions
 from ctclip.labels import labels_of_columns, store_labels
 from ctclip.preprocessing.files import write_text, written_beside
+from ctclip.preprocessing.outputs import check_folder, check_run, claimed_folder, made_by_us
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.versions import versions
+
+# What an evaluation is known by; the figures beside them are theirs.
+FILES = ("metrics.json", "metrics.csv", "report.html")
 
 EXAMPLES = 4
 SECTIONS = ("findings", "impression")
@@ -43,9 +49,17 @@ def run_evaluation(
     thresholds: Thresholds | None = None,
     bootstrap: int | None = None,
     seed: int = 0,
+    force: bool = False,
 ) -> dict[str, Any]:
-    """Score a prediction file; see the command for the arguments. Returns what ``metrics.json`` holds."""
+    """Score a prediction file; see the command for the arguments. Returns what ``metrics.json`` holds.
+
+    Raises PreprocessingError if ``output`` holds something else, another process writes there, or it is an evaluation of
+    other predictions and ``force`` is not given.
+    """
+    check_folder(output, is_evaluation, "output of `ctclip evaluate`")
     table, names = read_predictions(predictions)
+    key = _digest(predictions)
+    check_run(output, "evaluate", key, FILES, is_evaluation, force=force)
     declared = load_protocol(protocol) if protocol is not None else unnamed_protocol(table, names, labels, store)
     if thresholds is not None:
         declared = declared.model_copy(update={"thresholds": thresholds})
@@ -77,13 +91,25 @@ def run_evaluation(
             **plain(paired_test(table, other, truth, declared, resamples=bootstrap, seed=seed)),
         }
     result = plain(result | {"versions": versions()})
-    write_text(output / "metrics.json", json.dumps(result, indent=2, allow_nan=False))
-    with written_beside(output / "metrics.csv") as partial:
-        _metrics_table(result["zero_shot"]).to_csv(partial, index_label="abnormality")
     examples = _examples(opened, rows, known, declared) if opened is not None else []
     pictures = Pictures(examples, _matrix(rows, embeddings), (scores, known))
-    write_report(output, f"Zero-shot evaluation: {declared.name}", result, run=run, pictures=pictures)
+    with claimed_folder(output, "evaluate", key, FILES, is_evaluation, force=force):
+        write_text(output / "metrics.json", json.dumps(result, indent=2, allow_nan=False))
+        with written_beside(output / "metrics.csv") as partial:
+            _metrics_table(result["zero_shot"]).to_csv(partial, index_label="abnormality")
+        write_report(output, f"Zero-shot evaluation: {declared.name}", result, run=run, pictures=pictures)
     return result
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+
+def is_evaluation(folder: Path) -> bool:
+    """Whether a folder is one that an evaluation may be written into: of an evaluation, of other tables of ours, or a
+    demo's."""
+    return made_by_us(folder, {"metrics.json": b'"protocol"', "demo.json": b'"size"'})
 
 
 def split_coverage(store: VolumeStore, volumes: pd.DataFrame, protocol: Protocol) -> dict[str, Any]:
@@ -145,6 +171,12 @@ def _calibrated(table: pd.DataFrame, names: list[str], fitted: Calibration, path
                 f"{path}: of {what} {predicted_by}, the calibration was fitted to {what} {fitted_to}: take the model's own, or "
                 f"run `ctclip calibrate` again"
             )
+    if not fitted.patients:
+        print(
+            f"warning: {path}: the calibration does not say on which patients it was fitted (a folder from a hub never "
+            f"does): whether some are in this test set cannot be checked",
+            file=sys.stderr,
+        )
     seen = fitted.saw(table["patient"].unique())
     if seen:
         raise EvaluationError(

@@ -16,6 +16,7 @@ import yaml
 from ctclip.errors import EvaluationError
 from ctclip.evaluation import figures
 from ctclip.evaluation.pages import (
+    MARK,
     UNTRUSTED_MEANS,
     comparison_table,
     interval_words,
@@ -25,6 +26,7 @@ from ctclip.evaluation.pages import (
     write_page,
 )
 from ctclip.evaluation.published import published_table
+from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
 
 INTERVALS = (
     "Volumes are ranked by their margins, before any calibration. Intervals are by patient: of an abnormality's AUROC with "
@@ -85,6 +87,7 @@ def write_report(
 
 def compare_reports(first: Path, second: Path | None, output: Path) -> Path:
     """One page of one evaluation folder, or of two side by side; ``output`` is the HTML file."""
+    check_file(output, file_holds(MARK))
     evaluations = [_metrics_of(folder) for folder in (first, second) if folder is not None]
     names = _names([folder for folder, _ in evaluations])
     with tempfile.TemporaryDirectory() as scratch:
@@ -105,7 +108,8 @@ def compare_reports(first: Path, second: Path | None, output: Path) -> Path:
                 sections.append({"title": f"Retrieval: {name}", **_retrieval(one["retrieval"])})
             sections.append(_published_section(one) | {"title": f"Published figures beside {name}"})
         headline = [(value, f"{words}: {name}") for name, (_, one) in zip(names, evaluations, strict=True) for value, words in _headline(one)]  # fmt: skip
-        write_page(output, title=" against ".join(names), headline=headline, sections=sections, subtitle="Research only; not a medical device.")  # fmt: skip
+        with claimed_file(output):
+            write_page(output, title=" against ".join(names), headline=headline, sections=sections, subtitle="Research only; not a medical device.")  # fmt: skip
     return output
 
 

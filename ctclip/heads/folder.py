@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from ctclip.heads.linear import LinearHead
 from ctclip.heads.prompts import PromptHead
 from ctclip.labels import load_labels
 from ctclip.models.dual_encoder import DualEncoder
-from ctclip.models.folder import LABELS_BEFORE
+from ctclip.models.folder import LABELS_BEFORE, is_head_folder
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.named_files import installed_file
+from ctclip.preprocessing.outputs import check_replaceable, put_in_place
 from ctclip.prompts import PromptSet, load_prompts
 
 FOLDER, PROMPTS = "heads", "prompts"
@@ -59,17 +61,20 @@ def save_head(model: Path, name: str, head: Head) -> Path:
     if not NAME.fullmatch(name):
         raise CheckpointError(f"{name!r} cannot name a head: use letters, digits, - and _")
     folder = model / FOLDER / name
-    partial = folder.with_name(f".{name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    head.save(partial)
-    facts = {"kind": head.kind, "supervision": head.supervision, "names": list(head.names)}
-    write_text(partial / "head.yaml", yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
-    if head.calibration is not None:
-        head.calibration.save(partial / "calibration.json")
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    check_replaceable(folder, is_head_folder, "head")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Not in heads/, where it would be read as a head while it is written.
+    partial = Path(tempfile.mkdtemp(prefix=f".{name[:60]}.", suffix=".partial", dir=model))
+    try:
+        head.save(partial)
+        facts = {"kind": head.kind, "supervision": head.supervision, "names": list(head.names)}
+        write_text(partial / "head.yaml", yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
+        if head.calibration is not None:
+            head.calibration.save(partial / "calibration.json")
+        partial.chmod(0o755)
+        put_in_place(partial, folder, is_head_folder, "head")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -13,23 +13,37 @@ import torch
 
 from ctclip.errors import DataError
 from ctclip.evaluation.tables import embedding_table
-from ctclip.inference.run import REPORT, VOLUME, batches, report_embeddings, report_texts
+from ctclip.inference.run import REPORT, VOLUME, batches, check_count, report_embeddings, report_texts, run_key
 from ctclip.inference.scans import Scans
 from ctclip.models.dual_encoder import DualEncoder
+from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.outputs import check_file, claimed_file
 from ctclip.preprocessing.progress import track
 
 COLUMNS = {"Findings_EN": "findings", "Impressions_EN": "impression", "VolumeName": "volume"}
 CHUNK = 256
+# In a Parquet file's metadata: which model and scans it is of.
+KEY = b"ctclip.run"
 
 
-def embed_scans(model: DualEncoder, scans: Scans, output: Path, batch: int, refused: dict[str, str]) -> int:
-    """Embed volumes into ``output``; returns how many. Refused scans are named in ``refused``."""
-    return write_tables(output, _volumes(model, scans, batch, refused), refused)
+def embed_scans(
+    loaded: ModelFolder, scans: Scans, output: Path, batch: int, refused: dict[str, str], *, force: bool = False
+) -> int:
+    """Embed volumes into ``output``; returns how many. Refused scans are named in ``refused``. ``force``: replace
+    embeddings of another run."""
+    key = run_key(loaded.hash, loaded.spec.hash, list(scans.table["volume"]), scans.origin())
+    tables = _volumes(loaded.model, scans, batch, refused)
+    with claimed_file(output):
+        check_embeddings(output, key, force=force)
+        rows = write_tables(output, tables, refused, key)
+    check_count(output, rows, len(scans.table) - len(refused))
+    return rows
 
 
-def embed_reports(model: DualEncoder, source: Path, output: Path) -> int:
+def embed_reports(loaded: ModelFolder, source: Path, output: Path, *, force: bool = False) -> int:
     """Embed the reports of a .txt (one a line) or a CSV into ``output``; returns how many."""
+    model = loaded.model
     names, texts = read_reports(source)
     starts = range(0, len(texts), CHUNK)
 
@@ -38,7 +52,31 @@ def embed_reports(model: DualEncoder, source: Path, output: Path) -> int:
             vectors = report_embeddings(model, texts[start : start + CHUNK])
             yield embedding_table(names[start : start + CHUNK], **{REPORT: vectors})
 
-    return write_tables(output, tables())
+    key = run_key(loaded.hash, names, texts)
+    with claimed_file(output):
+        check_embeddings(output, key, force=force)
+        rows = write_tables(output, tables(), key=key)
+    check_count(output, rows, len(names))
+    return rows
+
+
+def check_embeddings(path: Path, key: str | None = None, *, force: bool = False) -> None:
+    """Raise PreprocessingError unless embeddings of the run ``key`` (None: of any run) may be written to ``path``. A .npy
+    file does not say what it is of, and is never replaced without ``force``."""
+    check_file(path, lambda there: _key_of(there) is not None, force=force)
+    kept = None if force or not path.exists() else _key_of(path)
+    if key is not None and kept is not None and kept != key:
+        raise DataError(
+            f"{path}: holds embeddings of another run (other scans or another model); give another --output, or replace "
+            f"them with --force"
+        )
+
+
+def _key_of(path: Path) -> str | None:
+    try:
+        return (pq.read_schema(path).metadata or {}).get(KEY, b"").decode() or None
+    except (OSError, pa.ArrowException, UnicodeDecodeError):
+        return None
 
 
 def read_reports(source: Path) -> tuple[list[str], list[str]]:
@@ -60,8 +98,9 @@ def read_reports(source: Path) -> tuple[list[str], list[str]]:
     return names, texts
 
 
-def write_tables(path: Path, tables: Iterator[pa.Table], refused: dict[str, str] | None = None) -> int:
-    """Stream tables of vectors into one file, whole or not at all; .npy gets the one column of vectors."""
+def write_tables(path: Path, tables: Iterator[pa.Table], refused: dict[str, str] | None = None, key: str = "") -> int:
+    """Stream tables of vectors into one file, whole or not at all; .npy gets the one column of vectors. ``key`` is kept in
+    the metadata of a Parquet file."""
     rows = 0
     with written_beside(path) as partial:
         writer: pq.ParquetWriter | None = None
@@ -72,6 +111,7 @@ def write_tables(path: Path, tables: Iterator[pa.Table], refused: dict[str, str]
                 column = table.column(1).combine_chunks()
                 vectors.append(column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1))
                 continue
+            table = table.replace_schema_metadata({KEY: key.encode()})
             writer = writer or pq.ParquetWriter(partial, table.schema)
             writer.write_table(table)
         if rows == 0:

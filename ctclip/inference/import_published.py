@@ -12,7 +12,7 @@ from ctclip.errors import CheckpointError
 from ctclip.heads.folder import save_head, write_prompt_head
 from ctclip.heads.linear import LinearHead
 from ctclip.labels import load_labels
-from ctclip.models.folder import TrainedOn, file_hash, save_model
+from ctclip.models.folder import TrainedOn, check_output, file_hash, save_model
 from ctclip.models.hub import pretrained_folder
 from ctclip.models.huggingface import read_settings, shape_of
 from ctclip.models.published import Published, read_published, to_model
@@ -44,6 +44,7 @@ def import_published(
 
     if text is None and text_config is None:
         raise CheckpointError(f"{file}: name the text encoder's tokenizer and config.json in --text or --text-config")
+    check_output(output)
     published = read_published(file, ignore)
     shape = _bert_config(text, text_config)
     source = text_config or text

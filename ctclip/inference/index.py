@@ -13,11 +13,13 @@ import torch
 
 from ctclip import extras
 from ctclip.errors import DataError
-from ctclip.inference.run import batches, report_embeddings, report_texts
+from ctclip.inference.run import batches, check_count, report_embeddings, report_texts, run_key
 from ctclip.inference.scans import StoredScans
 from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing.files import write_text, written_beside
+from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
 
+FILES = ("volumes.faiss", "reports.faiss", "rows.parquet", "index.json")
 ROWS = ("volume", "patient", "scan", "findings", "impression")
 
 
@@ -40,17 +42,19 @@ class Index:
         return cls(rows.loc[:, list(ROWS)].reset_index(drop=True), _flat(volumes), _reports(reports), model, path)
 
     def save(self, folder: Path) -> None:
+        """Write it into a folder of its own; see ``index_store`` for one that may hold something."""
         faiss = extras.require("faiss")
-        folder.mkdir(parents=True, exist_ok=True)
         for name, index in (("volumes", self.volumes), ("reports", self.reports)):
-            if index is not None:
-                with written_beside(folder / f"{name}.faiss") as partial:
-                    faiss.write_index(index, str(partial))
+            if index is None:
+                # Of an index that was here before.
+                (folder / f"{name}.faiss").unlink(missing_ok=True)
+                continue
+            with written_beside(folder / f"{name}.faiss") as partial:
+                faiss.write_index(index, str(partial))
         with written_beside(folder / "rows.parquet") as partial:
             self.rows.to_parquet(partial, index=False)
-        write_text(
-            folder / "index.json", json.dumps({"model": self.model, "path": self.path, "volumes": len(self.rows)})
-        )
+        facts = {"model": self.model, "path": self.path, "volumes": len(self.rows)}
+        write_text(folder / "index.json", json.dumps(facts))
 
     @classmethod
     def load(cls, folder: Path, model: str) -> Index:
@@ -109,6 +113,16 @@ def _reports(vectors: np.ndarray | None) -> Any:
     return _flat(vectors[written], written) if len(written) else None
 
 
+def is_index(folder: Path) -> bool:
+    """Whether a folder holds an index, or tables of other commands of ours."""
+    return made_by_us(folder, {"index.json": b'"volumes"'})
+
+
+def check_output(folder: Path) -> None:
+    """Raise PreprocessingError unless an index may be written into ``folder``."""
+    check_folder(folder, is_index, "output of `ctclip index`")
+
+
 def index_facts(folder: Path) -> dict[str, Any]:
     """``model`` (hash), ``path`` of the model folder, ``volumes``."""
     try:
@@ -116,6 +130,18 @@ def index_facts(folder: Path) -> dict[str, Any]:
         return facts | {"model": str(facts["model"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: no index could be read; `ctclip index` makes one") from error
+
+
+def index_store(
+    loaded: ModelFolder, scans: StoredScans, folder: Path, batch: int, refused: dict[str, str], *, force: bool = False
+) -> Index:
+    """``build_index`` into ``folder``. Raises PreprocessingError if it holds something else, another process writes there,
+    or it is an index of other scans or another model and ``force`` is not given."""
+    key = run_key(loaded.hash, loaded.spec.hash, list(scans.table["volume"]), scans.origin())
+    with claimed_folder(folder, "index", key, FILES, is_index, force=force):
+        index = build_index(loaded, scans, batch, refused)
+        index.save(folder)
+    return index
 
 
 def build_index(loaded: ModelFolder, scans: StoredScans, batch: int, refused: dict[str, str]) -> Index:
@@ -129,6 +155,7 @@ def build_index(loaded: ModelFolder, scans: StoredScans, batch: int, refused: di
         vectors.append(encoded.float().cpu().numpy())
     if not order:
         raise DataError(next(iter(refused.values()), f"{scans.store.path}: no volume to index"))
+    check_count(scans.store.path, len(order), len(scans.table) - len(refused))
     rows = scans.table.iloc[order]
     reports = report_embeddings(loaded.model, report_texts(rows, loaded.trained_on.sections))
     return Index.build(rows, np.concatenate(vectors), reports, loaded.hash, str(loaded.path.resolve()))

@@ -13,13 +13,15 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
+from ctclip.evaluation.calibration import Calibration
 from ctclip.heads.folder import PROMPTS, HeadFacts, list_heads, load_head
 from ctclip.heads.head import Head
 from ctclip.heads.prompts import PromptHead
 from ctclip.inference.show import Detection, calibrated
 from ctclip.labels import LabelSet
 from ctclip.models.encoded import Encoded
-from ctclip.models.folder import ModelFolder, load_model
+from ctclip.models.folder import KIND, ModelFolder, is_model_folder, load_model
+from ctclip.preprocessing.outputs import check_folder
 from ctclip.preprocessing.pipeline import Expect, Prepared, Trust, prepare
 from ctclip.prompts import PromptSet, load_prompts
 
@@ -46,7 +48,15 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         )
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        shutil.copytree(self.folder.path, save_directory, dirs_exist_ok=True)
+        """A copy that may be given away: what a calibration keeps of its patients stays here."""
+        if save_directory.resolve() == self.folder.path.resolve():
+            return
+        check_folder(save_directory, is_model_folder, KIND)
+        # Files, not a snapshot's links to them.
+        shutil.copytree(self.folder.path, save_directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+        for path in (save_directory / "calibration.json", *save_directory.glob("heads/*/calibration.json")):
+            if path.is_file():
+                Calibration.load(path).without_patients().save(path)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **given: object) -> Model:

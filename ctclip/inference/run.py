@@ -6,6 +6,7 @@ off them what is left. Several processes share the scans, each writing its own p
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -29,10 +30,14 @@ from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
 from ctclip.preprocessing.progress import track
 
 VOLUME, REPORT = "volume_embedding", "report_embedding"
 PART_BATCHES = 8
+EMBEDDINGS, TABLES = "embeddings.parquet", ("predictions.csv", "predictions.parquet", "embeddings.parquet")
+# How predictions of 0.2 are recognised, which had no run.json.
+MARKS = {"predictions.csv": b"volume,patient,scan,"}
 
 
 @dataclass
@@ -63,12 +68,37 @@ def detect(
     batch: int = 8,
     reports: bool = False,
     suffix: str = ".csv",
+    force: bool = False,
 ) -> Summary:
     """Write ``predictions.csv`` (or ``.parquet``) and ``embeddings.parquet`` into ``output``.
 
-    ``reports`` embeds each volume's report too. One refused scan does not stop the others; if all are, DataError.
+    ``reports`` embeds each volume's report too. One refused scan does not stop the others; if all are, DataError. Raises
+    PreprocessingError if another process writes there, or if other scans or another model were predicted there before and
+    ``force`` is not given.
     """
-    parts = output / "parts" / _key(loaded, head, scans, reports)
+    key = _key(loaded, head, scans, reports)
+    with contextlib.ExitStack() as held:
+        claim = claimed_folder(output, "zero-shot", key, TABLES, is_output, force=force)
+        distributed.on_main(lambda: held.enter_context(claim))
+        return _detect(loaded, head, scans, output, output / "parts" / key, batch, reports, suffix)
+
+
+def check_output(output: Path) -> None:
+    """Raise PreprocessingError unless ``detect`` may write into ``output``."""
+    check_folder(output, is_output, "output of `ctclip zero-shot`")
+
+
+def is_output(folder: Path) -> bool:
+    """Whether a folder is one that commands of ours have written tables into."""
+    return made_by_us(folder, MARKS)
+
+
+def _detect(
+    loaded: ModelFolder, head: Head, scans: Scans, output: Path, parts: Path, batch: int, reports: bool, suffix: str
+) -> Summary:
+    for folder in (parts.parent, parts):
+        if folder.is_symlink():
+            raise DataError(f"{folder}: is a symbolic link; remove it")
     parts.mkdir(parents=True, exist_ok=True)
     # Read once, for all: a rank that started late would see what the others have finished since, and share otherwise.
     done = set(distributed.broadcast_json(sorted(_done(parts))))
@@ -84,17 +114,46 @@ def detect(
     _write_part(parts, waiting)
     refusals = distributed.gather_json(refused)
     refused = {name: reason for each in refusals for name, reason in each.items()}
-    summary = Summary(output / f"predictions{suffix}", output / "embeddings.parquet", len(_done(parts)), refused)
+    done = set(distributed.broadcast_json(sorted(_done(parts))))
+    summary = Summary(output / f"predictions{suffix}", output / EMBEDDINGS, len(done), refused)
     if summary.volumes == 0 and distributed.is_main():
         raise DataError(next(iter(refused.values()), "no scans given"))
     if summary.volumes == 0:
         return summary
     if distributed.is_main():
-        order = {name: row for row, name in enumerate(scans.table["volume"])}
-        _join(parts, summary, order)
-        shutil.rmtree(output / "parts")
+        names = list(scans.table["volume"])
+        _check_rows(output, done, set(names) - set(refused))
+        _join(parts, summary, {name: row for row, name in enumerate(names)})
+        for path in (summary.predictions, summary.embeddings):
+            _check_rows(output, _volumes_of(path), done)
+        shutil.rmtree(parts)
+        # Of other runs that were interrupted, parts stay.
+        with contextlib.suppress(OSError):
+            parts.parent.rmdir()
     distributed.barrier()
     return summary
+
+
+def check_count(output: Path, rows: int, expected: int) -> None:
+    """Raise DataError if a table does not have a row for each scan that was not refused."""
+    if rows != expected:
+        raise DataError(f"{output}: {rows} rows for {expected} scans that were not refused; run the same command again")
+
+
+def _volumes_of(path: Path) -> set[str]:
+    if path.suffix == ".csv":
+        return set(pd.read_csv(path, usecols=["volume"], dtype=str, keep_default_na=False)["volume"])
+    return set(pq.read_table(path, columns=["volume"])["volume"].to_pylist())
+
+
+def _check_rows(output: Path, rows: set[str], expected: set[str]) -> None:
+    """A table that lacks a scan that was not refused, or has another one, is never said to be done."""
+    if rows != expected:
+        lacking, more = len(expected - rows), len(rows - expected)
+        raise DataError(
+            f"{output}: {len(expected)} scans were not refused, {lacking} of them have no row and {more} rows are of other "
+            f"scans; run the same command again into an empty folder"
+        )
 
 
 @torch.inference_mode()
@@ -193,13 +252,18 @@ def _key(loaded: ModelFolder, head: Head, scans: Scans, reports: bool) -> str:
     """Parts made with another model, other prompts or another calibration, or of other scans, are not these."""
     names = list(scans.table["volume"])
     facts = [loaded.hash, loaded.spec.hash, head.names, head.values_of, reports, names, scans.origin(), head.identity()]
+    return run_key(*facts)
+
+
+def run_key(*facts: object) -> str:
+    """What tells runs apart that write into one place: sixteen hex digits of what they are made of."""
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def _done(parts: Path) -> set[str]:
     names: set[str] = set()
     for path in parts.glob("*.parquet"):
-        names |= set(pq.read_table(path, columns=["volume"])["volume"].to_pylist())
+        names |= _volumes_of(path)
     return names
 
 

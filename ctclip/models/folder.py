@@ -37,13 +37,25 @@ from ctclip.models.huggingface import read_settings, vision_model_of
 from ctclip.models.slices import SlicesConfig
 from ctclip.models.text import text_encoder_of
 from ctclip.models.tokenizers import load_tokenizer
+from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.named_files import installed_file
+from ctclip.preprocessing.outputs import check_replaceable, put_in_place
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.schema import Section, validated
 
 ARCHITECTURE = ("config.yaml", "tokenizer", "text_config.json", "preprocessing.yaml")
 REQUIRED = (*ARCHITECTURE, "model.safetensors")
 TRAINED_ON = "trained_on.yaml"
+KIND = "model folder of ours alone"
+# All that a model folder may hold: ours, of 0.2, and what the hub adds.
+PARTS = {
+    *REQUIRED, LABELS, TRAINED_ON, "model_card.md", "heads", "vision_config.json",
+    "prompts.yaml", "calibration.json", "classifier.safetensors", "README.md", ".gitattributes", ".cache",
+}  # fmt: skip
+TOKENIZER = {
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
+    "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja",
+}  # fmt: skip
 # Of folders written before label sets were kept (0.2), whose models knew these findings.
 LABELS_BEFORE = "ct_rate_18"
 # Keys of an encoder that 0.2 stated beside the spec, and what they repeat of it.
@@ -101,14 +113,15 @@ def save_model(
     state: dict[str, torch.Tensor] | None = None,
     write_more: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write a model folder whole or not at all; an existing one is replaced.
+    """Write a model folder whole or not at all; an existing one is replaced, and any other folder refused unless empty.
 
     ``state`` stands in for the model's own tensors where they are spread over ranks. ``write_more`` is called with the
     folder before it is put in its place, to add heads.
     """
-    final = Path(folder)
+    check_output(folder)
+    final = Path(os.path.abspath(folder))
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f".{final.name[:60]}.", suffix=".partial", dir=final.parent))
     try:
         tensors = model.state_dict() if state is None else state
         save_file(
@@ -122,7 +135,7 @@ def save_model(
         if write_more is not None:
             write_more(partial)
         partial.chmod(0o755)
-        _put_in_place(partial, final)
+        put_in_place(partial, final, is_model_folder, KIND)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{final}: the model could not be written ({' '.join(str(error).split())[-160:]}); free some space and start the "
@@ -130,19 +143,19 @@ def save_model(
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return final
+    return Path(folder)
 
 
 def write_architecture(folder: Path, model: DualEncoder, labels: LabelSet) -> None:
     """Everything of a model folder but what was learned: enough to build the model again, whatever it was made from."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config.model_copy(update={"init": None})
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    write_text(folder / "config.yaml", dump_config(config))
     bert: dict[str, Any] = model.text_encoder.bert.config.to_dict()
-    (folder / "text_config.json").write_text(json.dumps(bert, indent=2, default=str), encoding="utf-8")
+    write_text(folder / "text_config.json", json.dumps(bert, indent=2, default=str))
     if isinstance(model.config.volume, SlicesConfig):
         shape: dict[str, Any] = model.volume_encoder.vision.config.to_dict()  # type: ignore[union-attr, operator]
-        (folder / "vision_config.json").write_text(json.dumps(shape, indent=2, default=str), encoding="utf-8")
+        write_text(folder / "vision_config.json", json.dumps(shape, indent=2, default=str))
     model.text_encoder.tokenizer.save_pretrained(folder / "tokenizer")
     model.spec.save(folder / "preprocessing.yaml")
     labels.save(folder / LABELS)
@@ -169,25 +182,29 @@ def read_architecture(
     return Architecture(model, own, _labels_of(path))
 
 
-def _put_in_place(partial: Path, final: Path) -> None:
-    """Rename ``partial`` to ``final``. A folder cannot be renamed over another: the old one steps aside first."""
-    if final.is_symlink() or (final.exists() and not (final.is_dir() and _is_ours(final))):
-        raise CheckpointError(f"{final}: exists and is not a model folder of ours; give another --output")
-    if not final.exists():
-        partial.rename(final)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".replaced", dir=final.parent))
-    final.rename(aside / final.name)
-    partial.rename(final)
-    shutil.rmtree(aside, ignore_errors=True)
+def check_output(folder: str | os.PathLike[str]) -> None:
+    """Raise PreprocessingError unless a model folder may be written at ``folder``: to be called before hours of work."""
+    check_replaceable(folder, is_model_folder, KIND)
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder is empty, or a model folder and nothing else."""
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder is a model folder of ours and nothing else: replacing it loses no file of anybody's."""
     names = {path.name for path in folder.iterdir()}
-    known = {*REQUIRED, LABELS, TRAINED_ON, "model_card.md", "heads", "vision_config.json", "README.md", ".cache"}
-    known |= {"prompts.yaml", "calibration.json", "classifier.safetensors"}  # of 0.2
-    return not names or ({"config.yaml", "model.safetensors"} <= names and names <= known)
+    if not (set(REQUIRED) <= names and names <= PARTS):
+        return False
+    tokenizer, heads, cache = folder / "tokenizer", folder / "heads", folder / ".cache"
+    return (
+        all(path.name in TOKENIZER for path in tokenizer.iterdir())
+        and all(is_head_folder(path) for path in (heads.iterdir() if heads.is_dir() else ()))
+        and (not cache.exists() or {path.name for path in cache.iterdir()} <= {"huggingface"})
+    )
+
+
+def is_head_folder(folder: Path) -> bool:
+    """Whether a folder is a head's, and holds nothing but settings and tensors."""
+    return (folder / "head.yaml").is_file() and all(
+        path.suffix in (".yaml", ".json", ".safetensors") and path.is_file() for path in folder.iterdir()
+    )
 
 
 def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> ModelFolder:

@@ -24,6 +24,7 @@ from ctclip.phantom.acquisition import Acquisition
 from ctclip.phantom.prevalence import FINDINGS
 from ctclip.phantom.scan import Scan, make_scan
 from ctclip.preprocessing.files import write_text, written_beside
+from ctclip.preprocessing.outputs import check_folder, made_by_us
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.workers import worker_pool
 
@@ -31,6 +32,8 @@ RECONSTRUCTIONS = (0.7, 0.2, 0.1)
 SECOND_SCAN = 0.1
 # CT-RATE's second release: values are in HU already, and the table still lists what was applied.
 RESCALE = {"RescaleIntercept": -1024, "RescaleSlope": 1}
+
+MARKS = {"phantom.json": b'"rare_floor"'}
 
 
 @dataclass(frozen=True)
@@ -91,16 +94,18 @@ def plan(options: Options) -> Iterator[Task]:
 
 def _claim(root: Path, options: Options) -> None:
     path = root / "phantom.json"
+    check_folder(root, lambda folder: made_by_us(folder, MARKS), "synthetic cohort")
     wanted = {"version": __version__, **dataclasses.asdict(options)}
     if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            kept = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise PhantomError(f"{path}: damaged; choose another folder, or delete this one") from error
         differing = [key for key in wanted if kept.get(key) != wanted[key]]
         if differing:
             raise PhantomError(
                 f"{path}: this folder holds another cohort (differs in {', '.join(differing)}); choose another folder"
             )
-    elif root.is_dir() and any(root.iterdir()):
-        raise PhantomError(f"{root}: is not empty and holds no synthetic cohort; choose another folder")
     write_text(path, json.dumps(wanted, indent=2))
 
 

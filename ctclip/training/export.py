@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ctclip.config_files import build_config, read_mapping
 from ctclip.errors import CheckpointError
-from ctclip.models.folder import read_architecture
+from ctclip.models.folder import check_output, read_architecture
 from ctclip.training.checkpoints import Checkpoints, read_checkpoint
 from ctclip.training.run_model import ARCHITECTURE, save_run_model
 
@@ -14,6 +14,7 @@ from ctclip.training.run_model import ARCHITECTURE, save_run_model
 def export_checkpoint(run: Path, output: Path, which: str = "newest") -> Path:
     """Write ``output`` from the checkpoint ``which`` (newest, best, or a step) and return the checkpoint's folder. The
     run folder is all it needs: neither the store nor a pretrained folder."""
+    check_output(output)
     if not (run / "config.yaml").is_file() or not (run / ARCHITECTURE).is_dir():
         raise CheckpointError(f"{run}: no run folder of `ctclip train` (no config.yaml, or no {ARCHITECTURE}/)")
     config = build_config(read_mapping(run / "config.yaml"), str(run / "config.yaml"))

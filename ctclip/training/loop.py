@@ -22,8 +22,10 @@ from ctclip.data.dataset import StoredVolumes, as_read
 from ctclip.data.sampler import ScanSampler, rarity_weights
 from ctclip.data.shared_memory import usable_workers
 from ctclip.errors import TrainingError
+from ctclip.models.folder import check_output
 from ctclip.objectives.objective import Context, columns_needed
 from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.outputs import claim_folder
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
@@ -31,7 +33,7 @@ from ctclip.training.allocator import keep_freed_memory
 from ctclip.training.checkpoints import Checkpoints
 from ctclip.training.cohort import Cohort, open_cohort
 from ctclip.training.engine import Engine
-from ctclip.training.records import MetricsLog, claim_run, open_run
+from ctclip.training.records import MetricsLog, check_run_folder, open_run
 from ctclip.training.run_model import (
     build_run_model,
     describe_training,
@@ -66,9 +68,9 @@ def train(config: Config, output: Path, *, force: bool = False) -> Path:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if device.type == "cpu":
             keep_freed_memory()
-        held: list[IO[str]] = []
+        held: list[IO[bytes]] = []
         try:
-            distributed.on_main(lambda: held.append(claim_run(output)))
+            distributed.on_main(lambda: held.append(_claim(output)))
             return _train(config, output, device, signals, force)
         except RuntimeError as error:
             # torch says so from a signal handler: it may come up anywhere.
@@ -78,6 +80,13 @@ def train(config: Config, output: Path, *, force: bool = False) -> Path:
         finally:
             for stream in held:
                 stream.close()
+
+
+def _claim(output: Path) -> IO[bytes]:
+    """Hold the run folder, if it is one and may take a model folder at the end."""
+    check_run_folder(output)
+    check_output(output / "model")
+    return claim_folder(output)
 
 
 def _train(config: Config, output: Path, device: torch.device, signals: Signals, force: bool) -> Path:

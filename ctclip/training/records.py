@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import socket
 import sys
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ctclip import extras
 from ctclip.config import Config
 from ctclip.config_files import build_config, differing_keys, dump_config, read_mapping
 from ctclip.errors import TrainingError
-from ctclip.preprocessing.files import write_text
+from ctclip.preprocessing.files import kind_of, refuse_special, write_text
+from ctclip.preprocessing.outputs import check_folder, made_by_us
 from ctclip.versions import revision, versions
 
 # Keys that say where or how often, not what is learned: a run may continue with other values of these.
@@ -31,35 +29,19 @@ FREE_KEYS = (
     "training.validate_volumes",
     "training.wandb_project",
 )
+# How run folders of 0.2 are recognised that lost their lock.
+MARKS = {"run.json": b'"revision"'}
 
 
-def claim_run(folder: Path) -> IO[str]:
-    """Hold the run folder until the returned file is closed or this process ends, however it ends.
-
-    A second run in the same folder is refused.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    stream = (folder / ".lock").open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        stream.seek(0)
-        holder = stream.read().strip() or "another process"
-        stream.close()
-        raise TrainingError(
-            f"{folder}: a run is going on in this folder ({holder}); wait for it, stop it, or choose another --output"
-        ) from error
-    stream.seek(0)
-    stream.truncate()
-    stream.write(f"process {os.getpid()} on {socket.gethostname()}")
-    stream.flush()
-    return stream
+def check_run_folder(folder: Path) -> None:
+    """Raise PreprocessingError unless ``folder`` is new, empty, or a run folder."""
+    check_folder(folder, lambda path: made_by_us(path, MARKS), "run of `ctclip train`")
 
 
 def open_run(folder: Path, config: Config, *, force: bool = False) -> None:
     """Write ``config.yaml`` and ``run.json``; a folder of another configuration is refused unless forced."""
     saved = folder / "config.yaml"
-    if saved.is_file():
+    if kind_of(saved) == "a file":
         changed = differing_keys(build_config(read_mapping(saved), str(saved)), config)
         changed = [key for key in changed if not key.startswith(FREE_KEYS)]
         if changed and not force:
@@ -77,6 +59,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, first_step: int, wandb_project: str | None = None) -> None:
         self.path = folder / "metrics.jsonl"
+        refuse_special(self.path)
         if self.path.is_file():
             # Steps after the checkpoint we resume from will be made again; keep one line for each.
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) < first_step]

@@ -192,7 +192,7 @@ def test_a_dicom_folder_and_a_folder_of_them(model: Path, shared: Path, tmp_path
     assert typed("zero-shot", "--model", model, tmp_path / "study", "--output", tmp_path / "two") == 0
     assert list(pd.read_csv(tmp_path / "two" / "predictions.csv")["volume"]) == series
     capsys.readouterr()
-    assert typed("zero-shot", "--model", model, shared / "ct" / "dicom" / series[0], "--expect", "chest", "--hu", "trust-file", "--output", tmp_path / "one") == 0  # fmt: skip
+    assert typed("zero-shot", "--model", model, shared / "ct" / "dicom" / series[0], "--expect", "chest", "--hu", "trust-file", "--output", tmp_path / "one", "--force") == 0  # fmt: skip
 
 
 def test_a_notebook_gets_a_result_that_shows_itself(model: Path, cohort: Path) -> None:
@@ -217,9 +217,12 @@ def test_graded_prompts_give_a_size(model: Path, cohort: Path, tmp_path: Path, c
         "    negative: {findings: [No nodule is seen.]}\n"
         "graded:\n  Nodule diameter:\n    templates: ['A {value} mm lung nodule is present.']\n    values: [4, 8, 16, 30]\n"
     )
-    assert typed("zero-shot", "--model", model, scans_of(cohort, 1)[0], "--prompts", prompts, "--output", tmp_path) == 0
+    assert (
+        typed("zero-shot", "--model", model, scans_of(cohort, 1)[0], "--prompts", prompts, "--output", tmp_path / "out")
+        == 0
+    )
     assert "Nodule diameter [mm], if present" in capsys.readouterr().out
-    value = pd.read_csv(tmp_path / "predictions.csv")["value:Nodule diameter [mm]"][0]
+    value = pd.read_csv(tmp_path / "out" / "predictions.csv")["value:Nodule diameter [mm]"][0]
     assert 4 <= value <= 30
     prompts.write_text(prompts.read_text().replace("{value} mm lung", "lung"))
     with pytest.raises(PromptError, match=r"has no \{value\}"):
@@ -311,7 +314,7 @@ def test_calibration_is_kept_with_the_model_and_used(
         assert typed("zero-shot", "--model", model, "--store", store, "--output", tmp_path / "after") == 0
         capsys.readouterr()
         shown = ctclip.load(str(model)).detect(scans_of(cohort, 1)[0])
-        assert "(calibrated;" in str(shown)
+        assert "(calibrated" in str(shown)
         assert shown.thresholds["Emphysema"] == pytest.approx(shown.frame().at["Emphysema", "threshold"])
         other = typed("zero-shot", "--model", model, "--store", store, "--prompts", "published", "--output", tmp_path / "other")  # fmt: skip
         assert other == 0

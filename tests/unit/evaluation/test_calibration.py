@@ -121,7 +121,7 @@ def test_five_patients_are_enough_and_volumes_of_four_are_not() -> None:
             calibration = fitted(both, np.stack([margins, margins], axis=1), patients=people)
             assert "A" in calibration.lines
             assert calibration.saw(["q0", "x", "q4", "p1"])[:2] == ["q0", "q4"]
-            assert set(calibration.patients) == {digest(person) for person in people}
+            assert set(calibration.patients) == {digest(person, calibration.salt) for person in people}
     assert fitted(labels[:, None], margins[:, None]).patients == ()
 
 
@@ -167,7 +167,21 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
     assert calibration.uncalibrated
     assert len(digest("p1")) == 12
     assert digest("p1") != digest("p2")
+    assert not set(calibration.patients) & {digest(patient) for patient in patients}, (
+        "no table made beforehand finds them"
+    )
+    again = fitted(table, np.stack([margins, margins], axis=1), patients=patients)
+    assert not set(again.patients) & set(calibration.patients)
+    assert repr(again) == repr(calibration), "who it was fitted on changes no score"
     assert "p17" not in (tmp_path / "calibration.json").read_text()
+
+
+def test_an_older_file_without_a_salt_still_knows_its_patients(tmp_path: Path) -> None:
+    lines = {"A": vars(Line(2.0, 1.0, 0.4, 9, 90))}
+    # The first twelve digits of `printf p1 | sha256sum`.
+    old = {"method": "platt", "fitted_on": "x", "model": "m", "lines": lines, "patients": ["f64551fcd6f0"]}
+    (tmp_path / "calibration.json").write_text(json.dumps(old))
+    assert Calibration.load(tmp_path / "calibration.json").saw(["p1", "p2"]) == ["p1"]
 
 
 def test_a_falling_line_of_an_older_file_is_left_out(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from sklearn.metrics import (
 
 from ctclip.config_files import configs_folder
 from ctclip.errors import ConfigError, EvaluationError
+from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.evaluate import evaluate
 from ctclip.evaluation.pages import label_table
 from ctclip.evaluation.protocol import Protocol, default_protocol, load_protocol
@@ -151,7 +152,7 @@ def test_rad_chestct_columns_are_merged_by_the_mapping(tmp_path: Path) -> None:
     assert merged["Emphysema"].tolist() == [0, 0, 1]
 
 
-def test_thresholds_come_from_the_calibration_split_never_from_the_test(tmp_path: Path) -> None:
+def test_thresholds_come_from_the_calibration_split_never_from_the_test(tmp_path: Path, capsys) -> None:
     table, labels = recorded()
     write_predictions(tmp_path / "calibration.csv", table)
     labels.to_csv(tmp_path / "labels.csv", index=False)
@@ -181,6 +182,16 @@ def test_thresholds_come_from_the_calibration_split_never_from_the_test(tmp_path
     for name in FINDINGS:
         assert found["zero_shot"]["auroc"][name]["threshold"] == fitted.lines[name].threshold
     assert "calibration split" in found["zero_shot"]["thresholds"]
+    assert "cannot be checked" not in capsys.readouterr().err
+    given = tmp_path / "given.json"
+    Calibration.load(kept).without_patients().save(given)
+    run_evaluation(
+        tmp_path / "test.csv",
+        tmp_path / "out",
+        "ct_rate",
+        **arguments | {"labels": tmp_path / "held.csv", "calibration": given},
+    )
+    assert "whether some are in this test set cannot be checked" in capsys.readouterr().err
     with pytest.raises(EvaluationError, match="not predictions of"):
         run_calibration(
             tmp_path / "calibration.csv", tmp_path / "model", kept, model_hash="n", labels=tmp_path / "labels.csv"

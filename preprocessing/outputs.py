@@ -1,0 +1,253 @@
+"""What a command may write where: one rule for all of them.
+
+A folder is written into only if it is new, empty, or recognisably of this package's making; what would be replaced must be
+of the same run, unless the user says ``--force``. Nothing is written through a symbolic link. While a command writes, it
+holds a lock, so that two commands cannot mix their tables.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.files import kind_of, refuse_special, write_text
+
+LOCK, RUN = ".lock", "run.json"
+HOLDER = b"process "
+SEEN_BYTES = 1 << 20
+# File systems that know no locks say so in these ways.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+Recognised = Callable[[Path], bool]
+
+
+def check_file(path: str | os.PathLike[str], is_ours: Recognised, *, force: bool = False) -> None:
+    """Raise PreprocessingError unless a file may be written at ``path``: a new name, or a file that ``is_ours``.
+
+    ``force`` replaces any regular file, but never a link, a folder, a device or a FIFO.
+    """
+    final = Path(path)
+    refuse_special(final)
+    if kind_of(final) == "a file" and not force and not is_ours(final):
+        raise PreprocessingError(
+            f"{path}: exists and is not recognised as written by this command; give another --output, or delete it"
+        )
+    _check_writable(final.parent, path)
+
+
+def check_folder(path: str | os.PathLike[str], is_ours: Recognised, what: str) -> None:
+    """Raise PreprocessingError unless a command may write into the folder ``path``: a new name, an empty folder, or one
+    that ``is_ours``; ``what`` names what it should hold."""
+    folder = Path(os.path.abspath(path))
+    kind = kind_of(folder)
+    if kind == "a symbolic link":
+        raise PreprocessingError(f"{path}: is a symbolic link; name the folder that it leads to")
+    if kind not in (None, "a folder"):
+        raise PreprocessingError(f"{path}: is {kind}, not a folder; give another --output")
+    _check_writable(folder, path)
+    if kind == "a folder" and not _is_empty(folder) and not is_ours(folder):
+        raise PreprocessingError(f"{path}: is not empty and holds no {what}; give another --output, or an empty folder")
+
+
+def check_replaceable(path: str | os.PathLike[str], is_ours: Recognised, what: str) -> None:
+    """``check_folder`` for a folder that will be replaced as a whole, which the current folder cannot be."""
+    check_folder(path, is_ours, what)
+    final, here = os.path.abspath(path), os.getcwd()
+    if here == final or here.startswith(final.rstrip("/") + "/"):
+        raise PreprocessingError(
+            f"{path}: is the current folder, or holds it, and cannot be replaced; name another one"
+        )
+    _check_writable(Path(final).parent, path)
+
+
+def put_in_place(partial: Path, final: Path, is_ours: Recognised, what: str) -> None:
+    """Rename the folder ``partial`` to ``final``, which is replaced if ``is_ours``.
+
+    A folder cannot be renamed over another: the old one steps aside first, under a random name, and comes back if the new
+    one cannot take its place.
+    """
+    check_replaceable(final, is_ours, what)
+    if kind_of(final) is None:
+        partial.rename(final)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{final.name[:60]}.", suffix=".replaced", dir=final.parent))
+    final.rename(aside / final.name)
+    try:
+        partial.rename(final)
+    except OSError:
+        (aside / final.name).rename(final)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def made_by_us(folder: Path, marks: Mapping[str, bytes] | None = None) -> bool:
+    """Whether this package has written into ``folder``: its lock or its ``run.json`` lies there, or one of ``marks``, a
+    file that holds the given bytes."""
+    return (
+        _holds(folder / LOCK, HOLDER, 200) or bool(_runs(folder))
+        or any(_holds(folder / name, content) for name, content in (marks or {}).items())
+    )  # fmt: skip
+
+
+def claim_folder(folder: Path) -> IO[bytes]:
+    """Make ``folder`` and hold it until the returned file is closed or this process ends, however it ends.
+
+    The caller has checked the folder. The lock file stays, and is harmless. Raises PreprocessingError if another process
+    holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    return _lock(
+        folder / LOCK,
+        f"{folder}: a run is going on in this folder ({{holder}}); wait for it, stop it, or choose another --output",
+    )
+
+
+@contextlib.contextmanager
+def claimed_folder(
+    folder: Path, command: str, key: str, tables: Sequence[str], is_ours: Recognised, *, force: bool = False
+) -> Iterator[None]:
+    """Check ``folder`` and hold it while ``command`` writes its ``tables`` (file names) there.
+
+    ``key`` is kept in ``run.json``. Tables of another key are another run's, and refused unless ``force``; the same run may
+    be resumed or repeated. Raises PreprocessingError in one line.
+    """
+    check_run(folder, command, key, tables, is_ours, force=force)
+    with contextlib.closing(claim_folder(folder)):
+        # Again: another command may have ended in between.
+        check_run(folder, command, key, tables, is_ours, force=force)
+        write_text(folder / RUN, json.dumps({"runs": {**_runs(folder), command: key}}, indent=2))
+        yield
+
+
+def check_run(
+    folder: Path, command: str, key: str, tables: Sequence[str], is_ours: Recognised, *, force: bool = False
+) -> None:
+    """Raise PreprocessingError where ``claimed_folder`` would, but for a lock that is held."""
+    check_folder(folder, is_ours, f"output of `ctclip {command}`")
+    for name in (*tables, RUN):
+        refuse_special(folder / name)
+    there = [name for name in tables if (folder / name).exists()]
+    if there and _runs(folder).get(command) != key and not force:
+        raise PreprocessingError(
+            f"{folder}: {there[0]} is of another run of `ctclip {command}` (other scans, model or options); give another "
+            f"--output, or replace it with --force"
+        )
+
+
+@contextlib.contextmanager
+def claimed_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold the file ``path`` while it is written, by a lock beside it that is removed at the end.
+
+    Raises PreprocessingError if another process is writing it.
+    """
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    lock = final.with_name(f".{final.name[:200]}.lock")
+    stream = _lock(lock, f"{path}: another command is writing it ({{holder}}); wait for it, or choose another --output")
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        stream.close()
+
+
+def _lock(path: Path, busy: str) -> IO[bytes]:
+    """An exclusive lock on ``path``, which is made if need be and never followed; ``busy``: the error, with a place for
+    who holds it."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            kind = kind_of(path)
+            if kind in (None, "a file"):
+                raise PreprocessingError(
+                    f"{path}: cannot be written ({error.strerror}); give another --output"
+                ) from error
+            raise PreprocessingError(f"{path}: is {kind}, where a lock file should be; remove it") from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise PreprocessingError(f"{path}: is {kind_of(path)}, where a lock file should be; remove it")
+        stream = os.fdopen(descriptor, "r+b")
+        content = stream.read(200)
+        if content and not content.startswith(HOLDER):
+            stream.close()
+            raise PreprocessingError(f"{path}: is no lock file of ours; give another --output, or remove it")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                stream.close()
+                holder = content.decode(errors="replace").strip() or "another process"
+                raise PreprocessingError(busy.format(holder=holder)) from error
+            print(
+                f"note: {path.parent}: no locks on this file system: start one command here at a time", file=sys.stderr
+            )
+        # Whoever held it may have removed it since it was opened: then the lock is on a file without a name.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                break
+        stream.close()
+    # In place: a command that looks at this moment must not find it empty.
+    stream.seek(0)
+    stream.write(HOLDER + f"{os.getpid()} on {socket.gethostname()}".encode())
+    stream.truncate()
+    stream.flush()
+    return stream
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing is in a folder but a lock that another command is just making."""
+    names = [path.name for path in folder.iterdir()]
+    return not names or (names == [LOCK] and kind_of(folder / LOCK) == "a file" and not (folder / LOCK).stat().st_size)
+
+
+def _runs(folder: Path) -> dict[str, Any]:
+    """The key of each command that has written into ``folder``, by ``run.json``; empty if there is none of ours."""
+    path = folder / RUN
+    if kind_of(path) != "a file" or path.stat().st_size > SEEN_BYTES:
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    runs = values.get("runs") if isinstance(values, dict) else None
+    return runs if isinstance(runs, dict) else {}
+
+
+def _holds(path: Path, content: bytes, most: int = SEEN_BYTES) -> bool:
+    """Whether a regular file has ``content`` in its first ``most`` bytes."""
+    if kind_of(path) != "a file":
+        return False
+    try:
+        with path.open("rb") as stream:
+            return content in stream.read(most)
+    except OSError:
+        return False
+
+
+def file_holds(content: bytes) -> Recognised:
+    """Recognises files that have ``content`` near their beginning."""
+    return lambda path: _holds(path, content)
+
+
+def _check_writable(folder: Path, path: str | os.PathLike[str]) -> None:
+    """Raise if ``folder``, or the nearest one above it that exists, cannot be written into."""
+    folder = Path(os.path.abspath(folder))
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise PreprocessingError(f"{path}: {folder} is {kind_of(folder)}, not a folder; give another --output")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PreprocessingError(f"{path}: {folder} cannot be written into; give another --output")
