@@ -127,7 +127,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which sample")
     parser.add_argument("--select", default="", help="options for pytest, such as '-k name'")
     chosen = parser.parse_args()
-    os.environ |= {"NUMBA_DISABLE_JIT": "1", "DS_ACCELERATOR": "cpu", "PYTHONHASHSEED": "0", "HYPOTHESIS_DATABASE_FILE": os.devnull}
+    os.environ |= {
+        "NUMBA_DISABLE_JIT": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONHASHSEED": "0",
+        "HYPOTHESIS_DATABASE_FILE": os.devnull,
+    }
     file = Path(*chosen.module.split(".")).with_suffix(".py")
     source = file.read_text(encoding="utf-8")
     preload()
