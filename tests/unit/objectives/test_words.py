@@ -14,7 +14,7 @@ from ctclip.config import objective_configs
 from ctclip.labels import labels_of_columns
 from ctclip.models.encoded import Encoded
 from ctclip.objectives.captioning import captioning
-from ctclip.objectives.mlm import hide, masked_words
+from ctclip.objectives.mlm import MaskedWords, hide, masked_words
 from ctclip.objectives.objective import Context
 from ctclip.objectives.words import WordPredictor
 from ctclip.phantom.prevalence import FINDINGS
@@ -86,6 +86,14 @@ def test_a_text_without_words_has_none_hidden() -> None:
     shown, target = hide(ids, (ids != 0).long(), 4, [2, 3], 50)
     assert (target[0] == -100).all()
     assert torch.equal(shown[0], ids[0])
+
+
+def test_the_predictor_of_masked_words_has_two_layers() -> None:
+    """Of checkpoints, too: of another size a run could not be resumed."""
+    objective = MaskedWords(objective_configs({"mlm": 1.0})["mlm"], Context(dual_encoder()))
+    names = objective.state_dict()
+    assert {name.split(".")[3] for name in names if name.startswith("predictor.layers.layers.")} == {"0", "1"}
+    assert not any(name.startswith("text") for name in names), "the text encoder is the model's own"
 
 
 def test_masked_words_are_scored_alone() -> None:
