@@ -127,7 +127,7 @@ class StoredVolumes(Dataset):
     def _body(self, hu: Tensor, changes: list[Change]) -> Tensor | None:
         if self.body is None:
             return None
-        given = changes or [None] * len(hu)
+        given: Sequence[Change | None] = changes or [None] * len(hu)
         volumes = zip(hu.numpy()[:, 0], given, strict=True)
         return torch.from_numpy(np.stack([self.body.of_hu(volume, change) for volume, change in volumes]))
 

@@ -6,6 +6,7 @@ replaced by rows of a codebook. Quirks of the published code that its weights de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -83,15 +84,15 @@ class CTViT(VolumeEncoder):
         pooled = tokens.mean(dim=1).flatten(1)
         return Encoded(rearrange(tokens, "b t h w c -> b (t h w) c"), grid, pooled, affine)
 
-    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+    def layers(self) -> Sequence[Sequence[nn.Module | nn.Parameter]]:
         """The patch embedding, the spatial layers (the first with the position bias), then the temporal ones."""
         first, *spatial = self.spatial
-        blocks: list[list[nn.Module | nn.Parameter]] = [
+        blocks: Sequence[Sequence[nn.Module | nn.Parameter]] = [
             [self.embed],
             [self.bias, first],
-            *([layer] for layer in spatial),
+            *[[layer] for layer in spatial],
         ]
-        return [*blocks, *([layer] for layer in self.temporal)]
+        return [*blocks, *[[layer] for layer in self.temporal]]
 
     def end_step(self) -> None:
         if self.codebook is not None:

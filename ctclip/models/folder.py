@@ -256,7 +256,8 @@ def _config_of(path: Path, spec: PreprocessingSpec) -> tuple[ModelConfig, Prepro
                     f"{list(kept)}: kept as it was trained",
                     file=sys.stderr,
                 )
-                geometry = dataclasses.replace(geometry, **{name: tuple(value)})
+                changed: dict[str, Any] = {name: tuple(value)}
+                geometry = dataclasses.replace(geometry, **changed)
     config = validated(ModelConfig, values, str(path / "config.yaml"))
     return config, geometry
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -95,7 +96,7 @@ class ResNet3D(VolumeEncoder):
         affine = self.affine([16 * stride for stride in self.config.stem_stride], (0.0, 0.0, 0.0))
         return Encoded(tokens if real is None else tokens * real[..., None], grid, pooled, affine, real)
 
-    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+    def layers(self) -> Sequence[Sequence[nn.Module | nn.Parameter]]:
         """The stem, then each residual block."""
         net = self.net
         blocks = [block for stage in (net.layer1, net.layer2, net.layer3, net.layer4) for block in stage]

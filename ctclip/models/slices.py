@@ -8,6 +8,7 @@ text, since a volume must have one vector for all texts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -88,7 +89,7 @@ class SliceEncoder(VolumeEncoder):
         affine = self.affine((self.config.every, 1, 1), (first, (height - 1) / 2, (width - 1) / 2))
         return Encoded(tokens, (tokens.shape[1], 1, 1), self.aggregate(tokens, real), affine, real)
 
-    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+    def layers(self) -> Sequence[Sequence[nn.Module | nn.Parameter]]:
         """The 2-D model as a whole; its own layers differ from architecture to architecture."""
         return [[self.vision]]
 

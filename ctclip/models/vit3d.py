@@ -10,7 +10,7 @@ attended to in windows, with every few layers a global one, over all tokens or o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -129,9 +129,9 @@ class ViT3D(VolumeEncoder):
         real = torch.from_numpy(keep).to(device, non_blocking=True)
         return Encoded(full, grid, pooled, affine, real)
 
-    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+    def layers(self) -> Sequence[Sequence[nn.Module | nn.Parameter]]:
         """The stem with the registers, then each block."""
-        return [[self.stem, self.registers], *([block] for block in self.blocks)]
+        return [[self.stem, self.registers], *[[block] for block in self.blocks]]
 
     def body_tokens(self) -> BodyTokens | None:
         """With ``drop_air``, tokens of air outside the body are left out."""

@@ -6,6 +6,7 @@ is called once a step; whoever needs ``tokens`` looks at what this rank has enco
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -78,9 +79,8 @@ class Objective(nn.Module):
         """Texts of earlier steps it wants to see; 0: none."""
         return 0
 
-    def forward(self, **given: Any) -> Tensor:
-        """A scalar loss, not yet weighted."""
-        raise NotImplementedError
+    forward: Callable[..., Tensor]
+    """Of what ``needs`` names: a scalar loss, not yet weighted."""
 
 
 GIVEN = ("features", "tokens", "words", "earlier_texts")

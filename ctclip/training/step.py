@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,10 +93,10 @@ class TrainingStep(nn.Module):
         """Most ids of a whole report that are looked at."""
         return min(LONGEST, self.model.text_encoder.max_tokens)
 
-    def words(self, texts: list[str]) -> Tokens:
+    def words(self, texts: Sequence[str]) -> Tokens:
         """Ids and mask of whole texts, for objectives on words."""
         tokenizer = self.model.text_encoder.tokenizer
-        encoded = tokenizer(texts, padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
+        encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
         return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
     def forward(

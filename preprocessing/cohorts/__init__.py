@@ -75,10 +75,8 @@ def read_cohort(
     if wanted == "auto":
         names = (name for name in layouts() if import_module(f"{__name__}.{name}").recognised(tree))
         wanted = next(names, "folder")
-    options: dict[str, Any] = {"ct_rate": {"keep_no_chest": keep_no_chest}, "folder": {"labels": labels}}.get(
-        wanted, {}
-    )
-    cohort: Cohort = import_module(f"{__name__}.{wanted}").read(tree, **options)
+    options: dict[str, dict[str, Any]] = {"ct_rate": {"keep_no_chest": keep_no_chest}, "folder": {"labels": labels}}
+    cohort: Cohort = import_module(f"{__name__}.{wanted}").read(tree, **options.get(wanted, {}))
     check_table(cohort.table, folder)
     return cohort
 
