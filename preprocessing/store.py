@@ -116,10 +116,14 @@ class VolumeStore:
             return {}
 
     def read(self, volume: str, region: tuple[slice, slice, slice] | None = None) -> np.ndarray:
-        """int16 HU [slice, row, column]; of a ``region`` only the chunks it touches are decompressed."""
+        """int16 HU [slice, row, column]; of a ``region`` only the chunks it touches are decompressed, unchecked."""
+        if region is None:
+            whole = np.empty(self.spec.shape, np.int16)
+            self.read_into(volume, whole)
+            return whole
         packed = self._open(volume)
         try:
-            return packed[:] if region is None else packed[region]
+            return packed[region]
         except (RuntimeError, ValueError, MemoryError) as error:
             raise self._damaged(volume) from error
 
@@ -142,26 +146,34 @@ class VolumeStore:
     def _slabs(
         self, volume: str, packed: blosc2.NDArray, out: np.ndarray | None = None
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """The first slice of each chunk and its int16 HU: in ``out``, or in memory that the next one is read into."""
+        """The first slice of each chunk and its int16 HU: in ``out``, or in memory that the next one is read into.
+
+        After the last, voxels that are not those that were written raise PreprocessingError.
+        """
         (depth, *plane), step, block = packed.shape, packed.chunks[0], packed.blocks[0]
         try:
+            written, crc = packed.schunk.vlmeta["crc32"], 0
             if [*packed.chunks[1:], *packed.blocks[1:]] != plane * 2 or step % block:
                 # Written by an earlier version.
                 whole = packed[:]
+                crc = isal_zlib.crc32(whole.data)
                 if out is not None:
                     out[:] = whole
                 yield 0, whole
-                return
-            spare = np.empty((step, *plane), np.int16)
-            for number, first in enumerate(range(0, depth, step)):
-                count = min(step, depth - first)
-                slab = spare if out is None or count < step else out[first : first + step]
-                packed.schunk.decompress_chunk(number, dst=slab)
-                if out is not None and count < step:
-                    out[first:] = slab[:count]
-                yield first, slab[:count]
-        except (RuntimeError, ValueError, MemoryError) as error:
+            else:
+                spare = np.empty((step, *plane), np.int16)
+                for number, first in enumerate(range(0, depth, step)):
+                    count = min(step, depth - first)
+                    slab = spare if out is None or count < step else out[first : first + step]
+                    packed.schunk.decompress_chunk(number, dst=slab)
+                    crc = isal_zlib.crc32(slab[:count].data, crc)
+                    if out is not None and count < step:
+                        out[first:] = slab[:count]
+                    yield first, slab[:count]
+        except BLOSC_RAISES as error:
             raise self._damaged(volume) from error
+        if crc != written:
+            raise self._damaged(volume)
 
     def write_column(self, name: str, volume: str, values: np.ndarray) -> None:
         """Keep an array of a volume (a label map of the spec's shape, say) under ``columns/<name>/``."""
@@ -186,10 +198,11 @@ class VolumeStore:
     def intact(self, volume: str) -> bool:
         """Whether a volume's voxels are those that were written."""
         try:
-            packed = self._open(volume)
-            return bool(packed.schunk.vlmeta["crc32"] == isal_zlib.crc32(packed[:].data))
-        except (PreprocessingError, *BLOSC_RAISES):
+            for _ in self._slabs(volume, self._open(volume)):
+                pass
+        except PreprocessingError:
             return False
+        return True
 
     def sweep(self) -> None:
         """Remove what killed runs left beside the volumes. Half an hour old, it is nobody's work any more."""
@@ -205,9 +218,10 @@ class VolumeStore:
             raise PreprocessingError(f"{path}: this volume is not in the store; run `ctclip preprocess` again")
         try:
             packed = blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
+            whole = isinstance(packed, blosc2.NDArray) and packed.shape == self.spec.shape and _consistent(packed)
         except BLOSC_RAISES as error:
             raise self._damaged(volume) from error
-        if not isinstance(packed, blosc2.NDArray) or packed.dtype != np.int16 or packed.shape != self.spec.shape:
+        if not whole:
             raise self._damaged(volume)
         return packed
 
@@ -226,6 +240,23 @@ def _is_store(folder: Path) -> bool:
         PreprocessingSpec.load(folder / "spec.yaml")
         return True
     return all(path.name.startswith(".spec.yaml.") and PARTIAL.fullmatch(path.name) for path in folder.iterdir())
+
+
+def _consistent(packed: blosc2.NDArray) -> bool:
+    """Whether the sizes that a file states, in its header and in that of each chunk, are those of its shape.
+
+    Decompression trusts them; nothing is decompressed before.
+    """
+    if packed.dtype != np.int16 or not all(0 < b <= c for b, c in zip(packed.blocks, packed.chunks, strict=True)):
+        return False
+    block = 2 * math.prod(packed.blocks)
+    chunk = block * math.prod(-(-c // b) for c, b in zip(packed.chunks, packed.blocks, strict=True))
+    chunks = math.prod(-(-n // c) for n, c in zip(packed.shape, packed.chunks, strict=True))
+    schunk = packed.schunk
+    if (schunk.chunksize, schunk.blocksize, schunk.nchunks) != (chunk, block, chunks):
+        return False
+    # Of a chunk: bytes, compressed bytes, bytes of a block.
+    return all(blosc2.get_cbuffer_sizes(info.lazychunk)[2] == block for info in schunk.iterchunks_info())
 
 
 def _is_volume(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import zlib
 
 import blosc2
 import nibabel as nib
@@ -275,7 +276,9 @@ def test_a_volume_is_read_into_a_batch_whatever_its_chunks(tmp_path, chunks) -> 
     hu = np.random.default_rng(0).integers(-1000, 1000, (75, 96, 60)).astype(np.int16)
     store.write("a", hu)
     if chunks:
-        store.file("a").write_bytes(blosc2.asarray(hu, chunks=chunks).to_cframe())
+        packed = blosc2.asarray(hu, chunks=chunks)
+        packed.schunk.vlmeta["crc32"] = zlib.crc32(hu.tobytes())
+        store.file("a").write_bytes(packed.to_cframe())
     batch = np.full((2, *hu.shape), 7, np.int16)
     store.read_into("a", batch[1])
     assert np.array_equal(batch[1], hu)
@@ -298,6 +301,33 @@ def test_a_file_of_the_store_that_changed_is_found(tmp_path) -> None:
         store.file("a").write_bytes(bytes(changed))
         if store.intact("a"):
             assert np.array_equal(store.read("a"), hu)
+        else:
+            for read in (store.read, store.voxels, lambda name: store.read_into(name, np.empty_like(hu))):
+                with pytest.raises(PreprocessingError, match=r"a\.b2nd: damaged; `ctclip preprocess --verify`"):
+                    read("a")
+
+
+def test_sizes_in_a_file_of_the_store_are_checked_before_anything_is_decompressed(tmp_path, monkeypatch) -> None:
+    """Chunks and blocks that are not the shape's: what is stated of them is what a decoder makes room for."""
+    store = VolumeStore.create(tmp_path / "s", PreprocessingSpec("t", (3.0, 3.0, 3.0), (70, 70, 70)))
+    store.write("a", np.arange(70**3, dtype=np.int32).reshape(70, 70, 70).astype(np.int16))
+    content = store.file("a").read_bytes()
+    packed = store._open("a")
+    sizes = [packed.schunk.chunksize, packed.schunk.blocksize]
+    places = [
+        (place, form)
+        for size in sizes
+        for form in ("<i4", ">i4")
+        for place in range(len(content) - 4)
+        if content[place : place + 4] == np.array(size, form).tobytes()
+    ]
+    assert len(places) > 2
+    monkeypatch.setattr(blosc2.SChunk, "decompress_chunk", lambda *given, **named: pytest.fail("decompressed"))
+    for place, form in places:
+        for other in (1, sizes[0] // 2, 2**31 - 1):
+            store.file("a").write_bytes(content[:place] + np.array(other, form).tobytes() + content[place + 4 :])
+            with pytest.raises(PreprocessingError, match="damaged"):
+                store.read("a")
 
 
 def test_what_killed_runs_left_is_swept_away(tmp_path) -> None:
