@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -31,7 +31,7 @@ from ctclip.preprocessing.outcomes import (
     write_outcomes,
 )
 from ctclip.preprocessing.progress import track
-from ctclip.preprocessing.readers import read
+from ctclip.preprocessing.readers import LARGEST_GB, read
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore, check_store_folder
 from ctclip.preprocessing.volume import Volume
@@ -125,6 +125,18 @@ class Prepared:
         return self.scan.array.shape
 
 
+class Reading(TypedDict, total=False):
+    """How scans are read: ``trust`` about Hounsfield units, what to ``expect`` of them, which ``series`` (UID) of a DICOM
+    folder, whose ``geometry`` where statements contradict each other, ``largest_gb`` of voxels or of an archive's content.
+    """
+
+    trust: Trust
+    expect: Expect
+    series: str | None
+    geometry: Geometry
+    largest_gb: float
+
+
 def prepare(
     path: str | os.PathLike[str],
     spec: PreprocessingSpec | str = "ct_clip",
@@ -134,15 +146,16 @@ def prepare(
     table: TableFacts | None = None,
     series: str | None = None,
     geometry: Geometry = "auto",
+    largest_gb: float = LARGEST_GB,
 ) -> Prepared:
     """Read one scan and bring it to ``spec``: exactly what made the training set.
 
-    ``table``: what a metadata table states of it. The grid is laid about the scan's middle, or where that would cut lung,
-    about the lungs (never under the published geometry, which only warns). Raises PreprocessingError with one line that
+    ``table``: what a metadata table states of it; the other options are those of ``Reading``. The grid is laid about the
+    scan's middle, or where that would cut lung, about the lungs (never under the published geometry, which only warns). Raises PreprocessingError with one line that
     names the file, what is wrong and what to do.
     """
     spec = spec if isinstance(spec, PreprocessingSpec) else PreprocessingSpec.load(spec)
-    volume = orient(to_hu(placed(read(path, series, geometry), table, geometry), table, trust))
+    volume = orient(to_hu(placed(read(path, series, geometry, largest_gb=largest_gb), table, geometry), table, trust))
     lungs = find_lungs(volume)
     if expect == "chest" and (reason := no_chest(lungs)):
         raise PreprocessingError(f"{volume.source}: {reason}; --expect any takes it all the same")
@@ -188,16 +201,6 @@ def _about_the_lungs(volume: Volume, lungs: Lungs, spec: PreprocessingSpec) -> t
 
 
 @dataclass(frozen=True)
-class Options:
-    """How scans are read."""
-
-    trust: Trust = "auto"
-    expect: Expect = "any"
-    series: str | None = None
-    geometry: Geometry = "auto"
-
-
-@dataclass(frozen=True)
 class Report:
     """What became of each volume of a run, and what there is to tell of the cohort in the last lines."""
 
@@ -212,7 +215,7 @@ def preprocess_cohort(
     spec: PreprocessingSpec,
     *,
     layout: str = "auto",
-    options: Options | None = None,
+    reading: Reading | None = None,
     workers: int | None = None,
     shard: tuple[int, int] = (1, 1),
     calibration: float = 0.0,
@@ -222,7 +225,7 @@ def preprocess_cohort(
 ) -> list[Outcome]:
     """``preprocess``, and of its report what became of each volume."""
     return preprocess(
-        root, output, spec, layout=layout, options=options, workers=workers, shard=shard, calibration=calibration,
+        root, output, spec, layout=layout, reading=reading, workers=workers, shard=shard, calibration=calibration,
         partial=partial, keep_no_chest=keep_no_chest, labels=labels,
     ).outcomes  # fmt: skip
 
@@ -233,7 +236,7 @@ def preprocess(
     spec: PreprocessingSpec,
     *,
     layout: str = "auto",
-    options: Options | None = None,
+    reading: Reading | None = None,
     workers: int | None = None,
     shard: tuple[int, int] = (1, 1),
     calibration: float = 0.0,
@@ -249,7 +252,7 @@ def preprocess(
     refused unless ``partial``: then the former are kept without text, the latter left out. ``keep_no_chest`` and ``labels``:
     see ``read_cohort``.
     """
-    options = options or Options()
+    reading = reading or Reading()
     check_store_folder(output)
     cohort = read_cohort(root, layout, labels=labels, keep_no_chest=keep_no_chest)
     table = hold_out(cohort.table, calibration)
@@ -278,7 +281,7 @@ def preprocess(
         *_kept(store, [name for name in mine["volume"] if name in there]),
         *_not_read(cohort, set(mine["volume"])),
     ]
-    fresh = _all(due, store.path, options, workers or len(os.sched_getaffinity(0)))
+    fresh = _all(due, store.path, reading, workers or len(os.sched_getaffinity(0)))
     outcomes += track(fresh, len(due), "preprocessing")
     write_outcomes(store, outcomes, shard)
     return Report(outcomes, cohort.notes, dict(cohort.unused))
@@ -351,16 +354,16 @@ def merge_shards(path: str | os.PathLike[str]) -> list[Outcome]:
 Task = tuple[str, Path, TableFacts, str | None]
 
 
-def _all(due: list[Task], store: Path, options: Options, workers: int) -> Iterator[Outcome]:
+def _all(due: list[Task], store: Path, reading: Reading, workers: int) -> Iterator[Outcome]:
     """Outcomes in the order in which they end. A scan that kills its process is refused; the others go on."""
     if workers == 1 or len(due) < 2:
         for task in due:
-            yield _one(task, store, options)
+            yield _one(task, store, reading)
         return
     while due:
         left = dict.fromkeys(due)
         try:
-            for task, outcome in _in_parallel(due, store, options, workers):
+            for task, outcome in _in_parallel(due, store, reading, workers):
                 del left[task]
                 yield outcome
         except BrokenProcessPool:
@@ -368,7 +371,7 @@ def _all(due: list[Task], store: Path, options: Options, workers: int) -> Iterat
             suspects = list(left)[: 2 * workers + 1]
             for task in suspects:
                 try:
-                    yield next(_in_parallel([task], store, options, 1))[1]
+                    yield next(_in_parallel([task], store, reading, 1))[1]
                 except BrokenProcessPool:
                     yield Outcome(
                         task[0], f"{task[0]}: reading it killed the process (damaged, or too large for memory)"
@@ -377,10 +380,10 @@ def _all(due: list[Task], store: Path, options: Options, workers: int) -> Iterat
         due = list(left)
 
 
-def _in_parallel(due: list[Task], store: Path, options: Options, workers: int) -> Iterator[tuple[Task, Outcome]]:
+def _in_parallel(due: list[Task], store: Path, reading: Reading, workers: int) -> Iterator[tuple[Task, Outcome]]:
     pool = worker_pool(workers)
     try:
-        futures = {pool.submit(_one, task, store, options): task for task in due}
+        futures = {pool.submit(_one, task, store, reading): task for task in due}
         for future in as_completed(futures):
             yield futures[future], future.result()
     finally:
@@ -388,14 +391,13 @@ def _in_parallel(due: list[Task], store: Path, options: Options, workers: int) -
         pool.shutdown(cancel_futures=True)
 
 
-def _one(task: Task, store: Path, options: Options) -> Outcome:
+def _one(task: Task, store: Path, reading: Reading) -> Outcome:
     name, path, table, series = task
     target = VolumeStore(store)
     try:
-        ready = prepare(
-            path, target.spec, trust=options.trust, expect=options.expect, table=table, series=options.series or series,
-            geometry=options.geometry,
-        )  # fmt: skip
+        # The series asked for, else the one that the table names.
+        chosen: Reading = {**reading, "series": reading.get("series") or series}
+        ready = prepare(path, target.spec, table=table, **chosen)
     except PreprocessingError as error:
         return Outcome(name, str(error))
     except Exception as error:

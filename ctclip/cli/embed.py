@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted
+
 
 def embed(
     scans: list[Path] = typer.Argument(None, help="Volume files, DICOM folders, folders of either, or 'patterns'."),
@@ -20,6 +22,11 @@ def embed(
         Path("embeddings.parquet"), "--output", "-o", help=".parquet: ids and vectors; .npy: the vectors alone."
     ),
     batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
+    hu: Trusted = HU,
+    geometry: Geometry = GEOMETRY,
+    expect: Expected = EXPECT,
+    series: str = SERIES,
+    largest_gb: float = LARGEST_GB,
     force: bool = typer.Option(False, "--force", help="Replace embeddings of another run."),
 ) -> None:
     """Embed volumes or reports as unit vectors of one space.
@@ -49,7 +56,10 @@ def embed(
         if store is not None:
             source = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
         else:
-            source = ScanFiles(scans, loaded.spec)
+            source = ScanFiles(
+                scans, loaded.spec, trust=hu.value, expect=expect.value, series=series, geometry=geometry.value,
+                largest_gb=largest_gb,
+            )  # fmt: skip
         rows = embed_scans(loaded, source, output, batch, refused, force=force)
     for reason in refused.values():
         print(f"refused: {reason}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+
+from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted
 
 if TYPE_CHECKING:
     from ctclip.preprocessing.outcomes import Outcome
@@ -14,25 +15,6 @@ if TYPE_CHECKING:
 
 
 SHOWN, SHOWN_KINDS = 20, 6
-
-
-class Trusted(StrEnum):
-    auto = "auto"
-    file = "trust-file"
-    table = "trust-table"
-
-
-class Geometry(StrEnum):
-    auto = "auto"
-    sform = "sform"
-    qform = "qform"
-    header = "header"
-    table = "table"
-
-
-class Expected(StrEnum):
-    any = "any"
-    chest = "chest"
 
 
 def preprocess(
@@ -47,22 +29,11 @@ def preprocess(
     layout: str = typer.Option(
         "auto", "--cohort", help="How the cohort lies on disk: auto, ct-rate, rad-chestct or folder."
     ),
-    hu: Trusted = typer.Option(
-        Trusted.auto,
-        help="Whether to trust the file or the metadata table about Hounsfield units; auto decides from the values.",
-    ),
-    geometry: Geometry = typer.Option(
-        Geometry.auto,
-        help="Which geometry to take where header and table, or the two readings of a NIfTI header, contradict each other.",
-    ),
-    expect: Expected = typer.Option(
-        Expected.any, help="`chest` refuses scans that show no chest, or whose lungs do not fit into the grid."
-    ),
-    series: str = typer.Option(
-        None,
-        help="SeriesInstanceUID of the series to read from a DICOM folder that holds several; the original axial one with "
-        "most slices if not given.",
-    ),
+    hu: Trusted = HU,
+    geometry: Geometry = GEOMETRY,
+    expect: Expected = EXPECT,
+    series: str = SERIES,
+    largest_gb: float = LARGEST_GB,
     labels: str = typer.Option(
         None,
         help="Label set: a YAML file, or the name of one in configs/labels; made of the label columns if not given.",
@@ -95,7 +66,7 @@ def preprocess(
     from ctclip.labels import keep_labels, label_columns_of, load_labels
     from ctclip.preprocessing.outcomes import outcomes_name
     from ctclip.preprocessing.pipeline import (
-        Options,
+        Reading,
         Report,
         merge_shards,
         quarantine_damaged,
@@ -117,7 +88,9 @@ def preprocess(
         output,
         PreprocessingSpec.load(spec),
         layout=layout,
-        options=Options(trust=hu.value, expect=expect.value, series=series, geometry=geometry.value),
+        reading=Reading(
+            trust=hu.value, expect=expect.value, series=series, geometry=geometry.value, largest_gb=largest_gb
+        ),
         workers=workers,
         shard=_shard(shard),
         calibration=calibration,

@@ -7,17 +7,12 @@ from pathlib import Path
 
 import typer
 
-from ctclip.cli.preprocess import Expected
+from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted
 
 
 class Format(StrEnum):
     csv = "csv"
     parquet = "parquet"
-
-
-class Trusted(StrEnum):
-    auto = "auto"
-    file = "trust-file"
 
 
 def zero_shot(
@@ -39,8 +34,11 @@ def zero_shot(
     reports: bool = typer.Option(False, "--reports", help="With --store: embed the reports too, for retrieval."),
     batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
     processes: int = typer.Option(None, min=1, help="Processes to share the scans; one a GPU if not given."),
-    hu: Trusted = typer.Option(Trusted.auto, help="Whom to believe about Hounsfield units."),
-    expect: Expected = typer.Option(Expected.any, help="Refuse what is not a chest."),
+    hu: Trusted = HU,
+    geometry: Geometry = GEOMETRY,
+    expect: Expected = EXPECT,
+    series: str = SERIES,
+    largest_gb: float = LARGEST_GB,
     force: bool = typer.Option(False, "--force", help="Replace the tables of another run."),
     local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Set by the deepspeed launcher."),
 ) -> None:
@@ -88,7 +86,10 @@ def zero_shot(
         if store is not None:
             source = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
         else:
-            source = ScanFiles(scans, loaded.spec, trust=hu.value, expect=expect.value)
+            source = ScanFiles(
+                scans, loaded.spec, trust=hu.value, expect=expect.value, series=series, geometry=geometry.value,
+                largest_gb=largest_gb,
+            )  # fmt: skip
         found = detect(
             loaded, scorer, source, output, batch=batch, reports=reports, suffix=f".{format.value}", force=force
         )

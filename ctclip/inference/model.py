@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from ctclip.labels import LabelSet
 from ctclip.models.encoded import Encoded
 from ctclip.models.folder import KIND, ModelFolder, is_model_folder, load_model
 from ctclip.preprocessing.outputs import check_folder
-from ctclip.preprocessing.pipeline import Expect, Prepared, Trust, prepare
+from ctclip.preprocessing.pipeline import Prepared, Reading, prepare
 from ctclip.prompts import PromptSet, load_prompts
 
 
@@ -79,9 +80,9 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             self._heads[name] = usable_head(self.folder, name)
         return self._heads[name]
 
-    def prepare(self, scan: str | os.PathLike[str], *, trust: Trust = "auto", expect: Expect = "any") -> Prepared:
+    def prepare(self, scan: str | os.PathLike[str], **reading: Unpack[Reading]) -> Prepared:
         """One scan from disk as this model wants it; see ``ctclip.preprocessing.prepare``."""
-        return prepare(scan, self.spec, trust=trust, expect=expect)
+        return prepare(scan, self.spec, **reading)
 
     def detect(
         self,
@@ -89,15 +90,14 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         abnormalities: str | Sequence[str] | None = None,
         *,
         head: str = PROMPTS,
-        trust: Trust = "auto",
-        expect: Expect = "any",
+        **reading: Unpack[Reading],
     ) -> Detection:
         """What the model sees in one scan (a volume file, a DICOM folder, a zip).
 
         ``abnormalities``: a name, or names, to look for instead of the model's own, listed or not; ``head``: which of its
-        heads is to score. Raises PreprocessingError if the scan cannot be trusted.
+        heads is to score; ``reading``: see ``ctclip.preprocessing.pipeline.Reading``. Raises PreprocessingError if the scan cannot be trusted.
         """
-        ready = self.prepare(scan, trust=trust, expect=expect)
+        ready = self.prepare(scan, **reading)
         scorer = self.head(head) if abnormalities is None else self._asking(abnormalities, head)
         with torch.inference_mode():
             encoded = self.encode(ready)
@@ -116,9 +116,9 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
         )
 
-    def embed(self, scan: str | os.PathLike[str], *, trust: Trust = "auto", expect: Expect = "any") -> np.ndarray:
+    def embed(self, scan: str | os.PathLike[str], **reading: Unpack[Reading]) -> np.ndarray:
         """The unit vector (dim,) of one scan from disk."""
-        ready = self.prepare(scan, trust=trust, expect=expect)
+        ready = self.prepare(scan, **reading)
         return self.encode_volume(ready)[0].float().cpu().numpy()
 
     @torch.inference_mode()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import glob
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, Unpack
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from ctclip.errors import DataError
 from ctclip.preprocessing.cohorts import read_cohort
 from ctclip.preprocessing.cohorts.folder import scan_id
 from ctclip.preprocessing.errors import PreprocessingError
-from ctclip.preprocessing.pipeline import Expect, Trust, prepare
+from ctclip.preprocessing.pipeline import Reading, prepare
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 
@@ -59,11 +60,9 @@ class StoredScans:
 class ScanFiles:
     """Files, DICOM folders, folders of files, or patterns such as ``'scans/*.nii.gz'``."""
 
-    def __init__(
-        self, paths: Sequence[Path], spec: PreprocessingSpec, *, trust: Trust = "auto", expect: Expect = "any"
-    ) -> None:
+    def __init__(self, paths: Sequence[Path], spec: PreprocessingSpec, **reading: Unpack[Reading]) -> None:
         self.paths = _expanded(paths)
-        self.spec, self.trust, self.expect = spec, trust, expect
+        self.spec, self.reading = spec, reading
         names = [scan_id(path) for path in self.paths]
         if len(set(names)) < len(names):
             # Files of one name in different folders keep apart by their folder.
@@ -76,10 +75,10 @@ class ScanFiles:
     def origin(self) -> str:
         facts = [(path.resolve(), path.stat()) for path in self.paths if path.exists()]
         read = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in facts]
-        return "\n".join([self.trust, self.expect, *read])
+        return "\n".join([json.dumps(self.reading, sort_keys=True), *read])
 
     def voxels(self, index: int) -> tuple[np.ndarray, str]:
-        ready = prepare(self.paths[index], self.spec, trust=self.trust, expect=self.expect)
+        ready = prepare(self.paths[index], self.spec, **self.reading)
         return ready.voxels, "; ".join(ready.warnings)
 
 

@@ -169,7 +169,7 @@ class _Unpacking:
 
     def _too_large(self) -> PreprocessingError:
         return PreprocessingError(
-            f"{self.source}: would unpack to more than the {self.largest / 1e9:g} GB of the largest CT; refused"
+            f"{self.source}: would unpack to more than {self.largest / 1e9:g} GB; --largest-gb raises the limit"
         )
 
 

@@ -103,7 +103,8 @@ def plausible(size: int, file_size: int, largest: int, source: str) -> None:
     """Refuse what a header claims before memory is taken for it; sizes in bytes."""
     if size > largest:
         raise PreprocessingError(
-            f"{source}: its header claims {size / 1e9:.1f} GB of voxels, more than the {largest / 1e9:g} GB of the largest CT"
+            f"{source}: its header claims {size / 1e9:.1f} GB of voxels, more than {largest / 1e9:g} GB; "
+            f"--largest-gb raises the limit"
         )
     if size > LARGEST_EXPANSION * file_size:
         raise PreprocessingError(f"{source}: cut short, or its header is wrong; copy it again")

@@ -109,7 +109,7 @@ def test_the_largest_ct_is_a_bound_that_can_be_raised(tmp_path: Path) -> None:
         ("scan.npz", packed_npz()),
     ):
         path = written(tmp_path, name, content)
-        with pytest.raises(PreprocessingError, match="more than the 4e-07 GB of the largest CT"):
+        with pytest.raises(PreprocessingError, match="more than 4e-07 GB; --largest-gb raises the limit"):
             read(path, largest_gb=4e-7)
         assert read(path, largest_gb=5e-7).array.size == HU.size
     path = written(tmp_path, "scan.zip", zipped({"scan.nii": nifti()}))
