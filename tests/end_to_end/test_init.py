@@ -196,13 +196,13 @@ def test_the_first_layers_learn_slowest_with_layer_decay(published: Path, chests
 def test_the_volume_side_alone_is_taken_beside_another_text_encoder(
     published: Path, chests: Path, tmp_path: Path
 ) -> None:
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel
 
     text = tmp_path / "bert"
     BertModel(BertConfig(vocab_size=130, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)).save_pretrained(text)  # fmt: skip
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(125))]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt")).save_pretrained(text)
+    (text / "vocab.txt").write_text("\n".join(words))
+    (text / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     before = load_file(published / "model.safetensors")
     more = ("model.init_sides=volume", f"model.text.pretrained={text}", "model.dim=24", "training.freeze.volume=all")
     after, said = tuned(tmp_path, published, chests, *more)

@@ -10,9 +10,10 @@ import torch
 import transformers as hf
 from families import FAMILIES, REPORTS, family_folder
 
-from ctclip.config import ModelConfig, ObjectiveConfig, TextConfig, ViT3DConfig
+from ctclip.config import ModelConfig, ObjectiveConfig, TextConfig
 from ctclip.models.dual_encoder import DualEncoder, build_model
 from ctclip.models.folder import load_model, save_model
+from ctclip.models.vit3d import ViT3DConfig
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.training.step import ContrastiveStep
 

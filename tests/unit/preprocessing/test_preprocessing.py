@@ -332,7 +332,7 @@ def test_sizes_in_a_file_of_the_store_are_checked_before_anything_is_decompresse
 
 def test_what_killed_runs_left_is_swept_away(tmp_path) -> None:
     store = VolumeStore.create(tmp_path / "s", SPEC)
-    old, young = (store.path / "volumes" / f".{name}.b2nd.x.partial" for name in ("old", "young"))
+    old, young = (store.path / "volumes" / f".{name}.b2nd.abcd_123.partial" for name in ("old", "young"))
     old.write_bytes(b"half")
     young.write_bytes(b"half")
     os.utime(old, (1, 1))
