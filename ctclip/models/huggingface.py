@@ -10,6 +10,7 @@ import contextlib
 import copy
 import inspect
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -230,11 +231,10 @@ def _check_parts(values: dict[str, Any], source: str | Path) -> None:
 
 def _check_memory(kind: Any, shape: Any, options: dict[str, Any], source: str | Path) -> None:
     """What is built at once must fit this machine's memory: counted on a model without any."""
-    import psutil
-
     with torch.device("meta"), _quiet(), _told(source, "describes no model that can be built"):
         model = kind._from_config(copy.deepcopy(shape), dtype=torch.float32, **options)
-    needed, memory = sum(4 * p.numel() for p in model.parameters()), psutil.virtual_memory().total
+    needed = sum(4 * p.numel() for p in model.parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise CheckpointError(
             f"{source}: the {shape.model_type} model it describes takes {needed / 2**30:.3g} GiB, this machine has "
