@@ -19,12 +19,13 @@ def index(
 
     `ctclip index --model runs/demo/train/model --store store --split train --output index`
     """
-    from ctclip import distributed
+    from ctclip import distributed, extras
     from ctclip.inference.index import check_output, index_store
     from ctclip.inference.scans import StoredScans
     from ctclip.models.folder import load_model
     from ctclip.preprocessing.store import VolumeStore
 
+    extras.check("index")
     check_output(output)
     loaded = load_model(model, distributed.device())
     scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
