@@ -222,27 +222,6 @@ def preprocess_cohort(
     partial: bool = False,
     keep_no_chest: bool = False,
     labels: Sequence[str] | None = None,
-) -> list[Outcome]:
-    """``preprocess``, and of its report what became of each volume."""
-    return preprocess(
-        root, output, spec, layout=layout, reading=reading, workers=workers, shard=shard, calibration=calibration,
-        partial=partial, keep_no_chest=keep_no_chest, labels=labels,
-    ).outcomes  # fmt: skip
-
-
-def preprocess(
-    root: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    spec: PreprocessingSpec,
-    *,
-    layout: str = "auto",
-    reading: Reading | None = None,
-    workers: int | None = None,
-    shard: tuple[int, int] = (1, 1),
-    calibration: float = 0.0,
-    partial: bool = False,
-    keep_no_chest: bool = False,
-    labels: Sequence[str] | None = None,
 ) -> Report:
     """Bring every volume of a cohort into a store.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted
+from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted, reading_of
 
 
 def embed(
@@ -56,10 +56,7 @@ def embed(
         if store is not None:
             source = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
         else:
-            source = ScanFiles(
-                scans, loaded.spec, trust=hu.value, expect=expect.value, series=series, geometry=geometry.value,
-                largest_gb=largest_gb,
-            )  # fmt: skip
+            source = ScanFiles(scans, loaded.spec, **reading_of(hu, geometry, expect, series, largest_gb))
         rows = embed_scans(loaded, source, output, batch, refused, force=force)
     for reason in refused.values():
         print(f"refused: {reason}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted
+from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted, reading_of
 
 if TYPE_CHECKING:
     from ctclip.preprocessing.outcomes import Outcome
@@ -66,12 +66,11 @@ def preprocess(
     from ctclip.labels import keep_labels, label_columns_of, load_labels
     from ctclip.preprocessing.outcomes import outcomes_name
     from ctclip.preprocessing.pipeline import (
-        Reading,
         Report,
         merge_shards,
+        preprocess_cohort,
         quarantine_damaged,
     )
-    from ctclip.preprocessing.pipeline import preprocess as run
     from ctclip.preprocessing.spec import PreprocessingSpec
     from ctclip.preprocessing.store import VolumeStore
 
@@ -83,14 +82,12 @@ def preprocess(
     if verify:
         for damaged in quarantine_damaged(output):
             print(f"damaged, set aside, rebuilding: {damaged}")
-    report = run(
+    report = preprocess_cohort(
         cohort,
         output,
         PreprocessingSpec.load(spec),
         layout=layout,
-        reading=Reading(
-            trust=hu.value, expect=expect.value, series=series, geometry=geometry.value, largest_gb=largest_gb
-        ),
+        reading=reading_of(hu, geometry, expect, series, largest_gb),
         workers=workers,
         shard=_shard(shard),
         calibration=calibration,

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from ctclip.preprocessing.pipeline import Reading
 
 
 class Trusted(StrEnum):
@@ -45,3 +49,10 @@ SERIES = typer.Option(
 LARGEST_GB = typer.Option(
     4.0, min=0.001, help="Refuse scans whose voxels, or archives whose content, take more than this many GB."
 )
+
+
+def reading_of(hu: Trusted, geometry: Geometry, expect: Expected, series: str | None, largest_gb: float) -> Reading:
+    """The options as ``ctclip.preprocessing.prepare`` takes them."""
+    return {
+        "trust": hu.value, "geometry": geometry.value, "expect": expect.value, "series": series, "largest_gb": largest_gb,
+    }  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted
+from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted, reading_of
 
 
 class Format(StrEnum):
@@ -86,10 +86,7 @@ def zero_shot(
         if store is not None:
             source = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
         else:
-            source = ScanFiles(
-                scans, loaded.spec, trust=hu.value, expect=expect.value, series=series, geometry=geometry.value,
-                largest_gb=largest_gb,
-            )  # fmt: skip
+            source = ScanFiles(scans, loaded.spec, **reading_of(hu, geometry, expect, series, largest_gb))
         found = detect(
             loaded, scorer, source, output, batch=batch, reports=reports, suffix=f".{format.value}", force=force
         )

@@ -18,7 +18,7 @@ from ctclip.cli import app
 from ctclip.preprocessing import PreprocessingError, PreprocessingSpec
 from ctclip.preprocessing import pipeline as pipeline_module
 from ctclip.preprocessing.cohorts import label_names, read_cohort
-from ctclip.preprocessing.pipeline import preprocess
+from ctclip.preprocessing.pipeline import preprocess_cohort
 from ctclip.preprocessing.store import SAFE_NAME, VolumeStore
 from ctclip.preprocessing.tables import is_no_report, label_columns, numbers, read_table, volume_name
 from tests.unit.preprocessing.test_dicom import write_series
@@ -350,7 +350,7 @@ def test_a_killed_run_and_its_rerun_tell_what_one_run_tells(cohort: Path, tmp_pa
     damaged = sorted(mine.rglob("*.nii.gz"))[3]
     damaged.write_bytes(b"nothing")
     spec = PreprocessingSpec.load("phantom")
-    preprocess(mine, tmp_path / "whole", spec, workers=1)
+    preprocess_cohort(mine, tmp_path / "whole", spec, workers=1)
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -358,11 +358,11 @@ def test_a_killed_run_and_its_rerun_tell_what_one_run_tells(cohort: Path, tmp_pa
     with monkeypatch.context() as patched:
         patched.setattr(pipeline_module, "write_outcomes", killed)
         with pytest.raises(KeyboardInterrupt):
-            preprocess(mine, tmp_path / "cut", spec, workers=1)
+            preprocess_cohort(mine, tmp_path / "cut", spec, workers=1)
     store = VolumeStore(tmp_path / "cut")
     for name in store.volumes[:7]:
         store.file(name).unlink()
-    preprocess(mine, tmp_path / "cut", spec, workers=1)
+    preprocess_cohort(mine, tmp_path / "cut", spec, workers=1)
     whole, cut = ((tmp_path / name / "outcomes.csv").read_bytes() for name in ("whole", "cut"))
     assert whole == cut
     assert whole.count(b" x ") >= 4 * 23

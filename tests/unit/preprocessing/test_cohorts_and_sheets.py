@@ -55,7 +55,7 @@ def test_rad_chestct_as_it_lies_on_disk(tmp_path: Path, hu: np.ndarray) -> None:
     np.savez(root / "npz" / "other.npz", other=hu)
     with pytest.raises(PreprocessingError, match="no array 'ct'"):
         prepare(root / "npz" / "other.npz", fine)
-    outcomes = preprocess_cohort(root, tmp_path / "store", SPEC, workers=1)
+    outcomes = preprocess_cohort(root, tmp_path / "store", SPEC, workers=1).outcomes
     assert sorted(bool(o.refused) for o in outcomes) == [False, False, False, True]
 
 
@@ -75,7 +75,7 @@ def test_shards_are_merged_without_reading_a_volume(cohort: Path, tmp_path: Path
     table = pd.read_csv(store / "outcomes.csv")
     assert set(table["outcome"]) == {"done"}
     assert table["source_spacing"].str.count(" x ").eq(2).all()
-    again = preprocess_cohort(cohort, store, spec, workers=1)
+    again = preprocess_cohort(cohort, store, spec, workers=1).outcomes
     assert {o.volume: o.source_spacing for o in again} == {o.volume: o.source_spacing for o in merged}
 
 
@@ -126,7 +126,8 @@ def test_a_scan_that_kills_its_process_is_refused_alone(cohort: Path, tmp_path: 
 
     monkeypatch.setattr(pipeline, "prepare", deadly)
     outcomes = {
-        o.volume: o for o in preprocess_cohort(cohort, tmp_path / "s", PreprocessingSpec.load("phantom"), workers=2)
+        o.volume: o
+        for o in preprocess_cohort(cohort, tmp_path / "s", PreprocessingSpec.load("phantom"), workers=2).outcomes
     }
     assert len(outcomes) == 24
     killed = {name for name, o in outcomes.items() if "killed the process" in (o.refused or "")}
@@ -144,7 +145,7 @@ def test_a_csv_of_paths(tmp_path: Path, hu: np.ndarray) -> None:
         "volume,path,patient,split,rescale_slope,Lung nodule\n1,scan.nii.gz,07,train,,1\n2,scan.nii.gz,07,train,1,\n"
         "3,gone.nii.gz,,valid,1,0\n"
     )
-    outcomes = preprocess_cohort(table, tmp_path / "s", SPEC, workers=1, calibration=0.5)
+    outcomes = preprocess_cohort(table, tmp_path / "s", SPEC, workers=1, calibration=0.5).outcomes
     assert {o.volume: bool(o.refused) for o in outcomes} == {"1": False, "2": False, "3": True}
     kept = VolumeStore(tmp_path / "s").cohort.set_index("volume")
     assert kept["patient"].to_dict() == {"1": "07", "2": "07", "3": "3"}

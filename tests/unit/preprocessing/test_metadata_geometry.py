@@ -17,7 +17,7 @@ from ctclip.phantom.scan import make_scan
 from ctclip.preprocessing import Prepared, PreprocessingError, PreprocessingSpec, prepare
 from ctclip.preprocessing.cohorts import Cohort, read_cohort
 from ctclip.preprocessing.facts import table_facts
-from ctclip.preprocessing.pipeline import preprocess
+from ctclip.preprocessing.pipeline import preprocess_cohort
 
 SPEC = PreprocessingSpec("test", (5.0, 4.0, 4.0), (60, 70, 90))
 STEP, PLACE = (4.0, 4.0, 5.0), (-120.0, -90.0, -300.0)
@@ -198,7 +198,7 @@ def test_volumes_listed_as_no_chest_are_left_out(tmp_path: Path, hu: np.ndarray,
     ct_rate(root, scans, dict.fromkeys(scans, TABLE))
     (root / "metadata" / "no_chest_train.txt").write_text(LISTS[form], encoding="utf-8")
     (root / "metadata" / "no_chest_valid.txt").write_text("")
-    report = preprocess(root, tmp_path / "s", SPEC, workers=1)
+    report = preprocess_cohort(root, tmp_path / "s", SPEC, workers=1)
     assert {o.volume: o.word for o in report.outcomes} == {"train_1_a_1": "done", "train_2_a_1": "left out"}
     told = pd.read_csv(tmp_path / "s" / "outcomes.csv").set_index("volume")
     assert "no_chest_train.txt" in told.at["train_2_a_1", "reason"]
@@ -212,10 +212,10 @@ def test_reports_of_volumes_nobody_has_are_a_matter_of_partial(tmp_path: Path, h
     cohort = ct_rate(tmp_path / "c", scans, {"train_1_a_1": TABLE, "train_7_a_1": TABLE, "train_8_a_1": TABLE})
     assert cohort.unmatched == ["2 of the reports have no volume on disk (the first: train_7_a_1)"]
     with pytest.raises(PreprocessingError, match="--partial"):
-        preprocess(tmp_path / "c", tmp_path / "s", SPEC, workers=1)
-    assert [o.word for o in preprocess(tmp_path / "c", tmp_path / "s", SPEC, workers=1, partial=True).outcomes] == [
-        "done"
-    ]
+        preprocess_cohort(tmp_path / "c", tmp_path / "s", SPEC, workers=1)
+    assert [
+        o.word for o in preprocess_cohort(tmp_path / "c", tmp_path / "s", SPEC, workers=1, partial=True).outcomes
+    ] == ["done"]
 
 
 def save(path: Path, values: np.ndarray, header: np.ndarray | Callable[[np.ndarray], nib.Nifti1Image]) -> Path:
