@@ -47,9 +47,9 @@ def find(kind: Kind, name: str) -> Any:
         return _imported(address, name)
     for entry in metadata.entry_points(group=f"ctclip.{kind}s"):
         if entry.name == name:
-            return entry.load()
+            return _complete(kind, name, entry.load())
     if ":" in name:
-        return _imported(name, name)
+        return _complete(kind, name, _imported(name, name))
     known = [*OURS[kind], *(entry.name for entry in metadata.entry_points(group=f"ctclip.{kind}s"))]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -70,6 +70,16 @@ def refuse_unknown_code(kind: Kind, name: str, source: str) -> None:
             f"{source}: names the {kind} {name!r}, which is code of its author's: if you trust it, import {module} first "
             f"(on the command line: `ctclip --plugin {module} ...`)"
         )
+
+
+def _complete(kind: Kind, name: str, found: Any) -> Any:
+    if not isinstance(found, type):
+        raise ConfigError(f"{name!r}: not a class, so no {kind}; see docs/extending.md")
+    if lacking := sorted(getattr(found, "__abstractmethods__", ())):
+        raise ConfigError(
+            f"{name!r}: every {kind} needs {', '.join(lacking)}, which this one lacks; see docs/extending.md"
+        )
+    return found
 
 
 def _imported(address: str, name: str) -> Any:

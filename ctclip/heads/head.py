@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
 
 
-class Head:
+class Head(ABC):
     """Turns ``Encoded`` into a score for each of ``names``.
 
     A subclass sets ``kind`` (its name in the configuration, or ``module:Name``), ``names``, ``supervision`` (what it
@@ -32,22 +33,22 @@ class Head:
         self.model = model
         self.calibration: Calibration | None = None
 
+    @abstractmethod
     def score(self, encoded: Encoded) -> Tensor:
         """(B, names) float32: the larger, the likelier; 0 where a finding is as likely as not. For ranking."""
-        raise NotImplementedError
 
     def values(self, encoded: Encoded) -> Tensor:
         """(B, values_of) the size of each finding that has one, in its unit."""
         return encoded.pooled.new_zeros(len(encoded.pooled), 0)
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write all that ``load`` needs into ``folder``, which exists and is empty."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def load(cls, folder: Path, model: DualEncoder) -> Head:
         """The head that ``save`` wrote. Raises CheckpointError naming what is missing or does not fit ``model``."""
-        raise NotImplementedError
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """(n, names) scores -> their sigmoid, calibrated where a calibration is known."""

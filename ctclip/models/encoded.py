@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,7 +33,7 @@ class Encoded(NamedTuple):
     embedding: Tensor | None = None
 
 
-class VolumeEncoder(nn.Module):
+class VolumeEncoder(nn.Module, ABC):
     """A volume encoder: (B, 1, D, H, W) in [-1, 1] to ``Encoded``.
 
     A subclass names its section of the configuration (``Config``) and sets ``width`` (of ``Encoded.pooled``) and
@@ -50,10 +51,10 @@ class VolumeEncoder(nn.Module):
         self.width = 0
         self.token_width = 0
 
+    @abstractmethod
     def forward(self, volume: Tensor, mask: Tensor | None = None, body: Tensor | None = None) -> Encoded:
         """volume (B, 1, D, H, W) in [-1, 1]; mask (B, 1, D, H, W) bool, true where voxels are real (None: all);
         body (B, N) bool on the host: tokens that hold anything of the body, for an encoder with ``body_tokens``."""
-        raise NotImplementedError
 
     def layers(self) -> Sequence[Sequence[nn.Module | nn.Parameter]]:
         """Parts of the encoder from input to output, for freezing and layer-wise learning rates; the first holds the

@@ -6,7 +6,7 @@ is called once a step; whoever needs ``tokens`` looks at what this rank has enco
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -58,7 +58,7 @@ class Context:
     prompts: PromptSet | None = None
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """A loss to be added to the others, with whatever parameters it needs.
 
     ``needs`` names the arguments of ``forward``: ``features`` (``Features``), ``tokens`` (``Encoded``, of this rank),
@@ -79,8 +79,9 @@ class Objective(nn.Module):
         """Texts of earlier steps it wants to see; 0: none."""
         return 0
 
-    forward: Callable[..., Tensor]
-    """Of what ``needs`` names: a scalar loss, not yet weighted."""
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Of what ``needs`` names, by name: a scalar loss, not yet weighted."""
 
 
 GIVEN = ("features", "tokens", "words", "earlier_texts")
