@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -24,6 +26,25 @@ def test_every_package_is_declared_in_its_extra() -> None:
     for extra, packages in extras.EXTRAS.items():
         names = {name.split(">")[0] for name in declared[extra]}
         assert {distributions[package][0] for package in packages} == names
+
+
+def test_what_is_imported_outside_training_comes_with_the_package() -> None:
+    """Everything but training works without an extra, whatever happens to be installed here."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    base = {re.split("[^A-Za-z0-9-]", name)[0].lower() for name in declared}
+    distributions = metadata.packages_distributions()
+    files = [*(ROOT / "ctclip").glob("**/*.py"), *(ROOT / "preprocessing").glob("**/*.py")]
+    assert len(files) > 150
+    foreign: dict[str, set[str]] = {}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"ctclip"}:
+                if base.isdisjoint(found.lower().replace("_", "-") for found in distributions.get(name, [])):
+                    foreign.setdefault(name, set()).add(path.parent.name)
+    assert set(foreign) <= {"deepspeed", "wandb"}
+    assert all(folders == {"training"} for folders in foreign.values())
 
 
 @pytest.mark.parametrize(("extra", "package"), [(e, p) for e, packages in extras.EXTRAS.items() for p in packages])
