@@ -11,7 +11,10 @@ import json
 import math
 import os
 import re
+import struct
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +40,9 @@ PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}\.partial")
 ABANDONED_SECONDS = 1800
 # What blosc2 makes of a file whose bytes have changed.
 BLOSC_RAISES = (RuntimeError, ValueError, OSError, SyntaxError, KeyError, TypeError, OverflowError, MemoryError)
+# What numpy and zipfile make of one; TypeError: an array where an archive should be.
+NPZ_RAISES = (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, NotImplementedError, RuntimeError,
+              MemoryError, SyntaxError, OverflowError, struct.error, zipfile.BadZipFile, zlib.error)  # fmt: skip
 
 
 class VolumeStore:
@@ -178,14 +184,15 @@ class VolumeStore:
     def write_column(self, name: str, volume: str, values: np.ndarray) -> None:
         """Keep an array of a volume (a label map of the spec's shape, say) under ``columns/<name>/``."""
         with written_beside(self._column_file(name, volume)) as partial, partial.open("wb") as stream:
-            np.save(stream, values, allow_pickle=False)
+            np.savez(stream, values=values)
 
     def read_column(self, name: str, volume: str) -> np.ndarray:
-        """An array that ``write_column`` kept; raises PreprocessingError if there is none."""
+        """An array that ``write_column`` kept, checked against its CRC; raises PreprocessingError if there is none."""
         path = self._column_file(name, volume)
         try:
-            values: np.ndarray = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            with np.load(path, allow_pickle=False) as archive:
+                values: np.ndarray = archive["values"]
+        except NPZ_RAISES as error:
             raise PreprocessingError(f"{path}: no array {name!r} of this volume can be read from the store") from error
         return values
 
@@ -193,7 +200,7 @@ class VolumeStore:
         for part in (name, volume):
             if not SAFE_NAME.fullmatch(part):
                 raise PreprocessingError(f"{self.path}: {part!r} is not a file name")
-        return self.path / "columns" / name / f"{volume}.npy"
+        return self.path / "columns" / name / f"{volume}.npz"
 
     def intact(self, volume: str) -> bool:
         """Whether a volume's voxels are those that were written."""

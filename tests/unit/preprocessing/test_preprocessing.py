@@ -307,6 +307,29 @@ def test_a_file_of_the_store_that_changed_is_found(tmp_path) -> None:
                     read("a")
 
 
+def test_a_column_of_the_store_that_changed_is_found(tmp_path) -> None:
+    store = VolumeStore.create(tmp_path / "s", PreprocessingSpec("t", (3.0, 3.0, 3.0), (8, 9, 10)))
+    random = np.random.default_rng(0)
+    masks = random.integers(0, 3, (8, 9, 10)).astype(np.uint8)
+    store.write_column("masks", "a", masks)
+    assert np.array_equal(VolumeStore(tmp_path / "s").read_column("masks", "a"), masks)
+    path = store.path / "columns" / "masks" / "a.npz"
+    content, refused = path.read_bytes(), 0
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= int(random.integers(1, 256))
+        path.write_bytes(bytes(changed))
+        try:
+            assert np.array_equal(store.read_column("masks", "a"), masks), place
+        except PreprocessingError:
+            refused += 1
+    assert refused > masks.nbytes
+    np.save(tmp_path / "array.npy", masks)
+    (tmp_path / "array.npy").rename(path)
+    with pytest.raises(PreprocessingError, match=r"a\.npz: no array 'masks'"):
+        store.read_column("masks", "a")
+
+
 def test_sizes_in_a_file_of_the_store_are_checked_before_anything_is_decompressed(tmp_path, monkeypatch) -> None:
     """Chunks and blocks that are not the shape's: what is stated of them is what a decoder makes room for."""
     store = VolumeStore.create(tmp_path / "s", PreprocessingSpec("t", (3.0, 3.0, 3.0), (70, 70, 70)))
