@@ -7,16 +7,20 @@ the case, the separators, the order, the accents (composed, decomposed, written 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
 import unicodedata
 import zipfile
 from collections.abc import Iterable, Iterator
-from itertools import permutations
+from itertools import islice, permutations
 from pathlib import Path
 from typing import Any
 
-from ctclip.preprocessing.dicom.headers import is_directory_record, read_header
+from ctclip.preprocessing.dicom.headers import MOST_FILES, is_directory_record, read_header
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.formats import archive
 
 __all__ = [
     "TAGS",
@@ -102,7 +106,7 @@ class Mask:
 
 
 def all_headers(path: Path) -> list[Any]:
-    """One header of each set of identifiers among the DICOM files of a path (a file, a folder or a zip)."""
+    """One header of each set of identifiers among the DICOM files of a path (a file, a folder or an archive)."""
     distinct: dict[str, Any] = {}
     for header in _headers(path):
         key = str([header.get(keyword) for keyword in TAGS if keyword != "SOPInstanceUID"])
@@ -111,7 +115,7 @@ def all_headers(path: Path) -> list[Any]:
 
 
 def first_header(path: Path) -> Any:
-    """Header of a DICOM slice: a file's own, or the first of a folder or a zip; None if there is none."""
+    """Header of a DICOM slice: a file's own, or the first of a folder or an archive; None if there is none."""
     return next(_headers(path), None)
 
 
@@ -130,9 +134,13 @@ def anonymous_id(header: Any, place: str) -> str:
 def _headers(path: Path) -> Iterator[Any]:
     headers: Iterator[Any]
     if path.is_dir():
-        headers = (read_header(file, TAGS) for file in sorted(path.iterdir()))
+        # A series may lie any number of folders below the one that a user names.
+        files = (Path(root, name) for root, _, names in os.walk(path) for name in sorted(names))
+        headers = (read_header(file, TAGS) for file in islice(files, MOST_FILES))
     elif path.suffix.lower() == ".zip":
         headers = _zipped_headers(path)
+    elif path.name.lower().endswith(archive.SUFFIXES):
+        headers = _unpacked_headers(path)
     else:
         headers = (read_header(file, TAGS) for file in [path])
     return (header for header in headers if header is not None and not is_directory_record(header))
@@ -140,13 +148,28 @@ def _headers(path: Path) -> Iterator[Any]:
 
 def _zipped_headers(path: Path) -> Iterator[Any]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                if not member.is_dir():
-                    with archive.open(member) as stream:
-                        yield read_header(stream, TAGS)  # type: ignore[arg-type]
+        with zipfile.ZipFile(path) as zipped:
+            for member in zipped.infolist():
+                if member.is_dir():
+                    continue
+                with zipped.open(member) as stream:
+                    head = stream.read(512)
+                    if archive.may_hold_scans(member.filename, head):
+                        yield from _unpacked_headers(path)
+                        return
+                    stream.seek(0)
+                    yield read_header(stream, TAGS)  # type: ignore[arg-type]
     except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, EOFError, NotImplementedError):
         return
+
+
+def _unpacked_headers(path: Path) -> Iterator[Any]:
+    """The headers in an archive that cannot be read in its place; none where reading it as a scan is refused too."""
+    with (
+        contextlib.suppress(PreprocessingError),
+        archive.unpacked(path, str(path), int(archive.LARGEST_GB * 1e9)) as scan,
+    ):
+        yield from _headers(scan)
 
 
 def _texts(value: Any) -> list[str]:

@@ -11,7 +11,7 @@ from ctclip.preprocessing.geometry_check import Geometry
 from ctclip.preprocessing.identifiers import TAGS, is_directory_record, read_header
 from ctclip.preprocessing.volume import Volume
 
-LARGEST_GB = 4.0
+LARGEST_GB = archive.LARGEST_GB
 APPLE_DOUBLE = b"\0\5\x16\7"
 
 
@@ -56,7 +56,7 @@ def _read(path: Path, source: str, series: str | None, geometry: Geometry, large
         raise PreprocessingError(f"{source}: holds what macOS keeps beside a file, not a scan; name the file itself")
     if head[:4] in archive.ZIP and name.endswith(".npz"):
         return npz.read(path, source, largest)
-    packed = head[:4] in archive.ZIP or name.endswith((".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2"))
+    packed = head[:4] in archive.ZIP or name.endswith(archive.SUFFIXES)
     if packed or (not name.endswith(nifti.SUFFIXES) and archive.is_tar(path)):
         with archive.unpacked(path, source, largest) as scan:
             if scan.is_dir():

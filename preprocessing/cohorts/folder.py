@@ -28,6 +28,7 @@ from ctclip.preprocessing.cohorts.table import (
 from ctclip.preprocessing.cohorts.walk import Tree
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
+from ctclip.preprocessing.formats import archive
 from ctclip.preprocessing.identifiers import all_headers, anonymous_id, masked
 from ctclip.preprocessing.tables import (
     MISSING,
@@ -197,7 +198,8 @@ def scan_id(path: Path) -> str:
 
 def _headers(path: Path) -> list[Any]:
     """The DICOM headers behind a path, one of each set of identifiers; other formats know no patient."""
-    other = path.is_file() and path.name.lower().endswith(FILES) and path.suffix.lower() != ".zip"
+    name = path.name.lower()
+    other = path.is_file() and name.endswith(FILES) and not name.endswith(archive.SUFFIXES)
     return [] if other or not path.exists() else all_headers(path)
 
 

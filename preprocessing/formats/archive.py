@@ -21,9 +21,12 @@ from typing import Any, BinaryIO
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.formats import streams
 
+# Near the largest real CT; ``--largest-gb`` raises it.
+LARGEST_GB = 4.0
 MOST_MEMBERS = 20000
 DEEPEST = 3
 ZIP = (b"PK\3\4", b"PK\5\6")
+SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2")
 PREFIX = "ctclip-unpacked-"
 # What macOS and Windows add, and the viewers of patient CDs: no part of a scan.
 JUNK = re.compile(r"(^|/)(__MACOSX/|\._|\.DS_Store$|Thumbs\.db$|desktop\.ini$)", re.IGNORECASE)
@@ -39,6 +42,12 @@ PLAIN = re.compile(r"[\w()+-][\w .()+-]{0,100}")
 def is_zip(path: Path) -> bool:
     with streams.open_regular(path, str(path)) as stream:
         return stream.read(4) in ZIP
+
+
+def may_hold_scans(name: str, head: bytes) -> bool:
+    """Whether a member of an archive, by its name and its first bytes, may be an archive itself."""
+    packed = head[:4] in ZIP or bool(_packed(head)) or head[257:262] == b"ustar"
+    return packed and not name.lower().endswith(VOLUMES)
 
 
 def is_tar(path: Path) -> bool:

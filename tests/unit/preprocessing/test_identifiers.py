@@ -10,8 +10,10 @@ from pathlib import Path
 import pydicom
 import pytest
 
+from ctclip.preprocessing.cohorts import read_cohort, scan_id
 from ctclip.preprocessing.identifiers import Mask, all_headers, anonymous_id, first_header, masked
 from tests.unit.preprocessing.dicom_builder import series, truth, write
+from tests.unit.preprocessing.scan_files import tarred, written, zipped
 
 PATIENT = {
     "PatientName": "Müller-Lüdenscheidt^Änne^Maria",
@@ -128,3 +130,18 @@ def test_masking_a_large_series_is_fast() -> None:
         mask(f"/data/chest/{number}")
     assert first < 5
     assert time.process_time() - start < 2
+
+
+def test_every_header_below_a_path_masks_its_name(tmp_path: Path) -> None:
+    """A study folder named in a table, a tar, and an archive in a zip hide their headers one step deeper."""
+    folder = write(tmp_path / "Schmidt_Anna" / "CT" / "S1", series(truth(3), PatientName="Schmidt^Anna"))
+    slices = {f"x/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    written(tmp_path, "Schmidt_Anna.tar.gz", tarred(slices))
+    written(tmp_path, "Schmidt_Anna.tar", tarred(slices, "w"))
+    written(tmp_path, "Schmidt_Anna.zip", zipped({"inner.zip": zipped(slices)}))
+    places = ["Schmidt_Anna", "Schmidt_Anna.tar.gz", "Schmidt_Anna.tar", "Schmidt_Anna.zip"]
+    table = written(tmp_path, "list.csv", "path\n" + "\n".join(places))
+    cohort = read_cohort(table).table
+    assert list(cohort["path"]) == ["***", "***.tar.gz", "***.tar", "***.zip"]
+    for name in [*cohort["volume"], *(scan_id(tmp_path / place) for place in places)]:
+        assert name.startswith("scan-")
