@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import unicodedata
 import zipfile
@@ -18,7 +17,7 @@ from itertools import islice, permutations
 from pathlib import Path
 from typing import Any
 
-from ctclip.preprocessing.dicom.headers import MOST_FILES, is_directory_record, read_header
+from ctclip.preprocessing.dicom.headers import MOST_FILES, files_below, is_directory_record, read_header
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.formats import archive
 
@@ -135,8 +134,7 @@ def _headers(path: Path) -> Iterator[Any]:
     headers: Iterator[Any]
     if path.is_dir():
         # A series may lie any number of folders below the one that a user names.
-        files = (Path(root, name) for root, _, names in os.walk(path) for name in sorted(names))
-        headers = (read_header(file, TAGS) for file in islice(files, MOST_FILES))
+        headers = (read_header(file, TAGS) for file in islice(files_below(path), MOST_FILES))
     elif path.suffix.lower() == ".zip":
         headers = _zipped_headers(path)
     elif path.name.lower().endswith(archive.SUFFIXES):

@@ -8,12 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ctclip.preprocessing.dicom.kinds import alteration, in_hu
 from ctclip.preprocessing.identifiers import TAGS, is_directory_record, read_header
 
 FEWEST_SLICES = 3
 # Of a folder with more images, three tell whether it holds one series.
 ALL_READ = 24
-MORE = ["StudyInstanceUID", "SOPInstanceUID", "ImageType", "Rows", "NumberOfFrames", "Modality"]
+MORE = [
+    "StudyInstanceUID",
+    "SOPInstanceUID",
+    "ImageType",
+    "Rows",
+    "NumberOfFrames",
+    "Modality",
+    "SeriesDescription",
+    "RescaleType",
+]
 DUMMY_IDS = (
     "",
     "anonymous",
@@ -76,10 +86,11 @@ def dicom_scans(files: list[Path], alone: bool) -> tuple[list[Scan], set[Path], 
     merged, used = [], set()
     for folder, series, places in owners:
         common = Path(os.path.commonpath(places))
-        deeper = any(other != common and common in other.parents for other in by_folder)
-        # Reading a folder takes what lies below it too: a series is named where others might be meant.
-        named = len(places) > 1 or deeper
-        main = max(series, key=lambda one: (_is_ct(one), one.frames or len(one.files)))
+        # Reading a folder takes what lies below it too, and behind links: a series is named where that may be more than
+        # this scan's folders.
+        named = any(other not in places and common in (other, *other.parents) for other in by_folder)
+        named = named or _has_links(common)
+        main = max(series, key=lambda one: _rank(one, series))
         headers = [main.header, *(one.header for one in series if one is not main)]
         merged.append(Scan(common, folder, headers, main.uid if named and main.uid else None, *_whose(main.header)))
         used |= {path for one in series for path in one.files}
@@ -147,6 +158,17 @@ def _is_scan(series: Series) -> bool:
 def _is_ct(series: Series) -> bool:
     kinds = [str(kind).upper() for kind in series.header.get("ImageType", None) or []]
     return str(series.header.get("Modality", "CT") or "CT") == "CT" and "LOCALIZER" not in kinds
+
+
+def _has_links(folder: Path) -> bool:
+    """Whether a link to a folder lies below a folder."""
+    return any(os.path.islink(os.path.join(root, name)) for root, names, _ in os.walk(folder) for name in names)
+
+
+def _rank(one: Series, among: list[Series]) -> tuple[bool, int, bool, int]:
+    """Larger is better: a CT, close to what was measured, in HU, with most images in all of its folders."""
+    images = sum(other.frames or len(other.files) for other in among if other.uid == one.uid)
+    return _is_ct(one), -alteration(one.header), in_hu(one.header), images
 
 
 def _uid(header: Any) -> str:

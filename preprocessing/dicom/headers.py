@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -74,13 +75,28 @@ def is_directory_record(header: Any) -> bool:
     return str(getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID", "")) == DIRECTORY
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files below a folder, links to folders followed, but for those to what holds it; each folder is listed once."""
+    top, seen = os.path.realpath(folder), set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen or (real != top and Path(top).is_relative_to(real)):
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(root, name) for name in sorted(names))
+
+
 def images(folder: Path, extra: Iterable[str]) -> tuple[list[Image], set[Path]]:
     """The images below a folder, with the tags ``extra`` too, pixels unread; and all files that are DICOM."""
     from ctclip.preprocessing.dicom.frames import expanded
 
-    files = sorted(Path(root) / name for root, _, names in os.walk(folder) for name in names)
+    files = sorted(islice(files_below(folder), MOST_FILES + 1))
     if len(files) > MOST_FILES:
-        raise PreprocessingError(f"{folder}: holds {len(files)} files, more than one study; name a series' folder")
+        raise PreprocessingError(
+            f"{folder}: holds more than {MOST_FILES} files, more than one study; name a series' folder"
+        )
     tags = tuple(dict.fromkeys([*IMAGE_TAGS, *extra]))
     known, dicom = [], set()
     with warnings.catch_warnings():
@@ -103,19 +119,18 @@ def damaged_files(folder: Path, slices: list[Image], dicom: set[Path]) -> int:
     beside = {(image.path.parent, image.path.suffix, _pattern(image.path)) for image in slices}
     places = {(parent, suffix) for parent, suffix, _ in beside}
     count = 0
-    for root, _, names in os.walk(folder):
-        for path in (Path(root) / name for name in names):
-            if path in dicom or path.name.startswith("._") or not path.is_file():
-                continue
-            with path.open("rb") as stream:
-                head = stream.read(512)
-            if head[128:132] == b"DICM":
-                count += 1
-            elif (path.parent, path.suffix) in places and not _other(head):
-                # A preamble is zeros: so is what is left of a slice that was cut short in it, or lost altogether.
-                called_alike = bool(path.suffix) or (path.parent, path.suffix, _pattern(path)) in beside
-                lost = not head.strip(b"\0") and (bool(head) or called_alike)
-                count += lost or usual / 2 < path.stat().st_size < 2 * usual
+    for path in files_below(folder):
+        if path in dicom or path.name.startswith("._") or not path.is_file():
+            continue
+        with path.open("rb") as stream:
+            head = stream.read(512)
+        if head[128:132] == b"DICM":
+            count += 1
+        elif (path.parent, path.suffix) in places and not _other(head):
+            # A preamble is zeros: so is what is left of a slice that was cut short in it, or lost altogether.
+            called_alike = bool(path.suffix) or (path.parent, path.suffix, _pattern(path)) in beside
+            lost = not head.strip(b"\0") and (bool(head) or called_alike)
+            count += lost or usual / 2 < path.stat().st_size < 2 * usual
     return count
 
 

@@ -19,6 +19,7 @@ from ctclip.preprocessing import PreprocessingError, PreprocessingSpec
 from ctclip.preprocessing import pipeline as pipeline_module
 from ctclip.preprocessing.cohorts import label_names, read_cohort
 from ctclip.preprocessing.pipeline import preprocess_cohort
+from ctclip.preprocessing.readers import read
 from ctclip.preprocessing.store import SAFE_NAME, VolumeStore
 from ctclip.preprocessing.tables import is_no_report, label_columns, numbers, read_table, volume_name
 from tests.unit.preprocessing.test_dicom import write_series
@@ -381,3 +382,45 @@ def test_the_last_lines_of_a_run_in_words(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, command)
     assert "trust-table" not in result.output
     assert result.output.strip().endswith("files not used: 1 (other files (.txt): 1)")
+
+
+def test_of_two_series_dealt_over_folders_the_original_is_read(tmp_path: Path) -> None:
+    """As CDs of patients are written: each folder holds files of both; a localizer lies apart, below the same folder."""
+    from tests.unit.preprocessing import dicom_builder
+
+    axial = dicom_builder.series(dicom_builder.truth(12))
+    mip = dicom_builder.series(dicom_builder.truth(20), SeriesInstanceUID="1.2.3", SeriesDescription="Thick MIP")
+    for number in range(2):
+        images = axial[number * 6 : number * 6 + 6] + mip[number * 10 : number * 10 + 10]
+        dicom_builder.write(tmp_path / f"DIR00{number}", images)
+    for build in (lambda: None, lambda: localizer(tmp_path / "DIR002")):
+        build()
+        cohort = read_cohort(tmp_path)
+        (name,) = cohort.files
+        volume = read(cohort.files[name], cohort.series.get(name))
+        np.testing.assert_array_equal(volume.array, dicom_builder.truth(12))
+
+
+def test_a_series_spread_over_a_linked_folder_is_read_whole(tmp_path: Path) -> None:
+    from tests.unit.preprocessing import dicom_builder
+
+    images = dicom_builder.series(dicom_builder.truth(12))
+    dicom_builder.write(tmp_path / "cohort" / "DIR000", images[:6])
+    dicom_builder.write(tmp_path / "elsewhere", images[6:])
+    (tmp_path / "cohort" / "DIR001").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "cohort" / "again").symlink_to(tmp_path)
+    cohort = read_cohort(tmp_path / "cohort")
+    (name,) = cohort.files
+    for chosen in (None, cohort.series.get(name)):
+        np.testing.assert_array_equal(read(cohort.files[name], chosen).array, dicom_builder.truth(12))
+
+
+def test_a_link_to_another_patient_does_not_lend_a_patient_the_other_scan(tmp_path: Path) -> None:
+    from tests.unit.preprocessing import dicom_builder
+
+    dicom_builder.write(tmp_path / "A", dicom_builder.series(dicom_builder.truth(12)))
+    dicom_builder.write(tmp_path / "B", dicom_builder.series(dicom_builder.truth(20), SeriesInstanceUID="1.2.3"))
+    (tmp_path / "A" / "other").symlink_to(tmp_path / "B")
+    cohort = read_cohort(tmp_path)
+    lengths = [len(read(path, cohort.series.get(name)).array) for name, path in sorted(cohort.files.items())]
+    assert lengths == [12, 20]
