@@ -26,7 +26,7 @@ from ctclip.preprocessing.cohorts.table import (
     identity,
 )
 from ctclip.preprocessing.cohorts.walk import Tree
-from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.errors import PreprocessingError, printable
 from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
 from ctclip.preprocessing.formats import archive
 from ctclip.preprocessing.identifiers import all_headers, anonymous_id, masked
@@ -97,7 +97,7 @@ def _named(root: Path, paths: list[Path], series: dict[Path, Scan] | None = None
         name_masked = masked(str(place), headers)
         known = name_masked == str(place)
         records.append({
-            "volume": name if known else anonymous_id(headers, name_masked), "path": _printable(name_masked) if path != root else ".",
+            "volume": name if known else anonymous_id(headers, name_masked), "path": printable(name_masked) if path != root else ".",
         })  # fmt: skip
         uid = str(headers[0].get("SeriesInstanceUID", "") or "") if headers else ""
         keys.append([f"series {uid}" * bool(uid)] + ([f"study {scan.study}" * bool(scan.study)] if scan else []))
@@ -112,7 +112,7 @@ def _named(root: Path, paths: list[Path], series: dict[Path, Scan] | None = None
     warnings = _same_patients(records, keys)
     if copies:
         warnings.append(
-            f"{len(copies)} volume files hold the same bytes as another (the first: {_printable(str(min(copies)))}): "
+            f"{len(copies)} volume files hold the same bytes as another (the first: {printable(str(min(copies)))}): "
             f"taken as one patient's"
         )
     table = cohort_table(records)
@@ -193,7 +193,7 @@ def scan_id(path: Path) -> str:
     patient."""
     headers = _headers(path)
     place = f"{path.parent.name}/{path.name}"
-    return identity(path) if masked(place, headers) == place else anonymous_id(headers, "")
+    return printable(identity(path)) if masked(place, headers) == place else anonymous_id(headers, "")
 
 
 def _headers(path: Path) -> list[Any]:
@@ -230,11 +230,6 @@ def _safe(name: str) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-
-
-def _printable(text: str) -> str:
-    # Names on disk need not be text.
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _from_table(path: Path, label_names: Sequence[str] | None) -> Cohort:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from ctclip.cli import app
 from ctclip.preprocessing import PreprocessingError, PreprocessingSpec
 from ctclip.preprocessing import pipeline as pipeline_module
-from ctclip.preprocessing.cohorts import label_names, read_cohort
+from ctclip.preprocessing.cohorts import label_names, read_cohort, scan_id
 from ctclip.preprocessing.pipeline import preprocess_cohort
 from ctclip.preprocessing.readers import read
 from ctclip.preprocessing.store import SAFE_NAME, VolumeStore
@@ -424,3 +424,20 @@ def test_a_link_to_another_patient_does_not_lend_a_patient_the_other_scan(tmp_pa
     cohort = read_cohort(tmp_path)
     lengths = [len(read(path, cohort.series.get(name)).array) for name, path in sorted(cohort.files.items())]
     assert lengths == [12, 20]
+
+
+def test_names_of_files_that_are_no_text_are_told_in_one_printable_line(tmp_path: Path) -> None:
+    """A refused file called by bytes that are no UTF-8 lost outcomes.csv; one called by a line feed made two lines of it."""
+    folder = tmp_path / "cohort"
+    folder.mkdir()
+    for name in (b"\xff.nii.gz", b"a\nb\x1b[2J.nii.gz"):
+        Path(os.fsdecode(os.path.join(os.fsencode(folder), name))).write_bytes(b"x")
+    report = preprocess_cohort(folder, tmp_path / "store", SPEC, workers=1)
+    assert sorted(str(outcome.refused).rpartition("/")[2].partition(":")[0] for outcome in report.outcomes) == [
+        "\\xff.nii.gz", "a\\nb\\x1b[2J.nii.gz",
+    ]  # fmt: skip
+    lines = (tmp_path / "store" / "outcomes.csv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 3
+    for text in [*lines, *read_cohort(folder).table["path"]]:
+        assert text.isprintable()
+    assert scan_id(folder / "a\nb.nii.gz") == "a\\nb"
