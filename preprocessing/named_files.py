@@ -46,15 +46,16 @@ def find_file(name: str | os.PathLike[str], folder: str = "") -> Path:
     PreprocessingError listing the installed names.
     """
     text = os.fspath(name)
-    for candidate in (Path(text), *(Path(text + suffix) for suffix in SUFFIXES if text)):
-        if candidate.is_file():
-            return candidate
+    for candidate in (text, *(text + suffix for suffix in SUFFIXES if text)):
+        # Unlike Path.is_file, this takes a name that is too long for a file for one that does not exist.
+        if os.path.isfile(candidate):
+            return Path(candidate)
     names = installed_names(folder)
     # Only a bare name is looked up: a path that does not exist must not become another file.
     if text in names:
         return installed_file(text, folder)
     kind = KINDS.get(folder, folder)
-    if Path(text).is_dir() and text:
+    if os.path.isdir(text):
         raise PreprocessingError(f"{text}: a folder, but a {kind} is one YAML file; {_choices(names)}")
     near = difflib.get_close_matches(Path(text).stem, names, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""

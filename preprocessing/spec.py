@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numba
@@ -16,6 +18,9 @@ import yaml
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.named_files import find_file
+from ctclip.preprocessing.plain_yaml import load_yaml
+
+LARGEST_VOXELS = 2**31
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,18 @@ class PreprocessingSpec:
     interpolation: str = ""
 
     def __post_init__(self) -> None:
-        for name, kind in (("spacing", float), ("shape", int), ("hu_window", float)):
-            object.__setattr__(self, name, tuple(kind(value) for value in getattr(self, name)))
+        if not isinstance(self.name, str) or not isinstance(self.published_geometry, bool):
+            raise PreprocessingError("preprocessing spec: name needs text, and published_geometry true or false")
+        for name in ("spacing", "shape", "hu_window"):
+            object.__setattr__(self, name, _numbers(getattr(self, name), int if name == "shape" else float))
         usual = "linear" if self.published_geometry else "antialiased"
         object.__setattr__(self, "interpolation", self.interpolation or usual)
         wrong = (
             (len(self.spacing) != 3 or min(self.spacing) <= 0, "spacing needs three positive numbers (mm)"),
-            (len(self.shape) != 3 or min(self.shape) <= 0, "shape needs three positive whole numbers"),
+            (
+                len(self.shape) != 3 or min(self.shape) <= 0 or math.prod(self.shape) > LARGEST_VOXELS,
+                "shape needs three positive whole numbers, of a grid that memory can hold",
+            ),
             (
                 len(self.hu_window) != 2 or self.hu_window[0] >= self.hu_window[1],
                 "hu_window needs a low and a high HU",
@@ -61,7 +71,11 @@ class PreprocessingSpec:
                 self.published_geometry and self.interpolation != "linear",
                 "the published geometry is interpolated linearly",
             ),
-            (not -32768 <= self.fill <= 32767, "fill needs a value that int16 holds (HU)"),
+            # Kept as it was written: the hashes of stores depend on it.
+            (
+                not _numbers([self.fill], float) or not -32768 <= self.fill <= 32767,
+                "fill needs a value that int16 holds (HU)",
+            ),
         )
         for fault, remedy in wrong:
             if fault:
@@ -104,11 +118,31 @@ class PreprocessingSpec:
         """A YAML file, or the name of one in ``configs/preprocessing``; see ``find_file``."""
         path = find_file(source, "preprocessing")
         try:
-            values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = load_yaml(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise PreprocessingError(f"{path}: not a preprocessing spec ({' '.join(str(error).split())})") from error
+        known = [field.name for field in dataclasses.fields(cls)]
+        due = [
+            name for name in ("name", "spacing", "shape") if name not in (values if isinstance(values, dict) else {})
+        ]
+        if due:
+            raise PreprocessingError(f"{path}: not a preprocessing spec (it has no {due[0]!r})")
+        if unknown := [str(name) for name in values if name not in known]:
+            raise PreprocessingError(
+                f"{path}: not a preprocessing spec ({unknown[0][:40]!r} is none of {', '.join(known)})"
+            )
+        try:
             return cls(**values)
-        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise PreprocessingError(f"{path}: not a preprocessing spec ({reason})") from error
+        except PreprocessingError as error:
+            raise PreprocessingError(f"{path}: {error}") from error
+
+
+def _numbers(values: Any, kind: type[int] | type[float]) -> tuple[int | float, ...]:
+    """Finite (whole) numbers as a tuple; an empty one if there is anything else among them."""
+    several = list(values) if isinstance(values, list | tuple | np.ndarray) else []
+    if not all(isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) and kind(v) == v for v in several):
+        return ()
+    return tuple(kind(value) for value in several)
 
 
 @numba.njit(cache=True, nogil=True)

@@ -67,3 +67,49 @@ def test_a_path_that_does_not_exist_is_no_name(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "mine").mkdir()
     with pytest.raises(ConfigError, match="mine: a folder, but a protocol is one YAML file"):
         find_config("mine", "protocols")
+
+
+ALIASES = "[" + ", ".join(f"&a{i} [{','.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(9)) + "]"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"name: {ALIASES}\nspacing: [1, 1, 1]\nshape: [8, 8, 8]\n", "alias"),
+        ("name: " + "[" * 20000, "nested"),
+        ('name: !!int ""\n', "cannot be read"),
+        ("name: !!bool x\n", "cannot be read"),
+        ("name: !!timestamp x\n", "cannot be read"),
+        ("name: 2024-13-45\n", "cannot be read"),
+        ("#" * (1 << 22) + "\nname: x\n", "4 MB"),
+        ("name: x\nspacing: [.nan, 1, 1]\nshape: [8, 8, 8]\n", "spacing needs three positive numbers"),
+        ("name: x\nspacing: [.inf, 1, 1]\nshape: [8, 8, 8]\n", "spacing needs three positive numbers"),
+        ("name: x\nspacing: [1, 1, 1]\nshape: [8.7, 8, 8]\n", "three positive whole numbers"),
+        ("name: x\nspacing: [1, 1, 1]\nshape: [1000000, 1000000, 1000000]\n", "memory"),
+        ("name: x\nspacing: [1, 1, 1]\nshape: [8, 8, 8]\nhu_window: [.nan, .nan]\n", "a low and a high HU"),
+        ("name: x\nspacing: [1, 1, 1]\nshape: [8, 8, 8]\npublished_geometry: 'no'\n", "true or false"),
+        ("name: x\nspacing: [1, 1, 1]\nshape: [8, 8, 8]\nfill: air\n", "fill needs a value"),
+        ("name: x\nspacing: [1, 1, 1]\nshape: [8, 8, 8]\nfil: 3\n", "'fil' is none of name, spacing"),
+        ("name: x\nshape: [8, 8, 8]\n", "no 'spacing'"),
+        ("- x\n", "no 'name'"),
+        ("", "no 'name'"),
+    ],
+)  # fmt: skip
+def test_a_spec_of_strangers_is_refused_in_one_line(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "spec.yaml").write_text(text)
+    with pytest.raises(PreprocessingError) as error:
+        _ = PreprocessingSpec.load(tmp_path / "spec.yaml").hash
+    assert str(error.value).startswith(f"{tmp_path}/spec.yaml: ")
+    assert words in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_a_spec_keeps_its_hash(tmp_path: Path) -> None:
+    """A store is told by it: a whole number stays one."""
+    (tmp_path / "spec.yaml").write_text("name: x\nspacing: [1, 1.5, 2]\nshape: [8, 8, 8]\nfill: -1000\n")
+    assert PreprocessingSpec.load(tmp_path / "spec.yaml").hash == "871e0ffd"
+
+
+def test_a_name_too_long_for_a_file_is_looked_up_like_any_other() -> None:
+    with pytest.raises(PreprocessingError, match="no preprocessing spec"):
+        PreprocessingSpec.load("a" * 300)

@@ -1,0 +1,42 @@
+"""YAML as data of bounded size: files of strangers are read with it, so nothing in them may grow when it is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+# Characters of a document, and levels of nesting; our own files have some thousands, and six.
+LONGEST = 1 << 22
+DEEPEST = 100
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML document holds. Raises yaml.YAMLError, and nothing else, for text that is not YAML, is longer than
+    ``LONGEST``, nests deeper than ``DEEPEST`` levels, or uses aliases: a few lines of them stand for a billion values."""
+    if len(text) > LONGEST:
+        raise yaml.YAMLError(f"{len(text) / 1e6:.0f} MB, more than any such file has")
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except (ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
+        # PyYAML's own, for a date or a number that cannot be, and for a tag that does not fit its value.
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(
+                None, None, "aliases (*name) are not supported: write the value out", mark
+            )
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.composer.ComposerError(
+                None, None, f"nested deeper than {DEEPEST} levels", self.peek_event().start_mark
+            )
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
