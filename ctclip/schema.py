@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import reprlib
 from typing import Any, Self, TypeVar, get_args
 
 import yaml
@@ -11,9 +12,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from ctclip.errors import ConfigError
+from ctclip.preprocessing.plain_yaml import load_yaml
 
 S = TypeVar("S", bound="Section")
 NULL = "null"
+# How a value that does not fit is shown: its beginning.
+FOUND = reprlib.Repr()
+FOUND.maxlevel, FOUND.maxstring, FOUND.maxother = 3, 120, 120
 
 
 class Typed(str):
@@ -33,8 +38,8 @@ def read_typed(value: Any) -> Any:
     if not isinstance(value, Typed):
         return value
     try:
-        read = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:
+        read = load_yaml(value)
+    except yaml.YAMLError as error:
         raise ConfigError(f"override {value.override!r}: the value is not YAML") from error
     if isinstance(read, str):
         # YAML 1.1 reads 1e-3 as a string; nobody who types it means one.
@@ -98,7 +103,13 @@ def _explanation(schema: type[Section], fault: Any, path: str) -> str:
         # A date, a number or a truth value of YAML, where text is meant.
         message += "; write it in quotes"
     # A rule of ours about a whole section says by itself what is wrong.
-    return f"{key}: {message} (found {fault.get('input')!r})" if location else f"{key}: {message}" if key else message
+    return (
+        f"{key}: {message} (found {FOUND.repr(fault.get('input'))})"
+        if location
+        else f"{key}: {message}"
+        if key
+        else message
+    )
 
 
 def _valid_names(schema: type[Section], parents: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -200,6 +201,29 @@ def test_an_override_that_cannot_be_read_is_named(override: str) -> None:
         load_config("phantom_tiny", [override])
     assert "\n" not in str(refused.value)
     assert override.partition("=")[0].partition(".")[0] in str(refused.value)
+
+
+BOMB = "a: &a [1]\n" + "\n".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in itertools.pairwise("abcdefghijkl")
+)
+STRANGE_YAML = {
+    "a date that cannot be": "data: {store: 2024-13-45}",
+    "more digits than Python reads": "seed: " + "9" * 5000,
+    "deep nesting": "name: " + "[" * 3000 + "]" * 3000,
+    "aliases that stand for a billion values": BOMB + "\nname: *l",
+    "an alias": "name: &one run\nlabels: *one",
+    "a long text where a number is meant": "training: {batch: '" + "x" * 100_000 + "'}",
+    "a long list": "training: {batch: [" + "1, " * 10_000 + "1]}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", STRANGE_YAML.values(), ids=STRANGE_YAML)
+def test_a_strange_file_is_refused_in_one_short_line(text: str, tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"mine\.yaml: ") as refused:
+        load_config(str(tmp_path / "mine.yaml"))
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 600
 
 
 def test_overrides_are_typed() -> None:
