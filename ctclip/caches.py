@@ -32,7 +32,7 @@ def use_writable_caches() -> None:
         unset.add("NUMBA_CACHE_DIR")
     unset = {name for name in unset if name not in os.environ}
     # Models fetched before are read from there, written or not.
-    if home is not None and (home / ".cache" / "huggingface").is_dir():
+    if home is not None and os.path.isdir(home / ".cache" / "huggingface"):
         unset.discard("HF_HOME")
     if not unset:
         return
@@ -51,7 +51,8 @@ def _subpackages() -> list[Path]:
 
 def _writable(folder: Path) -> bool:
     """Whether ``folder`` can be written, or made where it does not exist."""
-    while not folder.exists() and folder != folder.parent:
+    # pathlib's own `exists` raises for a folder inside one that may not be entered, as root's home is to other users.
+    while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
     return os.access(folder, os.W_OK | os.X_OK)
 

@@ -76,6 +76,21 @@ def test_models_fetched_before_are_still_found_in_a_home_that_cannot_be_written(
     assert "MPLCONFIGDIR" in os.environ
 
 
+def test_the_home_of_another_user_that_may_not_be_entered(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with ``docker --user``, which keeps the image's HOME=/root."""
+    home, usual = environment / "home", os.stat
+    refuse(monkeypatch, home)
+
+    def stat(path: object, *args: object, **options: object) -> os.stat_result:
+        if isinstance(path, str | Path) and home in Path(path).parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return usual(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    caches.use_writable_caches()
+    assert set(VARIABLES) & set(os.environ) == set(VARIABLES) - {"NUMBA_CACHE_DIR"}
+
+
 @pytest.mark.parametrize("planted", ["link", "group", "file", "stranger"])
 def test_a_folder_that_others_can_write_is_not_used(
     planted: str, environment: Path, monkeypatch: pytest.MonkeyPatch
