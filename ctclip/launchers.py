@@ -7,6 +7,7 @@ under names of its own, and this file is where they are read. They become torch'
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import zlib
@@ -91,6 +92,9 @@ def _of_mpi(environment: Mapping[str, str]) -> dict[str, str] | None:
         ranks = _number(environment, size)
         if ranks is None or ranks < 2:
             continue
+        if local_rank not in environment and _is_task(environment, _number(environment, rank), ranks):
+            # srun itself, which speaks MPI's language with --mpi=pmi2, but for the ranks of a machine.
+            continue
         if _number(environment, rank) is None:
             raise TrainingError(
                 f"{size}={ranks} is set in the environment but {rank} is not: unset {size} to run as one process, or start "
@@ -113,6 +117,12 @@ def _of_mpi(environment: Mapping[str, str]) -> dict[str, str] | None:
             **known,
         }
     return None
+
+
+def _is_task(environment: Mapping[str, str], rank: int | None, ranks: int) -> bool:
+    """Whether this rank of so many is the task of a Slurm step of as many."""
+    task = _of_slurm(environment)
+    return task is not None and (task["RANK"], task["WORLD_SIZE"]) == (str(rank), str(ranks))
 
 
 def _of_slurm(environment: Mapping[str, str]) -> dict[str, str] | None:
@@ -175,8 +185,5 @@ def free_port() -> int:
 
 
 def _first_host(nodes: str) -> str:
-    """The first host of a Slurm node list: ``gpu[03-05,9],x`` is ``gpu03``."""
-    head, bracket, rest = nodes.partition("[")
-    if not bracket or "," in head:
-        return nodes.split(",")[0]
-    return head + rest.split("]")[0].split(",")[0].split("-")[0]
+    """The first host of a Slurm node list: ``gpu[03-05,9]-ib,x`` is ``gpu03-ib``."""
+    return re.sub(r"\[(\w*)[^]]*\]", r"\1", nodes).split(",")[0]

@@ -115,6 +115,8 @@ SURROUNDINGS = [
     ("Open MPI of one", {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, ("0", "1", "0"), None),
     ("Intel MPI", {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, ("1", "2", "1"), None),
     ("MPICH", {"PMI_RANK": "3", "PMI_SIZE": "4", "MASTER_ADDR": "gpu03"}, ("3", "4", "3"), None),
+    ("srun --mpi=pmi2", {**STEP, "PMI_RANK": "2", "PMI_SIZE": "4"}, ("2", "4", "0"), None),
+    ("MPICH, whose helpers are tasks of a Slurm step", {**STEP, "PMI_RANK": "1", "PMI_SIZE": "8", "MASTER_ADDR": "a"}, ("1", "8", "1"), None),
     ("MVAPICH", {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_LOCAL_RANK": "1", "MV2_COMM_WORLD_LOCAL_SIZE": "2"}, ("1", "2", "1"), None),
 ]  # fmt: skip
 
@@ -185,6 +187,17 @@ def test_every_task_of_an_array_takes_its_own_shard(array: Any, shards: str, sha
     else:
         assert done.returncode == 0, done.stderr
         assert f"--shard {shard} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu03", "gpu03"), ("a,b[1-2]", "a"), ("gpu[03-05,9],x", "gpu03"), ("gpu[007],b", "gpu007"), ("gpu[01-04]-ib0", "gpu01-ib0"),
+     ("rack[1-2]n[3-4,7]", "rack1n3")],
+)  # fmt: skip
+def test_ranks_of_a_step_meet_at_its_first_host(nodes: str, first: str, surroundings: Any) -> None:
+    surroundings.update({**STEP, "SLURM_STEP_NODELIST": nodes})
+    distributed.prepare_environment()
+    assert surroundings["MASTER_ADDR"] == first
 
 
 @pytest.mark.parametrize("common", [{"PMIX_NAMESPACE": "prterun-7"}, {"OMPI_MCA_ess_base_jobid": "3"}, {}])
