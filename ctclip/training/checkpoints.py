@@ -7,6 +7,7 @@ are all there is to keep.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -143,7 +144,7 @@ def _valid_loss(path: Path) -> float | None:
         value = json.loads((path / "checkpoint.json").read_text()).get("valid_loss")
     except (OSError, ValueError, AttributeError):
         return None
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _fault(path: Path) -> str | None:
@@ -153,7 +154,7 @@ def _fault(path: Path) -> str | None:
         if facts["crc32"] != _crc32(state):
             return "its checksum does not match"
         load_file(state)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         return " ".join(str(error).split())[:200]
     return None
 

@@ -76,7 +76,7 @@ def _read(path: Path) -> Cohort | None:
         return None
     try:
         cohort = Cohort(**json.loads(path.read_text(encoding="utf-8")))
-        cohort.volumes.items()
+        _ = (cohort.volumes.items(), sorted([*cohort.seen, *cohort.patients]))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise TrainingError(f"{path}: cannot be read ({error}); delete it to continue with the store's data") from error
     return cohort

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 from ctclip import distributed, extras, plugins
 from ctclip.config import Config
 from ctclip.data.batch import StoredBatch
-from ctclip.data.dataset import StoredVolumes, as_read
+from ctclip.data.dataset import StoredVolumes, as_read, stored_volumes
 from ctclip.data.sampler import ScanSampler, rarity_weights
 from ctclip.data.shared_memory import usable_workers
-from ctclip.errors import TrainingError
+from ctclip.errors import DataError, TrainingError
 from ctclip.models.folder import check_output
 from ctclip.objectives.objective import Context, columns_needed
 from ctclip.preprocessing.errors import PreprocessingError
@@ -29,14 +29,17 @@ from ctclip.preprocessing.outputs import claim_folder
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
+from ctclip.training import state
 from ctclip.training.allocator import keep_freed_memory
 from ctclip.training.checkpoints import Checkpoints
 from ctclip.training.cohort import Cohort, open_cohort
-from ctclip.training.engine import Engine
+from ctclip.training.engine import Engine, check_two_pass
+from ctclip.training.optimizer import micro_batches
 from ctclip.training.records import MetricsLog, check_run_folder, open_run
 from ctclip.training.run_model import (
     build_run_model,
     describe_training,
+    keep_prompts,
     run_labels,
     run_prompts,
     save_run_model,
@@ -105,7 +108,9 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
     )
     _check_spec(config.preprocessing, data.spec, config.data.store)
     _check_reports(config, data)
+    _check_validation(config, data.store)
     distributed.on_main(lambda: open_run(output, config, force=force))
+    distributed.on_main(lambda: keep_prompts(output, prompts))
     checkpoints = Checkpoints(output / "checkpoints", config.training.keep_checkpoints, data.spec.hash)
     learned = bool(checkpoints.found())
     cohorts: list[Cohort] = []
@@ -114,8 +119,15 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
     model, begins = build_run_model(config, output, data, labels)
     if begins:
         warn(begins)
-    distributed.on_main(lambda: write_trained_on(output, describe_training(config, data, cohorts[0], labels, begins)))
+    step = TrainingStep(Context(model, labels, prompts), config.objectives)
+    distributed.on_main(lambda: write_trained_on(output, describe_training(config, data, cohorts[0], labels)))
     first, resumed = checkpoints.newest()
+    if resumed:
+        state.check_fits(step, resumed, checkpoints.folder)
+    # What cannot be shared among ranks or cut into parts is said before the warm-up, not after it.
+    sampler, steps = _sampler(config, data, first)
+    if micro_batches(config.training) > 1:
+        check_two_pass(model.volume_encoder)
     warmup = config.training.text_warmup
     if not resumed and warmup.steps:
         warm_up_text(model, data.reports, warmup, seed=config.seed, device=device)
@@ -123,18 +135,17 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
             lock_text(model, data.reports, device)
     elif warmup.locks:
         model.lock_text()
-    engine = Engine(TrainingStep(Context(model, labels, prompts), config.objectives), config, device, resumed)
+    engine = Engine(step, config, device, resumed)
     data.tokenisers, data.body = engine.tokenisers, model.volume_encoder.body_tokens()
     # At stage 3 nothing read is kept.
     if resumed and warmup.locks and config.training.zero.stage < 3:
         read_all(model, data.reports, device)
     del resumed
-    sampler, steps = _sampler(config, data, first)
     if first < steps:
         validation = Validation(config, engine, labels, prompts) if config.training.validate_every else None
         Run(config, output, engine, checkpoints, signals, validation).train(data, sampler, steps)
-    state = engine.parameters()
-    distributed.on_main(lambda: save_run_model(output / "model", config, output, model, state))
+    learned_state = engine.parameters()
+    distributed.on_main(lambda: save_run_model(output / "model", config, output, model, learned_state))
     return output / "model"
 
 
@@ -160,6 +171,17 @@ def _check_reports(config: Config, data: StoredVolumes) -> None:
             f"{data.store.path}: all {len(data)} reports of split {data.split!r} have the same text, so nothing can be learned "
             f"from them: check the reports table and data.sections={list(data.config.sections)}"
         )
+
+
+def _check_validation(config: Config, store: VolumeStore) -> None:
+    """Raise DataError where the run is to be validated on a split that is not there: a warm-up later would be too late."""
+    if config.training.validate_every:
+        try:
+            stored_volumes(store, config.data.valid_split)
+        except DataError as error:
+            raise DataError(
+                f"{error}: name another one in data.valid_split, or set training.validate_every=0"
+            ) from error
 
 
 def columns_of(config: Config) -> tuple[str, ...]:

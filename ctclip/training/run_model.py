@@ -12,7 +12,7 @@ import yaml
 
 from ctclip import distributed
 from ctclip.config import Config, ModelConfig
-from ctclip.config_files import read_mapping
+from ctclip.config_files import dump_config, read_mapping
 from ctclip.data.dataset import StoredVolumes
 from ctclip.errors import ConfigError, DataError
 from ctclip.heads.folder import write_prompt_head
@@ -39,6 +39,7 @@ from ctclip.training.cohort import Cohort
 from ctclip.versions import revision
 
 ARCHITECTURE = "architecture"
+PROMPTS = "prompts.yaml"
 NEUTRAL_PROMPTS = "generic"
 
 
@@ -139,9 +140,7 @@ def _tokenizer(config: Config, output: Path, data: StoredVolumes) -> Any:
     return load_tokenizer(folder)
 
 
-def describe_training(
-    config: Config, data: StoredVolumes, cohort: Cohort, labels: LabelSet | None, begins: str
-) -> TrainedOn:
+def describe_training(config: Config, data: StoredVolumes, cohort: Cohort, labels: LabelSet | None) -> TrainedOn:
     """What a model of the run will have learned from, at its earlier starts too."""
     store = data.store
     return TrainedOn(
@@ -153,7 +152,7 @@ def describe_training(
         body_part=labels.body_part if labels is not None else "any",
         spacing=store.spec.spacing,
         sections=config.data.sections,
-        init=begins.partition(":")[0].removeprefix("from "),
+        init=config.model.init or "",
     )
 
 
@@ -165,6 +164,11 @@ def write_trained_on(output: Path, facts: TrainedOn) -> None:
     write_text(output / TRAINED_ON, yaml.safe_dump(facts.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
+def keep_prompts(output: Path, prompts: PromptSet) -> None:
+    """Keep the prompt set in the run folder: the user's own file may be gone, or named from another working directory."""
+    write_text(output / PROMPTS, dump_config(prompts))
+
+
 def save_run_model(folder: Path, config: Config, run: Path, model: DualEncoder, state: dict[str, torch.Tensor]) -> None:
     """A model folder of a checkpoint's state (names under ``state/model.``); the rest is in the run folder."""
     prefix = "state/model."
@@ -174,7 +178,8 @@ def save_run_model(folder: Path, config: Config, run: Path, model: DualEncoder, 
     labels = load_labels(run / ARCHITECTURE / LABELS)
     _check_state(tensors, expected, run)
     known = None if labels.name == NO_LABELS else labels
-    prompts = run_prompts(config, known)
+    # Runs of earlier versions kept no prompts.
+    prompts = load_prompts(run / PROMPTS) if (run / PROMPTS).is_file() else run_prompts(config, known)
     names = prompted_names(prompts, known)
     save_model(
         folder, model, labels, trained_on=trained_on, card=_card(config, trained_on), state=tensors,

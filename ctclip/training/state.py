@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ctclip.distributed import is_main, rank, world_size
+from ctclip.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -49,6 +50,20 @@ def parameters(module: nn.Module, stage: int) -> dict[str, torch.Tensor]:
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
+
+
+def check_fits(module: nn.Module, state: dict[str, torch.Tensor], source: object) -> None:
+    """Raise CheckpointError unless ``state`` holds a tensor of the right shape for every parameter and buffer of
+    ``module``, and nothing else. ``source`` is named."""
+    expected = {f"state/{name}": value.shape for name, value in module.state_dict().items()}
+    given = {name: value.shape for name, value in state.items() if name.startswith("state/")}
+    wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
+    if wrong or "optimizer_step" not in state:
+        name = wrong[0].removeprefix("state/") if wrong else "optimizer_step"
+        raise CheckpointError(
+            f"{source}: the checkpoint does not fit the run's configuration ({name}): it was written by another version or "
+            f"for another model. Train in another --output"
+        )
 
 
 def load_parameters(module: nn.Module, state: dict[str, torch.Tensor]) -> None:

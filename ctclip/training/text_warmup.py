@@ -15,21 +15,34 @@ from torch import Tensor, nn
 from ctclip import distributed
 from ctclip.config import TextWarmupConfig
 from ctclip.data.reports import Report
+from ctclip.errors import TrainingError
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.objectives.clip import clip
 from ctclip.preprocessing.progress import track
 from ctclip.sentences import sentences
 from ctclip.training.optimizer import rate_factor
+from ctclip.training.run_model import warn
 
 
 def warm_up_text(
     model: DualEncoder, reports: list[Report], config: TextWarmupConfig, *, seed: int, device: torch.device
 ) -> float:
-    """Train the text side of ``model`` in place; returns the last loss (nats). The same on any number of ranks."""
+    """Train the text side of ``model`` in place; returns the last loss (nats; NaN where too few reports have two sections,
+    which is said). The same on any number of ranks. Raises TrainingError where an untrained text side would be locked."""
     pairs = distinct_pairs(reports)
     ranks, rank = distributed.world_size(), distributed.rank()
     batch = min(config.batch, len(pairs)) // ranks * ranks
     if batch < 2 * ranks:
+        lacking = (
+            f"training.text_warmup matches the first section of a report with the last, and of the {len(reports)} reports "
+            f"{len(pairs)} have both and differ in the last"
+        )
+        if config.lock:
+            raise TrainingError(
+                f"{lacking}: the text side would be locked untrained. Name two sections in data.sections, or set "
+                f"training.text_warmup.steps=0"
+            )
+        warn(f"warning: {lacking}: training begins without it")
         return float("nan")
     model.to(device).train()
     scale = nn.Parameter(model.similarity.logit_scale.detach().clone())

@@ -7,11 +7,13 @@ import os
 import re
 import shutil
 import signal
+import zlib
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from ctclip.inference.model import Model
 from ctclip.training.loop import Divergence
@@ -329,6 +331,51 @@ def test_prompts_that_are_not_there_are_named_before_the_first_step(store: Path,
     assert "'reportstyle'" in last_line(said)
     assert "report_style" in last_line(said)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+CANNOT_BE = [
+    ("fewer scans than a batch", ["training.batch=500"], "training.batch="),
+    ("a batch that cannot be cut", ["training.micro_batch=3"], "training.micro_batch=3"),
+    ("no such split", ["training.validate_every=1", "data.valid_split=dev"], "data.valid_split"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "reason"), [row[1:] for row in CANNOT_BE], ids=[row[0] for row in CANNOT_BE])
+def test_what_cannot_be_trained_is_told_before_the_warm_up(
+    settings: list[str], reason: str, store: Path, tmp_path: Path
+) -> None:
+    done = run(command(store, tmp_path / "run", *settings))
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert reason in last_line(done)
+    assert "text warm-up" not in done.stderr
+
+
+def test_a_checkpoint_of_another_model_is_one_line(store: Path, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    newest = sorted((output / "checkpoints").iterdir())[-1]
+    save_file({"a": torch.zeros(2)}, newest / "state.safetensors")
+    facts = json.loads((newest / "checkpoint.json").read_text())
+    facts["crc32"] = zlib.crc32((newest / "state.safetensors").read_bytes())
+    (newest / "checkpoint.json").write_text(json.dumps(facts))
+    said = last_line(run(command(store, output)))
+    assert str(output / "checkpoints") in said
+    assert "does not fit" in said
+
+
+def test_a_run_is_exported_from_another_folder_without_the_prompts_it_was_given(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    prompts = "name: mine\ntemplates:\n  positive: {findings: ['Here is {x}.']}\n  negative: {findings: ['Here is no {x}.']}\n"
+    (tmp_path / "here" / "mine.yaml").write_text(prompts)
+    there = f"import os; os.chdir({str(tmp_path / 'here')!r})"
+    done = run(command(store, tmp_path / "run", "prompts=mine.yaml", "training.epochs=0.5"), there)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (tmp_path / "here" / "mine.yaml").unlink()
+    done = run(["export", str(tmp_path / "run"), "--output", str(tmp_path / "model")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    head = "heads/prompts/prompts.yaml"
+    assert "Here is no {x}." in (tmp_path / "model" / head).read_text()
+    assert (tmp_path / "model" / head).read_text() == (tmp_path / "run" / "model" / head).read_text()
 
 
 def test_a_second_run_in_one_folder_is_refused(store: Path, tmp_path: Path) -> None:

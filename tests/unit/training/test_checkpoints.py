@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ctclip.errors import CheckpointError
 from ctclip.training import checkpoints as module
 from ctclip.training.checkpoints import Checkpoints
+from ctclip.training.state import check_fits
 
 STATE = {"weight": torch.arange(6.0)}
 
@@ -44,6 +47,43 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     checkpoints.wait()
     assert steps(checkpoints) == [6, 5, 2]
     assert checkpoints.best() == tmp_path / "step_00000002"
+
+
+@pytest.mark.parametrize("facts", ["[]", "null", "3", '"text"', "{}"])
+def test_facts_of_another_kind_are_damage(facts: str, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 2, "spec")
+    for step in (1, 2):
+        checkpoints.save(step, STATE)
+    checkpoints.wait()
+    (tmp_path / "step_00000002" / "checkpoint.json").write_text(facts)
+    assert checkpoints.newest()[0] == 1
+
+
+def test_a_loss_that_is_no_number_is_not_the_best(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 3, "spec")
+    for step, loss in ((1, 2.0), (2, 1.0), (3, float("nan"))):
+        checkpoints.save(step, STATE, loss)
+    checkpoints.wait()
+    assert checkpoints.best() == tmp_path / "step_00000002"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda state: state.update({"state/bias": torch.zeros(4)}), "bias"),
+        (lambda state: state.pop("state/weight"), "weight"),
+        (lambda state: state.update({"state/other": torch.zeros(1)}), "other"),
+        (lambda state: state.pop("optimizer_step"), "optimizer_step"),
+    ],
+)
+def test_a_whole_checkpoint_of_another_model_is_named(change: Callable[[dict], object], named: str) -> None:
+    module = torch.nn.Linear(2, 3)
+    state = {f"state/{name}": value for name, value in module.state_dict().items()} | {"optimizer_step": torch.ones(())}
+    check_fits(module, state, "RUN")
+    change(state)
+    with pytest.raises(CheckpointError, match=rf"^RUN: .*\({named}\)") as refused:
+        check_fits(module, state, "RUN")
+    assert "\n" not in str(refused.value)
 
 
 def test_a_write_that_failed_is_told_at_the_next(tmp_path: Path) -> None:

@@ -66,7 +66,9 @@ def test_labels_count_where_they_are_read(tmp_path: Path) -> None:
         open_cohort(tmp_path, data(FIRST, [[0, 1]] * 3 + [[1, np.nan]]), learned=True)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"volumes": 3}', '{"volumes": [1]}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"volumes": 3}', '{"volumes": [1]}', '{"volumes": {}, "seen": null}', "\xff"]
+)
 def test_a_damaged_record_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(text)
     with pytest.raises(TrainingError, match=FILE):
