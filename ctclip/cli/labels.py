@@ -37,11 +37,13 @@ def show_set(name: str = typer.Argument(..., help="A YAML file, or the name of o
 
 @labels.command("from-csv")
 def from_csv(
-    table: Path = typer.Argument(..., help="A CSV or Parquet file with label columns of 0, 1 and empty cells."),
+    table: Path = typer.Argument(..., help="A CSV, TSV or Parquet file with label columns of 0, 1 and empty cells."),
     output: Path = typer.Option(..., "--output", "-o", help="The YAML file to write."),
     name: str = typer.Option(None, help="What to call the set; the output's name if not given."),
     column: list[str] = typer.Option(
-        None, help="A column that is a label; may be repeated. All of 0 and 1 if not given."
+        None,
+        help="A column that is a label; may be repeated. All columns of 0 and 1 that do not describe the patient or the "
+        "scan (such as `sex`) if not given.",
     ),
     body_part: str = typer.Option("any", help="chest, abdomen, head or any: what its scans show."),
 ) -> None:
@@ -55,7 +57,11 @@ def from_csv(
 
     # Whatever it is, it may have been edited since.
     check_file(output, lambda _: False)
-    columns = binary_columns(table, column or None)
+    chosen = binary_columns(table, column or None)
+    columns = chosen.labels
     label_set = labels_of_columns(name or output.stem, columns, body_part)  # type: ignore[arg-type]
     label_set.save(output)
+    if not column and chosen.metadata:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in chosen.metadata.items())
+        print(f"note: not taken as labels: {reasons}; name a label column with --column")
     print(f"label set: {output} ({len(columns)} labels: {', '.join(columns[:5])}{' ...' if len(columns) > 5 else ''})")

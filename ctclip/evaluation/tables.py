@@ -17,11 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctclip.errors import EvaluationError
+from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.tables import VOLUME_SUFFIXES, Columns, label_columns, read_table, zeros_and_ones
 
 IDENTITY = ("volume", "patient", "scan")
 PROVENANCE = ("model", "supervision", "trained_on", "spec", "prompts", "labels", "warnings")
-IDS = (*IDENTITY, "VolumeName", "NoteAcc_DEID")
+# Where a label table keeps the volumes' ids: ours, CT-RATE's, RAD-ChestCT's.
+ID_COLUMNS = ("volume", "VolumeName", "NoteAcc_DEID")
+IDS = (*IDENTITY, *ID_COLUMNS[1:])
 MARGIN = "margin:"
 VALUE = "value:"
 
@@ -97,37 +101,40 @@ def read_predictions(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[s
     for name in IDENTITY:
         if name not in table.columns:
             raise EvaluationError(f"{path}: column {name!r} is missing; `ctclip zero-shot` writes prediction tables")
-        if table[name].isna().any():
+        if (table[name] == "").any():
             raise EvaluationError(f"{path}: column {name!r} is empty in places; every row needs {', '.join(IDENTITY)}")
     names = [
         str(c) for c in table.columns if c not in (*IDENTITY, *PROVENANCE) and not str(c).startswith((MARGIN, VALUE))
     ]
     if not names:
         raise EvaluationError(f"{path}: has no column of scores")
+    table["volume"] = table["volume"].map(without_suffix)
     if table["volume"].duplicated().any():
         twice = table["volume"][table["volume"].duplicated()].iloc[0]
         raise EvaluationError(f"{path}: volume {twice!r} is listed twice; keep one row a volume")
-    table[list(IDENTITY)] = table[list(IDENTITY)].astype(str)
-    scores = table[names].apply(pd.to_numeric, errors="coerce")
-    if scores.isna().any().any():
-        name = scores.columns[scores.isna().any()][0]
-        raise EvaluationError(f"{path}: column {name!r} holds a value that is not a number")
+    for name in table.columns[table.columns.str.startswith((MARGIN, VALUE)) | table.columns.isin(names)]:
+        table[name] = _numbers(path, table[name])
+    scores = table[names]
     if ((scores < 0) | (scores > 1)).any().any():
         name = scores.columns[((scores < 0) | (scores > 1)).any()][0]
         raise EvaluationError(f"{path}: scores of {name!r} lie outside [0, 1]; give probabilities")
-    margins = [f"{MARGIN}{name}" for name in names if f"{MARGIN}{name}" in table.columns]
-    table[margins] = table[margins].apply(pd.to_numeric, errors="coerce")
-    if not np.isfinite(table[margins].to_numpy(dtype=float)).all():
-        name = next(name for name in margins if not np.isfinite(table[name].to_numpy(dtype=float)).all())
-        raise EvaluationError(
-            f"{path}: column {name!r} holds a value that is not a finite number; volumes are ranked by it"
-        )
     for name in ("model", "spec", "prompts", "labels"):
-        if name in table.columns and table[name].nunique() > 1:
-            some = ", ".join(map(str, table[name].unique()[:3]))
-            raise EvaluationError(f"{path}: rows of different {name} ({some}); split the file")
-    table[names] = scores
-    return table, names
+        stated = table[name][table[name] != ""].unique() if name in table.columns else []
+        if len(stated) > 1:
+            raise EvaluationError(f"{path}: rows of different {name} ({', '.join(stated[:3])}); split the file")
+    return table.reset_index(drop=True), names
+
+
+def _numbers(path: str | os.PathLike[str], column: pd.Series) -> pd.Series:
+    numbers = pd.to_numeric(column, errors="coerce")
+    wrong = ~np.isfinite(numbers.to_numpy(dtype=float))
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise EvaluationError(
+            f"{path}: column {column.name!r} holds {column.iloc[row][:40]!r} ({column.index.name} {column.index[row]}), not a "
+            f"finite number; volumes are ranked and called by it"
+        )
+    return numbers
 
 
 def read_labels(path: str | os.PathLike[str], names: list[str]) -> pd.DataFrame:
@@ -137,17 +144,17 @@ def read_labels(path: str | os.PathLike[str], names: list[str]) -> pd.DataFrame:
     ``finding*location`` are united where there is no column of the finding itself).
     """
     table = _read_table(Path(path))
-    if "NoteAcc_DEID" in table.columns:
-        table = table.rename(columns={"NoteAcc_DEID": "volume"})
-        united = {name: [c for c in table.columns if str(c).startswith(f"{name}*")] for name in names}
-        table = table.assign(**{n: table[p].max(axis=1) for n, p in united.items() if p and n not in table.columns})
-    if "VolumeName" in table.columns:
-        table = table.rename(columns={"VolumeName": "volume"})
-    if "volume" not in table.columns:
+    key = next((name for name in ID_COLUMNS if name in table.columns), None)
+    if key is None:
         raise EvaluationError(
             f"{path}: neither a column 'volume' nor 'VolumeName'; give a cohort table or a labels CSV"
         )
-    absent = [name for name in names if name not in table.columns]
+    located = list(table.columns) if "NoteAcc_DEID" in table.columns else []
+    parts = {
+        name: [name] if name in table.columns else [column for column in located if column.startswith(f"{name}*")]
+        for name in names
+    }
+    absent = [name for name in names if not parts[name]]
     if absent:
         columns = {str(column).casefold(): str(column) for column in table.columns}
         near = difflib.get_close_matches(absent[0].casefold(), columns, n=1, cutoff=0.75)
@@ -155,20 +162,25 @@ def read_labels(path: str | os.PathLike[str], names: list[str]) -> pd.DataFrame:
         raise EvaluationError(
             f"{path}: no label column {absent[0]!r} ({there}); rename it, or choose another --protocol"
         )
-    table["volume"] = table["volume"].astype(str).str.removesuffix(".nii.gz")
-    if table["volume"].duplicated().any():
-        twice = table["volume"][table["volume"].duplicated()].iloc[0]
+    united = {name: pd.DataFrame({c: _labels(path, table[c]) for c in parts[name]}).max(axis=1) for name in names}
+    labels = pd.DataFrame({"volume": table[key].map(without_suffix), **united}).set_index("volume")
+    if labels.index.duplicated().any():
+        twice = labels.index[labels.index.duplicated()][0]
         raise EvaluationError(f"{path}: volume {twice!r} is listed twice; keep one row a volume")
-    given = table.set_index("volume")[names]
-    labels = given.apply(pd.to_numeric, errors="coerce").astype("Float64").astype(float)
-    wrong = given.notna().to_numpy() & ~np.isin(labels.to_numpy(), (0, 1))
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
-        raise EvaluationError(
-            f"{path}: {names[column]!r} of {labels.index[row]!r} is {str(given.iloc[row, column])!r}; labels are 0, 1, or "
-            f"empty where unknown"
-        )
     return labels
+
+
+def _labels(path: str | os.PathLike[str], column: pd.Series) -> pd.Series:
+    try:
+        return zeros_and_ones(column, f"{path}: column {column.name!r}").astype("Float64").astype(float)
+    except PreprocessingError as error:
+        raise EvaluationError(f"{error}; labels are 0, 1, or empty where unknown") from error
+
+
+def without_suffix(volume: str) -> str:
+    """A volume's id without the suffix of its file's format; a folder in it stays, for it tells scans of one name apart."""
+    suffix = next((suffix for suffix in VOLUME_SUFFIXES if volume.lower().endswith(suffix)), "")
+    return volume.removesuffix(volume[len(volume) - len(suffix) :])
 
 
 def label_file(labels: Path | None, store: Path | None) -> Path:
@@ -183,39 +195,36 @@ def read_columns(path: str | os.PathLike[str]) -> list[str]:
     return [str(column) for column in _read_table(Path(path)).columns]
 
 
-def binary_columns(path: Path, columns: list[str] | None = None) -> list[str]:
-    """Columns of a table that hold nothing but 0, 1 and empty cells, and both 0 and 1 or either; or ``columns``, checked.
-
-    Raises EvaluationError naming the first column that is missing or holds another value.
+def binary_columns(path: Path, columns: list[str] | None = None) -> Columns:
+    """The label columns of a table: ``columns``, or those of 0, 1 and empty cells that do not describe the patient or the
+    scan; see ``preprocessing.tables.label_columns``. Raises EvaluationError naming what is missing or holds another value.
     """
     table = _read_table(path)
-    wanted = [str(c) for c in table.columns if c not in IDS] if columns is None else columns
-    binary = []
-    for name in wanted:
-        if name not in table.columns:
-            raise EvaluationError(f"{path}: no column {name!r} (it has {', '.join(map(str, table.columns[:6]))} ...)")
-        values = pd.to_numeric(table[name], errors="coerce")
-        if values.notna().any() and values[table[name].notna()].isin([0, 1]).all():
-            binary.append(name)
-        elif columns is not None:
-            raise EvaluationError(f"{path}: column {name!r} holds values other than 0 and 1")
-    if not binary:
-        raise EvaluationError(f"{path}: has no column of 0 and 1")
-    return binary
+    try:
+        chosen = label_columns(table.drop(columns=[name for name in IDS if name in table.columns]), columns)
+    except PreprocessingError as error:
+        raise EvaluationError(f"{path}: {error}") from error
+    if not chosen.labels:
+        raise EvaluationError(
+            f"{path}: has no column of 0 and 1 that can be a label; name its label columns with --column"
+        )
+    for name in chosen.labels:
+        _labels(path, table[name])
+    return chosen
 
 
 def provenance(table: pd.DataFrame, name: str) -> str:
     """``model``, ``spec`` or ``prompts`` of a prediction table, "" where a table does not say."""
-    return str(table[name].iloc[0]) if name in table.columns and table[name].notna().any() else ""
+    return next((str(value) for value in table[name].dropna() if value != ""), "") if name in table.columns else ""
 
 
 def _read_table(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise EvaluationError(f"{path}: no such file")
     try:
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=dict.fromkeys(IDS, str))
-    except (ValueError, OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path}: cannot be read as a table ({' '.join(str(error).split())[:160]})") from error
+        table = read_table(path)
+    except PreprocessingError as error:
+        raise EvaluationError(str(error)) from error
     if table.empty:
         raise EvaluationError(f"{path}: is empty")
     return table

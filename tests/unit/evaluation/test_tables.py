@@ -9,7 +9,13 @@ import pytest
 from ctclip.errors import EvaluationError
 from ctclip.evaluation.evaluate import evaluate
 from ctclip.evaluation.protocol import Protocol
-from ctclip.evaluation.tables import prediction_table, read_labels, read_predictions, write_predictions
+from ctclip.evaluation.tables import (
+    binary_columns,
+    prediction_table,
+    read_labels,
+    read_predictions,
+    write_predictions,
+)
 
 PROTOCOL = Protocol(name="p", describes="", labels=("A", "B"), bootstrap=20)
 
@@ -55,3 +61,54 @@ def test_labels_name_what_is_wrong(tmp_path) -> None:
         read_labels(tmp_path / "l.csv", ["C"])
     with pytest.raises(EvaluationError, match="no labels"):
         evaluate(table(8), labels, PROTOCOL)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("semicolons.csv", "VolumeName;sex;A;B\nv0.nii.gz;1;1;0\nv1.nii.gz;0;;1\n"),
+        ("tabs.tsv", "VolumeName\tsex\tA\tB\nv0\t1\t1\t0\nv1\t0\t\t1\n"),
+        ("mark.csv", "\ufeffVolumeName,sex,A,B\nv0,1,1,0\nv1,0,,1\n"),
+        ("pandas.csv", "Unnamed: 0,VolumeName,sex,A,B\n0,v0,1,1,0\n1,v1,0,,1\n"),
+        ("words.csv", "VolumeName,sex,A,B\n v0.nii.gz ,1,True,no\nv1.mha,0,not given,yes\n"),
+        ("both.csv", "volume,VolumeName,sex,A,B\nv0,a.nii.gz,1,1.0,0\nv1,b.nii.gz,0,,1.0\n"),
+    ],
+)
+def test_label_tables_of_strangers_are_read_as_cohort_tables_are(tmp_path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    labels = read_labels(tmp_path / name, ["A", "B"])
+    assert labels.index.tolist() == ["v0", "v1"]
+    np.testing.assert_array_equal(labels.to_numpy(), [[1, 0], [np.nan, 1]])
+    assert binary_columns(tmp_path / name).labels == ["A", "B"]
+
+
+def test_a_column_that_describes_the_patient_is_a_label_only_by_name(tmp_path) -> None:
+    path = tmp_path / "l.csv"
+    path.write_text("volume,contrast,A\nv0,1,0\nv1,0,1\n")
+    assert binary_columns(path).metadata == {"contrast": "describes the patient or the scan"}
+    assert binary_columns(path, ["contrast"]).labels == ["contrast"]
+    path.write_text("volume,contrast\nv0,1\n")
+    with pytest.raises(EvaluationError, match="--column"):
+        binary_columns(path)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_predictions_saved_again_by_a_spreadsheet_are_read(tmp_path, separator: str) -> None:
+    original = table().assign(volume=[f"v{index}.nii.gz" for index in range(6)])
+    original.to_csv(tmp_path / "p.csv", sep=separator, encoding="utf-8-sig")
+    again, names = read_predictions(tmp_path / "p.csv")
+    assert names == ["A", "B"]
+    assert again["volume"].tolist() == [f"v{index}" for index in range(6)]
+    np.testing.assert_array_equal(again[["A", "margin:B"]], table()[["A", "margin:B"]])
+    broken = original.assign(A=["0,5", *original["A"][1:]])
+    broken.to_csv(tmp_path / "p.csv", sep=";", index=False)
+    with pytest.raises(EvaluationError, match=r"'A' holds '0,5' \(line 2\)"):
+        read_predictions(tmp_path / "p.csv")
+
+
+def test_a_scan_may_be_called_as_missing_values_are(tmp_path) -> None:
+    """NA.nii.gz and null.nii.gz are files like others."""
+    names = ["NA", "null", "nan", "1", "01", "None"]
+    for name in ("p.csv", "p.parquet"):
+        write_predictions(tmp_path / name, table().assign(volume=names, patient=names, scan=names))
+        assert read_predictions(tmp_path / name)[0]["volume"].tolist() == names
