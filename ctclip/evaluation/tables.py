@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,13 @@ ID_COLUMNS = ("volume", "VolumeName", "NoteAcc_DEID")
 IDS = (*IDENTITY, *ID_COLUMNS[1:])
 MARGIN = "margin:"
 VALUE = "value:"
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise EvaluationError if a finding is called like another column of a prediction table."""
+    for name in names:
+        if name in (*IDENTITY, *PROVENANCE) or name.startswith((MARGIN, VALUE)):
+            raise EvaluationError(f"{name!r} cannot name a finding: prediction tables have a column of that name")
 
 
 def prediction_table(

@@ -100,7 +100,7 @@ def load_head(model_folder: Path, name: str, model: DualEncoder) -> Head:
     folder = model_folder / FOLDER / name
     if not (model_folder / FOLDER).is_dir():
         return _head_before(model_folder, name, model)
-    if not (folder / "head.yaml").is_file():
+    if not NAME.fullmatch(name) or not (folder / "head.yaml").is_file():
         known = ", ".join(head.name for head in list_heads(model_folder)) or "none"
         raise CheckpointError(f"{model_folder}: no head {name!r} (it has: {known})")
     kind = str(_facts(folder)["kind"])

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
+from ctclip.errors import CheckpointError, PromptError
 from ctclip.evaluation.calibration import Calibration
 from ctclip.heads.folder import PROMPTS, HeadFacts, list_heads, load_head
 from ctclip.heads.head import Head
@@ -21,8 +24,8 @@ from ctclip.heads.prompts import PromptHead
 from ctclip.inference.show import Detection, calibrated
 from ctclip.labels import LabelSet
 from ctclip.models.encoded import Encoded
-from ctclip.models.folder import KIND, ModelFolder, is_model_folder, load_model
-from ctclip.preprocessing.outputs import check_folder
+from ctclip.models.folder import KIND, ModelFolder, check_output, is_model_folder, load_model
+from ctclip.preprocessing.outputs import put_in_place
 from ctclip.preprocessing.pipeline import Prepared, Reading, prepare
 from ctclip.prompts import PromptSet, load_prompts
 
@@ -36,7 +39,8 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
     def __init__(self, folder: ModelFolder) -> None:
         # The folder says everything: the mixin's own record of how this object was made would be a path.
         self._hub_mixin_config = None
-        self.folder = folder
+        # Heads are read when they are asked for, from whatever folder the process has gone to by then.
+        self.folder = replace(folder, path=Path(os.path.abspath(folder.path)))
         self.dual = folder.model
         self.spec = folder.spec
         self._heads: dict[str, Head] = {}
@@ -48,20 +52,40 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             f"{self.spec.name}, labels {self.labels.name} ({len(self.labels.names)}), heads {names or 'none'}"
         )
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **given: Any) -> str | None:
+        """A copy that may be given away, without what a calibration keeps of its patients; see Hugging Face's
+        ``ModelHubMixin`` for the other arguments. An existing copy is replaced. Raises PreprocessingError if the folder
+        holds anything but a model."""
+        # Before the mixin, which would delete a config.json of anybody's.
+        check_output(save_directory)
+        return super().save_pretrained(save_directory, **given)  # type: ignore[no-any-return]
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        """A copy that may be given away: what a calibration keeps of its patients stays here."""
-        if save_directory.resolve() == self.folder.path.resolve():
+        final = Path(os.path.abspath(save_directory))
+        if final.resolve() == self.folder.path.resolve():
             return
-        check_folder(save_directory, is_model_folder, KIND)
-        # Files, not a snapshot's links to them.
-        shutil.copytree(self.folder.path, save_directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
-        for path in (save_directory / "calibration.json", *save_directory.glob("heads/*/calibration.json")):
-            if path.is_file():
-                Calibration.load(path).without_patients().save(path)
+        partial = Path(tempfile.mkdtemp(prefix=f".{final.name[:60]}.", suffix=".partial", dir=final.parent))
+        try:
+            # Files, not a snapshot's links to them.
+            shutil.copytree(self.folder.path, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+            for path in (partial / "calibration.json", *partial.glob("heads/*/calibration.json")):
+                if path.is_file():
+                    Calibration.load(path).without_patients().save(path)
+            partial.chmod(0o755)
+            put_in_place(partial, final, is_model_folder, KIND)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **given: object) -> Model:
+    def _from_pretrained(
+        cls, *, model_id: str, map_location: str | torch.device = "cpu", revision: str | None = None, **given: object
+    ) -> Model:
         """``model_id``: a folder or hub name; see ``ctclip.load``."""
+        if revision is not None and not Path(model_id).is_dir():
+            raise CheckpointError(
+                f"{model_id}: a revision cannot be chosen; fetch it with `hf download {model_id} --revision {revision} "
+                f"--local-dir FOLDER` and load the folder"
+            )
         return load(model_id, map_location)
 
     @property
@@ -86,18 +110,19 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
 
     def detect(
         self,
-        scan: str | os.PathLike[str],
+        scan: str | os.PathLike[str] | Prepared,
         abnormalities: str | Sequence[str] | None = None,
         *,
         head: str = PROMPTS,
         **reading: Unpack[Reading],
     ) -> Detection:
-        """What the model sees in one scan (a volume file, a DICOM folder, a zip).
+        """What the model sees in one scan (a volume file, a DICOM folder, a zip), or in what ``prepare`` returned.
 
         ``abnormalities``: a name, or names, to look for instead of the model's own, listed or not; ``head``: which of its
-        heads is to score; ``reading``: see ``ctclip.preprocessing.pipeline.Reading``. Raises PreprocessingError if the scan cannot be trusted.
+        heads is to score; ``reading``: see ``ctclip.preprocessing.pipeline.Reading``. Raises PreprocessingError if the scan cannot be
+        trusted, and PromptError for names that are no names.
         """
-        ready = self.prepare(scan, **reading)
+        ready = self._ready(scan, **reading)
         scorer = self.head(head) if abnormalities is None else self._asking(abnormalities, head)
         with torch.inference_mode():
             encoded = self.encode(ready)
@@ -105,7 +130,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             probabilities = scorer.probabilities(scores)
         names = scorer.names
         return Detection(
-            scan=Path(scan).name,
+            scan=Path(ready.scan.source if isinstance(scan, Prepared) else scan).name,
             probabilities=dict(zip(names, probabilities[0].tolist(), strict=True)),
             margins=dict(zip(names, scores[0].tolist(), strict=True)),
             values=dict(zip(scorer.values_of, values[0].tolist(), strict=True)),
@@ -116,17 +141,23 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
         )
 
-    def embed(self, scan: str | os.PathLike[str], **reading: Unpack[Reading]) -> np.ndarray:
-        """The unit vector (dim,) of one scan from disk."""
-        ready = self.prepare(scan, **reading)
-        return self.encode_volume(ready)[0].float().cpu().numpy()
+    def embed(self, scan: str | os.PathLike[str] | Prepared, **reading: Unpack[Reading]) -> np.ndarray:
+        """The unit vector (dim,) of one scan from disk, or of what ``prepare`` returned."""
+        return self.encode_volume(self._ready(scan, **reading))[0].float().cpu().numpy()
+
+    def _ready(self, scan: str | os.PathLike[str] | Prepared, **reading: Unpack[Reading]) -> Prepared:
+        if not isinstance(scan, Prepared):
+            return self.prepare(scan, **reading)
+        if reading:
+            raise ValueError(f"{', '.join(reading)}: this scan has been read already; give it to model.prepare")
+        return scan
 
     @torch.inference_mode()
     def encode(self, volume: Tensor | np.ndarray | Prepared, mask: Tensor | None = None) -> Encoded:
         """Located tokens, pooled vectors and embeddings; see ``Encoded``.
 
         ``volume``: (B, 1, D, H, W) in [-1, 1], one volume (D, H, W), or what ``prepare`` returns. Raises ValueError for
-        another shape, for voxels outside [-1, 1], and for a scan prepared with another spec than the model's.
+        anything else, another shape, for voxels outside [-1, 1], and for a scan prepared with another spec than the model's.
         """
         return self.dual.encode(self._batch(volume).to(self.dual.device), mask)
 
@@ -144,7 +175,13 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Strings, or input_ids with attention_mask (n, L) -> (n, dim) unit vectors."""
+        """Strings, or input_ids with attention_mask (n, L) -> (n, dim) unit vectors. Raises ValueError where there is no
+        text, or something that is none."""
+        if texts is not None:
+            texts = [texts] if isinstance(texts, str) else list(texts)
+            if not texts or not all(isinstance(text, str) for text in texts):
+                wrong = next((repr(text) for text in texts if not isinstance(text, str)), "nothing")
+                raise ValueError(f"expected texts, found {wrong[:60]}")
         return self.dual.encode_text(texts, input_ids=input_ids, attention_mask=attention_mask)
 
     def logits(self, volumes: Tensor, texts: Tensor) -> Tensor:
@@ -158,7 +195,11 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
                     f"this scan was prepared with spec {volume.spec.name!r}, the model wants {self.spec.name!r}: use model.prepare"
                 )
             volume = volume.voxels
-        tensor = torch.as_tensor(volume)
+        if not isinstance(volume, Tensor | np.ndarray):
+            raise ValueError(
+                f"expected a tensor, an array, or what model.prepare returns, found {type(volume).__name__}"
+            )
+        tensor = torch.as_tensor(volume).float()
         return tensor[None, None] if tensor.ndim == 3 else tensor
 
     def _asking(self, abnormalities: str | Sequence[str], head: str) -> Head:
@@ -168,8 +209,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             raise ValueError(
                 f"the head {head!r} scores {', '.join(known.names)} alone; prompts can ask for other names"
             )
-        names = [abnormalities] if isinstance(abnormalities, str) else list(abnormalities)
-        return asking(self.folder, known.prompts, names, known)
+        return asking(self.folder, known.prompts, abnormalities, known)
 
 
 def usable_head(folder: ModelFolder, name: str) -> Head:
@@ -186,12 +226,13 @@ def usable_head(folder: ModelFolder, name: str) -> Head:
 
 
 def asking(
-    folder: ModelFolder, prompts: PromptSet | str, names: Sequence[str] | None, known: Head | None = None
+    folder: ModelFolder, prompts: PromptSet | str, names: str | Sequence[str] | None, known: Head | None = None
 ) -> PromptHead:
     """A head that asks a model for ``names`` by ``prompts``; names are resolved by the model's label set, so that an alias
-    finds its label. ``known``: a head whose calibration holds for the names it shares, if its prompts are the same."""
+    finds its label. ``known``: a head whose calibration holds for the names it shares, if its prompts are the same. Raises
+    PromptError if one of ``names`` is no name, or there is none."""
     prompt_set = load_prompts(prompts) if isinstance(prompts, str) else prompts
-    wanted = None if names is None else list(dict.fromkeys(folder.labels.resolve(name) or name for name in names))
+    wanted = None if names is None else list(dict.fromkeys(folder.labels.resolve(n) or n for n in _checked(names)))
     if wanted is None and not prompt_set.names():
         wanted = list(folder.labels.names)
     head = PromptHead(folder.model, prompt_set, wanted)
@@ -200,6 +241,17 @@ def asking(
     elif known is not None and known.calibration is not None:
         _unused(f"the calibration of {folder.path} was fitted to {known.source}, this is {head.source}")
     return head
+
+
+def _checked(names: str | Sequence[str]) -> list[str]:
+    try:
+        every = [names] if isinstance(names, str) else list(names)
+    except TypeError:
+        every = [names]
+    wrong = next((repr(name) for name in every if not isinstance(name, str) or not name.strip()), None)
+    if wrong is not None or not every:
+        raise PromptError(f"expected names of abnormalities, found {'none' if wrong is None else wrong[:60]}")
+    return [" ".join(name.split()) for name in every]
 
 
 def _unused(reason: str) -> None:

@@ -23,7 +23,7 @@ import torch
 from ctclip import distributed
 from ctclip.data.reports import reports_of
 from ctclip.errors import DataError
-from ctclip.evaluation.tables import embedding_table, prediction_table
+from ctclip.evaluation.tables import IDENTITY, check_names, embedding_table, prediction_table
 from ctclip.heads.head import Head
 from ctclip.inference.scans import Scans, prefetch
 from ctclip.models.dual_encoder import DualEncoder
@@ -56,7 +56,8 @@ class Summary:
             return (
                 stream.read() if rows is None else pa.Table.from_batches([next(stream.iter_batches(rows))])
             ).to_pandas()
-        return pd.read_csv(self.predictions, dtype={"volume": str, "patient": str, "scan": str}, nrows=rows)
+        # No cell is empty but warnings; a scan may be called NA.
+        return pd.read_csv(self.predictions, dtype=dict.fromkeys(IDENTITY, str), keep_default_na=False, nrows=rows)
 
 
 def detect(
@@ -76,6 +77,7 @@ def detect(
     PreprocessingError if another process writes there, or if other scans or another model were predicted there before and
     ``force`` is not given.
     """
+    check_names(head.names)
     key = _key(loaded, head, scans, reports)
     with contextlib.ExitStack() as held:
         claim = claimed_folder(output, "zero-shot", key, TABLES, is_output, force=force)

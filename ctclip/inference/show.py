@@ -133,7 +133,7 @@ def table_of(table: pd.DataFrame, head: Head, volumes: int) -> None:
     if volumes > len(scans):
         print(f"({volumes - len(scans)} more in the file)")
     for row in scans.itertuples():
-        if isinstance(row.warnings, str) and row.warnings:
+        if row.warnings:
             print(f"{row.volume}: {row.warnings}")
 
 

@@ -1,0 +1,145 @@
+"""The model as a notebook has it: what it is given, where it looks for its heads, what it writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import ctclip
+from ctclip.errors import CheckpointError, EvaluationError, PromptError
+from ctclip.evaluation.calibration import Calibration, Line
+from ctclip.heads.folder import save_head, write_prompt_head
+from ctclip.heads.linear import LinearHead
+from ctclip.inference.model import Model
+from ctclip.inference.run import detect
+from ctclip.inference.scans import ScanFiles
+from ctclip.labels import labels_of_columns
+from ctclip.models.folder import load_model, save_model
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.prompts import load_prompts
+
+from .small import dual_encoder
+
+LABELS = labels_of_columns("two", ["Emphysema", "Mass"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scan") / "NA.nii.gz"
+    voxels = np.random.default_rng(0).integers(-1000, 300, (12, 12, 12)).astype(np.int16)
+    voxels[:2] = -1024
+    nib.save(nib.Nifti1Image(voxels, np.diag([1.5, 1.5, 1.5, 1.0])), path)
+    return path
+
+
+def written(folder: Path, linear: bool = False, seed: int = 0) -> Path:
+    model = dual_encoder(seed=seed).eval()
+
+    def heads(partial: Path) -> None:
+        write_prompt_head(partial, load_prompts("report_style"), LABELS.names)
+        if linear:
+            save_head(partial, "linear", LinearHead(model, LABELS.names, torch.ones(2, 12), torch.zeros(2)))
+
+    return save_model(folder, model, LABELS, write_more=heads)
+
+
+@pytest.mark.parametrize("names", [[], "", " ", ["Mass", ""], ["Mass", None], 5, b"Mass"])
+def test_names_that_are_none_are_refused(folder: Path, scan: Path, names: Any) -> None:
+    with pytest.raises(PromptError, match="expected names of abnormalities"):
+        ctclip.load(folder).detect(scan, names)
+
+
+def test_a_prepared_scan_is_detected_and_embedded_as_the_scan_is(folder: Path, scan: Path) -> None:
+    model = ctclip.load(folder)
+    ready = model.prepare(scan)
+    assert model.detect(ready) == model.detect(scan)
+    np.testing.assert_array_equal(model.embed(ready), model.embed(scan))
+    with pytest.raises(ValueError, match="read already"):
+        model.detect(ready, expect="chest")
+
+
+def test_volumes_of_any_number_type_are_encoded_as_float32(folder: Path, scan: Path) -> None:
+    model = ctclip.load(folder)
+    voxels = model.prepare(scan).voxels
+    expected = model.encode_volume(voxels)
+    assert torch.equal(model.encode_volume(voxels.astype(np.float64)), expected)
+    assert torch.equal(model.encode_volume(torch.from_numpy(voxels).double()), expected)
+    assert model.encode_volume(np.ones((8, 8, 8), np.int16)).dtype == torch.float32
+    for other in ([model.prepare(scan)], str(scan), None):
+        with pytest.raises(ValueError, match=r"expected a tensor, an array, or what model\.prepare returns"):
+            model.encode_volume(other)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("texts", [[], ["a nodule", None], pd.Series(["a nodule", np.nan])])
+def test_texts_that_are_none_are_refused(folder: Path, texts: Any) -> None:
+    with pytest.raises(ValueError, match="expected texts, found"):
+        ctclip.load(folder).encode_text(texts)
+
+
+def test_a_model_loaded_by_a_relative_path_keeps_its_heads_in_another_folder(
+    folder: Path, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = written(tmp_path / "there" / "model")
+    line = Line(2.0, 1.0, 0.5, 9, 20)
+    calibration = Calibration("platt", "x", load_model(model).hash, {name: line for name in LABELS.names})
+    calibration.save(model / "heads" / "prompts" / "calibration.json")
+    monkeypatch.chdir(tmp_path / "there")
+    loaded = ctclip.load("model")
+    monkeypatch.chdir(tmp_path)
+    assert [head.name for head in loaded.heads] == ["prompts"]
+    assert loaded.detect(scan).calibrated == "calibrated"
+    loaded.save_pretrained("copy")
+    assert ctclip.load("copy").detect(scan).probabilities == loaded.detect(scan).probabilities
+
+
+def test_a_copy_replaces_a_copy_and_never_a_file_of_anybody(tmp_path: Path) -> None:
+    first, second = written(tmp_path / "first", linear=True, seed=1), written(tmp_path / "second", seed=2)
+    ctclip.load(first).save_pretrained(tmp_path / "copy")
+    ctclip.load(second).save_pretrained(tmp_path / "copy")
+    copy = ctclip.load(tmp_path / "copy")
+    assert copy.folder.hash == load_model(second).hash
+    assert [head.name for head in copy.heads] == ["prompts"]
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "config.json").write_text("mine")
+    with pytest.raises(PreprocessingError, match="is not empty"):
+        copy.save_pretrained(tmp_path / "home")
+    assert (tmp_path / "home" / "config.json").read_text() == "mine"
+
+
+def test_a_revision_that_would_be_ignored_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match="--revision v2"):
+        Model._from_pretrained(model_id="someone/model", revision="v2")
+
+
+def test_a_head_is_a_name_and_no_path(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="no head"):
+        ctclip.load(folder).head("../heads/prompts")
+
+
+@pytest.mark.parametrize("name", ["volume", "model", "margin:x"])
+def test_a_finding_is_not_called_like_a_column_of_the_table(
+    folder: Path, scan: Path, tmp_path: Path, name: str
+) -> None:
+    loaded = load_model(folder)
+    head = LinearHead(loaded.model, [name], torch.ones(1, 12), torch.zeros(1))
+    with pytest.raises(EvaluationError, match="cannot name a finding"):
+        detect(loaded, head, ScanFiles([scan], loaded.spec), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scan_called_na_keeps_its_name(folder: Path, scan: Path, tmp_path: Path) -> None:
+    loaded = load_model(folder)
+    summary = detect(loaded, ctclip.load(folder).head(), ScanFiles([scan], loaded.spec), tmp_path / "out")
+    assert summary.table()["volume"].tolist() == ["NA"]
