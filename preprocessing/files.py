@@ -27,11 +27,11 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
 
 
 @contextlib.contextmanager
-def written_beside(path: str | os.PathLike[str], *, suffix: str = "") -> Iterator[Path]:
+def written_beside(path: str | os.PathLike[str], *, suffix: str = "", mode: int | None = None) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; flush it to disk and rename it over ``path`` on success.
 
     ``suffix`` is appended to the temporary name for writers that read the format off the name
-    (``.nii.gz``). On any exception the temporary file is removed and ``path`` is left as it was. Raises
+    (``.nii.gz``). ``mode``: the file's permissions, if not those the user's mask gives. On any exception the temporary file is removed and ``path`` is left as it was. Raises
     PreprocessingError if ``path`` is anything but a regular file or a new name.
     """
     final = Path(path)
@@ -43,7 +43,7 @@ def written_beside(path: str | os.PathLike[str], *, suffix: str = "") -> Iterato
     try:
         yield partial
         flush(partial)
-        os.chmod(partial, 0o666 & ~_umask())
+        os.chmod(partial, 0o666 & ~_umask() if mode is None else mode)
         # Again: the caller may have taken hours, and a rename would replace a link or a device.
         refuse_special(final)
         os.replace(partial, final)

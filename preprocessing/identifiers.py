@@ -30,6 +30,7 @@ __all__ = [
     "is_directory_record",
     "masked",
     "read_header",
+    "series_header",
 ]
 
 NAMES = (
@@ -116,6 +117,11 @@ def all_headers(path: Path) -> list[Any]:
 def first_header(path: Path) -> Any:
     """Header of a DICOM slice: a file's own, or the first of a folder or an archive; None if there is none."""
     return next(_headers(path), None)
+
+
+def series_header(path: Path, uid: str | None) -> Any:
+    """Header of a slice of the series ``uid`` (SeriesInstanceUID) of a path; of any series if None."""
+    return next((one for one in _headers(path) if uid in (None, str(one.get("SeriesInstanceUID", "")))), None)
 
 
 def masked(text: str, header: Any) -> str:

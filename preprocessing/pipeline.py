@@ -23,6 +23,7 @@ from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.geometry import Centre, bounds, orient, resample, resampled_affine
 from ctclip.preprocessing.geometry_check import Geometry
 from ctclip.preprocessing.hounsfield import Trust, to_hu
+from ctclip.preprocessing.linkage import check_linkage, write_linkage
 from ctclip.preprocessing.outcomes import (
     OUTCOME_COLUMNS,
     Outcome,
@@ -222,6 +223,7 @@ def preprocess_cohort(
     partial: bool = False,
     keep_no_chest: bool = False,
     labels: Sequence[str] | None = None,
+    linkage: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Bring every volume of a cohort into a store.
 
@@ -229,10 +231,13 @@ def preprocess_cohort(
     every n-th volume from the i-th on: shards may run at once on one store. ``calibration`` of the training patients
     become a split of that name, which training never sees. Volumes without a report and reports without a volume are
     refused unless ``partial``: then the former are kept without text, the latter left out. ``keep_no_chest`` and ``labels``:
-    see ``read_cohort``.
+    see ``read_cohort``. ``linkage``: where to write the table that leads from ids to paths and studies; see
+    ``ctclip.preprocessing.linkage``.
     """
     reading = reading or Reading()
     check_store_folder(output)
+    if linkage is not None:
+        check_linkage(linkage, output)
     cohort = read_cohort(root, layout, labels=labels, keep_no_chest=keep_no_chest)
     table = hold_out(cohort.table, calibration)
     if cohort.unmatched and not partial:
@@ -243,6 +248,8 @@ def preprocess_cohort(
         print(f"warning: {root}: {warning}")
     store = VolumeStore.create(output, spec)
     store.sweep()
+    if linkage is not None:
+        write_linkage(linkage, cohort.files, cohort.series)
     write_table(store, table)
     mine = table.iloc[shard[0] - 1 :: shard[1]]
     there = set(store.volumes) - set(cohort.refused)

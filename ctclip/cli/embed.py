@@ -6,7 +6,18 @@ from pathlib import Path
 
 import typer
 
-from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted, reading_of
+from ctclip.cli.reading import (
+    EXPECT,
+    GEOMETRY,
+    HU,
+    LARGEST_GB,
+    LINKAGE,
+    SERIES,
+    Expected,
+    Geometry,
+    Trusted,
+    reading_of,
+)
 
 
 def embed(
@@ -27,6 +38,7 @@ def embed(
     expect: Expected = EXPECT,
     series: str = SERIES,
     largest_gb: float = LARGEST_GB,
+    linkage: Path = LINKAGE,
     force: bool = typer.Option(False, "--force", help="Replace embeddings of another run."),
 ) -> None:
     """Embed volumes or reports as unit vectors of one space.
@@ -40,13 +52,18 @@ def embed(
     from ctclip.inference.embed import check_embeddings, embed_reports, embed_scans
     from ctclip.inference.scans import ScanFiles, Scans, StoredScans
     from ctclip.models.folder import load_model
+    from ctclip.preprocessing.linkage import check_linkage
     from ctclip.preprocessing.store import VolumeStore
 
     if bool(scans) + (store is not None) + (reports is not None) != 1:
         raise DataError("give one of: scans, --store, --reports")
     if output.suffix not in (".parquet", ".npy"):
         raise DataError(f"{output}: end the name in .parquet or .npy")
+    if linkage is not None and not scans:
+        raise DataError("--linkage goes with scans; for a store, `ctclip preprocess --linkage` writes it")
     check_embeddings(output, force=force)
+    if linkage is not None:
+        check_linkage(linkage, output)
     loaded = load_model(model, distributed.device())
     refused: dict[str, str] = {}
     if reports is not None:
@@ -57,6 +74,8 @@ def embed(
             source = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
         else:
             source = ScanFiles(scans, loaded.spec, **reading_of(hu, geometry, expect, series, largest_gb))
+            if linkage is not None:
+                source.link(linkage)
         rows = embed_scans(loaded, source, output, batch, refused, force=force)
     for reason in refused.values():
         print(f"refused: {reason}")

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted, reading_of
+from ctclip.cli.reading import (
+    EXPECT,
+    GEOMETRY,
+    HU,
+    LARGEST_GB,
+    LINKAGE,
+    SERIES,
+    Expected,
+    Geometry,
+    Trusted,
+    reading_of,
+)
 
 if TYPE_CHECKING:
     from ctclip.preprocessing.outcomes import Outcome
@@ -34,6 +45,7 @@ def preprocess(
     expect: Expected = EXPECT,
     series: str = SERIES,
     largest_gb: float = LARGEST_GB,
+    linkage: Path = LINKAGE,
     labels: str = typer.Option(
         None,
         help="Label set: a YAML file, or the name of one in configs/labels; made of the label columns if not given.",
@@ -94,6 +106,7 @@ def preprocess(
         partial=partial,
         keep_no_chest=keep_no_chest,
         labels=columns,
+        linkage=linkage,
     )
     kept = keep_labels(VolumeStore(output), labels)
     if kept is not None:

@@ -46,6 +46,11 @@ SERIES = typer.Option(
     help="SeriesInstanceUID of the series to read from a DICOM folder that holds several; the original axial one with "
     "most slices if not given.",
 )
+LINKAGE = typer.Option(
+    None,
+    help="Also write a private table here that leads from each id to its path and DICOM study: it identifies patients, and "
+    "only its owner can read it.",
+)
 LARGEST_GB = typer.Option(
     4.0, min=0.001, help="Refuse scans whose voxels, or archives whose content, take more than this many GB."
 )

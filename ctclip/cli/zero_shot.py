@@ -7,7 +7,18 @@ from pathlib import Path
 
 import typer
 
-from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted, reading_of
+from ctclip.cli.reading import (
+    EXPECT,
+    GEOMETRY,
+    HU,
+    LARGEST_GB,
+    LINKAGE,
+    SERIES,
+    Expected,
+    Geometry,
+    Trusted,
+    reading_of,
+)
 
 
 class Format(StrEnum):
@@ -39,6 +50,7 @@ def zero_shot(
     expect: Expected = EXPECT,
     series: str = SERIES,
     largest_gb: float = LARGEST_GB,
+    linkage: Path = LINKAGE,
     force: bool = typer.Option(False, "--force", help="Replace the tables of another run."),
     local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Set by the deepspeed launcher."),
 ) -> None:
@@ -55,14 +67,19 @@ def zero_shot(
     from ctclip import distributed
     from ctclip.errors import DataError
     from ctclip.inference.run import check_output, detect
+    from ctclip.preprocessing.linkage import check_linkage
 
     if bool(scans) == (store is not None):
         raise DataError("give either scans or --store")
+    if store is not None and linkage is not None:
+        raise DataError("--linkage goes with scans; for a store, `ctclip preprocess --linkage` writes it")
     if store is None and (split is not None or reports):
         raise DataError(f"{'--split' if split is not None else '--reports'} goes with --store")
     if head is not None and (prompts or abnormality):
         raise DataError("--head scores its own names: leave --prompts and --abnormality out")
     check_output(output)
+    if linkage is not None:
+        check_linkage(linkage, output)
     if not distributed.launched():
         processes = processes or distributed.gpus()
         if processes > 1:
@@ -87,6 +104,8 @@ def zero_shot(
             source = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
         else:
             source = ScanFiles(scans, loaded.spec, **reading_of(hu, geometry, expect, series, largest_gb))
+            if linkage is not None and distributed.is_main():
+                source.link(linkage)
         found = detect(
             loaded, scorer, source, output, batch=batch, reports=reports, suffix=f".{format.value}", force=force
         )

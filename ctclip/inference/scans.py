@@ -18,6 +18,7 @@ from ctclip.errors import DataError
 from ctclip.preprocessing.cohorts import read_cohort
 from ctclip.preprocessing.cohorts.folder import scan_id
 from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.linkage import write_linkage
 from ctclip.preprocessing.pipeline import Reading, prepare
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
@@ -71,6 +72,11 @@ class ScanFiles:
             twice = next(name for name in names if names.count(name) > 1)
             raise DataError(f"two scans would both be called {twice!r}: give each once, or rename one")
         self.table = pd.DataFrame({"volume": names, "patient": names, "scan": names})
+
+    def link(self, path: Path) -> None:
+        """Write the private table of where each volume lies and of which study it is; see ``write_linkage``."""
+        files, series = dict(zip(self.table["volume"], self.paths, strict=True)), self.reading.get("series")
+        write_linkage(path, files, dict.fromkeys(files, series) if series else None)
 
     def origin(self) -> str:
         facts = [(path.resolve(), path.stat()) for path in self.paths if path.exists()]

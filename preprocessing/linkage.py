@@ -1,0 +1,47 @@
+"""The private table that leads from ids to a hospital's own records; written only where it is asked for."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.identifiers import series_header
+from ctclip.preprocessing.outputs import check_file, file_holds
+
+COLUMNS = ("volume", "path", "StudyInstanceUID", "SeriesInstanceUID", "AccessionNumber")
+MODE = 0o600
+
+
+def check_linkage(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
+    """Raise PreprocessingError unless a linkage table may be written at ``path``: a new name, or such a table, and not in
+    ``output``, which is made to be handed on."""
+    if Path(path).resolve().is_relative_to(Path(output).resolve()):
+        raise PreprocessingError(
+            f"{path}: lies in {output}, which others may be given; keep the linkage table elsewhere"
+        )
+    check_file(path, file_holds(",".join(COLUMNS).encode()))
+
+
+def write_linkage(
+    path: str | os.PathLike[str], files: Mapping[str, Path], series: Mapping[str, str] | None = None
+) -> None:
+    """Write a row for each volume: its id, the absolute path it is read from, and what its DICOM header says of the study.
+
+    ``series`` names the DICOM series (SeriesInstanceUID) of volumes that share their folder with others. The file can be
+    read by its owner alone. It identifies patients.
+    """
+    rows = [list(COLUMNS)]
+    for volume, file in files.items():
+        header = series_header(file, (series or {}).get(volume)) or {}
+        known = [str(header.get(name, "") or "").strip() for name in COLUMNS[2:]]
+        rows.append([volume, os.path.abspath(file), *known])
+    # Names on disk need not be text.
+    with (
+        written_beside(path, mode=MODE) as partial,
+        partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream,
+    ):
+        csv.writer(stream, lineterminator="\n").writerows(rows)

@@ -1,0 +1,328 @@
+"""kill -9 and pairs of commands, over every command that writes.
+
+``python -m tests.robustness.kills --kills 200``: a command is killed at a random moment (itself alone, or with its child
+processes), one to three times, and started again until it ends. What it leaves must be what the undisturbed command leaves,
+byte for byte. ``--pairs 50``: two commands at once into one output, the same or with other inputs. Each ends with exit code
+0 or is refused in one line, and what is left is the whole output of one of them. Exit code 1 if anything was otherwise.
+
+What differs between two undisturbed runs is not compared: lock files, times in a training's metrics, TensorBoard's events,
+and the random salt of a calibration with the digests it goes into.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.benchmarks.common import machine, table
+from tests.end_to_end.conftest import TINY
+from tests.robustness.processes import Command, Done
+
+PUBLISHED = Path(__file__).parents[1] / "golden" / "data"
+VOLUMES, SCALE = 48, 8
+# Whose values are times and rates.
+TIMED = ("second", "time", "per_s", "memory", "wait", "rate_of", "volumes_s")
+SHORTER = "name: phantom\nspacing: [9.0, 6.4, 6.4]\nshape: [32, 40, 56]\nhu_window: [-1000, 1000]\nfill: -1000\norientation: LPS\ninterpolation: antialiased\n"  # fmt: skip
+BUSY = ("is writing it", "run is going on")
+SECONDS = 600
+
+
+@dataclass
+class Case:
+    """A command that writes below ``place``; ``other``: the same command with other inputs; ``given``: what must lie in
+    ``place`` before, by name."""
+
+    name: str
+    place: Path
+    arguments: list[str]
+    other: list[str] | None = None
+    given: dict[str, Path] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def reset(self) -> None:
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place.mkdir(parents=True)
+        for name, source in self.given.items():
+            shutil.copytree(source, self.place / name)
+
+    def whole(self, other: bool = False) -> dict[str, str]:
+        """What the undisturbed command leaves, and how long it takes."""
+        self.reset()
+        began = time.monotonic()
+        done = start(self, other).wait(SECONDS)
+        self.seconds = time.monotonic() - began
+        if done.returncode:
+            raise RuntimeError(f"{self.name}: exit code {done.returncode}: {done.stderr[-2000:]}")
+        return tree(self.place)
+
+
+def start(case: Case, other: bool = False) -> Command:
+    """The command, with a temporary folder of its own beside its output."""
+    scratch = case.place.with_name(f"{case.place.name}.tmp")
+    scratch.mkdir(exist_ok=True)
+    patch = f"import os, tempfile; os.environ['TMPDIR'] = {str(scratch)!r}; tempfile.tempdir = None"
+    return Command(case.other if other and case.other else case.arguments, patch)
+
+
+def cases(work: Path) -> list[Case]:
+    """Every command that writes, each with inputs that the ones before it have made."""
+    inputs, out = work / "inputs", work / "out"
+    text = _published_text(work / "text")
+    (work / "shorter.yaml").write_text(SHORTER)
+    small, cohort, store, run = (inputs / name for name in ("small", "cohort", "store", "run"))
+    model, first, second = run / "model", inputs / "first", inputs / "second"
+    tiny = [*TINY, "training.keep_checkpoints=4"]
+    scored = ["--store", str(store), "--protocol", "phantom", "--bootstrap", "20"]
+    for name, arguments in {
+        "small": ["phantom", str(small), "--volumes", "12", "--scale", str(SCALE), "--seed", "3"],
+        "cohort": ["phantom", str(cohort), "--volumes", str(VOLUMES), "--scale", str(SCALE), "--rare-floor", "0.3", "--valid-fraction", "0.5"],
+        "store": ["preprocess", str(cohort), "--output", str(store), "--spec", "phantom"],
+        "run": ["train", "--config", "phantom_tiny", "--store", str(store), "--output", str(run), *tiny, "training.epochs=1"],
+        "first": ["zero-shot", "--model", str(model), "--store", str(store), "--reports", "--output", str(first)],
+        "second": ["zero-shot", "--model", str(model), "--store", str(store), "--split", "valid", "--reports", "--output", str(second)],
+        "scored": ["evaluate", str(first / "predictions.csv"), *scored, "--output", str(inputs / "scored")],
+        "rescored": ["evaluate", str(second / "predictions.csv"), *scored, "--output", str(inputs / "rescored")],
+    }.items():  # fmt: skip
+        done = Command(arguments).wait(SECONDS)
+        if done.returncode:
+            raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+
+    def case(
+        name: str, *words: object, other: list[object] | None = None, given: dict[str, Path] | None = None
+    ) -> Case:
+        place = out / name
+        fill = lambda all_words: [str(word).replace("OUT", str(place)) for word in all_words]  # noqa: E731
+        return Case(name, place, [name, *fill(words)], [name, *fill(other)] if other else None, given or {})
+
+    used = ["--model", model, "--store", store]
+    predicted = first / "predictions.csv", second / "predictions.csv"
+    return [
+        case("phantom", "OUT/c", "--volumes", 12, "--scale", SCALE, "--seed", 3, "--workers", 2,
+             other=["OUT/c", "--volumes", 12, "--scale", SCALE, "--seed", 4, "--workers", 2]),
+        case("preprocess", small, "--output", "OUT/s", "--spec", "phantom", "--workers", 2,
+             other=[small, "--output", "OUT/s", "--spec", work / "shorter.yaml", "--workers", 2]),
+        case("quality", store, "--output", "OUT/q.html", other=[store, "--output", "OUT/q.html", "--split", "valid"]),
+        case("train", "--config", "phantom_tiny", "--store", store, "--output", "OUT/r", *tiny, "training.epochs=1",
+             other=["--config", "phantom_tiny", "--store", store, "--output", "OUT/r", *tiny, "training.epochs=1", "seed=1"]),
+        case("export", run, "--output", "OUT/m", other=[run, "--output", "OUT/m", "--checkpoint", "2"]),
+        case("import-checkpoint", PUBLISHED / "checkpoint.pt", "--text", text, "--output", "OUT/m"),
+        case("zero-shot", *used, "--output", "OUT/p", "--batch", 1, "--reports",
+             other=[*used, "--output", "OUT/p", "--batch", 1, "--split", "valid"]),
+        case("embed", *used, "--output", "OUT/e.parquet", other=[*used, "--output", "OUT/e.parquet", "--split", "valid"]),
+        case("index", *used, "--output", "OUT/i", other=[*used, "--output", "OUT/i", "--split", "valid"]),
+        case("calibrate", predicted[0], "--model", "OUT/model", "--store", store, given={"model": model},
+             other=[predicted[1], "--model", "OUT/model", "--store", store]),
+        case("evaluate", predicted[0], *scored, "--run", run, "--output", "OUT/v",
+             other=[predicted[1], *scored, "--output", "OUT/v"]),
+        case("report", inputs / "scored", inputs / "rescored", "--output", "OUT/r.html",
+             other=[inputs / "rescored", "--output", "OUT/r.html"]),
+    ]  # fmt: skip
+
+
+def _published_text(folder: Path) -> Path:
+    """Tokenizer and configuration that go with the recorded checkpoint."""
+    folder.mkdir(parents=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (folder / "vocab.txt").write_text("\n".join([*words, *(f"w{i}" for i in range(115))]))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    shape = json.loads((PUBLISHED / "config.json").read_text())["bert"]
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", **shape}))
+    return folder
+
+
+def tree(place: Path) -> dict[str, str]:
+    """The digest of each file below ``place``, by its relative name."""
+    digests = {}
+    for path in sorted(place.rglob("*")):
+        if path.name.endswith(".lock") or "tensorboard" in path.parts or not path.is_file():
+            continue
+        digests[str(path.relative_to(place))] = hashlib.sha256(_content(path)).hexdigest()
+    return digests
+
+
+def _content(path: Path) -> bytes:
+    if path.name == "calibration.json":
+        values = json.loads(path.read_text())
+        return json.dumps({**values, "salt": "", "patients": len(values["patients"])}).encode()
+    if path.name == "metrics.jsonl":
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return json.dumps([{k: v for k, v in line.items() if not any(word in k for word in TIMED)} for line in lines]).encode()  # fmt: skip
+    return path.read_bytes()
+
+
+def members(session: int) -> list[int]:
+    """Processes of a session that are not yet gone."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split() if entry.name.isdigit() else None
+        except OSError:
+            continue
+        if fields and fields[0] != "Z" and int(fields[3]) == session:
+            found.append(int(entry.name))
+    return found
+
+
+def end(session: int) -> None:
+    for process in members(session):
+        try:
+            os.kill(process, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def killed(case: Case, whole: dict[str, str], random: np.random.Generator) -> Counter[str]:
+    """Kill ``case`` one to three times at random moments, run it to its end, and say what was found wrong."""
+    case.reset()
+    seen: Counter[str] = Counter()
+    sessions = []
+    for _ in range(random.integers(1, 4)):
+        command = start(case)
+        sessions.append(command.pid)
+        command.process.join(random.uniform(0, case.seconds))
+        if command.process.exitcode is not None:
+            seen["ended before"] += 1
+            break
+        seen["kills"] += 1
+        if random.random() < 0.5:
+            os.kill(command.pid, signal.SIGKILL)
+        else:
+            end(command.pid)
+        command.wait(SECONDS)
+    done, waited = _to_its_end(case)
+    seen["had to wait"] += waited
+    seen["child processes left"] += any(members(session) for session in sessions)
+    for session in sessions:
+        end(session)
+    if done.returncode:
+        seen["no end"] += 1
+        print(f"{case.name}: exit code {done.returncode} after a kill: {done.stderr[-600:]}", flush=True)
+        return seen
+    left = tree(case.place)
+    differing = sorted(name for name in whole if left.get(name) != whole[name])
+    more = sorted(set(left) - set(whole))
+    seen["not identical"] += bool(differing)
+    seen["files left"] += bool(more)
+    scratch = case.place.with_name(f"{case.place.name}.tmp")
+    temporary = sorted(path.name for path in scratch.iterdir())
+    seen["TMPDIR"] += bool(temporary)
+    if differing or more or temporary:
+        print(f"{case.name}: differing {differing}, left {more}, in TMPDIR {temporary}", flush=True)
+    shutil.rmtree(scratch)
+    return seen
+
+
+def _to_its_end(case: Case) -> tuple[Done, bool]:
+    """The same command again; one that is refused since orphans of the killed one still write is tried again."""
+    until, waited = time.monotonic() + 60, False
+    while True:
+        done = start(case).wait(SECONDS)
+        if done.returncode != 2 or not any(words in done.stderr for words in BUSY) or time.monotonic() > until:
+            return done, waited
+        waited = True
+        time.sleep(0.5)
+
+
+def paired(case: Case, wholes: list[dict[str, str]], other: bool, random: np.random.Generator) -> Counter[str]:
+    """Two commands at once; ``other``: the second with other inputs. ``wholes``: what each leaves by itself."""
+    case.reset()
+    running = [start(case)]
+    time.sleep(random.uniform(0, 0.5 * case.seconds))
+    running.append(start(case, other))
+    ended = [command.wait(SECONDS) for command in running]
+    seen = Counter({"pairs": 1, "both to their end": 0, "one refused": 0, "wrong": 0})
+    codes = [done.returncode for done in ended]
+    seen["both to their end"] += codes == [0, 0]
+    seen["one refused"] += sorted(codes) == [0, 2]
+    left = tree(case.place)
+    # What the first left may stand beside what the second replaced.
+    whole = any(all(left.get(name) == digest for name, digest in one.items()) for one in wholes[: 1 + other])
+    clear = all(done.returncode == 0 or (done.returncode == 2 and _one_line(done.stderr)) for done in ended)
+    if not (whole and clear and 0 in codes):
+        seen["wrong"] += 1
+        lines = [done.stderr.strip().splitlines()[-1:] for done in ended]
+        differing = [sorted(name for name in one if left.get(name) != one[name])[:5] for one in wholes]
+        print(f"{case.name} ({'other' if other else 'same'} inputs): {codes}, {lines}, differing {differing}", flush=True)  # fmt: skip
+    shutil.rmtree(case.place.with_name(f"{case.place.name}.tmp"))
+    return seen
+
+
+def _one_line(text: str) -> bool:
+    return "Traceback" not in text and bool(text.strip()) and len(text.strip().splitlines()[-1]) < 500
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=0, help="how many kills, spread over the commands")
+    parser.add_argument("--pairs", type=int, default=0, help="how many pairs, spread over the commands")
+    parser.add_argument("--only", default="", help="commands, separated by commas")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    random = np.random.default_rng(given.seed)
+    work = Path(tempfile.mkdtemp(prefix="ctclip-kills-"))
+    wrong = 0
+    try:
+        every = [case for case in cases(work) if not given.only or case.name in given.only.split(",")]
+        print(f"{machine()}, {date.today()}\n", flush=True)
+        if given.kills:
+            wrong += _all_kills(every, given.kills, random)
+        if given.pairs:
+            wrong += _all_pairs(every, given.pairs, random)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return int(wrong > 0)
+
+
+def _all_kills(every: list[Case], kills: int, random: np.random.Generator) -> int:
+    heads = ["command", "seconds", "kills", "ended before", "not identical", "no end", "files left", "TMPDIR", "had to wait",
+             "child processes left"]  # fmt: skip
+    rows, wrong, total = [], 0, Counter[str]()
+    for number, case in enumerate(every):
+        whole, seen = case.whole(), Counter[str]()
+        if case.whole() != whole:
+            print(f"{case.name}: two undisturbed runs differ", flush=True)
+        share = (number + 1) * kills // len(every) - number * kills // len(every)
+        while seen["kills"] < share:
+            seen += killed(case, whole, random)
+        total += seen
+        wrong += seen["not identical"] + seen["no end"] + seen["TMPDIR"]
+        rows.append([case.name, f"{case.seconds:.1f}", *(str(seen[head]) for head in heads[2:])])
+        print("| " + " | ".join(rows[-1]) + " |", flush=True)
+    rows.append(["all", "", *(str(total[head]) for head in heads[2:])])
+    print(table("kill -9 at random moments", heads, rows), flush=True)
+    return wrong
+
+
+def _all_pairs(every: list[Case], pairs: int, random: np.random.Generator) -> int:
+    heads = ["command", "pairs", "both to their end", "one refused", "wrong"]
+    rows, total = [], Counter[str]()
+    for number, case in enumerate(every):
+        wholes = [case.whole(other) for other in ((False, True) if case.other else (False,))]
+        seen = Counter[str]()
+        for pair in range((number + 1) * pairs // len(every) - number * pairs // len(every)):
+            seen += paired(case, wholes, bool(case.other) and pair % 2 == 1, random)
+        total += seen
+        rows.append([case.name, *(str(seen[head]) for head in heads[1:])])
+        print("| " + " | ".join(rows[-1]) + " |", flush=True)
+    rows.append(["all", *(str(total[head]) for head in heads[1:])])
+    print(table("Two commands into one output", heads, rows), flush=True)
+    return total["wrong"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
