@@ -59,6 +59,13 @@ def test_the_line_names_the_extra(extra: str, package: str, monkeypatch: pytest.
     assert str(missing.value) == line
 
 
+def test_a_module_that_needs_a_package_of_an_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(extras.MissingExtra, match=r"^tensorboard is not installed: .*ctclip\[train\]"):
+        extras.require("torch.utils.tensorboard")
+
+
 def test_any_other_missing_package_is_not_taken_for_one() -> None:
     with pytest.raises(ModuleNotFoundError, match="no_such_package"):
         extras.require("no_such_package")
