@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import ViTConfig, ViTModel
 
 from ctclip.config import ModelConfig, TextConfig
 from ctclip.labels import labels_of_columns
@@ -52,16 +50,6 @@ CONFIGS: dict[str, Any] = {
     **{f"slices, {kind}": SlicesConfig(aggregator=kind, heads=2, slices_at_once=5) for kind in ("mean", "lstm", "transformer", "cross")},
 }  # fmt: skip
 every = pytest.mark.parametrize("name", list(CONFIGS))
-
-
-@pytest.fixture(scope="module")
-def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    shape = ViTConfig(image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)  # fmt: skip
-    folder = tmp_path_factory.mktemp("vision")
-    ViTModel(shape).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.2] * 3}))
-    return folder
 
 
 def config_of(name: str, vision: Path) -> Any:

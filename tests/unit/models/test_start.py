@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import ViTConfig, ViTModel
 
 from ctclip.config import FreezeConfig, TextConfig, TrainingConfig, objective_configs
 from ctclip.errors import ConfigError
@@ -40,16 +38,6 @@ CONFIGS: dict[str, Any] = {
 # The named layers that a learning run counts, the embedding with the first.
 LAYERS = {"vit3d": 4, "vit3d, convolutions": 3, "ctvit": 4, "resnet3d": 9, "slices": 1}
 every = pytest.mark.parametrize("name", list(CONFIGS))
-
-
-@pytest.fixture(scope="module")
-def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    shape = ViTConfig(image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)  # fmt: skip
-    folder = tmp_path_factory.mktemp("vision")
-    ViTModel(shape).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.2] * 3}))
-    return folder
 
 
 def dual(name: str = "vit3d", vision: Path | None = None, seed: int = 0, **changes: Any) -> DualEncoder:

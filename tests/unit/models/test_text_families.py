@@ -8,20 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from families import FAMILIES, REPORTS, family_folder
 
-from ctclip.config import ModelConfig, TextConfig, objective_configs
-from ctclip.labels import labels_of_columns
-from ctclip.models.dual_encoder import DualEncoder, build_model
 from ctclip.models.folder import load_model, save_model
-from ctclip.models.vit3d import ViT3DConfig
-from ctclip.objectives.objective import Context
-from ctclip.training.step import Pairs, Part, TrainingStep
-from tests.unit.small import spec_of
+from tests.unit.models.families import FAMILIES, family_folder
+from tests.unit.models.pretrained import LABELS, TEXTS, dual_encoder, train_one_step
 
-SPEC, LABELS = spec_of((8, 8, 8)), labels_of_columns("two", ["Nodule", "Effusion"])
-VOLUME = ViT3DConfig(patch=(4, 4, 4), stages=(), width=16, depth=1, heads=2, registers=1)
-TEXTS = [*REPORTS[:4], " ".join(REPORTS), ""]
 TUNINGS = ("full", "frozen", "lora")
 
 
@@ -33,27 +24,6 @@ def table() -> object:
     print(f"\n{'family':16} {'pooling':10} {'tuning':8} largest difference")
     for line in lines:
         print("{:16} {:10} {:8} {}".format(*line))
-
-
-def dual_encoder(folder: Path, **text: object) -> DualEncoder:
-    torch.manual_seed(1)
-    return build_model(
-        ModelConfig(volume=VOLUME, text=TextConfig(pretrained=str(folder), lora_rank=2, **text), dim=8), SPEC
-    )
-
-
-def train_one_step(model: DualEncoder) -> None:
-    """One step of AdamW; every parameter that learns must have a gradient."""
-    step = TrainingStep(Context(model.train()), objective_configs({"clip": 1}))
-    learning = {name: parameter for name, parameter in step.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(learning.values(), lr=1e-2)
-    volumes = torch.rand(4, 1, 8, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    part = Part(volumes, model.text_encoder.tokenise(TEXTS[1:5]))
-    loss, _ = step(part, Pairs(torch.arange(4), torch.arange(4), {}))
-    loss.backward()
-    assert [name for name, parameter in learning.items() if parameter.grad is None] == []
-    optimizer.step()
-    model.eval()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -9,7 +9,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from transformers import ViTConfig, ViTModel
 
 from ctclip.models.ctvit import CTViTConfig
 from ctclip.models.dual_encoder import build_volume_encoder
@@ -19,6 +18,7 @@ from ctclip.models.slices import SlicesConfig
 from ctclip.models.vit3d import ViT3DConfig
 from ctclip.preprocessing import prepare
 from ctclip.preprocessing.spec import PreprocessingSpec
+from tests.unit.models.pretrained import vision_folder
 from tests.unit.small import spec_of
 
 VIT: dict[str, Any] = {"width": 24, "heads": 2, "depth": 2, "registers": 2}
@@ -48,9 +48,7 @@ def build(name: str, folder: Path) -> VolumeEncoder:
     config, spec, _ = CASES[name]
     torch.manual_seed(0)
     if name == "slices":
-        shape = ViTConfig(image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)  # fmt: skip
-        ViTModel(shape).save_pretrained(folder)
-        config = config.model_copy(update={"pretrained": str(folder)})
+        config = config.model_copy(update={"pretrained": str(vision_folder(folder))})
     return build_volume_encoder(config, spec).eval()
 
 
