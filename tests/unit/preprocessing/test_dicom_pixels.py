@@ -78,6 +78,8 @@ PADDING = [
         hu=np.where(INSIDE, 3071, HU), same=("sitk", "pydicom")),
     Row("what no CT measures is padding inside as well", edited(filled(63536, INSIDE, **UNSIGNED, PixelPaddingValue=63536)),
         hu=np.where(INSIDE, -1024, HU)),
+    Row("what no tissue measures is padding inside as well",
+        edited(filled(-2000, INSIDE, **SIGNED, intercept=0, PixelPaddingValue=-2000)), hu=np.where(INSIDE, -1024, HU)),
     Row("implicit syntax, which states no type of the padding value",
         lambda f: [reencoded(path, "1.2.840.10008.1.2") for path in
                    write(f, series(HU, filled(-2000, **SIGNED, intercept=0, PixelPaddingValue=-2000))).iterdir()],
