@@ -40,6 +40,14 @@ OURS: dict[Kind, dict[str, str]] = {
 }
 
 
+# What a class of somebody's own is derived from.
+BASES: dict[Kind, str] = {
+    "encoder": "ctclip.models.encoded:VolumeEncoder",
+    "objective": "ctclip.objectives.objective:Objective",
+    "head": "ctclip.heads.head:Head",
+}
+
+
 def find(kind: Kind, name: str) -> Any:
     """The class called ``name``. Raises ConfigError listing the names there are."""
     address = OURS[kind].get(name)
@@ -47,15 +55,14 @@ def find(kind: Kind, name: str) -> Any:
         return _imported(address, name)
     for entry in metadata.entry_points(group=f"ctclip.{kind}s"):
         if entry.name == name:
-            return _complete(kind, name, entry.load())
+            return _whole(entry.load(), kind, name)
     if ":" in name:
-        return _complete(kind, name, _imported(name, name))
+        return _whole(_imported(name, name), kind, name)
     known = [*OURS[kind], *(entry.name for entry in metadata.entry_points(group=f"ctclip.{kind}s"))]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    article = "an" if kind[0] in "eo" else "a"
     raise ConfigError(
-        f"no {kind} {name!r}: {hint}Give one of {', '.join(known)}, or {article} {kind} of your own as module:Name"
+        f"no {kind} {name!r}: {hint}Give one of {', '.join(known)}, or {_a(kind)} of your own as module:Name"
     )
 
 
@@ -72,26 +79,42 @@ def refuse_unknown_code(kind: Kind, name: str, source: str) -> None:
         )
 
 
-def _complete(kind: Kind, name: str, found: Any) -> Any:
-    if not isinstance(found, type):
-        raise ConfigError(f"{name!r}: not a class, so no {kind}; see docs/extending.md")
-    if lacking := sorted(getattr(found, "__abstractmethods__", ())):
-        raise ConfigError(
-            f"{name!r}: every {kind} needs {', '.join(lacking)}, which this one lacks; see docs/extending.md"
-        )
-    return found
+def import_own(module: str, name: str) -> Any:
+    """Import ``module``: a file beside the configuration or the notebook, as `python -m` would find it, or an installed
+    one. Raises ConfigError, which begins with ``name``, if there is none; an error of its own code is not touched."""
+    if "" not in sys.path:
+        sys.path.append("")
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigError(f"{name}: there is no module {module!r} in this folder or this environment") from error
 
 
 def _imported(address: str, name: str) -> Any:
     module, _, attribute = address.partition(":")
-    if "" not in sys.path:
-        # A file beside the configuration or the notebook, as `python -m` would find it.
-        sys.path.append("")
+    if not module or not attribute:
+        raise ConfigError(f"{name!r}: write a class of your own as module:Name")
+    imported = import_own(module, repr(name))
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
-            raise
-        raise ConfigError(f"{name!r}: there is no module {module!r} in this folder or this environment") from error
+        return getattr(imported, attribute)
     except AttributeError as error:
         raise ConfigError(f"{name!r}: the module {module!r} has no {attribute!r}") from error
+
+
+def _whole(candidate: Any, kind: Kind, name: str) -> Any:
+    """``candidate``, if it is a class derived from the base of its kind and has every method that the base asks for."""
+    module, _, attribute = BASES[kind].partition(":")
+    base = getattr(importlib.import_module(module), attribute)
+    if not (isinstance(candidate, type) and issubclass(candidate, base)):
+        raise ConfigError(
+            f"{name!r}: not {_a(kind)}; derive a class from {module}.{attribute} (docs/extending.md shows one)"
+        )
+    if missing := sorted(getattr(candidate, "__abstractmethods__", ())):
+        raise ConfigError(f"{name!r}: {_a(kind)} also needs {', '.join(missing)} (docs/extending.md shows one)")
+    return candidate
+
+
+def _a(kind: Kind) -> str:
+    return f"{'a' if kind == 'head' else 'an'} {kind}"

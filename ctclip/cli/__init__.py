@@ -75,12 +75,11 @@ def options(
     ),
 ) -> None:
     """Options that stand before the command."""
-    import importlib
+    if plugin:
+        from ctclip.plugins import import_own
 
-    if "" not in sys.path:
-        sys.path.append("")
-    for module in plugin or []:
-        importlib.import_module(module)
+        for module in plugin:
+            import_own(module, f"--plugin {module}")
 
 
 def main(arguments: list[str] | None = None) -> None:

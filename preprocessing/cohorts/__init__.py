@@ -66,7 +66,9 @@ def read_cohort(
     if not folder.exists():
         raise PreprocessingError(f"{folder}: no such cohort")
     if (reader := _reader(layout)) is not None:
-        own: Cohort = reader(folder)
+        own = reader(folder)
+        if not isinstance(own, Cohort):
+            raise PreprocessingError(f"--cohort {layout}: returned {type(own).__name__}, not a Cohort")
         check_table(own.table, folder)
         return own
     if wanted != "auto" and wanted not in layouts():
@@ -90,10 +92,14 @@ def _reader(name: str) -> Callable[[Path], Cohort] | None:
     module, colon, function = name.partition(":")
     if not colon:
         return None
+    if not module or not function:
+        raise PreprocessingError(f"--cohort {name}: write a reader of your own as module:function")
     if "" not in sys.path:
         sys.path.append("")
     try:
         reader: Callable[[Path], Cohort] = getattr(import_module(module), function)
-        return reader
     except (ModuleNotFoundError, AttributeError) as error:
         raise PreprocessingError(f"--cohort {name}: {error}; name a function of a module in this folder") from error
+    if not callable(reader):
+        raise PreprocessingError(f"--cohort {name}: is {type(reader).__name__}, not a function")
+    return reader
