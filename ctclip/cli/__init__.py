@@ -32,7 +32,7 @@ from ctclip.cli.zero_shot import zero_shot
 INTERRUPTED = 130
 
 app = typer.Typer(
-    help="3-D vision-language learning on chest CT: prepare volumes, train, detect abnormalities from prompts.",
+    help="3-D vision-language learning on chest CT: preprocess volumes, train a model, detect abnormalities from text prompts.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -65,13 +65,15 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
+    debug: bool = typer.Option(False, "--debug", help="Show the full traceback when a command fails."),
     plugin: list[str] = typer.Option(
         None,
         "--plugin",
         metavar="MODULE",
-        help="Import this module first: a model may use its classes. May be repeated.",
+        help="Import this module before the command runs, so that a model can use its classes. May be repeated.",
     ),
 ) -> None:
     """Options that stand before the command."""

@@ -1,4 +1,4 @@
-"""`ctclip calibrate`: probabilities that mean what they say."""
+"""`ctclip calibrate`: turn scores into calibrated probabilities."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ class Kind(StrEnum):
 
 
 def calibrate(
-    predictions: Path = typer.Argument(..., help="Predictions of `ctclip zero-shot` on the calibration split."),
-    model: Path = typer.Option(..., "--model", "-m", help="The model folder; calibration.json is kept with its head."),
-    labels: Path = typer.Option(None, help="A labels CSV or cohort table; the store's own if not given."),
-    store: Path = typer.Option(None, help="The store the predictions are of."),
+    predictions: Path = typer.Argument(..., help="The predictions of `ctclip zero-shot` for the calibration split."),
+    model: Path = typer.Option(
+        ..., "--model", "-m", help="The model folder; calibration.json is written beside its head."
+    ),
+    labels: Path = typer.Option(None, help="A CSV of labels or a cohort table. Default: the labels in the store."),
+    store: Path = typer.Option(None, help="The store that the predicted volumes come from."),
     head: str = typer.Option("prompts", help="The head that made the predictions."),
-    method: Kind = typer.Option(Kind.platt, help="platt: a line each label; temperature: one slope for all."),
+    method: Kind = typer.Option(
+        Kind.platt, help="platt: slope and offset for each label; temperature: one slope for all labels."
+    ),
 ) -> None:
-    """Fit probabilities and thresholds to a calibration split, and keep them with the model.
+    """Fit calibrated probabilities and decision thresholds on a calibration split and save them with the model.
 
     `ctclip zero-shot --model M --store store --split calibration --output calibration`
 
@@ -39,7 +43,7 @@ def calibrate(
         predictions, model, path, labels=labels, store=store, method=method.value, model_hash=loaded.hash
     )
     if not fitted.lines:
-        raise EvaluationError(f"{predictions}: nothing could be calibrated")
+        raise EvaluationError(f"{predictions}: no label could be calibrated")
     print(f"{fitted.method} calibration of {len(fitted.lines)} abnormalities on {fitted.fitted_on}")
     for name, reason in fitted.uncalibrated.items():
         print(f"not calibrated: {name} ({reason}); it keeps its plain softmax")

@@ -1,4 +1,4 @@
-"""`ctclip demo`: the whole route on a synthetic cohort."""
+"""`ctclip demo`: the whole pipeline on a synthetic cohort."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ class Chosen(StrEnum):
 
 def demo(
     output: Path = typer.Option(
-        Path("runs/demo"), "--output", "-o", help="Folder of the demo; run again, it continues."
+        Path("runs/demo"),
+        "--output",
+        "-o",
+        help="Folder for the demo. If it holds an unfinished demo, that one is continued.",
     ),
-    size: Chosen = typer.Option(Chosen.default, help="smoke: every stage once, in two minutes."),
-    seed: int = typer.Option(0, min=0, help="Of the cohort and the training."),
-    processes: int = typer.Option(None, min=1, help="Training processes; all GPUs, or 2 on a CPU, if not given."),
+    size: Chosen = typer.Option(
+        Chosen.default,
+        help="default: a model that detects; smoke: only a check, every stage runs in about two minutes.",
+    ),
+    seed: int = typer.Option(0, min=0, help="Seed of the cohort and of the training."),
+    processes: int = typer.Option(
+        None, min=1, help="Number of training processes. Default: one per GPU, or 2 on a CPU."
+    ),
 ) -> None:
-    """Synthetic cohort, preprocessing, training, zero-shot detection and report, each an ordinary command.
+    """Run the whole pipeline on a synthetic cohort: phantoms, preprocessing, training, zero-shot detection, report.
 
     `ctclip demo --size smoke --output runs/smoke`
     """

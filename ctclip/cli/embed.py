@@ -1,4 +1,4 @@
-"""`ctclip embed`: unit vectors of volumes or reports."""
+"""`ctclip embed`: embeddings of volumes or reports."""
 
 from __future__ import annotations
 
@@ -21,27 +21,32 @@ from ctclip.cli.reading import (
 
 
 def embed(
-    scans: list[Path] = typer.Argument(None, help="Volume files, DICOM folders, folders of either, or 'patterns'."),
-    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a hub name."),
-    store: Path = typer.Option(None, help="A store of `ctclip preprocess` instead of scans."),
-    split: str = typer.Option(None, help="With --store: one split of the cohort."),
+    scans: list[Path] = typer.Argument(
+        None, help="Volume files, DICOM folders, folders of these, or quoted patterns such as 'scans/*.nii.gz'."
+    ),
+    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
+    store: Path = typer.Option(None, help="Read volumes from this store of `ctclip preprocess` instead of scan files."),
+    split: str = typer.Option(None, help="With --store: only this split of the cohort."),
     reports: Path = typer.Option(
         None,
-        help="Embed reports instead: a .txt of one a line, or a CSV (text, findings and impression, or CT-RATE's).",
+        help="Embed reports instead of volumes: a .txt file with one report per line, or a CSV file with a text column, findings and impression columns, or CT-RATE's columns.",
     ),
     output: Path = typer.Option(
-        Path("embeddings.parquet"), "--output", "-o", help=".parquet: ids and vectors; .npy: the vectors alone."
+        Path("embeddings.parquet"),
+        "--output",
+        "-o",
+        help="Output file. .parquet: names and vectors; .npy: vectors only.",
     ),
-    batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
+    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
     expect: Expected = EXPECT,
     series: str = SERIES,
     largest_gb: float = LARGEST_GB,
     linkage: Path = LINKAGE,
-    force: bool = typer.Option(False, "--force", help="Replace embeddings of another run."),
+    force: bool = typer.Option(False, "--force", help="Overwrite the embeddings of another run."),
 ) -> None:
-    """Embed volumes or reports as unit vectors of one space.
+    """Embed volumes or reports as unit vectors in the joint space of images and text.
 
     `ctclip embed --model runs/demo/train/model --store store --split valid --output valid.parquet`
 

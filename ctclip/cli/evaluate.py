@@ -1,4 +1,4 @@
-"""`ctclip evaluate`: predictions and labels to figures with intervals."""
+"""`ctclip evaluate`: metrics with confidence intervals from predictions and labels."""
 
 from __future__ import annotations
 
@@ -14,26 +14,35 @@ class Thresholds(StrEnum):
 
 
 def evaluate(
-    predictions: Path = typer.Argument(..., help="predictions.csv (or .parquet) of `ctclip zero-shot`."),
-    labels: Path = typer.Option(None, help="A labels CSV or cohort table; the store's own if not given."),
+    predictions: Path = typer.Argument(..., help="predictions.csv (or .parquet) written by `ctclip zero-shot`."),
+    labels: Path = typer.Option(None, help="A CSV of labels or a cohort table. Default: the labels in the store."),
     protocol: str = typer.Option(
-        None, help="A YAML file, or the name of one in configs/protocols; that of the label set if not given."
+        None, help="A YAML file, or the name of one in configs/protocols. Default: the protocol of the label set."
     ),
     output: Path = typer.Option(
         Path("evaluation"), "--output", "-o", help="Folder for metrics.json, the figures and report.html."
     ),
-    store: Path = typer.Option(None, help="The volumes' store: adds the histogram control and example slices."),
-    run: Path = typer.Option(None, help="The training run: adds its loss curve and configuration."),
-    against: Path = typer.Option(None, help="Other predictions of the same volumes: adds a paired test."),
-    calibration: Path = typer.Option(None, help="calibration.json of the model: its probabilities and thresholds."),
-    thresholds: Thresholds = typer.Option(
-        None, help="published: picked on these very volumes, as CT-CLIP does; the protocol's if not given."
+    store: Path = typer.Option(
+        None, help="The store of the volumes; adds the histogram control and example slices to the report."
     ),
-    bootstrap: int = typer.Option(None, min=10, help="Resamples of patients; the protocol's if not given."),
-    seed: int = typer.Option(0, help="Of the bootstrap and the shuffled control."),
-    force: bool = typer.Option(False, "--force", help="Replace the evaluation of another run."),
+    run: Path = typer.Option(
+        None, help="The folder of the training run; adds its loss curve and configuration to the report."
+    ),
+    against: Path = typer.Option(None, help="Predictions of another model for the same volumes; adds a paired test."),
+    calibration: Path = typer.Option(
+        None, help="calibration.json of the model, for its probabilities and decision thresholds."
+    ),
+    thresholds: Thresholds = typer.Option(
+        None,
+        help="Where decision thresholds come from. calibration: the calibration split; published: the evaluated volumes themselves, as CT-CLIP does. Default: as the protocol says.",
+    ),
+    bootstrap: int = typer.Option(
+        None, min=10, help="Number of bootstrap resamples of patients. Default: as the protocol says."
+    ),
+    seed: int = typer.Option(0, help="Seed of the bootstrap and of the shuffled control."),
+    force: bool = typer.Option(False, "--force", help="Overwrite the evaluation of another run."),
 ) -> None:
-    """Score predictions by a declared protocol: AUROC with intervals by patient, controls, retrieval.
+    """Evaluate predictions by a protocol: AUROC with confidence intervals bootstrapped by patient, controls, retrieval.
 
     `ctclip evaluate predictions/predictions.csv --labels labels.csv --protocol ct_rate --output evaluation`
 
@@ -49,7 +58,9 @@ def evaluate(
     )  # fmt: skip
     zero, controls = result["zero_shot"], result["controls"]
     if result["patients"] == 1:
-        print("note: one patient: no interval can be given, and no figure says anything about other patients")
+        print(
+            "note: there is only one patient: intervals cannot be computed, and the metrics say nothing about other patients"
+        )
     if zero["mean_auroc"] is None:
         print(f"mean AUROC undefined: every label has one class only ({result['volumes']} volumes)")
     else:
@@ -74,7 +85,7 @@ def evaluate(
     if not result["whole_set"]:
         size = result["protocol"]["size"]
         print(
-            f"note: the protocol's set has {size:,} volumes, {result['volumes']:,} were scored: not comparable with published figures"
+            f"note: the protocol's test set has {size:,} volumes but {result['volumes']:,} were scored, so the metrics are not comparable with published ones"
         )
     if split_note(result):
         print(f"note: {split_note(result)}")

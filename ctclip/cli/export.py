@@ -1,4 +1,4 @@
-"""`ctclip export`: a model folder of any checkpoint of a run."""
+"""`ctclip export`: write a model folder from any checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import typer
 def export(
     run: Path = typer.Argument(..., help="A run folder of `ctclip train`."),
     output: Path = typer.Option(..., "--output", "-o", help="The model folder to write."),
-    checkpoint: str = typer.Option("newest", help="newest, best (lowest validation loss), or a step."),
+    checkpoint: str = typer.Option(
+        "newest", help="Which checkpoint: newest, best (lowest validation loss), or the number of a step."
+    ),
 ) -> None:
-    """Write the model folder of a checkpoint, of a finished run or of one that goes on.
+    """Write a model folder from a checkpoint of a run, finished or still training.
 
     `ctclip export runs/first --checkpoint best --output models/first`
     """

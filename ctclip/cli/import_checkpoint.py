@@ -1,4 +1,4 @@
-"""`ctclip import-checkpoint`: a published CT-CLIP checkpoint to a model folder."""
+"""`ctclip import-checkpoint`: turn a published CT-CLIP checkpoint into a model folder."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ import typer
 
 
 def import_checkpoint(
-    file: Path = typer.Argument(..., help="CT-CLIP_v2.pt, CT_VocabFine_v2.pt, CT_LiPro_v2.pt or the like."),
+    file: Path = typer.Argument(
+        ..., help="The checkpoint: CT-CLIP_v2.pt, CT_VocabFine_v2.pt, CT_LiPro_v2.pt or a similar file."
+    ),
     output: Path = typer.Option(..., "--output", "-o", help="The model folder to write."),
     text: str = typer.Option(
-        None, help="Folder or hub name with the tokenizer and config.json of the checkpoint's BERT."
+        None,
+        help="A folder, or a name on the Hugging Face Hub, with the tokenizer and config.json of the checkpoint's BERT.",
     ),
     text_config: Path = typer.Option(
-        None, help="That config.json by itself; the tokenizer is taken from --text, or from beside it."
+        None,
+        help="The config.json of that BERT, if it lies elsewhere. The tokenizer is read from --text, or else from its folder.",
     ),
     spec: str = typer.Option(
         None,
-        help="Preprocessing of the volumes it learned from; ct_clip at the checkpoint's in-plane size if not given.",
+        help="Preprocessing spec of the volumes that the checkpoint was trained on. Default: ct_clip at the in-plane size of the checkpoint.",
     ),
     ignore: list[str] = typer.Option(
-        None, help="A key that may be dropped, or a pattern of some ('decoder.*'); may be repeated."
+        None, help="A key of the checkpoint to leave out, or a pattern such as 'decoder.*'. May be repeated."
     ),
 ) -> None:
-    """Turn a published CT-CLIP checkpoint into a model folder; nothing in the file is executed.
+    """Turn a published CT-CLIP checkpoint into a model folder. No code in the file is executed.
 
     `ctclip import-checkpoint CT-CLIP_v2.pt --text BiomedVLP-CXR-BERT-specialized --output models/ct-clip`
     """

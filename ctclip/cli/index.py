@@ -1,4 +1,4 @@
-"""`ctclip index` and `ctclip similar`: which earlier scans are like this one."""
+"""`ctclip index` and `ctclip similar`: find earlier scans that resemble this one."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import typer
 
 
 def index(
-    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a hub name."),
-    store: Path = typer.Option(..., help="The store whose volumes and reports are indexed."),
-    split: str = typer.Option(None, help="One split of the cohort."),
-    output: Path = typer.Option(..., "--output", "-o", help="Folder of the index."),
-    batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
-    force: bool = typer.Option(False, "--force", help="Replace an index of another run."),
+    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
+    store: Path = typer.Option(..., help="The store with the volumes and reports to index."),
+    split: str = typer.Option(None, help="Only this split of the cohort."),
+    output: Path = typer.Option(..., "--output", "-o", help="Folder for the index."),
+    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
+    force: bool = typer.Option(False, "--force", help="Overwrite the index of another run."),
 ) -> None:
-    """Index the volumes and reports of a store for `ctclip similar`.
+    """Build an index of the volumes and reports in a store, for `ctclip similar`.
 
     `ctclip index --model runs/demo/train/model --store store --split train --output index`
     """
@@ -40,13 +40,15 @@ def index(
 
 def similar(
     scan: Path = typer.Argument(None, help="A volume file or DICOM folder."),
-    text: str = typer.Option(None, help="Find volumes for this text instead of a scan."),
-    model: str = typer.Option(None, "--model", "-m", help="The model the index was made with, if it has moved."),
-    index: Path = typer.Option(..., help="Folder of `ctclip index`."),
-    count: int = typer.Option(5, "--count", "-k", min=1, help="Scans and reports to show."),
-    output: Path = typer.Option(None, "--output", "-o", help="Write them as CSV as well."),
+    text: str = typer.Option(None, help="A text to search for, instead of a scan."),
+    model: str = typer.Option(
+        None, "--model", "-m", help="The model that made the index. Needed only if its folder has moved."
+    ),
+    index: Path = typer.Option(..., help="The folder written by `ctclip index`."),
+    count: int = typer.Option(5, "--count", "-k", min=1, help="Number of scans and of reports to show."),
+    output: Path = typer.Option(None, "--output", "-o", help="Also write the results to this CSV file."),
 ) -> None:
-    """The scans and reports of an index that are nearest to a scan, or to a text.
+    """Show the scans and reports of an index that are most similar to a scan or to a text.
 
     `ctclip similar scan.nii.gz --index index`
 
@@ -64,7 +66,9 @@ def similar(
         raise DataError("give either a scan or --text")
     made_with = str(index_facts(index).get("path", ""))
     if model is None and not Path(made_with).is_dir():
-        raise DataError(f"{index}: made with the model {made_with}, which is no longer there; name it with --model")
+        raise DataError(
+            f"{index}: built with the model {made_with}, which is no longer there; give its folder with --model"
+        )
     loaded = load(model or made_with)
     opened = Index.load(index, loaded.folder.hash)
     query = loaded.embed(scan) if scan is not None else loaded.encode_text([text])[0].numpy()

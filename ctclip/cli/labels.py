@@ -1,4 +1,4 @@
-"""`ctclip labels`: look at label sets, and make one of a table."""
+"""`ctclip labels`: show label sets, or make one from a table."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import typer
 
-labels = typer.Typer(help="Label sets: list them, show one, make one of a table.", no_args_is_help=True)
+labels = typer.Typer(help="List label sets, show one, or make one from a table.", no_args_is_help=True)
 
 
 @labels.command("list")
 def list_sets() -> None:
-    """The label sets of configs/labels.
+    """List the label sets in configs/labels.
 
     `ctclip labels list`
     """
@@ -23,7 +23,7 @@ def list_sets() -> None:
 
 @labels.command("show")
 def show_set(name: str = typer.Argument(..., help="A YAML file, or the name of one in configs/labels.")) -> None:
-    """The labels of a set, with their aliases.
+    """Show the labels of a label set and their aliases.
 
     `ctclip labels show merlin_30`
     """
@@ -37,17 +37,17 @@ def show_set(name: str = typer.Argument(..., help="A YAML file, or the name of o
 
 @labels.command("from-csv")
 def from_csv(
-    table: Path = typer.Argument(..., help="A CSV, TSV or Parquet file with label columns of 0, 1 and empty cells."),
+    table: Path = typer.Argument(..., help="A CSV, TSV or Parquet file whose label columns hold 0, 1 or nothing."),
     output: Path = typer.Option(..., "--output", "-o", help="The YAML file to write."),
-    name: str = typer.Option(None, help="What to call the set; the output's name if not given."),
+    name: str = typer.Option(None, help="Name of the label set. Default: the name of the output file."),
     column: list[str] = typer.Option(
         None,
-        help="A column that is a label; may be repeated. All columns of 0 and 1 that do not describe the patient or the "
-        "scan (such as `sex`) if not given.",
+        help="A column to use as a label. May be repeated. Default: every column of 0 and 1 that does not describe the patient "
+        "or the scan (such as `sex`).",
     ),
-    body_part: str = typer.Option("any", help="chest, abdomen, head or any: what its scans show."),
+    body_part: str = typer.Option("any", help="The body part that the scans show: chest, abdomen, head or any."),
 ) -> None:
-    """Make a label set of a table's binary columns. Edit the file to add aliases and prompts.
+    """Make a label set from the binary columns of a table. Edit the YAML file to add aliases and prompts.
 
     `ctclip labels from-csv abdomen.csv --output abdomen.yaml --body-part abdomen`
     """

@@ -1,4 +1,4 @@
-"""`ctclip models`: the named sizes and what they cost."""
+"""`ctclip models`: the named model sizes and what they cost."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import typer
 
 
 def models(
-    names: list[str] = typer.Argument(None, help="Names in configs/models or YAML files; all named ones if not given."),
-    spec: str = typer.Option("ct_224", help="Preprocessing spec whose volumes are counted."),
-    model: Path = typer.Option(
-        None, "--model", "-m", help="Say what this model folder is and which heads it has, instead."
+    names: list[str] = typer.Argument(
+        None, help="Names of sizes in configs/models, or YAML files. Default: all of configs/models."
     ),
+    spec: str = typer.Option("ct_224", help="Preprocessing spec that gives the size of the volumes."),
+    model: Path = typer.Option(None, "--model", "-m", help="Describe this model folder and its heads instead."),
 ) -> None:
-    """Parameters and operations of the named model sizes; or what one model folder is.
+    """Show the parameters and operations of each model size, or describe one model folder.
 
     `ctclip models`
 

@@ -1,4 +1,4 @@
-"""`ctclip phantom`: a synthetic cohort on disk."""
+"""`ctclip phantom`: write a synthetic cohort."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import typer
 
 
 def phantom(
-    out: Path = typer.Argument(..., help="Folder to write; scans already in it are kept."),
-    volumes: int = typer.Option(2000, min=2, help="Reconstructions in total."),
-    seed: int = typer.Option(0, min=0, help="The same seed gives the same bytes."),
-    scale: float = typer.Option(4.0, min=1.0, help="Factor on the in-plane spacing of 0.6-0.9 mm; 1 is full size."),
-    rare_floor: float = typer.Option(
-        0.0, min=0.0, max=0.9, help="Least prevalence of any abnormality; 0: CT-RATE's own."
+    out: Path = typer.Argument(..., help="Folder for the cohort. Scans that are already in it are kept."),
+    volumes: int = typer.Option(2000, min=2, help="Total number of volumes (reconstructions)."),
+    seed: int = typer.Option(0, min=0, help="Random seed. The same seed gives identical files."),
+    scale: float = typer.Option(
+        4.0, min=1.0, help="Multiplies the in-plane spacing of 0.6 to 0.9 mm; 1 writes scans of full size."
     ),
-    valid_fraction: float = typer.Option(0.2, min=0.0, max=1.0, help="Share of patients held out."),
-    workers: int = typer.Option(None, help="Processes; all cores if not given."),
+    rare_floor: float = typer.Option(
+        0.0, min=0.0, max=0.9, help="Minimum prevalence of every abnormality; 0 keeps the prevalences of CT-RATE."
+    ),
+    valid_fraction: float = typer.Option(0.2, min=0.0, max=1.0, help="Fraction of patients in the validation split."),
+    workers: int = typer.Option(None, help="Number of processes. Default: one per core."),
 ) -> None:
-    """Write a cohort of chest-CT phantoms with reports, laid out on disk as CT-RATE is.
+    """Write a cohort of synthetic chest CT scans with reports, in the folder layout of CT-RATE.
 
     `ctclip phantom cohort --volumes 200 --seed 1`
     """

@@ -1,4 +1,4 @@
-"""`ctclip preprocess`: a cohort on disk to a store of model-ready volumes."""
+"""`ctclip preprocess`: turn a cohort on disk into a store of model-ready volumes."""
 
 from __future__ import annotations
 
@@ -31,14 +31,18 @@ SHOWN, SHOWN_KINDS = 20, 6
 def preprocess(
     cohort: Path = typer.Argument(
         ...,
-        help="CT-RATE's or RAD-ChestCT's folder, a folder of volumes or DICOM series, a CSV, TSV or Parquet table with a "
+        help="The folder of CT-RATE or RAD-ChestCT, a folder of volumes or DICOM series, a CSV, TSV or Parquet table with a "
         "`path` column, or one scan.",
     ),
-    output: Path = typer.Option(..., "--output", "-o", help="The store; volumes already in it are kept."),
+    output: Path = typer.Option(
+        ..., "--output", "-o", help="Folder for the store. Volumes that are already in it are kept."
+    ),
     spec: str = typer.Option("ct_224", help="A YAML file, or the name of one in configs/preprocessing."),
-    workers: int = typer.Option(None, help="Number of processes; as many as there are cores if not given."),
+    workers: int = typer.Option(None, help="Number of processes. Default: one per core."),
     layout: str = typer.Option(
-        "auto", "--cohort", help="How the cohort lies on disk: auto, ct-rate, rad-chestct or folder."
+        "auto",
+        "--cohort",
+        help="Layout of the cohort on disk: auto, ct-rate, rad-chestct, folder, or a reader of your own as module:function.",
     ),
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
@@ -48,12 +52,12 @@ def preprocess(
     linkage: Path = LINKAGE,
     labels: str = typer.Option(
         None,
-        help="Label set: a YAML file, or the name of one in configs/labels; made of the label columns if not given.",
+        help="Label set: a YAML file, or the name of one in configs/labels. Default: made from the label columns of the cohort.",
     ),
-    shard: str = typer.Option("1/1", help="i/n: process every n-th volume, starting with the i-th; for job arrays."),
-    merge: bool = typer.Option(False, "--merge", help="Join the outcomes of all shards; no volume is read."),
+    shard: str = typer.Option("1/1", help="i/n: process every n-th volume, starting with the i-th. For job arrays."),
+    merge: bool = typer.Option(False, "--merge", help="Join the outcome tables of all shards. No volume is read."),
     calibration: float = typer.Option(
-        0.0, min=0.0, max=0.9, help="Share of the training patients to hold out as the split `calibration`."
+        0.0, min=0.0, max=0.9, help="Fraction of the training patients to hold out as a split named `calibration`."
     ),
     partial: bool = typer.Option(
         False,
@@ -62,16 +66,16 @@ def preprocess(
         "are ignored.",
     ),
     keep_no_chest: bool = typer.Option(
-        False, "--keep-no-chest", help="Keep the volumes that CT-RATE lists as not showing a chest."
+        False, "--keep-no-chest", help="Keep the volumes that CT-RATE lists as showing no chest."
     ),
     verify: bool = typer.Option(
         False, "--verify", help="Check every stored volume first; set damaged ones aside and rebuild them."
     ),
 ) -> None:
-    """Bring every volume of a cohort to one geometry and keep it in a store.
+    """Resample every volume of a cohort to one geometry and write it to a store.
 
-    Exit code 0: every volume is done or was left out by rule; 3: some were refused (outcomes.csv in the store says why);
-    2: nothing could be run.
+    Exit code 0: every volume was stored or left out by a rule. 3: some volumes were refused; outcomes.csv in the store says
+    why. 2: the command could not run.
 
     `ctclip preprocess CT-RATE --output store --spec ct_224`
     """
@@ -86,7 +90,7 @@ def preprocess(
     from ctclip.preprocessing.spec import PreprocessingSpec
     from ctclip.preprocessing.store import VolumeStore
 
-    # What is wrong with the label set is said before hours of work.
+    # A bad label set is refused before hours of work.
     columns = label_columns_of(cohort, load_labels(labels)) if labels is not None else None
     if merge:
         _tell(Report(merge_shards(output), [], {}), output / outcomes_name())

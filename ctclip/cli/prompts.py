@@ -1,15 +1,15 @@
-"""`ctclip prompts`: look at prompt sets."""
+"""`ctclip prompts`: list prompt sets, or check one against a model."""
 
 from __future__ import annotations
 
 import typer
 
-prompts = typer.Typer(help="Prompt sets: list them, and let a model judge one.", no_args_is_help=True)
+prompts = typer.Typer(help="List prompt sets, or check one against a model.", no_args_is_help=True)
 
 
 @prompts.command("list")
 def list_sets() -> None:
-    """The prompt sets of configs/prompts.
+    """List the prompt sets in configs/prompts.
 
     `ctclip prompts list`
     """
@@ -30,11 +30,13 @@ def list_sets() -> None:
 
 @prompts.command()
 def lint(
-    prompts: str = typer.Argument(..., help="A prompt file, or the name of one in configs/prompts."),
-    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a hub name."),
-    too_close: float = typer.Option(0.95, help="Warn of pairs whose sides have a larger cosine."),
+    prompts: str = typer.Argument(..., help="A prompt set: a YAML file, or the name of one in configs/prompts."),
+    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
+    too_close: float = typer.Option(
+        0.95, help="Warn if the positive and negative prompts of a finding have a cosine similarity above this."
+    ),
 ) -> None:
-    """Warn of prompts a model cannot tell apart. Exit code 3: there are warnings.
+    """Warn of prompts that a model cannot tell apart. Exit code 3: there are warnings.
 
     `ctclip prompts lint report_style --model runs/demo/train/model`
     """

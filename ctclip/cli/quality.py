@@ -1,4 +1,4 @@
-"""`ctclip quality`: look through hundreds of stored scans."""
+"""`ctclip quality`: a page for looking through hundreds of stored scans."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import typer
 
 
 def quality(
-    store: Path = typer.Argument(..., help="A store of `ctclip preprocess`."),
-    output: Path = typer.Option(None, "--output", "-o", help="The page; quality.html in the store if not given."),
-    split: str = typer.Option(None, help="One split of the cohort."),
-    first: int = typer.Option(0, min=0, help="Begin at this volume."),
-    count: int = typer.Option(500, min=1, help="Volumes on the page."),
+    store: Path = typer.Argument(..., help="The store written by `ctclip preprocess`."),
+    output: Path = typer.Option(
+        None, "--output", "-o", help="The HTML file to write. Default: quality.html in the store."
+    ),
+    split: str = typer.Option(None, help="Only this split of the cohort."),
+    first: int = typer.Option(0, min=0, help="Number of volumes to skip."),
+    count: int = typer.Option(500, min=1, help="Number of volumes on the page."),
 ) -> None:
-    """A page of middle slices with spacing, HU histogram and warnings, and of what was refused.
+    """Write a page with middle slices, spacing, HU histogram and warnings of each volume, and the refused scans.
 
     `ctclip quality store --output quality.html`
     """

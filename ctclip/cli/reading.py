@@ -1,4 +1,4 @@
-"""How scan files are read: the options that every command reading them shares."""
+"""How scan files are read: options shared by every command that reads them."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ class Expected(StrEnum):
 
 HU = typer.Option(
     Trusted.auto,
-    help="Whether to trust the file or the metadata table about Hounsfield units; auto decides from the values.",
+    help="Where Hounsfield units come from if file and metadata table disagree; auto decides from the voxel values.",
 )
 GEOMETRY = typer.Option(
     Geometry.auto,
-    help="Which geometry to take where header and table, or the two readings of a NIfTI header, contradict each other.",
+    help="Which geometry to use if header and metadata table, or sform and qform of a NIfTI header, contradict each other.",
 )
 EXPECT = typer.Option(
-    Expected.any, help="`chest` refuses scans that show no chest, or whose lungs do not fit into the grid."
+    Expected.any, help="chest: refuse scans that show no chest, or whose lungs do not fit into the grid."
 )
 SERIES = typer.Option(
     None,
-    help="SeriesInstanceUID of the series to read from a DICOM folder that holds several; the original axial one with "
-    "most slices if not given.",
+    help="SeriesInstanceUID of the series to read from a DICOM folder that holds several. Default: the original axial series "
+    "with the most slices.",
 )
 LINKAGE = typer.Option(
     None,
@@ -52,7 +52,7 @@ LINKAGE = typer.Option(
     "only its owner can read it.",
 )
 LARGEST_GB = typer.Option(
-    4.0, min=0.001, help="Refuse scans whose voxels, or archives whose content, take more than this many GB."
+    4.0, min=0.001, help="Refuse scans whose voxels take more than this many GB, and archives whose contents do."
 )
 
 

@@ -1,4 +1,4 @@
-"""`ctclip report`: one page of an evaluation, or of two side by side."""
+"""`ctclip report`: a page with one evaluation, or with two side by side."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import typer
 
 
 def report(
-    first: Path = typer.Argument(..., help="A folder of `ctclip evaluate` (or of the demo)."),
-    second: Path = typer.Argument(None, help="Another, to stand beside it."),
-    output: Path = typer.Option(Path("report.html"), "--output", "-o", help="The page."),
+    first: Path = typer.Argument(..., help="A folder written by `ctclip evaluate` or `ctclip demo`."),
+    second: Path = typer.Argument(None, help="A second one, to compare with the first."),
+    output: Path = typer.Option(Path("report.html"), "--output", "-o", help="The HTML file to write."),
 ) -> None:
-    """A self-contained page of an evaluation, or of two side by side, with the published figures for context.
+    """Write a self-contained page with one evaluation, or with two side by side, and published results for context.
 
     `ctclip report runs/first/evaluation runs/second/evaluation --output compared.html`
     """

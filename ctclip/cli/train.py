@@ -1,4 +1,4 @@
-"""`ctclip train`: a store to a model folder."""
+"""`ctclip train`: train a model on the volumes and reports of a store."""
 
 from __future__ import annotations
 
@@ -9,28 +9,36 @@ import typer
 
 def train(
     overrides: list[str] = typer.Argument(
-        None, metavar="[KEY=VALUE]...", help="Values that replace the configuration's."
+        None, metavar="[KEY=VALUE]...", help="Values that override the configuration, such as training.epochs=5."
     ),
     config: str = typer.Option(..., "--config", "-c", help="A YAML file, or the name of one in configs/."),
-    output: Path = typer.Option(None, "--output", "-o", help="Run folder; an interrupted run in it is continued."),
-    store: Path = typer.Option(None, help="Store of `ctclip preprocess`; the same as data.store=."),
+    output: Path = typer.Option(
+        None, "--output", "-o", help="Run folder. If it holds an interrupted run, that run is continued."
+    ),
+    store: Path = typer.Option(None, help="The store written by `ctclip preprocess`; the same as data.store=STORE."),
     processes: int = typer.Option(
-        1, min=1, help="Start this many DeepSpeed processes here; under a launcher leave it at 1."
+        1, min=1, help="Number of DeepSpeed processes to start on this machine. Leave it at 1 under a launcher."
     ),
-    plan: bool = typer.Option(False, "--plan", help="Say what the run would need, and do not run it."),
-    card: str = typer.Option("h100", help="With --plan: a10, rtx4090, a100-40, a100, h100, h200, or cpu (measured)."),
+    plan: bool = typer.Option(
+        False, "--plan", help="Estimate the memory and time that the run needs, without running it."
+    ),
+    card: str = typer.Option(
+        "h100", help="With --plan: a10, rtx4090, a100-40, a100, h100, h200, or cpu (measured on this machine)."
+    ),
     volumes: int = typer.Option(
-        24128, min=1, help="With --plan: scans of an epoch; CT-RATE's training scans if not given."
+        24128, min=1, help="With --plan: number of scans in an epoch. The default is that of CT-RATE."
     ),
-    force: bool = typer.Option(False, "--force", help="Continue a run folder of another configuration."),
-    local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Set by the deepspeed launcher."),
+    force: bool = typer.Option(
+        False, "--force", help="Continue the run although its configuration or data have changed."
+    ),
+    local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Set by the DeepSpeed launcher."),
 ) -> None:
     """Train a dual encoder on volumes and reports.
 
-    Exit code 75: stopped by Ctrl-C, SIGTERM or SIGUSR1 after writing a checkpoint; the same command continues. 130: stopped
-    at once, by a second Ctrl-C or before the first step.
+    Exit code 75: Ctrl-C, SIGTERM or SIGUSR1 stopped the run after it wrote a checkpoint; the same command continues it.
+    130: Ctrl-C stopped it at once, before the first step or because it was pressed twice.
 
-    The same command runs under every launcher:
+    The command works under every launcher:
 
     `ctclip train --config phantom_tiny --store store --output runs/first training.epochs=5`
 

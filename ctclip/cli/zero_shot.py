@@ -1,4 +1,4 @@
-"""`ctclip zero-shot`: abnormalities of scans from prompts."""
+"""`ctclip zero-shot`: detect abnormalities in scans with text prompts."""
 
 from __future__ import annotations
 
@@ -27,40 +27,46 @@ class Format(StrEnum):
 
 
 def zero_shot(
-    scans: list[Path] = typer.Argument(None, help="Volume files, DICOM folders, folders of either, or 'patterns'."),
-    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a hub name."),
-    store: Path = typer.Option(None, help="A store of `ctclip preprocess` instead of scans."),
-    split: str = typer.Option(None, help="With --store: one split of the cohort."),
+    scans: list[Path] = typer.Argument(
+        None, help="Volume files, DICOM folders, folders of these, or quoted patterns such as 'scans/*.nii.gz'."
+    ),
+    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
+    store: Path = typer.Option(None, help="Read volumes from this store of `ctclip preprocess` instead of scan files."),
+    split: str = typer.Option(None, help="With --store: only this split of the cohort."),
     output: Path = typer.Option(
         Path("predictions"), "--output", "-o", help="Folder for the predictions and embeddings.parquet."
     ),
-    format: Format = typer.Option(Format.csv, help="Of the prediction table."),
+    format: Format = typer.Option(Format.csv, help="Format of the prediction table."),
     prompts: str = typer.Option(
-        None, help="A prompt file, or the name of one in configs/prompts; the model's own if not given."
+        None,
+        help="A prompt set: a YAML file, or the name of one in configs/prompts. Default: the prompts of the model.",
     ),
-    abnormality: list[str] = typer.Option(None, help="Detect this instead, listed or not; may be repeated."),
+    abnormality: list[str] = typer.Option(
+        None, help="A finding to detect instead of those in the prompt set, in your own words. May be repeated."
+    ),
     head: str = typer.Option(
-        None, help="Which of the model's heads scores (`ctclip models --model` lists them); prompts if not given."
+        None,
+        help="The head of the model that gives the scores; `ctclip models --model MODEL` lists them. Default: prompts.",
     ),
-    reports: bool = typer.Option(False, "--reports", help="With --store: embed the reports too, for retrieval."),
-    batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
-    processes: int = typer.Option(None, min=1, help="Processes to share the scans; one a GPU if not given."),
+    reports: bool = typer.Option(False, "--reports", help="With --store: also embed the reports, for retrieval."),
+    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
+    processes: int = typer.Option(None, min=1, help="Number of processes that share the scans. Default: one per GPU."),
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
     expect: Expected = EXPECT,
     series: str = SERIES,
     largest_gb: float = LARGEST_GB,
     linkage: Path = LINKAGE,
-    force: bool = typer.Option(False, "--force", help="Replace the tables of another run."),
-    local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Set by the deepspeed launcher."),
+    force: bool = typer.Option(False, "--force", help="Overwrite the predictions of another run."),
+    local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Set by the DeepSpeed launcher."),
 ) -> None:
-    """Detect abnormalities by prompts, without any labelled example.
+    """Detect abnormalities with text prompts, without labelled training data.
 
     `ctclip zero-shot --model runs/demo/train/model scan.nii.gz`
 
     `ctclip zero-shot --model runs/demo/train/model --store store --split valid --output predictions`
 
-    If it was interrupted, the same command resumes where it stopped. Exit code 3: some scans were refused.
+    After an interruption the same command resumes where it stopped. Exit code 3: some scans were refused.
     """
     import contextlib
 

@@ -117,7 +117,7 @@ def test_the_command_ends_well_on_one_patient(tmp_path: Path, volumes: int, clas
     arguments = ["evaluate", tmp_path / "p.csv", "--labels", tmp_path / "l.csv", "--protocol", tmp_path / "p.yaml", "--against", tmp_path / "p.csv", "--output", tmp_path / "out"]  # fmt: skip
     outcome = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert outcome.exit_code == 0, outcome.output
-    assert "one patient: no interval can be given" in outcome.output
+    assert "only one patient: intervals cannot be computed" in outcome.output
     assert ("mean AUROC undefined" in outcome.output) == (classes == 1 or volumes == 1)
     text = (tmp_path / "out" / "metrics.json").read_text()
     assert "NaN" not in text
