@@ -156,7 +156,7 @@ class DataConfig(Section):
         known = ("report", "sentence", "sentences", "positive", *self.sections)
         for name in self.views:
             if name not in known:
-                raise ValueError(f"views: no view {name!r}; give weights to some of {', '.join(known)}")
+                raise ValueError(f"views: there is no view {name!r}; choose from {', '.join(known)}")
         if sum(self.views.values()) <= 0:
             raise ValueError("views: give at least one view a weight above 0")
         return self
@@ -205,14 +205,14 @@ class ZeroConfig(Section):
         word = re.fullmatch(r"([0-3])(\+offload)?", str(given))
         if word is None:
             raise ValueError(
-                "write 0, 1, 2 or 3, or with the optimizer in host memory 1+offload, 2+offload or 3+offload"
+                "choose 0, 1, 2 or 3, or 1+offload, 2+offload or 3+offload to keep the optimizer in host memory"
             )
         return {"stage": int(word[1]), "offload": word[2] is not None}
 
     @model_validator(mode="after")
     def _offloads_what_is_shared(self) -> ZeroConfig:
         if self.offload and self.stage == 0:
-            raise ValueError("offload needs stage 1, 2 or 3: at stage 0 nothing is moved")
+            raise ValueError("offload needs stage 1, 2 or 3; it has no effect at stage 0")
         return self
 
 
@@ -300,5 +300,5 @@ class Config(Section):
     @model_validator(mode="after")
     def _begins_with_something(self) -> Config:
         if all(section.begin > 0 for section in self.objectives.values()):
-            raise ValueError("objectives: one of them must begin at step 0")
+            raise ValueError("objectives: at least one must begin at step 0")
         return self

@@ -108,6 +108,6 @@ def _set(values: dict[str, Any], key: str, value: Any, override: str) -> None:
         if child is None:
             child = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {parent!r} is a single value, it has no keys inside")
+            raise ConfigError(f"override {override!r}: {parent!r} holds a single value and has no keys")
         here[parent] = here = child
     here[last] = value

@@ -69,13 +69,13 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
     for name, arguments, done in stages:
         print(f"\n$ ctclip {shlex.join(arguments)}", flush=True)
         if name in seconds and done.exists():
-            print(f"done before, in {seconds[name]:.0f} s", flush=True)
+            print(f"already done, in {seconds[name]:.0f} s", flush=True)
             continue
         began = time.monotonic()
         code = subprocess.run([sys.executable, "-m", "ctclip", *arguments], check=False).returncode
         if code != 0:
             raise CtclipError(
-                f"the stage {name!r} ended with exit code {code}; mend what it says above, then run the demo again"
+                f"the stage {name!r} failed with exit code {code}; fix the error above and run the demo again"
             )
         # A stage that was interrupted before adds to what it had taken then.
         seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began

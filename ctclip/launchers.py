@@ -67,7 +67,7 @@ def say_unused_tasks() -> None:
     tasks = _allocated(os.environ)
     if tasks > 1:
         print(
-            f"warning: Slurm has allocated {tasks} tasks, and this process is none of them: running as one process. To use "
+            f"warning: Slurm has allocated {tasks} tasks, but this process is not one of them and runs alone. To use "
             f"all, put `srun` before the command: srun --ntasks={tasks} python -m ctclip ...",
             file=sys.stderr,
             flush=True,
@@ -103,7 +103,7 @@ def _of_mpi(environment: Mapping[str, str]) -> dict[str, str] | None:
         here = _number(environment, local_size)
         if "MASTER_ADDR" not in environment and here != ranks:
             raise TrainingError(
-                f"{launcher} started {ranks} ranks, and not all are known to be on this machine: export MASTER_ADDR, the name "
+                f"{launcher} started {ranks} ranks, which may be on several machines: export MASTER_ADDR, the name "
                 f"of the first machine, to all of them"
             )
         known = {"LOCAL_WORLD_SIZE": str(here)} if here is not None else {}

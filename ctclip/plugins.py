@@ -74,7 +74,7 @@ def refuse_unknown_code(kind: Kind, name: str, source: str) -> None:
     if ":" in name and name.partition(":")[0] not in sys.modules:
         module = name.partition(":")[0]
         raise ConfigError(
-            f"{source}: names the {kind} {name!r}, which is code of its author's: if you trust it, import {module} first "
+            f"{source}: names the {kind} {name!r}, which is code that this model's author wrote: if you trust it, import {module} first "
             f"(on the command line: `ctclip --plugin {module} ...`)"
         )
 

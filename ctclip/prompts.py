@@ -114,7 +114,7 @@ def load_prompts(source: str | Path | dict[str, Any]) -> PromptSet:
             return validated(PromptSet, source, "the model's prompts.yaml")
         path = find_config(str(source), "prompts")
         if not path.read_text(encoding="utf-8").strip():
-            raise PromptError(f"{path}: an empty prompt set: give abnormalities, or templates with {{x}}")
+            raise PromptError(f"{path}: the prompt set is empty: give abnormalities, or templates with {{x}}")
         return validated(PromptSet, read_mapping(path), str(path))
     except (ConfigError, UnicodeDecodeError) as error:
         message = f"{source}: not UTF-8 text ({error})" if isinstance(error, UnicodeDecodeError) else str(error)

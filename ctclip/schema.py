@@ -40,7 +40,7 @@ def read_typed(value: Any) -> Any:
     try:
         read = load_yaml(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {value.override!r}: the value is not YAML") from error
+        raise ConfigError(f"override {value.override!r}: the value is not valid YAML") from error
     if isinstance(read, str):
         # YAML 1.1 reads 1e-3 as a string; nobody who types it means one.
         with contextlib.suppress(ValueError):

@@ -46,11 +46,13 @@ def decode_in_child(
             return child.call(function, args, seconds)
         except TimeoutError as error:
             child.end()
-            raise PreprocessingError(f"{source}: decoding it took longer than {seconds:g} s; it is damaged") from error
+            raise PreprocessingError(
+                f"{source}: decoding took longer than {seconds:g} s; the file is damaged"
+            ) from error
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             child.end()
             raise PreprocessingError(
-                f"{source}: decoding it ended the decoder; it is damaged, or too large for memory"
+                f"{source}: the decoder crashed; the file is damaged, or too large for memory"
             ) from error
         except _FailedError as failure:
             if failure.clear:

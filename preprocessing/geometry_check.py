@@ -33,14 +33,14 @@ def settle(volume: Volume, table: np.ndarray | None = None, choice: Geometry = "
         volume = _by_table(volume, table, choice)
     elif choice == "table":
         raise PreprocessingError(
-            f"{volume.source}: --geometry table, but no metadata table states its geometry; say --geometry header to take "
+            f"{volume.source}: --geometry table, but no metadata table states its geometry; use --geometry header to take "
             f"the header's"
         )
     elif volume.geometry_doubt is not None:
         if choice == "auto":
             raise PreprocessingError(
-                f"{volume.source}: {volume.geometry_doubt}; convert it from DICOM again, or say --geometry {_remedy(volume)} "
-                f"if you know that to be right"
+                f"{volume.source}: {volume.geometry_doubt}; convert it from DICOM again, or use --geometry {_remedy(volume)} "
+                f"if you know that it is right"
             )
         warning = f"geometry taken from the header at --geometry {choice}, though {volume.geometry_doubt}"
         volume = replace(volume, geometry_doubt=None, warnings=[*volume.warnings, warning])

@@ -55,7 +55,7 @@ def to_hu(volume: Volume, table: TableFacts | None = None, trust: Trust = "auto"
                 remedy = "--hu trust-file or --hu trust-table" if due else "--hu trust-file"
                 raise PreprocessingError(
                     f"{volume.source}: not a CT in Hounsfield units. As stored: {as_is}. With the table: {as_table}. "
-                    f"If you know better, say {remedy}"
+                    f"If you know better, use {remedy}"
                 )
             array = _applied(array, table)
             warnings.append("slope and intercept of the metadata table applied")

@@ -41,7 +41,7 @@ def check_file(path: str | os.PathLike[str], is_ours: Recognised, *, force: bool
     refuse_special(final)
     if kind_of(final) == "a file" and not force and not is_ours(final):
         raise PreprocessingError(
-            f"{path}: exists and is not recognised as written by this command; give another --output, or delete it"
+            f"{path}: exists and was not written by this command; give another --output, or delete it"
         )
     _check_writable(final.parent, path)
 
@@ -66,7 +66,7 @@ def check_replaceable(path: str | os.PathLike[str], is_ours: Recognised, what: s
     final, here = os.path.abspath(path), os.getcwd()
     if here == final or here.startswith(final.rstrip("/") + "/"):
         raise PreprocessingError(
-            f"{path}: is the current folder, or holds it, and cannot be replaced; name another one"
+            f"{path}: is the current folder or contains it, and cannot be replaced; name another one"
         )
     _check_writable(Path(final).parent, path)
 
@@ -183,7 +183,7 @@ def _lock(path: Path, busy: str) -> IO[bytes]:
         content = stream.read(200)
         if content and not content.startswith(HOLDER):
             stream.close()
-            raise PreprocessingError(f"{path}: is no lock file of ours; give another --output, or remove it")
+            raise PreprocessingError(f"{path}: is not a lock file of ctclip; give another --output, or remove it")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -192,7 +192,8 @@ def _lock(path: Path, busy: str) -> IO[bytes]:
                 holder = content.decode(errors="replace").strip() or "another process"
                 raise PreprocessingError(busy.format(holder=holder)) from error
             print(
-                f"note: {path.parent}: no locks on this file system: start one command here at a time", file=sys.stderr
+                f"note: {path.parent}: this file system has no locks: run only one command here at a time",
+                file=sys.stderr,
             )
         # Whoever held it may have removed it since it was opened: then the lock is on a file without a name.
         with contextlib.suppress(FileNotFoundError):

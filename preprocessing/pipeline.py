@@ -159,7 +159,7 @@ def prepare(
     volume = orient(to_hu(placed(read(path, series, geometry, largest_gb=largest_gb), table, geometry), table, trust))
     lungs = find_lungs(volume)
     if expect == "chest" and (reason := no_chest(lungs)):
-        raise PreprocessingError(f"{volume.source}: {reason}; --expect any takes it all the same")
+        raise PreprocessingError(f"{volume.source}: {reason}; --expect any accepts it")
     if doubt := orientation_doubt(lungs):
         volume.warnings.append(doubt)
     centre, kept = _about_the_lungs(volume, lungs, spec)
@@ -180,9 +180,7 @@ def _about_the_lungs(volume: Volume, lungs: Lungs, spec: PreprocessingSpec) -> t
     if kept >= 1 - LUNG_CUT:
         return None, kept
     if spec.published_geometry:
-        volume.warnings.append(
-            f"{1 - kept:.0%} of the lungs lie outside of the grid, which is laid about the scan's middle"
-        )
+        volume.warnings.append(f"{1 - kept:.0%} of the lungs lie outside the grid, which is centred on the scan")
         return None, kept
     middle = [(size - 1) / 2 for size in volume.array.shape]
     for axis, (low, high) in enumerate(ends):
@@ -192,10 +190,10 @@ def _about_the_lungs(volume: Volume, lungs: Lungs, spec: PreprocessingSpec) -> t
     centre = (middle[0], middle[1], middle[2])
     better = lungs.share_within(bounds(volume, spec, centre))
     if better <= kept:
-        volume.warnings.append(f"{1 - kept:.0%} of the lungs lie outside of the grid, which is too small for them")
+        volume.warnings.append(f"{1 - kept:.0%} of the lungs lie outside the grid, which is too small for them")
         return None, kept
     volume.warnings.append(
-        f"{1 - kept:.0%} of the lungs would lie outside of a grid about the scan's middle: laid about the lungs, of which "
+        f"{1 - kept:.0%} of the lungs would lie outside a grid centred on the scan: it is centred on the lungs instead, of which "
         f"{better:.0%} are in it"
     )
     return centre, better
@@ -242,7 +240,7 @@ def preprocess_cohort(
     table = hold_out(cohort.table, calibration)
     if cohort.unmatched and not partial:
         raise PreprocessingError(
-            f"{root}: {', and '.join(cohort.unmatched)}; complete the cohort, or say --partial to take what is there"
+            f"{root}: {', and '.join(cohort.unmatched)}; complete the cohort, or use --partial to accept it as it is"
         )
     for warning in [*cohort.warnings, *cohort.unmatched]:
         print(f"warning: {root}: {warning}")
@@ -327,11 +325,13 @@ def merge_shards(path: str | os.PathLike[str]) -> list[Outcome]:
     total = int(totals.pop())
     missing = [i for i in range(1, total + 1) if not (store.path / f"outcomes-{i}-of-{total}.csv").is_file()]
     if missing:
-        raise PreprocessingError(f"{store.path}: shard {missing[0]}/{total} has not ended; run it, then merge")
+        raise PreprocessingError(f"{store.path}: shard {missing[0]}/{total} has not finished; run it, then merge")
     table = pd.concat([outcome_table(path) for path in parts]).drop_duplicates("volume")
     absent = set(store.cohort["volume"]) - set(table["volume"])
     if absent:
-        raise PreprocessingError(f"{store.path}: no shard says what became of {sorted(absent)[0]!r}; run them again")
+        raise PreprocessingError(
+            f"{store.path}: no shard lists an outcome for {sorted(absent)[0]!r}; run the shards again"
+        )
     outcomes = [Outcome.of_row(row) for row in table.to_dict("records")]
     write_outcomes(store, outcomes, (1, 1))
     return outcomes

@@ -53,7 +53,7 @@ def _read(path: Path, source: str, series: str | None, geometry: Geometry, large
     if not head:
         raise PreprocessingError(f"{source}: is empty; copy it again")
     if head[:4] == APPLE_DOUBLE:
-        raise PreprocessingError(f"{source}: holds what macOS keeps beside a file, not a scan; name the file itself")
+        raise PreprocessingError(f"{source}: a metadata file of macOS, not a scan; name the scan itself")
     if head[:4] in archive.ZIP and name.endswith(".npz"):
         return npz.read(path, source, largest)
     packed = head[:4] in archive.ZIP or name.endswith(archive.SUFFIXES)

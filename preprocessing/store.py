@@ -97,7 +97,7 @@ class VolumeStore:
     def write(self, volume: str, hu: np.ndarray, notes: dict[str, str] | None = None) -> None:
         """Store HU [slice, row, column] of the spec's shape, rounded to int16, and ``notes`` on it in the same file."""
         if hu.shape != self.spec.shape:
-            raise PreprocessingError(f"{volume}: shape {hu.shape}, the store's spec has {self.spec.shape}")
+            raise PreprocessingError(f"{volume}: has shape {hu.shape}, but the store's spec has {self.spec.shape}")
         whole = np.ascontiguousarray(np.rint(hu), dtype=np.int16) if hu.dtype != np.int16 else np.ascontiguousarray(hu)
         depth, *plane = whole.shape
         block = min(depth, max(1, BLOCK_BYTES // (2 * math.prod(plane))))

@@ -7,7 +7,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 
 
 def worker_pool(workers: int) -> Executor:
-    """``workers`` processes; threads, and a warning, where /dev/shm is absent or cannot be written.
+    """``workers`` processes; threads, and a warning, where /dev/shm is missing or not writable.
 
     Processes need semaphores, which Linux keeps there. Threads do the same work more slowly.
     """
@@ -15,7 +15,7 @@ def worker_pool(workers: int) -> Executor:
         return ProcessPoolExecutor(workers)
     except OSError as error:
         print(
-            f"warning: no worker processes can be started ({error.strerror}): /dev/shm is absent or cannot be written. "
+            f"warning: no worker processes can be started ({error.strerror}): /dev/shm is missing or not writable. "
             f"Working with {workers} threads, which is slower",
             file=sys.stderr,
         )

@@ -44,7 +44,7 @@ class ScanSampler(Sampler[list[tuple[int, int]]]):
         weights: np.ndarray | None = None,
     ) -> None:
         if batch % world_size:
-            raise DataError(f"training.batch={batch} cannot be shared by {world_size} ranks: make it a multiple")
+            raise DataError(f"training.batch={batch} is not a multiple of the {world_size} ranks")
         order = np.argsort(scans, kind="stable")
         self.members = np.split(order, np.flatnonzero(np.diff(scans[order])) + 1)
         if len(self.members) < batch:

@@ -89,10 +89,10 @@ class Calibration:
             uncalibrated |= {name: FALLING for name, line in lines.items() if line.slope <= 0}
             rising = {name: line for name, line in lines.items() if line.slope > 0}
             if not isinstance(values.get("salt", ""), str):
-                raise ValueError("the salt is not a text")
+                raise ValueError("the salt is not a string")
             return cls(**values, lines=rising, patients=patients, uncalibrated=uncalibrated)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EvaluationError(f"{path}: no calibration ({error}); `ctclip calibrate` writes one") from error
+            raise EvaluationError(f"{path}: not a calibration file ({error}); `ctclip calibrate` writes one") from error
 
 
 def digest(patient: str, salt: str = "") -> str:
@@ -126,7 +126,7 @@ def fit_calibration(
 
     known = ~np.isnan(labels)
     if not known.any():
-        raise EvaluationError("no labels in the calibration split: nothing can be fitted")
+        raise EvaluationError("the calibration split has no labels, so nothing can be fitted")
     people = (
         np.arange(len(labels)).astype(str) if patients is None else np.array([str(patient) for patient in patients])
     )

@@ -36,8 +36,8 @@ def paired_test(
     unpaired = set(first["volume"]) ^ set(second["volume"])
     if unpaired:
         raise EvaluationError(
-            f"the two prediction files score different volumes ({len(unpaired)} are in one only, such as "
-            f"{sorted(unpaired)[0]!r}): predict the same ones with both models"
+            f"the two prediction files score different volumes ({len(unpaired)} are in only one of them, such as "
+            f"{sorted(unpaired)[0]!r}); run both models on the same volumes"
         )
     volumes, truth, _ = align(first, labels, protocol)
     beside = protocol.scored(second).set_index("volume").loc[volumes["volume"]].reset_index()

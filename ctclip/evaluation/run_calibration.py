@@ -29,18 +29,22 @@ def run_calibration(
     table, names = read_predictions(predictions)
     if provenance(table, "model") != model_hash:
         raise EvaluationError(
-            f"{predictions}: not predictions of {model} ({model_hash}); run `ctclip zero-shot` with it"
+            f"{predictions}: not predictions of the model {model} ({model_hash}); run `ctclip zero-shot` with that model"
         )
     margins = [f"{MARGIN}{name}" for name in names]
     absent = [name for name in margins if name not in table.columns]
     if absent:
-        raise EvaluationError(f"{predictions}: column {absent[0]!r} is missing; `ctclip zero-shot` writes margins")
+        raise EvaluationError(
+            f"{predictions}: column {absent[0]!r} is missing; the predictions of `ctclip zero-shot` have margins"
+        )
     source = label_file(labels, store)
     declared = unnamed_protocol(table, names, labels, store)
     truth = declared.merged(read_labels(source, declared.columns())).reindex(columns=names)
     without = table["volume"][~table["volume"].isin(truth.index)]
     if len(without):
-        raise EvaluationError(f"{source}: no labels of {len(without)} predicted volumes, the first {without.iloc[0]!r}")
+        raise EvaluationError(
+            f"{source}: has no labels for {len(without)} predicted volumes, the first {without.iloc[0]!r}"
+        )
     truth = truth.loc[table["volume"]]
     fitted = fit_calibration(
         truth.to_numpy(dtype=float), table[margins].to_numpy(dtype=float), names, method=method,

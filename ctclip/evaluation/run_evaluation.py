@@ -150,8 +150,8 @@ def _metrics_table(zero: dict[str, Any]) -> pd.DataFrame:
 def _same_spec(store: VolumeStore, table: pd.DataFrame, path: Path) -> None:
     if provenance(table, "spec") not in ("", store.spec.hash):
         raise EvaluationError(
-            f"{path}: made from volumes of spec {provenance(table, 'spec')}, the store {store.path} holds {store.spec.hash}; "
-            f"give the store they were made from"
+            f"{path}: was made from volumes of spec {provenance(table, 'spec')}, but the store {store.path} holds {store.spec.hash}; "
+            f"give the store of those volumes"
         )
 
 
@@ -168,7 +168,7 @@ def _calibrated(table: pd.DataFrame, names: list[str], fitted: Calibration, path
         predicted_by = provenance(table, what)
         if predicted_by and fitted_to and predicted_by != fitted_to:
             raise EvaluationError(
-                f"{path}: of {what} {predicted_by}, the calibration was fitted to {what} {fitted_to}: take the model's own, or "
+                f"{path}: predicted with {what} {predicted_by}, but the calibration was fitted to {what} {fitted_to}: use that model's own calibration, or "
                 f"run `ctclip calibrate` again"
             )
     if not fitted.patients:
@@ -223,7 +223,7 @@ def _embeddings(path: Path, table: pd.DataFrame) -> dict[str, np.ndarray] | None
     row = {name: index for index, name in enumerate(arrays["volume"])}
     if not set(table["volume"]) <= set(row):
         raise EvaluationError(
-            f"{path}: holds other volumes than the predictions beside it; run `ctclip zero-shot` again"
+            f"{path}: does not hold the same volumes as the predictions beside it; run `ctclip zero-shot` again"
         )
     order = [row[name] for name in table["volume"]]
     return {name: values[order] for name, values in arrays.items()}

@@ -84,7 +84,7 @@ def read_embeddings(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             f"{path}: cannot be read as embeddings ({' '.join(str(error).split())[:160]}); `ctclip embed` writes them"
         ) from error
     if "volume" not in table.column_names or len(table.column_names) < 2:
-        raise EvaluationError(f"{path}: no columns of embeddings; `ctclip embed` writes them")
+        raise EvaluationError(f"{path}: has no embedding columns; `ctclip embed` writes them")
     arrays: dict[str, np.ndarray] = {"volume": table["volume"].to_numpy(zero_copy_only=False).astype(str)}
     for name in table.column_names:
         if pa.types.is_fixed_size_list(table[name].type):
@@ -119,7 +119,7 @@ def read_predictions(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[s
     table["volume"] = table["volume"].map(without_suffix)
     if table["volume"].duplicated().any():
         twice = table["volume"][table["volume"].duplicated()].iloc[0]
-        raise EvaluationError(f"{path}: volume {twice!r} is listed twice; keep one row a volume")
+        raise EvaluationError(f"{path}: volume {twice!r} is listed twice; keep one row per volume")
     for name in table.columns[table.columns.str.startswith((MARGIN, VALUE)) | table.columns.isin(names)]:
         table[name] = _numbers(path, table[name])
     scores = table[names]
@@ -129,7 +129,7 @@ def read_predictions(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[s
     for name in ("model", "spec", "prompts", "labels"):
         stated = table[name][table[name] != ""].unique() if name in table.columns else []
         if len(stated) > 1:
-            raise EvaluationError(f"{path}: rows of different {name} ({', '.join(stated[:3])}); split the file")
+            raise EvaluationError(f"{path}: mixes rows of different {name} ({', '.join(stated[:3])}); split the file")
     return table.reset_index(drop=True), names
 
 
@@ -155,7 +155,7 @@ def read_labels(path: str | os.PathLike[str], names: list[str]) -> pd.DataFrame:
     key = next((name for name in ID_COLUMNS if name in table.columns), None)
     if key is None:
         raise EvaluationError(
-            f"{path}: neither a column 'volume' nor 'VolumeName'; give a cohort table or a labels CSV"
+            f"{path}: has neither a column 'volume' nor 'VolumeName'; give a cohort table or a labels CSV"
         )
     located = list(table.columns) if "NoteAcc_DEID" in table.columns else []
     parts = {
@@ -174,7 +174,7 @@ def read_labels(path: str | os.PathLike[str], names: list[str]) -> pd.DataFrame:
     labels = pd.DataFrame({"volume": table[key].map(without_suffix), **united}).set_index("volume")
     if labels.index.duplicated().any():
         twice = labels.index[labels.index.duplicated()][0]
-        raise EvaluationError(f"{path}: volume {twice!r} is listed twice; keep one row a volume")
+        raise EvaluationError(f"{path}: volume {twice!r} is listed twice; keep one row per volume")
     return labels
 
 

@@ -33,7 +33,7 @@ class LinearHead(Head):
         self.names, self.relu = tuple(names), relu
         if weight.shape != (len(self.names), model.config.dim) or bias.shape != (len(self.names),):
             raise CheckpointError(
-                f"a linear head of {tuple(weight.shape)} and {tuple(bias.shape)}, expected {len(self.names)} labels of "
+                f"a linear head with weights {tuple(weight.shape)} and biases {tuple(bias.shape)}; expected {len(self.names)} labels of "
                 f"{model.config.dim} dimensions"
             )
         self.weight, self.bias = weight.float().to(model.device), bias.float().to(model.device)

@@ -88,7 +88,7 @@ def read_reports(source: Path) -> tuple[list[str], list[str]]:
         else:
             table = pd.read_csv(source, dtype=str, keep_default_na=False).rename(columns=COLUMNS)
             if "text" not in table.columns and not {"findings", "impression"} <= set(table.columns):
-                raise DataError(f"{source}: has no column 'text', nor 'findings' and 'impression'")
+                raise DataError(f"{source}: has neither a column 'text' nor columns 'findings' and 'impression'")
             texts = list(table["text"]) if "text" in table.columns else report_texts(table, ("findings", "impression"))
             names = list(table["volume"]) if "volume" in table.columns else [str(row + 1) for row in range(len(texts))]
     except (OSError, UnicodeDecodeError, ValueError) as error:

@@ -43,7 +43,9 @@ def import_published(
     from transformers import BertModel
 
     if text is None and text_config is None:
-        raise CheckpointError(f"{file}: name the text encoder's tokenizer and config.json in --text or --text-config")
+        raise CheckpointError(
+            f"{file}: give the tokenizer and config.json of the text encoder with --text or --text-config"
+        )
     check_output(output)
     published = read_published(file, ignore)
     shape = _bert_config(text, text_config)
@@ -85,7 +87,7 @@ def _spec(published: Published, file: Path, name: str | None) -> PreprocessingSp
         spec = PreprocessingSpec.load(name)
         if spec.shape[1:] != (published.plane, published.plane) or spec.shape[0] % published.volume.patch[0]:
             raise CheckpointError(
-                f"{file}: its weights want volumes of {published.plane} x {published.plane} voxels in plane and a multiple of "
+                f"{file}: its weights need volumes of {published.plane} x {published.plane} voxels in plane and a multiple of "
                 f"{published.volume.patch[0]} slices, the spec {name!r} has {' x '.join(map(str, spec.shape))}"
             )
         return spec

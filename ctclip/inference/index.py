@@ -67,7 +67,7 @@ class Index:
             path = folder / "reports.faiss"
             reports = faiss.read_index(str(path)) if path.is_file() else None
         except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"{folder}: no index could be read; `ctclip index` makes one") from error
+            raise DataError(f"{folder}: not a readable index; `ctclip index` writes one") from error
         if facts["model"] != model:
             raise DataError(f"{folder}: made with model {facts['model']}, not {model}: run `ctclip index` again")
         if volumes.ntotal != len(rows):
@@ -129,7 +129,7 @@ def index_facts(folder: Path) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         return facts | {"model": str(facts["model"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: no index could be read; `ctclip index` makes one") from error
+        raise DataError(f"{folder}: not a readable index; `ctclip index` writes one") from error
 
 
 def index_store(

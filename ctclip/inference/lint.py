@@ -37,7 +37,7 @@ def check_prompts(
     for name, cosine in zip(names, cosines, strict=True):
         warnings = []
         if cosine > too_close:
-            warnings.append(f"its sides nearly coincide (cosine {cosine:.3f}): the margin says little")
+            warnings.append(f"the model hardly tells the positive prompts from the negative ones (cosine {cosine:.3f})")
         sides = [prompts.side(name, stated) for stated in (True, False)]
         vectors = model.encode_prompts([text for texts in sides for text in texts]).split([len(side) for side in sides])
         positive, negative = (side.mean(dim=0) for side in vectors)
@@ -46,10 +46,10 @@ def check_prompts(
         for stated, texts, side in zip((True, False), sides, vectors, strict=True):
             for text, value in zip(texts, (side @ direction).tolist(), strict=True):
                 if (value > middle) != stated:
-                    warnings.append(f"{text!r} lies on the {'negative' if stated else 'positive'} side")
+                    warnings.append(f"{text!r} is nearer to the {'negative' if stated else 'positive'} prompts")
                 if unknown and unknown in model.text_encoder.tokenizer.tokenize(text):
-                    warnings.append(f"{text!r} has a word the tokenizer does not know")
+                    warnings.append(f"{text!r} contains a word that the tokenizer does not know")
         twice = set(prompts.side(name, True)) & set(prompts.side(name, False))
-        warnings += [f"{text!r} stands on both sides" for text in sorted(twice)]
+        warnings += [f"{text!r} is both a positive and a negative prompt" for text in sorted(twice)]
         checks.append(PairCheck(name, cosine, tuple(warnings)))
     return sorted(checks, key=lambda check: -check.cosine)

@@ -192,7 +192,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         if isinstance(volume, Prepared):
             if volume.spec.hash != self.spec.hash:
                 raise ValueError(
-                    f"this scan was prepared with spec {volume.spec.name!r}, the model wants {self.spec.name!r}: use model.prepare"
+                    f"this scan was prepared with spec {volume.spec.name!r}, but the model needs {self.spec.name!r}: use model.prepare"
                 )
             volume = volume.voxels
         if not isinstance(volume, Tensor | np.ndarray):
@@ -206,9 +206,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         """A prompt head for other names than its own, with the calibration of those it knows."""
         known = self.head(head)
         if not isinstance(known, PromptHead):
-            raise ValueError(
-                f"the head {head!r} scores {', '.join(known.names)} alone; prompts can ask for other names"
-            )
+            raise ValueError(f"the head {head!r} scores only {', '.join(known.names)}; prompts can ask for other names")
         return asking(self.folder, known.prompts, abnormalities, known)
 
 
@@ -220,7 +218,7 @@ def usable_head(folder: ModelFolder, name: str) -> Head:
         _unused(f"the calibration of {folder.path} was fitted to other weights ({calibration.model})")
         head.calibration = None
     elif calibration is not None and calibration.prompts and calibration.prompts != head.source:
-        _unused(f"the calibration of {folder.path} was fitted to {calibration.prompts}, this is {head.source}")
+        _unused(f"the calibration of {folder.path} was fitted to {calibration.prompts}, not to {head.source}")
         head.calibration = None
     return head
 
@@ -239,7 +237,7 @@ def asking(
     if known is not None and known.source == head.source:
         head.calibration = known.calibration
     elif known is not None and known.calibration is not None:
-        _unused(f"the calibration of {folder.path} was fitted to {known.source}, this is {head.source}")
+        _unused(f"the calibration of {folder.path} was fitted to {known.source}, not to {head.source}")
     return head
 
 
@@ -255,7 +253,7 @@ def _checked(names: str | Sequence[str]) -> list[str]:
 
 
 def _unused(reason: str) -> None:
-    print(f"warning: {reason}: not used; `ctclip calibrate` fits one", file=sys.stderr)
+    print(f"warning: {reason}, so it is not used; `ctclip calibrate` fits one", file=sys.stderr)
 
 
 def load(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:

@@ -45,7 +45,7 @@ class StoredScans:
     def __init__(self, store: VolumeStore, split: str | None, spec: PreprocessingSpec, model: Path) -> None:
         if store.spec.hash != spec.hash:
             raise DataError(
-                f"{store.path}: prepared with spec {store.spec.name!r} ({store.spec.hash}), the model {model} wants "
+                f"{store.path}: prepared with spec {store.spec.name!r} ({store.spec.hash}), but the model {model} needs "
                 f"{spec.name!r} ({spec.hash}); run `ctclip preprocess --spec {model}/preprocessing.yaml`"
             )
         self.store, self.spec = store, spec
@@ -107,7 +107,7 @@ def _expanded(paths: Sequence[Path]) -> list[Path]:
         if not path.exists() and glob.has_magic(str(path)):
             matched = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
             if not matched:
-                raise DataError(f"{path}: the pattern matches nothing")
+                raise DataError(f"{path}: no file matches this pattern")
         else:
             matched = [path]
         for one in matched:

@@ -169,8 +169,8 @@ def read_architecture(
     for name in ARCHITECTURE:
         if not (path / name).exists():
             raise CheckpointError(
-                f"{path}: {name} is missing, this is not a ctclip model folder. `ctclip train` ends with one; "
-                f"`ctclip import-checkpoint` makes one of a published checkpoint"
+                f"{path}: {name} is missing, so this is not a ctclip model folder. `ctclip train` writes one; "
+                f"`ctclip import-checkpoint` makes one from a published checkpoint"
             )
     own = PreprocessingSpec.load(path / "preprocessing.yaml")
     config, geometry = _config_of(path, own)
@@ -216,8 +216,8 @@ def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu
     path = local_folder(str(source))
     if not (path / "model.safetensors").is_file():
         raise CheckpointError(
-            f"{path}: model.safetensors is missing, this is not a ctclip model folder. `ctclip train` ends with one; "
-            f"`ctclip import-checkpoint` makes one of a published checkpoint"
+            f"{path}: model.safetensors is missing, so this is not a ctclip model folder. `ctclip train` writes one; "
+            f"`ctclip import-checkpoint` makes one from a published checkpoint"
         )
     built = read_architecture(path)
     model = built.model
@@ -252,8 +252,8 @@ def _config_of(path: Path, spec: PreprocessingSpec) -> tuple[ModelConfig, Prepro
             kept = getattr(spec, name)
             if tuple(value) != tuple(kept):
                 print(
-                    f"note: {path / 'config.yaml'}: trained as if {name} were {value}; the spec of its volumes says "
-                    f"{list(kept)}: kept as it was trained",
+                    f"note: {path / 'config.yaml'}: trained as if {name} were {value}, although the spec of its volumes says "
+                    f"{list(kept)}; the value used in training is kept",
                     file=sys.stderr,
                 )
                 changed: dict[str, Any] = {name: tuple(value)}
@@ -266,7 +266,7 @@ def _labels_of(path: Path) -> LabelSet:
     if (path / LABELS).is_file():
         return load_labels(path / LABELS)
     print(
-        f"note: {path}: written by an earlier version, without its label set: {LABELS_BEFORE} is assumed",
+        f"note: {path}: written by an earlier version without a label set; {LABELS_BEFORE} is assumed",
         file=sys.stderr,
     )
     return load_labels(installed_file(LABELS_BEFORE, "labels"))

@@ -77,7 +77,7 @@ def _patterns(name: str, key: str, weights: bool) -> list[str]:
         listing = _within(PATIENCE, lambda: HfApi().model_info(name, timeout=PATIENCE / 2))
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{name}: its owner wants to be asked first; accept the terms on the hub's page and log in (`hf auth login`)"
+            f"{name}: access to this repository is restricted; accept its terms on the hub's page and log in (`hf auth login`)"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CheckpointError(

@@ -60,7 +60,7 @@ def shape_of(values: dict[str, Any], source: str | Path) -> Any:
         raise CheckpointError(f"{source}: these weights are quantised and cannot be trained; take the original ones")
     if kind not in CONFIG_MAPPING:
         raise CheckpointError(
-            f"{source}: the architecture {kind!r} is none of Transformers' own: it would come as code, and code that "
+            f"{source}: the architecture {kind!r} is not part of Transformers: it would come as code, and code that "
             f"comes with a checkpoint is never run here. Choose a model of a known architecture"
         )
     _check_parts(values, source)
@@ -107,8 +107,8 @@ def _pretrained(source: str | Path, side: str, weights: bool) -> nn.Module:
         raise CheckpointError(f"{folder}: holds an adapter; merge it into its model and save that (merge_and_unload)")
     if not any(any(folder.glob(f"{stem}*")) for stem in ("model*.safetensors", "pytorch_model*.bin")):
         raise CheckpointError(
-            f"{folder}: no {side} model could be loaded (model.safetensors is missing; {key}.weights=random does "
-            f"without weights)"
+            f"{folder}: no {side} model could be loaded (model.safetensors is missing; {key}.weights=random works "
+            f"without it)"
         )
     return _trained(folder, shape, side)
 
@@ -135,7 +135,7 @@ def _trained(folder: Path, shape: Any, side: str) -> nn.Module:
     if left:
         raise CheckpointError(
             f"{folder}: the weights are those of another architecture than config.json describes: {len(left)} of them "
-            f"have no place in it, for example {left[0]}"
+            f"do not belong to it, for example {left[0]}"
         )
     return _encoder(model, side)
 
@@ -164,8 +164,8 @@ def _architecture(shape: Any, side: str, source: str | Path) -> tuple[Any, Any, 
         raise CheckpointError(f"{source}: Transformers has no {side} encoder of the architecture {shape.model_type}")
     if getattr(shape, "is_encoder_decoder", False) and "Encoder" not in kind.__name__:
         raise CheckpointError(
-            f"{source}: {shape.model_type} is an encoder with a decoder, of which no encoder can be had by itself; "
-            f"T5's can, and so can models of an encoder or a decoder alone"
+            f"{source}: {shape.model_type} is an encoder-decoder model whose encoder cannot be used by itself; "
+            f"use a T5 model, or one that is only an encoder or only a decoder"
         )
     options: dict[str, Any] = {"attn_implementation": "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"}
     if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
@@ -226,7 +226,7 @@ def _check_parts(values: dict[str, Any], source: str | Path) -> None:
         bounds = [bound for part, bound in MOST.items() if part in str(name)]
         for number in value if isinstance(value, list | tuple) else [value]:
             if bounds and isinstance(number, int | float) and number > min(bounds) and "size" not in str(name):
-                raise CheckpointError(f"{source}: {name} {number:.3g} is more than any model known has")
+                raise CheckpointError(f"{source}: {name} {number:.3g} is more than any known model has")
 
 
 def _check_memory(kind: Any, shape: Any, options: dict[str, Any], source: str | Path) -> None:
@@ -237,7 +237,7 @@ def _check_memory(kind: Any, shape: Any, options: dict[str, Any], source: str | 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise CheckpointError(
-            f"{source}: the {shape.model_type} model it describes takes {needed / 2**30:.3g} GiB, this machine has "
+            f"{source}: the {shape.model_type} model it describes needs {needed / 2**30:.3g} GiB, but this machine has "
             f"{memory / 2**30:.3g}"
         )
 

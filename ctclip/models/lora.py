@@ -19,7 +19,7 @@ def add_lora(module: nn.Module, targets: Sequence[str], rank: int) -> None:
     present = [name for name, _ in module.named_modules() if name.rpartition(".")[2] in targets]
     if not present:
         raise ConfigError(
-            f"tuning=lora: {type(module).__name__} has no linear map among {', '.join(targets) or 'its targets'}"
+            f"tuning=lora: {type(module).__name__} has no linear layer among {', '.join(targets) or 'its targets'}"
         )
     peft = extras.require("peft")
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), module)

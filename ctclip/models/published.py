@@ -95,12 +95,14 @@ def read_published(path: str | Path, ignore: Sequence[str] = ()) -> Published:
             )
     if strange:
         raise CheckpointError(
-            f"{path}: {len(strange)} keys are not understood: {', '.join(strange)}; name those that may be dropped in --ignore (`--ignore 'decoder.*'` for many)"
+            f"{path}: {len(strange)} keys are unknown: {', '.join(strange)}; leave out those that are not needed with --ignore (many at once: `--ignore 'decoder.*'`)"
         )
     try:
         volume, plane, dim, bert = _sizes(tensors, state)
     except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path}: not a CT-CLIP checkpoint, {error} is missing or of an odd shape") from error
+        raise CheckpointError(
+            f"{path}: not a CT-CLIP checkpoint, {error} is missing or has an unexpected shape"
+        ) from error
     classifier = {
         key.removeprefix("classifier."): tensors[key]
         for key in ("classifier.weight", "classifier.bias")
@@ -133,17 +135,17 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: not a checkpoint of plain tensors ({type(error).__name__}); other pickles are never opened, get the file from its authors again"
+            f"{path}: not a checkpoint of plain tensors ({type(error).__name__}); other pickles are never opened; get the file from its authors again"
         ) from error
     for key in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(k, str) for k in loaded):
-        raise CheckpointError(f"{path}: holds no dictionary of tensors")
+        raise CheckpointError(f"{path}: does not hold a dictionary of tensors")
     if set(loaded) == {"state", "param_groups"}:
         # The published fine-tuning saves its optimizer over its last model.
         raise CheckpointError(
-            f"{path}: the state of an optimizer, not of a model; give the checkpoint of a step before"
+            f"{path}: holds the state of an optimizer, not of a model; give the checkpoint of an earlier step"
         )
     tensors = {}
     for key, value in loaded.items():

@@ -56,8 +56,8 @@ def reading_of(bert: Any, tokenizer: Any) -> Reading:
     if beyond:
         names = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(sorted(beyond)[:3]))
         raise CheckpointError(
-            f"model.text: the tokenizer has {len(beyond)} tokens that the {kind} encoder has no vectors for ({names}); "
-            f"take the tokenizer that belongs to it, or model.text.tuning=full, with which they are learned"
+            f"model.text: the tokenizer has {len(beyond)} tokens that the {kind} encoder has no embeddings for ({names}); "
+            f"use the tokenizer that belongs to it, or set model.text.tuning=full to learn them"
         )
     padding = tokenizer.pad_token_id
     padding = padding if padding is not None and (rows is None or padding < rows) else 0
@@ -130,7 +130,7 @@ def _tried(bert: Any, prefix: tuple[int, ...], suffix: tuple[int, ...], words: l
         bert.train(training)
     if hidden.shape != (*ids.shape, width):
         raise CheckpointError(
-            f"model.text: the architecture {kind} cannot serve as text encoder: of {tuple(ids.shape)} tokens it makes "
+            f"model.text: the architecture {kind} cannot serve as text encoder: from {tuple(ids.shape)} tokens it makes "
             f"{tuple(hidden.shape)} numbers, not one vector of {width} each"
         )
     freeze_unused(bert, hidden)

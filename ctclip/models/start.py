@@ -72,7 +72,7 @@ def take_weights(model: DualEncoder, source: dict[str, Tensor], sides: str, wher
         if not any(name.startswith(f"{side}_encoder.") for name in result.taken):
             raise ConfigError(
                 f"model.init={where}: nothing of its {side} encoder fits this configuration; give model.{side} the "
-                f"architecture of {where}/config.yaml, or take the other side alone (model.init_sides)"
+                f"architecture of {where}/config.yaml, or start only the other side from it (model.init_sides)"
             )
     return result
 

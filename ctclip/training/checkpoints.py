@@ -112,7 +112,7 @@ class Checkpoints:
                 learned = json.loads((path / "checkpoint.json").read_text()).get("spec", self.spec)
                 if learned != self.spec:
                     raise CheckpointError(
-                        f"{path}: learned from volumes of spec {learned}, this store holds {self.spec}; name the store of "
+                        f"{path}: was trained on volumes of spec {learned}, but this store holds {self.spec}; name the store of "
                         f"the run, or another --output"
                     )
                 return step, load_file(path / "state.safetensors")
@@ -135,7 +135,7 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """The state of one checkpoint folder. Raises CheckpointError if it is damaged."""
     fault = _fault(path)
     if fault is not None:
-        raise CheckpointError(f"{path}: this checkpoint is damaged ({fault}); take another one of the folder")
+        raise CheckpointError(f"{path}: this checkpoint is damaged ({fault}); choose another one in the folder")
     return load_file(path / "state.safetensors")
 
 

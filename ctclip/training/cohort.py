@@ -42,8 +42,8 @@ def open_cohort(folder: Path, data: StoredVolumes, *, learned: bool, force: bool
         changes = _changes(before.volumes, now.volumes)
         if changes and not force:
             raise TrainingError(
-                f"{path}: this run learned from other data than {data.store.path} holds now ({', '.join(changes)}). Name the "
-                f"store it learned from, choose another --output, or continue it on purpose with --force"
+                f"{path}: this run was trained on other data than {data.store.path} holds now ({', '.join(changes)}). Name the "
+                f"store it was trained on, choose another --output, or continue with the new data with --force"
             )
         if learned:
             now.seen = sorted({*now.seen, *before.seen})

@@ -16,7 +16,7 @@ def export_checkpoint(run: Path, output: Path, which: str = "newest") -> Path:
     run folder is all it needs: neither the store nor a pretrained folder."""
     check_output(output)
     if not (run / "config.yaml").is_file() or not (run / ARCHITECTURE).is_dir():
-        raise CheckpointError(f"{run}: no run folder of `ctclip train` (no config.yaml, or no {ARCHITECTURE}/)")
+        raise CheckpointError(f"{run}: not a run folder of `ctclip train` (no config.yaml, or no {ARCHITECTURE}/)")
     config = build_config(read_mapping(run / "config.yaml"), str(run / "config.yaml"))
     built = read_architecture(run / ARCHITECTURE)
     checkpoints = Checkpoints(run / "checkpoints", config.training.keep_checkpoints, built.spec.hash)

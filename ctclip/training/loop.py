@@ -155,7 +155,7 @@ def _check_spec(wanted: str, kept: PreprocessingSpec, store: str) -> None:
     same = PreprocessingSpec.load(wanted).hash == kept.hash if Path(wanted).is_file() else kept.name == wanted
     if not same:
         raise TrainingError(
-            f"{store}: prepared with spec {kept.name!r}, the configuration wants {wanted!r}. Run `ctclip preprocess "
+            f"{store}: prepared with spec {kept.name!r}, but the configuration needs {wanted!r}. Run `ctclip preprocess "
             f"--spec {wanted}`, or set preprocessing="
         )
 

@@ -33,7 +33,7 @@ def parameter_groups(step: TrainingStep, config: TrainingConfig) -> list[dict[st
             key = side, factors.get(id(parameter), 1.0), parameter.ndim > 1
             groups.setdefault(key, []).append(parameter)
     if not groups:
-        raise ConfigError("nothing learns: training.freeze and model.text.tuning leave no parameter")
+        raise ConfigError("there is nothing to train: training.freeze and model.text.tuning freeze every parameter")
     return [
         {"params": members, "lr": rates[side] * factor, "weight_decay": config.weight_decay if decays else 0.0}
         for (side, factor, decays), members in sorted(groups.items())
@@ -95,7 +95,7 @@ def micro_batches(config: TrainingConfig) -> int:
     """Parts in which a rank encodes its share of the batch. Raises ConfigError if they do not come out even."""
     ranks = world_size()
     if config.batch % ranks:
-        raise ConfigError(f"training.batch={config.batch} cannot be shared by {ranks} ranks: make it a multiple")
+        raise ConfigError(f"training.batch={config.batch} is not a multiple of the {ranks} ranks")
     share = config.batch // ranks
     micro = config.micro_batch or share
     if share % micro:

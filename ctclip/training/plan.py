@@ -367,14 +367,14 @@ def describe(config: Config, plan: Plan, card: str, volumes: int) -> str:
         mark = " <- configured" if stage.stage == config.training.zero.stage else ""
         lines.append(f"{stage.stage:<4}  {columns}  {plan.largest_share(stage, memory):>19}{mark}")
     lines.append(
-        f"beside them a GPU holds some {CONTEXT / GIB:.1f} GiB (CUDA, NCCL), taken off in the last column, and workspaces of cuDNN, "
-        f"which are not: {MEASURED}"
+        f"each GPU also holds about {CONTEXT / GIB:.1f} GiB of CUDA and NCCL, which the last column subtracts, and cuDNN workspaces,  "
+        f"which it does not: {MEASURED}"
         if card in CARDS
         else PROCESS
     )
     if config.training.zero.offload:
         moved = "optimizer and parameters" if config.training.zero.stage == 3 else "optimizer"
-        lines.append(f"training.zero.offload moves {moved} to the host's memory: not taken off here")
+        lines.append(f"training.zero.offload moves {moved} to the host's memory; this is not subtracted here")
     seconds = 3600 * plan.hours(volumes, rate)
     source = (
         f"{reached:.1%} of the card's data sheet; try a few steps before a long run"
@@ -384,13 +384,13 @@ def describe(config: Config, plan: Plan, card: str, volumes: int) -> str:
     lines += [
         "",
         f"time: {_duration(seconds)} an epoch of {volumes} scans, {_duration(seconds * config.training.epochs)} for "
-        f"{config.training.epochs:g} epochs, at {rate / 1e12:.2f} TFLOP/s a rank ({source}), reading not counted",
+        f"{config.training.epochs:g} epochs, at {rate / 1e12:.2f} TFLOP/s per rank ({source}), without the time for reading",
     ]
     configured = plan.stages[config.training.zero.stage]
     if plan.largest_share(configured, memory) < micro:
         lines.append(
             "does not fit: raise zero.stage, set training.micro_batch (two-pass gradients), "
-            "model.volume.activation_checkpointing=true, or take more ranks"
+            "model.volume.activation_checkpointing=true, or use more ranks"
         )
     return "\n".join(lines)
 

@@ -47,7 +47,7 @@ def open_run(folder: Path, config: Config, *, force: bool = False) -> None:
         if changed and not force:
             raise TrainingError(
                 f"{saved}: this run folder belongs to another configuration (differs in {', '.join(changed)}). "
-                f"Choose another --output, or continue it on purpose with --force"
+                f"Choose another --output, or continue with the new configuration with --force"
             )
     write_text(saved, dump_config(config))
     facts = {"seed": config.seed, "revision": revision(), "versions": versions(), "command": sys.argv}

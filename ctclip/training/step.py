@@ -211,7 +211,7 @@ def pairs_of(batch: Batch) -> Pairs:
 def _built(name: str, section: ObjectiveConfig, context: Context) -> Objective:
     kind = plugins.find("objective", name)
     if not (isinstance(kind, type) and issubclass(kind, Objective)):
-        raise ConfigError(f"objectives: {name} is no Objective (ctclip.objectives.objective)")
+        raise ConfigError(f"objectives: {name} is not an Objective (ctclip.objectives.objective)")
     objective: Objective = kind(section, context)
     if ("tokens" in objective.needs) == ("features" in objective.needs):
         raise ConfigError(

@@ -79,14 +79,16 @@ def read(tree: Tree, *, keep_no_chest: bool = False) -> Cohort:
     if silent and len(reports):
         unmatched.append(f"{len(silent)} of the volumes have no report (the first: {silent[0]})")
     elif silent:
-        warnings.append("no table of reports below it: all volumes are kept without text")
+        warnings.append("there is no table of reports: all volumes are stored without text")
     table = (
         cohort_table([_record(root, volume, path, reports, labels, metadata) for volume, path in kept.items()])
         if kept
         else None
     )
     if table is None:
-        raise PreprocessingError(f"{root}: all of its volumes are listed as no chest; --keep-no-chest takes them")
+        raise PreprocessingError(
+            f"{root}: all of its volumes are listed as showing no chest; --keep-no-chest keeps them"
+        )
     table["no_chest"] = table["volume"].isin(set(no_chest))
     notes = _notes(reports, kept)
     names, others = _labels(labels)
@@ -197,14 +199,14 @@ def _notes(reports: pd.DataFrame, files: dict[str, Path]) -> list[str]:
     words = [cell for column in SECTIONS for cell in mine[column] if cell and is_no_report(cell)]
     notes = []
     if words:
-        notes.append(f"{counted(len(words), 'section')} of reports say nothing (such as {words[0]!r}): taken as empty")
+        notes.append(
+            f"{counted(len(words), 'section')} of reports hold only a placeholder (such as {words[0]!r}) and are taken as empty"
+        )
     silent = [
         n for n, row in mine.iterrows() if is_no_report(row["Findings_EN"]) and is_no_report(row["Impressions_EN"])
     ]
     if silent:
-        notes.append(
-            f"{counted(len(silent), 'report')} without a word of findings or impression (the first: {silent[0]})"
-        )
+        notes.append(f"{counted(len(silent), 'report')} with neither findings nor impression (the first: {silent[0]})")
     return notes
 
 

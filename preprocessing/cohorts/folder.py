@@ -112,8 +112,8 @@ def _named(root: Path, paths: list[Path], series: dict[Path, Scan] | None = None
     warnings = _same_patients(records, keys)
     if copies:
         warnings.append(
-            f"{len(copies)} volume files hold the same bytes as another (the first: {printable(str(min(copies)))}): "
-            f"taken as one patient's"
+            f"{len(copies)} volume files are identical to another (the first: {printable(str(min(copies)))}): "
+            f"taken as scans of one patient"
         )
     table = cohort_table(records)
     files = {
@@ -256,7 +256,7 @@ def _from_table(path: Path, label_names: Sequence[str] | None) -> Cohort:
     )
     if silent:
         notes.append(
-            f"{counted(silent.total(), 'section')} of reports say nothing (such as {min(silent)!r}): taken as empty"
+            f"{counted(silent.total(), 'section')} of reports hold only a placeholder (such as {min(silent)!r}) and are taken as empty"
         )
     for name in SECTIONS:
         if name in table.columns:

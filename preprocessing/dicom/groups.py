@@ -34,7 +34,7 @@ def best(slices: list[Slice], warnings: list[str]) -> list[Slice]:
         return slices
     chosen, reasons = _apart(slices)
     if reasons:
-        warnings.append(f"{len(slices) - len(chosen)} slices of another {' and '.join(reasons)} were left out")
+        warnings.append(f"{len(slices) - len(chosen)} slices with another {' and '.join(reasons)} were left out")
     depth = depths(chosen)
     names, labels = _acquisitions(chosen, depth)
     if not names:
@@ -47,12 +47,12 @@ def best(slices: list[Slice], warnings: list[str]) -> list[Slice]:
     filling = _filling_holes(depth, taken, strays)
     differ = ", ".join(names)
     if filling:
-        warnings.append(f"slices differ in {differ}: {len(filling)} of them were kept, which fill holes")
+        warnings.append(f"slices differ in {differ}: {len(filling)} of them were kept because they fill gaps")
     if len(left) > len(filling):
         several = sum(len(part) >= FEWEST for part in parts) > 1 and not trimmed
         warnings.append(
-            f"the series holds several acquisitions or reconstructions, which differ in {differ}: took "
-            f"{len(taken) + len(filling)} of {len(chosen)} slices, those of the best"
+            f"the series holds several acquisitions or reconstructions, which differ in {differ}: used "
+            f"{len(taken) + len(filling)} of {len(chosen)} slices, those of the best one"
             if several
             else f"{len(left) - len(filling)} slices that differ in {differ} overlap the others and were left out"
         )

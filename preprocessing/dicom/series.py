@@ -78,7 +78,7 @@ def read(folder: Path, series: str | None, only: Path | None, name: Path | None)
     numbers = missing.by_number(chosen.images, chosen.warnings)
     volume = stack.volume(source, chosen.slices, numbers, chosen.warnings)
     if len(by_uid) > 1 and series is None:
-        volume.warnings.append(f"{len(by_uid)} series in the folder: took the best of them (--series chooses)")
+        volume.warnings.append(f"{len(by_uid)} series in the folder: used the best one (--series chooses another)")
     return volume
 
 

@@ -72,13 +72,13 @@ def _differences(members: list[Slice], warnings: list[str]) -> None:
     differing = [word for word in VALUES if len({str(header.get(word)) for header in headers}) > 1]
     rescaled = [word for word in differing if word.startswith("Rescale")]
     if rescaled:
-        warnings.append(f"slices differ in {', '.join(rescaled)}: each is rescaled by its own")
+        warnings.append(f"slices differ in {', '.join(rescaled)}: each slice is rescaled with its own")
     if others := [word for word in differing if word not in rescaled]:
         warnings.append(f"slices differ in {', '.join(others)}: values of some may be wrong")
     if len({str(header.get("PhotometricInterpretation")) for header in headers}) > 1:
         warnings.append("slices differ in PhotometricInterpretation: it concerns display, values are taken as stored")
     if any(lossy(member.image) for member in members):
-        warnings.append("compressed with loss: HU are approximate")
+        warnings.append("lossy compression: HU are approximate")
 
 
 def _without_copies(
@@ -126,7 +126,7 @@ def _missing(source: str, gaps: np.ndarray, usual: float, numbers_missing: int, 
     if missing:
         warnings.append(f"{missing} slices are missing: interpolated from their neighbours")
     elif numbers_missing:
-        warnings.append(f"InstanceNumber leaves out {numbers_missing} numbers, though no slice is missing by position")
+        warnings.append(f"InstanceNumber skips {numbers_missing} numbers, although no slice is missing by position")
 
 
 def _array(source: str, members: list[Slice]) -> np.ndarray:
@@ -136,7 +136,7 @@ def _array(source: str, members: list[Slice]) -> np.ndarray:
     held = sum(path.stat().st_size for path in {member.image.path for member in members})
     if voxels > min(LARGEST_VOXELS, LARGEST_RATIO * held):
         raise PreprocessingError(
-            f"{source}: its headers claim {len(members)} x {rows} x {columns} voxels, more than its files or any CT hold"
+            f"{source}: its headers claim {len(members)} x {rows} x {columns} voxels, more than its files hold or any CT has"
         )
     array = np.empty((len(members), rows, columns), np.int16)
     for index, member in enumerate(members):

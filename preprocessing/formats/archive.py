@@ -99,7 +99,7 @@ class _Unpacking:
             if inner.name.lower().endswith(".npz") or not (is_zip(inner) or is_tar(inner)):
                 continue
             if depth == DEEPEST:
-                raise PreprocessingError(f"{self.source}: archives in archives, {depth} deep; unpack it yourself")
+                raise PreprocessingError(f"{self.source}: archives nested {depth} deep; unpack it yourself")
             below = inner.with_name(f"{inner.name}.unpacked")
             below.mkdir()
             self.unpack(inner, below, depth + 1)
@@ -113,7 +113,9 @@ class _Unpacking:
                 if member.flag_bits & 1:
                     raise PreprocessingError(f"{self.source}: is encrypted; unpack it with its password")
                 if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise PreprocessingError(f"{self.source}: is packed in a way that is not read; unpack it yourself")
+                    raise PreprocessingError(
+                        f"{self.source}: uses a compression that is not supported; unpack it yourself"
+                    )
                 if target := self._target(member.filename, folder):
                     with archive.open(member) as stream:
                         self._copy(stream, target)

@@ -74,7 +74,9 @@ def _fields(stream: BinaryIO, source: str) -> dict[str, str]:
         if not value:
             raise PreprocessingError(f"{source}: field {name!r} of its header is empty; it is damaged")
         if fields.setdefault(name, value) != value:
-            raise PreprocessingError(f"{source}: field {name!r} stands twice in its header, and differs; it is damaged")
+            raise PreprocessingError(
+                f"{source}: field {name!r} appears twice in its header with different values; it is damaged"
+            )
         if name == "ElementDataFile":
             return fields
     raise PreprocessingError(
@@ -88,16 +90,16 @@ def _layout(fields: dict[str, str], source: str) -> tuple[tuple[int, int, int], 
         if name not in fields:
             raise PreprocessingError(f"{source}: field {name!r} of its header is missing; it is damaged")
     if fields.get("ObjectType", "Image") != "Image":
-        raise PreprocessingError(f"{source}: holds another kind of object than an image")
+        raise PreprocessingError(f"{source}: does not hold an image")
     axes = text_header.integers(fields["NDims"], 1, "NDims", source)[0]
     if axes != 3:
         raise PreprocessingError(f"{source}: has {axes} dimensions, not the three of a volume")
     sizes = volume_shape(text_header.integers(fields["DimSize"], 3, "DimSize", source), source)
     channels = text_header.integers(fields.get("ElementNumberOfChannels", "1"), 1, "ElementNumberOfChannels", source)[0]
     if channels != 1:
-        raise PreprocessingError(f"{source}: has {channels} values a voxel, not a CT")
+        raise PreprocessingError(f"{source}: has {channels} values per voxel: not a CT")
     if fields["ElementType"] not in TYPES:
-        raise PreprocessingError(f"{source}: its voxels are of no type that a CT has")
+        raise PreprocessingError(f"{source}: its voxels have a type that no CT has")
     if not _is(fields, "BinaryData", True, source):
         raise PreprocessingError(f"{source}: its voxels are written as text; save it as binary")
     order: Literal["<", ">"] = ">" if _is(fields, "BinaryDataByteOrderMSB", False, source) else "<"
@@ -138,7 +140,7 @@ def _geometry(fields: dict[str, str], source: str) -> tuple[np.ndarray, str | No
     if field in fields:
         spacing = np.array(text_header.numbers(fields[field], 3, field, source))
         if field == "ElementSize":
-            warnings.append("its header has no ElementSpacing: ElementSize is taken for it")
+            warnings.append("its header has no ElementSpacing: ElementSize is used instead")
         if not (spacing > 0).all():
             doubt = f"{field} of its header is not positive"
     else:
@@ -151,11 +153,13 @@ def _geometry(fields: dict[str, str], source: str) -> tuple[np.ndarray, str | No
     elif fields.get("AnatomicalOrientation", "RAI") not in ("RAI", "???"):
         doubt = doubt or "its header states an AnatomicalOrientation, but no TransformMatrix"
     elif doubt is None:
-        warnings.append("its header states no TransformMatrix: columns are taken to run to the left, rows to the back")
+        warnings.append(
+            "its header states no TransformMatrix: columns are assumed to run to the left and rows to the back"
+        )
     if "Offset" in fields:
         origin = np.array(text_header.numbers(fields["Offset"], 3, "Offset", source))
     else:
-        warnings.append("its header states no Offset: the origin is taken to be 0")
+        warnings.append("its header states no Offset: the origin is assumed to be 0")
     unit = text_header.MM_PER_UNIT.get(fields.get("DistanceUnits", "mm").lower())
     if unit is None:
         doubt = doubt or "DistanceUnits of its header names no unit that is known"

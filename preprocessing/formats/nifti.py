@@ -96,7 +96,7 @@ def _header_block(stream: Any, source: str) -> tuple[int, str, bool, bytes]:
                 return size, order, magic == single, block
             if size == 348 and not magic.strip(b"\0"):
                 raise PreprocessingError(
-                    f"{source}: an Analyze 7.5 header, which states no orientation; convert the scan from DICOM again"
+                    f"{source}: has an Analyze 7.5 header, which states no orientation; convert the scan from DICOM again"
                 )
     except streams.damage() as error:
         raise PreprocessingError(f"{source}: its compressed stream is damaged or cut short; copy it again") from error
@@ -123,7 +123,7 @@ def _voxels(header: Any, order: str, source: str) -> tuple[tuple[int, int, int],
     dtype = np.dtype(TYPES[code]).newbyteorder(order)  # type: ignore[arg-type]
     if int(header["bitpix"]) != 8 * dtype.itemsize:
         raise PreprocessingError(
-            f"{source}: its header contradicts itself: {int(header['bitpix'])} bits a voxel, and a type of "
+            f"{source}: its header contradicts itself: {int(header['bitpix'])} bits per voxel, but a type of "
             f"{8 * dtype.itemsize}; convert it from DICOM again"
         )
     return shape, dtype
@@ -140,7 +140,7 @@ def _offset(header: Any, header_size: int, source: str) -> int:
         return first
     if not first <= value < 2**40 or value != int(value):
         raise PreprocessingError(
-            f"{source}: its header says that the voxels begin at byte {value:g}, and they cannot begin before byte {first}; "
+            f"{source}: its header says that the voxels begin at byte {value:g}, but they cannot begin before byte {first}; "
             f"convert it from DICOM again"
         )
     return int(value)

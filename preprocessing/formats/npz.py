@@ -28,7 +28,7 @@ def read(path: Path, source: str, largest: int) -> Volume:
             if MEMBER not in archive.namelist():
                 raise PreprocessingError(f"{source}: has no array 'ct'; only RAD-ChestCT's .npz files are read")
             if archive.getinfo(MEMBER).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise PreprocessingError(f"{source}: is packed in a way that is not read; save it by numpy")
+                raise PreprocessingError(f"{source}: uses a compression that is not supported; save it with numpy")
             with archive.open(MEMBER) as stream:
                 shape, fortran, dtype = _header(stream, source)
                 size = byte_count(shape, dtype)
@@ -53,5 +53,5 @@ def _header(stream: Any, source: str) -> tuple[tuple[int, int, int], bool, np.dt
         # numpy parses a damaged header as Python source, and raises whatever that raises.
         raise PreprocessingError(f"{source}: the header of its array is damaged; copy it again") from error
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise PreprocessingError(f"{source}: its voxels are of no type that a CT has")
+        raise PreprocessingError(f"{source}: its voxels have a type that no CT has")
     return volume_shape(shape, source), fortran, dtype

@@ -78,10 +78,10 @@ def _fields(stream: BinaryIO, source: str) -> tuple[dict[str, str], bool]:
         name, colon, value = line.partition(":")
         name = name.strip().lower()
         if not colon or name not in FIELDS:
-            raise PreprocessingError(f"{source}: line {number} of its header is none of NRRD's fields; it is damaged")
+            raise PreprocessingError(f"{source}: line {number} of its header is not an NRRD field; it is damaged")
         name = {"datafile": "data file", "byteskip": "byte skip", "lineskip": "line skip"}.get(name, name)
         if name in fields:
-            raise PreprocessingError(f"{source}: field {name!r} stands twice in its header; it is damaged")
+            raise PreprocessingError(f"{source}: field {name!r} appears twice in its header; it is damaged")
         fields[name] = text_header.bounded(value, name, source)
         if name == "data file" and not fields[name]:
             raise PreprocessingError(f"{source}: field 'data file' of its header is empty; it is damaged")
@@ -99,9 +99,9 @@ def _layout(fields: dict[str, str], source: str) -> tuple[tuple[int, int, int], 
     sizes = volume_shape(text_header.integers(fields["sizes"], 3, "sizes", source), source)
     kinds = fields.get("kinds", "domain domain domain").lower().split()
     if len(kinds) != 3 or not set(kinds) <= KINDS:
-        raise PreprocessingError(f"{source}: its axes are not all of space (kinds of its header): not a volume")
+        raise PreprocessingError(f"{source}: not all of its axes are spatial (kinds of its header): not a volume")
     if (name := fields["type"].lower()) not in DTYPES:
-        raise PreprocessingError(f"{source}: its voxels are of no type that a CT has")
+        raise PreprocessingError(f"{source}: its voxels have a type that no CT has")
     dtype = np.dtype(DTYPES[name])
     if dtype.itemsize > 1:
         big = text_header.choice(fields.get("endian", "missing"), {"little": False, "big": True}, "endian", source)
@@ -112,7 +112,9 @@ def _layout(fields: dict[str, str], source: str) -> tuple[tuple[int, int, int], 
     skip = text_header.integers(fields.get("byte skip", "0"), 1, "byte skip", source)[0]
     lines = text_header.integers(fields.get("line skip", "0"), 1, "line skip", source)[0]
     if lines or skip < -1 or (skip and encoding != "raw"):
-        raise PreprocessingError(f"{source}: lines or compressed bytes before its voxels are not read; save it anew")
+        raise PreprocessingError(
+            f"{source}: skipping lines or compressed bytes before the voxels is not supported; save it again"
+        )
     return sizes, dtype, encoding, skip
 
 
@@ -158,7 +160,7 @@ def _geometry(fields: dict[str, str], source: str) -> tuple[np.ndarray, str | No
         origin = _vectors(fields["space origin"], 1, "space origin", source)[0]
         origin = origin * _units(fields, "space units", 3, source)
     else:
-        warnings.append("its header states no space origin: the origin is taken to be 0")
+        warnings.append("its header states no space origin: the origin is assumed to be 0")
     affine = np.eye(4)
     affine[:3, :3] = (signs[:, None] * steps)[:, ::-1]
     affine[:3, 3] = signs * origin

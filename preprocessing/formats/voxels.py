@@ -18,7 +18,7 @@ def volume_shape(sizes: Sequence[int], source: str) -> tuple[int, int, int]:
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) != 3 or min(shape) < 2:
-        raise PreprocessingError(f"{source}: of shape {shape}, not a volume of several slices")
+        raise PreprocessingError(f"{source}: has shape {shape}: not a volume of several slices")
     return shape[0], shape[1], shape[2]
 
 

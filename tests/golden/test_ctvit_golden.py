@@ -191,7 +191,7 @@ def test_sizes_of_a_patch_come_from_the_tensors(parity: Path, tmp_path: Path) ->
         found[name] = read_published(tmp_path / "c.pt").volume.patch
     assert found == {"as it is": (5, 10, 10), "flat": (3, 10, 10), "stripped": (5, 10, 10)}
     torch.save(state | {key: value[..., :250].clone() for key, value in flat.items()}, tmp_path / "c.pt")
-    with pytest.raises(CheckpointError, match="to_patch_emb is missing or of an odd shape"):
+    with pytest.raises(CheckpointError, match="to_patch_emb is missing or has an unexpected shape"):
         read_published(tmp_path / "c.pt")
 
 

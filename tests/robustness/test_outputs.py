@@ -267,7 +267,7 @@ def test_a_model_folder_is_replaced_and_nothing_else_is(encoder: DualEncoder, tm
         if name.startswith(".cache"):
             (folder / ".cache").rmdir()
     monkeypatch.chdir(folder / "heads")
-    with pytest.raises(PreprocessingError, match="is the current folder, or holds it"):
+    with pytest.raises(PreprocessingError, match="is the current folder or contains it"):
         written(encoder, Path(".."))
 
 

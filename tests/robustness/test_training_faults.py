@@ -271,7 +271,7 @@ def test_a_checkpoint_of_another_spec_is_refused(store: Path, whole: Path, tmp_p
     shutil.copytree(whole, output)
     for facts in (output / "checkpoints").glob("*/checkpoint.json"):
         facts.write_text(json.dumps({**json.loads(facts.read_text()), "spec": "000000000000"}))
-    assert "learned from volumes of spec 000000000000" in last_line(run(command(store, output)))
+    assert "was trained on volumes of spec 000000000000" in last_line(run(command(store, output)))
 
 
 def test_another_configuration_is_refused_unless_forced(store: Path, whole: Path, tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_sections_and_language_are_the_cohorts_own() -> None:
 
 
 def test_a_view_that_is_no_section_is_refused() -> None:
-    with pytest.raises(ValueError, match="no view 'impresion'; give weights to some of report, sentence"):
+    with pytest.raises(ValueError, match="there is no view 'impresion'; choose from report, sentence"):
         DataConfig(views={"impresion": 1})
     with pytest.raises(ValueError, match="at least one view a weight above 0"):
         DataConfig(views={"report": 0})

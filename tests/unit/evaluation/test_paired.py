@@ -109,7 +109,7 @@ def test_a_better_model_is_seen_and_a_copy_is_not() -> None:
     same = paired_test(ours, ours, truth, PROTOCOL, resamples=50)
     assert (same["mean"]["difference"], same["mean"]["p"]) == (0, 1)
     assert paired_test(ours, theirs, truth, PROTOCOL)["resamples"] == 200
-    with pytest.raises(EvaluationError, match=r"different volumes .10 are in one only, such as 'v0'"):
+    with pytest.raises(EvaluationError, match=r"different volumes .10 are in only one of them, such as 'v0'"):
         paired_test(ours, theirs.iloc[10:], truth, PROTOCOL)
 
 

@@ -94,7 +94,7 @@ def test_a_linear_head_is_a_linear_map_of_the_embedding(model: DualEncoder, volu
         expected = torch.stack([(features * row).sum(dim=1) for row in head.weight], dim=1) + head.bias
         torch.testing.assert_close(scored(head, model, volumes)[0], expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(embedding, embedding.clamp(min=0))
-    with pytest.raises(CheckpointError, match=r"linear head of \(2, 5\) and \(2,\), expected 2 labels of 12"):
+    with pytest.raises(CheckpointError, match=r"linear head with weights \(2, 5\) and biases \(2,\); expected 2 labels of 12"):
         LinearHead(model, LABELS.names, torch.zeros(2, 5), torch.zeros(2))
 
 
@@ -189,7 +189,7 @@ def test_a_folder_of_0_2_still_opens(
 
     loaded = load_model(folder)
     assert capsys.readouterr().err.strip() == (
-        f"note: {folder}: written by an earlier version, without its label set: ct_rate_18 is assumed"
+        f"note: {folder}: written by an earlier version without a label set; ct_rate_18 is assumed"
     )
     assert loaded.labels == labels
     assert loaded.trained_on.supervision == "reports only"
@@ -218,7 +218,7 @@ def test_a_0_2_model_that_was_trained_as_if_the_spec_were_another_stays_so(
     config["volume"] |= {"spacing": [1.5, 1.5, 3.0], "hu_window": list(SPEC.hu_window)}
     (tmp_path / "model" / "config.yaml").write_text(yaml.safe_dump(config))
     loaded = load_model(tmp_path / "model")
-    assert "trained as if spacing were [1.5, 1.5, 3.0]; the spec of its volumes says [3.0, 1.5, 1.5]" in (
+    assert "trained as if spacing were [1.5, 1.5, 3.0], although the spec of its volumes says [3.0, 1.5, 1.5]" in (
         capsys.readouterr().err
     )
     assert loaded.spec == SPEC

@@ -21,7 +21,7 @@ def _cannot_serve() -> list[tuple[str, Callable[[int], torch.nn.Module], str]]:
             (("layers", 1), ("attention_heads", 2), ("ffn_dim", 48))}  # fmt: skip
     return [
         ("fnet", lambda n: hf.FNetModel(hf.FNetConfig(vocab_size=n, **SIZES)), "depend on the padding"),
-        ("bart", lambda n: hf.BartModel(hf.BartConfig(vocab_size=n, d_model=32, **bart)), "an encoder with a decoder"),
+        ("bart", lambda n: hf.BartModel(hf.BartConfig(vocab_size=n, d_model=32, **bart)), "an encoder-decoder model"),
         ("vit", lambda n: hf.ViTModel(hf.ViTConfig(**SMALL, **IMAGE)), "architecture vit cannot serve as text encoder"),
         ("resnet", lambda n: hf.ResNetModel(hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])), "resnet"),
         ("siglip", lambda n: hf.SiglipModel(hf.SiglipConfig(text_config={**SMALL, "vocab_size": n}, vision_config={**SMALL, **IMAGE})), "no text encoder"),

@@ -143,7 +143,7 @@ def test_adapters_change_nothing_at_first_and_they_alone_learn(name: str, vision
 def test_an_encoder_without_places_for_adapters_is_explained() -> None:
     from ctclip.models.lora import add_lora
 
-    with pytest.raises(ConfigError, match="tuning=lora: Linear has no linear map among qkv, out"):
+    with pytest.raises(ConfigError, match="tuning=lora: Linear has no linear layer among qkv, out"):
         add_lora(nn.Linear(2, 2), ("qkv", "out"), 2)
 
 

@@ -30,8 +30,8 @@ HU = truth()
 MOVED = truth(move=4.0)
 OTHER = "1.2.826.0.1.3680043.8.498.2"
 ALL = ("dcm2niix", "sitk", "pydicom")
-TWO = "several acquisitions or reconstructions, which differ in {}: took 24 of 48 slices"
-CHOSEN = ("2 series in the folder: took the best of them",)
+TWO = "several acquisitions or reconstructions, which differ in {}: used 24 of 48 slices"
+CHOSEN = ("2 series in the folder: used the best one",)
 UNSIGNED = {"BitsStored": 16, "HighBit": 15}
 SIGNED = {**UNSIGNED, "PixelRepresentation": 1}
 

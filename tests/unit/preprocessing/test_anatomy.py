@@ -81,7 +81,7 @@ def test_lungs_are_kept_in_the_grid(
     whole = Volume(make(made), made.affine, "x")
     ready = prepare(saved(tmp_path / "a.nii", whole), GRID)
     assert (ready.centre is not None) == moved
-    assert any("laid about the lungs" in warning for warning in ready.warnings) == moved
+    assert any("it is centred on the lungs" in warning for warning in ready.warnings) == moved
     lungs = find_lungs(ready.scan)
     assert lungs.is_chest
     # As much lung as fits into the grid about the chest alone.
@@ -101,7 +101,7 @@ def test_the_published_geometry_keeps_its_centre_and_warns(tmp_path: Path, made:
     path = saved(tmp_path / "a.nii", made, tall(made, 0, 90))
     ready = prepare(path, spec)
     assert ready.centre is None
-    assert any("lie outside of the grid" in warning for warning in ready.warnings)
+    assert any("lie outside the grid" in warning for warning in ready.warnings)
     assert np.array_equal(ready.hu, resample(ready.scan, spec))
     with pytest.raises(PreprocessingError, match="of the lungs fit into the grid"):
         prepare(path, spec, expect="chest")

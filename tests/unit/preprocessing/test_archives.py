@@ -18,7 +18,7 @@ ARCHIVE_ROWS = [
     Row("zip of a pair", "scan.zip", zipped({"scan.hdr": HEADER, "scan.img": VOXELS})),
     Row("zip in a zip", "scan.zip", zipped({"inner.zip": zipped({"scan.nii.gz": GZ}), "readme.txt": b"x"})),
     Row("zip in zips without end", "scan.zip", zipped({"a.zip": zipped({"b.zip": zipped({"c.zip": zipped({"scan.nii": NIFTI})})})}),
-        "archives in archives"),
+        "archives nested"),
     Row("tar.gz", "scan.tar.gz", tarred({"s/scan.nii.gz": GZ})),
     Row("tgz of a detached header", "scan.tgz", tarred(DETACHED)),
     Row("tar", "scan.tar", tarred({"scan.nii": NIFTI}, "w")),

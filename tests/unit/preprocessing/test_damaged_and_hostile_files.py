@@ -86,7 +86,7 @@ def test_npz(tmp_path: Path) -> None:
     np.savez(tmp_path / "scan.npz", ct=np.asfortranarray(HU))
     assert np.array_equal(read(tmp_path / "scan.npz").array, HU)
     for array, words in (
-        (HU[0], "not a volume"), (HU.astype(complex), "no type that a CT has"), (HU.astype("U3"), "no type"),
+        (HU[0], "not a volume"), (HU.astype(complex), "a type that no CT has"), (HU.astype("U3"), "type that no CT"),
     ):  # fmt: skip
         np.savez(tmp_path / "scan.npz", ct=array)
         with pytest.raises(PreprocessingError, match=words):

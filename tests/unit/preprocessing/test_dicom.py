@@ -192,13 +192,13 @@ def test_lossy_jpeg_is_read_and_told(tmp_path: Path) -> None:
                     RescaleSlope=8, RescaleIntercept=-1024)  # fmt: skip
     volume = read(folder)
     assert np.array_equal(volume.array[0], np.asarray(Image.open(written)).astype(int) * 8 - 1024)
-    assert volume.warnings == ["compressed with loss: HU are approximate"]
+    assert volume.warnings == ["lossy compression: HU are approximate"]
     values = {"BitsStored": 12, "HighBit": 11, "PixelRepresentation": 0}
     stream, shape = stream_of("JPGExtended.dcm")
     volume = read(packed(tmp_path / "12", stream, JPEGExtended12Bit, shape, **values))
     assert volume.array[0, 420, 140] == 244
     assert volume.array[0, 230, 120] == 95
-    assert volume.warnings == ["compressed with loss: HU are approximate"]
+    assert volume.warnings == ["lossy compression: HU are approximate"]
 
 
 def test_what_cannot_be_decoded_names_its_syntax_and_the_remedy(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_slices_of_different_spacing_are_no_volume(tmp_path: Path, hu: np.ndarra
     header = pydicom.dcmread(path)
     header.PixelSpacing = [4.0, 4.5]
     header.save_as(path)
-    with pytest.raises(PreprocessingError, match=r"1 slices of another PixelSpacing were left out"):
+    with pytest.raises(PreprocessingError, match=r"1 slices with another PixelSpacing were left out"):
         read(folder)
 
 

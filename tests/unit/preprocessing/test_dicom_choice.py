@@ -58,7 +58,7 @@ WHICH = [
     Row("original but short, beside a long one that was compressed with loss",
         both(series(np.resize(HU, (48, *HU.shape[1:])), ImageType=["DERIVED", "PRIMARY", "AXIAL"],
                     LossyImageCompression="01"), beside(5)),
-        hu=np.resize(HU, (48, *HU.shape[1:])), says=("compressed with loss", *CHOSEN)),
+        hu=np.resize(HU, (48, *HU.shape[1:])), says=("lossy compression", *CHOSEN)),
     Row("PET alone", edited(Modality="PT"), refused=r"its modality is not CT \(PT\)"),
     Row("an iodine map alone", edited(RescaleType="MGML", SeriesDescription="Iodine"),
         says=("RescaleType is MGML, not HU", "its header says a material map")),
@@ -103,7 +103,7 @@ MISSING = [
     Row("every second slice", lambda f: write(f, series(HU)[::2]), hu=HU[::2], affine=ODD,
         says=("InstanceNumber counts in steps of 2",), same=ALL),
     Row("numbers without slices", edited(per_slice("InstanceNumber", lambda i: i + 1 + 5 * (i > 11))),
-        says=("InstanceNumber leaves out 5 numbers",), same=ALL),
+        says=("InstanceNumber skips 5 numbers",), same=ALL),
     Row("numbers from 200 on", edited(first=200), same=ALL),
     Row("no numbers", edited(InstanceNumber=None), same=("sitk", "pydicom")),
 ]  # fmt: skip

@@ -212,7 +212,7 @@ def test_without_a_table_values_stand_for_themselves(table: TableFacts | None) -
     assert kept.warnings == ["told before"]
     assert np.array_equal(kept.affine, np.diag([1.0, 2.0, 3.0, 1.0]))
     assert kept.source == "x.nii"
-    with pytest.raises(PreprocessingError, match=r"With the table: no slope .* say --hu trust-file$"):
+    with pytest.raises(PreprocessingError, match=r"With the table: no slope .* use --hu trust-file$"):
         to_hu(volume(RAW), table)
     with pytest.raises(PreprocessingError, match="no table lists a slope"):
         to_hu(volume(HU), table, "trust-table")

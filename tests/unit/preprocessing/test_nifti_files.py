@@ -163,7 +163,7 @@ NIFTI_ROWS = [
     n("nine dimensions", patched(NIFTI, dim=("h", 9)), "damaged", nibabel=NOT_ASKED, itk=NOT_ASKED),
     n("negative size", patched(NIFTI, dim=("4h", 3, 5, -6, 7)), "not a volume", nibabel=NOT_ASKED, itk=NOT_ASKED),
     n("a claim of 70 GB", patched(NIFTI, dim=("4h", 3, 32767, 32767, 32)), "claims 68.7 GB", nibabel=NOT_ASKED, itk=NOT_ASKED),
-    n("macOS's ._ file", b"\0\5\x16\7" + bytes(100), "what macOS keeps", name="._scan.nii.gz", nibabel="refuses", itk=NOT_ASKED),
+    n("macOS's ._ file", b"\0\5\x16\7" + bytes(100), "a metadata file of macOS", name="._scan.nii.gz", nibabel="refuses", itk=NOT_ASKED),
     n("nothing", b"", "is empty", nibabel="refuses", itk="refuses"),
     n("something else", b"<html>" * 100, "not a NIfTI file", nibabel="refuses", itk="refuses"),
 ]  # fmt: skip

@@ -36,4 +36,4 @@ def test_processes_or_threads(mount: str, threads: bool) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["[1,", "2,", "3]", str(threads)]
     assert len(done.stderr.splitlines()) == int(threads)
-    assert ("/dev/shm is absent or cannot be written" in done.stderr) == threads
+    assert ("/dev/shm is missing or not writable" in done.stderr) == threads

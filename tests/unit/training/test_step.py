@@ -45,7 +45,7 @@ def test_a_step_without_gradients_is_not_remembered() -> None:
 
 
 def test_one_objective_begins_at_once() -> None:
-    with pytest.raises(ConfigError, match="one of them must begin at step 0"):
+    with pytest.raises(ConfigError, match="at least one must begin at step 0"):
         build_config({"objectives": {"clip": {"begin": 0.2}}}, "mine")
     config = build_config({"objectives": {"clip": {"begin": 0.2}, "prompts": 1}}, "mine")
     assert config.reads_labels
