@@ -64,7 +64,7 @@ def test_shards_are_merged_without_reading_a_volume(cohort: Path, tmp_path: Path
     store = tmp_path / "store"
     for shard in (1, 3):
         preprocess_cohort(cohort, store, spec, workers=1, shard=(shard, 3))
-    with pytest.raises(PreprocessingError, match="shard 2/3 has not ended"):
+    with pytest.raises(PreprocessingError, match="shard 2/3 has not finished"):
         merge_shards(store)
     preprocess_cohort(cohort, store, spec, workers=1, shard=(2, 3))
     monkeypatch.setattr(VolumeStore, "read", lambda *_: pytest.fail("a volume was read"))
