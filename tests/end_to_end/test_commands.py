@@ -9,11 +9,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from .conftest import TINY, run
+from .conftest import TINY, run, typed
 
 
 def test_version_and_help() -> None:
-    assert run("--version").stdout.startswith("ctclip 0.")
+    assert typed("ctclip", "--version").stdout.startswith("ctclip 0.")
     for command in ("phantom", "preprocess", "train", "zero-shot", "evaluate", "demo", "calibrate", "report", "embed",
                     "index", "similar", "import-checkpoint"):  # fmt: skip
         shown = run(command, "--help")
@@ -39,7 +39,7 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(store: Path, tr
     shutil.rmtree(again / "model")
     newest = sorted((again / "checkpoints").iterdir())[-1]
     (newest / "state.safetensors").write_bytes(b"damaged")
-    done = run("--config", "phantom_tiny", "--store", store, "--output", again, *TINY, module="ctclip.train")
+    done = run("train", "--config", "phantom_tiny", "--store", store, "--output", again, *TINY)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "is damaged" in done.stderr
     resumed = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
@@ -49,7 +49,7 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(store: Path, tr
 
 def test_another_configuration_is_refused(store: Path, trained: Path) -> None:
     changed = [*TINY, "training.learning_rate=0.5"]
-    done = run("--config", "phantom_tiny", "--store", store, "--output", trained, *changed, module="ctclip.train")
+    done = run("train", "--config", "phantom_tiny", "--store", store, "--output", trained, *changed)
     assert done.returncode == 2
     assert "training.learning_rate" in done.stderr
     assert len(done.stderr.strip().splitlines()[-1]) > 20
@@ -57,18 +57,9 @@ def test_another_configuration_is_refused(store: Path, trained: Path) -> None:
 
 
 def test_from_scans_to_a_report(store: Path, cohort: Path, trained: Path, tmp_path: Path) -> None:
-    done = run(
-        "--model",
-        trained / "model",
-        "--store",
-        store,
-        "--split",
-        "valid",
-        "--reports",
-        "--output",
-        tmp_path,
-        module="ctclip.zero_shot",
-    )
+    done = typed(
+        "ctclip.zero_shot", "--model", trained / "model", "--store", store, "--split", "valid", "--reports", "--output", tmp_path,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     done = run("evaluate", tmp_path / "predictions.csv", "--store", store, "--protocol", "phantom", "--run", trained,
                "--output", tmp_path / "evaluation", "--bootstrap", 50)  # fmt: skip

@@ -94,7 +94,9 @@ def test_a_linear_head_is_a_linear_map_of_the_embedding(model: DualEncoder, volu
         expected = torch.stack([(features * row).sum(dim=1) for row in head.weight], dim=1) + head.bias
         torch.testing.assert_close(scored(head, model, volumes)[0], expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(embedding, embedding.clamp(min=0))
-    with pytest.raises(CheckpointError, match=r"linear head with weights \(2, 5\) and biases \(2,\); expected 2 labels of 12"):
+    with pytest.raises(
+        CheckpointError, match=r"linear head with weights \(2, 5\) and biases \(2,\); expected 2 labels of 12"
+    ):
         LinearHead(model, LABELS.names, torch.zeros(2, 5), torch.zeros(2))
 
 
