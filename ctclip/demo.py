@@ -53,13 +53,13 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
     """Run all stages into ``output``; returns the seconds each took. Raises CtclipError if one fails."""
     chosen = SIZES[size]
     cohort, store, run, predictions = output / "cohort", output / "store", output / "train", output / "predictions"
-    model, held = run / "model", output / "calibration"
+    model, calibration = run / "model", output / "calibration"
     stages: list[tuple[str, list[str], Path]] = [
         ("phantom", ["phantom", str(cohort), "--volumes", str(chosen.volumes), "--seed", str(seed), "--rare-floor", "0.15"], cohort / "dataset" / "metadata"),
         ("preprocess", ["preprocess", str(cohort), "--output", str(store), "--spec", "phantom", "--calibration", str(chosen.calibration)], store / "outcomes.csv"),
         ("train", ["train", "--config", "phantom_tiny", "--store", str(store), "--output", str(run), "--processes", str(processes), f"seed={seed}", *chosen.overrides], model),
-        ("zero-shot, calibration split", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "calibration", "--output", str(held)], held / "predictions.csv"),
-        ("calibrate", ["calibrate", str(held / "predictions.csv"), "--model", str(model), "--store", str(store)], model / "heads" / "prompts" / "calibration.json"),
+        ("zero-shot, calibration split", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "calibration", "--output", str(calibration)], calibration / "predictions.csv"),
+        ("calibrate", ["calibrate", str(calibration / "predictions.csv"), "--model", str(model), "--store", str(store)], model / "heads" / "prompts" / "calibration.json"),
         ("zero-shot", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "valid", "--reports", "--output", str(predictions)], predictions / "embeddings.parquet"),
         ("evaluate", ["evaluate", str(predictions / "predictions.csv"), "--store", str(store), "--protocol", "phantom", "--run", str(run), "--calibration", str(model / "heads" / "prompts" / "calibration.json"), "--output", str(output), "--bootstrap", str(chosen.bootstrap)], output / "report.html"),
     ]  # fmt: skip
@@ -103,14 +103,16 @@ def default_processes() -> int:
     return min(2, len(os.sched_getaffinity(0)))
 
 
-def _claim(output: Path, wanted: dict[str, object]) -> None:
+def _claim(output: Path, options: dict[str, object]) -> None:
     path = output / "demo.json"
     check_folder(output, lambda folder: made_by_us(folder, {path.name: b'"size"'}), "demo")
     if path.is_file():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            earlier = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CtclipError(f"{path}: damaged; choose another --output, or delete this folder") from error
-        if found != wanted:
-            raise CtclipError(f"{path}: this folder holds another demo {found}; choose another --output, or delete it")
-    write_text(path, json.dumps(wanted))
+        if earlier != options:
+            raise CtclipError(
+                f"{path}: this folder holds another demo {earlier}; choose another --output, or delete it"
+            )
+    write_text(path, json.dumps(options))

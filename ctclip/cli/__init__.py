@@ -57,8 +57,8 @@ app.command()(models)
 app.command()(demo)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(asked: bool) -> None:
+    if asked:
         print(f"ctclip {__version__}")
         raise typer.Exit()
 

@@ -40,7 +40,7 @@ def demo(
     metrics = finish(output, seconds)
     zero, controls = metrics["zero_shot"], metrics["controls"]
     low, high = zero["mean_auroc_interval"]
-    found = metrics["retrieval"]["report_to_volume"]
+    retrieval = metrics["retrieval"]["report_to_volume"]
     weak = [name for name, entry in zero["auroc"].items() if entry["lower"] is not None and entry["lower"] <= 0.5]
     print(
         f"\nzero-shot mean AUROC  {zero['mean_auroc']:.3f}  (95 % interval {low:.3f} to {high:.3f}), {zero['labels_defined']} abnormalities, reports only"
@@ -50,7 +50,7 @@ def demo(
     )
     print(f"shuffled labels       {controls['shuffled_mean_auroc']:.3f}")
     print(
-        f"report to volume      recall {', '.join(f'{found[k]:.1%} @{k[7:]}' for k in ('recall@1', 'recall@5', 'recall@10') if k in found)} of {found['pool']} volumes"
+        f"report to volume      recall {', '.join(f'{retrieval[k]:.1%} @{k[7:]}' for k in ('recall@1', 'recall@5', 'recall@10') if k in retrieval)} of {retrieval['pool']} volumes"
     )
     if weak:
         print(f"not told from chance  {', '.join(weak)}")

@@ -72,7 +72,7 @@ def embed(
     loaded = load_model(model, distributed.device())
     refused: dict[str, str] = {}
     if reports is not None:
-        rows = embed_reports(loaded, reports, output, force=force)
+        count = embed_reports(loaded, reports, output, force=force)
     else:
         source: Scans
         if store is not None:
@@ -81,9 +81,9 @@ def embed(
             source = ScanFiles(scans, loaded.spec, **reading_of(hu, geometry, expect, series, largest_gb))
             if linkage is not None:
                 source.link(linkage)
-        rows = embed_scans(loaded, source, output, batch, refused, force=force)
+        count = embed_scans(loaded, source, output, batch, refused, force=force)
     for reason in refused.values():
         print(f"refused: {reason}")
-    print(f"embeddings: {output} ({rows} rows of {loaded.model.config.dim})")
+    print(f"embeddings: {output} ({count} rows of {loaded.model.config.dim})")
     if refused:
         raise typer.Exit(3)

@@ -20,5 +20,5 @@ def export(
     """
     from ctclip.training.export import export_checkpoint
 
-    taken = export_checkpoint(run, output, checkpoint)
-    print(f"model: {output} (from {taken})")
+    source = export_checkpoint(run, output, checkpoint)
+    print(f"model: {output} (from {source})")

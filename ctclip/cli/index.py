@@ -30,10 +30,10 @@ def index(
     loaded = load_model(model, distributed.device())
     scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
     refused: dict[str, str] = {}
-    made = index_store(loaded, scans, output, batch, refused, force=force)
+    content = index_store(loaded, scans, output, batch, refused, force=force)
     for reason in refused.values():
         print(f"refused: {reason}")
-    print(f"index: {output} ({len(made.rows)} volumes)")
+    print(f"index: {output} ({len(content.rows)} volumes)")
     if refused:
         raise typer.Exit(3)
 
@@ -64,12 +64,12 @@ def similar(
 
     if (scan is None) == (text is None):
         raise DataError("give either a scan or --text")
-    made_with = str(index_facts(index).get("path", ""))
-    if model is None and not Path(made_with).is_dir():
+    model_path = str(index_facts(index).get("path", ""))
+    if model is None and not Path(model_path).is_dir():
         raise DataError(
-            f"{index}: built with the model {made_with}, which is no longer there; give its folder with --model"
+            f"{index}: built with the model {model_path}, which is no longer there; give its folder with --model"
         )
-    loaded = load(model or made_with)
+    loaded = load(model or model_path)
     opened = Index.load(index, loaded.folder.hash)
     query = loaded.embed(scan) if scan is not None else loaded.encode_text([text])[0].numpy()
     scans, reports = opened.similar(query, count), opened.similar(query, count, reports=True)

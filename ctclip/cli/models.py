@@ -30,11 +30,11 @@ def models(
     from ctclip.models.sizes import measure
     from ctclip.preprocessing.spec import PreprocessingSpec
 
-    wanted = names or ["tiny", "small", "base", "large", "ct_clip"]
+    sizes = names or ["tiny", "small", "base", "large", "ct_clip"]
     table = Table(title=f"models of {configs_folder() / 'models'}" if not names else None)
     for head in ("model", "encoder", "voxels", "tokens", "volume side", "text side", "GFLOP a volume"):
         table.add_column(head, justify="left" if head in ("model", "encoder") else "right", no_wrap=True)
-    for name in wanted:
+    for name in sizes:
         size = measure(load_size(name), PreprocessingSpec.load("ct_clip" if name == "ct_clip" else spec))
         shape = "×".join(map(str, size.shape))
         table.add_row(

@@ -141,9 +141,9 @@ def _summary(outcomes: list[Outcome], unused: dict[str, int], table: Path) -> st
     if not unused:
         return line
     kinds = sorted(unused.items(), key=lambda kind: (-kind[1], kind[0]))
-    told = ", ".join(f"{kind}: {count}" for kind, count in kinds[:SHOWN_KINDS])
-    more = sum(count for _, count in kinds[SHOWN_KINDS:])
-    return f"{line}; files not used: {sum(unused.values())} ({told}" + f", other kinds: {more}" * bool(more) + ")"
+    listed = ", ".join(f"{kind}: {count}" for kind, count in kinds[:SHOWN_KINDS])
+    others = sum(count for _, count in kinds[SHOWN_KINDS:])
+    return f"{line}; files not used: {sum(unused.values())} ({listed}" + f", other kinds: {others}" * bool(others) + ")"
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -59,8 +59,8 @@ def train(
 
         if card not in (*CARDS, "cpu"):
             raise ConfigError(f"--card {card}: choose one of {', '.join((*CARDS, 'cpu'))}")
-        wanted = load_config(config, overrides or [], given)
-        print(describe(wanted, make_plan(wanted, processes, card=card != "cpu"), card, volumes))
+        configuration = load_config(config, overrides or [], given)
+        print(describe(configuration, make_plan(configuration, processes, card=card != "cpu"), card, volumes))
         return
     if output is None:
         raise ConfigError("--output is missing: name the run folder")

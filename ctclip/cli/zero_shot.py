@@ -112,14 +112,14 @@ def zero_shot(
             source = ScanFiles(scans, loaded.spec, **reading_of(hu, geometry, expect, series, largest_gb))
             if linkage is not None and distributed.is_main():
                 source.link(linkage)
-        found = detect(
+        summary = detect(
             loaded, scorer, source, output, batch=batch, reports=reports, suffix=f".{format.value}", force=force
         )
     if distributed.launched_rank() != 0:
         return
-    table_of(found.table(rows=6), scorer, found.volumes)
-    for reason in found.refused.values():
+    table_of(summary.table(rows=6), scorer, summary.volumes)
+    for reason in summary.refused.values():
         print(f"refused: {reason}")
-    print(f"predictions: {found.predictions} ({found.volumes} volumes)")
-    if found.refused:
+    print(f"predictions: {summary.predictions} ({summary.volumes} volumes)")
+    if summary.refused:
         raise typer.Exit(3)

@@ -87,8 +87,8 @@ class Index:
         depth = count
         while True:
             depth = min(index.ntotal, depth * 4)
-            similarity, found = index.search(np.ascontiguousarray(query[None], dtype=np.float32), depth)
-            hits = self.rows.iloc[found[0][found[0] >= 0]].assign(similarity=similarity[0][found[0] >= 0])
+            similarity, positions = index.search(np.ascontiguousarray(query[None], dtype=np.float32), depth)
+            hits = self.rows.iloc[positions[0][positions[0] >= 0]].assign(similarity=similarity[0][positions[0] >= 0])
             distinct = hits.drop_duplicates(by)
             if len(distinct) >= count or depth == index.ntotal:
                 return distinct.head(count).reset_index(drop=True)
@@ -109,8 +109,8 @@ def _flat(vectors: np.ndarray, ids: np.ndarray | None = None) -> Any:
 def _reports(vectors: np.ndarray | None) -> Any:
     if vectors is None:
         return None
-    written = np.flatnonzero(np.isfinite(vectors).all(axis=1))
-    return _flat(vectors[written], written) if len(written) else None
+    reported = np.flatnonzero(np.isfinite(vectors).all(axis=1))
+    return _flat(vectors[reported], reported) if len(reported) else None
 
 
 def is_index(folder: Path) -> bool:

@@ -79,9 +79,9 @@ def detect(
     """
     check_names(head.names)
     key = _key(loaded, head, scans, reports)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         claim = claimed_folder(output, "zero-shot", key, TABLES, is_output, force=force)
-        distributed.on_main(lambda: held.enter_context(claim))
+        distributed.on_main(lambda: stack.enter_context(claim))
         return _detect(loaded, head, scans, output, output / "parts" / key, batch, reports, suffix)
 
 
@@ -104,12 +104,12 @@ def _detect(
     parts.mkdir(parents=True, exist_ok=True)
     # Read once, for all: a rank that started late would see what the others have finished since, and share otherwise.
     done = set(distributed.broadcast_json(sorted(_done(parts))))
-    left = [index for index, name in enumerate(scans.table["volume"]) if name not in done]
+    remaining = [index for index, name in enumerate(scans.table["volume"]) if name not in done]
     # Neighbours to one rank, so that the joined table comes in the order of the scans.
-    mine = [int(index) for index in np.array_split(left, distributed.world_size())[distributed.rank()]]
+    share = [int(index) for index in np.array_split(remaining, distributed.world_size())[distributed.rank()]]
     refused: dict[str, str] = {}
     waiting: list[pa.Table] = []
-    for indices, voxels, warnings in batches(scans, mine, batch, refused):
+    for indices, voxels, warnings in batches(scans, share, batch, refused):
         waiting.append(_scored(loaded, head, scans, indices, voxels, warnings, reports))
         if len(waiting) == PART_BATCHES:
             _write_part(parts, waiting)
@@ -124,10 +124,10 @@ def _detect(
         return summary
     if distributed.is_main():
         names = list(scans.table["volume"])
-        _check_rows(output, done, set(names) - set(refused))
+        _check_volumes(output, done, set(names) - set(refused))
         _join(parts, summary, {name: row for row, name in enumerate(names)})
         for path in (summary.predictions, summary.embeddings):
-            _check_rows(output, _volumes_of(path), done)
+            _check_volumes(output, _volumes_of(path), done)
         shutil.rmtree(parts)
         # Of other runs that were interrupted, parts stay.
         with contextlib.suppress(OSError):
@@ -148,12 +148,12 @@ def _volumes_of(path: Path) -> set[str]:
     return set(pq.read_table(path, columns=["volume"])["volume"].to_pylist())
 
 
-def _check_rows(output: Path, rows: set[str], expected: set[str]) -> None:
+def _check_volumes(output: Path, volumes: set[str], expected: set[str]) -> None:
     """A table that lacks a scan that was not refused, or has another one, is never said to be done."""
-    if rows != expected:
-        lacking, more = len(expected - rows), len(rows - expected)
+    if volumes != expected:
+        missing, foreign = len(expected - volumes), len(volumes - expected)
         raise DataError(
-            f"{output}: {len(expected)} scans were not refused, {lacking} of them have no row and {more} rows are of other "
+            f"{output}: {len(expected)} scans were not refused, {missing} of them have no row and {foreign} rows are of other "
             f"scans; run the same command again into an empty folder"
         )
 
@@ -166,8 +166,8 @@ def report_embeddings(model: DualEncoder, texts: list[str], batch: int = 32) -> 
     for start in range(0, len(distinct), batch):
         part = distinct[start : start + batch]
         vectors |= dict(zip(part, model.encode_text(part).float().cpu().numpy(), strict=True))
-    nothing = np.full(model.config.dim, np.nan, dtype=np.float32)
-    return np.stack([vectors.get(text, nothing) for text in texts])
+    empty = np.full(model.config.dim, np.nan, dtype=np.float32)
+    return np.stack([vectors.get(text, empty) for text in texts])
 
 
 def report_texts(table: pd.DataFrame, sections: Sequence[str]) -> list[str]:
@@ -178,25 +178,25 @@ def report_texts(table: pd.DataFrame, sections: Sequence[str]) -> list[str]:
 def batches(
     scans: Scans, indices: list[int], batch: int, refused: dict[str, str], what: str = "detecting"
 ) -> Iterator[tuple[list[int], np.ndarray, list[str]]]:
-    """(rows, voxels (b, 1, D, H, W) float32, warnings) of full batches; refused scans are named in ``refused``."""
-    rows: list[int] = []
+    """(indices, voxels (b, 1, D, H, W) float32, warnings) of full batches; refused scans are named in ``refused``."""
+    members: list[int] = []
     voxels: list[np.ndarray] = []
     warnings: list[str] = []
     ready = zip(indices, prefetch(scans.voxels, indices), strict=True)
     for index, result in track(ready, len(indices), what, "scans"):
         try:
-            one, warning = result()
+            prepared, warning = result()
         except PreprocessingError as error:
             refused[str(scans.table["volume"].iloc[index])] = str(error)
             continue
-        rows.append(index)
-        voxels.append(one)
+        members.append(index)
+        voxels.append(prepared)
         warnings.append(warning)
-        if len(rows) == batch:
-            yield rows, np.stack(voxels)[:, None], warnings
-            rows, voxels, warnings = [], [], []
-    if rows:
-        yield rows, np.stack(voxels)[:, None], warnings
+        if len(members) == batch:
+            yield members, np.stack(voxels)[:, None], warnings
+            members, voxels, warnings = [], [], []
+    if members:
+        yield members, np.stack(voxels)[:, None], warnings
 
 
 def _scored(
@@ -286,10 +286,10 @@ def _join(parts: Path, summary: Summary, order: dict[str, int]) -> None:
 
     first = pq.read_schema(files[0])
     with written_beside(summary.embeddings) as partial:
-        kept = ["volume", *vectors]
-        with pq.ParquetWriter(partial, pa.schema([first.field(name) for name in kept])) as writer:
+        names = ["volume", *vectors]
+        with pq.ParquetWriter(partial, pa.schema([first.field(name) for name in names])) as writer:
             for path in files:
-                writer.write_table(pq.read_table(path, columns=kept))
+                writer.write_table(pq.read_table(path, columns=names))
     with written_beside(summary.predictions) as partial:
         if summary.predictions.suffix == ".parquet":
             with pq.ParquetWriter(partial, pq.read_table(files[0]).drop_columns(vectors).schema) as writer:

@@ -80,8 +80,8 @@ class ScanFiles:
 
     def origin(self) -> str:
         facts = [(path.resolve(), path.stat()) for path in self.paths if path.exists()]
-        read = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in facts]
-        return "\n".join([json.dumps(self.reading, sort_keys=True), *read])
+        states = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in facts]
+        return "\n".join([json.dumps(self.reading, sort_keys=True), *states])
 
     def voxels(self, index: int) -> tuple[np.ndarray, str]:
         ready = prepare(self.paths[index], self.spec, **self.reading)
@@ -102,7 +102,7 @@ def prefetch(function: Callable[[T], R], items: Iterable[T], workers: int = 2) -
 
 def _expanded(paths: Sequence[Path]) -> list[Path]:
     """Patterns become what they match, folders the volume files and the DICOM series' folders below them."""
-    found: list[Path] = []
+    files: list[Path] = []
     for path in paths:
         if not path.exists() and glob.has_magic(str(path)):
             matched = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
@@ -110,11 +110,11 @@ def _expanded(paths: Sequence[Path]) -> list[Path]:
                 raise DataError(f"{path}: no file matches this pattern")
         else:
             matched = [path]
-        for one in matched:
-            found += _inside(one) if one.is_dir() else [one]
-    if not found:
+        for place in matched:
+            files += _inside(place) if place.is_dir() else [place]
+    if not files:
         raise DataError("no scans given")
-    return found
+    return files
 
 
 def _inside(folder: Path) -> list[Path]:

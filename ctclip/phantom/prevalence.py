@@ -1,55 +1,22 @@
-"""How often each abnormality occurs, and with which others: CT-RATE's figures, in one readable table."""
+"""How often each abnormality occurs, and with which others: CT-RATE's figures, from ``prevalence.yaml``."""
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import numpy as np
+import yaml
 from scipy.stats import multivariate_normal, norm
 
-# Per cent of CT-RATE's training volumes (Hamamci et al. 2024).
-PREVALENCE = {
-    "Medical material": 12.3,
-    "Arterial wall calcification": 28.4,
-    "Cardiomegaly": 11.3,
-    "Pericardial effusion": 7.2,
-    "Coronary artery wall calcification": 25.5,
-    "Hiatal hernia": 14.3,
-    "Lymphadenopathy": 25.9,
-    "Emphysema": 19.3,
-    "Atelectasis": 26.0,
-    "Lung nodule": 45.3,
-    "Lung opacity": 36.9,
-    "Pulmonary fibrotic sequela": 26.7,
-    "Pleural effusion": 12.1,
-    "Mosaic attenuation pattern": 7.7,
-    "Peribronchial thickening": 10.5,
-    "Consolidation": 17.6,
-    "Bronchiectasis": 10.0,
-    "Interlobular septal thickening": 7.9,
-}
-
+_TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+# Per cent of volumes, by abnormality.
+PREVALENCE: dict[str, float] = _TABLE["prevalence"]
 # What a phantom can show, in the published order.
 FINDINGS = tuple(PREVALENCE)
-
-# Correlations (of 0/1 labels) above 0.2 in CT-RATE's training set; pairs that are not listed
-# have only what these imply.
-CORRELATION = {
-    ("Arterial wall calcification", "Coronary artery wall calcification"): 0.74,
-    ("Arterial wall calcification", "Cardiomegaly"): 0.34,
-    ("Lung opacity", "Consolidation"): 0.33,
-    ("Cardiomegaly", "Coronary artery wall calcification"): 0.33,
-    ("Pericardial effusion", "Pleural effusion"): 0.31,
-    ("Peribronchial thickening", "Bronchiectasis"): 0.30,
-    ("Atelectasis", "Pleural effusion"): 0.28,
-    ("Cardiomegaly", "Pleural effusion"): 0.28,
-    ("Arterial wall calcification", "Emphysema"): 0.28,
-    ("Medical material", "Pleural effusion"): 0.26,
-    ("Pleural effusion", "Interlobular septal thickening"): 0.26,
-    ("Cardiomegaly", "Mosaic attenuation pattern"): 0.25,
-    ("Coronary artery wall calcification", "Emphysema"): 0.24,
-    ("Arterial wall calcification", "Atelectasis"): 0.23,
-}
+CORRELATION: dict[tuple[str, str], float] = {(first, second): value for first, second, value in _TABLE["correlation"]}
+# Those of the mediastinum and the chest wall; the rest are of the lungs.
+MEDIASTINUM = frozenset(_TABLE["mediastinum"])
 
 
 def draw_findings(random: np.random.Generator, rare_floor: float = 0.0) -> frozenset[str]:
@@ -65,28 +32,28 @@ def _latent(rare_floor: float) -> tuple[np.ndarray, np.ndarray]:
     rates = np.array([max(PREVALENCE[name] / 100, rare_floor) for name in FINDINGS])
     thresholds = norm.isf(rates)
     listed = np.eye(len(FINDINGS), dtype=bool)
-    wanted = np.eye(len(FINDINGS))
+    latent = np.eye(len(FINDINGS))
     for (first, second), correlation in CORRELATION.items():
         i, j = FINDINGS.index(first), FINDINGS.index(second)
         listed[i, j] = listed[j, i] = True
-        wanted[i, j] = wanted[j, i] = _tetrachoric(thresholds[i], thresholds[j], rates[i], rates[j], correlation)
+        latent[i, j] = latent[j, i] = _tetrachoric(thresholds[i], thresholds[j], rates[i], rates[j], correlation)
     # Pairs set one by one need not fit together: alternate between the listed values and the nearest matrix that
     # is a correlation (Higham 2002); pairs that are not listed take what the listed ones imply, no more.
-    matrix = wanted
+    matrix = latent
     for _ in range(200):
-        values, vectors = np.linalg.eigh(np.where(listed, wanted, matrix))
+        values, vectors = np.linalg.eigh(np.where(listed, latent, matrix))
         # Of a matrix's roots the symmetric one: the eigenvectors' signs, which differ between processors, cancel in it.
         root = vectors * np.sqrt(np.clip(values, 1e-6, None)) @ vectors.T
         matrix = root @ root.T
     return thresholds, root / np.linalg.norm(root, axis=1, keepdims=True)
 
 
-def _tetrachoric(a: float, b: float, p: float, q: float, wanted: float) -> float:
-    """The latent correlation whose thresholded variables have correlation ``wanted``, by bisection."""
+def _tetrachoric(a: float, b: float, p: float, q: float, target: float) -> float:
+    """The latent correlation whose thresholded variables have correlation ``target``, by bisection."""
     spread = np.sqrt(p * (1 - p) * q * (1 - q))
     low, high = 0.0, 0.999
     for _ in range(24):
         middle = (low + high) / 2
         both = multivariate_normal.cdf([-a, -b], mean=[0, 0], cov=[[1, middle], [middle, 1]])
-        low, high = (middle, high) if (both - p * q) / spread < wanted else (low, middle)
+        low, high = (middle, high) if (both - p * q) / spread < target else (low, middle)
     return (low + high) / 2

@@ -8,12 +8,10 @@ import numpy as np
 
 from ctclip.phantom import language
 from ctclip.phantom.findings_lung import Detail
-from ctclip.phantom.prevalence import FINDINGS
+from ctclip.phantom.prevalence import FINDINGS, MEDIASTINUM
 
 NOT_GIVEN = "Not given."
 STATED_NEGATIVES = 0.4
-# Readers go from the mediastinum to the lungs, or the other way; a finding's group decides where it stands.
-MEDIASTINUM = frozenset(FINDINGS[:7])
 
 
 def write_report(
@@ -44,6 +42,7 @@ def _findings(details: Sequence[Detail], random: np.random.Generator) -> str:
     for part in (chest, lungs):
         random.shuffle(part)
     normal = [language.NORMAL[i] for i in random.permutation(len(language.NORMAL))[: random.integers(2, 6)]]
+    # Readers go from the mediastinum to the lungs, or the other way.
     first, second = (chest, lungs) if random.random() < 0.7 else (lungs, chest)
     return " ".join([normal[0], *first, *second, *normal[1:]])
 
