@@ -192,14 +192,14 @@ def orientation_doubt(lungs: Lungs) -> str | None:
     _, height, width = lungs.mask.shape
     if not lungs.is_chest or front < 1 or right < 1 or back >= height or left >= width:
         return None
-    seen = []
+    faults = []
     if _spine_behind(lungs) < SPINE_BAR:
-        seen.append("the spine lies in front of the lungs")
+        faults.append("the spine lies in front of the lungs")
     if _upright(lungs) < UPRIGHT_BAR:
-        seen.append("the lungs' tips and the trachea lie below, the domes of the diaphragm above")
-    if not seen and _heart_left(lungs):
-        seen.append("the heart lies on the right and the liver on the left (a mirrored header, or situs inversus)")
-    return f"orientation doubtful: {', and '.join(seen)}" if seen else None
+        faults.append("the lungs' tips and the trachea lie below, the domes of the diaphragm above")
+    if not faults and _heart_left(lungs):
+        faults.append("the heart lies on the right and the liver on the left (a mirrored header, or situs inversus)")
+    return f"orientation doubtful: {', and '.join(faults)}" if faults else None
 
 
 def _spine_behind(lungs: Lungs) -> float:
@@ -214,8 +214,8 @@ def _spine_behind(lungs: Lungs) -> float:
     height = lungs.coarse.shape[1]
     behind = bone[:, _part(front, back, 0.92, 1.35, height)].sum(axis=(1, 2))
     before = bone[:, _part(front, back, -0.35, 0.08, height)].sum(axis=(1, 2))
-    there = behind + before > 50
-    vote = float(np.sign(behind - before)[there].mean()) if there.sum() > 3 else 0.0
+    bony = behind + before > 50
+    vote = float(np.sign(behind - before)[bony].mean()) if bony.sum() > 3 else 0.0
     return (_balance(behind.sum(), before.sum()) + vote) / 2
 
 

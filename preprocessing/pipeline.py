@@ -250,7 +250,7 @@ def preprocess_cohort(
         write_linkage(linkage, cohort.files, cohort.series)
     write_table(store, table)
     mine = table.iloc[shard[0] - 1 :: shard[1]]
-    there = set(store.volumes) - set(cohort.refused)
+    stored = set(store.volumes) - set(cohort.refused)
     due = [
         (
             row["volume"],
@@ -259,10 +259,10 @@ def preprocess_cohort(
             cohort.series.get(row["volume"]),
         )
         for row in mine.to_dict("records")
-        if row["volume"] not in there and row["volume"] not in cohort.refused
+        if row["volume"] not in stored and row["volume"] not in cohort.refused
     ]
     outcomes = [
-        *_kept(store, [name for name in mine["volume"] if name in there]),
+        *_kept(store, [name for name in mine["volume"] if name in stored]),
         *_not_read(cohort, set(mine["volume"])),
     ]
     fresh = _all(due, store.path, reading, workers or len(os.sched_getaffinity(0)))

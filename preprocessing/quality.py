@@ -128,8 +128,8 @@ def _card(
     hu = store.read(name)
     if store.spec.published_geometry:
         hu = hu.transpose(0, 2, 1)
-    told = outcome.warnings if outcome else ()
-    warnings = [warning for warning in told if warning != ALREADY_HU]
+    recorded = outcome.warnings if outcome else ()
+    warnings = [warning for warning in recorded if warning != ALREADY_HU]
     affine = np.diag([*store.spec.spacing, 1.0])
     if expect == "chest" and (reason := no_chest(find_lungs(Volume(hu, affine, name)))):
         warnings.append(reason)
@@ -140,7 +140,7 @@ def _card(
     return Card(
         volume=name, split=split, picture=_picture(hu, store.spec.spacing, windows), shape=outcome.source_shape if outcome else "",
         spacing=outcome.source_spacing if outcome else "", bars=[round(float(h), 1) for h in bars],
-        range=f"{hu.min()} to {hu.max()}", warnings=warnings, note=ALREADY_HU if ALREADY_HU in told else "",
+        range=f"{hu.min()} to {hu.max()}", warnings=warnings, note=ALREADY_HU if ALREADY_HU in recorded else "",
     )  # fmt: skip
 
 

@@ -38,21 +38,21 @@ def differences(line: Published, metrics: dict[str, Any]) -> str:
     """How a published figure was obtained differently from ``metrics``, in words."""
     protocol = metrics["protocol"]
     labels, volumes = len(protocol["labels"]), metrics["volumes"]
-    told = []
+    notes = []
     if protocol.get("cohort") != line.cohort:
-        told.append(f"{line.cohort}, here {protocol.get('cohort') or 'a cohort that the protocol does not name'}")
+        notes.append(f"{line.cohort}, here {protocol.get('cohort') or 'a cohort that the protocol does not name'}")
     elif line.volumes is None:
-        told.append("which volumes is not stated")
+        notes.append("which volumes is not stated")
     elif line.volumes != volumes:
-        told.append(f"{line.volumes:,} volumes, here {volumes:,}")
+        notes.append(f"{line.volumes:,} volumes, here {volumes:,}")
     if line.labels is None:
-        told.append("which labels is not stated")
+        notes.append("which labels is not stated")
     elif line.labels != labels:
-        told.append(f"{line.labels} labels, here {labels}")
+        notes.append(f"{line.labels} labels, here {labels}")
     ours = metrics.get("supervision")
     if ours and ours != line.supervision:
-        told.append(f"{line.supervision}, here {ours}")
-    return "; ".join(told) or "labels, volumes and supervision as here"
+        notes.append(f"{line.supervision}, here {ours}")
+    return "; ".join(notes) or "labels, volumes and supervision as here"
 
 
 def published_table(metrics: dict[str, Any]) -> list[list[str]]:

@@ -21,21 +21,21 @@ def evaluate_retrieval(
     result: dict[str, Any] = {}
     every = f"all {len(volumes)} volumes of {len(np.unique(scans))} scans, every reconstruction its own entry"
     if reports is not None:
-        written = np.isfinite(reports).all(axis=1)
+        reported = np.isfinite(reports).all(axis=1)
         first = np.zeros(len(scans), dtype=bool)
         first[np.unique(scans, return_index=True)[1]] = True
-        one = first & written
-        distinct = len(np.unique(reports[one], axis=0))
-        worded = f"{int(one.sum())} reports, one a scan, of which {distinct} differ"
-        if one.any():
+        chosen = first & reported
+        distinct = len(np.unique(reports[chosen], axis=0))
+        worded = f"{int(chosen.sum())} reports, one a scan, of which {distinct} differ"
+        if chosen.any():
             result["report_to_volume"] = {
-                **retrieval(reports[one], volumes, scans[one], scans),
-                **_by_labels((reports, one), (volumes, np.ones_like(one)), labels, scans),
+                **retrieval(reports[chosen], volumes, scans[chosen], scans),
+                **_by_labels((reports, chosen), (volumes, np.ones_like(chosen)), labels, scans),
                 "queries_are": worded, "pool_is": every, "duplicates": "any reconstruction of the report's scan is a hit; ties count against the model",
             }  # fmt: skip
             result["volume_to_report"] = {
-                **retrieval(volumes[written], reports[one], scans[written], scans[one]),
-                **_by_labels((volumes, written), (reports, one), labels, scans),
+                **retrieval(volumes[reported], reports[chosen], scans[reported], scans[chosen]),
+                **_by_labels((volumes, reported), (reports, chosen), labels, scans),
                 "queries_are": "every volume with a report", "pool_is": worded, "duplicates": "equal reports of other scans are ties, and ties count against the model",
             }  # fmt: skip
     _, scan, count = np.unique(scans, return_inverse=True, return_counts=True)
@@ -51,16 +51,16 @@ def evaluate_retrieval(
 
 
 def retrieval(
-    queries: np.ndarray, pool: np.ndarray, wanted: np.ndarray, identity: np.ndarray, *, itself: np.ndarray | None = None
+    queries: np.ndarray, pool: np.ndarray, target: np.ndarray, identity: np.ndarray, *, itself: np.ndarray | None = None
 ) -> dict[str, Any]:
     """Recall@k and median rank of the best right answer.
 
     queries (n, d), pool (m, d) unit vectors; a pool entry is right if its ``identity`` (m,) is the query's
-    ``wanted`` (n,): all reconstructions of a scan are right answers to its report. Ties count against us. ``itself``
+    ``target`` (n,): all reconstructions of a scan are right answers to its report. Ties count against us. ``itself``
     (n,): the pool entry that is the query, left out.
     """
     similarity = queries @ pool.T
-    right = wanted[:, None] == identity[None, :]
+    right = target[:, None] == identity[None, :]
     if itself is not None:
         similarity[np.arange(len(queries)), itself] = -np.inf
         right[np.arange(len(queries)), itself] = False
@@ -93,7 +93,7 @@ def precision_by_labels(
     are relevant to each other); average precision as in TREC, over the first k. ``jaccard@k`` is what CT-CLIP's script
     calls MAP@k; there the query itself and, among the entries, only volumes with a finding are in the pool.
     """
-    asked, positive = query_labels == 1, pool_labels == 1
+    query_positive, positive = query_labels == 1, pool_labels == 1
     count = positive.sum(axis=1)
     deepest = min(max(depths), len(pool))
     kept = [k for k in depths if k <= deepest]
@@ -103,8 +103,8 @@ def precision_by_labels(
         similarity[pool_scans == query_scans[query]] = -np.inf
         order = np.argsort(-similarity, kind="stable")[:deepest]
         order = order[np.isfinite(similarity[order])]
-        shared = (positive[order] & asked[query]).sum(axis=1)
-        union = count[order] + asked[query].sum() - shared
+        shared = (positive[order] & query_positive[query]).sum(axis=1)
+        union = count[order] + query_positive[query].sum() - shared
         jaccard = np.where(union > 0, shared / np.maximum(union, 1), 1.0)
         hits = jaccard >= 0.5
         precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)

@@ -177,10 +177,10 @@ def _calibrated(table: pd.DataFrame, names: list[str], fitted: Calibration, path
             f"does): whether some are in this test set cannot be checked",
             file=sys.stderr,
         )
-    seen = fitted.saw(table["patient"].unique())
-    if seen:
+    fitted_on = fitted.saw(table["patient"].unique())
+    if fitted_on:
         raise EvaluationError(
-            f"{path}: {len(seen)} of its patients, the first {seen[0]!r}, are among those the calibration was fitted on; "
+            f"{path}: {len(fitted_on)} of its patients, the first {fitted_on[0]!r}, are among those the calibration was fitted on; "
             f"thresholds must not come from the test set"
         )
     slope, intercept = fitted.of(names)
@@ -195,21 +195,21 @@ def _calibrated(table: pd.DataFrame, names: list[str], fitted: Calibration, path
 def histogram_control(store: VolumeStore, table: pd.DataFrame, protocol: Protocol) -> dict[str, Any]:
     """A supervised classifier on HU histograms: fitted on the stored volumes that were not predicted."""
     cohort = store.cohort.set_index("volume")
-    held = [name for name in table["volume"] if name in cohort.index]
-    patients = set(cohort.loc[held, "patient"])
+    predicted = [name for name in table["volume"] if name in cohort.index]
+    patients = set(cohort.loc[predicted, "patient"])
     # One reconstruction a scan to fit on, and no volume of a held-out patient.
     others = cohort.loc[[name for name in store.volumes if name in cohort.index]]
     others = others[~others["patient"].isin(patients)].groupby("scan").head(1)
     columns = list(protocol.labels)
     if len(others) < 20 or any(name not in cohort.columns for name in columns):
         return {}
-    seen = others[columns].to_numpy(dtype=float, na_value=np.nan)
-    kept = ~np.isnan(seen).any(axis=1)
-    names = [*others.index[kept], *held]
+    labels = others[columns].to_numpy(dtype=float, na_value=np.nan)
+    kept = ~np.isnan(labels).any(axis=1)
+    names = [*others.index[kept], *predicted]
     counted = histograms(store.read(name) for name in track(names, len(names), "histogram control"))
-    truth = cohort.loc[held, columns].to_numpy(dtype=float, na_value=np.nan)
+    truth = cohort.loc[predicted, columns].to_numpy(dtype=float, na_value=np.nan)
     split = int(kept.sum())
-    values = histogram_aurocs(counted[:split], seen[kept], counted[split:], truth)
+    values = histogram_aurocs(counted[:split], labels[kept], counted[split:], truth)
     return {
         "histogram_mean_auroc": mean_defined(values),
         "histogram_auroc": dict(zip(columns, values.tolist(), strict=True)),

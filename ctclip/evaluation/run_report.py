@@ -170,10 +170,10 @@ def _subtitle(metrics: dict[str, Any]) -> str:
 
 
 def _protocol_differences(names: list[str], first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """What was not alike, with both values."""
+    """What differs between two evaluations, with both values."""
     rows = [["", *names]]
     for key in first["protocol"]:
-        pair = [one["protocol"].get(key) for one in (first, second)]
+        pair = [metrics["protocol"].get(key) for metrics in (first, second)]
         if pair[0] == pair[1]:
             continue
         if key == "labels":
@@ -181,12 +181,12 @@ def _protocol_differences(names: list[str], first: dict[str, Any], second: dict[
                     for mine, other in (pair, pair[::-1])]  # fmt: skip
         rows.append([f"protocol: {key}", *map(str, pair)])
     for key in ("volumes", "patients", "supervision", "model", "spec", "prompts"):
-        pair = [one.get(key) for one in (first, second)]
+        pair = [metrics.get(key) for metrics in (first, second)]
         if pair[0] != pair[1]:
             rows.append([key, *(str(value or "not stated") for value in pair)])
-    told = [row[0] for row in rows[1:] if row[0].startswith("protocol") or row[0] in ("volumes", "patients")]
-    words = "Both were scored by the same protocol on as many volumes of as many patients."
-    if told:
+    decisive = [row[0] for row in rows[1:] if row[0].startswith("protocol") or row[0] in ("volumes", "patients")]
+    words = "Both were evaluated by the same protocol, on the same number of volumes and patients."
+    if decisive:
         words = "Not the same protocol: the figures cannot be compared directly."
     section: dict[str, Any] = {"title": "What differs", "words": words}
     return section | ({"table": rows} if len(rows) > 1 else {})
@@ -215,7 +215,7 @@ def _threshold_section(output: Path, zero: dict[str, Any], pictures: Pictures) -
     section: dict[str, Any] = {"title": "Thresholds and calibration", "words": f"Thresholds: {zero['thresholds']}.", "table": rows}  # fmt: skip
     if pictures.scores is not None:
         figures.reliability(output / "reliability.png", *pictures.scores, list(zero["auroc"]))
-        caption = "Reliability: points on the diagonal mean what they say; their area is the share of volumes"
+        caption = "Reliability: on the diagonal predicted and observed frequencies agree; the area of a point is its share of the volumes"
         section["figures"] = [(caption, output / "reliability.png")]
     return section
 
@@ -259,21 +259,25 @@ def _run_sections(output: Path, run: Path) -> list[dict[str, Any]]:
 def _published_section(metrics: dict[str, Any]) -> dict[str, Any]:
     return {
         "title": "Published figures, for context",
-        "words": "Zero-shot AUROC as published. Protocols differ, and so does what was learned from: never put two numbers side by side without saying so.",
+        "words": "Zero-shot AUROC as published. The protocols and the training data differ; state this wherever two of these numbers are compared.",
         "table": published_table(metrics),
     }  # fmt: skip
 
 
 def _retrieval(directions: dict[str, Any]) -> dict[str, Any]:
-    """A column a direction; what the pool is and what counts as a hit stand above."""
+    """One column for each direction; the text above says what the pool is and what counts as a hit."""
     words = [
-        f"{name.replace('_', ' ')}: the pool is {one['pool_is']}; {one['duplicates']}."
-        for name, one in directions.items()
+        f"{name.replace('_', ' ')}: the pool is {direction['pool_is']}; {direction['duplicates']}."
+        for name, direction in directions.items()
     ]
-    words += [f"MAP: relevant is a {one['relevant']}." for one in list(directions.values())[:1] if "relevant" in one]
+    words += [
+        f"MAP: relevant is a {direction['relevant']}."
+        for direction in list(directions.values())[:1]
+        if "relevant" in direction
+    ]
     rows = [["", *[name.replace("_", " ") for name in directions]]]
-    for key in dict.fromkeys(key for one in directions.values() for key in one):
-        values = [one.get(key) for one in directions.values()]
+    for key in dict.fromkeys(key for direction in directions.values() for key in direction):
+        values = [direction.get(key) for direction in directions.values()]
         if any(isinstance(value, str) for value in values):
             continue
         digits = 3 if "@" in key else 0

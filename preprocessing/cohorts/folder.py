@@ -209,9 +209,10 @@ def _unlike(names: list[str], places: list[str]) -> list[str]:
     ids = [_safe(name) for name in names]
     if _alike(ids):
         ids = [_safe(place) for place in places]
-    again = _alike(ids)
+    repeated = _alike(ids)
     return [
-        f"{one}-{_digest(place)}" if one.casefold() in again else one for one, place in zip(ids, places, strict=True)
+        f"{name}-{_digest(place)}" if name.casefold() in repeated else name
+        for name, place in zip(ids, places, strict=True)
     ]
 
 
@@ -278,36 +279,36 @@ def _from_table(path: Path, label_names: Sequence[str] | None) -> Cohort:
 
 def _ids(path: Path, table: pd.DataFrame, places: list[Path]) -> tuple[list[str], list[str], list[str]]:
     """Volume ids that are file names, the paths as they may be shown, and what there is to tell of them."""
-    given = "volume" in table.columns
-    if given:
-        wanted = table["volume"].tolist()
-        ids = [_safe(name) for name in wanted]
-        if len({*zip(wanted, ids, strict=True)}) > len(set(ids)):
-            ids = [one if one == name else f"{one}-{_digest(name)}" for name, one in zip(wanted, ids, strict=True)]
+    named = "volume" in table.columns
+    if named:
+        names = table["volume"].tolist()
+        ids = [_safe(name) for name in names]
+        if len({*zip(names, ids, strict=True)}) > len(set(ids)):
+            ids = [one if one == name else f"{one}-{_digest(name)}" for name, one in zip(names, ids, strict=True)]
     else:
         twice = table["path"].duplicated()
         if twice.any():
             raise PreprocessingError(
                 f"{path}: {table['path'][twice].iloc[0]!r} is listed twice (line {table.index[twice][0]})"
             )
-        wanted = ids = _unlike([identity(place) for place in places], table["path"].tolist())
+        names = ids = _unlike([identity(place) for place in places], table["path"].tolist())
     volumes, masked_paths = [], []
     for line, name, text, place in zip(table.index, ids, table["path"], places, strict=True):
         headers = _headers(place)
         masked_paths.append(masked(text, headers))
         if masked(name, headers) == name:
             volumes.append(name)
-        elif given:
+        elif named:
             raise PreprocessingError(
                 f"{path}: the volume id in line {line} names the patient of its DICOM header; choose another"
             )
         else:
             volumes.append(anonymous_id(headers, masked_paths[-1]))
-    changed = [(name, one) for name, one in zip(wanted, volumes, strict=True) if given and name != one]
+    changed = [(name, one) for name, one in zip(names, volumes, strict=True) if named and name != one]
     if not changed:
         return volumes, masked_paths, []
-    told = f"{counted(len(changed), 'volume id')} changed to what a file may be called, such as {changed[0][0]!r} to {changed[0][1]!r}"
-    return volumes, masked_paths, [told]
+    note = f"{counted(len(changed), 'volume id')} changed to what a file may be called, such as {changed[0][0]!r} to {changed[0][1]!r}"
+    return volumes, masked_paths, [note]
 
 
 def _numbers(path: Path, column: pd.Series, default: Any) -> list[float]:
@@ -325,6 +326,6 @@ def _columns_told(columns: Columns) -> list[str]:
     if columns.labels:
         notes.append(f"label columns: {', '.join(columns.labels)}")
     if columns.metadata:
-        told = ", ".join(f"{name} ({why})" for name, why in columns.metadata.items())
-        notes.append(f"kept as metadata, not as labels: {told}")
+        metadata = ", ".join(f"{name} ({why})" for name, why in columns.metadata.items())
+        notes.append(f"kept as metadata, not as labels: {metadata}")
     return notes

@@ -45,14 +45,14 @@ def read(path: Path, source: str, largest: int) -> Volume:
         size, name = byte_count(shape, dtype), fields["ElementDataFile"]
         local = name.upper() == "LOCAL"
         if local:
-            content, told = _content(stream, size, packed, 0, largest, source)
+            content, notes = _content(stream, size, packed, 0, largest, source)
     if not local:
         if name.upper().split()[0] == "LIST":
             raise PreprocessingError(f"{source}: its voxels lie in several files; save it as one .mha")
         with streams.open_regular(detached(path, name, source), source) as stream:
-            content, told = _content(stream, size, packed, skip, largest, source)
+            content, notes = _content(stream, size, packed, skip, largest, source)
     array = content.view(dtype).reshape(shape[::-1])
-    return Volume(native(array), affine, source, [*warnings, *told], doubt)
+    return Volume(native(array), affine, source, [*warnings, *notes], doubt)
 
 
 def is_header(block: bytes) -> bool:
@@ -117,17 +117,17 @@ def _is(fields: dict[str, str], name: str, default: bool, source: str) -> bool:
 def _content(
     stream: BinaryIO, size: int, packed: bool, skip: int, largest: int, source: str
 ) -> tuple[np.ndarray, list[str]]:
-    held = streams.size_of(stream)
-    streams.plausible(size, held, largest, source)
+    length = streams.size_of(stream)
+    streams.plausible(size, length, largest, source)
     if packed:
         begin = stream.tell()
         # MetaIO reads both kinds of stream, and older versions wrote the other.
         kind = "gzip" if stream.read(2) == streams.GZIP else "zlib"
         stream.seek(begin)
         return streams.exactly(streams.inflated(stream, kind), size, source)
-    begin = held - size if skip == -1 else stream.tell() + skip
-    if skip < -1 or begin < 0 or begin + size > held:
-        raise PreprocessingError(f"{source}: cut short ({held} of {max(begin, 0) + size} bytes); copy it again")
+    begin = length - size if skip == -1 else stream.tell() + skip
+    if skip < -1 or begin < 0 or begin + size > length:
+        raise PreprocessingError(f"{source}: cut short ({length} of {max(begin, 0) + size} bytes); copy it again")
     stream.seek(begin)
     return streams.exactly(stream, size, source)
 

@@ -61,8 +61,8 @@ def read(path: Path, source: str, geometry: Geometry, largest: int) -> Volume:
         with np.errstate(over="ignore", invalid="ignore"):
             array *= np.float32(slope)
             array += np.float32(intercept)
-    affine, doubt, told = geometry_of(header, geometry)
-    return Volume(native(array), affine, source, [*warnings, *told], doubt)
+    affine, doubt, notes = geometry_of(header, geometry)
+    return Volume(native(array), affine, source, [*warnings, *notes], doubt)
 
 
 def is_header(block: bytes) -> bool:
@@ -148,10 +148,10 @@ def _offset(header: Any, header_size: int, source: str) -> int:
 
 def _content(stream: Any, at: int, offset: int, size: int, largest: int, source: str) -> tuple[np.ndarray, list[str]]:
     """The bytes of the voxels, from ``offset`` to the end of the file, of which ``at`` were read already."""
-    held = streams.size_of(stream)
-    streams.plausible(size, held, largest, source)
-    if not streams.is_packed(stream) and held < offset + size:
-        raise PreprocessingError(f"{source}: cut short ({held} of {offset + size} bytes); copy it again")
+    length = streams.size_of(stream)
+    streams.plausible(size, length, largest, source)
+    if not streams.is_packed(stream) and length < offset + size:
+        raise PreprocessingError(f"{source}: cut short ({length} of {offset + size} bytes); copy it again")
     try:
         # Extensions of the header are skipped; they are small, however much a header claims.
         if offset - at > streams.CHUNK * 64:

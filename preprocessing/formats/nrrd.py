@@ -54,23 +54,23 @@ def read(path: Path, source: str, largest: int) -> Volume:
         if name is None and not ended:
             raise PreprocessingError(f"{source}: cut short (its header does not end); copy it again")
         if name is None:
-            content, told = _content(stream, byte_count(shape, dtype), encoding, skip, largest, source)
+            content, notes = _content(stream, byte_count(shape, dtype), encoding, skip, largest, source)
     if name is not None:
         if name.split()[0] == "LIST":
             raise PreprocessingError(f"{source}: its voxels lie in several files; save it as one .nrrd")
         with streams.open_regular(detached(path, name, source), source) as stream:
-            content, told = _content(stream, byte_count(shape, dtype), encoding, skip, largest, source)
+            content, notes = _content(stream, byte_count(shape, dtype), encoding, skip, largest, source)
     array = content.view(dtype).reshape(shape[::-1])
-    return Volume(native(array), affine, source, [*warnings, *told], doubt)
+    return Volume(native(array), affine, source, [*warnings, *notes], doubt)
 
 
 def _fields(stream: BinaryIO, source: str) -> tuple[dict[str, str], bool]:
     """Fields by their names in lower case, and whether an empty line ended the header. Keys and comments are left out."""
     fields: dict[str, str] = {}
-    given = text_header.lines(stream, source)
-    if not re.fullmatch(r"NRRD000[1-5]", next(given, "")):
+    lines = text_header.lines(stream, source)
+    if not re.fullmatch(r"NRRD000[1-5]", next(lines, "")):
         raise PreprocessingError(f"{source}: not an NRRD file, whatever its name says")
-    for number, line in enumerate(given, start=2):
+    for number, line in enumerate(lines, start=2):
         if not line:
             return fields, True
         if line.startswith("#") or ":=" in line.partition(": ")[0]:
@@ -121,13 +121,13 @@ def _layout(fields: dict[str, str], source: str) -> tuple[tuple[int, int, int], 
 def _content(
     stream: BinaryIO, size: int, encoding: str, skip: int, largest: int, source: str
 ) -> tuple[np.ndarray, list[str]]:
-    held = streams.size_of(stream)
-    streams.plausible(size, held, largest, source)
+    length = streams.size_of(stream)
+    streams.plausible(size, length, largest, source)
     if encoding != "raw":
         return streams.exactly(streams.inflated(stream, encoding), size, source)
-    begin = held - size if skip == -1 else stream.tell() + skip
-    if begin < stream.tell() or begin + size > held:
-        raise PreprocessingError(f"{source}: cut short ({held} of {stream.tell() + size} bytes); copy it again")
+    begin = length - size if skip == -1 else stream.tell() + skip
+    if begin < stream.tell() or begin + size > length:
+        raise PreprocessingError(f"{source}: cut short ({length} of {stream.tell() + size} bytes); copy it again")
     stream.seek(begin)
     return streams.exactly(stream, size, source)
 
