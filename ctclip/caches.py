@@ -1,4 +1,4 @@
-"""Where the libraries below us keep what they compile and cache, when their usual place cannot be written.
+"""Cache folders of the libraries we use, for machines on which the usual place is not writable.
 
 A container that is read-only, or runs as a user without a home, has neither the ``__pycache__`` of this package nor
 ``~/.cache``: numba would refuse to start, matplotlib would rebuild its list of fonts in every process. They are given a
@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent
 
 
 def use_writable_caches() -> None:
-    """Set the cache variables whose usual place cannot be written; child processes inherit them."""
+    """Set the cache variables whose usual place is not writable; child processes inherit them."""
     # Without HOME and without an entry in /etc/passwd this stays "~", which libraries would create as a folder.
     home = Path.home() if os.path.isabs(os.path.expanduser("~")) else None
     usual = {

@@ -28,7 +28,7 @@ HuWindow = Annotated[tuple[float, float], AfterValidator(_in_order)]
 
 
 class EncoderConfig(Section):
-    """What every volume encoder can be told; each adds its own."""
+    """Settings that every volume encoder has; each adds its own."""
 
     kind: str
     activation_checkpointing: bool = Field(
@@ -124,7 +124,7 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Section):
-    """What is read, and how it is shown to the model."""
+    """Which data are read and how the model is given them."""
 
     store: str | None = Field(None, description="folder written by `ctclip preprocess`")
     train_split: str = "train"
@@ -163,7 +163,7 @@ class DataConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """What every objective can be told; each adds its own. A number alone is its weight."""
+    """Settings that every objective has; each adds its own. A number alone stands for the weight."""
 
     weight: float = Field(1.0, ge=0, description="factor of its loss in the sum; 0 leaves it out")
     begin: float = Field(0.0, ge=0, lt=1, description="share of the steps after which it begins to count")
@@ -192,7 +192,7 @@ ObjectiveConfigs = Annotated[dict[str, SerializeAsAny[ObjectiveConfig]], BeforeV
 
 
 class ZeroConfig(Section):
-    """DeepSpeed ZeRO; in one word too: ``training.zero=2`` or ``training.zero=3+offload``."""
+    """DeepSpeed ZeRO; can be written in one word: ``training.zero=2`` or ``training.zero=3+offload``."""
 
     stage: Literal[0, 1, 2, 3] = 1
     offload: bool = Field(False, description="optimizer (and at stage 3 parameters) in host memory")
@@ -294,7 +294,7 @@ class Config(Section):
 
     @property
     def reads_labels(self) -> bool:
-        """Whether the run looks at labels in any way; if it does, it says so wherever its figures are shown."""
+        """Whether the run uses labels in any way; if it does, all its results say so."""
         return self.reads("labels") or self.data.rarity > 0
 
     @model_validator(mode="after")

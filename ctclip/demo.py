@@ -1,4 +1,4 @@
-"""The whole route on a synthetic cohort: every stage an ordinary command, printed before it runs.
+"""The whole pipeline on a synthetic cohort: every stage is an ordinary command, printed before it runs.
 
 What is done already is not done again: cohort, store and run continue where they were, and finished stages are
 skipped.

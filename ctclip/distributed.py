@@ -1,4 +1,4 @@
-"""Ranks and backends: how they meet, talk to each other and part. Who launched them is read in ``launchers.py``."""
+"""Process groups: joining, collective operations, leaving. ``launchers.py`` reads who launched the ranks."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ RENDEZVOUS = "CTCLIP_RENDEZVOUS"
 
 
 def launched_rank() -> int:
-    """This process's rank, after the group is gone as well."""
+    """The rank of this process, also after the process group has ended."""
     return int(os.environ.get("RANK", 0))
 
 
 def local_ranks() -> int:
-    """How many ranks run on this machine, as far as the launcher says; else all of them."""
+    """Number of ranks on this machine if the launcher states it, else of all ranks."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
 
 
 def gpus() -> int:
-    """GPUs of this machine; 1 where there is none, for the processor."""
+    """Number of GPUs of this machine; 1 if there is none (the CPU)."""
     return max(1, torch.cuda.device_count())
 
 
@@ -154,7 +154,7 @@ def _join_without_listening(backend: str) -> None:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[torch.device]:
-    """Join the process group for the length of a block."""
+    """Join the process group for the duration of a block."""
     device = initialise()
     try:
         yield device
@@ -208,14 +208,14 @@ def barrier() -> None:
 
 
 def broadcast_json(value: Any) -> Any:
-    """Rank 0's ``value`` on every rank; of JSON's kinds, so that nothing is unpickled that came over a network."""
+    """The ``value`` of rank 0 on every rank. It must be JSON, so that nothing from the network is unpickled."""
     if world_size() == 1:
         return value
     return _json_of_every_rank(value if is_main() else None)[0]
 
 
 def gather_json(value: Any) -> list[Any]:
-    """Every rank's ``value`` (of JSON's kinds), in rank order, on every rank."""
+    """The ``value`` (JSON) of every rank, in rank order, on every rank."""
     return [value] if world_size() == 1 else _json_of_every_rank(value)
 
 
@@ -247,7 +247,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def on_main(action: Callable[[], object]) -> None:
-    """Do something on rank 0; if it fails there, every rank stops with its message instead of waiting for it."""
+    """Call ``action`` on rank 0; if it fails there, every rank stops with its message instead of waiting."""
     fault: Exception | None = None
     if is_main():
         try:
@@ -262,13 +262,13 @@ def on_main(action: Callable[[], object]) -> None:
 
 
 def sum_over_ranks(values: torch.Tensor) -> None:
-    """Every rank's ``values`` summed, in place, without gradients."""
+    """Sum the ``values`` of all ranks in place, without gradients."""
     if world_size() > 1:
         dist.all_reduce(values)
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The mean of every rank's ``values``, without gradients."""
+    """Mean of the ``values`` of all ranks, without gradients."""
     sum_over_ranks(values)
     return values / world_size()
 

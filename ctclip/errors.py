@@ -1,8 +1,8 @@
-"""Errors a user can act on: one class a layer. The command line prints the message and exits with code 2."""
+"""Errors that a user can act on, one class per layer. The command line prints the message and exits with code 2."""
 
 
 class CtclipError(Exception):
-    """Base of every error below; its message says what was found, in which file, and what to do."""
+    """Base of every error below; its message names the file, what is wrong with it and what to do."""
 
 
 class ConfigError(CtclipError):

@@ -1,4 +1,4 @@
-"""Who started this process: alone, or as one of several ranks.
+"""Whether this process was started alone or by a launcher as one of several ranks.
 
 The same command runs under ``deepspeed``, ``torchrun``, ``srun`` and ``mpirun``: each leaves the ranks in the environment
 under names of its own, and this file is where they are read. They become torch's names.

@@ -1,4 +1,4 @@
-"""What can be added without changing ctclip: encoders, objectives and heads, found by name.
+"""Extensions that need no change of ctclip: encoders, objectives and heads, found by name.
 
 A name is one of ours (the table below), one that an installed package announces as an entry point of the group
 ``ctclip.encoders``, ``ctclip.objectives`` or ``ctclip.heads``, or ``module:Name``, a class in anybody's own file.

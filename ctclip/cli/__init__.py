@@ -85,7 +85,7 @@ def options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; an error a user can act on becomes one line and exit code 2."""
+    """Run the command line; an error that the user can act on becomes one line and exit code 2."""
     from ctclip.errors import CtclipError
     from ctclip.preprocessing.errors import PreprocessingError
 

@@ -1,4 +1,4 @@
-"""Tokens of nothing but air outside the body, which an encoder may leave out.
+"""Tokens that hold only air outside the body, which an encoder may leave out.
 
 Found on the processor, in the processes that read: a GPU would have to be waited for.
 """
@@ -24,7 +24,7 @@ AIR_TURNED_HU = -980.0
 
 @dataclass(frozen=True)
 class BodyTokens:
-    """Says which tokens of a volume hold anything of the body; ``size``: voxels [slice, row, column] of a token."""
+    """Finds the tokens of a volume that hold any part of the body; ``size``: voxels [slice, row, column] of a token."""
 
     size: tuple[int, int, int]
     spec: PreprocessingSpec

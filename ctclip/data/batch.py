@@ -1,4 +1,4 @@
-"""A batch of volumes and texts: as it is read, and as a training step is given it."""
+"""A batch of volumes and texts, as it is read and as a training step receives it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Tokens = dict[str, Tensor]
 
 @dataclass
 class Batch:
-    """What a training step is given.
+    """What a training step receives.
 
     volumes (B, 1, D, H, W) float32 in [-1, 1]; tokens: for each micro-batch the ids of its texts, views of a volume
     beside each other (``TextEncoder.tokenise``), on the host; words: likewise ids and mask of whole reports, or None;
@@ -40,7 +40,7 @@ class Batch:
 
 @dataclass
 class StoredBatch:
-    """As the store has it: hu (B, 1, D, H, W) int16, and how each volume is to be changed; the rest as in Batch."""
+    """A batch as stored: hu (B, 1, D, H, W) int16, and how each volume is to be changed; the rest as in Batch."""
 
     hu: Tensor
     changes: list[Change]
@@ -59,7 +59,7 @@ class StoredBatch:
         return self
 
     def to(self, device: torch.device, spec: PreprocessingSpec) -> Batch:
-        """What a model on ``device`` is given; ``spec``: the store's."""
+        """The batch for a model on ``device``; ``spec``: the store's."""
         columns = {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
         if self.changes:
             columns = {name: self._moved(column, spec) for name, column in columns.items()}

@@ -1,4 +1,4 @@
-"""From stored HU to the input of a model, on the device that computes."""
+"""From stored HU to the input of a model, on the device of the model."""
 
 from __future__ import annotations
 

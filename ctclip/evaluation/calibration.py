@@ -1,4 +1,4 @@
-"""From margins to probabilities that mean what they say, fitted on a calibration split and kept with the model."""
+"""Calibrated probabilities from margins, fitted on a calibration split and kept with the model."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Of one model and one set of prompts: a line an abnormality, where it was fitted, and digests of the patients it
-    saw, none of whom may be in a test. ``uncalibrated``: the abnormalities that keep their plain softmax, and why.
+    """The calibration of one model with one prompt set: a line for each abnormality, the data it was fitted on,
+    and digests of its patients, none of whom may be in a test set. ``uncalibrated``: the abnormalities that keep their plain softmax, and why.
     ``salt`` goes into the digests (empty in files before 0.3), so that no table of digests made beforehand finds the ids.
     Without digests, as in a folder from a hub, nothing can be said of the patients."""
 
@@ -96,7 +96,7 @@ class Calibration:
 
 
 def digest(patient: str, salt: str = "") -> str:
-    """Twelve hex digits that stand for a patient's id in a file that lies with the model."""
+    """Twelve hex digits that stand for a patient's id in a file kept with the model."""
     return hashlib.sha256((salt + patient).encode()).hexdigest()[:12]
 
 

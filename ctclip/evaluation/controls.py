@@ -1,4 +1,4 @@
-"""Two controls that say whether a figure means anything: a histogram classifier, and shuffled labels."""
+"""Two controls that show whether a result is meaningful: a histogram classifier, and shuffled labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BINS = np.array([LOWEST, *range(-1000, 300, 20), *range(300, 1000, 60), 1000])
 
 
 def histograms(volumes: Iterable[np.ndarray]) -> np.ndarray:
-    """Share of voxels in each HU bin: int16 volumes -> (volumes, bins). Where in the body they lie is thrown away."""
+    """Share of voxels in each HU bin: int16 volumes -> (volumes, bins). Their position is not used."""
     shares = []
     for hu in volumes:
         count = np.bincount(np.clip(hu, LOWEST, HIGHEST).ravel() - LOWEST, minlength=HIGHEST - LOWEST + 1)

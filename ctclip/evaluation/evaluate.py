@@ -1,4 +1,4 @@
-"""Predictions, labels and a protocol to one dictionary of metrics."""
+"""From predictions, labels and a protocol to one dictionary of metrics."""
 
 from __future__ import annotations
 

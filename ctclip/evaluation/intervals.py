@@ -1,4 +1,5 @@
-"""Confidence intervals of an AUROC that cover what they claim where positives are few and patients have several volumes.
+"""Confidence intervals of an AUROC that keep their nominal coverage with few positives and several volumes per
+patient.
 
 The percentile bootstrap by patient does not: with 10 positive patients and an AUROC of 0.96 its 95 % cover 0.8
 (``python -m tests.benchmarks.coverage``). Two things are to blame: the quantile of the normal distribution, and a

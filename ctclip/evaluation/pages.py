@@ -66,17 +66,17 @@ def write_page(
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A figure, or "undefined" (None, or NaN)."""
+    """A number as text; "undefined" for None and NaN."""
     return "undefined" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def interval_words(lower: float | None, upper: float | None, trusted: bool = True) -> str:
-    """Limits, marked where the interval is not to be trusted."""
+    """The limits as text, marked if the interval is not to be trusted."""
     return f"{number(lower)} to {number(upper)}" + ("" if trusted else UNTRUSTED)
 
 
 def split_note(metrics: dict[str, Any]) -> str:
-    """What of a split was not scored, in words; "" where all of it was, or no store was given."""
+    """A sentence on what part of a split was not scored; "" if all of it was, or if no store was given."""
     split = metrics.get("split")
     if not split or not split["missing"]:
         return ""

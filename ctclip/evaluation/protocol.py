@@ -1,4 +1,4 @@
-"""What an evaluation declares before it looks at a score: which labels, which volumes, which thresholds."""
+"""What an evaluation declares before it sees any score: labels, volumes and thresholds."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def unnamed_protocol(table: pd.DataFrame, predicted: list[str], labels: Path | N
 def align(
     predictions: pd.DataFrame, labels: pd.DataFrame, protocol: Protocol
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
-    """Rows that the protocol scores, their labels and their scores (n, labels)."""
+    """The rows that the protocol scores, with their labels and scores (n, labels)."""
     rows = protocol.scored(predictions)
     without = rows["volume"][~rows["volume"].isin(labels.index)]
     if len(without):

@@ -1,4 +1,4 @@
-"""Mean zero-shot AUROC as others published it, and in what their protocols differ from the one at hand."""
+"""Published mean zero-shot AUROCs, and how their protocols differ from the one in use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CT_RATE = "CT-RATE validation"
 
 @dataclass(frozen=True)
 class Published:
-    """One published figure. None: not stated where the figure is, so ask before comparing."""
+    """One published result. None: not stated by the publication, so ask before comparing."""
 
     model: str
     auroc: float
@@ -35,7 +35,7 @@ PUBLISHED = (
 
 
 def differences(line: Published, metrics: dict[str, Any]) -> str:
-    """How a published figure was obtained differently from ``metrics``, in words."""
+    """A sentence on how a published result was obtained differently from ``metrics``."""
     protocol = metrics["protocol"]
     labels, volumes = len(protocol["labels"]), metrics["volumes"]
     notes = []

@@ -1,4 +1,4 @@
-"""The scores that rank volumes: a model's margins, which no calibration has touched."""
+"""The scores that rank volumes: the uncalibrated margins of a model."""
 
 from __future__ import annotations
 

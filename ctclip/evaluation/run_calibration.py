@@ -1,4 +1,4 @@
-"""What `ctclip calibrate` does: read, fit, write."""
+"""The work of `ctclip calibrate`: read, fit, write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `ctclip evaluate` does: read, score, write."""
+"""The work of `ctclip evaluate`: read, score, write."""
 
 from __future__ import annotations
 

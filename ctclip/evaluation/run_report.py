@@ -1,4 +1,4 @@
-"""The report of an evaluation, or of two side by side: figures and a page from what the other commands left."""
+"""The report of an evaluation, or of two side by side: figures and a page from the files of other commands."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class Example:
 
 @dataclass
 class Pictures:
-    """What metrics alone cannot draw: examples, similarity of reports and volumes, (probabilities, labels)."""
+    """Data for figures that metrics alone do not hold: examples, similarity of reports and volumes,
+    (probabilities, labels)."""
 
     examples: Sequence[Example] = ()
     matrix: np.ndarray | None = None

@@ -32,7 +32,7 @@ VALUE = "value:"
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise EvaluationError if a finding is called like another column of a prediction table."""
+    """Raise EvaluationError if a finding has the name of another column of a prediction table."""
     for name in names:
         if name in (*IDENTITY, *PROVENANCE) or name.startswith((MARGIN, VALUE)):
             raise EvaluationError(f"{name!r} cannot name a finding: prediction tables have a column of that name")
@@ -95,7 +95,7 @@ def read_embeddings(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def write_predictions(path: str | os.PathLike[str], table: pd.DataFrame) -> None:
-    """Write as CSV or, by its ending, Parquet: whole or not at all."""
+    """Write CSV or, if the name ends so, Parquet, atomically."""
     with written_beside(path) as partial:
         if Path(path).suffix == ".parquet":
             table.to_parquet(partial, index=False)
@@ -222,7 +222,7 @@ def binary_columns(path: Path, columns: list[str] | None = None) -> Columns:
 
 
 def provenance(table: pd.DataFrame, name: str) -> str:
-    """``model``, ``spec`` or ``prompts`` of a prediction table, "" where a table does not say."""
+    """``model``, ``spec`` or ``prompts`` of a prediction table, "" if the table does not state it."""
     return next((str(value) for value in table[name].dropna() if value != ""), "") if name in table.columns else ""
 
 

@@ -1,1 +1,2 @@
-"""From what an encoder sees to named scores: prompts, a linear map, or a head of the user's own. Kept with the model."""
+"""Heads turn encoded volumes into named scores: prompts, a linear map, or a head of the user's own. They are kept
+with the model."""

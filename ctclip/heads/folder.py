@@ -33,7 +33,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 @dataclass(frozen=True)
 class HeadFacts:
-    """What a model folder says of a head before it is loaded."""
+    """What a model folder states about a head that has not been loaded."""
 
     name: str
     kind: str
@@ -57,7 +57,7 @@ def list_heads(model: Path) -> list[HeadFacts]:
 
 
 def save_head(model: Path, name: str, head: Head) -> Path:
-    """Keep ``head`` with a model under ``name``; one of that name is replaced."""
+    """Save ``head`` in a model folder under ``name``; a head of that name is replaced."""
     if not NAME.fullmatch(name):
         raise CheckpointError(f"{name!r} cannot name a head: use letters, digits, - and _")
     folder = model / FOLDER / name
@@ -88,7 +88,7 @@ def write_prompt_head(model: Path, prompts: PromptSet, names: Sequence[str], nam
 
 
 def calibration_file(model: Path, name: str) -> Path:
-    """Where the calibration of a head is kept. Raises CheckpointError if the model has no such head."""
+    """The file with the calibration of a head. Raises CheckpointError if the model has no such head."""
     known = [head.name for head in list_heads(model)]
     if name not in known:
         raise CheckpointError(f"{model}: no head {name!r} (it has: {', '.join(known) or 'none'})")

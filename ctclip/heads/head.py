@@ -63,7 +63,7 @@ class Head(ABC):
         return {name: lines[name].threshold for name in self.names if name in lines}
 
     def identity(self) -> str:
-        """Equal for heads that score alike, calibration included."""
+        """Equal for heads that give the same scores, calibration included."""
         probe = torch.nn.functional.normalize(_probe(self.model.config.dim), dim=-1).to(self.model.device)
         facts = repr((self.kind, self.names, self.source, self.calibration)).encode()
         return hashlib.sha256(facts + self.fingerprint(probe)).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""A published CT-CLIP checkpoint to a model folder; nothing in the file is executed."""
+"""From a published CT-CLIP checkpoint to a model folder; no code in the file is executed."""
 
 from __future__ import annotations
 

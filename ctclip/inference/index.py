@@ -1,4 +1,4 @@
-"""Which earlier scans are like this one: a FAISS index of volume embeddings with their reports."""
+"""A FAISS index of volume embeddings with their reports, for finding earlier scans that resemble a new one."""
 
 from __future__ import annotations
 

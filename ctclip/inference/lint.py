@@ -1,4 +1,4 @@
-"""What a model makes of a prompt set: pairs it cannot tell apart, phrasings that lean to the wrong side."""
+"""Checks of a prompt set with a model: pairs it cannot tell apart, phrasings nearer to the wrong side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOO_CLOSE = 0.95
 
 @dataclass(frozen=True)
 class PairCheck:
-    """Cosine of an abnormality's two sides, and what is wrong with its phrasings."""
+    """Cosine similarity of the positive and negative prompts of an abnormality, and warnings about its phrasings."""
 
     abnormality: str
     cosine: float

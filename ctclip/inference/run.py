@@ -1,4 +1,5 @@
-"""Detection over many scans: batches in, one prediction table out; what is done is kept, memory does not grow.
+"""Detection on many scans: batches in, one prediction table out. Finished parts are kept, and memory does not
+grow.
 
 Finished batches lie as small Parquet files in ``parts/`` until the last one is there; a run that was interrupted reads
 off them what is left. Several processes share the scans, each writing its own parts.
@@ -91,7 +92,7 @@ def check_output(output: Path) -> None:
 
 
 def is_output(folder: Path) -> bool:
-    """Whether a folder is one that commands of ours have written tables into."""
+    """Whether commands of ctclip have written tables into this folder."""
     return made_by_us(folder, MARKS)
 
 
@@ -171,7 +172,7 @@ def report_embeddings(model: DualEncoder, texts: list[str], batch: int = 32) -> 
 
 
 def report_texts(table: pd.DataFrame, sections: Sequence[str]) -> list[str]:
-    """The sections of each report together, as training showed them."""
+    """The sections of each report joined as in training."""
     return [report.text() for report in reports_of(table, sections)]
 
 
@@ -230,7 +231,7 @@ def _scored(
 
 
 def provenance(loaded: ModelFolder, head: Head) -> dict[str, str]:
-    """What a prediction table says of where its scores come from."""
+    """The columns of a prediction table that state where its scores come from."""
     return {
         "model": loaded.hash, "supervision": supervision(loaded, head), "spec": loaded.spec.hash, "prompts": head.source,
         "labels": loaded.labels.identity if set(head.names) == set(loaded.labels.names) else "",
@@ -258,7 +259,7 @@ def _key(loaded: ModelFolder, head: Head, scans: Scans, reports: bool) -> str:
 
 
 def run_key(*facts: object) -> str:
-    """What tells runs apart that write into one place: sixteen hex digits of what they are made of."""
+    """Sixteen hex digits that distinguish runs with the same output folder: a digest of ``facts``."""
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

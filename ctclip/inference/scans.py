@@ -1,4 +1,4 @@
-"""Where the volumes of an inference come from: a store, or files of a user. Ids first, voxels one at a time."""
+"""Volumes for inference, from a store or from files. Ids come first, voxels one volume at a time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Scans(Protocol):
     table: pd.DataFrame
 
     def origin(self) -> str:
-        """Differs where the scans are others, though their names be the same."""
+        """A text that differs if the scans differ, even if their names are the same."""
 
     def voxels(self, index: int) -> tuple[np.ndarray, str]:
         """Model-ready voxels [slice, row, column] of one row, and warnings. Raises PreprocessingError."""

@@ -47,7 +47,7 @@ class Detection:
         return pd.DataFrame.from_dict(rows, orient="index", columns=["probability", "margin", "threshold"])
 
     def above(self, name: str) -> bool:
-        """Whether an abnormality was calibrated and reaches its threshold."""
+        """Whether an abnormality is calibrated and its probability reaches the threshold."""
         return self.probabilities[name] >= self.thresholds.get(name, float("inf"))
 
     def __str__(self) -> str:
@@ -88,7 +88,7 @@ class Detection:
 
 
 def calibrated(head: Head) -> str:
-    """In words, how far the probabilities were calibrated."""
+    """A sentence on whether the probabilities are calibrated."""
     known = head.thresholds()
     without = [name for name in head.names if name not in known]
     if not without:
@@ -138,7 +138,7 @@ def table_of(table: pd.DataFrame, head: Head, volumes: int) -> None:
 
 
 def neighbours(title: str, hits: pd.DataFrame) -> None:
-    """Print the hits of an index: how near, which scan, what its report concluded."""
+    """Print the hits of an index: similarity, scan, and the impression of its report."""
     from rich.console import Console
     from rich.markup import escape as plain
     from rich.table import Table

@@ -20,7 +20,7 @@ class GlobalBatchNorm3d(nn.BatchNorm3d):
     """``nn.BatchNorm3d`` whose training statistics are summed over ranks (torch's own needs CUDA for that)."""
 
     def forward(self, cells: Tensor) -> Tensor:
-        """(B, C, D, H, W), same out."""
+        """(B, C, D, H, W) -> the same shape."""
         if not self.training:
             return super().forward(cells)
         normal, mean, variance, count = _GlobalNorm.apply(cells, self.weight, self.bias, self.eps)

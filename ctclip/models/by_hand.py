@@ -23,7 +23,7 @@ allowed = True
 
 @contextmanager
 def switched_off() -> Iterator[None]:
-    """PyTorch's own operations on a processor too, as a card would have them."""
+    """Use PyTorch's own operations on a CPU too, as on a GPU."""
     global allowed
     before, allowed = allowed, False
     try:

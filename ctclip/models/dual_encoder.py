@@ -1,4 +1,4 @@
-"""Volume and text encoders under one roof: unit vectors in one space, and their similarity.
+"""The dual encoder: volumes and texts as unit vectors in one space, and their similarity.
 
 ``encode``, ``encode_volume``, ``encode_text`` and ``logits`` are all that other code uses.
 """

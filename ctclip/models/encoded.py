@@ -1,4 +1,4 @@
-"""What every volume encoder is, takes and returns."""
+"""The interface of every volume encoder: its input and its output."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class VolumeEncoder(nn.Module, ABC):
     """A volume encoder: (B, 1, D, H, W) in [-1, 1] to ``Encoded``.
 
     A subclass names its section of the configuration (``Config``) and sets ``width`` (of ``Encoded.pooled``) and
-    ``token_width`` (of ``Encoded.tokens``). Spacing, shape and HU window are those of ``spec``, and stated nowhere else.
+    ``token_width`` (of ``Encoded.tokens``). Spacing, shape and HU window are those of ``spec`` and are stated
+    nowhere else.
     """
 
     Config: ClassVar[type[EncoderConfig]]

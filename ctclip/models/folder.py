@@ -1,4 +1,4 @@
-"""The model folder: what training ends with, what import makes, and what every other command takes.
+"""The model folder, which training and import write and every other command reads.
 
 ``config.yaml`` (architecture), ``model.safetensors``, ``tokenizer/``, ``text_config.json`` (the text encoder's shape; for a
 slice encoder ``vision_config.json`` too), ``preprocessing.yaml`` (the spec its volumes must have), ``labels.yaml``,
@@ -63,7 +63,7 @@ REPEATED = ("spacing", "hu_window", "shape")
 
 
 class TrainedOn(Section):
-    """What a model learned from; tables and pages say it."""
+    """What a model was trained on; tables and pages state it."""
 
     supervision: str = ""
     cohort: str = ""
@@ -76,7 +76,7 @@ class TrainedOn(Section):
     init: str = ""
 
     def caveats(self) -> list[str]:
-        """What a reader of the model's scores must know of it."""
+        """Warnings for everyone who reads the scores of this model."""
         if self.synthetic:
             return ["this model learned from synthetic scans alone: its scores of a patient's scan mean nothing"]
         return []
@@ -84,7 +84,7 @@ class TrainedOn(Section):
 
 @dataclass
 class Architecture:
-    """A model without its weights, and what was kept beside it."""
+    """A model without its weights, and the settings kept beside it."""
 
     model: DualEncoder
     spec: PreprocessingSpec
@@ -273,7 +273,7 @@ def _labels_of(path: Path) -> LabelSet:
 
 
 def read_trained_on(path: Path) -> TrainedOn:
-    """What a model folder says that it learned from."""
+    """What the model of a folder was trained on."""
     if (path / TRAINED_ON).is_file():
         return validated(TrainedOn, read_mapping(path / TRAINED_ON), str(path / TRAINED_ON))
     card = path / "model_card.md"

@@ -1,4 +1,4 @@
-"""A pretrained model by name: a folder here, or a repository of the Hugging Face hub brought to one.
+"""Pretrained models by name: a local folder, or a downloaded repository of the Hugging Face Hub.
 
 Only data are brought: configuration, tokenizer and weights. Code that lies beside them stays where it is.
 """

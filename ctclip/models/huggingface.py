@@ -1,4 +1,4 @@
-"""Models of Transformers: one constructor, for weights that somebody else trained and for a model folder of ours.
+"""Models of Transformers: one constructor for pretrained weights and for our own model folders.
 
 A configuration is data: what it says about code to run, libraries to fetch or number formats is left out. Parameters
 are float32 whatever a file holds, and every weight is a trained one: what the file lacks is an error, not a draw.
@@ -78,7 +78,7 @@ def text_model(source: str | Path, *, weights: bool = True) -> nn.Module:
 
 
 def vision_model(source: str | Path, *, weights: bool = True) -> nn.Module:
-    """The same of an encoder of 2-D images."""
+    """The same for an encoder of 2-D images."""
     return _pretrained(source, "vision", weights)
 
 

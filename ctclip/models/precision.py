@@ -1,4 +1,4 @@
-"""Which precision a part of a model computes in."""
+"""The numerical precision of parts of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a text encoder asks of its input, and whether it can serve at all: read off its parts, and tried.
+"""What input a text encoder needs and whether it can be used: read from its parts, then tried out.
 
 Families differ in the special tokens around a text, in the positions they have, and in the direction they read. A list
 of families would be out of date; what is tried here holds of any.

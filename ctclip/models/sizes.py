@@ -1,4 +1,4 @@
-"""What a model costs, counted without making it: parameters, tokens, floating-point operations."""
+"""The cost of a model, counted without building it: parameters, tokens, floating-point operations."""
 
 from __future__ import annotations
 

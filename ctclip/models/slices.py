@@ -1,4 +1,4 @@
-"""A 2-D vision model on every slice, and what makes one vector of them: for users who have 2-D weights.
+"""A 2-D vision model applied to every slice and an aggregator over slices, for users who have 2-D weights.
 
 Any vision model of Hugging Face (DINOv2, CLIP's, ViT, ConvNeXt, ResNet ...). The aggregators are CLIP4Clip's (Luo et
 al. 2022): mean pooling, LSTM, transformer, and cross-attention; the last one's query is learned where theirs is the

@@ -1,4 +1,4 @@
-"""Starting from a model: its weights where they fit, layers that do not learn, learning rates that fall towards the input."""
+"""Starting from a trained model: weights that fit, frozen layers, learning rates that decrease towards the input."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Taken:
     unused: list[str] = field(default_factory=list)
 
     def describe(self, source: str) -> str:
-        """In a few lines, for a terminal and a model card."""
+        """A few lines for the terminal and the model card."""
         lines = [f"from {source}: {len(self.taken)} tensors taken"]
         for words, names in (
             ("new, begin at random", self.new),
@@ -78,7 +78,8 @@ def take_weights(model: DualEncoder, source: dict[str, Tensor], sides: str, wher
 
 
 def freeze(model: DualEncoder, config: FreezeConfig) -> None:
-    """Keep the layers that ``config`` names from learning, in place. Raises ConfigError for layers there are not."""
+    """Keep the layers that ``config`` names from learning, in place. Raises ConfigError for layers that do not
+    exist."""
     for side, layers in (("volume", volume_layers(model)), ("text", text_layers(model))):
         chosen = getattr(config, side)
         if chosen == "none":

@@ -84,7 +84,7 @@ class TextEncoder(nn.Module):
         self.register_load_state_dict_pre_hook(_without_pooler)
 
     def freeze(self) -> None:
-        """From here on BERT learns nothing."""
+        """Freeze BERT from now on."""
         self.frozen = True
         self.known.clear()
         self.bert.requires_grad_(False)

@@ -1,4 +1,5 @@
-"""Tokenizers: one learned from the training reports, or any of Hugging Face, without code that comes with it."""
+"""Tokenizers: one learned from the training reports, or any of Hugging Face's, without running code from a
+repository."""
 
 from __future__ import annotations
 

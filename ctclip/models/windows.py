@@ -1,4 +1,4 @@
-"""Attention of a long grid in windows, and between them.
+"""Attention over a long grid of tokens, within windows and between them.
 
 Within a window every token attends to the others and to the registers, which attend to all (Li et al. 2022, ViTDet,
 has windows of this kind). Between windows a layer works on one token a window, the mean of its tokens, and what it

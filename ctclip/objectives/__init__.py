@@ -1,1 +1,1 @@
-"""What a run learns from: one objective a file, its configuration beside it, its paper in the docstring."""
+"""The objectives of training: one per file, with its configuration beside it and its paper in the docstring."""

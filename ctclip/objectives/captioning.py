@@ -12,8 +12,8 @@ from ctclip.objectives.words import WordPredictor
 
 
 class Captioning(Objective):
-    """Next words of the report (VirTex, Desai & Johnson 2021; CoCa, Yu et al. 2022). The decoder is thrown away after
-    training: what stays is what it taught the volume encoder."""
+    """Next words of the report (VirTex, Desai & Johnson 2021; CoCa, Yu et al. 2022). The decoder is discarded
+    after training; only its effect on the volume encoder remains."""
 
     needs = ("tokens", "words")
 

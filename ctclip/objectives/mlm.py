@@ -1,4 +1,4 @@
-"""Filling masked words of the report in, reading the others and the volume."""
+"""Predicting masked words of the report from its other words and the volume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an objective is, and what it can ask for.
+"""The interface of an objective, and the inputs it can ask for.
 
 An objective names what it needs, and is called with just that. Whoever needs ``features`` contrasts the global batch and
 is called once a step; whoever needs ``tokens`` looks at what this rank has encoded, and is called for each micro-batch.
@@ -59,7 +59,7 @@ class Context:
 
 
 class Objective(nn.Module, ABC):
-    """A loss to be added to the others, with whatever parameters it needs.
+    """A loss that is added to the others, with parameters of its own if it needs any.
 
     ``needs`` names the arguments of ``forward``: ``features`` (``Features``), ``tokens`` (``Encoded``, of this rank),
     ``words`` (ids and mask of whole reports), ``earlier_texts`` (``EarlierTexts`` or None), and any column of the batch
@@ -76,12 +76,12 @@ class Objective(nn.Module, ABC):
 
     @property
     def queue_size(self) -> int:
-        """Texts of earlier steps it wants to see; 0: none."""
+        """Number of texts of earlier steps that it needs; 0: none."""
         return 0
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Of what ``needs`` names, by name: a scalar loss, not yet weighted."""
+        """A scalar loss before weighting, from the arguments that ``needs`` names."""
 
 
 GIVEN = ("features", "tokens", "words", "earlier_texts")

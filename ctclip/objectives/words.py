@@ -1,4 +1,4 @@
-"""What objectives on words share: a decoder that attends to the volume's tokens."""
+"""A decoder that attends to the tokens of a volume, shared by the objectives on words."""
 
 from __future__ import annotations
 

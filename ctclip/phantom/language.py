@@ -1,4 +1,4 @@
-"""How radiologists say it: phrasings of each abnormality, of its absence, and of a normal chest.
+"""Phrasings of radiologists for each abnormality, for its absence, and for a normal chest.
 
 Placeholders: {where} a lobe or side ("the right upper lobe", "both lungs"), {side}, {size} in mm, {severity},
 {number} ("a", "several"). Our own sentences; none is taken from a data set.

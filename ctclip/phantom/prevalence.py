@@ -20,7 +20,7 @@ MEDIASTINUM = frozenset(_TABLE["mediastinum"])
 
 
 def draw_findings(random: np.random.Generator, rare_floor: float = 0.0) -> frozenset[str]:
-    """The abnormalities of one scan. ``rare_floor`` is the least prevalence (0 to 1) any of them has."""
+    """The abnormalities of one scan. ``rare_floor`` is the minimum prevalence (0 to 1) of each."""
     thresholds, root = _latent(rare_floor)
     latent = root @ random.standard_normal(len(FINDINGS))
     return frozenset(name for name, value, least in zip(FINDINGS, latent, thresholds, strict=True) if value > least)

@@ -1,4 +1,5 @@
-"""A report in four sections for what was drawn: positives named, some negatives stated, silent on the rest."""
+"""A report in four sections on what was drawn: it names the positives, some negatives, and says nothing of the
+rest."""
 
 from __future__ import annotations
 

@@ -65,7 +65,8 @@ class Scan:
 def draw_case(
     seed: int, patient_number: int, scan_number: int, rare_floor: float = 0.0
 ) -> tuple[Patient, frozenset[str], np.random.Generator]:
-    """The patient, the abnormalities of one scan, and what goes on drawing for it. Neither says anything of the other."""
+    """The patient, the abnormalities of one scan, and the generator for the rest of it. Patient and abnormalities
+    are independent."""
     patient = draw_patient(np.random.default_rng([seed, patient_number]))
     # To NumPy [seed, patient] is [seed, patient, 0, 0]: a stream numbered 0 would be the patient's once more.
     random = np.random.default_rng([seed, patient_number, scan_number, 5])
