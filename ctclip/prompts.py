@@ -88,7 +88,7 @@ class PromptSet(Section):
         return Pair(positive=fill(template.positive), negative=fill(template.negative))
 
     def groups(self, abnormality: str, positive: bool) -> list[tuple[str, ...]]:
-        """Phrasings of one side in groups that weigh alike: the sections, or all together."""
+        """Phrasings of one side in groups of equal weight: the sections, or all together."""
         groups = self.pair(abnormality).groups(positive, self.sections)
         return groups if self.average == "section" else [tuple(text for texts in groups for text in texts)]
 

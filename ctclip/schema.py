@@ -1,4 +1,4 @@
-"""Sections of a configuration: frozen, typed, and explained in one line where they do not fit."""
+"""Sections of a configuration: frozen, typed, and with one-line errors for values that do not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a sentence of a report ends.
+"""Splitting reports into sentences.
 
 Reports are dictated, typed and exported: lists, lines without full stops, wrapped lines, missing spaces, abbreviations.
 Libraries for prose (pysbd) take 20 ms a report of CT-RATE's length, and split "approx. 5 mm".

@@ -1,4 +1,4 @@
-"""What launchers call: ``deepspeed --module ctclip.train``, ``torchrun -m ctclip.train``, ``srun python -m ctclip.train``."""
+"""For launchers: ``deepspeed --module ctclip.train``, ``torchrun -m ctclip.train``, ``srun python -m ctclip.train``."""
 
 import sys
 

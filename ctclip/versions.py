@@ -1,4 +1,4 @@
-"""Versions and revision of the code a result was made with."""
+"""Versions and revision of the code that made a result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and those it stands on."""
+    """Versions of Python, of this package and of its main dependencies."""
     installed = {"python": platform.python_version(), "ctclip": __version__}
     for name in PACKAGES:
         try:

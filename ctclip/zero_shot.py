@@ -1,4 +1,4 @@
-"""What sbatch files call: ``python -m ctclip.zero_shot --model runs/first/model --store store --output predictions``."""
+"""For sbatch files: ``python -m ctclip.zero_shot --model runs/first/model --store store --output predictions``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""From a CT file on disk to model-ready voxels; knows nothing of models."""
+"""From a CT file on disk to model-ready voxels; independent of models."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Lungs:
 
 
 def find_lungs(volume: Volume) -> Lungs:
-    """The lungs of an oriented volume in HU, or what comes nearest to them."""
+    """The lungs of an oriented volume in HU, or the space most like them."""
     # A volume thinner than 6 mm is one coarse voxel thick.
     sides = zip(volume.spacing, volume.array.shape, strict=True)
     step = tuple(max(1, min(round(COARSE_MM / spacing), count)) for spacing, count in sides)
@@ -91,7 +91,7 @@ def find_lungs(volume: Volume) -> Lungs:
 
 
 def no_chest(lungs: Lungs) -> str | None:
-    """Why these cannot be the lungs of a chest, or None."""
+    """The reason why these cannot be the lungs of a chest, or None."""
     if lungs.is_chest:
         return None
     return (
@@ -181,7 +181,7 @@ def _thickness(space: np.ndarray, size: tuple[float, ...]) -> float:
 
 
 def orientation_doubt(lungs: Lungs) -> str | None:
-    """What was seen where the anatomy lies otherwise than an oriented volume's axes say, or None.
+    """A warning if the anatomy does not lie as the axes of an oriented volume say, or None.
 
     The spine lies behind the lungs; lungs are pointed above and hollow below, the trachea lies between their upper parts;
     the heart takes room of the left lung and the liver lies below the right. A header that is wrong by 180 degrees turns

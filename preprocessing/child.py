@@ -1,4 +1,4 @@
-"""Decoding in another process: libraries that end a process over bytes of strangers end that one, not ours.
+"""Decoding in a child process: a library that crashes on damaged bytes crashes the child, not us.
 
 One child is kept and reused. It has bounds on memory and time, gives arrays back in shared memory that lies in no file
 system, and takes its death with it as one PreprocessingError; the next call starts a new one. Nothing that comes from it is

@@ -1,4 +1,4 @@
-"""The one error class of this package; every message says what was found, in which file, and what to do."""
+"""The one error class of this package; every message names the file, what is wrong with it and what to do."""
 
 
 class PreprocessingError(Exception):

@@ -1,4 +1,4 @@
-"""What a metadata table states of a volume: slope and intercept, and the geometry of headers that came without one."""
+"""Facts of a metadata table about a volume: slope, intercept, and the geometry if the header has none."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def table_facts(row: Mapping[str, Any]) -> TableFacts:
 
 
 def placed(volume: Volume, facts: TableFacts | None, choice: Geometry = "auto") -> Volume:
-    """The volume with the geometry that holds: the header's, or the table's where the header is blank or says another.
+    """The volume with a trusted geometry: the header's, or the table's if the header is blank or contradicts it.
 
     DICOM states its own geometry and no table changes it. Raises PreprocessingError where neither can be trusted.
     """

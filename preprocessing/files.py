@@ -59,7 +59,7 @@ def refuse_special(path: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` (UTF-8) whole or not at all."""
+    """Write ``text`` (UTF-8) atomically."""
     with written_beside(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

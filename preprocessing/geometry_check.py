@@ -22,7 +22,7 @@ LEAST_INDEPENDENT = 0.5
 
 
 def settle(volume: Volume, table: np.ndarray | None = None, choice: Geometry = "auto") -> Volume:
-    """The volume with the geometry that holds, or PreprocessingError with one line on what is wrong with it.
+    """The volume with a trusted geometry. Raises PreprocessingError with one line on what is wrong with it.
 
     ``table`` (4, 4) is what a metadata table states: from index along the axes of ``volume.array``, as they lie, to LPS+ mm.
     With ``auto`` the header's geometry is kept, unless it is in doubt or differs from the table by more than 1 % (then
@@ -50,7 +50,7 @@ def settle(volume: Volume, table: np.ndarray | None = None, choice: Geometry = "
 
 
 def unusable(affine: np.ndarray) -> str | None:
-    """Why no CT can have this geometry, or None if one can."""
+    """The reason why no CT can have this geometry, or None."""
     steps = affine[:3, :3]
     if not np.isfinite(affine).all() or np.abs(affine).max() > 1e6:
         return "its header's geometry holds values that are not finite or far too large"

@@ -1,4 +1,4 @@
-"""Deciding whether values are Hounsfield units; rescaling, or refusing aloud.
+"""Deciding whether values are Hounsfield units, and rescaling or refusing them.
 
 CT-RATE's first release needed slope and intercept of its metadata table, its second has them applied already:
 applying them again moves water to -1024. The values themselves say which it is.
@@ -85,7 +85,7 @@ def filled(array: np.ndarray) -> str | None:
 
 
 def not_hu(sample: np.ndarray) -> str | None:
-    """Why values cannot be a CT in HU, or None if they can: water and fat near 0, air near -1000, padding below."""
+    """The reason why values cannot be a CT in HU, or None: water and fat near 0, air near -1000, padding below."""
     low, high = float(sample.min()), float(sample.max())
     values = f"values in [{low:g}, {high:g}]"
     # What is constant below the scale is padding; the rest, spread over the whole volume, is evidence.

@@ -1,4 +1,4 @@
-"""What DICOM headers say of their patient, wherever a user's folder names repeat it: kept out of messages and stores.
+"""Keeping patient identifiers of DICOM headers out of messages and stores, also where folder names repeat them.
 
 Exports of hospital archives name folders after the patient. A volume's id, the paths in tables and the messages come
 from those names, so they are compared with the headers and what they share with them is replaced by ``***``: whatever

@@ -1,4 +1,4 @@
-"""The private table that leads from ids to a hospital's own records; written only where it is asked for."""
+"""The private table that links ids to a hospital's own records; written only on request."""
 
 from __future__ import annotations
 

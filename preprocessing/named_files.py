@@ -1,4 +1,4 @@
-"""Files that are named rather than pointed at: a user's own file first, then one that is installed with ctclip.
+"""Files given by name: first a user's own file, then one that is installed with ctclip.
 
 Configurations, model sizes, preprocessing specs, prompt sets and protocols are all found here.
 """

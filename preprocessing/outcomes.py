@@ -1,4 +1,4 @@
-"""What became of each volume of a run: ``outcomes.csv`` of a store."""
+"""The outcome of each volume of a run: ``outcomes.csv`` of a store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OUTCOME_COLUMNS = ("volume", "outcome", "reason", "source_spacing", "source_shap
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one volume: refused with a reason, left out with a reason, or done."""
+    """The outcome of one volume: refused with a reason, left out with a reason, or done."""
 
     volume: str
     refused: str | None

@@ -1,4 +1,4 @@
-"""What a command may write where: one rule for all of them.
+"""Where commands may write: one rule for all of them.
 
 A folder is written into only if it is new, empty, or recognisably of this package's making; what would be replaced must be
 of the same run, unless the user says ``--force``. Nothing is written through a symbolic link. While a command writes, it

@@ -1,4 +1,5 @@
-"""One scan, or many: read, check, orient, resample, store. A scan that cannot be trusted is refused aloud."""
+"""Preprocessing of one scan or many: read, check, orient, resample, store. Scans that cannot be trusted are
+refused."""
 
 from __future__ import annotations
 
@@ -201,7 +202,7 @@ def _about_the_lungs(volume: Volume, lungs: Lungs, spec: PreprocessingSpec) -> t
 
 @dataclass(frozen=True)
 class Report:
-    """What became of each volume of a run, and what there is to tell of the cohort in the last lines."""
+    """The outcome of each volume of a run, and notes on the cohort."""
 
     outcomes: list[Outcome]
     notes: list[str]
@@ -313,7 +314,7 @@ def write_table(store: VolumeStore, table: pd.DataFrame) -> None:
 
 
 def merge_shards(path: str | os.PathLike[str]) -> list[Outcome]:
-    """One ``outcomes.csv`` of the shards' own; no volume is read. Refuses while a shard has not ended."""
+    """One ``outcomes.csv`` of the shards' own; no volume is read. Refuses while a shard has not finished."""
     store = VolumeStore(path)
     parts = sorted(store.path.glob("outcomes-*-of-*.csv"))
     totals = {path.stem.rpartition("-")[2] for path in parts}

@@ -1,4 +1,4 @@
-"""One progress bar for every long stage: on a terminal a live bar, in a log file a line now and then."""
+"""One progress display for every long stage: a live bar on a terminal, an occasional line in a log file."""
 
 from __future__ import annotations
 

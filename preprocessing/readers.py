@@ -1,4 +1,4 @@
-"""A path to a Volume: which format it is, by content first, and nothing else; each format has a module of its own."""
+"""From a path to a Volume: finds the format, by content first, and calls its module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of strangers: CSV, TSV or Parquet, read the same way wherever one is met, and the words that mean nothing."""
+"""Reading tables of any origin (CSV, TSV, Parquet), all in the same way, and words that stand for a missing value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worker processes, and threads where the machine does not let processes talk to each other."""
+"""Worker processes, or threads on machines where processes cannot communicate."""
 
 from __future__ import annotations
 

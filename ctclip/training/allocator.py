@@ -1,4 +1,4 @@
-"""Memory that a CPU computes in is kept, not given back to the system between steps."""
+"""Keep the memory of CPU computation instead of returning it to the system between steps."""
 
 import ctypes
 

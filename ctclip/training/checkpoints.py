@@ -52,13 +52,13 @@ class Checkpoints:
         self.pending = self.writer.submit(self._write, step, state, valid_loss)
 
     def wait(self) -> None:
-        """Until the last write has ended; raises if it failed."""
+        """Wait until the last write has ended; raises if it failed."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Let a write that goes on end, without asking how."""
+        """Wait for a write in progress to end, whether it succeeds or not."""
         self.writer.shutdown()
 
     def _write(self, step: int, state: dict[str, torch.Tensor], valid_loss: float | None) -> None:

@@ -1,4 +1,4 @@
-"""What a run learns from, kept in its folder: a run that continues must not go on with other data unnoticed.
+"""The data of a run, recorded in its folder, so that a run cannot continue on other data unnoticed.
 
 Names and reports are kept as hashes: the run folder may be passed on.
 """
@@ -30,7 +30,7 @@ class Cohort:
 
 
 def open_cohort(folder: Path, data: StoredVolumes, *, learned: bool, force: bool = False) -> Cohort:
-    """Compare ``data`` with what the run in ``folder`` learned from before, and keep it there.
+    """Compare ``data`` with what the run in ``folder`` was trained on before, and record it there.
 
     ``learned``: weights of an earlier start are continued, so its volumes count among those seen. Raises TrainingError
     where volumes, reports or labels differ, unless forced.

@@ -1,4 +1,4 @@
-"""DeepSpeed: one optimisation step of a TrainingStep, and what is logged of it."""
+"""One optimisation step of a TrainingStep under DeepSpeed, and what is logged of it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Engine:
 
     @property
     def tokenisers(self) -> Tokenisers:
-        """How the reading processes make the ids that a step is given."""
+        """The tokenisers with which the reading processes make the ids for a step."""
         words = self.module.words if self.module.reads_words else None
         return Tokenisers(self.module.model.text_encoder.tokenise, words, self.parts)
 
@@ -130,7 +130,7 @@ class Engine:
         return logged
 
     def progress_at(self, steps: int) -> set[int]:
-        """Steps at which an objective begins to count, and the loss becomes another one."""
+        """Steps at which another objective begins to count, so that the loss changes."""
         return {math.ceil(begin * steps) for begin in self.module.begins.values() if begin > 0}
 
     def _guard(self) -> Tensor:
@@ -180,7 +180,7 @@ class Engine:
 
 
 def check_two_pass(encoder: nn.Module) -> None:
-    """Raises ConfigError if what ``encoder`` says of a volume depends on those beside it."""
+    """Raises ConfigError if the output of ``encoder`` for a volume depends on the other volumes of the batch."""
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules()):
         raise ConfigError(
             "training.micro_batch: two-pass gradients are exact only for encoders that see each volume alone, and this "

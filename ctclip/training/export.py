@@ -1,4 +1,4 @@
-"""A model folder of any checkpoint of a run, while it goes on or after."""
+"""A model folder from any checkpoint of a run, during training or afterwards."""
 
 from __future__ import annotations
 

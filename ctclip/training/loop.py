@@ -56,7 +56,7 @@ INTERRUPTED = 75
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, has written a checkpoint, and wants to be started again."""
+    """The run was asked to stop and has written a checkpoint; the same command continues it."""
 
 
 def train(config: Config, output: Path, *, force: bool = False) -> Path:
@@ -333,7 +333,7 @@ class Meter:
 
 
 class Divergence:
-    """Whether the loss leaves the ground it began on, by its running mean over some 20 steps."""
+    """Detects a loss that rises above its early values, by its running mean over some 20 steps."""
 
     def __init__(self) -> None:
         self.steps = 0

@@ -92,7 +92,8 @@ def deepspeed_config(config: TrainingConfig, parts: int, trained: int) -> dict[s
 
 
 def micro_batches(config: TrainingConfig) -> int:
-    """Parts in which a rank encodes its share of the batch. Raises ConfigError if they do not come out even."""
+    """Number of parts in which a rank encodes its share of the batch. Raises ConfigError if they are not of equal
+    size."""
     ranks = world_size()
     if config.batch % ranks:
         raise ConfigError(f"training.batch={config.batch} is not a multiple of the {ranks} ranks")

@@ -1,4 +1,4 @@
-"""What a run will need before anyone pays for it: bytes a rank for each ZeRO stage, the batch that fits, time an epoch.
+"""An estimate of what a run will need: bytes per rank for each ZeRO stage, the batch that fits, time per epoch.
 
 Activations are counted, not guessed: a step is traced forward and backward on tensors that have shapes but no data, and
 what is held at its fullest moment is added up; floating-point operations are counted likewise. Bytes are those that
@@ -160,8 +160,8 @@ def plan_of(step: TrainingStep, config: Config, shape: tuple[int, ...], ranks: i
 
 def stage_memory(stage: int, parameters: int, trained: int, ranks: int) -> StageMemory:
     """Float32 masters, gradients and Adam's two moments: 16 bytes a parameter, of which ZeRO 1 shares the moments and a
-    second copy of the masters it updates, ZeRO 2 the gradients too, ZeRO 3 everything (Rajbhandari et al. 2020). What
-    is under way between ranks comes to it."""
+    second copy of the masters it updates, ZeRO 2 the gradients too, ZeRO 3 everything (Rajbhandari et al. 2020).
+    Buffers for communication come on top."""
     piece = 4.0 * piece_size(trained)
     return StageMemory(
         stage,

@@ -1,4 +1,4 @@
-"""What a run writes about itself: configuration, versions, seed, revision, metrics."""
+"""The records of a run: configuration, versions, seed, revision, metrics."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ SYNTHETIC = "synthetic"
 
 
 def write_trained_on(output: Path, facts: TrainedOn) -> None:
-    """Keep them in the run folder, for the model folders that are written of it."""
+    """Write it to the run folder, for the model folders made from it."""
     write_text(output / TRAINED_ON, yaml.safe_dump(facts.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 

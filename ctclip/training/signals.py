@@ -1,4 +1,4 @@
-"""Signals that ask a training to stop: for the rank, and for the processes that read for it."""
+"""Signals that ask a training to stop, in a rank and in its reading processes."""
 
 from __future__ import annotations
 

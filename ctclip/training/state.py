@@ -1,4 +1,4 @@
-"""Whole parameters and optimizer moments out of, and back into, any ZeRO stage.
+"""Collecting whole parameters and optimizer moments from any ZeRO stage, and restoring them.
 
 Parameters are float32 masters at every stage (bf16 is an autocast around the forward pass), so their values are
 loaded before DeepSpeed takes the module, and only Adam's moments are put back afterwards.

@@ -1,4 +1,4 @@
-"""What a run shows of itself on volumes it does not learn from: loss, retrieval, modality gap, zero-shot AUROC."""
+"""Validation on held-out volumes: loss, retrieval, modality gap, zero-shot AUROC."""
 
 from __future__ import annotations
 

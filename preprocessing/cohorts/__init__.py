@@ -1,4 +1,4 @@
-"""Cohorts as they lie on disk, brought to one table.
+"""Cohorts of any layout on disk, read into one table.
 
 A layout is one module here with ``recognised(tree)`` and ``read(tree) -> Cohort``; a new one is recognised because it is there.
 """

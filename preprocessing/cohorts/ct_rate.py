@@ -1,4 +1,4 @@
-"""CT-RATE (Hamamci et al. 2024) as it lies on disk: patient, scan and reconstruction folders, and tables beside them.
+"""The layout of CT-RATE (Hamamci et al. 2024): patient, scan and reconstruction folders, and tables beside them.
 
 Its first release has blank NIfTI headers and values without slope and intercept: geometry and rescaling stand in the
 metadata table alone. Its second ("fixed") release has both applied. Either, or both, may lie in one folder.

@@ -1,4 +1,5 @@
-"""Which DICOM series of a tree are scans: one spread over folders is one, a copy or a localizer beside it is none."""
+"""Which DICOM series of a folder tree are scans: a series spread over folders is one scan; copies and localizers
+are none."""
 
 from __future__ import annotations
 

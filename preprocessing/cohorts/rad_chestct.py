@@ -1,4 +1,4 @@
-"""RAD-ChestCT (Draelos et al. 2021) as it lies on disk: ``trn00001.npz`` and its table of abnormalities by location."""
+"""The layout of RAD-ChestCT (Draelos et al. 2021): ``trn00001.npz`` and its table of abnormalities by location."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cohort table: a row a volume, the same columns whatever the cohort looks like on disk."""
+"""The cohort table: one row per volume, with the same columns for every layout on disk."""
 
 from __future__ import annotations
 

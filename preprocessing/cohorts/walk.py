@@ -1,4 +1,4 @@
-"""Every file below a folder, links followed: what a cohort's layout chooses its scans from."""
+"""All files below a folder, links followed, from which a cohort's layout chooses its scans."""
 
 from __future__ import annotations
 

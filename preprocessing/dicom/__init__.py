@@ -1,4 +1,4 @@
-"""DICOM series to volumes: which files, which series, which acquisition, in which order, with which values."""
+"""From DICOM series to volumes: choice of files, series and acquisition, order of slices, values in HU."""
 
 from __future__ import annotations
 

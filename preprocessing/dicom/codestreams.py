@@ -1,4 +1,4 @@
-"""Compressed frames (PS3.5, A.4): the stream of each, what it claims of its size, and a bare file for the decoder."""
+"""Compressed frames (PS3.5, A.4): the stream of each, the size it states, and its decoding from a minimal file."""
 
 from __future__ import annotations
 

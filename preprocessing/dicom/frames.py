@@ -1,4 +1,4 @@
-"""Multi-frame files to one image a frame (PS3.3, C.7.6.16): what the functional groups say of each frame."""
+"""Multi-frame files as one image per frame (PS3.3, C.7.6.16), with what the functional groups state of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a header says of the kind of its values: original or derived, Hounsfield units or another quantity."""
+"""The kind of values that a header states: original or derived, Hounsfield units or another quantity."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def words(header: Any) -> str:
 
 
 def altered_as(header: Any) -> str | None:
-    """As what an image's values are altered, or None if they are those of a plain reconstruction."""
+    """How the values of an image have been altered, or None if they are those of a plain reconstruction."""
     text = words(header).replace(" ", "_")
     return next((kind for kind, pattern in ALTERING.items() if re.search(rf"_(?:{pattern})_", text)), None)
 

@@ -1,4 +1,4 @@
-"""Slices that a series should have and has not: by files that cannot be read, by what headers count, by numbering."""
+"""Missing slices of a series, by unreadable files, by the counts in headers, and by numbering."""
 
 from __future__ import annotations
 

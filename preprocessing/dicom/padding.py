@@ -1,4 +1,4 @@
-"""What scanners and archives put where nothing was measured (PS3.3, C.7.5.1.1.2): PixelPaddingValue and its range."""
+"""Padding where nothing was measured (PS3.3, C.7.5.1.1.2): PixelPaddingValue and its range."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pixels of one slice in HU. What is not compressed is decoded here; codecs of strangers' streams are GDCM's."""
+"""Pixels of one slice in HU. Uncompressed pixels are decoded here, compressed ones by GDCM."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def _decoded(stream: bytes, syntax: str, layout: Layout) -> np.ndarray:
 
 
 def lossy(image: Image) -> bool:
-    """Whether a slice was compressed with loss, by its syntax or by its header."""
+    """Whether a slice has lossy compression, by its syntax or by its header."""
     return image.syntax in LOSSY or str(image.header.get("LossyImageCompression", "")).strip() == "01"
 
 

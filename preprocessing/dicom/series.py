@@ -1,4 +1,4 @@
-"""Which series of a folder is read.
+"""The choice of the series that is read from a folder.
 
 All DICOM images below the folder are sorted by SeriesInstanceUID, wherever they lie. ``--series`` names one. Otherwise
 the first by this order is read, and a warning says so where there were several:
@@ -36,7 +36,7 @@ SHORT_MM = 60.0
 
 @dataclass
 class Candidate:
-    """A series: its images, the slices of its best acquisition, and why other images are none."""
+    """A series: its images, the slices of its best acquisition, and why its other images are not slices."""
 
     images: list[Image]
     slices: list[Slice]

@@ -1,4 +1,4 @@
-"""Which images of a series are slices of a CT with a place in the patient, and why the others are not."""
+"""Which images of a series are CT slices with a position in the patient, and why the others are not."""
 
 from __future__ import annotations
 

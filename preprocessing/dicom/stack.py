@@ -1,4 +1,4 @@
-"""Slices of one acquisition to a volume: order, copies, gaps and tilt, by their positions."""
+"""From the slices of one acquisition to a volume: order, copies, gaps and tilt, by their positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exactly the bytes that a header promises, from plain and compressed streams: no more are inflated, no fewer taken.
+"""Reading exactly the bytes that a header promises, from plain and compressed streams: never more, never fewer.
 
 A compressed stream is read to its end, where its own checksum (CRC-32, Adler-32) is compared.
 """
@@ -65,7 +65,7 @@ def inflated(stream: BinaryIO, kind: str) -> Any:
 
 
 def damage() -> tuple[type[Exception], ...]:
-    """What readers of compressed streams raise over damaged ones."""
+    """The exceptions that readers of compressed streams raise for damaged ones."""
     from isal import isal_zlib
 
     isal_error: type[Exception] = isal_zlib.error  # type: ignore[assignment]
