@@ -73,11 +73,11 @@ class Protocol(Section):
 
     def scored(self, predictions: pd.DataFrame) -> pd.DataFrame:
         """The rows of a prediction table that count, with a column of scores for every label."""
-        rows = predictions
+        scored = predictions
         if self.volumes == "one-per-scan":
-            rows = rows.sort_values("volume").groupby("scan", as_index=False).head(1)
-        merged = {name: rows[list(parts)].max(axis=1) for name, parts in self.scores.items()}
-        return rows.assign(**merged).reset_index(drop=True)
+            scored = scored.sort_values("volume").groupby("scan", as_index=False).head(1)
+        merged = {name: scored[list(parts)].max(axis=1) for name, parts in self.scores.items()}
+        return scored.assign(**merged).reset_index(drop=True)
 
     def columns(self) -> list[str]:
         """Columns the label table must have."""
@@ -139,12 +139,12 @@ def align(
     predictions: pd.DataFrame, labels: pd.DataFrame, protocol: Protocol
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     """The rows that the protocol scores, with their labels and scores (n, labels)."""
-    rows = protocol.scored(predictions)
-    without = rows["volume"][~rows["volume"].isin(labels.index)]
+    scored = protocol.scored(predictions)
+    without = scored["volume"][~scored["volume"].isin(labels.index)]
     if len(without):
         raise EvaluationError(
-            f"{len(without)} of {len(rows)} predicted volumes have no labels, the first {without.iloc[0]!r}: give the label "
+            f"{len(without)} of {len(scored)} predicted volumes have no labels, the first {without.iloc[0]!r}: give the label "
             f"table of these volumes, or predict only those that have labels"
         )
-    truth = labels.loc[rows["volume"], list(protocol.labels)].to_numpy(dtype=float)
-    return rows, truth, rows[list(protocol.labels)].to_numpy(dtype=float)
+    truth = labels.loc[scored["volume"], list(protocol.labels)].to_numpy(dtype=float)
+    return scored, truth, scored[list(protocol.labels)].to_numpy(dtype=float)

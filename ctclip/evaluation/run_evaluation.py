@@ -73,16 +73,16 @@ def run_evaluation(
         name: provenance(table, name) for name in ("model", "supervision", "trained_on", "spec", "prompts", "labels")
     }
     # What the protocol scores, is what everything below is about.
-    rows, known, scores = align(table, truth, declared)
+    scored, known, scores = align(table, truth, declared)
     opened = VolumeStore(store) if store is not None else None
     if opened is not None:
-        _same_spec(opened, rows, predictions)
-        result |= plain(split_coverage(opened, rows, declared))
-        result["controls"] |= histogram_control(opened, rows, declared)
-    embeddings = _embeddings(predictions.with_name("embeddings.parquet"), rows)
+        _same_spec(opened, scored, predictions)
+        result |= plain(split_coverage(opened, scored, declared))
+        result["controls"] |= histogram_control(opened, scored, declared)
+    embeddings = _embeddings(predictions.with_name("embeddings.parquet"), scored)
     if embeddings is not None:
         volumes, reports = embeddings["volume_embedding"], embeddings.get("report_embedding")
-        result["retrieval"] = plain(evaluate_retrieval(rows["scan"].to_numpy(dtype=str), volumes, reports, known))
+        result["retrieval"] = plain(evaluate_retrieval(scored["scan"].to_numpy(dtype=str), volumes, reports, known))
     if against is not None:
         other, others = read_predictions(against)
         _scores_all(declared, others, against)
@@ -91,8 +91,8 @@ def run_evaluation(
             **plain(paired_test(table, other, truth, declared, resamples=bootstrap, seed=seed)),
         }
     result = plain(result | {"versions": versions()})
-    examples = _examples(opened, rows, known, declared) if opened is not None else []
-    pictures = Pictures(examples, _matrix(rows, embeddings), (scores, known))
+    examples = _examples(opened, scored, known, declared) if opened is not None else []
+    pictures = Pictures(examples, _matrix(scored, embeddings), (scores, known))
     with claimed_folder(output, "evaluate", key, FILES, is_evaluation, force=force):
         write_text(output / "metrics.json", json.dumps(result, indent=2, allow_nan=False))
         with written_beside(output / "metrics.csv") as partial:
