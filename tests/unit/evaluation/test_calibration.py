@@ -205,7 +205,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     line = {"slope": 1.0, "intercept": 0.0, "threshold": 0.5, "positives": 5, "n": 9}
     for text in ("", "[]", "{}", '{"lines": {"A": {}}}', '{"lines": {}, "method": "platt"}', json.dumps({"method": "platt", "fitted_on": "x", "model": "m", "lines": {"A": line | {"slope": float("nan")}}})):  # fmt: skip
         path.write_text(text)
-        with pytest.raises(EvaluationError, match=r"calibration\.json: no calibration"):
+        with pytest.raises(EvaluationError, match=r"calibration\.json: not a calibration file"):
             Calibration.load(path)
     with pytest.raises(EvaluationError, match="not a calibration file"):
         Calibration.load(tmp_path / "absent.json")
