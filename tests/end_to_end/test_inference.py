@@ -233,7 +233,7 @@ def test_graded_prompts_give_a_size(model: Path, cohort: Path, tmp_path: Path, c
     with pytest.raises(PromptError, match=r"has no \{x\}"):
         load_prompts(prompts)
     (tmp_path / "blank.yaml").write_text("")
-    with pytest.raises(PromptError, match=r"blank\.yaml: an empty prompt set"):
+    with pytest.raises(PromptError, match=r"blank\.yaml: the prompt set is empty"):
         load_prompts(tmp_path / "blank.yaml")
     (tmp_path / "empty.yaml").write_text("name: nothing\n")
     with pytest.raises(PromptError, match="prompt set is empty"):

@@ -29,7 +29,7 @@ def test_added_tokens_get_vectors_where_they_can_be_learned(name: str, tmp_path:
     assert (expected[0] - expected[1]).abs().max() < 1e-4, "untrained, both are the mean of the others"
     assert torch.equal(load_model(tmp_path / "model").model.encode_text(texts), expected)
     for tuning in ("frozen", "lora"):
-        with pytest.raises(CheckpointError, match=r"2 tokens that the .* no vectors for \('hydropneumothorax'"):
+        with pytest.raises(CheckpointError, match=r"2 tokens that the .* no embeddings for \('hydropneumothorax'"):
             encoder(folder, tuning=tuning)
 
 
