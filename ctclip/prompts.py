@@ -60,7 +60,7 @@ class PromptSet(Section):
         if self.templates is not None:
             pairs["templates"] = self.templates
         if not pairs:
-            raise ValueError("an empty prompt set: give abnormalities, or templates with {x}")
+            raise ValueError("the prompt set is empty: give abnormalities, or templates with {x}")
         sides = () if self.templates is None else (self.templates.positive, self.templates.negative)
         for text in (text for side in sides for texts in side.values() for text in texts):
             if "{x}" not in text:

@@ -76,7 +76,7 @@ def test_every_variant_of_the_comparison_is_a_configuration(name: str) -> None:
         ("model.init_sides=image", "model.init_sides"),
         ("training.epochs", "key=value"),
         ("training.zero=4", r"training.zero: choose 0, 1, 2 or 3.*3\+offload"),
-        ("training.zero=offload", "training.zero: write 0"),
+        ("training.zero=offload", "training.zero: choose 0"),
         ("training.zero=0+offload", "offload needs stage 1"),
         ("model.volume.global_over=windows", "global_over=windows needs window"),
     ],

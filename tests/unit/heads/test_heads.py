@@ -149,7 +149,7 @@ def test_a_damaged_head_is_named(tmp_path: Path, model: DualEncoder) -> None:
         load_head(tmp_path, "linear", model)
     weights.write_bytes(whole)
     (folder / "head.yaml").write_text("kind: evil_plugin:Head\nnames: [a]\n")
-    with pytest.raises(ConfigError, match="code that this model's author wrote: if you trust it, import evil_plugin first"):
+    with pytest.raises(ConfigError, match="code of the model's author; if you trust it, import evil_plugin first"):
         load_head(tmp_path, "linear", model)
     (folder / "head.yaml").write_text("[]")
     with pytest.raises(CheckpointError, match=r"head\.yaml: names no kind of head"):
