@@ -16,9 +16,9 @@ TINY = ["training.text_warmup.steps=3", "training.text_warmup.batch=8", "trainin
         "model.text.heads=2", "model.text.depth=1", "data.workers=0"]  # fmt: skip
 
 
-def run(*words: object) -> Done:
-    """``ctclip WORDS`` in a process of its own."""
-    return Command([str(word) for word in words]).wait(900)
+def run(*words: object, folder: Path | None = None) -> Done:
+    """``ctclip WORDS`` in a process of its own, in ``folder`` if it matters."""
+    return Command([str(word) for word in words], f"import os; os.chdir({str(folder or '.')!r})").wait(900)
 
 
 def typed(module: str, *words: object) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from .conftest import TINY
+from ..robustness.processes import Done
+from .conftest import TINY, run
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -49,15 +50,19 @@ def commands() -> list[str]:
 
 def test_the_page_runs(workplace: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done: Done | subprocess.CompletedProcess[str]
     for line in commands():
         program, *arguments = shlex.split(line)
-        module = {"ctclip": ["-m", "ctclip"], "python": []}[program]
         if arguments[:1] == ["train"]:
             # The page shows what a user types; a test has two cores.
             arguments += [given for given in TINY if not given.startswith("model.volume.") or "my_encoder" not in line]
-        done = subprocess.run(
-            [sys.executable, *module, *arguments], cwd=workplace, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )  # fmt: skip
+        if program == "ctclip":
+            done = run(*arguments, folder=workplace)
+        else:
+            assert program == "python"
+            done = subprocess.run(
+                [sys.executable, *arguments], cwd=workplace, env=environment, capture_output=True, text=True, timeout=300, check=False
+            )  # fmt: skip
         assert done.returncode == 0, f"{line}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     head = pd.read_csv(workplace / "head_predictions" / "predictions.csv")
     assert set(head["supervision"]) == {"label-supervised"}
@@ -73,10 +78,7 @@ def test_a_model_does_not_bring_its_code(workplace: Path) -> None:
     model = workplace / "runs" / "tiny" / "model"
     if not model.is_dir():
         pytest.skip("the page has not run")
-    done = subprocess.run(
-        [sys.executable, "-m", "ctclip", "zero-shot", "--model", model, "--store", "store", "--output", "refused"],
-        cwd=workplace, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = run("zero-shot", "--model", model, "--store", "store", "--output", "refused", folder=workplace)
     assert done.returncode == 2
     assert "--plugin my_encoder" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
