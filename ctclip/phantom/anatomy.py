@@ -211,12 +211,12 @@ def _lobar_directions() -> list[np.ndarray]:
 
 def draw_vessels(canvas: Canvas, patient: Patient, random: np.random.Generator, blood: float) -> None:
     """Pulmonary vessels: a tree in each lung, thinner with every generation."""
-    rows = []
+    shapes = []
     for side in SIDES:
         for start, end, generation in branches(patient, side, random, 6, 42.0):
             thick = 4.6 * 0.72**generation
-            rows.append(tube(start, end, thick, thick * 0.75))
-    canvas.draw(rows, min(blood, 120.0), within=IN_LUNG)
+            shapes.append(tube(start, end, thick, thick * 0.75))
+    canvas.draw(shapes, min(blood, 120.0), within=IN_LUNG)
     canvas.draw([ball(hilum(patient, side), 9.0) for side in SIDES], blood, softness=1.0)
 
 
@@ -224,5 +224,5 @@ def draw_texture(canvas: Canvas, patient: Patient, random: np.random.Generator) 
     """Slow variation of lung density that everyone has: regional perfusion and breath."""
     width, depth = patient.cavity
     reach = np.array([width, depth, patient.lung_height * 0.5])
-    rows = [ellipsoid(random.uniform(-1, 1, size=3) * reach, random.uniform(25, 60, size=3)) for _ in range(24)]
-    canvas.draw(rows, random.normal(0, 14, size=len(rows)), within=IN_LUNG, how=ADD, softness=8.0)
+    shapes = [ellipsoid(random.uniform(-1, 1, size=3) * reach, random.uniform(25, 60, size=3)) for _ in range(24)]
+    canvas.draw(shapes, random.normal(0, 14, size=len(shapes)), within=IN_LUNG, how=ADD, softness=8.0)

@@ -54,7 +54,7 @@ class Grid:
 
 
 def ellipsoid(centre: Point, radii: Point) -> np.ndarray:
-    """Row of a shape: centre and radii (x, y, z) in mm."""
+    """A shape: centre and radii (x, y, z) in mm."""
     return np.array([ELLIPSOID, *centre, *radii, 0.0, 0.0], dtype=np.float64)
 
 
@@ -99,11 +99,11 @@ class Canvas:
         """
         if len(shapes) == 0:
             return
-        rows = np.stack(list(shapes))
-        values = np.broadcast_to(np.asarray(value, dtype=np.float32), (len(rows),)).copy()
+        stacked = np.stack(list(shapes))
+        values = np.broadcast_to(np.asarray(value, dtype=np.float32), (len(stacked),)).copy()
         bit = np.uint32(0) if finding is None else np.uint32(1 << finding)
         _draw(
-            self.hu, self.lung, self.findings, rows, values, np.array(self.grid.origin), np.array(self.grid.spacing),
+            self.hu, self.lung, self.findings, stacked, values, np.array(self.grid.origin), np.array(self.grid.spacing),
             within, how, float(softness), bit,
         )  # fmt: skip
 
@@ -141,23 +141,23 @@ def _extrude(hu, outline, size, value, steep):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _draw(hu, lung, findings, rows, values, origin, spacing, within, how, softness, bit):  # type: ignore[no-untyped-def]
+def _draw(hu, lung, findings, shapes, values, origin, spacing, within, how, softness, bit):  # type: ignore[no-untyped-def]
     # Half an edge: the distance over which a voxel goes from empty to full.
     voxel = (spacing[0] + spacing[1] + spacing[2]) / 3
     half = 0.5 * voxel + softness
     low, high = np.empty(3), np.empty(3)
     first, last = np.empty(3, np.int64), np.empty(3, np.int64)
-    for s in range(rows.shape[0]):
-        row, value = rows[s], values[s]
+    for s in range(shapes.shape[0]):
+        shape, value = shapes[s], values[s]
         for axis in range(3):
-            if row[0] == 0.0:
-                low[axis], high[axis] = row[1 + axis] - row[4 + axis], row[1 + axis] + row[4 + axis]
+            if shape[0] == 0.0:
+                low[axis], high[axis] = shape[1 + axis] - shape[4 + axis], shape[1 + axis] + shape[4 + axis]
             else:
-                reach = max(row[7], row[8])
-                low[axis] = min(row[1 + axis], row[4 + axis]) - reach
-                high[axis] = max(row[1 + axis], row[4 + axis]) + reach
+                reach = max(shape[7], shape[8])
+                low[axis] = min(shape[1 + axis], shape[4 + axis]) - reach
+                high[axis] = max(shape[1 + axis], shape[4 + axis]) + reach
         for axis in range(3):
-            # Array axes run z, y, x; rows hold x, y, z.
+            # Array axes run z, y, x; shapes hold x, y, z.
             world = 2 - axis
             first[axis] = max(0, int(np.ceil((low[world] - half - origin[axis]) / spacing[axis])))
             last[axis] = min(hu.shape[axis] - 1, int(np.floor((high[world] + half - origin[axis]) / spacing[axis])))
@@ -170,22 +170,22 @@ def _draw(hu, lung, findings, rows, values, origin, spacing, within, how, softne
                         continue
                     x = origin[2] + k * spacing[2]
                     thin = 1.0
-                    if row[0] == 0.0:
-                        u, v, w = (x - row[1]) / row[4], (y - row[2]) / row[5], (z - row[3]) / row[6]
+                    if shape[0] == 0.0:
+                        u, v, w = (x - shape[1]) / shape[4], (y - shape[2]) / shape[5], (z - shape[3]) / shape[6]
                         f = np.sqrt(u * u + v * v + w * w)
-                        g = np.sqrt((u / row[4]) ** 2 + (v / row[5]) ** 2 + (w / row[6]) ** 2)
-                        smallest = min(row[4], row[5], row[6])
+                        g = np.sqrt((u / shape[4]) ** 2 + (v / shape[5]) ** 2 + (w / shape[6]) ** 2)
+                        smallest = min(shape[4], shape[5], shape[6])
                         distance = -smallest if g == 0.0 else max(-smallest, f * (f - 1.0) / g)
                         thin = min(1.0, 2 * smallest / voxel)
                     else:
-                        dx, dy, dz = row[4] - row[1], row[5] - row[2], row[6] - row[3]
+                        dx, dy, dz = shape[4] - shape[1], shape[5] - shape[2], shape[6] - shape[3]
                         length = dx * dx + dy * dy + dz * dz
                         t = 0.0
                         if length > 0.0:
-                            t = ((x - row[1]) * dx + (y - row[2]) * dy + (z - row[3]) * dz) / length
+                            t = ((x - shape[1]) * dx + (y - shape[2]) * dy + (z - shape[3]) * dz) / length
                             t = min(1.0, max(0.0, t))
-                        radius = row[7] + t * (row[8] - row[7])
-                        px, py, pz = x - row[1] - t * dx, y - row[2] - t * dy, z - row[3] - t * dz
+                        radius = shape[7] + t * (shape[8] - shape[7])
+                        px, py, pz = x - shape[1] - t * dx, y - shape[2] - t * dy, z - shape[3] - t * dz
                         distance = np.sqrt(px * px + py * py + pz * pz) - radius
                         # A tube thinner than a voxel fills only its share of it.
                         thin = min(1.0, 2 * radius / voxel)

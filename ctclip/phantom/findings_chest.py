@@ -41,7 +41,7 @@ def pericardial_effusion(canvas: Canvas, patient: Patient, random: np.random.Gen
 def arterial_calcification(canvas: Canvas, patient: Patient, random: np.random.Generator) -> Detail:
     """Plaques in the wall of the arch and the descending aorta."""
     severity, factor = draw_severity(random)
-    rows = []
+    shapes = []
     centreline = [np.array(point) for point in (*aortic_arch(patient), *descending_aorta(patient)[1:])]
     for _ in range(int(9 * factor) + 3):
         index = int(random.integers(len(centreline) - 1))
@@ -51,8 +51,8 @@ def arterial_calcification(canvas: Canvas, patient: Patient, random: np.random.G
         across /= np.linalg.norm(across)
         point = a + (b - a) * random.random() + across * patient.aorta * 0.95
         length = float(random.uniform(2, 7))
-        rows.append(tube(point, point + along * length, float(random.uniform(1.4, 2.6))))
-    canvas.draw(rows, patient.calcium, finding=bit("Arterial wall calcification"))
+        shapes.append(tube(point, point + along * length, float(random.uniform(1.4, 2.6))))
+    canvas.draw(shapes, patient.calcium, finding=bit("Arterial wall calcification"))
     return Detail("Arterial wall calcification", severity=severity)
 
 
@@ -60,13 +60,13 @@ def coronary_calcification(canvas: Canvas, patient: Patient, random: np.random.G
     """Beads on the heart's surface along the left anterior descending, circumflex and right coronary artery."""
     severity, factor = draw_severity(random)
     centre, radii = np.array(patient.heart_centre()), np.array(patient.heart_radii()) + 1.5
-    rows = []
+    shapes = []
     for _ in range(int(4 * factor) + 3):
         artery = int(random.choice(3, p=(0.55, 0.2, 0.25)))
         t = float(random.uniform(0.05, 0.75))
         start, end = coronary(artery, t), coronary(artery, t + float(random.uniform(0.04, 0.16)))
-        rows.append(tube(centre + start * radii, centre + end * radii, float(random.uniform(1.2, 2.1))))
-    canvas.draw(rows, patient.calcium, finding=bit("Coronary artery wall calcification"))
+        shapes.append(tube(centre + start * radii, centre + end * radii, float(random.uniform(1.2, 2.1))))
+    canvas.draw(shapes, patient.calcium, finding=bit("Coronary artery wall calcification"))
     return Detail("Coronary artery wall calcification", severity=severity)
 
 
@@ -129,12 +129,12 @@ def medical_material(canvas: Canvas, patient: Patient, random: np.random.Generat
     kind = ("pacemaker", "sternotomy", "port", "stent")[int(random.choice(4, p=(0.3, 0.3, 0.3, 0.1)))]
     _, depth = patient.cavity
     height, heart = patient.lung_height, np.array(patient.heart_centre())
-    rows: list[np.ndarray] = []
+    shapes: list[np.ndarray] = []
     front = -patient.half_depth * 0.86
     if kind == "pacemaker":
         pocket = np.array([patient.half_width * 0.5, front, height * 0.33])
-        rows += [ellipsoid(pocket, (22, 6, 19))]
-        rows += path(
+        shapes += [ellipsoid(pocket, (22, 6, 19))]
+        shapes += path(
             [
                 pocket,
                 (0, -depth * 0.55, height * 0.42),
@@ -147,11 +147,11 @@ def medical_material(canvas: Canvas, patient: Patient, random: np.random.Generat
     elif kind == "sternotomy":
         for level in np.linspace(height * 0.27, -height * 0.12, 6):
             ring = [(10 * np.cos(a), -depth - 8 + 9 * np.sin(a), level) for a in np.linspace(0, 2 * np.pi, 9)]
-            rows += path(ring, 1.1)
+            shapes += path(ring, 1.1)
     elif kind == "port":
         chamber = np.array([-patient.half_width * 0.48, front, height * 0.3])
-        rows += [ellipsoid(chamber, (12, 7, 12))]
-        rows += path(
+        shapes += [ellipsoid(chamber, (12, 7, 12))]
+        shapes += path(
             [
                 chamber,
                 (-30, -depth * 0.5, height * 0.42),
@@ -167,8 +167,8 @@ def medical_material(canvas: Canvas, patient: Patient, random: np.random.Generat
                 a + (b - a) * t + patient.aorta * 0.8 * np.array([np.cos(c), np.sin(c), 0])
                 for c in np.linspace(0, 2 * np.pi, 11)
             ]
-            rows += path(ring, 1.0)
-    canvas.draw(rows, METAL, finding=bit("Medical material"))
+            shapes += path(ring, 1.0)
+    canvas.draw(shapes, METAL, finding=bit("Medical material"))
     return Detail("Medical material", kind=kind)
 
 

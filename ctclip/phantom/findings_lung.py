@@ -47,12 +47,12 @@ def _place(random: np.random.Generator, lobes: tuple[str, ...] = ()) -> tuple[st
 def emphysema(canvas: Canvas, patient: Patient, random: np.random.Generator) -> Detail:
     """Centrilobular: clusters of near-air holes without walls, upper lobes first."""
     severity, factor = draw_severity(random)
-    rows = []
+    shapes = []
     for side in SIDES:
         for lobe, share in (("upper", 0.75), ("lower", 0.25)):
             for _ in range(int(110 * factor * share)):
-                rows.append(ball(lung_point(patient, side, lobe, random), float(random.uniform(3.0, 8.5))))
-    canvas.draw(rows, -975.0, within=IN_LUNG, softness=0.5, finding=bit("Emphysema"))
+                shapes.append(ball(lung_point(patient, side, lobe, random), float(random.uniform(3.0, 8.5))))
+    canvas.draw(shapes, -975.0, within=IN_LUNG, softness=0.5, finding=bit("Emphysema"))
     return Detail("Emphysema", "both", "upper", severity=severity)
 
 
@@ -61,20 +61,20 @@ def atelectasis(canvas: Canvas, patient: Patient, random: np.random.Generator) -
     severity, factor = draw_severity(random)
     side, lobe = _place(random, ("lower", "middle"))
     both = random.random() < 0.35
-    rows, values = [], []
+    shapes, values = [], []
     for where in SIDES if both else (side,):
         for _ in range(1 + int(random.integers(1, 3) * factor)):
             x, y, z = lung_point(patient, where, "lower" if both else lobe, random)
             z = max(z, -patient.lung_height * 0.34)
-            rows.append(
+            shapes.append(
                 ellipsoid((x, y, z), (random.uniform(18, 34), random.uniform(14, 26), random.uniform(2.2, 4.5)))
             )
             values.append(random.uniform(-20, 50))
         if random.random() < 0.4 * factor:
             x, y, z = lung_point(patient, where, "lower", random, peripheral=True)
-            rows.append(ellipsoid((x, y, z), (random.uniform(10, 17), random.uniform(10, 17), random.uniform(5, 8))))
+            shapes.append(ellipsoid((x, y, z), (random.uniform(10, 17), random.uniform(10, 17), random.uniform(5, 8))))
             values.append(40.0)
-    canvas.draw(rows, values, within=IN_LUNG, softness=0.5, finding=bit("Atelectasis"))
+    canvas.draw(shapes, values, within=IN_LUNG, softness=0.5, finding=bit("Atelectasis"))
     return Detail("Atelectasis", "both" if both else side, "lower" if both else lobe, severity=severity)
 
 
@@ -90,9 +90,9 @@ def lung_nodule(canvas: Canvas, patient: Patient, random: np.random.Generator) -
         radius = radius if index == 0 else radius * 0.8
         largest = max(largest, 2 * radius)
         centre = lung_point(patient, *where, random)
-        rows = [ball(centre, radius)]
-        rows += [ball(centre + random.normal(0, 0.55, size=3) * radius, radius * 0.5) for _ in range(3)]
-        canvas.draw(rows, 40.0 if solid else -350.0, within=IN_LUNG, finding=bit("Lung nodule"))
+        shapes = [ball(centre, radius)]
+        shapes += [ball(centre + random.normal(0, 0.55, size=3) * radius, radius * 0.5) for _ in range(3)]
+        canvas.draw(shapes, 40.0 if solid else -350.0, within=IN_LUNG, finding=bit("Lung nodule"))
     return Detail("Lung nodule", side, lobe, round(largest), count=count, kind="solid" if solid else "subsolid")
 
 
@@ -101,16 +101,16 @@ def lung_opacity(canvas: Canvas, patient: Patient, random: np.random.Generator) 
     severity, factor = draw_severity(random)
     side, lobe = _place(random)
     both = random.random() < 0.5
-    rows = []
+    shapes = []
     for where in SIDES if both else (side,):
         for _ in range(int(np.ceil(3.2 * factor))):
             zone = lobe if lobe in LOBES[where] else "lower"
             centre = lung_point(patient, where, zone, random, peripheral=bool(random.random() < 0.6))
-            rows.append(ellipsoid(centre, random.uniform(11, 26, size=3)))
+            shapes.append(ellipsoid(centre, random.uniform(11, 26, size=3)))
             for _ in range(2):
-                rows.append(ellipsoid(centre + random.normal(0, 12, size=3), random.uniform(6, 15, size=3)))
-    added = random.uniform(110, 230, size=len(rows))
-    canvas.draw(rows, added, within=IN_LUNG, how=ADD, softness=3.0, finding=bit("Lung opacity"))
+                shapes.append(ellipsoid(centre + random.normal(0, 12, size=3), random.uniform(6, 15, size=3)))
+    added = random.uniform(110, 230, size=len(shapes))
+    canvas.draw(shapes, added, within=IN_LUNG, how=ADD, softness=3.0, finding=bit("Lung opacity"))
     return Detail("Lung opacity", "both" if both else side, lobe, severity=severity)
 
 
@@ -119,7 +119,7 @@ def fibrotic_sequela(canvas: Canvas, patient: Patient, random: np.random.Generat
     severity, factor = draw_severity(random)
     side, lobe = _place(random, ("upper",) if random.random() < 0.7 else ("lower", "middle"))
     both = random.random() < 0.4
-    rows, spots = [], []
+    shapes, spots = [], []
     for where in SIDES if both else (side,):
         zone = lobe if lobe in LOBES[where] else "lower"
         knot = lung_point(patient, where, zone, random, peripheral=True)
@@ -129,11 +129,11 @@ def fibrotic_sequela(canvas: Canvas, patient: Patient, random: np.random.Generat
             bend = knot + heading * random.uniform(8, 18)
             end = bend + (heading + random.normal(0, 0.4, size=3)) * random.uniform(8, 20)
             thick = float(random.uniform(1.0, 2.3))
-            rows += [tube(knot, bend, thick * 1.3, thick), tube(bend, end, thick, 0.6)]
-        rows.append(ellipsoid(knot, random.uniform(4, 9, size=3) * factor**0.5))
+            shapes += [tube(knot, bend, thick * 1.3, thick), tube(bend, end, thick, 0.6)]
+        shapes.append(ellipsoid(knot, random.uniform(4, 9, size=3) * factor**0.5))
         if random.random() < 0.35:
             spots.append(ball(knot, float(random.uniform(1.2, 2.2))))
-    canvas.draw(rows, 0.0, within=IN_LUNG, finding=bit("Pulmonary fibrotic sequela"))
+    canvas.draw(shapes, 0.0, within=IN_LUNG, finding=bit("Pulmonary fibrotic sequela"))
     canvas.draw(spots, 400.0, finding=bit("Pulmonary fibrotic sequela"))
     return Detail("Pulmonary fibrotic sequela", "both" if both else side, lobe, severity=severity)
 
@@ -166,13 +166,13 @@ def pleural_effusion(canvas: Canvas, patient: Patient, random: np.random.Generat
 def mosaic_attenuation(canvas: Canvas, patient: Patient, random: np.random.Generator) -> Detail:
     """A patchwork of lobules of unequal density with sharp borders, in both lungs."""
     severity, factor = draw_severity(random)
-    rows, values = [], []
+    shapes, values = [], []
     for side in SIDES:
         for lobe in LOBES[side]:
             for _ in range(22):
-                rows.append(ellipsoid(lung_point(patient, side, lobe, random), random.uniform(9, 19, size=3)))
+                shapes.append(ellipsoid(lung_point(patient, side, lobe, random), random.uniform(9, 19, size=3)))
                 values.append(float(random.choice([-1.0, 1.2])) * 62 * factor**0.6)
-    canvas.draw(rows, values, within=IN_LUNG, how=ADD, finding=bit("Mosaic attenuation pattern"))
+    canvas.draw(shapes, values, within=IN_LUNG, how=ADD, finding=bit("Mosaic attenuation pattern"))
     return Detail("Mosaic attenuation pattern", "both", severity=severity)
 
 
@@ -196,13 +196,13 @@ def consolidation(canvas: Canvas, patient: Patient, random: np.random.Generator)
     side, lobe = _place(random)
     centre = lung_point(patient, side, lobe, random, peripheral=True)
     radius = 15.0 * factor**0.6
-    rows = [ellipsoid(centre, radius * random.uniform(0.8, 1.25, size=3))]
-    rows += [
+    shapes = [ellipsoid(centre, radius * random.uniform(0.8, 1.25, size=3))]
+    shapes += [
         ellipsoid(centre + random.normal(0, 0.6, size=3) * radius, radius * random.uniform(0.35, 0.7, size=3))
         for _ in range(6)
     ]
-    canvas.draw(rows, 220.0, within=IN_LUNG, how=ADD, softness=4.0)
-    canvas.draw(rows, float(random.uniform(15, 45)), within=IN_LUNG, softness=1.0, finding=bit("Consolidation"))
+    canvas.draw(shapes, 220.0, within=IN_LUNG, how=ADD, softness=4.0)
+    canvas.draw(shapes, float(random.uniform(15, 45)), within=IN_LUNG, softness=1.0, finding=bit("Consolidation"))
     bronchi = []
     for _ in range(3):
         heading = random.normal(0, 1, size=3)
@@ -234,7 +234,7 @@ def bronchiectasis(canvas: Canvas, patient: Patient, random: np.random.Generator
 def septal_thickening(canvas: Canvas, patient: Patient, random: np.random.Generator) -> Detail:
     """Thin lines that outline lobules and run to the pleura, at the bases and in the periphery."""
     severity, factor = draw_severity(random)
-    rows = []
+    shapes = []
     for side in SIDES:
         centre = np.array(patient.lung_centre(side))
         for _ in range(int(46 * factor)):
@@ -244,7 +244,7 @@ def septal_thickening(canvas: Canvas, patient: Patient, random: np.random.Genera
             around = np.cross(outward, random.normal(0, 1, size=3))
             around /= np.linalg.norm(around) + 1e-6
             thick = float(random.uniform(1.0, 1.5))
-            rows.append(tube(point, point + outward * random.uniform(12, 22), thick))
-            rows.append(tube(point, point + (around + 0.3 * outward) * random.uniform(9, 15), thick))
-    canvas.draw(rows, -60.0, within=IN_LUNG, finding=bit("Interlobular septal thickening"))
+            shapes.append(tube(point, point + outward * random.uniform(12, 22), thick))
+            shapes.append(tube(point, point + (around + 0.3 * outward) * random.uniform(9, 15), thick))
+    canvas.draw(shapes, -60.0, within=IN_LUNG, finding=bit("Interlobular septal thickening"))
     return Detail("Interlobular septal thickening", "both", severity=severity)
