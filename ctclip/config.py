@@ -32,10 +32,10 @@ class EncoderConfig(Section):
 
     kind: str
     activation_checkpointing: bool = Field(
-        False, description="compute activations again in the backward pass: less memory"
+        False, description="recompute activations in the backward pass to save memory"
     )
     tuning: Literal["full", "lora"] = Field(
-        "full", description="lora: low-rank adapters learn beside weights that stay as they are"
+        "full", description="full: train all weights; lora: train low-rank adapters and freeze the weights"
     )
     lora_rank: int = Field(8, ge=1)
 
@@ -54,10 +54,12 @@ VolumeEncoderConfig = Annotated[SerializeAsAny[EncoderConfig], BeforeValidator(e
 class TextConfig(Section):
     """A text encoder: a small BERT trained from scratch, or any of Hugging Face (BERT's kind, CLIP's, T5's, decoders)."""
 
-    pretrained: str | None = Field(None, description="folder or hub name; null: a small BERT from scratch")
+    pretrained: str | None = Field(
+        None, description="folder, or name on the Hugging Face Hub; null: train a small BERT from scratch"
+    )
     weights: Literal["pretrained", "random"] = Field(
         "pretrained",
-        description="random: keep the architecture and tokenizer of `pretrained`, not its weights",
+        description="random: take only the architecture and tokenizer of `pretrained`",
     )
     vocabulary: int = Field(2000, ge=64, description="WordPiece tokens learned from the training reports")
     width: int = Field(192, ge=1)
@@ -66,11 +68,12 @@ class TextConfig(Section):
     max_tokens: int = Field(512, ge=3, description="longer reports are cut into chunks at sentence ends and averaged")
     chunks: Literal["full", "sentence"] = Field(
         "full",
-        description="full: as many sentences as fit are read together; sentence: each alone, their mean is the report",
+        description="full: encode as many sentences together as fit; sentence: encode each sentence alone and "
+        "average them",
     )
     pooling: Literal["cls", "mean", "attention", "last"] = Field(
         "mean",
-        description="cls: the token that stands for a text; last: the last token, for encoders that read left to right",
+        description="cls: the classification token; last: the last token, for encoders that read from left to right",
     )
     tuning: Literal["full", "lora", "frozen"] = "full"
     lora_rank: int = Field(8, ge=1)
@@ -95,9 +98,11 @@ class ModelConfig(Section):
     logit_scale: float = Field(10.0, gt=0, description="initial inverse temperature")
     logit_scale_max: float = Field(100.0, gt=0)
     init: str | None = Field(
-        None, description="model folder (or hub name) whose weights the training begins with; null: from scratch"
+        None,
+        description="model folder, or name on the Hugging Face Hub, whose weights training starts from; null: from "
+        "scratch",
     )
-    init_sides: Literal["both", "volume", "text"] = Field("both", description="which encoders `init` gives")
+    init_sides: Literal["both", "volume", "text"] = Field("both", description="which encoders start from `init`")
 
     @model_validator(mode="after")
     def _scale_begins_below_its_limit(self) -> ModelConfig:
@@ -112,14 +117,14 @@ class AugmentConfig(Section):
     There are no flips: a report says left and right.
     """
 
-    shift_voxels: int = Field(0, ge=0, description="largest shift along each axis")
-    scale: float = Field(0.0, ge=0, lt=0.5, description="largest relative change of HU contrast")
+    shift_voxels: int = Field(0, ge=0, description="maximum shift along each axis, in voxels")
+    scale: float = Field(0.0, ge=0, lt=0.5, description="maximum relative change of HU contrast")
     noise_hu: float = Field(0.0, ge=0, description="standard deviation of added noise, HU")
-    rotate_degrees: float = Field(0.0, ge=0, le=45, description="largest turn about each axis")
-    zoom: float = Field(0.0, ge=0, lt=0.5, description="largest relative change of size")
-    window_hu: float = Field(0.0, ge=0, lt=500, description="largest move of each end of the HU window")
+    rotate_degrees: float = Field(0.0, ge=0, le=45, description="maximum rotation about each axis, in degrees")
+    zoom: float = Field(0.0, ge=0, lt=0.5, description="maximum relative change of size")
+    window_hu: float = Field(0.0, ge=0, lt=500, description="maximum shift of each end of the HU window, in HU")
     crop: float = Field(
-        0.0, ge=0, lt=1, description="largest share of each axis that is cut away, as of a smaller scan"
+        0.0, ge=0, lt=1, description="maximum fraction of each axis that is cut off, as in a smaller scan"
     )
 
 
@@ -132,7 +137,7 @@ class DataConfig(Section):
     sections: tuple[str, ...] = Field(
         ("findings", "impression"),
         min_length=1,
-        description="columns of the cohort table that make up a report, in order",
+        description="columns of the cohort table that form a report, in order",
     )
     language: str = Field(
         "english", description="words of negation: a YAML file, or the name of one in configs/languages"
@@ -144,12 +149,15 @@ class DataConfig(Section):
     )
     views_per_volume: int = Field(1, ge=1, description="report views contrasted with each volume in a step")
     shuffle_sentences: bool = False
-    volumes: int | None = Field(None, ge=2, description="learn from so many volumes only; null: all of the split")
+    volumes: int | None = Field(None, ge=2, description="number of volumes to train on; null: all of the split")
     rarity: float = Field(
-        0.0, ge=0, description="draw scans by how rare their labels are, to this power; 0: all alike. Reads labels"
+        0.0,
+        ge=0,
+        description="power by which scans with rare labels are drawn more often; 0: all equally often. Above 0 it "
+        "uses labels",
     )
     augment: AugmentConfig = AugmentConfig()
-    workers: int = Field(2, ge=0, description="reading processes per rank")
+    workers: int = Field(2, ge=0, description="number of reading processes per rank")
 
     @model_validator(mode="after")
     def _some_view(self) -> DataConfig:
@@ -165,8 +173,8 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     """Settings that every objective has; each adds its own. A number alone stands for the weight."""
 
-    weight: float = Field(1.0, ge=0, description="factor of its loss in the sum; 0 leaves it out")
-    begin: float = Field(0.0, ge=0, lt=1, description="share of the steps after which it begins to count")
+    weight: float = Field(1.0, ge=0, description="weight of its loss in the sum; 0 leaves it out")
+    begin: float = Field(0.0, ge=0, lt=1, description="fraction of the steps after which it begins")
 
 
 def objective_configs(given: Any) -> Any:
@@ -222,8 +230,10 @@ class TextWarmupConfig(Section):
     steps: int = Field(0, ge=0)
     batch: int = Field(128, ge=2, description="reports in the global batch")
     learning_rate: float = Field(2e-3, gt=0)
-    keep: float = Field(0.7, gt=0, le=1, description="share of the findings' sentences that is shown")
-    lock: bool = Field(False, description="afterwards the text side learns no more: volumes are fitted to it")
+    keep: float = Field(
+        0.7, gt=0, le=1, description="fraction of the sentences of the findings that the model is given"
+    )
+    lock: bool = Field(False, description="freeze the text encoder afterwards, so that volumes are fitted to it")
 
     @property
     def locks(self) -> bool:
@@ -245,7 +255,8 @@ class TrainingConfig(Section):
     micro_batch: int | None = Field(
         None,
         ge=1,
-        description="volumes a rank encodes at once; fewer than its share: two-pass gradients (GradCache)",
+        description="number of volumes that a rank encodes at once; below its share of the batch, gradients take two "
+        "passes (GradCache)",
     )
     epochs: float = Field(10.0, gt=0)
     learning_rate: float = Field(1e-3, gt=0)
@@ -253,21 +264,26 @@ class TrainingConfig(Section):
     text_warmup: TextWarmupConfig = TextWarmupConfig()
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[Share, Share] = (0.9, 0.98)
-    warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps")
+    warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps with a rising learning rate")
     gradient_clip: float = Field(1.0, gt=0)
     freeze: FreezeConfig = FreezeConfig()
     layer_decay: float = Field(
-        1.0, gt=0, le=1, description="factor of the learning rate from each encoder layer to the one before it"
+        1.0,
+        gt=0,
+        le=1,
+        description="factor between the learning rates of successive encoder layers, from the last to the first",
     )
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     zero: ZeroConfig = ZeroConfig()
-    checkpoint_every: int = Field(500, ge=1, description="steps")
-    keep_checkpoints: int = Field(2, ge=1, description="the newest ones; the best one is kept beside them")
-    validate_every: int = Field(0, ge=0, description="steps between validations; 0: none")
-    validate_volumes: int = Field(512, ge=2, description="volumes of the validation split, one a scan")
-    wandb_project: str | None = Field(None, description="log to this Weights & Biases project too, where installed")
-    log_every: int = Field(10, ge=1, description="steps")
+    checkpoint_every: int = Field(500, ge=1, description="number of steps between two checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep, besides the best one")
+    validate_every: int = Field(0, ge=0, description="number of steps between two validations; 0: none")
+    validate_volumes: int = Field(512, ge=2, description="maximum number of validation volumes, one per scan")
+    wandb_project: str | None = Field(
+        None, description="also log to this Weights & Biases project, if wandb is installed"
+    )
+    log_every: int = Field(10, ge=1, description="number of steps between two lines of the log")
 
 
 class Config(Section):
@@ -275,13 +291,14 @@ class Config(Section):
 
     name: str = "run"
     seed: int = Field(0, ge=0, lt=2**32)
-    preprocessing: str = Field("ct_224", description="spec the volumes must have been prepared with")
+    preprocessing: str = Field("ct_224", description="preprocessing spec of the volumes")
     labels: str | None = Field(
-        None, description="label set: a YAML file, or the name of one in configs/labels; null: the store's own"
+        None, description="label set: a YAML file, or the name of one in configs/labels; null: that of the store"
     )
     prompts: str | None = Field(
         None,
-        description="prompt set kept with the model: a YAML file, or the name of one in configs/prompts; null: the label set's",
+        description="prompt set kept with the model: a YAML file, or the name of one in configs/prompts; null: that "
+        "of the label set",
     )
     data: DataConfig = DataConfig()
     model: ModelConfig = Field(default_factory=ModelConfig)

@@ -31,10 +31,10 @@ class Label(Section):
     """One finding."""
 
     name: str = Field(min_length=1)
-    aliases: tuple[str, ...] = Field((), description="other names under which tables and people know it")
+    aliases: tuple[str, ...] = Field((), description="other names of the label in tables and in speech")
     columns: dict[str, tuple[str, ...]] = Field(
         default_factory=dict,
-        description="label columns of a cohort that it is the union of, by the cohort's name; its own name if not listed",
+        description="for each cohort, the label columns whose union is this label; default: the column of its name",
     )
 
     @model_validator(mode="before")
@@ -48,12 +48,12 @@ class LabelSet(Section):
 
     name: str
     description: str = ""
-    body_part: BodyPart = Field("any", description="what a scan is expected to show")
+    body_part: BodyPart = Field("any", description="body part that the scans show")
     prompts: str | None = Field(None, description="prompt set that asks for these labels")
-    protocol: str | None = Field(None, description="evaluation protocol used unless another is named")
+    protocol: str | None = Field(None, description="default evaluation protocol")
     windows: dict[str, tuple[float, float]] = Field(
         default={"lung window": (-1350.0, 150.0), "soft-tissue window": (-160.0, 240.0)},
-        description="HU windows in which pictures show a scan, by name",
+        description="HU windows for pictures of scans, by name",
     )
     labels: tuple[Label, ...] = Field(min_length=1)
 
@@ -160,7 +160,8 @@ def label_columns_of(cohort: Path, labels: LabelSet) -> list[str] | None:
     known = [part for parts in labels.columns(columns).values() for part in parts]
     if not known:
         raise DataError(
-            f"{cohort}: has no column of the label set {labels.name!r} (it has {', '.join(columns[:8])}); name its columns "
+            f"{cohort}: has no column of the label set {labels.name!r} (it has {', '.join(columns[:8])}); name its "
+            "columns "
             f"as aliases in the set"
         )
     return known

@@ -74,7 +74,8 @@ def refuse_unknown_code(kind: Kind, name: str, source: str) -> None:
     if ":" in name and name.partition(":")[0] not in sys.modules:
         module = name.partition(":")[0]
         raise ConfigError(
-            f"{source}: names the {kind} {name!r}, code of the model's author; if you trust it, import {module} first (on "
+            f"{source}: names the {kind} {name!r}, code of the model's author; if you trust it, import {module} "
+            "first (on "
             f"the command line: `ctclip --plugin {module} ...`)"
         )
 

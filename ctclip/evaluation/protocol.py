@@ -25,19 +25,23 @@ class Protocol(Section):
 
     name: str
     describes: str
-    cohort: str = Field("", description="whose volumes, as published figures name them")
-    size: int | None = Field(None, description="volumes of the whole set; fewer are said to be a part of it")
+    cohort: str = Field("", description="the cohort, as publications name it")
+    size: int | None = Field(
+        None, description="number of volumes in the whole set; if fewer are scored, the report says so"
+    )
     labels: tuple[str, ...] = Field(min_length=1, description="names, or the name of a label set")
     without: tuple[str, ...] = Field((), description="labels of the set that are not scored")
     columns_of: str = Field(
-        "", description="cohort whose columns the label set maps its labels to; others are left out"
+        "", description="cohort to whose columns the label set maps its labels; labels without a column are left out"
     )
     mapping: dict[str, tuple[str, ...]] = Field(
-        default_factory=dict, description="columns of the label table a label is the union of; itself where not listed"
+        default_factory=dict,
+        description="columns of the label table whose union is the label; default: the column of its name",
     )
     scores: dict[str, tuple[str, ...]] = Field(
         default_factory=dict,
-        description="predicted abnormalities a label's score is the largest of; itself where not listed",
+        description="predicted abnormalities whose largest score is the score of the label; default: the one of its "
+        "name",
     )
     volumes: Literal["all", "one-per-scan"] = "all"
     bootstrap: int = 1000
@@ -143,7 +147,8 @@ def align(
     without = scored["volume"][~scored["volume"].isin(labels.index)]
     if len(without):
         raise EvaluationError(
-            f"{len(without)} of {len(scored)} predicted volumes have no labels, the first {without.iloc[0]!r}: give the label "
+            f"{len(without)} of {len(scored)} predicted volumes have no labels, the first {without.iloc[0]!r}: give "
+            "the label "
             f"table of these volumes, or predict only those that have labels"
         )
     truth = labels.loc[scored["volume"], list(protocol.labels)].to_numpy(dtype=float)

@@ -33,20 +33,22 @@ class SlicesConfig(EncoderConfig):
     """A 2-D vision model of Hugging Face on every slice, and an aggregator over slices (``ctclip/models/slices.py``)."""
 
     kind: Literal["slices"] = "slices"
-    pretrained: str = Field("", description="folder or hub name of a vision model, for example facebook/dinov2-small")
+    pretrained: str = Field(
+        "", description="folder, or name on the Hugging Face Hub, of a vision model, for example facebook/dinov2-small"
+    )
     weights: Literal["pretrained", "random"] = Field(
-        "pretrained", description="random: keep the architecture of `pretrained`, not its weights"
+        "pretrained", description="random: take only the architecture of `pretrained`"
     )
     aggregator: Literal["mean", "lstm", "transformer", "cross"] = "transformer"
     depth: int = Field(2, ge=1, description="layers of the transformer or LSTM over slices")
     heads: int = Field(8, ge=1)
-    every: int = Field(1, ge=1, description="take every n-th slice")
+    every: int = Field(1, ge=1, description="use every n-th slice")
     windows: tuple[HuWindow, ...] = Field(
         ((-1000.0, 400.0), (-160.0, 240.0), (-500.0, 1000.0)),
         min_length=1,
-        description="HU windows shown as the colour channels",
+        description="HU windows that become the colour channels",
     )
-    slices_at_once: int = Field(64, ge=1, description="slices encoded together, over the batch")
+    slices_at_once: int = Field(64, ge=1, description="number of slices of a batch that are encoded together")
 
 
 class SliceEncoder(VolumeEncoder):
@@ -196,7 +198,8 @@ def width_of(vision: Any, channels: int, side: int) -> int:
     freeze_unused(vision, first)
     if first.ndim != 2 or not (parameter.is_meta or torch.allclose(first, second, atol=1e-4)):
         raise CheckpointError(
-            f"model.volume: the architecture {kind} cannot serve as slice encoder: it does not make one vector from an image, and "
+            f"model.volume: the architecture {kind} cannot serve as slice encoder: it does not make one vector from "
+            "an image, and "
             f"the same each time"
         )
     return int(first.shape[1])

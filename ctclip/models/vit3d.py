@@ -40,7 +40,8 @@ class ViT3DConfig(EncoderConfig):
     patch: tuple[Count, Count, Count] = Field((4, 4, 4), description="voxels [slice, row, column] of one stem cell")
     stages: tuple[tuple[Count, Annotated[int, Field(ge=0)]], ...] = Field(
         ((64, 1), (128, 1)),
-        description="width and 3x3x3 residual convolutions of each stage of the stem; each ends with a strided "
+        description="width and number of 3x3x3 residual convolutions of each stem stage; each stage ends with a "
+        "strided "
         "one that halves the axes. No stages: a linear patch embedding",
     )
     width: int = Field(192, ge=1)
@@ -48,26 +49,24 @@ class ViT3DConfig(EncoderConfig):
     heads: int = Field(6, ge=1)
     registers: int = Field(4, ge=0)
     windows: tuple[HuWindow, ...] = Field(
-        ((-1000.0, 1000.0),), min_length=1, description="HU windows shown side by side as input channels"
+        ((-1000.0, 1000.0),), min_length=1, description="HU windows that become the input channels"
     )
     pooling: tuple[Literal["attention", "mean", "max"], ...] = Field(("attention", "mean"), min_length=1)
     extremes: bool = Field(
         False,
-        description="beside a patch's voxels, the largest and smallest of them under each window: for small "
+        description="also use the largest and smallest voxel of each patch in each window: for small "
         "bright or dark spots, wherever in the patch they lie",
     )
-    pool_stem: bool = Field(
-        False, description="mean and largest of every stage of the stem beside the pooled tokens: for small findings"
-    )
+    pool_stem: bool = Field(False, description="also pool the mean and maximum of every stem stage: for small findings")
     window: tuple[Count, Count, Count] | None = Field(
-        None, description="tokens [slice, row, column] of a local attention window; null: full attention"
+        None, description="size of local attention windows in tokens [slice, row, column]; null: full attention"
     )
-    global_every: int = Field(4, ge=1, description="with a window: every n-th layer is a global one")
+    global_every: int = Field(4, ge=1, description="with windows: every n-th layer is global")
     global_over: Literal["tokens", "windows"] = Field(
         "tokens",
-        description="what a global layer works on: all tokens, or one a window, the mean of its tokens: far cheaper",
+        description="tokens of a global layer. tokens: all; windows: the mean of each window, which is far cheaper",
     )
-    drop_air: bool = Field(False, description="drop tokens of nothing but air outside the body")
+    drop_air: bool = Field(False, description="leave out tokens that hold only air outside the body")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ViT3DConfig:

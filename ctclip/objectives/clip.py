@@ -22,11 +22,13 @@ class ContrastiveConfig(ObjectiveConfig):
     negatives: int | None = Field(
         None,
         ge=2,
-        description="contrast only within groups of so many volumes, as the published training did; null: all",
+        description="contrast only within groups of this many volumes, as the published training did; null: within "
+        "the whole batch",
     )
     by_identity: bool = Field(
         True,
-        description="reconstructions of one scan and equal reports are no negatives of each other; false: everything but "
+        description="do not count reconstructions of the same scan and equal reports as negatives; false: everything "
+        "but "
         "the volume's own report is, as in the published training",
     )
 
@@ -35,7 +37,7 @@ class ClipConfig(ContrastiveConfig):
     """Symmetric InfoNCE."""
 
     queue: int = Field(
-        0, ge=0, description="texts of earlier steps that volumes are contrasted with too; 0: the batch alone"
+        0, ge=0, description="number of texts of earlier steps that volumes are also contrasted with; 0: only the batch"
     )
 
     @model_validator(mode="after")

@@ -20,7 +20,9 @@ class SigLIPConfig(ObjectiveConfig):
     """Pairwise sigmoid loss; it contrasts every pair."""
 
     by_identity: bool = Field(
-        True, description="reconstructions of one scan and equal reports are positives too; false: the own report alone"
+        True,
+        description="count reconstructions of the same scan and equal reports as positives too; false: only a "
+        "volume's own report",
     )
 
 
