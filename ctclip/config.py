@@ -30,14 +30,14 @@ HuWindow = Annotated[tuple[float, float], AfterValidator(_in_order)]
 class EncoderConfig(Section):
     """Settings that every volume encoder has; each adds its own."""
 
-    kind: str
+    kind: str = Field(description="which encoder: vit3d, ctvit, resnet3d, slices, or module:Name of your own")
     activation_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass to save memory"
     )
     tuning: Literal["full", "lora"] = Field(
         "full", description="full: train all weights; lora: train low-rank adapters and freeze the weights"
     )
-    lora_rank: int = Field(8, ge=1)
+    lora_rank: int = Field(8, ge=1, description="rank of the low-rank adapters")
 
 
 def encoder_config(given: Any) -> Any:
@@ -62,9 +62,9 @@ class TextConfig(Section):
         description="random: take only the architecture and tokenizer of `pretrained`",
     )
     vocabulary: int = Field(2000, ge=64, description="WordPiece tokens learned from the training reports")
-    width: int = Field(192, ge=1)
-    depth: int = Field(3, ge=1)
-    heads: int = Field(6, ge=1)
+    width: int = Field(192, ge=1, description="channels of a token, in the BERT from scratch")
+    depth: int = Field(3, ge=1, description="transformer layers of the BERT from scratch")
+    heads: int = Field(6, ge=1, description="attention heads of the BERT from scratch; they divide its width")
     max_tokens: int = Field(512, ge=3, description="longer reports are cut into chunks at sentence ends and averaged")
     chunks: Literal["full", "sentence"] = Field(
         "full",
@@ -75,8 +75,11 @@ class TextConfig(Section):
         "mean",
         description="cls: the classification token; last: the last token, for encoders that read from left to right",
     )
-    tuning: Literal["full", "lora", "frozen"] = "full"
-    lora_rank: int = Field(8, ge=1)
+    tuning: Literal["full", "lora", "frozen"] = Field(
+        "full",
+        description="full: all weights learn; lora: low-rank adapters learn beside fixed weights; frozen: nothing does",
+    )
+    lora_rank: int = Field(8, ge=1, description="rank of the low-rank adapters")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> TextConfig:
@@ -91,12 +94,14 @@ class ModelConfig(Section):
     volume: VolumeEncoderConfig = Field(default_factory=lambda: encoder_config({}))
     text: TextConfig = TextConfig()
     dim: int = Field(128, ge=1, description="width of the shared embedding")
-    projection: Literal["linear", "mlp"] = "linear"
+    projection: Literal["linear", "mlp"] = Field(
+        "linear", description="from an encoder's vector to the shared embedding: one layer, or two with a GELU between"
+    )
     standardise: bool = Field(
         False, description="centre and scale the embeddings over the global batch before normalising"
     )
     logit_scale: float = Field(10.0, gt=0, description="initial inverse temperature")
-    logit_scale_max: float = Field(100.0, gt=0)
+    logit_scale_max: float = Field(100.0, gt=0, description="the inverse temperature is learned up to this value")
     init: str | None = Field(
         None,
         description="model folder, or name on the Hugging Face Hub, whose weights training starts from; null: from "
@@ -132,8 +137,8 @@ class DataConfig(Section):
     """Which data are read and how the model is given them."""
 
     store: str | None = Field(None, description="folder written by `ctclip preprocess`")
-    train_split: str = "train"
-    valid_split: str = "valid"
+    train_split: str = Field("train", description="split of the cohort table that is learned from")
+    valid_split: str = Field("valid", description="split that `training.validate_every` scores")
     sections: tuple[str, ...] = Field(
         ("findings", "impression"),
         min_length=1,
@@ -148,7 +153,7 @@ class DataConfig(Section):
         "sentence (one), sentences (a few, in random order), positive (those that negate nothing, by their wording)",
     )
     views_per_volume: int = Field(1, ge=1, description="report views contrasted with each volume in a step")
-    shuffle_sentences: bool = False
+    shuffle_sentences: bool = Field(False, description="put the sentences of a report in random order each time")
     volumes: int | None = Field(None, ge=2, description="number of volumes to train on; null: all of the split")
     rarity: float = Field(
         0.0,
@@ -202,7 +207,9 @@ ObjectiveConfigs = Annotated[dict[str, SerializeAsAny[ObjectiveConfig]], BeforeV
 class ZeroConfig(Section):
     """DeepSpeed ZeRO; can be written in one word: ``training.zero=2`` or ``training.zero=3+offload``."""
 
-    stage: Literal[0, 1, 2, 3] = 1
+    stage: Literal[0, 1, 2, 3] = Field(
+        1, description="what the ranks share: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too"
+    )
     offload: bool = Field(False, description="optimizer (and at stage 3 parameters) in host memory")
 
     @model_validator(mode="before")
@@ -227,9 +234,9 @@ class ZeroConfig(Section):
 class TextWarmupConfig(Section):
     """Section matching on reports alone, before the first volume is seen; 0 steps leave it out."""
 
-    steps: int = Field(0, ge=0)
+    steps: int = Field(0, ge=0, description="steps of text training before the first volume; 0: none")
     batch: int = Field(128, ge=2, description="reports in the global batch")
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(2e-3, gt=0, description="peak learning rate of the warm-up")
     keep: float = Field(
         0.7, gt=0, le=1, description="fraction of the sentences of the findings that the model is given"
     )
@@ -244,8 +251,12 @@ class FreezeConfig(Section):
     """Encoder layers that do not learn: ``all``, ``none``, or a range such as ``0-5`` (counted from the input; the patch
     or word embedding is frozen with layer 0)."""
 
-    volume: str = Field("none", pattern=r"^(none|all|\d+-\d+)$")
-    text: str = Field("none", pattern=r"^(none|all|\d+-\d+)$")
+    volume: str = Field(
+        "none", pattern=r"^(none|all|\d+-\d+)$", description="layers of the volume encoder: all, none, or 0-5"
+    )
+    text: str = Field(
+        "none", pattern=r"^(none|all|\d+-\d+)$", description="layers of the text encoder: all, none, or 0-5"
+    )
 
 
 class TrainingConfig(Section):
@@ -258,14 +269,14 @@ class TrainingConfig(Section):
         description="number of volumes that a rank encodes at once; below its share of the batch, gradients take two "
         "passes (GradCache)",
     )
-    epochs: float = Field(10.0, gt=0)
-    learning_rate: float = Field(1e-3, gt=0)
+    epochs: float = Field(10.0, gt=0, description="passes over the training scans; fractions are allowed")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW; it falls to 0 along a cosine")
     text_learning_rate: float | None = Field(None, gt=0, description="null: the same as learning_rate")
     text_warmup: TextWarmupConfig = TextWarmupConfig()
-    weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[Share, Share] = (0.9, 0.98)
+    weight_decay: float = Field(0.05, ge=0, description="AdamW's weight decay; biases and norms have none")
+    betas: tuple[Share, Share] = Field((0.9, 0.98), description="AdamW's decay rates of the two moments")
     warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps with a rising learning rate")
-    gradient_clip: float = Field(1.0, gt=0)
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient; longer ones are scaled down")
     freeze: FreezeConfig = FreezeConfig()
     layer_decay: float = Field(
         1.0,
@@ -273,8 +284,10 @@ class TrainingConfig(Section):
         le=1,
         description="factor between the learning rates of successive encoder layers, from the last to the first",
     )
-    precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = False
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="arithmetic of the encoders; bf16 on GPUs that have it (losses stay in fp32)"
+    )
+    compile: bool = Field(False, description="compile the volume encoder with torch.compile; needs a C++ compiler")
     zero: ZeroConfig = ZeroConfig()
     checkpoint_every: int = Field(500, ge=1, description="number of steps between two checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep, besides the best one")
@@ -289,8 +302,8 @@ class TrainingConfig(Section):
 class Config(Section):
     """One training run."""
 
-    name: str = "run"
-    seed: int = Field(0, ge=0, lt=2**32)
+    name: str = Field("run", description="name of the run, kept in its records")
+    seed: int = Field(0, ge=0, lt=2**32, description="the same seed on the same data gives the same weights")
     preprocessing: str = Field("ct_224", description="preprocessing spec of the volumes")
     labels: str | None = Field(
         None, description="label set: a YAML file, or the name of one in configs/labels; null: that of the store"

@@ -41,18 +41,54 @@ def load_config(
 
     Raises ConfigError naming the file, the path of the key, and the nearest valid name.
     """
+    return read_config(name, overrides, values_set)[0]
+
+
+def read_config(
+    name: str, overrides: list[str] | tuple[str, ...] = (), values_set: Mapping[str, Any] | None = None
+) -> tuple[Config, dict[str, str]]:
+    """``load_config``, and where each value that is no default came from: a file, or "command line", by the value's path."""
     path = find_config(name)
     values = read_mapping(path)
-    if isinstance(values.get("model"), str):
-        values["model"] = read_mapping(find_config(values["model"], "models"))
+    size = values.get("model")
+    origins = dict.fromkeys(_flatten(values), _shown(path))
+    if isinstance(size, str):
+        values["model"] = _use_size(size, origins)
     for key, value in (values_set or {}).items():
         _set(values, key, value, f"{key}={value}")
+        _set_origin(origins, key)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r}: write it as key=value, for example training.epochs=5")
+        if key == "model" and not isinstance(read_typed(Typed(text, override)), dict):
+            values["model"] = _use_size(text, origins)
+            continue
         _set(values, key, Typed(text, override), override)
-    return build_config(values, str(path))
+        _set_origin(origins, key)
+    return build_config(values, str(path)), origins
+
+
+def _use_size(name: str, origins: dict[str, str]) -> dict[str, Any]:
+    """The model section that a named size stands for; ``origins`` are told so."""
+    path = find_config(name, "models")
+    size = read_mapping(path)
+    for key in [key for key in origins if key == "model" or key.startswith("model.")]:
+        del origins[key]
+    origins |= dict.fromkeys(_flatten(size, "model."), _shown(path))
+    return size
+
+
+def _shown(path: Path) -> str:
+    """An installed file by its place in ``configs``, any other by its path."""
+    folder = configs_folder()
+    return f"configs/{path.relative_to(folder)}" if path.is_relative_to(folder) else str(path)
+
+
+def _set_origin(origins: dict[str, str], key: str) -> None:
+    for inner in [inner for inner in origins if inner.startswith(f"{key}.")]:
+        del origins[inner]
+    origins[key] = "command line"
 
 
 def load_size(name: str) -> ModelConfig:

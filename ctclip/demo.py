@@ -32,6 +32,8 @@ class Size:
 
 SIZES = {
     "default": Size(5200, (), 1000, 0.08),
+    # Enough to learn what is large in the picture, in a third of the time.
+    "quick": Size(1800, ("training.epochs=6", "training.text_warmup.steps=200"), 200, 0.1),
     # Shows that every stage runs; far too small to learn from.
     "smoke": Size(
         60,

@@ -12,6 +12,7 @@ import typer
 
 from ctclip import __version__
 from ctclip.cli.calibrate import calibrate
+from ctclip.cli.config import config
 from ctclip.cli.demo import demo
 from ctclip.cli.embed import embed
 from ctclip.cli.evaluate import evaluate
@@ -34,7 +35,6 @@ INTERRUPTED = 130
 app = typer.Typer(
     help="3-D vision-language learning on chest CT: preprocess volumes, train a model, detect abnormalities from text prompts.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
@@ -51,6 +51,7 @@ app.command()(index)
 app.command()(similar)
 app.add_typer(prompts, name="prompts")
 app.add_typer(labels, name="labels")
+app.add_typer(config, name="config")
 app.command()(export)
 app.command("import-checkpoint")(import_checkpoint)
 app.command()(models)

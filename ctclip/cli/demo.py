@@ -10,6 +10,7 @@ import typer
 
 class Chosen(StrEnum):
     default = "default"
+    quick = "quick"
     smoke = "smoke"
 
 

@@ -33,15 +33,15 @@ TOKENS_AT_ONCE = 2048
 class CTViTConfig(EncoderConfig):
     """The published CT-CLIP's encoder (``ctclip/models/ctvit.py``)."""
 
-    kind: Literal["ctvit"] = "ctvit"
+    kind: Literal["ctvit"] = Field("ctvit", description="the encoder of the published CT-CLIP")
     patch: tuple[Count, Count, Count] = Field((10, 20, 20), description="voxels [slice, row, column] of one token")
-    width: int = Field(512, ge=1)
-    spatial_depth: int = Field(4, ge=1)
-    temporal_depth: int = Field(4, ge=1)
-    heads: int = Field(8, ge=1)
-    head_width: int = Field(32, ge=1)
-    codebook_size: int = Field(8192, ge=2)
-    quantise: bool = True
+    width: int = Field(512, ge=1, description="channels of a token")
+    spatial_depth: int = Field(4, ge=1, description="layers that attend within a slab of slices")
+    temporal_depth: int = Field(4, ge=1, description="layers that attend from slab to slab")
+    heads: int = Field(8, ge=1, description="attention heads")
+    head_width: int = Field(32, ge=1, description="channels of an attention head")
+    codebook_size: int = Field(8192, ge=2, description="vectors a token is rounded to")
+    quantise: bool = Field(True, description="round tokens to the codebook, as the published model does")
 
 
 class CTViT(VolumeEncoder):

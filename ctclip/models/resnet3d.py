@@ -24,11 +24,15 @@ GROUPS = 8
 class ResNet3DConfig(EncoderConfig):
     """MONAI's 3-D ResNets (``ctclip/models/resnet3d.py``)."""
 
-    kind: Literal["resnet3d"] = "resnet3d"
-    depth: Literal[18, 50] = 18
-    stem_stride: tuple[Count, Count, Count] = (2, 2, 2)
-    norm: Literal["batch", "group"] = "group"
-    width_factor: float = Field(1.0, gt=0)
+    kind: Literal["resnet3d"] = Field("resnet3d", description="a 3-D ResNet of MONAI's")
+    depth: Literal[18, 50] = Field(18, description="ResNet-18 or ResNet-50")
+    stem_stride: tuple[Count, Count, Count] = Field(
+        (2, 2, 2), description="stride [slice, row, column] of the first convolution"
+    )
+    norm: Literal["batch", "group"] = Field(
+        "group", description="group: the result does not depend on the batch; batch: as in the original"
+    )
+    width_factor: float = Field(1.0, gt=0, description="factor on the channels of every stage")
 
     @model_validator(mode="after")
     def _counts_once(self) -> ResNet3DConfig:

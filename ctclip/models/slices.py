@@ -32,16 +32,18 @@ LONGEST_MM = 1000.0
 class SlicesConfig(EncoderConfig):
     """A 2-D vision model of Hugging Face on every slice, and an aggregator over slices (``ctclip/models/slices.py``)."""
 
-    kind: Literal["slices"] = "slices"
+    kind: Literal["slices"] = Field("slices", description="a 2-D vision model on every slice, and an aggregator")
     pretrained: str = Field(
         "", description="folder, or name on the Hugging Face Hub, of a vision model, for example facebook/dinov2-small"
     )
     weights: Literal["pretrained", "random"] = Field(
         "pretrained", description="random: take only the architecture of `pretrained`"
     )
-    aggregator: Literal["mean", "lstm", "transformer", "cross"] = "transformer"
+    aggregator: Literal["mean", "lstm", "transformer", "cross"] = Field(
+        "transformer", description="how slices become one vector; cross: a learned query attends to them"
+    )
     depth: int = Field(2, ge=1, description="layers of the transformer or LSTM over slices")
-    heads: int = Field(8, ge=1)
+    heads: int = Field(8, ge=1, description="attention heads over slices")
     every: int = Field(1, ge=1, description="use every n-th slice")
     windows: tuple[HuWindow, ...] = Field(
         ((-1000.0, 400.0), (-160.0, 240.0), (-500.0, 1000.0)),

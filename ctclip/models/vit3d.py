@@ -36,7 +36,7 @@ SHORTEST_WAVE_MM = 12.0
 class ViT3DConfig(EncoderConfig):
     """Our 3-D vision transformer with a convolutional stem (``ctclip/models/vit3d.py``)."""
 
-    kind: Literal["vit3d"] = "vit3d"
+    kind: Literal["vit3d"] = Field("vit3d", description="our 3-D vision transformer with a convolutional stem")
     patch: tuple[Count, Count, Count] = Field((4, 4, 4), description="voxels [slice, row, column] of one stem cell")
     stages: tuple[tuple[Count, Annotated[int, Field(ge=0)]], ...] = Field(
         ((64, 1), (128, 1)),
@@ -44,14 +44,16 @@ class ViT3DConfig(EncoderConfig):
         "strided "
         "one that halves the axes. No stages: a linear patch embedding",
     )
-    width: int = Field(192, ge=1)
-    depth: int = Field(4, ge=1)
-    heads: int = Field(6, ge=1)
-    registers: int = Field(4, ge=0)
+    width: int = Field(192, ge=1, description="channels of a token; an even multiple of heads")
+    depth: int = Field(4, ge=1, description="transformer layers")
+    heads: int = Field(6, ge=1, description="attention heads")
+    registers: int = Field(4, ge=0, description="extra learned tokens that every layer can write to")
     windows: tuple[HuWindow, ...] = Field(
         ((-1000.0, 1000.0),), min_length=1, description="HU windows that become the input channels"
     )
-    pooling: tuple[Literal["attention", "mean", "max"], ...] = Field(("attention", "mean"), min_length=1)
+    pooling: tuple[Literal["attention", "mean", "max"], ...] = Field(
+        ("attention", "mean"), min_length=1, description="how tokens become one vector; the parts stand side by side"
+    )
     extremes: bool = Field(
         False,
         description="also use the largest and smallest voxel of each patch in each window: for small "

@@ -18,6 +18,7 @@ LAYERS = [
         "ctclip.plugins",
         "ctclip.config",
         "ctclip.config_files",
+        "ctclip.config_keys",
         "ctclip.labels",
         "ctclip.prompts",
         "ctclip.sentences",
