@@ -3,7 +3,7 @@ PYTHON ?= python3
 SIZE ?= default
 OUTPUT ?= runs/$(if $(filter default,$(SIZE)),demo,$(SIZE))
 
-.PHONY: demo test install-test lint venv clean
+.PHONY: demo test install-test lint docs venv clean
 
 demo: .venv/installed
 	.venv/bin/ctclip demo --size $(SIZE) --output $(OUTPUT)
@@ -20,7 +20,12 @@ install-test: .venv/installed
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/codespell
 	.venv/bin/mypy
+
+# Into runs/site; a broken link is an error. The warning concerns a MkDocs that is not yet out.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 venv: .venv/installed
 

@@ -45,6 +45,11 @@ def keys() -> list[Key]:
     return list(_of_section(Config, ""))
 
 
+def section_keys(section: type[Section]) -> list[Key]:
+    """Every key of one schema, such as a label set's or a protocol's."""
+    return list(_of_section(section, ""))
+
+
 def key(path: str) -> list[Key]:
     """The keys of that path: one, or several where encoders share a name; or all keys of a section.
 

@@ -30,7 +30,7 @@ TABLES = (".csv", ".tsv", ".txt", ".parquet")
 class Label(Section):
     """One finding."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, description="as tables and pages show it")
     aliases: tuple[str, ...] = Field((), description="other names of the label in tables and in speech")
     columns: dict[str, tuple[str, ...]] = Field(
         default_factory=dict,
@@ -46,7 +46,7 @@ class Label(Section):
 class LabelSet(Section):
     """A YAML file of label names with what belongs to them."""
 
-    name: str
+    name: str = Field(description="name of the set, kept with everything made from it")
     description: str = ""
     body_part: BodyPart = Field("any", description="body part that the scans show")
     prompts: str | None = Field(None, description="prompt set that asks for these labels")
@@ -55,7 +55,7 @@ class LabelSet(Section):
         default={"lung window": (-1350.0, 150.0), "soft-tissue window": (-160.0, 240.0)},
         description="HU windows for pictures of scans, by name",
     )
-    labels: tuple[Label, ...] = Field(min_length=1)
+    labels: tuple[Label, ...] = Field(min_length=1, description="names, or mappings of name, aliases and columns")
 
     @field_validator("labels")
     @classmethod

@@ -46,13 +46,23 @@ class Graded(Section):
 class PromptSet(Section):
     """A prompt file. ``templates`` make the pair of every abnormality that is not spelled out, {x} its name."""
 
-    name: str
-    ensemble: Literal["embeddings", "logits"] = "embeddings"
-    average: Literal["phrasing", "section"] = "phrasing"
-    sections: tuple[str, ...] = Field(("findings", "impression"), min_length=1)
-    templates: Pair | None = None
-    abnormalities: dict[str, Pair] = Field(default_factory=dict)
-    graded: dict[str, Graded] = Field(default_factory=dict)
+    name: str = Field(description="name of the set, as prediction tables state it")
+    ensemble: Literal["embeddings", "logits"] = Field(
+        "embeddings", description="what is averaged over phrasings: text embeddings, or logits"
+    )
+    average: Literal["phrasing", "section"] = Field(
+        "phrasing", description="whether every phrasing, or every section, weighs the same"
+    )
+    sections: tuple[str, ...] = Field(
+        ("findings", "impression"), min_length=1, description="sections whose phrasings are used"
+    )
+    templates: Pair | None = Field(None, description="positive and negative phrasings with {x} for any name")
+    abnormalities: dict[str, Pair] = Field(
+        default_factory=dict, description="positive and negative phrasings of each abnormality, by section"
+    )
+    graded: dict[str, Graded] = Field(
+        default_factory=dict, description="findings with a size: templates with {value}, and the values"
+    )
 
     @model_validator(mode="after")
     def _nothing_empty(self) -> PromptSet:

@@ -23,8 +23,8 @@ Thresholds = Literal["calibration", "published"]
 class Protocol(Section):
     """A file of ``configs/protocols``."""
 
-    name: str
-    describes: str
+    name: str = Field(description="name of the protocol, stated beside every figure")
+    describes: str = Field(description="what it scores, in a sentence")
     cohort: str = Field("", description="the cohort, as publications name it")
     size: int | None = Field(
         None, description="number of volumes in the whole set; if fewer are scored, the report says so"
@@ -43,8 +43,8 @@ class Protocol(Section):
         description="predicted abnormalities whose largest score is the score of the label; default: the one of its "
         "name",
     )
-    volumes: Literal["all", "one-per-scan"] = "all"
-    bootstrap: int = 1000
+    volumes: Literal["all", "one-per-scan"] = Field("all", description="which reconstructions of a scan are scored")
+    bootstrap: int = Field(1000, description="resamples of patients for the intervals")
     thresholds: Thresholds = Field(
         "calibration",
         description="calibration: those of the model's calibration split, or 0.5 without one; "

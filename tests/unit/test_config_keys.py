@@ -10,14 +10,18 @@ import yaml
 from ctclip import plugins
 from ctclip.config import Config
 from ctclip.config_files import build_config, load_config, read_config
-from ctclip.config_keys import key, keys, values_with_origins
+from ctclip.config_keys import key, keys, section_keys, values_with_origins
 from ctclip.errors import ConfigError
+from ctclip.evaluation.protocol import Protocol
+from ctclip.labels import LabelSet
+from ctclip.prompts import PromptSet
 
 KEYS = keys()
 
 
 def test_every_key_has_a_meaning() -> None:
-    assert not [one.path for one in KEYS if len(one.meaning) < 5]
+    others = [one for schema in (LabelSet, PromptSet, Protocol) for one in section_keys(schema)]
+    assert not [one.path for one in [*KEYS, *others] if len(one.meaning) < 5]
 
 
 def test_keys_are_those_of_a_configuration() -> None:
@@ -39,7 +43,7 @@ def test_defaults_are_those_of_the_schema() -> None:
 
 def test_a_default_that_is_written_down_changes_nothing() -> None:
     overrides = [f"{one.path}={one.default}" for one in KEYS if not one.kind and one.path != "model.volume.kind"]
-    assert load_config("phantom_tiny", [f"model.volume.kind={'vit3d'}", *overrides]).training == Config().training
+    assert load_config("phantom_tiny", overrides).training == Config().training
 
 
 def test_where_a_value_came_from(tmp_path: Path) -> None:
