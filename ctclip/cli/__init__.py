@@ -24,6 +24,7 @@ from ctclip.cli.models import models
 from ctclip.cli.phantom import phantom
 from ctclip.cli.preprocess import preprocess
 from ctclip.cli.prompts import prompts
+from ctclip.cli.publish import publish
 from ctclip.cli.quality import quality
 from ctclip.cli.report import report
 from ctclip.cli.train import train
@@ -55,6 +56,7 @@ app.add_typer(config, name="config")
 app.command()(export)
 app.command("import-checkpoint")(import_checkpoint)
 app.command()(models)
+app.command()(publish)
 app.command()(demo)
 
 

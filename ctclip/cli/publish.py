@@ -1,0 +1,38 @@
+"""`ctclip publish`: a model folder with a full card, on disk and on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def publish(
+    model: str = typer.Argument(..., help="A model folder."),
+    output: Path = typer.Option(..., "--output", "-o", help="Folder for the copy that may be given away."),
+    licence: str = typer.Option(
+        ...,
+        "--licence",
+        "--license",
+        help="Licence of the weights, as the hub names it: cc-by-nc-sa-4.0, apache-2.0, other.",
+    ),
+    evaluation: Path = typer.Option(
+        None, help="Folder of `ctclip evaluate` of this model; its figures go on the card."
+    ),
+    repository: str = typer.Option(
+        None, help="Name on the Hugging Face hub, owner/name. Default: nothing is uploaded."
+    ),
+    public: bool = typer.Option(False, "--public", help="Let everyone see a new repository. Default: private."),
+) -> None:
+    """Copy a model folder with a full model card, without what a calibration keeps of its patients; upload it if asked.
+
+    `ctclip publish runs/first/model --output published --licence cc-by-nc-sa-4.0 --evaluation evaluation`
+    """
+    from ctclip.inference.publish import check_licence
+    from ctclip.inference.publish import publish as run
+
+    check_licence(licence)
+    page = run(model, output, licence=licence, evaluation=evaluation, repository=repository, private=not public)
+    print(f"model with its card: {output}")
+    if page is not None:
+        print(f"published: {page}")
