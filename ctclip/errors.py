@@ -31,3 +31,7 @@ class PromptError(CtclipError):
 
 class EvaluationError(CtclipError):
     """Predictions, labels or a protocol that cannot be scored together."""
+
+
+class ExplanationError(CtclipError):
+    """A finding that cannot be located as asked: the method, the encoder or the head does not allow it."""

@@ -36,7 +36,7 @@ from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.readers import LARGEST_GB, read
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore, check_store_folder
-from ctclip.preprocessing.volume import Volume
+from ctclip.preprocessing.volume import FileGrid, Volume
 from ctclip.preprocessing.workers import worker_pool
 
 Expect = Literal["chest", "any"]
@@ -52,12 +52,13 @@ class Prepared:
 
     ``scan`` is what was read and checked, oriented and in HU, on its own grid. ``affine`` (4, 4) leads from voxel index
     (of ``voxels`` and ``hu``) to LPS+ mm of the scan's own space. ``centre``: the voxel index of the scan that the grid is
-    laid about, where that is not its middle.
+    laid about, where that is not its middle. ``file_grid``: the grid of the file itself, before it was oriented.
     """
 
     scan: Volume
     spec: PreprocessingSpec
     affine: np.ndarray
+    file_grid: FileGrid
     centre: Centre | None = None
 
     @cached_property
@@ -157,7 +158,10 @@ def prepare(
     names the file, what is wrong and what to do.
     """
     spec = spec if isinstance(spec, PreprocessingSpec) else PreprocessingSpec.load(spec)
-    volume = orient(to_hu(placed(read(path, series, geometry, largest_gb=largest_gb), table, geometry), table, trust))
+    raw = read(path, series, geometry, largest_gb=largest_gb)
+    taken = to_hu(placed(raw, table, geometry), table, trust)
+    file_grid = FileGrid.of(taken.array.shape, taken.affine, raw.columns_first)
+    volume = orient(taken)
     lungs = find_lungs(volume)
     if expect == "chest" and (reason := no_chest(lungs)):
         raise PreprocessingError(f"{volume.source}: {reason}; --expect any accepts it")
@@ -169,7 +173,7 @@ def prepare(
             f"{volume.source}: only {kept:.0%} of the lungs fit into the grid of spec {spec.name!r}; --expect any takes it "
             f"all the same"
         )
-    return Prepared(volume, spec, resampled_affine(volume, spec, centre), centre)
+    return Prepared(volume, spec, resampled_affine(volume, spec, centre), file_grid, centre)
 
 
 def _about_the_lungs(volume: Volume, lungs: Lungs, spec: PreprocessingSpec) -> tuple[Centre | None, float]:

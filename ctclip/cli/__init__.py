@@ -16,6 +16,7 @@ from ctclip.cli.config import config
 from ctclip.cli.demo import demo
 from ctclip.cli.embed import embed
 from ctclip.cli.evaluate import evaluate
+from ctclip.cli.explain import explain
 from ctclip.cli.export import export
 from ctclip.cli.import_checkpoint import import_checkpoint
 from ctclip.cli.index import index, similar
@@ -44,6 +45,7 @@ app.command()(preprocess)
 app.command()(quality)
 app.command()(train)
 app.command("zero-shot")(zero_shot)
+app.command()(explain)
 app.command()(calibrate)
 app.command()(evaluate)
 app.command()(report)

@@ -35,7 +35,10 @@ class Head(ABC):
 
     @abstractmethod
     def score(self, encoded: Encoded) -> Tensor:
-        """(B, names) float32: the larger, the likelier; 0 where a finding is as likely as not. For ranking."""
+        """(B, names) float32: the larger, the likelier; 0 where a finding is as likely as not. For ranking.
+
+        Differentiable where it can be: most explanations ask for its gradient, and callers that need none say so.
+        """
 
     def values(self, encoded: Encoded) -> Tensor:
         """(B, values_of) the size of each finding that has one, in its unit."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -38,7 +37,6 @@ class LinearHead(Head):
             )
         self.weight, self.bias = weight.float().to(model.device), bias.float().to(model.device)
 
-    @torch.inference_mode()
     def score(self, encoded: Encoded) -> Tensor:
         if encoded.embedding is None:
             raise ValueError("these volumes were encoded without the joint space; call DualEncoder.encode")

@@ -35,12 +35,10 @@ class PromptHead(Head):
         self.grades = list(prompts.graded.values())
         self.graded_vectors = [_graded_vectors(model, grade.templates, grade.values) for grade in self.grades]
 
-    @torch.inference_mode()
     def score(self, encoded: Encoded) -> Tensor:
         """Positive minus negative logit."""
         return self.score_embeddings(_embedding(encoded))
 
-    @torch.inference_mode()
     def score_embeddings(self, embeddings: Tensor) -> Tensor:
         """Unit vectors (n, dim) of volumes -> (n, names)."""
         return self.model.logits(embeddings, self.positive - self.negative)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ctclip.errors import CheckpointError, PromptError
 from ctclip.evaluation.calibration import Calibration
+from ctclip.explanation.explain import Explanation, explain
+from ctclip.explanation.place import LEVEL
 from ctclip.heads.folder import PROMPTS, HeadFacts, list_heads, load_head
 from ctclip.heads.head import Head
 from ctclip.heads.prompts import PromptHead
@@ -130,7 +132,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             probabilities = scorer.probabilities(scores)
         names = scorer.names
         return Detection(
-            scan=Path(ready.scan.source if isinstance(scan, Prepared) else scan).name,
+            scan=_name(scan),
             probabilities=dict(zip(names, probabilities[0].tolist(), strict=True)),
             margins=dict(zip(names, scores[0].tolist(), strict=True)),
             values=dict(zip(scorer.values_of, values[0].tolist(), strict=True)),
@@ -140,6 +142,36 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             spec=self.spec.hash,
             warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
         )
+
+    def explain(
+        self,
+        scan: str | os.PathLike[str] | Prepared,
+        abnormalities: str | Sequence[str] | None = None,
+        *,
+        head: str | None = None,
+        method: str = "similarity",
+        level: float = LEVEL,
+        budget: int = 600,
+        **reading: Unpack[Reading],
+    ) -> Explanation:
+        """Where the model sees findings in one scan: maps on the scan's own grid, peaks, sizes, sides.
+
+        ``abnormalities``: a name, or names; those at or above their threshold if not given. ``head``, ``reading``: as in
+        ``detect``. ``method``, ``level`` and ``budget``: see ``ctclip.explanation.explain``. Raises PreprocessingError or
+        ExplanationError in one line.
+        """
+        name = head or PROMPTS
+        scorer = self.head(name)
+        names = None
+        if abnormalities is not None:
+            names = [self.labels.resolve(one) or one for one in _checked(abnormalities)]
+            if isinstance(scorer, PromptHead) and not set(names) <= set(scorer.names):
+                scorer = self._asking(names, name)
+        ready = self._ready(scan, **reading)
+        return explain(
+            self.dual, scorer, ready, names, scan=_name(scan), model_hash=self.folder.hash, by=method, level=level,
+            budget=budget, warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
+        )  # fmt: skip
 
     def embed(self, scan: str | os.PathLike[str] | Prepared, **reading: Unpack[Reading]) -> np.ndarray:
         """The unit vector (dim,) of one scan from disk, or of what ``prepare`` returned."""
@@ -208,6 +240,10 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         if not isinstance(known, PromptHead):
             raise ValueError(f"the head {head!r} scores only {', '.join(known.names)}; prompts can ask for other names")
         return asking(self.folder, known.prompts, abnormalities, known)
+
+
+def _name(scan: str | os.PathLike[str] | Prepared) -> str:
+    return Path(scan.scan.source if isinstance(scan, Prepared) else scan).name
 
 
 def usable_head(folder: ModelFolder, name: str) -> Head:

@@ -20,7 +20,7 @@ from ctclip import distributed
 from ctclip.config import Count, EncoderConfig
 from ctclip.errors import ConfigError
 from ctclip.models import by_hand
-from ctclip.models.encoded import Encoded, VolumeEncoder, axis_shape, check_shape
+from ctclip.models.encoded import Encoded, Evidence, Level, VolumeEncoder, axis_shape, check_shape
 from ctclip.models.pooling import air_where_padded
 from ctclip.models.precision import autocast_off
 from ctclip.preprocessing.spec import PreprocessingSpec
@@ -83,6 +83,20 @@ class CTViT(VolumeEncoder):
         affine = self.affine(self.config.patch, [(extent - 1) / 2 for extent in self.config.patch])
         pooled = tokens.mean(dim=1).flatten(1)
         return Encoded(rearrange(tokens, "b t h w c -> b (t h w) c"), grid, pooled, affine)
+
+    def evidence(self, volume: Tensor, mask: Tensor | None = None) -> Evidence:
+        """A token weighs by its place within the slab: places are pooled side by side, slabs are averaged."""
+        encoded = self(volume, mask)
+
+        def pool(features: Sequence[Tensor]) -> Tensor:
+            return features[0].unflatten(1, encoded.grid).mean(dim=1).flatten(1)
+
+        def alone(features: Sequence[Tensor], directions: Tensor) -> list[Tensor]:
+            places = directions.unflatten(1, (*encoded.grid[1:], -1))
+            cells = features[0].unflatten(1, encoded.grid)
+            return [torch.einsum("bthwc,fhwc->bfthw", cells, places).flatten(2)]
+
+        return Evidence(encoded, (Level(encoded.tokens, encoded.grid, encoded.affine),), pool, alone)
 
     def layers(self) -> Sequence[Sequence[nn.Module | nn.Parameter]]:
         """The patch embedding, the spatial layers (the first with the position bias), then the temporal ones."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ctclip.config import EncoderConfig
 from ctclip.data.air import BodyTokens
+from ctclip.models.pooling import mean_token
 from ctclip.preprocessing.spec import PreprocessingSpec
 
 
@@ -31,6 +32,31 @@ class Encoded(NamedTuple):
     affine: np.ndarray
     real: Tensor | None = None
     embedding: Tensor | None = None
+
+
+class Level(NamedTuple):
+    """One grid of features with places: features (B, N, C) in slice, row, column order of ``grid``; ``affine`` as in
+    ``Encoded``; real (B, N) bool, None for all."""
+
+    features: Tensor
+    grid: tuple[int, int, int]
+    affine: np.ndarray
+    real: Tensor | None = None
+
+
+class Evidence(NamedTuple):
+    """What a pooled vector was made of, for whoever asks where it comes from.
+
+    levels: the tokens first, then any finer grids whose features are pooled too. pool: features of every level, (B, N, C)
+    each -> (B, width), differentiable, equal to ``Encoded.pooled``. alone: features as for ``pool`` and directions
+    (F, width) -> for every level (B, F, N), the dot product with each direction of what would be pooled if the level held
+    nothing but that token, the other levels left out.
+    """
+
+    encoded: Encoded
+    levels: tuple[Level, ...]
+    pool: Callable[[Sequence[Tensor]], Tensor]
+    alone: Callable[[Sequence[Tensor], Tensor], list[Tensor]]
 
 
 class VolumeEncoder(nn.Module, ABC):
@@ -57,6 +83,24 @@ class VolumeEncoder(nn.Module, ABC):
         """volume (B, 1, D, H, W) in [-1, 1]; mask (B, 1, D, H, W) bool, true where voxels are real (None: all);
         body (B, N) bool on the host: tokens that hold anything of the body, for an encoder with ``body_tokens``."""
 
+    def evidence(self, volume: Tensor, mask: Tensor | None = None) -> Evidence:
+        """``forward``, with what was pooled and how. As it stands it holds for an encoder whose pooled vector is the mean of
+        its tokens; others say how they pool. Raises ValueError for one that pools otherwise and does not say how."""
+        encoded = self(volume, mask)
+        level = Level(encoded.tokens, encoded.grid, encoded.affine, encoded.real)
+
+        def pool(features: Sequence[Tensor]) -> Tensor:
+            return mean_token(features[0], encoded.real)
+
+        if encoded.pooled.shape[1] != encoded.tokens.shape[2] or not torch.allclose(
+            pool([encoded.tokens]), encoded.pooled, rtol=1e-3, atol=1e-4
+        ):
+            raise ValueError(
+                f"{type(self).__name__} does not pool by the mean of its tokens, and has no `evidence` that says how it does: "
+                f"use occlusion, which asks nothing of an encoder"
+            )
+        return Evidence(encoded, (level,), pool, lambda features, directions: [beside(features[0], directions)])
+
     def layers(self) -> Sequence[Sequence[nn.Module | nn.Parameter]]:
         """Parts of the encoder from input to output, for freezing and layer-wise learning rates; the first holds the
         embedding. What is in none of them (a last norm, the pooling) counts as after the last."""
@@ -77,6 +121,13 @@ class VolumeEncoder(nn.Module, ABC):
             affine[axis, axis] = scale[axis] * spacing[axis]
             affine[axis, 3] = offset[axis] * spacing[axis]
         return affine
+
+
+def beside(features: Tensor, directions: Tensor) -> Tensor:
+    """``Evidence.alone`` of features (B, N, C) that k poolings side by side, (B, k * C), were made of: a token alone is its
+    own mean and its own largest. directions (F, k * C) -> (B, F, N)."""
+    summed = directions.unflatten(1, (-1, features.shape[2])).sum(dim=1)
+    return torch.einsum("bnc,fc->bfn", features, summed)
 
 
 def axis_spacing(spec: PreprocessingSpec) -> tuple[float, float, float]:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ctclip.config import Count, EncoderConfig
 from ctclip.models.batchnorm import GlobalBatchNorm3d
-from ctclip.models.encoded import Encoded, VolumeEncoder, check_shape
+from ctclip.models.encoded import Encoded, Evidence, Level, VolumeEncoder, beside, check_shape
 from ctclip.models.pooling import air_where_padded, largest_token, mean_token, real_cells
 from ctclip.preprocessing.spec import PreprocessingSpec
 
@@ -99,6 +99,15 @@ class ResNet3D(VolumeEncoder):
         # The stem's pooling and three of the four stages halve the grid after the stem's own stride.
         affine = self.affine([16 * stride for stride in self.config.stem_stride], (0.0, 0.0, 0.0))
         return Encoded(tokens if real is None else tokens * real[..., None], grid, pooled, affine, real)
+
+    def evidence(self, volume: Tensor, mask: Tensor | None = None) -> Evidence:
+        encoded = self(volume, mask)
+
+        def pool(features: Sequence[Tensor]) -> Tensor:
+            return torch.cat([mean_token(features[0], encoded.real), largest_token(features[0], encoded.real)], dim=1)
+
+        level = Level(encoded.tokens, encoded.grid, encoded.affine, encoded.real)
+        return Evidence(encoded, (level,), pool, lambda features, directions: [beside(features[0], directions)])
 
     def layers(self) -> Sequence[Sequence[nn.Module | nn.Parameter]]:
         """The stem, then each residual block."""

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ctclip.config import EncoderConfig, HuWindow
 from ctclip.errors import CheckpointError, ConfigError
-from ctclip.models.encoded import Encoded, VolumeEncoder, axis_shape, axis_spacing, check_shape
+from ctclip.models.encoded import Encoded, Evidence, Level, VolumeEncoder, axis_shape, axis_spacing, check_shape
 from ctclip.models.hub import pretrained_folder
 from ctclip.models.huggingface import freeze_unused, read_settings, vision_model
 from ctclip.models.pooling import air_where_padded
@@ -92,6 +92,20 @@ class SliceEncoder(VolumeEncoder):
         _, height, width = axis_shape(self.spec)
         affine = self.affine((self.config.every, 1, 1), (first, (height - 1) / 2, (width - 1) / 2))
         return Encoded(tokens, (tokens.shape[1], 1, 1), self.aggregate(tokens, real), affine, real)
+
+    def evidence(self, volume: Tensor, mask: Tensor | None = None) -> Evidence:
+        """A slice is one token: what is said is said of whole slices."""
+        encoded = self(volume, mask)
+
+        def pool(features: Sequence[Tensor]) -> Tensor:
+            return self.aggregate(features[0], encoded.real)
+
+        def alone(features: Sequence[Tensor], directions: Tensor) -> list[Tensor]:
+            single = features[0].flatten(0, 1)[:, None]
+            return [(self.aggregate(single, None) @ directions.T).unflatten(0, features[0].shape[:2]).transpose(1, 2)]
+
+        level = Level(encoded.tokens, encoded.grid, encoded.affine, encoded.real)
+        return Evidence(encoded, (level,), pool, alone)
 
     def layers(self) -> Sequence[Sequence[nn.Module | nn.Parameter]]:
         """The 2-D model as a whole; its own layers differ from architecture to architecture."""

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ctclip.config import Count, EncoderConfig, HuWindow
 from ctclip.data.air import BodyTokens
 from ctclip.models.batchnorm import GlobalBatchNorm3d
-from ctclip.models.encoded import Encoded, VolumeEncoder, axis_spacing, check_shape
+from ctclip.models.encoded import Encoded, Evidence, Level, VolumeEncoder, axis_spacing, beside, check_shape
 from ctclip.models.pooling import air_where_padded, largest_token, mean_token, real_cells
 from ctclip.models.windows import Windows, cut, means, to_tokens, within
 from ctclip.preprocessing.spec import PreprocessingSpec
@@ -107,9 +107,38 @@ class ViT3D(VolumeEncoder):
         Returns tokens (B, N, width) in slice, row, column order of ``grid``. Tokens of nothing but padding
         (and, with ``drop_air``, of nothing but air outside the body) take no part and come back as zeros.
         """
+        return self._encode(volume, mask, body)
+
+    def evidence(self, volume: Tensor, mask: Tensor | None = None) -> Evidence:
+        """The tokens, and with ``pool_stem`` the cells of each stage of the stem."""
+        stages: list[Tensor] = []
+        encoded = self._encode(volume, mask, None, stages)
+        levels = [Level(encoded.tokens, encoded.grid, encoded.affine, encoded.real)]
+        for number, cells in enumerate(stages):
+            step = [extent * 2**number for extent in self.config.patch]
+            grid = (cells.shape[2], cells.shape[3], cells.shape[4])
+            affine = self.affine(step, [(extent - 1) / 2 for extent in step])
+            levels.append(Level(cells.flatten(2).transpose(1, 2), grid, affine, real_cells(mask, grid)))
+        widths = [self.token_width * len(self.config.pooling), *(2 * level.features.shape[2] for level in levels[1:])]
+
+        def pool(features: Sequence[Tensor]) -> Tensor:
+            parts = [self._pool(features[0], encoded.real)]
+            for cells, level in zip(features[1:], levels[1:], strict=True):
+                parts += [mean_token(cells, level.real), largest_token(cells, level.real)]
+            return torch.cat(parts, dim=1)
+
+        def alone(features: Sequence[Tensor], directions: Tensor) -> list[Tensor]:
+            return [beside(*pair) for pair in zip(features, directions.split(widths, dim=1), strict=True)]
+
+        return Evidence(encoded, tuple(levels), pool, alone)
+
+    def _encode(
+        self, volume: Tensor, mask: Tensor | None, body: Tensor | None, stages: list[Tensor] | None = None
+    ) -> Encoded:
+        """``stages``: filled with the cells of each stage of the stem that are pooled."""
         self._check(volume)
         volume = air_where_padded(volume, mask)
-        cells, pooled_stem = self.stem(volume, mask)
+        cells, pooled_stem = self.stem(volume, mask, stages)
         grid = (cells.shape[2], cells.shape[3], cells.shape[4])
         tokens = rearrange(cells, "b c d h w -> b (d h w) c")
         keep = self._kept(volume, mask, body)
@@ -250,8 +279,11 @@ class Stem(nn.Module):
         self.pools = config.pool_stem
         self.pooled_width = 2 * sum(widths[:-1]) if config.pool_stem else 0
 
-    def forward(self, volume: Tensor, mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """volume and mask (B, 1, D, H, W) -> (B, C, d, h, w), and what was pooled on the way, (B, ...) each."""
+    def forward(
+        self, volume: Tensor, mask: Tensor | None = None, stages: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """volume and mask (B, 1, D, H, W) -> (B, C, d, h, w), and what was pooled on the way, (B, ...) each; ``stages``:
+        filled with what it was pooled from, (B, C, d, h, w) each."""
         pd, ph, pw = self.patch
         patches = rearrange(volume, "b 1 (d pd) (h ph) (w pw) -> b d h w (pd ph pw)", pd=pd, ph=ph, pw=pw)
         windowed = [self._window(patches, low, high) for low, high in self.windows]
@@ -266,6 +298,8 @@ class Stem(nn.Module):
         pooled: list[Tensor] = []
         for layer in self.convolutions:
             if self.pools and layer.halves:
+                if stages is not None:
+                    stages.append(cells)
                 real = real_cells(mask, cells.shape[2:])
                 tokens = rearrange(cells, "b c d h w -> b (d h w) c")
                 pooled += [mean_token(tokens, real), largest_token(tokens, real)]

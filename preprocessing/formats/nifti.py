@@ -62,7 +62,7 @@ def read(path: Path, source: str, geometry: Geometry, largest: int) -> Volume:
             array *= np.float32(slope)
             array += np.float32(intercept)
     affine, doubt, notes = geometry_of(header, geometry)
-    return Volume(native(array), affine, source, [*warnings, *notes], doubt)
+    return Volume(native(array), affine, source, [*warnings, *notes], doubt, columns_first=True)
 
 
 def is_header(block: bytes) -> bool:

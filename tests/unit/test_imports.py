@@ -29,6 +29,7 @@ LAYERS = [
     {"ctclip.models", "ctclip.data", "ctclip.phantom"},
     {"ctclip.evaluation"},
     {"ctclip.objectives", "ctclip.heads"},
+    {"ctclip.explanation"},
     {"ctclip.inference", "ctclip.training"},
     {"ctclip.demo", "ctclip.train", "ctclip.zero_shot", "ctclip.cli", "ctclip.__main__"},
 ]

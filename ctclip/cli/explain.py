@@ -1,0 +1,62 @@
+"""`ctclip explain`: where a model sees a finding in a scan."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+import typer
+
+from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted, reading_of
+
+
+class By(StrEnum):
+    similarity = "similarity"
+    occlusion = "occlusion"
+    gradcam = "gradcam"
+    attention = "attention"
+
+
+def explain(
+    scan: Path = typer.Argument(..., help="A volume file, a DICOM folder or an archive of one."),
+    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a hub name."),
+    output: Path = typer.Option(
+        Path("explanation"), "--output", "-o", help="Folder for maps, masks, findings.json and page.html."
+    ),
+    abnormality: list[str] = typer.Option(
+        None, help="Locate this; may be repeated. Those at or above their threshold if not given."
+    ),
+    head: str = typer.Option(None, help="Which of the model's heads to explain; prompts if not given."),
+    method: By = typer.Option(
+        By.similarity,
+        help="similarity: what each place alone would score; occlusion: how the score falls when a place is hidden, "
+        "slow, works with every model; gradcam; attention: for transformers.",
+    ),
+    level: float = typer.Option(0.5, min=0.01, max=0.99, help="Share of a map's peak that its region and mask reach."),
+    budget: int = typer.Option(600, min=8, help="Occlusion: the most encodings it may take; more are finer."),
+    hu: Trusted = HU,
+    geometry: Geometry = GEOMETRY,
+    expect: Expected = EXPECT,
+    series: str = SERIES,
+    largest_gb: float = LARGEST_GB,
+) -> None:
+    """Show where in a scan a model sees each finding: maps and a mask on the scan's own grid, and a page of slices.
+
+    `ctclip explain scan.nii.gz --model runs/demo/train/model --abnormality "Pleural effusion" --output where`
+
+    The maps open over the scan in 3D Slicer and ITK-SNAP. They show what moved the model's score: research, not for
+    diagnosis.
+    """
+    from ctclip import distributed
+    from ctclip.explanation.explain import check_output
+    from ctclip.inference.model import load
+
+    check_output(output)
+    loaded = load(model, distributed.device())
+    found = loaded.explain(
+        scan, abnormality or None, head=head, method=method.value, level=level, budget=budget,
+        **reading_of(hu, geometry, expect, series, largest_gb),
+    )  # fmt: skip
+    page = found.save(output)
+    print(found)
+    print(f"{len(found.places)} maps in {found.seconds:.1f} s; page: {page}")

@@ -1,0 +1,209 @@
+"""Explain a scan: for each finding a map, its peak and its region; kept as NIfTI, masks, JSON and a page."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ctclip.errors import ExplanationError
+from ctclip.evaluation.pages import MARK, write_page
+from ctclip.explanation.method import Subject, method
+from ctclip.explanation.picture import draw
+from ctclip.explanation.place import LEVEL, Place, locate
+from ctclip.heads.head import Head
+from ctclip.models.dual_encoder import DualEncoder
+from ctclip.preprocessing.files import write_text, written_beside
+from ctclip.preprocessing.outputs import check_folder, made_by_us
+from ctclip.preprocessing.pipeline import Prepared
+from ctclip.preprocessing.volume import FileGrid
+
+FACTS, PAGE, MASK = "findings.json", "page.html", "findings.seg.nii.gz"
+KIND = b'"kind": "ctclip explanation"'
+NOTE = "research, not for diagnosis; a map shows what moved the model's score, which need not be the finding"
+# NIfTI header extensions: 6 is a comment (nifti1.h, NIFTI_ECODE_COMMENT).
+COMMENT = 6
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a model saw where in one scan: ``places`` by finding, in the order asked. Prints as a list."""
+
+    scan: str
+    model: str
+    method: str
+    seconds: float
+    places: dict[str, Place]
+    warnings: tuple[str, ...] = ()
+
+    def __getitem__(self, finding: str) -> Place:
+        return self.places[finding]
+
+    def __str__(self) -> str:
+        lines = [f"{self.scan} ({self.method}; {NOTE})", *map(str, self.places.values())]
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+
+    __repr__ = __str__
+
+    def mask(self) -> tuple[np.ndarray, dict[str, int]]:
+        """uint8 [slice, row, column] on the file's grid, and the label of each finding: every voxel whose map reaches the
+        level of its peak. Where findings overlap, the one whose map is nearer to its own peak has the voxel."""
+        labels = {finding: number for number, finding in enumerate(self.places, start=1)}
+        nearest: np.ndarray | None = None
+        mask: np.ndarray | None = None
+        for finding, place in self.places.items():
+            share = place.map() / max(place.height, 1e-12)
+            if mask is None or nearest is None:
+                nearest, mask = np.zeros_like(share), np.zeros(share.shape, np.uint8)
+            taken = (share >= place.level) & (share > nearest) & (place.height > 0)
+            mask[taken], nearest[taken] = labels[finding], share[taken]
+        assert mask is not None
+        return mask, labels
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a map a finding, the mask, ``findings.json`` and ``page.html`` into a new folder, or one it has written
+        before. Returns the page's path. Raises PreprocessingError for any other folder."""
+        folder = Path(folder)
+        check_output(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        grid = next(iter(self.places.values())).prepared.file_grid
+        files = _file_names(list(self.places))
+        for finding, place in self.places.items():
+            _write_map(folder / f"{files[finding]}.nii.gz", place.map(), grid, finding)
+            draw(folder / f"{files[finding]}.png", place)
+        mask, labels = self.mask()
+        _write_nifti(folder / MASK, mask, grid, {"labels": {str(label): name for name, label in labels.items()}})
+        facts = {
+            "kind": "ctclip explanation", "scan": self.scan, "model": self.model, "method": self.method, "note": NOTE,
+            "findings": [
+                {"label": labels[name], "map": f"{files[name]}.nii.gz", **place.facts()} for name, place in self.places.items()
+            ],
+            "warnings": list(self.warnings),
+        }  # fmt: skip
+        write_text(folder / FACTS, json.dumps(facts, indent=2, ensure_ascii=False))
+        self._write_page(folder, files)
+        return folder / PAGE
+
+    def _write_page(self, folder: Path, files: dict[str, str]) -> None:
+        head = ["finding", "probability", "side", "peak, mm LPS", "voxel [column, row, slice]", "right-left x front-back x foot-head, mm", "ml"]  # fmt: skip
+        table = [head]
+        for name, place in self.places.items():
+            table.append([
+                name, f"{place.probability:.0%}", place.side or "not known", ", ".join(f"{v:.0f}" for v in place.peak_lps),
+                ", ".join(map(str, place.peak_voxel)), " x ".join(f"{v:.0f}" for v in place.size_mm), f"{place.volume_ml:.0f}",
+            ])  # fmt: skip
+        pictures: list[dict[str, Any]] = [
+            {"title": name, "figures": [(str(place), folder / f"{files[name]}.png")]}
+            for name, place in self.places.items()
+        ]
+        notes = [{"title": "Warnings", "pre": "\n".join(self.warnings)}] if self.warnings else []
+        write_page(
+            folder / PAGE, title=f"Where: {self.scan}", subtitle=f"model {self.model}, method {self.method}; {NOTE}",
+            headline=[(str(len(self.places)), "findings"), (f"{self.seconds:.1f} s", "for all maps")],
+            sections=[{"title": "Findings", "table": table}, *pictures, *notes],
+        )  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<li>{escape(str(place))}</li>" for place in self.places.values())
+        return f"<b>{escape(self.scan)}</b> ({escape(self.method)}; {escape(NOTE)})<ul>{rows}</ul>"
+
+
+def explain(
+    model: DualEncoder,
+    head: Head,
+    prepared: Prepared,
+    findings: Sequence[str] | None = None,
+    *,
+    scan: str,
+    model_hash: str,
+    by: str = "similarity",
+    level: float = LEVEL,
+    budget: int = 600,
+    warnings: Sequence[str] = (),
+) -> Explanation:
+    """Locate ``findings`` (names of ``head``; those at or above their threshold if not given) in one prepared scan.
+
+    ``by``: the method, see ``ctclip.explanation.method``; ``level``: the share of a map's peak that its region reaches;
+    ``budget``: the most encodings occlusion may take. Raises ExplanationError in one line.
+    """
+    began = time.perf_counter()
+    volume = torch.from_numpy(prepared.voxels)[None, None].to(model.device)
+    with torch.inference_mode():
+        scores = head.score(model.encode(volume)).float()
+        probabilities = head.probabilities(scores)[0].tolist()
+    chosen = _chosen(head, probabilities, findings)
+    # Out of inference mode: methods ask for gradients.
+    found = method(by).maps(Subject(model, head, chosen, volume, budget))
+    places = {}
+    for values, index in zip(found.values, chosen, strict=True):
+        name = head.names[index]
+        places[name] = locate(
+            name, probabilities[index], float(scores[0, index]), values, found.affine, prepared, method=by, level=level
+        )
+    return Explanation(scan, model_hash, by, time.perf_counter() - began, places, tuple(warnings))
+
+
+def check_output(folder: Path) -> None:
+    """Raise PreprocessingError unless an explanation may be written into ``folder``."""
+    check_folder(folder, lambda kept: made_by_us(kept, {FACTS: KIND, PAGE: MARK}), "explanation")
+
+
+def _chosen(head: Head, probabilities: Sequence[float], findings: Sequence[str] | None) -> list[int]:
+    """Places among the head's names."""
+    if findings is not None:
+        if unknown := [name for name in findings if name not in head.names]:
+            raise ExplanationError(f"the head does not score {unknown[0]!r}: it scores {', '.join(head.names)}")
+        return [head.names.index(name) for name in dict.fromkeys(findings)]
+    thresholds = head.thresholds()
+    above = [
+        (index, p) for index, (name, p) in enumerate(zip(head.names, probabilities, strict=True))
+        if p >= thresholds.get(name, 0.5)
+    ]  # fmt: skip
+    if not above:
+        likeliest = head.names[int(np.argmax(probabilities))]
+        raise ExplanationError(
+            f"no finding reaches its threshold in this scan: name one to look for (--abnormality {likeliest!r}, say)"
+        )
+    return [index for index, _ in sorted(above, key=lambda pair: -pair[1])]
+
+
+def _file_names(findings: Sequence[str]) -> dict[str, str]:
+    """A file name for each finding, without what a file system does not take, no two alike."""
+    names: dict[str, str] = {}
+    for finding in findings:
+        stem = re.sub(r"[^a-z0-9]+", "_", finding.lower()).strip("_")[:60] or "finding"
+        while stem in (*names.values(), "findings"):
+            stem += "_"
+        names[finding] = stem
+    return names
+
+
+def _write_map(path: Path, values: np.ndarray, grid: FileGrid, finding: str) -> None:
+    """As 255 steps from the lowest to the highest value: a map has no more to tell, and float32 would take four times the
+    space. 0 stays 0."""
+    top = float(np.abs(values).max()) or 1.0
+    steps = np.rint(np.clip(values, 0, None) * (255 / top)).astype(np.uint8)
+    _write_nifti(path, steps, grid, {"finding": finding}, slope=top / 255)
+
+
+def _write_nifti(path: Path, array: np.ndarray, grid: FileGrid, note: dict[str, Any], slope: float = 1.0) -> None:
+    """[slice, row, column] of the file's order -> NIfTI [column, row, slice] with the file's own affine."""
+    import nibabel as nib
+    from isal import igzip
+
+    image = nib.Nifti1Image(array.transpose(2, 1, 0), grid.nifti_affine, dtype=array.dtype)
+    image.header.set_xyzt_units("mm")
+    image.set_qform(image.affine, 1)
+    image.set_sform(image.affine, 1)
+    image.header.set_slope_inter(slope, 0.0)
+    image.header.extensions.append(nib.nifti1.Nifti1Extension(COMMENT, json.dumps(note, ensure_ascii=False).encode()))
+    with written_beside(path, suffix=".nii.gz") as partial:
+        partial.write_bytes(igzip.compress(image.to_bytes(), 1))

@@ -1,0 +1,24 @@
+"""GradCAM on the tokens: channels weighted by the mean gradient of the score (Selvaraju et al. 2017, eq. 1 and 2)."""
+
+from __future__ import annotations
+
+import torch
+
+from ctclip.explanation.method import Maps, Method, Subject, gradients
+
+
+class GradCAM(Method):
+    """On the last grid alone, the tokens; finer grids that an encoder pools beside them are left out, as published."""
+
+    name = "gradcam"
+
+    def maps(self, subject: Subject) -> Maps:
+        evidence = subject.evidence()
+        with torch.enable_grad():
+            features = [level.features.detach().clone().requires_grad_() for level in evidence.levels]
+            pooled = evidence.pool(features)
+            scores = subject.scores(evidence.encoded._replace(tokens=features[0], pooled=pooled))
+            slopes = [one[0] for one in gradients(subject, scores, features[:1])]
+        weights = torch.cat(slopes).mean(dim=1)
+        maps = torch.einsum("bnc,fc->fn", evidence.levels[0].features, weights).relu()
+        return Maps(maps.unflatten(1, evidence.encoded.grid).float().cpu().numpy(), evidence.encoded.affine)

@@ -1,0 +1,92 @@
+"""What a method of explanation is given and returns, and the methods there are."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctclip.errors import ExplanationError
+from ctclip.heads.head import Head
+from ctclip.models.dual_encoder import DualEncoder
+from ctclip.models.encoded import Encoded, Evidence
+
+# One line registers a method; its file says whose it is.
+METHODS = {
+    "similarity": "Similarity",
+    "occlusion": "Occlusion",
+    "gradcam": "GradCAM",
+    "attention": "Attention",
+}
+
+
+class Maps(NamedTuple):
+    """values (F, d, h, w) float32, a map a finding, 0 where a place says nothing; affine (4, 4) from the index (d, h, w) of
+    a cell to mm of the prepared volume, as ``Encoded.affine``."""
+
+    values: np.ndarray
+    affine: np.ndarray
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be explained: the scores of ``findings`` (places among ``head.names``) for one volume (1, 1, D, H, W) in
+    [-1, 1] on the model's device. ``budget``: the most encodings a method may make of it."""
+
+    model: DualEncoder
+    head: Head
+    findings: Sequence[int]
+    volume: Tensor
+    budget: int = 600
+
+    def evidence(self) -> Evidence:
+        """The volume encoded, with what was pooled."""
+        with torch.no_grad():
+            try:
+                return self.model.volume_encoder.evidence(self.volume)
+            except ValueError as error:
+                raise ExplanationError(str(error)) from error
+
+    def scores(self, encoded: Encoded) -> Tensor:
+        """(B, F) scores of the findings. The length of the features before they are made unit vectors is taken as given:
+        a gradient then says what a place adds, not what it adds beyond the volume's other findings."""
+        features = self.model.similarity.volume_standard(self.model.volume_projection(encoded.pooled).float())
+        embedding = features / features.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        return self.head.score(encoded._replace(embedding=embedding))[:, list(self.findings)]
+
+
+class Method(ABC):
+    """Turns a subject into maps."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def maps(self, subject: Subject) -> Maps:
+        """Raises ExplanationError, in one line, where the encoder or head is not one that the method can look into."""
+
+
+def method(name: str) -> Method:
+    """A method by its name. Raises ExplanationError listing those there are."""
+    if name not in METHODS:
+        raise ExplanationError(f"no method {name!r}: give one of {', '.join(METHODS)}")
+    found: type[Method] = getattr(importlib.import_module(f"ctclip.explanation.{name}"), METHODS[name])
+    return found()
+
+
+def gradients(subject: Subject, scores: Tensor, of: Sequence[Tensor]) -> list[list[Tensor]]:
+    """For each finding the gradient of its score (scores (1, F)) with respect to each of ``of``."""
+    if not scores.requires_grad:
+        raise ExplanationError(
+            f"the head of kind {subject.head.kind!r} gives no gradient: use --method occlusion, which needs none"
+        )
+    every = []
+    for number in range(scores.shape[1]):
+        slopes = torch.autograd.grad(scores[0, number], of, retain_graph=True, allow_unused=True)
+        every.append([torch.zeros_like(one) if slope is None else slope for slope, one in zip(slopes, of, strict=True)])
+    return every

@@ -1,0 +1,164 @@
+"""Where a map is highest in the scan, and how large the region about that peak is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ctclip.explanation.space import centres, in_scan
+from ctclip.preprocessing.anatomy import Lungs, find_lungs
+from ctclip.preprocessing.pipeline import Prepared
+
+# Of the peak: what is at least so high, and connected to it, is its region.
+LEVEL = 0.5
+MIDLINE_MM = 15.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """One finding in one scan.
+
+    ``peak_lps`` and ``peak_ras``: mm in the scan's own space, as DICOM and as NIfTI count; ``peak_voxel``: index [column,
+    row, slice] in the file. ``size_mm``: how far the region about the peak (at least ``level`` of its height) reaches from
+    right to left, front to back and foot to head; ``volume_ml``: its volume. ``side``: of the body, "" where it is not
+    known. ``values`` (d, h, w) and ``affine`` are the map on the model's own grid, as ``Maps`` has them; ``map()`` is the
+    map on the grid of the file.
+    """
+
+    finding: str
+    probability: float
+    score: float
+    method: str
+    level: float
+    peak_lps: tuple[float, float, float]
+    peak_voxel: tuple[int, int, int]
+    size_mm: tuple[float, float, float]
+    volume_ml: float
+    side: str
+    values: np.ndarray
+    affine: np.ndarray
+    prepared: Prepared
+
+    @property
+    def peak_ras(self) -> tuple[float, float, float]:
+        x, y, z = self.peak_lps
+        return -x, -y, z
+
+    @cached_property
+    def height(self) -> float:
+        """The map's value at the peak."""
+        return float(np.max(np.where(inside_scan(self.values.shape, self.affine, self.prepared), self.values, -np.inf)))
+
+    def map(self) -> np.ndarray:
+        """float32 on the file's grid [slice, row, column]; 0 outside of what the model was given."""
+        grid = self.prepared.file_grid
+        return in_scan(self.values, self.affine, self.prepared, grid.shape, grid.affine)
+
+    def facts(self) -> dict[str, Any]:
+        """What is written down of it, for JSON."""
+        return {
+            "finding": self.finding, "probability": round(self.probability, 4), "score": round(self.score, 4),
+            "method": self.method, "peak_mm_lps": _rounded(self.peak_lps), "peak_mm_ras": _rounded(self.peak_ras),
+            "peak_voxel_column_row_slice": list(self.peak_voxel), "side": self.side or None,
+            "size_mm_right_left": round(self.size_mm[0], 1), "size_mm_front_back": round(self.size_mm[1], 1),
+            "size_mm_foot_head": round(self.size_mm[2], 1), "volume_ml": round(self.volume_ml, 1),
+            "level_of_peak": self.level,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        across, deep, high = self.size_mm
+        where = f"{self.side}, " if self.side else ""
+        lps = ", ".join(f"{value:.0f}" for value in self.peak_lps)
+        return (
+            f"{self.finding}: {where}peak at ({lps}) mm LPS, voxel {list(self.peak_voxel)}; "
+            f"{across:.0f} x {deep:.0f} x {high:.0f} mm (right-left x front-back x foot-head)"
+        )
+
+
+def locate(
+    finding: str,
+    probability: float,
+    score: float,
+    values: np.ndarray,
+    affine: np.ndarray,
+    prepared: Prepared,
+    *,
+    method: str,
+    level: float = LEVEL,
+) -> Place:
+    """The peak of a map (d, h, w) of ``Maps.affine`` among the cells that lie in the scan, and the region about it."""
+    peak = peak_of(values, affine, prepared)
+    to_lps = prepared.token_affine(affine)
+    lps = (to_lps @ [*peak, 1])[:3]
+    grid = prepared.file_grid
+    voxel = np.rint(np.linalg.inv(grid.affine) @ [*lps, 1])[:3].astype(int)
+    voxel = np.clip(voxel, 0, np.array(grid.shape) - 1)
+    size, millilitres = _extent(values, affine, peak, prepared, level)
+    return Place(
+        finding, probability, score, method, level, _triple(lps), (int(voxel[2]), int(voxel[1]), int(voxel[0])), size,
+        millilitres, side_of(lps, prepared), values, affine, prepared,
+    )  # fmt: skip
+
+
+def peak_of(values: np.ndarray, affine: np.ndarray, prepared: Prepared) -> tuple[int, int, int]:
+    """The cell (d, h, w) of the highest value whose centre lies in the scan."""
+    inside = inside_scan(values.shape, affine, prepared)
+    z, y, x = np.unravel_index(int(np.argmax(np.where(inside, values, -np.inf))), values.shape)
+    return int(z), int(y), int(x)
+
+
+def inside_scan(shape: tuple[int, ...], affine: np.ndarray, prepared: Prepared) -> np.ndarray:
+    """Bool (d, h, w): cells whose centres lie in the file's grid, not in what the grid of the model was filled up with;
+    all of them where none does."""
+    grid = prepared.file_grid
+    place = centres(shape, np.linalg.inv(grid.affine) @ prepared.token_affine(affine))
+    inside: np.ndarray = np.all((place >= -0.5) & (place <= np.array(grid.shape) - 0.5), axis=-1)
+    return inside if inside.any() else np.ones(shape, bool)
+
+
+def side_of(lps: np.ndarray, prepared: Prepared) -> str:
+    """ "right", "left" or "midline" (within 15 mm of the middle of the lungs); "" where no lungs are seen."""
+    lungs: Lungs = find_lungs(prepared.scan)
+    if not lungs.is_chest:
+        return ""
+    middle = prepared.scan.affine[0, 3] + prepared.scan.affine[0, 2] * lungs.middle(2)
+    # Columns of an oriented scan run to the left, so does x in LPS.
+    offset = float(lps[0] - middle)
+    return "midline" if abs(offset) <= MIDLINE_MM else "left" if offset > 0 else "right"
+
+
+def _extent(
+    values: np.ndarray, affine: np.ndarray, peak: tuple[int, int, int], prepared: Prepared, level: float
+) -> tuple[tuple[float, float, float], float]:
+    """mm from right to left, front to back and foot to head, and ml, of the region about the peak: on the oriented scan's
+    axes, in steps of a quarter of a cell."""
+    from scipy import ndimage
+
+    steps = np.array([4 if extent > 1 else 1 for extent in values.shape])
+    fine = ndimage.zoom(values, steps, order=1, mode="nearest", grid_mode=True)
+    at = tuple(int(cell * step + step // 2) for cell, step in zip(peak, steps, strict=True))
+    height = values[peak]
+    if height <= 0:
+        return (0.0, 0.0, 0.0), 0.0
+    inside = fine >= level * min(height, float(fine[at]) or height)
+    regions, _ = ndimage.label(inside)
+    region = regions == regions[at]
+    to_lps = prepared.token_affine(affine)
+    cell = np.linalg.norm(to_lps[:3, :3], axis=0) / steps
+    ends = [np.flatnonzero(region.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    reach = [(end[-1] - end[0] + 1) * mm for end, mm in zip(ends, cell, strict=True)]
+    # Which axis of the map runs along x, y and z.
+    along = np.abs(to_lps[:3, :3]).argmax(axis=1)
+    return _triple([reach[axis] for axis in along]), float(region.sum() * np.prod(cell) / 1000)
+
+
+def _triple(values: object) -> tuple[float, float, float]:
+    x, y, z = (float(value) for value in values)  # type: ignore[attr-defined]
+    return x, y, z
+
+
+def _rounded(values: tuple[float, float, float]) -> list[float]:
+    return [round(value, 1) for value in values]

@@ -1,0 +1,113 @@
+"""A map keeps its place: whatever way a file's axes run, its peak lies within one token of the lesion."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from ctclip.explanation.explain import Explanation, explain
+from ctclip.preprocessing import prepare
+from ctclip.preprocessing.spec import PreprocessingSpec
+from tests.unit.explanation.known import SPEC, TURNED, known_model, token_mm, write_scan
+
+SPACING = np.array([1.9, 2.6, 3.1])
+SHAPE = (52, 38, 30)
+CENTRE = np.array([21.0, -130.0, 240.0])
+ORIENTATIONS = [
+    (order, signs) for order in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)
+]
+OBLIQUE = np.linalg.qr(np.array([[1, 0.2, -0.15], [-0.2, 1, 0.25], [0.15, -0.25, 1]]))[0]
+OBLIQUE = OBLIQUE * np.sign(np.diag(OBLIQUE))
+
+
+def file_affine(order: tuple[int, ...], signs: tuple[int, ...], turn: np.ndarray | None = None) -> np.ndarray:
+    """Index axis i of the file runs along world axis ``order[i]`` in the direction ``signs[i]``; the scan's middle lies at
+    ``CENTRE`` mm RAS+."""
+    axes = np.zeros((3, 3))
+    for axis, (world, sign) in enumerate(zip(order, signs, strict=True)):
+        axes[world, axis] = sign * SPACING[axis]
+    affine = np.eye(4)
+    affine[:3, :3] = axes if turn is None else turn @ axes
+    affine[:3, 3] = CENTRE - affine[:3, :3] @ ((np.array(SHAPE) - 1) / 2)
+    return affine
+
+
+def explained(path: Path, spec: PreprocessingSpec, by: str) -> Explanation:
+    model, head = known_model(spec)
+    return explain(model, head, prepare(path, spec), ["Lesion"], scan=path.name, model_hash="known", by=by, budget=4000)
+
+
+def check(path: Path, spec: PreprocessingSpec, lesion: np.ndarray, folder: Path, by: str = "similarity") -> None:
+    """Peak in RAS, in LPS and as a voxel of the file, and the map that is written, all within one token of the lesion."""
+    found = explained(path, spec, by)
+    place = found["Lesion"]
+    reach = token_mm(spec) if by == "similarity" else np.full(3, 24.0)
+    assert (np.abs(np.array(place.peak_ras) - lesion) <= reach).all()
+    np.testing.assert_allclose(place.peak_lps, np.array(place.peak_ras) * [-1, -1, 1])
+    scan = nib.load(path)
+    voxel_ras = (scan.affine @ [*place.peak_voxel, 1])[:3]
+    assert (np.abs(voxel_ras - place.peak_ras) <= np.abs(scan.affine[:3, :3]).sum(axis=1) / 2 + 1e-3).all()
+    found.save(folder)
+    written = nib.load(folder / "lesion.nii.gz")
+    assert written.shape == scan.shape
+    np.testing.assert_allclose(written.affine, scan.affine, atol=1e-3)
+    values = written.get_fdata()
+    highest = np.argwhere(values >= values.max() - 1e-9).mean(axis=0)
+    assert (np.abs((scan.affine @ [*highest, 1])[:3] - lesion) <= reach).all()
+    mask = np.asarray(nib.load(folder / "findings.seg.nii.gz").dataobj)
+    assert mask[place.peak_voxel] == 1
+
+
+@pytest.mark.parametrize(("order", "signs"), ORIENTATIONS)
+def test_in_every_orientation(order: tuple[int, ...], signs: tuple[int, ...], tmp_path: Path) -> None:
+    affine = file_affine(order, signs)
+    lesion = CENTRE + [13.0, -11.0, 16.0]
+    write_scan(tmp_path / "scan.nii.gz", affine, lesion, SHAPE)
+    check(tmp_path / "scan.nii.gz", SPEC, lesion, tmp_path / "out")
+
+
+@pytest.mark.parametrize("by", ["similarity", "occlusion"])
+@pytest.mark.parametrize("spec", [SPEC, TURNED], ids=["ours", "published geometry"])
+@pytest.mark.parametrize("turn", [None, OBLIQUE], ids=["straight", "oblique"])
+def test_oblique_and_published(turn: np.ndarray | None, spec: PreprocessingSpec, by: str, tmp_path: Path) -> None:
+    for number, offset in enumerate(([13.0, -11.0, 16.0], [-14.0, 9.0, -12.0])):
+        affine = file_affine((0, 1, 2), (-1, 1, 1), turn)
+        write_scan(tmp_path / f"{number}.nii.gz", affine, CENTRE + offset, SHAPE)
+        check(tmp_path / f"{number}.nii.gz", spec, CENTRE + offset, tmp_path / f"out{number}", by)
+
+
+@pytest.mark.parametrize("suffix", ["mha", "nrrd"])
+def test_other_formats(suffix: str, tmp_path: Path) -> None:
+    """Written by SimpleITK, which also says where the voxel lies."""
+    lesion = CENTRE + [13.0, -11.0, 16.0]
+    write_scan(tmp_path / "scan.nii.gz", file_affine((1, 0, 2), (1, -1, -1)), lesion, SHAPE)
+    image = sitk.ReadImage(str(tmp_path / "scan.nii.gz"))
+    sitk.WriteImage(image, str(tmp_path / f"scan.{suffix}"))
+    found = explained(tmp_path / f"scan.{suffix}", SPEC, "similarity")
+    place = found["Lesion"]
+    said = np.array(image.TransformIndexToPhysicalPoint([int(v) for v in place.peak_voxel]))
+    assert (np.abs(said - np.array(place.peak_lps)) <= SPACING.max() / 2 + 1e-3).all()
+    assert (np.abs(said - lesion * [-1, -1, 1]) <= token_mm(SPEC)).all()
+    found.save(tmp_path / "out")
+    written = sitk.ReadImage(str(tmp_path / "out" / "lesion.nii.gz"))
+    np.testing.assert_allclose(written.GetOrigin(), image.GetOrigin(), atol=1e-3)
+    np.testing.assert_allclose(written.GetDirection(), image.GetDirection(), atol=1e-5)
+    assert written.GetSize() == image.GetSize()
+
+
+def test_outside_of_what_the_model_was_given_a_map_is_nothing(tmp_path: Path) -> None:
+    """The grid of the spec is smaller than the scan: what was cut off is 0, and no mask reaches there."""
+    small = PreprocessingSpec("small", spacing=(4.0, 2.5, 3.0), shape=(16, 24, 20))
+    affine = file_affine((0, 1, 2), (-1, -1, 1))
+    write_scan(tmp_path / "scan.nii.gz", affine, CENTRE, SHAPE)
+    values = explained(tmp_path / "scan.nii.gz", small, "similarity")["Lesion"].map()
+    index = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), axis=-1)
+    away = np.abs((index - (np.array(SHAPE) - 1) / 2) * SPACING)
+    outside = (away > np.array([60, 60, 64]) / 2 + 0.01).any(axis=-1)
+    assert not values.transpose(2, 1, 0)[outside].any()
+    assert values.transpose(2, 1, 0)[~outside].any()
