@@ -21,6 +21,7 @@ from ctclip.cli.export import export
 from ctclip.cli.import_checkpoint import import_checkpoint
 from ctclip.cli.index import index, similar
 from ctclip.cli.labels import labels
+from ctclip.cli.locate import locate
 from ctclip.cli.models import models
 from ctclip.cli.phantom import phantom
 from ctclip.cli.preprocess import preprocess
@@ -46,6 +47,7 @@ app.command()(quality)
 app.command()(train)
 app.command("zero-shot")(zero_shot)
 app.command()(explain)
+app.command()(locate)
 app.command()(calibrate)
 app.command()(evaluate)
 app.command()(report)

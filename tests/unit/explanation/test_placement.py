@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import nibabel as nib
@@ -18,6 +19,7 @@ from tests.unit.explanation.known import SPEC, TURNED, known_model, token_mm, wr
 SPACING = np.array([1.9, 2.6, 3.1])
 SHAPE = (52, 38, 30)
 CENTRE = np.array([21.0, -130.0, 240.0])
+LESION = np.array([13.0, -11.0, 16.0])
 ORIENTATIONS = [
     (order, signs) for order in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)
 ]
@@ -42,33 +44,30 @@ def explained(path: Path, spec: PreprocessingSpec, by: str) -> Explanation:
     return explain(model, head, prepare(path, spec), ["Lesion"], scan=path.name, model_hash="known", by=by, budget=4000)
 
 
-def check(path: Path, spec: PreprocessingSpec, lesion: np.ndarray, folder: Path, by: str = "similarity") -> None:
-    """Peak in RAS, in LPS and as a voxel of the file, and the map that is written, all within one token of the lesion."""
+def check(path: Path, spec: PreprocessingSpec, lesion: np.ndarray, by: str = "similarity") -> Explanation:
+    """Peak in RAS, in LPS and as a voxel of the file, and the map on the file's grid, all within one token of the lesion."""
     found = explained(path, spec, by)
     place = found["Lesion"]
     reach = token_mm(spec) if by == "similarity" else np.full(3, 24.0)
     assert (np.abs(np.array(place.peak_ras) - lesion) <= reach).all()
     np.testing.assert_allclose(place.peak_lps, np.array(place.peak_ras) * [-1, -1, 1])
-    scan = nib.load(path)
-    voxel_ras = (scan.affine @ [*place.peak_voxel, 1])[:3]
-    assert (np.abs(voxel_ras - place.peak_ras) <= np.abs(scan.affine[:3, :3]).sum(axis=1) / 2 + 1e-3).all()
-    found.save(folder)
-    written = nib.load(folder / "lesion.nii.gz")
-    assert written.shape == scan.shape
-    np.testing.assert_allclose(written.affine, scan.affine, atol=1e-3)
-    values = written.get_fdata()
-    highest = np.argwhere(values >= values.max() - 1e-9).mean(axis=0)
-    assert (np.abs((scan.affine @ [*highest, 1])[:3] - lesion) <= reach).all()
-    mask = np.asarray(nib.load(folder / "findings.seg.nii.gz").dataobj)
-    assert mask[place.peak_voxel] == 1
+    affine = nib.load(path).affine
+    voxel_ras = (affine @ [*place.peak_voxel, 1])[:3]
+    assert (np.abs(voxel_ras - place.peak_ras) <= np.abs(affine[:3, :3]).sum(axis=1) / 2 + 1e-3).all()
+    np.testing.assert_allclose(place.prepared.file_grid.nifti_affine, affine, atol=1e-3)
+    values = place.map().transpose(2, 1, 0)
+    assert values.shape == nib.load(path).shape
+    highest = np.argwhere(values >= values.max() - 1e-6).mean(axis=0)
+    assert (np.abs((affine @ [*highest, 1])[:3] - lesion) <= reach).all()
+    return found
 
 
 @pytest.mark.parametrize(("order", "signs"), ORIENTATIONS)
 def test_in_every_orientation(order: tuple[int, ...], signs: tuple[int, ...], tmp_path: Path) -> None:
     affine = file_affine(order, signs)
-    lesion = CENTRE + [13.0, -11.0, 16.0]
+    lesion = CENTRE + LESION
     write_scan(tmp_path / "scan.nii.gz", affine, lesion, SHAPE)
-    check(tmp_path / "scan.nii.gz", SPEC, lesion, tmp_path / "out")
+    check(tmp_path / "scan.nii.gz", SPEC, lesion)
 
 
 @pytest.mark.parametrize("by", ["similarity", "occlusion"])
@@ -78,13 +77,35 @@ def test_oblique_and_published(turn: np.ndarray | None, spec: PreprocessingSpec,
     for number, offset in enumerate(([13.0, -11.0, 16.0], [-14.0, 9.0, -12.0])):
         affine = file_affine((0, 1, 2), (-1, 1, 1), turn)
         write_scan(tmp_path / f"{number}.nii.gz", affine, CENTRE + offset, SHAPE)
-        check(tmp_path / f"{number}.nii.gz", spec, CENTRE + offset, tmp_path / f"out{number}", by)
+        check(tmp_path / f"{number}.nii.gz", spec, CENTRE + offset, by)
+
+
+def test_what_is_written_lies_over_the_scan(tmp_path: Path) -> None:
+    """As nibabel reads it: the file's shape and affine, the mask's label at the peak, the names in the header's extension."""
+    affine, folder = file_affine((1, 0, 2), (1, -1, -1), OBLIQUE), tmp_path / "out"
+    write_scan(tmp_path / "scan.nii.gz", affine, CENTRE + LESION, SHAPE)
+    place = check(tmp_path / "scan.nii.gz", SPEC, CENTRE + LESION).save(folder)
+    assert place == folder / "page.html"
+    facts = json.loads((folder / "findings.json").read_text())["findings"][0]
+    scan = nib.load(tmp_path / "scan.nii.gz")
+    for name in ("lesion.nii.gz", "findings.seg.nii.gz"):
+        written = nib.load(folder / name)
+        assert written.shape == scan.shape
+        np.testing.assert_allclose(written.affine, scan.affine, atol=1e-3)
+        np.testing.assert_allclose(written.get_qform(), scan.affine, atol=1e-3)
+        assert written.header.get_xyzt_units()[0] == "mm"
+    mask = nib.load(folder / "findings.seg.nii.gz")
+    assert mask.header.extensions[0].get_code() == 6
+    assert json.loads(mask.header.extensions[0].get_content())["labels"] == {"1": "Lesion"}
+    assert np.asarray(mask.dataobj)[tuple(facts["peak_voxel_column_row_slice"])] == 1
+    values = nib.load(folder / "lesion.nii.gz").get_fdata()
+    assert values[tuple(facts["peak_voxel_column_row_slice"])] == pytest.approx(values.max(), rel=0.15)
 
 
 @pytest.mark.parametrize("suffix", ["mha", "nrrd"])
 def test_other_formats(suffix: str, tmp_path: Path) -> None:
     """Written by SimpleITK, which also says where the voxel lies."""
-    lesion = CENTRE + [13.0, -11.0, 16.0]
+    lesion = CENTRE + LESION
     write_scan(tmp_path / "scan.nii.gz", file_affine((1, 0, 2), (1, -1, -1)), lesion, SHAPE)
     image = sitk.ReadImage(str(tmp_path / "scan.nii.gz"))
     sitk.WriteImage(image, str(tmp_path / f"scan.{suffix}"))

@@ -1,0 +1,148 @@
+"""Masks of findings that others drew: how a folder of them is laid out, and the masks of one volume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from ctclip.config_files import find_config, read_mapping
+from ctclip.errors import ExplanationError
+from ctclip.labels import load_labels
+from ctclip.preprocessing.readers import read
+from ctclip.preprocessing.volume import FileGrid
+from ctclip.schema import Section, validated
+
+# mm between where two files place the same voxel, before they are taken for files of different scans.
+SAME_PLACE_MM = 0.5
+
+
+class MaskLayout(Section):
+    """A file of ``configs/masks``."""
+
+    name: str
+    describes: str
+    file: str = Field(description="name of a volume's file, {volume} standing for its id")
+    kind: Literal["bits", "labels", "channels"] = Field(
+        description="bits: bit i of a voxel for the i-th label; labels: value i + 1; channels: a volume for each sentence"
+    )
+    labels: tuple[str, ...] = Field((), description="names, or the name of a label set; of channels their sentences")
+    sentences: str = Field("", description="channels: the JSON that names the sentences of each volume")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _labels_of_a_set(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("labels"), str):
+            return values | {"labels": list(load_labels(values["labels"]).names)}
+        return values
+
+    @model_validator(mode="after")
+    def _complete(self) -> MaskLayout:
+        if "{volume}" not in self.file:
+            raise ValueError("file: must hold {volume}, which stands for the volume's id")
+        if self.kind == "channels" and not self.sentences:
+            raise ValueError("channels need sentences, the JSON that names them")
+        if self.kind != "channels" and not self.labels:
+            raise ValueError(f"{self.kind} need labels")
+        return self
+
+
+def load_layout(name: str) -> MaskLayout:
+    """A layout by path, or by the name of one in ``configs/masks``."""
+    path = find_config(name, "masks")
+    return validated(MaskLayout, read_mapping(path), str(path))
+
+
+class Masks:
+    """A folder of masks. ``volumes``: ids of those it holds, with their files."""
+
+    def __init__(self, folder: Path, layout: MaskLayout) -> None:
+        if not folder.is_dir():
+            raise ExplanationError(f"{folder}: no such folder of masks")
+        self.folder, self.layout = folder, layout
+        before, after = layout.file.split("{volume}")
+        self.volumes = {
+            path.name.removeprefix(before).removesuffix(after): path
+            for path in sorted(folder.rglob(layout.file.replace("{volume}", "*")))
+            if path.is_file()
+        }
+        if not self.volumes:
+            raise ExplanationError(f"{folder}: holds no file {layout.file!r}; name the folder, or another --layout")
+        self.texts = self._sentences() if layout.kind == "channels" else {}
+
+    def names(self, volume: str) -> list[str]:
+        """What a volume's masks are of, whether or not a voxel is."""
+        return list(self.layout.labels) if self.layout.kind != "channels" else self.texts.get(volume, [])
+
+    def of(self, volume: str, grid: FileGrid) -> Iterator[tuple[str, np.ndarray]]:
+        """Each finding that any voxel has, and its bool mask [slice, row, column] on the scan's ``grid``. Raises
+        ExplanationError where the mask lies on another grid."""
+        path = self.volumes[volume]
+        if self.layout.kind == "channels":
+            yield from self._channels(volume, path, grid)
+            return
+        taken = read(path)
+        own = FileGrid.of(taken.array.shape, taken.affine, taken.columns_first)
+        values = taken.array.transpose(2, 1, 0) if taken.columns_first else taken.array
+        _check_grid(path, own, grid)
+        values = values.astype(np.int64)
+        for number, name in enumerate(self.layout.labels):
+            mask = (values >> number) & 1 == 1 if self.layout.kind == "bits" else values == number + 1
+            if mask.any():
+                yield name, mask
+
+    def _channels(self, volume: str, path: Path, grid: FileGrid) -> Iterator[tuple[str, np.ndarray]]:
+        """Channels stand first or last in the file, whichever leaves the scan's shape."""
+        import nibabel as nib
+
+        try:
+            image: Any = nib.load(path)
+            array = np.asarray(image.dataobj)
+        except Exception as error:  # what nibabel raises for bytes of strangers
+            raise ExplanationError(f"{path}: cannot be read as NIfTI; copy it again") from error
+        expected = grid.shape[::-1]
+        array = array[..., None] if array.ndim == 3 else array
+        if array.ndim == 4 and array.shape[1:] == expected and array.shape[:3] != expected:
+            array = np.moveaxis(array, 0, -1)
+        texts = self.texts.get(volume, [])
+        if array.ndim != 4 or array.shape[:3] != expected or array.shape[3] != len(texts):
+            raise ExplanationError(
+                f"{path}: {' x '.join(map(str, array.shape))} voxels; the scan has {' x '.join(map(str, expected))} and "
+                f"{self.layout.sentences} names {len(texts)} sentences of it"
+            )
+        for number, text in enumerate(texts):
+            mask = array[..., number].transpose(2, 1, 0) > 0
+            if mask.any():
+                yield text, mask
+
+    def _sentences(self) -> dict[str, list[str]]:
+        """Sentences of each volume, in the order of its channels."""
+        path = next((p for p in (self.folder / self.layout.sentences, self.folder.parent / self.layout.sentences) if p.is_file()), None)  # fmt: skip
+        if path is None:
+            raise ExplanationError(f"{self.folder}: no {self.layout.sentences} in it or beside it")
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            records = [one for part in kept.values() for one in part] if isinstance(kept, dict) else list(kept)
+            texts = {}
+            for record in records:
+                numbered = record["findings"]
+                ordered = [numbered[key] for key in sorted(numbered, key=int)] if isinstance(numbered, dict) else numbered  # fmt: skip
+                texts[str(record["name"]).removesuffix(".nii.gz")] = [str(text) for text in ordered]
+            return texts
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ExplanationError(f"{path}: does not list volumes by name with their findings") from error
+
+
+def _check_grid(path: Path, own: FileGrid, grid: FileGrid) -> None:
+    corners = np.array([[z, y, x, 1] for z in (0, 1) for y in (0, 1) for x in (0, 1)], dtype=float)
+    corners[:, :3] *= np.array(grid.shape) - 1
+    away = np.abs(corners @ (own.affine - grid.affine).T).max()
+    if own.shape != grid.shape or away > SAME_PLACE_MM:
+        raise ExplanationError(
+            f"{path}: is a mask of {' x '.join(map(str, own.shape[::-1]))} voxels, {away:.1f} mm away from the scan of "
+            f"{' x '.join(map(str, grid.shape[::-1]))}: it is of another scan, or was resampled; give masks on the scan's grid"
+        )

@@ -1,0 +1,173 @@
+"""Maps of many scans against masks: how well a model points, beside two controls."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ctclip.errors import ExplanationError
+from ctclip.evaluation.evaluate import plain
+from ctclip.evaluation.localisation import Candidate, Pair, free_response, histograms, mean_over, summary
+from ctclip.explanation.masks import Masks
+from ctclip.explanation.method import Maps, Subject, method
+from ctclip.explanation.place import inside_scan, peak_of
+from ctclip.explanation.space import in_scan
+from ctclip.heads.head import Head
+from ctclip.inference.scans import prefetch
+from ctclip.models.dual_encoder import DualEncoder
+from ctclip.preprocessing.cohorts import Cohort
+from ctclip.preprocessing.files import write_text
+from ctclip.preprocessing.pipeline import Prepared, prepare
+from ctclip.preprocessing.progress import track
+from ctclip.preprocessing.spec import PreprocessingSpec
+
+# Candidates of the free-response curve: the highest local maxima of a map.
+MOST_CANDIDATES = 16
+CONTROLS = ("mean map", "other finding")
+
+
+@dataclass
+class Tally:
+    """What is kept of each finding while scans go by: pairs of the maps and of the controls, candidates, lesions."""
+
+    pairs: dict[str, list[Pair]] = field(default_factory=lambda: defaultdict(list))
+    candidates: list[list[Candidate]] = field(default_factory=list)
+    lesions: list[int] = field(default_factory=list)
+
+
+def chosen_volumes(cohort: Cohort, masks: Masks, split: str | None, limit: int | None, seed: int) -> list[str]:
+    """Volumes of the cohort that have a mask, of one ``split``; ``limit`` of them, drawn."""
+    table = cohort.table if split is None else cohort.table[cohort.table["split"] == split]
+    names = [name for name in table["volume"] if name in masks.volumes and name in cohort.files]
+    if not names:
+        raise ExplanationError(
+            f"{masks.folder}: none of its {len(masks.volumes)} masks is of a volume of the cohort"
+            + (f"'s split {split!r}" if split else "")
+        )
+    if limit is not None and limit < len(names):
+        names = sorted(np.random.default_rng(seed).choice(names, limit, replace=False).tolist(), key=names.index)
+    return names
+
+
+def locate_cohort(
+    model: DualEncoder,
+    head: Head,
+    cohort: Cohort,
+    masks: Masks,
+    volumes: Sequence[str],
+    *,
+    by: str = "similarity",
+    budget: int = 600,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Score the maps of ``by`` on every finding that the head scores and a mask shows.
+
+    The controls are maps that know nothing of the scan, or of the finding: the mean over all these scans of the finding's
+    maps, and the map of another finding of the same scan, drawn. All are compared on the scan's own grid.
+    """
+    findings = [name for name in head.names if name in masks.layout.labels]
+    if not findings:
+        raise ExplanationError(f"the head scores none of the labels that {masks.folder} shows")
+    indices = [head.names.index(name) for name in findings]
+    patients = cohort.table.set_index("volume")["patient"].astype(str)
+    looking, tallies = method(by), {name: Tally() for name in findings}
+    kept: dict[str, Maps] = {}
+
+    for volume, prepared in _prepared(cohort, volumes, model.spec, "mapping"):
+        subject = Subject(model, head, indices, torch.from_numpy(prepared.voxels)[None, None].to(model.device), budget)
+        kept[volume] = looking.maps(subject)
+    mean = np.mean([maps.values for maps in kept.values()], axis=0)
+
+    random = np.random.default_rng(seed)
+    for volume, prepared in _prepared(cohort, volumes, model.spec, "scoring"):
+        maps, there = kept[volume], dict(masks.of(volume, prepared.file_grid))
+        for number, name in enumerate(findings):
+            tally, mask = tallies[name], there.get(name)
+            own = maps.values[number]
+            lesions, count = _lesions(mask)
+            tally.candidates.append(_candidates(own, maps.affine, prepared, lesions))
+            tally.lesions.append(count)
+            if mask is None:
+                continue
+            other = maps.values[random.choice([n for n in range(len(findings)) if n != number])] if len(findings) > 1 else own  # fmt: skip
+            for kind, values in (("map", own), ("mean map", mean[number]), ("other finding", other)):
+                tally.pairs[kind].append(_pair(values, maps.affine, prepared, mask, patients[volume]))
+    scored = {name: _entry(tally, seed) for name, tally in tallies.items() if tally.pairs["map"]}
+    return plain({
+        "method": by, "layout": masks.layout.name, "scans": len(volumes),
+        "patients": int(patients[list(volumes)].nunique()), "findings": scored,
+        "means": {kind: {figure: mean_over({n: e[kind] for n, e in scored.items()}, figure) for figure in ("pointing", "auroc", "average_precision", "dice", "hit")} for kind in ("map", *CONTROLS)},
+    })  # fmt: skip
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """``result`` as JSON, whole or not at all."""
+    write_text(path, json.dumps(result, indent=2))
+
+
+def _prepared(cohort: Cohort, volumes: Sequence[str], spec: PreprocessingSpec, what: str) -> Any:
+    """Scans one after another, the next one read while the caller works."""
+
+    def one(volume: str) -> Prepared:
+        return prepare(cohort.files[volume], spec, series=cohort.series.get(volume))
+
+    ready = zip(volumes, prefetch(one, volumes, workers=1), strict=True)
+    for volume, result in track(ready, len(volumes), what, "scans"):
+        yield volume, result()
+
+
+def _entry(tally: Tally, seed: int) -> dict[str, Any]:
+    return {
+        **{kind: summary(pairs, seed=seed) for kind, pairs in tally.pairs.items()},
+        "free_response": free_response(tally.candidates, tally.lesions), "lesions": sum(tally.lesions),
+    }  # fmt: skip
+
+
+def _pair(values: np.ndarray, affine: np.ndarray, prepared: Prepared, mask: np.ndarray, patient: str) -> Pair:
+    from scipy import spatial
+
+    peak, grid = peak_of(values, affine, prepared), prepared.file_grid
+    lps = (prepared.token_affine(affine) @ [*peak, 1])[:3]
+    place = np.rint((np.linalg.inv(grid.affine) @ [*lps, 1])[:3]).astype(int)
+    inside_file = bool(np.all((place >= 0) & (place < grid.shape)))
+    distance = 0.0
+    if not (inside_file and mask[tuple(place)]):
+        centres = np.argwhere(mask) @ grid.affine[:3, :3].T + grid.affine[:3, 3]
+        # A peak beside a voxel of the mask is not in it.
+        distance = max(float(spatial.distance.cdist(lps[None], centres).min()), 1e-3)
+    share = in_scan(values, affine, prepared, grid.shape, grid.affine) / max(float(values[peak]), 1e-12)
+    return Pair(patient, distance, *histograms(share, mask))
+
+
+def _lesions(mask: np.ndarray | None) -> tuple[np.ndarray | None, int]:
+    """Components of a mask, touching at a corner or nearer, and how many there are."""
+    from scipy import ndimage
+
+    if mask is None:
+        return None, 0
+    lesions, count = ndimage.label(mask, structure=np.ones((3, 3, 3)))
+    return lesions, int(count)
+
+
+def _candidates(values: np.ndarray, affine: np.ndarray, prepared: Prepared, lesions: np.ndarray | None) -> list[Candidate]:  # fmt: skip
+    """The highest local maxima among the cells that lie in the scan, and the lesion each of them lies in."""
+    from scipy import ndimage
+
+    inside = inside_scan(values.shape, affine, prepared)
+    tops = (values == ndimage.maximum_filter(values, size=3, mode="nearest")) & inside & (values > 0)
+    cells = np.argwhere(tops)
+    cells = cells[np.argsort(-values[tops], kind="stable")][:MOST_CANDIDATES]
+    leads = np.linalg.inv(prepared.file_grid.affine) @ prepared.token_affine(affine)
+    candidates = []
+    for cell in cells:
+        place = np.clip(np.rint((leads @ [*cell, 1])[:3]).astype(int), 0, np.array(prepared.file_grid.shape) - 1)
+        lesion = 0 if lesions is None else int(lesions[tuple(place)])
+        candidates.append(Candidate(float(values[tuple(cell)]), lesion))
+    return candidates
