@@ -32,6 +32,7 @@ OURS: dict[Kind, dict[str, str]] = {
         "prompts": "ctclip.objectives.prompts:Prompts",
         "captioning": "ctclip.objectives.captioning:Captioning",
         "mlm": "ctclip.objectives.mlm:MaskedWords",
+        "alignment": "ctclip.objectives.alignment:Alignment",
     },
     "head": {
         "prompts": "ctclip.heads.prompts:PromptHead",

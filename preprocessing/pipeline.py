@@ -71,6 +71,11 @@ class Prepared:
         """The same grid in HU, float32."""
         return resample(self.scan, self.spec, "hu", self.centre)
 
+    @cached_property
+    def lungs(self) -> Lungs:
+        """The lungs of the oriented scan, or what comes nearest to them."""
+        return find_lungs(self.scan)
+
     @property
     def stored(self) -> np.ndarray:
         """The same grid in HU, int16, as a store keeps it."""

@@ -18,6 +18,7 @@ from ctclip.cli.embed import embed
 from ctclip.cli.evaluate import evaluate
 from ctclip.cli.explain import explain
 from ctclip.cli.export import export
+from ctclip.cli.find import find
 from ctclip.cli.import_checkpoint import import_checkpoint
 from ctclip.cli.index import index, similar
 from ctclip.cli.labels import labels
@@ -47,6 +48,7 @@ app.command()(quality)
 app.command()(train)
 app.command("zero-shot")(zero_shot)
 app.command()(explain)
+app.command()(find)
 app.command()(locate)
 app.command()(calibrate)
 app.command()(evaluate)

@@ -80,7 +80,7 @@ class Explanation:
             _write_map(folder / f"{files[finding]}.nii.gz", place.map(), grid, finding)
             draw(folder / f"{files[finding]}.png", place)
         mask, labels = self.mask()
-        _write_nifti(folder / MASK, mask, grid, {"labels": {str(label): name for name, label in labels.items()}})
+        write_nifti(folder / MASK, mask, grid, {"labels": {str(label): name for name, label in labels.items()}})
         facts = {
             "kind": "ctclip explanation", "scan": self.scan, "model": self.model, "method": self.method, "note": NOTE,
             "findings": [
@@ -191,10 +191,10 @@ def _write_map(path: Path, values: np.ndarray, grid: FileGrid, finding: str) -> 
     space. 0 stays 0."""
     top = float(np.abs(values).max()) or 1.0
     steps = np.rint(np.clip(values, 0, None) * (255 / top)).astype(np.uint8)
-    _write_nifti(path, steps, grid, {"finding": finding}, slope=top / 255)
+    write_nifti(path, steps, grid, {"finding": finding}, slope=top / 255)
 
 
-def _write_nifti(path: Path, array: np.ndarray, grid: FileGrid, note: dict[str, Any], slope: float = 1.0) -> None:
+def write_nifti(path: Path, array: np.ndarray, grid: FileGrid, note: dict[str, Any], slope: float = 1.0) -> None:
     """[slice, row, column] of the file's order -> NIfTI [column, row, slice] with the file's own affine."""
     import nibabel as nib
     from isal import igzip

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ctclip.explanation.space import centres, in_scan
-from ctclip.preprocessing.anatomy import Lungs, find_lungs
 from ctclip.preprocessing.pipeline import Prepared
 
 # Of the peak: what is at least so high, and connected to it, is its region.
@@ -96,10 +95,10 @@ def locate(
     grid = prepared.file_grid
     voxel = np.rint(np.linalg.inv(grid.affine) @ [*lps, 1])[:3].astype(int)
     voxel = np.clip(voxel, 0, np.array(grid.shape) - 1)
-    size, millilitres = _extent(values, affine, peak, prepared, level)
+    region = next(iter(regions_of(values, affine, prepared, level)), Region(peak, 0.0, (0.0, 0.0, 0.0), 0.0))
     return Place(
-        finding, probability, score, method, level, _triple(lps), (int(voxel[2]), int(voxel[1]), int(voxel[0])), size,
-        millilitres, side_of(lps, prepared), values, affine, prepared,
+        finding, probability, score, method, level, _triple(lps), (int(voxel[2]), int(voxel[1]), int(voxel[0])),
+        region.size_mm, region.volume_ml, side_of(lps, prepared), values, affine, prepared,
     )  # fmt: skip
 
 
@@ -121,38 +120,53 @@ def inside_scan(shape: tuple[int, ...], affine: np.ndarray, prepared: Prepared) 
 
 def side_of(lps: np.ndarray, prepared: Prepared) -> str:
     """ "right", "left" or "midline" (within 15 mm of the middle of the lungs); "" where no lungs are seen."""
-    lungs: Lungs = find_lungs(prepared.scan)
-    if not lungs.is_chest:
+    if not prepared.lungs.is_chest:
         return ""
-    middle = prepared.scan.affine[0, 3] + prepared.scan.affine[0, 2] * lungs.middle(2)
+    middle = prepared.scan.affine[0, 3] + prepared.scan.affine[0, 2] * prepared.lungs.middle(2)
     # Columns of an oriented scan run to the left, so does x in LPS.
     offset = float(lps[0] - middle)
     return "midline" if abs(offset) <= MIDLINE_MM else "left" if offset > 0 else "right"
 
 
-def _extent(
-    values: np.ndarray, affine: np.ndarray, peak: tuple[int, int, int], prepared: Prepared, level: float
-) -> tuple[tuple[float, float, float], float]:
-    """mm from right to left, front to back and foot to head, and ml, of the region about the peak: on the oriented scan's
-    axes, in steps of a quarter of a cell."""
+@dataclass(frozen=True)
+class Region:
+    """A connected region of a map: its highest cell (d, h, w), the value there, how far it reaches from right to left, front
+    to back and foot to head in mm, and its volume."""
+
+    peak: tuple[int, int, int]
+    height: float
+    size_mm: tuple[float, float, float]
+    volume_ml: float
+
+
+def regions_of(values: np.ndarray, affine: np.ndarray, prepared: Prepared, level: float) -> list[Region]:
+    """Connected regions of at least ``level`` of the map's peak, the highest first: what lies in the scan, in steps of a
+    quarter of a cell, along the oriented scan's axes."""
     from scipy import ndimage
 
+    values = np.where(inside_scan(values.shape, affine, prepared), values, values.min())
+    top = float(values.max())
+    if top <= 0:
+        return []
     steps = np.array([4 if extent > 1 else 1 for extent in values.shape])
     fine = ndimage.zoom(values, steps, order=1, mode="nearest", grid_mode=True)
-    at = tuple(int(cell * step + step // 2) for cell, step in zip(peak, steps, strict=True))
-    height = values[peak]
-    if height <= 0:
-        return (0.0, 0.0, 0.0), 0.0
-    inside = fine >= level * min(height, float(fine[at]) or height)
-    regions, _ = ndimage.label(inside)
-    region = regions == regions[at]
+    inside = fine >= level * float(fine.max())
+    labels, count = ndimage.label(inside)
     to_lps = prepared.token_affine(affine)
     cell = np.linalg.norm(to_lps[:3, :3], axis=0) / steps
-    ends = [np.flatnonzero(region.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    reach = [(end[-1] - end[0] + 1) * mm for end, mm in zip(ends, cell, strict=True)]
     # Which axis of the map runs along x, y and z.
     along = np.abs(to_lps[:3, :3]).argmax(axis=1)
-    return _triple([reach[axis] for axis in along]), float(region.sum() * np.prod(cell) / 1000)
+    found = []
+    for number, box in enumerate(ndimage.find_objects(labels, count), start=1):
+        part = labels[box] == number
+        z, y, x = np.unravel_index(int(np.argmax(np.where(part, fine[box], -np.inf))), part.shape)
+        at = np.array([z, y, x]) + [side.start for side in box]
+        peak = tuple(int(place) for place in at // steps)
+        reach = [(side.stop - side.start) * mm for side, mm in zip(box, cell, strict=True)]
+        found.append(
+            Region(peak, float(values[peak]), _triple([reach[axis] for axis in along]), float(part.sum() * np.prod(cell) / 1000))
+        )  # fmt: skip
+    return sorted(found, key=lambda region: -region.height)
 
 
 def _triple(values: object) -> tuple[float, float, float]:

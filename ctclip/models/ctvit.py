@@ -20,6 +20,7 @@ from ctclip import distributed
 from ctclip.config import Count, EncoderConfig
 from ctclip.errors import ConfigError
 from ctclip.models import by_hand
+from ctclip.models.attention import Attention
 from ctclip.models.encoded import Encoded, Evidence, Level, VolumeEncoder, axis_shape, check_shape
 from ctclip.models.pooling import air_where_padded
 from ctclip.models.precision import autocast_off
@@ -77,8 +78,14 @@ class CTViT(VolumeEncoder):
 
     def forward(self, volume: Tensor, mask: Tensor | None = None, body: Tensor | None = None) -> Encoded:
         """``mask`` (B, 1, D, H, W) bool: padding is seen as air, as the published model sees it."""
+        return self._encoded(volume, mask, straight_through=False)
+
+    def _encoded(self, volume: Tensor, mask: Tensor | None, straight_through: bool) -> Encoded:
+        """``straight_through``: gradients pass the codebook at inference too."""
         encoded = self.encode(self.patches(air_where_padded(volume, mask)))
         tokens = encoded if self.codebook is None else self.codebook(encoded)[0]
+        if straight_through and self.codebook is not None:
+            tokens = encoded + (tokens - encoded).detach()
         grid = (tokens.shape[1], tokens.shape[2], tokens.shape[3])
         affine = self.affine(self.config.patch, [(extent - 1) / 2 for extent in self.config.patch])
         pooled = tokens.mean(dim=1).flatten(1)
@@ -86,7 +93,7 @@ class CTViT(VolumeEncoder):
 
     def evidence(self, volume: Tensor, mask: Tensor | None = None) -> Evidence:
         """A token weighs by its place within the slab: places are pooled side by side, slabs are averaged."""
-        encoded = self(volume, mask)
+        encoded = self._encoded(volume, mask, straight_through=torch.is_grad_enabled())
 
         def pool(features: Sequence[Tensor]) -> Tensor:
             return features[0].unflatten(1, encoded.grid).mean(dim=1).flatten(1)
@@ -97,6 +104,12 @@ class CTViT(VolumeEncoder):
             return [torch.einsum("bthwc,fhwc->bfthw", cells, places).flatten(2)]
 
         return Evidence(encoded, (Level(encoded.tokens, encoded.grid, encoded.affine),), pool, alone)
+
+    def check_lift(self) -> None:
+        raise ConfigError(
+            "objectives.alignment: the encoder ctvit pools each place of a slab apart, so that no token has a vector of its "
+            "own in the joint space; align an encoder of another kind"
+        )
 
     def layers(self) -> Sequence[Sequence[nn.Module | nn.Parameter]]:
         """The patch embedding, the spatial layers (the first with the position bias), then the temporal ones."""
@@ -167,6 +180,7 @@ class Layer(nn.Module):
         self.to_key_value = nn.Linear(width, 2 * inner, bias=False)
         self.query_scale = nn.Parameter(torch.ones(config.head_width))
         self.key_scale = nn.Parameter(torch.ones(config.head_width))
+        self.attention = Attention()
         self.out = nn.Linear(inner, width, bias=False)
         self.mlp_norm = nn.LayerNorm(width)
         self.up_gate = nn.Linear(width, 2 * hidden, bias=False)
@@ -195,10 +209,7 @@ class Layer(nn.Module):
         key, value = rearrange(self.to_key_value(rows), "s n (two h c) -> two s n h c", two=2, h=self.heads)
         query = by_hand.unit(query, self.query_scale).transpose(1, 2)
         key, value = by_hand.unit(key, self.key_scale).transpose(1, 2), value.transpose(1, 2)
-        if bias is None:
-            mixed = F.scaled_dot_product_attention(query, key, value, scale=ATTENTION_SCALE)
-        else:
-            mixed = by_hand.attention(query, key, value, bias.to(query.dtype), ATTENTION_SCALE)
+        mixed = self.attention(query, key, value, bias=bias, scale=ATTENTION_SCALE)
         return self.out(rearrange(mixed, "s h n c -> s n (h c)"))
 
 

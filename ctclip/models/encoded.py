@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ctclip.config import EncoderConfig
 from ctclip.data.air import BodyTokens
+from ctclip.errors import ConfigError
 from ctclip.models.pooling import mean_token
 from ctclip.preprocessing.spec import PreprocessingSpec
 
@@ -100,6 +101,19 @@ class VolumeEncoder(nn.Module, ABC):
                 f"use occlusion, which asks nothing of an encoder"
             )
         return Evidence(encoded, (level,), pool, lambda features, directions: [beside(features[0], directions)])
+
+    def lift(self, tokens: Tensor) -> Tensor:
+        """tokens (B, N, C) -> (B, N, width): what would be pooled of a volume that is nothing but that token, as far as it
+        is pooled from tokens. As it stands: one or more poolings of the tokens, side by side."""
+        return tokens.repeat(1, 1, self.width // self.token_width)
+
+    def check_lift(self) -> None:
+        """Raise ConfigError where ``lift`` means nothing for this encoder."""
+        if self.width % self.token_width:
+            raise ConfigError(
+                f"objectives.alignment: {type(self).__name__} pools {self.width} numbers of tokens of {self.token_width}; "
+                f"an encoder of one's own says in `lift` what a token alone would be pooled to"
+            )
 
     def layers(self) -> Sequence[Sequence[nn.Module | nn.Parameter]]:
         """Parts of the encoder from input to output, for freezing and layer-wise learning rates; the first holds the

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ctclip.config import Count, EncoderConfig, HuWindow
 from ctclip.data.air import BodyTokens
+from ctclip.models.attention import Attention
 from ctclip.models.batchnorm import GlobalBatchNorm3d
 from ctclip.models.encoded import Encoded, Evidence, Level, VolumeEncoder, axis_spacing, beside, check_shape
 from ctclip.models.pooling import air_where_padded, largest_token, mean_token, real_cells
@@ -131,6 +132,13 @@ class ViT3D(VolumeEncoder):
             return [beside(*pair) for pair in zip(features, directions.split(widths, dim=1), strict=True)]
 
         return Evidence(encoded, tuple(levels), pool, alone)
+
+    def lift(self, tokens: Tensor) -> Tensor:
+        """What is pooled of the stem is not of tokens, and left at 0."""
+        return F.pad(tokens.repeat(1, 1, len(self.config.pooling)), (0, self.stem.pooled_width))
+
+    def check_lift(self) -> None:
+        """Always: see ``lift``."""
 
     def _encode(
         self, volume: Tensor, mask: Tensor | None, body: Tensor | None, stages: list[Tensor] | None = None
@@ -351,6 +359,7 @@ class Block(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.norm_query = RMSNorm(width // heads)
         self.norm_key = RMSNorm(width // heads)
+        self.attention = Attention()
         self.out = nn.Linear(width, width, bias=False)
         self.norm_mlp = RMSNorm(width)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
@@ -371,7 +380,7 @@ class Block(nn.Module):
         query = _Rotate.apply(self.norm_query(query), *rotation)  # type: ignore[no-untyped-call]
         key = _Rotate.apply(self.norm_key(key), *rotation)  # type: ignore[no-untyped-call]
         if windows is None:
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attends)
+            mixed = self.attention(query, key, value, mask=attends)
         else:
             mixed = within(query, key, value, attends, windows)
         tokens = tokens + self.out(rearrange(mixed, "b h n c -> b n (h c)"))

@@ -1,0 +1,49 @@
+"""`ctclip find`: regions of a scan that a text names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from ctclip.cli.explain import By
+from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted, reading_of
+
+
+def find(
+    scan: Path = typer.Argument(..., help="A volume file, a DICOM folder or an archive of one."),
+    text: str = typer.Argument(..., help="What to look for, in any words."),
+    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a hub name."),
+    output: Path = typer.Option(
+        Path("found"), "--output", "-o", help="Folder for the map, the regions' mask, findings.json and page.html."
+    ),
+    most: int = typer.Option(5, min=1, help="Most regions to give."),
+    method: By = typer.Option(By.similarity, help="As in `ctclip explain`."),
+    level: float = typer.Option(0.5, min=0.01, max=0.99, help="Share of the map's peak that a region reaches."),
+    refine: bool = typer.Option(False, "--refine", help="Grow the regions of the mask to edges of HU (watershed)."),
+    budget: int = typer.Option(600, min=8, help="Occlusion: the most encodings it may take."),
+    hu: Trusted = HU,
+    geometry: Geometry = GEOMETRY,
+    expect: Expected = EXPECT,
+    series: str = SERIES,
+    largest_gb: float = LARGEST_GB,
+) -> None:
+    """Find what a text says in a scan: regions with places, sizes and scores. Research, not for diagnosis.
+
+    `ctclip find scan.nii.gz "a nodule larger than 10 mm" --model runs/demo/train/model --output found`
+
+    A size in the text is not left to the model: it keeps the regions whose longest side fits.
+    """
+    from ctclip import distributed
+    from ctclip.explanation.explain import check_output
+    from ctclip.inference.model import load
+
+    check_output(output)
+    loaded = load(model, distributed.device())
+    found = loaded.find(
+        scan, text, method=method.value, level=level, most=most, budget=budget,
+        **reading_of(hu, geometry, expect, series, largest_gb),
+    )  # fmt: skip
+    page = found.save(output, refined=refine)
+    print(found)
+    print(f"page: {page}")

@@ -1,0 +1,218 @@
+"""Find what a text says: regions of its map, each with a score, a place and a size, whatever the text.
+
+Regions are proposed from the map of the text against the volume (connected components), and no list of classes is needed:
+ViLD's idea (Gu et al. 2022) with regions of the map in place of a trained proposer. A condition on size that the text
+states ("larger than 10 mm") is not left to the model, which cannot measure: it is applied to the regions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctclip.explanation.explain import FACTS, NOTE, Explanation, explain, write_nifti
+from ctclip.explanation.place import LEVEL, Region, regions_of
+from ctclip.explanation.space import in_scan
+from ctclip.heads.head import Head
+from ctclip.models.dual_encoder import DualEncoder
+from ctclip.models.encoded import Encoded
+from ctclip.preprocessing.files import write_text
+from ctclip.preprocessing.pipeline import Prepared
+
+SIZE = re.compile(
+    r"\b(?P<how>larger|bigger|greater|more|longer|over|above|smaller|less|shorter|under|below)\s+(?:than\s+)?"
+    r"(?P<number>\d+(?:[.,]\d+)?)\s*(?P<unit>mm|cm)\b",
+    re.IGNORECASE,
+)
+SMALLER = ("smaller", "less", "shorter", "under", "below")
+
+
+class TextHead(Head):
+    """Scores one text by how much nearer a volume lies to it than to ``others``, the mean of texts it is told from."""
+
+    kind = "text"
+    source = "text"
+
+    def __init__(self, model: DualEncoder, text: str, others: Sequence[str]) -> None:
+        super().__init__(model)
+        self.names = (text,)
+        with torch.no_grad():
+            vectors = model.encode_prompts([text, *others])
+            reference = vectors[1:].mean(dim=0) if len(others) else torch.zeros_like(vectors[0])
+            self.direction = torch.nn.functional.normalize(vectors[0] - reference, dim=0)
+
+    def score(self, encoded: Encoded) -> Tensor:
+        assert encoded.embedding is not None
+        return self.model.logits(encoded.embedding, self.direction[None])
+
+    def save(self, folder: Path) -> None:
+        raise NotImplementedError("a text is asked, not kept")
+
+    @classmethod
+    def load(cls, folder: Path, model: DualEncoder) -> TextHead:
+        raise NotImplementedError("a text is asked, not kept")
+
+
+@dataclass(frozen=True)
+class SizeLimit:
+    """From ``low`` to ``high`` mm, of a region's longest side."""
+
+    low: float = 0.0
+    high: float = float("inf")
+
+    def holds(self, region: Region) -> bool:
+        return self.low <= max(region.size_mm) <= self.high
+
+
+def size_limit(text: str) -> tuple[str, SizeLimit]:
+    """A text without its conditions on size, and those conditions in mm.
+
+    >>> size_limit("a nodule larger than 1 cm")
+    ('a nodule', SizeLimit(low=10.0, high=inf))
+    """
+    low, high = 0.0, float("inf")
+    for match in SIZE.finditer(text):
+        millimetres = float(match["number"].replace(",", ".")) * (10 if match["unit"].lower() == "cm" else 1)
+        if match["how"].lower() in SMALLER:
+            high = min(high, millimetres)
+        else:
+            low = max(low, millimetres)
+    rest = " ".join(SIZE.sub(" ", text).split()).strip(" ,;")
+    return rest or text, SizeLimit(low, high)
+
+
+def proposals(
+    values: np.ndarray, affine: np.ndarray, prepared: Prepared, level: float, limit: SizeLimit, most: int
+) -> list[Region]:
+    """The highest regions of a map that keep to a size, at most ``most`` of them."""
+    return [region for region in regions_of(values, affine, prepared, level) if limit.holds(region)][:most]
+
+
+def box_facts(region: Region, affine: np.ndarray, prepared: Prepared) -> dict[str, Any]:
+    """Where a region lies, for JSON: its peak in mm (LPS) and as a voxel of the file, its size and height."""
+    lps = (prepared.token_affine(affine) @ [*region.peak, 1])[:3]
+    voxel = np.rint((np.linalg.inv(prepared.file_grid.affine) @ [*lps, 1])[:3]).astype(int)
+    across, deep, high = region.size_mm
+    return {
+        "peak_mm_lps": [round(float(value), 1) for value in lps],
+        "peak_voxel_column_row_slice": [int(value) for value in voxel[::-1]],
+        "size_mm_right_left": round(across, 1), "size_mm_front_back": round(deep, 1), "size_mm_foot_head": round(high, 1),
+        "volume_ml": round(region.volume_ml, 1), "score": round(region.height, 4),
+    }  # fmt: skip
+
+
+def refine(values: np.ndarray, affine: np.ndarray, prepared: Prepared, *, inside: float = 0.8, outside: float = 0.2) -> np.ndarray:  # fmt: skip
+    """Bool on the model's grid: the map's region grown to edges of HU.
+
+    Watershed on the gradient of HU (Beucher and Lantuejoul 1979) from two seeds: where the map is at least ``inside`` of its
+    peak, and where it is below ``outside``. MedCLIP-SAM (Koleilat et al. 2024) prompts a segmenter with the map in its place.
+    """
+    from scipy import ndimage
+
+    hu = ndimage.gaussian_filter(np.clip(prepared.hu, -1000, 400), 0.6)
+    share = in_scan(values, affine, prepared, hu.shape, prepared.affine)
+    share = share / max(float(share.max()), 1e-12)
+    spacing = np.linalg.norm(prepared.affine[:3, :3], axis=0)
+    slope = np.sqrt(sum((part / mm) ** 2 for part, mm in zip(np.gradient(hu), spacing, strict=True)))
+    seeds = np.zeros(hu.shape, np.int32)
+    seeds[share >= inside] = 1
+    seeds[share < outside] = 2
+    # scipy's watershed takes whole numbers.
+    steps = np.clip(slope / max(float(np.quantile(slope, 0.995)), 1e-6) * 65535, 0, 65535).astype(np.uint16)
+    grown: np.ndarray = ndimage.watershed_ift(steps, seeds) == 1
+    return grown
+
+
+@dataclass(frozen=True)
+class Found:
+    """Regions of one scan that a text names, the highest first; ``explanation`` has the map. Prints as a list."""
+
+    text: str
+    limit: SizeLimit
+    regions: list[Region]
+    explanation: Explanation
+
+    @property
+    def _place(self) -> Any:
+        return next(iter(self.explanation.places.values()))
+
+    def facts(self) -> list[dict[str, Any]]:
+        """Each region for JSON."""
+        return [box_facts(region, self._place.affine, self._place.prepared) for region in self.regions]
+
+    def __str__(self) -> str:
+        lines = [f"{self.explanation.scan}: {self.text!r}, {len(self.regions)} regions ({NOTE})"]
+        for number, facts in enumerate(self.facts(), start=1):
+            x, y, z = facts["peak_mm_lps"]
+            sizes = " x ".join(f"{facts[f'size_mm_{name}']:.0f}" for name in ("right_left", "front_back", "foot_head"))
+            lines.append(f"{number}. ({x:.0f}, {y:.0f}, {z:.0f}) mm LPS, {sizes} mm, score {facts['score']:.2f}")
+        if self.limit != SizeLimit():
+            lines.append(f"kept by size: longest side {self.limit.low:g} to {self.limit.high:g} mm")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def mask(self, refined: bool = False) -> np.ndarray:
+        """uint8 [slice, row, column] on the file's grid: the number of the region each voxel belongs to, 0 for none.
+        ``refined``: each region grown to edges of HU."""
+        from scipy import ndimage
+
+        place = self._place
+        grid = place.prepared.file_grid
+        if refined:
+            grown = refine(place.values, place.affine, place.prepared).astype(np.float32)
+            # The model's grid is a map as any other; its millimetres are those of the prepared volume.
+            spaced = np.linalg.inv(place.prepared.token_affine(np.eye(4))) @ place.prepared.affine
+            share = in_scan(grown, spaced, place.prepared, grid.shape, grid.affine)
+        else:
+            share = place.map() / max(place.height, 1e-12)
+        labels, _ = ndimage.label(share >= (0.5 if refined else place.level))
+        mask = np.zeros(grid.shape, np.uint8)
+        for number, facts in enumerate(self.facts(), start=1):
+            at = np.clip(np.array(facts["peak_voxel_column_row_slice"][::-1]), 0, np.array(grid.shape) - 1)
+            if labels[tuple(at)]:
+                mask[labels == labels[tuple(at)]] = number
+        return mask
+
+    def save(self, folder: str | Path, *, refined: bool = False) -> Path:
+        """What ``Explanation.save`` writes, with the mask of the regions and their list in its place."""
+        page = self.explanation.save(folder)
+        grid = self._place.prepared.file_grid
+        names = {str(number): f"region {number}" for number in range(1, len(self.regions) + 1)}
+        write_nifti(Path(folder) / "findings.seg.nii.gz", self.mask(refined), grid, {"labels": names})
+        path = Path(folder) / FACTS
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        write_text(path, json.dumps({**kept, "text": self.text, "refined": refined, "regions": self.facts()}, indent=2, ensure_ascii=False))  # fmt: skip
+        return page
+
+
+def find(
+    model: DualEncoder,
+    prepared: Prepared,
+    text: str,
+    others: Sequence[str],
+    *,
+    scan: str,
+    model_hash: str,
+    by: str = "similarity",
+    level: float = LEVEL,
+    most: int = 5,
+    budget: int = 600,
+    warnings: Sequence[str] = (),
+) -> Found:
+    """Look for what ``text`` says in a prepared scan; ``others``: texts that it is told from. See ``explain``."""
+    wanted, limit = size_limit(text)
+    head = TextHead(model, wanted, others)
+    explained = explain(
+        model, head, prepared, [wanted], scan=scan, model_hash=model_hash, by=by, level=level, budget=budget, warnings=warnings
+    )  # fmt: skip
+    place = explained[wanted]
+    return Found(text, limit, proposals(place.values, place.affine, prepared, level, limit, most), explained)

@@ -1,0 +1,101 @@
+"""How well maps point, and what they cost: ``python -m tests.benchmarks.where --demo runs/demo --scans 200``.
+
+Prints the tables of RESULTS.md. Findings are those whose zero-shot AUROC on all held-out volumes (``metrics.json`` of the
+demo) is above 0.9; all others stand below them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ctclip
+from ctclip.errors import ExplanationError
+from ctclip.explanation.masks import Masks, load_layout
+from ctclip.explanation.method import METHODS, Subject, method
+from ctclip.inference.locate import CONTROLS, chosen_volumes, locate_cohort
+from ctclip.inference.model import Model
+from ctclip.preprocessing import prepare
+from ctclip.preprocessing.cohorts import read_cohort
+from tests.benchmarks.common import machine, table
+
+GOOD = 0.9
+
+
+def cost(model: Model, scan: Path, by: str) -> tuple[float, float]:
+    """Processor seconds of one encoding, and of the maps of all findings."""
+    ready = prepare(scan, model.spec)
+    volume = torch.from_numpy(ready.voxels)[None, None]
+    head = model.head()
+    model.encode(volume)
+    began = time.process_time()
+    for _ in range(3):
+        model.encode(volume)
+    encoding = (time.process_time() - began) / 3
+    began = time.process_time()
+    method(by).maps(Subject(model.dual, head, range(len(head.names)), volume))
+    return encoding, time.process_time() - began
+
+
+def row(name: str, findings: list[str], result: dict[str, Any], kind: str = "map") -> list[str]:
+    """Means over findings."""
+    cells = [name]
+    for figure in ("pointing", "auroc", "average_precision", "dice", "hit"):
+        values = [result["findings"][one][kind][figure]["value"] for one in findings if one in result["findings"]]
+        known = [value for value in values if value is not None]
+        cells.append(f"{sum(known) / len(known):.2f}" if known else "")
+    return cells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--demo", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--model", type=Path, help="another model than the demo's")
+    parser.add_argument("--scans", type=int, default=200)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--slow-scans", type=int, default=20, help="scans that occlusion is tried on")
+    given = parser.parse_args()
+    model = ctclip.load(given.model or given.demo / "train" / "model")
+    cohort = read_cohort(given.demo / "cohort")
+    masks = Masks(given.demo / "cohort" / "masks", load_layout("phantom"))
+    scored = json.loads((given.demo / "metrics.json").read_text())["zero_shot"]["auroc"]
+    good = [name for name, entry in scored.items() if (entry["value"] or 0) > GOOD]
+    print(f"{machine()}, {date.today()}; {len(good)} findings above {GOOD}\n")
+    rows = []
+    for by in given.methods:
+        count = given.slow_scans if by == "occlusion" else given.scans
+        volumes = chosen_volumes(cohort, masks, "valid", count, 0)
+        try:
+            encoding, seconds = cost(model, cohort.files[volumes[0]], by)
+            result = locate_cohort(model.dual, model.head(), cohort, masks, volumes, by=by)
+        except ExplanationError as error:
+            print(f"{by}: {error}")
+            continue
+        rows.append([*row(f"{by} ({count} scans)", good, result), f"{seconds / encoding:.1f}", f"{seconds:.1f}"])
+        if by == given.methods[0]:
+            rows += [[*row(f"control: {kind}", good, result, kind), "", ""] for kind in CONTROLS]
+            first = result
+    head = ["method", "pointing", "voxel AUROC", "voxel AP", "Dice", "Hit", "encodings' time", "processor s, all maps"]
+    print(table(f"Means over the {len(good)} findings", head, rows))
+    lines = []
+    for name, entry in sorted(first["findings"].items(), key=lambda item: -(scored[item[0]]["value"] or 0)):
+        point, free = entry["map"]["pointing"], entry["free_response"]
+        other = [f"{entry[kind]['pointing']['value']:.2f}" for kind in CONTROLS]
+        lines.append([
+            name, f"{scored[name]['value']:.3f}", str(entry["map"]["scans"]),
+            f"{point['value']:.2f} ({point['lower']:.2f} to {point['upper']:.2f})", *other,
+            f"{entry['map']['distance_mm']['value']:.0f}", f"{entry['map']['auroc']['value']:.2f}",
+            f"{entry['map']['dice']['value']:.2f}", f"{free['1']:.2f}",
+        ])  # fmt: skip
+    columns = ["finding", "zero-shot AUROC", "scans", "pointing (95 % interval)", *CONTROLS, "mm to mask, median", "voxel AUROC", "Dice", "lesions at 1 false a scan"]  # fmt: skip
+    print(table(f"{given.methods[0]}, each finding", columns, lines))
+
+
+if __name__ == "__main__":
+    main()

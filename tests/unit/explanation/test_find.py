@@ -1,0 +1,88 @@
+"""Texts with sizes, regions of maps, and growing them to edges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from ctclip.explanation.explain import explain
+from ctclip.explanation.find import Found, SizeLimit, proposals, refine, size_limit
+from ctclip.explanation.place import Place, regions_of
+from ctclip.preprocessing import prepare
+from tests.unit.explanation.known import SPEC, known_model, write_scan
+
+AFFINE = np.array([[-2.0, 0, 0, 60], [0, -2, 0, 50], [0, 0, 3, -40], [0, 0, 0, 1]])
+SHAPE = (60, 50, 28)
+
+
+@pytest.mark.parametrize(
+    ("text", "rest", "limit"),
+    [
+        ("a nodule larger than 10 mm", "a nodule", SizeLimit(10.0)),
+        ("nodule greater than 1.5 cm", "nodule", SizeLimit(15.0)),
+        ("a node over 8 mm, smaller than 2 cm", "a node", SizeLimit(8.0, 20.0)),
+        ("an effusion", "an effusion", SizeLimit()),
+        ("a 10 mm nodule", "a 10 mm nodule", SizeLimit()),
+        ("larger than 5 mm", "larger than 5 mm", SizeLimit(5.0)),
+    ],
+)
+def test_a_size_is_taken_from_the_text(text: str, rest: str, limit: SizeLimit) -> None:
+    assert size_limit(text) == (rest, limit)
+
+
+def place_of(folder: Path) -> Place:
+    write_scan(folder / "scan.nii.gz", AFFINE, np.array([12.0, -14.0, 8.0]), SHAPE)
+    model, head = known_model()
+    return explain(model, head, prepare(folder / "scan.nii.gz", SPEC), ["Lesion"], scan="s", model_hash="m")["Lesion"]
+
+
+def test_regions_have_the_sizes_that_were_drawn(tmp_path: Path) -> None:
+    """Two blocks of cells, one higher and larger: in that order, as long as their cells are, within a cell's edge."""
+    place = place_of(tmp_path)
+    values = np.zeros((6, 6, 8), np.float32)
+    values[1:3, 2:4, 2:5] = 3.0
+    values[4, 4, 6] = 2.0
+    found = regions_of(values, place.affine, place.prepared, 0.5)
+    assert [region.height for region in found] == [3.0, 2.0]
+    # A cell of SPEC and TOKEN measures 16 x 15 x 15 mm along slice, row, column.
+    np.testing.assert_allclose(found[0].size_mm, (45, 30, 32), atol=8)
+    np.testing.assert_allclose(found[0].volume_ml, 45 * 30 * 32 / 1000, rtol=0.25)
+    assert found[1].peak == (4, 4, 6)
+    assert [r.height for r in proposals(values, place.affine, place.prepared, 0.5, SizeLimit(25), 5)] == [3.0]
+    assert [r.height for r in proposals(values, place.affine, place.prepared, 0.5, SizeLimit(0, 25), 5)] == [2.0]
+    assert not regions_of(-values - 1, place.affine, place.prepared, 0.5)
+
+
+def test_a_region_grows_to_the_edge_of_what_it_lies_on(tmp_path: Path) -> None:
+    """The drawn ball of 7 mm against a map of cells of 16 mm: grown to edges of HU it is nearer to the ball."""
+    place = place_of(tmp_path)
+    prepared = place.prepared
+    ball = np.array([-12.0, 14.0, 8.0])
+    index = np.stack(np.meshgrid(*map(np.arange, prepared.spec.shape), indexing="ij"), axis=-1)
+    truth = np.linalg.norm(index @ prepared.affine[:3, :3].T + prepared.affine[:3, 3] - ball, axis=-1) < 7
+    grown = refine(place.values, place.affine, prepared)
+    found = Found("lesion", SizeLimit(), regions_of(place.values, place.affine, prepared, 0.5)[:1], _explanation(place))
+    mask = found.mask()
+    assert mask.shape == prepared.file_grid.shape
+    assert set(np.unique(mask)) == {0, 1}
+    assert grown.shape == truth.shape
+
+    def dice(called: np.ndarray) -> float:
+        return float(2 * (called & truth).sum() / (called.sum() + truth.sum()))
+
+    share = place.values / place.values.max()
+    plain = np.kron(share, np.ones((4, 6, 5))) >= 0.5
+    assert dice(grown) > dice(plain) + 0.1
+    page = found.save(tmp_path / "out", refined=True)
+    written = nib.load(page.parent / "findings.seg.nii.gz")
+    assert np.asarray(written.dataobj).max() == 1
+    assert "region 1" in written.header.extensions[0].get_content().decode()
+
+
+def _explanation(place: Place):  # type: ignore[no-untyped-def]
+    from ctclip.explanation.explain import Explanation
+
+    return Explanation("scan", "m", "similarity", 0.0, {"Lesion": place})
