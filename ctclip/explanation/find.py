@@ -22,6 +22,7 @@ from ctclip.explanation.explain import FACTS, NOTE, Explanation, explain, write_
 from ctclip.explanation.place import LEVEL, Region, regions_of
 from ctclip.explanation.space import in_scan
 from ctclip.heads.head import Head
+from ctclip.heads.prompts import PromptHead
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
 from ctclip.preprocessing.files import write_text
@@ -36,22 +37,23 @@ SMALLER = ("smaller", "less", "shorter", "under", "below")
 
 
 class TextHead(Head):
-    """Scores one text by how much nearer a volume lies to it than to ``others``, the mean of texts it is told from."""
+    """Scores each of ``texts`` by how much nearer a volume lies to it than to the mean of ``others``."""
 
     kind = "text"
     source = "text"
 
-    def __init__(self, model: DualEncoder, text: str, others: Sequence[str]) -> None:
+    def __init__(self, model: DualEncoder, texts: Sequence[str], others: Sequence[str]) -> None:
         super().__init__(model)
-        self.names = (text,)
+        self.names = tuple(texts)
         with torch.no_grad():
-            vectors = model.encode_prompts([text, *others])
-            reference = vectors[1:].mean(dim=0) if len(others) else torch.zeros_like(vectors[0])
-            self.direction = torch.nn.functional.normalize(vectors[0] - reference, dim=0)
+            vectors = model.encode_prompts([*texts, *others])
+            asked, known = vectors[: len(texts)], vectors[len(texts) :]
+            reference = known.mean(dim=0) if len(others) else torch.zeros_like(asked[0])
+            self.directions = torch.nn.functional.normalize(asked - reference, dim=-1)
 
     def score(self, encoded: Encoded) -> Tensor:
         assert encoded.embedding is not None
-        return self.model.logits(encoded.embedding, self.direction[None])
+        return self.model.logits(encoded.embedding, self.directions)
 
     def save(self, folder: Path) -> None:
         raise NotImplementedError("a text is asked, not kept")
@@ -59,6 +61,14 @@ class TextHead(Head):
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> TextHead:
         raise NotImplementedError("a text is asked, not kept")
+
+
+def told_from(head: Head) -> list[str]:
+    """Texts that others are told from: one of either side of each finding that a prompt head knows; none of other heads."""
+    if not isinstance(head, PromptHead):
+        return []
+    sides = [head.prompts.groups(name, positive) for name in head.names for positive in (True, False)]
+    return [phrasings[0] for groups in sides for phrasings in groups if phrasings]
 
 
 @dataclass(frozen=True)
@@ -210,7 +220,7 @@ def find(
 ) -> Found:
     """Look for what ``text`` says in a prepared scan; ``others``: texts that it is told from. See ``explain``."""
     wanted, limit = size_limit(text)
-    head = TextHead(model, wanted, others)
+    head = TextHead(model, [wanted], others)
     explained = explain(
         model, head, prepared, [wanted], scan=scan, model_hash=model_hash, by=by, level=level, budget=budget, warnings=warnings
     )  # fmt: skip

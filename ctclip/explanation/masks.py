@@ -72,11 +72,10 @@ class Masks:
         }
         if not self.volumes:
             raise ExplanationError(f"{folder}: holds no file {layout.file!r}; name the folder, or another --layout")
-        self.texts = self._sentences() if layout.kind == "channels" else {}
-
-    def names(self, volume: str) -> list[str]:
-        """What a volume's masks are of, whether or not a voxel is."""
-        return list(self.layout.labels) if self.layout.kind != "channels" else self.texts.get(volume, [])
+        self.texts: dict[str, list[str]] = {}
+        self.categories: dict[str, list[str]] = {}
+        if layout.kind == "channels":
+            self._read_sentences()
 
     def of(self, volume: str, grid: FileGrid) -> Iterator[tuple[str, np.ndarray]]:
         """Each finding that any voxel has, and its bool mask [slice, row, column] on the scan's ``grid``. Raises
@@ -119,22 +118,29 @@ class Masks:
             if mask.any():
                 yield text, mask
 
-    def _sentences(self) -> dict[str, list[str]]:
-        """Sentences of each volume, in the order of its channels."""
-        path = next((p for p in (self.folder / self.layout.sentences, self.folder.parent / self.layout.sentences) if p.is_file()), None)  # fmt: skip
+    def _read_sentences(self) -> None:
+        """Sentences of each volume, in the order of its channels, and the category of each."""
+        beside = (self.folder / self.layout.sentences, self.folder.parent / self.layout.sentences)
+        path = next((path for path in beside if path.is_file()), None)
         if path is None:
             raise ExplanationError(f"{self.folder}: no {self.layout.sentences} in it or beside it")
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
             records = [one for part in kept.values() for one in part] if isinstance(kept, dict) else list(kept)
-            texts = {}
             for record in records:
-                numbered = record["findings"]
-                ordered = [numbered[key] for key in sorted(numbered, key=int)] if isinstance(numbered, dict) else numbered  # fmt: skip
-                texts[str(record["name"]).removesuffix(".nii.gz")] = [str(text) for text in ordered]
-            return texts
-        except (ValueError, KeyError, TypeError, OSError) as error:
+                volume = str(record["name"]).removesuffix(".nii.gz")
+                self.texts[volume] = _in_order(record["findings"])
+                categories = _in_order(record.get("categories", []))
+                whole = len(categories) == len(self.texts[volume])
+                self.categories[volume] = categories if whole else ["sentence"] * len(self.texts[volume])
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ExplanationError(f"{path}: does not list volumes by name with their findings") from error
+
+
+def _in_order(values: Any) -> list[str]:
+    """A list as it is, a mapping of numbers by number."""
+    ordered = [values[key] for key in sorted(values, key=int)] if isinstance(values, dict) else list(values)
+    return [str(value) for value in ordered]
 
 
 def _check_grid(path: Path, own: FileGrid, grid: FileGrid) -> None:

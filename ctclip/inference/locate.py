@@ -15,6 +15,7 @@ import torch
 from ctclip.errors import ExplanationError
 from ctclip.evaluation.evaluate import plain
 from ctclip.evaluation.localisation import Candidate, Pair, free_response, histograms, mean_over, summary
+from ctclip.explanation.find import TextHead, told_from
 from ctclip.explanation.masks import Masks
 from ctclip.explanation.method import Maps, Subject, method
 from ctclip.explanation.place import inside_scan, peak_of
@@ -31,6 +32,7 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 # Candidates of the free-response curve: the highest local maxima of a map.
 MOST_CANDIDATES = 16
 CONTROLS = ("mean map", "other finding")
+FIGURES = ("pointing", "auroc", "average_precision", "dice", "hit")
 
 
 @dataclass
@@ -67,44 +69,80 @@ def locate_cohort(
     budget: int = 600,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Score the maps of ``by`` on every finding that the head scores and a mask shows.
+    """Score the maps of ``by`` on every finding that the head scores and a mask shows; of masks of sentences, on every
+    sentence, by category.
 
     The controls are maps that know nothing of the scan, or of the finding: the mean over all these scans of the finding's
     maps, and the map of another finding of the same scan, drawn. All are compared on the scan's own grid.
     """
-    findings = [name for name in head.names if name in masks.layout.labels]
-    if not findings:
-        raise ExplanationError(f"the head scores none of the labels that {masks.folder} shows")
-    indices = [head.names.index(name) for name in findings]
     patients = cohort.table.set_index("volume")["patient"].astype(str)
-    looking, tallies = method(by), {name: Tally() for name in findings}
+    looking, asked = method(by), {volume: _asked(model, head, masks, volume) for volume in volumes}
     kept: dict[str, Maps] = {}
-
     for volume, prepared in _prepared(cohort, volumes, model.spec, "mapping"):
-        subject = Subject(model, head, indices, torch.from_numpy(prepared.voxels)[None, None].to(model.device), budget)
+        scorer, findings = asked[volume].head, range(len(asked[volume].head.names))
+        chosen = [number for number in findings if scorer.names[number] in asked[volume].group]
+        subject = Subject(model, scorer, chosen, torch.from_numpy(prepared.voxels)[None, None].to(model.device), budget)
         kept[volume] = looking.maps(subject)
-    mean = np.mean([maps.values for maps in kept.values()], axis=0)
+    means = _means(kept, asked)
 
-    random = np.random.default_rng(seed)
+    random, tallies = np.random.default_rng(seed), defaultdict[str, Tally](Tally)
     for volume, prepared in _prepared(cohort, volumes, model.spec, "scoring"):
         maps, there = kept[volume], dict(masks.of(volume, prepared.file_grid))
-        for number, name in enumerate(findings):
-            tally, mask = tallies[name], there.get(name)
-            own = maps.values[number]
+        for number, (name, group) in enumerate(asked[volume].group.items()):
+            tally, mask, own = tallies[group], there.get(name), maps.values[number]
             lesions, count = _lesions(mask)
             tally.candidates.append(_candidates(own, maps.affine, prepared, lesions))
             tally.lesions.append(count)
             if mask is None:
                 continue
-            other = maps.values[random.choice([n for n in range(len(findings)) if n != number])] if len(findings) > 1 else own  # fmt: skip
-            for kind, values in (("map", own), ("mean map", mean[number]), ("other finding", other)):
+            rest = [other for other in range(len(maps.values)) if other != number]
+            controls = {"mean map": means[group]} | (
+                {"other finding": maps.values[random.choice(rest)]} if rest else {}
+            )
+            for kind, values in {"map": own, **controls}.items():
                 tally.pairs[kind].append(_pair(values, maps.affine, prepared, mask, patients[volume]))
-    scored = {name: _entry(tally, seed) for name, tally in tallies.items() if tally.pairs["map"]}
+    scored = {group: _entry(tally, seed) for group, tally in tallies.items() if tally.pairs["map"]}
     return plain({
         "method": by, "layout": masks.layout.name, "scans": len(volumes),
         "patients": int(patients[list(volumes)].nunique()), "findings": scored,
-        "means": {kind: {figure: mean_over({n: e[kind] for n, e in scored.items()}, figure) for figure in ("pointing", "auroc", "average_precision", "dice", "hit")} for kind in ("map", *CONTROLS)},
+        "means": {
+            kind: {figure: mean_over({n: e[kind] for n, e in scored.items() if kind in e}, figure) for figure in FIGURES}
+            for kind in ("map", *CONTROLS)
+        },
     })  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a scan: by which head, and under which finding each of the names that are mapped is counted, in the
+    order of the head's names."""
+
+    head: Head
+    group: dict[str, str]
+
+
+def _asked(model: DualEncoder, head: Head, masks: Masks, volume: str) -> Asked:
+    if masks.layout.kind != "channels":
+        shared = {name: name for name in head.names if name in masks.layout.labels}
+        if not shared:
+            raise ExplanationError(f"the head scores none of the labels that {masks.folder} shows")
+        return Asked(head, shared)
+    texts = masks.texts.get(volume, [])
+    if not texts:
+        raise ExplanationError(f"{masks.folder}: {masks.layout.sentences} names no sentence of {volume}")
+    group = dict(zip(texts, masks.categories[volume], strict=True))
+    return Asked(TextHead(model, list(group), told_from(head)), group)
+
+
+def _means(kept: dict[str, Maps], asked: dict[str, Asked]) -> dict[str, np.ndarray]:
+    """The mean map of each finding over all scans."""
+    total: dict[str, np.ndarray] = {}
+    count: dict[str, int] = defaultdict(int)
+    for volume, maps in kept.items():
+        for values, group in zip(maps.values, asked[volume].group.values(), strict=True):
+            total[group] = total.get(group, 0) + values
+            count[group] += 1
+    return {group: values / count[group] for group, values in total.items()}
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ctclip.errors import CheckpointError, PromptError
 from ctclip.evaluation.calibration import Calibration
 from ctclip.explanation.explain import Explanation, explain
-from ctclip.explanation.find import Found, find
+from ctclip.explanation.find import Found, find, told_from
 from ctclip.explanation.place import LEVEL
 from ctclip.heads.folder import PROMPTS, HeadFacts, list_heads, load_head
 from ctclip.heads.head import Head
@@ -187,11 +187,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
     ) -> Found:
         """Regions of one scan that a text of any wording names, at most ``most``, with places and sizes; a size that the
         text states ("larger than 10 mm") is applied to the regions. The rest as in ``explain``."""
-        known = self.head(PROMPTS)
-        others: list[str] = []
-        if isinstance(known, PromptHead):
-            sides = [known.prompts.groups(name, side) for name in known.names for side in (True, False)]
-            others = [section[0] for sections in sides for section in sections if section]
+        others = told_from(self.head(PROMPTS))
         ready = self._ready(scan, **reading)
         return find(
             self.dual, ready, text, others, scan=_name(scan), model_hash=self.folder.hash, by=method, level=level,

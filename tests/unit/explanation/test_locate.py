@@ -51,9 +51,14 @@ def test_channels_with_sentences(first: bool, tmp_path: Path) -> None:
     """As ReXGroundingCT is described: dataset.json beside the folder names the sentence of each channel."""
     channels = np.stack([drawn(np.zeros(3)), drawn(np.array([20.0, 0, 0]))], axis=-1).astype(np.uint8)
     save(tmp_path / "segmentations" / "x.nii.gz", np.moveaxis(channels, -1, 0) if first else channels)
-    record = {"name": "x.nii.gz", "findings": {"1": "an effusion", "0": "a nodule"}}
+    record = {
+        "name": "x.nii.gz",
+        "findings": {"1": "an effusion", "0": "a nodule"},
+        "categories": {"0": "2b", "1": "1a"},
+    }
     (tmp_path / "dataset.json").write_text(json.dumps({"train": [], "val": [record]}))
     masks = Masks(tmp_path / "segmentations", load_layout("rexgroundingct"))
+    assert masks.categories["x"] == ["2b", "1a"]
     found = dict(masks.of("x", GRID))
     np.testing.assert_array_equal(found["a nodule"], drawn(np.zeros(3)).transpose(2, 1, 0))
     np.testing.assert_array_equal(found["an effusion"], drawn(np.array([20.0, 0, 0])).transpose(2, 1, 0))
@@ -70,7 +75,7 @@ def test_what_cannot_be_scored_is_said(tmp_path: Path) -> None:
     with pytest.raises(ExplanationError, match=r"40.0 mm away .* another scan"):
         dict(Masks(tmp_path, BITS).of("x", GRID))
     (tmp_path / "bad.yaml").write_text("name: a\ndescribes: b\nfile: x.nii.gz\nkind: bits\nlabels: [A]\n")
-    with pytest.raises(ConfigError, match="must hold {volume}"):
+    with pytest.raises(ConfigError, match=r"must hold \{volume\}"):
         load_layout(str(tmp_path / "bad.yaml"))
 
 
@@ -105,6 +110,21 @@ def test_a_model_that_sees_the_lesion_points_at_it_and_the_controls_do_not(tmp_p
     json.dumps(result, allow_nan=False)
     with pytest.raises(ExplanationError, match="none of its 5 masks is of a volume"):
         chosen_volumes(cohort, masks, "train", None, 0)
+
+
+def test_sentences_are_scored_by_category(tmp_path: Path) -> None:
+    """Every sentence asks for its own map; figures stand by category, and lesions that no map finds are counted."""
+    cohort, (model, head) = cohort_of(tmp_path), known_model()
+    records = []
+    for number in range(2):
+        balls = [drawn(np.array([20.0 - 40 * number, 0, 0])), drawn(np.array([0.0, 15, 0]))]
+        save(tmp_path / "segmentations" / f"p{number}.nii.gz", np.stack(balls, axis=-1).astype(np.uint8))
+        records.append({"name": f"p{number}.nii.gz", "findings": ["The heart is enlarged.", "A nodule."], "categories": ["a", "b"]})  # fmt: skip
+    (tmp_path / "dataset.json").write_text(json.dumps(records))
+    masks = Masks(tmp_path / "segmentations", load_layout("rexgroundingct"))
+    result = locate_cohort(model, head, cohort, masks, chosen_volumes(cohort, masks, None, None, 0))
+    assert set(result["findings"]) == {"a", "b"}
+    assert result["findings"]["a"]["map"]["scans"] == result["findings"]["a"]["lesions"] == 2
 
 
 def test_masks_lie_on_the_grid_that_prepare_reads(tmp_path: Path) -> None:
