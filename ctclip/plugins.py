@@ -1,7 +1,7 @@
-"""Extensions that need no change of ctclip: encoders, objectives and heads, found by name.
+"""Extensions that need no change of ctclip: encoders, objectives, heads and readers of reports, found by name.
 
 A name is one of ours (the table below), one that an installed package announces as an entry point of the group
-``ctclip.encoders``, ``ctclip.objectives`` or ``ctclip.heads``, or ``module:Name``, a class in anybody's own file.
+``ctclip.encoders``, ``ctclip.objectives``, ``ctclip.heads`` or ``ctclip.readers``, or ``module:Name``, a class in anybody's own file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ctclip.errors import ConfigError
 
-Kind = Literal["encoder", "objective", "head"]
+Kind = Literal["encoder", "objective", "head", "reader"]
 
 # One line registers one of ours.
 OURS: dict[Kind, dict[str, str]] = {
@@ -37,6 +37,11 @@ OURS: dict[Kind, dict[str, str]] = {
     "head": {
         "prompts": "ctclip.heads.prompts:PromptHead",
         "linear": "ctclip.heads.linear:LinearHead",
+    },
+    "reader": {
+        "rules": "ctclip.report_reading.rules:RulesReader",
+        "classifier": "ctclip.report_reading.classifier:ClassifierReader",
+        "language-model": "ctclip.report_reading.language_model:LanguageModelReader",
     },
 }
 

@@ -20,6 +20,7 @@ KINDS = {
     "protocols": "protocol",
     "labels": "label set",
     "languages": "language",
+    "terms": "file of terms",
 }
 
 

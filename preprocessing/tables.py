@@ -40,7 +40,7 @@ METADATA = frozenset(
      "gated", "split", "fold", "group", "subset", "train", "valid", "test", "training", "validation", "site", "centre", "center",
      "hospital", "scanner", "manufacturer", "model", "kernel", "kvp", "dose", "index", "id", "row", "include", "included",
      "exclude", "excluded", "quality", "dead", "deceased", "death", "died", "event", "inpatient", "outpatient", "emergency",
-     "no_chest", "weighted", "study", "series", "number", "date", "time"]
+     "no_chest", "weighted", "label_source", "study", "series", "number", "date", "time"]
 )  # fmt: skip
 
 

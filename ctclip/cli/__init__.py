@@ -29,6 +29,7 @@ from ctclip.cli.preprocess import preprocess
 from ctclip.cli.prompts import prompts
 from ctclip.cli.publish import publish
 from ctclip.cli.quality import quality
+from ctclip.cli.read_reports import read_reports
 from ctclip.cli.report import report
 from ctclip.cli.train import train
 from ctclip.cli.zero_shot import zero_shot
@@ -56,6 +57,7 @@ app.command()(report)
 app.command()(embed)
 app.command()(index)
 app.command()(similar)
+app.command("read-reports")(read_reports)
 app.add_typer(prompts, name="prompts")
 app.add_typer(labels, name="labels")
 app.add_typer(config, name="config")

@@ -24,9 +24,10 @@ from ctclip.config import DataConfig
 from ctclip.data.air import BodyTokens
 from ctclip.data.augment import Change, draw_change
 from ctclip.data.batch import StoredBatch, Tokens
-from ctclip.data.reports import ReportViews, load_language, reports_of
+from ctclip.data.reports import ReportViews, reports_of
 from ctclip.errors import DataError
 from ctclip.labels import LabelSet
+from ctclip.language import load_language
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 

@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from pydantic import Field
 
-from ctclip.config_files import find_config, read_mapping
-from ctclip.schema import Section, validated
+from ctclip.language import Language
 from ctclip.sentences import sentences
 
 NO_REPORT = "No report."
-
-
-class Language(Section):
-    """A file of ``configs/languages``: words and phrases of negation."""
-
-    name: str
-    negations: tuple[str, ...] = Field(min_length=1)
-
-    def negates(self, sentence: str) -> bool:
-        """Whether a sentence says that something is absent or normal, by its wording."""
-        return self._pattern(self.negations).search(sentence) is not None
-
-    @staticmethod
-    @functools.cache
-    def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
-        return re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
-
-
-def load_language(name: str) -> Language:
-    """A language from a file, or the name of one in ``configs/languages``."""
-    path = find_config(name, "languages")
-    return validated(Language, read_mapping(path), str(path))
 
 
 @dataclass(frozen=True)

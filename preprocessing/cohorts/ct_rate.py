@@ -121,7 +121,7 @@ def _record(
     return {
         "volume": volume, "patient": match[1], "scan": f"{match[1]}_{match[2]}", "reconstruction": int(match[3]),
         "split": match[1].split("_")[0], "path": str(path.relative_to(root)), **sections,
-        "label_source": _source(root) if volume in labels.index else "",
+        "label_source": (_cell(labels, volume, "label_source") or _source(root)) if volume in labels.index else "",
         **{ours: _number(metadata, volume, theirs, default) for ours, (theirs, default) in RESCALE.items()},
         **{ours: _cell(metadata, volume, theirs) for ours, theirs in GEOMETRY_COLUMNS.items()},
     }  # fmt: skip

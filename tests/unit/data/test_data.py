@@ -12,10 +12,11 @@ from ctclip.config import AugmentConfig, DataConfig
 from ctclip.data.augment import Change, draw_change, rotate, shift
 from ctclip.data.dataset import StoredVolumes, Tokenisers, as_read, label_array, some_scans, with_report
 from ctclip.data.normalise import to_model_input
-from ctclip.data.reports import Report, ReportViews, load_language, reports_of
+from ctclip.data.reports import Report, ReportViews, reports_of
 from ctclip.data.sampler import ScanSampler, rarity_weights
 from ctclip.errors import DataError
 from ctclip.labels import labels_of_columns
+from ctclip.language import load_language
 from ctclip.phantom.prevalence import FINDINGS
 from ctclip.preprocessing.spec import PreprocessingSpec
 

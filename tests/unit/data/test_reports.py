@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctclip.data.reports import NO_REPORT, Language, Report, ReportViews, load_language, reports_of
+from ctclip.data.reports import NO_REPORT, Report, ReportViews, reports_of
 from ctclip.errors import ConfigError
+from ctclip.language import Language, load_language
 
 ENGLISH = load_language("english")
 FIVE = ["Nodule in the apex.", "No effusion.", "Large heart.", "Clear airways.", "Dense bone."]

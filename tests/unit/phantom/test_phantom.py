@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctclip.data.reports import load_language
 from ctclip.errors import PhantomError
+from ctclip.language import load_language
 from ctclip.phantom import language, prevalence
 from ctclip.phantom.canvas import Canvas, Grid, ball, tube
 from ctclip.phantom.cohort import Options, make_cohort, plan

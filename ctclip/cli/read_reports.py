@@ -1,0 +1,76 @@
+"""`ctclip read-reports`: labels from reports."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+import typer
+
+
+class Value(StrEnum):
+    one = "1"
+    zero = "0"
+    empty = "empty"
+
+    @property
+    def number(self) -> int | None:
+        return None if self is Value.empty else int(self.value)
+
+
+def read_reports(
+    reports: Path = typer.Argument(
+        ..., help="A table with a column of text, or of findings and impression; a .txt of one report a line; a store."
+    ),
+    labels: str = typer.Option(..., "--labels", help="A label set: a YAML file, or the name of one in configs/labels."),
+    output: Path = typer.Option(Path("labels.csv"), "--output", "-o", help="The table of labels: .csv or .parquet."),
+    reader: str = typer.Option("rules", help="rules, classifier, language-model, or one of your own as module:Name."),
+    terms: str = typer.Option(
+        None, help="rules: a YAML file, or the name of one in configs/terms; the label set's own if not given."
+    ),
+    language: str = typer.Option("english", help="rules: a YAML file, or the name of one in configs/languages."),
+    model: Path = typer.Option(None, "--model", "-m", help="classifier, language-model: a local model folder."),
+    threshold: float = typer.Option(0.5, min=0, max=1, help="classifier: present from this probability on."),
+    cache: Path = typer.Option(None, help="language-model: folder in which answers are kept, so that a run resumes."),
+    batch: int = typer.Option(16, min=1, help="Reports that a model reads at once."),
+    uncertain: Value = typer.Option(Value.empty, help="What the table has for an uncertain label."),
+    not_mentioned: Value = typer.Option(Value.zero, help="What the table has for a label that is not mentioned."),
+    compare: Path = typer.Option(None, help="Another table of labels: agreement, kappa and disagreeing sentences."),
+    workers: int = typer.Option(None, min=1, help="rules: processes; one a core if not given."),
+    force: bool = typer.Option(False, "--force", help="Replace labels of another run."),
+) -> None:
+    """Read labels from reports: present, absent, uncertain or not mentioned, with the sentence that says so.
+
+    `ctclip read-reports reports.csv --labels ct_rate_18 --output labels.csv`
+
+    `ctclip read-reports reports.csv --labels ct_rate_18 --compare published.csv`
+
+    The sentences are written beside the labels, as labels.statements.jsonl. Exit code 3: some reports were not read.
+    """
+    import os
+
+    from ctclip import distributed
+    from ctclip.cli.show_readings import show_agreement, show_counts
+    from ctclip.labels import load_labels
+    from ctclip.report_reading.compare import compare as compare_with
+    from ctclip.report_reading.reader import Options
+    from ctclip.report_reading.reports import load_reports
+    from ctclip.report_reading.run import Values, check_output, read_all, write_readings
+
+    check_output(output, force=force)
+    device = "cpu" if model is None else str(distributed.device())
+    options = Options(terms, language, model, batch, threshold, cache, device)
+    values = Values(uncertain.number, not_mentioned.number)
+    workers = workers or len(os.sched_getaffinity(0))
+    result = read_all(load_reports(reports), load_labels(labels), reader, options, workers)
+    compared = compare_with(result, compare, values) if compare is not None else None
+    written, statements = write_readings(result, output, values, force=force)
+    show_counts(result)
+    if compared is not None:
+        show_agreement(*compared, output)
+    for note in result.notes:
+        print(f"note: {note}")
+    print(f"labels: {written} ({len(result.readings)} reports, {result.reader})")
+    print(f"sentences: {statements}")
+    if any(reading is None for reading in result.readings):
+        raise typer.Exit(3)

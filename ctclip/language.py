@@ -1,0 +1,73 @@
+"""Languages of reports: the words by which a sentence says that something is absent, uncertain or past.
+
+They are data: a file of ``configs/languages``, or anybody's own. ``negations`` alone is enough for drawing views of
+reports; labels are read with ``scopes`` too, and ``common`` words tell a report of another language.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+
+from pydantic import Field
+
+from ctclip.config_files import find_config, read_mapping
+from ctclip.schema import Section, validated
+
+# English reports have a third of their words or more from the list; Dutch ones, the nearest, a fifth. Terms are Latin in many
+# languages.
+COMMON, KNOWN, FEW_LETTERS = 0.25, 0.4, 20
+
+
+class Scopes(Section):
+    """Phrases (see ``ctclip.report_reading.patterns``) that decide what a sentence says of a finding it mentions.
+
+    ``before``: they stand before what they are about; ``after``: behind it. The longest of phrases that overlap counts.
+    """
+
+    absent_before: tuple[str, ...] = Field(min_length=1, description="no, without, no evidence of")
+    absent_after: tuple[str, ...] = Field((), description="was not observed, has resolved")
+    uncertain_before: tuple[str, ...] = Field((), description="possible, suspicious for")
+    uncertain_after: tuple[str, ...] = Field((), description="cannot be excluded")
+    past_before: tuple[str, ...] = Field((), description="history of: says nothing of this scan")
+    no_scope: tuple[str, ...] = Field((), description="no change in, not only: they hold a negation and negate nothing")
+    clause_ends: tuple[str, ...] = Field((), description="but, however, except: nothing reaches over them")
+    verbs: tuple[str, ...] = Field((), description="is, are, shows: a list of findings ends where a new verb begins")
+    relatives: tuple[str, ...] = Field((), description="which, that: the verb behind one begins no new statement")
+    joins: tuple[str, ...] = Field((), description="and, or, nor: between the items of a list")
+
+
+class Language(Section):
+    """A file of ``configs/languages``."""
+
+    name: str
+    negations: tuple[str, ...] = Field(min_length=1, description="words by which a sentence says absent or normal")
+    common: tuple[str, ...] = Field((), description="the commonest words, by which the language is recognised")
+    scopes: Scopes | None = Field(None, description="what labels are read with")
+
+    def negates(self, sentence: str) -> bool:
+        """Whether a sentence says that something is absent or normal, by its wording."""
+        return self._pattern(self.negations).search(sentence) is not None
+
+    def is_foreign(self, words: Sequence[str], knows: Callable[[str], bool] = lambda word: False) -> bool:
+        """Whether a text of these ``words`` (in lower case) is of another language: few are among the common words, and few
+        are terms that it ``knows``, of which telegrams consist. Of a few words, or without a list of common ones, False."""
+        if not self.common or sum(map(len, words)) < FEW_LETTERS:
+            return False
+        common = frozenset(self.common)
+        shares = [
+            sum(map(test, words)) / len(words) for test in (common.__contains__, lambda w: w in common or knows(w))
+        ]
+        return shares[0] < COMMON and shares[1] < KNOWN
+
+    @staticmethod
+    @functools.cache
+    def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
+        return re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
+
+
+def load_language(name: str) -> Language:
+    """A language from a file, or the name of one in ``configs/languages``."""
+    path = find_config(name, "languages")
+    return validated(Language, read_mapping(path), str(path))

@@ -1,0 +1,209 @@
+"""Labels by a text classifier: any sequence classifier of Transformers in a local folder, or CT-CLIP's own.
+
+CT-CLIP's (RadBERT with a linear map on its pooled output) is published as a bare state of the whole module: put it into a
+folder with the ``config.json`` and the tokenizer of ``zzxslp/RadBERT-RoBERTa-4m``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctclip.errors import CheckpointError, ConfigError
+from ctclip.labels import LabelSet
+from ctclip.report_reading.reader import Options, Reader, Reading, Statement, Status
+from ctclip.sentences import sentences
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# How CT-CLIP calls the parts of its classifier.
+BODY, MAP = "model.", "classifier."
+LONGEST = 512
+
+
+class ClassifierReader(Reader):
+    """Present from a probability on, else absent; a text too long for the model is read in parts, and the highest
+    probability of a part counts. The sentence given is the one the model finds likeliest."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, columns: dict[str, int], options: Options, name: str, longest: int
+    ) -> None:
+        """``columns``: of each label, the model's output that scores it."""
+        self.model, self.tokenizer, self.columns = model.to(options.device).eval(), tokenizer, columns
+        self.options, self.name, self.longest = options, name, longest
+
+    @classmethod
+    def build(cls, labels: LabelSet, options: Options) -> ClassifierReader:
+        from transformers import AutoTokenizer
+
+        if options.model is None:
+            raise ConfigError("the reader 'classifier' needs --model: a local folder of a sequence classifier")
+        folder = options.model
+        config, state = _config(folder), _own_state(folder)
+        model = _published(folder, config, state) if state is not None else _sequence_classifier(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        columns = _columns(folder, config, labels, published=state is not None)
+        # RoBERTa numbers its positions from the padding's number on.
+        places = int(config.get("max_position_embeddings", LONGEST))
+        longest = min(places - 2 if config.get("model_type") == "roberta" else places, LONGEST)
+        return cls(model, tokenizer, columns, options, f"{folder.resolve().name} {_digest(folder)}", longest)
+
+    @property
+    def identity(self) -> str:
+        return f"classifier: {self.name}, threshold {self.options.threshold:g}"
+
+    def read(self, texts: Sequence[str]) -> list[Reading]:
+        parts = [(row, part) for row, text in enumerate(texts) for part in self._parts(text)]
+        scores = self._probabilities([part for _, part in parts])
+        best = torch.zeros(len(texts), scores.shape[1])
+        for (row, _), values in zip(parts, scores, strict=True):
+            best[row] = torch.maximum(best[row], values)
+        return [self._reading(text, values.tolist()) for text, values in zip(texts, best, strict=True)]
+
+    def _reading(self, text: str, values: list[float]) -> Reading:
+        if not text:
+            return {}
+        stated = {name: values[column] for name, column in self.columns.items()}
+        present = [name for name, value in stated.items() if value >= self.options.threshold]
+        likeliest: dict[str, str] = {}
+        if present:
+            written = sentences(text)
+            scores = self._probabilities(written)
+            likeliest = {name: written[int(scores[:, self.columns[name]].argmax())] for name in present}
+        return {
+            name: Statement(
+                Status.present if name in likeliest else Status.absent, likeliest.get(name, ""), round(value, 4)
+            )
+            for name, value in stated.items()
+        }
+
+    def _parts(self, text: str) -> list[str]:
+        """The text, or runs of its sentences that the model can take."""
+        if not text or self._length(text) <= self.longest:
+            return [text]
+        parts: list[str] = []
+        for sentence in sentences(text):
+            joined = f"{parts[-1]} {sentence}" if parts else sentence
+            if parts and self._length(joined) <= self.longest:
+                parts[-1] = joined
+            else:
+                parts.append(sentence)
+        return parts
+
+    def _length(self, text: str) -> int:
+        return len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+    @torch.inference_mode()
+    def _probabilities(self, texts: Sequence[str]) -> Tensor:
+        """(texts, outputs) in the order of ``texts``."""
+        scores = []
+        for start in range(0, len(texts), self.options.batch):
+            batch = self.tokenizer(
+                list(texts[start : start + self.options.batch]),
+                truncation=True, max_length=self.longest, padding=True, return_tensors="pt",
+            ).to(self.options.device)  # fmt: skip
+            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            scores.append(getattr(logits, "logits", logits).float().sigmoid().cpu())
+        return torch.cat(scores)
+
+
+class _Published(nn.Module):
+    """CT-CLIP's RadBertClassifier: a linear map of the pooled output."""
+
+    def __init__(self, model: nn.Module, outputs: int) -> None:
+        super().__init__()
+        self.model = model
+        self.classifier = nn.Linear(model.config.hidden_size, outputs)  # type: ignore[arg-type,union-attr]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        pooled: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        logits: Tensor = self.classifier(pooled)
+        return logits
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: no config.json that can be read; --model takes a local model folder"
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder}: config.json holds no settings; copy the model folder again")
+    return config
+
+
+def _own_state(folder: Path) -> dict[str, Tensor] | None:
+    """The state of CT-CLIP's classifier if a ``.pth`` or ``.pt`` of it lies in the folder and no weights of Transformers."""
+    files = sorted([*folder.glob("*.pth"), *folder.glob("*.pt")])
+    if any((folder / name).is_file() for name in WEIGHTS) or not files:
+        return None
+    try:
+        # Tensors alone: a pickle of a stranger may run code.
+        state = torch.load(files[0], map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{files[0]}: cannot be read as weights ({type(error).__name__})") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
+    if f"{MAP}weight" not in state or not any(key.startswith(BODY) for key in state):
+        raise CheckpointError(
+            f"{files[0]}: holds no 'model.*' and 'classifier.weight', so it is not CT-CLIP's classifier"
+        )
+    return state
+
+
+def _published(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    from transformers import AutoConfig, AutoModel
+
+    settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model = _Published(AutoModel.from_config(settings), len(state[f"{MAP}weight"]))
+    # Older versions of Transformers kept the positions' numbers as a buffer.
+    given = {key: value for key, value in state.items() if not key.endswith("position_ids")}
+    try:
+        model.load_state_dict(given)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{folder}: the weights do not fit config.json ({' '.join(str(error).split())[:160]})"
+        ) from error
+    return model
+
+
+def _sequence_classifier(folder: Path) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be read as a classifier ({' '.join(str(error).split())[:160]})"
+        ) from error
+    return model
+
+
+def _columns(folder: Path, config: dict[str, Any], labels: LabelSet, *, published: bool) -> dict[str, int]:
+    """Of each label the output that scores it: by the names in config.json; CT-CLIP's outputs come in the set's order."""
+    if published:
+        return {name: number for number, name in enumerate(labels.names)}
+    named = {labels.resolve(str(name)): int(number) for number, name in dict(config.get("id2label") or {}).items()}
+    columns = {name: named[name] for name in labels.names if name in named}
+    if not columns:
+        raise CheckpointError(
+            f"{folder}: none of its outputs is a label of {labels.name!r} (id2label of its config.json has "
+            f"{', '.join(map(str, list(dict(config.get('id2label') or {}).values())[:4]))} ...); add them as aliases of the set"
+        )
+    return columns
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt")):
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:8]

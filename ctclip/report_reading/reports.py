@@ -1,0 +1,94 @@
+"""Tables of reports, as they are exported: an id and a text, or sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctclip.errors import DataError
+from ctclip.preprocessing.cohorts.ct_rate import SECTIONS as CT_RATE
+from ctclip.preprocessing.cohorts.table import SECTIONS
+from ctclip.preprocessing.tables import read_table, report_text
+
+# Names under which tables call a report's id and its text, the likeliest first; any case, spaces as underscores.
+IDS = ("volume", "volumename", "accessionno", "accession", "accession_number", "note_acc_deid", "noteacc_deid", "study", "study_id",
+       "report_id", "id", "name", "scan", "patient")  # fmt: skip
+TEXTS = ("text", "report_text", "report", "radiology_report", "full_report")
+# Sections that say what the scan shows; what was asked and how it was made are no findings.
+READ = ("findings", "impression")
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Reports in the order of their table: ``ids`` under the table's own name ``id_column``; ``sections`` by name, one text
+    for each report, "" where it has none."""
+
+    source: Path
+    id_column: str
+    ids: list[str]
+    sections: dict[str, list[str]]
+
+    def texts(self) -> list[str]:
+        """Each report as one text, its sections on lines of their own."""
+        return ["\n".join(part for part in parts if part) for parts in zip(*self.sections.values(), strict=True)]
+
+
+def load_reports(source: Path) -> Reports:
+    """The reports of a CSV, TSV or Parquet table, of a store's folder, or of a text file with one on each line.
+
+    Raises DataError where the table has no column of text, or the same id with two different texts.
+    """
+    if source.is_dir():
+        source = source / "cohort.parquet"
+    if not source.is_file():
+        raise DataError(f"{source}: no such file")
+    if source.suffix.lower() == ".txt":
+        lines = [line.strip() for line in _text(source).splitlines()]
+        return Reports(source, "report", [str(number) for number in range(1, len(lines) + 1)], {"text": lines})
+    table = read_table(source)
+    names = {_key(column): column for column in table.columns}
+    whole = next((names[key] for key in TEXTS if key in names), None)
+    chosen = _sections(names) or ({} if whole is None else {"text": whole})
+    if not chosen:
+        raise DataError(
+            f"{source}: has no column of reports (it has {', '.join(table.columns[:6])}); call it 'text', or 'findings' and "
+            f"'impression'"
+        )
+    if table.empty:
+        raise DataError(f"{source}: holds no report")
+    id_column = next((names[key] for key in IDS if key in names), "")
+    ids = table[id_column].tolist() if id_column else [str(line) for line in table.index]
+    if "" in ids:
+        raise DataError(f"{source}: {table.index.name} {table.index[ids.index('')]} has no {id_column}")
+    sections = {name: [report_text(cell) for cell in table[column]] for name, column in chosen.items()}
+    reports = Reports(source, id_column or str(table.index.name), ids, sections)
+    _check_ids(reports)
+    return reports
+
+
+def _sections(names: dict[str, str]) -> dict[str, str]:
+    """The columns of the sections that are read, by the section's name."""
+    known = {**{_key(theirs): ours for theirs, ours in CT_RATE.items()}, **{ours: ours for ours in SECTIONS}}
+    known |= {"impressions": "impression", "conclusion": "impression", "finding": "findings"}
+    found = {ours: names[key] for key, ours in known.items() if key in names and ours in READ}
+    return {name: found[name] for name in READ if name in found}
+
+
+def _key(column: str) -> str:
+    return "_".join(column.strip().casefold().split())
+
+
+def _check_ids(reports: Reports) -> None:
+    texts: dict[str, str] = {}
+    for name, text in zip(reports.ids, reports.texts(), strict=True):
+        if texts.setdefault(name, text) != text:
+            raise DataError(
+                f"{reports.source}: {reports.id_column} {name!r} has two different reports; keep one row for each"
+            )
+
+
+def _text(source: Path) -> str:
+    try:
+        return source.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source}: cannot be read ({' '.join(str(error).split())[:160]})") from error
