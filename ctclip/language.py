@@ -38,6 +38,17 @@ class Scopes(Section):
     joins: tuple[str, ...] = Field((), description="and, or, nor: between the items of a list")
 
 
+class Wording(Section):
+    """What reports are cleaned with: words that are compared in any case."""
+
+    headings: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="of each section, its headings")
+    sides: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="phrases of left, right and both")
+    lobes: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="phrases of upper, middle and lower")
+    comparison: tuple[str, ...] = Field((), description="phrases of comparison with an earlier examination")
+    boilerplate: tuple[str, ...] = Field((), description="phrases of sentences that describe no scan")
+    typos: dict[str, str] = Field(default_factory=dict, description="misspelt words and what they stand for")
+
+
 class Language(Section):
     """A file of ``configs/languages``."""
 
@@ -45,6 +56,7 @@ class Language(Section):
     negations: tuple[str, ...] = Field(min_length=1, description="words by which a sentence says absent or normal")
     common: tuple[str, ...] = Field((), description="the commonest words, by which the language is recognised")
     scopes: Scopes | None = Field(None, description="what labels are read with")
+    wording: Wording = Field(Wording(), description="what reports are cleaned with")
 
     def negates(self, sentence: str) -> bool:
         """Whether a sentence says that something is absent or normal, by its wording."""

@@ -51,6 +51,7 @@ BASES: dict[Kind, str] = {
     "encoder": "ctclip.models.encoded:VolumeEncoder",
     "objective": "ctclip.objectives.objective:Objective",
     "head": "ctclip.heads.head:Head",
+    "reader": "ctclip.report_reading.reader:Reader",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,9 @@ from ctclip.errors import ConfigError, PromptError
 from ctclip.schema import Section, validated
 
 Phrasings = dict[str, tuple[str, ...]]
+Weights = dict[str, tuple[float, ...]]
+# Left out of an identity where they say nothing, so that sets without them keep the one they had.
+LATER = ("positive_weights", "negative_weights", "provenance")
 
 
 class Pair(Section):
@@ -21,6 +25,31 @@ class Pair(Section):
 
     positive: Phrasings
     negative: Phrasings
+    positive_weights: Weights = Field(
+        default_factory=dict, description="of the phrasings, by section; equal if not given"
+    )
+    negative_weights: Weights = Field(
+        default_factory=dict, description="of the phrasings, by section; equal if not given"
+    )
+
+    @model_validator(mode="after")
+    def _a_weight_each(self) -> Pair:
+        for phrasings, weights in ((self.positive, self.positive_weights), (self.negative, self.negative_weights)):
+            for section, values in weights.items():
+                if len(values) != len(phrasings.get(section, ())) or min(values, default=1) <= 0:
+                    raise ValueError(f"the weights of the section {section!r} are not one positive number a phrasing")
+        return self
+
+    def weights(self, positive: bool, sections: Sequence[str]) -> list[tuple[float, ...]]:
+        """Weights of the phrasings that ``groups`` gives."""
+        phrasings, given = (
+            (self.positive, self.positive_weights) if positive else (self.negative, self.negative_weights)
+        )
+        return [
+            given.get(section, (1.0,) * len(texts))
+            for section, texts in phrasings.items()
+            if section in sections and texts
+        ]
 
     def groups(self, positive: bool, sections: Sequence[str]) -> list[tuple[str, ...]]:
         """Phrasings of one side, section by section."""
@@ -63,6 +92,9 @@ class PromptSet(Section):
     graded: dict[str, Graded] = Field(
         default_factory=dict, description="findings with a size: templates with {value}, and the values"
     )
+    provenance: dict[str, str] = Field(
+        default_factory=dict, description="for a mined set: its source, and how it was made"
+    )
 
     @model_validator(mode="after")
     def _nothing_empty(self) -> PromptSet:
@@ -85,7 +117,9 @@ class PromptSet(Section):
 
     def identity(self) -> str:
         """Name and digest of everything in it."""
-        return f"{self.name} {hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]}"
+        values = _without_later(self.model_dump(mode="json"))
+        text = json.dumps(values, separators=(",", ":"), ensure_ascii=False)
+        return f"{self.name} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def pair(self, abnormality: str) -> Pair:
         """The phrasings of ``abnormality``, listed or not: unlisted names get the templates."""
@@ -102,6 +136,11 @@ class PromptSet(Section):
         groups = self.pair(abnormality).groups(positive, self.sections)
         return groups if self.average == "section" else [tuple(text for texts in groups for text in texts)]
 
+    def weights(self, abnormality: str, positive: bool) -> list[tuple[float, ...]]:
+        """Weights of the phrasings of ``groups``."""
+        weights = self.pair(abnormality).weights(positive, self.sections)
+        return weights if self.average == "section" else [tuple(value for values in weights for value in values)]
+
     def side(self, abnormality: str, positive: bool) -> list[str]:
         """Every phrasing of one side."""
         return [text for texts in self.groups(abnormality, positive) for text in texts]
@@ -109,6 +148,12 @@ class PromptSet(Section):
     def names(self) -> tuple[str, ...]:
         """Abnormalities that are spelled out; none where the set has templates alone."""
         return tuple(self.abnormalities)
+
+
+def _without_later(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {key: _without_later(value) for key, value in values.items() if value or key not in LATER}
 
 
 FREE_TEXT = Pair(

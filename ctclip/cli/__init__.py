@@ -12,6 +12,7 @@ import typer
 
 from ctclip import __version__
 from ctclip.cli.calibrate import calibrate
+from ctclip.cli.clean_reports import clean_reports
 from ctclip.cli.config import config
 from ctclip.cli.demo import demo
 from ctclip.cli.embed import embed
@@ -58,6 +59,7 @@ app.command()(embed)
 app.command()(index)
 app.command()(similar)
 app.command("read-reports")(read_reports)
+app.command("clean-reports")(clean_reports)
 app.add_typer(prompts, name="prompts")
 app.add_typer(labels, name="labels")
 app.add_typer(config, name="config")

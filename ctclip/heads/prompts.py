@@ -85,7 +85,7 @@ def _embedding(encoded: Encoded) -> Tensor:
 
 @torch.no_grad()
 def pair_vectors(model: DualEncoder, prompts: PromptSet, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Positive and negative sides (names, dim): the mean of each side's phrasings, encoded together.
+    """Positive and negative sides (names, dim): the mean of each side's phrasings by their weights, encoded together.
 
     It is made a unit vector for ``ensemble: embeddings``, and left as long as it is for ``logits``, whose mean of dot
     products is the dot product with the mean. With ``average: section`` each section weighs alike, however many
@@ -94,13 +94,16 @@ def pair_vectors(model: DualEncoder, prompts: PromptSet, names: Sequence[str]) -
     """
     shared = model.config.standardise and prompts.ensemble == "embeddings"
     encode = model.encode_prompts if shared else model.encode_text
-    groups = [prompts.groups(name, positive) for positive in (True, False) for name in names]
+    sides = [(name, positive) for positive in (True, False) for name in names]
+    groups, weights = [[of(*side) for side in sides] for of in (prompts.groups, prompts.weights)]
     vectors = encode([text for sections in groups for texts in sections for text in texts])
     means, start = [], 0
-    for sections in groups:
+    for sections, shares in zip(groups, weights, strict=True):
         parts = []
-        for texts in sections:
-            parts.append(vectors[start : start + len(texts)].mean(dim=0))
+        for texts, share in zip(sections, shares, strict=True):
+            part = vectors[start : start + len(texts)]
+            each = torch.tensor(share).to(vectors)
+            parts.append(part.mean(dim=0) if len(set(share)) == 1 else each @ part / each.sum())
             start += len(texts)
         means.append(torch.stack(parts).mean(dim=0))
     positive, negative = torch.stack(means).split(len(names))

@@ -47,7 +47,9 @@ class ClassifierReader(Reader):
         config, state = _config(folder), _own_state(folder)
         model = _published(folder, config, state) if state is not None else _sequence_classifier(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        columns = _columns(folder, config, labels, published=state is not None)
+        outputs = 0 if state is None else len(state[f"{MAP}weight"])
+        # CT-CLIP's outputs have no names: they come in the set's order.
+        columns = _columns(folder, config, labels) if state is None else _in_order(folder, labels, outputs)
         # RoBERTa numbers its positions from the padding's number on.
         places = int(config.get("max_position_embeddings", LONGEST))
         longest = min(places - 2 if config.get("model_type") == "roberta" else places, LONGEST)
@@ -59,6 +61,8 @@ class ClassifierReader(Reader):
 
     def read(self, texts: Sequence[str]) -> list[Reading]:
         parts = [(row, part) for row, text in enumerate(texts) for part in self._parts(text)]
+        if not parts:
+            return [{} for _ in texts]
         scores = self._probabilities([part for _, part in parts])
         best = torch.zeros(len(texts), scores.shape[1])
         for (row, _), values in zip(parts, scores, strict=True):
@@ -66,7 +70,7 @@ class ClassifierReader(Reader):
         return [self._reading(text, values.tolist()) for text, values in zip(texts, best, strict=True)]
 
     def _reading(self, text: str, values: list[float]) -> Reading:
-        if not text:
+        if not text.strip():
             return {}
         stated = {name: values[column] for name, column in self.columns.items()}
         present = [name for name, value in stated.items() if value >= self.options.threshold]
@@ -84,7 +88,9 @@ class ClassifierReader(Reader):
 
     def _parts(self, text: str) -> list[str]:
         """The text, or runs of its sentences that the model can take."""
-        if not text or self._length(text) <= self.longest:
+        if not text.strip():
+            return []
+        if self._length(text) <= self.longest:
             return [text]
         parts: list[str] = []
         for sentence in sentences(text):
@@ -187,18 +193,24 @@ def _sequence_classifier(folder: Path) -> nn.Module:
     return model
 
 
-def _columns(folder: Path, config: dict[str, Any], labels: LabelSet, *, published: bool) -> dict[str, int]:
-    """Of each label the output that scores it: by the names in config.json; CT-CLIP's outputs come in the set's order."""
-    if published:
-        return {name: number for number, name in enumerate(labels.names)}
-    named = {labels.resolve(str(name)): int(number) for number, name in dict(config.get("id2label") or {}).items()}
-    columns = {name: named[name] for name in labels.names if name in named}
-    if not columns:
+def _in_order(folder: Path, labels: LabelSet, outputs: int) -> dict[str, int]:
+    if outputs != len(labels.names):
         raise CheckpointError(
-            f"{folder}: none of its outputs is a label of {labels.name!r} (id2label of its config.json has "
-            f"{', '.join(map(str, list(dict(config.get('id2label') or {}).values())[:4]))} ...); add them as aliases of the set"
+            f"{folder}: has {outputs} outputs, the label set {labels.name!r} {len(labels.names)} labels"
         )
-    return columns
+    return {name: number for number, name in enumerate(labels.names)}
+
+
+def _columns(folder: Path, config: dict[str, Any], labels: LabelSet) -> dict[str, int]:
+    """Of each label the output that scores it, by the names in config.json. Every label needs one: what a classifier does
+    not know must not look absent."""
+    named = {labels.resolve(str(name)): int(number) for number, name in dict(config.get("id2label") or {}).items()}
+    if lacking := [name for name in labels.names if name not in named]:
+        raise CheckpointError(
+            f"{folder}: no output for {lacking[0]!r} of {labels.name!r} (id2label of its config.json has "
+            f"{', '.join(map(str, list(dict(config.get('id2label') or {}).values())[:4]))} ...); add aliases to the set"
+        )
+    return {name: named[name] for name in labels.names}
 
 
 def _digest(folder: Path) -> str:

@@ -11,7 +11,7 @@ from ctclip.errors import ConfigError
 from ctclip.labels import LabelSet
 from ctclip.language import Language, load_language
 from ctclip.report_reading.patterns import Match, Phrases, tokens_of
-from ctclip.report_reading.reader import NOTHING, Options, Reader, Reading, Statement, Status, strongest
+from ctclip.report_reading.reader import Options, Reader, Reading, Statement, Status, strongest
 from ctclip.report_reading.scopes import Cue, Scoped, cue_phrases
 from ctclip.report_reading.terms import LabelTerms, Terms, load_terms
 from ctclip.sentences import sentences
@@ -29,6 +29,16 @@ class Term:
     label: str
     role: str
     guard: int = 0
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A label in a sentence: what is said of it, and the tokens [start, end) of the phrase that names it."""
+
+    label: str
+    status: Status
+    start: int
+    end: int
 
 
 class RulesReader(Reader):
@@ -72,6 +82,13 @@ class RulesReader(Reader):
 
     def _statuses(self, sentence: str) -> dict[str, Status]:
         """What one sentence says of each label it mentions."""
+        stated: dict[str, list[Statement]] = {}
+        for mention in self.mentions(sentence):
+            stated.setdefault(mention.label, []).append(Statement(mention.status))
+        return {name: strongest(statements).status for name, statements in stated.items()}
+
+    def mentions(self, sentence: str) -> list[Mention]:
+        """Every mention of a label in one sentence, in their order."""
         tokens = tokens_of(sentence)
         matches = self.phrases.find(tokens)
         by_label: dict[str, dict[str, list[Match]]] = {}
@@ -79,10 +96,10 @@ class RulesReader(Reader):
             if isinstance(match.key, Term):
                 by_label.setdefault(match.key.label, {}).setdefault(match.key.role, []).append(match)
         if not by_label:
-            return {}
+            return []
         scoped = Scoped(tokens, [match for match in matches if isinstance(match.key, Cue)])
-        said = {name: _said(scoped, roles) for name, roles in by_label.items()}
-        return {name: status for name, status in said.items() if status is not NOTHING.status}
+        every = [mention for name, roles in by_label.items() for mention in _mentions(name, scoped, roles)]
+        return sorted(every, key=lambda mention: (mention.start, mention.end))
 
 
 def _phrases(name: str, terms: LabelTerms) -> Iterator[tuple[Term, str]]:
@@ -95,9 +112,8 @@ def _phrases(name: str, terms: LabelTerms) -> Iterator[tuple[Term, str]]:
                 yield Term(name, GUARD, number), guard
 
 
-def _said(scoped: Scoped, roles: dict[str, list[Match]]) -> Status:
+def _mentions(name: str, scoped: Scoped, roles: dict[str, list[Match]]) -> Iterator[Mention]:
     """What a sentence says of one label, from where its phrases stand."""
-    statements = []
     for match in roles.get("present", ()):
         low, high = scoped.clause(match)
         other = any(match.start < o.end and o.start < match.end for o in roles.get("ignore", ()))
@@ -107,8 +123,8 @@ def _said(scoped: Scoped, roles: dict[str, list[Match]]) -> Status:
             other |= any(low <= o.start and o.end <= high for o in guards)
         status = None if other else scoped.status(match)
         if status is not None:
-            statements.append(Statement(status))
+            yield Mention(name, status, match.start, match.end)
     for match in roles.get("absent", ()):
         # "Heart size is not normal."
-        statements.append(Statement(Status.present if scoped.denied_inside(match) else Status.absent))
-    return strongest(statements).status
+        status = Status.present if scoped.denied_inside(match) else Status.absent
+        yield Mention(name, status, match.start, match.end)

@@ -1,0 +1,41 @@
+"""`ctclip clean-reports`: sections, sentences and findings of reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def clean_reports(
+    reports: Path = typer.Argument(
+        ..., help="A table with a column of text, or of findings and impression; a .txt of one report a line; a store."
+    ),
+    labels: str = typer.Option(..., "--labels", help="A label set: a YAML file, or the name of one in configs/labels."),
+    output: Path = typer.Option(Path("findings.csv"), "--output", "-o", help="The table to write: .csv or .parquet."),
+    terms: str = typer.Option(None, help="A file of terms; the label set's own if not given."),
+    language: str = typer.Option("english", help="A YAML file, or the name of one in configs/languages."),
+    force: bool = typer.Option(False, "--force", help="Replace the table that is there."),
+) -> None:
+    """Take reports apart: sections by their headings, sentences, and each finding with side, lobe, size and certainty.
+
+    `ctclip clean-reports reports.csv --labels ct_rate_18 --output findings.csv`
+
+    Sentences that compare with earlier examinations, and those that describe no scan, are marked; typos of the language's
+    list are mended.
+    """
+    from ctclip.labels import load_labels
+    from ctclip.report_reading.clean import check_findings, write_findings
+    from ctclip.report_reading.clean import clean_reports as clean
+    from ctclip.report_reading.findings import Cleaner
+    from ctclip.report_reading.reader import Options
+    from ctclip.report_reading.reports import load_reports
+    from ctclip.report_reading.rules import RulesReader
+
+    check_findings(output, force=force)
+    cleaner = Cleaner(RulesReader.build(load_labels(labels), Options(terms=terms, language=language)))
+    table = clean(load_reports(reports), cleaner)
+    write_findings(table, output, force=force)
+    findings = int((table["label"] != "").sum())
+    marked = ", ".join(f"{int(table[name].sum())} {name}" for name in ("comparison", "boilerplate"))
+    print(f"findings: {output} ({len(table)} rows, {findings} findings; marked: {marked})")

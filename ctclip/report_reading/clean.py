@@ -1,0 +1,80 @@
+"""Reports taken apart: a table of their sentences and of the findings that each states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from ctclip.errors import DataError
+from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
+from ctclip.report_reading.findings import Cleaner, CleanSentence, Finding
+from ctclip.report_reading.reports import Reports
+from ctclip.report_reading.sections import REST, split_sections
+
+COLUMNS = (
+    "section",
+    "sentence_number",
+    "sentence",
+    "label",
+    "status",
+    "side",
+    "lobe",
+    "size_mm",
+    "comparison",
+    "boilerplate",
+)
+HEADER = ",".join(COLUMNS[:4]).encode()
+
+
+def clean_reports(reports: Reports, cleaner: Cleaner) -> pd.DataFrame:
+    """A row for each finding, and for each sentence without one: ``COLUMNS`` behind the report's id.
+
+    Sections are the table's columns; a text without columns is divided by its headings.
+    """
+    rows = [
+        {reports.id_column: name, **row}
+        for number, name in enumerate(reports.ids)
+        for row in _rows({section: texts[number] for section, texts in reports.sections.items()}, cleaner)
+    ]
+    if not rows:
+        raise DataError(f"{reports.source}: holds no report")
+    return pd.DataFrame(rows, columns=[reports.id_column, *COLUMNS])
+
+
+def write_findings(table: pd.DataFrame, output: Path, *, force: bool = False) -> None:
+    """Write the table as CSV or Parquet, by its ending. Raises PreprocessingError where another file lies there."""
+    with claimed_file(output):
+        check_findings(output, force=force)
+        with written_beside(output) as partial:
+            table.to_parquet(partial, index=False) if output.suffix == ".parquet" else table.to_csv(
+                partial, index=False
+            )
+
+
+def check_findings(output: Path, *, force: bool = False) -> None:
+    """Raise unless the table may be written to ``output``."""
+    if output.suffix not in (".csv", ".parquet"):
+        raise DataError(f"{output}: end the name in .csv or .parquet")
+    # Parquet keeps its columns' names at its end: it is not recognised, and replaced with --force alone.
+    check_file(output, file_holds(HEADER), force=force)
+
+
+def _rows(sections: dict[str, str], cleaner: Cleaner) -> Iterator[dict[str, object]]:
+    if set(sections) == {REST}:
+        sections = split_sections(sections[REST], cleaner.language.wording.headings)
+    for section, text in sections.items():
+        for number, sentence in enumerate(cleaner.clean(text), start=1):
+            for finding in sentence.findings or (None,):
+                yield {"section": section, "sentence_number": number, **_row(sentence, finding)}
+
+
+def _row(sentence: CleanSentence, finding: Finding | None) -> dict[str, object]:
+    said = {"label": "", "status": "", "side": "", "lobe": "", "size_mm": None}
+    if finding is not None:
+        said = {**vars(finding), "status": finding.status.value}
+    return {
+        "sentence": sentence.text, **said, "comparison": int(sentence.comparison), "boilerplate": int(sentence.boilerplate)
+    }  # fmt: skip

@@ -1,0 +1,46 @@
+"""The sections of a report that came as one text, by their headings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+# What stands before the first heading.
+REST = "text"
+# "## Findings", "**FINDINGS:**", "[Findings]", "1. Findings -", "FINDINGS" with a line of dashes below.
+MARKS = r"[#*_=\[\]<>\s]*"
+NUMBER = r"(?:\(?(?:\d{1,2}|[IVX]{1,4})[.)]\s*)?"
+END = r"\s*(?:[*_\]]*\s*[:：][*_]*|[*_\]]*\s+[-–—]\s|[*_\]#=]*\s*$)"
+RULE = re.compile(r"^[\s\-=_*~]{3,}$", re.MULTILINE)
+
+
+def split_sections(text: str, headings: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The sections of ``text`` in their order; what has no heading is ``text``. Parts of one section are joined.
+
+    ``headings``: of each section the words that begin it, in any case. A heading stands at the beginning of a line and ends
+    in a colon, a dash or the line; in capitals and with a colon it may stand anywhere.
+    """
+    owners = {_key(word): name for name, words in headings.items() for word in words}
+    if not owners:
+        return {REST: text.strip()} if text.strip() else {}
+    words = "|".join(sorted((re.escape(word).replace(r"\ ", r"[ _]+") for word in owners), key=len, reverse=True))
+    at_line = re.compile(rf"^{MARKS}{NUMBER}{MARKS}(?P<word>{words}){END}", re.IGNORECASE | re.MULTILINE)
+    capitals = re.compile(rf"(?<![^\s*.])(?P<word>{words.upper()})\s*:")
+    found = {match.start("word"): match for pattern in (at_line, capitals) for match in pattern.finditer(text)}
+    places = [found[start] for start in sorted(found)]
+    parts: list[tuple[str, str]] = []
+    first = places[0].start() if places else len(text)
+    parts.append((REST, text[:first]))
+    for match, following in zip(places, [*places[1:], None], strict=True):
+        end = following.start() if following is not None else len(text)
+        parts.append((owners[_key(match["word"])], text[match.end() : end]))
+    sections: dict[str, str] = {}
+    for name, part in parts:
+        body = RULE.sub("", part).strip().strip("*_").strip()
+        if body:
+            sections[name] = f"{sections[name]}\n{body}" if name in sections else body
+    return sections
+
+
+def _key(word: str) -> str:
+    return " ".join(re.split(r"[ _]+", word.strip().casefold()))
