@@ -47,7 +47,7 @@ CONFIGS: dict[str, Any] = {
     "ctvit, no codebook": CTViTConfig(**CTVIT, quantise=False, activation_checkpointing=True),
     "resnet3d 18": ResNet3DConfig(width_factor=0.125),
     "resnet3d 50": ResNet3DConfig(depth=50, width_factor=0.125, norm="batch"),
-    **{f"slices, {kind}": SlicesConfig(aggregator=kind, heads=2, slices_at_once=5) for kind in ("mean", "lstm", "transformer", "cross")},
+    **{f"slices, {kind}": SlicesConfig(aggregator=kind, heads=2, slices_at_once=20) for kind in ("mean", "lstm", "transformer", "cross")},
 }  # fmt: skip
 every = pytest.mark.parametrize("name", list(CONFIGS))
 

@@ -69,7 +69,7 @@ def test_files_that_are_no_dicom_have_a_path_alone(tmp_path: Path) -> None:
     path = Path(os.fsdecode(b'n\xe4me, "one".nii'))
     (tmp_path / path).write_bytes(b"x")
     write_linkage(tmp_path / "l.csv", {"v": tmp_path / path})
-    table = pd.read_csv(tmp_path / "l.csv", dtype=str, keep_default_na=False, encoding_errors="surrogateescape")
+    table = pd.read_csv(tmp_path / "l.csv", dtype=object, keep_default_na=False, encoding_errors="surrogateescape")
     assert os.fsencode(table["path"][0]) == os.fsencode(tmp_path / path)
     assert table["StudyInstanceUID"].tolist() == [""]
 
