@@ -1,4 +1,4 @@
-"""`ctclip config`: what a configuration holds, what each key means, and where a value came from."""
+"""`ctclip config`: the keys of a configuration, their meaning, and where a value comes from."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import typer
 if TYPE_CHECKING:
     from ctclip.config_keys import Key
 
-config = typer.Typer(help="Configuration keys: list them, show a recipe's values, explain one.", no_args_is_help=True)
-OVERRIDES = typer.Argument(None, metavar="[KEY=VALUE]...", help="Values that replace the configuration's.")
+config = typer.Typer(
+    help="List configuration keys, show the values of a recipe, or explain a key.", no_args_is_help=True
+)
+OVERRIDES = typer.Argument(
+    None, metavar="[KEY=VALUE]...", help="Values that override the configuration, such as training.epochs=5."
+)
 
 
 @config.command("list")
-def list_keys(section: str = typer.Argument("", help="Only keys of this section, for example training.")) -> None:
-    """Every key with its default and meaning.
+def list_keys(section: str = typer.Argument("", help="Only the keys of this section, for example training.")) -> None:
+    """List every key with its default and meaning.
 
     `ctclip config list training`
     """
@@ -30,7 +34,7 @@ def show(
     name: str = typer.Argument(..., help="A YAML file, or the name of one in configs/."),
     overrides: list[str] = OVERRIDES,
 ) -> None:
-    """A recipe with every value spelled out, and where each came from.
+    """Show every value of a recipe and where it comes from.
 
     `ctclip config show phantom_tiny training.epochs=5`
     """
@@ -47,10 +51,10 @@ def show(
 @config.command("explain")
 def explain(
     path: str = typer.Argument(..., metavar="KEY", help="A key, for example training.batch, or a whole section."),
-    name: str = typer.Option(None, "--config", "-c", help="Say what this recipe sets it to as well."),
+    name: str = typer.Option(None, "--config", "-c", help="Also show the value in this recipe."),
     overrides: list[str] = OVERRIDES,
 ) -> None:
-    """What a key means, what it accepts, its default, and with --config its value and where that came from.
+    """Explain a key: meaning, type, default and, with --config, its value and where it comes from.
 
     `ctclip config explain training.batch --config ct_rate_vit3d_base`
     """

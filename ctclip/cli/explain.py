@@ -18,22 +18,24 @@ class By(StrEnum):
 
 
 def explain(
-    scan: Path = typer.Argument(..., help="A volume file, a DICOM folder or an archive of one."),
-    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a hub name."),
+    scan: Path = typer.Argument(..., help="A volume file, a DICOM folder, or an archive of one of these."),
+    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
     output: Path = typer.Option(
         Path("explanation"), "--output", "-o", help="Folder for maps, masks, findings.json and page.html."
     ),
     abnormality: list[str] = typer.Option(
-        None, help="Locate this; may be repeated. Those at or above their threshold if not given."
+        None, help="A finding to locate. May be repeated. Default: all findings at or above their decision threshold."
     ),
-    head: str = typer.Option(None, help="Which of the model's heads to explain; prompts if not given."),
+    head: str = typer.Option(None, help="The head of the model to explain. Default: prompts."),
     method: By = typer.Option(
         By.similarity,
-        help="similarity: what each place alone would score; occlusion: how the score falls when a place is hidden, "
+        help="similarity: the score of each place by itself; occlusion: how the score falls when a place is hidden, "
         "slow, works with every model; gradcam; attention: for transformers.",
     ),
-    level: float = typer.Option(0.5, min=0.01, max=0.99, help="Share of a map's peak that its region and mask reach."),
-    budget: int = typer.Option(600, min=8, help="Occlusion: the most encodings it may take; more are finer."),
+    level: float = typer.Option(
+        0.5, min=0.01, max=0.99, help="Fraction of the peak of a map down to which its region and mask extend."
+    ),
+    budget: int = typer.Option(600, min=8, help="Occlusion: maximum number of encodings; more give finer maps."),
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
     expect: Expected = EXPECT,
@@ -44,8 +46,8 @@ def explain(
 
     `ctclip explain scan.nii.gz --model runs/demo/train/model --abnormality "Pleural effusion" --output where`
 
-    The maps open over the scan in 3D Slicer and ITK-SNAP. They show what moved the model's score: research, not for
-    diagnosis.
+    The maps open over the scan in 3D Slicer and ITK-SNAP. They show what influenced the score of the model. For
+    research only, not for diagnosis.
     """
     from ctclip import distributed
     from ctclip.explanation.explain import check_output

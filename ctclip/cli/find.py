@@ -1,4 +1,4 @@
-"""`ctclip find`: regions of a scan that a text names."""
+"""`ctclip find`: find the regions of a scan that a text describes."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expecte
 
 
 def find(
-    scan: Path = typer.Argument(..., help="A volume file, a DICOM folder or an archive of one."),
-    text: str = typer.Argument(..., help="What to look for, in any words."),
-    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a hub name."),
+    scan: Path = typer.Argument(..., help="A volume file, a DICOM folder, or an archive of one of these."),
+    text: str = typer.Argument(..., help="What to look for, in your own words."),
+    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
     output: Path = typer.Option(
         Path("found"), "--output", "-o", help="Folder for the map, the regions' mask, findings.json and page.html."
     ),
-    most: int = typer.Option(5, min=1, help="Most regions to give."),
+    most: int = typer.Option(5, min=1, help="Maximum number of regions."),
     method: By = typer.Option(By.similarity, help="As in `ctclip explain`."),
-    level: float = typer.Option(0.5, min=0.01, max=0.99, help="Share of the map's peak that a region reaches."),
+    level: float = typer.Option(
+        0.5, min=0.01, max=0.99, help="Fraction of the peak of the map down to which a region extends."
+    ),
     refine: bool = typer.Option(False, "--refine", help="Grow the regions of the mask to edges of HU (watershed)."),
-    budget: int = typer.Option(600, min=8, help="Occlusion: the most encodings it may take."),
+    budget: int = typer.Option(600, min=8, help="Occlusion: maximum number of encodings."),
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
     expect: Expected = EXPECT,
     series: str = SERIES,
     largest_gb: float = LARGEST_GB,
 ) -> None:
-    """Find what a text says in a scan: regions with places, sizes and scores. Research, not for diagnosis.
+    """Find what a text describes in a scan: regions with position, size and score. For research only, not for diagnosis.
 
     `ctclip find scan.nii.gz "a nodule larger than 10 mm" --model runs/demo/train/model --output found`
 
-    A size in the text is not left to the model: it keeps the regions whose longest side fits.
+    A size in the text is not judged by the model; only regions whose longest side has that size are kept.
     """
     from ctclip import distributed
     from ctclip.explanation.explain import check_output

@@ -1,4 +1,4 @@
-"""`ctclip locate`: how well a model's maps point, against masks."""
+"""`ctclip locate`: compare the maps of a model with masks."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from ctclip.cli.explain import By
 
 
 def locate(
-    cohort: Path = typer.Argument(..., help="Folder of scans, as `ctclip preprocess` takes it."),
-    masks: Path = typer.Option(..., help="Folder of masks, each on the grid of its scan."),
-    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a hub name."),
+    cohort: Path = typer.Argument(..., help="The cohort, as for `ctclip preprocess`."),
+    masks: Path = typer.Option(..., help="The folder of masks; each must lie on the grid of its scan."),
+    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
     layout: str = typer.Option(
-        "phantom", help="How the masks are laid out: a YAML file, or the name of one in configs/masks."
+        "phantom", help="Layout of the masks: a YAML file, or the name of one in configs/masks."
     ),
-    split: str = typer.Option(None, help="One split of the cohort."),
-    head: str = typer.Option(None, help="Which of the model's heads to explain; prompts if not given."),
+    split: str = typer.Option(None, help="Only this split of the cohort."),
+    head: str = typer.Option(None, help="The head of the model to explain. Default: prompts."),
     method: By = typer.Option(By.similarity, help="As in `ctclip explain`."),
-    budget: int = typer.Option(600, min=8, help="Occlusion: the most encodings a scan may take."),
-    limit: int = typer.Option(None, min=2, help="So many scans, drawn; all if not given."),
-    seed: int = typer.Option(0, help="Of the draw, the controls and the bootstrap."),
-    output: Path = typer.Option(Path("locate.json"), "--output", "-o", help="JSON to write."),
+    budget: int = typer.Option(600, min=8, help="Occlusion: maximum number of encodings per scan."),
+    limit: int = typer.Option(None, min=2, help="Number of scans, drawn at random. Default: all."),
+    seed: int = typer.Option(0, help="Seed of the draw, the controls and the bootstrap."),
+    output: Path = typer.Option(Path("locate.json"), "--output", "-o", help="The JSON file to write."),
 ) -> None:
-    """Score where a model points against masks: pointing game, voxels, Dice, free-response curve, and two controls.
+    """Compare the maps of a model with masks: pointing game, voxel AUROC, Dice, free-response curve, and two controls.
 
     `ctclip locate runs/demo/cohort --masks runs/demo/cohort/masks --model runs/demo/train/model --split valid`
     """

@@ -9,22 +9,23 @@ import typer
 
 def publish(
     model: str = typer.Argument(..., help="A model folder."),
-    output: Path = typer.Option(..., "--output", "-o", help="Folder for the copy that may be given away."),
+    output: Path = typer.Option(..., "--output", "-o", help="Folder for the copy to publish."),
     licence: str = typer.Option(
         ...,
         "--licence",
         "--license",
-        help="Licence of the weights, as the hub names it: cc-by-nc-sa-4.0, apache-2.0, other.",
+        help="Licence of the weights, by its name on the Hugging Face Hub, for example cc-by-nc-sa-4.0, apache-2.0, "
+        "other.",
     ),
     evaluation: Path = typer.Option(
-        None, help="Folder of `ctclip evaluate` of this model; its figures go on the card."
+        None, help="A folder of `ctclip evaluate` for this model; its results go on the card."
     ),
     repository: str = typer.Option(
-        None, help="Name on the Hugging Face hub, owner/name. Default: nothing is uploaded."
+        None, help="Repository on the Hugging Face Hub, owner/name. Default: nothing is uploaded."
     ),
-    public: bool = typer.Option(False, "--public", help="Let everyone see a new repository. Default: private."),
+    public: bool = typer.Option(False, "--public", help="Make a new repository public. Default: private."),
 ) -> None:
-    """Copy a model folder with a full model card, without what a calibration keeps of its patients; upload it if asked.
+    """Copy a model folder with a full model card and without the patient digests of its calibration; upload it if asked.
 
     `ctclip publish runs/first/model --output published --licence cc-by-nc-sa-4.0 --evaluation evaluation`
     """
