@@ -93,8 +93,8 @@ def quality_page(
     title = f"Quality control: {store.path.name}"
     subtitle = (
         f"Volumes {first + 1} to {first + len(cards)} of {len(names)}, spec {store.spec.name} "
-        f"({' x '.join(f'{s:g}' for s in store.spec.spacing)} mm). Rows from above: {', '.join(windows)}; the "
-        f"patient's right on the left. {warned} have warnings."
+        f"({' x '.join(f'{s:g}' for s in store.spec.spacing)} mm). Rows from top to bottom: {', '.join(windows)}; the "
+        f"patient's right is on the left. {warned} have warnings."
     )
     with claimed_file(output):
         write_text(
@@ -134,7 +134,7 @@ def _card(
     if expect == "chest" and (reason := no_chest(find_lungs(Volume(hu, affine, name)))):
         warnings.append(reason)
     if hu.max() < 100:
-        warnings.append(f"nothing above {hu.max()} HU: is there bone in it?")
+        warnings.append(f"no voxel is above {hu.max()} HU: is there any bone?")
     counted = np.histogram(hu, BINS)[0]
     bars = np.sqrt(counted / max(1, counted.max())) * 42
     return Card(

@@ -46,7 +46,7 @@ def calibrate(
         raise EvaluationError(f"{predictions}: no label could be calibrated")
     print(f"{fitted.method} calibration of {len(fitted.lines)} abnormalities on {fitted.fitted_on}")
     for name, reason in fitted.uncalibrated.items():
-        print(f"not calibrated: {name} ({reason}); it keeps its plain softmax")
+        print(f"not calibrated: {name} ({reason}); it keeps its uncalibrated softmax")
     if replaced:
-        print("note: replaced the calibration that the head had")
+        print("note: replaced the previous calibration of the head")
     print(f"kept: {path}")

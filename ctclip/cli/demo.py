@@ -48,13 +48,13 @@ def demo(
         f"\nzero-shot mean AUROC  {zero['mean_auroc']:.3f}  (95 % interval {low:.3f} to {high:.3f}), {zero['labels_defined']} abnormalities, reports only"
     )
     print(
-        f"histogram control     {controls.get('histogram_mean_auroc', float('nan')):.3f}  (supervised, sees HU frequencies alone)"
+        f"histogram control     {controls.get('histogram_mean_auroc', float('nan')):.3f}  (supervised, sees only HU frequencies)"
     )
     print(f"shuffled labels       {controls['shuffled_mean_auroc']:.3f}")
     print(
         f"report to volume      recall {', '.join(f'{retrieval[k]:.1%} @{k[7:]}' for k in ('recall@1', 'recall@5', 'recall@10') if k in retrieval)} of {retrieval['pool']} volumes"
     )
     if weak:
-        print(f"not told from chance  {', '.join(weak)}")
+        print(f"not above chance      {', '.join(weak)}")
     print(f"time                  {metrics['seconds']['total'] / 60:.1f} minutes")
     print(f"report                {output / 'report.html'}")

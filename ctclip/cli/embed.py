@@ -61,7 +61,7 @@ def embed(
     from ctclip.preprocessing.store import VolumeStore
 
     if bool(scans) + (store is not None) + (reports is not None) != 1:
-        raise DataError("give one of: scans, --store, --reports")
+        raise DataError("give exactly one of: scans, --store, --reports")
     if output.suffix not in (".parquet", ".npy"):
         raise DataError(f"{output}: end the name in .parquet or .npy")
     if linkage is not None and not scans:

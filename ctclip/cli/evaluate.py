@@ -62,7 +62,7 @@ def evaluate(
             "note: there is only one patient: intervals cannot be computed, and the metrics say nothing about other patients"
         )
     if zero["mean_auroc"] is None:
-        print(f"mean AUROC undefined: every label has one class only ({result['volumes']} volumes)")
+        print(f"mean AUROC undefined: every label has only one class ({result['volumes']} volumes)")
     else:
         low, high = map(number, zero["mean_auroc_interval"])
         print(
@@ -70,17 +70,19 @@ def evaluate(
             f"{result['volumes']} volumes of {result['patients']} patients"
         )
         for name in zero["labels_undefined"]:
-            print(f"undefined: {name} has one class only; the mean leaves it out")
+            print(f"undefined: {name} has only one class and is not part of the mean")
         if "histogram_mean_auroc" in controls:
             print(f"histogram control {number(controls['histogram_mean_auroc'])}")
         print(f"shuffled control {number(controls['shuffled_mean_auroc'])}")
         untrusted, fewest = zero["intervals_not_trusted"], result["intervals"]["trusted_from_patients"]
         if untrusted:
             names = ", ".join(untrusted) if len(untrusted) < len(zero["auroc"]) else "every label"
-            print(f"intervals not to be trusted, with fewer than {fewest} positive or negative patients: {names}")
+            print(f"intervals not to be trusted (fewer than {fewest} positive or negative patients): {names}")
     error = zero["means"]["calibration_error"]["value"]
     if error is not None:
-        print(f"calibration error {error:.3f} by label, {zero['pooled_calibration_error']:.3f} of all labels together")
+        print(
+            f"calibration error {error:.3f} by label, {zero['pooled_calibration_error']:.3f} over all labels together"
+        )
     print(f"thresholds: {zero['thresholds']}")
     if not result["whole_set"]:
         size = result["protocol"]["size"]
@@ -93,5 +95,5 @@ def evaluate(
         mean = result["paired"]["mean"]
         print(f"against {against}: {number(mean['difference'])} ({number(mean['lower'])} to {number(mean['upper'])}), p {number(mean['p'])}")  # fmt: skip
     if replaced:
-        print(f"note: replaced the evaluation that was in {output}")
+        print(f"note: replaced the previous evaluation in {output}")
     print(f"report: {output / 'report.html'}")

@@ -97,7 +97,7 @@ def preprocess(
         return
     if verify:
         for damaged in quarantine_damaged(output):
-            print(f"damaged, set aside, rebuilding: {damaged}")
+            print(f"damaged: {damaged}; set aside, will be rebuilt")
     report = preprocess_cohort(
         cohort,
         output,
@@ -136,7 +136,7 @@ def _summary(outcomes: list[Outcome], unused: dict[str, int], table: Path) -> st
     counts = {word: sum(outcome.word == word for outcome in outcomes) for word in ("done", "refused", "left out")}
     words = [f"{counts['done']} done", f"{counts['refused']} refused"]
     if counts["left out"]:
-        words.append(f"{counts['left out']} left out (listed as no chest; --keep-no-chest keeps them)")
+        words.append(f"{counts['left out']} left out (listed as showing no chest; --keep-no-chest keeps them)")
     line = f"{', '.join(words)}; the reasons are in {table}"
     if not unused:
         return line

@@ -23,7 +23,7 @@ def list_sets() -> None:
     for path in sorted((configs_folder() / "prompts").glob("*.yaml")):
         prompt_set = load_prompts(path)
         phrasings = sum(len(prompt_set.side(name, side)) for name in prompt_set.names() for side in (True, False))
-        graded = f", {len(prompt_set.graded)} sizes" if prompt_set.graded else ""
+        graded = f", {len(prompt_set.graded)} graded findings" if prompt_set.graded else ""
         count = (
             f"{len(prompt_set.names())} abnormalities, {phrasings} phrasings"
             if prompt_set.names()

@@ -33,5 +33,5 @@ def quality(
         expect="chest" if labels is not None and labels.body_part == "chest" else "any",
     )  # fmt: skip
     if replaced:
-        print(f"note: replaced the page that was at {page}")
+        print(f"note: replaced the previous page at {page}")
     print(f"quality page: {page} ({warned} volumes with warnings)")

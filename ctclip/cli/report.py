@@ -21,5 +21,5 @@ def report(
     replaced = output.exists()
     page = compare_reports(first, second, output)
     if replaced:
-        print(f"note: replaced the page that was at {page}")
+        print(f"note: replaced the previous page at {page}")
     print(f"report: {page}")

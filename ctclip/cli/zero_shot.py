@@ -82,7 +82,7 @@ def zero_shot(
     if store is None and (split is not None or reports):
         raise DataError(f"{'--split' if split is not None else '--reports'} goes with --store")
     if head is not None and (prompts or abnormality):
-        raise DataError("--head scores its own names: leave --prompts and --abnormality out")
+        raise DataError("--head scores its own findings: leave out --prompts and --abnormality")
     check_output(output)
     if linkage is not None:
         check_linkage(linkage, output)

@@ -138,15 +138,17 @@ def _thresholds(
     if protocol.thresholds == "published":
         known = ~np.isnan(truth)
         picked = [metrics.published_threshold(truth[k, i], probabilities[k, i]) for i, k in enumerate(known.T)]
-        return np.array(picked), "picked on these very volumes, as published: F1, accuracy and the like are optimistic"
+        return np.array(
+            picked
+        ), "chosen on the evaluated volumes, as published: F1, accuracy and similar metrics are optimistic"
     if calibration is None:
         return np.full(truth.shape[1], 0.5), "0.5 for every label: no calibration split was given"
     lines = [calibration.lines.get(name) for name in protocol.labels]
     without = [name for name, line in zip(protocol.labels, lines, strict=True) if line is None]
-    source = f"from the calibration split ({calibration.fitted_on}); none was picked on these volumes"
+    source = f"from the calibration split ({calibration.fitted_on}); none was chosen on these volumes"
     if without:
         reasons = [f"{name} ({calibration.uncalibrated.get(name, 'not fitted')})" for name in without]
-        source += f"; not calibrated, and called at 0.5: {', '.join(reasons)}"
+        source += f"; not calibrated, with a threshold of 0.5: {', '.join(reasons)}"
     return np.array([0.5 if line is None else line.threshold for line in lines]), source
 
 

@@ -26,7 +26,7 @@ def evaluate_retrieval(
         first[np.unique(scans, return_index=True)[1]] = True
         chosen = first & reported
         distinct = len(np.unique(reports[chosen], axis=0))
-        worded = f"{int(chosen.sum())} reports, one a scan, of which {distinct} differ"
+        worded = f"{int(chosen.sum())} reports, one per scan, of which {distinct} differ"
         if chosen.any():
             result["report_to_volume"] = {
                 **retrieval(reports[chosen], volumes, scans[chosen], scans),

@@ -29,8 +29,8 @@ from ctclip.evaluation.published import published_table
 from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
 
 INTERVALS = (
-    "Volumes are ranked by their margins, before any calibration. Intervals are by patient: of an abnormality's AUROC with "
-    f"the larger of two variances (evaluation/intervals.py), of everything else by bootstrap. {UNTRUSTED_MEANS}"
+    "Volumes are ranked by their margins, before any calibration. Intervals are by patient: for the AUROC of an abnormality with "
+    f"the larger of two variances (evaluation/intervals.py), for everything else by bootstrap. {UNTRUSTED_MEANS}"
 )
 METRICS = {
     "f1": "F1", "weighted_f1": "F1, weighted over present and absent (as published)", "brier": "Brier score",
@@ -167,7 +167,7 @@ def _subtitle(metrics: dict[str, Any]) -> str:
     if split_note(metrics):
         scored += f"; {split_note(metrics)}"
     learned = metrics.get("supervision")
-    return f"{scored}. {f'The model learned from: {learned}. ' if learned else ''}Research only; not a medical device."
+    return f"{scored}. {f'Supervision: {learned}. ' if learned else ''}Research only; not a medical device."
 
 
 def _protocol_differences(names: list[str], first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _protocol_differences(names: list[str], first: dict[str, Any], second: dict[
     decisive = [row[0] for row in rows[1:] if row[0].startswith("protocol") or row[0] in ("volumes", "patients")]
     words = "Both were evaluated by the same protocol, on the same number of volumes and patients."
     if decisive:
-        words = "Not the same protocol: the figures cannot be compared directly."
+        words = "The protocols differ, so the results cannot be compared directly."
     section: dict[str, Any] = {"title": "What differs", "words": words}
     return section | ({"table": rows} if len(rows) > 1 else {})
 

@@ -41,7 +41,7 @@ class View:
 
 
 def draw(path: Path, place: Place) -> None:
-    """Write a PNG: axial, coronal and sagittal slice through the peak, the map over them, the patient's right on the left."""
+    """Write a PNG: axial, coronal and sagittal slice through the peak, the map over them, the patient's right is on the left."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 NOTE = "zero-shot, not for diagnosis"
 ABOVE = "* at or above the threshold of the calibration split"
-APART = "not calibrated, not to be compared with those above:"
+APART = "not calibrated, not comparable with those above:"
 MOST_SCANS = 6
 
 

@@ -78,7 +78,7 @@ class TrainedOn(Section):
     def caveats(self) -> list[str]:
         """Warnings for everyone who reads the scores of this model."""
         if self.synthetic:
-            return ["this model learned from synthetic scans alone: its scores of a patient's scan mean nothing"]
+            return ["this model was trained only on synthetic scans: its scores for scans of patients are meaningless"]
         return []
 
 

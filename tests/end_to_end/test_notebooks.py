@@ -34,7 +34,7 @@ def test_one_scan(trained: Path, cohort: Path, tmp_path: Path, monkeypatch: pyte
     assert "(64, 80, 112)" in texts(cells[1])
     assert any("image/png" in one.get("data", {}) for one in cells[2])
     assert "Pleural effusion" in texts(cells[3])
-    assert "synthetic scans alone" in texts(cells[3])
+    assert "only on synthetic scans" in texts(cells[3])
     assert "grid of tokens" in texts(cells[6])
 
 

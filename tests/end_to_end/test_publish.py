@@ -45,7 +45,7 @@ def test_the_card_says_what_a_reader_must_know(trained: Path, evaluation: Path, 
     assert card.data.library_name == "ctclip"
     for fact in ("0.877", "0.800 to 0.900", "a_protocol", "321 volumes of 123 patients", "reports only", "phantoms",
                  "| Pleural effusion | 0.877 | 0.810 to 0.930 | 40 of 321 |", "undefined", "fewer than ten patients",
-                 "not a medical device", "synthetic scans alone", "phantom (", "1000 HU"):  # fmt: skip
+                 "not a medical device", "only on synthetic scans", "phantom (", "1000 HU"):  # fmt: skip
         assert fact in card.text, fact
     assert os.fspath(tmp_path) not in card.text
     assert ctclip.load(output).folder.hash == ctclip.load(trained / "model").folder.hash

@@ -78,7 +78,7 @@ def test_what_is_not_calibrated_is_called_at_one_half_and_named() -> None:
     calibration = Calibration("platt", "a split", "m", {"A": Line(2.0, 0.0, 0.7, 9, 20)}, uncalibrated={"B": "too few"})
     result = evaluate(predictions, labels, PROTOCOL, calibration=calibration)["zero_shot"]
     assert (result["auroc"]["A"]["threshold"], result["auroc"]["B"]["threshold"]) == (0.7, 0.5)
-    assert "not calibrated, and called at 0.5: B (too few)" in result["thresholds"]
+    assert "not calibrated, with a threshold of 0.5: B (too few)" in result["thresholds"]
 
 
 def test_few_patients_are_counted_and_marked() -> None:

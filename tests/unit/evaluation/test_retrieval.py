@@ -129,4 +129,4 @@ def test_what_is_missing_is_left_out() -> None:
     assert partly["volume_to_report"]["pool"] == 2
     assert partly["report_to_volume"]["recall@1"] == partly["volume_to_report"]["recall@1"] == 1
     assert partly["report_to_volume"]["map@1"] == 1
-    assert "2 reports, one a scan, of which 2 differ" in partly["report_to_volume"]["queries_are"]
+    assert "2 reports, one per scan, of which 2 differ" in partly["report_to_volume"]["queries_are"]
