@@ -278,7 +278,7 @@ def test_embed_index_and_similar(model: Path, store: Path, cohort: Path, tmp_pat
     facts = json.loads((tmp_path / "index" / "index.json").read_text())
     (tmp_path / "index" / "index.json").write_text(json.dumps({**facts, "path": "/nowhere"}))
     assert typed("similar", "--text", "Effusion.", "--index", tmp_path / "index") == 2
-    assert "name it with --model" in capsys.readouterr().err
+    assert "give its folder with --model" in capsys.readouterr().err
     (tmp_path / "index" / "index.json").write_text(json.dumps({**facts, "model": "other"}))
     assert typed("similar", "--text", "Effusion.", "--model", model, "--index", tmp_path / "index") == 2
     assert "run `ctclip index` again" in capsys.readouterr().err
