@@ -139,8 +139,10 @@ class PreprocessingSpec:
 
 def _numbers(values: Any, kind: type[int] | type[float]) -> tuple[int | float, ...]:
     """Finite (whole) numbers as a tuple; an empty one if there is anything else among them."""
-    several = list(values) if isinstance(values, list | tuple | np.ndarray) else []
-    if not all(isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) and kind(v) == v for v in several):
+    several: list[Any] = list(values) if isinstance(values, list | tuple | np.ndarray) else []
+    if any(isinstance(v, bool) or not isinstance(v, Real) for v in several):
+        return ()
+    if not all(math.isfinite(v) and kind(v) == v for v in several):
         return ()
     return tuple(kind(value) for value in several)
 

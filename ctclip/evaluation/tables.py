@@ -127,7 +127,7 @@ def read_predictions(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[s
         name = scores.columns[((scores < 0) | (scores > 1)).any()][0]
         raise EvaluationError(f"{path}: scores of {name!r} lie outside [0, 1]; give probabilities")
     for name in ("model", "spec", "prompts", "labels"):
-        stated = table[name][table[name] != ""].unique() if name in table.columns else []
+        stated: list[str] = table[name][table[name] != ""].unique().tolist() if name in table.columns else []
         if len(stated) > 1:
             raise EvaluationError(f"{path}: mixes rows of different {name} ({', '.join(stated[:3])}); split the file")
     return table.reset_index(drop=True), names
