@@ -3,24 +3,32 @@ PYTHON ?= python3
 SIZE ?= default
 OUTPUT ?= runs/$(if $(filter default,$(SIZE)),demo,$(SIZE))
 
-.PHONY: demo test install-test lint docs venv clean
+.PHONY: demo test pytest install-test lint style types docs venv clean
 
 demo: .venv/installed
 	.venv/bin/ctclip demo --size $(SIZE) --output $(OUTPUT)
 
+# Style first, which takes seconds; types beside the tests, as they take a minute.
+test: style
+	$(MAKE) --jobs 2 types pytest
+
 # Two processes of one thread, each with files of its own, because most of the time goes into starting commands. In the order
 # of the folders: the long files come first, so that neither process ends minutes before the other.
-test: .venv/installed lint
+pytest: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/install $(PYTEST)
 
 # The wheel in new environments, used by another user; three minutes.
 install-test: .venv/installed
 	.venv/bin/python -m pytest tests/install
 
-lint: .venv/installed
+lint: style types
+
+style: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/codespell
+
+types: .venv/installed
 	.venv/bin/mypy
 
 # Into runs/site; a broken link is an error. The warning concerns a MkDocs that is not yet out.
