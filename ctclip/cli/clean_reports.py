@@ -9,15 +9,18 @@ import typer
 
 def clean_reports(
     reports: Path = typer.Argument(
-        ..., help="A table with a column of text, or of findings and impression; a .txt of one report a line; a store."
+        ...,
+        help="A table with a text column, or with findings and impression columns; a .txt file with one report per line; or a store.",
     ),
     labels: str = typer.Option(..., "--labels", help="A label set: a YAML file, or the name of one in configs/labels."),
     output: Path = typer.Option(Path("findings.csv"), "--output", "-o", help="The table to write: .csv or .parquet."),
-    terms: str = typer.Option(None, help="A file of terms; the label set's own if not given."),
+    terms: str = typer.Option(
+        None, help="A YAML file of terms, or the name of one in configs/terms. Default: the terms of the label set."
+    ),
     language: str = typer.Option("english", help="A YAML file, or the name of one in configs/languages."),
-    force: bool = typer.Option(False, "--force", help="Replace the table that is there."),
+    force: bool = typer.Option(False, "--force", help="Overwrite an existing table."),
 ) -> None:
-    """Take reports apart: sections by their headings, sentences, and each finding with side, lobe, size and certainty.
+    """Split reports into sections, sentences and findings, each finding with side, lobe, size and certainty.
 
     `ctclip clean-reports reports.csv --labels ct_rate_18 --output findings.csv`
 

@@ -23,7 +23,8 @@ def demo(
     ),
     size: Chosen = typer.Option(
         Chosen.default,
-        help="default: a model that detects; quick: detects what is large, in a third of the time; smoke: only a check, "
+        help="default: a model that detects; quick: detects what is large, in a third of the time; smoke: only a "
+        "check, "
         "every stage runs in about two minutes.",
     ),
     seed: int = typer.Option(0, min=0, help="Seed of the cohort and of the training."),
@@ -45,14 +46,17 @@ def demo(
     retrieval = metrics["retrieval"]["report_to_volume"]
     weak = [name for name, entry in zero["auroc"].items() if entry["lower"] is not None and entry["lower"] <= 0.5]
     print(
-        f"\nzero-shot mean AUROC  {zero['mean_auroc']:.3f}  (95 % interval {low:.3f} to {high:.3f}), {zero['labels_defined']} abnormalities, reports only"
+        f"\nzero-shot mean AUROC  {zero['mean_auroc']:.3f}  (95 % interval {low:.3f} to {high:.3f}), "
+        f"{zero['labels_defined']} abnormalities, reports only"
     )
     print(
-        f"histogram control     {controls.get('histogram_mean_auroc', float('nan')):.3f}  (supervised, sees only HU frequencies)"
+        f"histogram control     {controls.get('histogram_mean_auroc', float('nan')):.3f}  (supervised, sees only HU "
+        "frequencies)"
     )
     print(f"shuffled labels       {controls['shuffled_mean_auroc']:.3f}")
     print(
-        f"report to volume      recall {', '.join(f'{retrieval[k]:.1%} @{k[7:]}' for k in ('recall@1', 'recall@5', 'recall@10') if k in retrieval)} of {retrieval['pool']} volumes"
+        "report to volume      recall "
+        f"{', '.join(f'{retrieval[k]:.1%} @{k[7:]}' for k in ('recall@1', 'recall@5', 'recall@10') if k in retrieval)} of {retrieval['pool']} volumes"
     )
     if weak:
         print(f"not above chance      {', '.join(weak)}")

@@ -29,7 +29,8 @@ def embed(
     split: str = typer.Option(None, help="With --store: only this split of the cohort."),
     reports: Path = typer.Option(
         None,
-        help="Embed reports instead of volumes: a .txt file with one report per line, or a CSV file with a text column, findings and impression columns, or CT-RATE's columns.",
+        help="Embed reports instead of volumes: a .txt file with one report per line, or a CSV file with a text "
+        "column, findings and impression columns, or CT-RATE's columns.",
     ),
     output: Path = typer.Option(
         Path("embeddings.parquet"),

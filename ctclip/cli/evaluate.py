@@ -34,7 +34,8 @@ def evaluate(
     ),
     thresholds: Thresholds = typer.Option(
         None,
-        help="Where decision thresholds come from. calibration: the calibration split; published: the evaluated volumes themselves, as CT-CLIP does. Default: as the protocol says.",
+        help="Where decision thresholds come from. calibration: the calibration split; published: the evaluated "
+        "volumes themselves, as CT-CLIP does. Default: as the protocol says.",
     ),
     bootstrap: int = typer.Option(
         None, min=10, help="Number of bootstrap resamples of patients. Default: as the protocol says."
@@ -59,7 +60,8 @@ def evaluate(
     zero, controls = result["zero_shot"], result["controls"]
     if result["patients"] == 1:
         print(
-            "note: there is only one patient: intervals cannot be computed, and the metrics say nothing about other patients"
+            "note: there is only one patient: intervals cannot be computed, and the metrics say nothing about other "
+            "patients"
         )
     if zero["mean_auroc"] is None:
         print(f"mean AUROC undefined: every label has only one class ({result['volumes']} volumes)")
@@ -87,7 +89,8 @@ def evaluate(
     if not result["whole_set"]:
         size = result["protocol"]["size"]
         print(
-            f"note: the protocol's test set has {size:,} volumes but {result['volumes']:,} were scored, so the metrics are not comparable with published ones"
+            f"note: the protocol's test set has {size:,} volumes but {result['volumes']:,} were scored, so the "
+            "metrics are not comparable with published ones"
         )
     if split_note(result):
         print(f"note: {split_note(result)}")

@@ -31,7 +31,8 @@ SHOWN, SHOWN_KINDS = 20, 6
 def preprocess(
     cohort: Path = typer.Argument(
         ...,
-        help="The folder of CT-RATE or RAD-ChestCT, a folder of volumes or DICOM series, a CSV, TSV or Parquet table with a "
+        help="The folder of CT-RATE or RAD-ChestCT, a folder of volumes or DICOM series, a CSV, TSV or Parquet table "
+        "with a "
         "`path` column, or one scan.",
     ),
     output: Path = typer.Option(
@@ -42,7 +43,8 @@ def preprocess(
     layout: str = typer.Option(
         "auto",
         "--cohort",
-        help="Layout of the cohort on disk: auto, ct-rate, rad-chestct, folder, or a reader of your own as module:function.",
+        help="Layout of the cohort on disk: auto, ct-rate, rad-chestct, folder, or a reader of your own as "
+        "module:function.",
     ),
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
@@ -52,7 +54,8 @@ def preprocess(
     linkage: Path = LINKAGE,
     labels: str = typer.Option(
         None,
-        help="Label set: a YAML file, or the name of one in configs/labels. Default: made from the label columns of the cohort.",
+        help="Label set: a YAML file, or the name of one in configs/labels. Default: made from the label columns of "
+        "the cohort.",
     ),
     shard: str = typer.Option("1/1", help="i/n: process every n-th volume, starting with the i-th. For job arrays."),
     merge: bool = typer.Option(False, "--merge", help="Join the outcome tables of all shards. No volume is read."),
@@ -62,7 +65,8 @@ def preprocess(
     partial: bool = typer.Option(
         False,
         "--partial",
-        help="Accept an incomplete cohort: volumes without a report are stored without text, and reports without a volume "
+        help="Accept an incomplete cohort: volumes without a report are stored without text, and reports without a "
+        "volume "
         "are ignored.",
     ),
     keep_no_chest: bool = typer.Option(

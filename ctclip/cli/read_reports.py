@@ -20,24 +20,33 @@ class Value(StrEnum):
 
 def read_reports(
     reports: Path = typer.Argument(
-        ..., help="A table with a column of text, or of findings and impression; a .txt of one report a line; a store."
+        ...,
+        help="A table with a text column, or with findings and impression columns; a .txt file with one report per line; or a store.",
     ),
     labels: str = typer.Option(..., "--labels", help="A label set: a YAML file, or the name of one in configs/labels."),
-    output: Path = typer.Option(Path("labels.csv"), "--output", "-o", help="The table of labels: .csv or .parquet."),
+    output: Path = typer.Option(
+        Path("labels.csv"), "--output", "-o", help="The table of labels to write: .csv or .parquet."
+    ),
     reader: str = typer.Option("rules", help="rules, classifier, language-model, or one of your own as module:Name."),
     terms: str = typer.Option(
-        None, help="rules: a YAML file, or the name of one in configs/terms; the label set's own if not given."
+        None,
+        help="rules: a YAML file of terms, or the name of one in configs/terms. Default: the terms of the label set.",
     ),
     language: str = typer.Option("english", help="rules: a YAML file, or the name of one in configs/languages."),
     model: Path = typer.Option(None, "--model", "-m", help="classifier, language-model: a local model folder."),
-    threshold: float = typer.Option(0.5, min=0, max=1, help="classifier: present from this probability on."),
-    cache: Path = typer.Option(None, help="language-model: folder in which answers are kept, so that a run resumes."),
-    batch: int = typer.Option(16, min=1, help="Reports that a model reads at once."),
-    uncertain: Value = typer.Option(Value.empty, help="What the table has for an uncertain label."),
-    not_mentioned: Value = typer.Option(Value.zero, help="What the table has for a label that is not mentioned."),
-    compare: Path = typer.Option(None, help="Another table of labels: agreement, kappa and disagreeing sentences."),
-    workers: int = typer.Option(None, min=1, help="rules: processes; one a core if not given."),
-    force: bool = typer.Option(False, "--force", help="Replace labels of another run."),
+    threshold: float = typer.Option(0.5, min=0, max=1, help="classifier: probability from which a label is present."),
+    cache: Path = typer.Option(
+        None, help="language-model: folder that keeps the answers, so that an interrupted run resumes."
+    ),
+    batch: int = typer.Option(16, min=1, help="classifier, language-model: number of reports in a batch."),
+    uncertain: Value = typer.Option(Value.empty, help="Value in the table for an uncertain label."),
+    not_mentioned: Value = typer.Option(Value.zero, help="Value in the table for a label that is not mentioned."),
+    compare: Path = typer.Option(
+        None,
+        help="Another table of labels to compare with: agreement, kappa and the sentences that are read differently.",
+    ),
+    workers: int = typer.Option(None, min=1, help="rules: number of processes. Default: one per core."),
+    force: bool = typer.Option(False, "--force", help="Overwrite the labels of another run."),
 ) -> None:
     """Read labels from reports: present, absent, uncertain or not mentioned, with the sentence that says so.
 

@@ -29,7 +29,8 @@ from ctclip.evaluation.published import published_table
 from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
 
 INTERVALS = (
-    "Volumes are ranked by their margins, before any calibration. Intervals are by patient: for the AUROC of an abnormality with "
+    "Volumes are ranked by their margins, before any calibration. Intervals are by patient: for the AUROC of an "
+    "abnormality with "
     f"the larger of two variances (evaluation/intervals.py), for everything else by bootstrap. {UNTRUSTED_MEANS}"
 )
 METRICS = {
@@ -200,7 +201,8 @@ def _paired_section(paired: dict[str, Any]) -> dict[str, Any]:
         rows.append([name, number(entry["first"]), number(entry["second"]), number(entry["difference"]), limits, number(entry["p"])])  # fmt: skip
     words = (
         f"Against {paired['against']}. Intervals: the same {paired['resamples']} resamples of patients; p: "
-        f"{paired.get('test', 'the same resamples')}, two-sided, not corrected for the number of labels. {UNTRUSTED_MEANS}."
+        f"{paired.get('test', 'the same resamples')}, two-sided, not corrected for the number of labels. "
+        f"{UNTRUSTED_MEANS}."
     )
     return {"title": "Paired comparison", "words": words, "table": rows}
 

@@ -55,8 +55,10 @@ def draw(path: Path, place: Place) -> None:
     for axis, view in zip(figure.subplots(1, 3, width_ratios=widths), views, strict=True):
         _panel(axis, view, low, high, place.level)
     figure.suptitle(
-        f"{place.finding}, probability {place.probability:.0%} ({place.method}); {name} window, {low:.0f} to {high:.0f} HU\n"
-        f"colour: share of the map's peak, outlined at {place.level:.0%}; bar: {SCALE_MM:.0f} mm; research, not for diagnosis",
+        f"{place.finding}, probability {place.probability:.0%} ({place.method}); {name} window, {low:.0f} to "
+        f"{high:.0f} HU\n"
+        f"colour: share of the map's peak, outlined at {place.level:.0%}; bar: {SCALE_MM:.0f} mm; research, not for "
+        "diagnosis",
         fontsize=11,
     )
     with written_beside(path, suffix=".png") as partial:

@@ -138,7 +138,8 @@ def save_model(
         put_in_place(partial, final, is_model_folder, KIND)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{final}: the model could not be written ({' '.join(str(error).split())[-160:]}); free some space and start the "
+            f"{final}: the model could not be written ({' '.join(str(error).split())[-160:]}); free some space and "
+            "start the "
             f"same command again"
         ) from error
     finally:
@@ -252,7 +253,8 @@ def _config_of(path: Path, spec: PreprocessingSpec) -> tuple[ModelConfig, Prepro
             kept = getattr(spec, name)
             if tuple(value) != tuple(kept):
                 print(
-                    f"note: {path / 'config.yaml'}: trained as if {name} were {value}, although the spec of its volumes says "
+                    f"note: {path / 'config.yaml'}: trained as if {name} were {value}, although the spec of its "
+                    "volumes says "
                     f"{list(kept)}; the value used in training is kept",
                     file=sys.stderr,
                 )
