@@ -32,8 +32,7 @@ def preprocess(
     cohort: Path = typer.Argument(
         ...,
         help="The folder of CT-RATE or RAD-ChestCT, a folder of volumes or DICOM series, a CSV, TSV or Parquet table "
-        "with a "
-        "`path` column, or one scan.",
+        "with a `path` column, or one scan.",
     ),
     output: Path = typer.Option(
         ..., "--output", "-o", help="Folder for the store. Volumes that are already in it are kept."
@@ -66,8 +65,7 @@ def preprocess(
         False,
         "--partial",
         help="Accept an incomplete cohort: volumes without a report are stored without text, and reports without a "
-        "volume "
-        "are ignored.",
+        "volume are ignored.",
     ),
     keep_no_chest: bool = typer.Option(
         False, "--keep-no-chest", help="Keep the volumes that CT-RATE lists as showing no chest."

@@ -30,8 +30,8 @@ from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
 
 INTERVALS = (
     "Volumes are ranked by their margins, before any calibration. Intervals are by patient: for the AUROC of an "
-    "abnormality with "
-    f"the larger of two variances (evaluation/intervals.py), for everything else by bootstrap. {UNTRUSTED_MEANS}"
+    "abnormality with the larger of two variances (evaluation/intervals.py), for everything else by bootstrap. "
+    f"{UNTRUSTED_MEANS}"
 )
 METRICS = {
     "f1": "F1", "weighted_f1": "F1, weighted over present and absent (as published)", "brier": "Brier score",

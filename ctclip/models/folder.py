@@ -139,8 +139,7 @@ def save_model(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{final}: the model could not be written ({' '.join(str(error).split())[-160:]}); free some space and "
-            "start the "
-            f"same command again"
+            "start the same command again"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -254,8 +253,7 @@ def _config_of(path: Path, spec: PreprocessingSpec) -> tuple[ModelConfig, Prepro
             if tuple(value) != tuple(kept):
                 print(
                     f"note: {path / 'config.yaml'}: trained as if {name} were {value}, although the spec of its "
-                    "volumes says "
-                    f"{list(kept)}; the value used in training is kept",
+                    f"volumes says {list(kept)}; the value used in training is kept",
                     file=sys.stderr,
                 )
                 changed: dict[str, Any] = {name: tuple(value)}
