@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ctclip.config import ObjectiveConfig
 from ctclip.data.batch import Tokens
-from ctclip.data.reports import load_language
+from ctclip.language import load_language
 from ctclip.models.encoded import Encoded
 from ctclip.objectives.objective import Context, Objective
 
