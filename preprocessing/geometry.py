@@ -208,7 +208,7 @@ def _separable(source, z, y, x, clip, window, rounded, turned, fill, placed, kep
     count = 1 if shrinks else z_weights.shape[1]
     slab = np.empty(source.shape[1:], np.float32)
     planes = np.empty((count, behind - before, end - begin), np.float32)
-    held = np.full(count, -1)
+    cached = np.full(count, -1)
     line = np.empty(end - begin, np.float32)
     # Rows of an odd number of cache lines: a column of them must not fall into one set of the cache.
     lines = np.empty((len(y[0]), (source.shape[2] // 16 | 1) * 16 + 16), np.float32)
@@ -219,9 +219,9 @@ def _separable(source, z, y, x, clip, window, rounded, turned, fill, placed, kep
             _in_plane(slab, y, x, (-np.inf, np.inf), turned, lines, planes[0])
         else:
             for index in range(z_first[k], z_first[k] + count):
-                if held[index % count] != index and z_weights[k, index - z_first[k]] != 0:
+                if cached[index % count] != index and z_weights[k, index - z_first[k]] != 0:
                     _in_plane(source[index], y, x, clip, turned, lines, planes[index % count])
-                    held[index % count] = index
+                    cached[index % count] = index
         result = placed[above + k]
         result[:before] = fill
         for i in range(behind - before):

@@ -138,10 +138,10 @@ def check_run(
     check_folder(folder, is_ours, f"output of `ctclip {command}`")
     for name in (*tables, RUN):
         refuse_special(folder / name)
-    there = [name for name in tables if (folder / name).exists()]
-    if there and _runs(folder).get(command) != key and not force:
+    existing = [name for name in tables if (folder / name).exists()]
+    if existing and _runs(folder).get(command) != key and not force:
         raise PreprocessingError(
-            f"{folder}: {there[0]} is of another run of `ctclip {command}` (other scans, model or options); give another "
+            f"{folder}: {existing[0]} is of another run of `ctclip {command}` (other scans, model or options); give another "
             f"--output, or replace it with --force"
         )
 

@@ -166,9 +166,9 @@ def read_labels(path: str | os.PathLike[str], names: list[str]) -> pd.DataFrame:
     if absent:
         columns = {str(column).casefold(): str(column) for column in table.columns}
         near = difflib.get_close_matches(absent[0].casefold(), columns, n=1, cutoff=0.75)
-        there = f"it has {columns[near[0]]!r}" if near else f"it has {', '.join(map(str, table.columns[:6]))} ..."
+        hint = f"it has {columns[near[0]]!r}" if near else f"it has {', '.join(map(str, table.columns[:6]))} ..."
         raise EvaluationError(
-            f"{path}: no label column {absent[0]!r} ({there}); rename it, or choose another --protocol"
+            f"{path}: no label column {absent[0]!r} ({hint}); rename it, or choose another --protocol"
         )
     united = {name: pd.DataFrame({c: _labels(path, table[c]) for c in parts[name]}).max(axis=1) for name in names}
     labels = pd.DataFrame({"volume": table[key].map(without_suffix), **united}).set_index("volume")

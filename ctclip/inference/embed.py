@@ -63,7 +63,7 @@ def embed_reports(loaded: ModelFolder, source: Path, output: Path, *, force: boo
 def check_embeddings(path: Path, key: str | None = None, *, force: bool = False) -> None:
     """Raise PreprocessingError unless embeddings of the run ``key`` (None: of any run) may be written to ``path``. A .npy
     file does not say what it is of, and is never replaced without ``force``."""
-    check_file(path, lambda there: _key_of(there) is not None, force=force)
+    check_file(path, lambda existing: _key_of(existing) is not None, force=force)
     kept = None if force or not path.exists() else _key_of(path)
     if key is not None and kept is not None and kept != key:
         raise DataError(

@@ -287,10 +287,10 @@ def asking(
     finds its label. ``known``: a head whose calibration holds for the names it shares, if its prompts are the same. Raises
     PromptError if one of ``names`` is no name, or there is none."""
     prompt_set = load_prompts(prompts) if isinstance(prompts, str) else prompts
-    wanted = None if names is None else list(dict.fromkeys(folder.labels.resolve(n) or n for n in _checked(names)))
-    if wanted is None and not prompt_set.names():
-        wanted = list(folder.labels.names)
-    head = PromptHead(folder.model, prompt_set, wanted)
+    findings = None if names is None else list(dict.fromkeys(folder.labels.resolve(n) or n for n in _checked(names)))
+    if findings is None and not prompt_set.names():
+        findings = list(folder.labels.names)
+    head = PromptHead(folder.model, prompt_set, findings)
     if known is not None and known.source == head.source:
         head.calibration = known.calibration
     elif known is not None and known.calibration is not None:

@@ -62,7 +62,7 @@ def read_cohort(
     the user's own, ``module:function`` or the name of an entry point of the group ``ctclip.cohorts``. ``labels`` names
     the label columns of a table of paths. ``keep_no_chest`` keeps what CT-RATE lists as no chest.
     """
-    folder, wanted = Path(root), layout.replace("-", "_")
+    folder, chosen = Path(root), layout.replace("-", "_")
     if not folder.exists():
         raise PreprocessingError(f"{folder}: no such cohort")
     if (reader := _reader(layout)) is not None:
@@ -71,14 +71,14 @@ def read_cohort(
             raise PreprocessingError(f"--cohort {layout}: returned {type(own).__name__}, not a Cohort")
         check_table(own.table, folder)
         return own
-    if wanted != "auto" and wanted not in layouts():
+    if chosen != "auto" and chosen not in layouts():
         raise PreprocessingError(f"no cohort layout {layout!r}; there are auto, {', '.join(layouts())}")
     tree = walk(folder) if folder.is_dir() else Tree(folder, [folder])
-    if wanted == "auto":
+    if chosen == "auto":
         names = (name for name in layouts() if import_module(f"{__name__}.{name}").recognised(tree))
-        wanted = next(names, "folder")
+        chosen = next(names, "folder")
     options: dict[str, dict[str, Any]] = {"ct_rate": {"keep_no_chest": keep_no_chest}, "folder": {"labels": labels}}
-    cohort: Cohort = import_module(f"{__name__}.{wanted}").read(tree, **options.get(wanted, {}))
+    cohort: Cohort = import_module(f"{__name__}.{chosen}").read(tree, **options.get(chosen, {}))
     check_table(cohort.table, folder)
     return cohort
 

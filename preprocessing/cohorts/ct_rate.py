@@ -131,18 +131,18 @@ def _files(tree: Tree) -> tuple[dict[str, Path], list[str]]:
     """Each volume's file. Of several of one name the least deep is taken (segmentations lie in folders of their own
     under the same names), of those the last (``train_fixed`` comes after ``train``)."""
     files: dict[str, Path] = {}
-    again = 0
+    repeated = 0
     for path in sorted(tree.named(".nii.gz")):
         volume = identity(path)
         if NAME.fullmatch(volume):
-            again += volume in files
+            repeated += volume in files
             if volume not in files or len(path.parts) <= len(files[volume].parts):
                 files[volume] = path
     if not files:
         raise PreprocessingError(f"{tree.root}: no volumes named like train_1_a_1.nii.gz below it")
-    if not again:
+    if not repeated:
         return files, []
-    return files, [f"{again} files share their name with another; the least deep is taken, of those the last"]
+    return files, [f"{repeated} files share their name with another; the least deep is taken, of those the last"]
 
 
 def _tables_named(tree: Tree, kind: str) -> list[Path]:

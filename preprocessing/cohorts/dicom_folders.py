@@ -196,15 +196,15 @@ def _owners(scans: dict[Path, list[Series]], unused: Counter[str]) -> list[tuple
             done.add(folder)
             continue
         places: list[Path] = []
-        held: set[str] = set()
+        covered: set[str] = set()
         # The fullest first: what it has already is a copy, wherever it lies.
         instances = {place: _instances(scans[place]) for place in group}
         for place in sorted(group, key=lambda place: (-len(instances[place]), group.index(place))):
-            if places and instances[place] <= held:
+            if places and instances[place] <= covered:
                 unused["copies of DICOM images"] += sum(len(one.files) for one in scans[place])
             else:
                 places.append(place)
-                held |= instances[place]
+                covered |= instances[place]
         places.sort(key=group.index)
         gathered.append((places[0], [one for place in places for one in scans[place]], places))
         done.update(group)

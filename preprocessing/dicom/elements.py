@@ -74,22 +74,22 @@ class Parsed:
         return self.meta.get(TRANSFER_SYNTAX, ("UI", b""))[1].decode("ascii", "replace").strip("\0 ")
 
 
-def parse(stream: BinaryIO, wanted: Collection[int], sequences: Collection[int] = ()) -> Parsed:
-    """The wanted values of a DICOM file, with or without a preamble, up to its pixels. Raises NotDicom."""
+def parse(stream: BinaryIO, tags: Collection[int], sequences: Collection[int] = ()) -> Parsed:
+    """The values of ``tags`` in a DICOM file, with or without a preamble, up to its pixels. Raises NotDicom."""
     data, whole = b"", False
     while len(data) < LONGEST_HEADER:
         size = max(FIRST_BLOCK, 7 * len(data))
         more = stream.read(size)
         data, whole = data + more, len(more) < size
         try:
-            return _parse(data, whole, wanted, sequences)
+            return _parse(data, whole, tags, sequences)
         except _Short:
             if whole:
                 break
     raise NotDicom("cut short, or its header is too long")
 
 
-def _parse(data: bytes, whole: bool, wanted: Collection[int], sequences: Collection[int]) -> Parsed:
+def _parse(data: bytes, whole: bool, tags: Collection[int], sequences: Collection[int]) -> Parsed:
     at = 132 if data[128:132] == b"DICM" else 0
     explicit = Encoding(False, True)
     parsed = Parsed(explicit)
@@ -104,18 +104,18 @@ def _parse(data: bytes, whole: bool, wanted: Collection[int], sequences: Collect
         at = 0
     else:
         parsed.encoding = _encoding(data, at, parsed.syntax)
-    _values(data, at, parsed, wanted, sequences)
+    _values(data, at, parsed, tags, sequences)
     if parsed.pixels is None and not whole:
         raise _Short
     return parsed
 
 
-def _values(data: bytes, at: int, parsed: Parsed, wanted: Collection[int], sequences: Collection[int]) -> None:
+def _values(data: bytes, at: int, parsed: Parsed, tags: Collection[int], sequences: Collection[int]) -> None:
     for element in elements(data, at, parsed.encoding):
         if element.tag in PIXELS:
             parsed.pixels = element
             return
-        if element.tag in wanted and element.length <= LONGEST_VALUE:
+        if element.tag in tags and element.length <= LONGEST_VALUE:
             parsed.values[element.tag] = element.vr, data[element.start : element.start + element.length]
         elif element.tag in sequences:
             parsed.sequences[element.tag] = data[element.start : _after(data, element, parsed.encoding)]

@@ -195,8 +195,8 @@ def _with_its_blocks(first: list[int], parts: list[list[int]], depth: np.ndarray
     """A part with those that follow it without overlapping (but for a seam, which is trimmed), and whether any was."""
     taken, trimmed = set(first), False
     for part in sorted((part for part in parts if part is not first and len(part) >= FEWEST), key=len, reverse=True):
-        held = depth[sorted(taken)]
-        low, high = held.min() - SAME_PLACE, held.max() + SAME_PLACE
+        covered = depth[sorted(taken)]
+        low, high = covered.min() - SAME_PLACE, covered.max() + SAME_PLACE
         outside = [i for i in part if not low <= depth[i] <= high]
         if len(outside) >= (1 - SEAM) * len(part) and outside:
             taken |= set(outside)
@@ -206,11 +206,11 @@ def _with_its_blocks(first: list[int], parts: list[list[int]], depth: np.ndarray
 
 def _filling_holes(depth: np.ndarray, taken: set[int], strays: list[int]) -> set[int]:
     """Strays that lie where the slices taken leave a hole, rather than between two neighbours."""
-    held = np.unique(depth[sorted(taken)])
-    if len(held) < FEWEST:
+    covered = np.unique(depth[sorted(taken)])
+    if len(covered) < FEWEST:
         return set()
-    usual = float(np.median(np.diff(held)))
-    return {i for i in strays if np.abs(held - depth[i]).min() > HOLE * usual}
+    usual = float(np.median(np.diff(covered)))
+    return {i for i in strays if np.abs(covered - depth[i]).min() > HOLE * usual}
 
 
 def _rank(group: list[Slice], largest: int) -> tuple[bool, bool, int, bool, int, tuple[float, ...]]:

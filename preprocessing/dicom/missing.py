@@ -22,7 +22,7 @@ def check_count(
     """
     if damaged:
         _tell(source, damaged, len(folder) + damaged, "files are DICOM by their look but cannot be read", warnings)
-    expected, there = 0, 0
+    expected, present = 0, 0
     for number in {_acquisition(member.image) for member in slices}:
         stated = Counter(
             _integer(member.image.header.get("ImagesInAcquisition", None))
@@ -33,9 +33,9 @@ def check_count(
         same = sum(image.frame == 0 or image.frames > 1 for image in series if _acquisition(image) == number)
         if count is None or same >= count or _count_of_study(slices[0].image, folder, number) == count:
             continue
-        expected, there = expected + count, there + same
-    if expected > there:
-        _tell(source, expected - there, expected, "images of ImagesInAcquisition are missing", warnings)
+        expected, present = expected + count, present + same
+    if expected > present:
+        _tell(source, expected - present, expected, "images of ImagesInAcquisition are missing", warnings)
 
 
 def by_number(series: list[Image], warnings: list[str]) -> int:

@@ -85,25 +85,25 @@ def _without_copies(
     source: str, members: list[Slice], depth: np.ndarray, warnings: list[str]
 ) -> tuple[list[Slice], np.ndarray]:
     """One slice a position. Copies are left out; two different slices at one place are two volumes in one series."""
-    again = np.concatenate([[False], np.diff(depth) < 1e-3])
-    if again.sum() == len(members) - 1:
+    copied = np.concatenate([[False], np.diff(depth) < 1e-3])
+    if copied.sum() == len(members) - 1:
         raise PreprocessingError(
             f"{source}: ImagePositionPatient is the same in all {len(members)} slices (screenshots, or a scan of one "
             f"place over time?): not a volume"
         )
-    for index in np.flatnonzero(again):
+    for index in np.flatnonzero(copied):
         one, other = (hounsfield(source, member.image) for member in members[index - 1 : index + 1])
         if not np.array_equal(one, other):
             raise PreprocessingError(
-                f"{source}: {int(again.sum())} positions hold more than one slice, and they differ: several phases or "
+                f"{source}: {int(copied.sum())} positions hold more than one slice, and they differ: several phases or "
                 f"reconstructions in one series; put each into a folder of its own"
             )
-    if again.any():
-        warnings.append(f"{int(again.sum())} slices are copies of others and were left out")
-    members = [member for member, copy in zip(members, again, strict=True) if not copy]
+    if copied.any():
+        warnings.append(f"{int(copied.sum())} slices are copies of others and were left out")
+    members = [member for member, copy in zip(members, copied, strict=True) if not copy]
     if len(members) < 3:
         raise PreprocessingError(f"{source}: fewer than 3 slices at different positions (screenshots?): not a volume")
-    return members, depth[~again]
+    return members, depth[~copied]
 
 
 def _missing(source: str, gaps: np.ndarray, usual: float, numbers_missing: int, warnings: list[str]) -> None:
@@ -133,8 +133,8 @@ def _array(source: str, members: list[Slice]) -> np.ndarray:
     """[slice, row, column] in HU, int16 if that holds all slices, else float32."""
     rows, columns = members[0].shape
     voxels = len(members) * rows * columns
-    held = sum(path.stat().st_size for path in {member.image.path for member in members})
-    if voxels > min(LARGEST_VOXELS, LARGEST_RATIO * held):
+    file_bytes = sum(path.stat().st_size for path in {member.image.path for member in members})
+    if voxels > min(LARGEST_VOXELS, LARGEST_RATIO * file_bytes):
         raise PreprocessingError(
             f"{source}: its headers claim {len(members)} x {rows} x {columns} voxels, more than its files hold or any CT has"
         )
@@ -160,13 +160,13 @@ def _alternating(array: np.ndarray) -> bool:
 def _even(array: np.ndarray, positions: np.ndarray, depth: np.ndarray, usual: float) -> tuple[np.ndarray, np.ndarray]:
     """Slices linearly interpolated at even depths."""
     count = round((depth[-1] - depth[0]) / usual) + 1
-    wanted = np.linspace(depth[0], depth[-1], count)
-    upper = np.clip(np.searchsorted(depth, wanted), 1, len(depth) - 1)
-    share = ((wanted - depth[upper - 1]) / (depth[upper] - depth[upper - 1])).astype(np.float32)
+    target = np.linspace(depth[0], depth[-1], count)
+    upper = np.clip(np.searchsorted(depth, target), 1, len(depth) - 1)
+    share = ((target - depth[upper - 1]) / (depth[upper] - depth[upper - 1])).astype(np.float32)
     even = np.empty((count, *array.shape[1:]), dtype=np.float32)
     for index in range(count):
         even[index] = array[upper[index] - 1] * (1 - share[index]) + array[upper[index]] * share[index]
-    places = np.stack([np.interp(wanted, depth, positions[:, axis]) for axis in range(3)], axis=1)
+    places = np.stack([np.interp(target, depth, positions[:, axis]) for axis in range(3)], axis=1)
     return even, places
 
 

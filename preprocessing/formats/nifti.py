@@ -191,8 +191,8 @@ def _stem(path: Path, suffix: str) -> str:
 def _partner(path: Path, suffix: str, source: str) -> Path:
     """The other file of a pair, beside the one that was named."""
     stem = _stem(path, ".hdr") or _stem(path, ".img") or path.stem
-    wanted = (f"{stem}{suffix}".lower(), f"{stem}{suffix}.gz".lower())
-    beside = sorted(file for file in path.parent.iterdir() if file.name.lower() in wanted)
+    partners = (f"{stem}{suffix}".lower(), f"{stem}{suffix}.gz".lower())
+    beside = sorted(file for file in path.parent.iterdir() if file.name.lower() in partners)
     # Names may differ in case only: the one spelled alike comes first.
     beside.sort(key=lambda file: not file.name.startswith(stem))
     if not beside:
