@@ -64,9 +64,10 @@ def demo(installed: Installed) -> Path:
 
 def test_wheel_and_sdist_hold_the_two_top_level_folders(installed: Installed) -> None:
     tracked = checked(["git", "-C", ROOT, "ls-files", "preprocessing/*.py", "configs/*.yaml"]).splitlines()
+    ours = checked(["git", "-C", ROOT, "ls-files", "ctclip/*.py", "ctclip/*.yaml"]).splitlines()
     names = set(zipfile.ZipFile(installed.wheel).namelist())
     assert len(tracked) > 30
-    assert {f"ctclip/{name}" for name in tracked} | {"ctclip/py.typed"} <= names
+    assert {f"ctclip/{name}" for name in tracked} | {*ours, "ctclip/py.typed"} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ctclip"}, "nothing else at the top level"
     assert names == set(zipfile.ZipFile(installed.again).namelist())
     with tarfile.open(installed.sdist) as archive:
