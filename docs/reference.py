@@ -108,7 +108,8 @@ def _kind(parameter: Any) -> str:
 
 def _default(parameter: Any) -> str:
     value = parameter.default
-    if value in (None, False, "", ()) or callable(value):
+    # 0 is a default to show; false of a flag, and nothing, are not.
+    if value is None or value is False or value in ("", ()) or callable(value):
         return ""
     return f"`{getattr(value, 'value', value)}`"
 
