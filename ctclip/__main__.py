@@ -1,3 +1,3 @@
-from ctclip.cli import main
+from ctclip.cli import command
 
-main()
+command()

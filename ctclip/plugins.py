@@ -37,6 +37,7 @@ OURS: dict[Kind, dict[str, str]] = {
     "head": {
         "prompts": "ctclip.heads.prompts:PromptHead",
         "linear": "ctclip.heads.linear:LinearHead",
+        "caption": "ctclip.heads.caption:CaptionHead",
     },
     "reader": {
         "rules": "ctclip.report_reading.rules:RulesReader",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -97,8 +98,9 @@ def options(
             import_own(module, f"--plugin {module}")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; an error that the user can act on becomes one line and exit code 2."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line in this Python process, a notebook's for example, and return its exit code: 2 after an error
+    that the user can act on, of which one line is printed."""
     from ctclip.errors import CtclipError
     from ctclip.preprocessing.errors import PreprocessingError
 
@@ -106,14 +108,26 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except SystemExit as end:
-        _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
-        raise
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except (CtclipError, PreprocessingError, OSError) as error:
         if "--debug" in arguments:
             raise
         print(f"error: {error}", file=sys.stderr)
-        _leave(2)
-        sys.exit(2)
+        code = 2
+    # Whoever has not loaded it (and torch, which takes seconds) has not been one of several processes.
+    distributed = sys.modules.get("ctclip.distributed")
+    if code == INTERRUPTED and (distributed is None or distributed.launched_rank() == 0):
+        print("interrupted", file=sys.stderr, flush=True)
+    return code
+
+
+def command(arguments: list[str] | None = None) -> NoReturn:
+    """What a shell calls: run the command line, and end this process with its exit code."""
+    code = main(arguments)
+    distributed = sys.modules.get("ctclip.distributed")
+    if distributed is not None:
+        distributed.leave(code)
+    sys.exit(code)
 
 
 def _options_first(arguments: list[str]) -> list[str]:
@@ -132,12 +146,3 @@ def _options_first(arguments: list[str]) -> list[str]:
         else:
             rest.append(word)
     return [*first, *rest]
-
-
-def _leave(code: int) -> None:
-    # Whoever has not loaded it (and torch, which takes seconds) has not been one of several processes.
-    distributed = sys.modules.get("ctclip.distributed")
-    if code == INTERRUPTED and (distributed is None or distributed.launched_rank() == 0):
-        print("interrupted", file=sys.stderr, flush=True)
-    if distributed is not None:
-        distributed.leave(code)

@@ -22,6 +22,7 @@ from ctclip.errors import ConfigError
 from ctclip.models import by_hand
 from ctclip.models.attention import Attention
 from ctclip.models.encoded import Encoded, Evidence, Level, VolumeEncoder, axis_shape, check_shape
+from ctclip.models.lora import is_adapter
 from ctclip.models.pooling import air_where_padded
 from ctclip.models.precision import autocast_off
 from ctclip.preprocessing.spec import PreprocessingSpec
@@ -122,8 +123,13 @@ class CTViT(VolumeEncoder):
         return [*blocks, *[[layer] for layer in self.temporal]]
 
     def end_step(self) -> None:
-        if self.codebook is not None:
+        if self.codebook is None:
+            return
+        # Beside weights that stay as they are (adapters alone learn, or nothing does) the codebook stays too.
+        if any(parameter.requires_grad for name, parameter in self.named_parameters() if not is_adapter(name)):
             self.codebook.update_ema()
+        else:
+            self.codebook.sums.zero_()
 
     def patches(self, volume: Tensor) -> Tensor:
         """(B, 1, D, H, W) -> embedded patches (B, t, h, w, C)."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ctclip import extras
 from ctclip.errors import ConfigError
@@ -24,4 +25,27 @@ def add_lora(module: nn.Module, targets: Sequence[str], rank: int) -> None:
     peft = extras.require("peft")
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), module)
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        parameter.requires_grad_(is_adapter(name))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name belongs to an adapter."""
+    return "lora_" in name
+
+
+def plain_name(name: str) -> str:
+    """The name that a weight beneath an adapter has in a model without adapters."""
+    return name.replace(".base_layer.", ".").replace(".base_model.model.", ".")
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of ``model`` with its adapters added to the weights they stand beside, by the names of a model without
+    adapters; ``model`` itself is not changed."""
+    weights = {
+        plain_name(f"{name}.weight"): module.get_base_layer().weight + module.get_delta_weight("default")
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight") and hasattr(module, "get_base_layer")
+    }
+    state = {plain_name(name): value for name, value in model.state_dict().items() if not is_adapter(name)}
+    return state | weights

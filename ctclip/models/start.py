@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ctclip.config import FreezeConfig
 from ctclip.errors import ConfigError
 from ctclip.models.dual_encoder import DualEncoder
+from ctclip.models.lora import is_adapter, plain_name
 
 SIDES = {
     "volume": ("volume_encoder.", "volume_projection.", "similarity.volume_standard."),
@@ -43,9 +44,10 @@ class Taken:
 
 
 def take_weights(model: DualEncoder, source: dict[str, Tensor], sides: str, where: str) -> Taken:
-    """Copy into ``model`` the tensors of ``source`` (a model's state) of ``sides`` (both, volume or text), in place.
+    """Copy into ``model`` the tensors of ``source`` (``lora.merged_state`` of a model) of ``sides`` (both, volume or
+    text), in place. They go beneath low-rank adapters, which begin anew.
 
-    Plain weights go beneath low-rank adapters. Raises ConfigError if nothing of a side that was asked for fits.
+    Raises ConfigError if nothing of a side that was asked for fits.
     """
     prefixes = [*(SIDES[sides] if sides != "both" else (*SIDES["volume"], *SIDES["text"]))]
     if sides == "both":
@@ -57,9 +59,7 @@ def take_weights(model: DualEncoder, source: dict[str, Tensor], sides: str, wher
         for name, value in own.items():
             if not name.startswith(tuple(prefixes)):
                 continue
-            plain = name.replace(".base_layer.", ".")
-            key = name if name in offered else plain
-            given = offered.pop(key, None)
+            given = offered.pop(plain_name(name), None) if not is_adapter(name) else None
             if given is None:
                 result.new.append(name)
             elif given.shape != value.shape:

@@ -175,15 +175,31 @@ class TextEncoder(nn.Module):
                 owner.append(index)
         # Where nothing stands around a text, an empty one would be no token at all.
         whole = [[*reading.prefix, *piece, *reading.suffix] or [reading.padding] for piece in rows]
-        lengths = torch.tensor([len(row) for row in whole])
-        length = int(lengths.max())
-        input_ids = torch.full((len(whole), length), reading.padding, dtype=torch.long)
-        for number, row in enumerate(whole):
-            input_ids[number, : len(row)] = torch.tensor(row)
-        tokens = {"input_ids": input_ids, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
+        tokens = self._padded(whole)
         if chunk != list(range(len(texts))):
             tokens |= {"chunk": torch.tensor(chunk), "owner": torch.tensor(owner)}
         return tokens
+
+    @property
+    def marks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that a decoder is given before a text and is to write after it: what the tokenizer puts there, else its
+        token of an end, else padding."""
+        end = self.tokenizer.eos_token_id
+        mark = (self.reading.padding if end is None else end,)
+        return self.reading.prefix or mark, self.reading.suffix or mark
+
+    def whole(self, texts: Sequence[str], longest: int) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask`` (n, L) of texts that are not cut into chunks, with ``marks`` around each; what
+        goes beyond ``longest`` ids is left out."""
+        before, after = self.marks
+        room = longest - len(before) - len(after)
+        return self._padded([[*before, *ids[:room], *after] for ids in self._ids(list(texts))])
+
+    def _padded(self, rows: list[list[int]]) -> dict[str, Tensor]:
+        length = max(map(len, rows))
+        ids = [[*row, *[self.reading.padding] * (length - len(row))] for row in rows]
+        mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
     def _pieces(self, texts: Sequence[str], room: int) -> list[list[list[int]]]:
         """Token ids of each text's chunks."""

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor
 
+from ctclip.config import ObjectiveConfig
 from ctclip.data.batch import Tokens
 from ctclip.models.encoded import Encoded
 from ctclip.objectives.objective import Context, Objective
-from ctclip.objectives.words import WordPredictor
+from ctclip.objectives.words import WordDecoder, WordsConfig
 
 
 class Captioning(Objective):
-    """Next words of the report (VirTex, Desai & Johnson 2021; CoCa, Yu et al. 2022). The decoder is discarded
-    after training; only its effect on the volume encoder remains."""
+    """Next words of the report (VirTex, Desai & Johnson 2021; CoCa, Yu et al. 2022). The effect on the volume encoder
+    remains; the decoder can be kept as a head too (``ctclip.heads.caption``)."""
 
+    Config: ClassVar[type[ObjectiveConfig]] = WordsConfig
     needs = ("tokens", "words")
 
-    def __init__(self, config: object, context: Context) -> None:
+    def __init__(self, config: WordsConfig, context: Context) -> None:
         super().__init__(config, context)
         text, volume = context.model.text_encoder, context.model.volume_encoder
-        self.predictor = WordPredictor(text.bert.config.vocab_size, volume.token_width, None, text.width, 2)
+        self.decoder = WordDecoder(
+            text.bert.config.vocab_size, volume.token_width, text.width, depth=config.depth, heads=config.heads
+        )
 
     def forward(self, tokens: Encoded, words: Tokens) -> Tensor:
-        return captioning(self.predictor, words["input_ids"], words["attention_mask"], tokens)
+        return captioning(self.decoder, words["input_ids"], words["attention_mask"], tokens)
 
 
-def captioning(predictor: WordPredictor, ids: Tensor, mask: Tensor, tokens: Encoded) -> Tensor:
+def captioning(decoder: WordDecoder, ids: Tensor, mask: Tensor, tokens: Encoded) -> Tensor:
     """Mean cross-entropy (nats a word) of each next word of ids (B, L), mask (B, L) 1 where there is one."""
-    scores = predictor(ids[:, :-1], mask[:, :-1] == 0, tokens)
+    scores = decoder(ids[:, :-1], mask[:, :-1], tokens)
     target = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
     return F.cross_entropy(scores.flatten(0, 1).float(), target.flatten(), ignore_index=-100)

@@ -221,7 +221,7 @@ def _most(step: TrainingStep, shape: tuple[int, ...], views: int, batch: int, *,
                 encoded = encoder(volumes)
             kept = live.now
             (encoded.pooled.float().sum() + encoded.tokens.float().sum()).backward()
-    # BERT and torch's decoder look at their masks, so they need data; a report is small enough to run.
+    # BERT looks at its mask, so it needs data; a report is small enough to run.
     text, _ = _saved(lambda: _report(step.model, batch * views), step, bf16)
     seen = encoded._replace(tokens=torch.ones(encoded.tokens.shape, dtype=encoded.tokens.dtype), real=None)
     words, _ = _saved(lambda: _on_tokens(step, seen), step, bf16)

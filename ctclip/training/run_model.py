@@ -28,6 +28,7 @@ from ctclip.models.folder import (
     save_model,
     write_architecture,
 )
+from ctclip.models.lora import merged_state
 from ctclip.models.start import freeze, take_weights
 from ctclip.models.tokenizers import load_tokenizer, train_tokenizer
 from ctclip.preprocessing.files import write_text
@@ -96,7 +97,7 @@ def _from_folder(config: ModelConfig, spec: PreprocessingSpec) -> tuple[DualEnco
         model = build_model(_merged(source.model.config, config), spec)
     else:
         model = read_architecture(path, lambda own: _merged(own, config), spec).model
-    taken = take_weights(model, source.model.state_dict(), config.init_sides, where)
+    taken = take_weights(model, merged_state(source.model), config.init_sides, where)
     return model, taken.describe(where)
 
 

@@ -41,7 +41,8 @@ def parameters(module: nn.Module, stage: int) -> dict[str, torch.Tensor]:
 
     kept = set(module.state_dict())
     state = {f"state/{name}": _copied(value) for name, value in module.named_buffers() if name in kept}
-    for name, parameter in module.named_parameters():
+    # Tied parameters (a decoder's word vectors and scores) stand under each of their names, as in a state_dict.
+    for name, parameter in module.named_parameters(remove_duplicate=False):
         with deepspeed.zero.GatheredParameters([parameter]):
             if is_main():
                 state[f"state/{name}"] = _copied(parameter)

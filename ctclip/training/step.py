@@ -95,9 +95,7 @@ class TrainingStep(nn.Module):
 
     def words(self, texts: Sequence[str]) -> Tokens:
         """Ids and mask of whole texts, for objectives on words."""
-        tokenizer = self.model.text_encoder.tokenizer
-        encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
-        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        return self.model.text_encoder.whole(texts, self.longest)
 
     def forward(
         self,

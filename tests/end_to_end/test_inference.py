@@ -32,9 +32,7 @@ def model(trained: Path) -> Path:
 
 def typed(*arguments: object) -> int:
     """Exit code of a command, run in this process."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    return int(ended.value.code or 0)
+    return main([str(argument) for argument in arguments])
 
 
 def loaded_head(loaded: ModelFolder) -> Head:

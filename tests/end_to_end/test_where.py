@@ -17,9 +17,7 @@ from ctclip.explanation.explain import Explanation
 
 def typed(*arguments: object) -> int:
     """Exit code of a command, run in this process."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    return int(ended.value.code or 0)
+    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ class Command:
         assert self.process.pid is not None
         self.pid: int = self.process.pid
 
-    def wait(self, seconds: float = 240) -> Done:
+    def wait(self, seconds: float = 900) -> Done:
         self.process.join(seconds)
         code = self.process.exitcode
         if code is None:
@@ -67,7 +67,7 @@ def _run(arguments: list[str], patch: str, out: str, err: str) -> None:
     torch.set_num_threads(1)
     sys.argv = ["ctclip", *arguments]
     exec(patch, {"__name__": "patch"})
-    from ctclip.cli import main
+    from ctclip.cli import command
 
     with contextlib.suppress(KeyboardInterrupt):
-        main()
+        command()

@@ -48,7 +48,7 @@ def losses(output: Path) -> dict[int, float]:
 
 
 def wait_for_step(output: Path, step: int) -> None:
-    ends = time.monotonic() + 120
+    ends = time.monotonic() + 600
     while time.monotonic() < ends:
         path = output / "metrics.jsonl"
         if path.is_file() and path.read_text().count("\n") > step:

@@ -43,7 +43,7 @@ def test_preprocessing_survives_kill_9(cohort: Path, store: Path, tmp_path: Path
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(cohort: Path, tmp_path: Path) -> None:
     """A file-size limit stands in for a full disk: writing fails in the middle of a file."""
-    limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); sys.argv[0] = 'ctclip'; from ctclip.cli import main; main()"  # fmt: skip
+    limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); sys.argv[0] = 'ctclip'; from ctclip.cli import command; command()"  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", limit, "preprocess", str(cohort), "--output", str(tmp_path / "s"), "--spec", "phantom", "--workers", "1"],
         capture_output=True, text=True, timeout=120, check=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,36 +14,50 @@ import pytest
 
 from ctclip.distributed import free_port
 
-from .runs import command, run, same_curve, wait_for_step
+from .runs import command, losses, run, same_curve, wait_for_step
 
 TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "ctclip.train"]
 DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--module", "ctclip.train"]
+# Between SIGTERM and SIGKILL it leaves one second if not told otherwise: a step may take longer.
+TIME = ["--mca", "odls_base_sigkill_timeout", "60"]
+MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", *TIME, "-n", "2", sys.executable, "-m", "ctclip.train"]
+LAUNCHERS = {"torchrun": TORCHRUN, "deepspeed": DEEPSPEED, "mpirun": MPIRUN}
+SETTINGS = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
-@pytest.mark.parametrize(("killed", "launcher"), [("one", TORCHRUN), ("all", DEEPSPEED)])
-def test_kill_9_of_ranks_of_two(store: Path, whole: Path, tmp_path: Path, killed: str, launcher: list[str]) -> None:
+def typed(launcher: str, arguments: list[str]) -> list[str]:
+    """The command line of two ranks; the test is skipped where the launcher is not installed."""
+    name, *words = LAUNCHERS[launcher]
+    beside = Path(sys.executable).with_name(name)
+    path = str(beside) if beside.is_file() else shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    # Other tests may run beside this one, on the launcher's own port.
+    port = ["--master_port", str(free_port())] if launcher == "deepspeed" else []
+    return [path, *port, *words, *arguments[1:]]
+
+
+@pytest.mark.parametrize(("killed", "launcher"), [("one", "torchrun"), ("all", "deepspeed"), ("one", "mpirun")])
+def test_kill_9_of_ranks_of_two(store: Path, whole: Path, tmp_path: Path, killed: str, launcher: str) -> None:
     """And the same command again, to the end, under the launcher a user types."""
     output = tmp_path / "run"
-    # Other tests may run beside this one, on the launcher's own port.
-    port = ["--master_port", str(free_port())] if launcher is DEEPSPEED else []
-    words = [str(Path(sys.executable).with_name(launcher[0])), *port, *launcher[1:], *command(store, output)[1:]]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=settings)
+    words = typed(launcher, command(store, output))
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=SETTINGS)
     # Found before the moment comes: eight steps are soon over. Launchers first: none shall see its ranks die.
     wait_for_step(output, 0)
     there = _processes(output)
-    # torchrun's own children are the ranks; they may have children with the same words.
+    # The launcher's own children are the ranks; they may have children with the same words.
     ranks = [pid for pid in there if _parent(pid) == process.pid]
     wait_for_step(output, 2)
     for pid in there if killed == "all" else ranks[-1:]:
         os.kill(pid, signal.SIGKILL)
     # Where one rank died the launcher ends the other; nothing is left to wait for ever.
-    assert process.wait(timeout=120) != 0
-    ends = time.monotonic() + 20
+    assert process.wait(timeout=600) != 0
+    ends = time.monotonic() + 60
     while _processes(output) and time.monotonic() < ends:
         time.sleep(0.1)
     assert not _processes(output)
-    done = subprocess.run(words, capture_output=True, text=True, env=settings, timeout=240, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, env=SETTINGS, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"model: {output / 'model'}" in done.stdout
     # Sums over two ranks round otherwise than those of one process.
@@ -53,17 +68,42 @@ def test_a_signal_to_the_launching_command_reaches_its_ranks(store: Path, whole:
     output = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "ctclip.train", *command(store, output)[1:], "--processes", "2"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=SETTINGS,
     )  # fmt: skip
     wait_for_step(output, 1)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 75, said[-2000:]
     assert not _processes(output)
     assert list((output / "checkpoints").glob("step_*"))
     # One process goes on where two were.
     assert run(command(store, output)).returncode == 0
     same_curve(output, whole, 1e-4)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ctrl_c_under_a_launcher_writes_a_checkpoint(launcher: str, store: Path, whole: Path, tmp_path: Path) -> None:
+    """The terminal sends it to all processes in front, launchers pass it on in ways of their own; then the run continues on
+    one process. Objectives whose decoder has tied weights, spread over the ranks, are part of it."""
+    output = tmp_path / "run"
+    arguments = command(store, output, "objectives.captioning=0.3", "objectives.mlm=0.3", "training.zero=3")
+    long = [*arguments, "training.epochs=500", "training.checkpoint_every=100000"]
+    process = subprocess.Popen(
+        typed(launcher, long), env=SETTINGS, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )  # fmt: skip
+    wait_for_step(output, 1)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, said = process.communicate(timeout=600)
+    assert process.returncode != 0
+    # torchrun shows a traceback of its own.
+    assert "ctclip/training" not in said, said[-3000:]
+    assert printed.count("interrupted: stopped after step") == 1
+    (checkpoint,) = (output / "checkpoints").glob("step_*")
+    assert not _processes(output)
+    done, an_epoch = int(checkpoint.name.removeprefix("step_")), len(losses(whole)) / 4
+    again = run([*arguments, f"training.epochs={(done + 1) / an_epoch}", "--force"])
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert max(losses(output)) == done
 
 
 def _parent(pid: int) -> int | None:

@@ -291,9 +291,13 @@ def test_a_second_training_in_one_process(store: Path, tmp_path: Path) -> None:
         "from pathlib import Path; from ctclip.config_files import load_config; from ctclip.training.loop import train; "
         f"train(load_config('phantom_tiny', {SETTINGS}, {{'data.store': {str(store)!r}}}), Path({str(tmp_path / 'first')!r}))"
     )
-    done = run(command(store, tmp_path / "second"), first)
+    typed = (
+        f"from ctclip.cli import main; assert main({command(store, tmp_path / 'typed')!r}) == 0; print('still here')"
+    )
+    done = run(command(store, tmp_path / "second"), f"{first}; {typed}")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(tmp_path / "second") == losses(tmp_path / "first")
+    assert "still here" in done.stdout
+    assert losses(tmp_path / "second") == losses(tmp_path / "typed") == losses(tmp_path / "first")
 
 
 def test_other_data_are_refused_unless_forced(store: Path, whole: Path, tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from ctclip.config import objective_configs
 from ctclip.errors import CheckpointError, ConfigError
 from ctclip.evaluation.calibration import Calibration, Line
+from ctclip.heads.caption import CaptionHead
 from ctclip.heads.folder import calibration_file, list_heads, load_head, save_head, write_prompt_head
 from ctclip.heads.head import Head
 from ctclip.heads.linear import LinearHead
@@ -18,6 +20,9 @@ from ctclip.heads.prompts import PromptHead
 from ctclip.labels import labels_of_columns, load_labels
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import load_model, save_model
+from ctclip.objectives.captioning import Captioning, captioning
+from ctclip.objectives.objective import Context
+from ctclip.objectives.words import WordDecoder
 from ctclip.prompts import load_prompts
 from tests.unit.small import VIT, dual_encoder, spec_of
 
@@ -44,7 +49,15 @@ def heads_of(model: DualEncoder) -> dict[str, Head]:
         "prompts": PromptHead(model, load_prompts("graded"), LABELS.names),
         "linear": LinearHead(model, LABELS.names, torch.randn(2, 12), torch.randn(2), relu=True),
         "probe-2": LinearHead(model, LABELS.names, torch.randn(2, 12), torch.randn(2)),
+        "captions": CaptionHead(model, decoder_of(model), load_prompts("generic"), LABELS.names),
     }
+
+
+def decoder_of(model: DualEncoder) -> WordDecoder:
+    objective = Captioning(objective_configs({"captioning": 1})["captioning"], Context(model))
+    for parameter in objective.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return objective.decoder
 
 
 def write_heads(folder: Path, heads: dict[str, Head]) -> None:
@@ -68,6 +81,7 @@ def test_heads_are_written_listed_and_read_again(tmp_path: Path, model: DualEnco
         save_head(tmp_path / "model", name, head)
     facts = {one.name: (one.kind, one.supervision, one.calibrated) for one in list_heads(tmp_path / "model")}
     assert facts == {
+        "captions": ("caption", "none", True),
         "linear": ("linear", "label-supervised", True),
         "probe-2": ("linear", "label-supervised", False),
         "prompts": ("prompts", "none", True),
@@ -83,7 +97,7 @@ def test_heads_are_written_listed_and_read_again(tmp_path: Path, model: DualEnco
         for one, other in zip(scored(again, loaded.model, volumes), scored(head, model, volumes), strict=True):
             assert torch.equal(one, other), name
         assert again.identity() == head.identity()
-    assert len({head.identity() for head in written.values()}) == 3
+    assert len({head.identity() for head in written.values()}) == len(written)
 
 
 def test_a_linear_head_is_a_linear_map_of_the_embedding(model: DualEncoder, volumes: torch.Tensor) -> None:
@@ -227,3 +241,34 @@ def test_a_0_2_model_that_was_trained_as_if_the_spec_were_another_stays_so(
     other = dual_encoder(VIT, spec_of(SPEC.shape, (1.5, 1.5, 3.0)), standardise=True).eval()
     assert torch.equal(loaded.model.encode_volume(volumes), other.encode_volume(volumes))
     assert not torch.equal(loaded.model.encode_volume(volumes), model.encode_volume(volumes))
+
+
+def test_a_caption_head_tells_the_likelihood_that_it_was_trained_on(model: DualEncoder, volumes: torch.Tensor) -> None:
+    """The loss of the objective is the mean a word of what the head sums over a text."""
+    decoder, texts = decoder_of(model), ["Gallstones are seen.", "No lung nodule."]
+    head = CaptionHead(model, decoder, load_prompts("generic"), LABELS.names)
+    with torch.no_grad():
+        encoded = model.encode(volumes)
+        likelihoods = head.log_likelihood(encoded, texts)
+        assert likelihoods.shape == (3, 2)
+        for column, text in zip(likelihoods.T, texts, strict=True):
+            words = model.text_encoder.whole([text] * 3, 24)
+            loss = captioning(decoder, words["input_ids"], words["attention_mask"], encoded)
+            counted = int(words["attention_mask"][0].sum()) - 1
+            assert float(column.mean()) == pytest.approx(-float(loss) * counted, rel=1e-5)
+        scores = head.score(encoded)
+    prompts = load_prompts("generic")
+    for column, name in zip(scores.T, LABELS.names, strict=True):
+        sides = [head.log_likelihood(encoded, prompts.side(name, positive)).mean(dim=1) for positive in (True, False)]
+        torch.testing.assert_close(column, sides[0] - sides[1])
+
+
+def test_a_decoder_of_another_model_is_refused(tmp_path: Path, model: DualEncoder) -> None:
+    head = CaptionHead(model, WordDecoder(200, 40, 16), load_prompts("generic"), LABELS.names)
+    save_model(tmp_path / "model", model, LABELS)
+    folder = save_head(tmp_path / "model", "captions", head)
+    with pytest.raises(CheckpointError, match="reads tokens of width 40, the model's have 24"):
+        load_head(tmp_path / "model", "captions", model)
+    (folder / "decoder.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        load_head(tmp_path / "model", "captions", model)

@@ -13,9 +13,11 @@ from ctclip.config import FreezeConfig, TextConfig, TrainingConfig, objective_co
 from ctclip.errors import ConfigError
 from ctclip.models.ctvit import CTViTConfig
 from ctclip.models.dual_encoder import DualEncoder
+from ctclip.models.lora import merged_state
 from ctclip.models.resnet3d import ResNet3DConfig
 from ctclip.models.slices import SlicesConfig
 from ctclip.models.start import freeze, rate_factors, take_weights, text_layers
+from ctclip.models.text import with_lora
 from ctclip.models.vit3d import ViT3DConfig
 from ctclip.objectives.objective import Context
 from ctclip.training.optimizer import parameter_groups
@@ -138,6 +140,46 @@ def test_adapters_change_nothing_at_first_and_they_alone_learn(name: str, vision
     assert moved
     assert moved <= learned
     assert not torch.allclose(model.eval().encode_volume(volumes()), expected, atol=1e-4)
+
+
+@every
+def test_a_model_with_adapters_is_taken_with_what_they_learned(name: str, vision: Path) -> None:
+    """Merged into the weights, on both sides; a model that has adapters of its own gets new ones beside them."""
+    source = dual(name, vision, seed=1, tuning="lora", lora_rank=2).eval()
+    source.text_encoder.bert = with_lora(source.text_encoder.bert, TEXT.model_copy(update={"lora_rank": 2}))
+    torch.manual_seed(3)
+    for one, parameter in source.named_parameters():
+        if "lora_" in one:
+            torch.nn.init.normal_(parameter, std=0.2)
+    before = {one: value.clone() for one, value in source.state_dict().items()}
+    state = merged_state(source)
+    assert all(torch.equal(value, before[one]) for one, value in source.state_dict().items())
+    for tuning in ("full", "lora"):
+        model = dual(name, vision, seed=2, tuning=tuning, lora_rank=2)
+        result = take_weights(model, state, "both", "there")
+        assert (result.reshaped, result.unused) == ([], [])
+        assert all("lora_" in one for one in result.new)
+        assert bool(result.new) is (tuning == "lora")
+        model.eval()
+        expected = source.encode_volume(volumes()), source.encode_text(REPORTS)
+        torch.testing.assert_close(model.encode_volume(volumes()), expected[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.encode_text(REPORTS), expected[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["full", "lora", "all", "nothing learns"])
+def test_the_codebook_moves_with_the_weights_that_learn(how: str) -> None:
+    model = dual("ctvit", tuning="lora" if how == "lora" else "full")
+    encoder = model.volume_encoder
+    freeze(model, FreezeConfig(volume="all" if how == "all" else "none"))
+    if how == "nothing learns":
+        encoder.requires_grad_(False)
+    codebook: Any = encoder.codebook
+    before = codebook.rows.clone()
+    model.train()
+    encoder(volumes())
+    encoder.end_step()
+    assert torch.equal(codebook.rows, before) is (how != "full")
+    assert not codebook.sums.any()
 
 
 def test_an_encoder_without_places_for_adapters_is_explained() -> None:

@@ -400,7 +400,7 @@ def test_no_identifier_of_a_dicom_header_reaches_any_output(tmp_path: Path, hu: 
         (3, "preprocess", scans / "b", "--output", tmp_path / "store5", "--series", "1.2.3"),
     ]
     script = "import sys, traceback; from ctclip.cli import main\nfor line in sys.stdin.read().splitlines():\n"
-    script += "    try: main(eval(line))\n    except SystemExit as ended: print('ENDED', ended.code or 0, flush=True)\n"
+    script += "    try: print('ENDED', main(eval(line)), flush=True)\n"
     script += "    except Exception: traceback.print_exc(); print('ENDED 2', flush=True)\n"
     done = subprocess.run(
         [sys.executable, "-W", "always", "-c", script], capture_output=True, check=True, timeout=200,
