@@ -49,6 +49,18 @@ class Wording(Section):
     typos: dict[str, str] = Field(default_factory=dict, description="misspelt words and what they stand for")
 
 
+class Questions(Section):
+    """How closed questions are asked and answered. Answers are prompts: {x} stands for the finding, {value} for a size."""
+
+    side: tuple[str, ...] = Field((), description="phrases that ask for a side")
+    lobe: tuple[str, ...] = Field((), description="phrases that ask for a lobe")
+    size: tuple[str, ...] = Field((), description="phrases that ask for a size")
+    sides: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="prompts of each side")
+    lobes: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="prompts of each lobe")
+    sizes: tuple[str, ...] = Field((), description="prompts of a size")
+    values_mm: tuple[float, ...] = Field((), description="sizes to choose from")
+
+
 class Language(Section):
     """A file of ``configs/languages``."""
 
@@ -57,6 +69,7 @@ class Language(Section):
     common: tuple[str, ...] = Field((), description="the commonest words, by which the language is recognised")
     scopes: Scopes | None = Field(None, description="what labels are read with")
     wording: Wording = Field(Wording(), description="what reports are cleaned with")
+    questions: Questions = Field(Questions(), description="what questions are answered with")
 
     def negates(self, sentence: str) -> bool:
         """Whether a sentence says that something is absent or normal, by its wording."""

@@ -12,6 +12,7 @@ from typing import NoReturn
 import typer
 
 from ctclip import __version__
+from ctclip.cli.ask import ask
 from ctclip.cli.calibrate import calibrate
 from ctclip.cli.clean_reports import clean_reports
 from ctclip.cli.config import config
@@ -59,6 +60,7 @@ app.command()(report)
 app.command()(embed)
 app.command()(index)
 app.command()(similar)
+app.command()(ask)
 app.command("read-reports")(read_reports)
 app.command("clean-reports")(clean_reports)
 app.add_typer(prompts, name="prompts")

@@ -36,7 +36,8 @@ def read_reports(
     model: Path = typer.Option(None, "--model", "-m", help="classifier, language-model: a local model folder."),
     threshold: float = typer.Option(0.5, min=0, max=1, help="classifier: probability from which a label is present."),
     cache: Path = typer.Option(
-        None, help="language-model: folder that keeps the answers, so that an interrupted run resumes."
+        None,
+        help="language-model: folder that keeps the answers, so that an interrupted run resumes. Default: OUTPUT.answers.",
     ),
     batch: int = typer.Option(16, min=1, help="classifier, language-model: number of reports in a batch."),
     uncertain: Value = typer.Option(Value.empty, help="Value in the table for an uncertain label."),
@@ -68,6 +69,8 @@ def read_reports(
 
     check_output(output, force=force)
     device = "cpu" if model is None else str(distributed.device())
+    if cache is None and reader == "language-model":
+        cache = output.with_suffix(".answers")
     options = Options(terms, language, model, batch, threshold, cache, device)
     values = Values(uncertain.number, not_mentioned.number)
     workers = workers or len(os.sched_getaffinity(0))

@@ -53,10 +53,7 @@ class Cleaner:
         self.reader, self.language = reader, reader.language
         self.typos = _typos(self.language)
         wording = self.language.wording
-        tables = {"side": wording.sides, "lobe": wording.lobes}
-        places = [
-            ((kind, name), phrase) for kind, table in tables.items() for name, each in table.items() for phrase in each
-        ]
+        places = place_phrases(self.language)
         marks = [("comparison", phrase) for phrase in wording.comparison]
         marks += [("boilerplate", phrase) for phrase in wording.boilerplate]
         if self.language.scopes is None:
@@ -93,6 +90,12 @@ class Cleaner:
             for mention, low, high in _portions(mentions, sorted(parts), len(tokens))
         )
         return CleanSentence(sentence, findings, "comparison" in keys, "boilerplate" in keys and not findings)
+
+
+def place_phrases(language: Language) -> list[tuple[tuple[str, str], str]]:
+    """Phrases of sides and lobes under ("side", name) and ("lobe", name)."""
+    tables = {"side": language.wording.sides, "lobe": language.wording.lobes}
+    return [((kind, name), phrase) for kind, table in tables.items() for name, each in table.items() for phrase in each]
 
 
 def _outermost(mentions: Sequence[Mention]) -> list[Mention]:

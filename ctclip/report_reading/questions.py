@@ -1,0 +1,86 @@
+"""Closed questions about findings: what is asked, and the answers to choose from.
+
+The label is found by the terms of its set, the kind of question and the place by phrases of the language.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ctclip.errors import ConfigError, PromptError
+from ctclip.report_reading.findings import BOTH, place_phrases
+from ctclip.report_reading.patterns import Phrases, tokens_of
+from ctclip.report_reading.rules import RulesReader
+
+
+class Kind(StrEnum):
+    """What a question wants to know."""
+
+    present = "present"
+    side = "side"
+    lobe = "lobe"
+    size = "size"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of which label; ``side`` and ``lobe`` where a yes-or-no question names them."""
+
+    label: str
+    kind: Kind
+    side: str = ""
+    lobe: str = ""
+
+
+class Questioner:
+    """Understands questions in the language and about the labels of a reader."""
+
+    def __init__(self, reader: RulesReader) -> None:
+        """Raises ConfigError for a language without questions."""
+        self.reader, self.asked = reader, reader.language.questions
+        if not self.asked.sides:
+            raise ConfigError(
+                f"the language {reader.language.name!r} has no questions; docs/words.md says how to add them"
+            )
+        kinds = [
+            (kind, phrase) for kind in (Kind.side, Kind.lobe, Kind.size) for phrase in getattr(self.asked, kind.value)
+        ]
+        self.phrases = Phrases([*kinds, *place_phrases(reader.language)])
+
+    def question(self, text: str) -> Question:
+        """What ``text`` asks. Raises PromptError where it names no label, or several."""
+        labels = {mention.label for mention in self.reader.mentions(text)}
+        if len(labels) != 1:
+            names = list(self.reader.terms.labels)
+            named = (
+                f"names {', '.join(sorted(labels))}: ask about one"
+                if labels
+                else f"names none of {', '.join(names[:5])} ..."
+            )
+            raise PromptError(f"the question {text[:80]!r} {named}")
+        keys = {match.key for match in self.phrases.find(tokens_of(text))}
+        (label,) = labels
+        kind = next((kind for kind in (Kind.side, Kind.lobe, Kind.size) if kind in keys), Kind.present)
+        places = {key for key in keys if isinstance(key, tuple)}
+        if kind is not Kind.present:
+            return Question(label, kind)
+        sides, lobes = ({name for group, name in places if group == wanted} for wanted in ("side", "lobe"))
+        side = BOTH if len(sides) > 1 else next(iter(sides), "")
+        return Question(label, kind, side, next(iter(lobes)) if len(lobes) == 1 else "")
+
+    def answers(self, label: str, kind: Kind) -> dict[str, list[str]]:
+        """The answers to choose from with their prompts, for kinds other than yes or no."""
+        if kind is Kind.size:
+            return {
+                f"{value:g} mm": [_filled(prompt, label, value) for prompt in self.asked.sizes]
+                for value in self.asked.values_mm
+            }
+        prompts = self.asked.sides if kind is Kind.side else self.asked.lobes
+        return {name: [_filled(prompt, label) for prompt in each] for name, each in prompts.items()}
+
+
+def _filled(prompt: str, label: str, value: float | None = None) -> str:
+    text = prompt.replace("{x}", label.lower())
+    text = text if value is None else text.replace("{value}", f"{value:g}")
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,73 @@
+"""Closed questions: what they ask, and answers by matching prompts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ctclip.errors import PromptError
+from ctclip.heads.prompts import PromptHead
+from ctclip.inference.ask import NO, YES, Respondent
+from ctclip.labels import load_labels
+from ctclip.prompts import load_prompts
+from ctclip.report_reading.questions import Kind, Question, Questioner
+from ctclip.report_reading.reader import Options
+from ctclip.report_reading.rules import RulesReader
+from tests.unit.small import dual_encoder
+
+QUESTIONER = Questioner(RulesReader.build(load_labels("ct_rate_18"), Options()))
+
+
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        ("Is there a pleural effusion?", Question("Pleural effusion", Kind.present)),
+        ("Is there a pleural effusion on the left?", Question("Pleural effusion", Kind.present, "left")),
+        ("Are there nodules in the right upper lobe?", Question("Lung nodule", Kind.present, "right", "upper")),
+        ("Is bilateral atelectasis seen?", Question("Atelectasis", Kind.present, "both")),
+        ("On which side is the pleural effusion?", Question("Pleural effusion", Kind.side)),
+        ("Is the consolidation on the left or right?", Question("Consolidation", Kind.side)),
+        ("In which lobe is the consolidation?", Question("Consolidation", Kind.lobe)),
+        ("How large is the nodule?", Question("Lung nodule", Kind.size)),
+    ],
+)
+def test_what_a_question_asks(text: str, question: Question) -> None:
+    assert QUESTIONER.question(text) == question
+
+
+@pytest.mark.parametrize("text", ["Is the patient well?", "Is there a nodule or a consolidation?", ""])
+def test_a_question_about_no_label_or_several_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(PromptError, match="names") as refused:
+        QUESTIONER.question(text)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_answer_is_the_one_whose_prompts_are_nearest() -> None:
+    model = dual_encoder()
+    head = PromptHead(model, load_prompts("report_style"))
+    respondent = Respondent(model, head, QUESTIONER)
+    with torch.no_grad():
+        for name, prompts in QUESTIONER.answers("Pleural effusion", Kind.side).items():
+            vector = F.normalize(model.encode_text(prompts).mean(dim=0), dim=0)
+            answer = respondent.answer("On which side is the pleural effusion?", vector)
+            assert answer.answer == name
+            assert sum(answer.probabilities.values()) == pytest.approx(1)
+        place = head.names.index("Pleural effusion")
+        for vector, wanted in ((head.positive[place], YES), (head.negative[place], NO)):
+            assert respondent.answer("Is there a pleural effusion?", vector).answer == wanted
+
+
+def test_a_finding_on_the_other_side_is_denied() -> None:
+    """A volume that is as like "on the left" as can be: yes to the left, no to the right, yes to both alike."""
+    model = dual_encoder()
+    respondent = Respondent(model, PromptHead(model, load_prompts("report_style")), QUESTIONER)
+    shares = {"left": 0.7, "right": 0.1, "both": 0.2}
+    respondent._choice = lambda label, kind, embedding: shares  # type: ignore[method-assign]
+    respondent.head.probabilities = lambda scores: torch.full((1, 18), 0.9)  # type: ignore[method-assign]
+    ask = lambda side: respondent.answer(f"Is there a pleural effusion on the {side}?", torch.zeros(12)).answer  # noqa: E731
+    assert (ask("left"), ask("right")) == (YES, NO)
+    shares.update(left=0.2, right=0.1, both=0.7)
+    assert (ask("left"), ask("right")) == (YES, YES)
+    respondent.head.probabilities = lambda scores: torch.full((1, 18), 0.2)  # type: ignore[method-assign]
+    assert (ask("left"), ask("right")) == (NO, NO)
