@@ -31,9 +31,8 @@ def split_sections(text: str, headings: Mapping[str, Sequence[str]]) -> dict[str
     parts: list[tuple[str, str]] = []
     first = places[0].start() if places else len(text)
     parts.append((REST, text[:first]))
-    for match, following in zip(places, [*places[1:], None], strict=True):
-        end = following.start() if following is not None else len(text)
-        parts.append((owners[_key(match["word"])], text[match.end() : end]))
+    ends = [*(match.start() for match in places[1:]), len(text)]
+    parts += [(owners[_key(match["word"])], text[match.end() : end]) for match, end in zip(places, ends, strict=False)]
     sections: dict[str, str] = {}
     for name, part in parts:
         body = RULE.sub("", part).strip().strip("*_").strip()
