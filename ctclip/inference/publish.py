@@ -82,6 +82,7 @@ def _learned_from(model: Model) -> str:
     rows = [
         ("data", f"{size}{scans}{f', cohort {facts.cohort}' if facts.cohort else ''}{f', {facts.body_part}' if facts.body_part else ''}"),
         ("supervision", facts.supervision or "not recorded"),
+        *([("labels from", facts.label_source)] if facts.label_source else []),
         ("report sections", ", ".join(facts.sections)),
         ("begun from", facts.init or "random weights"),
         ("volume encoder", config.volume.kind),

@@ -66,6 +66,7 @@ class TrainedOn(Section):
     """What a model was trained on; tables and pages state it."""
 
     supervision: str = ""
+    label_source: str = ""
     cohort: str = ""
     volumes: int | None = None
     patients: int | None = None

@@ -144,12 +144,14 @@ def _tokenizer(config: Config, output: Path, data: StoredVolumes) -> Any:
 def describe_training(config: Config, data: StoredVolumes, cohort: Cohort, labels: LabelSet | None) -> TrainedOn:
     """What a model of the run will have learned from, at its earlier starts too."""
     store = data.store
+    sources = data.table["label_source"].astype(str).tolist() if "label_source" in data.table else []
     return TrainedOn(
         supervision="label-supervised" if config.reads_labels else "reports only",
         cohort=store.path.resolve().name,
         volumes=len(cohort.seen),
         patients=len(cohort.patients),
-        synthetic=bool((data.table["label_source"] == SYNTHETIC).all()) if "label_source" in data.table else None,
+        label_source="; ".join(sorted(set(sources) - {""})) if config.reads_labels else "",
+        synthetic=all(source.startswith(SYNTHETIC) for source in sources) if sources else None,
         body_part=labels.body_part if labels is not None else "any",
         spacing=store.spec.spacing,
         sections=config.data.sections,
@@ -208,7 +210,7 @@ def _no_labels() -> LabelSet:
 
 def _card(config: Config, facts: TrainedOn) -> str:
     return (
-        f"# {config.name}\n\nsupervision: {facts.supervision}\n\n"
+        f"# {config.name}\n\nsupervision: {facts.supervision}{f', labels: {facts.label_source}' if facts.label_source else ''}\n\n"
         f"Trained on {facts.volumes} volumes of {config.data.train_split!r}, spec {config.preprocessing!r}, seed {config.seed}, "
         f"code {revision()}. The configuration of the run is in the run's config.yaml. Not a medical device.\n"
     )

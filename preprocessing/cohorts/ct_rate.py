@@ -107,9 +107,12 @@ def read(tree: Tree, *, keep_no_chest: bool = False) -> Cohort:
     )  # fmt: skip
 
 
-def _source(root: Path) -> str:
-    """Where its labels come from; a synthetic cohort, which is laid out as CT-RATE is, says so in a file of its own."""
-    return "synthetic" if (root / "phantom.json").is_file() else "CT-RATE labels CSV"
+def _source(root: Path, stated: str) -> str:
+    """Where its labels come from: what their table says, or CT-RATE. A synthetic cohort, which is laid out as CT-RATE is, says
+    so in a file of its own."""
+    if (root / "phantom.json").is_file():
+        return f"synthetic, {stated}" if stated else "synthetic"
+    return stated or "CT-RATE labels CSV"
 
 
 def _record(
@@ -121,7 +124,7 @@ def _record(
     return {
         "volume": volume, "patient": match[1], "scan": f"{match[1]}_{match[2]}", "reconstruction": int(match[3]),
         "split": match[1].split("_")[0], "path": str(path.relative_to(root)), **sections,
-        "label_source": (_cell(labels, volume, "label_source") or _source(root)) if volume in labels.index else "",
+        "label_source": _source(root, _cell(labels, volume, "label_source")) if volume in labels.index else "",
         **{ours: _number(metadata, volume, theirs, default) for ours, (theirs, default) in RESCALE.items()},
         **{ours: _cell(metadata, volume, theirs) for ours, theirs in GEOMETRY_COLUMNS.items()},
     }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from ctclip.cli import main
+from ctclip.config_files import load_config
 from ctclip.errors import CtclipError, DataError
 from ctclip.evaluation.tables import read_labels
 from ctclip.labels import load_labels
@@ -25,6 +27,7 @@ from ctclip.report_reading.reports import load_reports
 from ctclip.report_reading.rules import RulesReader
 from ctclip.report_reading.run import Values, load_statements, read_all, statements_file, write_readings
 from ctclip.report_reading.terms import load_terms
+from ctclip.training.run_model import _card, describe_training
 from tests.phantom_reports import phantom_reports
 
 LABELS = load_labels("ct_rate_18")
@@ -266,11 +269,36 @@ def test_labels_that_were_read_label_a_cohort(tmp_path: Path) -> None:
     assert cohort["Lung nodule"].tolist() == [0, 1]
     assert cohort["Emphysema"].tolist() == [1, 0]
     assert cohort["label_source"].str.startswith("read from reports by rules").all()
+    (tmp_path / "phantom.json").write_text("{}")
+    sources = read_cohort(tmp_path).table["label_source"]
+    assert sources.str.startswith("synthetic, read from reports by rules").all(), "a phantom stays one"
     paths = pd.read_csv(tmp_path / "dataset" / "labels.csv").assign(path=lambda t: "train/" + t["VolumeName"])
     paths.drop(columns="VolumeName").to_csv(tmp_path / "dataset" / "scans.csv", index=False)
     again = read_cohort(tmp_path / "dataset" / "scans.csv").table
     assert label_names(again) == list(FINDINGS)
     assert again["label_source"].str.startswith("read from reports by rules").all()
+
+
+@pytest.mark.parametrize(
+    ("sources", "reads", "stated", "synthetic"),
+    [
+        (["read from reports by rules: x"] * 2, True, "read from reports by rules: x", False),
+        (["synthetic, read from reports by rules: x", "synthetic"], True, "synthetic; synthetic, read from reports by rules: x", True),
+        (["CT-RATE labels CSV", ""], True, "CT-RATE labels CSV", False),
+        (["read from reports by rules: x"], False, "", False),
+    ],
+)  # fmt: skip
+def test_a_model_states_who_read_the_labels_it_learned_from(
+    sources: list[str], reads: bool, stated: str, synthetic: bool
+) -> None:
+    config = load_config("phantom_labels" if reads else "phantom_tiny")
+    assert config.reads_labels is reads
+    store = SimpleNamespace(path=Path("store"), spec=SimpleNamespace(spacing=(1.0, 1.0, 1.0)))
+    data = SimpleNamespace(store=store, table=pd.DataFrame({"label_source": sources}))
+    cohort = SimpleNamespace(seen=sources, patients=sources)
+    facts = describe_training(config, data, cohort, LABELS)  # type: ignore[arg-type]
+    assert (facts.label_source, facts.synthetic) == (stated, synthetic)
+    assert ("labels: " in _card(config, facts)) is bool(stated)
 
 
 def test_the_comparison_is_written_whole(tmp_path: Path) -> None:
