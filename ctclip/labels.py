@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -21,6 +21,9 @@ from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.tables import read_table
 from ctclip.schema import Section, validated
+
+if TYPE_CHECKING:
+    from ctclip.preprocessing.pipeline import Expect
 
 BodyPart = Literal["chest", "abdomen", "head", "any"]
 FILE = "labels.yaml"
@@ -115,6 +118,11 @@ def load_labels(source: str | Path | dict[str, Any]) -> LabelSet:
         return validated(LabelSet, source, "label set")
     path = find_config(str(source), "labels")
     return validated(LabelSet, read_mapping(path), str(path))
+
+
+def expected(body_part: str, asked: Expect) -> Expect:
+    """What to expect of scans: no chest where they are known to be of another part of the body, unless it is asked for."""
+    return "any" if asked == "auto" and body_part in ("abdomen", "head") else asked
 
 
 def labels_of_columns(name: str, columns: Sequence[str], body_part: BodyPart = "any") -> LabelSet:

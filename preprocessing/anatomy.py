@@ -13,6 +13,7 @@ import numpy as np
 
 from ctclip.preprocessing.volume import Volume
 
+NOT_A_CHEST = "not a chest"
 COARSE_MM = 6.0
 SMALLEST_LUNG_ML = 150.0
 SHORTEST_LUNG_MM = 100.0
@@ -96,7 +97,7 @@ def no_chest(lungs: Lungs) -> str | None:
         return None
     return (
         f"its largest space of lung density measures {lungs.millilitres:.0f} ml, {lungs.height:.0f} mm high, "
-        f"{lungs.thickness:.0f} mm thick: not a chest"
+        f"{lungs.thickness:.0f} mm thick: {NOT_A_CHEST}"
     )
 
 

@@ -39,7 +39,10 @@ from ctclip.preprocessing.store import VolumeStore, check_store_folder
 from ctclip.preprocessing.volume import FileGrid, Volume
 from ctclip.preprocessing.workers import worker_pool
 
-Expect = Literal["chest", "any"]
+# ``chest`` refuses what shows none, ``auto`` warns of it, ``any`` does not look.
+Expect = Literal["auto", "chest", "any"]
+# Slices so many times further apart than the spec's leave out what a model has learned to see.
+COARSER = 2.5
 # Less than this of the lungs outside of the grid is the thickness of its edge.
 LUNG_CUT = 0.01
 # Under ``--expect chest``.
@@ -134,7 +137,7 @@ class Prepared:
 
 
 class Reading(TypedDict, total=False):
-    """How scans are read: ``trust`` about Hounsfield units, what to ``expect`` of them, which ``series`` (UID) of a DICOM
+    """How scans are read: ``trust`` about Hounsfield units, what to ``expect`` of them (``Expect``), which ``series`` (UID) of a DICOM
     folder, whose ``geometry`` where statements contradict each other, ``largest_gb`` of voxels or of an archive's content.
     """
 
@@ -150,7 +153,7 @@ def prepare(
     spec: PreprocessingSpec | str = "ct_clip",
     *,
     trust: Trust = "auto",
-    expect: Expect = "any",
+    expect: Expect = "auto",
     table: TableFacts | None = None,
     series: str | None = None,
     geometry: Geometry = "auto",
@@ -168,8 +171,15 @@ def prepare(
     file_grid = FileGrid.of(taken.array.shape, taken.affine, raw.columns_first)
     volume = orient(taken)
     lungs = find_lungs(volume)
-    if expect == "chest" and (reason := no_chest(lungs)):
-        raise PreprocessingError(f"{volume.source}: {reason}; --expect any accepts it")
+    if reason := no_chest(lungs) if expect != "any" else None:
+        if expect == "chest":
+            raise PreprocessingError(f"{volume.source}: {reason}; --expect any accepts it")
+        volume.warnings.append(f"{reason}: what a model of chests says of it means nothing")
+    apart, step = max(zip(volume.spacing, spec.spacing, strict=True), key=lambda pair: pair[0] / pair[1])
+    if apart > COARSER * step:
+        volume.warnings.append(
+            f"slices {apart:.1f} mm apart, for a grid of {step:g} mm: what is smaller may not be seen"
+        )
     if doubt := orientation_doubt(lungs):
         volume.warnings.append(doubt)
     centre, kept = _about_the_lungs(volume, lungs, spec)

@@ -13,7 +13,7 @@ import numpy as np
 from jinja2 import Environment
 from PIL import Image
 
-from ctclip.preprocessing.anatomy import find_lungs, no_chest
+from ctclip.preprocessing.anatomy import NOT_A_CHEST, find_lungs, no_chest
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.hounsfield import ALREADY_HU
 from ctclip.preprocessing.outcomes import Outcome, read_outcomes
@@ -131,7 +131,9 @@ def _card(
     recorded = outcome.warnings if outcome else ()
     warnings = [warning for warning in recorded if warning != ALREADY_HU]
     affine = np.diag([*store.spec.spacing, 1.0])
-    if expect == "chest" and (reason := no_chest(find_lungs(Volume(hu, affine, name)))):
+    # Said of the scan itself already, but for stores of earlier versions.
+    asked = expect == "chest" and not any(NOT_A_CHEST in warning for warning in told)
+    if asked and (reason := no_chest(find_lungs(Volume(hu, affine, name)))):
         warnings.append(reason)
     if hu.max() < 100:
         warnings.append(f"no voxel is above {hu.max()} HU: is there any bone?")

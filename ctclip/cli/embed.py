@@ -79,7 +79,8 @@ def embed(
         if store is not None:
             source = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
         else:
-            source = ScanFiles(scans, loaded.spec, **reading_of(hu, geometry, expect, series, largest_gb))
+            reading = loaded.reading(reading_of(hu, geometry, expect, series, largest_gb))
+            source = ScanFiles(scans, loaded.spec, **reading)
             if linkage is not None:
                 source.link(linkage)
         count = embed_scans(loaded, source, output, batch, refused, force=force)

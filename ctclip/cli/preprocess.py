@@ -81,7 +81,7 @@ def preprocess(
 
     `ctclip preprocess CT-RATE --output store --spec ct_224`
     """
-    from ctclip.labels import keep_labels, label_columns_of, load_labels
+    from ctclip.labels import expected, keep_labels, label_columns_of, load_labels
     from ctclip.preprocessing.outcomes import outcomes_name
     from ctclip.preprocessing.pipeline import (
         Report,
@@ -93,7 +93,11 @@ def preprocess(
     from ctclip.preprocessing.store import VolumeStore
 
     # A bad label set is refused before hours of work.
-    columns = label_columns_of(cohort, load_labels(labels)) if labels is not None else None
+    label_set = load_labels(labels) if labels is not None else None
+    columns = label_columns_of(cohort, label_set) if label_set is not None else None
+    reading = reading_of(hu, geometry, expect, series, largest_gb)
+    if label_set is not None:
+        reading["expect"] = expected(label_set.body_part, reading["expect"])
     if merge:
         _tell(Report(merge_shards(output), [], {}), output / outcomes_name())
         return
@@ -105,7 +109,7 @@ def preprocess(
         output,
         PreprocessingSpec.load(spec),
         layout=layout,
-        reading=reading_of(hu, geometry, expect, series, largest_gb),
+        reading=reading,
         workers=workers,
         shard=_shard(shard),
         calibration=calibration,

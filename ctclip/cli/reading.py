@@ -26,8 +26,9 @@ class Geometry(StrEnum):
 
 
 class Expected(StrEnum):
-    any = "any"
+    auto = "auto"
     chest = "chest"
+    any = "any"
 
 
 HU = typer.Option(
@@ -39,7 +40,9 @@ GEOMETRY = typer.Option(
     help="Which geometry to use if header and metadata table, or sform and qform of a NIfTI header, contradict each other.",
 )
 EXPECT = typer.Option(
-    Expected.any, help="chest: refuse scans that show no chest, or whose lungs do not fit into the grid."
+    Expected.auto,
+    help="auto: warn of scans that show no chest; chest: refuse them, and scans whose lungs do not fit into the grid; any: do "
+    "not look.",
 )
 SERIES = typer.Option(
     None,

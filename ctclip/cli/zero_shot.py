@@ -109,7 +109,8 @@ def zero_shot(
         if store is not None:
             source = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
         else:
-            source = ScanFiles(scans, loaded.spec, **reading_of(hu, geometry, expect, series, largest_gb))
+            reading = loaded.reading(reading_of(hu, geometry, expect, series, largest_gb))
+            source = ScanFiles(scans, loaded.spec, **reading)
             if linkage is not None and distributed.is_main():
                 source.link(linkage)
         summary = detect(
@@ -118,6 +119,9 @@ def zero_shot(
     if distributed.launched_rank() != 0:
         return
     table_of(summary.table(rows=6), scorer, summary.volumes)
+    print(f"the model learned from: {loaded.trained_on.words()}")
+    for caveat in loaded.trained_on.caveats():
+        print(f"warning: {caveat}")
     for reason in summary.refused.values():
         print(f"refused: {reason}")
     print(f"predictions: {summary.predictions} ({summary.volumes} volumes)")

@@ -167,8 +167,8 @@ def _subtitle(metrics: dict[str, Any]) -> str:
         scored += f" (not the {size:,} of the protocol's set: not the published test)"
     if split_note(metrics):
         scored += f"; {split_note(metrics)}"
-    learned = metrics.get("supervision")
-    return f"{scored}. {f'Supervision: {learned}. ' if learned else ''}Research only; not a medical device."
+    learned = "; ".join(filter(None, [metrics.get("supervision"), metrics.get("trained_on")]))
+    return f"{scored}. {f'The model learned from: {learned}. ' if learned else ''}Research only; not a medical device."
 
 
 def _protocol_differences(names: list[str], first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _protocol_differences(names: list[str], first: dict[str, Any], second: dict[
             pair = [f"{len(mine)} labels" + (f", with {', '.join(more)}" if (more := [n for n in mine if n not in other]) else "")
                     for mine, other in (pair, pair[::-1])]  # fmt: skip
         rows.append([f"protocol: {key}", *map(str, pair)])
-    for key in ("volumes", "patients", "supervision", "model", "spec", "prompts"):
+    for key in ("volumes", "patients", "supervision", "trained_on", "model", "spec", "prompts"):
         pair = [metrics.get(key) for metrics in (first, second)]
         if pair[0] != pair[1]:
             rows.append([key, *(str(value or "not stated") for value in pair)])

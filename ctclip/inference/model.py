@@ -109,7 +109,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
 
     def prepare(self, scan: str | os.PathLike[str], **reading: Unpack[Reading]) -> Prepared:
         """One scan from disk as this model wants it; see ``ctclip.preprocessing.prepare``."""
-        return prepare(scan, self.spec, **reading)
+        return prepare(scan, self.spec, **self.folder.reading(reading))
 
     def detect(
         self,
@@ -142,6 +142,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             model=self.folder.hash,
             spec=self.spec.hash,
             warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
+            trained_on=self.folder.trained_on.words(),
         )
 
     def explain(

@@ -235,20 +235,13 @@ def provenance(loaded: ModelFolder, head: Head) -> dict[str, str]:
     return {
         "model": loaded.hash, "supervision": supervision(loaded, head), "spec": loaded.spec.hash, "prompts": head.source,
         "labels": loaded.labels.identity if set(head.names) == set(loaded.labels.names) else "",
-        "trained_on": _in_words(loaded),
+        "trained_on": loaded.trained_on.words(),
     }  # fmt: skip
 
 
 def supervision(loaded: ModelFolder, head: Head) -> str:
     """What model and head learned from: a head that saw labels makes it label-supervised whatever the model saw."""
     return loaded.trained_on.supervision if head.supervision == "none" else head.supervision
-
-
-def _in_words(loaded: ModelFolder) -> str:
-    facts = loaded.trained_on
-    kind = {True: "synthetic scans", False: "patients", None: "scans"}[facts.synthetic]
-    count = f"{facts.volumes} volumes, " if facts.volumes is not None else ""
-    return f"{count}{kind}, {facts.body_part or 'body part not stated'}"
 
 
 def _key(loaded: ModelFolder, head: Head, scans: Scans, reports: bool) -> str:

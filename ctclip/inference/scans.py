@@ -18,7 +18,9 @@ from ctclip.errors import DataError
 from ctclip.preprocessing.cohorts import read_cohort
 from ctclip.preprocessing.cohorts.folder import scan_id
 from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.hounsfield import ALREADY_HU
 from ctclip.preprocessing.linkage import write_linkage
+from ctclip.preprocessing.outcomes import OUTCOME_COLUMNS, Outcome
 from ctclip.preprocessing.pipeline import Reading, prepare
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
@@ -55,7 +57,15 @@ class StoredScans:
         return f"{self.store.path.resolve()} {self.spec.hash}"
 
     def voxels(self, index: int) -> tuple[np.ndarray, str]:
-        return self.store.voxels(str(self.table["volume"].iloc[index])), ""
+        volume = str(self.table["volume"].iloc[index])
+        return self.store.voxels(volume), "; ".join(self._warnings(volume))
+
+    def _warnings(self, volume: str) -> tuple[str, ...]:
+        """What was said of the scan when it was stored, and kept with it (not by stores before 0.3)."""
+        notes = self.store.notes(volume)
+        warnings = Outcome.of_row({**dict.fromkeys(OUTCOME_COLUMNS, ""), **notes, "outcome": "done"}).warnings
+        # That a table of HU has been understood is no doubt about a scan.
+        return tuple(warning for warning in warnings if warning != ALREADY_HU)
 
 
 class ScanFiles:

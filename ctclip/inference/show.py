@@ -20,7 +20,8 @@ MOST_SCANS = 6
 @dataclass(frozen=True)
 class Detection:
     """What a model sees in one scan: ``probabilities`` and ``margins`` by abnormality, graded ``values`` (the size of a
-    finding if it is there), ``thresholds`` of what was calibrated, warnings, hashes of model and spec.
+    finding if it is there), ``thresholds`` of what was calibrated, warnings, hashes of model and spec, and what the model
+    was ``trained_on``.
 
     Prints as a table, and shows as one in a notebook.
     """
@@ -34,6 +35,7 @@ class Detection:
     spec: str
     thresholds: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    trained_on: str = ""
 
     def ranked(self) -> list[tuple[str, float]]:
         """Abnormalities, the likeliest first; those that were not calibrated after the calibrated ones, with whose
@@ -62,6 +64,7 @@ class Detection:
             )
         lines += [f"{name}: {value:.1f} if present" for name, value in self.values.items()]
         lines += [ABOVE] if self.thresholds else []
+        lines += [f"the model learned from: {self.trained_on}"] if self.trained_on else []
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
@@ -77,7 +80,9 @@ class Detection:
             for number, (name, p) in enumerate(self.ranked())
         )
         notes = [f"{name}: {value:.1f} if present" for name, value in self.values.items()]
-        notes += ([ABOVE] if self.thresholds else []) + [f"Warning: {text}" for text in self.warnings]
+        notes += [ABOVE] if self.thresholds else []
+        notes += [f"The model learned from: {self.trained_on}"] if self.trained_on else []
+        notes += [f"Warning: {text}" for text in self.warnings]
         return (
             f"<b>{escape(self._title())}</b><table><tr><th style='text-align:left'>abnormality</th><th>probability</th>"
             f"<th>margin</th><th></th></tr>{rows}</table>{''.join(f'<p>{escape(note)}</p>' for note in notes)}"

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -31,7 +31,7 @@ from ctclip.config import ModelConfig
 from ctclip.config_files import dump_config, read_mapping
 from ctclip.errors import CheckpointError
 from ctclip.labels import FILE as LABELS
-from ctclip.labels import LabelSet, load_labels
+from ctclip.labels import LabelSet, expected, load_labels
 from ctclip.models.dual_encoder import DualEncoder, build_volume_encoder
 from ctclip.models.huggingface import read_settings, vision_model_of
 from ctclip.models.slices import SlicesConfig
@@ -42,6 +42,9 @@ from ctclip.preprocessing.named_files import installed_file
 from ctclip.preprocessing.outputs import check_replaceable, put_in_place
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.schema import Section, validated
+
+if TYPE_CHECKING:
+    from ctclip.preprocessing.pipeline import Reading
 
 ARCHITECTURE = ("config.yaml", "tokenizer", "text_config.json", "preprocessing.yaml")
 REQUIRED = (*ARCHITECTURE, "model.safetensors")
@@ -76,6 +79,14 @@ class TrainedOn(Section):
     sections: tuple[str, ...] = ("findings", "impression")
     init: str = ""
 
+    def words(self) -> str:
+        """In one line: how many scans of whom and of what, at which spacing, of which cohort."""
+        kind = {True: "synthetic scans", False: "scans of patients", None: "scans"}[self.synthetic]
+        count = f"{self.volumes:,} {kind}" if self.volumes is not None else kind
+        spacing = f"{' x '.join(f'{step:g}' for step in self.spacing)} mm" if self.spacing is not None else ""
+        body_part = {"": "body part not stated", "any": "any body part"}.get(self.body_part, self.body_part)
+        return ", ".join(filter(None, [count, body_part, spacing, f"cohort {self.cohort}" if self.cohort else ""]))
+
     def caveats(self) -> list[str]:
         """Warnings for everyone who reads the scores of this model."""
         if self.synthetic:
@@ -102,6 +113,13 @@ class ModelFolder:
     path: Path
     hash: str
     trained_on: TrainedOn = field(default_factory=TrainedOn)
+
+    def reading(self, given: Reading) -> Reading:
+        """``given``, without the look for a chest where the model learned from another part of the body."""
+        return {
+            **given,
+            "expect": expected(self.trained_on.body_part or self.labels.body_part, given.get("expect", "auto")),
+        }
 
 
 def save_model(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -28,15 +29,27 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ctclip.preprocessing.spec import PreprocessingSpec
 from tests.benchmarks.common import machine, table
 from tests.end_to_end.conftest import TINY
-from tests.robustness.processes import Command, Done
+from tests.robustness.processes import FORKED, Command, Done
 
+# What commands import when they run: kills should fall into their work, not into imports.
+FORKED.set_forkserver_preload([
+    "torch", "deepspeed", "torch.utils.tensorboard", "numba", "nibabel", "faiss", "matplotlib.pyplot", "sklearn.ensemble",
+    "transformers.models.bert.modeling_bert", "ctclip.cli", "ctclip.phantom.cohort", "ctclip.preprocessing.quality",
+    "ctclip.training.loop", "ctclip.training.export", "ctclip.models.vit3d", "ctclip.inference.model",
+    "ctclip.inference.index", "ctclip.inference.import_published", "ctclip.evaluation.run_evaluation",
+])  # fmt: skip
 PUBLISHED = Path(__file__).parents[1] / "golden" / "data"
-VOLUMES, SCALE = 48, 8
+VOLUMES, SCALE = 24, 12
 # Whose values are times and rates.
 TIMED = ("second", "time", "per_s", "memory", "wait", "rate_of", "volumes_s")
-SHORTER = "name: phantom\nspacing: [9.0, 6.4, 6.4]\nshape: [32, 40, 56]\nhu_window: [-1000, 1000]\nfill: -1000\norientation: LPS\ninterpolation: antialiased\n"  # fmt: skip
+# The demo's spec at half its resolution, and at less than that for a store of another spec.
+SPECS = {
+    "half": ((9.0, 6.4, 6.4), (32, 40, 56)),
+    "coarse": ((18.0, 12.8, 12.8), (16, 20, 28)),
+}
 BUSY = ("is writing it", "run is going on")
 SECONDS = 600
 
@@ -82,15 +95,19 @@ def cases(work: Path) -> list[Case]:
     """Every command that writes, each with inputs that the ones before it have made."""
     inputs, out = work / "inputs", work / "out"
     text = _published_text(work / "text")
-    (work / "shorter.yaml").write_text(SHORTER)
+    specs = {}
+    for name, (spacing, shape) in SPECS.items():
+        specs[name] = work / f"{name}.yaml"
+        PreprocessingSpec(name, spacing=spacing, shape=shape).save(specs[name])
     small, cohort, store, run = (inputs / name for name in ("small", "cohort", "store", "run"))
     model, first, second = run / "model", inputs / "first", inputs / "second"
-    tiny = [*TINY, "training.keep_checkpoints=4"]
+    tiny = [*TINY, "training.keep_checkpoints=4", f"preprocessing={specs['half']}"]
     scored = ["--store", str(store), "--protocol", "phantom", "--bootstrap", "20"]
-    for name, arguments in {
-        "small": ["phantom", str(small), "--volumes", "12", "--scale", str(SCALE), "--seed", "3"],
-        "cohort": ["phantom", str(cohort), "--volumes", str(VOLUMES), "--scale", str(SCALE), "--rare-floor", "0.3", "--valid-fraction", "0.5"],
-        "store": ["preprocess", str(cohort), "--output", str(store), "--spec", "phantom"],
+    ready = work / "ready"
+    for name, arguments in {} if ready.exists() else {
+        "small": ["phantom", str(small), "--volumes", "8", "--scale", str(SCALE), "--seed", "3"],
+        "cohort": ["phantom", str(cohort), "--volumes", str(VOLUMES), "--scale", str(SCALE), "--rare-floor", "0.5", "--valid-fraction", "0.5"],
+        "store": ["preprocess", str(cohort), "--output", str(store), "--spec", str(specs["half"])],
         "run": ["train", "--config", "phantom_tiny", "--store", str(store), "--output", str(run), *tiny, "training.epochs=1"],
         "first": ["zero-shot", "--model", str(model), "--store", str(store), "--reports", "--output", str(first)],
         "second": ["zero-shot", "--model", str(model), "--store", str(store), "--split", "valid", "--reports", "--output", str(second)],
@@ -100,6 +117,7 @@ def cases(work: Path) -> list[Case]:
         done = Command(arguments).wait(SECONDS)
         if done.returncode:
             raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+    ready.touch()
 
     def case(
         name: str, *words: object, other: list[object] | None = None, given: dict[str, Path] | None = None
@@ -111,10 +129,10 @@ def cases(work: Path) -> list[Case]:
     used = ["--model", model, "--store", store]
     predicted = first / "predictions.csv", second / "predictions.csv"
     return [
-        case("phantom", "OUT/c", "--volumes", 12, "--scale", SCALE, "--seed", 3, "--workers", 2,
-             other=["OUT/c", "--volumes", 12, "--scale", SCALE, "--seed", 4, "--workers", 2]),
-        case("preprocess", small, "--output", "OUT/s", "--spec", "phantom", "--workers", 2,
-             other=[small, "--output", "OUT/s", "--spec", work / "shorter.yaml", "--workers", 2]),
+        case("phantom", "OUT/c", "--volumes", 8, "--scale", SCALE, "--seed", 3, "--workers", 2,
+             other=["OUT/c", "--volumes", 8, "--scale", SCALE, "--seed", 4, "--workers", 2]),
+        case("preprocess", small, "--output", "OUT/s", "--spec", specs["half"], "--workers", 2,
+             other=[small, "--output", "OUT/s", "--spec", specs["coarse"], "--workers", 2]),
         case("quality", store, "--output", "OUT/q.html", other=[store, "--output", "OUT/q.html", "--split", "valid"]),
         case("train", "--config", "phantom_tiny", "--store", store, "--output", "OUT/r", *tiny, "training.epochs=1",
              other=["--config", "phantom_tiny", "--store", store, "--output", "OUT/r", *tiny, "training.epochs=1", "seed=1"]),
@@ -135,7 +153,7 @@ def cases(work: Path) -> list[Case]:
 
 def _published_text(folder: Path) -> Path:
     """Tokenizer and configuration that go with the recorded checkpoint."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     (folder / "vocab.txt").write_text("\n".join([*words, *(f"w{i}" for i in range(115))]))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
@@ -267,61 +285,69 @@ def _one_line(text: str) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=0, help="how many kills, spread over the commands")
-    parser.add_argument("--pairs", type=int, default=0, help="how many pairs, spread over the commands")
+    parser.add_argument("--kills", type=int, default=0, help="how many kills, in turn over the commands")
+    parser.add_argument("--pairs", type=int, default=0, help="how many pairs, in turn over the commands")
+    parser.add_argument(
+        "--minutes", type=float, default=600, help="end after this time, and say what was done until then"
+    )
     parser.add_argument("--only", default="", help="commands, separated by commas")
+    parser.add_argument("--work", type=Path, help="keep the inputs here, and use those that are here")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    random = np.random.default_rng(given.seed)
-    work = Path(tempfile.mkdtemp(prefix="ctclip-kills-"))
-    wrong = 0
+    until = time.monotonic() + 60 * given.minutes
+    work = given.work or Path(tempfile.mkdtemp(prefix="ctclip-kills-"))
     try:
         every = [case for case in cases(work) if not given.only or case.name in given.only.split(",")]
         print(f"{machine()}, {date.today()}\n", flush=True)
+        counts = {}
         if given.kills:
-            wrong += _all_kills(every, given.kills, random)
+            counts["kill -9 at random moments"] = _in_turn(every, "kills", given.kills, until, given.seed)
         if given.pairs:
-            wrong += _all_pairs(every, given.pairs, random)
+            counts["Two commands into one output"] = _in_turn(every, "pairs", given.pairs, until, given.seed)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return int(wrong > 0)
+        if given.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+    for title, by_command in counts.items():
+        heads = KILL_HEADS if title.startswith("kill") else PAIR_HEADS
+        rows = [[name, *(str(count[head]) for head in heads)] for name, count in by_command.items()]
+        total = sum(by_command.values(), Counter[str]())
+        print(table(title, ["command", *heads], [*rows, ["all", *(str(total[head]) for head in heads)]]), flush=True)
+    return int(any(count[word] for by_command in counts.values() for count in by_command.values() for word in WRONG))
 
 
-def _all_kills(every: list[Case], kills: int, random: np.random.Generator) -> int:
-    heads = ["command", "seconds", "kills", "ended before", "not identical", "no end", "files left", "TMPDIR", "had to wait",
-             "child processes left"]  # fmt: skip
-    rows, wrong, total = [], 0, Counter[str]()
-    for number, case in enumerate(every):
-        whole, seen = case.whole(), Counter[str]()
-        if case.whole() != whole:
-            print(f"{case.name}: two undisturbed runs differ", flush=True)
-        share = (number + 1) * kills // len(every) - number * kills // len(every)
-        while seen["kills"] < share:
-            seen += killed(case, whole, random)
-        total += seen
-        wrong += seen["not identical"] + seen["no end"] + seen["TMPDIR"]
-        rows.append([case.name, f"{case.seconds:.1f}", *(str(seen[head]) for head in heads[2:])])
-        print("| " + " | ".join(rows[-1]) + " |", flush=True)
-    rows.append(["all", "", *(str(total[head]) for head in heads[2:])])
-    print(table("kill -9 at random moments", heads, rows), flush=True)
-    return wrong
+KILL_HEADS = [
+    "kills",
+    "ended before",
+    "not identical",
+    "no end",
+    "TMPDIR",
+    "files left",
+    "had to wait",
+    "child processes left",
+]
+PAIR_HEADS = ["pairs", "both to their end", "one refused", "wrong"]
+WRONG = ("not identical", "no end", "TMPDIR", "wrong")
 
 
-def _all_pairs(every: list[Case], pairs: int, random: np.random.Generator) -> int:
-    heads = ["command", "pairs", "both to their end", "one refused", "wrong"]
-    rows, total = [], Counter[str]()
-    for number, case in enumerate(every):
-        wholes = [case.whole(other) for other in ((False, True) if case.other else (False,))]
-        seen = Counter[str]()
-        for pair in range((number + 1) * pairs // len(every) - number * pairs // len(every)):
-            seen += paired(case, wholes, bool(case.other) and pair % 2 == 1, random)
-        total += seen
-        rows.append([case.name, *(str(seen[head]) for head in heads[1:])])
-        print("| " + " | ".join(rows[-1]) + " |", flush=True)
-    rows.append(["all", *(str(total[head]) for head in heads[1:])])
-    print(table("Two commands into one output", heads, rows), flush=True)
-    return total["wrong"]
+def _in_turn(every: list[Case], what: str, wanted: int, until: float, seed: int) -> dict[str, Counter[str]]:
+    """Counts by command of ``wanted`` kills or pairs, or of as many as there was time for."""
+    random = np.random.default_rng(seed)
+    seen: dict[str, Counter[str]] = {case.name: Counter() for case in every}
+    wholes: dict[str, list[dict[str, str]]] = {}
+    for case in itertools.cycle(every):
+        if sum(count[what] for count in seen.values()) >= wanted or time.monotonic() > until:
+            return seen
+        if case.name not in wholes:
+            wholes[case.name] = [case.whole(other=True)] if what == "pairs" and case.other else []
+            wholes[case.name].insert(0, case.whole())
+        if what == "kills":
+            seen[case.name] += killed(case, wholes[case.name][0], random)
+        else:
+            other = case.other is not None and seen[case.name]["pairs"] % 2 == 1
+            seen[case.name] += paired(case, wholes[case.name], other, random)
+        print(f"{case.name}: {dict(seen[case.name])}", flush=True)
+    return seen
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 
 from ctclip.phantom.scan import make_scan
 from ctclip.preprocessing import PreprocessingError, PreprocessingSpec, prepare
-from ctclip.preprocessing.anatomy import find_lungs, no_chest, orientation_doubt
+from ctclip.preprocessing.anatomy import NOT_A_CHEST, find_lungs, no_chest, orientation_doubt
 from ctclip.preprocessing.geometry import orient, resample
 from ctclip.preprocessing.hounsfield import to_hu
 from ctclip.preprocessing.quality import quality_page
@@ -180,3 +180,26 @@ def test_the_quality_page_asks_for_a_chest_only_where_there_should_be_one(tmp_pa
     assert "not a chest" not in (tmp_path / "any.html").read_text()
     assert "not a chest" in (tmp_path / "chest.html").read_text()
     assert no_chest(find_lungs(Volume(noise(GRID.shape, 45), lps(STEP), "x")))
+
+
+def test_what_shows_no_chest_is_told_unless_it_is_expected(tmp_path: Path) -> None:
+    """A head-sized ball of water with air around it: warned of, refused or taken as it is."""
+    place = np.indices((40, 60, 60)) - np.array([20, 30, 30])[:, None, None, None]
+    noise = np.random.default_rng(0).normal(0, 15, place.shape[1:])
+    hu = (np.where((place**2).sum(0) < 18**2, 40, -1000) + noise).astype(np.int16)
+    nib.save(nib.Nifti1Image(hu.transpose(2, 1, 0), np.diag([-4.0, -4.0, 4.0, 1.0])), tmp_path / "head.nii.gz")
+    spec = PreprocessingSpec("test", spacing=(4.0, 4.0, 4.0), shape=(40, 60, 60))
+    told = prepare(tmp_path / "head.nii.gz", spec).warnings
+    assert [NOT_A_CHEST in warning for warning in told] == [True], told
+    assert not prepare(tmp_path / "head.nii.gz", spec, expect="any").warnings
+    with pytest.raises(PreprocessingError, match=NOT_A_CHEST):
+        prepare(tmp_path / "head.nii.gz", spec, expect="chest")
+
+
+@pytest.mark.parametrize(("apart", "told"), [(8.0, True), (5.0, False)])
+def test_slices_far_apart_are_told(apart: float, told: bool, tmp_path: Path) -> None:
+    hu = np.random.default_rng(0).integers(-1000, 300, (30, 30, 20)).astype(np.int16)
+    nib.save(nib.Nifti1Image(hu, np.diag([-2, -2, apart, 1.0])), tmp_path / "s.nii")
+    spec = PreprocessingSpec("test", spacing=(3.0, 1.5, 1.5), shape=(32, 32, 32))
+    warnings = prepare(tmp_path / "s.nii", spec, expect="any", trust="trust-file").warnings
+    assert any(f"slices {apart:.1f} mm apart" in warning for warning in warnings) == told
