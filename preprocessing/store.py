@@ -35,6 +35,8 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # they decompress straight into their place in a batch.
 BLOCK_BYTES, BLOCKS = 1 << 19, 4
 SUFFIX = ".b2nd"
+# In a volume's file: the CRC of each chunk, beside that of the whole.
+CHUNKS = "crc32_chunks"
 # A volume that ``written_beside`` was writing.
 PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}\.partial")
 ABANDONED_SECONDS = 1800
@@ -106,6 +108,8 @@ class VolumeStore:
             cparams=blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=1, nthreads=1, filters=[blosc2.Filter.SHUFFLE]),
         )  # fmt: skip
         packed.schunk.vlmeta["crc32"] = isal_zlib.crc32(whole.data)
+        step = packed.chunks[0]
+        packed.schunk.vlmeta[CHUNKS] = [isal_zlib.crc32(whole[i : i + step].data) for i in range(0, depth, step)]
         if notes is not None:
             packed.schunk.vlmeta["notes"] = json.dumps(notes, sort_keys=True)
         with written_beside(self.file(volume)) as partial:
@@ -122,16 +126,23 @@ class VolumeStore:
             return {}
 
     def read(self, volume: str, region: tuple[slice, slice, slice] | None = None) -> np.ndarray:
-        """int16 HU [slice, row, column]; of a ``region`` only the chunks it touches are decompressed, unchecked."""
+        """int16 HU [slice, row, column]; of a ``region`` (slices of step 1) only the chunks it touches are decompressed, each
+        checked against its CRC. Volumes of stores before 0.3, whose chunks have none, are read whole."""
         if region is None:
             whole = np.empty(self.spec.shape, np.int16)
             self.read_into(volume, whole)
             return whole
         packed = self._open(volume)
-        try:
-            return packed[region]
-        except (RuntimeError, ValueError, MemoryError) as error:
-            raise self._damaged(volume) from error
+        bounds = [part.indices(size) for part, size in zip(region, packed.shape, strict=True)]
+        if any(step != 1 for _, _, step in bounds):
+            raise ValueError(f"{region}: a region is made of slices of step 1")
+        first, end, _ = bounds[0]
+        out = np.empty([max(0, high - low) for low, high, _ in bounds], np.int16)
+        for begin, slab in self._slabs(volume, packed, within=(first, end)):
+            low, high = max(first, begin), min(end, begin + len(slab))
+            if low < high:
+                out[low - first : high - first] = slab[low - begin : high - begin, region[1], region[2]]
+        return out
 
     def read_into(self, volume: str, out: np.ndarray) -> None:
         """Decompress a whole volume into its place in a batch: int16 of the spec's shape, C-ordered."""
@@ -150,15 +161,22 @@ class VolumeStore:
         return voxels
 
     def _slabs(
-        self, volume: str, packed: blosc2.NDArray, out: np.ndarray | None = None
+        self,
+        volume: str,
+        packed: blosc2.NDArray,
+        out: np.ndarray | None = None,
+        within: tuple[int, int] | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """The first slice of each chunk and its int16 HU: in ``out``, or in memory that the next one is read into.
 
-        After the last, voxels that are not those that were written raise PreprocessingError.
+        ``within``: only chunks that hold some of these slices, where each has a CRC. Voxels that are not those that were
+        written raise PreprocessingError: before their chunk is yielded, in volumes of stores before 0.3 after the last.
         """
         (depth, *plane), step, block = packed.shape, packed.chunks[0], packed.blocks[0]
+        first_slices = range(0, depth, step)
         try:
-            written, crc = packed.schunk.vlmeta["crc32"], 0
+            kept = packed.schunk.vlmeta.getall()
+            written, of_chunks, crc = kept["crc32"], kept.get(CHUNKS), 0
             if [*packed.chunks[1:], *packed.blocks[1:]] != plane * 2 or step % block:
                 # Written by an earlier version.
                 whole = packed[:]
@@ -168,15 +186,21 @@ class VolumeStore:
                 yield 0, whole
             else:
                 spare = np.empty((step, *plane), np.int16)
-                for number, first in enumerate(range(0, depth, step)):
+                for number, first in enumerate(first_slices):
                     count = min(step, depth - first)
+                    if of_chunks is not None and within is not None and not within[0] - count < first < within[1]:
+                        continue
                     slab = spare if out is None or count < step else out[first : first + step]
                     packed.schunk.decompress_chunk(number, dst=slab)
-                    crc = isal_zlib.crc32(slab[:count].data, crc)
+                    if of_chunks is None:
+                        crc = isal_zlib.crc32(slab[:count].data, crc)
+                    elif isal_zlib.crc32(slab[:count].data) != of_chunks[number]:
+                        raise ValueError(number)
                     if out is not None and count < step:
                         out[first:] = slab[:count]
                     yield first, slab[:count]
-        except BLOSC_RAISES as error:
+                crc = written if of_chunks is not None else crc
+        except (IndexError, *BLOSC_RAISES) as error:
             raise self._damaged(volume) from error
         if crc != written:
             raise self._damaged(volume)

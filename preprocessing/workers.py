@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
+import os
 import sys
+import threading
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 
 
 def worker_pool(workers: int) -> Executor:
     """``workers`` processes; threads, and a warning, where /dev/shm is missing or not writable.
 
-    Processes need semaphores, which Linux keeps there. Threads do the same work more slowly.
+    Processes need semaphores, which Linux keeps there. Threads do the same work more slowly. The processes end with this
+    one, however that ends.
     """
     try:
-        return ProcessPoolExecutor(workers)
+        return ProcessPoolExecutor(workers, initializer=_end_with_parent)
     except OSError as error:
         print(
             f"warning: no worker processes can be started ({error.strerror}): /dev/shm is missing or not writable. "
@@ -20,3 +25,15 @@ def worker_pool(workers: int) -> Executor:
             file=sys.stderr,
         )
         return ThreadPoolExecutor(workers)
+
+
+def _end_with_parent() -> None:
+    """End this worker as soon as its parent is gone: it would wait for work for ever, and hold the parent's locks."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

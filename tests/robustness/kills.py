@@ -42,13 +42,13 @@ FORKED.set_forkserver_preload([
     "ctclip.inference.index", "ctclip.inference.import_published", "ctclip.evaluation.run_evaluation",
 ])  # fmt: skip
 PUBLISHED = Path(__file__).parents[1] / "golden" / "data"
-VOLUMES, SCALE = 24, 12
+VOLUMES, SCALE = 16, 12
 # Whose values are times and rates.
 TIMED = ("second", "time", "per_s", "memory", "wait", "rate_of", "volumes_s")
 # The demo's spec at half its resolution, and at less than that for a store of another spec.
 SPECS = {
-    "half": ((9.0, 6.4, 6.4), (32, 40, 56)),
-    "coarse": ((18.0, 12.8, 12.8), (16, 20, 28)),
+    "half": ((9.0, 6.4, 6.4), (32, 48, 64)),
+    "coarse": ((18.0, 12.8, 12.8), (16, 32, 32)),
 }
 BUSY = ("is writing it", "run is going on")
 SECONDS = 600
@@ -143,7 +143,7 @@ def cases(work: Path) -> list[Case]:
         case("embed", *used, "--output", "OUT/e.parquet", other=[*used, "--output", "OUT/e.parquet", "--split", "valid"]),
         case("index", *used, "--output", "OUT/i", other=[*used, "--output", "OUT/i", "--split", "valid"]),
         case("calibrate", predicted[0], "--model", "OUT/model", "--store", store, given={"model": model},
-             other=[predicted[1], "--model", "OUT/model", "--store", store]),
+             other=[predicted[0], "--model", "OUT/model", "--store", store, "--method", "temperature"]),
         case("evaluate", predicted[0], *scored, "--run", run, "--output", "OUT/v",
              other=[predicted[1], *scored, "--output", "OUT/v"]),
         case("report", inputs / "scored", inputs / "rescored", "--output", "OUT/r.html",

@@ -53,3 +53,25 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(cohort: Path, t
     assert "Traceback" not in done.stderr
     left = [path for path in (tmp_path / "s").rglob("*") if path.is_file()]
     assert not [path for path in left if "partial" in path.name]
+
+
+def test_workers_end_with_a_command_that_is_killed() -> None:
+    """Only the command itself is killed; workers that live on would hold its locks and wait for ever."""
+    script = "import time; from ctclip.preprocessing.workers import worker_pool; pool = worker_pool(3); list(pool.map(time.sleep, [0.1] * 6)); print(*pool._processes, flush=True); time.sleep(60)"  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    workers = [int(word) for word in process.stdout.readline().split()]
+    assert len(workers) == 3
+    process.kill()
+    process.wait()
+    ends = time.monotonic() + 20
+    while any(_runs(pid) for pid in workers):
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
