@@ -27,12 +27,15 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
 
 
 @contextlib.contextmanager
-def written_beside(path: str | os.PathLike[str], *, suffix: str = "", mode: int | None = None) -> Iterator[Path]:
+def written_beside(
+    path: str | os.PathLike[str], *, suffix: str = "", mode: int | None = None, once: bool = False
+) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; flush it to disk and rename it over ``path`` on success.
 
     ``suffix`` is appended to the temporary name for writers that read the format off the name
-    (``.nii.gz``). ``mode``: the file's permissions, if not those the user's mask gives. On any exception the temporary file is removed and ``path`` is left as it was. Raises
-    PreprocessingError if ``path`` is anything but a regular file or a new name.
+    (``.nii.gz``). ``mode``: the file's permissions, if not those the user's mask gives. ``once``: what another process has
+    put there in the meantime stays. On any exception the temporary file is removed and ``path`` is left as it was.
+    Raises PreprocessingError if ``path`` is anything but a regular file or a new name.
     """
     final = Path(path)
     refuse_special(final)
@@ -46,9 +49,23 @@ def written_beside(path: str | os.PathLike[str], *, suffix: str = "", mode: int 
         os.chmod(partial, 0o666 & ~_umask() if mode is None else mode)
         # Again: the caller may have taken hours, and a rename would replace a link or a device.
         refuse_special(final)
-        os.replace(partial, final)
+        if once:
+            _put_once(partial, final)
+        else:
+            os.replace(partial, final)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _put_once(partial: Path, final: Path) -> None:
+    try:
+        os.link(partial, final)
+    except FileExistsError:
+        return
+    except OSError:
+        # A file system without hard links.
+        if not final.exists():
+            os.replace(partial, final)
 
 
 def refuse_special(path: Path) -> None:

@@ -78,18 +78,23 @@ def put_in_place(partial: Path, final: Path, is_ours: Recognised, what: str) -> 
     one cannot take its place.
     """
     check_replaceable(final, is_ours, what)
-    if kind_of(final) is None:
-        partial.rename(final)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{final.name[:60]}.", suffix=".replaced", dir=final.parent))
-    final.rename(aside / final.name)
+    aside: Path | None = None
     try:
+        if kind_of(final) is not None:
+            aside = Path(tempfile.mkdtemp(prefix=f".{final.name[:60]}.", suffix=".replaced", dir=final.parent))
+            final.rename(aside / final.name)
         partial.rename(final)
-    except OSError:
-        (aside / final.name).rename(final)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        if aside is not None:
+            # Not where another command has put its own in the meantime.
+            with contextlib.suppress(OSError):
+                (aside / final.name).rename(final)
+        raise PreprocessingError(
+            f"{final}: could not be put in its place ({error.strerror}); if another command was writing it, run this one again"
+        ) from error
+    finally:
+        if aside is not None and kind_of(final) is not None:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def made_by_us(folder: Path, marks: Mapping[str, bytes] | None = None) -> bool:

@@ -61,19 +61,19 @@ class VolumeStore:
         """Open a store for ``spec``, making it if there is none; one of another spec is refused."""
         folder = Path(path)
         check_store_folder(folder)
-        if (folder / "spec.yaml").is_file():
-            store = cls(folder)
-            (folder / "volumes").mkdir(exist_ok=True)
-            if store.spec.hash != spec.hash:
-                raise PreprocessingError(
-                    f"{folder}: holds volumes of spec {store.spec.name!r} ({store.spec.hash}), not {spec.name!r} "
-                    f"({spec.hash}); give another --output"
-                )
-            return store
-        # The spec first: a folder that has it is a store, for shards that start at the same moment too.
-        spec.save(folder / "spec.yaml")
+        if not (folder / "spec.yaml").is_file():
+            # The spec first: a folder that has it is a store, for shards that start at the same moment too. The first of
+            # them writes it.
+            with written_beside(folder / "spec.yaml", once=True) as partial:
+                spec.save(partial)
+        store = cls(folder)
         (folder / "volumes").mkdir(exist_ok=True)
-        return cls(folder)
+        if store.spec.hash != spec.hash:
+            raise PreprocessingError(
+                f"{folder}: holds volumes of spec {store.spec.name!r} ({store.spec.hash}), not {spec.name!r} "
+                f"({spec.hash}); give another --output"
+            )
+        return store
 
     @cached_property
     def cohort(self) -> pd.DataFrame:
@@ -270,7 +270,9 @@ def _is_store(folder: Path) -> bool:
     if (folder / "spec.yaml").is_file():
         PreprocessingSpec.load(folder / "spec.yaml")
         return True
-    return all(path.name.startswith(".spec.yaml.") and PARTIAL.fullmatch(path.name) for path in folder.iterdir())
+    return all(
+        path.name.lstrip(".").startswith("spec.yaml.") and PARTIAL.fullmatch(path.name) for path in folder.iterdir()
+    )
 
 
 def _consistent(packed: blosc2.NDArray) -> bool:

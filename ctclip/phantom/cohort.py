@@ -6,6 +6,7 @@ and beside them ``masks/`` (uint32 NIfTI, bit i for the i-th of the 18 findings)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,7 +25,7 @@ from ctclip.phantom.acquisition import Acquisition
 from ctclip.phantom.prevalence import FINDINGS
 from ctclip.phantom.scan import Scan, make_scan
 from ctclip.preprocessing.files import write_text, written_beside
-from ctclip.preprocessing.outputs import check_folder, made_by_us
+from ctclip.preprocessing.outputs import check_folder, claim_folder, made_by_us
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.workers import worker_pool
 
@@ -61,17 +62,20 @@ class Task:
 def make_cohort(out: str | os.PathLike[str], options: Options, workers: int | None = None) -> None:
     """Write a cohort of ``options.volumes`` reconstructions; scans that are there already are kept.
 
-    Raises PhantomError if the folder holds a cohort of other options.
+    Raises PhantomError if the folder holds a cohort of other options, and PreprocessingError if it holds something else or
+    another process writes there.
     """
     root = Path(out)
     if options.volumes < 2:
         raise PhantomError(f"--volumes {options.volumes}: a cohort needs at least 2")
-    _claim(root, options)
-    tasks = list(plan(options))
-    due = [task for task in tasks if not _sidecar(root, task).is_file()]
-    for _ in track(_all(root, options, due, workers or len(os.sched_getaffinity(0))), len(due), "drawing", "scans"):
-        pass
-    _write_tables(root, tasks)
+    check_folder(root, lambda folder: made_by_us(folder, MARKS), "synthetic cohort")
+    with contextlib.closing(claim_folder(root)):
+        _claim(root, options)
+        tasks = list(plan(options))
+        due = [task for task in tasks if not _sidecar(root, task).is_file()]
+        for _ in track(_all(root, options, due, workers or len(os.sched_getaffinity(0))), len(due), "drawing", "scans"):
+            pass
+        _write_tables(root, tasks)
 
 
 def plan(options: Options) -> Iterator[Task]:
@@ -94,7 +98,6 @@ def plan(options: Options) -> Iterator[Task]:
 
 def _claim(root: Path, options: Options) -> None:
     path = root / "phantom.json"
-    check_folder(root, lambda folder: made_by_us(folder, MARKS), "synthetic cohort")
     wanted = {"version": __version__, **dataclasses.asdict(options)}
     if path.is_file():
         try:

@@ -130,7 +130,7 @@ def coverage(
 
 
 def false_alarms(area: float, positives: int, labels_count: int, repetitions: int, resamples: int) -> Limits:
-    """Share of p at or below 0.05 for two equally good models, by the bootstrap (the first quarter of the repetitions,
+    """Share of p at or below 0.05 for two equally good models, by the bootstrap (the first tenth of the repetitions,
     for it is slow) and by the exchange of ranks; of the mean over labels. The models' scores share half of their noise."""
     random = np.random.default_rng([int(1000 * area), positives, labels_count])
     bootstrap, exchange = [], []
@@ -144,11 +144,11 @@ def false_alarms(area: float, positives: int, labels_count: int, repetitions: in
             noise = [np.sqrt(0.5) * (common + clustered(random, patient)) for _ in range(2)]
             first, second = (scored(random, one, labels, patient, area, "normal") for one in noise)
             shares += exchange_shares(labels, first, second, patient, count) / labels_count
-            if repetition < repetitions // 4:
+            if repetition < repetitions // 10:
                 weights = bootstrap_weights(patient, resamples, repetition)
                 areas = [weighted_ranking(labels, side, weights)["auroc"] for side in (first, second)]
                 spread = spread + (areas[0] - areas[1]) / labels_count
-        if repetition < repetitions // 4:
+        if repetition < repetitions // 10:
             drawn = spread[np.isfinite(spread)]
             bootstrap.append(2 * (min(np.sum(drawn <= 0), np.sum(drawn >= 0)) + 1) / (len(drawn) + 1) <= 0.05)
         exchanged = np.abs((random.integers(0, 2, (resamples, count)) * 2 - 1) @ shares)
@@ -172,7 +172,7 @@ def alarm_table(repetitions: int, resamples: int) -> str:
         for area in AREAS:
             alarms = false_alarms(area, count, labels_count, repetitions, resamples)
             rows.append([f"{labels_count}", f"{area}", str(count), *(f"{share:.3f}" for share in alarms)])
-    title = f"False alarms of paired tests at 5 %, {repetitions} repetitions (bootstrap: {repetitions // 4})"
+    title = f"False alarms of paired tests at 5 %, {repetitions} repetitions (bootstrap: {repetitions // 10})"
     return table(title, ["labels", "AUROC", "positive patients", "bootstrap", "exchange of ranks"], rows)
 
 

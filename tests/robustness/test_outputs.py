@@ -3,6 +3,7 @@ write into one place never leave a short table."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Callable
@@ -25,7 +26,8 @@ from ctclip.models.folder import save_model
 from ctclip.preprocessing.cohorts import COLUMNS
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import write_text
-from ctclip.preprocessing.outputs import claim_folder
+from ctclip.preprocessing.outputs import claim_folder, put_in_place
+from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.prompts import load_prompts
 from ctclip.training.loop import _claim
@@ -386,3 +388,55 @@ def test_what_goes_to_a_hub_names_no_patient(encoder: DualEncoder, tmp_path: Pat
     (tmp_path / "home" / "config.yaml").write_text("mine")
     with pytest.raises(PreprocessingError, match="not empty"):
         load(folder).save_pretrained(tmp_path / "home")
+
+
+def test_of_two_stores_made_at_once_the_first_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have seen an empty folder; the other's spec is there by the time ours would be renamed over it."""
+    other, save = spec_of((16, 16, 16)), PreprocessingSpec.save
+    raced = []
+
+    def late(spec: PreprocessingSpec, path: str | os.PathLike[str]) -> None:
+        save(spec, path)
+        if not raced:
+            raced.append(VolumeStore.create)
+            VolumeStore.create(tmp_path / "store", other)
+
+    monkeypatch.setattr(PreprocessingSpec, "save", late)
+    with pytest.raises(PreprocessingError, match="holds volumes of spec"):
+        VolumeStore.create(tmp_path / "store", SPEC)
+    assert VolumeStore(tmp_path / "store").spec.hash == other.hash
+
+
+def test_two_cohorts_into_one_folder_are_one_cohort(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(claim_folder(tmp_path / "c")):
+        line = refused(["phantom", tmp_path / "c", "--volumes", 2], tmp_path, capsys)
+    assert "a run is going on in this folder" in line
+
+
+@pytest.mark.parametrize("moment", ["while it steps aside", "after"])
+def test_a_folder_that_another_command_puts_in_place_stays(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two commands replace one folder: the later one is refused in one line, and neither loses the other's."""
+    for name in ("partial", "final"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "which").write_text(name)
+    rename = Path.rename
+
+    def raced(path: Path, target: Path) -> Path:
+        if path.name == ("final" if moment == "while it steps aside" else "partial"):
+            monkeypatch.setattr(Path, "rename", rename)
+            if moment == "while it steps aside":
+                rename(path, tmp_path / "elsewhere")
+            (tmp_path / "final").mkdir()
+            (tmp_path / "final" / "which").write_text("theirs")
+            if moment == "while it steps aside":
+                (tmp_path / "final").rename(tmp_path / "gone")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", raced)
+    with pytest.raises(PreprocessingError, match="could not be put in its place"):
+        put_in_place(tmp_path / "partial", tmp_path / "final", lambda _: True, "folder")
+    assert (tmp_path / "partial" / "which").read_text() == "partial"
+    assert (tmp_path / ("gone" if moment == "while it steps aside" else "final") / "which").read_text() == "theirs"
+    assert not list(tmp_path.glob("*.replaced/final"))
