@@ -132,7 +132,7 @@ def _card(
     warnings = [warning for warning in recorded if warning != ALREADY_HU]
     affine = np.diag([*store.spec.spacing, 1.0])
     # Said of the scan itself already, but for stores of earlier versions.
-    asked = expect == "chest" and not any(NOT_A_CHEST in warning for warning in told)
+    asked = expect == "chest" and not any(NOT_A_CHEST in warning for warning in warnings)
     if asked and (reason := no_chest(find_lungs(Volume(hu, affine, name)))):
         warnings.append(reason)
     if hu.max() < 100:
