@@ -39,8 +39,8 @@ class Occlusion(Method):
                 part = corners[start : start + AT_ONCE]
                 hidden = volume.repeat(len(part), 1, 1, 1, 1)
                 for number, corner in enumerate(part):
-                    block = tuple(slice(c * step, (c + 2) * step) for c, step in zip(corner, steps, strict=True))
-                    hidden[(number, 0, *block)] = blurred[(0, 0, *block)]
+                    z, y, x = (slice(c * step, (c + 2) * step) for c, step in zip(corner, steps, strict=True))
+                    hidden[number, 0, z, y, x] = blurred[0, 0, z, y, x]
                 falls = (whole - subject.scores(subject.model.encode(hidden))).float().cpu().numpy()
                 for corner, change in zip(part, falls, strict=True):
                     cells = tuple(slice(c, c + 2) for c in corner)

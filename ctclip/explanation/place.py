@@ -159,9 +159,10 @@ def regions_of(values: np.ndarray, affine: np.ndarray, prepared: Prepared, level
     found = []
     for number, box in enumerate(ndimage.find_objects(labels, count), start=1):
         part = labels[box] == number
-        z, y, x = np.unravel_index(int(np.argmax(np.where(part, fine[box], -np.inf))), part.shape)
-        at = np.array([z, y, x]) + [side.start for side in box]
-        peak = tuple(int(place) for place in at // steps)
+        highest = np.unravel_index(int(np.argmax(np.where(part, fine[box], -np.inf))), part.shape)
+        at = np.array(highest) + [side.start for side in box]
+        z, y, x = (int(place) for place in at // steps)
+        peak = (z, y, x)
         reach = [(side.stop - side.start) * mm for side, mm in zip(box, cell, strict=True)]
         found.append(
             Region(peak, float(values[peak]), _triple([reach[axis] for axis in along]), float(part.sum() * np.prod(cell) / 1000))

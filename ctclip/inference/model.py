@@ -61,7 +61,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         holds anything but a model."""
         # Before the mixin, which would delete a config.json of anybody's.
         check_output(save_directory)
-        return super().save_pretrained(save_directory, **given)  # type: ignore[no-any-return]
+        return super().save_pretrained(Path(save_directory), **given)  # type: ignore[no-any-return]
 
     def _save_pretrained(self, save_directory: Path) -> None:
         final = Path(os.path.abspath(save_directory))
@@ -300,6 +300,7 @@ def asking(
 
 
 def _checked(names: str | Sequence[str]) -> list[str]:
+    every: list[Any]
     try:
         every = [names] if isinstance(names, str) else list(names)
     except TypeError:

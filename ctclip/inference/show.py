@@ -137,9 +137,9 @@ def table_of(table: pd.DataFrame, head: Head, volumes: int) -> None:
         console.print(ABOVE)
     if volumes > len(scans):
         print(f"({volumes - len(scans)} more in the file)")
-    for row in scans.itertuples():
-        if row.warnings:
-            print(f"{row.volume}: {row.warnings}")
+    for volume, warnings in zip(scans["volume"], scans["warnings"], strict=True):
+        if warnings:
+            print(f"{volume}: {warnings}")
 
 
 def neighbours(title: str, hits: pd.DataFrame) -> None:
