@@ -45,7 +45,7 @@ def read(
 def _read(path: Path, source: str, series: str | None, geometry: Geometry, largest: int) -> Volume:
     name = path.name.lower()
     if path.is_dir():
-        return _dicom(path, series)
+        return _dicom(path, series, largest)
     if not path.is_file():
         raise PreprocessingError(f"{source}: {'not a file' if path.exists() else 'no such file'}")
     with streams.open_regular(path, source) as stream:
@@ -60,7 +60,7 @@ def _read(path: Path, source: str, series: str | None, geometry: Geometry, large
     if packed or (not name.endswith(nifti.SUFFIXES) and archive.is_tar(path)):
         with archive.unpacked(path, source, largest) as scan:
             if scan.is_dir():
-                return _dicom(scan, series, name=path)
+                return _dicom(scan, series, largest, name=path)
             return _read(scan, source, series, geometry, largest)
     if head[:4] == b"NRRD" or name.endswith((".nrrd", ".nhdr")):
         return nrrd.read(path, source, largest)
@@ -71,14 +71,16 @@ def _read(path: Path, source: str, series: str | None, geometry: Geometry, large
     if name.endswith(".npz"):
         return npz.read(path, source, largest)
     # A DICOMDIR, whatever it is called, stands for what lies beside and below it.
-    return _dicom(path.parent, series, only=None if is_directory_record(read_header(path, TAGS)) else path)
+    return _dicom(path.parent, series, largest, only=None if is_directory_record(read_header(path, TAGS)) else path)
 
 
-def _dicom(folder: Path, series: str | None, only: Path | None = None, name: Path | None = None) -> Volume:
+def _dicom(
+    folder: Path, series: str | None, largest: int, only: Path | None = None, name: Path | None = None
+) -> Volume:
     """A series of a folder and those below it: the one ``series`` names, or that holds the file ``only``, or the best.
 
     ``name`` is what messages call it. Imported here: pydicom is slow to load, and other formats do not need it.
     """
     from ctclip.preprocessing.dicom import read_series
 
-    return read_series(folder, series, only, name)
+    return read_series(folder, series, only, name, largest=largest)

@@ -130,6 +130,11 @@ def _tell(report: Report, table: Path) -> None:
         print(f"refused {outcome.volume}: {outcome.refused}")
     if len(refused) > SHOWN:
         print(f"... and {len(refused) - SHOWN} more")
+    warned = [outcome for outcome in report.outcomes if outcome.warnings]
+    for outcome in warned[:SHOWN]:
+        print(f"warning {outcome.volume}: {'; '.join(outcome.warnings)}")
+    if len(warned) > SHOWN:
+        print(f"... and warnings of {len(warned) - SHOWN} more")
     for note in report.notes:
         print(f"note: {note}")
     print(_summary(report.outcomes, report.unused, table))
@@ -143,7 +148,9 @@ def _summary(outcomes: list[Outcome], unused: dict[str, int], table: Path) -> st
     words = [f"{counts['done']} done", f"{counts['refused']} refused"]
     if counts["left out"]:
         words.append(f"{counts['left out']} left out (listed as showing no chest; --keep-no-chest keeps them)")
-    line = f"{', '.join(words)}; the reasons are in {table}"
+    warned = sum(bool(outcome.warnings) for outcome in outcomes)
+    line = f"{', '.join(words)}, {warned} with warnings" if warned else ", ".join(words)
+    line += f"; reasons and warnings are in {table}"
     if not unused:
         return line
     kinds = sorted(unused.items(), key=lambda kind: (-kind[1], kind[0]))

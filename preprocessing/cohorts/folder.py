@@ -28,7 +28,7 @@ from ctclip.preprocessing.cohorts.table import (
 from ctclip.preprocessing.cohorts.walk import Tree
 from ctclip.preprocessing.errors import PreprocessingError, printable
 from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
-from ctclip.preprocessing.formats import archive
+from ctclip.preprocessing.formats import archive, text_header
 from ctclip.preprocessing.identifiers import all_headers, anonymous_id, masked
 from ctclip.preprocessing.tables import (
     MISSING,
@@ -42,11 +42,6 @@ from ctclip.preprocessing.tables import (
 )
 
 TABLES = (".csv", ".tsv", ".parquet")
-# Voxels of a header in another file beside it.
-DETACHED = {
-    ".mhd": (".raw", ".zraw", ".raw.gz"), ".nhdr": (".raw", ".raw.gz", ".zraw"), ".hdr": (".img", ".img.gz"),
-    ".hdr.gz": (".img", ".img.gz"),
-}  # fmt: skip
 SAMPLED_BYTES = 1 << 16
 
 
@@ -61,12 +56,12 @@ def read(tree: Tree, *, labels: Sequence[str] | None = None) -> Cohort:
     root = tree.root
     if root.is_file():
         return _from_table(root, labels) if root.suffix.lower() in TABLES else _named(root.parent, [root])
-    everything = set(tree.files)
     volumes = [path for path in tree.files if path.name.lower().endswith(FILES)]
+    voxels = _voxel_files(volumes, tree.files)
     # Many programs call something a header; NIfTI's has its voxels beside it.
-    volumes = [path for path in volumes if ".hdr" not in path.name.lower()[-7:] or _detached([path]) & everything]
-    detached = _detached(volumes)
-    rest = [path for path in tree.files if path not in {*volumes, *detached}]
+    volumes = [path for path in volumes if ".hdr" not in path.name.lower()[-7:] or path in voxels]
+    known = {*volumes, *voxels.values()}
+    rest = [path for path in tree.files if path not in known]
     scans, read_files, images_unused = dicom_scans(rest, alone=not volumes)
     if not volumes and not scans:
         raise PreprocessingError(f"{root}: no {', '.join(FILES)} and no DICOM slices below it")
@@ -74,18 +69,32 @@ def read(tree: Tree, *, labels: Sequence[str] | None = None) -> Cohort:
     places = sorted(
         [*volumes, *series], key=lambda path: (path.parts if path in series else path.parent.parts, path.name)
     )
-    cohort = _named(root, places, series)
-    cohort.unused = tree.others({*volumes, *detached, *read_files}) + images_unused
+    cohort = _named(root, places, series, voxels)
+    cohort.unused = tree.others(known | read_files) + images_unused
     return cohort
 
 
-def _detached(volumes: list[Path]) -> set[Path]:
-    headers = ((path, path.name[len(identity(path)) :].lower()) for path in volumes)
-    return {path.with_name(identity(path) + end) for path, kind in headers for end in DETACHED.get(kind, ())}
+def _voxel_files(volumes: list[Path], files: list[Path]) -> dict[Path, Path]:
+    """Of volumes that are headers, the file of their voxels, if it is there."""
+    by_name = {(path.parent, path.name.lower()): path for path in files}
+    voxels: dict[Path, Path] = {}
+    for path in volumes:
+        kind = path.name[len(identity(path)) :].lower()
+        if kind in (".hdr", ".hdr.gz"):
+            names = [identity(path) + end for end in (".img", ".img.gz")]
+        else:
+            names = [name] if kind in (".mhd", ".nhdr") and (name := text_header.data_file(path)) else []
+        for place in (path.parent / name for name in names):
+            if (place.parent, place.name.lower()) in by_name:
+                voxels.setdefault(path, by_name[place.parent, place.name.lower()])
+    return voxels
 
 
-def _named(root: Path, paths: list[Path], series: dict[Path, Scan] | None = None) -> Cohort:
-    """Ids by file name, or by the whole path where names repeat; anonymous where a path names its patient."""
+def _named(
+    root: Path, paths: list[Path], series: dict[Path, Scan] | None = None, voxels: dict[Path, Path] | None = None
+) -> Cohort:
+    """Ids by file name, or by the whole path where names repeat; anonymous where a path names its patient. ``voxels``: the
+    other file of those that are headers."""
     series = series or {}
     places = [path.relative_to(root) if path != root else Path(root.resolve().name) for path in paths]
     names = _unlike([identity(place) for place in places], [str(place) for place in places])
@@ -106,7 +115,8 @@ def _named(root: Path, paths: list[Path], series: dict[Path, Scan] | None = None
         # An id that every scan shares is no patient's.
         if path in series and series[path].patient and len(different) > 1:
             own.append(f"patient {series[path].patient}")
-    copies = _copies([path for path in paths if path not in series])
+    # Headers of different patients may be alike to the byte: their voxels are compared.
+    copies = _copies({path: (voxels or {}).get(path, path) for path in paths if path not in series})
     for path, own in zip(paths, keys, strict=True):
         own.append(f"content {copies[path]}" if path in copies else "")
     warnings = _same_patients(records, keys)
@@ -153,18 +163,18 @@ def _same_patients(records: list[dict[str, Any]], keys: list[list[str]]) -> list
     )
 
 
-def _copies(paths: list[Path]) -> dict[Path, str]:
-    """Files whose bytes another file has too, each with a hash of them."""
+def _copies(files: dict[Path, Path]) -> dict[Path, str]:
+    """Volumes whose file has the bytes of another's, each with a hash of them."""
     sizes: dict[int, list[Path]] = {}
-    for path in paths:
-        if path.is_file() and path.stat().st_size:
-            sizes.setdefault(path.stat().st_size, []).append(path)
+    for path, file in files.items():
+        if file.is_file() and file.stat().st_size:
+            sizes.setdefault(file.stat().st_size, []).append(path)
     patients: dict[Path, str] = {}
     for size, members in sizes.items():
         for step in (_sampled, _whole):
             groups: dict[str, list[Path]] = {}
             for path in members if len(members) > 1 else []:
-                groups.setdefault(step(path, size), []).append(path)
+                groups.setdefault(step(files[path], size), []).append(path)
             members = [path for group in groups.values() if len(group) > 1 for path in group]
         patients |= {path: value for value, group in groups.items() if len(group) > 1 for path in group}
     return patients

@@ -146,15 +146,28 @@ def items(data: bytes, encoding: Encoding) -> Iterator[bytes]:
 
 
 def inflate(stream: BinaryIO, length: int) -> bytes:
-    """At most ``length`` bytes of the data set of a deflated file. Raises NotDicom if the stream is damaged."""
+    """The ``length`` bytes of the data set of a deflated file, but for few that follow them.
+
+    Raises NotDicom if the stream is damaged: it has no checksum, and where it ends tells whether it is.
+    """
     data = stream.read()
     at, explicit = 132 if data[128:132] == b"DICM" else 0, Encoding(False, True)
     try:
         while data[at : at + 2] == b"\2\0":
             at = _after(data, _element(data, at, explicit), explicit)
-        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[at:], length)
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        content = inflater.decompress(data[at:], length + LONGEST_VALUE)
+        behind = content[length:]
+        if not inflater.eof or inflater.unused_data.strip(b"\0") or not follows_pixels(behind, True):
+            raise NotDicom("damaged")
+        return content[:length]
     except (zlib.error, _Short) as error:
         raise NotDicom("damaged") from error
+
+
+def follows_pixels(content: bytes, little: bool) -> bool:
+    """Whether bytes may stand behind the pixels: none, padding, or elements of higher groups (signatures, padding)."""
+    return not content.strip(b"\0") or int.from_bytes(content[:2], "little" if little else "big") > PIXELS[-1] >> 16
 
 
 def _inflated_start(data: bytes) -> tuple[bytes, bool]:

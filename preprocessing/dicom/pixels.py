@@ -19,6 +19,7 @@ from ctclip.preprocessing.dicom.elements import (
     PIXELS,
     UNDEFINED,
     NotDicom,
+    follows_pixels,
     inflate,
 )
 from ctclip.preprocessing.dicom.headers import Image
@@ -200,6 +201,19 @@ def _decoded(stream: bytes, syntax: str, layout: Layout) -> np.ndarray:
     except PreprocessingError as error:
         raise Undecodable(str(error)) from error
     return array
+
+
+def bytes_behind(image: Image) -> bool:
+    """Whether bytes follow a file's plain pixels that are neither padding nor elements: some may have been put in before."""
+    pixels = image.pixels
+    if pixels is None or pixels.length == UNDEFINED or image.syntax not in NATIVE or image.syntax == DEFLATED:
+        return False
+    end = pixels.start + pixels.length
+    if image.path.stat().st_size <= end:
+        return False
+    with image.path.open("rb") as stream:
+        stream.seek(end)
+        return not follows_pixels(stream.read(2**16), image.little)
 
 
 def lossy(image: Image) -> bool:

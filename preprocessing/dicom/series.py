@@ -49,7 +49,7 @@ class Candidate:
         return float(np.ptp(groups.depths(self.slices))) if self.slices else 0.0
 
 
-def read(folder: Path, series: str | None, only: Path | None, name: Path | None) -> Volume:
+def read(folder: Path, series: str | None, only: Path | None, name: Path | None, largest: int) -> Volume:
     """See ``dicom.read_series``."""
     known, dicom = images(folder, TAGS)
     mask = Mask(image.header for image in known)
@@ -76,7 +76,7 @@ def read(folder: Path, series: str | None, only: Path | None, name: Path | None)
     damaged = damaged_files(folder, [member.image for member in chosen.slices], dicom)
     missing.check_count(source, chosen.slices, chosen.images, known, damaged, chosen.warnings)
     numbers = missing.by_number(chosen.images, chosen.warnings)
-    volume = stack.volume(source, chosen.slices, numbers, chosen.warnings)
+    volume = stack.volume(source, chosen.slices, numbers, chosen.warnings, largest)
     if len(by_uid) > 1 and series is None:
         volume.warnings.append(f"{len(by_uid)} series in the folder: used the best one (--series chooses another)")
     return volume

@@ -6,27 +6,27 @@ import numpy as np
 
 from ctclip.preprocessing.dicom.headers import VALUES
 from ctclip.preprocessing.dicom.missing import MOST_MISSING
-from ctclip.preprocessing.dicom.pixels import hounsfield, lossy
+from ctclip.preprocessing.dicom.pixels import bytes_behind, hounsfield, lossy
 from ctclip.preprocessing.dicom.slices import Slice
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.volume import Volume
 
 EVEN_GAPS = 0.02
 LARGEST_GAP_RATIO = 3.0
-LARGEST_VOXELS = 2**31
 # Of what is compressed no byte holds more voxels than this.
 LARGEST_RATIO = 1100
 # How much more than from those beyond them slices may differ from their neighbours.
 ALTERNATING = 1.15
 
 
-def volume(source: str, members: list[Slice], numbers_missing: int, warnings: list[str]) -> Volume:
+def volume(source: str, members: list[Slice], numbers_missing: int, warnings: list[str], largest: int) -> Volume:
     """The volume [slice, row, column] in HU of at least three slices that share orientation, size and pixel spacing.
 
     Copies are left out, single missing slices interpolated, uneven gaps resampled and a gantry's tilt undone, all of it
-    aloud; more is refused. ``numbers_missing`` is how many slices are missing by their numbering. Values are rescaled
-    slice by slice.
+    aloud; more is refused. ``numbers_missing`` is how many slices are missing by their numbering, ``largest`` bounds the
+    bytes of the voxels. Values are rescaled slice by slice.
     """
+    _plausible(source, members, largest)
     row, column, normal = _plane(source, members)
     depth = np.array([member.place @ normal for member in members])
     order = np.argsort(depth, kind="stable")
@@ -36,7 +36,7 @@ def volume(source: str, members: list[Slice], numbers_missing: int, warnings: li
     gaps = np.diff(depth)
     usual = float(np.median(gaps))
     _missing(source, gaps, usual, numbers_missing, warnings)
-    array = _array(source, members)
+    array = _array(source, members, largest)
     if _alternating(array):
         warnings.append("every other slice differs more from its neighbours than from those beyond: two acquisitions?")
     positions = np.array([member.place for member in members])
@@ -77,6 +77,8 @@ def _differences(members: list[Slice], warnings: list[str]) -> None:
         warnings.append(f"slices differ in {', '.join(others)}: values of some may be wrong")
     if len({str(header.get("PhotometricInterpretation")) for header in headers}) > 1:
         warnings.append("slices differ in PhotometricInterpretation: it concerns display, values are taken as stored")
+    if count := sum(bytes_behind(member.image) for member in members):
+        warnings.append(f"bytes follow the pixels of {count} slices: if some were put in before, values are wrong")
     if any(lossy(member.image) for member in members):
         warnings.append("lossy compression: HU are approximate")
 
@@ -129,19 +131,32 @@ def _missing(source: str, gaps: np.ndarray, usual: float, numbers_missing: int, 
         warnings.append(f"InstanceNumber skips {numbers_missing} numbers, although no slice is missing by position")
 
 
-def _array(source: str, members: list[Slice]) -> np.ndarray:
-    """[slice, row, column] in HU, int16 if that holds all slices, else float32."""
+def _plausible(source: str, members: list[Slice], largest: int) -> None:
+    """Refuse what headers claim before memory is taken for it; all frames of a file count."""
     rows, columns = members[0].shape
-    voxels = len(members) * rows * columns
-    file_bytes = sum(path.stat().st_size for path in {member.image.path for member in members})
-    if voxels > min(LARGEST_VOXELS, LARGEST_RATIO * file_bytes):
+    frames = {member.image.path: member.image.frames for member in members}
+    voxels = sum(frames.values()) * rows * columns
+    if voxels > LARGEST_RATIO * sum(path.stat().st_size for path in frames):
         raise PreprocessingError(
-            f"{source}: its headers claim {len(members)} x {rows} x {columns} voxels, more than its files hold or any CT has"
+            f"{source}: its headers claim {sum(frames.values())} x {rows} x {columns} voxels, more than its files hold"
         )
-    array = np.empty((len(members), rows, columns), np.int16)
+    _within(source, voxels, np.dtype(np.int16), largest)
+
+
+def _within(source: str, voxels: int, dtype: np.dtype, largest: int) -> None:
+    if (size := voxels * dtype.itemsize) > largest:
+        raise PreprocessingError(
+            f"{source}: {size / 1e9:.3g} GB of voxels, more than {largest / 1e9:g} GB; --largest-gb raises the limit"
+        )
+
+
+def _array(source: str, members: list[Slice], largest: int) -> np.ndarray:
+    """[slice, row, column] in HU, int16 if that holds all slices, else float32."""
+    array = np.empty((len(members), *members[0].shape), np.int16)
     for index, member in enumerate(members):
         plane = hounsfield(source, member.image)
         if plane.dtype != array.dtype and array.dtype == np.int16:
+            _within(source, array.size, np.dtype(np.float32), largest)
             array = array.astype(np.float32)
         array[index] = plane
     return array

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 from ctclip.preprocessing.errors import PreprocessingError
@@ -15,6 +16,7 @@ LONGEST_LINE = 1000
 LONGEST_COMMENT = 1 << 16
 MOST_LINES = 10000
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|[+-]?(nan|inf)", re.IGNORECASE)
+DATA_FILE = re.compile(r"^(?:ElementDataFile\s*=|data ?file\s*:(?!=))(.{1,255})$", re.IGNORECASE | re.MULTILINE)
 # Lengths in millimetres, as NRRD and MetaImage spell their units; nothing stated counts as mm.
 MM_PER_UNIT = {
     "": 1.0, "?": 1.0, "???": 1.0, "mm": 1.0, "millimeter": 1.0, "millimeters": 1.0, "millimetre": 1.0,
@@ -33,6 +35,18 @@ def lines(stream: BinaryIO, source: str) -> Iterator[str]:
             break
         yield line.decode("utf-8", "replace").rstrip("\r\n")
     raise PreprocessingError(f"{source}: its header does not end, or has a line that is too long; it is damaged")
+
+
+def data_file(path: Path) -> str | None:
+    """The file that an NRRD or MetaImage header names for its voxels, by a look at its lines alone; None if it names none."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(LONGEST_COMMENT).decode("utf-8", "replace")
+    except OSError:
+        return None
+    match = DATA_FILE.search(start)
+    name = match[1].strip() if match else ""
+    return name if name and "\0" not in name and name.split()[0].upper() not in ("LOCAL", "LIST") else None
 
 
 def bounded(value: str, field: str, source: str) -> str:

@@ -9,6 +9,7 @@ wrong and kept. Exit code 1 if anything crashed, hung, raised another exception,
 from __future__ import annotations
 
 import argparse
+import bz2
 import json
 import multiprocessing
 import os
@@ -92,7 +93,7 @@ def prepared_truth(name: str) -> Volume:
             _TRUTHS[name] = prepare(Path(folder, scan.named), SPEC).scan
         turned = _TRUTHS[name].array[::-1] if name == "npz" else _TRUTHS[name].array
         assert np.array_equal(turned, truth())
-        assert name in ("npz", "dicom", "zip of dicom") or np.allclose(_TRUTHS[name].affine, AFFINE)
+        assert name == "npz" or "dicom" in name or np.allclose(_TRUTHS[name].affine, AFFINE)
     return _TRUTHS[name]
 
 
@@ -116,9 +117,9 @@ def by_another(path: str) -> tuple[np.ndarray, Any]:
     if Path(path).is_dir():
         import SimpleITK as sitk
 
-        reader = sitk.ImageSeriesReader()
-        reader.SetFileNames(reader.GetGDCMSeriesFileNames(path))
-        image = reader.Execute()
+        files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(path)
+        # Of one file, a series reader makes a fourth axis.
+        image = sitk.ReadImage(files if len(files) > 1 else files[0])
     elif suffix in (".nii", ".gz", ".hdr"):
         import nibabel as nib
 
@@ -128,11 +129,19 @@ def by_another(path: str) -> tuple[np.ndarray, Any]:
     else:
         import SimpleITK as sitk
 
-        image = sitk.ReadImage(path)
+        image = sitk.ReadImage(_without_bzip2(path) if suffix == ".nrrd" else path)
     affine = np.eye(4)
     affine[:3, :3] = (np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing())[:, ::-1]
     affine[:3, 3] = image.GetOrigin()
     return sitk.GetArrayFromImage(image), affine.tolist()
+
+
+def _without_bzip2(path: str) -> str:
+    """An NRRD file with its voxels plain, as ITK knows no bzip2; the header stays as it is."""
+    header, between, voxels = Path(path).read_bytes().partition(b"\n\n")
+    if b"encoding: bzip2" in header:
+        Path(path).write_bytes(header.replace(b"encoding: bzip2", b"encoding: raw") + between + bz2.decompress(voxels))
+    return path
 
 
 def _csv(path: Path, name: str) -> str:

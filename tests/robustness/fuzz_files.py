@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import re
@@ -14,12 +15,14 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
+import pydicom
 
 from ctclip.phantom.scan import make_scan
 from ctclip.preprocessing import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
+from tests.unit.preprocessing import dicom_builder
 from tests.unit.preprocessing.scan_files import meta, meta_header, nifti, nrrd, nrrd_header, tarred, zipped
-from tests.unit.preprocessing.test_dicom import write_series
 
 SPEC = PreprocessingSpec("fuzz", (5.0, 4.0, 4.0), (12, 16, 20))
 # Straight, as what is oblique is resampled, and then no voxel is compared with its truth.
@@ -78,18 +81,25 @@ def good() -> dict[str, Good]:
         "nifti pair": Good({"scan.hdr": plain[:108] + bytes(4) + plain[112:344] + b"ni1\0", "scan.img": plain[352:]}, "scan.hdr", "scan.hdr", 348),
         "nrrd": _one("scan.nrrd", nrrd(raw, **geometry), len(nrrd_header(**geometry)), text=True),
         "nrrd gzip": _one("scan.nrrd", nrrd(gzip.compress(raw), encoding="gzip", **geometry), 500, text=True),
+        "nrrd bzip2": _one("scan.nrrd", nrrd(bz2.compress(raw), encoding="bzip2", **geometry), 500, text=True),
         "nhdr": Good({"scan.nhdr": nrrd(b"", data_file="scan.raw", **geometry), "scan.raw": raw}, "scan.nhdr", "scan.nhdr", 600, text=True),
         "mha": _one("scan.mha", meta(raw, **fields), len(meta_header(**fields)), text=True),
         "mha zlib": _one("scan.mha", meta(packed, CompressedData="True", CompressedDataSize=str(len(packed)), **fields), 500, text=True),
         "mhd": Good({"scan.mhd": meta(b"", ElementDataFile="scan.raw", **fields), "scan.raw": raw}, "scan.mhd", "scan.mhd", 600, text=True),
+        "mhd zlib": Good({"scan.mhd": meta(b"", ElementDataFile="scan.zraw", CompressedData="True", **fields), "scan.zraw": packed}, "scan.mhd", "scan.zraw", len(packed)),
         "npz": _one("scan.npz", npz.getvalue(), 200),
-        "dicom": Good({f"series/{name}": content for name, content in slices.items()}, "series", "series/0004.dcm", 1500),
+        "dicom": _one_of("series/0004.dcm", slices, 850),
+        "dicom rle": _one_of("series/0004.dcm", _slices(hu, "RLE"), 1000),
+        "dicom deflated": _one_of("series/0004.dcm", _slices(hu, "deflated"), 900),
+        "dicom multi-frame": Good({"series/frames.dcm": _frames(hu)}, "series", "series/frames.dcm", 10130),
         "zip of dicom": _one("scan.zip", zipped(slices), 400),
         "zip of nifti": _one("scan.zip", zipped({"scan.nii": plain}), 200),
         "tar.gz": _one("scan.tar.gz", tarred({"scan.nii": plain}), 200),
         "tar": _one("scan.tar", tarred({"scan.nii": plain}, "w"), 1000),
         "csv": Good({"table.csv": csv, "scan.nii": plain, "other.nii": plain}, "table.csv", "table.csv", len(csv), "csv", True),
+        "parquet": Good({"table.parquet": _parquet(csv), "scan.nii": plain, "other.nii": plain}, "table.parquet", "table.parquet", 4000, "csv"),
         "store": Good({"store/volumes/a.b2nd": _stored(), "store/spec.yaml": _spec()}, "store", "store/volumes/a.b2nd", 300, "store"),
+        "spec of a store": Good({"store/volumes/a.b2nd": _stored(), "store/spec.yaml": _spec()}, "store", "store/spec.yaml", len(_spec()), "store", True),
     }  # fmt: skip
 
 
@@ -97,10 +107,40 @@ def _one(name: str, content: bytes, header: int, *, text: bool = False) -> Good:
     return Good({name: content}, name, name, min(header, len(content)), text=text)
 
 
-def _slices(hu: np.ndarray) -> dict[str, bytes]:
-    with tempfile.TemporaryDirectory() as folder:
-        paths = sorted(write_series(Path(folder, "s"), hu).iterdir())
-        return {f"{number:04d}.dcm": path.read_bytes() for number, path in enumerate(paths)}
+def _one_of(spoiled: str, slices: dict[str, bytes], header: int) -> Good:
+    """A DICOM series of which one file is changed."""
+    return Good({f"series/{name}": content for name, content in slices.items()}, "series", spoiled, header)
+
+
+def _slices(hu: np.ndarray, packing: str = "") -> dict[str, bytes]:
+    slices = {}
+    for index, data in enumerate(dicom_builder.series(hu, PatientName="Doe^Jane", SeriesDescription="chest")):
+        data.BitsStored, data.HighBit = 16, 15
+        if packing == "RLE":
+            data.compress(pydicom.uid.RLELossless)
+        elif packing == "deflated":
+            data.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+        slices[f"{index * 7 % len(hu):04d}.dcm"] = _dicom(data, index)
+    return slices
+
+
+def _frames(hu: np.ndarray) -> bytes:
+    return _dicom(dicom_builder.enhanced(hu), 0)
+
+
+def _dicom(data: pydicom.Dataset, number: int) -> bytes:
+    """The same bytes in every run; all bits are used, as decoders differ in what they make of those that are not."""
+    data.BitsStored, data.HighBit = 16, 15
+    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = f"{dicom_builder.SERIES}.{number}"
+    memory = io.BytesIO()
+    data.save_as(memory, enforce_file_format=True)
+    return memory.getvalue()
+
+
+def _parquet(csv: bytes) -> bytes:
+    memory = io.BytesIO()
+    pd.read_csv(io.BytesIO(csv)).to_parquet(memory, index=False)
+    return memory.getvalue()
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from ctclip.preprocessing.pipeline import preprocess_cohort
 from ctclip.preprocessing.readers import read
 from ctclip.preprocessing.store import SAFE_NAME, VolumeStore
 from ctclip.preprocessing.tables import is_no_report, label_columns, numbers, read_table, volume_name
+from tests.unit.preprocessing.scan_files import HU, meta, nifti, nrrd, written
 from tests.unit.preprocessing.test_dicom import write_series
 
 AFFINE = np.diag([-4.0, -4.0, 5.0, 1.0])
@@ -441,3 +443,45 @@ def test_names_of_files_that_are_no_text_are_told_in_one_printable_line(tmp_path
     for text in [*lines, *read_cohort(folder).table["path"]]:
         assert text.isprintable()
     assert scan_id(folder / "a\nb.nii.gz") == "a\\nb"
+
+
+@pytest.mark.parametrize(("header", "voxels"), [
+    ("a.hdr", "a.img"), ("A.HDR", "A.IMG"), ("a.Hdr", "a.IMG"), ("a.hdr.gz", "a.img"), ("a.hdr", "a.img.gz"),
+    ("a.mhd", "a.raw"), ("A.MHD", "A.RAW"), ("a.mhd", "data/voxels.bin"), ("a.nhdr", "data/voxels.bin"),
+])  # fmt: skip
+def test_a_header_and_the_file_of_its_voxels_are_one_scan(tmp_path: Path, header: str, voxels: str) -> None:
+    """Two of them that differ in their voxels alone are two patients, though their headers are the same bytes."""
+    for number, folder in enumerate(("one", "two")):
+        hu = HU + np.int16(number)
+        plain = nifti(hu)
+        pair = plain[:108] + bytes(4) + plain[112:344] + b"ni1\0"
+        headers = {"hdr": pair, "mhd": meta(b"", ElementDataFile=voxels), "nhdr": nrrd(b"", data_file=voxels)}
+        content = headers[header.lower().removesuffix(".gz").rpartition(".")[2]]
+        raw = plain[352:] if ".img" in voxels.lower() else hu.tobytes()
+        for name, data in ((header, content), (voxels, raw)):
+            written(tmp_path / folder, name, gzip.compress(data) if name.endswith(".gz") else data)
+    cohort = read_cohort(tmp_path)
+    assert cohort.table["patient"].nunique() == len(cohort.table) == 2
+    assert not cohort.unused
+    assert not cohort.warnings
+    for number, name in enumerate(cohort.table["volume"]):
+        assert np.array_equal(np.sort(read(cohort.files[name]).array, axis=None), np.sort(HU + number, axis=None))
+
+
+def test_a_run_says_what_it_was_warned_of(tmp_path: Path) -> None:
+    hu = np.random.default_rng(0).normal(0, 60, (24, 32, 40)).round().astype(np.int16) - 900
+    hu[:, :, :20] = 0
+    written(tmp_path / "c", "filled.nii", nifti(hu))
+    command = [
+        "preprocess",
+        str(tmp_path / "c"),
+        "--output",
+        str(tmp_path / "s"),
+        "--spec",
+        "phantom",
+        "--workers",
+        "1",
+    ]
+    told = CliRunner().invoke(app, command).output
+    assert "warning filled: masked or filled: 50% of the voxels hold exactly 0 HU" in told
+    assert "1 done, 0 refused, 1 with warnings; reasons and warnings are in" in told

@@ -19,6 +19,7 @@ import pytest
 from ctclip.preprocessing import PreprocessingError
 from ctclip.preprocessing.formats import archive
 from ctclip.preprocessing.readers import read
+from tests.unit.preprocessing import dicom_builder
 from tests.unit.preprocessing.scan_files import (
     HU,
     flipped,
@@ -112,6 +113,15 @@ def test_the_largest_ct_is_a_bound_that_can_be_raised(tmp_path: Path) -> None:
         with pytest.raises(PreprocessingError, match="more than 4e-07 GB; --largest-gb raises the limit"):
             read(path, largest_gb=4e-7)
         assert read(path, largest_gb=5e-7).array.size == HU.size
+    whole = dicom_builder.write(tmp_path / "series", dicom_builder.series(HU, RescaleIntercept=-1024))
+    frames = dicom_builder.write(tmp_path / "frames", [dicom_builder.enhanced(HU)])
+    for path in (whole, frames, min(whole.iterdir())):
+        with pytest.raises(PreprocessingError, match=r"4\.2e-07 GB of voxels, more than 4e-07 GB; --largest-gb raises"):
+            read(path, largest_gb=4e-7)
+        assert np.array_equal(read(path, largest_gb=5e-7).array, HU)
+    fractions = dicom_builder.write(tmp_path / "fractions", dicom_builder.series(HU, RescaleSlope=0.5))
+    with pytest.raises(PreprocessingError, match=r"8\.4e-07 GB of voxels, more than 5e-07 GB"):
+        read(fractions, largest_gb=5e-7)
     path = written(tmp_path, "scan.zip", zipped({"scan.nii": nifti()}))
     with pytest.raises(PreprocessingError, match="would unpack to"):
         read(path, largest_gb=5e-7)

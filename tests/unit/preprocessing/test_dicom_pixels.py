@@ -126,6 +126,16 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def shoved(path: Path) -> None:
+    """Two bytes put in among the pixels: what follows has moved by one."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-600] + b"\1\0" + content[-600:])
+
+
+def behind(content: bytes) -> Callable[[Path], object]:
+    return each(lambda path: path.write_bytes(path.read_bytes() + content))
+
+
 def nested(depth: int, folder: Path) -> None:
     """A private sequence nested so deep that recursive parsers end, in each slice."""
     for path in write(folder, series(HU[:4])).iterdir():
@@ -178,12 +188,17 @@ BITS = [
         refused="2882 bytes of pixels where its header says 2880"),
     Row("fewer bytes than rows and columns say", edited(lambda i, d: setattr(d, "PixelData", d.PixelData[:-2])),
         refused="2878 bytes of pixels where its header says 2880"),
+    Row("bytes put in among the pixels", lambda f: shoved(min(write(f, series(HU)).iterdir())),
+        hu=np.concatenate([np.r_[HU[0].ravel()[:-300], -1023, HU[0].ravel()[-300:-1]].reshape(1, *HU[0].shape), HU[1:]]),
+        says=("bytes follow the pixels of 1 slices: if some were put in before, values are wrong",)),
+    Row("zeros behind the pixels", behind(bytes(512)), same=("dcm2niix", "pydicom")),
+    Row("padding behind the pixels (PS3.10, 7.2)", behind(b"\xfc\xff\xfc\xffOB\0\0\4\0\0\0abcd"), same=ALL),
     Row("files cut in their pixels", each(cut), refused="cut short"),
     Row("12 bits allocated", edited(BitsAllocated=12), refused="12 bits allocated, 12 stored, high bit 11"),
     Row("more bits stored than allocated", edited(BitsStored=17, HighBit=16), refused="16 bits allocated, 17 stored"),
     Row("nested 40 deep", lambda f: nested(40, f), hu=HU[:4]),
     Row("nested 20,000 deep", lambda f: nested(20000, f), refused="4 DICOM files, none of which can be read"),
-    Row("a bomb among slices", bomb),
+    Row("a bomb among slices", bomb, refused="damaged"),
 ]  # fmt: skip
 
 
