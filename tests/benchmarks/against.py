@@ -72,7 +72,8 @@ def write_series(folder: Path, scan: Path) -> None:
 
 def asked(process: subprocess.Popen[str], case: int, times: int) -> float:
     """Processor seconds of a case, the mean of ``times`` of it."""
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     print(case, times, file=process.stdin, flush=True)
     for line in process.stdout:
         if line.startswith("took "):
