@@ -50,7 +50,7 @@ class LabelSet(Section):
     """A YAML file of label names with what belongs to them."""
 
     name: str = Field(description="name of the set, kept with everything made from it")
-    description: str = ""
+    description: str = Field("", description="what it is, in a line")
     body_part: BodyPart = Field("any", description="body part that the scans show")
     prompts: str | None = Field(None, description="prompt set that asks for these labels")
     protocol: str | None = Field(None, description="default evaluation protocol")

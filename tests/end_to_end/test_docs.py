@@ -125,7 +125,12 @@ def workplace(store: Path, trained: Path, cohort: Path, tmp_path_factory: pytest
     shutil.copytree(store, folder / "store")
     shutil.copytree(trained, folder / "runs" / "first")
     scans = sorted(cohort.rglob("dataset/**/*.nii.gz"))
-    shutil.copy(scans[0], folder / "my_scan.nii.gz")
+    for name in ("my_scan.nii.gz", "scan.nii.gz"):
+        shutil.copy(scans[0], folder / name)
+    # Pages that name the demo's results.
+    (folder / "runs" / "demo").mkdir()
+    (folder / "runs" / "demo" / "train").symlink_to(trained)
+    (folder / "runs" / "demo" / "cohort").symlink_to(cohort)
     for name in ("my_scans", "my_series"):
         (folder / name).mkdir()
         for letter, path in zip("abc", scans, strict=False):
