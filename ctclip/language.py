@@ -30,7 +30,7 @@ class Scopes(Section):
     absent_after: tuple[str, ...] = Field((), description="was not observed, has resolved")
     uncertain_before: tuple[str, ...] = Field((), description="possible, suspicious for")
     uncertain_after: tuple[str, ...] = Field((), description="cannot be excluded")
-    past_before: tuple[str, ...] = Field((), description="history of: says nothing of this scan")
+    past_before: tuple[str, ...] = Field((), description="history of, evaluate for: says nothing of this scan")
     no_scope: tuple[str, ...] = Field((), description="no change in, not only: they hold a negation and negate nothing")
     clause_ends: tuple[str, ...] = Field((), description="but, however, except: nothing reaches over them")
     verbs: tuple[str, ...] = Field((), description="is, are, shows: a list of findings ends where a new verb begins")
