@@ -99,4 +99,4 @@ def test_the_command_writes_a_row_for_each_finding(tmp_path: Path, capsys: pytes
     ]
     (tmp_path / "f.csv").write_text("mine\n")
     assert main(arguments) == 2
-    assert "not recognised" in capsys.readouterr().err
+    assert "was not written by this command" in capsys.readouterr().err
