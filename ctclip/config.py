@@ -144,6 +144,10 @@ class DataConfig(Section):
         min_length=1,
         description="columns of the cohort table that form a report, in order",
     )
+    label_table: str | None = Field(
+        None,
+        description="your own labels (a CSV of volumes and 0 or 1) in place of the store's; only volumes that have one are learned from",
+    )
     language: str = Field(
         "english", description="words of negation: a YAML file, or the name of one in configs/languages"
     )

@@ -6,9 +6,9 @@ defaults and meanings, are in ``config.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -18,6 +18,8 @@ from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.named_files import find_file, installed_folder
 from ctclip.preprocessing.plain_yaml import load_yaml
 from ctclip.schema import Section, Typed, read_typed, validated
+
+S = TypeVar("S", bound=Section)
 
 
 def configs_folder() -> Path:
@@ -57,6 +59,19 @@ def read_config(
     for key, value in (values_set or {}).items():
         _set(values, key, value, f"{key}={value}")
         _set_origin(origins, key)
+    _override(values, overrides, origins)
+    return build_config(values, str(path)), origins
+
+
+def load_section(kind: type[S], path: Path, overrides: Sequence[str] = ()) -> S:
+    """A section of another kind than a run's from the YAML file ``path``, with ``key=value`` overrides. Raises ConfigError
+    as ``load_config`` does."""
+    values = read_mapping(path)
+    _override(values, overrides, {})
+    return validated(kind, values, str(path))
+
+
+def _override(values: dict[str, Any], overrides: Sequence[str], origins: dict[str, str]) -> None:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -66,7 +81,6 @@ def read_config(
             continue
         _set(values, key, Typed(text, override), override)
         _set_origin(origins, key)
-    return build_config(values, str(path)), origins
 
 
 def _use_size(name: str, origins: dict[str, str]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ OURS: dict[Kind, dict[str, str]] = {
         "prompts": "ctclip.heads.prompts:PromptHead",
         "linear": "ctclip.heads.linear:LinearHead",
         "caption": "ctclip.heads.caption:CaptionHead",
+        "contexts": "ctclip.heads.contexts:ContextHead",
     },
     "reader": {
         "rules": "ctclip.report_reading.rules:RulesReader",

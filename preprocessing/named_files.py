@@ -21,6 +21,7 @@ KINDS = {
     "labels": "label set",
     "languages": "language",
     "terms": "file of terms",
+    "adapt": "recipe of `ctclip adapt`",
 }
 
 

@@ -12,6 +12,7 @@ from typing import NoReturn
 import typer
 
 from ctclip import __version__
+from ctclip.cli.adapt import adapt
 from ctclip.cli.ask import ask
 from ctclip.cli.calibrate import calibrate
 from ctclip.cli.clean_reports import clean_reports
@@ -29,11 +30,13 @@ from ctclip.cli.locate import locate
 from ctclip.cli.models import models
 from ctclip.cli.phantom import phantom
 from ctclip.cli.preprocess import preprocess
+from ctclip.cli.probe import probe
 from ctclip.cli.prompts import prompts
 from ctclip.cli.publish import publish
 from ctclip.cli.quality import quality
 from ctclip.cli.read_reports import read_reports
 from ctclip.cli.report import report
+from ctclip.cli.soup import soup
 from ctclip.cli.train import train
 from ctclip.cli.zero_shot import zero_shot
 
@@ -54,6 +57,9 @@ app.command("zero-shot")(zero_shot)
 app.command()(explain)
 app.command()(find)
 app.command()(locate)
+app.command()(probe)
+app.command()(adapt)
+app.command()(soup)
 app.command()(calibrate)
 app.command()(evaluate)
 app.command()(report)

@@ -41,6 +41,11 @@ def index(
 def similar(
     scan: Path = typer.Argument(None, help="A volume file or DICOM folder."),
     text: str = typer.Option(None, help="A text to search for, instead of a scan."),
+    plus: list[str] = typer.Option(
+        None, help="Like the scan, but with this, such as 'Pleural effusion is seen.' May be repeated."
+    ),
+    minus: list[str] = typer.Option(None, help="Like the scan, but without this. May be repeated."),
+    weight: float = typer.Option(1.0, min=0.0, help="How much --plus and --minus count beside the scan."),
     model: str = typer.Option(
         None, "--model", "-m", help="The model that made the index. Needed only if its folder has moved."
     ),
@@ -53,10 +58,13 @@ def similar(
     `ctclip similar scan.nii.gz --index index`
 
     `ctclip similar --text "Large right pleural effusion." --index index`
+
+    `ctclip similar scan.nii.gz --plus "Pleural effusion is seen." --minus "A nodule is seen." --index index`
     """
     import pandas as pd
 
     from ctclip.errors import DataError
+    from ctclip.evaluation.retrieval import compose
     from ctclip.evaluation.tables import write_predictions
     from ctclip.inference.index import Index, index_facts
     from ctclip.inference.model import load
@@ -64,6 +72,8 @@ def similar(
 
     if (scan is None) == (text is None):
         raise DataError("give either a scan or --text")
+    if scan is None and (plus or minus):
+        raise DataError("--plus and --minus go with a scan")
     model_path = str(index_facts(index).get("path", ""))
     if model is None and not Path(model_path).is_dir():
         raise DataError(
@@ -72,6 +82,9 @@ def similar(
     loaded = load(model or model_path)
     opened = Index.load(index, loaded.folder.hash)
     query = loaded.embed(scan) if scan is not None else loaded.encode_text([text])[0].numpy()
+    if plus or minus:
+        sides = [[loaded.encode_text([words])[0].float().numpy() for words in side or []] for side in (plus, minus)]
+        query = compose(query, *sides, weight=weight)
     scans, reports = opened.similar(query, count), opened.similar(query, count, reports=True)
     neighbours("Nearest scans", scans)
     neighbours("Nearest reports", reports)

@@ -30,7 +30,12 @@ def zero_shot(
     scans: list[Path] = typer.Argument(
         None, help="Volume files, DICOM folders, folders of these, or quoted patterns such as 'scans/*.nii.gz'."
     ),
-    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
+    model: list[str] = typer.Option(
+        ...,
+        "--model",
+        "-m",
+        help="A model folder, or a name on the Hugging Face Hub. Several: their probabilities are averaged.",
+    ),
     store: Path = typer.Option(None, help="Read volumes from this store of `ctclip preprocess` instead of scan files."),
     split: str = typer.Option(None, help="With --store: only this split of the cohort."),
     output: Path = typer.Option(
@@ -66,6 +71,8 @@ def zero_shot(
 
     `ctclip zero-shot --model runs/demo/train/model --store store --split valid --output predictions`
 
+    `ctclip zero-shot --model A --model B --store store --output predictions` averages models of one label set.
+
     After an interruption the same command resumes where it stopped. Exit code 3: some scans were refused.
     """
     import contextlib
@@ -93,6 +100,8 @@ def zero_shot(
         distributed.say_unused_tasks()
 
     from ctclip.heads.folder import PROMPTS
+    from ctclip.heads.head import Head
+    from ctclip.inference.ensemble import detect_together
     from ctclip.inference.model import asking, usable_head
     from ctclip.inference.scans import ScanFiles, Scans, StoredScans
     from ctclip.inference.show import table_of
@@ -101,27 +110,34 @@ def zero_shot(
 
     group = distributed.process_group() if distributed.launched() else contextlib.nullcontext(distributed.device())
     with group as device:
-        loaded = load_model(model, device)
-        scorer = usable_head(loaded, head or PROMPTS)
-        if prompts or abnormality:
-            scorer = asking(loaded, prompts or scorer.prompts, abnormality or None, scorer)  # type: ignore[attr-defined]
-        source: Scans
-        if store is not None:
-            source = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
+        folders = [load_model(one, device) for one in model]
+        scorers: list[Head] = []
+        sources: list[Scans] = []
+        for loaded in folders:
+            scorer = usable_head(loaded, head or PROMPTS)
+            if prompts or abnormality:
+                scorer = asking(loaded, prompts or scorer.prompts, abnormality or None, scorer)  # type: ignore[attr-defined]
+            scorers.append(scorer)
+            if store is not None:
+                sources.append(StoredScans(VolumeStore(store), split, loaded.spec, loaded.path))
+            else:
+                reading = loaded.reading(reading_of(hu, geometry, expect, series, largest_gb))
+                source = ScanFiles(scans, loaded.spec, **reading)
+                if linkage is not None and distributed.is_main():
+                    source.link(linkage)
+                sources.append(source)
+        options = {"batch": batch, "reports": reports, "suffix": f".{format.value}", "force": force}
+        if len(model) > 1:
+            summary = detect_together(folders, scorers, sources, output, **options)  # type: ignore[arg-type]
         else:
-            reading = loaded.reading(reading_of(hu, geometry, expect, series, largest_gb))
-            source = ScanFiles(scans, loaded.spec, **reading)
-            if linkage is not None and distributed.is_main():
-                source.link(linkage)
-        summary = detect(
-            loaded, scorer, source, output, batch=batch, reports=reports, suffix=f".{format.value}", force=force
-        )
+            summary = detect(folders[0], scorers[0], sources[0], output, **options)  # type: ignore[arg-type]
     if distributed.launched_rank() != 0:
         return
-    table_of(summary.table(rows=6), scorer, summary.volumes)
-    print(f"the model learned from: {loaded.trained_on.words()}")
-    for caveat in loaded.trained_on.caveats():
-        print(f"warning: {caveat}")
+    table_of(summary.table(rows=6), scorers[0], summary.volumes)
+    for folder in folders:
+        print(f"the model learned from: {folder.trained_on.words()}")
+        for caveat in folder.trained_on.caveats():
+            print(f"warning: {caveat}")
     for reason in summary.refused.values():
         print(f"refused: {reason}")
     print(f"predictions: {summary.predictions} ({summary.volumes} volumes)")

@@ -24,6 +24,7 @@ from ctclip.config import DataConfig
 from ctclip.data.air import BodyTokens
 from ctclip.data.augment import Change, draw_change
 from ctclip.data.batch import StoredBatch, Tokens
+from ctclip.data.label_table import read_label_table
 from ctclip.data.reports import ReportViews, reports_of
 from ctclip.errors import DataError
 from ctclip.labels import LabelSet
@@ -61,6 +62,8 @@ class StoredVolumes(Dataset):
             raise DataError("data.store is not set: name the folder that `ctclip preprocess` wrote")
         self.store = VolumeStore(Path(config.store))
         self.table = stored_volumes(self.store, split)
+        if config.label_table is not None:
+            self.table = with_own_labels(self.table, read_label_table(Path(config.label_table), self.store), training)
         if training:
             self.table = with_report(self.table, config.sections, f"{self.store.path}: split {split!r}")
         if training and config.volumes is not None:
@@ -173,6 +176,19 @@ def with_report(table: pd.DataFrame, sections: Sequence[str], where: str) -> pd.
     if not written.any():
         raise DataError(f"{where} has no volume with a report; preprocess the cohort together with its reports table")
     return table[written].reset_index(drop=True)
+
+
+def with_own_labels(table: pd.DataFrame, labels: pd.DataFrame, training: bool) -> pd.DataFrame:
+    """The volumes with the columns of ``labels`` (indexed by volume, 0, 1 and NaN) in place of their own; without those that
+    have no label, where it is trained."""
+    others = table.drop(columns=[name for name in labels.columns if name in table.columns])
+    joined = others.join(labels, on="volume")
+    if not training:
+        return joined
+    known = joined[list(labels.columns)].notna().any(axis=1)
+    if not known.any():
+        raise DataError("none of the volumes of this split has a label in data.label_table")
+    return joined[known].reset_index(drop=True)
 
 
 def some_scans(table: pd.DataFrame, volumes: int, seed: int) -> pd.DataFrame:

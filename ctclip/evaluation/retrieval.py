@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -86,37 +87,102 @@ def precision_by_labels(
     pool_scans: np.ndarray,
     depths: tuple[int, ...] = LABEL_DEPTHS,
 ) -> dict[str, Any]:
-    """MAP@k by shared labels, and the mean Jaccard index of labels among the first k, over scans other than the query's.
+    """Precision@k and MAP@k by shared labels, and the mean Jaccard index of labels among the first k, over scans other than
+    the query's.
 
-    queries (n, d), pool (m, d) unit vectors, labels (., L) of 0, 1, NaN (unknown counts as absent), scans (.,). For MAP
-    an entry is relevant if its labels overlap with the query's by half or more (Jaccard; two scans without any label
-    are relevant to each other); average precision as in TREC, over the first k. ``jaccard@k`` is what CT-CLIP's script
-    calls MAP@k; there the query itself and, among the entries, only volumes with a finding are in the pool.
+    queries (n, d), pool (m, d) unit vectors, labels (., L) of 0, 1, NaN (unknown counts as absent), scans (.,). An
+    entry is relevant if its labels overlap with the query's by half or more (Jaccard; two scans without any label
+    are relevant to each other). ``precision@k``: the share of the first k that is relevant (ConVIRT, Zhang et al. 2022,
+    section 4.3), ``chance_precision`` that of the whole pool; average precision as in TREC, over the first k.
+    ``jaccard@k`` is what CT-CLIP's script calls MAP@k; there the query itself and, among the entries, only volumes with a finding are in the pool.
     """
     query_positive, positive = query_labels == 1, pool_labels == 1
-    count = positive.sum(axis=1)
     deepest = min(max(depths), len(pool))
     kept = [k for k in depths if k <= deepest]
-    precise, overlap = {k: 0.0 for k in kept}, {k: 0.0 for k in kept}
+    precise, overlap, share = ({k: 0.0 for k in kept} for _ in range(3))
+    chance = 0.0
     for query in range(len(queries)):
         similarity = pool @ queries[query]
-        similarity[pool_scans == query_scans[query]] = -np.inf
+        own = pool_scans == query_scans[query]
+        similarity[own] = -np.inf
+        chance += _relevant(positive[~own], query_positive[query])[0].mean() if not own.all() else 0.0
         order = np.argsort(-similarity, kind="stable")[:deepest]
         order = order[np.isfinite(similarity[order])]
-        shared = (positive[order] & query_positive[query]).sum(axis=1)
-        union = count[order] + query_positive[query].sum() - shared
-        jaccard = np.where(union > 0, shared / np.maximum(union, 1), 1.0)
-        hits = jaccard >= 0.5
+        hits, jaccard = _relevant(positive[order], query_positive[query])
         precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
         for k in kept:
             relevant = hits[:k].sum()
+            share[k] += float(hits[:k].mean()) if len(hits) else 0.0
             precise[k] += float((precision[:k] * hits[:k]).sum() / relevant) if relevant else 0.0
             overlap[k] += float(jaccard[:k].mean()) if len(jaccard) else 0.0
     return {
         **{f"map@{k}": total / len(queries) for k, total in precise.items()},
+        **{f"precision@{k}": total / len(queries) for k, total in share.items()},
+        "chance_precision": chance / len(queries),
         **{f"jaccard@{k}": total / len(queries) for k, total in overlap.items()},
         "relevant": "Jaccard index of the labels at least 0.5, scans other than the query's own",
     }
+
+
+def _relevant(labels: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positive labels (m, L) bool of entries, (L,) of a query -> which are relevant (m,), and their Jaccard index (m,)."""
+    shared = (labels & asked).sum(axis=1)
+    union = labels.sum(axis=1) + asked.sum() - shared
+    jaccard = np.where(union > 0, shared / np.maximum(union, 1), 1.0)
+    return jaccard >= 0.5, jaccard
+
+
+def compose(
+    query: np.ndarray, plus: Sequence[np.ndarray] = (), minus: Sequence[np.ndarray] = (), weight: float = 1.0
+) -> np.ndarray:
+    """A scan's unit vector (..., dim) moved towards texts and away from others (unit vectors (..., dim)), as a unit vector
+    again: ALIGN's search by image and text (Jia et al. 2021, section 5.3)."""
+    moved = query + weight * (sum(plus) - sum(minus))
+    return np.asarray(moved / np.linalg.norm(moved, axis=-1, keepdims=True))
+
+
+def composed_retrieval(
+    volumes: np.ndarray,
+    scans: np.ndarray,
+    labels: np.ndarray,
+    directions: np.ndarray,
+    *,
+    weight: float = 1.0,
+    depth: int = 10,
+) -> dict[str, Any]:
+    """Scans asked for with one finding more: ``scan + weight * direction of the finding``, and the scan by itself.
+
+    volumes (n, dim) unit vectors; scans (n,); labels (n, L) of 0, 1, NaN; directions (L, dim), from the text that excludes a
+    finding to the one that states it, of unit length. Asked for each finding of each scan that is known to lack it, if the
+    pool has a scan with just the query's other findings and this one: ``found@k``, whether such a scan is among the first k
+    scans; ``precision@k``, the share of them that have the finding; ``by_itself`` likewise without the text.
+    """
+    first = np.sort(np.unique(scans, return_index=True)[1])
+    vectors, positive = volumes[first], labels[first] == 1
+    absent = labels[first] == 0
+    keys = [row.tobytes() for row in positive]
+    figures = {name: [0.0, 0.0] for name in ("found", "precision")}
+    asked = 0
+    itself = vectors @ vectors.T
+    for label, direction in enumerate(directions):
+        wanted = positive.copy()
+        wanted[:, label] = True
+        pool = {key for key, has in zip(keys, positive[:, label], strict=True) if has}
+        queries = [row for row in np.flatnonzero(absent[:, label]) if wanted[row].tobytes() in pool]
+        if not queries:
+            continue
+        moved = compose(vectors[queries], [direction[None]], weight=weight) @ vectors.T
+        for place, row in enumerate(queries):
+            asked += 1
+            for column, similarity in enumerate((moved[place], itself[row])):
+                similarity = similarity.copy()
+                similarity[row] = -np.inf
+                nearest = np.argsort(-similarity, kind="stable")[:depth]
+                figures["found"][column] += any(keys[one] == wanted[row].tobytes() for one in nearest)
+                figures["precision"][column] += float(positive[nearest, label].mean())
+    named = {f"{name}@{depth}": values[0] / max(asked, 1) for name, values in figures.items()}
+    alone = {f"{name}@{depth}": values[1] / max(asked, 1) for name, values in figures.items()}
+    return {**named, "by_itself": alone, "queries": asked, "pool": len(first)}
 
 
 def _by_labels(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from ctclip.errors import EvaluationError
+from ctclip.evaluation.adapted import refuse_adapted
 from ctclip.evaluation.calibration import Calibration, Method, fit_calibration
 from ctclip.evaluation.protocol import unnamed_protocol
 from ctclip.evaluation.tables import MARGIN, label_file, provenance, read_labels, read_predictions
@@ -27,6 +28,7 @@ def run_calibration(
     """Fit a calibration to the predictions of a calibration split and keep it in ``path``, with the model's head."""
     check_file(path, file_holds(b'"lines"'))
     table, names = read_predictions(predictions)
+    refuse_adapted(table, predictions, "a calibration")
     if provenance(table, "model") != model_hash:
         raise EvaluationError(
             f"{predictions}: not predictions of the model {model} ({model_hash}); run `ctclip zero-shot` with that model"

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ctclip.errors import EvaluationError
+from ctclip.evaluation.adapted import refuse_adapted
 from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.controls import histogram_aurocs, histograms
 from ctclip.evaluation.evaluate import evaluate, plain
@@ -58,6 +59,7 @@ def run_evaluation(
     """
     check_folder(output, is_evaluation, "output of `ctclip evaluate`")
     table, names = read_predictions(predictions)
+    refuse_adapted(table, predictions, "test figures")
     key = _digest(predictions)
     check_run(output, "evaluate", key, FILES, is_evaluation, force=force)
     declared = load_protocol(protocol) if protocol is not None else unnamed_protocol(table, names, labels, store)

@@ -23,7 +23,7 @@ from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.tables import VOLUME_SUFFIXES, Columns, label_columns, read_table, zeros_and_ones
 
 IDENTITY = ("volume", "patient", "scan")
-PROVENANCE = ("model", "supervision", "trained_on", "spec", "prompts", "labels", "warnings")
+PROVENANCE = ("model", "supervision", "trained_on", "spec", "prompts", "labels", "adapted_on", "warnings")
 # Where a label table keeps the volumes' ids: ours, CT-RATE's, RAD-ChestCT's.
 ID_COLUMNS = ("volume", "VolumeName", "NoteAcc_DEID")
 IDS = (*IDENTITY, *ID_COLUMNS[1:])
@@ -51,9 +51,11 @@ def prediction_table(
     trained_on: str = "",
     prompts: str = "",
     labels: str = "",
+    adapted_on: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """identity: columns volume, patient, scan, warnings; probabilities, margins (volumes, names); values: graded
-    findings, "name [unit]" to (volumes,)."""
+    findings, "name [unit]" to (volumes,); adapted_on (volumes,): 1 where model or head were fitted to labels of the
+    volume's patient, None where nothing was fitted."""
     table = identity.loc[:, list(IDENTITY)].reset_index(drop=True)
     scores = pd.DataFrame(probabilities, columns=names)
     logits = pd.DataFrame(margins, columns=[f"{MARGIN}{name}" for name in names])
@@ -62,6 +64,8 @@ def prediction_table(
         "model": model, "supervision": supervision, "trained_on": trained_on, "spec": spec, "prompts": prompts,
         "labels": labels, "warnings": identity["warnings"].to_numpy(),
     })  # fmt: skip
+    if adapted_on is not None:
+        provenance.insert(6, "adapted_on", adapted_on.astype(int))
     return pd.concat([table, scores, logits, graded, provenance], axis=1)
 
 

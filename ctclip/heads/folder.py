@@ -1,4 +1,5 @@
-"""Heads of a model folder: ``heads/<name>/`` with what a head wrote, ``head.yaml`` (its kind) and ``calibration.json``."""
+"""Heads of a model folder: ``heads/<name>/`` with what a head wrote, ``head.yaml`` (its kind), ``calibration.json``, and
+``adaptation.json`` of one that was fitted to labels."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 
 from ctclip import plugins
 from ctclip.errors import CheckpointError
+from ctclip.evaluation.adapted import FILE as ADAPTATION
+from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.calibration import Calibration
 from ctclip.heads.head import Head
 from ctclip.heads.linear import LinearHead
@@ -71,6 +74,8 @@ def save_head(model: Path, name: str, head: Head) -> Path:
         write_text(partial / "head.yaml", yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
         if head.calibration is not None:
             head.calibration.save(partial / "calibration.json")
+        if head.adaptation is not None:
+            head.adaptation.save(partial / ADAPTATION)
         partial.chmod(0o755)
         put_in_place(partial, folder, is_head_folder, "head")
     finally:
@@ -108,6 +113,8 @@ def load_head(model_folder: Path, name: str, model: DualEncoder) -> Head:
     head: Head = plugins.find("head", kind).load(folder, model)
     if (folder / "calibration.json").is_file():
         head.calibration = Calibration.load(folder / "calibration.json")
+    if (folder / ADAPTATION).is_file():
+        head.adaptation = Adaptation.load(folder / ADAPTATION)
     return head
 
 

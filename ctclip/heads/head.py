@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.calibration import Calibration
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
@@ -32,6 +33,8 @@ class Head(ABC):
     def __init__(self, model: DualEncoder) -> None:
         self.model = model
         self.calibration: Calibration | None = None
+        # Of a head that was fitted to labels here: which patients' labels, and on which model.
+        self.adaptation: Adaptation | None = None
 
     @abstractmethod
     def score(self, encoded: Encoded) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,6 @@ class LinearHead(Head):
 
     kind = "linear"
     supervision = "label-supervised"
-    source = "linear head"
 
     def __init__(
         self, model: DualEncoder, names: Sequence[str], weight: Tensor, bias: Tensor, *, relu: bool = False
@@ -36,6 +36,8 @@ class LinearHead(Head):
                 f"{model.config.dim} dimensions"
             )
         self.weight, self.bias = weight.float().to(model.device), bias.float().to(model.device)
+        # Two linear heads of one model must not take each other's calibration.
+        self.source = f"linear head {hashlib.sha256(self.fingerprint(self.bias)).hexdigest()[:8]}"
 
     def score(self, encoded: Encoded) -> Tensor:
         if encoded.embedding is None:

@@ -92,7 +92,7 @@ def pair_vectors(model: DualEncoder, prompts: PromptSet, names: Sequence[str]) -
     phrasings it has. A model that standardises its features gives both sides of a pair one length (``embeddings``; see
     ``DualEncoder.encode_prompts``).
     """
-    shared = model.config.standardise and prompts.ensemble == "embeddings"
+    shared = shares_length(model, prompts.ensemble)
     encode = model.encode_prompts if shared else model.encode_text
     sides = [(name, positive) for positive in (True, False) for name in names]
     groups, weights = [[of(*side) for side in sides] for of in (prompts.groups, prompts.weights)]
@@ -107,10 +107,20 @@ def pair_vectors(model: DualEncoder, prompts: PromptSet, names: Sequence[str]) -
             start += len(texts)
         means.append(torch.stack(parts).mean(dim=0))
     positive, negative = torch.stack(means).split(len(names))
+    return unit_pair(positive, negative, prompts.ensemble, shared=shared)
+
+
+def shares_length(model: DualEncoder, ensemble: str) -> bool:
+    """Whether the two sides of a pair are given one length, see ``pair_vectors``."""
+    return model.config.standardise and ensemble == "embeddings"
+
+
+def unit_pair(positive: Tensor, negative: Tensor, ensemble: str, *, shared: bool) -> tuple[Tensor, Tensor]:
+    """Means of each side's phrasings (names, dim) -> the two sides as ``pair_vectors`` returns them."""
     if shared:
         length = (positive.norm(dim=-1, keepdim=True) + negative.norm(dim=-1, keepdim=True)) / 2
         return positive / length, negative / length
-    if prompts.ensemble == "embeddings":
+    if ensemble == "embeddings":
         return F.normalize(positive, dim=-1), F.normalize(negative, dim=-1)
     return positive, negative
 

@@ -17,6 +17,8 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
 from ctclip.errors import CheckpointError, PromptError
+from ctclip.evaluation.adapted import FILE as ADAPTATION
+from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.calibration import Calibration
 from ctclip.explanation.explain import Explanation, explain
 from ctclip.explanation.find import Found, find, told_from
@@ -74,6 +76,9 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             for path in (partial / "calibration.json", *partial.glob("heads/*/calibration.json")):
                 if path.is_file():
                     Calibration.load(path).without_patients().save(path)
+            for path in (partial / ADAPTATION, *partial.glob(f"heads/*/{ADAPTATION}")):
+                if path.is_file():
+                    Adaptation.load(path).without_patients().save(path)
             partial.chmod(0o755)
             put_in_place(partial, final, is_model_folder, KIND)
         finally:
@@ -269,8 +274,16 @@ def _name(scan: str | os.PathLike[str] | Prepared) -> str:
 
 
 def usable_head(folder: ModelFolder, name: str) -> Head:
-    """A head of a model folder; a calibration that was fitted to other weights or prompts is left out, and said."""
+    """A head of a model folder; a calibration that was fitted to other weights or prompts is left out, and said.
+
+    Raises CheckpointError for a head that was fitted to another model.
+    """
     head = load_head(folder.path, name, folder.model)
+    if head.adaptation is not None and head.adaptation.model != folder.hash:
+        raise CheckpointError(
+            f"{folder.path}: its head {name!r} was fitted to another model ({head.adaptation.model}, this one is "
+            f"{folder.hash}); fit it again with `ctclip probe` or `ctclip adapt`"
+        )
     calibration = head.calibration
     if calibration is not None and calibration.model != folder.hash:
         _unused(f"the calibration of {folder.path} was fitted to other weights ({calibration.model})")

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,8 @@ import torch
 from ctclip import distributed
 from ctclip.data.reports import reports_of
 from ctclip.errors import DataError
+from ctclip.evaluation.adapted import FILE as ADAPTATION
+from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.tables import IDENTITY, check_names, embedding_table, prediction_table
 from ctclip.heads.head import Head
 from ctclip.inference.scans import Scans, prefetch
@@ -218,6 +220,7 @@ def _scored(
     table = prediction_table(
         identity, list(head.names), probabilities.cpu().numpy(), scores.cpu().numpy(),
         dict(zip(head.values_of, values.cpu().numpy().T, strict=True)), **provenance(loaded, head),
+        adapted_on=adapted_on(adaptations(loaded, head), identity["patient"]),
     )  # fmt: skip
     vectors = {VOLUME: encoded.embedding.float().cpu().numpy()}
     if reports:
@@ -237,6 +240,21 @@ def provenance(loaded: ModelFolder, head: Head) -> dict[str, str]:
         "labels": loaded.labels.identity if set(head.names) == set(loaded.labels.names) else "",
         "trained_on": loaded.trained_on.words(),
     }  # fmt: skip
+
+
+def adaptations(loaded: ModelFolder, head: Head) -> list[Adaptation]:
+    """What the model and the head were fitted to."""
+    of_model = [Adaptation.load(loaded.path / ADAPTATION)] if (loaded.path / ADAPTATION).is_file() else []
+    return of_model if head.adaptation is None else [*of_model, head.adaptation]
+
+
+def adapted_on(records: Sequence[Adaptation], patients: Iterable[str]) -> np.ndarray | None:
+    """(patients,) bool: whether any of ``records`` saw labels of each patient; None without records."""
+    if not records:
+        return None
+    names = [str(patient) for patient in patients]
+    seen = {name for record in records for name in record.saw(dict.fromkeys(names))}
+    return np.array([name in seen for name in names])
 
 
 def supervision(loaded: ModelFolder, head: Head) -> str:

@@ -53,7 +53,7 @@ KIND = "model folder of ours alone"
 # All that a model folder may hold: ours, of 0.2, and what the hub adds.
 PARTS = {
     *REQUIRED, LABELS, TRAINED_ON, "model_card.md", "heads", "vision_config.json",
-    "prompts.yaml", "calibration.json", "classifier.safetensors", "README.md", ".gitattributes", ".cache",
+    "adaptation.json", "prompts.yaml", "calibration.json", "classifier.safetensors", "README.md", ".gitattributes", ".cache",
 }  # fmt: skip
 TOKENIZER = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",

@@ -116,7 +116,7 @@ class TextEncoder(nn.Module):
             input_ids, attention_mask = (part.to(device, non_blocking=True) for part in (input_ids, attention_mask))
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
                 hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-            pooled = self._pool(hidden, attention_mask)
+            pooled = self.pool(hidden, attention_mask)
         if chunk is None or owner is None:
             return pooled
         weight = torch.ones_like(pooled[:, :1])
@@ -148,11 +148,12 @@ class TextEncoder(nn.Module):
             # Rows of zeros at the end are padding that only the longer, known chunks needed.
             length = int(attention_mask[new].sum(dim=1).max())
             ids, mask = (part[new, :length].to(device) for part in (input_ids, attention_mask))
-            pooled = self._pool(self.bert(input_ids=ids, attention_mask=mask).last_hidden_state, mask).float().cpu()
+            pooled = self.pool(self.bert(input_ids=ids, attention_mask=mask).last_hidden_state, mask).float().cpu()
             self.known.update({keys[index]: vector for index, vector in zip(new, pooled, strict=True)})
         return torch.stack([self.known[key] for key in keys]).to(device)
 
-    def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+    def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states (n, L, width) of chunks with their mask (n, L) -> (n, width), as ``pooling`` says."""
         if self.config.pooling in ("cls", "last"):
             place = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1) if self.last else 0
             return hidden[torch.arange(len(hidden), device=hidden.device), place]

@@ -14,10 +14,11 @@ from ctclip import distributed
 from ctclip.config import Config, ModelConfig
 from ctclip.config_files import dump_config, read_mapping
 from ctclip.data.dataset import StoredVolumes
+from ctclip.data.label_table import read_label_table
 from ctclip.errors import ConfigError, DataError
 from ctclip.heads.folder import write_prompt_head
 from ctclip.labels import FILE as LABELS
-from ctclip.labels import LabelSet, labels_of_columns, load_labels, store_labels
+from ctclip.labels import LabelSet, labels_of_columns, labels_that_are, load_labels, store_labels
 from ctclip.models.dual_encoder import DualEncoder, build_model
 from ctclip.models.folder import (
     TRAINED_ON,
@@ -45,8 +46,11 @@ NEUTRAL_PROMPTS = "generic"
 
 
 def run_labels(config: Config, store: VolumeStore) -> LabelSet | None:
-    """The label set a run is asked to use: the configuration's, else the store's own. Raises DataError where the store
+    """The label set a run is asked to use: the configuration's, else that of its own label table, else the store's. Raises DataError where the store
     has not all of its columns."""
+    if config.data.label_table is not None and config.labels is None:
+        own = read_label_table(Path(config.data.label_table), store)
+        return labels_that_are(Path(config.data.label_table).stem, [str(name) for name in own.columns])
     kept = store_labels(store)
     if config.labels is None:
         return kept

@@ -32,7 +32,8 @@ LAYERS = [
     {"ctclip.objectives", "ctclip.heads"},
     {"ctclip.explanation"},
     {"ctclip.inference", "ctclip.training"},
-    {"ctclip.demo", "ctclip.train", "ctclip.zero_shot", "ctclip.cli", "ctclip.__main__"},
+    {"ctclip.adaptation"},
+    {"ctclip.demo", "ctclip.train", "ctclip.adapt", "ctclip.zero_shot", "ctclip.cli", "ctclip.__main__"},
 ]
 
 

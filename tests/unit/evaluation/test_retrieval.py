@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ctclip.evaluation.retrieval import evaluate_retrieval, precision_by_labels, retrieval
+from ctclip.evaluation.retrieval import (
+    compose,
+    composed_retrieval,
+    evaluate_retrieval,
+    precision_by_labels,
+    retrieval,
+)
 
 
 def test_retrieval_counts_ties_against_us_and_any_reconstruction_as_a_hit() -> None:
@@ -130,3 +136,33 @@ def test_what_is_missing_is_left_out() -> None:
     assert partly["report_to_volume"]["recall@1"] == partly["volume_to_report"]["recall@1"] == 1
     assert partly["report_to_volume"]["map@1"] == 1
     assert "2 reports, one per scan, of which 2 differ" in partly["report_to_volume"]["queries_are"]
+
+
+def test_precision_at_k_is_the_share_that_shares_half_of_the_labels() -> None:
+    """Four scans on a line; by hand: of the first query's two nearest one is relevant, and one of the three others."""
+    vectors = np.array([[1.0, 0.0], [0.99, 0.14], [0.9, 0.44], [0.0, 1.0]])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    labels = np.array([[1.0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 1, 1]])
+    scans = np.arange(4)
+    result = precision_by_labels(vectors, vectors, labels, labels, scans, scans, depths=(1, 2))
+    # Jaccard of the pairs: 01 1/2, 02 0, 03 1/3, 12 0, 13 0, 23 1/2. Nearest two of 0: 1, 2; of 1: 0, 2; of 2: 1, 0; of 3: 2, 1.
+    assert result["precision@2"] == pytest.approx((1 / 2 + 1 / 2 + 0 + 1 / 2) / 4)
+    assert result["precision@1"] == pytest.approx((1 + 1 + 0 + 1) / 4)
+    assert result["chance_precision"] == pytest.approx(4 / 12)
+
+
+def test_composition_finds_the_scan_with_one_finding_more() -> None:
+    """Axis 0 is what scans have in common, axes 1 and 2 are findings: plus a finding leads to the scan that has it too."""
+    labels = np.array([[0.0, 0], [1, 0], [0, 1], [1, 1], [0, 0], [0, 0]])
+    vectors = np.column_stack([np.full(6, 1.0), 2 * labels, [0, 0, 0, 0, 0.1, 0.2]])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    directions = np.array([[0.0, 1, 0, 0], [0, 0, 1, 0]])
+    result = composed_retrieval(vectors, np.arange(6), labels, directions, depth=1)
+    assert result["found@1"] == result["precision@1"] == 1
+    assert result["by_itself"]["found@1"] < 0.5
+    # For finding 0 scans 0, 4, 5 (scan 1 is theirs with it) and 2 (scan 3); for finding 1 likewise.
+    assert result["queries"] == 8
+    moved = compose(vectors[0], [directions[0]], [directions[1]], weight=0.5)
+    expected = vectors[0] + 0.5 * (directions[0] - directions[1])
+    assert np.allclose(moved, expected / np.linalg.norm(expected))
+    assert np.allclose(compose(vectors[0]), vectors[0])

@@ -1,0 +1,135 @@
+"""Labelled volumes that something is fitted to: their embeddings, read once and cached, and labels from wherever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ctclip.data.dataset import label_array, stored_volumes
+from ctclip.data.label_table import read_label_table
+from ctclip.errors import DataError
+from ctclip.evaluation.tables import read_embeddings
+from ctclip.inference.embed import embed_scans
+from ctclip.inference.run import VOLUME, run_key
+from ctclip.inference.scans import StoredScans
+from ctclip.labels import store_labels
+from ctclip.models.folder import ModelFolder
+from ctclip.preprocessing.store import VolumeStore
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Which splits of the cohort are fitted to, and which are scored."""
+
+    train: str = "train"
+    test: str = "valid"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Volumes of one split that have a label. table: volume, patient, scan, split, a row a volume; labels (n, L) float64 of
+    0, 1 and NaN (unknown); names: of the labels."""
+
+    table: pd.DataFrame
+    labels: np.ndarray
+    names: tuple[str, ...]
+
+    @property
+    def patients(self) -> np.ndarray:
+        """(n,) ids."""
+        return self.table["patient"].to_numpy(dtype=str)
+
+    def only(self, chosen: np.ndarray) -> Labelled:
+        """The same with some of its labels; chosen (L,) bool."""
+        names = tuple(name for name, kept in zip(self.names, chosen, strict=True) if kept)
+        return Labelled(self.table, self.labels[:, chosen], names)
+
+
+@dataclass(frozen=True)
+class Examples(Labelled):
+    """With their embeddings: vectors (n, dim) float32 unit vectors."""
+
+    vectors: np.ndarray
+
+
+def labelled_volumes(store: VolumeStore, split: str, own: pd.DataFrame | None) -> Labelled:
+    """The stored volumes of ``split`` that have a label: the store's own, or those of ``own``, as ``read_label_table`` gives
+    them. Raises DataError where there are none."""
+    table = stored_volumes(store, split)
+    names, known = store_label_array(table, store) if own is None else own_label_array(table, own)
+    used = ~np.isnan(known).all(axis=1)
+    if not used.any():
+        raise DataError(f"{store.path}: no volume of split {split!r} has a label")
+    return Labelled(table[used].reset_index(drop=True), known[used], names)
+
+
+def read_labelled(
+    store: VolumeStore, splits: Splits, labels: Path | None, known: Sequence[str]
+) -> tuple[Labelled, Labelled]:
+    """Training and test volumes of a store with its own labels, or those of a table; ``known``: the model's label names.
+
+    Labels of which the training patients have one class only are said and left out. Raises DataError, PreprocessingError.
+    """
+    own = read_label_table(labels, store, known) if labels is not None else None
+    train, test = (labelled_volumes(store, split, own) for split in (splits.train, splits.test))
+    twice = sorted(set(train.patients) & set(test.patients))
+    if twice:
+        raise DataError(
+            f"{len(twice)} patients, the first {twice[0]!r}, are in the training split and in the test split: split by patient"
+        )
+    both = (train.labels == 1).any(axis=0) & (train.labels == 0).any(axis=0)
+    left_out = [name for name, has_both in zip(train.names, both, strict=True) if not has_both]
+    if not both.any():
+        raise DataError(
+            f"{labels or store.path}: the training patients have one class only of every label; label more of them"
+        )
+    if left_out:
+        print(f"note: left out, the training patients have one class only: {', '.join(left_out)}")
+    return train.only(both), test.only(both)
+
+
+def embedded(
+    loaded: ModelFolder, store: VolumeStore, volumes: Labelled, cache: Path, batch: int = 8
+) -> tuple[Examples, np.ndarray]:
+    """The volumes with their embeddings, and which of them (n,) bool could be read."""
+    scans = StoredScans(store, None, loaded.spec, loaded.path)
+    scans.table = volumes.table
+    vectors = cached_embeddings(loaded, scans, cache, batch)
+    there = np.array([name in vectors for name in volumes.table["volume"]])
+    table = volumes.table[there].reset_index(drop=True)
+    return (
+        Examples(table, volumes.labels[there], volumes.names, np.stack([vectors[name] for name in table["volume"]])),
+        there,
+    )
+
+
+def cached_embeddings(loaded: ModelFolder, scans: StoredScans, cache: Path, batch: int) -> dict[str, np.ndarray]:
+    """Unit vectors (dim,) float32 by volume. ``cache``: a folder with a file for each model, store and choice of volumes;
+    volumes that cannot be read are said and left out."""
+    key = run_key(loaded.hash, loaded.spec.hash, list(scans.table["volume"]), scans.origin())
+    path = cache / f"{key}.parquet"
+    if not path.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        refused: dict[str, str] = {}
+        embed_scans(loaded, scans, path, batch, refused)
+        for reason in refused.values():
+            print(f"refused: {reason}")
+    arrays = read_embeddings(path)
+    return dict(zip(arrays["volume"].tolist(), arrays[VOLUME], strict=True))
+
+
+def store_label_array(table: pd.DataFrame, store: VolumeStore) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names and labels (n, L) of a store's own label set."""
+    label_set = store_labels(store)
+    if label_set is None:
+        raise DataError(f"{store.path}: its cohort table has no labels; name a table of them in --labels")
+    return label_set.names, label_array(table, label_set).astype(float)
+
+
+def own_label_array(table: pd.DataFrame, labels: pd.DataFrame) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names and labels (n, L) of the volumes in ``table``; NaN where ``labels`` does not list one."""
+    return tuple(map(str, labels.columns)), labels.reindex(table["volume"]).to_numpy(dtype=float)

@@ -1,0 +1,149 @@
+"""What `ctclip probe` and `ctclip adapt --method coop` do: embed once, fit to draws of labels, measure, keep the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ctclip.adaptation.coop import CoopConfig, fit_contexts, initial_contexts
+from ctclip.adaptation.examples import Examples, Splits, embedded, read_labelled
+from ctclip.adaptation.figures import label_curve
+from ctclip.adaptation.keep import check_head_name, keep_head
+from ctclip.adaptation.probe import fit_probe
+from ctclip.adaptation.protocol import Draw, Setting, draws_of, measure, summary
+from ctclip.adaptation.zero_shot import own_prompts, zero_shot_auroc
+from ctclip.evaluation.tables import write_predictions
+from ctclip.heads.contexts import ContextHead
+from ctclip.heads.head import Head
+from ctclip.heads.linear import LinearHead
+from ctclip.inference.run import run_key
+from ctclip.inference.scans import StoredScans
+from ctclip.models.encoded import Encoded
+from ctclip.models.folder import ModelFolder
+from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
+from ctclip.preprocessing.store import VolumeStore
+
+CURVE, CACHE = "curve.png", "embeddings"
+ALL = Setting("fraction", 100.0)
+# Labels seen (n, L; NaN: not seen) and a seed -> the head that was fitted to them.
+Fit = Callable[[Examples, np.ndarray, int], Head]
+
+
+@dataclass(frozen=True)
+class Options:
+    """labels: a user's own table, None for the store's; head: under which name one is kept; draws: of each setting."""
+
+    labels: Path | None = None
+    splits: Splits = field(default_factory=Splits)
+    head: str = "probe"
+    draws: int = 3
+    batch: int = 8
+    seed: int = 0
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """``summary``: a row a setting; ``labels``: a row a setting, draw and label; ``zero_shot``: mean AUROC of the prompts
+    over the labels they know, None where they know none; ``folder``: of the head that was kept."""
+
+    summary: pd.DataFrame
+    labels: pd.DataFrame
+    zero_shot: float | None
+    head: Head
+    folder: Path
+
+
+def run_probe(loaded: ModelFolder, store: Path, output: Path, settings: Sequence[Setting], options: Options) -> Result:
+    """Linear probes of ``settings`` on held-out patients; one of all training labels is kept with the model.
+
+    Raises DataError or PreprocessingError, and keeps nothing, where labels, a draw or the output cannot be used.
+    """
+
+    def fit(train: Examples, seen: np.ndarray, draw: int) -> Head:
+        probe = fit_probe(train.vectors, seen, train.patients, seed=options.seed + draw)
+        weight, bias = (torch.from_numpy(part).float() for part in (probe.weight, probe.bias))
+        return LinearHead(loaded.model, train.names, weight, bias)
+
+    return _run("probe", LinearHead.kind, fit, loaded, store, output, settings, ALL, options)
+
+
+def run_coop(
+    loaded: ModelFolder, store: Path, output: Path, setting: Setting, config: CoopConfig, options: Options
+) -> Result:
+    """Learned prompts of ``setting`` on held-out patients; those of the first draw are kept with the model. Raises as
+    ``run_probe`` does."""
+    prompts = own_prompts(loaded)
+
+    def fit(train: Examples, seen: np.ndarray, draw: int) -> Head:
+        # The prompts know labels by the names of the model's own set.
+        asked = [loaded.labels.resolve(name) or name for name in train.names]
+        contexts = initial_contexts(loaded.model, asked, prompts, config, options.seed + draw)
+        learned = fit_contexts(loaded.model, contexts, train.vectors, seen, config, prompts.ensemble)
+        return ContextHead(loaded.model, train.names, learned, prompts.ensemble)
+
+    return _run("coop", ContextHead.kind, fit, loaded, store, output, [setting], setting, options)
+
+
+def is_output(folder: Path) -> bool:
+    """Whether a folder is one that a command of ours has written into, be it embeddings alone."""
+    return made_by_us(folder) or {path.name for path in folder.iterdir()} == {CACHE}
+
+
+def score_vectors(head: Head, vectors: np.ndarray) -> np.ndarray:
+    """Unit vectors (n, dim) of volumes -> scores (n, names) of a head that reads embeddings alone."""
+    embedding = torch.from_numpy(vectors).float().to(head.model.device)
+    nothing = embedding.new_zeros(len(embedding), 0, 0)
+    encoded = Encoded(nothing, (0, 0, 0), embedding.new_zeros(len(embedding), 0), np.eye(4), embedding=embedding)
+    with torch.inference_mode():
+        return head.score(encoded).float().cpu().numpy()
+
+
+def _run(
+    method: str,
+    kind: str,
+    fit: Fit,
+    loaded: ModelFolder,
+    store: Path,
+    output: Path,
+    settings: Sequence[Setting],
+    kept: Setting,
+    options: Options,
+) -> Result:
+    """Fit to every draw of ``settings``, measure, and keep the first head of ``kept``."""
+    tables = (f"{method}.csv", f"{method}_labels.csv", CURVE)
+    check_folder(output, is_output, f"output of `ctclip {method}`")
+    check_head_name(loaded, options.head, kind)
+    opened = VolumeStore(store)
+    StoredScans(opened, None, loaded.spec, loaded.path)  # of the model's spec, or refused
+    labelled, held = read_labelled(opened, options.splits, options.labels, loaded.labels.names)
+    draws = draws_of(settings, labelled, options.draws)
+    last = next((draw for draw in draws if draw.setting == kept), None) or Draw(kept, 0, kept.draw(labelled, 0))
+    train, there = embedded(loaded, opened, labelled, output / CACHE, options.batch)
+    test, _ = embedded(loaded, opened, held, output / CACHE, options.batch)
+    draws, last = [replace(draw, labels=draw.labels[there]) for draw in draws], replace(last, labels=last.labels[there])
+    heads: dict[tuple[str, int], Head] = {}
+
+    def fitted(draw: Draw) -> Head:
+        key = str(draw.setting), draw.number
+        if key not in heads:
+            heads[key] = fit(train, draw.labels, draw.number)
+        return heads[key]
+
+    by_label = measure(draws, train, test, lambda draw: score_vectors(fitted(draw), test.vectors))
+    head = fitted(last)
+    zero_shot, result = zero_shot_auroc(loaded, test), summary(by_label)
+    key = run_key(
+        loaded.hash, str(store.resolve()), str(replace(options, force=False)), [str(setting) for setting in settings]
+    )
+    with claimed_folder(output, method, key, tables, is_output, force=options.force):
+        write_predictions(output / tables[0], result)
+        write_predictions(output / tables[1], by_label)
+        label_curve(output / CURVE, method, result, zero_shot)
+        folder = keep_head(options.head, head, method, loaded, train, options.splits, last.used)
+    return Result(result, by_label, zero_shot, head, folder)

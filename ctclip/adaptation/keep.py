@@ -1,0 +1,61 @@
+"""Heads that were fitted to labels, kept with their model together with what they saw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ctclip.adaptation.examples import Examples, Splits
+from ctclip.errors import DataError
+from ctclip.evaluation.adapted import FILE, Adaptation
+from ctclip.heads.folder import FOLDER, NAME, list_heads, save_head
+from ctclip.heads.head import Head
+from ctclip.models.folder import ModelFolder
+from ctclip.preprocessing.files import write_text
+
+
+def check_head_name(loaded: ModelFolder, name: str, kind: str) -> None:
+    """Raise DataError unless a head of ``kind`` may be kept as ``name``: a new name, or one of that kind that was fitted here."""
+    if not NAME.fullmatch(name):
+        raise DataError(f"{name!r} cannot name a head: use letters, digits, - and _")
+    there = {one.name: one for one in list_heads(loaded.path)}
+    fitted_here = (loaded.path / FOLDER / name / FILE).is_file()
+    if name in there and (there[name].kind != kind or not fitted_here):
+        raise DataError(f"{loaded.path}: has a head {name!r} of its own ({there[name].kind}); choose another --head")
+
+
+def keep_head(
+    name: str,
+    head: Head,
+    method: str,
+    loaded: ModelFolder,
+    train: Examples,
+    splits: Splits,
+    used: np.ndarray | None = None,
+) -> Path:
+    """Save a fitted head with its model and return its folder; ``used`` (n,) bool: the training volumes whose labels it
+    saw, all if None."""
+    head.adaptation = record(method, loaded, train, splits, used)
+    folder = save_head(loaded.path, name, head)
+    _say_in_card(loaded.path / "model_card.md", name, head)
+    return folder
+
+
+def _say_in_card(card: Path, name: str, head: Head) -> None:
+    """A line of the model card on a head that saw labels, in place of an earlier one's."""
+    begin = f"Head {name}: "
+    assert head.adaptation is not None
+    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else ["# ctclip model"]
+    kept = [line for line in lines if not line.startswith(begin)]
+    said = f"{begin}{head.supervision}, {head.adaptation.method}, fitted to labels of {head.adaptation.fitted_on}."
+    write_text(card, "\n".join([*kept, said]) + "\n")
+
+
+def record(
+    method: str, loaded: ModelFolder, train: Examples, splits: Splits, used: np.ndarray | None = None
+) -> Adaptation:
+    """The record of what was fitted; ``used`` (n,) bool: the volumes whose labels were seen, all if None."""
+    patients = train.patients if used is None else train.patients[used]
+    words = f"{len(patients)} volumes of {len(np.unique(patients))} patients, split {splits.train}"
+    return Adaptation.to(method, words, loaded.hash, patients)

@@ -1,0 +1,185 @@
+"""Methods that train: a recipe of `configs/adapt`, the model it begins with, and the engine of `ctclip train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ctclip import distributed
+from ctclip.adaptation.examples import Labelled, labelled_volumes
+from ctclip.adaptation.protocol import Draw, Setting
+from ctclip.config import Config, ModelConfig
+from ctclip.config_files import find_config, load_config, read_mapping
+from ctclip.data.label_table import read_label_table
+from ctclip.errors import ConfigError, DataError
+from ctclip.evaluation.adapted import FILE, Adaptation
+from ctclip.heads.folder import FOLDER, PROMPTS, write_prompt_head
+from ctclip.models.folder import (
+    file_hash,
+    load_model,
+    local_folder,
+    read_architecture,
+    read_trained_on,
+    save_model,
+)
+from ctclip.models.lora import merged_state
+from ctclip.models.start import volume_layers
+from ctclip.preprocessing.files import write_text, written_beside
+from ctclip.preprocessing.outputs import check_folder, made_by_us
+from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.store import VolumeStore
+from ctclip.prompts import load_prompts
+
+DRAW = "labels_seen.csv"
+FEWEST_STEPS = 60
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """method: a file of ``configs/adapt``, or ``config`` in its place; labels: a user's own table; setting: how much of the
+    labels is seen."""
+
+    method: str
+    model: str
+    store: Path
+    labels: Path | None = None
+    config: str | None = None
+    overrides: tuple[str, ...] = ()
+    setting: Setting = Setting("fraction", 100.0)  # noqa: RUF009 (frozen)
+    split: str = "train"
+    seed: int = 0
+    merge: bool = False
+
+
+def run_recipe(recipe: Recipe, output: Path, *, force: bool = False) -> Path:
+    """Train as the recipe says and return the model folder; the same command resumes. Called by every rank.
+
+    Raises CtclipError or PreprocessingError in one line before anything is trained.
+    """
+    # Here and not above: what a launcher says must be known before DeepSpeed is imported.
+    from ctclip.training.loop import train
+
+    path = local_folder(recipe.model)
+    config, patients = configured(recipe, path, output)
+    folder = train(config, output, force=force)
+    # The group of ranks is gone by now.
+    if distributed.launched_rank() == 0:
+        _finish(recipe, path, folder, patients)
+    return folder
+
+
+def configured(recipe: Recipe, path: Path, output: Path) -> tuple[Config, list[str]]:
+    """The configuration of a recipe that begins with the model folder ``path``, and the patients whose labels or reports it
+    learns from. A draw of labels is written into ``output``."""
+    store = VolumeStore(recipe.store)
+    spec = PreprocessingSpec.load(path / "preprocessing.yaml")
+    if store.spec.hash != spec.hash:
+        raise DataError(
+            f"{store.path}: prepared with spec {store.spec.name!r} ({store.spec.hash}), the model {path} wants {spec.name!r} "
+            f"({spec.hash}); run `ctclip preprocess --spec {path}/preprocessing.yaml`, or continue with `ctclip train` and "
+            f"model.init, which says what cannot be carried over"
+        )
+    own = read_label_table(recipe.labels, store) if recipe.labels is not None else None
+    given: dict[str, Any] = {
+        "data.store": str(recipe.store), "data.train_split": recipe.split, "model.init": str(path), "seed": recipe.seed,
+        "preprocessing": str(path / "preprocessing.yaml"),
+    }  # fmt: skip
+    prompts = path / FOLDER / PROMPTS / "prompts.yaml"
+    if prompts.is_file():
+        given["prompts"] = str(prompts)
+    source = find_config(recipe.config or recipe.method, "adapt")
+    reads = _config(source, given, recipe.overrides).reads_labels
+    if not reads:
+        if recipe.labels is not None or recipe.setting != Setting("fraction", 100.0):
+            raise ConfigError(f"--method {recipe.method} reads no label: leave --labels, --shots and --fraction out")
+        table = store.cohort[store.cohort["split"] == recipe.split]
+        return _config(source, given, recipe.overrides), sorted(set(table["patient"].astype(str)))
+    labelled = labelled_volumes(store, recipe.split, own)
+    draw = Draw(recipe.setting, recipe.seed, recipe.setting.draw(labelled, recipe.seed))
+    if recipe.labels is not None or recipe.setting != Setting("fraction", 100.0):
+        given["data.label_table"] = str(output / DRAW)
+        # The others read it after they have met the rank that writes it.
+        if distributed.launched_rank() == 0:
+            _write_draw(output, labelled, draw)
+    config = _config(source, given, recipe.overrides)
+    changes = _fitted_to(config, int(draw.used.sum()), path, recipe)
+    return _config(source, given | changes, recipe.overrides), sorted(set(labelled.patients[draw.used]))
+
+
+def _config(source: Path, given: dict[str, Any], overrides: Sequence[str]) -> Config:
+    return load_config(str(source), overrides, given)
+
+
+def _fitted_to(config: Config, volumes: int, path: Path, recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe depends on how many volumes there are, and on the model's layers: few labels are seen often enough for
+    ``FEWEST_STEPS`` steps; of `last-layers` all but the last are frozen."""
+    asked = {override.partition("=")[0] for override in recipe.overrides}
+    changes: dict[str, Any] = {}
+    batch = config.training.batch
+    if volumes < batch and "training.batch" not in asked:
+        # Shared by one, two or four ranks.
+        batch = volumes // 4 * 4 or 2
+        changes["training.batch"] = batch
+    steps = config.training.epochs * max(1, volumes // batch)
+    if steps < FEWEST_STEPS and "training.epochs" not in asked:
+        changes["training.epochs"] = FEWEST_STEPS / max(1, volumes // batch)
+    if recipe.method == "last-layers" and config.training.freeze.volume == "none":
+        layers = len(volume_layers(read_architecture(path).model))
+        if layers < 2:
+            raise ConfigError(f"--method last-layers: the volume encoder of {path} has one layer; take vocabfine")
+        changes["training.freeze.volume"] = f"0-{layers - 2}"
+    return changes
+
+
+def _write_draw(output: Path, labelled: Labelled, draw: Draw) -> None:
+    """Keep which labels are seen in the run folder; a resumed run writes the same again."""
+    check_folder(output, made_by_us, "run of `ctclip adapt`")
+    output.mkdir(parents=True, exist_ok=True)
+    volumes = labelled.table.loc[draw.used, "volume"]
+    values = pd.DataFrame(draw.labels[draw.used], columns=list(labelled.names), index=volumes).astype("Int8")
+    if not (output / "run.json").is_file():
+        # By which the folder is recognised from now on; the training writes its own.
+        write_text(output / "run.json", '{"revision": ""}')
+    with written_beside(output / DRAW) as partial:
+        values.to_csv(partial, index_label="volume")
+
+
+def _finish(recipe: Recipe, path: Path, folder: Path, patients: Sequence[str]) -> None:
+    """Record whose labels or reports the model was adapted to, and fold adapters in where that is asked for."""
+    if recipe.merge:
+        merge_adapters(folder)
+    record = folder / FILE
+    if record.is_file() and Adaptation.load(record).method == recipe.method:
+        return
+    words = f"{len(patients)} patients, split {recipe.split}, {recipe.setting}"
+    Adaptation.to(recipe.method, words, file_hash(path / "model.safetensors"), patients).save(record)
+
+
+def merge_adapters(folder: Path) -> None:
+    """A model folder with low-rank adapters -> the same with plain weights, which scores alike; any other is left alone."""
+    loaded = load_model(folder)
+    tunings = loaded.model.config.volume.tuning, loaded.model.config.text.tuning
+    if "lora" not in tunings:
+        return
+    plain = read_architecture(folder, _without_adapters).model
+    plain.load_state_dict(merged_state(loaded.model))
+    card = (folder / "model_card.md").read_text(encoding="utf-8")
+    prompts = read_mapping(folder / FOLDER / PROMPTS / "prompts.yaml") if (folder / FOLDER / PROMPTS).is_dir() else None
+    names = read_mapping(folder / FOLDER / PROMPTS / "head.yaml")["names"] if prompts is not None else []
+    save_model(
+        folder, plain, loaded.labels, trained_on=read_trained_on(folder), card=card,
+        write_more=(lambda partial: write_prompt_head(partial, load_prompts(prompts), names)) if prompts is not None else None,
+    )  # fmt: skip
+
+
+def _without_adapters(config: ModelConfig) -> ModelConfig:
+    sides = {
+        side: getattr(config, side).model_copy(update={"tuning": "full"})
+        for side in ("volume", "text")
+        if getattr(config, side).tuning == "lora"
+    }
+    return config.model_copy(update=sides)

@@ -1,0 +1,116 @@
+"""Recipes that train: what they freeze, which labels they see, what is kept of the patients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ctclip.adaptation.protocol import Setting
+from ctclip.adaptation.recipes import DRAW, Recipe, configured, run_recipe
+from ctclip.config_files import configs_folder
+from ctclip.errors import CtclipError, DataError
+from ctclip.evaluation.adapted import FILE, Adaptation
+from ctclip.heads.folder import list_heads
+from ctclip.labels import labels_of_columns
+from ctclip.models.folder import load_model, save_model
+from ctclip.preprocessing.errors import PreprocessingError
+from tests.unit.adaptation.conftest import NAMES, Clinic
+from tests.unit.small import VIT, dual_encoder, spec_of
+
+METHODS = ("vocabfine", "classfine", "lora", "last-layers", "full")
+QUICK = ("training.epochs=1", "training.batch=14", "data.workers=0", "training.log_every=1")
+
+
+@pytest.fixture
+def deep(clinic: Clinic, tmp_path: Path) -> Clinic:
+    """The clinic with a model of two layers, so that there is a last one."""
+    model = dual_encoder(VIT.model_copy(update={"depth": 2}), spec_of((8, 8, 8)), standardise=True).eval()
+    save_model(tmp_path / "deep", model, labels_of_columns("clinic", NAMES))
+    return Clinic(clinic.store, tmp_path / "deep")
+
+
+def test_every_method_has_a_recipe() -> None:
+    assert {path.stem for path in (configs_folder() / "adapt").glob("*.yaml")} == {*METHODS, "coop"}
+
+
+def test_shots_are_what_the_run_sees(clinic: Clinic, tmp_path: Path) -> None:
+    recipe = Recipe("vocabfine", str(clinic.model), clinic.store, setting=Setting("shots", 3))
+    config, patients = configured(recipe, clinic.model, tmp_path / "run")
+    seen = pd.read_csv(tmp_path / "run" / DRAW, index_col="volume")
+    assert (seen == 1).sum().tolist() == (seen == 0).sum().tolist() == [3, 3]
+    assert set(patients) == {f"p{int(name[1:]) // 2:02d}" for name in seen.index}
+    assert config.data.label_table == str(tmp_path / "run" / DRAW)
+    # As few volumes as these are seen for at least 60 steps.
+    assert config.training.epochs * max(1, len(seen) // config.training.batch) >= 60
+    assert config.reads_labels
+    again, _ = configured(recipe, clinic.model, tmp_path / "run")
+    assert again == config
+
+
+def test_only_the_last_layer_learns(deep: Clinic, tmp_path: Path) -> None:
+    config, _ = configured(Recipe("last-layers", str(deep.model), deep.store), deep.model, tmp_path / "run")
+    assert config.training.freeze.volume == "0-1"
+    assert config.training.freeze.text == "all"
+
+
+@pytest.mark.parametrize("method", ["vocabfine", "lora"])
+def test_a_recipe_ends_with_a_model_that_knows_its_patients(method: str, clinic: Clinic, tmp_path: Path) -> None:
+    recipe = Recipe(method, str(clinic.model), clinic.store, overrides=QUICK, merge=method == "lora")
+    folder = run_recipe(recipe, tmp_path / "run")
+    adapted, before = load_model(folder), load_model(clinic.model)
+    assert adapted.trained_on.supervision == "label-supervised"
+    assert len(Adaptation.load(folder / FILE).saw([f"p{number:02d}" for number in range(40)])) == 28
+    assert [one.name for one in list_heads(folder)] == ["prompts"]
+    assert adapted.model.config.volume.tuning == "full", "merged"
+    changed = {
+        name for name, value in adapted.model.state_dict().items()
+        if not torch.allclose(value.float(), before.model.state_dict()[name].float(), atol=1e-7)
+    }  # fmt: skip
+    assert any(name.startswith("volume_encoder.") for name in changed)
+    assert not any(name.startswith("text_encoder.") for name in changed)
+    # Finished: the same command returns at once, with the same model.
+    assert load_model(run_recipe(recipe, tmp_path / "run")).hash == adapted.hash
+
+
+def test_merged_adapters_score_as_they_did_apart(clinic: Clinic) -> None:
+    from ctclip.models.lora import merge_lora
+
+    model = dual_encoder(VIT.model_copy(update={"tuning": "lora", "lora_rank": 2}), spec_of((8, 8, 8))).eval()
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.3)
+    volumes = torch.rand(3, 1, 8, 8, 8, generator=random) * 2 - 1
+    with torch.no_grad():
+        apart = model.encode_volume(volumes)
+        assert merge_lora(model)
+        assert not [name for name, _ in model.named_parameters() if "lora" in name]
+        assert np.allclose(apart, model.encode_volume(volumes), atol=1e-5)
+    plain = dual_encoder(VIT, spec_of((8, 8, 8)))
+    assert {n: v.shape for n, v in plain.state_dict().items()} == {n: v.shape for n, v in model.state_dict().items()}
+    assert not merge_lora(plain)
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(clinic: Clinic, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    cases: list[tuple[Recipe, str]] = [
+        (Recipe("full", str(clinic.model), clinic.store, setting=Setting("shots", 4)), "full reads no label"),
+        (Recipe("vocabfine", str(clinic.model), clinic.store, setting=Setting("shots", 99)), "99 shots of 'Nodule' were asked for"),
+        (Recipe("vocabfine", str(clinic.model), clinic.store, split="tset"), "no stored volume of split 'tset'"),
+        (Recipe("vocabfine", str(clinic.model), clinic.store, overrides=("training.epoch=1",)), "epoch"),
+        (Recipe("vocabfine", str(clinic.model), clinic.store, config="nothing.yaml"), "no recipe of `ctclip adapt` 'nothing.yaml'"),
+    ]  # fmt: skip
+    for recipe, message in cases:
+        with pytest.raises((CtclipError, PreprocessingError), match=message) as raised:
+            run_recipe(recipe, output)
+        assert "\n" not in str(raised.value)
+    assert not output.exists()
+    other = dual_encoder(VIT, spec_of((8, 8, 16)), standardise=True)
+    save_model(tmp_path / "other", other, labels_of_columns("clinic", NAMES))
+    with pytest.raises(DataError, match="run `ctclip preprocess --spec"):
+        run_recipe(Recipe("vocabfine", str(tmp_path / "other"), clinic.store), output)
