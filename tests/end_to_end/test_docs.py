@@ -211,7 +211,15 @@ def test_columns_are_those_of_the_files(workplace: Path) -> None:
         names = {re.sub("^margin:.*", "margin:<label>", column) for column in columns}
         generic = {"<label>" if column in labels else column for column in names}
         assert not generic - described[name], f"docs/files.yaml does not explain these columns of {name}"
-    optional = {"value:<name> [unit]", "no_chest", "xy_spacing", "z_spacing", "image_orientation", "image_position"}
+    optional = {
+        "value:<name> [unit]",
+        "adapted_on",
+        "no_chest",
+        "xy_spacing",
+        "z_spacing",
+        "image_orientation",
+        "image_position",
+    }
     for name, columns in written.items():
         absent = {c for c in described[name] if "<label>" not in c} - optional - set(columns)
         assert not absent, f"docs/files.yaml explains columns of {name} that are not written"
