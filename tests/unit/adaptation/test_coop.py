@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from families import FAMILIES, family_folder
 
 from ctclip.adaptation.coop import CoopConfig, fit_contexts, initial_contexts
 from ctclip.config import ModelConfig, TextConfig
@@ -23,6 +19,7 @@ from ctclip.models.dual_encoder import DualEncoder, build_model
 from ctclip.models.folder import load_model, save_model
 from ctclip.models.vit3d import ViT3DConfig
 from ctclip.prompts import PromptSet, load_prompts
+from tests.unit.models.families import FAMILIES, family_folder
 from tests.unit.small import dual_encoder, spec_of
 
 NAMES = ("nodule", "pleural effusion")
