@@ -29,10 +29,10 @@ from ctclip.models.folder import (
 from ctclip.models.lora import merged_state
 from ctclip.models.start import volume_layers
 from ctclip.preprocessing.files import write_text, written_beside
-from ctclip.preprocessing.outputs import check_folder, made_by_us
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.prompts import load_prompts
+from ctclip.training.records import check_run_folder
 
 DRAW = "labels_seen.csv"
 FEWEST_STEPS = 60
@@ -137,7 +137,7 @@ def _fitted_to(config: Config, volumes: int, path: Path, recipe: Recipe) -> dict
 
 def _write_draw(output: Path, labelled: Labelled, draw: Draw) -> None:
     """Keep which labels are seen in the run folder; a resumed run writes the same again."""
-    check_folder(output, made_by_us, "run of `ctclip adapt`")
+    check_run_folder(output)
     output.mkdir(parents=True, exist_ok=True)
     volumes = labelled.table.loc[draw.used, "volume"]
     values = pd.DataFrame(draw.labels[draw.used], columns=list(labelled.names), index=volumes).astype("Int8")
