@@ -30,7 +30,8 @@ def zero_shot_scores(loaded: ModelFolder, test: Examples) -> np.ndarray | None:
     head = usable_head(loaded, PROMPTS)
     if not isinstance(head, PromptHead):
         return None
-    margins = head.score_embeddings(torch.from_numpy(test.vectors).to(loaded.model.device)).float().cpu().numpy()
+    with torch.inference_mode():
+        margins = head.score_embeddings(torch.from_numpy(test.vectors).to(loaded.model.device)).float().cpu().numpy()
     columns = {name: margins[:, index] for index, name in enumerate(head.names)}
     asked = [columns.get(loaded.labels.resolve(name) or name) for name in test.names]
     return np.stack([np.full(len(test.vectors), np.nan) if column is None else column for column in asked], axis=1)

@@ -58,7 +58,6 @@ class ContextHead(Head):
         with torch.no_grad():
             self.directions = directions(model, self.contexts, len(self.names), ensemble)
 
-    @torch.inference_mode()
     def score(self, encoded: Encoded) -> Tensor:
         if encoded.embedding is None:
             raise ValueError("these volumes were encoded without the joint space; call DualEncoder.encode")
