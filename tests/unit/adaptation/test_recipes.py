@@ -7,20 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from ctclip.adaptation.protocol import Setting
-from ctclip.adaptation.recipes import DRAW, Recipe, configured, run_recipe
+from ctclip.adaptation.recipes import DRAW, Recipe, configured, merge_adapters, run_recipe
 from ctclip.config_files import configs_folder
 from ctclip.errors import CtclipError, DataError
 from ctclip.evaluation.adapted import FILE, Adaptation
-from ctclip.heads.folder import list_heads
+from ctclip.heads.folder import list_heads, write_prompt_head
 from ctclip.labels import labels_of_columns
 from ctclip.models.folder import load_model, save_model
 from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.prompts import load_prompts
 from tests.unit.adaptation.conftest import NAMES, Clinic
 from tests.unit.small import VIT, dual_encoder, spec_of
 
@@ -101,9 +101,7 @@ def test_a_recipe_ends_with_a_model_that_knows_its_patients(method: str, clinic:
     assert run() == once
 
 
-def test_merged_adapters_score_as_they_did_apart(clinic: Clinic) -> None:
-    from ctclip.models.lora import merge_lora
-
+def test_merged_adapters_score_as_they_did_apart(tmp_path: Path) -> None:
     model = dual_encoder(VIT.model_copy(update={"tuning": "lora", "lora_rank": 2}), spec_of((8, 8, 8))).eval()
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -111,14 +109,20 @@ def test_merged_adapters_score_as_they_did_apart(clinic: Clinic) -> None:
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.3)
     volumes = torch.rand(3, 1, 8, 8, 8, generator=random) * 2 - 1
+    save_model(
+        tmp_path / "model", model, labels_of_columns("clinic", NAMES),
+        write_more=lambda folder: write_prompt_head(folder, load_prompts("generic"), NAMES),
+    )  # fmt: skip
+    merge_adapters(tmp_path / "model")
+    merged = load_model(tmp_path / "model")
+    assert merged.model.config.volume.tuning == "full"
+    assert not [name for name, _ in merged.model.named_parameters() if "lora" in name]
+    assert [one.name for one in list_heads(tmp_path / "model")] == ["prompts"]
     with torch.no_grad():
-        apart = model.encode_volume(volumes)
-        assert merge_lora(model)
-        assert not [name for name, _ in model.named_parameters() if "lora" in name]
-        assert np.allclose(apart, model.encode_volume(volumes), atol=1e-5)
-    plain = dual_encoder(VIT, spec_of((8, 8, 8)))
-    assert {n: v.shape for n, v in plain.state_dict().items()} == {n: v.shape for n, v in model.state_dict().items()}
-    assert not merge_lora(plain)
+        assert torch.allclose(model.encode_volume(volumes), merged.model.encode_volume(volumes), atol=1e-5)
+    once = merged.hash
+    merge_adapters(tmp_path / "model")
+    assert load_model(tmp_path / "model").hash == once
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(clinic: Clinic, tmp_path: Path) -> None:
