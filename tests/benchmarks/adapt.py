@@ -64,13 +64,13 @@ def main() -> None:
     scores = zero_shot_scores(loaded, test)
     assert scores is not None
     book.once("zero-shot", lambda: figures_of(aurocs(test, scores), test.names, 0.0))
+    book.once("retrieval", lambda: retrieval(loaded, test))
     for method in chosen.methods.split(","):
         for name in chosen.settings.split(","):
             for draw in range(chosen.draws if name != "100%" else 1):
                 run = (loaded, (train, test), chosen.demo, chosen.output, method, SETTINGS[name], draw)
                 if method != "full" or name == "100%":
                     book.once(f"{method} | {name} | {draw}", lambda run=run: measure(*run))  # type: ignore[misc]
-    book.once("retrieval", lambda: retrieval(loaded, test))
     print(
         f"{machine()}\n\n{by_method(book.figures, chosen)}\n\n{by_label(book.figures, chosen)}\n\n{of_retrieval(book.figures['retrieval'])}"
     )
