@@ -93,8 +93,8 @@ def quality_page(
     title = f"Quality control: {store.path.name}"
     subtitle = (
         f"Volumes {first + 1} to {first + len(cards)} of {len(names)}, spec {store.spec.name} "
-        f"({' x '.join(f'{s:g}' for s in store.spec.spacing)} mm). Rows from top to bottom: {', '.join(windows)}; the "
-        f"patient's right is on the left. {warned} have warnings."
+        f"({' x '.join(f'{s:g}' for s in store.spec.spacing)} mm). Rows from above: {', '.join(windows)}; the "
+        f"patient's right on the left. {warned} have warnings."
     )
     with claimed_file(output):
         write_text(
@@ -132,11 +132,11 @@ def _card(
     warnings = [warning for warning in recorded if warning != ALREADY_HU]
     affine = np.diag([*store.spec.spacing, 1.0])
     # Said of the scan itself already, but for stores of earlier versions.
-    asked = expect == "chest" and not any(NOT_A_CHEST in warning for warning in warnings)
+    asked = expect == "chest" and not any(NOT_A_CHEST in warning for warning in recorded)
     if asked and (reason := no_chest(find_lungs(Volume(hu, affine, name)))):
         warnings.append(reason)
     if hu.max() < 100:
-        warnings.append(f"no voxel is above {hu.max()} HU: is there any bone?")
+        warnings.append(f"nothing above {hu.max()} HU: is there bone in it?")
     counted = np.histogram(hu, BINS)[0]
     bars = np.sqrt(counted / max(1, counted.max())) * 42
     return Card(
