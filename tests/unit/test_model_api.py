@@ -18,10 +18,15 @@ from ctclip.heads.folder import save_head, write_prompt_head
 from ctclip.heads.linear import LinearHead
 from ctclip.inference.model import Model
 from ctclip.inference.run import detect
-from ctclip.inference.scans import ScanFiles
+from ctclip.inference.scans import ScanFiles, StoredScans
 from ctclip.labels import labels_of_columns
-from ctclip.models.folder import load_model, save_model
+from ctclip.models.folder import TrainedOn, load_model, save_model
+from ctclip.preprocessing.anatomy import NOT_A_CHEST
+from ctclip.preprocessing.cohorts import COLUMNS
 from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.hounsfield import ALREADY_HU
+from ctclip.preprocessing.outcomes import Outcome
+from ctclip.preprocessing.store import VolumeStore
 from ctclip.prompts import load_prompts
 
 from .small import dual_encoder
@@ -143,3 +148,37 @@ def test_a_scan_called_na_keeps_its_name(folder: Path, scan: Path, tmp_path: Pat
     loaded = load_model(folder)
     summary = detect(loaded, ctclip.load(folder).head(), ScanFiles([scan], loaded.spec), tmp_path / "out")
     assert summary.table()["volume"].tolist() == ["NA"]
+
+
+def test_a_scan_that_shows_no_chest_is_told_unless_the_model_is_of_another_part(folder: Path, scan: Path) -> None:
+    model = ctclip.load(folder)
+    assert any(NOT_A_CHEST in warning for warning in model.detect(scan).warnings)
+    model.folder.trained_on = TrainedOn(body_part="abdomen")
+    assert not any(NOT_A_CHEST in warning for warning in model.detect(scan).warnings)
+    with pytest.raises(PreprocessingError, match=NOT_A_CHEST):
+        model.detect(scan, expect="chest")
+
+
+def test_what_the_model_learned_from_is_told_with_every_detection(folder: Path, scan: Path) -> None:
+    model = ctclip.load(folder)
+    model.folder.trained_on = TrainedOn(
+        volumes=24128, synthetic=False, body_part="chest", spacing=(1.5, 0.75, 0.75), cohort="CT-RATE"
+    )
+    words = "24,128 scans of patients, chest, 1.5 x 0.75 x 0.75 mm, cohort CT-RATE"
+    found = model.detect(scan)
+    assert words in str(found)
+    assert words in found._repr_html_()
+    assert TrainedOn().words() == "scans, body part not stated"
+
+
+def test_predictions_of_a_store_tell_what_its_scans_were_warned_of(folder: Path, tmp_path: Path) -> None:
+    loaded = load_model(folder)
+    store = VolumeStore.create(tmp_path / "store", loaded.spec)
+    told = Outcome("v", None, (ALREADY_HU, "slices 8.0 mm apart"))
+    store.write("v", np.zeros(loaded.spec.shape, np.int16), told.row())
+    store.write("w", np.zeros(loaded.spec.shape, np.int16))
+    cohort = pd.DataFrame({name: ["v", "w"] for name in COLUMNS}).assign(split="valid")
+    cohort.to_parquet(store.path / "cohort.parquet")
+    scans = StoredScans(store, None, loaded.spec, folder)
+    summary = detect(loaded, ctclip.load(folder).head(), scans, tmp_path / "out")
+    assert summary.table()["warnings"].tolist() == ["slices 8.0 mm apart", ""]
