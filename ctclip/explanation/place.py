@@ -141,14 +141,15 @@ class Region:
 
 def regions_of(values: np.ndarray, affine: np.ndarray, prepared: Prepared, level: float) -> list[Region]:
     """Connected regions of at least ``level`` of the map's peak, the highest first: what lies in the scan, in steps of a
-    quarter of a cell, along the oriented scan's axes."""
+    third of a cell, along the oriented scan's axes."""
     from scipy import ndimage
 
     values = np.where(inside_scan(values.shape, affine, prepared), values, values.min())
     top = float(values.max())
     if top <= 0:
         return []
-    steps = np.array([4 if extent > 1 else 1 for extent in values.shape])
+    # Odd, so that cells' centres are among the places that are looked at.
+    steps = np.array([3 if extent > 1 else 1 for extent in values.shape])
     fine = ndimage.zoom(values, steps, order=1, mode="nearest", grid_mode=True)
     inside = fine >= level * float(fine.max())
     labels, count = ndimage.label(inside)

@@ -29,7 +29,9 @@ class AlignmentConfig(ObjectiveConfig):
     """Alignment of tokens with sentences."""
 
     pool: Literal["attention", "max"] = Field("attention", description="how a sentence's similarities become one")
-    attention_temperature: float = Field(0.1, gt=0, description="of the softmax over tokens")
+    attention_temperature: float = Field(
+        0.25, gt=0, description="of the softmax over tokens (GLoRIA's); a sharper one leaves tokens without a gradient"
+    )
     temperature: float = Field(0.1, gt=0, description="of the softmax over volumes")
     positive: bool = Field(True, description="leave out sentences that say that something is absent or normal")
     language: str = Field("english", description="words of negation, as data.language")

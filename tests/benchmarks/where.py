@@ -17,6 +17,7 @@ import torch
 
 import ctclip
 from ctclip.errors import ExplanationError
+from ctclip.evaluation.pages import number
 from ctclip.explanation.masks import Masks, load_layout
 from ctclip.explanation.method import METHODS, Subject, method
 from ctclip.inference.locate import CONTROLS, chosen_volumes, locate_cohort
@@ -89,9 +90,9 @@ def main() -> None:
         other = [f"{entry[kind]['pointing']['value']:.2f}" for kind in CONTROLS]
         lines.append([
             name, f"{scored[name]['value']:.3f}", str(entry["map"]["scans"]),
-            f"{point['value']:.2f} ({point['lower']:.2f} to {point['upper']:.2f})", *other,
-            f"{entry['map']['distance_mm']['value']:.0f}", f"{entry['map']['auroc']['value']:.2f}",
-            f"{entry['map']['dice']['value']:.2f}", f"{free['1']:.2f}",
+            f"{point['value']:.2f} ({number(point['lower'], 2)} to {number(point['upper'], 2)})", *other,
+            f"{entry['map']['distance_mm']['value']:.0f}", number(entry["map"]["auroc"]["value"], 2),
+            number(entry["map"]["dice"]["value"], 2), number(free["1"], 2),
         ])  # fmt: skip
     columns = ["finding", "zero-shot AUROC", "scans", "pointing (95 % interval)", *CONTROLS, "mm to mask, median", "voxel AUROC", "Dice", "lesions at 1 false a scan"]  # fmt: skip
     print(table(f"{given.methods[0]}, each finding", columns, lines))
