@@ -103,7 +103,7 @@ def test_a_model_that_sees_the_lesion_points_at_it_and_the_controls_do_not(tmp_p
     # A token of 16 x 15 x 15 mm has its centre at most 13 mm away from a ball within it.
     assert lesion["map"]["distance_mm"]["value"] <= 8
     assert lesion["map"]["auroc"]["value"] > 0.95
-    assert lesion["map"]["auroc"]["value"] > lesion["mean map"]["auroc"]["value"] + 0.1
+    assert lesion["mean map"]["distance_mm"]["value"] > 15
     assert lesion["map"]["auroc"]["value"] > lesion["other finding"]["auroc"]["value"] + 0.3
     assert lesion["map"]["scans"] == lesion["lesions"] == 4
     assert "Dark" not in result["findings"]
