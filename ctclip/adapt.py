@@ -2,7 +2,7 @@
 
 import sys
 
-from ctclip.cli import main
+from ctclip.cli import command
 
 if __name__ == "__main__":
-    main(["adapt", *sys.argv[1:]])
+    command(["adapt", *sys.argv[1:]])

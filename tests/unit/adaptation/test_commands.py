@@ -13,9 +13,7 @@ from tests.unit.adaptation.conftest import Clinic
 
 
 def command(*words: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return int(ended.value.code or 0)
+    return main([str(word) for word in words])
 
 
 def test_probe_and_coop_as_commands(clinic: Clinic, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
