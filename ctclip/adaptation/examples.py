@@ -76,7 +76,7 @@ def read_labelled(
     """
     own = read_label_table(labels, store, known) if labels is not None else None
     train, test = (labelled_volumes(store, split, own) for split in (splits.train, splits.test))
-    twice = sorted(set(train.patients) & set(test.patients))
+    twice = sorted(set(train.patients.tolist()) & set(test.patients.tolist()))
     if twice:
         raise DataError(
             f"{len(twice)} patients, the first {twice[0]!r}, are in the training split and in the test split: split by patient"
