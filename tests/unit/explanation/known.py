@@ -71,11 +71,13 @@ def token_mm(spec: PreprocessingSpec) -> np.ndarray:
     return np.array([x, y, z])
 
 
-def write_scan(path: Path, affine: np.ndarray, lesion_ras: np.ndarray, shape: tuple[int, int, int]) -> None:
+def write_scan(
+    path: Path, affine: np.ndarray, lesion_ras: np.ndarray, shape: tuple[int, int, int], radius: float = 7.0
+) -> None:
     """A body in air with one bright ball about ``lesion_ras`` (mm, RAS+), as nibabel writes it."""
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
     body = (((index / np.array(shape) - 0.5) * 2.2) ** 2).sum(axis=-1) < 1
     tissue = np.where(body, 30, -1000) + np.random.default_rng(0).normal(0, 15, shape)
     world = index @ affine[:3, :3].T + affine[:3, 3]
-    ball = np.linalg.norm(world - lesion_ras, axis=-1) < 7
+    ball = np.linalg.norm(world - lesion_ras, axis=-1) < radius
     nib.save(nib.Nifti1Image(np.where(ball, 950, tissue).astype(np.int16), affine), path)
