@@ -65,10 +65,7 @@ def main() -> None:
     model = ctclip.load(given.model or given.demo / "train" / "model")
     cohort = read_cohort(given.demo / "cohort")
     masks = Masks(given.demo / "cohort" / "masks", load_layout("phantom"))
-    scored = json.loads((given.demo / "metrics.json").read_text())["zero_shot"]["auroc"]
-    good = [name for name, entry in scored.items() if (entry["value"] or 0) > GOOD]
-    print(f"{machine()}, {date.today()}; {len(good)} findings above {GOOD}\n")
-    rows = []
+    results: dict[str, tuple[str, dict[str, Any], float, float]] = {}
     for by in given.methods:
         count = given.slow_scans if by == "occlusion" else given.scans
         volumes = chosen_volumes(cohort, masks, "valid", count, 0)
@@ -78,10 +75,16 @@ def main() -> None:
         except ExplanationError as error:
             print(f"{by}: {error}")
             continue
-        rows.append([*row(f"{by} ({count} scans)", good, result), f"{seconds / encoding:.1f}", f"{seconds:.1f}"])
-        if by == given.methods[0]:
-            rows += [[*row(f"control: {kind}", good, result, kind), "", ""] for kind in CONTROLS]
-            first = result
+        results[by] = (f"{by} ({count} scans)", result, encoding, seconds)
+    # Read when the maps are done: the demo may still be at its figures when this begins.
+    scored = json.loads((given.demo / "metrics.json").read_text())["zero_shot"]["auroc"]
+    good = [name for name, entry in scored.items() if (entry["value"] or 0) > GOOD]
+    print(f"{machine()}, {date.today()}; {len(good)} findings above {GOOD}\n")
+    rows = []
+    for name, result, encoding, seconds in results.values():
+        rows.append([*row(name, good, result), f"{seconds / encoding:.1f}", f"{seconds:.1f}"])
+    first = results[given.methods[0]][1]
+    rows += [[*row(f"control of {given.methods[0]}: {kind}", good, first, kind), "", ""] for kind in CONTROLS]
     head = ["method", "pointing", "voxel AUROC", "voxel AP", "Dice", "Hit", "encodings' time", "processor s, all maps"]
     print(table(f"Means over the {len(good)} findings", head, rows))
     lines = []
