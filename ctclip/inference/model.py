@@ -243,6 +243,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
                 raise ValueError(f"expected texts, found {wrong[:60]}")
         return self.dual.encode_text(texts, input_ids=input_ids, attention_mask=attention_mask)
 
+    @torch.inference_mode()
     def logits(self, volumes: Tensor, texts: Tensor) -> Tensor:
         """Unit vectors (n, dim), (m, dim) -> (n, m), scaled by the learned temperature."""
         return self.dual.logits(volumes, texts)

@@ -89,7 +89,7 @@ def _learned_from(model: Model) -> str:
         ("text encoder", config.text.pretrained or "BERT from scratch"),
         ("preprocessing", f"{spec.name} ({spec.hash}): {'x'.join(map(str, spec.shape))} voxels of {'x'.join(f'{step:g}' for step in spec.spacing)} mm, {spec.hu_window[0]:g} to {spec.hu_window[1]:g} HU"),
         ("label set", f"{model.labels.name}: {', '.join(model.labels.names)}"),
-        ("heads", ", ".join(f"{one.name} ({one.supervision})" for one in model.heads)),
+        ("heads", ", ".join(one.name if one.supervision == "none" else f"{one.name} ({one.supervision})" for one in model.heads)),
         ("weights", model.folder.hash),
     ]  # fmt: skip
     return "## Training\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
@@ -99,7 +99,7 @@ def _figures(figures: dict[str, Any]) -> str:
     zero, protocol = figures["zero_shot"], figures["protocol"]
     low, high = zero["mean_auroc_interval"]
     lines = [
-        f"Protocol `{protocol['name']}`: {figures['volumes']} volumes of {figures['patients']} patients. {protocol['describes']}",
+        f"Protocol `{protocol['name']}`: {figures['volumes']} volumes of {figures['patients']} patients. {_sentence(protocol['describes'])}",
         "",
         f"Mean AUROC of {zero['labels_defined']} labels: **{zero['mean_auroc']:.3f}** (95 % interval by patient {_number(low)} to {_number(high)}), "
         f"{figures.get('supervision') or 'supervision not recorded'}. Thresholds: {zero['thresholds'].split(';')[0]}.",
@@ -109,9 +109,14 @@ def _figures(figures: dict[str, Any]) -> str:
     ]
     for name, entry in zero["auroc"].items():
         few = "" if entry["interval_trusted"] else ", fewer than ten patients"
-        interval = f"{_number(entry['lower'])} to {_number(entry['upper'])}{few}"
-        lines.append(f"| {name} | {_number(entry['value'])} | {interval} | {entry['positives']} of {entry['n']} |")
+        bounds = (entry["lower"], entry["upper"])
+        interval = "none" if None in bounds else f"{_number(bounds[0])} to {_number(bounds[1])}"
+        lines.append(f"| {name} | {_number(entry['value'])} | {interval}{few} | {entry['positives']} of {entry['n']} |")
     return "\n".join(lines)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 def _number(value: float | None) -> str:
@@ -127,7 +132,7 @@ def _limits(model: Model) -> str:
         "Findings smaller than the voxels, and names that its reports never mention, are not detected.",
         "It is not for diagnosis, triage or any decision about a patient.",
     ]
-    return "## Limits\n\n" + "\n".join(f"- {limit[0].upper()}{limit[1:].rstrip('.')}." for limit in limits)
+    return "## Limits\n\n" + "\n".join(f"- {_sentence(limit)}" for limit in limits)
 
 
 def _upload(folder: Path, repository: str, private: bool) -> str:
