@@ -113,6 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     from ctclip.preprocessing.errors import PreprocessingError
 
     arguments = _options_first(sys.argv[1:] if arguments is None else arguments)
+    code = 0
     try:
         app(arguments)
     except SystemExit as end:

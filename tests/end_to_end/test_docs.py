@@ -168,11 +168,7 @@ def _run(words: list[str]) -> int:
         done = subprocess.run([sys.executable, "-m", "ctclip", *arguments], env=environment, capture_output=True, text=True, check=False)  # fmt: skip
         print(done.stdout[-1000:], done.stderr[-2000:])
         return done.returncode
-    try:
-        main(arguments)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    return main(arguments)
 
 
 @pytest.mark.parametrize(
