@@ -129,8 +129,10 @@ def coverage(
     return result
 
 
-def false_alarms(area: float, positives: int, labels_count: int, repetitions: int, resamples: int) -> Limits:
-    """Share of p at or below 0.05 for two equally good models, by the bootstrap (the first tenth of the repetitions,
+def false_alarms(
+    area: float, positives: int, labels_count: int, repetitions: int, resamples: int, bootstraps: int
+) -> Limits:
+    """Share of p at or below 0.05 for two equally good models, by the bootstrap (in the first ``bootstraps`` repetitions,
     for it is slow) and by the exchange of ranks; of the mean over labels. The models' scores share half of their noise."""
     random = np.random.default_rng([int(1000 * area), positives, labels_count])
     bootstrap, exchange = [], []
@@ -144,16 +146,16 @@ def false_alarms(area: float, positives: int, labels_count: int, repetitions: in
             noise = [np.sqrt(0.5) * (common + clustered(random, patient)) for _ in range(2)]
             first, second = (scored(random, one, labels, patient, area, "normal") for one in noise)
             shares += exchange_shares(labels, first, second, patient, count) / labels_count
-            if repetition < repetitions // 10:
+            if repetition < bootstraps:
                 weights = bootstrap_weights(patient, resamples, repetition)
                 areas = [weighted_ranking(labels, side, weights)["auroc"] for side in (first, second)]
                 spread = spread + (areas[0] - areas[1]) / labels_count
-        if repetition < repetitions // 10:
+        if repetition < bootstraps:
             drawn = spread[np.isfinite(spread)]
             bootstrap.append(2 * (min(np.sum(drawn <= 0), np.sum(drawn >= 0)) + 1) / (len(drawn) + 1) <= 0.05)
         exchanged = np.abs((random.integers(0, 2, (resamples, count)) * 2 - 1) @ shares)
         exchange.append((1 + np.sum(exchanged >= abs(shares.sum()) - 1e-12)) / (resamples + 1) <= 0.05)
-    return float(np.mean(bootstrap)), float(np.mean(exchange))
+    return float(np.mean(bootstrap)) if bootstraps else float("nan"), float(np.mean(exchange))
 
 
 def coverage_table(title: str, shape: str, repetitions: int, resamples: int, positives: tuple[int, ...]) -> str:
@@ -166,13 +168,16 @@ def coverage_table(title: str, shape: str, repetitions: int, resamples: int, pos
     return table(title, ["AUROC", "positive patients", *names], rows)
 
 
-def alarm_table(repetitions: int, resamples: int) -> str:
+def alarm_table(repetitions: int, resamples: int, bootstraps: int) -> str:
     rows = []
     for labels_count, count in ((1, 10), (1, 20), (1, 60), (8, 20)):
         for area in AREAS:
-            alarms = false_alarms(area, count, labels_count, repetitions, resamples)
+            alarms = false_alarms(area, count, labels_count, repetitions, resamples, bootstraps)
             rows.append([f"{labels_count}", f"{area}", str(count), *(f"{share:.3f}" for share in alarms)])
-    title = f"False alarms of paired tests at 5 %, {repetitions} repetitions (bootstrap: {repetitions // 10})"
+            print("| " + " | ".join(rows[-1]) + " |", flush=True)
+    mean = np.mean([float(row[-1]) for row in rows])
+    rows.append(["all", "", "", "", f"{mean:.3f}"])
+    title = f"False alarms of paired tests at 5 %, {repetitions} repetitions a row (bootstrap: {bootstraps})"
     return table(title, ["labels", "AUROC", "positive patients", "bootstrap", "exchange of ranks"], rows)
 
 
@@ -180,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=1000)
     parser.add_argument("--resamples", type=int, default=400, help="0: only the methods that need none, in a minute")
+    parser.add_argument("--bootstraps", type=int, default=100, help="repetitions of a paired bootstrap; 0: none")
     parser.add_argument("--only", choices=["normal", "shapes", "alarms"], default=None)
     chosen = parser.parse_args()
     print(f"{machine()}\n")
@@ -190,7 +196,7 @@ def main() -> None:
             lambda: coverage_table("Positives twice as wide as negatives", "wide", *size, (10, 60)),
             lambda: coverage_table("A share of the positive patients at chance", "mixed", *size, (10, 60)),
         ],
-        "alarms": [lambda: alarm_table(*size)],
+        "alarms": [lambda: alarm_table(*size, chosen.bootstraps)],
     }  # fmt: skip
     for name, tables in parts.items():
         if chosen.only in (None, name):
