@@ -138,7 +138,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             probabilities = scorer.probabilities(scores)
         names = scorer.names
         return Detection(
-            scan=_name(scan),
+            scan=_name(ready),
             probabilities=dict(zip(names, probabilities[0].tolist(), strict=True)),
             margins=dict(zip(names, scores[0].tolist(), strict=True)),
             values=dict(zip(scorer.values_of, values[0].tolist(), strict=True)),
@@ -176,7 +176,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
                 scorer = self._asking(names, name)
         ready = self._ready(scan, **reading)
         return explain(
-            self.dual, scorer, ready, names, scan=_name(scan), model_hash=self.folder.hash, by=method, level=level,
+            self.dual, scorer, ready, names, scan=_name(ready), model_hash=self.folder.hash, by=method, level=level,
             budget=budget, warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
         )  # fmt: skip
 
@@ -196,7 +196,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         others = told_from(self.head(PROMPTS))
         ready = self._ready(scan, **reading)
         return find(
-            self.dual, ready, text, others, scan=_name(scan), model_hash=self.folder.hash, by=method, level=level,
+            self.dual, ready, text, others, scan=_name(ready), model_hash=self.folder.hash, by=method, level=level,
             most=most, budget=budget, warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
         )  # fmt: skip
 
@@ -270,8 +270,9 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         return asking(self.folder, known.prompts, abnormalities, known)
 
 
-def _name(scan: str | os.PathLike[str] | Prepared) -> str:
-    return Path(scan.scan.source if isinstance(scan, Prepared) else scan).name
+def _name(ready: Prepared) -> str:
+    """What to call a scan: its file's or folder's name, in which what its header says of the patient is masked."""
+    return Path(ready.scan.source).name
 
 
 def usable_head(folder: ModelFolder, name: str) -> Head:

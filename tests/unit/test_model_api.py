@@ -29,6 +29,7 @@ from ctclip.preprocessing.outcomes import Outcome
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.prompts import load_prompts
 
+from .preprocessing.dicom_builder import series, truth, write
 from .small import dual_encoder
 
 LABELS = labels_of_columns("two", ["Emphysema", "Mass"])
@@ -182,3 +183,11 @@ def test_predictions_of_a_store_tell_what_its_scans_were_warned_of(folder: Path,
     scans = StoredScans(store, None, loaded.spec, folder)
     summary = detect(loaded, ctclip.load(folder).head(), scans, tmp_path / "out")
     assert summary.table()["warnings"].tolist() == ["slices 8.0 mm apart", ""]
+
+
+def test_a_detection_does_not_repeat_the_name_of_the_patient(folder: Path, tmp_path: Path) -> None:
+    """A folder as an archive exports it, named after its patient."""
+    export = write(
+        tmp_path / "Zebrowski_Ottilie chest", series(truth(), PatientName="Zebrowski^Ottilie", PatientID="P-1")
+    )
+    assert ctclip.load(folder).detect(export).scan == "*** chest"
