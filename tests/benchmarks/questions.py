@@ -116,7 +116,7 @@ def main() -> None:
     patients = [name.rsplit("_", 2)[0] for name in volumes]
     half = {patient: number % 2 for number, patient in enumerate(sorted(set(patients)))}
     first, second = ([row for row, patient in enumerate(patients) if half[patient] == n] for n in (0, 1))
-    scores = head.probabilities(head.score_embeddings(vectors)).float().numpy()
+    scores = head.probabilities(head.score_embeddings(vectors)).detach().float().numpy()
     truth = np.array([[name in facts for name in FINDINGS] for facts in drawn])
     thresholds = [best_threshold(scores[first, i], truth[first, i]) for i in range(len(FINDINGS))]
     aurocs = {name: float(roc_auc_score(truth[second, i], scores[second, i])) for i, name in enumerate(FINDINGS)}
