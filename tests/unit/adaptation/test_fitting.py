@@ -129,7 +129,7 @@ def test_a_head_of_another_model_is_refused(clinic: Clinic, tmp_path: Path) -> N
 
 def test_coop_learns_and_is_kept_as_a_head(clinic: Clinic, tmp_path: Path) -> None:
     config = CoopConfig(steps=60, learning_rate=0.3, anchor=0.0)
-    options = Options(head="coop")
+    options = Options(head="coop", draws=1)
     result = run_coop(load_model(clinic.model), clinic.store, tmp_path / "coop", Setting("shots", 8), config, options)
     assert result.zero_shot is not None
     assert result.summary["mean_auroc"].iloc[0] > max(0.8, result.zero_shot + 0.05)
