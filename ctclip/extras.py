@@ -12,7 +12,11 @@ from typing import Any
 from ctclip.errors import CtclipError
 
 # Import names; the names on the package index are in pyproject.toml.
-EXTRAS = {"train": ("deepspeed", "tensorboard", "peft", "psutil"), "index": ("faiss",)}
+EXTRAS = {
+    "train": ("deepspeed", "tensorboard", "peft", "psutil"),
+    "index": ("faiss",),
+    "serve": ("fastapi", "uvicorn", "python_multipart", "prometheus_client"),
+}
 
 
 class MissingExtra(CtclipError):

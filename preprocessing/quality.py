@@ -30,8 +30,10 @@ BINS = np.arange(-1050, 1051, 50)
 # How a page of this kind, and so one that may be replaced, is known.
 MARK = b"<title>Quality control: "
 TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
-body { font: 13px/1.4 system-ui, sans-serif; margin: 1rem; color: #222 } h1 { font-size: 1.2rem }
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><title>{{ title }}</title><style>
+body { font: 13px/1.4 system-ui, sans-serif; margin: 1rem; color: #222; background: #fff } h1 { font-size: 1.2rem }
+@media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #15181b } }
 .sheet { display: flex; flex-wrap: wrap; gap: 10px } .scan { background: #111; color: #ddd; padding: 6px; width: min-content }
 .scan.warned { outline: 3px solid #d08020 } .scan img { display: block } .scan p { margin: .2rem 0 }
 .scan b { color: #fff } .warning { color: #ffb95e } .note { color: #999 } svg { background: #1c1c1c; display: block }

@@ -36,6 +36,7 @@ from ctclip.cli.publish import publish
 from ctclip.cli.quality import quality
 from ctclip.cli.read_reports import read_reports
 from ctclip.cli.report import report
+from ctclip.cli.serve import serve
 from ctclip.cli.soup import soup
 from ctclip.cli.train import train
 from ctclip.cli.zero_shot import zero_shot
@@ -63,6 +64,7 @@ app.command()(soup)
 app.command()(calibrate)
 app.command()(evaluate)
 app.command()(report)
+app.command()(serve)
 app.command()(embed)
 app.command()(index)
 app.command()(similar)

@@ -23,27 +23,55 @@ FIGURES = re.compile(
 # How a page of this kind, and so one that may be replaced, is known.
 MARK = b'<div class="headline">'
 TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><title>{{ title }}</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
-img { max-width: 100%; height: auto } figure { margin: 1rem 0 } figcaption { color: #555; font-size: .87rem }
-table { border-collapse: collapse; font-size: .87rem } td, th { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #eee }
+:root { --ink: #222; --dim: #555; --paper: #fff; --panel: #f6f6f4; --line: #ddd }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --dim: #aab; --paper: #15181b; --panel: #1f2428; --line: #3a4046 } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line) }
+figure { margin: 1rem 0 } figure button { border: 0; padding: 0; background: #fff; cursor: zoom-in; width: 100% } img { max-width: 100%; height: auto; display: block } figcaption { color: var(--dim); font-size: .87rem }
+dialog { padding: 0; border: 0; max-width: 100vw; max-height: 100vh; background: #fff; overflow: auto; cursor: zoom-out } dialog img { max-width: none } dialog::backdrop { background: #000c }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem } td, th { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
+th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0; cursor: pointer } th button::after { content: " \\2195"; color: var(--dim) } th[aria-sort=ascending] button::after { content: " \\2191" } th[aria-sort=descending] button::after { content: " \\2193" }
+:focus-visible { outline: 3px solid #3b82c4; outline-offset: 1px }
 td { white-space: nowrap }
-td:first-child, th:first-child, td.words, th.words { text-align: left; white-space: normal } pre { font-size: .78rem; background: #f6f6f4; padding: .8rem; overflow: auto }
+td:first-child, th:first-child, td.words, th.words { text-align: left; white-space: normal } pre { font-size: .78rem; background: var(--panel); padding: .8rem; overflow: auto }
 .headline { display: flex; flex-wrap: wrap; gap: 1.4rem } .headline div { min-width: 8rem } .headline b { display: block; font-size: 1.5rem }
-td.words + td.words { font-size: .82rem; line-height: 1.35 } td { vertical-align: top }
-.beside { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem }
-.note { color: #555; font-size: .87rem }
+td.words + td.words { font-size: .82rem; line-height: 1.35; min-width: 12rem } td { vertical-align: top }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem }
+.note { color: var(--dim); font-size: .87rem }
+@media print { th button::after { content: "" } }
 </style></head><body>
 <h1>{{ title }}</h1>
 <p class="note">{{ subtitle }}</p>
 <div class="headline">{% for value, words in headline %}<div><b>{{ value }}</b>{{ words }}</div>{% endfor %}</div>
 {% for section in sections %}<h2>{{ section.title }}</h2>{% if section.words %}<p>{{ section.words }}</p>{% endif %}
-{% if section.beside %}<div class="beside">{% endif %}{% for caption, data in section.figures %}<figure><img alt="{{ caption }}" src="data:image/png;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>{% endfor %}{% if section.beside %}</div>{% endif %}
-{% if section.table %}<table><tr>{% for head in section.table[0] %}<th{% if section.table[1:] and section.table[1][loop.index0] is words %} class="words"{% endif %}>{{ head }}</th>{% endfor %}</tr>
-{% for row in section.table[1:] %}<tr>{% for cell in row %}<td{% if cell is words %} class="words"{% endif %}>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
-{% if section.pre %}<pre>{{ section.pre }}</pre>{% endif %}{% endfor %}
+{% if section.beside %}<div class="beside">{% endif %}{% for caption, data in section.figures %}<figure><button type="button" title="Enlarge"><img alt="{{ caption }}" src="data:image/png;base64,{{ data }}"></button><figcaption>{{ caption }}</figcaption></figure>{% endfor %}{% if section.beside %}</div>{% endif %}
+{% if section.table %}<div class="scroll" tabindex="0" role="region" aria-label="{{ section.title }}"><table><thead><tr>{% for head in section.table[0] %}<th scope="col"{% if section.table[1:] and section.table[1][loop.index0] is words %} class="words"{% endif %}>{{ head }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in section.table[1:] %}<tr>{% for cell in row %}<td{% if cell is words %} class="words"{% endif %}>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endif %}
+{% if section.pre %}<pre tabindex="0">{{ section.pre }}</pre>{% endif %}{% endfor %}
+<dialog aria-label="Figure"><img alt=""></dialog>
+<script>
+for (const head of document.querySelectorAll("thead th")) {
+  const body = head.closest("table").tBodies[0], column = head.cellIndex, button = document.createElement("button");
+  if (body.rows.length < 3) continue;
+  button.type = "button"; button.textContent = head.textContent; head.replaceChildren(button);
+  button.onclick = () => {
+    const down = head.getAttribute("aria-sort") !== "descending", number = (row) => parseFloat(row.cells[column].textContent.replace(/,/g, ""));
+    const rows = [...body.rows].sort((a, b) => {
+      const [x, y] = [number(a), number(b)];
+      const order = isNaN(x) || isNaN(y) ? (isNaN(x) - isNaN(y)) * (down ? 1 : -1) || b.cells[column].textContent.localeCompare(a.cells[column].textContent) : y - x;
+      return down ? order : -order;
+    });
+    for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", down ? "descending" : "ascending"); body.append(...rows);
+  };
+}
+const dialog = document.querySelector("dialog"), large = dialog.querySelector("img");
+for (const button of document.querySelectorAll("figure button")) button.onclick = () => { const small = button.querySelector("img"); large.src = small.src; large.alt = small.alt; dialog.showModal(); };
+dialog.onclick = () => dialog.close();
+</script>
 </body></html>
 """
 

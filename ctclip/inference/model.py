@@ -132,13 +132,16 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         """
         ready = self._ready(scan, **reading)
         scorer = self.head(head) if abnormalities is None else self._asking(abnormalities, head)
+        return self.detection(self.encode(ready), scorer, _name(ready), ready.warnings)
+
+    def detection(self, encoded: Encoded, scorer: Head, scan: str, warnings: Sequence[str] = ()) -> Detection:
+        """What ``scorer`` says of the one scan that ``encoded`` holds; ``scan``: what to call it."""
         with torch.inference_mode():
-            encoded = self.encode(ready)
             scores, values = scorer.score(encoded).float(), scorer.values(encoded).float()
             probabilities = scorer.probabilities(scores)
         names = scorer.names
         return Detection(
-            scan=_name(ready),
+            scan=scan,
             probabilities=dict(zip(names, probabilities[0].tolist(), strict=True)),
             margins=dict(zip(names, scores[0].tolist(), strict=True)),
             values=dict(zip(scorer.values_of, values[0].tolist(), strict=True)),
@@ -146,7 +149,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             calibrated=calibrated(scorer),
             model=self.folder.hash,
             spec=self.spec.hash,
-            warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
+            warnings=(*warnings, *self.folder.trained_on.caveats()),
             trained_on=self.folder.trained_on.words(),
         )
 

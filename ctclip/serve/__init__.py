@@ -1,0 +1,1 @@
+"""A service: scans in, findings out, over HTTP and on a page."""

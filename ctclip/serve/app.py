@@ -1,0 +1,233 @@
+"""The HTTP interface: routes that call the service and answer in JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Body, FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from ctclip import __version__
+from ctclip.serve import metrics
+from ctclip.serve.guards import Guards
+from ctclip.serve.service import ENDED, Refused, Scan, Service, Unavailable, Unknown
+from ctclip.serve.settings import Settings
+from ctclip.serve.uploads import BadUpload, TooLarge, receive
+
+STATIC = Path(__file__).with_name("static")
+STATUS: dict[type[Exception], int] = {Refused: 422, Unavailable: 503, Unknown: 404, BadUpload: 400, TooLarge: 413}
+UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
+    "type": "object",
+    "properties": {
+        "scan": {"type": "array", "items": {"type": "string", "format": "binary"},
+                 "description": "A volume file, a zip, the files of a DICOM series, or a header with its data file."},
+        "volume": {"type": "string", "description": "A volume of the service's store instead."},
+        "text": {"type": "string", "description": "/v1/detect: score these words instead of the model's own findings."},
+        "count": {"type": "integer", "description": "/v1/similar: how many scans and reports."},
+    }}}}}}  # fmt: skip
+
+
+def make_app(settings: Settings) -> FastAPI:
+    """The application of one service, for any ASGI server."""
+    service = Service(settings)
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        yield
+        await service.stop()
+
+    app = FastAPI(
+        title="ctclip",
+        version=__version__,
+        description="Findings of CT scans from a vision-language model. Research software, not a medical device.",
+        lifespan=life,
+        redoc_url=None,
+        docs_url=None,
+    )
+    app.state.service = service
+    app.add_middleware(Guards, settings=settings)
+    for kind in STATUS:
+        app.add_exception_handler(kind, _one_line)
+    app.add_exception_handler(TimeoutError, _too_long)
+    _add_page(app)
+    _add_scans(app, service)
+    _add_one_call(app, service)
+    _add_state(app, service)
+    return app
+
+
+async def _one_line(_: Request, error: Exception) -> Response:
+    status = STATUS[type(error)]
+    headers = {"retry-after": "5"} if status == 503 else {"connection": "close"} if status == 413 else None
+    return JSONResponse({"detail": str(error)}, status, headers)
+
+
+async def _too_long(_: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": "it took too long"}, 504)
+
+
+async def _upload(request: Request, service: Service) -> tuple[Scan, dict[str, str]]:
+    """The scan of a multipart body, queued; and the other fields."""
+    scan = service.new()
+    try:
+        fields = await receive(
+            request.headers.get("content-type", ""), request.stream(), scan.files, service.settings.largest_bytes
+        )
+        scan.volume = fields.get("volume")
+        if scan.volume is None and not any(scan.files.iterdir()):
+            raise BadUpload("no file in the upload: curl -F scan=@scan.nii.gz")
+    except BaseException:
+        service.remove(scan)
+        raise
+    service.begin(scan)
+    return scan, fields
+
+
+def _add_page(app: FastAPI) -> None:
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+
+    @app.get("/", include_in_schema=False)
+    def page() -> FileResponse:
+        return FileResponse(STATIC / "index.html")
+
+
+def _add_scans(app: FastAPI, service: Service) -> None:
+    """A scan that is sent once and asked of many times, as the page does."""
+
+    @app.post("/v1/scans", status_code=202, openapi_extra=UPLOAD)
+    async def send(request: Request) -> dict[str, Any]:
+        """Send a scan, or name a volume of the store; its stages are at `/v1/scans/{scan}/events`."""
+        scan, _ = await _upload(request, service)
+        return scan.facts()
+
+    @app.get("/v1/scans/{name}")
+    async def state(name: str) -> dict[str, Any]:
+        """The stage of a scan, and its findings once it is done."""
+        return service.get(name).facts()
+
+    @app.delete("/v1/scans/{name}", status_code=204)
+    async def remove(name: str) -> None:
+        """Cancel it, and delete all of it."""
+        service.remove(service.get(name))
+
+    @app.get("/v1/scans/{name}/events")
+    async def events(name: str) -> StreamingResponse:
+        """Server-sent events: a line a stage, the last with the findings or the reason."""
+        scan = service.get(name)
+
+        async def stages() -> AsyncIterator[str]:
+            while True:
+                changed = scan.changed
+                yield f"data: {json.dumps(scan.facts())}\n\n"
+                if scan.stage in ENDED:
+                    return
+                try:
+                    await asyncio.wait_for(changed.wait(), 15)
+                except TimeoutError:
+                    yield ": still working\n\n"
+
+        return StreamingResponse(stages(), media_type="text/event-stream")
+
+    @app.get("/v1/scans/{name}/view.nii.gz")
+    async def view(name: str) -> FileResponse:
+        """The scan in HU, oriented, on its own grid (a stored one on the store's)."""
+        scan = await service.wait(service.get(name))
+        return FileResponse(scan.view, media_type="application/gzip", filename="scan.nii.gz")
+
+    @app.get("/v1/scans/{name}/findings.csv")
+    async def table(name: str) -> Response:
+        """The findings as a table."""
+        scan = await service.wait(service.get(name))
+        lines = io.StringIO()
+        writer = csv.writer(lines)
+        writer.writerow(["finding", "probability", "margin", "threshold", "model"])
+        for entry in scan.result["findings"]:
+            writer.writerow([entry["name"], entry["probability"], entry["margin"], entry["threshold"], scan.result["model"]])  # fmt: skip
+        return Response(
+            lines.getvalue(),
+            media_type="text/csv",
+            headers={"content-disposition": "attachment; filename=findings.csv"},
+        )
+
+    @app.post("/v1/scans/{name}/text")
+    async def text(name: str, text: Annotated[str, Body(embed=True, min_length=1, max_length=500)]) -> dict[str, Any]:
+        """The score of any words."""
+        answer: dict[str, Any] = await service.ask(service.get(name), "text", text=text)
+        return answer
+
+    @app.get("/v1/scans/{name}/similar")
+    async def similar(name: str, count: int = 5) -> dict[str, Any]:
+        """The nearest scans and reports of the index."""
+        answer: dict[str, Any] = await service.ask(service.get(name), "similar", count=min(max(count, 1), 50))
+        return answer
+
+
+def _add_one_call(app: FastAPI, service: Service) -> None:
+    """Send a scan, get the answer; nothing is kept."""
+
+    async def answer(request: Request, task: str) -> dict[str, Any]:
+        scan, fields = await _upload(request, service)
+        try:
+            await service.wait(scan)
+            if task == "detect" and "text" not in fields:
+                return scan.facts()
+            given: dict[str, Any] = {"text": {"text": fields.get("text")}, "similar": {"count": _count(fields)}}.get(
+                "text" if task == "detect" else task, {}
+            )
+            found: dict[str, Any] = await service.ask(scan, "text" if task == "detect" else task, **given)
+            return found
+        finally:
+            service.remove(scan)
+
+    @app.post("/v1/detect", openapi_extra=UPLOAD)
+    async def detect(request: Request) -> dict[str, Any]:
+        """Findings of one scan."""
+        return await answer(request, "detect")
+
+    @app.post("/v1/embed", openapi_extra=UPLOAD)
+    async def embed(request: Request) -> dict[str, Any]:
+        """The unit vector of one scan."""
+        return await answer(request, "embed")
+
+    @app.post("/v1/similar", openapi_extra=UPLOAD)
+    async def similar(request: Request) -> dict[str, Any]:
+        """The nearest scans and reports of the index."""
+        return await answer(request, "similar")
+
+
+def _count(fields: dict[str, str]) -> int:
+    given = fields.get("count", "5")
+    return min(int(given), 50) if given.isdigit() and int(given) else 5
+
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The model, what it learned from, and the volumes of the store."""
+        await service.client.started.wait()
+        if service.client.failed:
+            raise Unavailable(service.client.failed)
+        return service.client.facts or {}
+
+    @app.get("/healthz")
+    async def health() -> Response:
+        """200 once the model is loaded."""
+        if service.client.failed:
+            return JSONResponse({"state": "failed"}, 503)
+        ready = service.client.started.is_set()
+        return JSONResponse({"state": "ready" if ready else "loading the model"}, 200 if ready else 503)
+
+    @app.get("/metrics", include_in_schema=False)
+    async def figures() -> Response:
+        metrics.BUSY.set(service.busy)
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

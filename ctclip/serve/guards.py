@@ -1,0 +1,90 @@
+"""What every request must pass: who asks, from where, and how much is sent."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ctclip.serve import metrics
+from ctclip.serve.settings import Settings
+
+# The page needs no other machine; NiiVue decompresses in workers that it makes of blobs.
+POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; connect-src 'self' blob: data:; "
+    "worker-src 'self' blob:; script-src 'self' 'wasm-unsafe-eval'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+# Without the token: whether it lives, and the page, which asks for it.
+OPEN = ("/", "/healthz", "/favicon.ico")
+
+
+class Guards:
+    """Refuses, before anything of the body is read: other host names (DNS rebinding), pages of other origins, requests
+    without the token, bodies larger than the limit."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app, self.settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        status = 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                mine = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message.get("headers", []), *mine]}
+            await send(message)
+
+        refusal = self._refusal(scope["path"], headers)
+        if refusal is not None:
+            await _answer(send_with_headers, *refusal)
+        else:
+            await self.app(scope, receive, send_with_headers)
+        # The pattern of the route, never the path: it names a scan.
+        route = scope.get("route")
+        metrics.REQUESTS.labels(getattr(route, "path", "other"), str(status)).inc()
+
+    def _refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
+        host = headers.get("host", "")
+        if _host_name(host) not in self.settings.hosts and "*" not in self.settings.hosts:
+            return 421, "this service does not answer to that host name; --host names it"
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return 403, "requests from other pages are refused"
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > self.settings.largest_bytes:
+            return 413, f"the upload is larger than {self.settings.largest_gb:g} GB; --largest-gb raises the limit"
+        token = self.settings.token
+        if token and path not in OPEN and not path.startswith("/static/"):
+            given = headers.get("authorization", "").removeprefix("Bearer ")
+            if not secrets.compare_digest(given.encode(), token.encode()):
+                return 401, "this service asks for a token: Authorization: Bearer TOKEN"
+        return None
+
+
+def _host_name(host: str) -> str:
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0].lower()
+
+
+async def _answer(send: Send, status: int, detail: str) -> None:
+    body = json.dumps({"detail": detail}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(b"connection", b"close")] if status == 413 else []
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,51 @@
+"""Starting a service on an address."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import uvicorn
+
+from ctclip.errors import DataError
+from ctclip.inference.index import index_facts
+from ctclip.models.folder import is_model_folder
+from ctclip.preprocessing.store import VolumeStore
+from ctclip.serve.app import make_app
+from ctclip.serve.settings import Settings
+
+
+def run(settings: Settings, host: str, port: int, certificate: Path | None, key: Path | None) -> None:
+    """Serve until SIGINT or SIGTERM. Raises DataError where the address is taken, CtclipError for what is not there."""
+    # What can be known before the model is loaded is said at once.
+    if settings.store is not None:
+        VolumeStore(settings.store)
+    if settings.index is not None:
+        index_facts(settings.index)
+    if Path(settings.model).is_dir() and not is_model_folder(Path(settings.model)):
+        raise DataError(
+            f"{settings.model}: not a model folder; training, `ctclip export` and `import-checkpoint` make one"
+        )
+    listening = _socket(host, port)
+    scheme = "https" if certificate else "http"
+    print(
+        f"serving on {scheme}://{host}:{listening.getsockname()[1]} (research software, not for diagnosis)", flush=True
+    )
+    config = uvicorn.Config(
+        make_app(settings), log_level="warning", access_log=False, timeout_graceful_shutdown=5,
+        ssl_certfile=certificate, ssl_keyfile=key, h11_max_incomplete_event_size=1 << 16,
+    )  # fmt: skip
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _socket(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.socket(family)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        # From here on who connects waits instead of being turned away.
+        listening.listen(2048)
+    except OSError as error:
+        raise DataError(f"{host}:{port} cannot be listened on ({error.strerror}): give another --port") from error
+    return listening

@@ -1,0 +1,286 @@
+"""The scans that a service works on, and its one worker: queue, progress, cancelling, and a worker that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import multiprocessing
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from ctclip.errors import CtclipError
+from ctclip.serve import metrics
+from ctclip.serve.settings import Settings
+
+ENDED = ("done", "refused", "cancelled")
+# Longer than the oldest scans that may still be looked at.
+KEPT = 64
+
+
+class Unavailable(CtclipError):
+    """The service cannot do it now; the same request may succeed later."""
+
+
+class Refused(CtclipError):
+    """The scan, or the question, cannot be answered; the message says why."""
+
+
+class Unknown(CtclipError):
+    """There is no such scan."""
+
+
+@dataclass
+class Scan:
+    """One scan of a user. ``stage``: receiving, queued, reading, encoding, done, refused, cancelled."""
+
+    id: str
+    folder: Path
+    volume: str | None = None
+    stage: str = "receiving"
+    result: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def files(self) -> Path:
+        """Where the upload lies."""
+        return self.folder / "files"
+
+    @property
+    def view(self) -> Path:
+        """The volume for a viewer: HU on the scan's own grid."""
+        return self.folder / "view.nii.gz"
+
+    def facts(self) -> dict[str, Any]:
+        """What is told of it."""
+        return {"scan": self.id, "stage": self.stage} | ({"reason": self.reason} if self.reason else {}) | self.result
+
+    def move(self, stage: str, reason: str = "") -> None:
+        """Into its next stage; whoever waits for it is woken."""
+        self.stage, self.reason = stage, reason
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class Client:
+    """The worker process, as the service sees it: requests are numbered, and each is answered or fails."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.numbers = itertools.count(1)
+        self.waiting: dict[int, asyncio.Queue[dict[str, Any]]] = {}
+        self.facts: dict[str, Any] | None = None
+        self.failed: str | None = None
+        self.process: BaseProcess | None = None
+        self.pipe: Connection | None = None
+        self.started = asyncio.Event()
+        self.stopping = False
+
+    def start(self) -> None:
+        """Begin to load the model; ``started`` is set when it is there, or cannot be loaded (``failed``)."""
+        from ctclip.serve.worker import main
+
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=main, args=(theirs, self.settings), daemon=False, name="ctclip model")
+        self.process.start()
+        theirs.close()
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._listen, args=(self.pipe, loop), daemon=True).start()
+
+    def stop(self) -> None:
+        """The worker ends when its pipe closes."""
+        self.stopping = True
+        if self.pipe is not None:
+            self.pipe.close()
+        if self.process is not None:
+            self.process.join(5)
+            if self.process.is_alive():
+                self.process.kill()
+
+    @contextlib.asynccontextmanager
+    async def request(self, **request: Any) -> Any:
+        """Send a request; gives the queue of its messages. Waits while the model is loaded."""
+        await self.started.wait()
+        if self.failed or self.pipe is None:
+            raise Unavailable(self.failed or "the service is stopping")
+        number = next(self.numbers)
+        messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.waiting[number] = messages
+        try:
+            self.pipe.send({"request": number, **request})
+            yield messages
+        except OSError as error:
+            raise Unavailable("the model's process has ended and is started again: send the request again") from error
+        finally:
+            del self.waiting[number]
+
+    async def ask(self, **request: Any) -> Any:
+        """One request, one answer. Raises Refused with the reason, Unavailable where the worker died."""
+        async with self.request(**request) as messages:
+            return result_of(await messages.get())
+
+    def tell(self, **request: Any) -> None:
+        """A request without an answer."""
+        if self.pipe is not None and self.started.is_set():
+            with contextlib.suppress(OSError):
+                self.pipe.send({"request": 0, **request})
+
+    def _listen(self, pipe: Connection, loop: asyncio.AbstractEventLoop) -> None:
+        while True:
+            try:
+                message = pipe.recv()
+            except (EOFError, OSError):
+                break
+            loop.call_soon_threadsafe(self._deliver, message)
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._ended)
+
+    def _deliver(self, message: dict[str, Any]) -> None:
+        if "ready" in message:
+            self.facts = message["ready"]
+            self.started.set()
+        elif "failed" in message:
+            self.failed = message["failed"]
+            self.started.set()
+        elif message["request"] in self.waiting:
+            self.waiting[message["request"]].put_nowait(message)
+
+    def _ended(self) -> None:
+        if self.stopping or self.failed:
+            return
+        metrics.RESTARTS.inc()
+        self.started.clear()
+        for messages in self.waiting.values():
+            messages.put_nowait({"died": True})
+        self.start()
+
+
+def result_of(message: dict[str, Any]) -> Any:
+    """The result in a message of the worker. Raises Refused, or Unavailable."""
+    if "died" in message:
+        raise Unavailable("the model's process has ended and is started again: send the request again")
+    if "refused" in message:
+        raise Refused(message["refused"])
+    return message["result"]
+
+
+class Service:
+    """``scans`` by id; what is uploaded lies in a folder of the service's own, which goes with it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.scans: OrderedDict[str, Scan] = OrderedDict()
+        self.client = Client(settings)
+        self.folder = Path()
+
+    async def start(self) -> None:
+        """Make the folder, load the model in the background."""
+        self.folder = Path(tempfile.mkdtemp(prefix="ctclip-serve-"))
+        self.client.start()
+
+    async def stop(self) -> None:
+        """End the worker, remove every upload."""
+        for scan in self.scans.values():
+            if scan.task is not None:
+                scan.task.cancel()
+        await asyncio.to_thread(self.client.stop)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def busy(self) -> int:
+        """Scans that have not ended."""
+        return sum(scan.stage not in ENDED for scan in self.scans.values())
+
+    def new(self, volume: str | None = None) -> Scan:
+        """A place for a scan. Raises Unavailable if the queue is full."""
+        if self.busy >= self.settings.queue:
+            raise Unavailable(f"{self.busy} scans are waiting already: try again later")
+        name = secrets.token_urlsafe(12)
+        scan = Scan(name, self.folder / name, volume)
+        scan.files.mkdir(parents=True, mode=0o700)
+        self.scans[name] = scan
+        for old in [old for old in self.scans.values() if old.stage in ENDED][: max(0, len(self.scans) - KEPT)]:
+            self.remove(old)
+        return scan
+
+    def get(self, name: str) -> Scan:
+        """Raises Unknown."""
+        if name not in self.scans:
+            raise Unknown("no such scan: it was removed, or the service has restarted; send it again")
+        return self.scans[name]
+
+    def remove(self, scan: Scan) -> None:
+        """Cancel what is going on, delete the upload and all that was made of it."""
+        if scan.task is not None and not scan.task.done():
+            scan.task.cancel()
+        self.client.tell(task="forget", scan=scan.id)
+        shutil.rmtree(scan.folder, ignore_errors=True)
+        self.scans.pop(scan.id, None)
+        if scan.stage not in ENDED:
+            scan.move("cancelled")
+
+    def begin(self, scan: Scan) -> None:
+        """Read and encode it; see ``stage`` and ``changed``."""
+        scan.move("queued")
+        scan.task = asyncio.create_task(self._work(scan))
+
+    async def wait(self, scan: Scan) -> Scan:
+        """Until it has ended. Raises Refused or Unavailable with the reason."""
+        while scan.stage not in ENDED:
+            await scan.changed.wait()
+        if scan.stage == "done":
+            return scan
+        raise (Unavailable if scan.result.get("again") else Refused)(scan.reason or "cancelled")
+
+    async def ask(self, scan: Scan, task: str, **request: Any) -> Any:
+        """A question on an encoded scan."""
+        await self.wait(scan)
+        return await asyncio.wait_for(self.client.ask(task=task, scan=scan.id, **request), self.settings.seconds)
+
+    async def _work(self, scan: Scan) -> None:
+        source: dict[str, Any] = {"volume": scan.volume} if scan.volume else {"path": str(scan_in(scan.files))}
+        started = time.monotonic()
+        try:
+            async with (
+                asyncio.timeout(self.settings.seconds),
+                self.client.request(
+                    task="encode", scan=scan.id, folder=str(scan.files), view=str(scan.view), **source
+                ) as messages,
+            ):
+                while "stage" in (message := await messages.get()):
+                    scan.move(message["stage"])
+                scan.result = result_of(message)
+            scan.move("done")
+        except TimeoutError:
+            self.client.tell(task="forget", scan=scan.id)
+            scan.move("refused", f"it took longer than {self.settings.seconds:.0f} seconds")
+        except Unavailable as error:
+            scan.result = {"again": True}
+            scan.move("refused", str(error))
+        except CtclipError as error:
+            scan.move("refused", str(error))
+        finally:
+            metrics.SCANS.labels(scan.stage).inc()
+            metrics.SECONDS.observe(time.monotonic() - started)
+            shutil.rmtree(scan.files, ignore_errors=True)
+
+
+def scan_in(folder: Path) -> Path:
+    """The scan in a folder of uploaded files: the one file, the header of a pair, or the folder (a DICOM series)."""
+    files = sorted(folder.iterdir())
+    if len(files) == 1:
+        return files[0]
+    headers = [path for path in files if path.suffix.lower() in (".mhd", ".nhdr", ".hdr")]
+    return headers[0] if len(headers) == 1 else folder

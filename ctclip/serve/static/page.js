@@ -1,0 +1,257 @@
+// The page: send a scan, follow it, show what was said of it.
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+let scan = null;      // id of the scan on the page
+let sending = null;   // the request that sends one
+let started = null;   // the viewer, once it is wanted
+
+async function call(path, options = {}) {
+  const token = sessionStorage.getItem("token");
+  const headers = { ...(options.headers || {}), ...(token ? { authorization: `Bearer ${token}` } : {}) };
+  const answer = await fetch(path, { ...options, headers });
+  if (answer.status === 401) { await login(); return call(path, options); }
+  if (!answer.ok) throw new Error((await answer.json().catch(() => ({}))).detail || `the service answered ${answer.status}`);
+  return answer;
+}
+
+function login() {
+  $("login").showModal();
+  return new Promise((done) => $("login").addEventListener("close", () => { sessionStorage.setItem("token", $("token").value); done(); }, { once: true }));
+}
+
+function element(name, text, attributes = {}) {
+  const made = document.createElement(name);
+  if (text !== undefined) made.textContent = text;
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  return made;
+}
+
+function say(stage, share) {
+  $("work").hidden = !stage;
+  $("stage").textContent = stage || "";
+  if (share === undefined) $("progress").removeAttribute("value"); else $("progress").value = share;
+}
+
+function refuse(error) {
+  say("");
+  $("reason").textContent = error.message || String(error);
+  $("reason").hidden = false;
+}
+
+async function describeModel() {
+  const facts = await (await call("/v1/models")).json();
+  $("model").textContent = `${facts.name} · ${facts.encoder} · ${facts.labels.name} (${facts.labels.names.length} findings)`;
+  const on = facts.trained_on;
+  const parts = [on.cohort, on.volumes && `${on.volumes} volumes`, on.patients && `${on.patients} patients`, on.supervision && `supervision: ${on.supervision}`];
+  $("learned").textContent = `The model learned from ${parts.filter(Boolean).join(", ") || "data it does not name"}. ${facts.caveats.join(" ")}`;
+  for (const caveat of facts.caveats) $("notice").textContent += ` ${caveat[0].toUpperCase()}${caveat.slice(1)}.`;
+  $("neighbours").dataset.there = facts.index ? "yes" : "";
+  $("stored").hidden = !facts.stored.length;
+  $("volumes").replaceChildren(...facts.stored.slice(0, 5000).map((name) => element("option", undefined, { value: name })));
+}
+
+// Progress of an upload is what fetch cannot tell.
+function send(form) {
+  return new Promise((done, failed) => {
+    const request = sending = new XMLHttpRequest();
+    request.open("POST", "/v1/scans");
+    const token = sessionStorage.getItem("token");
+    if (token) request.setRequestHeader("authorization", `Bearer ${token}`);
+    request.upload.onprogress = (event) => say(`sending: ${Math.round(event.loaded / 1e6)} of ${Math.round(event.total / 1e6)} MB`, event.loaded / event.total);
+    request.onload = () => {
+      const answer = JSON.parse(request.responseText || "{}");
+      if (request.status === 202) done(answer); else failed(new Error(answer.detail || `the service answered ${request.status}`));
+    };
+    request.onerror = () => failed(new Error("the service did not take the upload: it may be too large, or the service has ended"));
+    request.onabort = () => failed(new Error("cancelled"));
+    request.send(form);
+  });
+}
+
+async function follow(id) {
+  const reader = (await call(`/v1/scans/${id}/events`)).body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) throw new Error("the service has ended");
+    text += value;
+    const lines = text.split("\n\n");
+    text = lines.pop();
+    for (const line of lines.filter((line) => line.startsWith("data: "))) {
+      const facts = JSON.parse(line.slice(6));
+      if (facts.stage === "done") return facts;
+      if (facts.reason || facts.stage === "cancelled") throw new Error(facts.reason || "cancelled");
+      say({ queued: "waiting for a free place", reading: "reading and checking the scan", encoding: "encoding" }[facts.stage] || facts.stage);
+    }
+  }
+}
+
+async function look(form) {
+  await forget();
+  $("reason").hidden = true;
+  $("results").hidden = $("viewer").hidden = true;
+  $("warnings").replaceChildren();
+  try {
+    say("sending", 0);
+    scan = (await send(form)).scan;
+    const facts = await follow(scan);
+    say("fetching the volume");
+    show(facts);
+    await showScan();
+    say("");
+  } catch (error) { refuse(error); }
+}
+
+async function forget() {
+  const old = scan;
+  scan = null;
+  if (old) await call(`/v1/scans/${old}`, { method: "DELETE" }).catch(() => {});
+}
+
+function show(facts) {
+  $("results").hidden = false;
+  $("warnings").replaceChildren(...facts.warnings.map((text) => element("li", text)));
+  $("calibrated").textContent = facts.findings.some((finding) => finding.threshold !== null)
+    ? "By distance from the decision threshold (the mark on the scale); bold: at or above it."
+    : "Not calibrated: probabilities of different findings cannot be compared, and there are no thresholds.";
+  const rows = [];
+  facts.findings.forEach((finding, number) => {
+    if (number && finding.threshold === null && facts.findings[number - 1].threshold !== null) {
+      const apart = element("tr", undefined, { class: "apart" });
+      apart.append(element("td", "not calibrated, not to be compared with those above", { colspan: 3 }));
+      rows.push(apart);
+    }
+    rows.push(row(finding));
+  });
+  document.querySelector("#findings tbody").replaceChildren(...rows);
+  document.querySelector("#asked tbody").replaceChildren();
+  neighbours();
+}
+
+function row(finding) {
+  const line = element("tr"), first = element("td", undefined, finding.above ? { class: "above" } : {});
+  const name = element("button", finding.name, { type: "button", class: "name", title: "Show where" });
+  name.onclick = () => where(finding.name, name);
+  const scale = element("div", undefined, { class: "scale", "aria-hidden": "true" }), bar = element("i");
+  bar.style.width = `${100 * finding.probability}%`;
+  scale.append(bar);
+  if (finding.threshold !== null) { const mark = element("b"); mark.style.left = `${100 * finding.threshold}%`; scale.append(mark); }
+  first.append(name, scale);
+  for (const [what, value] of Object.entries(finding.values || {})) first.append(element("div", `${what}: ${value.toFixed(1)} if present`, { class: "note" }));
+  line.append(first, element("td", `${(100 * finding.probability).toFixed(1)} %`), element("td", finding.margin.toFixed(2)));
+  return line;
+}
+
+async function showScan() {
+  const buffer = await (await call(`/v1/scans/${scan}/view.nii.gz`)).arrayBuffer();
+  $("viewer").hidden = false;
+  started ??= viewer.start($("canvas"), place);
+  await started;
+  await viewer.show(buffer);
+  setWindow();
+}
+
+function place({ mm, hu }) {
+  const [x, y, z] = mm.map((value) => value.toFixed(1));
+  $("place").textContent = `${hu === undefined ? "" : `${Math.round(hu)} HU at `}R ${(-x).toFixed(1)}, A ${y}, S ${z} mm`;
+}
+
+function setWindow() {
+  const [low, high] = $("window").value.split(",").map(Number);
+  viewer.range(low, high);
+}
+
+async function where(name, button) {
+  try {
+    button.disabled = true;
+    const facts = await (await call(`/v1/scans/${scan}/explain?finding=${encodeURIComponent(name)}`)).json();
+    const map = await (await call(`/v1/scans/${scan}/map.nii.gz?finding=${encodeURIComponent(name)}`)).arrayBuffer();
+    await viewer.overlay(map, facts.low, facts.high);
+    viewer.to(facts.peak_ras);
+    $("clear").hidden = false;
+    $("canvas").focus();
+  } catch (error) { refuse(error); } finally { button.disabled = false; }
+}
+
+async function neighbours() {
+  $("neighbours").hidden = !$("neighbours").dataset.there;
+  if ($("neighbours").hidden) return;
+  const found = await (await call(`/v1/scans/${scan}/similar`)).json().catch(() => null);
+  for (const kind of ["scans", "reports"]) {
+    $(kind).replaceChildren(...(found ? found[kind] : []).map((hit) => {
+      const line = element("li"), more = element("details");
+      more.append(element("summary", `${hit.volume} (similarity ${hit.similarity.toFixed(2)})`), element("p", hit.findings), element("p", hit.impression));
+      line.append(more);
+      return line;
+    }));
+  }
+}
+
+async function save(name) {
+  const url = URL.createObjectURL(await (await call(`/v1/scans/${scan}/${name}`)).blob());
+  element("a", undefined, { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60000);
+}
+
+// Files below a folder that was dropped.
+async function filesOf(entry) {
+  if (entry.isFile) return [await new Promise((done, failed) => entry.file(done, failed))];
+  const reader = entry.createReader(), files = [];
+  for (;;) {
+    const part = await new Promise((done, failed) => reader.readEntries(done, failed));
+    if (!part.length) return files;
+    for (const one of part) files.push(...await filesOf(one));
+  }
+}
+
+function formOf(files) {
+  const form = new FormData();
+  for (const file of files) form.append("scan", file, file.name);
+  return form;
+}
+
+for (const id of ["files", "folder"]) $(id).onchange = () => { if ($(id).files.length) look(formOf($(id).files)); };
+$("volume").onchange = () => { if (!$("volume").value) return; const form = new FormData(); form.append("volume", $("volume").value); look(form); };
+$("drop").ondragover = (event) => { event.preventDefault(); $("drop").classList.add("over"); };
+$("drop").ondragleave = () => $("drop").classList.remove("over");
+$("drop").ondrop = async (event) => {
+  event.preventDefault();
+  $("drop").classList.remove("over");
+  const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+  const files = (await Promise.all(entries.map(filesOf))).flat();
+  if (files.length) look(formOf(files));
+};
+$("cancel").onclick = () => { if (scan) forget(); else if (sending) sending.abort(); };
+$("window").onchange = setWindow;
+$("ruler").onclick = () => { const on = $("ruler").getAttribute("aria-pressed") !== "true"; $("ruler").setAttribute("aria-pressed", on); viewer.ruler(on); };
+$("clear").onclick = () => { viewer.overlay(null); $("clear").hidden = true; };
+$("print").onclick = () => { $("picture").src = viewer.picture(); $("picture").onload = () => window.print(); };
+$("remove").onclick = async () => { await forget(); $("results").hidden = $("viewer").hidden = true; $("warnings").replaceChildren(); };
+for (const button of document.querySelectorAll("[data-save]")) button.onclick = () => save(button.dataset.save).catch(refuse);
+for (const button of document.querySelectorAll("[data-plane]")) {
+  button.onclick = () => {
+    for (const other of document.querySelectorAll("[data-plane]")) other.setAttribute("aria-pressed", other === button);
+    viewer.view(button.dataset.plane);
+  };
+}
+$("ask").onsubmit = async (event) => {
+  event.preventDefault();
+  try {
+    const finding = await (await call(`/v1/scans/${scan}/text`, {
+      method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ text: $("text").value }),
+    })).json();
+    document.querySelector("#asked tbody").prepend(row(finding));
+  } catch (error) { refuse(error); }
+};
+$("canvas").onkeydown = (event) => {
+  const moves = { ArrowLeft: [-1, 0, 0], ArrowRight: [1, 0, 0], ArrowUp: [0, 1, 0], ArrowDown: [0, -1, 0], PageUp: [0, 0, 1], PageDown: [0, 0, -1] };
+  if (moves[event.key]) { event.preventDefault(); viewer.step(...moves[event.key]); }
+};
+document.onkeydown = (event) => {
+  if ($("viewer").hidden || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName) || event.ctrlKey || event.metaKey || event.altKey) return;
+  const plane = { a: "axial", c: "coronal", s: "sagittal", m: "all", r: "render" }[event.key];
+  if (plane) document.querySelector(`[data-plane=${plane}]`).click();
+  if ("1234".includes(event.key)) { $("window").selectedIndex = Number(event.key) - 1; setWindow(); }
+};
+describeModel().catch(refuse);

@@ -1,0 +1,123 @@
+"""Multipart uploads, written to disk as they arrive: within a limit, under names that cannot leave their folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from python_multipart import MultipartParser
+from python_multipart.multipart import parse_options_header
+
+from ctclip.errors import CtclipError
+
+MOST_FILES = 20_000
+LONGEST_FIELD = 4096
+UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+class BadUpload(CtclipError):
+    """The body is no upload of files."""
+
+
+class TooLarge(CtclipError):
+    """The body is larger than the service takes."""
+
+
+async def receive(content_type: str, body: AsyncIterator[bytes], folder: Path, largest: int) -> dict[str, str]:
+    """Write the files of a multipart body into ``folder``; returns its other fields. Raises BadUpload, TooLarge."""
+    kind, options = parse_options_header(content_type)
+    if kind != b"multipart/form-data" or not options.get(b"boundary"):
+        raise BadUpload("send the scan as multipart/form-data: curl -F scan=@scan.nii.gz")
+    parts = _Parts(folder)
+    parser = MultipartParser(options[b"boundary"], parts.callbacks())
+    received = 0
+    try:
+        async for chunk in body:
+            received += len(chunk)
+            if received > largest:
+                raise TooLarge(f"the upload is larger than {largest / 1e9:g} GB; --largest-gb raises the limit")
+            parser.write(chunk)
+        parser.finalize()
+        if not parts.ended:
+            raise BadUpload("the upload ended before its last part did: send it again")
+    except ValueError as error:
+        raise BadUpload("the upload is damaged, or not multipart/form-data") from error
+    finally:
+        parts.close()
+    return parts.fields
+
+
+class _Parts:
+    """What the parser calls as it comes to headers and data."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.fields: dict[str, str] = {}
+        self.count = 0
+        self.ended = False
+        self._header, self._value = b"", b""
+        self._headers: dict[bytes, bytes] = {}
+        self._file: BinaryIO | None = None
+        self._field, self._text = "", b""
+
+    def callbacks(self) -> Any:
+        names = (
+            "part_begin", "part_data", "part_end", "header_field", "header_value", "header_end", "headers_finished", "end",
+        )  # fmt: skip
+        return {f"on_{name}": getattr(self, f"_{name}") for name in names}
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _end(self) -> None:
+        self.ended = True
+
+    def _part_begin(self) -> None:
+        self._headers = {}
+
+    def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _header_end(self) -> None:
+        self._headers[self._header.lower()] = self._value
+        self._header, self._value = b"", b""
+
+    def _headers_finished(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        self._field, self._text = options.get(b"name", b"").decode("utf-8", "replace")[:100], b""
+        if b"filename" not in options:
+            return
+        self.count += 1
+        if self.count > MOST_FILES:
+            raise BadUpload(f"more than {MOST_FILES} files")
+        name = safe_name(options[b"filename"].decode("utf-8", "replace"))
+        path = self.folder / name
+        if path.exists():
+            path = self.folder / f"{self.count:05d}-{name}"
+        self._file = path.open("xb")
+
+    def _part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._file is not None:
+            self._file.write(data[start:end])
+        elif len(self._text) + end - start > LONGEST_FIELD:
+            raise BadUpload(f"a field longer than {LONGEST_FIELD} bytes")
+        else:
+            self._text += data[start:end]
+
+    def _part_end(self) -> None:
+        if self._file is None and self._field:
+            self.fields[self._field] = self._text.decode("utf-8", "replace")
+        self.close()
+
+
+def safe_name(name: str) -> str:
+    """A file name of letters, digits and ``._-``, whatever path or script it was written in; its suffix stays."""
+    last = UNSAFE.sub("_", PurePosixPath(name.replace("\\", "/")).name).lstrip(".-")
+    return last[-120:] or "scan"

@@ -1,0 +1,249 @@
+"""The process that holds the model: it reads scans, encodes those that are ready together, and answers questions on them.
+
+It talks to the service over a pipe in plain dictionaries; see ``Client`` in ``service.py`` for the other end. When the
+service goes, the pipe closes and the process ends.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from isal import igzip
+
+from ctclip.errors import CtclipError
+from ctclip.inference.index import Index, index_facts
+from ctclip.inference.model import Model, load
+from ctclip.inference.scans import StoredScans
+from ctclip.models.encoded import Encoded
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.pipeline import Prepared
+from ctclip.preprocessing.store import VolumeStore
+from ctclip.serve.findings import of_detection, of_model
+from ctclip.serve.settings import Settings
+
+Request = dict[str, Any]
+READERS = 2
+
+
+@dataclass
+class Scan:
+    """A scan in memory: what it was encoded to, and, unless it came from a store, what it was prepared from."""
+
+    encoded: Encoded
+    prepared: Prepared | None
+    warnings: list[str]
+
+
+@dataclass
+class Ready:
+    """A scan that was read and waits to be encoded."""
+
+    request: Request
+    voxels: np.ndarray
+    prepared: Prepared | None
+    warnings: list[str]
+
+
+class Worker:
+    """Reads in ``READERS`` threads, encodes in one, answers in one more, so that a question does not wait for a scan."""
+
+    def __init__(self, pipe: Connection, settings: Settings) -> None:
+        self.pipe, self.settings = pipe, settings
+        self.writing = threading.Lock()
+        self.model: Model = load(settings.model, settings.device)
+        self.store = StoredScans(VolumeStore(settings.store), None, self.model.spec, self.model.folder.path) if settings.store else None  # fmt: skip
+        self.index = Index.load(settings.index, self.model.folder.hash) if settings.index else None
+        self.head = self.model.head()
+        self.scans: OrderedDict[str, Scan] = OrderedDict()
+        self.cancelled: set[str] = set()
+        self.ready: queue.Queue[Ready] = queue.Queue(maxsize=2 * settings.batch)
+        self.answers: dict[str, Callable[[Request], Any]] = {
+            "text": self.text, "similar": self.similar, "embed": self.embed,
+        }  # fmt: skip
+
+    def run(self) -> None:
+        """Until the pipe closes."""
+        threading.Thread(target=self._encode_for_ever, daemon=True).start()
+        facts = of_model(self.model) | {"stored": self._stored(), "index": self.index is not None}
+        self.send(0, ready=facts)
+        with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as answering:
+            while True:
+                try:
+                    request = self.pipe.recv()
+                except (EOFError, OSError):
+                    readers.shutdown(wait=False, cancel_futures=True)
+                    return
+                if request["task"] == "forget":
+                    self.cancelled.add(request["scan"])
+                    self.scans.pop(request["scan"], None)
+                elif request["task"] == "encode":
+                    readers.submit(self._guarded, self._read, request)
+                else:
+                    answering.submit(self._guarded, self._answer, request)
+
+    def send(self, number: int, **message: Any) -> None:
+        """A message on the request of that number."""
+        with self.writing:
+            self.pipe.send({"request": number, **message})
+
+    def text(self, request: Request) -> dict[str, Any]:
+        """The score of words that the user typed."""
+        from ctclip.inference.model import asking
+
+        prompts = self.model.head().prompts  # type: ignore[attr-defined]
+        head = asking(self.model.folder, prompts, [request["text"]], self.head)
+        return of_detection(self.model.detection(self._scan(request).encoded, head, "", []))["findings"][0]  # type: ignore[no-any-return]
+
+    def similar(self, request: Request) -> dict[str, Any]:
+        """Scans and reports of the index that are nearest."""
+        if self.index is None:
+            raise CtclipError("the service was started without an index: start it with --index")
+        vector = self._embedding(request)
+        hits = {"scans": False, "reports": True}
+        return {
+            kind: self.index.similar(vector, request["count"], reports=reports)
+            .drop(columns="patient")
+            .to_dict("records")
+            for kind, reports in hits.items()
+        }
+
+    def embed(self, request: Request) -> dict[str, Any]:
+        """The unit vector of a scan."""
+        return {"embedding": self._embedding(request).tolist(), "model": self.model.folder.hash}
+
+    def _embedding(self, request: Request) -> np.ndarray:
+        embedding = self._scan(request).encoded.embedding
+        assert embedding is not None
+        vector: np.ndarray = embedding[0].float().cpu().numpy()
+        return vector
+
+    def _scan(self, request: Request) -> Scan:
+        try:
+            return self.scans[request["scan"]]
+        except KeyError:
+            raise CtclipError(
+                f"the scan is no longer in memory (the service keeps {self.settings.keep}): send it again"
+            ) from None
+
+    def _answer(self, request: Request) -> None:
+        self.send(request["request"], result=self.answers[request["task"]](request))
+
+    def _read(self, request: Request) -> None:
+        if request["scan"] in self.cancelled:
+            return
+        self.send(request["request"], stage="reading")
+        prepared: Prepared | None = None
+        warnings: list[str] = []
+        if "volume" in request:
+            voxels = self._of_store(request)
+        else:
+            prepared = self.model.prepare(request["path"], **self.settings.reading)
+            warnings = list(prepared.warnings)
+            voxels = prepared.voxels
+            write_view(prepared.scan.array, prepared.scan.affine, Path(request["view"]))
+        self.ready.put(Ready(request, voxels, prepared, warnings))
+
+    def _of_store(self, request: Request) -> np.ndarray:
+        if self.store is None:
+            raise CtclipError("the service was started without a store: start it with --store")
+        volumes = self.store.store
+        if request["volume"] not in set(self._stored()):
+            raise CtclipError(f"{request['volume'][:80]!r}: no such volume in the store")
+        along = np.diag([*volumes.spec.spacing, 1.0])
+        write_view(volumes.read(request["volume"]), along, Path(request["view"]))
+        return volumes.voxels(request["volume"])
+
+    def _stored(self) -> list[str]:
+        return [] if self.store is None else [str(name) for name in self.store.table["volume"]]
+
+    def _encode_for_ever(self) -> None:
+        while True:
+            several = [self.ready.get()]
+            while len(several) < self.settings.batch and not self.ready.empty():
+                several.append(self.ready.get())
+            several = [one for one in several if one.request["scan"] not in self.cancelled]
+            if several:
+                self._guarded_encoding(several)
+
+    def _guarded_encoding(self, several: list[Ready]) -> None:
+        for one in several:
+            self.send(one.request["request"], stage="encoding")
+        try:
+            self._encode(several)
+        except Exception as error:
+            for one in several:
+                self._fail(one.request, error)
+
+    def _encode(self, several: list[Ready]) -> None:
+        voxels = torch.from_numpy(np.stack([one.voxels for one in several]))[:, None]
+        together = self.model.encode(voxels)
+        for number, one in enumerate(several):
+            encoded = alone(together, number)
+            scan = one.request["scan"]
+            self.scans[scan] = Scan(encoded, one.prepared, one.warnings)
+            while len(self.scans) > self.settings.keep:
+                self.scans.popitem(last=False)
+            detection = self.model.detection(encoded, self.head, "", one.warnings)
+            self.send(one.request["request"], result=of_detection(detection))
+
+    def _guarded(self, deed: Callable[[Request], None], request: Request) -> None:
+        try:
+            deed(request)
+        except Exception as error:
+            self._fail(request, error)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        known = isinstance(error, CtclipError | PreprocessingError | OSError)
+        line = " ".join(str(error).split()) if known else f"an unexpected fault ({type(error).__name__})"
+        # The folder that an upload lies in is nobody's business.
+        line = line.replace(f"{request.get('folder', '')}/", "") if request.get("folder") else line
+        self.send(request["request"], refused=line[:500])
+
+
+def alone(together: Encoded, number: int) -> Encoded:
+    """One volume of a batch."""
+    part = slice(number, number + 1)
+    return together._replace(
+        tokens=together.tokens[part],
+        pooled=together.pooled[part],
+        real=None if together.real is None else together.real[part],
+        embedding=None if together.embedding is None else together.embedding[part],
+    )
+
+
+def write_view(hu: np.ndarray, affine: np.ndarray, path: Path) -> None:
+    """int16 HU [slice, row, column] with its affine to LPS+ mm, as NIfTI for a viewer: columns first, RAS+."""
+    import nibabel as nib
+
+    ras = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    whole = np.clip(np.rint(hu), -32768, 32767).astype(np.int16)
+    image = nib.Nifti1Image(whole.transpose(2, 1, 0), ras[:, [2, 1, 0, 3]])
+    image.header.set_xyzt_units("mm")
+    with igzip.open(path, "wb", compresslevel=1) as stream:
+        stream.write(image.to_bytes())
+
+
+def main(pipe: Connection, settings: Settings) -> None:
+    """The process: load, say so, serve. A model that cannot be loaded is one line to the service."""
+    import signal
+
+    # Ctrl-C reaches the whole group; the service ends this process by closing the pipe.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        if settings.index:
+            index_facts(settings.index)
+        worker = Worker(pipe, settings)
+    except (CtclipError, PreprocessingError, OSError) as error:
+        pipe.send({"request": 0, "failed": " ".join(str(error).split())})
+        return
+    worker.run()

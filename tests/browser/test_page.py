@@ -1,0 +1,184 @@
+"""The page of `ctclip serve` in a real browser, as its users use it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.test_serve import Served
+
+WAIT = 60_000
+
+
+@pytest.fixture
+def page(browser: Any, looked_at: Served) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 1400, "height": 900}, accept_downloads=True)
+    made = context.new_page()
+    made.faults = []
+    made.elsewhere = []
+    made.on("pageerror", lambda error: made.faults.append(str(error)))
+    made.on("console", lambda message: made.faults.append(message.text) if message.type == "error" else None)
+    made.on("request", lambda request: None if request.url.startswith((looked_at.address, "blob:", "data:")) else made.elsewhere.append(request.url))  # fmt: skip
+    made.goto(looked_at.address)
+    yield made
+    assert made.elsewhere == []
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def scan(cohort: Path) -> Path:
+    return sorted((cohort / "dataset").rglob("*.nii.gz"))[0]
+
+
+def send(page: Any, scan: Path) -> None:
+    page.set_input_files("#files", scan)
+    page.wait_for_selector("#findings tbody tr", timeout=WAIT)
+    page.wait_for_selector("#viewer:not([hidden])", timeout=WAIT)
+    page.wait_for_function("$('place').textContent !== '' || document.querySelector('#work').hidden", timeout=WAIT)
+
+
+def bright_pixels(page: Any) -> int:
+    """Pixels of the canvas that are neither black nor nearly so."""
+    return page.evaluate("""() => new Promise((done) => {
+        const image = new Image();
+        image.onload = () => {
+            const copy = document.createElement("canvas");
+            [copy.width, copy.height] = [image.width, image.height];
+            const context = copy.getContext("2d");
+            context.drawImage(image, 0, 0);
+            const values = context.getImageData(0, 0, copy.width, copy.height).data;
+            let count = 0;
+            for (let i = 0; i < values.length; i += 4) if (values[i] > 60) count++;
+            done(count);
+        };
+        image.src = viewer.picture();
+    })""")
+
+
+def test_a_scan_is_sent_scored_and_drawn(page: Any, scan: Path) -> None:
+    send(page, scan)
+    assert page.locator("#findings tbody tr:not(.apart)").count() == 18
+    assert "not for diagnosis" in page.inner_text("#notice")
+    assert "synthetic" in page.inner_text("#notice")
+    assert bright_pixels(page) > 5000
+    assert page.faults == []
+
+
+def test_keys_move_and_windows_change(page: Any, scan: Path) -> None:
+    send(page, scan)
+    before = page.evaluate("viewer.at()")
+    page.focus("#canvas")
+    page.keyboard.press("PageUp")
+    after = page.evaluate("viewer.at()")
+    assert after[2] > before[2]
+    assert after[:2] == pytest.approx(before[:2], abs=1e-3)
+    lung = bright_pixels(page)
+    page.keyboard.press("3")
+    assert page.input_value("#window") == "-450,1050"
+    assert bright_pixels(page) != lung
+    page.keyboard.press("a")
+    assert page.get_attribute("[data-plane=axial]", "aria-pressed") == "true"
+
+
+def test_the_position_is_that_of_the_scan(page: Any, scan: Path) -> None:
+    """A point in RAS mm is where nibabel says it is: its HU are those of the file."""
+    import nibabel as nib
+    import numpy as np
+
+    send(page, scan)
+    image = nib.load(scan)
+    index = np.array(image.shape) // 3
+    point = (image.affine @ [*index, 1])[:3]
+    page.evaluate(f"viewer.to({point.tolist()})")
+    said = page.inner_text("#place")
+    expected = float(image.get_fdata()[tuple(index)])
+    assert abs(float(re.match(r"(-?\d+) HU", said)[1]) - expected) <= 1
+    r, a, s = (float(re.search(rf"{axis} (-?[\d.]+)", said)[1]) for axis in "RAS")
+    assert (-r, a, s) == pytest.approx(tuple(point), abs=0.06)
+
+
+def test_free_text_is_scored(page: Any, scan: Path) -> None:
+    send(page, scan)
+    page.fill("#text", "a cyst in the left kidney")
+    page.press("#text", "Enter")
+    page.wait_for_selector("#asked tr", timeout=WAIT)
+    assert "a cyst in the left kidney" in page.inner_text("#asked")
+
+
+def test_a_stored_volume_and_its_neighbours(page: Any, looked_at: Served) -> None:
+    volume = looked_at.client.get("/v1/models").json()["stored"][0]
+    page.wait_for_selector("#stored:not([hidden])", timeout=WAIT)
+    page.fill("#volume", volume)
+    page.press("#volume", "Tab")
+    page.wait_for_selector("#scans li", timeout=WAIT)
+    assert volume.rsplit("_", 1)[0] in page.inner_text("#scans li >> nth=0")
+    assert page.locator("#reports li").count() > 0
+
+
+def test_findings_are_saved(page: Any, scan: Path, tmp_path: Path) -> None:
+    send(page, scan)
+    with page.expect_download() as download:
+        page.click("[data-save='findings.csv']")
+    download.value.save_as(tmp_path / "findings.csv")
+    lines = (tmp_path / "findings.csv").read_text().strip().splitlines()
+    assert lines[0].startswith("finding,probability")
+    assert len(lines) == 19
+
+
+def test_a_bad_file_is_one_line(page: Any, tmp_path: Path) -> None:
+    (tmp_path / "bad.nii.gz").write_bytes(b"no scan")
+    page.set_input_files("#files", tmp_path / "bad.nii.gz")
+    page.wait_for_selector("#reason:not([hidden])", timeout=WAIT)
+    assert "bad.nii.gz" in page.inner_text("#reason")
+    assert page.is_hidden("#work")
+
+
+def test_two_users_at_once_see_their_own(browser: Any, looked_at: Served, cohort: Path) -> None:
+    scans = sorted((cohort / "dataset").rglob("*.nii.gz"))[1:3]
+    contexts = [browser.new_context() for _ in scans]
+    pages = [context.new_page() for context in contexts]
+    for one in pages:
+        one.goto(looked_at.address)
+    for one, path in zip(pages, scans, strict=True):
+        one.set_input_files("#files", path)
+    for one, path in zip(pages, scans, strict=True):
+        one.wait_for_selector("#findings tbody tr", timeout=WAIT)
+        answer = looked_at.client.post("/v1/detect", files={"scan": (path.name, path.read_bytes())}).json()
+        first = answer["findings"][0]
+        assert first["name"] in one.inner_text("#findings tbody tr >> nth=0")
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone(browser: Any, looked_at: Served, scan: Path, scheme: str) -> None:
+    context = browser.new_context(
+        viewport={"width": 390, "height": 844}, color_scheme=scheme, has_touch=True, is_mobile=True
+    )
+    page = context.new_page()
+    page.goto(looked_at.address)
+    send(page, scan)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = sum(map(int, re.findall(r"\d+", background)[:3])) / 3
+    assert (brightness > 200) == (scheme == "light")
+    context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_serious_fault_of_accessibility(browser: Any, looked_at: Served, scan: Path, scheme: str) -> None:
+    axe = Path(__file__).with_name("axe.min.js")
+    context = browser.new_context(viewport={"width": 1400, "height": 900}, color_scheme=scheme, bypass_csp=True)
+    page = context.new_page()
+    page.goto(looked_at.address)
+    send(page, scan)
+    page.add_script_tag(path=axe)
+    faults = page.evaluate("async () => (await axe.run()).violations")
+    serious = [fault for fault in faults if fault["impact"] in ("serious", "critical")]
+    assert serious == [], json.dumps([[fault["id"], [node["html"][:80] for node in fault["nodes"]]] for fault in serious])
+    context.close()
