@@ -9,7 +9,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Body, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
@@ -23,6 +23,7 @@ from ctclip.serve.service import ENDED, Refused, Scan, Service, Unavailable, Unk
 from ctclip.serve.settings import Settings
 from ctclip.serve.uploads import BadUpload, TooLarge, receive
 
+Method = Literal["similarity", "gradcam", "attention", "occlusion"]
 STATIC = Path(__file__).with_name("static")
 STATUS: dict[type[Exception], int] = {Refused: 422, Unavailable: 503, Unknown: 404, BadUpload: 400, TooLarge: 413}
 UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
@@ -32,6 +33,7 @@ UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {
                  "description": "A volume file, a zip, the files of a DICOM series, or a header with its data file."},
         "volume": {"type": "string", "description": "A volume of the service's store instead."},
         "text": {"type": "string", "description": "/v1/detect: score these words instead of the model's own findings."},
+        "finding": {"type": "string", "description": "/v1/explain: the finding, or any words, to locate."},
         "count": {"type": "integer", "description": "/v1/similar: how many scans and reports."},
     }}}}}}  # fmt: skip
 
@@ -165,6 +167,21 @@ def _add_scans(app: FastAPI, service: Service) -> None:
         answer: dict[str, Any] = await service.ask(service.get(name), "text", text=text)
         return answer
 
+    @app.get("/v1/scans/{name}/explain")
+    async def explain(name: str, finding: str, method: Method = "similarity") -> dict[str, Any]:
+        """Where a finding, or any words, are seen: peak and size in mm, side. The map is at `map.nii.gz` afterwards."""
+        scan = service.get(name)
+        answer: dict[str, Any] = await service.ask(scan, "explain", finding=finding[:500], method=method, map=str(scan.map_of(finding)))  # fmt: skip
+        return answer
+
+    @app.get("/v1/scans/{name}/map.nii.gz")
+    async def heat(name: str, finding: str) -> FileResponse:
+        """The map that `explain` has made, on the grid of the scan's own file."""
+        path = service.get(name).map_of(finding)
+        if not path.is_file():
+            raise Unknown("no map of this finding: ask /v1/scans/{scan}/explain for it first")
+        return FileResponse(path, media_type="application/gzip", filename="map.nii.gz")
+
     @app.get("/v1/scans/{name}/similar")
     async def similar(name: str, count: int = 5) -> dict[str, Any]:
         """The nearest scans and reports of the index."""
@@ -181,11 +198,14 @@ def _add_one_call(app: FastAPI, service: Service) -> None:
             await service.wait(scan)
             if task == "detect" and "text" not in fields:
                 return scan.facts()
-            given: dict[str, Any] = {"text": {"text": fields.get("text")}, "similar": {"count": _count(fields)}}.get(
-                "text" if task == "detect" else task, {}
-            )
-            found: dict[str, Any] = await service.ask(scan, "text" if task == "detect" else task, **given)
-            return found
+            question = "text" if task == "detect" else task
+            given: dict[str, dict[str, Any]] = {
+                "text": {"text": fields.get("text")},
+                "similar": {"count": _count(fields)},
+                "explain": {"finding": fields.get("finding", ""), "method": "similarity", "map": str(scan.map_of(""))},
+            }
+            said: dict[str, Any] = await service.ask(scan, question, **given.get(question, {}))
+            return said
         finally:
             service.remove(scan)
 
@@ -193,6 +213,11 @@ def _add_one_call(app: FastAPI, service: Service) -> None:
     async def detect(request: Request) -> dict[str, Any]:
         """Findings of one scan."""
         return await answer(request, "detect")
+
+    @app.post("/v1/explain", openapi_extra=UPLOAD)
+    async def explain(request: Request) -> dict[str, Any]:
+        """Where a finding (the field `finding`) is seen in one scan."""
+        return await answer(request, "explain")
 
     @app.post("/v1/embed", openapi_extra=UPLOAD)
     async def embed(request: Request) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import multiprocessing
 import secrets
@@ -61,6 +62,10 @@ class Scan:
     def view(self) -> Path:
         """The volume for a viewer: HU on the scan's own grid."""
         return self.folder / "view.nii.gz"
+
+    def map_of(self, finding: str) -> Path:
+        """Where the map of a finding lies; the name says nothing of it."""
+        return self.folder / f"map-{hashlib.sha256(finding.encode()).hexdigest()[:16]}.nii.gz"
 
     def facts(self) -> dict[str, Any]:
         """What is told of it."""

@@ -21,13 +21,17 @@ import torch
 from isal import igzip
 
 from ctclip.errors import CtclipError
+from ctclip.explanation.explain import explain, write_nifti
+from ctclip.heads.head import Head
+from ctclip.heads.prompts import PromptHead
 from ctclip.inference.index import Index, index_facts
-from ctclip.inference.model import Model, load
+from ctclip.inference.model import Model, asking, load
 from ctclip.inference.scans import StoredScans
 from ctclip.models.encoded import Encoded
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.pipeline import Prepared
 from ctclip.preprocessing.store import VolumeStore
+from ctclip.preprocessing.volume import FileGrid, Volume
 from ctclip.serve.findings import of_detection, of_model
 from ctclip.serve.settings import Settings
 
@@ -37,11 +41,10 @@ READERS = 2
 
 @dataclass
 class Scan:
-    """A scan in memory: what it was encoded to, and, unless it came from a store, what it was prepared from."""
+    """A scan in memory: what it was encoded to, and what it was prepared from."""
 
     encoded: Encoded
-    prepared: Prepared | None
-    warnings: list[str]
+    prepared: Prepared
 
 
 @dataclass
@@ -49,9 +52,7 @@ class Ready:
     """A scan that was read and waits to be encoded."""
 
     request: Request
-    voxels: np.ndarray
-    prepared: Prepared | None
-    warnings: list[str]
+    prepared: Prepared
 
 
 class Worker:
@@ -68,7 +69,7 @@ class Worker:
         self.cancelled: set[str] = set()
         self.ready: queue.Queue[Ready] = queue.Queue(maxsize=2 * settings.batch)
         self.answers: dict[str, Callable[[Request], Any]] = {
-            "text": self.text, "similar": self.similar, "embed": self.embed,
+            "text": self.text, "similar": self.similar, "embed": self.embed, "explain": self.explain,
         }  # fmt: skip
 
     def run(self) -> None:
@@ -98,11 +99,32 @@ class Worker:
 
     def text(self, request: Request) -> dict[str, Any]:
         """The score of words that the user typed."""
-        from ctclip.inference.model import asking
+        detection = self.model.detection(self._scan(request).encoded, self._head_for(request["text"]), "")
+        return of_detection(detection)["findings"][0]  # type: ignore[no-any-return]
 
-        prompts = self.model.head().prompts  # type: ignore[attr-defined]
-        head = asking(self.model.folder, prompts, [request["text"]], self.head)
-        return of_detection(self.model.detection(self._scan(request).encoded, head, "", []))["findings"][0]  # type: ignore[no-any-return]
+    def explain(self, request: Request) -> dict[str, Any]:
+        """Where a finding, or any words, are seen: the peak; the map is written for the viewer."""
+        prepared, finding = self._scan(request).prepared, request["finding"]
+        head = self.head if finding in self.head.names else self._head_for(finding)
+        explanation = explain(
+            self.model.dual, head, prepared, [head.names[0] if finding not in head.names else finding],
+            scan="", model_hash=self.model.folder.hash, by=request["method"],
+        )  # fmt: skip
+        place = next(iter(explanation.places.values()))
+        values = place.map()
+        write_map(Path(request["map"]), values, prepared.file_grid, place.finding)
+        return place.facts() | {
+            "level": place.level * place.height,
+            "height": place.height,
+            "seconds": explanation.seconds,
+        }
+
+    def _head_for(self, words: str) -> Head:
+        """One that scores ``words``, by the model's prompts."""
+        known = self.model.head()
+        if not isinstance(known, PromptHead):
+            raise CtclipError("this model has no prompts to ask with")
+        return asking(self.model.folder, known.prompts, [words], known)
 
     def similar(self, request: Request) -> dict[str, Any]:
         """Scans and reports of the index that are nearest."""
@@ -142,26 +164,21 @@ class Worker:
         if request["scan"] in self.cancelled:
             return
         self.send(request["request"], stage="reading")
-        prepared: Prepared | None = None
-        warnings: list[str] = []
         if "volume" in request:
-            voxels = self._of_store(request)
+            prepared = self._of_store(request)
         else:
             prepared = self.model.prepare(request["path"], **self.settings.reading)
-            warnings = list(prepared.warnings)
-            voxels = prepared.voxels
-            write_view(prepared.scan.array, prepared.scan.affine, Path(request["view"]))
-        self.ready.put(Ready(request, voxels, prepared, warnings))
+            _ = prepared.voxels
+        write_view(prepared.scan.array, prepared.scan.affine, Path(request["view"]))
+        self.ready.put(Ready(request, prepared))
 
-    def _of_store(self, request: Request) -> np.ndarray:
+    def _of_store(self, request: Request) -> Prepared:
         if self.store is None:
             raise CtclipError("the service was started without a store: start it with --store")
-        volumes = self.store.store
-        if request["volume"] not in set(self._stored()):
-            raise CtclipError(f"{request['volume'][:80]!r}: no such volume in the store")
-        along = np.diag([*volumes.spec.spacing, 1.0])
-        write_view(volumes.read(request["volume"]), along, Path(request["view"]))
-        return volumes.voxels(request["volume"])
+        volumes, name = self.store.store, request["volume"]
+        if name not in set(self._stored()):
+            raise CtclipError(f"{name[:80]!r}: no such volume in the store")
+        return stored(volumes, name)
 
     def _stored(self) -> list[str]:
         return [] if self.store is None else [str(name) for name in self.store.table["volume"]]
@@ -185,15 +202,15 @@ class Worker:
                 self._fail(one.request, error)
 
     def _encode(self, several: list[Ready]) -> None:
-        voxels = torch.from_numpy(np.stack([one.voxels for one in several]))[:, None]
+        voxels = torch.from_numpy(np.stack([one.prepared.voxels for one in several]))[:, None]
         together = self.model.encode(voxels)
         for number, one in enumerate(several):
             encoded = alone(together, number)
             scan = one.request["scan"]
-            self.scans[scan] = Scan(encoded, one.prepared, one.warnings)
+            self.scans[scan] = Scan(encoded, one.prepared)
             while len(self.scans) > self.settings.keep:
                 self.scans.popitem(last=False)
-            detection = self.model.detection(encoded, self.head, "", one.warnings)
+            detection = self.model.detection(encoded, self.head, "", one.prepared.warnings)
             self.send(one.request["request"], result=of_detection(detection))
 
     def _guarded(self, deed: Callable[[Request], None], request: Request) -> None:
@@ -221,6 +238,19 @@ def alone(together: Encoded, number: int) -> Encoded:
     )
 
 
+def stored(store: VolumeStore, name: str) -> Prepared:
+    """A volume of a store as if it had just been prepared, on the store's own grid: where it lay in its scan is not kept."""
+    hu, spec = store.read(name), store.spec
+    if spec.published_geometry:
+        hu = hu.transpose(0, 2, 1)
+    affine = np.diag([*spec.spacing, 1.0])
+    volume = Volume(np.ascontiguousarray(hu), affine, name)
+    prepared = Prepared(volume, spec, affine[:, [0, 2, 1, 3]] if spec.published_geometry else affine, FileGrid.of(hu.shape, affine, False))  # fmt: skip
+    # Not resampled a second time.
+    prepared.__dict__["voxels"] = store.voxels(name)
+    return prepared
+
+
 def write_view(hu: np.ndarray, affine: np.ndarray, path: Path) -> None:
     """int16 HU [slice, row, column] with its affine to LPS+ mm, as NIfTI for a viewer: columns first, RAS+."""
     import nibabel as nib
@@ -231,6 +261,13 @@ def write_view(hu: np.ndarray, affine: np.ndarray, path: Path) -> None:
     image.header.set_xyzt_units("mm")
     with igzip.open(path, "wb", compresslevel=1) as stream:
         stream.write(image.to_bytes())
+
+
+def write_map(path: Path, values: np.ndarray, grid: FileGrid, finding: str) -> None:
+    """A map on the file's grid as 255 steps from 0 to its highest value."""
+    top = float(values.max()) or 1.0
+    steps = np.rint(np.clip(values, 0, None) * (255 / top)).astype(np.uint8)
+    write_nifti(path, steps, grid, {"finding": finding}, slope=top / 255)
 
 
 def main(pipe: Connection, settings: Settings) -> None:

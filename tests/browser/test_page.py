@@ -180,5 +180,7 @@ def test_no_serious_fault_of_accessibility(browser: Any, looked_at: Served, scan
     page.add_script_tag(path=axe)
     faults = page.evaluate("async () => (await axe.run()).violations")
     serious = [fault for fault in faults if fault["impact"] in ("serious", "critical")]
-    assert serious == [], json.dumps([[fault["id"], [node["html"][:80] for node in fault["nodes"]]] for fault in serious])
+    assert serious == [], json.dumps(
+        [[fault["id"], [node["html"][:80] for node in fault["nodes"]]] for fault in serious]
+    )
     context.close()

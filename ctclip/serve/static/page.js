@@ -148,6 +148,7 @@ async function showScan() {
   $("viewer").hidden = false;
   started ??= viewer.start($("canvas"), place);
   await started;
+  $("clear").click();
   await viewer.show(buffer);
   setWindow();
 }
@@ -167,8 +168,10 @@ async function where(name, button) {
     button.disabled = true;
     const facts = await (await call(`/v1/scans/${scan}/explain?finding=${encodeURIComponent(name)}`)).json();
     const map = await (await call(`/v1/scans/${scan}/map.nii.gz?finding=${encodeURIComponent(name)}`)).arrayBuffer();
-    await viewer.overlay(map, facts.low, facts.high);
-    viewer.to(facts.peak_ras);
+    await viewer.overlay(map, facts.level, facts.height);
+    viewer.to(facts.peak_mm_ras);
+    const across = [facts.size_mm_right_left, facts.size_mm_front_back, facts.size_mm_foot_head].map((mm) => mm.toFixed(0)).join(" × ");
+    $("mapped").textContent = `${facts.finding}: ${facts.side ? `${facts.side}, ` : ""}region of ${across} mm about the peak. A map shows what moved the score, which need not be the finding.`;
     $("clear").hidden = false;
     $("canvas").focus();
   } catch (error) { refuse(error); } finally { button.disabled = false; }
@@ -225,7 +228,7 @@ $("drop").ondrop = async (event) => {
 $("cancel").onclick = () => { if (scan) forget(); else if (sending) sending.abort(); };
 $("window").onchange = setWindow;
 $("ruler").onclick = () => { const on = $("ruler").getAttribute("aria-pressed") !== "true"; $("ruler").setAttribute("aria-pressed", on); viewer.ruler(on); };
-$("clear").onclick = () => { viewer.overlay(null); $("clear").hidden = true; };
+$("clear").onclick = () => { viewer.overlay(null); $("clear").hidden = true; $("mapped").textContent = ""; };
 $("print").onclick = () => { $("picture").src = viewer.picture(); $("picture").onload = () => window.print(); };
 $("remove").onclick = async () => { await forget(); $("results").hidden = $("viewer").hidden = true; $("warnings").replaceChildren(); };
 for (const button of document.querySelectorAll("[data-save]")) button.onclick = () => save(button.dataset.save).catch(refuse);

@@ -30,7 +30,7 @@ const viewer = (() => {
   // A map over the scan, or none.
   async function overlay(buffer, low, high) {
     while (nv.volumes.length > 1) nv.removeVolumeByIndex(1);
-    if (!buffer) return nv.updateGLVolume();
+    if (!buffer) return nv.volumes.length && nv.updateGLVolume();
     await nv.loadFromArrayBuffer(buffer, "map.nii.gz");
     const map = nv.volumes[1];
     map.colormap = "inferno"; map.opacity = 0.45; map.cal_min = low; map.cal_max = high;
