@@ -102,6 +102,23 @@ def test_the_position_is_that_of_the_scan(page: Any, scan: Path) -> None:
     assert (-r, a, s) == pytest.approx(tuple(point), abs=0.06)
 
 
+def test_a_click_flies_to_the_peak_and_lays_the_map_over_the_scan(page: Any, scan: Path, looked_at: Served) -> None:
+    send(page, scan)
+    name = page.evaluate("scan")
+    finding = page.inner_text("#findings .name >> nth=2")
+    plain = page.evaluate("viewer.picture()")
+    page.click("#findings .name >> nth=2")
+    page.wait_for_selector("#clear:not([hidden])", timeout=WAIT)
+    facts = looked_at.client.get(f"/v1/scans/{name}/explain", params={"finding": finding}).json()
+    # The viewer stands on voxels.
+    spacing = 8
+    assert page.evaluate("viewer.at()") == pytest.approx(facts["peak_mm_ras"], abs=spacing)
+    assert finding in page.inner_text("#mapped")
+    assert page.evaluate("viewer.picture()") != plain
+    page.click("#clear")
+    assert page.inner_text("#mapped") == ""
+
+
 def test_free_text_is_scored(page: Any, scan: Path) -> None:
     send(page, scan)
     page.fill("#text", "a cyst in the left kidney")

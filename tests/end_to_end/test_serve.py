@@ -121,10 +121,34 @@ def test_a_scan_that_is_kept(served: Served, store: Path, scans: list[Path], tmp
     assert served.uploads() == []
 
 
+def test_where_a_finding_is_seen(served: Served, model: Path, scans: list[Path], tmp_path: Path) -> None:
+    import nibabel as nib
+
+    place = ctclip.load(model).explain(scans[0], "Pleural effusion")["Pleural effusion"]
+    name = served.client.post("/v1/scans", files=sent(scans[0])).json()["scan"]
+    finding = {"finding": "Pleural effusion"}
+    assert served.client.get(f"/v1/scans/{name}/map.nii.gz", params=finding).status_code == 404
+    answer = served.client.get(f"/v1/scans/{name}/explain", params=finding).json()
+    assert answer["peak_mm_ras"] == pytest.approx(place.peak_ras, abs=0.11)
+    (tmp_path / "map.nii.gz").write_bytes(served.client.get(f"/v1/scans/{name}/map.nii.gz", params=finding).content)
+    heat = nib.load(tmp_path / "map.nii.gz")
+    np.testing.assert_allclose(heat.affine, nib.load(scans[0]).affine, atol=1e-3)
+    np.testing.assert_allclose(
+        heat.get_fdata(), np.clip(place.map(), 0, None).transpose(2, 1, 0), atol=float(place.map().max()) / 200
+    )
+    once = served.client.post("/v1/explain", files=sent(scans[0]), data=finding).json()
+    assert once["peak_mm_ras"] == answer["peak_mm_ras"]
+    words = served.client.get(f"/v1/scans/{name}/explain", params={"finding": "a cyst in the left kidney"}).json()
+    assert words["finding"] == "a cyst in the left kidney"
+    served.client.delete(f"/v1/scans/{name}")
+
+
 def test_a_stored_volume(served: Served) -> None:
     volume = served.client.get("/v1/models").json()["stored"][0]
     name = served.client.post("/v1/scans", files={"volume": (None, volume)}).json()["scan"]
     assert '"stage": "done"' in served.client.get(f"/v1/scans/{name}/events").text
+    place = served.client.get(f"/v1/scans/{name}/explain", params={"finding": "Pleural effusion"}).json()
+    assert len(place["peak_mm_ras"]) == 3
     answer = served.client.post("/v1/detect", files={"volume": (None, "../../etc/passwd")})
     assert answer.status_code == 422
     assert "no such volume" in answer.json()["detail"]
