@@ -31,11 +31,17 @@ def run(settings: Settings, host: str, port: int, certificate: Path | None, key:
     print(
         f"serving on {scheme}://{host}:{listening.getsockname()[1]} (research software, not for diagnosis)", flush=True
     )
+    app = make_app(settings)
     config = uvicorn.Config(
-        make_app(settings), log_level="warning", access_log=False, timeout_graceful_shutdown=5,
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=5,
         ssl_certfile=certificate, ssl_keyfile=key, h11_max_incomplete_event_size=1 << 16,
     )  # fmt: skip
-    uvicorn.Server(config).run(sockets=[listening])
+    server = uvicorn.Server(config)
+    client = app.state.service.client
+    client.when_failed = lambda: setattr(server, "should_exit", True)
+    server.run(sockets=[listening])
+    if client.failed:
+        raise DataError(client.failed)
 
 
 def _socket(host: str, port: int) -> socket.socket:

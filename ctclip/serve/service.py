@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -91,6 +92,7 @@ class Client:
         self.pipe: Connection | None = None
         self.started = asyncio.Event()
         self.stopping = False
+        self.when_failed: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         """Begin to load the model; ``started`` is set when it is there, or cannot be loaded (``failed``)."""
@@ -159,6 +161,7 @@ class Client:
         elif "failed" in message:
             self.failed = message["failed"]
             self.started.set()
+            self.when_failed()
         elif message["request"] in self.waiting:
             self.waiting[message["request"]].put_nowait(message)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -149,6 +151,7 @@ def test_a_stored_volume(served: Served) -> None:
     assert '"stage": "done"' in served.client.get(f"/v1/scans/{name}/events").text
     place = served.client.get(f"/v1/scans/{name}/explain", params={"finding": "Pleural effusion"}).json()
     assert len(place["peak_mm_ras"]) == 3
+    served.client.delete(f"/v1/scans/{name}")
     answer = served.client.post("/v1/detect", files={"volume": (None, "../../etc/passwd")})
     assert answer.status_code == 422
     assert "no such volume" in answer.json()["detail"]
@@ -167,8 +170,17 @@ def test_bad_scans_are_one_line(served: Served, tmp_path: Path) -> None:
 
 
 def test_an_upload_beyond_the_limit_is_refused_before_it_is_stored(served: Served) -> None:
-    request = served.client.build_request("POST", "/v1/detect", headers={"content-length": "4000000000"}, content=b"")
-    assert served.client.send(request).status_code == 413
+    address = served.client.base_url
+    with socket.create_connection((address.host, address.port), 30) as connection:
+        head = f"POST /v1/detect HTTP/1.1\r\nHost: {address.host}\r\nContent-Length: 4000000000\r\n"
+        connection.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 413")
+    assert served.uploads() == []
+    # Without a stated length, at the limit.
+    body = (bytes(1_000_000) for _ in range(60))
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    with contextlib.suppress(httpx.WriteError):
+        assert served.client.post("/v1/detect", content=body, headers=kind).status_code in (400, 413)
     assert served.uploads() == []
 
 
