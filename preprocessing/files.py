@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -55,6 +56,15 @@ def written_beside(
             os.replace(partial, final)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sweep(path: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left of ``path`` beside it. For who holds its lock: nobody else is writing it."""
+    final = Path(path)
+    left = re.compile(rf"\.{re.escape(final.name[:60])}\.[a-z0-9_]{{8}}\.partial(\.\w+)*")
+    for beside in final.parent.iterdir() if final.parent.is_dir() else ():
+        if left.fullmatch(beside.name) and kind_of(beside) == "a file":
+            beside.unlink(missing_ok=True)
 
 
 def _put_once(partial: Path, final: Path) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ctclip.preprocessing.errors import PreprocessingError
-from ctclip.preprocessing.files import kind_of, refuse_special, write_text
+from ctclip.preprocessing.files import kind_of, refuse_special, sweep, write_text
 
 LOCK, RUN = ".lock", "run.json"
 HOLDER = b"process "
@@ -132,6 +132,8 @@ def claimed_folder(
     with contextlib.closing(claim_folder(folder)):
         # Again: another command may have ended in between.
         check_run(folder, command, key, tables, is_ours, force=force)
+        for name in (*tables, RUN):
+            sweep(folder / name)
         write_text(folder / RUN, json.dumps({"runs": {**_runs(folder), command: key}}, indent=2))
         yield
 
@@ -162,6 +164,7 @@ def claimed_file(path: str | os.PathLike[str]) -> Iterator[None]:
     lock = final.with_name(f".{final.name[:200]}.lock")
     stream = _lock(lock, f"{path}: another command is writing it ({{holder}}); wait for it, or choose another --output")
     try:
+        sweep(final)
         yield
     finally:
         lock.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from ctclip.models.folder import save_model
 from ctclip.preprocessing.cohorts import COLUMNS
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import write_text
-from ctclip.preprocessing.outputs import claim_folder, put_in_place
+from ctclip.preprocessing.outputs import claim_folder, claimed_file, claimed_folder, put_in_place
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.prompts import load_prompts
@@ -440,3 +440,20 @@ def test_a_folder_that_another_command_puts_in_place_stays(
     assert (tmp_path / "partial" / "which").read_text() == "partial"
     assert (tmp_path / ("gone" if moment == "while it steps aside" else "final") / "which").read_text() == "theirs"
     assert not list(tmp_path.glob("*.replaced/final"))
+
+
+def test_what_a_killed_command_left_is_removed_by_who_holds_the_lock(tmp_path: Path) -> None:
+    left = [tmp_path / ".e.parquet.a1b2c3d_.partial", tmp_path / ".run.json.12345678.partial"]
+    mine = [
+        tmp_path / name
+        for name in (".e.parquet.partial", ".other.parquet.a1b2c3d4.partial", "e.parquet.a1b2c3d4.partial")
+    ]
+    for path in (*left, *mine):
+        path.write_text("x")
+    (tmp_path / ".e.parquet.abcdefgh.partial").mkdir()
+    with claimed_file(tmp_path / "e.parquet"):
+        assert not left[0].exists()
+    with claimed_folder(tmp_path, "x", "key", ["rows.parquet"], lambda _: True):
+        assert not left[1].exists()
+    assert all(path.exists() for path in mine)
+    assert (tmp_path / ".e.parquet.abcdefgh.partial").is_dir()
