@@ -115,13 +115,13 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
     learned = bool(checkpoints.found())
     cohorts: list[Cohort] = []
     distributed.on_main(lambda: cohorts.append(open_cohort(output, data, learned=learned, force=force)))
+    first, resumed = checkpoints.newest()
     torch.manual_seed(config.seed)
-    model, begins = build_run_model(config, output, data, labels)
+    model, begins = build_run_model(config, output, data, labels, resumed=bool(resumed))
     if begins:
         warn(begins)
     step = TrainingStep(Context(model, labels, prompts), config.objectives)
     distributed.on_main(lambda: write_trained_on(output, describe_training(config, data, cohorts[0], labels)))
-    first, resumed = checkpoints.newest()
     if resumed:
         state.check_fits(step, resumed, checkpoints.folder)
     # What cannot be shared among ranks or cut into parts is said before the warm-up, not after it.

@@ -75,12 +75,13 @@ def prompted_names(prompts: PromptSet, labels: LabelSet | None) -> tuple[str, ..
 
 
 def build_run_model(
-    config: Config, output: Path, data: StoredVolumes, labels: LabelSet | None
+    config: Config, output: Path, data: StoredVolumes, labels: LabelSet | None, *, resumed: bool
 ) -> tuple[DualEncoder, str]:
-    """The model of a run, and where its weights begin, in words. A run that began before is built from its own folder
-    alone: the pretrained folders it came from are not needed again. A collective."""
+    """The model of a run, and where its weights begin, in words. A run that is ``resumed`` from a checkpoint is built from
+    its own folder alone: the pretrained folders it came from are not needed again. One that was stopped before its first
+    checkpoint begins again as it began before. A collective."""
     kept = output / ARCHITECTURE
-    if distributed.broadcast_json((kept / "config.yaml").is_file()):
+    if distributed.broadcast_json(resumed and (kept / "config.yaml").is_file()):
         model, begins = read_architecture(kept, lambda own: _as_configured(own, config.model), data.spec).model, ""
     elif config.model.init is not None:
         model, begins = _from_folder(config.model, data.spec)

@@ -136,7 +136,7 @@ def cases(work: Path) -> list[Case]:
         case("quality", store, "--output", "OUT/q.html", other=[store, "--output", "OUT/q.html", "--split", "valid"]),
         case("train", "--config", "phantom_tiny", "--store", store, "--output", "OUT/r", *tiny, "training.epochs=1",
              other=["--config", "phantom_tiny", "--store", store, "--output", "OUT/r", *tiny, "training.epochs=1", "seed=1"]),
-        case("export", run, "--output", "OUT/m", other=[run, "--output", "OUT/m", "--checkpoint", "2"]),
+        case("export", run, "--output", "OUT/m"),
         case("import-checkpoint", PUBLISHED / "checkpoint.pt", "--text", text, "--output", "OUT/m"),
         case("zero-shot", *used, "--output", "OUT/p", "--batch", 1, "--reports",
              other=[*used, "--output", "OUT/p", "--batch", 1, "--split", "valid"]),
