@@ -12,6 +12,7 @@ from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expecte
 
 class By(StrEnum):
     similarity = "similarity"
+    contribution = "contribution"
     occlusion = "occlusion"
     gradcam = "gradcam"
     attention = "attention"
@@ -29,7 +30,8 @@ def explain(
     head: str = typer.Option(None, help="The head of the model to explain. Default: prompts."),
     method: By = typer.Option(
         By.similarity,
-        help="similarity: the score of each place by itself; occlusion: how the score falls when a place is hidden, "
+        help="similarity: the score of each place by itself; contribution: what a place adds to the score; "
+        "occlusion: how the score falls when a place is hidden, "
         "slow, works with every model; gradcam; attention: for transformers.",
     ),
     level: float = typer.Option(

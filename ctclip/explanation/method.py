@@ -20,6 +20,7 @@ from ctclip.models.encoded import Encoded, Evidence
 # One line registers a method; its file says whose it is.
 METHODS = {
     "similarity": "Similarity",
+    "contribution": "Contribution",
     "occlusion": "Occlusion",
     "gradcam": "GradCAM",
     "attention": "Attention",
