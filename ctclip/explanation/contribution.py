@@ -2,8 +2,7 @@
 
 Gradient times input (Shrikumar et al. 2016; Ancona et al. 2018, section 3.2), taken where the pooled vector is made and not
 at the voxels: for mean pooling it is a place's exact share of the score, for the largest of a channel all of the share is
-the place's that holds it. Shares of all grids are added up on the finest, and those within ``REACH_MM`` of each other count
-together: of a large finding one channel is largest here and another there.
+the place's that holds it. Shares of all grids are added up on the finest.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ import torch
 from ctclip.explanation.method import Maps, Method, Subject, gradients
 from ctclip.explanation.space import resample
 
-REACH_MM = 16.0
-
 
 class Contribution(Method):
     """One encoding, and for each finding one gradient of the pooling."""
@@ -23,8 +20,6 @@ class Contribution(Method):
     name = "contribution"
 
     def maps(self, subject: Subject) -> Maps:
-        from scipy import ndimage
-
         evidence = subject.evidence()
         with torch.enable_grad():
             features = [level.features.detach().clone().requires_grad_() for level in evidence.levels]
@@ -32,7 +27,6 @@ class Contribution(Method):
             scores = subject.scores(evidence.encoded._replace(tokens=features[0], pooled=pooled))
             slopes = gradients(subject, scores, features)
         finest = max(evidence.levels, key=lambda level: int(np.prod(level.grid)))
-        reach = [REACH_MM / mm if extent > 1 else 0.0 for mm, extent in zip(np.diag(finest.affine), finest.grid, strict=False)]  # fmt: skip
         total = np.zeros((len(subject.findings), *finest.grid), np.float32)
         for finding, gradient in enumerate(slopes):
             for level, slope in zip(evidence.levels, gradient, strict=True):
@@ -40,5 +34,4 @@ class Contribution(Method):
                 # A coarse cell's share is that of all the fine ones in it.
                 cells = np.prod(finest.grid) / np.prod(level.grid)
                 total[finding] += resample(share / cells, level.affine, finest.grid, finest.affine)
-            total[finding] = ndimage.gaussian_filter(total[finding], reach, mode="constant")
         return Maps(total, finest.affine)
