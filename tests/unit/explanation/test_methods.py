@@ -103,7 +103,7 @@ def test_every_method_on_every_encoder(name: str, by: str, tmp_path: Path) -> No
 
 
 def test_a_method_that_does_not_exist() -> None:
-    with pytest.raises(ExplanationError, match="give one of similarity, occlusion"):
+    with pytest.raises(ExplanationError, match="give one of similarity, contribution"):
         method("magic")
 
 
