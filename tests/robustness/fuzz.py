@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import bz2
+import csv
 import json
 import multiprocessing
 import os
@@ -150,7 +151,20 @@ def _without_bzip2(path: str) -> str:
 def _csv(path: Path, name: str) -> str:
     table = read_cohort(path).table
     assert len(table)
-    return "accepted"
+    stated = _slopes_stated(path) if path.suffix == ".csv" else None
+    return "accepted" if stated in (None, table["rescale_slope"].tolist()) else "silently wrong"
+
+
+def _slopes_stated(path: Path) -> list[float] | None:
+    """The column of slopes by Python's reader of comma-separated text; None where it finds no such table."""
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
+        records = [record for record in csv.DictReader(stream, skipinitialspace=True) if any(record.values())]
+    if not records or not {"path", "volume", "split", "rescale_slope"} <= set(records[0]):
+        return None
+    try:
+        return [float(record["rescale_slope"] or 1) for record in records]
+    except (TypeError, ValueError):
+        return None
 
 
 def _store(path: Path, name: str) -> str:
