@@ -51,8 +51,17 @@ class TableFacts:
     @property
     def lacks(self) -> str:
         """Which of the table's columns of geometry are missing, for a message."""
-        stated = (self.spacing, self.spacing, self.orientation, self.position)
-        return ", ".join(n for n, value in zip(GEOMETRY_COLUMNS.values(), stated, strict=True) if value is None)
+        stated = {
+            "XYSpacing or ZSpacing": self.spacing,
+            "ImageOrientationPatient": self.orientation,
+            "ImagePositionPatient": self.position,
+        }
+        return ", ".join(name for name, value in stated.items() if value is None)
+
+    @property
+    def state_geometry(self) -> bool:
+        """Whether the table says anything of where voxels lie."""
+        return any(value is not None for value in (self.spacing, self.orientation, self.position))
 
 
 def table_facts(row: Mapping[str, Any]) -> TableFacts:
@@ -77,7 +86,7 @@ def placed(volume: Volume, facts: TableFacts | None, choice: Geometry = "auto") 
         name.endswith((".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz")),
         name.endswith(ITK_SUFFIXES),
     )
-    if facts is None or facts.spacing is None or not (is_nifti or is_itk) or choice not in ("auto", "table"):
+    if facts is None or not facts.state_geometry or not (is_nifti or is_itk) or choice not in ("auto", "table"):
         return settle(volume, None, choice)
     # ITK's arrays lie [k, j, i].
     order = [2, 1, 0, 3] if is_itk else [0, 1, 2, 3]
@@ -93,6 +102,8 @@ def placed(volume: Volume, facts: TableFacts | None, choice: Geometry = "auto") 
         )
     if choice == "table":
         raise PreprocessingError(f"{volume.source}: --geometry table, but its metadata table lacks {facts.lacks}")
+    if facts.spacing is None:
+        return settle(volume, None, choice)
     spacing = np.array(facts.spacing)[order[:3]]
     # A header that was reoriented keeps its spacings, on other axes.
     if np.allclose(np.sort(spacing), np.sort(volume.spacing), rtol=0.01):

@@ -130,9 +130,9 @@ def _tell(report: Report, table: Path) -> None:
         print(f"refused {outcome.volume}: {outcome.refused}")
     if len(refused) > SHOWN:
         print(f"... and {len(refused) - SHOWN} more")
-    warned = [outcome for outcome in report.outcomes if outcome.warnings]
-    for outcome in warned[:SHOWN]:
-        print(f"warning {outcome.volume}: {'; '.join(outcome.warnings)}")
+    warned = _warned(report.outcomes)
+    for volume, warnings in list(warned.items())[:SHOWN]:
+        print(f"warning {volume}: {'; '.join(warnings)}")
     if len(warned) > SHOWN:
         print(f"... and warnings of {len(warned) - SHOWN} more")
     for note in report.notes:
@@ -142,13 +142,21 @@ def _tell(report: Report, table: Path) -> None:
         raise typer.Exit(3)
 
 
+def _warned(outcomes: list[Outcome]) -> dict[str, list[str]]:
+    """Warnings by volume; that values are in HU already, as CT-RATE's second release is, is none."""
+    from ctclip.preprocessing.hounsfield import ALREADY_HU
+
+    warnings = {o.volume: [warning for warning in o.warnings if warning != ALREADY_HU] for o in outcomes}
+    return {volume: several for volume, several in warnings.items() if several}
+
+
 def _summary(outcomes: list[Outcome], unused: dict[str, int], table: Path) -> str:
     """The last line: how many volumes became what, and how many files were not used."""
     counts = {word: sum(outcome.word == word for outcome in outcomes) for word in ("done", "refused", "left out")}
     words = [f"{counts['done']} done", f"{counts['refused']} refused"]
     if counts["left out"]:
         words.append(f"{counts['left out']} left out (listed as showing no chest; --keep-no-chest keeps them)")
-    warned = sum(bool(outcome.warnings) for outcome in outcomes)
+    warned = len(_warned(outcomes))
     line = f"{', '.join(words)}, {warned} with warnings" if warned else ", ".join(words)
     line += f"; reasons and warnings are in {table}"
     if not unused:

@@ -89,6 +89,8 @@ ROWS = {
         TAKEN,
         turned=lambda array: array[::-1, ::-1],
     ),
+    "no spacing in the table": Row(np.eye(4), {"XYSpacing": None}, said="lacks XYSpacing or ZSpacing", refused=True),
+    "no spacing in the table, a good header": Row(GOOD, {"XYSpacing": None}),
     "no orientation in the table": Row(
         np.eye(4), {"ImageOrientationPatient": None}, said="lacks ImageOrientationPatient", refused=True
     ),
