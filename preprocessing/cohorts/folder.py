@@ -209,8 +209,9 @@ def scan_id(path: Path) -> str:
 def _headers(path: Path) -> list[Any]:
     """The DICOM headers behind a path, one of each set of identifiers; other formats know no patient."""
     name = path.name.lower()
-    other = path.is_file() and name.endswith(FILES) and not name.endswith(archive.SUFFIXES)
-    return [] if other or not path.exists() else all_headers(path)
+    # Unlike Path's own, these take a name that is too long for a file for one that does not exist.
+    other = os.path.isfile(path) and name.endswith(FILES) and not name.endswith(archive.SUFFIXES)
+    return [] if other or not os.path.exists(path) else all_headers(path)
 
 
 def _unlike(names: list[str], places: list[str]) -> list[str]:
