@@ -100,8 +100,11 @@ def test_the_position_is_that_of_the_scan(page: Any, scan: Path) -> None:
     said = page.inner_text("#place")
     expected = float(image.get_fdata()[tuple(index)])
     assert abs(float(re.match(r"(-?\d+) HU", said)[1]) - expected) <= 1
-    r, a, s = (float(re.search(rf"{axis} (-?[\d.]+)", said)[1]) for axis in "RAS")
-    assert (-r, a, s) == pytest.approx(tuple(point), abs=0.06)
+    letters = dict(zip("RLAPSI", (1, -1) * 3, strict=True))
+    place = [letters[letter] * float(value) for letter, value in re.findall(r"([RLAPSI]) ([\d.]+)", said)]
+    assert place == pytest.approx(tuple(point), abs=0.06)
+    # The patient's right is where x of RAS is positive.
+    assert ("R " in said) == (point[0] > 0)
 
 
 def test_a_click_flies_to_the_peak_and_lays_the_map_over_the_scan(page: Any, scan: Path, looked_at: Served) -> None:

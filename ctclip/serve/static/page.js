@@ -44,8 +44,9 @@ async function describeModel() {
   $("model").textContent = `${facts.name} · ${facts.encoder} · ${facts.labels.name} (${facts.labels.names.length} findings)`;
   const on = facts.trained_on;
   const parts = [on.cohort, on.volumes && `${on.volumes} volumes`, on.patients && `${on.patients} patients`, on.supervision && `supervision: ${on.supervision}`];
-  $("learned").textContent = `The model learned from ${parts.filter(Boolean).join(", ") || "data it does not name"}. ${facts.caveats.join(" ")}`;
-  for (const caveat of facts.caveats) $("notice").textContent += ` ${caveat[0].toUpperCase()}${caveat.slice(1)}.`;
+  const sentences = facts.caveats.map((caveat) => `${caveat[0].toUpperCase()}${caveat.slice(1)}.`);
+  $("learned").textContent = [`The model learned from ${parts.filter(Boolean).join(", ") || "data it does not name"}.`, ...sentences].join(" ");
+  $("notice").textContent = [facts.notice, ...sentences].join(" ");
   $("neighbours").dataset.there = facts.index ? "yes" : "";
   $("stored").hidden = !facts.stored.length;
   $("volumes").replaceChildren(...facts.stored.slice(0, 5000).map((name) => element("option", undefined, { value: name })));
@@ -154,8 +155,10 @@ async function showScan() {
 }
 
 function place({ mm, hu }) {
-  const [x, y, z] = mm.map((value) => value.toFixed(1));
-  $("place").textContent = `${hu === undefined ? "" : `${Math.round(hu)} HU at `}R ${(-x).toFixed(1)}, A ${y}, S ${z} mm`;
+  // RAS: towards the right, the front, the head.
+  const sides = [["R", "L"], ["A", "P"], ["S", "I"]];
+  const words = mm.map((value, axis) => `${sides[axis][value < 0 ? 1 : 0]} ${Math.abs(value).toFixed(1)}`);
+  $("place").textContent = `${hu === undefined ? "" : `${Math.round(hu)} HU at `}${words.join(", ")} mm`;
 }
 
 function setWindow() {
@@ -235,6 +238,8 @@ for (const button of document.querySelectorAll("[data-save]")) button.onclick = 
 for (const button of document.querySelectorAll("[data-plane]")) {
   button.onclick = () => {
     for (const other of document.querySelectorAll("[data-plane]")) other.setAttribute("aria-pressed", other === button);
+    // Bones are what a rendering shows.
+    if (button.dataset.plane === "render") { $("window").value = "-450,1050"; setWindow(); }
     viewer.view(button.dataset.plane);
   };
 }

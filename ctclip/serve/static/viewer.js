@@ -11,7 +11,7 @@ const viewer = (() => {
     nv = new niivue.Niivue({
       backColor: [0, 0, 0, 1], show3Dcrosshair: true, crosshairColor: [1, 0.85, 0, 0.8], crosshairWidth: 1,
       isRadiologicalConvention: true, isOrientationTextVisible: true, isRuler: true, loadingText: "", logLevel: "error",
-      multiplanarForceRender: false, dragAndDropEnabled: false, sagittalNoseLeft: true, fontSizeScaling: 0.6,
+      multiplanarForceRender: false, multiplanarShowRender: niivue.SHOW_RENDER.NEVER, fontColor: [1, 1, 1, 1], dragAndDropEnabled: false, sagittalNoseLeft: true, fontSizeScaling: 0.7,
     });
     await nv.attachToCanvas(canvas);
     Object.assign(planes, {
