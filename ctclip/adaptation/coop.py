@@ -154,7 +154,8 @@ def _tokens(tokenizer: object, text: str, name: str) -> tuple[list[int], list[bo
         inside = [start < last and first < end and last > first for first, last in encoded["offset_mapping"]]
         return list(encoded["input_ids"]), [start >= 0 and one for one in inside]
     parts = [(text, False)] if start < 0 else [(text[:start], False), (text[start:end], True), (text[end:], False)]
-    ids, of_name = [], []
+    ids: list[int] = []
+    of_name: list[bool] = []
     for part, inside_name in parts:
         cut = tokenizer(part, add_special_tokens=False)["input_ids"] if part.strip() else []  # type: ignore[operator]
         ids += cut

@@ -111,7 +111,7 @@ def configured(recipe: Recipe, path: Path, output: Path) -> tuple[Config, list[s
 
 
 def _config(source: Path, given: dict[str, Any], overrides: Sequence[str]) -> Config:
-    return load_config(str(source), overrides, given)
+    return load_config(str(source), tuple(overrides), given)
 
 
 def _fitted_to(config: Config, volumes: int, path: Path, recipe: Recipe) -> dict[str, Any]:

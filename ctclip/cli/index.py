@@ -83,8 +83,10 @@ def similar(
     opened = Index.load(index, loaded.folder.hash)
     query = loaded.embed(scan) if scan is not None else loaded.encode_text([text])[0].numpy()
     if plus or minus:
-        sides = [[loaded.encode_text([words])[0].float().numpy() for words in side or []] for side in (plus, minus)]
-        query = compose(query, *sides, weight=weight)
+        added, removed = (
+            [loaded.encode_text([words])[0].float().numpy() for words in side or []] for side in (plus, minus)
+        )
+        query = compose(query, added, removed, weight=weight)
     scans, reports = opened.similar(query, count), opened.similar(query, count, reports=True)
     neighbours("Nearest scans", scans)
     neighbours("Nearest reports", reports)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ def print_settings(title: str, summary: pd.DataFrame, zero_shot: float | None) -
         grid.add_column(head, justify="left" if head == "labels seen" else "right")
     if zero_shot is not None:
         grid.add_row("none (prompts)", "0", "0", "", f"{zero_shot:.3f}", "")
-    for row in summary.itertuples():
+    for record in summary.to_dict("records"):
+        row = SimpleNamespace(**{str(key): value for key, value in record.items()})
         interval = f"{row.lower:.3f} to {row.upper:.3f}" if row.draws > 1 else ""
         grid.add_row(
             str(row.setting),

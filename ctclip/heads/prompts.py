@@ -95,7 +95,8 @@ def pair_vectors(model: DualEncoder, prompts: PromptSet, names: Sequence[str]) -
     shared = shares_length(model, prompts.ensemble)
     encode = model.encode_prompts if shared else model.encode_text
     sides = [(name, positive) for positive in (True, False) for name in names]
-    groups, weights = [[of(*side) for side in sides] for of in (prompts.groups, prompts.weights)]
+    groups = [prompts.groups(*side) for side in sides]
+    weights = [prompts.weights(*side) for side in sides]
     vectors = encode([text for sections in groups for texts in sections for text in texts])
     means, start = [], 0
     for sections, shares in zip(groups, weights, strict=True):

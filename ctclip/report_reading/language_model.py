@@ -66,7 +66,7 @@ class LanguageModelReader(Reader):
             raise CheckpointError(f"{folder}: no config.json; --model takes a local model folder")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, dtype="auto"
             )
         except (OSError, ValueError, KeyError) as error:
@@ -117,7 +117,9 @@ class LanguageModelReader(Reader):
 
     def _choices(self, count: int) -> Choices:
         """The schema of an answer about ``count`` sentences."""
-        inner = [(STATUS, [status.value for status in Status]), (SENTENCE, list(range(count + 1)))]
+        inner: list[tuple[str, Sequence[Any]]] = [
+            (STATUS, [status.value for status in Status]), (SENTENCE, list(range(count + 1))),
+        ]  # fmt: skip
         return object_of([(name, inner) for name in self.labels.names])
 
     def _prompt(self, part: Sequence[str]) -> str:

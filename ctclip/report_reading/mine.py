@@ -67,7 +67,8 @@ def mine_prompts(
     pairs, kept, borrowed = {}, {}, []
     for label in labels.names:
         sides = {side: _commonest(counts, label, side, most, least) for side in (True, False)}
-        kept[label] = tuple(sum(map(len, sides[side][0].values())) for side in (True, False))  # type: ignore[assignment]
+        present, absent = (sum(map(len, sides[side][0].values())) for side in (True, False))
+        kept[label] = (present, absent)
         fallback = others.pair(label)
         for side, phrasings in ((True, fallback.positive), (False, fallback.negative)):
             if not sides[side][0]:

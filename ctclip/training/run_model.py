@@ -46,11 +46,11 @@ NEUTRAL_PROMPTS = "generic"
 
 
 def run_labels(config: Config, store: VolumeStore) -> LabelSet | None:
-    """The label set a run is asked to use: the configuration's, else that of its own label table, else the store's. Raises DataError where the store
-    has not all of its columns."""
+    """The label set a run is asked to use: the configuration's, else that of its own label table, else the store's. Raises
+    DataError where the store has not all of its columns."""
     if config.data.label_table is not None and config.labels is None:
-        own = read_label_table(Path(config.data.label_table), store)
-        return labels_that_are(Path(config.data.label_table).stem, [str(name) for name in own.columns])
+        table = read_label_table(Path(config.data.label_table), store)
+        return labels_that_are(Path(config.data.label_table).stem, [str(name) for name in table.columns])
     kept = store_labels(store)
     if config.labels is None:
         return kept
