@@ -39,7 +39,7 @@ BLOCK = re.compile(r'^(?:<!-- needs: (?P<needs>[^>]+?) -->\n)?```(?P<kind>\w+)(?
 NEEDS = {"CT-RATE", "GPU", "Slurm", "checkpoint", "network", "pip", "time"}
 # What no example spends its time on: the same commands, smaller.
 SMALLER = {"train": [*TINY, "training.epochs=1"], "evaluate": ["--bootstrap", "20"]}
-SHELL = {"source", "pip", "python", "hf"}
+SHELL = {"source", "pip", "python", "hf", "curl"}
 
 
 @dataclass(frozen=True)
