@@ -118,15 +118,13 @@ def _from_text(path: Path, text: str, separator: str, lines_before: int = 0) -> 
 def _from_parquet(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_parquet(path)
+        # Strings are decoded only here.
+        columns = {n: [_cell(value) for value in table.iloc[:, n].tolist()] for n in range(table.shape[1])}
     except Exception as error:
         # The library parses bytes of strangers, and raises whatever they make it raise.
         raise PreprocessingError(
             f"{path}: cannot be read as Parquet ({type(error).__name__}); copy it again"
         ) from error
-    columns = {}
-    for position in range(table.shape[1]):
-        column = table.iloc[:, position]
-        columns[position] = [_cell(value) for value in column.tolist()]
     frame = pd.DataFrame(columns, index=pd.RangeIndex(1, len(table) + 1, name="row"), dtype=str)
     frame.columns = pd.Index([str(name).strip() for name in table.columns])
     return _named(path, frame)
