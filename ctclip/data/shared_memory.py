@@ -35,7 +35,7 @@ def usable_workers(workers: int, batch_bytes: int, *, ranks: int = 1, room: int 
     if workers == 0 or needed <= room:
         return workers, ""
     fitting = max(0, (room // ranks // batch_bytes - 2) // PREFETCH)
-    has = f"has {_size(room)} of room" if room else "is absent or cannot be written"
+    has = f"has {_size(room)} of room" if room else "is missing or not writable"
     instead = f"{fitting} of them are started" if fitting else "the training process reads by itself, which is slower"
     return fitting, (
         f"/dev/shm {has}, and {workers} readers a process need {_size(needed)}: {instead}. Give the container more "
