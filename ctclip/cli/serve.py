@@ -45,6 +45,8 @@ def serve(
     from ctclip.serve.settings import Settings
 
     extras.check("serve")
+    if index is not None:
+        extras.check("index")
     if (tls_certificate is None) != (tls_key is None):
         raise DataError("--tls-certificate and --tls-key go together")
     token = token_file.read_text(encoding="utf-8").strip() if token_file is not None else None

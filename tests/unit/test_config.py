@@ -275,11 +275,13 @@ def test_an_encoder_and_an_objective_of_a_file_of_ones_own(tmp_path, monkeypatch
         "    cells: int = 4\n"
         "class Encoder(VolumeEncoder):\n"
         "    Config = Size\n"
+        "    def forward(self, volume, mask=None, body=None): ...\n"
         "class Margin(ObjectiveConfig):\n"
         "    margin: float = 0.1\n"
         "class Triplet(Objective):\n"
         "    Config = Margin\n"
         "    needs = ('features', 'ages')\n"
+        "    def forward(self, features, ages): ...\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     values = {

@@ -33,6 +33,7 @@ LAYERS = [
     {"ctclip.explanation"},
     {"ctclip.inference", "ctclip.training"},
     {"ctclip.adaptation"},
+    {"ctclip.serve"},
     {"ctclip.demo", "ctclip.train", "ctclip.adapt", "ctclip.zero_shot", "ctclip.cli", "ctclip.__main__"},
 ]
 

@@ -84,7 +84,8 @@ def test_the_loss_is_that_of_the_prompt_head(locked: bool) -> None:
     volumes = model.similarity.volume(encoded.volumes)
     model.eval()
     head = PromptHead(model, prompts, FINDINGS[:4])
-    probabilities = head.probabilities(head.score_embeddings(volumes.detach()))
+    with torch.no_grad():
+        probabilities = head.probabilities(head.score_embeddings(volumes))
     assert float(parts["prompts"]) == pytest.approx(
         2 * log_loss(labels[known], probabilities[known].double()), rel=1e-4
     )

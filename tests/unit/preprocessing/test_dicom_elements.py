@@ -121,17 +121,17 @@ def test_no_bytes_end_or_hold_up_the_parser() -> None:
 
 
 def test_a_deflated_bomb_is_inflated_no_further_than_its_header_says(tmp_path: Path) -> None:
-    """Slices of 80 KB that would inflate to 80 MB each: the good ones are read, and nothing of the rest."""
+    """Slices of 80 KB that would inflate to 80 MB each are refused once they are longer than their headers say."""
     hu = truth(4)
     paths = sorted(write(tmp_path / "s", series(hu)).iterdir())
     for path in paths:
         content = path.read_bytes()
         deflated(path, content[content.index(b"\x08\x00\x08\x00CS") :] + bytes(80 * 2**20))
     tracemalloc.start()
-    volume = read(tmp_path / "s")
+    with pytest.raises(PreprocessingError, match="damaged"):
+        read(tmp_path / "s")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert np.array_equal(np.sort(volume.array, axis=0), np.sort(hu, axis=0))
     assert peak < 60 * 2**20
 
 
@@ -142,7 +142,7 @@ def test_headers_that_claim_more_than_their_files_hold(tmp_path: Path) -> None:
         at = content.rindex(b"\xe0\x7f\x10\x00OW") + 8
         claim = content[content.index(b"\x08\x00\x08\x00CS") : at] + struct.pack("<L", 2 * 8000 * 8000)
         deflated(path, claim + bytes(20 * 2**20))
-    with pytest.raises(PreprocessingError, match="6 x 8000 x 8000 voxels, more than its files hold or any CT has"):
+    with pytest.raises(PreprocessingError, match="6 x 8000 x 8000 voxels, more than its files hold"):
         read(tmp_path / "s")
 
 
