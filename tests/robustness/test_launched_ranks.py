@@ -16,6 +16,8 @@ from ctclip.distributed import free_port
 
 from .runs import command, losses, run, same_curve, wait_for_step
 
+pytestmark = pytest.mark.slow
+
 TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "ctclip.train"]
 DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--module", "ctclip.train"]
 # Between SIGTERM and SIGKILL it leaves one second if not told otherwise: a step may take longer.
