@@ -307,7 +307,7 @@ def test_what_is_no_checkpoint_is_said_in_one_line(parity: Path, tmp_path: Path)
     (tmp_path / "code.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     # What the published fine-tuning script leaves where its last model was.
     torch.save(torch.optim.AdamW([torch.zeros(2, requires_grad=True)]).state_dict(), tmp_path / "optimizer.pt")
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt: the state of an optimizer"):
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt: holds the state of an optimizer"):
         read_published(tmp_path / "optimizer.pt")
     for name in ("text.pt", "other.pt", "code.pt", "absent.pt"):
         with pytest.raises(CheckpointError, match=name) as refused:
