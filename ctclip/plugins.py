@@ -37,6 +37,7 @@ OURS: dict[Kind, dict[str, str]] = {
     "head": {
         "prompts": "ctclip.heads.prompts:PromptHead",
         "linear": "ctclip.heads.linear:LinearHead",
+        "text": "ctclip.heads.text:TextHead",
         "caption": "ctclip.heads.caption:CaptionHead",
         "contexts": "ctclip.heads.contexts:ContextHead",
     },

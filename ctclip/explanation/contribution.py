@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ctclip.explanation.method import Maps, Method, Subject, gradients
+from ctclip.explanation.method import Maps, Method, Subject, differentiable, gradients
 from ctclip.explanation.space import resample
 
 
@@ -20,11 +20,8 @@ class Contribution(Method):
     name = "contribution"
 
     def maps(self, subject: Subject) -> Maps:
-        evidence = subject.evidence()
         with torch.enable_grad():
-            features = [level.features.detach().clone().requires_grad_() for level in evidence.levels]
-            pooled = evidence.pool(features)
-            scores = subject.scores(evidence.encoded._replace(tokens=features[0], pooled=pooled))
+            evidence, features, scores = differentiable(subject)
             slopes = gradients(subject, scores, features)
         finest = max(evidence.levels, key=lambda level: int(np.prod(level.grid)))
         total = np.zeros((len(subject.findings), *finest.grid), np.float32)

@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ctclip.explanation.explain import FACTS, NOTE, Explanation, explain, write_nifti
 from ctclip.explanation.place import LEVEL, Region, regions_of
 from ctclip.explanation.space import in_scan
 from ctclip.heads.head import Head
 from ctclip.heads.prompts import PromptHead
+from ctclip.heads.text import TextHead
 from ctclip.models.dual_encoder import DualEncoder
-from ctclip.models.encoded import Encoded
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.pipeline import Prepared
 
@@ -34,33 +32,6 @@ SIZE = re.compile(
     re.IGNORECASE,
 )
 SMALLER = ("smaller", "less", "shorter", "under", "below")
-
-
-class TextHead(Head):
-    """Scores each of ``texts`` by how much nearer a volume lies to it than to the mean of ``others``."""
-
-    kind = "text"
-    source = "text"
-
-    def __init__(self, model: DualEncoder, texts: Sequence[str], others: Sequence[str]) -> None:
-        super().__init__(model)
-        self.names = tuple(texts)
-        with torch.no_grad():
-            vectors = model.encode_prompts([*texts, *others])
-            asked, known = vectors[: len(texts)], vectors[len(texts) :]
-            reference = known.mean(dim=0) if len(others) else torch.zeros_like(asked[0])
-            self.directions = torch.nn.functional.normalize(asked - reference, dim=-1)
-
-    def score(self, encoded: Encoded) -> Tensor:
-        assert encoded.embedding is not None
-        return self.model.logits(encoded.embedding, self.directions)
-
-    def save(self, folder: Path) -> None:
-        raise NotImplementedError("a text is asked, not kept")
-
-    @classmethod
-    def load(cls, folder: Path, model: DualEncoder) -> TextHead:
-        raise NotImplementedError("a text is asked, not kept")
 
 
 def told_from(head: Head) -> list[str]:

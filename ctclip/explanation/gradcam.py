@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ctclip.explanation.method import Maps, Method, Subject, gradients
+from ctclip.explanation.method import Maps, Method, Subject, differentiable, gradients
 
 
 class GradCAM(Method):
@@ -13,11 +13,8 @@ class GradCAM(Method):
     name = "gradcam"
 
     def maps(self, subject: Subject) -> Maps:
-        evidence = subject.evidence()
         with torch.enable_grad():
-            features = [level.features.detach().clone().requires_grad_() for level in evidence.levels]
-            pooled = evidence.pool(features)
-            scores = subject.scores(evidence.encoded._replace(tokens=features[0], pooled=pooled))
+            evidence, features, scores = differentiable(subject)
             slopes = [one[0] for one in gradients(subject, scores, features[:1])]
         weights = torch.cat(slopes).mean(dim=1)
         maps = torch.einsum("bnc,fc->fn", evidence.levels[0].features, weights).relu()

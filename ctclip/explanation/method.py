@@ -80,6 +80,14 @@ def method(name: str) -> Method:
     return found()
 
 
+def differentiable(subject: Subject) -> tuple[Evidence, list[Tensor], Tensor]:
+    """What an encoder pools, its features as leaves of a graph, and the scores that follow from them."""
+    evidence = subject.evidence()
+    features = [level.features.detach().clone().requires_grad_() for level in evidence.levels]
+    scores = subject.scores(evidence.encoded._replace(tokens=features[0], pooled=evidence.pool(features)))
+    return evidence, features, scores
+
+
 def gradients(subject: Subject, scores: Tensor, of: Sequence[Tensor]) -> list[list[Tensor]]:
     """For each finding the gradient of its score (scores (1, F)) with respect to each of ``of``."""
     if not scores.requires_grad:

@@ -15,12 +15,13 @@ import torch
 from ctclip.errors import ExplanationError
 from ctclip.evaluation.evaluate import plain
 from ctclip.evaluation.localisation import Candidate, Pair, free_response, histograms, mean_over, summary
-from ctclip.explanation.find import TextHead, told_from
+from ctclip.explanation.find import told_from
 from ctclip.explanation.masks import Masks
 from ctclip.explanation.method import Maps, Subject, method
 from ctclip.explanation.place import inside_scan, peak_of
 from ctclip.explanation.space import in_scan
 from ctclip.heads.head import Head
+from ctclip.heads.text import TextHead
 from ctclip.inference.scans import prefetch
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.preprocessing.cohorts import Cohort

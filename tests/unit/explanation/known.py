@@ -50,11 +50,11 @@ class Brightness(Head):
         return torch.cat([encoded.pooled, -encoded.pooled], dim=1) * 100
 
     def save(self, folder: Path) -> None:
-        raise NotImplementedError
+        """There is nothing to keep."""
 
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> Brightness:
-        raise NotImplementedError
+        return cls(model)
 
 
 def known_model(spec: PreprocessingSpec = SPEC) -> tuple[DualEncoder, Brightness]:

@@ -17,6 +17,7 @@ from ctclip.heads.folder import calibration_file, list_heads, load_head, save_he
 from ctclip.heads.head import Head
 from ctclip.heads.linear import LinearHead
 from ctclip.heads.prompts import PromptHead
+from ctclip.heads.text import TextHead
 from ctclip.labels import labels_of_columns, load_labels
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import load_model, save_model
@@ -50,6 +51,7 @@ def heads_of(model: DualEncoder) -> dict[str, Head]:
         "linear": LinearHead(model, LABELS.names, torch.randn(2, 12), torch.randn(2), relu=True),
         "probe-2": LinearHead(model, LABELS.names, torch.randn(2, 12), torch.randn(2)),
         "captions": CaptionHead(model, decoder_of(model), load_prompts("generic"), LABELS.names),
+        "texts": TextHead(model, LABELS.names, ["Normal lungs."]),
     }
 
 
@@ -85,6 +87,7 @@ def test_heads_are_written_listed_and_read_again(tmp_path: Path, model: DualEnco
         "linear": ("linear", "label-supervised", True),
         "probe-2": ("linear", "label-supervised", False),
         "prompts": ("prompts", "none", True),
+        "texts": ("text", "none", True),
     }
     loaded = load_model(tmp_path / "model")
     for name, head in written.items():
