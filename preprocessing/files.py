@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from ctclip.preprocessing.errors import PreprocessingError
@@ -35,15 +38,16 @@ def written_beside(
 
     ``suffix`` is appended to the temporary name for writers that read the format off the name
     (``.nii.gz``). ``mode``: the file's permissions, if not those the user's mask gives. ``once``: what another process has
-    put there in the meantime stays. On any exception the temporary file is removed and ``path`` is left as it was.
-    Raises PreprocessingError if ``path`` is anything but a regular file or a new name.
+    put there in the meantime stays. On any exception the temporary file is removed and ``path`` is left as it was; what
+    killed processes left of ``path`` is removed first. Raises PreprocessingError if ``path`` is anything but a regular file
+    or a new name.
     """
     final = Path(path)
     refuse_special(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{final.name[:60]}.", suffix=f".partial{suffix}", dir=final.parent)
-    os.close(handle)
-    partial = Path(name)
+    if not once:
+        _remove_abandoned(final, _partials(final.parent))
+    descriptor, partial = _new_partial(final, suffix)
     try:
         yield partial
         flush(partial)
@@ -56,15 +60,61 @@ def written_beside(
             os.replace(partial, final)
     finally:
         partial.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _new_partial(final: Path, suffix: str) -> tuple[int, Path]:
+    """A new temporary file beside ``final``, and the open descriptor that holds it."""
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=f".{final.name[:60]}.", suffix=f".partial{suffix}", dir=final.parent)
+        if hold(descriptor, Path(name)):
+            return descriptor, Path(name)
+        os.close(descriptor)
+
+
+def hold(descriptor: int, path: Path) -> bool:
+    """Lock what was just made at ``path`` until the descriptor is closed or this process ends, however it ends.
+
+    False if another process took it for abandoned and removed it before it was locked.
+    """
+    # A file system without locks: then nobody finds anything abandoned either.
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return path.exists()
+
+
+def remove_if_abandoned(path: Path) -> None:
+    """Remove a temporary file or folder that no living process holds (see ``hold``)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if kind_of(path) == "a folder":
+                shutil.rmtree(path, ignore_errors=True)
+            elif kind_of(path) == "a file":
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
 
 
 def sweep(path: str | os.PathLike[str]) -> None:
-    """Remove what killed processes left of ``path`` beside it. For who holds its lock: nobody else is writing it."""
+    """Remove what killed processes left of ``path`` beside it."""
     final = Path(path)
+    if final.parent.is_dir():
+        _remove_abandoned(final, _partials.__wrapped__(final.parent))
+
+
+@cache
+def _partials(folder: Path) -> tuple[str, ...]:
+    """Names of temporary files in a folder. Asked once of each: a store holds tens of thousands of files."""
+    return tuple(name for name in os.listdir(folder) if ".partial" in name)
+
+
+def _remove_abandoned(final: Path, names: tuple[str, ...]) -> None:
     left = re.compile(rf"\.{re.escape(final.name[:60])}\.[a-z0-9_]{{8}}\.partial(\.\w+)*")
-    for beside in final.parent.iterdir() if final.parent.is_dir() else ():
-        if left.fullmatch(beside.name) and kind_of(beside) == "a file":
-            beside.unlink(missing_ok=True)
+    for name in names:
+        if left.fullmatch(name):
+            remove_if_abandoned(final.with_name(name))
 
 
 def _put_once(partial: Path, final: Path) -> None:
@@ -85,9 +135,9 @@ def refuse_special(path: Path) -> None:
         raise PreprocessingError(f"{path}: is {kind}, and a file would be written there; give another name")
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` (UTF-8) atomically."""
-    with written_beside(path) as partial:
+def write_text(path: str | os.PathLike[str], text: str, *, once: bool = False) -> None:
+    """Write ``text`` (UTF-8) atomically; see ``written_beside``."""
+    with written_beside(path, once=once) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

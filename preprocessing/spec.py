@@ -109,9 +109,9 @@ class PreprocessingSpec:
         _windowed(source, low, high, middle, gain, voxels, corner)
         return voxels
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, once: bool = False) -> None:
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
-        write_text(path, yaml.safe_dump(values, sort_keys=False))
+        write_text(path, yaml.safe_dump(values, sort_keys=False), once=once)
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> PreprocessingSpec:

@@ -64,8 +64,7 @@ class VolumeStore:
         if not (folder / "spec.yaml").is_file():
             # The spec first: a folder that has it is a store, for shards that start at the same moment too. The first of
             # them writes it.
-            with written_beside(folder / "spec.yaml", once=True) as partial:
-                spec.save(partial)
+            spec.save(folder / "spec.yaml", once=True)
         store = cls(folder)
         (folder / "volumes").mkdir(exist_ok=True)
         if store.spec.hash != spec.hash:
@@ -237,7 +236,7 @@ class VolumeStore:
 
     def sweep(self) -> None:
         """Remove what killed runs left beside the volumes. Half an hour old, it is nobody's work any more."""
-        for entry in os.scandir(self.path / "volumes"):
+        for entry in (*os.scandir(self.path), *os.scandir(self.path / "volumes")):
             with contextlib.suppress(FileNotFoundError):
                 ours = PARTIAL.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
                 if ours and time.time() - entry.stat().st_mtime > ABANDONED_SECONDS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from ctclip.evaluation.pages import (
 )
 from ctclip.evaluation.published import published_table
 from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
+from ctclip.preprocessing.scratch import scratch_folder
 
 INTERVALS = (
     "Volumes are ranked by their margins, before any calibration. Intervals are by patient: for the AUROC of an "
@@ -92,11 +92,9 @@ def compare_reports(first: Path, second: Path | None, output: Path) -> Path:
     check_file(output, file_holds(MARK))
     evaluations = [_metrics_of(folder) for folder in (first, second) if folder is not None]
     names = _names([folder for folder, _ in evaluations])
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("ctclip-report-") as scratch:
         sections = (
-            _side_by_side(names, [one for _, one in evaluations], Path(scratch) / "pair.png")
-            if len(evaluations) == 2
-            else []
+            _side_by_side(names, [one for _, one in evaluations], scratch / "pair.png") if len(evaluations) == 2 else []
         )
         for file, title in (("auroc.png", "AUROC per abnormality"), ("reliability.png", "Reliability"), ("loss.png", "Training loss")):  # fmt: skip
             images = [(name, folder / file) for name, (folder, _) in zip(names, evaluations, strict=True) if (folder / file).is_file()]  # fmt: skip

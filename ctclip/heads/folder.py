@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from ctclip.models.folder import LABELS_BEFORE, is_head_folder
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.named_files import installed_file
 from ctclip.preprocessing.outputs import check_replaceable, put_in_place
+from ctclip.preprocessing.scratch import scratch_folder
 from ctclip.prompts import PromptSet, load_prompts
 
 FOLDER, PROMPTS = "heads", "prompts"
@@ -67,8 +66,7 @@ def save_head(model: Path, name: str, head: Head) -> Path:
     check_replaceable(folder, is_head_folder, "head")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Not in heads/, where it would be read as a head while it is written.
-    partial = Path(tempfile.mkdtemp(prefix=f".{name[:60]}.", suffix=".partial", dir=model))
-    try:
+    with scratch_folder(f".{name[:60]}.", ".partial", model) as partial:
         head.save(partial)
         facts = {"kind": head.kind, "supervision": head.supervision, "names": list(head.names)}
         write_text(partial / "head.yaml", yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
@@ -78,8 +76,6 @@ def save_head(model: Path, name: str, head: Head) -> Path:
             head.adaptation.save(partial / ADAPTATION)
         partial.chmod(0o755)
         put_in_place(partial, folder, is_head_folder, "head")
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from ctclip.models.encoded import Encoded
 from ctclip.models.folder import KIND, ModelFolder, check_output, is_model_folder, load_model
 from ctclip.preprocessing.outputs import put_in_place
 from ctclip.preprocessing.pipeline import Prepared, Reading, prepare
+from ctclip.preprocessing.scratch import scratch_folder
 from ctclip.prompts import PromptSet, load_prompts
 
 
@@ -69,8 +69,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         final = Path(os.path.abspath(save_directory))
         if final.resolve() == self.folder.path.resolve():
             return
-        partial = Path(tempfile.mkdtemp(prefix=f".{final.name[:60]}.", suffix=".partial", dir=final.parent))
-        try:
+        with scratch_folder(f".{final.name[:60]}.", ".partial", final.parent) as partial:
             # Files, not a snapshot's links to them.
             shutil.copytree(self.folder.path, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
             for path in (partial / "calibration.json", *partial.glob("heads/*/calibration.json")):
@@ -81,8 +80,6 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
                     Adaptation.load(path).without_patients().save(path)
             partial.chmod(0o755)
             put_in_place(partial, final, is_model_folder, KIND)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     @classmethod
     def _from_pretrained(

@@ -13,9 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +38,7 @@ from ctclip.models.tokenizers import load_tokenizer
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.named_files import installed_file
 from ctclip.preprocessing.outputs import check_replaceable, put_in_place
+from ctclip.preprocessing.scratch import scratch_folder
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.schema import Section, validated
 
@@ -140,28 +139,26 @@ def save_model(
     check_output(folder)
     final = Path(os.path.abspath(folder))
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{final.name[:60]}.", suffix=".partial", dir=final.parent))
     try:
-        tensors = model.state_dict() if state is None else state
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            partial / "model.safetensors",
-        )
-        write_architecture(partial, model, labels)
-        facts = (trained_on or TrainedOn()).model_dump(mode="json")
-        (partial / TRAINED_ON).write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        (partial / "model_card.md").write_text(card or "# ctclip model\n", encoding="utf-8")
-        if write_more is not None:
-            write_more(partial)
-        partial.chmod(0o755)
-        put_in_place(partial, final, is_model_folder, KIND)
+        with scratch_folder(f".{final.name[:60]}.", ".partial", final.parent) as partial:
+            tensors = model.state_dict() if state is None else state
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+                partial / "model.safetensors",
+            )
+            write_architecture(partial, model, labels)
+            facts = (trained_on or TrainedOn()).model_dump(mode="json")
+            write_text(partial / TRAINED_ON, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
+            (partial / "model_card.md").write_text(card or "# ctclip model\n", encoding="utf-8")
+            if write_more is not None:
+                write_more(partial)
+            partial.chmod(0o755)
+            put_in_place(partial, final, is_model_folder, KIND)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{final}: the model could not be written ({' '.join(str(error).split())[-160:]}); free some space and "
             "start the same command again"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Path(folder)
 
 

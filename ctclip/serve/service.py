@@ -9,7 +9,6 @@ import itertools
 import multiprocessing
 import secrets
 import shutil
-import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ctclip.errors import CtclipError
+from ctclip.preprocessing.scratch import scratch_folder
 from ctclip.serve import metrics
 from ctclip.serve.settings import Settings
 
@@ -192,10 +192,11 @@ class Service:
         self.scans: OrderedDict[str, Scan] = OrderedDict()
         self.client = Client(settings)
         self.folder = Path()
+        self._open = contextlib.ExitStack()
 
     async def start(self) -> None:
         """Make the folder, load the model in the background."""
-        self.folder = Path(tempfile.mkdtemp(prefix="ctclip-serve-"))
+        self.folder = self._open.enter_context(scratch_folder("ctclip-serve-"))
         self.client.start()
 
     async def stop(self) -> None:
@@ -204,7 +205,7 @@ class Service:
             if scan.task is not None:
                 scan.task.cancel()
         await asyncio.to_thread(self.client.stop)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._open.close()
 
     @property
     def busy(self) -> int:

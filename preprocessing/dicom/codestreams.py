@@ -6,6 +6,7 @@ import contextlib
 import os
 import struct
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -102,9 +103,13 @@ def _rle(stream: bytes, layout: Mapping[str, int]) -> np.ndarray:
         "bits_stored": layout["stored"], "pixel_representation": int(layout["signed"]), "pixel_keyword": "PixelData",
     }  # fmt: skip
     try:
-        array, _ = get_decoder(RLELossless).as_array(
-            encapsulate([stream]), raw=True, decoding_plugin="pydicom", **options
-        )
+        with warnings.catch_warnings():
+            # A segment that decodes to more than its pixels has bytes put in or a run lengthened, and pydicom only warns.
+            # An odd number of pixels may have one byte of padding.
+            warnings.simplefilter("ignore" if layout["rows"] * layout["columns"] % 2 else "error")
+            array, _ = get_decoder(RLELossless).as_array(
+                encapsulate([stream]), raw=True, decoding_plugin="pydicom", **options
+            )
     except Exception as error:
         # pydicom parses bytes of strangers, and raises whatever they make it raise.
         raise Undecodable("its RLE stream is damaged") from error

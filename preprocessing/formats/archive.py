@@ -6,10 +6,8 @@ What a directory of members claims is checked first, what comes out is counted: 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import re
-import shutil
 import tarfile
 import tempfile
 import zipfile
@@ -20,6 +18,7 @@ from typing import Any, BinaryIO
 
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.formats import streams
+from ctclip.preprocessing.scratch import scratch_folder
 
 # Near the largest real CT; ``--largest-gb`` raises it.
 LARGEST_GB = 4.0
@@ -68,9 +67,8 @@ def unpacked(path: Path, source: str, largest: int) -> Iterator[Path]:
     ``largest`` bounds what is unpacked, in bytes; archives within it are unpacked too. Members of a scan keep no name
     that is not needed to find them, and none leads out of the folder. Raises PreprocessingError.
     """
-    _sweep()
-    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name, _held(Path(name)):
-        folder = Path(name, "scan")
+    with scratch_folder(PREFIX) as held:
+        folder = held / "scan"
         folder.mkdir()
         _Unpacking(source, largest).unpack(path, folder, 1)
         volumes = [file for file in sorted(folder.rglob("*")) if file.name.lower().endswith(VOLUMES)]
@@ -211,19 +209,3 @@ class _Bounded(io.RawIOBase):
 def _packed(block: bytes) -> str:
     """Which compression a file starts with, or none of them."""
     return {streams.GZIP: "gzip", b"BZ": "bzip2"}.get(block[:2], "")
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """A lock that ends with this process, however that ends: the folder is then known to be nobody's."""
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _sweep() -> None:
-    """Remove what killed processes left unpacked: scans of patients do not stay in the temporary folder."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError), (folder / "lock").open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)

@@ -327,7 +327,7 @@ KILL_HEADS = [
     "child processes left",
 ]
 PAIR_HEADS = ["pairs", "both to their end", "one refused", "wrong"]
-WRONG = ("not identical", "no end", "TMPDIR", "wrong")
+WRONG = ("not identical", "no end", "TMPDIR", "files left", "wrong")
 
 
 def _in_turn(every: list[Case], what: str, wanted: int, until: float, seed: int) -> dict[str, Counter[str]]:

@@ -23,11 +23,11 @@ from ctclip.inference.model import load
 from ctclip.labels import load_labels
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import save_model
+from ctclip.preprocessing import files
 from ctclip.preprocessing.cohorts import COLUMNS
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.outputs import claim_folder, claimed_file, claimed_folder, put_in_place
-from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.prompts import load_prompts
 from ctclip.training.loop import _claim
@@ -392,16 +392,16 @@ def test_what_goes_to_a_hub_names_no_patient(encoder: DualEncoder, tmp_path: Pat
 
 def test_of_two_stores_made_at_once_the_first_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both have seen an empty folder; the other's spec is there by the time ours would be renamed over it."""
-    other, save = spec_of((16, 16, 16)), PreprocessingSpec.save
+    other, put = spec_of((16, 16, 16)), files._put_once
     raced = []
 
-    def late(spec: PreprocessingSpec, path: str | os.PathLike[str]) -> None:
-        save(spec, path)
+    def late(partial: Path, final: Path) -> None:
         if not raced:
             raced.append(VolumeStore.create)
             VolumeStore.create(tmp_path / "store", other)
+        put(partial, final)
 
-    monkeypatch.setattr(PreprocessingSpec, "save", late)
+    monkeypatch.setattr(files, "_put_once", late)
     with pytest.raises(PreprocessingError, match="holds volumes of spec"):
         VolumeStore.create(tmp_path / "store", SPEC)
     assert VolumeStore(tmp_path / "store").spec.hash == other.hash

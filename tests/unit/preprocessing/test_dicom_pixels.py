@@ -122,6 +122,18 @@ def under_rle(path: Path) -> None:
     path.write_bytes(content.replace(native, claimed))
 
 
+def run_lengthened(data: Any) -> Any:
+    """The first run of an RLE stream one longer: what follows has moved by one (PS3.5, G.3.1)."""
+    pixels = bytearray(rle(data).PixelData)
+    # Behind an empty offset table, the item's tag and length, and the header of 64 bytes.
+    at = 8 + 8 + 64
+    while pixels[at] <= 128:
+        at += 2 + pixels[at]
+    pixels[at] -= 1
+    data.PixelData = bytes(pixels)
+    return data
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -176,6 +188,8 @@ BITS = [
     Row("RLE of MONOCHROME1 with a slope", lambda f: write(f, [rle(d) for d in series(
         HU, lambda i, d: store(d, (HU[i].astype(int) + 1024) * 2, BitsStored=13, HighBit=12, RescaleSlope="0.5",
                                PhotometricInterpretation="MONOCHROME1"))]), same=("pydicom",)),
+    Row("RLE, one run too long", lambda f: write(f, [run_lengthened(d) for d in series(HU)]),
+        refused="its RLE stream is damaged"),
     Row("an odd number of bytes", edited(lambda i, d: store(d, (HU[i][:39, :35] + 1000) // 16, Rows=39, Columns=35,
                                                             BitsAllocated=8, BitsStored=8, HighBit=7)),
         hu=((HU[:, :39, :35] + 1000) // 16 - 1024).astype(np.int16), same=("sitk", "pydicom")),
