@@ -83,15 +83,17 @@ def hold(descriptor: int, path: Path) -> bool:
     return path.exists()
 
 
-def remove_if_abandoned(path: Path) -> None:
-    """Remove a temporary file or folder that no living process holds (see ``hold``)."""
+def remove_if_abandoned(path: Path, kind: str) -> None:
+    """Remove a temporary file or folder (``kind_of``) that no living process holds (see ``hold``)."""
+    if kind_of(path) != kind:
+        return
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if kind_of(path) == "a folder":
+            if kind == "a folder":
                 shutil.rmtree(path, ignore_errors=True)
-            elif kind_of(path) == "a file":
+            else:
                 path.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
@@ -114,7 +116,7 @@ def _remove_abandoned(final: Path, names: tuple[str, ...]) -> None:
     left = re.compile(rf"\.{re.escape(final.name[:60])}\.[a-z0-9_]{{8}}\.partial(\.\w+)*")
     for name in names:
         if left.fullmatch(name):
-            remove_if_abandoned(final.with_name(name))
+            remove_if_abandoned(final.with_name(name), "a file")
 
 
 def _put_once(partial: Path, final: Path) -> None:

@@ -34,6 +34,7 @@ from ctclip.preprocessing.outcomes import (
 )
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.readers import LARGEST_GB, read
+from ctclip.preprocessing.sources import source_digest
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore, check_store_folder
 from ctclip.preprocessing.volume import FileGrid, Volume
@@ -134,6 +135,11 @@ class Prepared:
     @property
     def source_shape(self) -> tuple[int, ...]:
         return self.scan.array.shape
+
+
+Task = tuple[str, Path, TableFacts, str | None]
+# The note of a stored volume that says what it was made from.
+SOURCE = "source"
 
 
 class Reading(TypedDict, total=False):
@@ -270,8 +276,7 @@ def preprocess_cohort(
         write_linkage(linkage, cohort.files, cohort.series)
     write_table(store, table)
     mine = table.iloc[shard[0] - 1 :: shard[1]]
-    stored = set(store.volumes) - set(cohort.refused)
-    due = [
+    tasks = [
         (
             row["volume"],
             cohort.files[row["volume"]],
@@ -279,29 +284,50 @@ def preprocess_cohort(
             cohort.series.get(row["volume"]),
         )
         for row in mine.to_dict("records")
-        if row["volume"] not in stored and row["volume"] not in cohort.refused
+        if row["volume"] not in cohort.refused
     ]
-    outcomes = [
-        *_kept(store, [name for name in mine["volume"] if name in stored]),
-        *_not_read(cohort, set(mine["volume"])),
-    ]
+    kept, changed = _kept(store, tasks, reading)
+    if changed:
+        print(
+            f"warning: {output}: {len(changed)} stored volumes (first: {changed[0]}) were made from other files, table entries "
+            f"or options than those of this run: they are made again"
+        )
+    outcomes = [*kept, *_not_read(cohort, set(mine["volume"]))]
+    names = {outcome.volume for outcome in kept}
+    due = [task for task in tasks if task[0] not in names]
     fresh = _all(due, store.path, reading, workers or len(os.sched_getaffinity(0)))
     outcomes += track(fresh, len(due), "preprocessing")
     write_outcomes(store, outcomes, shard)
     return Report(outcomes, cohort.notes, dict(cohort.unused))
 
 
-def _kept(store: VolumeStore, names: list[str]) -> list[Outcome]:
-    """Outcomes of volumes that are stored already, by what is kept with them; stores of earlier versions have only
-    ``outcomes.csv``."""
-    before = read_outcomes(store)
+def _kept(store: VolumeStore, tasks: Sequence[Task], reading: Reading) -> tuple[list[Outcome], list[str]]:
+    """Outcomes of volumes that are stored already, by what is kept with them, and the names of those that were made from
+    something else. Stores of earlier versions do not tell, and have only ``outcomes.csv``."""
+    before, stored = read_outcomes(store), set(store.volumes)
+    tasks = [task for task in tasks if task[0] in stored]
+
+    def look(task: Task) -> tuple[dict[str, str], str]:
+        name, path, facts, series = task
+        own = store.notes(name)
+        return own, source_digest(path, facts, _asked(reading, series)) if own.get(SOURCE) else ""
+
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        notes = list(pool.map(store.notes, names))
-    return [
-        Outcome.of_row(dict.fromkeys(OUTCOME_COLUMNS, "") | own | {"volume": name, "outcome": "done"})
-        if own else before.get(name, Outcome(name, None))
-        for name, own in zip(names, notes, strict=True)
-    ]  # fmt: skip
+        looked = list(pool.map(look, tasks))
+    kept, changed = [], []
+    for (name, *_), (own, source) in zip(tasks, looked, strict=True):
+        if source and source != own[SOURCE]:
+            changed.append(name)
+        elif own:
+            kept.append(Outcome.of_row(dict.fromkeys(OUTCOME_COLUMNS, "") | own | {"volume": name, "outcome": "done"}))
+        else:
+            kept.append(before.get(name, Outcome(name, None)))
+    return kept, changed
+
+
+def _asked(reading: Reading, series: str | None) -> Reading:
+    """The series asked for, else the one that the table names."""
+    return {**reading, "series": reading.get("series") or series}
 
 
 def _not_read(cohort: Cohort, mine: set[str]) -> list[Outcome]:
@@ -357,9 +383,6 @@ def merge_shards(path: str | os.PathLike[str]) -> list[Outcome]:
     return outcomes
 
 
-Task = tuple[str, Path, TableFacts, str | None]
-
-
 def _all(due: list[Task], store: Path, reading: Reading, workers: int) -> Iterator[Outcome]:
     """Outcomes in the order in which they end. A scan that kills its process is refused; the others go on."""
     if workers == 1 or len(due) < 2:
@@ -401,8 +424,7 @@ def _one(task: Task, store: Path, reading: Reading) -> Outcome:
     name, path, table, series = task
     target = VolumeStore(store)
     try:
-        # The series asked for, else the one that the table names.
-        chosen: Reading = {**reading, "series": reading.get("series") or series}
+        chosen = _asked(reading, series)
         ready = prepare(path, target.spec, table=table, **chosen)
     except PreprocessingError as error:
         return Outcome(name, str(error))
@@ -413,7 +435,7 @@ def _one(task: Task, store: Path, reading: Reading) -> Outcome:
     done = Outcome(name, None, tuple(ready.warnings), spacing, " x ".join(map(str, ready.source_shape)))
     try:
         # A run that is killed writes no outcomes.csv: what became of a volume lies with it.
-        target.write(name, ready.stored, done.row())
+        target.write(name, ready.stored, {**done.row(), SOURCE: source_digest(path, table, chosen)})
     except PreprocessingError as error:
         return Outcome(name, str(error))
     return done

@@ -23,7 +23,7 @@ def scratch_folder(prefix: str, suffix: str = "", parent: Path | None = None) ->
     left = re.compile(rf"{re.escape(prefix)}[a-z0-9_]{{8}}{re.escape(suffix)}")
     for name in os.listdir(parent):
         if left.fullmatch(name):
-            remove_if_abandoned(parent / name)
+            remove_if_abandoned(parent / name, "a folder")
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
         try:
