@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from ctclip.preprocessing.csv_files import guarded
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.identifiers import series_header
@@ -44,4 +45,4 @@ def write_linkage(
         written_beside(path, mode=MODE) as partial,
         partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream,
     ):
-        csv.writer(stream, lineterminator="\n").writerows(rows)
+        csv.writer(stream, lineterminator="\n").writerows([[guarded(cell) for cell in row] for row in rows])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from ctclip.preprocessing.csv_files import read_csv, write_csv
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.store import VolumeStore
 
@@ -55,7 +56,7 @@ def write_outcomes(store: VolumeStore, outcomes: Iterable[Outcome], shard: tuple
     """``outcomes[-i-of-n].csv``: each volume done, or refused and why."""
     rows = [outcome.row() for outcome in sorted(outcomes, key=lambda outcome: outcome.volume)]
     with written_beside(store.path / outcomes_name(shard)) as partial:
-        pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)).to_csv(partial, index=False)
+        write_csv(partial, pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)))
     if shard[1] == 1:
         # Said of every volume now: what shards said is history, and must not be merged with shards to come.
         for part in store.path.glob("outcomes-*-of-*.csv"):
@@ -74,5 +75,5 @@ def read_outcomes(store: VolumeStore) -> dict[str, Outcome]:
 
 def outcome_table(path: Path) -> pd.DataFrame:
     """The rows of an ``outcomes*.csv`` as strings."""
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table = read_csv(path, dtype=str)
     return table.reindex(columns=list(OUTCOME_COLUMNS), fill_value="")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from ctclip.preprocessing.csv_files import unguarded
 from ctclip.preprocessing.errors import PreprocessingError
 
 VOLUME_SUFFIXES = (
@@ -92,7 +93,7 @@ def _from_text(path: Path, text: str, separator: str, lines_before: int = 0) -> 
     try:
         for record in reader:
             line, begins = begins + lines_before, reader.line_num + 1
-            cells = [cell.strip() for cell in record]
+            cells = [unguarded(cell.strip()) for cell in record]
             if not any(cells):
                 continue
             if names is None:

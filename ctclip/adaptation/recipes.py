@@ -28,6 +28,7 @@ from ctclip.models.folder import (
 )
 from ctclip.models.lora import merged_state
 from ctclip.models.start import volume_layers
+from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.files import write_text, written_beside
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
@@ -145,7 +146,7 @@ def _write_draw(output: Path, labelled: Labelled, draw: Draw) -> None:
         # By which the folder is recognised from now on; the training writes its own.
         write_text(output / "run.json", '{"revision": ""}')
     with written_beside(output / DRAW) as partial:
-        values.to_csv(partial, index_label="volume")
+        write_csv(partial, values, index_label="volume")
 
 
 def _finish(recipe: Recipe, path: Path, folder: Path, patients: Sequence[str]) -> None:

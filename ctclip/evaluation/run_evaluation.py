@@ -23,6 +23,7 @@ from ctclip.evaluation.retrieval import evaluate_retrieval
 from ctclip.evaluation.run_report import Example, Pictures, write_report
 from ctclip.evaluation.tables import MARGIN, label_file, provenance, read_embeddings, read_labels, read_predictions
 from ctclip.labels import labels_of_columns, store_labels
+from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.files import write_text, written_beside
 from ctclip.preprocessing.outputs import check_folder, check_run, claimed_folder, made_by_us
 from ctclip.preprocessing.progress import track
@@ -98,7 +99,7 @@ def run_evaluation(
     with claimed_folder(output, "evaluate", key, FILES, is_evaluation, force=force):
         write_text(output / "metrics.json", json.dumps(result, indent=2, allow_nan=False))
         with written_beside(output / "metrics.csv") as partial:
-            _metrics_table(result["zero_shot"]).to_csv(partial, index_label="abnormality")
+            write_csv(partial, _metrics_table(result["zero_shot"]), index_label="abnormality")
         write_report(output, f"Zero-shot evaluation: {declared.name}", result, run=run, pictures=pictures)
     return result
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctclip.errors import EvaluationError
+from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.tables import VOLUME_SUFFIXES, Columns, label_columns, read_table, zeros_and_ones
@@ -104,7 +105,7 @@ def write_predictions(path: str | os.PathLike[str], table: pd.DataFrame) -> None
         if Path(path).suffix == ".parquet":
             table.to_parquet(partial, index=False)
         else:
-            table.to_csv(partial, index=False, float_format="%.9g")
+            write_csv(partial, table, float_format="%.9g")
 
 
 def read_predictions(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[str]]:

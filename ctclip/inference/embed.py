@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -20,6 +19,7 @@ from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import check_file, claimed_file
 from ctclip.preprocessing.progress import track
+from ctclip.preprocessing.tables import read_table
 
 COLUMNS = {"Findings_EN": "findings", "Impressions_EN": "impression", "VolumeName": "volume"}
 CHUNK = 256
@@ -86,7 +86,7 @@ def read_reports(source: Path) -> tuple[list[str], list[str]]:
             texts = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
             names = [str(number) for number in range(1, len(texts) + 1)]
         else:
-            table = pd.read_csv(source, dtype=str, keep_default_na=False).rename(columns=COLUMNS)
+            table = read_table(source).rename(columns=COLUMNS)
             if "text" not in table.columns and not {"findings", "impression"} <= set(table.columns):
                 raise DataError(f"{source}: has neither a column 'text' nor columns 'findings' and 'impression'")
             texts = list(table["text"]) if "text" in table.columns else report_texts(table, ("findings", "impression"))

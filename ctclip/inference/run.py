@@ -31,6 +31,7 @@ from ctclip.heads.head import Head
 from ctclip.inference.scans import Scans, prefetch
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import ModelFolder
+from ctclip.preprocessing.csv_files import read_csv, write_csv
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
@@ -60,7 +61,7 @@ class Summary:
                 stream.read() if rows is None else pa.Table.from_batches([next(stream.iter_batches(rows))])
             ).to_pandas()
         # No cell is empty but warnings; a scan may be called NA.
-        return pd.read_csv(self.predictions, dtype=dict.fromkeys(IDENTITY, str), keep_default_na=False, nrows=rows)
+        return read_csv(self.predictions, dtype=dict.fromkeys(IDENTITY, str), nrows=rows)
 
 
 def detect(
@@ -147,7 +148,7 @@ def check_count(output: Path, rows: int, expected: int) -> None:
 
 def _volumes_of(path: Path) -> set[str]:
     if path.suffix == ".csv":
-        return set(pd.read_csv(path, usecols=["volume"], dtype=str, keep_default_na=False)["volume"])
+        return set(read_csv(path, usecols=["volume"], dtype=str)["volume"])
     return set(pq.read_table(path, columns=["volume"])["volume"].to_pylist())
 
 
@@ -311,4 +312,4 @@ def _join(parts: Path, summary: Summary, order: dict[str, int]) -> None:
         with partial.open("w", encoding="utf-8", newline="") as stream:
             for number, path in enumerate(files):
                 table = pq.read_table(path).drop_columns(vectors).to_pandas()
-                table.to_csv(stream, index=False, header=number == 0, float_format="%.9g")
+                write_csv(stream, table, header=number == 0, float_format="%.9g")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from ctclip.errors import DataError
+from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
 from ctclip.report_reading.findings import Cleaner, CleanSentence, Finding
@@ -49,9 +50,10 @@ def write_findings(table: pd.DataFrame, output: Path, *, force: bool = False) ->
     with claimed_file(output):
         check_findings(output, force=force)
         with written_beside(output) as partial:
-            table.to_parquet(partial, index=False) if output.suffix == ".parquet" else table.to_csv(
-                partial, index=False
-            )
+            if output.suffix == ".parquet":
+                table.to_parquet(partial, index=False)
+            else:
+                write_csv(partial, table)
 
 
 def check_findings(output: Path, *, force: bool = False) -> None:

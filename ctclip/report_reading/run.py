@@ -16,6 +16,7 @@ import pandas as pd
 from ctclip import plugins
 from ctclip.errors import DataError
 from ctclip.labels import LabelSet
+from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import check_file, claimed_file
 from ctclip.preprocessing.progress import track
@@ -110,9 +111,10 @@ def write_readings(result: Readings, output: Path, values: Values, *, force: boo
             )
         table = result.table(values)
         with written_beside(output) as partial:
-            table.to_parquet(partial, index=False) if output.suffix == ".parquet" else table.to_csv(
-                partial, index=False
-            )
+            if output.suffix == ".parquet":
+                table.to_parquet(partial, index=False)
+            else:
+                write_csv(partial, table)
         with written_beside(statements) as partial:
             lines = (json.dumps(line, ensure_ascii=False) for line in (header, *_lines(result)))
             partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
