@@ -1,8 +1,8 @@
 """Preprocessing against an earlier checkout: ``python -m tests.benchmarks.against /tmp/before --rounds 9``.
 
 One process of each checkout stays open and both are asked in turn, so that other work of the machine meets both alike.
-Reported are medians of processor seconds, the ratio of them, and the middle half of the ratios of the rounds. The earlier
-checkout: ``git archive COMMIT | tar x -C /tmp/before``.
+Reported are medians of processor seconds, their ratio, the middle half of the ratios of the rounds, and the least of each,
+to which other work of the machine adds nothing. The earlier checkout: ``git archive COMMIT | tar x -C /tmp/before``.
 """
 
 from __future__ import annotations
@@ -108,12 +108,24 @@ def main() -> None:
             pairs = [tuple(asked(process, case, times) for process in processes) for _ in range(given.rounds)]
             before, now = (statistics.median(column) for column in zip(*pairs, strict=True))
             low, _, high = statistics.quantiles([new / old for old, new in pairs], n=4)
-            rows.append([name, f"{before:.3f}", f"{now:.3f}", f"{now / before:.3f}", f"{low:.3f} to {high:.3f}"])
+            least = [min(column) for column in zip(*pairs, strict=True)]
+            rows.append([name, f"{before:.3f}", f"{now:.3f}", f"{now / before:.3f}", f"{low:.3f} to {high:.3f}",
+                         f"{least[0]:.3f}", f"{least[1]:.3f}", f"{least[1] / least[0]:.3f}"])  # fmt: skip
             print(rows[-1], flush=True)
         for process in processes:
             process.kill()
     print(machine())
-    print(table(f"{given.rounds} rounds", ["", "before, s", "now, s", "ratio", "middle half of the ratios"], rows))
+    heads = [
+        "",
+        "before, s",
+        "now, s",
+        "ratio",
+        "middle half of the ratios",
+        "least before, s",
+        "least now, s",
+        "their ratio",
+    ]
+    print(table(f"{given.rounds} rounds", heads, rows))
 
 
 if __name__ == "__main__":

@@ -46,9 +46,7 @@ def test_no_terminal_obeys_a_table() -> None:
 
 def test_predictions_and_outcomes_come_back(tmp_path: Path) -> None:
     names = [*FORMULAS, "v1"]
-    table = pd.DataFrame(
-        {name: names for name in ("volume", "patient", "scan")} | {"=finding": 0.5}
-    )
+    table = pd.DataFrame({name: names for name in ("volume", "patient", "scan")} | {"=finding": 0.5})
     write_predictions(tmp_path / "p.csv", table)
     read, findings = read_predictions(tmp_path / "p.csv")
     assert list(read["volume"]) == names
