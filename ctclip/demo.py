@@ -65,11 +65,11 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
     model, calibration = run / "model", output / "calibration"
     stages: list[tuple[str, list[str], Path]] = [
         ("phantom", ["phantom", str(cohort), "--volumes", str(chosen.volumes), "--seed", str(seed), "--rare-floor", "0.15"], cohort / "dataset" / "metadata"),
-        ("preprocess", ["preprocess", str(cohort), "--output", str(store), "--spec", "phantom", "--calibration", str(chosen.calibration)], store / "outcomes.csv"),
+        ("preprocess", ["preprocess", str(cohort), "--output", str(store), "--spec", "phantom", "--calibration-fraction", str(chosen.calibration)], store / "outcomes.csv"),
         ("train", ["train", "--config", "phantom_tiny", "--store", str(store), "--output", str(run), "--processes", str(processes), f"seed={seed}", *chosen.overrides], model),
         ("zero-shot, calibration split", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "calibration", "--output", str(calibration)], calibration / "predictions.csv"),
         ("calibrate", ["calibrate", str(calibration / "predictions.csv"), "--model", str(model), "--store", str(store)], model / "heads" / "prompts" / "calibration.json"),
-        ("zero-shot", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "valid", "--reports", "--output", str(predictions)], predictions / "embeddings.parquet"),
+        ("zero-shot", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "valid", "--embed-reports", "--output", str(predictions)], predictions / "embeddings.parquet"),
         ("evaluate", ["evaluate", str(predictions / "predictions.csv"), "--store", str(store), "--protocol", "phantom", "--run", str(run), "--calibration", str(model / "heads" / "prompts" / "calibration.json"), "--output", str(output), "--bootstrap", str(chosen.bootstrap)], output / "report.html"),
     ]  # fmt: skip
     _claim(output, {"size": size, "seed": seed})

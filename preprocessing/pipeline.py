@@ -143,11 +143,12 @@ SOURCE = "source"
 
 
 class Reading(TypedDict, total=False):
-    """How scans are read: ``trust`` about Hounsfield units, what to ``expect`` of them (``Expect``), which ``series`` (UID) of a DICOM
-    folder, whose ``geometry`` where statements contradict each other, ``largest_gb`` of voxels or of an archive's content.
+    """How scans are read, as the options of the command line: ``hu``, where Hounsfield units come from; what to ``expect`` of
+    scans; which ``series`` (UID) of a DICOM folder; which ``geometry`` if statements contradict each other; ``largest_gb`` of
+    voxels, or of the contents of an archive.
     """
 
-    trust: Trust
+    hu: Trust
     expect: Expect
     series: str | None
     geometry: Geometry
@@ -156,9 +157,9 @@ class Reading(TypedDict, total=False):
 
 def prepare(
     path: str | os.PathLike[str],
-    spec: PreprocessingSpec | str = "ct_clip",
+    spec: PreprocessingSpec | str = "ct_224",
     *,
-    trust: Trust = "auto",
+    hu: Trust = "auto",
     expect: Expect = "auto",
     table: TableFacts | None = None,
     series: str | None = None,
@@ -173,7 +174,7 @@ def prepare(
     """
     spec = spec if isinstance(spec, PreprocessingSpec) else PreprocessingSpec.load(spec)
     raw = read(path, series, geometry, largest_gb=largest_gb)
-    taken = to_hu(placed(raw, table, geometry), table, trust)
+    taken = to_hu(placed(raw, table, geometry), table, hu)
     file_grid = FileGrid.of(taken.array.shape, taken.affine, raw.columns_first)
     volume = orient(taken)
     lungs = find_lungs(volume)

@@ -56,10 +56,10 @@ class Draw:
 
 def settings_of(fractions: str, shots: str) -> list[Setting]:
     """Of lists such as ``1,10,100`` and ``1,4,16``. Raises DataError."""
-    wanted = [Setting("fraction", value) for value in _numbers(fractions, "--fractions")]
+    wanted = [Setting("fraction", value) for value in _numbers(fractions, "--percent")]
     for setting in wanted:
         if not 0 < setting.amount <= 100:
-            raise DataError(f"--fractions {setting.amount:g}: per cent of the patients lie above 0 and up to 100")
+            raise DataError(f"--percent {setting.amount:g}: give percentages above 0 and up to 100")
     counts = _numbers(shots, "--shots")
     if any(count < 1 or count != int(count) for count in counts):
         raise DataError(f"--shots {shots}: give whole numbers from 1, such as 1,4,16")

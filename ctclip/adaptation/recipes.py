@@ -96,7 +96,7 @@ def configured(recipe: Recipe, path: Path, output: Path) -> tuple[Config, list[s
     reads = _config(source, given, recipe.overrides).reads_labels
     if not reads:
         if recipe.labels is not None or recipe.setting != Setting("fraction", 100.0):
-            raise ConfigError(f"--method {recipe.method} reads no label: leave --labels, --shots and --fraction out")
+            raise ConfigError(f"--method {recipe.method} reads no labels: leave out --labels, --shots and --percent")
         table = store.cohort[store.cohort["split"] == recipe.split]
         return _config(source, given, recipe.overrides), sorted(set(table["patient"].astype(str)))
     labelled = labelled_volumes(store, recipe.split, own)

@@ -35,13 +35,14 @@ from ctclip.cli.prompts import prompts
 from ctclip.cli.publish import publish
 from ctclip.cli.quality import quality
 from ctclip.cli.read_reports import read_reports
+from ctclip.cli.renamed import renamed
 from ctclip.cli.report import report
 from ctclip.cli.serve import serve
 from ctclip.cli.soup import soup
 from ctclip.cli.train import train
 from ctclip.cli.zero_shot import zero_shot
 
-# What a shell expects of a command that Ctrl-C has ended; Typer ends ours so.
+# The exit code that shells expect after Ctrl-C; Typer ends commands with it.
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -51,10 +52,12 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command()(phantom)
-app.command()(preprocess)
+app.command(
+    cls=renamed({"--calibration": "--calibration-fraction", "--cohort": "--layout", "--labels": "--label-set"})
+)(preprocess)
 app.command()(quality)
 app.command()(train)
-app.command("zero-shot")(zero_shot)
+app.command("zero-shot", cls=renamed({"--reports": "--embed-reports"}))(zero_shot)
 app.command()(explain)
 app.command()(find)
 app.command()(locate)
@@ -75,7 +78,7 @@ app.add_typer(prompts, name="prompts")
 app.add_typer(labels, name="labels")
 app.add_typer(config, name="config")
 app.command()(export)
-app.command("import-checkpoint")(import_checkpoint)
+app.command("import-checkpoint", cls=renamed({"--text": "--text-encoder"}))(import_checkpoint)
 app.command()(models)
 app.command()(publish)
 app.command()(demo)
@@ -125,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         code = 2
-    # Whoever has not loaded it (and torch, which takes seconds) has not been one of several processes.
+    # If this module (and torch, which takes seconds) was not loaded, this process was never one of several.
     distributed = sys.modules.get("ctclip.distributed")
     if code == INTERRUPTED and (distributed is None or distributed.launched_rank() == 0):
         print("interrupted", file=sys.stderr, flush=True)
@@ -142,8 +145,8 @@ def command(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _options_first(arguments: list[str]) -> list[str]:
-    """``--debug`` and ``--plugin MODULE`` before the command, wherever they stand: whoever calls `ctclip.train` through a
-    launcher cannot write anything before it."""
+    """Move ``--debug`` and ``--plugin MODULE`` in front of the command: under a launcher, users of `ctclip.train` cannot put
+    them there."""
     first: list[str] = []
     rest: list[str] = []
     words = iter(arguments)

@@ -1,4 +1,4 @@
-"""`ctclip adapt`: a model of one's own from labels or pairs, by the method that is named."""
+"""`ctclip adapt`: fit a model to scans of your own, by one of several methods."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from enum import StrEnum
 from pathlib import Path
 
 import typer
+
+from ctclip.cli.reading import LABEL_TABLE
 
 
 class AdaptMethod(StrEnum):
@@ -18,24 +20,45 @@ class AdaptMethod(StrEnum):
 
 
 def adapt(
-    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Values that replace the recipe's."),
-    method: AdaptMethod = typer.Option(..., help="coop learns prompts in seconds; the others train the encoders."),
-    model: str = typer.Option(..., "--model", "-m", help="A model folder to begin with, an imported checkpoint's too."),
-    store: Path = typer.Option(..., help="A store of `ctclip preprocess`, with the model's spec."),
-    output: Path = typer.Option(..., "--output", "-o", help="Run folder (coop: folder of its tables)."),
-    labels: Path = typer.Option(None, help="Your own labels: a CSV with a column 'volume' and columns of 0 and 1."),
-    config: str = typer.Option(None, "--config", "-c", help="A recipe in place of configs/adapt/METHOD.yaml."),
-    shots: int = typer.Option(None, min=1, help="Positive and negative training patients a label."),
-    fraction: float = typer.Option(100.0, help="Share of the training patients whose labels are used, in per cent."),
-    head: str = typer.Option("coop", help="coop: name under which the head is kept with the model."),
-    draws: int = typer.Option(1, min=1, help="coop: draws of patients; the head of the first is kept."),
-    train_split: str = typer.Option("train", help="Split that is adapted to."),
-    test_split: str = typer.Option("valid", help="coop: split that is scored."),
-    seed: int = typer.Option(0, min=0, help="Of the draws and the training."),
-    merge: bool = typer.Option(False, "--merge", help="lora: fold the adapters into the weights of the model folder."),
-    processes: int = typer.Option(1, min=1, help="Start this many DeepSpeed processes here."),
-    force: bool = typer.Option(False, "--force", help="Replace other tables, or continue another run's folder."),
-    local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Set by the deepspeed launcher."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="[KEY=VALUE]...", help="Values that override the recipe, such as training.epochs=5."
+    ),
+    method: AdaptMethod = typer.Option(
+        ..., help="coop: learn prompts, in seconds to minutes. The other methods train encoders; see above."
+    ),
+    model: str = typer.Option(
+        ..., "--model", "-m", help="The model folder to start from; an imported checkpoint is one too."
+    ),
+    store: Path = typer.Option(..., help="A store written by `ctclip preprocess` with the model's spec."),
+    output: Path = typer.Option(..., "--output", "-o", help="The run folder; with coop, the folder for its tables."),
+    labels: Path = LABEL_TABLE,
+    config: str = typer.Option(
+        None,
+        "--config",
+        "-c",
+        help="A recipe to use instead of configs/adapt/METHOD.yaml: a YAML file, or the name of one there.",
+    ),
+    shots: int = typer.Option(
+        None, min=1, help="Number of positive, and of negative, training patients to use for each label. Default: all."
+    ),
+    percent: float = typer.Option(100.0, help="Percentage of the training patients whose labels are used."),
+    head: str = typer.Option("coop", help="coop: the name under which the head is saved in the model folder."),
+    draws: int = typer.Option(
+        1, min=1, help="coop: number of random draws of patients; the head of the first draw is saved."
+    ),
+    train_split: str = typer.Option("train", help="Split to learn from."),
+    test_split: str = typer.Option("valid", help="coop: split to test on."),
+    seed: int = typer.Option(0, min=0, help="Seed of the draws and of the training."),
+    merge: bool = typer.Option(False, "--merge-adapters", help="lora: merge the adapters into the weights at the end."),
+    processes: int = typer.Option(
+        1, min=1, help="Number of DeepSpeed processes to start on this machine. Leave it at 1 under a launcher."
+    ),
+    force: bool = typer.Option(
+        False,
+        "--force",
+        help="Overwrite the tables of another run, or continue a run whose configuration or data have changed.",
+    ),
+    local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Set by the DeepSpeed launcher."),
 ) -> None:
     """Adapt a model to your own scans.
 
@@ -43,13 +66,15 @@ def adapt(
 
     `ctclip adapt --method vocabfine --model M --store store --output runs/vocabfine`
 
-    coop learns the words of prompts on frozen embeddings and keeps them with the model as a head. vocabfine fits the
-    prompts' scores to labels, classfine a linear layer, full continues the contrast on your pairs; lora and last-layers do
-    what vocabfine does with few parameters. Those end with a model folder and resume as `ctclip train` does.
+    coop learns the words of prompts, on frozen embeddings, and saves them in the model folder as a head.
+
+    The other methods train, write a new model folder, and resume as `ctclip train` does: vocabfine fits the scores of the
+    prompts to labels; classfine fits a linear layer; lora and last-layers do what vocabfine does with fewer parameters; full
+    continues the contrastive training on pairs of volumes and reports.
     """
     from ctclip.adaptation.protocol import Setting
 
-    setting = Setting("shots", shots) if shots is not None else Setting("fraction", fraction)
+    setting = Setting("shots", shots) if shots is not None else Setting("fraction", percent)
     if method is AdaptMethod.coop:
         _coop(overrides or [], model, store, output, labels, config, setting, head, draws, (train_split, test_split), seed, force)  # fmt: skip
         return
@@ -63,7 +88,7 @@ def adapt(
         method.value, model, store, labels, config, tuple(overrides or ()), setting, train_split, seed, merge
     )
     if processes > 1 and not distributed.launched():
-        # What is wrong is said here, once, and not by every rank.
+        # Errors are reported here once, instead of by every rank.
         configured(recipe, local_folder(model), output)
         raise typer.Exit(distributed.launch(processes, "ctclip.adapt"))
     distributed.prepare_environment()

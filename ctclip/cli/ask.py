@@ -10,11 +10,19 @@ from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expecte
 
 
 def ask(
-    scan: Path = typer.Argument(..., help="A volume file or DICOM folder."),
-    question: list[str] = typer.Argument(..., help="Is there ...? On which side, in which lobe, how large?"),
-    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a hub name."),
-    prompts: str = typer.Option(None, help="A prompt file, or the name of one; the model's own if not given."),
-    terms: str = typer.Option(None, help="A file of terms; that of the model's label set if not given."),
+    scan: Path = typer.Argument(..., help="A volume file, a DICOM folder, or an archive of one of these."),
+    question: list[str] = typer.Argument(
+        ..., help="A question: is there ...? on which side ...? in which lobe ...? how large ...?"
+    ),
+    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
+    prompts: str = typer.Option(
+        None,
+        help="A prompt set: a YAML file, or the name of one in configs/prompts. Default: the prompts of the model.",
+    ),
+    terms: str = typer.Option(
+        None,
+        help="A YAML file of terms, or the name of one in configs/terms. Default: the terms of the model's label set.",
+    ),
     language: str = typer.Option("english", help="A YAML file, or the name of one in configs/languages."),
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
@@ -22,7 +30,8 @@ def ask(
     series: str = SERIES,
     largest_gb: float = LARGEST_GB,
 ) -> None:
-    """Answer closed questions about a scan by matching answers as prompts. Answers are no measurements and no diagnosis.
+    """Answer closed questions about a scan by comparing it with a prompt for each answer. Answers are neither measurements nor a
+    diagnosis.
 
     `ctclip ask scan.nii.gz "Is there a pleural effusion on the left?" "How large is the nodule?" --model model`
     """
@@ -51,4 +60,6 @@ def ask(
     for warning in ready.warnings:
         print(f"warning: {warning}")
     if not head.thresholds():
-        print("note: this model is not calibrated: yes and no may lean to one side; `ctclip calibrate` mends it")
+        print(
+            "note: this model is not calibrated, so its answers may lean towards yes or towards no; run `ctclip calibrate`"
+        )

@@ -12,7 +12,7 @@ def clean_reports(
         ...,
         help="A table with a text column, or with findings and impression columns; a .txt file with one report per line; or a store.",
     ),
-    labels: str = typer.Option(..., "--labels", help="A label set: a YAML file, or the name of one in configs/labels."),
+    label_set: str = typer.Option(..., help="A label set: a YAML file, or the name of one in configs/labels."),
     output: Path = typer.Option(Path("findings.csv"), "--output", "-o", help="The table to write: .csv or .parquet."),
     terms: str = typer.Option(
         None, help="A YAML file of terms, or the name of one in configs/terms. Default: the terms of the label set."
@@ -22,10 +22,10 @@ def clean_reports(
 ) -> None:
     """Split reports into sections, sentences and findings, each finding with side, lobe, size and certainty.
 
-    `ctclip clean-reports reports.csv --labels ct_rate_18 --output findings.csv`
+    `ctclip clean-reports reports.csv --label-set ct_rate_18 --output findings.csv`
 
-    Sentences that compare with earlier examinations, and those that describe no scan, are marked; typos of the language's
-    list are mended.
+    Sentences that compare with an earlier examination, and sentences that do not describe the scan, are marked. Misspellings
+    that the language lists are corrected.
     """
     from ctclip.labels import load_labels
     from ctclip.report_reading.clean import check_findings, write_findings
@@ -36,7 +36,7 @@ def clean_reports(
     from ctclip.report_reading.rules import RulesReader
 
     check_findings(output, force=force)
-    cleaner = Cleaner(RulesReader.build(load_labels(labels), Options(terms=terms, language=language)))
+    cleaner = Cleaner(RulesReader.build(load_labels(label_set), Options(terms=terms, language=language)))
     table = clean(load_reports(reports), cleaner)
     write_findings(table, output, force=force)
     findings = int((table["label"] != "").sum())

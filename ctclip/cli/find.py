@@ -17,8 +17,10 @@ def find(
     output: Path = typer.Option(
         Path("found"), "--output", "-o", help="Folder for the map, the regions' mask, findings.json and page.html."
     ),
-    most: int = typer.Option(5, min=1, help="Maximum number of regions."),
-    method: By = typer.Option(By.similarity, help="As in `ctclip explain`."),
+    count: int = typer.Option(5, "--count", "-k", min=1, help="Maximum number of regions."),
+    method: By = typer.Option(
+        By.similarity, help="How the map is computed; `ctclip explain --help` describes the methods."
+    ),
     level: float = typer.Option(
         0.5, min=0.01, max=0.99, help="Fraction of the peak of the map down to which a region extends."
     ),
@@ -34,7 +36,7 @@ def find(
 
     `ctclip find scan.nii.gz "a nodule larger than 10 mm" --model runs/demo/train/model --output found`
 
-    A size in the text is not judged by the model; only regions whose longest side has that size are kept.
+    The model does not judge a size in the text: only regions whose longest side has that size are kept.
     """
     from ctclip import distributed
     from ctclip.explanation.explain import check_output
@@ -43,7 +45,7 @@ def find(
     check_output(output)
     loaded = load(model, distributed.device())
     found = loaded.find(
-        scan, text, method=method.value, level=level, most=most, budget=budget,
+        scan, text, method=method.value, level=level, most=count, budget=budget,
         **reading_of(hu, geometry, expect, series, largest_gb),
     )  # fmt: skip
     page = found.save(output, refined=refine)

@@ -12,13 +12,13 @@ def import_checkpoint(
         ..., help="The checkpoint: CT-CLIP_v2.pt, CT_VocabFine_v2.pt, CT_LiPro_v2.pt or a similar file."
     ),
     output: Path = typer.Option(..., "--output", "-o", help="The model folder to write."),
-    text: str = typer.Option(
+    text_encoder: str = typer.Option(
         None,
         help="A folder, or a name on the Hugging Face Hub, with the tokenizer and config.json of the checkpoint's BERT.",
     ),
     text_config: Path = typer.Option(
         None,
-        help="The config.json of that BERT, if it lies elsewhere. The tokenizer is read from --text, or else from its folder.",
+        help="The config.json of that BERT, if it is elsewhere. The tokenizer is read from --text-encoder, or else from the folder of this file.",
     ),
     spec: str = typer.Option(
         None,
@@ -30,13 +30,13 @@ def import_checkpoint(
 ) -> None:
     """Turn a published CT-CLIP checkpoint into a model folder. No code in the file is executed.
 
-    `ctclip import-checkpoint CT-CLIP_v2.pt --text BiomedVLP-CXR-BERT-specialized --output models/ct-clip`
+    `ctclip import-checkpoint CT-CLIP_v2.pt --text-encoder BiomedVLP-CXR-BERT-specialized --output models/ct-clip`
     """
     from huggingface_hub.utils import logging
 
     from ctclip.inference.import_published import import_published
 
-    # A hub that cannot be reached is said once, at the end.
+    # That the hub cannot be reached is reported once, at the end.
     logging.set_verbosity_error()
-    folder = import_published(file, output, text, ignore or [], text_config=text_config, spec=spec)
+    folder = import_published(file, output, text_encoder, ignore or [], text_config=text_config, spec=spec)
     print(f"model: {folder}")

@@ -13,14 +13,16 @@ def locate(
     cohort: Path = typer.Argument(..., help="The cohort, as for `ctclip preprocess`."),
     masks: Path = typer.Option(..., help="The folder of masks; each must lie on the grid of its scan."),
     model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
-    layout: str = typer.Option(
+    mask_layout: str = typer.Option(
         "phantom", help="Layout of the masks: a YAML file, or the name of one in configs/masks."
     ),
     split: str = typer.Option(None, help="Only this split of the cohort."),
     head: str = typer.Option(None, help="The head of the model to explain. Default: prompts."),
-    method: By = typer.Option(By.similarity, help="As in `ctclip explain`."),
+    method: By = typer.Option(
+        By.similarity, help="How maps are computed; `ctclip explain --help` describes the methods."
+    ),
     budget: int = typer.Option(600, min=8, help="Occlusion: maximum number of encodings per scan."),
-    limit: int = typer.Option(None, min=2, help="Number of scans, drawn at random. Default: all."),
+    count: int = typer.Option(None, "--count", "-k", min=2, help="Number of scans to draw at random. Default: all."),
     seed: int = typer.Option(0, help="Seed of the draw, the controls and the bootstrap."),
     output: Path = typer.Option(Path("locate.json"), "--output", "-o", help="The JSON file to write."),
 ) -> None:
@@ -37,10 +39,10 @@ def locate(
     from ctclip.preprocessing.files import refuse_special
 
     refuse_special(output)
-    drawn = Masks(masks, load_layout(layout))
+    drawn = Masks(masks, load_layout(mask_layout))
     loaded = load(model, distributed.device())
     scans = read_cohort(cohort)
-    volumes = chosen_volumes(scans, drawn, split, limit, seed)
+    volumes = chosen_volumes(scans, drawn, split, count, seed)
     result = locate_cohort(
         loaded.dual, loaded.head(head or "prompts"), scans, drawn, volumes, by=method.value, budget=budget, seed=seed
     )

@@ -18,7 +18,7 @@ def phantom(
         0.0, min=0.0, max=0.9, help="Minimum prevalence of every abnormality; 0 keeps the prevalences of CT-RATE."
     ),
     valid_fraction: float = typer.Option(0.2, min=0.0, max=1.0, help="Fraction of patients in the validation split."),
-    workers: int = typer.Option(None, help="Number of processes. Default: one per core."),
+    workers: int = typer.Option(None, help="Number of worker processes. Default: one per core."),
 ) -> None:
     """Write a cohort of synthetic chest CT scans with reports, in the folder layout of CT-RATE.
 

@@ -38,10 +38,9 @@ def preprocess(
         ..., "--output", "-o", help="Folder for the store. Volumes that are already in it are kept."
     ),
     spec: str = typer.Option("ct_224", help="A YAML file, or the name of one in configs/preprocessing."),
-    workers: int = typer.Option(None, help="Number of processes. Default: one per core."),
+    workers: int = typer.Option(None, help="Number of worker processes. Default: one per core."),
     layout: str = typer.Option(
         "auto",
-        "--cohort",
         help="Layout of the cohort on disk: auto, ct-rate, rad-chestct, folder, or a reader of your own as "
         "module:function.",
     ),
@@ -51,15 +50,18 @@ def preprocess(
     series: str = SERIES,
     largest_gb: float = LARGEST_GB,
     linkage: Path = LINKAGE,
-    labels: str = typer.Option(
+    label_set: str = typer.Option(
         None,
-        help="Label set: a YAML file, or the name of one in configs/labels. Default: made from the label columns of "
+        help="A label set: a YAML file, or the name of one in configs/labels. Default: made from the label columns of "
         "the cohort.",
     ),
     shard: str = typer.Option("1/1", help="i/n: process every n-th volume, starting with the i-th. For job arrays."),
     merge: bool = typer.Option(False, "--merge", help="Join the outcome tables of all shards. No volume is read."),
-    calibration: float = typer.Option(
-        0.0, min=0.0, max=0.9, help="Fraction of the training patients to hold out as a split named `calibration`."
+    calibration_fraction: float = typer.Option(
+        0.0,
+        min=0.0,
+        max=0.9,
+        help="Fraction (0 to 0.9) of the training patients to hold out as a split named `calibration`.",
     ),
     partial: bool = typer.Option(
         False,
@@ -93,11 +95,11 @@ def preprocess(
     from ctclip.preprocessing.store import VolumeStore
 
     # A bad label set is refused before hours of work.
-    label_set = load_labels(labels) if labels is not None else None
-    columns = label_columns_of(cohort, label_set) if label_set is not None else None
+    labels = load_labels(label_set) if label_set is not None else None
+    columns = label_columns_of(cohort, labels) if labels is not None else None
     reading = reading_of(hu, geometry, expect, series, largest_gb)
-    if label_set is not None:
-        reading["expect"] = expected(label_set.body_part, reading["expect"])
+    if labels is not None:
+        reading["expect"] = expected(labels.body_part, reading["expect"])
     if merge:
         _tell(Report(merge_shards(output), [], {}), output / outcomes_name())
         return
@@ -112,13 +114,13 @@ def preprocess(
         reading=reading,
         workers=workers,
         shard=_shard(shard),
-        calibration=calibration,
+        calibration=calibration_fraction,
         partial=partial,
         keep_no_chest=keep_no_chest,
         labels=columns,
         linkage=linkage,
     )
-    kept = keep_labels(VolumeStore(output), labels)
+    kept = keep_labels(VolumeStore(output), label_set)
     if kept is not None:
         print(f"label set: {kept.name} ({len(kept.names)} labels)")
     _tell(report, output / outcomes_name(_shard(shard)))

@@ -62,28 +62,35 @@ def lint(
 
 @prompts.command()
 def mine(
-    store: Path = typer.Option(..., help="A store of `ctclip preprocess`; its training reports are read."),
-    labels: str = typer.Option(None, "--labels", help="A label set; the store's own if not given."),
-    output: Path = typer.Option(Path("mined.yaml"), "--output", "-o", help="The prompt set to write."),
-    split: str = typer.Option("train", help="Whose reports are read."),
-    reader: str = typer.Option("rules", help="rules, or another reader of `ctclip read-reports`."),
-    terms: str = typer.Option(None, help="rules: a file of terms; the label set's own if not given."),
-    language: str = typer.Option("english", help="rules: a YAML file, or the name of one in configs/languages."),
-    model: Path = typer.Option(None, "--model", "-m", help="classifier, language-model: a local model folder."),
-    most: int = typer.Option(24, min=1, help="Phrasings of a label, side and section at most."),
-    least: int = typer.Option(2, min=1, help="Scans whose reports must have a phrasing."),
-    others: str = typer.Option(
-        None, help="The prompt set that lends a side no report states; that of the label set if not given."
+    store: Path = typer.Option(..., help="A store written by `ctclip preprocess`, with reports."),
+    label_set: str = typer.Option(
+        None,
+        help="A label set: a YAML file, or the name of one in configs/labels. Default: the label set of the store.",
     ),
-    force: bool = typer.Option(False, "--force", help="Replace a prompt set."),
+    output: Path = typer.Option(Path("mined.yaml"), "--output", "-o", help="The prompt set (YAML) to write."),
+    split: str = typer.Option("train", help="Read the reports of this split."),
+    reader: str = typer.Option("rules", help="The reader of `ctclip read-reports` that finds labels in sentences."),
+    terms: str = typer.Option(
+        None,
+        help="rules: a YAML file of terms, or the name of one in configs/terms. Default: the terms of the label set.",
+    ),
+    language: str = typer.Option("english", help="rules: a YAML file, or the name of one in configs/languages."),
+    reader_model: Path = typer.Option(None, help="classifier, language-model: the local folder of the text model."),
+    max_phrasings: int = typer.Option(24, min=1, help="Maximum number of phrasings for each label, side and section."),
+    min_scans: int = typer.Option(2, min=1, help="Leave out phrasings found in the reports of fewer scans than this."),
+    others: str = typer.Option(
+        None,
+        help="The prompt set to borrow from where no report states, or denies, a label. Default: the prompts of the label set.",
+    ),
+    force: bool = typer.Option(False, "--force", help="Overwrite an existing prompt set."),
 ) -> None:
-    """Prompts from training reports: how they state each label, and how they deny it.
+    """Make prompts from training reports: the sentences that state each label, and those that deny it.
 
     `ctclip prompts mine --store store --output mined.yaml`
 
     `ctclip zero-shot --model model --store store --split valid --prompts mined.yaml`
 
-    Reports alone are read, no label of a volume.
+    Only reports are read; no label of a volume is.
     """
     from ctclip.errors import DataError
     from ctclip.labels import load_labels, store_labels
@@ -96,18 +103,19 @@ def mine(
 
     check_file(output, file_holds(b"provenance:"), force=force)
     opened = VolumeStore(store)
-    label_set = load_labels(labels) if labels is not None else store_labels(opened)
-    if label_set is None:
-        raise DataError(f"{store}: keeps no label set; name one with --labels")
-    options = Options(terms=terms, language=language, model=model)
+    labels = load_labels(label_set) if label_set is not None else store_labels(opened)
+    if labels is None:
+        raise DataError(f"{store}: keeps no label set; name one with --label-set")
+    options = Options(terms=terms, language=language, model=reader_model)
     mined = mine_prompts(
-        opened, label_set, build_reader(reader, label_set, options),
-        load_prompts(others or label_set.prompts or "generic"),
-        split=split, name=output.stem, most=most, least=least,
+        opened, labels, build_reader(reader, labels, options), load_prompts(others or labels.prompts or "generic"),
+        split=split, name=output.stem, most=max_phrasings, least=min_scans,
     )  # fmt: skip
     save_prompts(mined.prompts, output)
     for name, (present, absent) in mined.kept.items():
         print(f"{name}: {present} present, {absent} absent")
     for side in mined.borrowed:
-        print(f"note: no report states {side} alone: phrasings of {others or label_set.prompts or 'generic'} stand in")
+        print(
+            f"note: no report states {side} by itself; its phrasings come from {others or labels.prompts or 'generic'}"
+        )
     print(f"prompts: {output} ({mined.prompts.provenance['reports']} reports, {mined.prompts.identity()})")

@@ -13,8 +13,8 @@ def quality(
         None, "--output", "-o", help="The HTML file to write. Default: quality.html in the store."
     ),
     split: str = typer.Option(None, help="Only this split of the cohort."),
-    first: int = typer.Option(0, min=0, help="Number of volumes to skip."),
-    count: int = typer.Option(500, min=1, help="Number of volumes on the page."),
+    skip: int = typer.Option(0, min=0, help="Number of volumes to skip at the beginning."),
+    count: int = typer.Option(500, "--count", "-k", min=1, help="Number of volumes on the page."),
 ) -> None:
     """Write a page with middle slices, spacing, HU histogram and warnings of each volume, and the refused scans.
 
@@ -29,7 +29,7 @@ def quality(
     page = output or store / "quality.html"
     replaced = page.exists()
     warned = quality_page(
-        opened, page, split=split, first=first, count=count, windows=labels.windows if labels is not None else None,
+        opened, page, split=split, first=skip, count=count, windows=labels.windows if labels is not None else None,
         expect="chest" if labels is not None and labels.body_part == "chest" else "any",
     )  # fmt: skip
     if replaced:

@@ -23,7 +23,7 @@ def read_reports(
         ...,
         help="A table with a text column, or with findings and impression columns; a .txt file with one report per line; or a store.",
     ),
-    labels: str = typer.Option(..., "--labels", help="A label set: a YAML file, or the name of one in configs/labels."),
+    label_set: str = typer.Option(..., help="A label set: a YAML file, or the name of one in configs/labels."),
     output: Path = typer.Option(
         Path("labels.csv"), "--output", "-o", help="The table of labels to write: .csv or .parquet."
     ),
@@ -33,27 +33,29 @@ def read_reports(
         help="rules: a YAML file of terms, or the name of one in configs/terms. Default: the terms of the label set.",
     ),
     language: str = typer.Option("english", help="rules: a YAML file, or the name of one in configs/languages."),
-    model: Path = typer.Option(None, "--model", "-m", help="classifier, language-model: a local model folder."),
-    threshold: float = typer.Option(0.5, min=0, max=1, help="classifier: probability from which a label is present."),
+    reader_model: Path = typer.Option(None, help="classifier, language-model: the local folder of the text model."),
+    threshold: float = typer.Option(
+        0.5, min=0, max=1, help="classifier: a label is present at this probability or above."
+    ),
     cache: Path = typer.Option(
         None,
-        help="language-model: folder that keeps the answers, so that an interrupted run resumes. Default: OUTPUT.answers.",
+        help="language-model: folder for answers, so that an interrupted run can resume. Default: OUTPUT.answers.",
     ),
     batch: int = typer.Option(16, min=1, help="classifier, language-model: number of reports in a batch."),
     uncertain: Value = typer.Option(Value.empty, help="Value in the table for an uncertain label."),
     not_mentioned: Value = typer.Option(Value.zero, help="Value in the table for a label that is not mentioned."),
-    compare: Path = typer.Option(
+    against: Path = typer.Option(
         None,
-        help="Another table of labels to compare with: agreement, kappa and the sentences that are read differently.",
+        help="Another table of labels to compare with; prints agreement and kappa, and writes the sentences that differ.",
     ),
-    workers: int = typer.Option(None, min=1, help="rules: number of processes. Default: one per core."),
+    workers: int = typer.Option(None, min=1, help="rules: number of worker processes. Default: one per core."),
     force: bool = typer.Option(False, "--force", help="Overwrite the labels of another run."),
 ) -> None:
     """Read labels from reports: present, absent, uncertain or not mentioned, with the sentence that says so.
 
-    `ctclip read-reports reports.csv --labels ct_rate_18 --output labels.csv`
+    `ctclip read-reports reports.csv --label-set ct_rate_18 --output labels.csv`
 
-    `ctclip read-reports reports.csv --labels ct_rate_18 --compare published.csv`
+    `ctclip read-reports reports.csv --label-set ct_rate_18 --against published.csv`
 
     The sentences are written beside the labels, as labels.statements.jsonl. Exit code 3: some reports were not read.
     """
@@ -68,14 +70,14 @@ def read_reports(
     from ctclip.report_reading.run import Values, check_output, read_all, write_readings
 
     check_output(output, force=force)
-    device = "cpu" if model is None else str(distributed.device())
+    device = "cpu" if reader_model is None else str(distributed.device())
     if cache is None and reader == "language-model":
         cache = output.with_suffix(".answers")
-    options = Options(terms, language, model, batch, threshold, cache, device)
+    options = Options(terms, language, reader_model, batch, threshold, cache, device)
     values = Values(uncertain.number, not_mentioned.number)
     workers = workers or len(os.sched_getaffinity(0))
-    result = read_all(load_reports(reports), load_labels(labels), reader, options, workers)
-    compared = compare_with(result, compare, values) if compare is not None else None
+    result = read_all(load_reports(reports), load_labels(label_set), reader, options, workers)
+    compared = compare_with(result, against, values) if against is not None else None
     written, statements = write_readings(result, output, values, force=force)
     show_counts(result)
     if compared is not None:

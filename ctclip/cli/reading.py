@@ -1,4 +1,4 @@
-"""How scan files are read: options shared by every command that reads them."""
+"""Options that several commands share: how scan files are read, and where labels come from."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Expected(StrEnum):
 
 HU = typer.Option(
     Trusted.auto,
-    help="Where Hounsfield units come from if file and metadata table disagree; auto decides from the voxel values.",
+    help="Where Hounsfield units come from if the file and the metadata table disagree; auto decides by the voxel values.",
 )
 GEOMETRY = typer.Option(
     Geometry.auto,
-    help="Which geometry to use if header and metadata table, or sform and qform of a NIfTI header, contradict each other.",
+    help="Which geometry to use if the header contradicts the metadata table, or if the sform and qform of a NIfTI header differ.",
 )
 EXPECT = typer.Option(
     Expected.auto,
@@ -51,8 +51,13 @@ SERIES = typer.Option(
 )
 LINKAGE = typer.Option(
     None,
-    help="Also write a private table here that leads from each id to its path and DICOM study: it identifies patients, and "
-    "only its owner can read it.",
+    help="Also write a private table that links each id to its path and DICOM study. It identifies patients; only its owner can "
+    "read it.",
+)
+LABEL_TABLE = typer.Option(
+    None,
+    "--labels",
+    help="Your own labels: a CSV with a column 'volume' and columns of 0 and 1. Default: the labels in the store.",
 )
 LARGEST_GB = typer.Option(
     4.0, min=0.001, help="Refuse scans whose voxels take more than this many GB, and archives whose contents do."
@@ -62,5 +67,5 @@ LARGEST_GB = typer.Option(
 def reading_of(hu: Trusted, geometry: Geometry, expect: Expected, series: str | None, largest_gb: float) -> Reading:
     """The options as ``ctclip.preprocessing.prepare`` takes them."""
     return {
-        "trust": hu.value, "geometry": geometry.value, "expect": expect.value, "series": series, "largest_gb": largest_gb,
+        "hu": hu.value, "geometry": geometry.value, "expect": expect.value, "series": series, "largest_gb": largest_gb,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""`ctclip serve`: a page to look at scans, and an HTTP interface to call."""
+"""`ctclip serve`: a page for looking at scans, and an HTTP interface."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expecte
 
 
 def serve(
-    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a hub name."),
-    store: Path = typer.Option(None, help="A store of `ctclip preprocess`, whose volumes the page offers."),
-    index: Path = typer.Option(None, help="Folder of `ctclip index`: similar scans with their reports."),
+    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
+    store: Path = typer.Option(None, help="A store written by `ctclip preprocess`; the page offers its volumes."),
+    index: Path = typer.Option(
+        None, help="The folder written by `ctclip index`; adds similar scans and their reports."
+    ),
     host: str = typer.Option(
-        "127.0.0.1", help="Address to listen on. Others than this machine can reach it only if you say so."
+        "127.0.0.1",
+        help="Address to listen on. The default can be reached from this machine only; 0.0.0.0 listens on all interfaces.",
     ),
     port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on."),
-    name: list[str] = typer.Option(
-        None, help="Host names under which the service is reached, besides --host; may be repeated."
+    host_name: list[str] = typer.Option(
+        None, help="A host name that clients may use for the service, besides --host. May be repeated."
     ),
-    token_file: Path = typer.Option(None, help="File with a token that every request must bear."),
-    tls_certificate: Path = typer.Option(None, help="Certificate (PEM) for HTTPS; goes with --tls-key."),
-    tls_key: Path = typer.Option(None, help="Private key (PEM) of the certificate."),
-    queue: int = typer.Option(256, min=1, help="Scans that may wait at once; more are answered with 503."),
-    keep: int = typer.Option(8, min=1, help="Encoded scans kept in memory for questions."),
-    seconds: float = typer.Option(600, min=1, help="How long one scan may take."),
+    token_file: Path = typer.Option(None, help="A file that holds a token; every request must send it."),
+    tls_certificate: Path = typer.Option(None, help="Certificate (PEM) for HTTPS; needs --tls-key."),
+    tls_key: Path = typer.Option(None, help="Private key (PEM) of the certificate; needs --tls-certificate."),
+    queue: int = typer.Option(
+        256, min=1, help="Maximum number of scans in progress; further ones are answered with 503."
+    ),
+    keep: int = typer.Option(8, min=1, help="Number of encoded scans kept in memory for questions."),
+    seconds: float = typer.Option(600, min=1, help="Maximum time for one scan, in seconds."),
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
     expect: Expected = EXPECT,
@@ -38,7 +43,8 @@ def serve(
 
     `curl -F scan=@scan.nii.gz http://127.0.0.1:8000/v1/detect`
 
-    What is sent is deleted once it is answered, at the latest when the service ends. `/openapi.json` describes the interface.
+    Uploads are deleted once they have been answered, at the latest when the service stops. `/openapi.json` describes the
+    interface.
     """
     from ctclip import distributed, extras
     from ctclip.errors import DataError
@@ -51,11 +57,11 @@ def serve(
         raise DataError("--tls-certificate and --tls-key go together")
     token = token_file.read_text(encoding="utf-8").strip() if token_file is not None else None
     if token == "":
-        raise DataError(f"{token_file}: holds no token")
+        raise DataError(f"{token_file}: the file is empty; write a token into it")
     settings = Settings(
         model=model, store=store, index=index, device=str(distributed.device()),
         reading=reading_of(hu, geometry, expect, series, largest_gb), largest_gb=largest_gb, queue=queue, keep=keep,
-        seconds=seconds, token=token, hosts=(*Settings.hosts, host, *(name or [])),
+        seconds=seconds, token=token, hosts=(*Settings.hosts, host, *(host_name or [])),
     )  # fmt: skip
 
     from ctclip.serve.run import run

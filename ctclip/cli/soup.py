@@ -1,4 +1,4 @@
-"""`ctclip soup`: the mean of several models' weights."""
+"""`ctclip soup`: average the weights of several models."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import typer
 
 
 def soup(
-    runs: list[Path] = typer.Argument(..., help="Runs of one recipe, or their model folders."),
-    store: Path = typer.Option(..., help="The store whose held-out patients decide."),
-    split: str = typer.Option("calibration", help="Split that decides: never the one that is tested."),
-    output: Path = typer.Option(..., "--output", "-o", help="Where the model folder is written, if it is better."),
-    batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
+    runs: list[Path] = typer.Argument(..., help="Run folders of one recipe, or their model folders."),
+    store: Path = typer.Option(..., help="The store that holds the patients to choose by."),
+    split: str = typer.Option("calibration", help="Split to choose by. Never use the split that you test on."),
+    output: Path = typer.Option(..., "--output", "-o", help="The model folder to write, if the mean is better."),
+    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
 ) -> None:
-    """Average the weights of models that began with the same weights, and keep the mean if it is better than each.
+    """Average the weights of models that started from the same weights, and save the mean if it is better than each of them.
 
     `ctclip soup runs/a runs/b runs/c --store store --split calibration --output soup`
 
-    Models are added in the order of their zero-shot AUROC on the split, as long as the mean does not get worse. Exit code 3:
-    no mean is better than the best model, and nothing was written.
+    Models are added in the order of their zero-shot AUROC on the split; one that makes the mean worse is left out. Exit code
+    3: no mean is better than the best model, and nothing was written.
     """
     from ctclip.adaptation.soup import make_soup
 

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def print_settings(title: str, summary: pd.DataFrame, zero_shot: float | None) -> None:
-    """A row a setting, as ``ctclip.adaptation.protocol.summary`` gives them, below what the prompts reach without a label."""
+    """Print one row for each setting of ``ctclip.adaptation.protocol.summary``, below the AUROC of the prompts without labels."""
     from rich.console import Console
     from rich.table import Table
 
     grid = Table(title=title)
-    for head in ("labels seen", "patients", "volumes", "draws", "mean AUROC", "95 % interval over draws"):
-        grid.add_column(head, justify="left" if head == "labels seen" else "right")
+    for head in ("labels used", "patients", "volumes", "draws", "mean AUROC", "95 % interval over draws"):
+        grid.add_column(head, justify="left" if head == "labels used" else "right")
     if zero_shot is not None:
         grid.add_row("none (prompts)", "0", "0", "", f"{zero_shot:.3f}", "")
     for record in summary.to_dict("records"):
@@ -37,13 +37,13 @@ def print_settings(title: str, summary: pd.DataFrame, zero_shot: float | None) -
 
 
 def print_contexts(head: Head, most: int = 12) -> None:
-    """The nearest words to each learned vector of the first prompts; what lies in brackets is the label's own name."""
+    """Print the words nearest to each learned vector of the first prompts, with the label's own name in brackets."""
     from ctclip.heads.contexts import ContextHead, prompts_in_words
 
     if not isinstance(head, ContextHead):
         return
     texts = prompts_in_words(head)
-    print("nearest words to what was learned (the name in brackets):")
+    print("words nearest to the learned vectors (the label's name in brackets):")
     for text in texts[:most]:
         print(f"  {text}")
     if len(texts) > most:

@@ -25,8 +25,8 @@ def train(
     card: str = typer.Option(
         "h100", help="With --plan: a10, rtx4090, a100-40, a100, h100, h200, or cpu (measured on this machine)."
     ),
-    volumes: int = typer.Option(
-        24128, min=1, help="With --plan: number of scans in an epoch. The default is that of CT-RATE."
+    scans: int = typer.Option(
+        24128, min=1, help="With --plan: number of scans in an epoch. The default is the training split of CT-RATE."
     ),
     force: bool = typer.Option(
         False, "--force", help="Continue the run although its configuration or data have changed."
@@ -60,7 +60,7 @@ def train(
         if card not in (*CARDS, "cpu"):
             raise ConfigError(f"--card {card}: choose one of {', '.join((*CARDS, 'cpu'))}")
         configuration = load_config(config, overrides or [], given)
-        print(describe(configuration, make_plan(configuration, processes, card=card != "cpu"), card, volumes))
+        print(describe(configuration, make_plan(configuration, processes, card=card != "cpu"), card, scans))
         return
     if output is None:
         raise ConfigError("--output is missing: name the run folder")

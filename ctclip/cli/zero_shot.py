@@ -53,7 +53,9 @@ def zero_shot(
         None,
         help="The head of the model that gives the scores; `ctclip models --model MODEL` lists them. Default: prompts.",
     ),
-    reports: bool = typer.Option(False, "--reports", help="With --store: also embed the reports, for retrieval."),
+    embed_reports: bool = typer.Option(
+        False, "--embed-reports", help="With --store: also embed the reports, for retrieval."
+    ),
     batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
     processes: int = typer.Option(None, min=1, help="Number of processes that share the scans. Default: one per GPU."),
     hu: Trusted = HU,
@@ -86,8 +88,8 @@ def zero_shot(
         raise DataError("give either scans or --store")
     if store is not None and linkage is not None:
         raise DataError("--linkage goes with scans; for a store, `ctclip preprocess --linkage` writes it")
-    if store is None and (split is not None or reports):
-        raise DataError(f"{'--split' if split is not None else '--reports'} goes with --store")
+    if store is None and (split is not None or embed_reports):
+        raise DataError(f"{'--split' if split is not None else '--embed-reports'} goes with --store")
     if head is not None and (prompts or abnormality):
         raise DataError("--head scores its own findings: leave out --prompts and --abnormality")
     check_output(output)
@@ -126,7 +128,7 @@ def zero_shot(
                 if linkage is not None and distributed.is_main():
                     source.link(linkage)
                 sources.append(source)
-        options = {"batch": batch, "reports": reports, "suffix": f".{format.value}", "force": force}
+        options = {"batch": batch, "reports": embed_reports, "suffix": f".{format.value}", "force": force}
         if len(model) > 1:
             summary = detect_together(folders, scorers, sources, output, **options)  # type: ignore[arg-type]
         else:

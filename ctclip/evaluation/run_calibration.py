@@ -67,6 +67,6 @@ def _fitted_on(table: pd.DataFrame, predictions: Path, store: Path | None) -> st
     if splits != ["calibration"]:
         print(
             f"warning: {predictions}: volumes of the split {', '.join(splits) or 'of another store'}, not of a calibration "
-            f"split that neither trains nor tests; `ctclip preprocess --calibration 0.05` holds one out"
+            f"split that neither trains nor tests; `ctclip preprocess --calibration-fraction 0.05` holds one out"
         )
     return f"{words}, split {', '.join(splits) or 'unknown'}"

@@ -71,7 +71,7 @@ class Masks:
             if path.is_file()
         }
         if not self.volumes:
-            raise ExplanationError(f"{folder}: holds no file {layout.file!r}; name the folder, or another --layout")
+            raise ExplanationError(f"{folder}: holds no file {layout.file!r}; give another folder, or another --mask-layout")
         self.texts: dict[str, list[str]] = {}
         self.categories: dict[str, list[str]] = {}
         if layout.kind == "channels":

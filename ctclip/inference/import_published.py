@@ -44,7 +44,7 @@ def import_published(
 
     if text is None and text_config is None:
         raise CheckpointError(
-            f"{file}: give the tokenizer and config.json of the text encoder with --text or --text-config"
+            f"{file}: give the tokenizer and config.json of the text encoder with --text-encoder or --text-config"
         )
     check_output(output)
     published = read_published(file, ignore)
@@ -102,11 +102,11 @@ def _spec(published: Published, file: Path, name: str | None) -> PreprocessingSp
 def _bert_config(text: str | None, text_config: Path | None) -> Any:
     from transformers import BertConfig
 
-    path = text_config or pretrained_folder(str(text), "--text", weights=False) / "config.json"
+    path = text_config or pretrained_folder(str(text), "--text-encoder", weights=False) / "config.json"
     shape = shape_of(read_settings(path), path) if path.is_file() else None
     if not isinstance(shape, BertConfig):
         raise CheckpointError(
             f"{path}: no BERT configuration; put config.json, vocab.txt and tokenizer_config.json of the "
-            f"checkpoint's text encoder (microsoft/BiomedVLP-CXR-BERT-specialized for CT-CLIP) in a folder and name it in --text"
+            f"checkpoint's text encoder (microsoft/BiomedVLP-CXR-BERT-specialized for CT-CLIP) in a folder and name it in --text-encoder"
         )
     return shape

@@ -59,13 +59,13 @@ def load_tokenizer(source: str | Path) -> Any:
     except Exception as error:  # files of strangers reach all of Transformers, and libraries that may be missing
         raise CheckpointError(
             f"{folder}: no tokenizer could be loaded ({' '.join(str(error).split())[:160]}). Put tokenizer.json, or "
-            f"vocab.txt with tokenizer_config.json, in a folder and name it in model.text.pretrained (--text of "
+            f"vocab.txt with tokenizer_config.json, in a folder and name it in model.text.pretrained (--text-encoder of "
             f"import-checkpoint)"
         ) from error
     if words < FEWEST_TOKENS:
         raise CheckpointError(
             f"{folder}: the tokenizer knows {words} words: its vocabulary file is missing. Put tokenizer.json, or "
-            f"vocab.txt with tokenizer_config.json, in a folder and name it in model.text.pretrained (--text of "
+            f"vocab.txt with tokenizer_config.json, in a folder and name it in model.text.pretrained (--text-encoder of "
             f"import-checkpoint)"
         )
     # A model folder of ours must not point to code either.

@@ -42,7 +42,7 @@ class ClassifierReader(Reader):
         from transformers import AutoTokenizer
 
         if options.model is None:
-            raise ConfigError("the reader 'classifier' needs --model: a local folder of a sequence classifier")
+            raise ConfigError("the reader 'classifier' needs --reader-model: a local folder of a sequence classifier")
         folder = options.model
         config, state = _config(folder), _own_state(folder)
         model = _published(folder, config, state) if state is not None else _sequence_classifier(folder)
@@ -137,7 +137,7 @@ def _config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder}: no config.json that can be read; --model takes a local model folder"
+            f"{folder}: no config.json that can be read; --reader-model takes a local model folder"
         ) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder}: config.json holds no settings; copy the model folder again")

@@ -61,9 +61,9 @@ class LanguageModelReader(Reader):
 
         folder = options.model
         if folder is None:
-            raise ConfigError("the reader 'language-model' needs --model: a local folder of a causal language model")
+            raise ConfigError("the reader 'language-model' needs --reader-model: a local folder of a causal language model")
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder}: no config.json; --model takes a local model folder")
+            raise CheckpointError(f"{folder}: no config.json; --reader-model takes a local model folder")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model: Any = AutoModelForCausalLM.from_pretrained(

@@ -61,7 +61,7 @@ class Guards:
     def _refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
         host = headers.get("host", "")
         if _host_name(host) not in self.settings.hosts and "*" not in self.settings.hosts:
-            return 421, "this service does not answer to that host name; --host names it"
+            return 421, "this service does not answer to that host name; --host-name allows it"
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
             return 403, "requests from other pages are refused"

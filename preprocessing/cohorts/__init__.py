@@ -68,7 +68,7 @@ def read_cohort(
     if (reader := _reader(layout)) is not None:
         own = reader(folder)
         if not isinstance(own, Cohort):
-            raise PreprocessingError(f"--cohort {layout}: returned {type(own).__name__}, not a Cohort")
+            raise PreprocessingError(f"--layout {layout}: returned {type(own).__name__}, not a Cohort")
         check_table(own.table, folder)
         return own
     if chosen != "auto" and chosen not in layouts():
@@ -93,13 +93,13 @@ def _reader(name: str) -> Callable[[Path], Cohort] | None:
     if not colon:
         return None
     if not module or not function:
-        raise PreprocessingError(f"--cohort {name}: write a reader of your own as module:function")
+        raise PreprocessingError(f"--layout {name}: write a reader of your own as module:function")
     if "" not in sys.path:
         sys.path.append("")
     try:
         reader: Callable[[Path], Cohort] = getattr(import_module(module), function)
     except (ModuleNotFoundError, AttributeError) as error:
-        raise PreprocessingError(f"--cohort {name}: {error}; name a function of a module in this folder") from error
+        raise PreprocessingError(f"--layout {name}: {error}; name a function of a module in this folder") from error
     if not callable(reader):
-        raise PreprocessingError(f"--cohort {name}: is {type(reader).__name__}, not a function")
+        raise PreprocessingError(f"--layout {name}: is {type(reader).__name__}, not a function")
     return reader

@@ -139,7 +139,7 @@ def measure(
         scores = fit_probe(train.vectors, seen, train.patients, seed=draw).scores(test.vectors) if method == "probe" else coop(loaded, train, test, seen)  # fmt: skip
         return figures_of(aurocs(test, scores), test.names, time.process_time() - began)
     folder, began = output / method / f"{setting.kind}_{setting.amount:g}_{draw}", time.monotonic()
-    amount = ["--shots", f"{setting.amount:g}"] if setting.kind == "shots" else ["--fraction", f"{setting.amount:g}"]
+    amount = ["--shots", f"{setting.amount:g}"] if setting.kind == "shots" else ["--percent", f"{setting.amount:g}"]
     amount = [] if setting == SETTINGS["100%"] else amount
     ctclip(
         "adapt",

@@ -108,7 +108,7 @@ def run(name: str, changes: tuple[str, ...], seed: int, chosen: argparse.Namespa
         _ctclip("train", "--config", config, "--store", store, "--output", str(folder), "--processes",
                 str(chosen.processes), f"seed={seed}", *overrides, log=log)  # fmt: skip
         found = str(folder / "predictions")
-        _ctclip("zero-shot", "--model", str(folder / "model"), "--store", store, "--split", "valid", "--reports", "--output", found, log=log)  # fmt: skip
+        _ctclip("zero-shot", "--model", str(folder / "model"), "--store", store, "--split", "valid", "--embed-reports", "--output", found, log=log)  # fmt: skip
         # Without the store: the histogram control is the same for all, and is fitted once.
         _ctclip("evaluate", f"{found}/predictions.csv", "--labels", f"{store}/cohort.parquet", "--protocol", "phantom", "--run", str(folder),
                 "--output", str(folder / "evaluation"), "--bootstrap", "100", log=log)  # fmt: skip

@@ -58,7 +58,7 @@ def test_another_configuration_is_refused(store: Path, trained: Path) -> None:
 
 def test_from_scans_to_a_report(store: Path, cohort: Path, trained: Path, tmp_path: Path) -> None:
     done = typed(
-        "ctclip.zero_shot", "--model", trained / "model", "--store", store, "--split", "valid", "--reports", "--output", tmp_path,
+        "ctclip.zero_shot", "--model", trained / "model", "--store", store, "--split", "valid", "--embed-reports", "--output", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     done = run("evaluate", tmp_path / "predictions.csv", "--store", store, "--protocol", "phantom", "--run", trained,

@@ -193,7 +193,7 @@ def test_columns_are_those_of_the_files(workplace: Path) -> None:
     """Every column that a command writes is explained, and what is explained exists somewhere."""
     described = {name: set(file["columns"]) for name, file in _reference().files().items() if "columns" in file}
     answers = workplace / "columns"
-    assert _run(["ctclip", "zero-shot", "--model", "runs/first/model", "--store", "store", "--split", "valid", "--reports", "--output", str(answers)]) == 0  # fmt: skip
+    assert _run(["ctclip", "zero-shot", "--model", "runs/first/model", "--store", "store", "--split", "valid", "--embed-reports", "--output", str(answers)]) == 0  # fmt: skip
     assert _run(["ctclip", "evaluate", str(answers / "predictions.csv"), "--store", "store", "--protocol", "phantom", "--output", str(answers / "evaluation")]) == 0  # fmt: skip
     labels = set(pd.read_parquet("store/cohort.parquet").select_dtypes("Int8").columns)
     written = {

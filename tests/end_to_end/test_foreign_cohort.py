@@ -87,9 +87,9 @@ def said(folder: Path) -> dict[str, Done]:
     store, model = folder / "store", folder / "run" / "model"
     return {
         "labels": typed("labels", "from-csv", folder / "table.csv", "--output", folder / "abdomen.yaml", "--body-part", "abdomen"),
-        "preprocess": typed("preprocess", folder / "table.csv", "--output", store, "--spec", folder / "spec.yaml", "--labels", folder / "abdomen.yaml", "--workers", 1),
+        "preprocess": typed("preprocess", folder / "table.csv", "--output", store, "--spec", folder / "spec.yaml", "--label-set", folder / "abdomen.yaml", "--workers", 1),
         "train": typed("train", "--config", folder / "own.yaml", "--store", store, "--output", folder / "run"),
-        "zero-shot": typed("zero-shot", "--model", model, "--store", store, "--split", "valid", "--reports", "--output", folder / "predictions"),
+        "zero-shot": typed("zero-shot", "--model", model, "--store", store, "--split", "valid", "--embed-reports", "--output", folder / "predictions"),
         "one scan": typed("zero-shot", "--model", model, folder / "case20.nii.gz", "--output", folder / "one"),
         "evaluate": typed("evaluate", folder / "predictions" / "predictions.csv", "--store", store, "--output", folder / "evaluation", "--bootstrap", 20),
     }  # fmt: skip
@@ -159,6 +159,6 @@ def test_labels_that_the_store_lacks_are_refused(folder: Path, said: dict[str, D
         "--spec",
         str(folder / "spec.yaml"),
     ]
-    line = last_line(Command([*preprocess, "--labels", "ct_rate_18", "--workers", "1"]).wait(600))
+    line = last_line(Command([*preprocess, "--label-set", "ct_rate_18", "--workers", "1"]).wait(600))
     assert "no column of the label set 'ct_rate_18'" in line
     assert "Liver lesion" in line

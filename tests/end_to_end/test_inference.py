@@ -125,7 +125,7 @@ def test_memory_does_not_grow_with_the_number_of_scans(model: Path, tmp_path: Pa
 
 
 def test_two_processes_find_what_one_finds(model: Path, store: Path, tmp_path: Path) -> None:
-    arguments = ("zero-shot", "--model", model, "--store", store, "--reports", "--output")
+    arguments = ("zero-shot", "--model", model, "--store", store, "--embed-reports", "--output")
     assert typed(*arguments, tmp_path / "1") == 0
     done = run(*arguments, tmp_path / "2", "--processes", 2)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -64,7 +64,7 @@ def test_find(model: Path, scan: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_locate(model: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "locate.json"
-    assert typed("locate", cohort, "--masks", cohort / "masks", "--model", model, "--limit", 4, "--output", path) == 0
+    assert typed("locate", cohort, "--masks", cohort / "masks", "--model", model, "--count", 4, "--output", path) == 0
     assert "mean, mean map" in capsys.readouterr().out
     result = json.loads(path.read_text())
     assert result["scans"] == 4

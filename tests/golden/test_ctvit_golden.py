@@ -283,7 +283,7 @@ def test_the_linear_head_and_a_configuration_by_itself(
     plain = load_model(tmp_path / "plain")
     with pytest.raises(CheckpointError, match=r"no head 'linear' \(it has: prompts\)"):
         load_head(plain.path, "linear", plain.model)
-    with pytest.raises(CheckpointError, match="--text"):
+    with pytest.raises(CheckpointError, match="--text-encoder"):
         import_published(parity / "checkpoint.pt", tmp_path / "none", None)
 
 

@@ -44,7 +44,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def taken_or_refused(path: Path, trust: Trust = "auto") -> None:
     said = ""
     try:
-        assert np.isfinite(prepare(path, SPEC, trust=trust).voxels).all()
+        assert np.isfinite(prepare(path, SPEC, hu=trust).voxels).all()
     except PreprocessingError as refused:
         said = str(refused)
     assert "\n" not in said

@@ -41,7 +41,7 @@ VOLUMES = [f"v{number}" for number in range(12)]
 # Commands that write a folder, and those that write one file. Each is refused before it reads anything else.
 FOLDERS = {
     "export": ["export", "run", "--output"],
-    "import-checkpoint": ["import-checkpoint", "x.pt", "--text", "x", "--output"],
+    "import-checkpoint": ["import-checkpoint", "x.pt", "--text-encoder", "x", "--output"],
     "zero-shot": ["zero-shot", "--model", "x", "scan.nii.gz", "--output"],
     "index": ["index", "--model", "x", "--store", "x", "--output"],
     "evaluate": ["evaluate", "x.csv", "--output"],

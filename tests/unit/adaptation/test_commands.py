@@ -18,7 +18,7 @@ def command(*words: object) -> int:
 
 def test_probe_and_coop_as_commands(clinic: Clinic, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     given = ("--model", clinic.model, "--store", clinic.store)
-    assert command("probe", *given, "--fractions", "50,100", "--shots", "2", "--draws", "2", "-o", tmp_path / "p") == 0
+    assert command("probe", *given, "--percent", "50,100", "--shots", "2", "--draws", "2", "-o", tmp_path / "p") == 0
     printed = capsys.readouterr().out
     assert "none (prompts)" in printed
     assert "2 shots" in printed
@@ -51,8 +51,8 @@ def test_probe_and_coop_as_commands(clinic: Clinic, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("probe", "--fractions", ""), "give --fractions or --shots"),
-        (("probe", "--fractions", "0"), "lie above 0 and up to 100"),
+        (("probe", "--percent", ""), "give --percent or --shots"),
+        (("probe", "--percent", "0"), "above 0 and up to 100"),
         (("adapt", "--method", "coop", "step=3"), "step"),
         (("adapt", "--method", "coop", "contexts=unified"), "begins with one prompt for all labels"),
         (("adapt", "--method", "full", "--shots", "3"), "reads no label"),

@@ -73,7 +73,7 @@ def test_a_recipe_ends_with_a_model_that_knows_its_patients(method: str, clinic:
         tmp_path / "run",
         *QUICK,
     ]
-    command += ["--merge"] if method == "lora" else []
+    command += ["--merge-adapters"] if method == "lora" else []
     folder = tmp_path / "run" / "model"
 
     def run() -> str:

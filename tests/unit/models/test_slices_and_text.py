@@ -150,7 +150,7 @@ def test_what_a_model_costs_is_printed() -> None:
 
 def test_what_to_do_without_a_tokenizer_is_said(tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"tokenizer\.json, or vocab\.txt with tokenizer_config\.json.*--text"
+        CheckpointError, match=r"tokenizer\.json, or vocab\.txt with tokenizer_config\.json.*--text-encoder"
     ) as said:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(said.value)

@@ -43,7 +43,7 @@ def contradicting(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "reading", [{"geometry": "sform"}, {"geometry": "qform"}, {"geometry": "qform", "trust": "trust-file"}]
+    "reading", [{"geometry": "sform"}, {"geometry": "qform"}, {"geometry": "qform", "hu": "trust-file"}]
 )
 def test_scan_files_and_stores_read_as_they_are_told(tmp_path: Path, reading: Reading) -> None:
     path = contradicting(tmp_path)

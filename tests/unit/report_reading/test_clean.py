@@ -88,7 +88,7 @@ def test_comparison_boilerplate_and_typos_are_marked_and_mended() -> None:
 def test_the_command_writes_a_row_for_each_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "FINDINGS: A 7 mm nodule in the right upper lobe. The trachea is open. IMPRESSION: Nodule."
     pd.DataFrame({"study_id": ["s1"], "text": [text]}).to_csv(tmp_path / "r.csv", index=False)
-    arguments = ["clean-reports", str(tmp_path / "r.csv"), "--labels", "ct_rate_18", "-o", str(tmp_path / "f.csv")]
+    arguments = ["clean-reports", str(tmp_path / "r.csv"), "--label-set", "ct_rate_18", "-o", str(tmp_path / "f.csv")]
     for _ in range(2):
         assert main(arguments) == 0
     table = pd.read_csv(tmp_path / "f.csv", keep_default_na=False)

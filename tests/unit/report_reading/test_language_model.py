@@ -152,7 +152,7 @@ def test_a_report_of_5000_words_is_read_in_parts(tmp_path: Path, monkeypatch: py
 
 def test_folders_that_cannot_read_are_refused_in_one_line(tmp_path: Path) -> None:
     cases = [
-        (None, ConfigError, "needs --model"),
+        (None, ConfigError, "needs --reader-model"),
         (tmp_path, CheckpointError, "no config.json"),
         (causal_model(tmp_path / "plain", template=None), CheckpointError, "has no chat template"),
         (causal_model(tmp_path / "short", context=128), CheckpointError, "its context of 128 tokens has no room"),

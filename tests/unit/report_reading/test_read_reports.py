@@ -48,7 +48,7 @@ def test_reports_of_the_phantom_are_read_as_they_were_drawn(tmp_path: Path) -> N
         tmp_path / "reports.csv", [{"VolumeName": f"train_{i}_a_1.nii.gz", **r} for i, r in enumerate(reports)]
     )
     output = tmp_path / "labels.csv"
-    assert run(source, "--labels", "ct_rate_18", "-o", output, "--workers", 1) == 0
+    assert run(source, "--label-set", "ct_rate_18", "-o", output, "--workers", 1) == 0
     read = read_labels(output, list(FINDINGS)).to_numpy()
     assert f1_score(truth, read == 1, average="macro", zero_division=1) >= 0.98
 
@@ -73,7 +73,7 @@ def test_each_label_comes_with_its_sentence(tmp_path: Path) -> None:
         tmp_path / "r.csv", [{"volume": "v1", "text": "Heart size is normal. Consolidation cannot be excluded."}]
     )
     output = tmp_path / "out.csv"
-    assert run(source, "--labels", "ct_rate_18", "--output", output) == 0
+    assert run(source, "--label-set", "ct_rate_18", "--output", output) == 0
     kept = load_statements(statements_file(output))["v1"]
     assert kept["Cardiomegaly"].status is Status.absent
     assert kept["Cardiomegaly"].sentence == "Heart size is normal."
@@ -93,7 +93,7 @@ def test_what_is_uncertain_and_what_is_not_mentioned_is_the_users_choice(
     options: tuple[str, ...], values: tuple[int | None, int | None], tmp_path: Path
 ) -> None:
     source = table(tmp_path / "r.csv", [{"volume": "v1", "text": "Possible consolidation at the left base."}])
-    assert run(source, "--labels", "ct_rate_18", "-o", tmp_path / "out.csv", *options) == 0
+    assert run(source, "--label-set", "ct_rate_18", "-o", tmp_path / "out.csv", *options) == 0
     row = pd.read_csv(tmp_path / "out.csv").iloc[0]
     got = [None if pd.isna(row[name]) else int(row[name]) for name in ("Emphysema", "Consolidation")]
     assert got == list(values)
@@ -144,7 +144,7 @@ def test_a_report_of_another_language_is_said_and_not_guessed(
         {"volume": "english", "text": "A nodule is seen in the left lung."},
         {"volume": "other", "text": FOREIGN[name]},
     ]
-    assert run(table(tmp_path / "r.csv", rows), "--labels", "ct_rate_18", "-o", tmp_path / "out.csv") == 3
+    assert run(table(tmp_path / "r.csv", rows), "--label-set", "ct_rate_18", "-o", tmp_path / "out.csv") == 3
     assert "note: report 'other' is not in english by its words: its labels are left empty" in capsys.readouterr().out
     labels = pd.read_csv(tmp_path / "out.csv").set_index("volume")[list(FINDINGS)]
     assert labels.loc["other"].isna().all()
@@ -162,7 +162,7 @@ def test_an_empty_report_and_a_very_long_one(tmp_path: Path, capsys: pytest.Capt
     long = "Trachea and both main bronchi are open. " * 700 + "A consolidation is seen in the left lower lobe."
     assert len(long.split()) > 4900
     rows = [{"volume": "empty", "text": "Not given."}, {"volume": "long", "text": long}]
-    assert run(table(tmp_path / "r.csv", rows), "--labels", "ct_rate_18", "-o", tmp_path / "out.csv") == 3
+    assert run(table(tmp_path / "r.csv", rows), "--label-set", "ct_rate_18", "-o", tmp_path / "out.csv") == 3
     assert "note: report 'empty' is empty: its labels are left empty" in capsys.readouterr().out
     labels = pd.read_csv(tmp_path / "out.csv").set_index("volume")
     assert labels.loc["long", "Consolidation"] == 1
@@ -214,7 +214,7 @@ def test_labels_of_another_run_are_not_replaced_unasked(tmp_path: Path, capsys: 
     output = tmp_path / "labels.csv"
     first = table(tmp_path / "a.csv", [{"volume": "v", "text": "A nodule is seen."}])
     other = table(tmp_path / "b.csv", [{"volume": "w", "text": "No nodule is seen."}])
-    arguments = ("--labels", "ct_rate_18", "-o", output)
+    arguments = ("--label-set", "ct_rate_18", "-o", output)
     assert run(first, *arguments) == 0
     assert run(first, *arguments) == 0, "the same run may be repeated"
     kept = output.read_bytes()
@@ -224,7 +224,7 @@ def test_labels_of_another_run_are_not_replaced_unasked(tmp_path: Path, capsys: 
     assert run(other, *arguments, "--force") == 0
     precious = tmp_path / "mine.csv"
     precious.write_text("volume,x\n")
-    assert run(first, "--labels", "ct_rate_18", "-o", precious) == 2
+    assert run(first, "--label-set", "ct_rate_18", "-o", precious) == 2
     assert precious.read_text() == "volume,x\n"
 
 
@@ -263,7 +263,7 @@ def test_labels_that_were_read_label_a_cohort(tmp_path: Path) -> None:
         scan.parent.mkdir(parents=True, exist_ok=True)
         scan.touch()
     source = table(tmp_path / "dataset" / "reports.csv", rows)
-    assert run(source, "--labels", "ct_rate_18", "-o", tmp_path / "dataset" / "labels.csv") == 0
+    assert run(source, "--label-set", "ct_rate_18", "-o", tmp_path / "dataset" / "labels.csv") == 0
     cohort = read_cohort(tmp_path).table.set_index("volume")
     assert label_names(cohort.reset_index()) == list(FINDINGS)
     assert cohort["Lung nodule"].tolist() == [0, 1]
@@ -304,7 +304,7 @@ def test_a_model_states_who_read_the_labels_it_learned_from(
 def test_the_comparison_is_written_whole(tmp_path: Path) -> None:
     source = table(tmp_path / "r.csv", [{"volume": "v", "text": "A nodule is seen."}])
     (tmp_path / "theirs.csv").write_text("volume,Lung nodule\nv,0\n")
-    arguments = ("--labels", "ct_rate_18", "-o", tmp_path / "out.csv", "--compare", tmp_path / "theirs.csv")
+    arguments = ("--label-set", "ct_rate_18", "-o", tmp_path / "out.csv", "--against", tmp_path / "theirs.csv")
     assert run(source, *arguments) == 0
     values = json.loads((tmp_path / "out.comparison.json").read_text())
     assert values["disagreements"] == [

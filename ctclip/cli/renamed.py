@@ -1,0 +1,25 @@
+"""Option names of earlier versions, which commands still accept but no longer list in their help."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from typer.core import TyperCommand
+
+
+class Renamed(TyperCommand):
+    """A command some of whose options had other names; see ``renamed``."""
+
+    earlier: ClassVar[dict[str, str]] = {}
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [self._current(word) for word in args])
+
+    def _current(self, word: str) -> str:
+        option, equals, value = word.partition("=")
+        return self.earlier.get(option, option) + equals + value
+
+
+def renamed(earlier: dict[str, str]) -> type[Renamed]:
+    """The class of a command that takes the options of ``earlier`` (earlier name: present name) under both names."""
+    return type("Renamed", (Renamed,), {"earlier": earlier})
