@@ -1,4 +1,4 @@
-"""Learning the words of prompts from a few labels, on cached embeddings of volumes: both encoders stay as they are."""
+"""Learn the words of prompts from a few labels, on cached embeddings of volumes. Neither encoder is changed."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ class CoopConfig(Section):
     """How prompts are learned."""
 
     contexts: Literal["class-specific", "unified"] = Field(
-        "class-specific", description="unified: one context for all labels; class-specific: one for each"
+        "class-specific", description="class-specific: a context for each label; unified: one for all labels"
     )
     positive: str | None = Field(
-        None, description="written prompt that it begins with, {x} the label's name; null: the model's own prompts"
+        None, description="written prompt to start from, with {x} for the label's name; null: the prompts of the model"
     )
-    negative: str | None = Field(None, description="the same of the absent finding")
-    vectors: int = Field(0, ge=0, le=64, description="begin with so many random vectors instead of a written prompt")
+    negative: str | None = Field(None, description="the same for the absent finding")
+    vectors: int = Field(0, ge=0, le=64, description="start from this many random vectors instead of a written prompt")
     place: Literal["front", "middle", "after"] = Field(
         "front",
-        description="random vectors in front of the name, half on either side of it (the name in the middle), or after it",
+        description="position of random vectors: in front of the name, half on either side (middle), or after it",
     )
     steps: int = Field(100, ge=1)
-    learning_rate: float = Field(0.05, gt=0, description="in standard deviations of a word's vector")
+    learning_rate: float = Field(0.05, gt=0, description="in standard deviations of the word vectors")
     anchor: float = Field(
-        1.0, ge=0, description="holds the prompts' directions to the ones they began with (KgCoOp, Yao et al. 2023); 0: not at all"
+        1.0, ge=0, description="weight of staying close to the initial prompts (KgCoOp, Yao et al. 2023); 0: none"
     )  # fmt: skip
 
     @model_validator(mode="after")
@@ -51,7 +51,7 @@ class CoopConfig(Section):
                 raise ValueError(f"the prompt {text!r} has no {{x}} for the label's name")
         if self.contexts == "unified" and self.positive is None and not self.vectors:
             raise ValueError(
-                "contexts=unified begins with one prompt for all labels: give positive and negative with {x}, or vectors"
+                "contexts=unified starts from one prompt for all labels: give positive and negative with {x}, or vectors"
             )
         return self
 
@@ -59,8 +59,8 @@ class CoopConfig(Section):
 def initial_contexts(
     model: DualEncoder, names: Sequence[str], prompts: PromptSet, config: CoopConfig, seed: int = 0
 ) -> Contexts:
-    """The prompts that learning begins with: those of ``prompts`` for ``names``, a written one, or random vectors; every
-    word but the name itself is learned."""
+    """The initial prompts: those of ``prompts`` for ``names``, a written prompt, or random vectors. Every word except
+    the name is learned."""
     builder = _Builder(model.text_encoder, unified=config.contexts == "unified")
     if config.positive is not None and config.negative is not None:
         pair = Pair(positive={"findings": (config.positive,)}, negative={"findings": (config.negative,)})
@@ -107,7 +107,7 @@ class _Builder:
         ids, _ = _tokens(self.encoder.tokenizer, name, name)
         ids = ids[: max(1, self.room - count)]
         words = word_embedding(self.encoder.bert).weight
-        # Any token holds the place of a vector; one of the name's is surely no padding.
+        # Any token can hold the place of a vector; a token of the name is never padding.
         front = {"front": count, "middle": (count + 1) // 2, "after": 0}[place]
         slots = []
         for index in range(count):
@@ -132,7 +132,7 @@ class _Builder:
     def contexts(self) -> Contexts:
         if not self.vectors:
             raise ConfigError(
-                "nothing to learn: the prompts hold no word beside the names; give vectors=8, or other prompts"
+                "nothing to learn: the prompts consist of the names alone; give vectors=8, or other prompts"
             )
         length = max(len(ids) for ids, _ in self.rows)
         padded = lambda values, filler: torch.tensor([row + [filler] * (length - len(row)) for row in values])  # noqa: E731
@@ -171,15 +171,15 @@ def fit_contexts(
     config: CoopConfig,
     ensemble: str,
 ) -> Contexts:
-    """Contexts whose margins fit ``labels`` (n, L) of 0, 1 and NaN (not seen), by cross-entropy over all of them at once.
+    """Fit contexts to ``labels`` (n, L) of 0, 1 and NaN (not used), by cross-entropy over the whole set.
 
-    embeddings (n, dim) unit vectors of volumes. The model is not changed; volumes without a label play no part.
+    embeddings (n, dim): unit vectors of volumes. The model is not changed; volumes without a label are left out.
     """
     seen = ~np.isnan(labels).all(axis=1)
     volumes = torch.from_numpy(embeddings[seen]).float().to(model.device)
     target = torch.from_numpy(labels[seen]).float().to(model.device)
     count = labels.shape[1]
-    # A prior beside the sum over examples: the more labels are seen, the less it counts.
+    # A prior next to a sum over examples: the more labels, the less it counts.
     held = config.anchor / float((~np.isnan(labels)).sum())
     spread = float(word_embedding(model.text_encoder.bert).weight.detach().float().std())
     moved = torch.zeros_like(contexts.vectors, requires_grad=True)

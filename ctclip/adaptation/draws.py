@@ -1,6 +1,7 @@
-"""Which labels are seen: a share of the patients (ConVIRT, Zhang et al. 2022, section 4.1), or so many examples a label.
+"""Draw the labels to fit to: a percentage of the patients (ConVIRT, Zhang et al. 2022, section 4.1), or a number per
+label.
 
-A draw is the label matrix with NaN where a label is not seen, so that whatever is fitted takes a draw like any labels.
+A draw is the label matrix with NaN for labels that are not used, so it can be used like any other labels.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ def fraction_draw(
 ) -> np.ndarray:
     """labels (n, L) of 0, 1, NaN; patients (n,) -> the labels of ``percent`` % of the patients, all volumes of each.
 
-    Patients are drawn again until every label that has both classes among all patients has both in the draw; raises
-    DataError where that does not come about.
+    The draw is repeated until it has both classes of every label that has both among all patients. Raises DataError if
+    that does not happen.
     """
     people = np.unique(patients)
     count = max(1, round(len(people) * percent / 100))
@@ -33,14 +34,15 @@ def fraction_draw(
         if not missing.any():
             return np.where(chosen[:, None], labels, np.nan)
     raise DataError(
-        f"{percent:g} % of the patients are {count} of {len(people)}, which have one class only of "
-        f"{names[int(np.flatnonzero(missing)[0])]!r}: give a larger share, or --shots"
+        f"{percent:g} % of the patients ({count} of {len(people)}) have only one class of "
+        f"{names[int(np.flatnonzero(missing)[0])]!r}: give a larger percentage, or --shots"
     )
 
 
 def shot_draw(labels: np.ndarray, patients: np.ndarray, shots: int, names: Sequence[str], seed: int) -> np.ndarray:
-    """labels (n, L), patients (n,) -> for each label those of ``shots`` positive and as many negative patients, one volume
-    a patient, each label's drawn by itself. Labels of one class only are not drawn. Raises DataError where a label has fewer."""
+    """labels (n, L), patients (n,) -> the labels of ``shots`` positive and ``shots`` negative patients for each label,
+    with one volume per patient, drawn separately for each label. Labels with one class are left out. Raises DataError
+    if there are too few."""
     drawn = np.full(labels.shape, np.nan)
     for label, name in enumerate(names):
         if not _both(labels[:, [label]])[0]:
@@ -57,8 +59,8 @@ def shot_draw(labels: np.ndarray, patients: np.ndarray, shots: int, names: Seque
             if len(first) < shots:
                 kind = "positive" if value else "negative"
                 raise DataError(
-                    f"{shots} shots of {name!r} were asked for: there are {len(first)} {kind} training patients "
-                    f"(counted once, the positive ones first); give fewer shots"
+                    f"{name!r} has {len(first)} {kind} training patients, fewer than the {shots} shots asked for "
+                    f"(a patient counts once, as positive if possible); give fewer shots"
                 )
             drawn[first[:shots], label] = value
             taken |= set(patients[first[:shots]])

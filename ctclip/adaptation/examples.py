@@ -1,4 +1,4 @@
-"""Labelled volumes that something is fitted to: their embeddings, read once and cached, and labels from wherever they are."""
+"""Labelled volumes with embeddings, which are computed once and cached."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ctclip.preprocessing.store import VolumeStore
 
 @dataclass(frozen=True)
 class Splits:
-    """Which splits of the cohort are fitted to, and which are scored."""
+    """The splits of the cohort to learn from and to test on."""
 
     train: str = "train"
     test: str = "valid"
@@ -31,7 +31,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Volumes of one split that have a label. table: volume, patient, scan, split, a row a volume; labels (n, L) float64 of
+    """Labelled volumes of one split. table: one row per volume (volume, patient, scan, split); labels (n, L) float64 of
     0, 1 and NaN (unknown); names: of the labels."""
 
     table: pd.DataFrame
@@ -44,7 +44,7 @@ class Labelled:
         return self.table["patient"].to_numpy(dtype=str)
 
     def only(self, chosen: np.ndarray) -> Labelled:
-        """The same with some of its labels; chosen (L,) bool."""
+        """The same volumes with a choice of labels; chosen (L,) bool."""
         names = tuple(name for name, kept in zip(self.names, chosen, strict=True) if kept)
         return Labelled(self.table, self.labels[:, chosen], names)
 
@@ -57,8 +57,8 @@ class Examples(Labelled):
 
 
 def labelled_volumes(store: VolumeStore, split: str, own: pd.DataFrame | None) -> Labelled:
-    """The stored volumes of ``split`` that have a label: the store's own, or those of ``own``, as ``read_label_table`` gives
-    them. Raises DataError where there are none."""
+    """The labelled volumes of ``split``, with the labels of the store or of ``own`` (from ``read_label_table``). Raises
+    DataError if there are none."""
     table = stored_volumes(store, split)
     names, known = store_label_array(table, store) if own is None else own_label_array(table, own)
     used = ~np.isnan(known).all(axis=1)
@@ -70,32 +70,36 @@ def labelled_volumes(store: VolumeStore, split: str, own: pd.DataFrame | None) -
 def read_labelled(
     store: VolumeStore, splits: Splits, labels: Path | None, known: Sequence[str]
 ) -> tuple[Labelled, Labelled]:
-    """Training and test volumes of a store with its own labels, or those of a table; ``known``: the model's label names.
+    """Training and test volumes of a store with its own labels, or those of a table; ``known``: the model's label
+    names.
 
-    Labels of which the training patients have one class only are said and left out. Raises DataError, PreprocessingError.
+    Labels with only one class among the training patients are left out, with a note. Raises DataError,
+    PreprocessingError.
     """
     own = read_label_table(labels, store, known) if labels is not None else None
     train, test = (labelled_volumes(store, split, own) for split in (splits.train, splits.test))
     twice = sorted(set(train.patients.tolist()) & set(test.patients.tolist()))
     if twice:
         raise DataError(
-            f"{len(twice)} patients, the first {twice[0]!r}, are in the training split and in the test split: split by patient"
+            f"{len(twice)} patients, the first {twice[0]!r}, are in both the training and the test split; split by patient"
         )
     both = (train.labels == 1).any(axis=0) & (train.labels == 0).any(axis=0)
     left_out = [name for name, has_both in zip(train.names, both, strict=True) if not has_both]
     if not both.any():
         raise DataError(
-            f"{labels or store.path}: the training patients have one class only of every label; label more of them"
+            f"{labels or store.path}: every label has only one class among the training patients; label more of them"
         )
     if left_out:
-        print(f"note: left out, the training patients have one class only: {', '.join(left_out)}")
+        print(
+            f"note: labels left out, because the training patients have only one class of them: {', '.join(left_out)}"
+        )
     return train.only(both), test.only(both)
 
 
 def embedded(
     loaded: ModelFolder, store: VolumeStore, volumes: Labelled, cache: Path, batch: int = 8
 ) -> tuple[Examples, np.ndarray]:
-    """The volumes with their embeddings, and which of them (n,) bool could be read."""
+    """The volumes with their embeddings, and a bool (n,) of those that could be read."""
     scans = StoredScans(store, None, loaded.spec, loaded.path)
     scans.table = volumes.table
     vectors = cached_embeddings(loaded, scans, cache, batch)
@@ -108,8 +112,8 @@ def embedded(
 
 
 def cached_embeddings(loaded: ModelFolder, scans: StoredScans, cache: Path, batch: int) -> dict[str, np.ndarray]:
-    """Unit vectors (dim,) float32 by volume. ``cache``: a folder with a file for each model, store and choice of volumes;
-    volumes that cannot be read are said and left out."""
+    """Unit vectors (dim,) float32 by volume. ``cache``: a folder with one file per model, store and choice of volumes.
+    Volumes that cannot be read are left out, with a note."""
     key = run_key(loaded.hash, loaded.spec.hash, list(scans.table["volume"]), scans.origin())
     path = cache / f"{key}.parquet"
     if not path.is_file():
@@ -126,7 +130,7 @@ def store_label_array(table: pd.DataFrame, store: VolumeStore) -> tuple[tuple[st
     """Names and labels (n, L) of a store's own label set."""
     label_set = store_labels(store)
     if label_set is None:
-        raise DataError(f"{store.path}: its cohort table has no labels; name a table of them in --labels")
+        raise DataError(f"{store.path}: its cohort table has no labels; give a table of labels with --labels")
     return label_set.names, label_array(table, label_set).astype(float)
 
 

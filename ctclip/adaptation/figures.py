@@ -17,10 +17,10 @@ def label_curve(path: Path, method: str, summary: pd.DataFrame, zero_shot: float
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axis = figure.subplots()
     shares = summary["setting"].str.endswith("%")
-    # Shots are as many patients of either class of every label, shares are patients as they come: two curves.
+    # Shots count patients per class and label, percentages all patients, so they are two curves.
     for kind, colour, part in (
-        ("share of the patients", BAR, summary[shares]),
-        ("shots a label", CONTROL, summary[~shares]),
+        ("percentage of the patients", BAR, summary[shares]),
+        ("shots per label", CONTROL, summary[~shares]),
     ):
         table = part.sort_values("patients")
         if table.empty:
@@ -33,11 +33,11 @@ def label_curve(path: Path, method: str, summary: pd.DataFrame, zero_shot: float
         for row in table.itertuples():
             axis.annotate(str(row.setting), (row.patients, row.mean_auroc), textcoords="offset points", xytext=(7, -9), fontsize=7, color="0.3")  # fmt: skip
     if zero_shot is not None:
-        axis.axhline(zero_shot, color="0.45", lw=0.9, ls="--", label=f"prompts, no label ({zero_shot:.3f})")
+        axis.axhline(zero_shot, color="0.45", lw=0.9, ls="--", label=f"prompts, no labels ({zero_shot:.3f})")
     axis.axhline(0.5, color="0.85", lw=0.8)
     axis.set_xscale("log")
     axis.margins(x=0.08)
-    axis.set_xlabel("patients with a label that was seen")
+    axis.set_xlabel("labelled patients used")
     axis.set_ylabel("mean AUROC on held-out patients")
     axis.legend(fontsize=8, frameon=False, loc="lower right")
     axis.spines[["top", "right"]].set_visible(False)

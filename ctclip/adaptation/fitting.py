@@ -1,4 +1,4 @@
-"""What `ctclip probe` and `ctclip adapt --method coop` do: embed once, fit to draws of labels, measure, keep the head."""
+"""`ctclip probe` and `ctclip adapt --method coop`: embed once, fit to draws of labels, test, and save the head."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ from ctclip.preprocessing.store import VolumeStore
 
 CURVE, CACHE = "curve.png", "embeddings"
 ALL = Setting("fraction", 100.0)
-# Labels seen (n, L; NaN: not seen) and a seed -> the head that was fitted to them.
+# Labels (n, L; NaN: not used) and a seed -> the head fitted to them.
 Fit = Callable[[Examples, np.ndarray, int], Head]
 
 
 @dataclass(frozen=True)
 class Options:
-    """labels: a user's own table, None for the store's; head: under which name one is kept; draws: of each setting."""
+    """labels: a table of the user, or None for the labels of the store; head: the name to save it under; draws: number
+    per setting."""
 
     labels: Path | None = None
     splits: Splits = field(default_factory=Splits)
@@ -49,8 +50,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """``summary``: a row a setting; ``labels``: a row a setting, draw and label; ``zero_shot``: mean AUROC of the prompts
-    over the labels they know, None where they know none; ``folder``: of the head that was kept."""
+    """``summary``: one row per setting; ``labels``: one row per setting, draw and label; ``zero_shot``: mean AUROC of
+    the prompts over the labels they cover, or None; ``folder``: that of the saved head."""
 
     summary: pd.DataFrame
     labels: pd.DataFrame
@@ -60,9 +61,9 @@ class Result:
 
 
 def run_probe(loaded: ModelFolder, store: Path, output: Path, settings: Sequence[Setting], options: Options) -> Result:
-    """Linear probes of ``settings`` on held-out patients; one of all training labels is kept with the model.
+    """Fit linear probes for ``settings``, test them on held-out patients, and save the probe of all training labels.
 
-    Raises DataError or PreprocessingError, and keeps nothing, where labels, a draw or the output cannot be used.
+    Raises DataError or PreprocessingError, and saves nothing, if labels, a draw or the output cannot be used.
     """
 
     def fit(train: Examples, seen: np.ndarray, draw: int) -> Head:
@@ -76,12 +77,12 @@ def run_probe(loaded: ModelFolder, store: Path, output: Path, settings: Sequence
 def run_coop(
     loaded: ModelFolder, store: Path, output: Path, setting: Setting, config: CoopConfig, options: Options
 ) -> Result:
-    """Learned prompts of ``setting`` on held-out patients; those of the first draw are kept with the model. Raises as
+    """Learn prompts for ``setting``, test them on held-out patients, and save those of the first draw. Raises as
     ``run_probe`` does."""
     prompts = own_prompts(loaded)
 
     def fit(train: Examples, seen: np.ndarray, draw: int) -> Head:
-        # The prompts know labels by the names of the model's own set.
+        # Prompts use the label names of the model's label set.
         asked = [loaded.labels.resolve(name) or name for name in train.names]
         contexts = initial_contexts(loaded.model, asked, prompts, config, options.seed + draw)
         learned = fit_contexts(loaded.model, contexts, train.vectors, seen, config, prompts.ensemble)
@@ -91,7 +92,7 @@ def run_coop(
 
 
 def is_output(folder: Path) -> bool:
-    """Whether a folder is one that a command of ours has written into, be it embeddings alone."""
+    """Whether a folder was written by this command, even if it holds only embeddings."""
     return made_by_us(folder) or {path.name for path in folder.iterdir()} == {CACHE}
 
 
@@ -115,7 +116,7 @@ def _run(
     kept: Setting,
     options: Options,
 ) -> Result:
-    """Fit to every draw of ``settings``, measure, and keep the first head of ``kept``."""
+    """Fit to every draw of ``settings``, test, and save the first head of ``kept``."""
     tables = (f"{method}.csv", f"{method}_labels.csv", CURVE)
     check_folder(output, is_output, f"output of `ctclip {method}`")
     check_head_name(loaded, options.head, kind)

@@ -1,4 +1,4 @@
-"""Heads that were fitted to labels, kept with their model together with what they saw."""
+"""Save heads that were fitted to labels, with a record of the patients."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from ctclip.preprocessing.files import write_text
 
 
 def check_head_name(loaded: ModelFolder, name: str, kind: str) -> None:
-    """Raise DataError unless a head of ``kind`` may be kept as ``name``: a new name, or one of that kind that was fitted here."""
+    """Raise DataError unless a head of ``kind`` may be saved as ``name``: the name is new, or belongs to such a head
+    fitted here."""
     if not NAME.fullmatch(name):
-        raise DataError(f"{name!r} cannot name a head: use letters, digits, - and _")
+        raise DataError(f"{name!r} is not a valid name for a head: use letters, digits, - and _")
     there = {one.name: one for one in list_heads(loaded.path)}
     fitted_here = (loaded.path / FOLDER / name / FILE).is_file()
     if name in there and (there[name].kind != kind or not fitted_here):
@@ -34,8 +35,8 @@ def keep_head(
     splits: Splits,
     used: np.ndarray | None = None,
 ) -> Path:
-    """Save a fitted head with its model and return its folder; ``used`` (n,) bool: the training volumes whose labels it
-    saw, all if None."""
+    """Save a fitted head with its model and return its folder. ``used`` (n,) bool: the training volumes with labels
+    that were used; None: all."""
     head.adaptation = record(method, loaded, train, splits, used)
     folder = save_head(loaded.path, name, head)
     _say_in_card(loaded.path / "model_card.md", name, head)
@@ -43,7 +44,7 @@ def keep_head(
 
 
 def _say_in_card(card: Path, name: str, head: Head) -> None:
-    """A line of the model card on a head that saw labels, in place of an earlier one's."""
+    """Add a line about the head to the model card, replacing an earlier one."""
     begin = f"Head {name}: "
     assert head.adaptation is not None
     lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else ["# ctclip model"]
@@ -55,7 +56,7 @@ def _say_in_card(card: Path, name: str, head: Head) -> None:
 def record(
     method: str, loaded: ModelFolder, train: Examples, splits: Splits, used: np.ndarray | None = None
 ) -> Adaptation:
-    """The record of what was fitted; ``used`` (n,) bool: the volumes whose labels were seen, all if None."""
+    """The record of the fit. ``used`` (n,) bool: the volumes with labels that were used; None: all."""
     patients = train.patients if used is None else train.patients[used]
     words = f"{len(patients)} volumes of {len(np.unique(patients))} patients, split {splits.train}"
     return Adaptation.to(method, words, loaded.hash, patients)

@@ -1,4 +1,5 @@
-"""Linear probes: a logistic regression a label on frozen embeddings, its strength chosen inside the training patients."""
+"""Linear probes: a logistic regression for each label on frozen embeddings, with regularisation chosen by
+cross-validation."""
 
 from __future__ import annotations
 
@@ -7,17 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# scikit-learn's C on standardised embeddings, the smallest being the strongest penalty.
+# scikit-learn's C on standardised embeddings; smaller is a stronger penalty.
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
-# Where there are too few patients to choose by.
+# If there are too few patients to choose by.
 DEFAULT = 1e-2
 FOLDS = 5
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Logits ``vectors @ weight.T + bias``: weight (L, dim), bias (L,), float64; strengths (L,), scikit-learn's C of each
-    label. A label without both classes has weight 0 and NaN for its strength."""
+    """Logits ``vectors @ weight.T + bias``: weight (L, dim), bias (L,), float64; strengths (L,), scikit-learn's C of
+    each label. A label with one class has weight 0 and strength NaN."""
 
     weight: np.ndarray
     bias: np.ndarray
@@ -31,8 +32,8 @@ class Probe:
 def fit_probe(vectors: np.ndarray, labels: np.ndarray, patients: np.ndarray, *, seed: int = 0) -> Probe:
     """vectors (n, dim), labels (n, L) of 0, 1 and NaN (not used), patients (n,).
 
-    Embeddings are standardised over all ``vectors``, which needs no label, and the scale folded into the weights. The
-    strength of each label is that of least cross-entropy over folds of patients (``StratifiedGroupKFold``).
+    Embeddings are standardised over all ``vectors``, which needs no labels, and the scale is merged into the weights.
+    The strength of each label has the lowest cross-entropy over folds of patients (``StratifiedGroupKFold``).
     """
     mean, spread = vectors.mean(axis=0, dtype=float), vectors.std(axis=0, dtype=float)
     spread[spread < 1e-8] = 1.0
@@ -52,8 +53,8 @@ def fit_probe(vectors: np.ndarray, labels: np.ndarray, patients: np.ndarray, *, 
 
 
 def choose_strength(inputs: np.ndarray, truth: np.ndarray, patients: np.ndarray, *, seed: int = 0) -> float:
-    """The one of ``STRENGTHS`` with the least cross-entropy on held-out folds of patients; ``DEFAULT`` where fewer than two
-    patients have either class. inputs (n, d), truth (n,) of 0 and 1, patients (n,)."""
+    """The value of ``STRENGTHS`` with the lowest cross-entropy on held-out folds of patients; ``DEFAULT`` if a class
+    has fewer than two patients. inputs (n, d), truth (n,) of 0 and 1, patients (n,)."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     folds = min(FOLDS, *(len(np.unique(patients[truth == value])) for value in (0, 1)))
@@ -61,7 +62,7 @@ def choose_strength(inputs: np.ndarray, truth: np.ndarray, patients: np.ndarray,
         return DEFAULT
     losses = np.zeros(len(STRENGTHS))
     with warnings.catch_warnings():
-        # Folds of few patients need not all have both classes: those that have one are left out below.
+        # With few patients a fold may have only one class; such folds are left out below.
         warnings.simplefilter("ignore")
         parts = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(inputs, truth, patients))
     for train, held in parts:

@@ -1,4 +1,4 @@
-"""Performance by how many labels are seen: settings, draws of each, and mean AUROC on held-out patients."""
+"""Performance by number of labels: settings, draws of each setting, and mean AUROC on held-out patients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ctclip.evaluation.metrics import auroc, mean_defined
 
 @dataclass(frozen=True)
 class Setting:
-    """``kind``: fraction (``amount`` per cent of the training patients) or shots (``amount`` patients a label and class)."""
+    """``kind``: fraction (``amount`` per cent of the training patients) or shots (``amount`` patients per label and
+    class)."""
 
     kind: str
     amount: float
@@ -27,7 +28,7 @@ class Setting:
         return f"{self.amount:g} shot{'s' if self.amount != 1 else ''}"
 
     def draw(self, train: Labelled, seed: int) -> np.ndarray:
-        """Labels (n, L) seen in one draw."""
+        """The labels (n, L) of one draw."""
         if self.kind == "shots":
             return shot_draw(train.labels, train.patients, int(self.amount), train.names, seed)
         if self.amount == 100:
@@ -36,13 +37,13 @@ class Setting:
 
     @property
     def repeated(self) -> bool:
-        """Whether draws of it differ."""
+        """Whether draws of this setting differ."""
         return self != Setting("fraction", 100.0)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Draw ``number`` of a setting: labels (n, L) of the training volumes, NaN where they are not seen."""
+    """Draw ``number`` of a setting: labels (n, L) of the training volumes, NaN for those not used."""
 
     setting: Setting
     number: int
@@ -50,12 +51,12 @@ class Draw:
 
     @property
     def used(self) -> np.ndarray:
-        """(n,) bool: volumes of which any label is seen."""
+        """(n,) bool: volumes with at least one label in the draw."""
         return np.asarray(~np.isnan(self.labels).all(axis=1))
 
 
 def settings_of(fractions: str, shots: str) -> list[Setting]:
-    """Of lists such as ``1,10,100`` and ``1,4,16``. Raises DataError."""
+    """The settings of lists such as ``1,10,100`` and ``1,4,16``. Raises DataError."""
     wanted = [Setting("fraction", value) for value in _numbers(fractions, "--percent")]
     for setting in wanted:
         if not 0 < setting.amount <= 100:
@@ -74,8 +75,8 @@ def _numbers(text: str, option: str) -> list[float]:
 
 
 def draws_of(settings: Sequence[Setting], train: Labelled, count: int) -> list[Draw]:
-    """``count`` draws of each setting. All are drawn before anything is read or fitted, so that one that cannot be is refused
-    at once (DataError)."""
+    """``count`` draws of each setting. All are made before anything is read or fitted, so that an impossible one is
+    refused at once (DataError)."""
     return [
         Draw(setting, number, setting.draw(train, number))
         for setting in settings
@@ -86,8 +87,8 @@ def draws_of(settings: Sequence[Setting], train: Labelled, count: int) -> list[D
 def measure(
     draws: Sequence[Draw], train: Labelled, test: Labelled, scores_of: Callable[[Draw], np.ndarray]
 ) -> pd.DataFrame:
-    """A row a setting, draw and label: setting, draw, patients and volumes with a label seen, label, auroc (NaN where the
-    test volumes have one class). ``scores_of``: fits to a draw and scores the test volumes (n, L)."""
+    """One row per setting, draw and label: setting, draw, patients and volumes with labels in the draw, label, auroc
+    (NaN if the test volumes have one class). ``scores_of``: fits to a draw and scores the test volumes (n, L)."""
     rows = []
     for draw in draws:
         facts = {
@@ -100,7 +101,7 @@ def measure(
 
 
 def aurocs(test: Labelled, scores: np.ndarray) -> list[float]:
-    """AUROC of each label (L,) of scores (n, L); NaN where one class is known."""
+    """AUROC of each label (L,) from scores (n, L); NaN for a label with one class."""
     values = []
     for label in range(scores.shape[1]):
         known = ~np.isnan(test.labels[:, label])
@@ -109,8 +110,8 @@ def aurocs(test: Labelled, scores: np.ndarray) -> list[float]:
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a setting: patients, volumes (means over draws), draws, mean AUROC over labels, and its 95 % interval over the
-    draws (Student's t; NaN for one draw)."""
+    """One row per setting: patients and volumes (means over draws), draws, mean AUROC over labels, and its 95 %
+    interval over draws (Student's t; NaN for one draw)."""
     rows = []
     for setting, part in table.groupby("setting", sort=False):
         means = np.array([mean_defined(draw["auroc"].to_numpy()) for _, draw in part.groupby("draw")])
@@ -123,7 +124,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def t_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Limits of the mean of ``values`` (n,) by Student's t; NaN for fewer than two."""
+    """The 95 % confidence limits of the mean of ``values`` (n,) by Student's t; NaN for fewer than two."""
     from scipy.stats import t as student
 
     if len(values) < 2:

@@ -1,4 +1,4 @@
-"""Methods that train: a recipe of `configs/adapt`, the model it begins with, and the engine of `ctclip train`."""
+"""Methods that train: a recipe of `configs/adapt`, the model to start from, and the training engine of `ctclip train`."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ FEWEST_STEPS = 60
 
 @dataclass(frozen=True)
 class Recipe:
-    """method: a file of ``configs/adapt``, or ``config`` in its place; labels: a user's own table; setting: how much of the
-    labels is seen."""
+    """method: a file of ``configs/adapt``, unless ``config`` replaces it; labels: a table of the user; setting: how
+    many labels to use."""
 
     method: str
     model: str
@@ -57,32 +57,32 @@ class Recipe:
 
 
 def run_recipe(recipe: Recipe, output: Path, *, force: bool = False) -> Path:
-    """Train as the recipe says and return the model folder; the same command resumes. Called by every rank.
+    """Train by the recipe and return the model folder; called again, it resumes. Called by every rank.
 
-    Raises CtclipError or PreprocessingError in one line before anything is trained.
+    Raises CtclipError or PreprocessingError before training starts.
     """
-    # Here and not above: what a launcher says must be known before DeepSpeed is imported.
+    # Imported here, because the launcher's environment must be set before DeepSpeed is imported.
     from ctclip.training.loop import train
 
     path = local_folder(recipe.model)
     config, patients = configured(recipe, path, output)
     folder = train(config, output, force=force)
-    # The group of ranks is gone by now.
+    # The process group has ended by now.
     if distributed.launched_rank() == 0:
         _finish(recipe, path, folder, patients)
     return folder
 
 
 def configured(recipe: Recipe, path: Path, output: Path) -> tuple[Config, list[str]]:
-    """The configuration of a recipe that begins with the model folder ``path``, and the patients whose labels or reports it
-    learns from. A draw of labels is written into ``output``."""
+    """The configuration of a recipe that starts from the model folder ``path``, and the patients with labels or reports
+    to learn from. The draw of labels is written to ``output``."""
     store = VolumeStore(recipe.store)
     spec = PreprocessingSpec.load(path / "preprocessing.yaml")
     if store.spec.hash != spec.hash:
         raise DataError(
-            f"{store.path}: prepared with spec {store.spec.name!r} ({store.spec.hash}), the model {path} wants {spec.name!r} "
+            f"{store.path}: prepared with spec {store.spec.name!r} ({store.spec.hash}), the model {path} needs {spec.name!r} "
             f"({spec.hash}); run `ctclip preprocess --spec {path}/preprocessing.yaml`, or continue with `ctclip train` and "
-            f"model.init, which says what cannot be carried over"
+            f"model.init, which lists the weights that do not fit"
         )
     own = read_label_table(recipe.labels, store) if recipe.labels is not None else None
     given: dict[str, Any] = {
@@ -103,7 +103,7 @@ def configured(recipe: Recipe, path: Path, output: Path) -> tuple[Config, list[s
     draw = Draw(recipe.setting, recipe.seed, recipe.setting.draw(labelled, recipe.seed))
     if recipe.labels is not None or recipe.setting != Setting("fraction", 100.0):
         given["data.label_table"] = str(output / DRAW)
-        # The others read it after they have met the rank that writes it.
+        # The other ranks read the file after the rank that writes it has reached the barrier.
         if distributed.launched_rank() == 0:
             _write_draw(output, labelled, draw)
     config = _config(source, given, recipe.overrides)
@@ -116,8 +116,8 @@ def _config(source: Path, given: dict[str, Any], overrides: Sequence[str]) -> Co
 
 
 def _fitted_to(config: Config, volumes: int, path: Path, recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe depends on how many volumes there are, and on the model's layers: few labels are seen often enough for
-    ``FEWEST_STEPS`` steps; of `last-layers` all but the last are frozen."""
+    """The parts of a recipe that depend on the number of volumes and on the layers of the model: with few volumes there
+    are enough epochs for ``FEWEST_STEPS`` steps; `last-layers` freezes all layers but the last."""
     asked = {override.partition("=")[0] for override in recipe.overrides}
     changes: dict[str, Any] = {}
     batch = config.training.batch
@@ -131,26 +131,28 @@ def _fitted_to(config: Config, volumes: int, path: Path, recipe: Recipe) -> dict
     if recipe.method == "last-layers" and config.training.freeze.volume == "none":
         layers = len(volume_layers(read_architecture(path).model))
         if layers < 2:
-            raise ConfigError(f"--method last-layers: the volume encoder of {path} has one layer; take vocabfine")
+            raise ConfigError(
+                f"--method last-layers: the volume encoder of {path} has only one layer; use --method vocabfine"
+            )
         changes["training.freeze.volume"] = f"0-{layers - 2}"
     return changes
 
 
 def _write_draw(output: Path, labelled: Labelled, draw: Draw) -> None:
-    """Keep which labels are seen in the run folder; a resumed run writes the same again."""
+    """Write the labels used to the run folder. A resumed run writes the same file again."""
     check_run_folder(output)
     output.mkdir(parents=True, exist_ok=True)
     volumes = labelled.table.loc[draw.used, "volume"]
     values = pd.DataFrame(draw.labels[draw.used], columns=list(labelled.names), index=volumes).astype("Int8")
     if not (output / "run.json").is_file():
-        # By which the folder is recognised from now on; the training writes its own.
+        # Marks the folder as a run; the training overwrites this file.
         write_text(output / "run.json", '{"revision": ""}')
     with written_beside(output / DRAW) as partial:
         write_csv(partial, values, index_label="volume")
 
 
 def _finish(recipe: Recipe, path: Path, folder: Path, patients: Sequence[str]) -> None:
-    """Record whose labels or reports the model was adapted to, and fold adapters in where that is asked for."""
+    """Record the patients that the model was adapted to, and merge adapters if requested."""
     if recipe.merge:
         merge_adapters(folder)
     record = folder / FILE
@@ -161,7 +163,8 @@ def _finish(recipe: Recipe, path: Path, folder: Path, patients: Sequence[str]) -
 
 
 def merge_adapters(folder: Path) -> None:
-    """A model folder with low-rank adapters -> the same with plain weights, which scores alike; any other is left alone."""
+    """Merge the low-rank adapters of a model folder into its weights, which does not change its scores. Other folders
+    are left alone."""
     loaded = load_model(folder)
     tunings = loaded.model.config.volume.tuning, loaded.model.config.text.tuning
     if "lora" not in tunings:

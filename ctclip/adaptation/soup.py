@@ -1,4 +1,5 @@
-"""Soups of weights (Wortsman et al. 2022): the mean of models of one recipe, kept only if held-out patients say so."""
+"""Model soups (Wortsman et al. 2022): the mean of the weights of models of one recipe, if it is better on held-out
+patients."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ from ctclip.preprocessing.store import VolumeStore
 
 @dataclass(frozen=True)
 class Soup:
-    """``alone``: mean zero-shot AUROC of each model; ``members``: those whose mean is best, ``auroc`` of it; ``folder``: where
-    it was written, None where no mean of several is better than the best of them."""
+    """``alone``: mean zero-shot AUROC of each model; ``members``: the models in the best mean; ``auroc``: that of the
+    mean; ``folder``: the model folder written, or None if no mean is better than the best model."""
 
     alone: dict[str, float]
     members: list[str]
@@ -35,15 +36,16 @@ class Soup:
 
 
 def model_of(path: Path) -> Path:
-    """The model folder of a run, or the folder itself."""
+    """The model folder of a run, or the folder itself if it is one."""
     return path / "model" if (path / "model" / "config.yaml").is_file() else path
 
 
 def make_soup(
     sources: Sequence[Path], store: Path, split: str, output: Path, *, batch: int = 8, cache: Path | None = None
 ) -> Soup:
-    """The greedy soup: models by their AUROC on ``split``, each added to the mean if that does not make it worse; written as a
-    model folder if it beats every model alone. Raises CheckpointError for models of different recipes."""
+    """The greedy soup: models are added in the order of their AUROC on ``split``, unless they make the mean worse. The
+    mean is written as a model folder if it is better than every model. Raises CheckpointError for models of different
+    recipes."""
     if len(sources) < 2:
         raise DataError("give at least two runs or model folders to average")
     check_output(output)
@@ -70,8 +72,8 @@ def make_soup(
 
 
 def check_same_recipe(ours: ModelFolder, theirs: ModelFolder, our_name: str, name: str) -> None:
-    """Raise CheckpointError unless the weights of two models may be averaged: one architecture, spec, tokenizer and label
-    set."""
+    """Raise CheckpointError unless two models have the same architecture, spec, tokenizer and label set, so that their
+    weights can be averaged."""
     differing = None
     if ours.model.config != theirs.model.config:
         differing = "architecture"
@@ -82,11 +84,11 @@ def check_same_recipe(ours: ModelFolder, theirs: ModelFolder, our_name: str, nam
     elif ours.model.text_encoder.tokenizer.get_vocab() != theirs.model.text_encoder.tokenizer.get_vocab():
         differing = "tokenizer"
     if differing is not None:
-        raise CheckpointError(f"{name}: has another {differing} than {our_name}; a soup is of runs of one recipe")
+        raise CheckpointError(f"{name}: differs from {our_name} in its {differing}; average only runs of one recipe")
 
 
 def mean_state(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each tensor; whole numbers, which count, are those of the first."""
+    """The mean of each tensor. Integer tensors (counters) are taken from the first model."""
     mean = {}
     for name, first in states[0].items():
         if first.is_floating_point():
@@ -103,13 +105,13 @@ def score(loaded: ModelFolder, store: VolumeStore, split: str, cache: Path, batc
     value = mean_defined(aurocs(held, scores)) if scores is not None else float("nan")
     if not np.isfinite(value):
         raise DataError(
-            f"{loaded.path}: its prompts ask for no label that split {split!r} of {store.path} has in both classes"
+            f"{loaded.path}: its prompts cover no label with both classes in split {split!r} of {store.path}"
         )
     return value
 
 
 def _with(folder: ModelFolder, state: dict[str, Tensor]) -> ModelFolder:
-    """The model with other weights."""
+    """The same model with other weights."""
     fresh = load_model(folder.path)
     fresh.model.load_state_dict(state)
     digest = hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()[:12]
@@ -121,13 +123,13 @@ def _state(folder: ModelFolder) -> dict[str, Tensor]:
 
 
 def _check_unseen(folders: Sequence[ModelFolder], names: Sequence[str], store: VolumeStore, split: str) -> None:
-    """Raise DataError if a model was adapted to patients by whom it would be chosen."""
+    """Raise DataError if a model was adapted to patients of the split to choose by."""
     patients = sorted(set(store.cohort.loc[store.cohort["split"] == split, "patient"].astype(str)))
     for name, folder in zip(names, folders, strict=True):
         for record in _records(folder):
             if seen := record.saw(patients):
                 raise DataError(
-                    f"{name}: was adapted to {len(seen)} patients of split {split!r}, the first {seen[0]!r}; choose by other patients"
+                    f"{name}: was adapted to {len(seen)} patients of split {split!r}, the first {seen[0]!r}; use another --split"
                 )
 
 
@@ -139,7 +141,7 @@ def _save(
     output: Path, folders: Sequence[ModelFolder], names: Sequence[str], members: Sequence[str], state: dict[str, Tensor],
     store: VolumeStore, split: str, auroc: float,
 ) -> Path:  # fmt: skip
-    """The soup as a model folder that says what its members saw."""
+    """Write the soup as a model folder, with a record of the patients of its members."""
     chosen = [folder for name, folder in zip(names, folders, strict=True) if name in members]
     supervisions = list(dict.fromkeys(folder.trained_on.supervision for folder in chosen))
     supervision = "label-supervised" if "label-supervised" in supervisions else " + ".join(supervisions)

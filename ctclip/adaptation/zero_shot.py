@@ -1,4 +1,4 @@
-"""What the model's own prompts reach on the same volumes, without any label."""
+"""Zero-shot scores of the model's own prompts on the same volumes, for comparison."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ctclip.prompts import PromptSet, load_prompts
 
 
 def zero_shot_auroc(loaded: ModelFolder, test: Examples) -> float | None:
-    """Mean AUROC of the model's prompts on the test volumes, over the labels they ask for."""
+    """Mean AUROC of the model's prompts on the test volumes, over the labels that the prompts cover."""
     scores = zero_shot_scores(loaded, test)
     value = mean_defined(aurocs(test, scores)) if scores is not None else float("nan")
     return value if np.isfinite(value) else None
 
 
 def zero_shot_scores(loaded: ModelFolder, test: Examples) -> np.ndarray | None:
-    """(n, L) margins of the model's own prompts, NaN for labels they do not ask for; None without a prompt head."""
+    """Margins (n, L) of the model's own prompts, NaN for labels that they do not cover; None without a prompt head."""
     if PROMPTS not in [one.name for one in list_heads(loaded.path)]:
         return None
     head = usable_head(loaded, PROMPTS)
@@ -38,7 +38,7 @@ def zero_shot_scores(loaded: ModelFolder, test: Examples) -> np.ndarray | None:
 
 
 def own_prompts(loaded: ModelFolder) -> PromptSet:
-    """The model's own prompt set; that of its label set where it keeps none, else phrasings that fit any name."""
+    """The model's own prompt set, or else the prompt set of its label set, or else templates for any name."""
     if PROMPTS in [one.name for one in list_heads(loaded.path)]:
         path = loaded.path / FOLDER / PROMPTS / "prompts.yaml"
         if path.is_file():

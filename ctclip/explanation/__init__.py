@@ -1,1 +1,2 @@
-"""Where a model sees a finding: maps in the scan's own space, the regions in them, and pictures through their peaks."""
+"""Where a model sees a finding: maps in the space of the scan, regions of these maps, and pictures through their
+peaks."""

@@ -1,10 +1,10 @@
-"""Gradient-weighted attention: what the pooled vector drew on, followed back through the layers.
+"""Gradient-weighted attention: the contribution of each token to the pooled vector, traced back through the layers.
 
-Chefer, Gur and Wolf 2021 ("Generic Attention-model Explainability", eq. 5 and 6): a layer passes relevance on by the
-positive part of its attention times the attention's gradient, averaged over heads, beside the identity of its residual.
-Followed from the pooled end to the tokens, one row in place of the matrix of all pairs; the row begins with what each last
-token adds to the score (its gradient times itself, where positive). Of an encoder whose layers attend within slabs and
-then along them, each kind passes relevance on within its own sequences.
+Chefer, Gur and Wolf 2021 ("Generic Attention-model Explainability", eq. 5 and 6): relevance flows through a layer in
+proportion to the positive part of attention times its gradient, averaged over heads, plus the identity for the residual
+connection. It is traced from the last layer to the first as one row, which avoids the matrix of all pairs of tokens.
+The row starts as the contribution of each last token to the score (gradient times value, where positive). In an encoder
+whose layers attend within slabs and then across them, relevance stays within the sequences of each layer.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ctclip.models.attention import Attention as Layer
 from ctclip.models.attention import Seen
 from ctclip.models.encoded import Evidence
 
-# Probabilities that are held at once, with their gradients: 4 bytes each.
+# Maximum number of attention probabilities in memory, with their gradients; 4 bytes each.
 MOST = 2**29
 
 
 class Attention(Method):
-    """One encoding with its graph, and for each finding one pass back through it. For transformers with full attention."""
+    """Encodes once and makes one backward pass for each finding. For transformers with full attention."""
 
     name = "attention"
 
@@ -31,7 +31,9 @@ class Attention(Method):
         encoder = subject.model.volume_encoder
         layers = [module for module in encoder.modules() if isinstance(module, Layer)]
         if not layers:
-            raise ExplanationError(f"{type(encoder).__name__} shows no attention: use --method similarity or occlusion")
+            raise ExplanationError(
+                f"{type(encoder).__name__} has no attention layers: use --method similarity or occlusion"
+            )
         self._check_size(subject, layers)
         seen: list[Seen] = []
         try:
@@ -61,10 +63,10 @@ class Attention(Method):
         return Maps(values.float().cpu().numpy(), evidence.encoded.affine)
 
     def _check_size(self, subject: Subject, layers: list[Layer]) -> None:
-        """Refuse before memory runs out."""
+        """Raise ExplanationError if the attention of all layers does not fit in memory."""
         config = subject.model.volume_encoder.config
         if getattr(config, "window", None) is not None:
-            raise ExplanationError("attention in windows is not followed: use --method similarity or occlusion")
+            raise ExplanationError("attention in windows is not supported: use --method similarity or occlusion")
         encoded = subject.evidence().encoded
         longest = encoded.tokens.shape[1]
         sequences = 1
@@ -73,17 +75,17 @@ class Attention(Method):
         size = sequences * longest**2 * getattr(config, "heads", 1) * len(layers)
         if size > MOST:
             raise ExplanationError(
-                f"{encoded.tokens.shape[1]} tokens attend to each other in {len(layers)} layers, more than fit in memory: "
+                f"{encoded.tokens.shape[1]} tokens in {len(layers)} layers of attention do not fit in memory: "
                 f"use --method similarity or occlusion"
             )
 
 
 def _back(row: Tensor, seen: Seen, slope: Tensor, evidence: Evidence) -> Tensor:
-    """row (n,): relevance of a layer's output tokens -> of its input tokens."""
+    """The relevance (n,) of a layer's output tokens -> the relevance (n,) of its input tokens."""
     flow = (seen.probabilities.detach() * slope).clamp(min=0).mean(dim=1)
     sequences, length = flow.shape[:2]
     if sequences == 1 and length >= len(row):
-        # Registers stand before the tokens; what goes to them is not followed further.
+        # Registers precede the tokens; relevance that flows to them is dropped.
         registers = length - len(row)
         return row + row @ flow[0, registers:, registers:]
     slabs, plane = evidence.encoded.grid[0], evidence.encoded.grid[1] * evidence.encoded.grid[2]

@@ -1,8 +1,8 @@
-"""What each place adds to the score: the gradient of the score times the features, on every grid that is pooled.
+"""What each location adds to the score: gradient of the score times features, on every grid that is pooled.
 
-Gradient times input (Shrikumar et al. 2016; Ancona et al. 2018, section 3.2), taken where the pooled vector is made and not
-at the voxels: for mean pooling it is a place's exact share of the score, for the largest of a channel all of the share is
-the place's that holds it. Shares of all grids are added up on the finest.
+Gradient times input (Shrikumar et al. 2016; Ancona et al. 2018, section 3.2), applied to the features that are pooled
+rather than to the voxels. With mean pooling this is the exact share of a location in the score; with max pooling the
+location of the maximum receives the whole share of that channel. The shares of all grids are summed on the finest grid.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ctclip.explanation.space import resample
 
 
 class Contribution(Method):
-    """One encoding, and for each finding one gradient of the pooling."""
+    """Encodes once and computes one gradient of the pooling for each finding."""
 
     name = "contribution"
 
@@ -28,7 +28,7 @@ class Contribution(Method):
         for finding, gradient in enumerate(slopes):
             for level, slope in zip(evidence.levels, gradient, strict=True):
                 share = (slope * level.features).sum(dim=2)[0].unflatten(0, level.grid).float().cpu().numpy()
-                # A coarse cell's share is that of all the fine ones in it.
+                # The share of a coarse cell is divided among the fine cells in it.
                 cells = np.prod(finest.grid) / np.prod(level.grid)
                 total[finding] += resample(share / cells, level.affine, finest.grid, finest.affine)
         return Maps(total, finest.affine)

@@ -1,4 +1,4 @@
-"""Explain a scan: for each finding a map, its peak and its region; kept as NIfTI, masks, JSON and a page."""
+"""Explain a scan: a map, a peak and a region for each finding, saved as NIfTI, mask, JSON and a page."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from ctclip.preprocessing.volume import FileGrid
 
 FACTS, PAGE, MASK = "findings.json", "page.html", "findings.seg.nii.gz"
 KIND = b'"kind": "ctclip explanation"'
-NOTE = "research, not for diagnosis; a map shows what moved the model's score, which need not be the finding"
+NOTE = "for research, not for diagnosis; a map shows what influenced the model's score, which need not be the finding"
 # NIfTI header extensions: 6 is a comment (nifti1.h, NIFTI_ECODE_COMMENT).
 COMMENT = 6
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a model saw where in one scan: ``places`` by finding, in the order asked. Prints as a list."""
+    """Where a model sees findings in one scan: ``places`` by finding, in the order of the request. Prints as a list."""
 
     scan: str
     model: str
@@ -54,8 +54,11 @@ class Explanation:
     __repr__ = __str__
 
     def mask(self) -> tuple[np.ndarray, dict[str, int]]:
-        """uint8 [slice, row, column] on the file's grid, and the label of each finding: every voxel whose map reaches the
-        level of its peak. Where findings overlap, the one whose map is nearer to its own peak has the voxel."""
+        """A mask (uint8 [slice, row, column]) on the file's grid, and the label of each finding in it.
+
+        The mask of a finding holds the voxels at or above ``level`` of its peak. Where two overlap, the voxel goes to
+        the finding whose map is closer to its own peak.
+        """
         labels = {finding: number for number, finding in enumerate(self.places, start=1)}
         nearest: np.ndarray | None = None
         mask: np.ndarray | None = None
@@ -69,8 +72,10 @@ class Explanation:
         return mask, labels
 
     def save(self, folder: str | Path) -> Path:
-        """Write a map a finding, the mask, ``findings.json`` and ``page.html`` into a new folder, or one it has written
-        before. Returns the page's path. Raises PreprocessingError for any other folder."""
+        """Write one map per finding, the mask, ``findings.json`` and ``page.html``; return the path of the page.
+
+        ``folder`` must be new or hold an earlier explanation. Raises PreprocessingError for any other folder.
+        """
         folder = Path(folder)
         check_output(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +102,7 @@ class Explanation:
         table = [head]
         for name, place in self.places.items():
             table.append([
-                name, f"{place.probability:.0%}", place.side or "not known", ", ".join(f"{v:.0f}" for v in place.peak_lps),
+                name, f"{place.probability:.0%}", place.side or "unknown", ", ".join(f"{v:.0f}" for v in place.peak_lps),
                 ", ".join(map(str, place.peak_voxel)), " x ".join(f"{v:.0f}" for v in place.size_mm), f"{place.volume_ml:.0f}",
             ])  # fmt: skip
         pictures: list[dict[str, Any]] = [
@@ -129,10 +134,11 @@ def explain(
     budget: int = 600,
     warnings: Sequence[str] = (),
 ) -> Explanation:
-    """Locate ``findings`` (names of ``head``; those at or above their threshold if not given) in one prepared scan.
+    """Locate findings in one prepared scan.
 
-    ``by``: the method, see ``ctclip.explanation.method``; ``level``: the share of a map's peak that its region reaches;
-    ``budget``: the most encodings occlusion may take. Raises ExplanationError in one line.
+    ``findings``: names that ``head`` scores; by default, those at or above their threshold. ``by``: the method, see
+    ``ctclip.explanation.method``. ``level``: a region extends down to this fraction of the peak of its map. ``budget``:
+    the maximum number of encodings for occlusion. Raises ExplanationError.
     """
     began = time.perf_counter()
     volume = torch.from_numpy(prepared.voxels)[None, None].to(model.device)
@@ -140,7 +146,7 @@ def explain(
         scores = head.score(model.encode(volume)).float()
         probabilities = head.probabilities(scores)[0].tolist()
     chosen = _chosen(head, probabilities, findings)
-    # Out of inference mode: methods ask for gradients.
+    # Not in inference mode: methods need gradients.
     found = method(by).maps(Subject(model, head, chosen, volume, budget))
     places = {}
     for values, index in zip(found.values, chosen, strict=True):
@@ -152,12 +158,12 @@ def explain(
 
 
 def check_output(folder: Path) -> None:
-    """Raise PreprocessingError unless an explanation may be written into ``folder``."""
+    """Raise PreprocessingError unless an explanation may be written to ``folder``."""
     check_folder(folder, lambda kept: made_by_us(kept, {FACTS: KIND, PAGE: MARK}), "explanation")
 
 
 def _chosen(head: Head, probabilities: Sequence[float], findings: Sequence[str] | None) -> list[int]:
-    """Places among the head's names."""
+    """The indices of findings among the names of the head."""
     if findings is not None:
         if unknown := [name for name in findings if name not in head.names]:
             raise ExplanationError(f"the head does not score {unknown[0]!r}: it scores {', '.join(head.names)}")
@@ -170,13 +176,13 @@ def _chosen(head: Head, probabilities: Sequence[float], findings: Sequence[str] 
     if not above:
         likeliest = head.names[int(np.argmax(probabilities))]
         raise ExplanationError(
-            f"no finding reaches its threshold in this scan: name one to look for (--abnormality {likeliest!r}, say)"
+            f"no finding reaches its threshold in this scan; name one to locate, such as --abnormality {likeliest!r}"
         )
     return [index for index, _ in sorted(above, key=lambda pair: -pair[1])]
 
 
 def _file_names(findings: Sequence[str]) -> dict[str, str]:
-    """A file name for each finding, without what a file system does not take, no two alike."""
+    """A unique file name for each finding, with characters that every file system accepts."""
     names: dict[str, str] = {}
     for finding in findings:
         stem = re.sub(r"[^a-z0-9]+", "_", finding.lower()).strip("_")[:60] or "finding"
@@ -187,15 +193,15 @@ def _file_names(findings: Sequence[str]) -> dict[str, str]:
 
 
 def _write_map(path: Path, values: np.ndarray, grid: FileGrid, finding: str) -> None:
-    """As 255 steps from the lowest to the highest value: a map has no more to tell, and float32 would take four times the
-    space. 0 stays 0."""
+    """Write a map as 8-bit steps from the lowest to the highest value, with 0 kept at 0. A map is no more precise than
+    that, and float32 would take four times the space."""
     top = float(np.abs(values).max()) or 1.0
     steps = np.rint(np.clip(values, 0, None) * (255 / top)).astype(np.uint8)
     write_nifti(path, steps, grid, {"finding": finding}, slope=top / 255)
 
 
 def write_nifti(path: Path, array: np.ndarray, grid: FileGrid, note: dict[str, Any], slope: float = 1.0) -> None:
-    """[slice, row, column] of the file's order -> NIfTI [column, row, slice] with the file's own affine."""
+    """Write an array [slice, row, column] in the file's order as NIfTI [column, row, slice] with the file's affine."""
     import nibabel as nib
     from isal import igzip
 

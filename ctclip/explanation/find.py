@@ -1,8 +1,8 @@
-"""Find what a text says: regions of its map, each with a score, a place and a size, whatever the text.
+"""Find what a text describes: regions of its map, each with a score, a position and a size.
 
-Regions are proposed from the map of the text against the volume (connected components), and no list of classes is needed:
-ViLD's idea (Gu et al. 2022) with regions of the map in place of a trained proposer. A condition on size that the text
-states ("larger than 10 mm") is not left to the model, which cannot measure: it is applied to the regions.
+Regions are the connected components of the map of the text, so no list of classes is needed. This is the idea of ViLD
+(Gu et al. 2022), with regions of the map instead of a trained proposal network. The model cannot measure: a size that
+the text states ("larger than 10 mm") is applied to the regions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ SMALLER = ("smaller", "less", "shorter", "under", "below")
 
 
 def told_from(head: Head) -> list[str]:
-    """Texts that others are told from: one of either side of each finding that a prompt head knows; none of other heads."""
+    """Texts to contrast a query with: a positive and a negative prompt of each finding of a prompt head; none for other
+    heads."""
     if not isinstance(head, PromptHead):
         return []
     sides = [head.prompts.groups(name, positive) for name in head.names for positive in (True, False)]
@@ -44,7 +45,7 @@ def told_from(head: Head) -> list[str]:
 
 @dataclass(frozen=True)
 class SizeLimit:
-    """From ``low`` to ``high`` mm, of a region's longest side."""
+    """Limits in mm for the longest side of a region."""
 
     low: float = 0.0
     high: float = float("inf")
@@ -54,7 +55,7 @@ class SizeLimit:
 
 
 def size_limit(text: str) -> tuple[str, SizeLimit]:
-    """A text without its conditions on size, and those conditions in mm.
+    """Split a text into the text without its size and the size in mm.
 
     >>> size_limit("a nodule larger than 1 cm")
     ('a nodule', SizeLimit(low=10.0, high=inf))
@@ -73,12 +74,12 @@ def size_limit(text: str) -> tuple[str, SizeLimit]:
 def proposals(
     values: np.ndarray, affine: np.ndarray, prepared: Prepared, level: float, limit: SizeLimit, most: int
 ) -> list[Region]:
-    """The highest regions of a map that keep to a size, at most ``most`` of them."""
+    """At most ``most`` regions of a map within the limits of size, the highest first."""
     return [region for region in regions_of(values, affine, prepared, level) if limit.holds(region)][:most]
 
 
 def box_facts(region: Region, affine: np.ndarray, prepared: Prepared) -> dict[str, Any]:
-    """Where a region lies, for JSON: its peak in mm (LPS) and as a voxel of the file, its size and height."""
+    """A region for JSON: its peak in mm (LPS) and as a voxel of the file, its size and its height."""
     lps = (prepared.token_affine(affine) @ [*region.peak, 1])[:3]
     voxel = np.rint((np.linalg.inv(prepared.file_grid.affine) @ [*lps, 1])[:3]).astype(int)
     across, deep, high = region.size_mm
@@ -91,10 +92,11 @@ def box_facts(region: Region, affine: np.ndarray, prepared: Prepared) -> dict[st
 
 
 def refine(values: np.ndarray, affine: np.ndarray, prepared: Prepared, *, inside: float = 0.8, outside: float = 0.2) -> np.ndarray:  # fmt: skip
-    """Bool on the model's grid: the map's region grown to edges of HU.
+    """The region of a map, grown to edges of HU: bool on the model's grid.
 
-    Watershed on the gradient of HU (Beucher and Lantuejoul 1979) from two seeds: where the map is at least ``inside`` of its
-    peak, and where it is below ``outside``. MedCLIP-SAM (Koleilat et al. 2024) prompts a segmenter with the map in its place.
+    Watershed on the gradient of HU (Beucher and Lantuejoul 1979) from two seeds: voxels at or above ``inside`` of the
+    peak of the map, and voxels below ``outside``. MedCLIP-SAM (Koleilat et al. 2024) prompts a segmentation model with
+    the map instead.
     """
     from scipy import ndimage
 
@@ -106,7 +108,7 @@ def refine(values: np.ndarray, affine: np.ndarray, prepared: Prepared, *, inside
     seeds = np.zeros(hu.shape, np.int32)
     seeds[share >= inside] = 1
     seeds[share < outside] = 2
-    # scipy's watershed takes whole numbers.
+    # scipy's watershed needs integers.
     steps = np.clip(slope / max(float(np.quantile(slope, 0.995)), 1e-6) * 65535, 0, 65535).astype(np.uint16)
     grown: np.ndarray = ndimage.watershed_ift(steps, seeds) == 1
     return grown
@@ -114,7 +116,7 @@ def refine(values: np.ndarray, affine: np.ndarray, prepared: Prepared, *, inside
 
 @dataclass(frozen=True)
 class Found:
-    """Regions of one scan that a text names, the highest first; ``explanation`` has the map. Prints as a list."""
+    """Regions of one scan that a text describes, the highest first; ``explanation`` holds the map. Prints as a list."""
 
     text: str
     limit: SizeLimit
@@ -126,7 +128,7 @@ class Found:
         return next(iter(self.explanation.places.values()))
 
     def facts(self) -> list[dict[str, Any]]:
-        """Each region for JSON."""
+        """The regions for JSON."""
         return [box_facts(region, self._place.affine, self._place.prepared) for region in self.regions]
 
     def __str__(self) -> str:
@@ -136,21 +138,23 @@ class Found:
             sizes = " x ".join(f"{facts[f'size_mm_{name}']:.0f}" for name in ("right_left", "front_back", "foot_head"))
             lines.append(f"{number}. ({x:.0f}, {y:.0f}, {z:.0f}) mm LPS, {sizes} mm, score {facts['score']:.2f}")
         if self.limit != SizeLimit():
-            lines.append(f"kept by size: longest side {self.limit.low:g} to {self.limit.high:g} mm")
+            lines.append(f"kept: regions with a longest side of {self.limit.low:g} to {self.limit.high:g} mm")
         return "\n".join(lines)
 
     __repr__ = __str__
 
     def mask(self, refined: bool = False) -> np.ndarray:
-        """uint8 [slice, row, column] on the file's grid: the number of the region each voxel belongs to, 0 for none.
-        ``refined``: each region grown to edges of HU."""
+        """The number of each voxel's region, 0 for none: uint8 [slice, row, column] on the file's grid.
+
+        ``refined``: grow each region to edges of HU.
+        """
         from scipy import ndimage
 
         place = self._place
         grid = place.prepared.file_grid
         if refined:
             grown = refine(place.values, place.affine, place.prepared).astype(np.float32)
-            # The model's grid is a map as any other; its millimetres are those of the prepared volume.
+            # A mask on the model's grid is resampled as a map is; its affine leads to mm of the prepared volume.
             spaced = np.linalg.inv(place.prepared.token_affine(np.eye(4))) @ place.prepared.affine
             share = in_scan(grown, spaced, place.prepared, grid.shape, grid.affine)
         else:
@@ -164,7 +168,7 @@ class Found:
         return mask
 
     def save(self, folder: str | Path, *, refined: bool = False) -> Path:
-        """What ``Explanation.save`` writes, with the mask of the regions and their list in its place."""
+        """Write the files of ``Explanation.save``, with the regions in the mask and in ``findings.json``."""
         page = self.explanation.save(folder)
         grid = self._place.prepared.file_grid
         names = {str(number): f"region {number}" for number in range(1, len(self.regions) + 1)}
@@ -189,7 +193,7 @@ def find(
     budget: int = 600,
     warnings: Sequence[str] = (),
 ) -> Found:
-    """Look for what ``text`` says in a prepared scan; ``others``: texts that it is told from. See ``explain``."""
+    """Find what ``text`` describes in a prepared scan; ``others``: texts to contrast it with. See ``explain``."""
     wanted, limit = size_limit(text)
     head = TextHead(model, [wanted], others)
     explained = explain(

@@ -8,7 +8,7 @@ from ctclip.explanation.method import Maps, Method, Subject, differentiable, gra
 
 
 class GradCAM(Method):
-    """On the last grid alone, the tokens; finer grids that an encoder pools beside them are left out, as published."""
+    """Uses the tokens only, as published; finer grids that an encoder also pools are left out."""
 
     name = "gradcam"
 

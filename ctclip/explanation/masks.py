@@ -1,4 +1,4 @@
-"""Masks of findings that others drew: how a folder of them is laid out, and the masks of one volume."""
+"""Masks of findings drawn by others: the layout of a folder of masks, and the masks of one volume."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ctclip.preprocessing.readers import read
 from ctclip.preprocessing.volume import FileGrid
 from ctclip.schema import Section, validated
 
-# mm between where two files place the same voxel, before they are taken for files of different scans.
+# Two files are of different scans if they place the same voxel further apart than this (mm).
 SAME_PLACE_MM = 0.5
 
 
@@ -26,12 +26,14 @@ class MaskLayout(Section):
 
     name: str
     describes: str
-    file: str = Field(description="name of a volume's file, {volume} standing for its id")
+    file: str = Field(description="file name of a volume's masks; {volume} stands for its id")
     kind: Literal["bits", "labels", "channels"] = Field(
-        description="bits: bit i of a voxel for the i-th label; labels: value i + 1; channels: a volume for each sentence"
+        description="bits: bit i of a voxel is the i-th label; labels: value i + 1 is the i-th label; channels: one volume for each sentence"
     )
-    labels: tuple[str, ...] = Field((), description="names, or the name of a label set; of channels their sentences")
-    sentences: str = Field("", description="channels: the JSON that names the sentences of each volume")
+    labels: tuple[str, ...] = Field(
+        (), description="label names, or the name of a label set; channels: not used, labels come from the sentences"
+    )
+    sentences: str = Field("", description="channels: the JSON file with the sentences of each volume")
 
     @model_validator(mode="before")
     @classmethod
@@ -45,7 +47,7 @@ class MaskLayout(Section):
         if "{volume}" not in self.file:
             raise ValueError("file: must hold {volume}, which stands for the volume's id")
         if self.kind == "channels" and not self.sentences:
-            raise ValueError("channels need sentences, the JSON that names them")
+            raise ValueError("encoding 'channels' needs 'sentences', the JSON file with the sentences of each volume")
         if self.kind != "channels" and not self.labels:
             raise ValueError(f"{self.kind} need labels")
         return self
@@ -58,7 +60,7 @@ def load_layout(name: str) -> MaskLayout:
 
 
 class Masks:
-    """A folder of masks. ``volumes``: ids of those it holds, with their files."""
+    """A folder of masks. ``volumes``: the ids of its volumes, with their files."""
 
     def __init__(self, folder: Path, layout: MaskLayout) -> None:
         if not folder.is_dir():
@@ -71,15 +73,17 @@ class Masks:
             if path.is_file()
         }
         if not self.volumes:
-            raise ExplanationError(f"{folder}: holds no file {layout.file!r}; give another folder, or another --mask-layout")
+            raise ExplanationError(
+                f"{folder}: holds no file {layout.file!r}; give another folder, or another --mask-layout"
+            )
         self.texts: dict[str, list[str]] = {}
         self.categories: dict[str, list[str]] = {}
         if layout.kind == "channels":
             self._read_sentences()
 
     def of(self, volume: str, grid: FileGrid) -> Iterator[tuple[str, np.ndarray]]:
-        """Each finding that any voxel has, and its bool mask [slice, row, column] on the scan's ``grid``. Raises
-        ExplanationError where the mask lies on another grid."""
+        """The findings of a volume with their masks, bool [slice, row, column] on the scan's ``grid``. Raises
+        ExplanationError if the masks lie on another grid."""
         path = self.volumes[volume]
         if self.layout.kind == "channels":
             yield from self._channels(volume, path, grid)
@@ -95,13 +99,13 @@ class Masks:
                 yield name, mask
 
     def _channels(self, volume: str, path: Path, grid: FileGrid) -> Iterator[tuple[str, np.ndarray]]:
-        """Channels stand first or last in the file, whichever leaves the scan's shape."""
+        """Move channels to the front; they are the first or the last axis, whichever leaves the shape of the scan."""
         import nibabel as nib
 
         try:
             image: Any = nib.load(path)
             array = np.asarray(image.dataobj)
-        except Exception as error:  # what nibabel raises for bytes of strangers
+        except Exception as error:  # nibabel raises many kinds of error for damaged files
             raise ExplanationError(f"{path}: cannot be read as NIfTI; copy it again") from error
         expected = grid.shape[::-1]
         array = array[..., None] if array.ndim == 3 else array
@@ -119,11 +123,11 @@ class Masks:
                 yield text, mask
 
     def _read_sentences(self) -> None:
-        """Sentences of each volume, in the order of its channels, and the category of each."""
+        """The sentences of each volume in the order of its channels, with the category of each sentence."""
         beside = (self.folder / self.layout.sentences, self.folder.parent / self.layout.sentences)
         path = next((path for path in beside if path.is_file()), None)
         if path is None:
-            raise ExplanationError(f"{self.folder}: no {self.layout.sentences} in it or beside it")
+            raise ExplanationError(f"{self.folder}: there is no {self.layout.sentences} in this folder or beside it")
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
             records = [one for part in kept.values() for one in part] if isinstance(kept, dict) else list(kept)
@@ -138,7 +142,7 @@ class Masks:
 
 
 def _in_order(values: Any) -> list[str]:
-    """A list as it is, a mapping of numbers by number."""
+    """A list as it is; a mapping from numbers, sorted by number."""
     ordered = [values[key] for key in sorted(values, key=int)] if isinstance(values, dict) else list(values)
     return [str(value) for value in ordered]
 

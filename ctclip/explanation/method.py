@@ -1,4 +1,4 @@
-"""What a method of explanation is given and returns, and the methods there are."""
+"""The interface of methods of explanation, and the list of methods."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ctclip.heads.head import Head
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded, Evidence
 
-# One line registers a method; its file says whose it is.
+# One line registers a method; its file names the paper.
 METHODS = {
     "similarity": "Similarity",
     "contribution": "Contribution",
@@ -28,8 +28,8 @@ METHODS = {
 
 
 class Maps(NamedTuple):
-    """values (F, d, h, w) float32, a map a finding, 0 where a place says nothing; affine (4, 4) from the index (d, h, w) of
-    a cell to mm of the prepared volume, as ``Encoded.affine``."""
+    """values (F, d, h, w) float32: one map per finding, 0 where a location has no influence; affine (4, 4): from the
+    index (d, h, w) of a cell to mm of the prepared volume, as ``Encoded.affine``."""
 
     values: np.ndarray
     affine: np.ndarray
@@ -37,8 +37,8 @@ class Maps(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is to be explained: the scores of ``findings`` (places among ``head.names``) for one volume (1, 1, D, H, W) in
-    [-1, 1] on the model's device. ``budget``: the most encodings a method may make of it."""
+    """What to explain: the scores of ``findings`` (indices into ``head.names``) for one volume (1, 1, D, H, W) in [-1,
+    1] on the model's device. ``budget``: the maximum number of encodings."""
 
     model: DualEncoder
     head: Head
@@ -47,7 +47,7 @@ class Subject:
     budget: int = 600
 
     def evidence(self) -> Evidence:
-        """The volume encoded, with what was pooled."""
+        """The encoded volume, with the features that were pooled."""
         with torch.no_grad():
             try:
                 return self.model.volume_encoder.evidence(self.volume)
@@ -55,25 +55,25 @@ class Subject:
                 raise ExplanationError(str(error)) from error
 
     def scores(self, encoded: Encoded) -> Tensor:
-        """(B, F) scores of the findings. The length of the features before they are made unit vectors is taken as given:
-        a gradient then says what a place adds, not what it adds beyond the volume's other findings."""
+        """The scores (B, F) of the findings. The norm by which features become unit vectors is held constant, so that a
+        gradient shows what a location adds, and not what it adds relative to the volume's other findings."""
         features = self.model.similarity.volume_standard(self.model.volume_projection(encoded.pooled).float())
         embedding = features / features.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
         return self.head.score(encoded._replace(embedding=embedding))[:, list(self.findings)]
 
 
 class Method(ABC):
-    """Turns a subject into maps."""
+    """A method that computes maps of a subject."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def maps(self, subject: Subject) -> Maps:
-        """Raises ExplanationError, in one line, where the encoder or head is not one that the method can look into."""
+        """Raises ExplanationError if the method does not support the encoder or the head."""
 
 
 def method(name: str) -> Method:
-    """A method by its name. Raises ExplanationError listing those there are."""
+    """The method of a name. Raises ExplanationError for an unknown name."""
     if name not in METHODS:
         raise ExplanationError(f"no method {name!r}: give one of {', '.join(METHODS)}")
     found: type[Method] = getattr(importlib.import_module(f"ctclip.explanation.{name}"), METHODS[name])
@@ -81,7 +81,7 @@ def method(name: str) -> Method:
 
 
 def differentiable(subject: Subject) -> tuple[Evidence, list[Tensor], Tensor]:
-    """What an encoder pools, its features as leaves of a graph, and the scores that follow from them."""
+    """What an encoder pools, with its features as leaves of a graph, and the scores computed from them."""
     evidence = subject.evidence()
     features = [level.features.detach().clone().requires_grad_() for level in evidence.levels]
     scores = subject.scores(evidence.encoded._replace(tokens=features[0], pooled=evidence.pool(features)))
@@ -89,10 +89,10 @@ def differentiable(subject: Subject) -> tuple[Evidence, list[Tensor], Tensor]:
 
 
 def gradients(subject: Subject, scores: Tensor, of: Sequence[Tensor]) -> list[list[Tensor]]:
-    """For each finding the gradient of its score (scores (1, F)) with respect to each of ``of``."""
+    """For each finding, the gradients of its score (scores (1, F)) with respect to each tensor of ``of``."""
     if not scores.requires_grad:
         raise ExplanationError(
-            f"the head of kind {subject.head.kind!r} gives no gradient: use --method occlusion, which needs none"
+            f"the head of kind {subject.head.kind!r} is not differentiable: use --method occlusion, which needs no gradient"
         )
     every = []
     for number in range(scores.shape[1]):

@@ -1,8 +1,8 @@
 """Occlusion: how much a score falls when a block of the volume is hidden (Zeiler and Fergus 2014, section 4.2).
 
-A block is not blackened, which in CT would be air and so a finding of its own: it is replaced by the volume blurred over
-the size of the block (Fong and Vedaldi 2017, eq. 1). Blocks overlap by half. Blocks of nothing but air outside the
-window's lower end are not tried. It asks nothing of the encoder but an embedding.
+A hidden block is not set to black, which in CT is air and would be a finding of its own; it is replaced by a blurred
+copy of the volume (Fong and Vedaldi 2017, eq. 1). Blocks overlap by half. Blocks of nothing but air are skipped. Works
+with every encoder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ AIR = -0.95
 
 
 class Occlusion(Method):
-    """As many encodings as there are blocks: the blocks are as small as ``Subject.budget`` allows, at least 24 mm."""
+    """One encoding per block. Blocks are as small as ``Subject.budget`` allows, but at least 24 mm."""
 
     name = "occlusion"
 
@@ -54,14 +54,14 @@ class Occlusion(Method):
 
 
 def _blocks(volume: Tensor, spacing: tuple[float, ...], budget: int) -> tuple[list[int], list[tuple[int, int, int]]]:
-    """Half a block's voxels along each axis, and the corners of the blocks in such steps, of those that hold any tissue."""
+    """The step along each axis in voxels, half a block, and the corners, in steps, of the blocks that hold tissue."""
     size = SMALLEST_MM
     while True:
         steps = [
             min(max(1, round(size / 2 / mm)), extent) for mm, extent in zip(spacing, volume.shape[2:], strict=True)
         ]
         tissue = F.max_pool3d(volume[:1].float(), steps, ceil_mode=True)[0, 0] > AIR
-        # A block is two steps along each axis; along an axis of one step it is all there is.
+        # A block is two steps along each axis; along an axis of one step it is the whole axis.
         window = [min(2, extent) for extent in tissue.shape]
         held = F.max_pool3d(tissue[None, None].float(), window, stride=1)[0, 0] > 0
         corners = [(int(z), int(y), int(x)) for z, y, x in torch.nonzero(held).tolist()]
@@ -71,7 +71,7 @@ def _blocks(volume: Tensor, spacing: tuple[float, ...], budget: int) -> tuple[li
 
 
 def _blurred(volume: Tensor, widths: list[int]) -> Tensor:
-    """The volume under a Gaussian whose deviation is half of ``widths`` voxels along each axis."""
+    """The volume blurred by a Gaussian with a standard deviation of half of ``widths`` voxels along each axis."""
     result = volume.float()
     for axis, width in enumerate(widths):
         deviation = width / 2

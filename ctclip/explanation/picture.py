@@ -1,4 +1,4 @@
-"""Three slices through the peak of a map, as a radiologist would want them."""
+"""Three slices through the peak of a map, shown by radiological convention."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ctclip.explanation.space import in_scan
 from ctclip.preprocessing.files import written_beside
 
 LUNG, SOFT = ("lung", -1350.0, 150.0), ("soft tissue", -160.0, 240.0)
-# A place is lung where most of what lies within a few millimetres of it is as thin as this.
+# A voxel is in lung if most voxels within a few millimetres are below this HU value.
 AERATED, AROUND_MM = -500.0, 12.0
 COLOURS = ("#ffd23f", "#ff7b1c", "#d7263d")
-# Below this share of the peak nothing is laid over the picture, which must still be read.
+# Below this fraction of the peak no colour is drawn, so that the picture remains readable.
 FAINT = 0.25
 SCALE_MM = 50.0
 
 
 @dataclass(frozen=True)
 class View:
-    """One slice: HU and share of the map's peak [down, across], mm of a pixel, the peak's pixel, marks at the left, right,
-    upper and lower edge, and a title."""
+    """One slice: HU and fraction of the map's peak [down, across], the size of a pixel in mm, the pixel of the peak,
+    letters for the left, right, upper and lower edge, and a title."""
 
     hu: np.ndarray
     share: np.ndarray
@@ -41,7 +41,8 @@ class View:
 
 
 def draw(path: Path, place: Place) -> None:
-    """Write a PNG: axial, coronal and sagittal slice through the peak, the map over them, the patient's right is on the left."""
+    """Write a PNG of the axial, coronal and sagittal slices through the peak, overlaid with the map; the patient's
+    right is on the left."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -57,7 +58,7 @@ def draw(path: Path, place: Place) -> None:
     figure.suptitle(
         f"{place.finding}, probability {place.probability:.0%} ({place.method}); {name} window, {low:.0f} to "
         f"{high:.0f} HU\n"
-        f"colour: share of the map's peak, outlined at {place.level:.0%}; bar: {SCALE_MM:.0f} mm; research, not for "
+        f"colour: fraction of the map's peak, outlined at {place.level:.0%}; bar: {SCALE_MM:.0f} mm; research, not for "
         "diagnosis",
         fontsize=11,
     )
@@ -74,7 +75,7 @@ def _peak(place: Place) -> tuple[int, int, int]:
 
 
 def _views(place: Place, peak: tuple[int, int, int]) -> Iterator[View]:
-    """Slices of the oriented scan, whose slices run up, rows to the back and columns to the left."""
+    """Slices of the oriented scan. Its slices run upwards, its rows backwards, its columns to the patient's left."""
     scan = place.prepared.scan
     dz, dy, dx = scan.spacing
     shape, (z, y, x) = scan.array.shape, peak
@@ -89,7 +90,7 @@ def _views(place: Place, peak: tuple[int, int, int]) -> Iterator[View]:
         thin = [1 if other == axis else extent for other, extent in enumerate(shape)]
         share = in_scan(place.values, place.affine, place.prepared, thin, onto).take(0, axis=axis) / place.height
         hu = scan.array.take(peak[axis], axis=axis)
-        # Of the two that hold slices as rows, the head belongs above.
+        # Coronal and sagittal slices are flipped so that the head is above.
         hu, share = (hu, share) if axis == 0 else (hu[::-1], share[::-1])
         lps = place.peak_lps[2 - axis]
         title = (
@@ -99,7 +100,7 @@ def _views(place: Place, peak: tuple[int, int, int]) -> Iterator[View]:
 
 
 def _window(place: Place, peak: tuple[int, int, int]) -> tuple[str, float, float]:
-    """The window in which the surroundings of the peak are seen."""
+    """The display window that suits the surroundings of the peak."""
     scan = place.prepared.scan
     box = tuple(
         slice(max(0, at - round(AROUND_MM / mm)), at + round(AROUND_MM / mm) + 1)

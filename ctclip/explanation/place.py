@@ -1,4 +1,4 @@
-"""Where a map is highest in the scan, and how large the region about that peak is."""
+"""The peak of a map in the scan, and the size of the region around it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from ctclip.explanation.space import centres, in_scan
 from ctclip.preprocessing.pipeline import Prepared
 
-# Of the peak: what is at least so high, and connected to it, is its region.
+# A region extends from the peak down to this fraction of it.
 LEVEL = 0.5
 MIDLINE_MM = 15.0
 
@@ -20,11 +20,11 @@ MIDLINE_MM = 15.0
 class Place:
     """One finding in one scan.
 
-    ``peak_lps`` and ``peak_ras``: mm in the scan's own space, as DICOM and as NIfTI count; ``peak_voxel``: index [column,
-    row, slice] in the file. ``size_mm``: how far the region about the peak (at least ``level`` of its height) reaches from
-    right to left, front to back and foot to head; ``volume_ml``: its volume. ``side``: of the body, "" where it is not
-    known. ``values`` (d, h, w) and ``affine`` are the map on the model's own grid, as ``Maps`` has them; ``map()`` is the
-    map on the grid of the file.
+    ``peak_lps``, ``peak_ras``: the peak in mm of the scan's space, in the conventions of DICOM and NIfTI;
+    ``peak_voxel``: its index [column, row, slice] in the file. ``size_mm``: extent of the region around the peak (at
+    least ``level`` of the peak) from right to left, front to back and foot to head; ``volume_ml``: its volume.
+    ``side``: side of the body, "" if unknown. ``values`` (d, h, w) and ``affine``: the map on the model's grid, as in
+    ``Maps``; ``map()``: the map on the grid of the file.
     """
 
     finding: str
@@ -52,12 +52,12 @@ class Place:
         return float(np.max(np.where(inside_scan(self.values.shape, self.affine, self.prepared), self.values, -np.inf)))
 
     def map(self) -> np.ndarray:
-        """float32 on the file's grid [slice, row, column]; 0 outside of what the model was given."""
+        """The map on the file's grid, float32 [slice, row, column]; 0 outside the volume that the model saw."""
         grid = self.prepared.file_grid
         return in_scan(self.values, self.affine, self.prepared, grid.shape, grid.affine)
 
     def facts(self) -> dict[str, Any]:
-        """What is written down of it, for JSON."""
+        """The finding for JSON."""
         return {
             "finding": self.finding, "probability": round(self.probability, 4), "score": round(self.score, 4),
             "method": self.method, "peak_mm_lps": _rounded(self.peak_lps), "peak_mm_ras": _rounded(self.peak_ras),
@@ -88,7 +88,8 @@ def locate(
     method: str,
     level: float = LEVEL,
 ) -> Place:
-    """The peak of a map (d, h, w) of ``Maps.affine`` among the cells that lie in the scan, and the region about it."""
+    """The peak of a map (d, h, w) with the affine of ``Maps``, among the cells inside the scan, and the region around
+    it."""
     peak = peak_of(values, affine, prepared)
     to_lps = prepared.token_affine(affine)
     lps = (to_lps @ [*peak, 1])[:3]
@@ -103,15 +104,15 @@ def locate(
 
 
 def peak_of(values: np.ndarray, affine: np.ndarray, prepared: Prepared) -> tuple[int, int, int]:
-    """The cell (d, h, w) of the highest value whose centre lies in the scan."""
+    """The cell (d, h, w) with the highest value among those with their centre in the scan."""
     inside = inside_scan(values.shape, affine, prepared)
     z, y, x = np.unravel_index(int(np.argmax(np.where(inside, values, -np.inf))), values.shape)
     return int(z), int(y), int(x)
 
 
 def inside_scan(shape: tuple[int, ...], affine: np.ndarray, prepared: Prepared) -> np.ndarray:
-    """Bool (d, h, w): cells whose centres lie in the file's grid, not in what the grid of the model was filled up with;
-    all of them where none does."""
+    """Cells with their centre in the file's grid rather than in the padding of the model's grid: bool (d, h, w). All
+    cells, if there is none."""
     grid = prepared.file_grid
     place = centres(shape, np.linalg.inv(grid.affine) @ prepared.token_affine(affine))
     inside: np.ndarray = np.all((place >= -0.5) & (place <= np.array(grid.shape) - 0.5), axis=-1)
@@ -119,19 +120,19 @@ def inside_scan(shape: tuple[int, ...], affine: np.ndarray, prepared: Prepared) 
 
 
 def side_of(lps: np.ndarray, prepared: Prepared) -> str:
-    """ "right", "left" or "midline" (within 15 mm of the middle of the lungs); "" where no lungs are seen."""
+    """The side of the body: right, left or midline (within 15 mm of the middle of the lungs); "" if no lungs are seen."""
     if not prepared.lungs.is_chest:
         return ""
     middle = prepared.scan.affine[0, 3] + prepared.scan.affine[0, 2] * prepared.lungs.middle(2)
-    # Columns of an oriented scan run to the left, so does x in LPS.
+    # Columns of an oriented scan run to the patient's left, as x does in LPS.
     offset = float(lps[0] - middle)
     return "midline" if abs(offset) <= MIDLINE_MM else "left" if offset > 0 else "right"
 
 
 @dataclass(frozen=True)
 class Region:
-    """A connected region of a map: its highest cell (d, h, w), the value there, how far it reaches from right to left, front
-    to back and foot to head in mm, and its volume."""
+    """A connected region of a map: its highest cell (d, h, w), the value there, its extent in mm from right to left,
+    front to back and foot to head, and its volume."""
 
     peak: tuple[int, int, int]
     height: float
@@ -140,22 +141,22 @@ class Region:
 
 
 def regions_of(values: np.ndarray, affine: np.ndarray, prepared: Prepared, level: float) -> list[Region]:
-    """Connected regions of at least ``level`` of the map's peak, the highest first: what lies in the scan, in steps of a
-    third of a cell, along the oriented scan's axes."""
+    """Connected regions at or above ``level`` of the map's peak, the highest first, inside the scan. Sizes are measured
+    in steps of a third of a cell, along the axes of the oriented scan."""
     from scipy import ndimage
 
     values = np.where(inside_scan(values.shape, affine, prepared), values, values.min())
     top = float(values.max())
     if top <= 0:
         return []
-    # Odd, so that cells' centres are among the places that are looked at.
+    # Odd, so that the centres of cells are sampled.
     steps = np.array([3 if extent > 1 else 1 for extent in values.shape])
     fine = ndimage.zoom(values, steps, order=1, mode="nearest", grid_mode=True)
     inside = fine >= level * float(fine.max())
     labels, count = ndimage.label(inside)
     to_lps = prepared.token_affine(affine)
     cell = np.linalg.norm(to_lps[:3, :3], axis=0) / steps
-    # Which axis of the map runs along x, y and z.
+    # The axes of the map that run along x, y and z.
     along = np.abs(to_lps[:3, :3]).argmax(axis=1)
     found = []
     for number, box in enumerate(ndimage.find_objects(labels, count), start=1):

@@ -1,10 +1,10 @@
-"""Patch-text similarity: what each place alone would score.
+"""Patch-text similarity: the score of each location by itself.
 
-The projection from pooled features to the joint space is applied to the features of every place, as if the volume were
-nothing but it (Zhou, Loy and Dai 2022, "Extract Free Dense Labels from CLIP", section 3.2; for the mean of a convolution's
-cells it is the class activation map of Zhou et al. 2016). The projection is linearised about the volume; for a linear one
-and a prompt head the map is exact. Where an encoder pools finer grids beside its tokens, the maps of all of them are added
-up on the finest.
+The projection from pooled features to the joint space is applied to the features of every location, as if the volume
+consisted of it alone (Zhou, Loy and Dai 2022, "Extract Free Dense Labels from CLIP", section 3.2; for a convolutional
+encoder with mean pooling, this is the class activation map of Zhou et al. 2016). The projection is linearised around
+the volume; for a linear projection and a prompt head the map is exact. If an encoder also pools finer grids, the maps
+of all grids are summed on the finest one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ctclip.explanation.space import resample
 
 
 class Similarity(Method):
-    """One encoding, and for each finding one gradient of the projection alone."""
+    """Encodes once and computes one gradient of the projection for each finding."""
 
     name = "similarity"
 
@@ -40,7 +40,7 @@ class Similarity(Method):
         for level, similarity in zip(evidence.levels, similarities, strict=True):
             values = similarity[0].float()
             if level.real is not None:
-                # A token that took no part says nothing: it is as the mean of the others.
+                # Tokens that were not pooled get the mean of the others.
                 real = level.real[0].to(values.device)
                 mean = values[:, real].mean(dim=1, keepdim=True)
                 values = torch.where(real, values, mean)

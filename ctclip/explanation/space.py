@@ -1,4 +1,4 @@
-"""From the grid of a map to any other grid, through the millimetres of both."""
+"""Resample a map from its own grid to any other grid."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 def resample(
     values: np.ndarray, affine: np.ndarray, shape: Sequence[int], onto: np.ndarray, *, order: int = 1
 ) -> np.ndarray:
-    """values (d, h, w) on a grid of ``affine``, read at every voxel of a grid of ``shape`` and affine ``onto``: float32.
+    """Values (d, h, w) on the grid of ``affine``, interpolated at every voxel of a grid of ``shape`` and affine
+    ``onto``.
 
-    Both affines (4, 4) lead from index to the same millimetres. Linear (``order`` 1) or nearest (0); beyond the outermost
-    cells' centres the value is that of the outermost.
+    Both affines (4, 4) lead from an index to the same space in mm. ``order`` 1 is linear and gives float32; 0 takes the
+    nearest cell. Beyond the centres of the outermost cells, their values are repeated.
     """
     from scipy import ndimage
 
@@ -29,7 +30,7 @@ def resample(
     if not straight:
         result: np.ndarray = ndimage.affine_transform(values, turn, offset, output_shape=tuple(shape), **options)
         return result
-    # Axes that run along each other: one after the other is several times faster than all three at once.
+    # Parallel axes: interpolating one after the other is several times faster than all three at once.
     steps = turn[np.arange(3), along]
     scaled = tuple(int(shape[axis]) for axis in along)
     result = ndimage.affine_transform(values, steps, offset, output_shape=scaled, **options)
@@ -39,15 +40,15 @@ def resample(
 def in_scan(
     values: np.ndarray, affine: np.ndarray, prepared: Prepared, shape: Sequence[int], onto: np.ndarray
 ) -> np.ndarray:
-    """A map (d, h, w) of ``Maps.affine`` on a grid of the scan's own space (``onto``: index to LPS+ mm), float32; 0 where
-    the grid lies outside of what the model was given."""
+    """A map (d, h, w) with the affine of ``Maps`` on a grid of the scan's space (``onto``: index to LPS mm), float32; 0
+    outside the volume that the model saw."""
     spread = resample(values, prepared.token_affine(affine), shape, onto)
     spread[~seen(prepared, shape, onto)] = 0
     return spread
 
 
 def seen(prepared: Prepared, shape: Sequence[int], onto: np.ndarray) -> np.ndarray:
-    """Bool of ``shape``: the voxels of a grid that lie in the volume that the model was given."""
+    """The voxels of a grid that lie in the volume that the model saw: bool of ``shape``."""
     leads = np.linalg.inv(prepared.affine) @ onto
     inside = np.ones(tuple(shape), bool)
     given = [np.arange(extent) for extent in shape]
@@ -55,7 +56,7 @@ def seen(prepared: Prepared, shape: Sequence[int], onto: np.ndarray) -> np.ndarr
     if prepared.spec.published_geometry:
         extents = (extents[0], extents[2], extents[1])
     for axis in range(3):
-        # One coordinate of the prepared volume at every voxel; all three at once would take 24 bytes a voxel.
+        # One coordinate of the prepared volume at a time; all three would take 24 bytes per voxel.
         place = leads[axis, 3] + sum(
             (leads[axis, other] * given[other]).reshape([-1 if d == other else 1 for d in range(3)])
             for other in range(3)
@@ -66,6 +67,6 @@ def seen(prepared: Prepared, shape: Sequence[int], onto: np.ndarray) -> np.ndarr
 
 
 def centres(shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
-    """(..., 3) of ``shape``: where each cell's centre lies, in the millimetres of ``affine``."""
+    """The centre of each cell in mm of ``affine``: (..., 3)."""
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
     return index @ affine[:3, :3].T + affine[:3, 3]

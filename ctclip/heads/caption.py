@@ -1,4 +1,5 @@
-"""The decoder of the captioning objective, kept with a model: it says how likely a text is for a volume, and can write one."""
+"""The decoder of the captioning objective as a head: it scores findings by the likelihood of their prompts, and writes
+texts."""
 
 from __future__ import annotations
 
@@ -22,18 +23,19 @@ from ctclip.objectives.words import LONGEST, WordDecoder
 from ctclip.prompts import PromptSet, load_prompts
 
 SIZE, WEIGHTS = "decoder.yaml", "decoder.safetensors"
-# Stands under two names in a state_dict: the decoder's word vectors are its scores too.
+# In a state_dict under two names: word vectors are shared by the input and the output of the decoder.
 TIED = "language.lm_head.weight"
 
 
 class CaptionHead(Head):
-    """Scores findings by how much likelier the decoder finds their positive than their negative prompts, given the volume
-    (a captioner as classifier: Tschannen et al. 2023, CapPa, section 4.1)."""
+    """Scores a finding by how much more likely its positive prompts are than its negative ones, given the volume (a
+    captioner as classifier: Tschannen et al. 2023, CapPa, section 4.1)."""
 
     kind = "caption"
 
     def __init__(self, model: DualEncoder, decoder: WordDecoder, prompts: PromptSet, names: Sequence[str]) -> None:
-        """``decoder``: one of ``Captioning`` trained beside ``model``; ``names``: findings, spelled out in ``prompts`` or not."""
+        """``decoder``: trained by ``Captioning`` together with ``model``; ``names``: the findings, named in ``prompts``
+        or not."""
         super().__init__(model)
         self.decoder = decoder.to(model.device).eval().requires_grad_(False)
         self.prompts, self.names = prompts, tuple(names)
@@ -41,7 +43,7 @@ class CaptionHead(Head):
 
     @torch.inference_mode()
     def score(self, encoded: Encoded) -> Tensor:
-        """Mean log-likelihood (nats a text) of the positive phrasings less that of the negative ones."""
+        """Mean log-likelihood (nats per text) of the positive phrasings minus that of the negative ones."""
         columns = []
         for name in self.names:
             sides = (self.prompts.side(name, positive) for positive in (True, False))
@@ -51,7 +53,7 @@ class CaptionHead(Head):
 
     @torch.inference_mode()
     def log_likelihood(self, encoded: Encoded, texts: Sequence[str]) -> Tensor:
-        """(B, texts) float32: log-likelihood (nats) of each text, its end included, given each of B volumes."""
+        """(B, texts) float32: log-likelihood (nats) of each text, including its end, given each of B volumes."""
         longest = min(LONGEST, self.model.text_encoder.max_tokens)
         tokens = {
             name: ids.to(self.model.device) for name, ids in self.model.text_encoder.whole(texts, longest).items()
@@ -76,7 +78,8 @@ class CaptionHead(Head):
     def write(
         folder: Path, size: dict[str, Any], state: dict[str, Tensor], prompts: PromptSet, names: Sequence[str]
     ) -> None:
-        """What ``save`` writes, of a decoder's ``size`` and state alone: in training its weights may be spread over ranks."""
+        """Write what ``save`` writes, from a decoder's ``size`` and state: in training its weights may be sharded over
+        ranks."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in state.items() if name != TIED}
         save_file(tensors, folder / WEIGHTS)
         (folder / SIZE).write_text(yaml.safe_dump(size, sort_keys=False), encoding="utf-8")
@@ -96,7 +99,7 @@ class CaptionHead(Head):
             ) from error
         if decoder.memory.in_features != model.volume_encoder.token_width:
             raise CheckpointError(
-                f"{folder}: its decoder reads tokens of width {decoder.memory.in_features}, the model's have "
+                f"{folder}: its decoder expects tokens of width {decoder.memory.in_features}, but those of the model have "
                 f"{model.volume_encoder.token_width}: it belongs to another model"
             )
         return cls(model, decoder, load_prompts(folder / "prompts.yaml"), [str(name) for name in names])

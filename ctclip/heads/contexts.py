@@ -1,5 +1,5 @@
-"""Prompts whose words are learned (CoOp, Zhou et al. 2022): vectors in place of word embeddings, read by the model's own text
-encoder, which stays as it is."""
+"""Learned prompts (CoOp, Zhou et al. 2022): vectors in place of word embeddings, encoded by the model's text encoder,
+which is not changed."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from ctclip.models.encoded import Encoded
 
 @dataclass(frozen=True)
 class Contexts:
-    """Texts of P prompts. ids, mask (P, L) int64: tokens as the encoder reads them; slot (P, L): -1 where a token keeps its
-    own embedding, else the row of ``vectors`` (V, width of the word embeddings) that takes its place; side (P,): 2 x label
-    for a prompt that states it, 2 x label + 1 for one that excludes it; weight (P,): its share in the mean of its side."""
+    """P prompts. ids, mask (P, L) int64: tokens for the encoder; slot (P, L): -1 for a token with its own embedding,
+    else the row of ``vectors`` (V, width of the word embeddings) that replaces it; side (P,): 2 x label for a prompt
+    that states the label, 2 x label + 1 for one that denies it; weight (P,): its weight in the mean of its side."""
 
     ids: Tensor
     mask: Tensor
@@ -41,7 +41,7 @@ class Contexts:
 
 
 class ContextHead(Head):
-    """Scores by the difference of the two sides of each label's learned prompts, as prompts that are written do."""
+    """Scores labels by the difference of the two sides of their learned prompts, as for written prompts."""
 
     kind = "contexts"
     supervision = "label-supervised"
@@ -60,7 +60,7 @@ class ContextHead(Head):
 
     def score(self, encoded: Encoded) -> Tensor:
         if encoded.embedding is None:
-            raise ValueError("these volumes were encoded without the joint space; call DualEncoder.encode")
+            raise ValueError("these volumes were encoded without their embedding; call DualEncoder.encode")
         return self.model.logits(encoded.embedding, self.directions)
 
     def fingerprint(self, probe: Tensor) -> bytes:
@@ -91,7 +91,8 @@ class ContextHead(Head):
 
 
 def directions(model: DualEncoder, contexts: Contexts, labels: int, ensemble: str) -> Tensor:
-    """(labels, dim): from the negative to the positive side of each label; differentiable in ``contexts.vectors``."""
+    """(labels, dim): the vector from the negative to the positive side of each label; differentiable in
+    ``contexts.vectors``."""
     encoder = model.text_encoder
     with replaced_words(encoder.bert, contexts.slot, contexts.vectors):
         hidden = encoder.bert(input_ids=contexts.ids, attention_mask=contexts.mask).last_hidden_state
@@ -106,10 +107,12 @@ def directions(model: DualEncoder, contexts: Contexts, labels: int, ensemble: st
 
 @contextlib.contextmanager
 def replaced_words(bert: Any, slot: Tensor, vectors: Tensor) -> Iterator[None]:
-    """While it lasts, tokens whose ``slot`` (P, L) is not -1 have a row of ``vectors`` (V, width) for their embedding.
+    """A context in which tokens with a ``slot`` (P, L) other than -1 have that row of ``vectors`` (V, width) as
+    embedding.
 
-    Where words become vectors, and not through ``inputs_embeds``, which some encoders (CLIP's) do not take and from which
-    others (RoBERTa's) count their positions differently. Raises ConfigError if the encoder looks no word up.
+    Hooks the embedding layer instead of passing ``inputs_embeds``, which some encoders (CLIP's) do not accept and with
+    which others (RoBERTa's) count positions differently. Raises ConfigError if the encoder has no single embedding
+    layer.
     """
     words = word_embedding(bert)
     looked_up = 0
@@ -117,11 +120,11 @@ def replaced_words(bert: Any, slot: Tensor, vectors: Tensor) -> Iterator[None]:
     def replacing(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         nonlocal looked_up
         looked_up += 1
-        # Longformer pads texts further than it is given them.
+        # Longformer pads texts beyond the given length.
         places = nn.functional.pad(slot, (0, output.shape[1] - slot.shape[1]), value=-1)
         return torch.where((places >= 0)[..., None], vectors[places.clamp(min=0)].to(output), output)
 
-    # Encoders that tie their tables have several modules with one weight.
+    # Encoders with tied embeddings have several modules with one weight.
     tables = [part for part in bert.modules() if isinstance(part, nn.Embedding) and part.weight is words.weight]
     handles = [part.register_forward_hook(replacing) for part in tables]
     try:
@@ -131,7 +134,7 @@ def replaced_words(bert: Any, slot: Tensor, vectors: Tensor) -> Iterator[None]:
             handle.remove()
     if looked_up != 1:
         raise ConfigError(
-            f"learned prompts: the {bert.config.model_type} encoder looks its words up {looked_up} times; they need one"
+            f"learned prompts: the {bert.config.model_type} encoder looks up its word vectors {looked_up} times instead of once; use another text encoder"
         )
 
 
@@ -142,14 +145,14 @@ def word_embedding(bert: Any) -> nn.Embedding:
 
 
 def word_vectors_of(bert: Any, ids: Tensor) -> Tensor:
-    """ids (n,) -> (n, width) embeddings as the encoder looks them up, its own scale included."""
+    """ids (n,) -> embeddings (n, width), with the scale that the encoder applies."""
     with torch.no_grad():
         return word_embedding(bert)(ids[None])[0].float()
 
 
 def nearest_words(model: DualEncoder, vectors: Tensor, count: int = 1) -> list[list[tuple[str, float]]]:
-    """For each of ``vectors`` (V, width) the ``count`` tokens whose embeddings lie nearest, with their distances (Euclidean,
-    as in CoOp's table 4)."""
+    """The ``count`` tokens with the nearest embeddings to each of ``vectors`` (V, width), with their distances
+    (Euclidean, as in CoOp's table 4)."""
     tokenizer = model.text_encoder.tokenizer
     ids = torch.arange(len(tokenizer), device=model.device)
     table = word_vectors_of(model.text_encoder.bert, ids[: word_embedding(model.text_encoder.bert).num_embeddings])
@@ -159,8 +162,7 @@ def nearest_words(model: DualEncoder, vectors: Tensor, count: int = 1) -> list[l
 
 
 def prompts_in_words(head: ContextHead) -> list[str]:
-    """Each prompt with the word nearest to every vector that was learned; tokens that keep their own embedding stand in
-    brackets."""
+    """Each prompt as the words nearest to its learned vectors; tokens with their own embedding are in brackets."""
     contexts, tokenizer = head.contexts, head.model.text_encoder.tokenizer
     nearest = [words[0][0] for words in nearest_words(head.model, contexts.vectors)]
     around = head.model.text_encoder.reading
@@ -178,12 +180,12 @@ def prompts_in_words(head: ContextHead) -> list[str]:
 
 
 def with_vectors(contexts: Contexts, vectors: Tensor) -> Contexts:
-    """The same texts with other vectors."""
+    """The same prompts with other vectors."""
     return replace(contexts, vectors=vectors)
 
 
 def _check(contexts: Contexts, labels: int, model: DualEncoder) -> None:
-    """Raise CheckpointError unless contexts fit each other, the labels and the model's text encoder."""
+    """Raise CheckpointError unless contexts are consistent and fit the labels and the model's text encoder."""
     words = word_embedding(model.text_encoder.bert)
     shape = contexts.ids.shape
     fits = (

@@ -1,5 +1,5 @@
-"""Heads of a model folder: ``heads/<name>/`` with what a head wrote, ``head.yaml`` (its kind), ``calibration.json``, and
-``adaptation.json`` of one that was fitted to labels."""
+"""Heads of a model folder: ``heads/<name>/`` with what a head wrote, ``head.yaml`` (its kind), ``calibration.json``,
+and ``adaptation.json`` of one that was fitted to labels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 @dataclass(frozen=True)
 class HeadFacts:
-    """What a model folder states about a head that has not been loaded."""
+    """A head of a model folder that has not been loaded."""
 
     name: str
     kind: str
@@ -61,11 +61,11 @@ def list_heads(model: Path) -> list[HeadFacts]:
 def save_head(model: Path, name: str, head: Head) -> Path:
     """Save ``head`` in a model folder under ``name``; a head of that name is replaced."""
     if not NAME.fullmatch(name):
-        raise CheckpointError(f"{name!r} cannot name a head: use letters, digits, - and _")
+        raise CheckpointError(f"{name!r} is not a valid name for a head: use letters, digits, - and _")
     folder = model / FOLDER / name
     check_replaceable(folder, is_head_folder, "head")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Not in heads/, where it would be read as a head while it is written.
+    # Not in heads/, where an unfinished head could be read.
     with scratch_folder(f".{name[:60]}.", ".partial", model) as partial:
         head.save(partial)
         facts = {"kind": head.kind, "supervision": head.supervision, "names": list(head.names)}
@@ -80,7 +80,7 @@ def save_head(model: Path, name: str, head: Head) -> Path:
 
 
 def write_prompt_head(model: Path, prompts: PromptSet, names: Sequence[str], name: str = PROMPTS) -> None:
-    """Keep a prompt set as a head without encoding it: training writes models whose weights are spread over ranks."""
+    """Save a prompt set as a head without encoding it: in training the weights may be sharded over ranks."""
     folder = model / FOLDER / name
     folder.mkdir(parents=True)
     PromptHead.write(folder, prompts, names)
@@ -144,5 +144,5 @@ def _facts(folder: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CheckpointError(f"{folder / 'head.yaml'}: cannot be read; copy the model folder again") from error
     if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
-        raise CheckpointError(f"{folder / 'head.yaml'}: names no kind of head; copy the model folder again")
+        raise CheckpointError(f"{folder / 'head.yaml'}: has no 'kind'; copy the model folder again")
     return values

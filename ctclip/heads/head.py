@@ -1,4 +1,4 @@
-"""What a head is: named scores of encoded volumes, what it learned from, and its calibration."""
+"""The base class of heads: named scores of encoded volumes, their supervision and their calibration."""
 
 from __future__ import annotations
 
@@ -20,62 +20,62 @@ class Head(ABC):
     """Turns ``Encoded`` into a score for each of ``names``.
 
     A subclass sets ``kind`` (its name in the configuration, or ``module:Name``), ``names``, ``supervision`` (what it
-    learned from: "none" where that is what the model learned from) and ``source`` (what it was made of, as the prediction
-    table states it), and has ``score``, ``save`` and ``load``.
+    learned from: "none" where that is what the model learned from) and ``source`` (what it was made of, as the
+    prediction table states it), and has ``score``, ``save`` and ``load``.
     """
 
     kind: ClassVar[str]
     names: tuple[str, ...]
     supervision: str = "none"
     source: str = ""
-    values_of: tuple[str, ...] = ()  # findings whose size it tells, as "name [unit]"
+    values_of: tuple[str, ...] = ()  # findings with a size, as "name [unit]"
 
     def __init__(self, model: DualEncoder) -> None:
         self.model = model
         self.calibration: Calibration | None = None
-        # Of a head that was fitted to labels here: which patients' labels, and on which model.
+        # For a head that was fitted to labels: the patients, and the model.
         self.adaptation: Adaptation | None = None
 
     @abstractmethod
     def score(self, encoded: Encoded) -> Tensor:
-        """(B, names) float32: the larger, the likelier; 0 where a finding is as likely as not. For ranking.
+        """(B, names) float32: scores for ranking; a larger score is more likely, 0 is undecided.
 
-        Differentiable where it can be: most explanations ask for its gradient, and callers that need none say so.
+        Should be differentiable if possible, because most explanations need its gradient.
         """
 
     def values(self, encoded: Encoded) -> Tensor:
-        """(B, values_of) the size of each finding that has one, in its unit."""
+        """(B, values_of): the size of each finding that has one, in its unit."""
         return encoded.pooled.new_zeros(len(encoded.pooled), 0)
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write all that ``load`` needs into ``folder``, which exists and is empty."""
+        """Write everything that ``load`` needs to ``folder``, which exists and is empty."""
 
     @classmethod
     @abstractmethod
     def load(cls, folder: Path, model: DualEncoder) -> Head:
-        """The head that ``save`` wrote. Raises CheckpointError naming what is missing or does not fit ``model``."""
+        """Load the head that ``save`` wrote. Raises CheckpointError if files are missing or do not fit ``model``."""
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """(n, names) scores -> their sigmoid, calibrated where a calibration is known."""
+        """Scores (n, names) -> probabilities: the sigmoid, or the calibration if there is one."""
         if self.calibration is None:
             return scores.sigmoid()
         slope, intercept = self.calibration.of(self.names)
         return (scores * torch.as_tensor(slope).to(scores) + torch.as_tensor(intercept).to(scores)).sigmoid()
 
     def thresholds(self) -> dict[str, float]:
-        """Decision threshold on the probability of each name that was calibrated."""
+        """The decision threshold on the probability of each calibrated name."""
         lines = self.calibration.lines if self.calibration is not None else {}
         return {name: lines[name].threshold for name in self.names if name in lines}
 
     def identity(self) -> str:
-        """Equal for heads that give the same scores, calibration included."""
+        """An identifier that is equal for heads with the same scores and calibration."""
         probe = torch.nn.functional.normalize(_probe(self.model.config.dim), dim=-1).to(self.model.device)
         facts = repr((self.kind, self.names, self.source, self.calibration)).encode()
         return hashlib.sha256(facts + self.fingerprint(probe)).hexdigest()[:16]
 
     def fingerprint(self, probe: Tensor) -> bytes:
-        """Bytes that differ where scores differ; probe: a few unit vectors (n, dim) on the model's device."""
+        """Bytes that differ if scores differ; probe: a few unit vectors (n, dim) on the model's device."""
         return b""
 
 

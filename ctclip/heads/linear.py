@@ -1,4 +1,4 @@
-"""A linear map of the volume's embedding to logits, learned from labels: CT-LiPro's classifier, or a linear probe."""
+"""A linear layer from the volume's embedding to logits, learned from labels: CT-LiPro's classifier, or a linear probe."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ctclip.models.encoded import Encoded
 
 
 class LinearHead(Head):
-    """Logits ``weight @ embedding + bias``; with ``relu`` of the embedding's positive part alone, as the published
-    ImageLatentsClassifier (CT-LiPro) has it."""
+    """Logits ``weight @ embedding + bias``; ``relu`` takes only the positive part of the embedding, as the published
+    ImageLatentsClassifier (CT-LiPro) does."""
 
     kind = "linear"
     supervision = "label-supervised"
@@ -36,12 +36,12 @@ class LinearHead(Head):
                 f"{model.config.dim} dimensions"
             )
         self.weight, self.bias = weight.float().to(model.device), bias.float().to(model.device)
-        # Two linear heads of one model must not take each other's calibration.
+        # Two linear heads of one model must not use each other's calibration.
         self.source = f"linear head {hashlib.sha256(self.fingerprint(self.bias)).hexdigest()[:8]}"
 
     def score(self, encoded: Encoded) -> Tensor:
         if encoded.embedding is None:
-            raise ValueError("these volumes were encoded without the joint space; call DualEncoder.encode")
+            raise ValueError("these volumes were encoded without their embedding; call DualEncoder.encode")
         features = encoded.embedding.relu() if self.relu else encoded.embedding
         return features @ self.weight.T + self.bias
 

@@ -1,4 +1,4 @@
-"""Zero-shot detection by prompts: text is embedded once for all volumes, a volume encoded once for all findings."""
+"""Zero-shot detection by prompts: texts are encoded once for all volumes, and a volume once for all findings."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from ctclip.prompts import PromptSet, load_prompts
 
 
 class PromptHead(Head):
-    """Scores findings by the softmax over each one's positive and negative prompt (Radford et al. 2021, section 3.1.4)."""
+    """Scores findings by the softmax over each one's positive and negative prompt (Radford et al. 2021, section
+    3.1.4)."""
 
     kind = "prompts"
 
     def __init__(self, model: DualEncoder, prompts: PromptSet, names: Sequence[str] | None = None) -> None:
-        """``names``: findings, spelled out in ``prompts`` or not; those of ``prompts`` if not given."""
+        """``names``: the findings, named in ``prompts`` or not. Default: those of ``prompts``."""
         super().__init__(model)
         self.prompts = prompts
         self.names = tuple(names or prompts.names())
         if not self.names:
-            raise CheckpointError(f"the prompt set {prompts.name!r} names no finding: say which ones to look for")
+            raise CheckpointError(f"the prompt set {prompts.name!r} names no finding; give the findings to look for")
         self.source = prompts.identity()
         self.positive, self.negative = pair_vectors(model, prompts, self.names)
         self.values_of = tuple(f"{name} [{grade.unit}]" for name, grade in prompts.graded.items())
@@ -45,8 +46,8 @@ class PromptHead(Head):
 
     @torch.inference_mode()
     def values(self, encoded: Encoded) -> Tensor:
-        """The mean of a finding's values, weighted by their prompts' softmax: EchoCLIP's regression by prompts
-        (Christensen et al. 2024), with weights in place of its median."""
+        """The mean of a finding's values, weighted by the softmax over their prompts: EchoCLIP's regression by prompts
+        (Christensen et al. 2024), with a weighted mean instead of its median."""
         embeddings = _embedding(encoded)
         columns = []
         for grade, vectors in zip(self.grades, self.graded_vectors, strict=True):
@@ -62,7 +63,7 @@ class PromptHead(Head):
 
     @staticmethod
     def write(folder: Path, prompts: PromptSet, names: Sequence[str]) -> None:
-        """What ``save`` writes, of a prompt set that has not been encoded."""
+        """Write what ``save`` writes, for a prompt set that has not been encoded."""
         values = prompts.model_dump(mode="json", exclude_defaults=True)
         for name, kept in (("prompts.yaml", values), ("names.yaml", list(names))):
             (folder / name).write_text(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -79,7 +80,7 @@ class PromptHead(Head):
 
 def _embedding(encoded: Encoded) -> Tensor:
     if encoded.embedding is None:
-        raise ValueError("these volumes were encoded without the joint space; call DualEncoder.encode")
+        raise ValueError("these volumes were encoded without their embedding; call DualEncoder.encode")
     return encoded.embedding
 
 
@@ -87,9 +88,9 @@ def _embedding(encoded: Encoded) -> Tensor:
 def pair_vectors(model: DualEncoder, prompts: PromptSet, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Positive and negative sides (names, dim): the mean of each side's phrasings by their weights, encoded together.
 
-    It is made a unit vector for ``ensemble: embeddings``, and left as long as it is for ``logits``, whose mean of dot
-    products is the dot product with the mean. With ``average: section`` each section weighs alike, however many
-    phrasings it has. A model that standardises its features gives both sides of a pair one length (``embeddings``; see
+    The mean is normalised for ``ensemble: embeddings``, but not for ``logits``, where the mean of dot products is the
+    dot product with the mean. With ``average: section`` each section has the same weight, however many phrasings it
+    has. A model that standardises its features gives both sides of a pair the same length (``embeddings``; see
     ``DualEncoder.encode_prompts``).
     """
     shared = shares_length(model, prompts.ensemble)
@@ -112,7 +113,7 @@ def pair_vectors(model: DualEncoder, prompts: PromptSet, names: Sequence[str]) -
 
 
 def shares_length(model: DualEncoder, ensemble: str) -> bool:
-    """Whether the two sides of a pair are given one length, see ``pair_vectors``."""
+    """Whether the two sides of a pair get the same length, see ``pair_vectors``."""
     return model.config.standardise and ensemble == "embeddings"
 
 
@@ -128,7 +129,7 @@ def unit_pair(positive: Tensor, negative: Tensor, ensemble: str, *, shared: bool
 
 @torch.inference_mode()
 def _graded_vectors(model: DualEncoder, templates: Sequence[str], values: Sequence[float]) -> Tensor:
-    """(values, dim) unit vectors, one a value: the mean over templates."""
+    """(values, dim): unit vectors, one per value, each the mean over templates."""
     texts = [template.replace("{value}", f"{value:g}") for value in values for template in templates]
     vectors = model.encode_text(texts)
     return F.normalize(vectors.unflatten(0, (len(values), len(templates))).mean(dim=1), dim=-1)

@@ -1,4 +1,4 @@
-"""Scores of any texts: no prompt set, no negative side."""
+"""Scores of arbitrary texts, without a prompt set or negative prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ctclip.models.encoded import Encoded
 
 
 class TextHead(Head):
-    """Scores each of ``texts`` by how much nearer a volume lies to it than to the mean of ``others``."""
+    """Scores each of ``texts`` by how much closer a volume is to it than to the mean of ``others``."""
 
     kind = "text"
     source = "text"

@@ -1,10 +1,10 @@
-"""Tokens aligned with sentences: which place of the volume a sentence of its report speaks of.
+"""Alignment of the sentences of a report with the tokens of the volume that they describe.
 
-A sentence is compared with every token of a volume, the similarities are pooled over tokens, and of the volumes of the
-micro-batch its own should come out first (GLoRIA, Huang et al. 2021, eq. 4 to 7, with sentences for its words as in LoVT,
-Mueller et al. 2022). ``pool: attention`` compares the sentence with the tokens weighted by the softmax of their
-similarities; ``max`` takes the token that is most similar (FILIP, Yao et al. 2022, eq. 4). Tokens go through the model's
-own projection to the joint space, so that maps of similarity show what was learned.
+A sentence is compared with every token of a volume, and the similarities are pooled over tokens. Among the volumes of
+the micro-batch, the one with the report should have the highest value (GLoRIA, Huang et al. 2021, eq. 4 to 7, with
+sentences in place of words as in LoVT, Mueller et al. 2022). ``pool: attention`` compares the sentence with the mean of
+the tokens, weighted by the softmax of their similarities; ``max`` takes the most similar token (FILIP, Yao et al. 2022,
+eq. 4). Tokens pass through the model's projection to the joint space, so that maps of similarity show what was learned.
 """
 
 from __future__ import annotations
@@ -26,19 +26,23 @@ STOPS = (".", "!", "?")
 
 
 class AlignmentConfig(ObjectiveConfig):
-    """Alignment of tokens with sentences."""
+    """Alignment of sentences with tokens."""
 
-    pool: Literal["attention", "max"] = Field("attention", description="how a sentence's similarities become one")
-    attention_temperature: float = Field(
-        0.25, gt=0, description="of the softmax over tokens (GLoRIA's); a sharper one leaves tokens without a gradient"
+    pool: Literal["attention", "max"] = Field(
+        "attention", description="how the similarities of a sentence to tokens are pooled"
     )
-    temperature: float = Field(0.1, gt=0, description="of the softmax over volumes")
-    positive: bool = Field(True, description="leave out sentences that say that something is absent or normal")
-    language: str = Field("english", description="words of negation, as data.language")
+    attention_temperature: float = Field(
+        0.25,
+        gt=0,
+        description="temperature of the softmax over tokens (GLoRIA's); if it is much lower, most tokens get no gradient",
+    )
+    temperature: float = Field(0.1, gt=0, description="temperature of the softmax over volumes")
+    positive: bool = Field(True, description="leave out sentences which say that something is absent or normal")
+    language: str = Field("english", description="language of the words of negation; see data.language")
 
 
 class Alignment(Objective):
-    """The sentences of each report against the tokens of every volume of the micro-batch."""
+    """Contrasts the sentences of each report with the tokens of every volume of the micro-batch."""
 
     Config: ClassVar[type[ObjectiveConfig]] = AlignmentConfig
     needs = ("tokens", "words")
@@ -47,7 +51,7 @@ class Alignment(Objective):
     def __init__(self, config: AlignmentConfig, context: Context) -> None:
         super().__init__(config, context)
         context.model.volume_encoder.check_lift()
-        # Not a submodule: the step has the model already.
+        # In a tuple, so that it is not a submodule: the step already has the model.
         self.model = (context.model,)
         self.language = load_language(config.language)
         self.negative: dict[tuple[int, ...], bool] = {}
@@ -57,7 +61,7 @@ class Alignment(Objective):
         cells = model.volume_projection(model.volume_encoder.lift(tokens.tokens)).float()
         sentences, owners = self._sentences(words, model.text_encoder)
         if not sentences or len(cells) < 2:
-            # Nothing to tell apart: a zero that keeps every parameter's gradient.
+            # Nothing to contrast: return a zero that still gives every parameter a gradient.
             return cells.sum() * 0.0
         places = {sentence: number for number, sentence in enumerate(dict.fromkeys(sentences))}
         vectors = model.text_projection(model.text_encoder(**_padded(list(places), model.text_encoder))).float()
@@ -66,7 +70,7 @@ class Alignment(Objective):
         return alignment(cells, vectors, kinds, owner, tokens.real, self.config)
 
     def _sentences(self, words: Tokens, encoder: Any) -> tuple[list[tuple[int, ...]], list[int]]:
-        """Ids of each sentence that is looked at, and the report it is of."""
+        """The token ids of the sentences to use, and the index of the report of each."""
         special = set(encoder.tokenizer.all_special_ids)
         stops = {encoder.tokenizer.convert_tokens_to_ids(stop) for stop in STOPS} - special
         found, owners = [], []
@@ -92,11 +96,11 @@ class Alignment(Objective):
 def alignment(
     cells: Tensor, vectors: Tensor, kinds: Tensor, owner: Tensor, real: Tensor | None, config: AlignmentConfig
 ) -> Tensor:
-    """Mean cross-entropy (nats) over sentences of finding the own volume among B; ln B is chance.
+    """Mean cross-entropy (nats), over sentences, of identifying the right volume among B; chance is ln B.
 
-    cells (B, N, dim); vectors (K, dim) of the distinct wordings; kinds (S,) each sentence's wording; owner (S,) its volume;
-    real (B, N) bool. A volume whose report holds the same wording is no negative. Both sides are centred over the
-    micro-batch: at first all vectors of a model are nearly parallel.
+    cells (B, N, dim); vectors (K, dim): the distinct wordings; kinds (S,): the wording of each sentence; owner (S,):
+    its volume; real (B, N) bool. A volume with the same wording in its report is not a negative. Both sides are centred
+    over the micro-batch, because the vectors of an untrained model are nearly parallel.
     """
     if real is not None:
         cells = cells * real[..., None]
@@ -120,7 +124,7 @@ def alignment(
 
 
 def _padded(sentences: list[tuple[int, ...]], encoder: Any) -> Tokens:
-    """Ids and mask (K, L) of sentences as the text encoder tokenises a text of one, on the host."""
+    """Ids and mask (K, L) of sentences, each as the text encoder tokenises a text of its own; on the host."""
     reading = encoder.reading
     room = encoder.max_tokens - reading.around
     whole = [[*reading.prefix, *sentence[:room], *reading.suffix] for sentence in sentences]

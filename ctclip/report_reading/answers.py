@@ -1,4 +1,4 @@
-"""Answers of a slow reader, kept by the hash of their text: what was read once is not read again."""
+"""A cache for the answers of a slow reader, keyed by the hash of the text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ctclip.report_reading.reader import Reading, Statement, Status
 
 
 class Answers:
-    """A file of one answer a line, to which answers are added as they come; a line that was cut off is left out."""
+    """A file with one answer per line. Answers are appended as they arrive; an incomplete line is ignored."""
 
     def __init__(self, folder: Path | None, identity: str) -> None:
-        """``identity``: of the reader, whose answers alone are taken; without a ``folder`` nothing is kept on disk."""
+        """``identity``: that of the reader; each reader has its own file. Without ``folder``, answers are kept in
+        memory only."""
         self.known: dict[str, Reading] = {}
         self.path = None if folder is None else folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl"
         if self.path is None:
@@ -29,12 +30,12 @@ class Answers:
         return self.known.get(_key(text))
 
     def add(self, texts: list[str], readings: list[Reading]) -> None:
-        """Keep answers, on disk before it returns."""
+        """Save answers; they are on disk when this returns."""
         lines = []
         for text, reading in zip(texts, readings, strict=True):
             self.known[_key(text)] = reading
-            said = {name: [statement.status.value, statement.sentence] for name, statement in reading.items()}
-            lines.append(json.dumps({"text": _key(text), "labels": said}, ensure_ascii=False))
+            stored = {name: [statement.status.value, statement.sentence] for name, statement in reading.items()}
+            lines.append(json.dumps({"text": _key(text), "labels": stored}, ensure_ascii=False))
         if self.path is not None and lines:
             whole = not self.path.is_file() or self.path.read_bytes()[-1:] in (b"", b"\n")
             with self.path.open("a", encoding="utf-8") as stream:

@@ -1,7 +1,7 @@
 """Labels by a text classifier: any sequence classifier of Transformers in a local folder, or CT-CLIP's own.
 
-CT-CLIP's (RadBERT with a linear map on its pooled output) is published as a bare state of the whole module: put it into a
-folder with the ``config.json`` and the tokenizer of ``zzxslp/RadBERT-RoBERTa-4m``.
+CT-CLIP's classifier (RadBERT with a linear layer on its pooled output) is published as the weights alone. Put the file
+into a folder with the ``config.json`` and the tokenizer of ``zzxslp/RadBERT-RoBERTa-4m``.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from ctclip.report_reading.reader import Options, Reader, Reading, Statement, St
 from ctclip.sentences import sentences
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# How CT-CLIP calls the parts of its classifier.
+# Prefixes of the two parts of CT-CLIP's classifier.
 BODY, MAP = "model.", "classifier."
 LONGEST = 512
 
 
 class ClassifierReader(Reader):
-    """Present from a probability on, else absent; a text too long for the model is read in parts, and the highest
-    probability of a part counts. The sentence given is the one the model finds likeliest."""
+    """A label is present if its probability reaches the threshold, and absent otherwise. A text that is too long for
+    the model is read in parts, and the highest probability counts. The sentence reported is the one with the highest
+    probability."""
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, columns: dict[str, int], options: Options, name: str, longest: int
     ) -> None:
-        """``columns``: of each label, the model's output that scores it."""
+        """``columns``: for each label, the index of the model's output."""
         self.model, self.tokenizer, self.columns = model.to(options.device).eval(), tokenizer, columns
         self.options, self.name, self.longest = options, name, longest
 
@@ -48,9 +49,9 @@ class ClassifierReader(Reader):
         model = _published(folder, config, state) if state is not None else _sequence_classifier(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         outputs = 0 if state is None else len(state[f"{MAP}weight"])
-        # CT-CLIP's outputs have no names: they come in the set's order.
+        # CT-CLIP's outputs have no names; they are in the order of the label set.
         columns = _columns(folder, config, labels) if state is None else _in_order(folder, labels, outputs)
-        # RoBERTa numbers its positions from the padding's number on.
+        # RoBERTa starts counting positions after the padding index.
         places = int(config.get("max_position_embeddings", LONGEST))
         longest = min(places - 2 if config.get("model_type") == "roberta" else places, LONGEST)
         return cls(model, tokenizer, columns, options, f"{folder.resolve().name} {_digest(folder)}", longest)
@@ -87,7 +88,7 @@ class ClassifierReader(Reader):
         }
 
     def _parts(self, text: str) -> list[str]:
-        """The text, or runs of its sentences that the model can take."""
+        """The text, or groups of its sentences that fit into the model."""
         if not text.strip():
             return []
         if self._length(text) <= self.longest:
@@ -119,7 +120,7 @@ class ClassifierReader(Reader):
 
 
 class _Published(nn.Module):
-    """CT-CLIP's RadBertClassifier: a linear map of the pooled output."""
+    """CT-CLIP's RadBertClassifier: a linear layer on the pooled output."""
 
     def __init__(self, model: nn.Module, outputs: int) -> None:
         super().__init__()
@@ -137,20 +138,21 @@ def _config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder}: no config.json that can be read; --reader-model takes a local model folder"
+            f"{folder}: no readable config.json; --reader-model takes a local model folder"
         ) from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{folder}: config.json holds no settings; copy the model folder again")
+        raise CheckpointError(f"{folder}: config.json is not a JSON object; copy the model folder again")
     return config
 
 
 def _own_state(folder: Path) -> dict[str, Tensor] | None:
-    """The state of CT-CLIP's classifier if a ``.pth`` or ``.pt`` of it lies in the folder and no weights of Transformers."""
+    """The weights of CT-CLIP's classifier, if the folder holds a ``.pth`` or ``.pt`` file but no weights of
+    Transformers."""
     files = sorted([*folder.glob("*.pth"), *folder.glob("*.pt")])
     if any((folder / name).is_file() for name in WEIGHTS) or not files:
         return None
     try:
-        # Tensors alone: a pickle of a stranger may run code.
+        # Tensors only: a pickle may run code.
         state = torch.load(files[0], map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{files[0]}: cannot be read as weights ({type(error).__name__})") from error
@@ -158,7 +160,7 @@ def _own_state(folder: Path) -> dict[str, Tensor] | None:
     state = {str(key).removeprefix("module."): value for key, value in state.items()}
     if f"{MAP}weight" not in state or not any(key.startswith(BODY) for key in state):
         raise CheckpointError(
-            f"{files[0]}: holds no 'model.*' and 'classifier.weight', so it is not CT-CLIP's classifier"
+            f"{files[0]}: has no weights 'model.*' and 'classifier.weight', so it is not CT-CLIP's classifier"
         )
     return state
 
@@ -168,7 +170,7 @@ def _published(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -
 
     settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = _Published(AutoModel.from_config(settings), len(state[f"{MAP}weight"]))
-    # Older versions of Transformers kept the positions' numbers as a buffer.
+    # Older versions of Transformers saved position ids as a buffer.
     given = {key: value for key, value in state.items() if not key.endswith("position_ids")}
     try:
         model.load_state_dict(given)
@@ -202,13 +204,13 @@ def _in_order(folder: Path, labels: LabelSet, outputs: int) -> dict[str, int]:
 
 
 def _columns(folder: Path, config: dict[str, Any], labels: LabelSet) -> dict[str, int]:
-    """Of each label the output that scores it, by the names in config.json. Every label needs one: what a classifier does
-    not know must not look absent."""
+    """The index of the output for each label, by the names in config.json. Every label must have one, so that a label
+    unknown to the classifier is never taken as absent."""
     named = {labels.resolve(str(name)): int(number) for number, name in dict(config.get("id2label") or {}).items()}
     if lacking := [name for name in labels.names if name not in named]:
         raise CheckpointError(
             f"{folder}: no output for {lacking[0]!r} of {labels.name!r} (id2label of its config.json has "
-            f"{', '.join(map(str, list(dict(config.get('id2label') or {}).values())[:4]))} ...); add aliases to the set"
+            f"{', '.join(map(str, list(dict(config.get('id2label') or {}).values())[:4]))} ...); add that name to the label's aliases"
         )
     return {name: named[name] for name in labels.names}
 

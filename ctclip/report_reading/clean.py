@@ -1,4 +1,4 @@
-"""Reports taken apart: a table of their sentences and of the findings that each states."""
+"""A table of the sentences of reports, and of the findings in each sentence."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ HEADER = ",".join(COLUMNS[:4]).encode()
 
 
 def clean_reports(reports: Reports, cleaner: Cleaner) -> pd.DataFrame:
-    """A row for each finding, and for each sentence without one: ``COLUMNS`` behind the report's id.
+    """One row for each finding, and one for each sentence without a finding: the report's id, then ``COLUMNS``.
 
-    Sections are the table's columns; a text without columns is divided by its headings.
+    Sections are the columns of the table; a text in one column is split at its headings.
     """
     rows = [
         {reports.id_column: name, **row}
@@ -46,7 +46,8 @@ def clean_reports(reports: Reports, cleaner: Cleaner) -> pd.DataFrame:
 
 
 def write_findings(table: pd.DataFrame, output: Path, *, force: bool = False) -> None:
-    """Write the table as CSV or Parquet, by its ending. Raises PreprocessingError where another file lies there."""
+    """Write the table as CSV or Parquet, by its suffix. Raises PreprocessingError if ``output`` is a file of another
+    kind."""
     with claimed_file(output):
         check_findings(output, force=force)
         with written_beside(output) as partial:
@@ -60,7 +61,7 @@ def check_findings(output: Path, *, force: bool = False) -> None:
     """Raise unless the table may be written to ``output``."""
     if output.suffix not in (".csv", ".parquet"):
         raise DataError(f"{output}: end the name in .csv or .parquet")
-    # Parquet keeps its columns' names at its end: it is not recognised, and replaced with --force alone.
+    # A Parquet file has its column names at the end; it is not recognised, and is replaced only with --force.
     check_file(output, file_holds(HEADER), force=force)
 
 

@@ -1,4 +1,4 @@
-"""How far two readers agree, or a reader and a table of labels: by label, and the sentences they differ on."""
+"""Agreement of a reader with another reader or a table: by label, with the sentences on which they differ."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ctclip.report_reading.run import Readings, Values, load_statements, stateme
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of one label, over the reports for which both tables have 0 or 1; ``theirs`` is taken as the truth for F1.
+    """Agreement on one label, over the reports for which both tables have 0 or 1. ``theirs`` is the reference for F1.
 
-    ``kappa``: Cohen's (1960); None where both tables hold one and the same value throughout. ``f1``: None without a
-    positive on either side.
+    ``kappa``: Cohen's (1960); None if both tables hold the same single value throughout. ``f1``: None if neither table
+    has a positive.
     """
 
     label: str
@@ -35,7 +35,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """One report and label on which two tables differ, with the sentences that each goes by."""
+    """A report and label on which two tables differ, with the sentence behind each value."""
 
     report: str
     label: str
@@ -46,9 +46,9 @@ class Disagreement:
 
 
 def compare(result: Readings, other: Path, values: Values) -> tuple[list[Agreement], list[Disagreement]]:
-    """What ``result`` and the table of labels ``other`` have in common; sentences of ``other`` where it has them.
+    """Compare ``result`` with the table of labels ``other``, whose sentences are included if it has any.
 
-    Raises DataError if the tables share no report or no label.
+    Raises DataError if the tables have no report or no label in common.
     """
     ours = result.table(values).set_index(result.reports.id_column)
     ours.index = ours.index.map(volume_name)
@@ -72,7 +72,7 @@ def compare(result: Readings, other: Path, values: Values) -> tuple[list[Agreeme
 
 
 def mean_of(agreements: list[Agreement], figure: str) -> float | None:
-    """The mean of a figure over the labels that have it."""
+    """The mean of a figure over the labels for which it is defined."""
     values = [asdict(agreement)[figure] for agreement in agreements]
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
@@ -94,7 +94,7 @@ def _agreement(name: str, pair: pd.DataFrame) -> Agreement:
 
 
 def _labels(path: Path, result: Readings) -> pd.DataFrame:
-    """The labels of a table, indexed by the report's id."""
+    """The labels of a table, indexed by report id."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     table = read_table(path)

@@ -1,7 +1,7 @@
-"""Atomic findings: what a sentence says, one finding at a time, with its side, lobe, size and certainty.
+"""Findings of a sentence, one at a time, each with side, lobe, size and certainty.
 
-"A 7 mm nodule in the right upper lobe and a left pleural effusion" states two of them. Attributes belong to the finding in
-whose part of the sentence they stand; parts end at commas and at "and" between two findings.
+"A 7 mm nodule in the right upper lobe and a left pleural effusion" states two findings. An attribute belongs to the
+finding in the same part of the sentence; parts end at commas, and at "and" between two findings.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SIZE = re.compile(r"\d+(?:[.,]\d+)?")
 
 @dataclass(frozen=True)
 class Finding:
-    """One statement of a sentence. ``side``: left, right or both; ``lobe``: of the language's lobes; "" where it names none,
-    ``size_mm``: the largest extent it states, None without one."""
+    """One finding that a sentence states. ``side``: left, right, both or ""; ``lobe``: one of the language's lobes or
+    ""; ``size_mm``: the largest size stated, or None."""
 
     label: str
     status: Status
@@ -37,7 +37,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class CleanSentence:
-    """A sentence with its typos mended, what it states, and whether it compares with earlier scans or describes none."""
+    """A sentence with misspellings corrected, its findings, and whether it compares with an earlier examination or does
+    not describe the scan."""
 
     text: str
     findings: tuple[Finding, ...]
@@ -46,7 +47,7 @@ class CleanSentence:
 
 
 class Cleaner:
-    """Takes reports apart by rules."""
+    """Splits reports into findings by rules."""
 
     def __init__(self, reader: RulesReader) -> None:
         """Raises ConfigError for a language without scopes."""
@@ -72,7 +73,7 @@ class Cleaner:
         return [self._sentence(self.mended(sentence)) for sentence in sentences(text)]
 
     def mended(self, sentence: str) -> str:
-        """A sentence without the typos of the language's list."""
+        """A sentence with the misspellings of the language's list corrected."""
         if self.typos is None:
             return sentence
         return self.typos.sub(lambda match: _cased(self.language.wording.typos[match[0].lower()], match[0]), sentence)
@@ -93,13 +94,13 @@ class Cleaner:
 
 
 def place_phrases(language: Language) -> list[tuple[tuple[str, str], str]]:
-    """Phrases of sides and lobes under ("side", name) and ("lobe", name)."""
+    """Phrases for sides and lobes, with the keys ("side", name) and ("lobe", name)."""
     tables = {"side": language.wording.sides, "lobe": language.wording.lobes}
     return [((kind, name), phrase) for kind, table in tables.items() for name, each in table.items() for phrase in each]
 
 
 def _outermost(mentions: Sequence[Mention]) -> list[Mention]:
-    """One mention where several phrases of a label overlap."""
+    """Merge overlapping mentions of the same label."""
     kept: list[Mention] = []
     for mention in sorted(mentions, key=lambda m: m.start - m.end):
         if all(m.label != mention.label or mention.end <= m.start or m.end <= mention.start for m in kept):
@@ -108,8 +109,8 @@ def _outermost(mentions: Sequence[Mention]) -> list[Mention]:
 
 
 def _portions(mentions: Sequence[Mention], parts: Sequence[int], length: int) -> Iterator[tuple[Mention, int, int]]:
-    """Each mention with the tokens [low, high) that are about it: up to the last part's end between it and the next one.
-    Mentions that no part's end divides share their tokens."""
+    """Each mention with the tokens [low, high) of its part of the sentence, which ends at the last separator before the
+    next mention. Mentions without a separator between them share a part."""
     for number, mention in enumerate(mentions):
         low, high = 0, length
         for other in mentions[:number]:
@@ -129,7 +130,7 @@ def _finding(mention: Mention, tokens: Sequence[str], places: Sequence[tuple[str
 
 
 def _size(tokens: Sequence[str]) -> float | None:
-    """The largest extent in mm: numbers before "mm" or "cm", "13 x 9 mm" as well."""
+    """The largest size in mm: numbers before "mm" or "cm", also in "13 x 9 mm"."""
     sizes = []
     for place, token in enumerate(tokens):
         if token in MM:

@@ -1,7 +1,7 @@
-"""JSON that a causal model cannot get wrong: while it writes, only tokens that go on with a valid answer are left to it.
+"""Constrained decoding of JSON: a causal model may write only tokens that continue a valid answer.
 
-A schema of ours has fixed keys and values out of short lists, so an answer is text with choices in it. Where the text is
-fixed, one token is left, the longest that fits; where there is a choice, the model makes it.
+A schema has fixed keys, and values from short lists, so an answer is a text with choices in it. Where the text is
+fixed, the longest fitting token is the only one allowed; where there is a choice, the model makes it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from ctclip.errors import CheckpointError
 
-# Each segment is a choice of texts; one of a single text is fixed.
+# Each segment is a choice of texts; a segment of one text is fixed.
 Segments = tuple[tuple[str, ...], ...]
-# Where in a text of which segment the answer stands; several where texts begin alike.
+# Positions of an answer: segment, text and offset. There are several if texts share a beginning.
 States = frozenset[tuple[int, str, int]]
 
 
 class Choices:
-    """Answers that are one text of each segment, one after the other."""
+    """The answers that take one text of each segment, in order."""
 
     def __init__(self, segments: Sequence[Sequence[str]]) -> None:
         self.segments: Segments = tuple(tuple(segment) for segment in segments)
@@ -33,7 +33,7 @@ class Choices:
         return frozenset((0, text, 0) for text in self.segments[0])
 
     def advance(self, states: States, written: str) -> States:
-        """Where an answer stands when ``written`` is added to it; empty if nothing valid goes on like this."""
+        """The positions after appending ``written``; empty if no valid answer continues like this."""
         for character in written:
             going = set()
             for number, text, place in self._opened(states):
@@ -48,7 +48,7 @@ class Choices:
         return any(number == last and place == len(text) for number, text, place in states)
 
     def _opened(self, states: States) -> States:
-        """States at the end of a text stand before each text of the next segment too."""
+        """Add to positions at the end of a text the beginnings of the next segment."""
         opened: set[tuple[int, str, int]] = set()
         waiting = list(states)
         while waiting:
@@ -79,16 +79,16 @@ class Vocabulary:
     def __init__(self, tokenizer: Any) -> None:
         """Raises CheckpointError for a tokenizer without an end-of-text token."""
         if tokenizer.eos_token_id is None:
-            raise CheckpointError("the tokenizer has no end-of-text token, by which an answer ends")
+            raise CheckpointError("the tokenizer has no end-of-text token, which has to end an answer")
         self.end = int(tokenizer.eos_token_id)
-        # Behind another token, for some tokenizers drop the space before the first.
+        # After another token, because some tokenizers drop the space before the first one.
         before = tokenizer.encode("a", add_special_tokens=False)
         texts = tokenizer.batch_decode(
             [[*before, number] for number in range(len(tokenizer))], clean_up_tokenization_spaces=False
         )
         start = len(tokenizer.decode(before, clean_up_tokenization_spaces=False))
         special = set(tokenizer.all_special_ids)
-        # A part of a character is written as a replacement sign.
+        # Part of a character decodes to the replacement character.
         self.texts = [
             "" if number in special or "\ufffd" in text else text[start:] for number, text in enumerate(texts)
         ]
@@ -99,7 +99,7 @@ class Vocabulary:
         self.longest = max(map(len, self.tokens), default=0)
 
     def allowed(self, choices: Choices, states: States) -> list[int]:
-        """The tokens that go on with a valid answer. Raises CheckpointError where the tokenizer has none."""
+        """The tokens that continue a valid answer. Raises CheckpointError if the tokenizer has none."""
         if choices.ended(states):
             return [self.end]
         texts = sorted(choices.upcoming(states, self.longest))
@@ -115,7 +115,7 @@ class Vocabulary:
 
 
 class OnlyValid:
-    """A logits processor of Transformers' ``generate``: row i writes one of ``choices[i]``."""
+    """A logits processor for Transformers' ``generate``: row i writes one of ``choices[i]``."""
 
     def __init__(self, vocabulary: Vocabulary, choices: Sequence[Choices], prompt_length: int) -> None:
         self.vocabulary, self.choices, self.prompt_length = vocabulary, choices, prompt_length
@@ -129,7 +129,7 @@ class OnlyValid:
         allowed = torch.full_like(scores, float("-inf"))
         for row, (choices, states) in enumerate(zip(self.choices, self.states, strict=True)):
             tokens = [self.vocabulary.end] if self.done[row] else self.vocabulary.allowed(choices, states)
-            # A model may score tokens as not a number; an answer is valid whatever it makes of them.
+            # A model may give NaN scores; the answer has to be valid all the same.
             allowed[row, tokens] = torch.nan_to_num(scores[row, tokens])
         return allowed
 
@@ -154,7 +154,7 @@ def object_of(fields: Sequence[tuple[str, Sequence[tuple[str, Sequence[Any]]]]])
 
 
 def most_tokens(vocabulary: Vocabulary, choices: Choices) -> int:
-    """How many tokens an answer may have at most, the end-of-text token among them."""
+    """The maximum number of tokens of an answer, including the end-of-text token."""
     count = 1
     for texts in choices.segments:
         if len(texts) > 1:
@@ -171,7 +171,7 @@ def most_tokens(vocabulary: Vocabulary, choices: Choices) -> int:
 
 
 def _common(texts: Sequence[str]) -> str:
-    """What sorted texts all begin with."""
+    """The common beginning of sorted texts."""
     first, last = texts[0], texts[-1]
     length = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first[:length]

@@ -1,7 +1,7 @@
 """Labels by a language model: any causal model of Transformers in a local folder that has a chat template.
 
-The model is shown the report as numbered sentences and answers in JSON: of each label its status and the number of the
-sentence that says so. The schema is enforced while it writes (``json_decoding.py``). Nothing leaves the machine.
+The model is shown the report as numbered sentences and answers in JSON with the status of each label and the number of
+the sentence that states it. The schema is enforced during decoding (``json_decoding.py``). Nothing leaves the machine.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ INSTRUCTION = """You read radiology reports. Of each label say what the report s
 Findings of earlier examinations that are gone are absent. Give the number of the sentence that says so, 0 if there is none.
 Answer in JSON and nothing else."""
 STATUS, SENTENCE = "status", "sentence"
-# A report is never cut into parts of less room than this.
+# Minimum number of tokens for each part of a report.
 ROOM = 64
 
 
 class LanguageModelReader(Reader):
-    """Asks a local model. Reports too long for its context are read in parts, of which the strongest statement counts."""
+    """Asks a local model. Reports too long for its context are read in parts; the strongest statement counts."""
 
     def __init__(self, model: Any, tokenizer: Any, labels: LabelSet, options: Options, name: str) -> None:
         """Raises CheckpointError for a tokenizer without a chat template, or a model with too short a context."""
         if not getattr(tokenizer, "chat_template", None):
             raise CheckpointError(
-                f"{name}: has no chat template, so it is no model that follows instructions; take one that has a chat_template"
+                f"{name}: has no chat template, so it does not follow instructions; use a model with a chat_template"
             )
         self.model, self.tokenizer, self.labels, self.options = model, tokenizer, labels, options
         tokenizer.padding_side = "left"
@@ -52,7 +52,7 @@ class LanguageModelReader(Reader):
         self.answers = Answers(options.cache, self.identity)
         if self._room(self._length([])) < ROOM:
             raise CheckpointError(
-                f"{name}: its context of {self.context} tokens has no room for a report beside {len(labels.names)} labels"
+                f"{name}: its context of {self.context} tokens leaves no room for a report with {len(labels.names)} labels"
             )
 
     @classmethod
@@ -61,7 +61,9 @@ class LanguageModelReader(Reader):
 
         folder = options.model
         if folder is None:
-            raise ConfigError("the reader 'language-model' needs --reader-model: a local folder of a causal language model")
+            raise ConfigError(
+                "the reader 'language-model' needs --reader-model: a local folder of a causal language model"
+            )
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: no config.json; --reader-model takes a local model folder")
         try:
@@ -95,7 +97,7 @@ class LanguageModelReader(Reader):
 
     @torch.inference_mode()
     def _ask(self, parts: Sequence[list[str]]) -> list[Reading]:
-        """What the model answers of each list of sentences."""
+        """The model's answer for each list of sentences."""
         prompts = [self._prompt(part) for part in parts]
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(
             self.model.device
@@ -134,7 +136,7 @@ class LanguageModelReader(Reader):
         return [" / ".join([label.name, *label.aliases]) for label in self.labels.labels]
 
     def _parts(self, text: str) -> list[list[str]]:
-        """The sentences of a text, in lists that the model's context holds together with the answer."""
+        """The sentences of a text, in lists that fit into the model's context together with the answer."""
         parts: list[list[str]] = [[]]
         for sentence in sentences(text):
             for piece in self._pieces(sentence):
@@ -144,7 +146,7 @@ class LanguageModelReader(Reader):
         return [part for part in parts if part]
 
     def _pieces(self, sentence: str) -> list[str]:
-        """A sentence, cut in halves until each has room by itself."""
+        """A sentence, halved until each part fits."""
         words = sentence.split()
         if len(words) < 2 or self._room(self._length([sentence])) >= 0:
             return [sentence]
@@ -173,7 +175,7 @@ def _joined(readings: Sequence[Reading]) -> Reading:
 
 
 def _digest(folder: Path) -> str:
-    """Of the files' names, sizes and times: weights of many gigabytes are not read for it."""
+    """A digest of the names, sizes and times of files; weights of many gigabytes are not read."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".model"))
     facts = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]

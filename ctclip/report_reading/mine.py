@@ -1,7 +1,7 @@
-"""Prompts in the reports' own words: how training reports state each label, and how they deny it.
+"""Prompts in the words of training reports: sentences that state each label, and sentences that deny it.
 
-A sentence becomes a phrasing of a label if a reader finds that label in it and no other. Sentences that differ in numbers
-alone are one phrasing, which weighs as often as it was written. No label of a volume is read.
+A sentence becomes a phrasing of a label if a reader finds that label in it and no other. Sentences that differ only in
+numbers are one phrasing, weighted by its frequency. No label of a volume is read.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from ctclip.sentences import sentences
 
 SECTIONS = ("findings", "impression")
 SIDES = {Status.present: True, Status.absent: False}
-# A phrasing of more words is a paragraph.
+# Longer sentences are not used.
 LONGEST_WORDS = 40
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-# What was counted: (label, side, section) -> a phrasing without its numbers -> its wordings.
+# (label, side, section) -> phrasing without its numbers -> counts of its wordings.
 Counts = dict[tuple[str, bool, str], dict[str, Counter[str]]]
 
 
 @dataclass
 class Mined:
-    """A prompt set; ``kept``: phrasings by label, of those that are present and absent; ``borrowed``: sides of labels that
-    the reports never state alone, whose phrasings come from another set."""
+    """A prompt set; ``kept``: for each label the number of phrasings that state it and that deny it; ``borrowed``:
+    sides that no report states by itself, with phrasings from another set."""
 
     prompts: PromptSet
     kept: dict[str, tuple[int, int]]
@@ -54,9 +54,10 @@ def mine_prompts(
     most: int = 24,
     least: int = 2,
 ) -> Mined:
-    """The commonest ``most`` phrasings of each label, side and section that stand in at least ``least`` scans of a split.
+    """The ``most`` commonest phrasings of each label, side and section, each found in at least ``least`` scans of a
+    split.
 
-    ``others``: the set that lends a side of which there is no phrasing. Raises DataError if no report names any label.
+    ``others``: the set to borrow from if there is no phrasing of a side. Raises DataError if no report names any label.
     """
     table = stored_volumes(store, split).drop_duplicates("scan")
     reports = reports_of(table, SECTIONS)
@@ -87,7 +88,7 @@ def mine_prompts(
 
 
 def count_phrasings(written: dict[str, list[str]], reader: Reader) -> Counts:
-    """How often each label alone is stated, and denied, in which words; ``written``: the reports by section."""
+    """Count the sentences that state or deny a single label; ``written``: the reports by section."""
     split = {section: [list(dict.fromkeys(sentences(text))) for text in texts] for section, texts in written.items()}
     distinct = list(dict.fromkeys(s for texts in split.values() for text in texts for s in text))
     short = [sentence for sentence in distinct if len(sentence.split()) <= LONGEST_WORDS]
@@ -114,7 +115,7 @@ def save_prompts(prompts: PromptSet, path: Path) -> None:
 def _commonest(
     counts: Counts, label: str, side: bool, most: int, least: int
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[float, ...]]]:
-    """Phrasings and their weights by section, the commonest first, each in its commonest wording."""
+    """Phrasings with their weights by section, the commonest first, each in its commonest wording."""
     phrasings, weights = {}, {}
     for section in SECTIONS:
         wordings = counts.get((label, side, section), {})

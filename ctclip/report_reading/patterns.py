@@ -1,8 +1,9 @@
-"""Phrases of several words looked for in a sentence, many at once.
+"""Search for many phrases of several words in a sentence.
 
-A phrase is words apart by spaces. ``calcif*`` is any word that begins so; ``aorta|aortic`` either word; ``..`` stands for
-up to ``GAP`` words that are left out; ``a & b`` for both, in either order, at most ``NEAR`` words apart. Case, hyphens and
-accents on capitals do not matter; a comma ends adjacency, and a semicolon every phrase.
+A phrase is words separated by spaces. ``calcif*`` matches any word with this beginning; ``aorta|aortic`` either word;
+``..`` up to ``GAP`` other words; ``a & b`` both, in either order, at most ``NEAR`` words apart. Case, hyphens and
+accents on capitals do not matter. Adjacent words may not have a comma between them, and no phrase extends over a
+semicolon.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from ctclip.errors import ConfigError
 TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)?|[,;:.?!()/\"]")
 PUNCTUATION = frozenset(',;:.?!()/"')
 GAP, NEAR = 4, 14
-# Nothing reaches over these.
+# No phrase extends over these.
 ENDS = frozenset(";")
 SHORTEST_STEM = 2
 
 
 def tokens_of(sentence: str) -> list[str]:
-    """Words and punctuation of a sentence, in lower case; a hyphen parts words."""
+    """Words and punctuation of a sentence, in lower case; a hyphen separates words."""
     return TOKEN.findall(sentence.lower())
 
 
@@ -38,20 +39,20 @@ class Match:
 
 @dataclass(frozen=True)
 class _Step:
-    """One word of a phrase: the ids of words that fit, and how many others may stand before it."""
+    """One word of a phrase: the ids of matching words, and the number of other words allowed before it."""
 
     ids: frozenset[int]
     gap: int
 
 
 class Phrases:
-    """Finds phrases, each under a key."""
+    """Finds phrases, each with a key."""
 
     def __init__(self, phrases: Iterable[tuple[Hashable, str]]) -> None:
         """Raises ConfigError for a phrase without a word, or a stem of one letter."""
         self._words: dict[str, int] = {}
         self._stems: dict[str, int] = {}
-        # Phrases by the word they begin with; of ``a & b`` both parts begin one.
+        # Phrases by their first word; each part of ``a & b`` has an entry.
         self._by_first: dict[int, list[tuple[Hashable, tuple[_Step, ...], tuple[_Step, ...] | None]]] = {}
         # Phrases of one word need no search.
         self._alone: dict[int, list[Hashable]] = {}
@@ -64,7 +65,7 @@ class Phrases:
         return bool(self._ids(word))
 
     def find(self, tokens: list[str]) -> list[Match]:
-        """Every phrase in ``tokens``, in the order of their beginnings."""
+        """All phrases in ``tokens``, in the order of their first word."""
         ids = [self._ids(token) for token in tokens]
         every = frozenset().union(*ids)
         matches = []
@@ -105,7 +106,7 @@ class Phrases:
             steps.append(_Step(ids, gap))
             gap = 0
         if not steps or gap:
-            raise ConfigError(f"the phrase {phrase!r} begins, ends or is parted by & without a word there")
+            raise ConfigError(f"the phrase {phrase!r} has no word before or after &, or at its beginning or end")
         return tuple(steps)
 
     def _identity(self, word: str, phrase: str) -> int:
@@ -113,7 +114,7 @@ class Phrases:
         table = self._stems if word.endswith("*") else self._words
         if not stem or "*" in stem or (table is self._stems and len(stem) < SHORTEST_STEM):
             raise ConfigError(
-                f"the phrase {phrase!r}: {word!r} is no word and no stem of {SHORTEST_STEM} letters and *"
+                f"the phrase {phrase!r}: {word!r} is neither a word nor a beginning of at least {SHORTEST_STEM} letters followed by *"
             )
         return table.setdefault(stem, len(self._words) + len(self._stems))
 
@@ -124,7 +125,7 @@ class Phrases:
 
 
 def _end(steps: tuple[_Step, ...], start: int, ids: list[frozenset[int]], tokens: list[str]) -> int | None:
-    """Where a phrase ends that begins at ``start``; None if it does not stand there."""
+    """The end of the phrase that begins at ``start``, or None if there is none."""
     if ids[start].isdisjoint(steps[0].ids):
         return None
     place = start
@@ -149,7 +150,7 @@ def _end(steps: tuple[_Step, ...], start: int, ids: list[frozenset[int]], tokens
 def _near(
     steps: tuple[_Step, ...], start: int, end: int, ids: list[frozenset[int]], tokens: list[str]
 ) -> tuple[int, int] | None:
-    """The span of [start, end) and the nearest ``steps`` beside it."""
+    """The span that covers [start, end) and the nearest match of ``steps``."""
     for distance in range(NEAR + 1):
         for place in (end + distance, start - 1 - distance):
             if not 0 <= place < len(tokens):

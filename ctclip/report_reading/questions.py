@@ -1,6 +1,6 @@
-"""Closed questions about findings: what is asked, and the answers to choose from.
+"""Closed questions about findings, and the answers to choose from.
 
-The label is found by the terms of its set, the kind of question and the place by phrases of the language.
+The label is recognised by the terms of the label set; the kind of question and the location by phrases of the language.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ctclip.report_reading.rules import RulesReader
 
 
 class Kind(StrEnum):
-    """What a question wants to know."""
+    """The kinds of question."""
 
     present = "present"
     side = "side"
@@ -25,7 +25,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of which label; ``side`` and ``lobe`` where a yes-or-no question names them."""
+    """A question about a label; ``side`` and ``lobe`` if a yes-or-no question names them."""
 
     label: str
     kind: Kind
@@ -34,7 +34,7 @@ class Question:
 
 
 class Questioner:
-    """Understands questions in the language and about the labels of a reader."""
+    """Parses questions in the language of a reader, about its labels."""
 
     def __init__(self, reader: RulesReader) -> None:
         """Raises ConfigError for a language without questions."""
@@ -49,7 +49,7 @@ class Questioner:
         self.phrases = Phrases([*kinds, *place_phrases(reader.language)])
 
     def question(self, text: str) -> Question:
-        """What ``text`` asks. Raises PromptError where it names no label, or several."""
+        """Parse ``text``. Raises PromptError if it names no label, or several."""
         labels = {mention.label for mention in self.reader.mentions(text)}
         if len(labels) != 1:
             names = list(self.reader.terms.labels)
@@ -70,7 +70,7 @@ class Questioner:
         return Question(label, kind, side, next(iter(lobes)) if len(lobes) == 1 else "")
 
     def answers(self, label: str, kind: Kind) -> dict[str, list[str]]:
-        """The answers to choose from with their prompts, for kinds other than yes or no."""
+        """The possible answers with their prompts, for questions other than yes or no."""
         if kind is Kind.size:
             return {
                 f"{value:g} mm": [_filled(prompt, label, value) for prompt in self.asked.sizes]

@@ -1,4 +1,4 @@
-"""What every reader of reports answers, and the class that one's own derives from."""
+"""The base class of readers, and what a reader returns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ctclip.labels import LabelSet
 
 
 class Status(StrEnum):
-    """What a report says of a label."""
+    """The status of a label in a report."""
 
     present = "present"
     absent = "absent"
@@ -21,15 +21,15 @@ class Status(StrEnum):
     not_mentioned = "not mentioned"
 
 
-# What counts where a report says several things of one label: a finding that is stated, before one that is suspected.
+# If a report makes several statements about a label, the first of these counts.
 PRECEDENCE = (Status.present, Status.uncertain, Status.absent)
 
 
 @dataclass(frozen=True)
 class Statement:
-    """What a report says of one label, and the sentence that says it; "" where the reader names none.
+    """The status of one label, and the sentence that states it ("" if the reader gives none).
 
-    ``probability``: of presence, by a reader that gives one.
+    ``probability``: that the label is present, if the reader gives one.
     """
 
     status: Status
@@ -38,16 +38,16 @@ class Statement:
 
 
 NOTHING = Statement(Status.not_mentioned)
-# Of each label that a report mentions, what it says.
+# The statement about each label that a report mentions.
 Reading = Mapping[str, Statement]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What readers are made from; each takes what it needs.
+    """Options of readers; each reader uses those it needs.
 
-    ``terms``: a file of ``configs/terms`` or a path, that named as the label set if None; ``model``: a folder; ``cache``:
-    a folder in which answers are kept by the hash of their text.
+    ``terms``: a path, or a name in ``configs/terms``; None: the file named as the label set. ``model``: the folder of a
+    text model. ``cache``: a folder for answers, keyed by the hash of the text.
     """
 
     terms: str | None = None
@@ -62,30 +62,30 @@ class Options:
 class Reader(ABC):
     """Reads reports for the labels of a set."""
 
-    # Whether several processes may each have one, to share the reports.
+    # Whether several processes may each build one and share the reports.
     shared: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
     def build(cls, labels: LabelSet, options: Options) -> Reader:
-        """The reader that ``options`` ask for. Raises CtclipError in one line where something it needs is missing."""
+        """Build the reader. Raises CtclipError if something that it needs is missing."""
 
     @property
     @abstractmethod
     def identity(self) -> str:
-        """Its name and a digest of what it reads with, as tables and model cards state it."""
+        """The name of the reader and a digest of its rules or weights, as stated in tables and model cards."""
 
     @abstractmethod
     def read(self, texts: Sequence[str]) -> list[Reading]:
-        """What each text says of the labels; a label without an entry is not mentioned. An empty text mentions none."""
+        """Read texts. A label without an entry is not mentioned; an empty text mentions none."""
 
     def is_foreign(self, text: str) -> bool:
-        """Whether a text is in a language that this reader does not read."""
+        """Whether a text is in a language that this reader cannot read."""
         return False
 
 
 def strongest(statements: Sequence[Statement]) -> Statement:
-    """The one that counts of what several sentences say of one label: the first of the highest status."""
+    """The statement that counts among several about one label: the first of the highest status."""
     for status in PRECEDENCE:
         for statement in statements:
             if statement.status is status:

@@ -1,4 +1,4 @@
-"""Tables of reports, as they are exported: an id and a text, or sections."""
+"""Tables of reports: an id, and a text or sections."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from ctclip.preprocessing.cohorts.ct_rate import SECTIONS as CT_RATE
 from ctclip.preprocessing.cohorts.table import SECTIONS
 from ctclip.preprocessing.tables import read_table, report_text
 
-# Names under which tables call a report's id and its text, the likeliest first; any case, spaces as underscores.
+# Column names of ids and of texts, the most likely first; in any case, with spaces as underscores.
 IDS = ("volume", "volumename", "accessionno", "accession", "accession_number", "note_acc_deid", "noteacc_deid", "study", "study_id",
        "report_id", "id", "name", "scan", "patient")  # fmt: skip
 TEXTS = ("text", "report_text", "report", "radiology_report", "full_report")
-# Sections that say what the scan shows; what was asked and how it was made are no findings.
+# Sections that describe the scan. The clinical question and the technique hold no findings.
 READ = ("findings", "impression")
 
 
 @dataclass(frozen=True)
 class Reports:
-    """Reports in the order of their table: ``ids`` under the table's own name ``id_column``; ``sections`` by name, one text
-    for each report, "" where it has none."""
+    """Reports in the order of their table: ``ids``, from the column ``id_column``; ``sections`` by name, with one text
+    for each report ("" if it lacks the section)."""
 
     source: Path
     id_column: str
@@ -29,14 +29,14 @@ class Reports:
     sections: dict[str, list[str]]
 
     def texts(self) -> list[str]:
-        """Each report as one text, its sections on lines of their own."""
+        """Each report as one text, with each section on its own line."""
         return ["\n".join(part for part in parts if part) for parts in zip(*self.sections.values(), strict=True)]
 
 
 def load_reports(source: Path) -> Reports:
-    """The reports of a CSV, TSV or Parquet table, of a store's folder, or of a text file with one on each line.
+    """The reports of a CSV, TSV or Parquet table, of a store, or of a text file with one report per line.
 
-    Raises DataError where the table has no column of text, or the same id with two different texts.
+    Raises DataError if the table has no column of text, or an id with two different texts.
     """
     if source.is_dir():
         source = source / "cohort.parquet"
@@ -51,7 +51,7 @@ def load_reports(source: Path) -> Reports:
     chosen = _sections(names) or ({} if whole is None else {"text": whole})
     if not chosen:
         raise DataError(
-            f"{source}: has no column of reports (it has {', '.join(table.columns[:6])}); call it 'text', or 'findings' and "
+            f"{source}: has no column of reports (it has {', '.join(table.columns[:6])}); name it 'text', or 'findings' and "
             f"'impression'"
         )
     if table.empty:
@@ -67,7 +67,7 @@ def load_reports(source: Path) -> Reports:
 
 
 def _sections(names: dict[str, str]) -> dict[str, str]:
-    """The columns of the sections that are read, by the section's name."""
+    """The columns to read, by the name of the section."""
     known = {**{_key(theirs): ours for theirs, ours in CT_RATE.items()}, **{ours: ours for ours in SECTIONS}}
     known |= {"impressions": "impression", "conclusion": "impression", "finding": "findings"}
     found = {ours: names[key] for key, ours in known.items() if key in names and ours in READ}

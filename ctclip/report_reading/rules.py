@@ -1,4 +1,4 @@
-"""Labels by rules: terms of the label set, negation and doubt of the language."""
+"""Labels by rules: terms of the label set, and phrases of the language for negation and doubt."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ctclip.report_reading.terms import LabelTerms, Terms, load_terms
 from ctclip.sentences import sentences
 
 GUARD = "guard"
-# Reports repeat their sentences.
+# Reports often repeat sentences, so results are cached.
 REMEMBERED = 1 << 18
 
 
 @dataclass(frozen=True)
 class Term:
-    """The key of a phrase of a label; ``role`` is a field of ``LabelTerms``. ``guard`` numbers a phrase and what must not
-    stand in its clause."""
+    """The key of a phrase of a label; ``role`` is a field of ``LabelTerms``. ``guard`` links a phrase with the words
+    that must not be in its clause."""
 
     label: str
     role: str
@@ -33,7 +33,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Mention:
-    """A label in a sentence: what is said of it, and the tokens [start, end) of the phrase that names it."""
+    """A label in a sentence: its status, and the tokens [start, end) of the phrase that names it."""
 
     label: str
     status: Status
@@ -42,7 +42,7 @@ class Mention:
 
 
 class RulesReader(Reader):
-    """Says what each sentence says of each label, by phrases alone."""
+    """Reads the status of each label from each sentence, by phrases."""
 
     shared = True
 
@@ -81,14 +81,14 @@ class RulesReader(Reader):
         return {name: strongest(statements) for name, statements in stated.items()}
 
     def _statuses(self, sentence: str) -> dict[str, Status]:
-        """What one sentence says of each label it mentions."""
+        """The statement of one sentence about each label that it mentions."""
         stated: dict[str, list[Statement]] = {}
         for mention in self.mentions(sentence):
             stated.setdefault(mention.label, []).append(Statement(mention.status))
         return {name: strongest(statements).status for name, statements in stated.items()}
 
     def mentions(self, sentence: str) -> list[Mention]:
-        """Every mention of a label in one sentence, in their order."""
+        """All mentions of labels in one sentence, in order."""
         tokens = tokens_of(sentence)
         matches = self.phrases.find(tokens)
         by_label: dict[str, dict[str, list[Match]]] = {}
@@ -113,7 +113,7 @@ def _phrases(name: str, terms: LabelTerms) -> Iterator[tuple[Term, str]]:
 
 
 def _mentions(name: str, scoped: Scoped, roles: dict[str, list[Match]]) -> Iterator[Mention]:
-    """What a sentence says of one label, from where its phrases stand."""
+    """The status of one label in a sentence, from the positions of its phrases."""
     for match in roles.get("present", ()):
         low, high = scoped.clause(match)
         other = any(match.start < o.end and o.start < match.end for o in roles.get("ignore", ()))

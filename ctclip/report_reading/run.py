@@ -1,4 +1,4 @@
-"""Many reports read for their labels, and the tables of it: labels for training and evaluation, sentences for people."""
+"""Read labels from many reports, and write them with the sentences that state them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMAND, SOURCE = "ctclip read-reports", "label_source"
 
 @dataclass(frozen=True)
 class Values:
-    """What a table has for statuses other than present and absent: 0, 1, or None for an empty cell."""
+    """The table values of uncertain labels and of labels not mentioned: 0, 1, or None for an empty cell."""
 
     uncertain: int | None = None
     not_mentioned: int | None = 0
@@ -43,7 +43,7 @@ class Values:
 
 @dataclass
 class Readings:
-    """What a reader made of reports; None for one that it did not read (empty, or of another language)."""
+    """The readings of reports; None for a report that was not read (empty, or in another language)."""
 
     reader: str
     labels: LabelSet
@@ -52,14 +52,14 @@ class Readings:
     notes: list[str] = field(default_factory=list)
 
     def counts(self) -> dict[str, Counter[Status]]:
-        """How many reports say what of each label."""
+        """The number of reports by status for each label."""
         return {
             name: Counter(reading.get(name, NOTHING).status for reading in self.readings if reading is not None)
             for name in self.labels.names
         }
 
     def table(self, values: Values) -> pd.DataFrame:
-        """A row for each report: its id, the labels as nullable Int8, and ``label_source``, which names the reader."""
+        """One row per report: its id, the labels as nullable Int8, and ``label_source``, which names the reader."""
         columns: dict[str, Any] = {self.reports.id_column: self.reports.ids}
         for name in self.labels.names:
             cells = [None if r is None else values.of(r.get(name, NOTHING).status) for r in self.readings]
@@ -68,7 +68,8 @@ class Readings:
 
 
 def read_all(reports: Reports, labels: LabelSet, kind: str, options: Options, workers: int = 1) -> Readings:
-    """Read every report with the reader called ``kind`` (of ours, or ``module:Name``); equal texts are read once."""
+    """Read all reports with the reader ``kind`` (rules, classifier, language-model or ``module:Name``). Equal texts are
+    read once."""
     reader = build_reader(kind, labels, options)
     texts = reports.texts()
     foreign = {text for text in set(texts) if reader.is_foreign(text)}
@@ -83,22 +84,22 @@ def read_all(reports: Reports, labels: LabelSet, kind: str, options: Options, wo
     if empty:
         result.notes.append(_note(empty, "is empty", "are empty"))
     if strange:
-        which = f"not in {options.language} by {'its' if len(strange) == 1 else 'their'} words"
-        result.notes.append(_note(strange, f"is {which}", f"are {which}") + "; --language names another")
+        which = f"not in {options.language}, judging by {'its' if len(strange) == 1 else 'their'} words"
+        result.notes.append(_note(strange, f"is {which}", f"are {which}") + "; name the language with --language")
     return result
 
 
 def build_reader(kind: str, labels: LabelSet, options: Options) -> Reader:
-    """A reader by its name."""
+    """Build the reader with a name."""
     reader: Reader = plugins.find("reader", kind).build(labels, options)
     return reader
 
 
 def write_readings(result: Readings, output: Path, values: Values, *, force: bool = False) -> tuple[Path, Path]:
-    """Write the labels to ``output`` and what each report says of them to ``<output's stem>.statements.jsonl``.
+    """Write the labels to ``output``, and the statements of each report to ``<stem of output>.statements.jsonl``.
 
-    Raises PreprocessingError where a file lies there that this command did not write, and DataError for labels of another
-    reader or of other reports; ``force`` replaces both.
+    Raises PreprocessingError if a file of another kind is in the way, and DataError if the file holds labels of another
+    reader or of other reports. ``force`` replaces both.
     """
     statements = statements_file(output)
     header = {"command": COMMAND, "reader": result.reader, "labels": result.labels.identity, "reports": _digest(result)}
@@ -130,12 +131,12 @@ def check_output(output: Path, *, force: bool = False) -> None:
 
 
 def statements_file(labels: Path) -> Path:
-    """Where the sentences behind a table of labels lie."""
+    """The file with the sentences behind a table of labels."""
     return labels.with_name(f"{labels.stem}.statements.jsonl")
 
 
 def load_statements(path: Path) -> dict[str, dict[str, Statement]]:
-    """Of each report what it says of the labels, as ``write_readings`` kept it."""
+    """The statements of each report, as ``write_readings`` wrote them."""
     statements = {}
     for line in path.read_text(encoding="utf-8").splitlines()[1:]:
         record = json.loads(line)

@@ -1,7 +1,8 @@
-"""What a sentence says of the findings it mentions: negation, doubt and the past, and how far each reaches.
+"""Negation, doubt and past tense in a sentence, and their scopes.
 
-After NegEx (Chapman et al. 2001) and NegBio (Peng et al. 2018): a phrase before or behind a finding decides, up to the end
-of its clause. A list after "no" is denied as a whole; what follows a verb and a comma or "and" is another statement.
+After NegEx (Chapman et al. 2001) and NegBio (Peng et al. 2018): a phrase before or after a finding applies up to the
+end of its clause. A list after "no" is negated as a whole; a verb followed by a comma or "and" begins another
+statement.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ctclip.report_reading.reader import Status
 
 CUES = ("absent_before", "absent_after", "uncertain_before", "uncertain_after", "past_before", "no_scope")
 MARKS = ("clause_ends", "verbs", "relatives", "joins")
-# How many words may stand between a finding and the question mark that doubts it.
+# Maximum number of words between a finding and a question mark that expresses doubt.
 DOUBTED = 2
 
 
@@ -27,14 +28,14 @@ class Cue:
 
 
 def cue_phrases(scopes: Scopes) -> Iterator[tuple[Hashable, str]]:
-    """The phrases of a language with their keys."""
+    """The phrases of a language, with their keys."""
     for role in (*CUES, *MARKS):
         for phrase in getattr(scopes, role):
             yield Cue(role), phrase
 
 
 class Scoped:
-    """One sentence with the phrases of its language found in it."""
+    """A sentence with the phrases of the language that occur in it."""
 
     def __init__(self, tokens: Sequence[str], matches: Sequence[Match]) -> None:
         self.tokens = tokens
@@ -53,12 +54,12 @@ class Scoped:
         self.parts = sorted({*commas, *self.marks["joins"]})
 
     def clause(self, match: Match) -> tuple[int, int]:
-        """The tokens between the ends of clauses on either side of ``match``."""
+        """The tokens of the clause that contains ``match``."""
         before = max((end for end in self.ends if end < match.start), default=-1)
         return before + 1, min((end for end in self.ends if end >= match.end), default=len(self.tokens))
 
     def status(self, match: Match) -> Status | None:
-        """What the sentence says of a finding mentioned at ``match``; None where it speaks of the past."""
+        """The status of a finding mentioned at ``match``; None if the sentence refers to the past."""
         roles = {cue.key.role.partition("_")[0] for cue in self.cues if self._reaches(cue, match)}  # type: ignore[attr-defined]
         if "past" in roles:
             return None
@@ -69,7 +70,7 @@ class Scoped:
         return Status.present
 
     def denied_inside(self, match: Match) -> bool:
-        """Whether a phrase that says "absent" stands within ``match`` itself."""
+        """Whether ``match`` itself contains a phrase of absence."""
         return any(
             cue.key.role.startswith("absent") and match.start <= cue.start and cue.end <= match.end  # type: ignore[attr-defined]
             for cue in self.cues
@@ -89,7 +90,7 @@ class Scoped:
         return match.end <= cue.start and not self._new_statement(match.end, cue.start)
 
     def _new_statement(self, start: int, end: int) -> bool:
-        """Whether between two places one statement ends and another begins: a verb, and then a comma or "and"."""
+        """Whether a new statement begins between two positions: there is a verb, followed by a comma or "and"."""
         verb = next((place for place in self.verbs if start <= place < end), None)
         return verb is not None and any(verb < part < end for part in self.parts)
 
@@ -105,7 +106,7 @@ class Scoped:
 
 
 def _longest(cues: Sequence[Match]) -> list[Match]:
-    """Of cues that overlap, the longest; a phrase that stands before and behind is two cues of one place."""
+    """The longest of overlapping cues. A phrase that works in both directions gives two cues at the same position."""
     kept: list[Match] = []
     for cue in sorted(cues, key=lambda cue: cue.start - cue.end):
         places = {(other.start, other.end) for other in kept if cue.start < other.end and other.start < cue.end}

@@ -1,11 +1,11 @@
-"""The sections of a report that came as one text, by their headings."""
+"""Split a report in one text into sections, by its headings."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 
-# What stands before the first heading.
+# The name of the text before the first heading.
 REST = "text"
 # "## Findings", "**FINDINGS:**", "[Findings]", "1. Findings -", "FINDINGS" with a line of dashes below.
 MARKS = r"[#*_=\[\]<>\s]*"
@@ -15,10 +15,11 @@ RULE = re.compile(r"^[\s\-=_*~]{3,}$", re.MULTILINE)
 
 
 def split_sections(text: str, headings: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """The sections of ``text`` in their order; what has no heading is ``text``. Parts of one section are joined.
+    """The sections of ``text`` in order; text without a heading is the section ``text``. Parts of one section are
+    joined.
 
-    ``headings``: of each section the words that begin it, in any case. A heading stands at the beginning of a line and ends
-    in a colon, a dash or the line; in capitals and with a colon it may stand anywhere.
+    ``headings``: the headings of each section, in any case. A heading is at the beginning of a line and ends with a
+    colon, a dash or the end of the line; in capitals and with a colon it may be anywhere.
     """
     owners = {_key(word): name for name, words in headings.items() for word in words}
     if not owners:

@@ -1,4 +1,4 @@
-"""Terms: the phrases by which reports mention the labels of a set. Files of ``configs/terms``, one a label set."""
+"""Terms: the phrases by which reports mention labels. One file of ``configs/terms`` for each label set."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from ctclip.schema import Section, validated
 
 
 class LabelTerms(Section):
-    """Phrases of one label, as ``ctclip.report_reading.patterns`` describes them."""
+    """Phrases of one label, in the syntax of ``ctclip.report_reading.patterns``."""
 
     present: tuple[str, ...] = Field(
         min_length=1,
-        description="a mention: present, unless its sentence says otherwise; behind a ! stands what must not be in its clause",
+        description="phrases that mention the label: present, unless the sentence says otherwise; words after ! must not be in the clause",
     )
-    absent: tuple[str, ...] = Field((), description="says that it is absent: heart size .. normal")
-    ignore: tuple[str, ...] = Field((), description="a mention that overlaps one of these is of something else")
-    unless: tuple[str, ...] = Field((), description="a mention is of something else where one stands in its clause")
+    absent: tuple[str, ...] = Field((), description="phrases that state its absence, such as: heart size .. normal")
+    ignore: tuple[str, ...] = Field(
+        (), description="phrases that are not about the label; mentions that overlap one are ignored"
+    )
+    unless: tuple[str, ...] = Field(
+        (), description="phrases that rule the label out: mentions in the same clause are ignored"
+    )
 
 
 class Terms(Section):
@@ -38,9 +42,10 @@ class Terms(Section):
 
 
 def load_terms(labels: LabelSet, source: str | None = None) -> Terms:
-    """The terms of a label set: of ``source``, else the installed file of the set's name, else its names and aliases.
+    """The terms of a label set: those of ``source``, or else the installed file with the name of the set, or else its
+    names and aliases.
 
-    Raises ConfigError where a file names a label that the set does not have, or lacks one of its labels.
+    Raises ConfigError if a file names a label that the set does not have, or lacks one of its labels.
     """
     if source is None and labels.name not in installed_names("terms"):
         return names_as_terms(labels)
@@ -49,15 +54,15 @@ def load_terms(labels: LabelSet, source: str | None = None) -> Terms:
     for name in terms.labels:
         if name not in labels.names:
             raise ConfigError(
-                f"{path}: {name!r} is no label of {labels.name!r} (it has {', '.join(labels.names[:6])} ...)"
+                f"{path}: {name!r} is not a label of {labels.name!r} (it has {', '.join(labels.names[:6])} ...)"
             )
     if lacking := [name for name in labels.names if name not in terms.labels]:
-        raise ConfigError(f"{path}: has no terms for {lacking[0]!r}; add them, or name another file with --terms")
+        raise ConfigError(f"{path}: has no terms for {lacking[0]!r}; add them, or give another file with --terms")
     return terms
 
 
 def names_as_terms(labels: LabelSet) -> Terms:
-    """Names and aliases of the labels, each word in the singular or plural."""
+    """The names and aliases of labels, in the singular and the plural."""
     phrases = {
         label.name: LabelTerms(present=tuple({_phrase(word): None for word in (label.name, *label.aliases)}))
         for label in labels.labels

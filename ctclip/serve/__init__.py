@@ -1,1 +1,1 @@
-"""A service: scans in, findings out, over HTTP and on a page."""
+"""A service that finds abnormalities in scans, over HTTP and on a page."""

@@ -32,14 +32,14 @@ UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {
         "scan": {"type": "array", "items": {"type": "string", "format": "binary"},
                  "description": "A volume file, a zip, the files of a DICOM series, or a header with its data file."},
         "volume": {"type": "string", "description": "A volume of the service's store instead."},
-        "text": {"type": "string", "description": "/v1/detect: score these words instead of the model's own findings."},
-        "finding": {"type": "string", "description": "/v1/explain: the finding, or any words, to locate."},
-        "count": {"type": "integer", "description": "/v1/similar: how many scans and reports."},
+        "text": {"type": "string", "description": "/v1/detect: score this text instead of the model's findings."},
+        "finding": {"type": "string", "description": "/v1/explain: the finding, or any text, to locate."},
+        "count": {"type": "integer", "description": "/v1/similar: the number of scans and of reports."},
     }}}}}}  # fmt: skip
 
 
 def make_app(settings: Settings) -> FastAPI:
-    """The application of one service, for any ASGI server."""
+    """The ASGI application of a service."""
     service = Service(settings)
 
     @asynccontextmanager
@@ -75,11 +75,11 @@ async def _one_line(_: Request, error: Exception) -> Response:
 
 
 async def _too_long(_: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": "it took too long"}, 504)
+    return JSONResponse({"detail": "the request took too long"}, 504)
 
 
 async def _upload(request: Request, service: Service) -> tuple[Scan, dict[str, str]]:
-    """The scan of a multipart body, queued; and the other fields."""
+    """Queue the scan of a multipart body; return it with the other fields."""
     scan = service.new()
     try:
         fields = await receive(
@@ -104,27 +104,27 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_scans(app: FastAPI, service: Service) -> None:
-    """A scan that is sent once and asked of many times, as the page does."""
+    """Scans that are sent once and queried several times, as the page does."""
 
     @app.post("/v1/scans", status_code=202, openapi_extra=UPLOAD)
     async def send(request: Request) -> dict[str, Any]:
-        """Send a scan, or name a volume of the store; its stages are at `/v1/scans/{scan}/events`."""
+        """Send a scan, or name a volume of the store. Its progress is at `/v1/scans/{scan}/events`."""
         scan, _ = await _upload(request, service)
         return scan.facts()
 
     @app.get("/v1/scans/{name}")
     async def state(name: str) -> dict[str, Any]:
-        """The stage of a scan, and its findings once it is done."""
+        """The stage of a scan, and its findings when it is done."""
         return service.get(name).facts()
 
     @app.delete("/v1/scans/{name}", status_code=204)
     async def remove(name: str) -> None:
-        """Cancel it, and delete all of it."""
+        """Cancel the scan and delete it with all results."""
         service.remove(service.get(name))
 
     @app.get("/v1/scans/{name}/events")
     async def events(name: str) -> StreamingResponse:
-        """Server-sent events: a line a stage, the last with the findings or the reason."""
+        """Server-sent events: one per stage; the last has the findings, or the reason for a refusal."""
         scan = service.get(name)
 
         async def stages() -> AsyncIterator[str]:
@@ -142,7 +142,7 @@ def _add_scans(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/scans/{name}/view.nii.gz")
     async def view(name: str) -> FileResponse:
-        """The scan in HU, oriented, on its own grid (a stored one on the store's)."""
+        """The scan in HU, oriented, on its own grid (a stored volume on the grid of the store)."""
         scan = await service.wait(service.get(name))
         return FileResponse(scan.view, media_type="application/gzip", filename="scan.nii.gz")
 
@@ -163,23 +163,23 @@ def _add_scans(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/scans/{name}/text")
     async def text(name: str, text: Annotated[str, Body(embed=True, min_length=1, max_length=500)]) -> dict[str, Any]:
-        """The score of any words."""
+        """The score of any text."""
         answer: dict[str, Any] = await service.ask(service.get(name), "text", text=text)
         return answer
 
     @app.get("/v1/scans/{name}/explain")
     async def explain(name: str, finding: str, method: Method = "similarity") -> dict[str, Any]:
-        """Where a finding, or any words, are seen: peak and size in mm, side. The map is at `map.nii.gz` afterwards."""
+        """Where a finding, or any text, is seen: peak and size in mm, side. Afterwards the map is at `map.nii.gz`."""
         scan = service.get(name)
         answer: dict[str, Any] = await service.ask(scan, "explain", finding=finding[:500], method=method, map=str(scan.map_of(finding)))  # fmt: skip
         return answer
 
     @app.get("/v1/scans/{name}/map.nii.gz")
     async def heat(name: str, finding: str) -> FileResponse:
-        """The map that `explain` has made, on the grid of the scan's own file."""
+        """The map that `explain` computed, on the grid of the scan's own file."""
         path = service.get(name).map_of(finding)
         if not path.is_file():
-            raise Unknown("no map of this finding: ask /v1/scans/{scan}/explain for it first")
+            raise Unknown("there is no map of this finding; request /v1/scans/{scan}/explain first")
         return FileResponse(path, media_type="application/gzip", filename="map.nii.gz")
 
     @app.get("/v1/scans/{name}/similar")
@@ -190,7 +190,7 @@ def _add_scans(app: FastAPI, service: Service) -> None:
 
 
 def _add_one_call(app: FastAPI, service: Service) -> None:
-    """Send a scan, get the answer; nothing is kept."""
+    """Requests with a scan and one answer; nothing is kept."""
 
     async def answer(request: Request, task: str) -> dict[str, Any]:
         scan, fields = await _upload(request, service)
@@ -216,7 +216,7 @@ def _add_one_call(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/explain", openapi_extra=UPLOAD)
     async def explain(request: Request) -> dict[str, Any]:
-        """Where a finding (the field `finding`) is seen in one scan."""
+        """Where a finding (field `finding`) is seen in one scan."""
         return await answer(request, "explain")
 
     @app.post("/v1/embed", openapi_extra=UPLOAD)

@@ -1,4 +1,4 @@
-"""What a service says of a scan, as JSON."""
+"""The answers of a service, as JSON."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from ctclip.inference.model import Model
 from ctclip.inference.show import Detection
 
-NOTICE = "Research software, not a medical device: not for diagnosis."
+NOTICE = "Research software, not a medical device. Not for diagnosis."
 
 
 def of_detection(detection: Detection) -> dict[str, Any]:
-    """A detection as JSON: findings by their distance from their threshold, those without one after them."""
+    """A detection as JSON. Findings are ordered by the distance from their threshold; those without one come last."""
     return {
         "findings": [_finding(detection, name) for name in _by_distance(detection)],
         "calibrated": detection.calibrated,
@@ -24,7 +24,7 @@ def of_detection(detection: Detection) -> dict[str, Any]:
 
 
 def of_model(model: Model) -> dict[str, Any]:
-    """What a model is and what it learned from, without the path it lies at."""
+    """A model and what it learned from, without its path."""
     trained_on = model.folder.trained_on
     return {
         "model": model.folder.hash,
@@ -61,7 +61,7 @@ def _finding(detection: Detection, name: str) -> dict[str, Any]:
 
 
 def _distance(detection: Detection, name: str) -> float | None:
-    """How far a probability lies above its threshold, in log odds."""
+    """The distance of a probability above its threshold, in log odds."""
     threshold = detection.thresholds.get(name)
     return None if threshold is None else _log_odds(detection.probabilities[name]) - _log_odds(threshold)
 

@@ -1,4 +1,4 @@
-"""What every request must pass: who asks, from where, and how much is sent."""
+"""Checks of every request: host name, origin, token and size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ctclip.serve import metrics
 from ctclip.serve.settings import Settings
 
-# The page needs no other machine; NiiVue decompresses in workers that it makes of blobs.
+# The page uses no other machine. NiiVue decompresses in workers that it creates from blobs.
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; connect-src 'self' blob: data:; "
     "worker-src 'self' blob:; script-src 'self' 'wasm-unsafe-eval'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
@@ -23,13 +23,13 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-# Without the token: whether it lives, and the page, which asks for it.
+# Paths that need no token: the health check, and the page, which asks for the token.
 OPEN = ("/", "/healthz", "/favicon.ico")
 
 
 class Guards:
-    """Refuses, before anything of the body is read: other host names (DNS rebinding), pages of other origins, requests
-    without the token, bodies larger than the limit."""
+    """Refuses requests before their body is read: for other host names (DNS rebinding), from pages of other origins,
+    without the token, or with a body over the limit."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.settings = app, settings
@@ -54,14 +54,14 @@ class Guards:
             await _answer(send_with_headers, *refusal)
         else:
             await self.app(scope, receive, send_with_headers)
-        # The pattern of the route, never the path: it names a scan.
+        # Log the pattern of the route and not the path, which identifies a scan.
         route = scope.get("route")
         metrics.REQUESTS.labels(getattr(route, "path", "other"), str(status)).inc()
 
     def _refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
         host = headers.get("host", "")
         if _host_name(host) not in self.settings.hosts and "*" not in self.settings.hosts:
-            return 421, "this service does not answer to that host name; --host-name allows it"
+            return 421, "this host name is not allowed; start the service with --host-name to allow it"
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
             return 403, "requests from other pages are refused"
@@ -72,7 +72,7 @@ class Guards:
         if token and path not in OPEN and not path.startswith("/static/"):
             given = headers.get("authorization", "").removeprefix("Bearer ")
             if not secrets.compare_digest(given.encode(), token.encode()):
-                return 401, "this service asks for a token: Authorization: Bearer TOKEN"
+                return 401, "this service needs a token; send the header Authorization: Bearer TOKEN"
         return None
 
 

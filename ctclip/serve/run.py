@@ -1,4 +1,4 @@
-"""Starting a service on an address."""
+"""Start a service on an address."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from ctclip.serve.settings import Settings
 
 
 def run(settings: Settings, host: str, port: int, certificate: Path | None, key: Path | None) -> None:
-    """Serve until SIGINT or SIGTERM. Raises DataError where the address is taken, CtclipError for what is not there."""
-    # What can be known before the model is loaded is said at once.
+    """Serve until SIGINT or SIGTERM. Raises DataError if the address is in use, and CtclipError if the model, store or
+    index is missing."""
+    # Check what can be checked before the model is loaded.
     if settings.store is not None:
         VolumeStore(settings.store)
     if settings.index is not None:
@@ -50,8 +51,10 @@ def _socket(host: str, port: int) -> socket.socket:
         listening = socket.socket(family)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-        # From here on who connects waits instead of being turned away.
+        # From here on connections wait instead of being refused.
         listening.listen(2048)
     except OSError as error:
-        raise DataError(f"{host}:{port} cannot be listened on ({error.strerror}): give another --port") from error
+        raise DataError(
+            f"{host}:{port} cannot listen on this address ({error.strerror}); give another --port"
+        ) from error
     return listening

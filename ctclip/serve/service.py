@@ -1,4 +1,4 @@
-"""The scans that a service works on, and its one worker: queue, progress, cancelling, and a worker that dies."""
+"""The scans of a service and its worker process: queue, progress, cancellation, and restart of the worker."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from ctclip.serve import metrics
 from ctclip.serve.settings import Settings
 
 ENDED = ("done", "refused", "cancelled")
-# Longer than the oldest scans that may still be looked at.
+# Upper limit of the scans remembered; larger than the number of scans in use.
 KEPT = 64
 
 
 class Unavailable(CtclipError):
-    """The service cannot do it now; the same request may succeed later."""
+    """The service is not available now; the same request may succeed later."""
 
 
 class Refused(CtclipError):
@@ -43,7 +43,7 @@ class Unknown(CtclipError):
 
 @dataclass
 class Scan:
-    """One scan of a user. ``stage``: receiving, queued, reading, encoding, done, refused, cancelled."""
+    """One scan of a user. ``stage``: receiving, queued, reading, encoding, done, refused or cancelled."""
 
     id: str
     folder: Path
@@ -56,7 +56,7 @@ class Scan:
 
     @property
     def files(self) -> Path:
-        """Where the upload lies."""
+        """The folder of the upload."""
         return self.folder / "files"
 
     @property
@@ -65,22 +65,22 @@ class Scan:
         return self.folder / "view.nii.gz"
 
     def map_of(self, finding: str) -> Path:
-        """Where the map of a finding lies; the name says nothing of it."""
+        """The file of the map of a finding; its name does not reveal the finding."""
         return self.folder / f"map-{hashlib.sha256(finding.encode()).hexdigest()[:16]}.nii.gz"
 
     def facts(self) -> dict[str, Any]:
-        """What is told of it."""
+        """The scan as JSON."""
         return {"scan": self.id, "stage": self.stage} | ({"reason": self.reason} if self.reason else {}) | self.result
 
     def move(self, stage: str, reason: str = "") -> None:
-        """Into its next stage; whoever waits for it is woken."""
+        """Enter a stage and wake the requests that wait for it."""
         self.stage, self.reason = stage, reason
         self.changed.set()
         self.changed = asyncio.Event()
 
 
 class Client:
-    """The worker process, as the service sees it: requests are numbered, and each is answered or fails."""
+    """The service's side of the worker process. Requests are numbered; each is answered or fails."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -95,7 +95,7 @@ class Client:
         self.when_failed: Callable[[], None] = lambda: None
 
     def start(self) -> None:
-        """Begin to load the model; ``started`` is set when it is there, or cannot be loaded (``failed``)."""
+        """Start loading the model. ``started`` is set when it is loaded, or cannot be loaded (``failed``)."""
         from ctclip.serve.worker import main
 
         context = multiprocessing.get_context("spawn")
@@ -118,7 +118,7 @@ class Client:
 
     @contextlib.asynccontextmanager
     async def request(self, **request: Any) -> Any:
-        """Send a request; gives the queue of its messages. Waits while the model is loaded."""
+        """Send a request and return the queue of its messages. Waits until the model is loaded."""
         await self.started.wait()
         if self.failed or self.pipe is None:
             raise Unavailable(self.failed or "the service is stopping")
@@ -129,17 +129,17 @@ class Client:
             self.pipe.send({"request": number, **request})
             yield messages
         except OSError as error:
-            raise Unavailable("the model's process has ended and is started again: send the request again") from error
+            raise Unavailable("the model's process ended and is being restarted; send the request again") from error
         finally:
             del self.waiting[number]
 
     async def ask(self, **request: Any) -> Any:
-        """One request, one answer. Raises Refused with the reason, Unavailable where the worker died."""
+        """Send a request and return its answer. Raises Refused with the reason, or Unavailable if the worker died."""
         async with self.request(**request) as messages:
             return result_of(await messages.get())
 
     def tell(self, **request: Any) -> None:
-        """A request without an answer."""
+        """Send a request that has no answer."""
         if self.pipe is not None and self.started.is_set():
             with contextlib.suppress(OSError):
                 self.pipe.send({"request": 0, **request})
@@ -178,14 +178,14 @@ class Client:
 def result_of(message: dict[str, Any]) -> Any:
     """The result in a message of the worker. Raises Refused, or Unavailable."""
     if "died" in message:
-        raise Unavailable("the model's process has ended and is started again: send the request again")
+        raise Unavailable("the model's process ended and is being restarted; send the request again")
     if "refused" in message:
         raise Refused(message["refused"])
     return message["result"]
 
 
 class Service:
-    """``scans`` by id; what is uploaded lies in a folder of the service's own, which goes with it."""
+    """``scans``: by id. Uploads are in a temporary folder that is deleted with the service."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -195,12 +195,12 @@ class Service:
         self._open = contextlib.ExitStack()
 
     async def start(self) -> None:
-        """Make the folder, load the model in the background."""
+        """Create the folder and load the model in the background."""
         self.folder = self._open.enter_context(scratch_folder("ctclip-serve-"))
         self.client.start()
 
     async def stop(self) -> None:
-        """End the worker, remove every upload."""
+        """Stop the worker and delete all uploads."""
         for scan in self.scans.values():
             if scan.task is not None:
                 scan.task.cancel()
@@ -213,9 +213,9 @@ class Service:
         return sum(scan.stage not in ENDED for scan in self.scans.values())
 
     def new(self, volume: str | None = None) -> Scan:
-        """A place for a scan. Raises Unavailable if the queue is full."""
+        """Add a scan. Raises Unavailable if the queue is full."""
         if self.busy >= self.settings.queue:
-            raise Unavailable(f"{self.busy} scans are waiting already: try again later")
+            raise Unavailable(f"{self.busy} scans are already waiting; try again later")
         name = secrets.token_urlsafe(12)
         scan = Scan(name, self.folder / name, volume)
         scan.files.mkdir(parents=True, mode=0o700)
@@ -227,11 +227,11 @@ class Service:
     def get(self, name: str) -> Scan:
         """Raises Unknown."""
         if name not in self.scans:
-            raise Unknown("no such scan: it was removed, or the service has restarted; send it again")
+            raise Unknown("no such scan: it was removed, or the service was restarted; send it again")
         return self.scans[name]
 
     def remove(self, scan: Scan) -> None:
-        """Cancel what is going on, delete the upload and all that was made of it."""
+        """Cancel work in progress, and delete the upload and its results."""
         if scan.task is not None and not scan.task.done():
             scan.task.cancel()
         self.client.tell(task="forget", scan=scan.id)
@@ -241,12 +241,12 @@ class Service:
             scan.move("cancelled")
 
     def begin(self, scan: Scan) -> None:
-        """Read and encode it; see ``stage`` and ``changed``."""
+        """Read and encode a scan; ``stage`` and ``changed`` report its progress."""
         scan.move("queued")
         scan.task = asyncio.create_task(self._work(scan))
 
     async def wait(self, scan: Scan) -> Scan:
-        """Until it has ended. Raises Refused or Unavailable with the reason."""
+        """Wait until a scan has ended. Raises Refused or Unavailable with the reason."""
         while scan.stage not in ENDED:
             await scan.changed.wait()
         if scan.stage == "done":
@@ -254,7 +254,7 @@ class Service:
         raise (Unavailable if scan.result.get("again") else Refused)(scan.reason or "cancelled")
 
     async def ask(self, scan: Scan, task: str, **request: Any) -> Any:
-        """A question on an encoded scan."""
+        """Ask about an encoded scan."""
         await self.wait(scan)
         return await asyncio.wait_for(self.client.ask(task=task, scan=scan.id, **request), self.settings.seconds)
 

@@ -1,4 +1,4 @@
-"""What a service is started with."""
+"""The settings of a service."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Settings:
-    """``model``: a model folder; ``store``, ``index``: those of `ctclip preprocess` and `ctclip index`, if there are any.
+    """``model``: a model folder; ``store``, ``index``: those of `ctclip preprocess` and `ctclip index`, if there are
+    any.
 
-    ``largest_gb`` bounds an upload, and what it inflates to; ``queue`` how many scans wait or are worked on at once; ``keep``
-    how many encoded scans stay in memory for questions; ``seconds`` how long one scan may take; ``batch`` how many are
-    encoded together. ``token``: what requests must bear, if anything. ``hosts``: names under which the service answers.
+    ``largest_gb``: limit of an upload and of its decompressed size; ``queue``: maximum number of scans in progress;
+    ``keep``: number of encoded scans kept in memory for questions; ``seconds``: time limit for one scan; ``batch``:
+    maximum number of scans encoded together; ``token``: token that requests must send, or None; ``hosts``: host names
+    that are allowed.
     """
 
     model: str
@@ -34,5 +36,5 @@ class Settings:
 
     @property
     def largest_bytes(self) -> int:
-        """Of the body of a request."""
+        """The maximum size of a request body, in bytes."""
         return round(self.largest_gb * GB)

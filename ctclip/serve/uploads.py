@@ -1,4 +1,4 @@
-"""Multipart uploads, written to disk as they arrive: within a limit, under names that cannot leave their folder."""
+"""Multipart uploads, written to disk as they arrive, with a limit of size and with safe file names."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 class BadUpload(CtclipError):
-    """The body is no upload of files."""
+    """The body is not an upload of files."""
 
 
 class TooLarge(CtclipError):
-    """The body is larger than the service takes."""
+    """The body is over the limit."""
 
 
 async def receive(content_type: str, body: AsyncIterator[bytes], folder: Path, largest: int) -> dict[str, str]:
@@ -41,16 +41,16 @@ async def receive(content_type: str, body: AsyncIterator[bytes], folder: Path, l
             parser.write(chunk)
         parser.finalize()
         if not parts.ended:
-            raise BadUpload("the upload ended before its last part did: send it again")
+            raise BadUpload("the upload is incomplete; send it again")
     except ValueError as error:
-        raise BadUpload("the upload is damaged, or not multipart/form-data") from error
+        raise BadUpload("the upload is damaged, or not multipart/form-data; send it again") from error
     finally:
         parts.close()
     return parts.fields
 
 
 class _Parts:
-    """What the parser calls as it comes to headers and data."""
+    """Callbacks of the parser for headers and data."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -118,6 +118,6 @@ class _Parts:
 
 
 def safe_name(name: str) -> str:
-    """A file name of letters, digits and ``._-``, whatever path or script it was written in; its suffix stays."""
+    """A safe file name: letters, digits and ``._-`` only, without a path, with the suffix kept."""
     last = UNSAFE.sub("_", PurePosixPath(name.replace("\\", "/")).name).lstrip(".-")
     return last[-120:] or "scan"

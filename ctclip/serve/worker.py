@@ -1,7 +1,7 @@
-"""The process that holds the model: it reads scans, encodes those that are ready together, and answers questions on them.
+"""The process with the model: it reads scans, encodes them in batches, and answers questions about them.
 
-It talks to the service over a pipe in plain dictionaries; see ``Client`` in ``service.py`` for the other end. When the
-service goes, the pipe closes and the process ends.
+It exchanges plain dictionaries with the service over a pipe; ``Client`` in ``service.py`` is the other end. When the
+service ends, the pipe closes and the process ends too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ READERS = 2
 
 @dataclass
 class Scan:
-    """A scan in memory: what it was encoded to, and what it was prepared from."""
+    """A scan in memory: encoded, and prepared."""
 
     encoded: Encoded
     prepared: Prepared
@@ -49,14 +49,15 @@ class Scan:
 
 @dataclass
 class Ready:
-    """A scan that was read and waits to be encoded."""
+    """A scan that has been read and waits to be encoded."""
 
     request: Request
     prepared: Prepared
 
 
 class Worker:
-    """Reads in ``READERS`` threads, encodes in one, answers in one more, so that a question does not wait for a scan."""
+    """Reads in ``READERS`` threads, encodes in one thread and answers in another, so that questions do not wait for
+    scans."""
 
     def __init__(self, pipe: Connection, settings: Settings) -> None:
         self.pipe, self.settings = pipe, settings
@@ -73,7 +74,7 @@ class Worker:
         }  # fmt: skip
 
     def run(self) -> None:
-        """Until the pipe closes."""
+        """Run until the pipe closes."""
         threading.Thread(target=self._encode_for_ever, daemon=True).start()
         facts = of_model(self.model) | {"stored": self._stored(), "index": self.index is not None}
         self.send(0, ready=facts)
@@ -93,17 +94,17 @@ class Worker:
                     answering.submit(self._guarded, self._answer, request)
 
     def send(self, number: int, **message: Any) -> None:
-        """A message on the request of that number."""
+        """Send a message about a request."""
         with self.writing:
             self.pipe.send({"request": number, **message})
 
     def text(self, request: Request) -> dict[str, Any]:
-        """The score of words that the user typed."""
+        """The score of a text."""
         detection = self.model.detection(self._scan(request).encoded, self._head_for(request["text"]), "")
         return of_detection(detection)["findings"][0]  # type: ignore[no-any-return]
 
     def explain(self, request: Request) -> dict[str, Any]:
-        """Where a finding, or any words, are seen: the peak; the map is written for the viewer."""
+        """Locate a finding, or any text: returns its peak and writes its map for the viewer."""
         prepared, finding = self._scan(request).prepared, request["finding"]
         head = self.head if finding in self.head.names else self._head_for(finding)
         explanation = explain(
@@ -120,14 +121,14 @@ class Worker:
         }
 
     def _head_for(self, words: str) -> Head:
-        """One that scores ``words``, by the model's prompts."""
+        """A head that scores ``words`` by templates of the model's prompts."""
         known = self.model.head()
         if not isinstance(known, PromptHead):
-            raise CtclipError("this model has no prompts to ask with")
+            raise CtclipError("this model has no prompts, so it cannot score a text")
         return asking(self.model.folder, known.prompts, [words], known)
 
     def similar(self, request: Request) -> dict[str, Any]:
-        """Scans and reports of the index that are nearest."""
+        """The nearest scans and reports of the index."""
         if self.index is None:
             raise CtclipError("the service was started without an index: start it with --index")
         vector = self._embedding(request)
@@ -154,7 +155,7 @@ class Worker:
             return self.scans[request["scan"]]
         except KeyError:
             raise CtclipError(
-                f"the scan is no longer in memory (the service keeps {self.settings.keep}): send it again"
+                f"the scan is no longer in memory (the service keeps {self.settings.keep}); send it again"
             ) from None
 
     def _answer(self, request: Request) -> None:
@@ -222,13 +223,13 @@ class Worker:
     def _fail(self, request: Request, error: Exception) -> None:
         known = isinstance(error, CtclipError | PreprocessingError | OSError)
         line = " ".join(str(error).split()) if known else f"an unexpected fault ({type(error).__name__})"
-        # The folder that an upload lies in is nobody's business.
+        # Do not reveal the folder of the upload.
         line = line.replace(f"{request.get('folder', '')}/", "") if request.get("folder") else line
         self.send(request["request"], refused=line[:500])
 
 
 def alone(together: Encoded, number: int) -> Encoded:
-    """One volume of a batch."""
+    """One volume of an encoded batch."""
     part = slice(number, number + 1)
     return together._replace(
         tokens=together.tokens[part],
@@ -239,20 +240,21 @@ def alone(together: Encoded, number: int) -> Encoded:
 
 
 def stored(store: VolumeStore, name: str) -> Prepared:
-    """A volume of a store as if it had just been prepared, on the store's own grid: where it lay in its scan is not kept."""
+    """A stored volume as if it had just been prepared, on the grid of the store; its position in the scan is not
+    stored."""
     hu, spec = store.read(name), store.spec
     if spec.published_geometry:
         hu = hu.transpose(0, 2, 1)
     affine = np.diag([*spec.spacing, 1.0])
     volume = Volume(np.ascontiguousarray(hu), affine, name)
     prepared = Prepared(volume, spec, affine[:, [0, 2, 1, 3]] if spec.published_geometry else affine, FileGrid.of(hu.shape, affine, False))  # fmt: skip
-    # Not resampled a second time.
+    # Do not resample a second time.
     prepared.__dict__["voxels"] = store.voxels(name)
     return prepared
 
 
 def write_view(hu: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    """int16 HU [slice, row, column] with its affine to LPS+ mm, as NIfTI for a viewer: columns first, RAS+."""
+    """Write int16 HU [slice, row, column] with its affine to LPS mm as NIfTI for a viewer: columns first, RAS."""
     import nibabel as nib
 
     ras = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
@@ -264,17 +266,18 @@ def write_view(hu: np.ndarray, affine: np.ndarray, path: Path) -> None:
 
 
 def write_map(path: Path, values: np.ndarray, grid: FileGrid, finding: str) -> None:
-    """A map on the file's grid as 255 steps from 0 to its highest value."""
+    """Write a map on the file's grid as 8-bit steps from 0 to its highest value."""
     top = float(values.max()) or 1.0
     steps = np.rint(np.clip(values, 0, None) * (255 / top)).astype(np.uint8)
     write_nifti(path, steps, grid, {"finding": finding}, slope=top / 255)
 
 
 def main(pipe: Connection, settings: Settings) -> None:
-    """The process: load, say so, serve. A model that cannot be loaded is one line to the service."""
+    """The process: load the model, report that to the service, and serve. If loading fails, send one line to the
+    service."""
     import signal
 
-    # Ctrl-C reaches the whole group; the service ends this process by closing the pipe.
+    # Ctrl-C reaches the whole process group; the service ends this process by closing the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         if settings.index:

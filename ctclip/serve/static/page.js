@@ -1,10 +1,10 @@
-// The page: send a scan, follow it, show what was said of it.
+// The page: send a scan, follow its progress, show its findings.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
 let scan = null;      // id of the scan on the page
 let sending = null;   // the request that sends one
-let started = null;   // the viewer, once it is wanted
+let started = null;   // the viewer, created on first use
 
 async function call(path, options = {}) {
   const token = sessionStorage.getItem("token");
@@ -45,14 +45,14 @@ async function describeModel() {
   const on = facts.trained_on;
   const parts = [on.cohort, on.volumes && `${on.volumes} volumes`, on.patients && `${on.patients} patients`, on.supervision && `supervision: ${on.supervision}`];
   const sentences = facts.caveats.map((caveat) => `${caveat[0].toUpperCase()}${caveat.slice(1)}.`);
-  $("learned").textContent = [`The model learned from ${parts.filter(Boolean).join(", ") || "data it does not name"}.`, ...sentences].join(" ");
+  $("learned").textContent = [`The model learned from ${parts.filter(Boolean).join(", ") || "data that it does not state"}.`, ...sentences].join(" ");
   $("notice").textContent = [facts.notice, ...sentences].join(" ");
   $("neighbours").dataset.there = facts.index ? "yes" : "";
   $("stored").hidden = !facts.stored.length;
   $("volumes").replaceChildren(...facts.stored.slice(0, 5000).map((name) => element("option", undefined, { value: name })));
 }
 
-// Progress of an upload is what fetch cannot tell.
+// fetch cannot report the progress of an upload.
 function send(form) {
   return new Promise((done, failed) => {
     const request = sending = new XMLHttpRequest();
@@ -64,7 +64,7 @@ function send(form) {
       const answer = JSON.parse(request.responseText || "{}");
       if (request.status === 202) done(answer); else failed(new Error(answer.detail || `the service answered ${request.status}`));
     };
-    request.onerror = () => failed(new Error("the service did not take the upload: it may be too large, or the service has ended"));
+    request.onerror = () => failed(new Error("the upload failed: it may be too large, or the service has stopped"));
     request.onabort = () => failed(new Error("cancelled"));
     request.send(form);
   });
@@ -75,7 +75,7 @@ async function follow(id) {
   let text = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) throw new Error("the service has ended");
+    if (done) throw new Error("the service has stopped");
     text += value;
     const lines = text.split("\n\n");
     text = lines.pop();
@@ -83,7 +83,7 @@ async function follow(id) {
       const facts = JSON.parse(line.slice(6));
       if (facts.stage === "done") return facts;
       if (facts.reason || facts.stage === "cancelled") throw new Error(facts.reason || "cancelled");
-      say({ queued: "waiting for a free place", reading: "reading and checking the scan", encoding: "encoding" }[facts.stage] || facts.stage);
+      say({ queued: "waiting for other scans", reading: "reading and checking the scan", encoding: "encoding" }[facts.stage] || facts.stage);
     }
   }
 }
@@ -114,13 +114,13 @@ function show(facts) {
   $("results").hidden = false;
   $("warnings").replaceChildren(...facts.warnings.map((text) => element("li", text)));
   $("calibrated").textContent = facts.findings.some((finding) => finding.threshold !== null)
-    ? "By distance from the decision threshold (the mark on the scale); bold: at or above it."
+    ? "Ordered by the distance from the decision threshold (the mark on the scale); bold: at or above it."
     : "Not calibrated: probabilities of different findings cannot be compared, and there are no thresholds.";
   const rows = [];
   facts.findings.forEach((finding, number) => {
     if (number && finding.threshold === null && facts.findings[number - 1].threshold !== null) {
       const apart = element("tr", undefined, { class: "apart" });
-      apart.append(element("td", "not calibrated, not to be compared with those above", { colspan: 3 }));
+      apart.append(element("td", "not calibrated: do not compare with the findings above", { colspan: 3 }));
       rows.push(apart);
     }
     rows.push(row(finding));
@@ -174,7 +174,7 @@ async function where(name, button) {
     await viewer.overlay(map, facts.level, facts.height);
     viewer.to(facts.peak_mm_ras);
     const across = [facts.size_mm_right_left, facts.size_mm_front_back, facts.size_mm_foot_head].map((mm) => mm.toFixed(0)).join(" × ");
-    $("mapped").textContent = `${facts.finding}: ${facts.side ? `${facts.side}, ` : ""}region of ${across} mm about the peak. A map shows what moved the score, which need not be the finding.`;
+    $("mapped").textContent = `${facts.finding}: ${facts.side ? `${facts.side}, ` : ""}region of ${across} mm around the peak. A map shows what influenced the score, which need not be the finding.`;
     $("clear").hidden = false;
     $("canvas").focus();
   } catch (error) { refuse(error); } finally { button.disabled = false; }

@@ -29,7 +29,7 @@ def test_probe_and_coop_as_commands(clinic: Clinic, tmp_path: Path, capsys: pyte
     assert table["patients"].tolist()[1:] == [14, 28]
     assert (table["lower"] <= table["mean_auroc"]).tolist() == [True, True, False]
     assert command("adapt", "--method", "coop", *given, "--shots", 2, "-o", tmp_path / "c", "steps=2") == 0
-    assert "nearest words to what was learned" in capsys.readouterr().out
+    assert "words nearest to the learned vectors" in capsys.readouterr().out
     assert [one.name for one in list_heads(clinic.model)] == ["coop", "probe", "prompts"]
     assert command("zero-shot", *given, "--head", "coop", "--split", "valid", "-o", tmp_path / "z") == 0
     assert (
@@ -55,7 +55,7 @@ def test_probe_and_coop_as_commands(clinic: Clinic, tmp_path: Path, capsys: pyte
         (("probe", "--percent", "0"), "above 0 and up to 100"),
         (("adapt", "--method", "coop", "step=3"), "step"),
         (("adapt", "--method", "coop", "contexts=unified"), "begins with one prompt for all labels"),
-        (("adapt", "--method", "full", "--shots", "3"), "reads no label"),
+        (("adapt", "--method", "full", "--shots", "3"), "reads no labels"),
     ],
 )  # fmt: skip
 def test_bad_options_are_one_line(

@@ -166,14 +166,14 @@ def bad_inputs(clinic: Clinic, folder: Path) -> dict[str, tuple[Options, list[Se
     return {
         "third value": (Options(third), ALL, r"third\.csv: column 'Gallstones' holds values other than 0 and 1: '2' \(line 12\)"),
         "in no store": (Options(strangers), ALL, r"strangers\.csv: none of its 9 volumes is in the store"),
-        "one class": (Options(one_class), ALL, r"one\.csv: the training patients have one class only of every label"),
+        "one class": (Options(one_class), ALL, r"one\.csv: every label has only one class among the training patients"),
         "no label": (Options(nothing), ALL, r"nothing\.csv: has no label column"),
-        "too many shots": (Options(), [Setting("shots", 15)], r"15 shots of 'Nodule' were asked for: there are 14 positive"),
-        "one class in a draw": (Options(), [Setting("fraction", 1)], r"1 % of the patients are 1 of 28, which have one class only"),
+        "too many shots": (Options(), [Setting("shots", 15)], r"'Nodule' has 14 positive training patients, fewer than the 15 shots asked for"),
+        "one class in a draw": (Options(), [Setting("fraction", 1)], r"1 % of the patients \(1 of 28\) have only one class"),
         "a split that is not there": (Options(splits=Splits("train", "tset")), ALL, r"no stored volume of split 'tset'"),
         "the same patients twice": (Options(splits=Splits("train", "train")), ALL, r"28 patients, the first 'p00', are in the training"),
         "a head of the model's own": (Options(head="prompts"), ALL, r"has a head 'prompts' of its own"),
-        "a name that is a path": (Options(head="../x"), ALL, r"'\.\./x' cannot name a head"),
+        "a name that is a path": (Options(head="../x"), ALL, r"'\.\./x' is not a valid name for a head"),
     }  # fmt: skip
 
 
@@ -210,6 +210,6 @@ def test_all_labels_of_one_class_in_a_split_are_left_out(
     table.to_parquet(store / "cohort.parquet")
     result = run_probe(load_model(clinic.model), store, tmp_path / "probe", ALL, Options())
     assert result.labels["label"].tolist() == ["Nodule"]
-    assert "left out, the training patients have one class only: Effusion" in capsys.readouterr().out
+    assert "because the training patients have only one class of them: Effusion" in capsys.readouterr().out
     with pytest.raises(DataError):
         run_probe(load_model(clinic.model), store, tmp_path / "probe", ALL, Options(splits=Splits("valid", "nothing")))

@@ -102,9 +102,9 @@ def test_shots_are_patients_counted_once() -> None:
 
 def test_what_cannot_be_drawn_is_refused_in_one_line() -> None:
     labels, patients = np.array([[1.0], [0], [0], [0]]), np.array(["a", "b", "c", "d"])
-    with pytest.raises(DataError, match=r"25 % of the patients are 1 of 4, which have one class only of 'x'"):
+    with pytest.raises(DataError, match=r"25 % of the patients \(1 of 4\) have only one class of 'x'"):
         fraction_draw(labels, patients, 25, ["x"], 0)
-    with pytest.raises(DataError, match=r"2 shots of 'x' were asked for: there are 1 positive training patients"):
+    with pytest.raises(DataError, match=r"'x' has 1 positive training patients, fewer than the 2 shots"):
         shot_draw(labels, patients, 2, ["x"], 0)
     for fractions, shots in (("0", ""), ("101", ""), ("a", ""), ("", "0"), ("", "1.5")):
         with pytest.raises(DataError):

@@ -89,7 +89,7 @@ def test_every_method_on_every_encoder(name: str, by: str, tmp_path: Path) -> No
     """A map of each finding in the order asked, finite and not all alike; or one clear line where a method cannot."""
     given = subject(name, tmp_path)
     if by == "attention" and name in ("resnet3d", "slices"):
-        with pytest.raises(ExplanationError, match="shows no attention: use --method"):
+        with pytest.raises(ExplanationError, match="has no attention layers: use --method"):
             method(by).maps(given)
         return
     maps = method(by).maps(given)
@@ -115,7 +115,7 @@ def test_a_head_without_a_gradient_is_told_to_occlude() -> None:
             return super().score(encoded).detach()
 
     volume = torch.rand(1, 1, *SPEC.shape) * 2 - 1
-    with pytest.raises(ExplanationError, match="gives no gradient: use --method occlusion"):
+    with pytest.raises(ExplanationError, match="is not differentiable: use --method occlusion"):
         method("similarity").maps(Subject(model, Closed(model), [0], volume))
     assert method("occlusion").maps(Subject(model, Closed(model), [0], volume, budget=50)).values.any()
     assert head.names == ("Lesion", "Dark")

@@ -140,7 +140,7 @@ def test_a_head_of_the_same_name_is_replaced_and_others_stay(tmp_path: Path, mod
     assert again.calibration is None, "a calibration of the head before is not the new one's"
     assert {path.name for path in (tmp_path / "heads").iterdir()} == {"linear", "prompts"}
     for name in ("", ".hidden", "../prompts", "a b"):
-        with pytest.raises(CheckpointError, match="cannot name a head"):
+        with pytest.raises(CheckpointError, match="is not a valid name for a head"):
             save_head(tmp_path, name, heads["linear"])
 
 
@@ -169,7 +169,7 @@ def test_a_damaged_head_is_named(tmp_path: Path, model: DualEncoder) -> None:
     with pytest.raises(ConfigError, match="code of the model's author; if you trust it, import evil_plugin first"):
         load_head(tmp_path, "linear", model)
     (folder / "head.yaml").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"head\.yaml: names no kind of head"):
+    with pytest.raises(CheckpointError, match=r"head\.yaml: has no .kind."):
         list_heads(tmp_path)
 
 

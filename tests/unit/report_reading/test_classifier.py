@@ -143,5 +143,5 @@ def test_what_is_no_classifier_of_these_labels_is_refused_in_one_line(tmp_path: 
             ClassifierReader.build(LABELS, Options(model=folder))
         assert "\n" not in str(refused.value)
     (tmp_path / "names" / "config.json").write_text(json.dumps([1]))
-    with pytest.raises(CheckpointError, match="holds no settings"):
+    with pytest.raises(CheckpointError, match="not a JSON object"):
         ClassifierReader.build(LABELS, Options(model=tmp_path / "names"))

@@ -155,7 +155,7 @@ def test_folders_that_cannot_read_are_refused_in_one_line(tmp_path: Path) -> Non
         (None, ConfigError, "needs --reader-model"),
         (tmp_path, CheckpointError, "no config.json"),
         (causal_model(tmp_path / "plain", template=None), CheckpointError, "has no chat template"),
-        (causal_model(tmp_path / "short", context=128), CheckpointError, "its context of 128 tokens has no room"),
+        (causal_model(tmp_path / "short", context=128), CheckpointError, "its context of 128 tokens leaves no room"),
     ]
     for folder, error, message in cases:
         with pytest.raises(error, match=message) as refused:

@@ -145,7 +145,10 @@ def test_a_report_of_another_language_is_said_and_not_guessed(
         {"volume": "other", "text": FOREIGN[name]},
     ]
     assert run(table(tmp_path / "r.csv", rows), "--label-set", "ct_rate_18", "-o", tmp_path / "out.csv") == 3
-    assert "note: report 'other' is not in english by its words: its labels are left empty" in capsys.readouterr().out
+    assert (
+        "note: report 'other' is not in english, judging by its words: its labels are left empty"
+        in capsys.readouterr().out
+    )
     labels = pd.read_csv(tmp_path / "out.csv").set_index("volume")[list(FINDINGS)]
     assert labels.loc["other"].isna().all()
     assert labels.loc["english", "Lung nodule"] == 1
@@ -196,7 +199,7 @@ def test_a_language_without_scopes_and_terms_of_other_labels_are_refused(tmp_pat
     with pytest.raises(CtclipError, match="the language 'short' has no scopes"):
         RulesReader.build(LABELS, Options(language=str(tmp_path / "short.yaml")))
     (tmp_path / "terms.yaml").write_text("name: t\nlabels: {Nodule: {present: [nodule]}}\n")
-    with pytest.raises(CtclipError, match=r"terms\.yaml: 'Nodule' is no label of 'ct_rate_18'"):
+    with pytest.raises(CtclipError, match=r"terms\.yaml: 'Nodule' is not a label of 'ct_rate_18'"):
         load_terms(LABELS, str(tmp_path / "terms.yaml"))
     one = load_labels({"name": "one", "labels": ["Nodule", "Cyst"]})
     with pytest.raises(CtclipError, match=r"terms\.yaml: has no terms for 'Cyst'"):
