@@ -1,8 +1,9 @@
-"""What labels are worth, by method: ``python -m tests.benchmarks.adapt --demo runs/demo --output runs/adapt``.
+"""The value of labels, by method: ``python -m tests.benchmarks.adapt --demo runs/demo --output runs/adapt``.
 
-All methods begin with the demo's model and are scored on its held-out patients (split valid), three draws of patients each.
-Started again, it goes on where it was: what OUTPUT/figures.json holds is not measured again. ``--methods`` chooses (probe and coop
-take minutes, the others train); ``--draws`` and ``--settings`` make it shorter. Retrieval is measured on the same embeddings.
+All methods start from the demo's model and are tested on its held-out patients (split valid), with three draws of
+patients each. If started again, it resumes: figures in OUTPUT/figures.json are not measured again. ``--methods``
+chooses methods (probe and coop take minutes, the others train); ``--draws`` and ``--settings`` shorten it. Retrieval is
+measured on the same embeddings.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(("probe", "coop", *TRAINED)))
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--train-split", default="train", help="calibration: what the demo has embedded already")
+    parser.add_argument(
+        "--train-split", default="train", help="calibration: the split that the demo has already embedded"
+    )
     chosen = parser.parse_args()
     model = chosen.output / "model"
     if not model.is_dir():
@@ -79,7 +82,7 @@ def main() -> None:
 def load(
     loaded: ModelFolder, demo: Path, split: str, cache: Path, *, held_out_only: bool = False
 ) -> tuple[Examples, Examples]:
-    """Training and held-out volumes with their embeddings (the held-out ones twice, where these alone are wanted)."""
+    """Training and held-out volumes with embeddings (the held-out ones twice, if only these are needed)."""
     opened = VolumeStore(demo / "store")
     parts = read_labelled(opened, Splits(split, "valid"), None, loaded.labels.names)
     chosen = parts[1:] * 2 if held_out_only else parts
@@ -88,7 +91,7 @@ def load(
 
 
 def of_demo(loaded: ModelFolder, demo: Path, volumes: Labelled) -> Examples | None:
-    """The embeddings that the demo's own detections left behind, where they are of this model and of these volumes."""
+    """The embeddings saved by the demo, if they are of this model and these volumes."""
     for folder in (demo / "predictions", demo / "calibration"):
         if not (folder / "embeddings.parquet").is_file():
             continue
@@ -102,7 +105,7 @@ def of_demo(loaded: ModelFolder, demo: Path, volumes: Labelled) -> Examples | No
 
 
 class Book:
-    """What was measured, kept as it comes."""
+    """Figures, saved as they are measured."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -132,7 +135,7 @@ def measure(
     setting: Setting,
     draw: int,
 ) -> Figures:
-    """Fit or train one method to one draw and score it; seconds are of the processor where it is fitted here."""
+    """Fit or train one method on one draw and test it; seconds are processor time for methods fitted in this process."""
     train, test = examples
     if method in ("probe", "coop"):
         began, seen = time.process_time(), setting.draw(train, draw)
@@ -158,7 +161,7 @@ def measure(
     seconds = time.monotonic() - began
     adapted = load_model(folder / "model")
     if method == "classfine":
-        # Its linear layer is not kept: a probe of the same draw is what reads the adapted embeddings.
+        # Its linear layer is not saved; a probe of the same draw reads the adapted embeddings.
         train, test = load(adapted, demo, "train", output / CACHE)
         probe = fit_probe(train.vectors, setting.draw(train, draw), train.patients, seed=draw)
         return figures_of(aurocs(test, probe.scores(test.vectors)), test.names, seconds)
@@ -169,7 +172,7 @@ def measure(
 
 
 def coop(loaded: ModelFolder, train: Examples, test: Examples, seen: np.ndarray) -> np.ndarray:
-    """Scores (n, L) of prompts that were learned from ``seen`` by the recipe of `ctclip adapt --method coop`."""
+    """Scores (n, L) of prompts learned from ``seen`` by the recipe of `ctclip adapt --method coop`."""
     config, prompts = load_section(CoopConfig, find_config("coop", "adapt")), own_prompts(loaded)
     contexts = initial_contexts(loaded.model, train.names, prompts, config)
     learned = fit_contexts(loaded.model, contexts, train.vectors, seen, config, prompts.ensemble)
@@ -177,7 +180,7 @@ def coop(loaded: ModelFolder, train: Examples, test: Examples, seen: np.ndarray)
 
 
 def parameters(folder: Path) -> Figures:
-    """Shares of a model's parameters that are low-rank adapters."""
+    """The share of a model's parameters that are in low-rank adapters."""
     model = load_model(folder).model
     sizes = {name: value.numel() for name, value in model.named_parameters()}
     return {"adapters": sum(size for name, size in sizes.items() if "lora_" in name) / sum(sizes.values())}
@@ -188,7 +191,7 @@ def ctclip(*arguments: object) -> None:
 
 
 def retrieval(loaded: ModelFolder, test: Any) -> Figures:
-    """Image to image by shared labels, and with one finding more, over held-out scans."""
+    """Image retrieval by shared labels, and retrieval with one finding added, on held-out scans."""
     scans = test.table["scan"].to_numpy(dtype=str)
     alike = precision_by_labels(test.vectors, test.vectors, test.labels, test.labels, scans, scans)
     head = usable_head(loaded, PROMPTS)
@@ -219,7 +222,7 @@ def by_method(figures: Figures, chosen: argparse.Namespace) -> str:
 
 
 def by_label(figures: Figures, chosen: argparse.Namespace) -> str:
-    """AUROC of each label where all labels are seen, and of the probe with 1 %."""
+    """AUROC of each label with all training labels, and of the probe with 1 %."""
     columns = [
         name
         for name in ("probe | 1% |", *(f"{m} | 100% |" for m in chosen.methods.split(",")))

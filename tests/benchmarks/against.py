@@ -1,8 +1,8 @@
 """Preprocessing against an earlier checkout: ``python -m tests.benchmarks.against /tmp/before --rounds 9``.
 
-One process of each checkout stays open and both are asked in turn, so that other work of the machine meets both alike.
-Reported are medians of processor seconds, their ratio, the middle half of the ratios of the rounds, and the least of each,
-to which other work of the machine adds nothing. The earlier checkout: ``git archive COMMIT | tar x -C /tmp/before``.
+One process of each checkout runs throughout, and the two take turns, so that other work on the machine affects both
+equally. It reports the median processor seconds, their ratio, the interquartile range of the ratios, and the least seconds
+of each, to which other work adds nothing. To get the earlier checkout: ``git archive COMMIT | tar x -C /tmp/before``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.benchmarks.preprocessing import write_scan
 from tests.unit.preprocessing import dicom_builder
 
 CASES = ("one scan, .nii.gz", "one DICOM series", "one training sample, ct_clip")
-# Runs in either checkout, whose top-level package was called ``preprocessing`` before it became a part of ctclip.
+# Runs in both checkouts; ``preprocessing`` was a top-level package before it became part of ctclip.
 ASKED = """
 import os, sys, time
 from pathlib import Path
@@ -71,7 +71,7 @@ def write_series(folder: Path, scan: Path) -> None:
 
 
 def asked(process: subprocess.Popen[str], case: int, times: int) -> float:
-    """Processor seconds of a case, the mean of ``times`` of it."""
+    """Mean processor seconds of a case over ``times`` repetitions."""
     assert process.stdin is not None
     assert process.stdout is not None
     print(case, times, file=process.stdin, flush=True)
@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("before", type=Path, help="folder of the earlier checkout")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--work", type=Path, help="folder that keeps the inputs for another run")
+    parser.add_argument("--work", type=Path, help="folder in which to keep the inputs for another run")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.work or Path(temporary)

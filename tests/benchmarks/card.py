@@ -1,4 +1,5 @@
-"""On a GPU: training steps of the recipes beside their plan, and the encoders at full size: ``python -m tests.benchmarks.card``."""
+"""Training steps of the recipes against their plan, and encoders at full size, on a GPU: ``python -m
+tests.benchmarks.card``."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from tests.benchmarks.vit3d import EQUAL, PUBLISHED, SPEC, products
 
 HERE = "tests.benchmarks.card"
 CT_RATE_SCANS = 24_128  # of its training split
-# What one card has of each configuration in `configs/`: for 8 cards its share of the batch.
+# The share of the batch of one card, for each configuration in `configs/`: an eighth for recipes of 8 cards.
 ON_A_CARD = {
     "phantom_tiny": (),
     "ct_rate_resnet18_labels": (),
@@ -28,7 +29,7 @@ ON_A_CARD = {
 
 
 def on_a_card(name: str, overrides: list[str], steps: int) -> dict[str, float]:
-    """What `ctclip train --plan` says of one card, and the memory and time that steps on random volumes took there."""
+    """The estimate of `ctclip train --plan` for one card, and the measured memory and time of steps on random volumes."""
     from ctclip.config_files import load_config
     from ctclip.data.batch import Batch
     from ctclip.labels import load_labels
@@ -45,8 +46,8 @@ def on_a_card(name: str, overrides: list[str], steps: int) -> dict[str, float]:
     plan, batch = make_plan(config, 1), config.training.batch
     spec = PreprocessingSpec.load(config.preprocessing)
     words = [f"word{number}" for number in range(config.model.text.vocabulary)]
-    # 20 sentences of 12 words: with their full stops the 256 tokens that the plan counts on, and more than it where a
-    # sentence is read at a time.
+    # 20 sentences of 12 words: with full stops, the 256 tokens that the plan assumes, or more if sentences are read one
+    # by one.
     drawn = torch.randint(len(words), (batch * config.data.views_per_volume, 20, 12), generator=random).tolist()
     texts = [" ".join(" ".join(words[word] for word in line) + "." for line in text) for text in drawn]
     with distributed.process_group() as device:
@@ -71,7 +72,7 @@ def on_a_card(name: str, overrides: list[str], steps: int) -> dict[str, float]:
         )  # fmt: skip
 
         def step() -> None:
-            # Reading the loss back waits for the card.
+            # Reading the loss waits for the card.
             engine.step(data, 0, 100)
             engine.read()
 
@@ -89,7 +90,7 @@ def on_a_card(name: str, overrides: list[str], steps: int) -> dict[str, float]:
 
 
 def training_table(steps: int) -> str:
-    """Of the configurations on this machine's card; the operations are those the plan counts, without what is computed twice."""
+    """Steps of the configurations on this card. Operations are those that the plan counts, without recomputation."""
     rows = []
     for name, overrides in ON_A_CARD.items():
         try:
@@ -106,7 +107,7 @@ def training_table(steps: int) -> str:
 
 
 def encoders_table() -> str:
-    """bfloat16 with fused attention: tokens a second, share of the card's measured rate, largest batch."""
+    """bfloat16 with fused attention: tokens per second, fraction of the card's measured rate, largest batch."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     rate = 20 * 2 * 8192**3 / _cuda_seconds(lambda: [a @ a for _ in range(20)])
     rows, costs = [], {}
@@ -137,7 +138,7 @@ def encoders_table() -> str:
 
 
 def depthwise_table() -> str:
-    """ctvit's depthwise convolution in bfloat16: PyTorch's 3-D kernel, and the planes that take its place on a GPU."""
+    """ctvit's depthwise convolution in bfloat16: PyTorch's 3-D kernel, and the 2-D convolutions used instead on a GPU."""
     cells = torch.randn(4, 24, 24, 24, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     slope = torch.randn_like(cells)
     convolution = nn.Conv3d(512, 512, 3, groups=512, device="cuda", dtype=torch.bfloat16)
@@ -151,7 +152,7 @@ def depthwise_table() -> str:
 
 
 def costliest(action: Any, shown: int = 6) -> str:
-    """The operations that a card spends most of its time on, and their shares of it."""
+    """The operations that take most of the card's time, with their shares."""
     from torch.profiler import ProfilerActivity, profile
 
     action()
@@ -169,7 +170,7 @@ def _volume(batch: int) -> Tensor:
 
 
 def _step(encoder: nn.Module, volume: Tensor) -> int:
-    """Forward and backward in bfloat16; how many tokens."""
+    """Forward and backward pass in bfloat16; returns the number of tokens."""
     encoder.zero_grad()
     with torch.autocast("cuda", torch.bfloat16):
         found = encoder(volume)
@@ -200,7 +201,7 @@ def _cuda_seconds(action: Any, times: int = 3) -> float:
 
 def main() -> None:
     if not torch.cuda.is_available():
-        print("No GPU here: nothing measured on one.")
+        print("There is no GPU: nothing was measured.")
         return
     print(f"{machine()}\n\n{training_table(8)}\n{encoders_table()}\n{depthwise_table()}", flush=True)
 

@@ -1,4 +1,4 @@
-"""What benchmarks share: the machine's name, tables, and figures measured in a process of their own."""
+"""Shared by benchmarks: a description of the machine, tables, and measurements in a separate process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> str:
 
 
 def best_of(action: Callable[[], object], times: int = 3) -> float:
-    """Seconds of the fastest of a few runs: noise on a shared machine only ever adds."""
+    """Seconds of the fastest of several runs; noise on a shared machine only adds time."""
     seconds = []
     for _ in range(times):
         began = time.perf_counter()
@@ -47,8 +47,8 @@ def best_of(action: Callable[[], object], times: int = 3) -> float:
 
 
 def processor_seconds(action: Callable[[], object], times: int = 3) -> float:
-    """Processor time of the fastest of a few runs: on one thread what a run takes on an idle machine, and what others
-    do on a shared one hardly touches it. On several threads (of ``apart``) it is divided among them."""
+    """Processor time of the fastest of several runs. On one thread this is the time on an idle machine, and other
+    processes hardly affect it. With several threads (see ``apart``) it is divided by their number."""
     threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     seconds = []
     for _ in range(times):
@@ -59,14 +59,14 @@ def processor_seconds(action: Callable[[], object], times: int = 3) -> float:
 
 
 def peak_gb() -> float:
-    """The most memory this process has held (its parent's, which getrusage counts too, left out)."""
+    """Peak memory of this process, without that of its parent, which getrusage includes."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
 
 def apart(module: str, function: str, *arguments: Any, threads: int | None = None, card: bool = False) -> Any:
-    """``function`` of ``module`` in a fresh process, so that its peak memory is its own; what it returned. It sees a GPU
-    if it asks for the ``card``."""
+    """Run ``function`` of ``module`` in a new process, so that its peak memory is its own, and return its result. A GPU
+    is visible only with ``card``."""
     script = f"import json, sys; from {module} import {function}; print('\\n' + json.dumps({function}(*json.loads(sys.argv[1]))))"
     environment = {**os.environ}
     if not card:
@@ -74,6 +74,6 @@ def apart(module: str, function: str, *arguments: Any, threads: int | None = Non
     if threads is not None:
         environment |= {name: str(threads) for name in ONE_THREAD}
     done = subprocess.run([sys.executable, "-c", script, json.dumps(arguments)], env=environment, capture_output=True, text=True, check=False)  # fmt: skip
-    if done.returncode:  # negative: by a signal (-9 is the kernel's, where memory ran out), with nothing on stderr
+    if done.returncode:  # Negative: ended by a signal (-9: the kernel, out of memory), with nothing on stderr.
         raise RuntimeError(f"{module}.{function} ended with {done.returncode}: {done.stderr[-3000:] or 'no message'}")
     return json.loads(done.stdout.strip().splitlines()[-1])

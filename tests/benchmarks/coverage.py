@@ -1,4 +1,4 @@
-"""How often intervals hold the true value, and how often paired tests raise a false alarm, by simulation:
+"""Coverage of confidence intervals and false positive rate of paired tests, by simulation:
 ``python -m tests.benchmarks.coverage``.
 
 Patients have 1 to 4 volumes whose scores correlate at 0.9; 150 patients without the finding.
@@ -38,7 +38,8 @@ def clustered(random: np.random.Generator, patient: np.ndarray) -> np.ndarray:
 def scored(
     random: np.random.Generator, noise: np.ndarray, labels: np.ndarray, patient: np.ndarray, area: float, shape: str
 ) -> np.ndarray:
-    """Scores of a given AUROC: two normals; positives twice as wide; or a share of the positive patients at chance."""
+    """Scores with a given AUROC: two normal distributions; positives with twice the deviation; or part of the positive
+    patients at chance."""
     if shape == "wide":
         return np.where(labels == 1, 2 * noise + norm.ppf(area) * np.sqrt(5), noise)
     if shape == "mixed":
@@ -78,7 +79,7 @@ def logit_of_patients(value: float, positives: int) -> Limits:
 
 
 def true_average_precision(area: float, positives: int) -> float:
-    """Of two normals, with the share of positives as drawn."""
+    """For two normal distributions, with the share of positives as drawn."""
     share, shift = positives / (positives + NEGATIVES), np.sqrt(2) * norm.ppf(area)
 
     def precision(sensitivity: float) -> float:
@@ -91,7 +92,7 @@ def true_average_precision(area: float, positives: int) -> float:
 def coverage(
     area: float, positives: int, repetitions: int, resamples: int, shape: str
 ) -> dict[str, tuple[float, float]]:
-    """Share of intervals that hold the true value, and their mean width, of each method."""
+    """Coverage and mean width of the intervals of each method."""
     random = np.random.default_rng([int(1000 * area), positives])
     precision_area = true_average_precision(area, positives) if shape == "normal" else float("nan")
     intervals: dict[str, list[Limits]] = {}
@@ -132,8 +133,9 @@ def coverage(
 def false_alarms(
     area: float, positives: int, labels_count: int, repetitions: int, resamples: int, bootstraps: int
 ) -> Limits:
-    """Share of p at or below 0.05 for two equally good models, by the bootstrap (in the first ``bootstraps`` repetitions,
-    for it is slow) and by the exchange of ranks; of the mean over labels. The models' scores share half of their noise."""
+    """Share of p at or below 0.05 for two equally good models, by the bootstrap (in the first ``bootstraps``
+    repetitions, because it is slow) and by the exchange of ranks; of the mean over labels. The models' scores share
+    half of their noise."""
     random = np.random.default_rng([int(1000 * area), positives, labels_count])
     bootstrap, exchange = [], []
     for repetition in range(repetitions):

@@ -1,10 +1,11 @@
-"""The published encoder run the published way, and ours with the same weights: ``python -m tests.benchmarks.encoders``.
+"""The published implementation of the encoder against ours with the same weights: ``python -m
+tests.benchmarks.encoders``.
 
 ``--only zero_shot`` (or step, batches, ranking, vit3d) runs a part; the whole takes half an hour on an idle core.
 
-The published way: float32, score matrices written out, the position network run over every pair of places at every
-call, texts padded to 512 tokens, the volume encoded once more for each abnormality, Adam. Full size (240 x 480 x 480
-voxels), a BERT of base size.
+The published implementation: float32, explicit attention matrices, the position network evaluated for every pair of
+positions at every call, texts padded to 512 tokens, the volume encoded again for each abnormality, Adam. Full size (240
+x 480 x 480 voxels), a BERT of base size.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ PARTS = ("zero_shot", "step", "batches", "ranking", "vit3d")
 
 
 def build(checkpointed: bool = False) -> Any:
-    """The published model's shape with random weights, every run the same."""
+    """A model of the published shape with random weights, the same in every run."""
     from transformers import BertConfig, BertModel
 
     from ctclip.config import ModelConfig, TextConfig
@@ -52,21 +53,21 @@ def build(checkpointed: bool = False) -> Any:
         ModelConfig(volume=volume, text=text, dim=512),
     )
     for name, parameter in model.volume_encoder.named_parameters():
-        # Scales and biases begin at one and zero, where a fault in them would not show.
+        # Scales and biases start at one and zero, which would hide errors in them.
         if parameter.ndim < 2:
             torch.nn.init.uniform_(parameter, 0.8, 1.2) if "weight" in name or "scale" in name else None
     return model
 
 
 def volume() -> Tensor:
-    """One volume at full size; smooth, as a scan is."""
+    """One smooth volume at full size."""
     coarse = torch.rand(1, 1, 24, 48, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
     return F.interpolate(coarse, (240, 480, 480), mode="trilinear")
 
 
 @contextlib.contextmanager
 def published_way() -> Iterator[None]:
-    """Attention, position bias and codes as the published code computes them, gradients by PyTorch's own kernels."""
+    """Attention, position bias and codes as the published code computes them, with gradients by PyTorch."""
     from ctclip.models import by_hand, ctvit
     from ctclip.models.text import TextEncoder
 
@@ -127,7 +128,7 @@ def their_zero_shot(passes: int) -> dict[str, Any]:
 
 
 def our_zero_shot() -> dict[str, Any]:
-    """The same of ``PromptHead``: prompts embedded once, the volume encoded once."""
+    """The same for ``PromptHead``: prompts and volume are encoded once."""
     from ctclip.heads.prompts import PromptHead
     from ctclip.prompts import load_prompts
 
@@ -168,13 +169,13 @@ def training_step(way: str) -> dict[str, float]:
         optimizer.step()
 
     with published_way() if way == "published" else contextlib.nullcontext():
-        # The first step touches memory that later ones find: the moments above all.
+        # The first step allocates memory that later steps reuse, mainly Adam's moments.
         seconds = processor_seconds(step, 2)
     return {"seconds": seconds, "gb": peak_gb()}
 
 
 def ranking(volumes: int = 50) -> dict[str, float]:
-    """Of phantoms by the published shape with random weights; a smaller grid, to be quick."""
+    """Scores of phantoms by the published shape with random weights, on a smaller grid to save time."""
     from ctclip.config import ModelConfig, TextConfig
     from ctclip.heads.prompts import PromptHead
     from ctclip.models.ctvit import CTViTConfig
@@ -199,7 +200,7 @@ def ranking(volumes: int = 50) -> dict[str, float]:
         return F.interpolate(hu, spec.shape, mode="trilinear").clamp(-1000, 1000) / 1000
 
     with torch.inference_mode():
-        # A trained codebook lies where tokens do; random rows are all equally far from any.
+        # A trained codebook is close to the tokens; random rows are equally far from all of them.
         encoder = model.volume_encoder
         tokens = torch.cat(
             [encoder.encode(encoder.patches(chest(patient))) for patient in range(volumes, volumes + 11)]
@@ -209,7 +210,7 @@ def ranking(volumes: int = 50) -> dict[str, float]:
 
 
 def ranking_of(model: str, store: str, volumes: int = 50) -> dict[str, float]:
-    """Of a trained model on one stored volume of each of the first held-out scans."""
+    """Scores of a trained model on one stored volume of each of the first held-out scans."""
     from ctclip.heads.folder import PROMPTS, load_head
     from ctclip.inference.scans import StoredScans
     from ctclip.models.folder import load_model
@@ -278,7 +279,7 @@ def show_step(threads: int) -> None:
 
 
 def floor(threads: int) -> str:
-    """What the matrix products of both ways alone must take at this machine's rate for them."""
+    """The time that the matrix products alone take at this machine's rate, for both implementations."""
     rate = apart("tests.benchmarks.vit3d", "matmul_rate", threads=threads)
     with torch.device("meta"):
         encoder = build().volume_encoder
@@ -316,17 +317,17 @@ def show_ranking(threads: int, model: Path | None, store: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS)
-    parser.add_argument("--passes", type=int, default=ABNORMALITIES, help="of the published zero-shot that are run")
+    parser.add_argument("--passes", type=int, default=ABNORMALITIES, help="passes of the published zero-shot to run")
     parser.add_argument(
-        "--batches", type=int, nargs="*", default=[2, 8], help="full-size batches whose memory is shown"
+        "--batches", type=int, nargs="*", default=[2, 8], help="full-size batches to measure the memory of"
     )
     parser.add_argument(
-        "--model", type=Path, default=None, help="a trained one whose ranking is asked; else random weights"
+        "--model", type=Path, default=None, help="trained model for the comparison of rankings; default: random weights"
     )
-    parser.add_argument("--store", type=Path, default=Path("runs/demo/store"), help="the volumes of that")
+    parser.add_argument("--store", type=Path, default=Path("runs/demo/store"), help="store for that model")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--plot", type=Path, default=Path("encoders.png"), help="where the cost against tokens is drawn"
+        "--plot", type=Path, default=Path("encoders.png"), help="file for the plot of cost against tokens"
     )
     chosen = parser.parse_args()
     print(f"{machine()}; float32, {chosen.threads} threads, processor seconds\n")

@@ -1,8 +1,9 @@
-"""How many small faults of a module its tests notice: ``python -m tests.benchmarks.mutants MODULE TESTFILE...``.
+"""Mutation testing: the share of small faults in a module that its tests detect: ``python -m tests.benchmarks.mutants
+MODULE TESTFILE...``.
 
 One operator, number, condition or returned value is changed at a time (in memory; no file is touched) and the tests run
-with the changed module in a process of their own. A mutant is killed if a test fails, or if the tests take too long.
-Numba compiles nothing here, for it would reuse what it compiled of the unchanged module.
+with the changed module in a separate process. A mutant is killed if a test fails, or if the tests take too long. Numba
+is disabled, because it would reuse the compiled code of the unchanged module.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Div, ast.Mod: ast.Mult,
     ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.And: ast.Or, ast.Or: ast.And,
 }  # fmt: skip
-SLOWEST = 5.0  # times as long as the unchanged module, and half a minute at least
+SLOWEST = 5.0  # Timeout as a multiple of the time for the unchanged module; at least half a minute.
 
 
 def changes(tree: ast.AST) -> Iterator[tuple[ast.AST, str, object]]:
-    """(node, field, new value) of every mutant; annotations and texts are left alone."""
+    """(node, field, new value) of every mutant; annotations and strings are left alone."""
     skipped = {
         id(inner)
         for node in ast.walk(tree)
@@ -76,7 +77,7 @@ def mutants(source: str, sample: int | None = None, seed: int = 0) -> Iterator[t
 
 
 class Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives a module the code of a mutant when it is imported."""
+    """Loads the code of a mutant when the module is imported."""
 
     def __init__(self, name: str, file: str, code: CodeType) -> None:
         self.name, self.file, self.code = name, file, code
@@ -114,7 +115,7 @@ def passes(finder: Changed, files: Sequence[str], seconds: float) -> bool:
 
 
 def preload() -> None:
-    """Import what tests need of other people's packages once, not for every mutant."""
+    """Import third-party packages once instead of for every mutant."""
     for name in ("pytest", "numpy", "pandas", "pyarrow.parquet", "scipy.stats", "scipy.optimize", "scipy.integrate", "scipy.ndimage", "sklearn.metrics", "sklearn.calibration", "sklearn.linear_model", "sklearn.ensemble", "hypothesis", "numba", "torch", "transformers.models.bert.modeling_bert", "pydantic", "deepspeed"):  # fmt: skip
         importlib.import_module(name)
 
@@ -123,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("module", help="such as ctclip.evaluation.metrics")
     parser.add_argument("tests", nargs="+", help="the module's test files")
-    parser.add_argument("--sample", type=int, default=None, help="as many mutants, drawn at random; all if not given")
+    parser.add_argument("--sample", type=int, default=None, help="number of mutants to draw at random; default: all")
     parser.add_argument("--seed", type=int, default=0, help="which sample")
     parser.add_argument("--select", default="", help="options for pytest, such as '-k name'")
     chosen = parser.parse_args()
@@ -139,7 +140,7 @@ def main() -> None:
     tests = [*chosen.select.split(), *chosen.tests]
     began = time.monotonic()
     if not passes(Changed(chosen.module, str(file), compile(source, str(file), "exec")), tests, 600):
-        sys.exit(f"{chosen.module}: its tests fail as it stands; mend that first")
+        sys.exit(f"{chosen.module}: its tests fail without any change; fix that first")
     limit = max(30.0, SLOWEST * (time.monotonic() - began))
     survivors, total = [], 0
     for line, words, code in mutants(source, chosen.sample, chosen.seed):

@@ -1,7 +1,7 @@
-"""False alarms and misses of the check of orientation: ``python -m tests.benchmarks.orientation COHORT``.
+"""False alarms and misses of the orientation check: ``python -m tests.benchmarks.orientation COHORT``.
 
-``COHORT``: a synthetic cohort (``ctclip phantom DIR --volumes 300 --scale 8``). Each volume is judged as it is, and turned by
-180 degrees about each axis as a header that lies would have it.
+``COHORT``: a synthetic cohort (``ctclip phantom DIR --volumes 300 --scale 8``). Each volume is checked as it is, and
+rotated by 180 degrees about each axis, as if its header were wrong.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Preprocessing against the published way of doing it: ``python -m tests.benchmarks.preprocessing``.
+"""Preprocessing against the published loader: ``python -m tests.benchmarks.preprocessing``.
 
 The baseline is written from the published description: nibabel's float64 decode, slope and intercept, trilinear resize
 of the whole volume in float64, clip, float32, centre crop. Both run on the same full-size synthetic scan (512 x 512
@@ -57,7 +57,7 @@ def ours(path: str) -> dict[str, float]:
     from ctclip.preprocessing import prepare
     from ctclip.preprocessing.spec import PreprocessingSpec
 
-    # Imports and compiled loops are not what is measured.
+    # Exclude imports and compilation from the measurement.
     small = PreprocessingSpec.load(SPEC)
     small = dataclasses.replace(small, spacing=(24.0, 12.0, 12.0), shape=(16, 32, 32))
     prepare(Path(path).with_name("tiny.nii.gz"), small).voxels.mean()
@@ -67,7 +67,7 @@ def ours(path: str) -> dict[str, float]:
 
 
 def floor(path: str) -> float:
-    """Seconds to inflate the file and pass over its voxels once: no reader can be faster on one core."""
+    """Seconds to decompress the file and pass over its voxels once: a lower bound for any reader on one core."""
     from isal import igzip
 
     def read() -> float:
@@ -85,7 +85,7 @@ def filled(kind: str) -> float:
 
 
 def unpacked(store: str) -> float:
-    """Seconds to decompress one stored volume into one chunk's worth of memory, again and again."""
+    """Seconds to decompress one stored volume chunk by chunk into the same memory."""
     from ctclip.preprocessing.store import VolumeStore
 
     opened = VolumeStore(store)
@@ -95,7 +95,7 @@ def unpacked(store: str) -> float:
 
 
 def stored(store: str) -> float:
-    """Seconds of one training sample from a store, int16 HU in a batch's memory; the device that trains applies the window."""
+    """Seconds to read one training sample from a store as int16 HU; the HU window is applied on the training device."""
     from ctclip.preprocessing.store import VolumeStore
 
     opened = VolumeStore(store)
@@ -123,7 +123,7 @@ def cropped(store: str) -> float:
 
 
 def whole_cohort(folder: str, store: str, workers: int, spec: str = SPEC) -> dict[str, float]:
-    """Seconds to bring a cohort into a new store, and seconds that processors worked for it."""
+    """Seconds, and processor seconds, to preprocess a cohort into a new store."""
     import resource
 
     from ctclip.preprocessing.pipeline import preprocess_cohort
@@ -150,8 +150,10 @@ def write_scan(path: Path, seed: int, scale: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--volumes", type=int, default=24, help="of the cohort whose parallel efficiency is measured")
-    parser.add_argument("--scan", type=Path, help="a .nii.gz to measure with; a full-size phantom if not given")
+    parser.add_argument(
+        "--volumes", type=int, default=24, help="number of volumes of the cohort for parallel efficiency"
+    )
+    parser.add_argument("--scan", type=Path, help="a .nii.gz file to read; default: a full-size phantom")
     chosen = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     here = __spec__.name if __spec__ is not None else "tests.benchmarks.preprocessing"

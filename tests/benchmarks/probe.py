@@ -1,7 +1,9 @@
-"""Where a zero-shot figure is lost: linear probes of both sides' embeddings: ``python -m tests.benchmarks.probe runs/demo``.
+"""Where zero-shot performance is lost: linear probes on the embeddings of both encoders: ``python -m
+tests.benchmarks.probe runs/demo``.
 
-Logistic regression on the held-out volumes, cross-validated over patients. Reports: what the text side can tell; volumes:
-what the volume side can; the rest is lost between the prompts and them.
+Logistic regression on the held-out volumes, cross-validated over patients. A probe of report embeddings shows what the
+text encoder represents, a probe of volume embeddings what the volume encoder represents; the rest is lost by the
+prompts.
 """
 
 from __future__ import annotations

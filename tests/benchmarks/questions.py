@@ -1,7 +1,9 @@
-"""Closed questions of the phantom's truth, answered by a model and by their text alone: ``python -m tests.benchmarks.questions``.
+"""Closed questions about phantoms, answered by a model and from the text of the question alone: ``python -m
+tests.benchmarks.questions``.
 
-``--cohort`` is the phantom's folder (its ``phantom/*.json`` say what was drawn), ``--embeddings`` what ``ctclip zero-shot``
-wrote of its validation volumes, ``--model`` the folder. Half of the patients give thresholds, the others the questions.
+``--cohort``: the folder of the phantom cohort (its ``phantom/*.json`` hold the truth); ``--embeddings``: the embeddings
+of its validation volumes by ``ctclip zero-shot``; ``--model``: the model folder. Half of the patients set thresholds,
+the others are asked about.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class Item:
 
 
 def truths(cohort: Path, volumes: list[str]) -> list[dict[str, dict[str, object]]]:
-    """Of each volume what was drawn, by finding."""
+    """The true findings of each volume."""
     drawn = {}
     for path in (cohort / "phantom").rglob("*.json"):
         facts = json.loads(path.read_text())
@@ -52,7 +54,7 @@ def truths(cohort: Path, volumes: list[str]) -> list[dict[str, dict[str, object]
 
 
 def items(drawn: list[dict[str, dict[str, object]]], rows: list[int], count: int, seed: int = 0) -> list[Item]:
-    """About ``count`` questions of ``rows``: each kind and finding with as many of each answer."""
+    """About ``count`` questions about ``rows``, balanced over answers for each kind and finding."""
     random = np.random.default_rng(seed)
     pools: dict[tuple[str, ...], dict[str, list[Item]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -63,7 +65,7 @@ def items(drawn: list[dict[str, dict[str, object]]], rows: list[int], count: int
             )
             if name in SIDED and detail and detail["side"] in OPPOSITE:
                 side = str(detail["side"])
-                # Answerable by its side alone: the finding is there in both cases.
+                # The side decides the answer: the finding is present in both cases.
                 pools["present on a side", name, side][YES].append(Item(row, Question(name, Kind.present, side), YES))
                 other = OPPOSITE[side]
                 pools["present on a side", name, other][NO].append(Item(row, Question(name, Kind.present, other), NO))
@@ -84,7 +86,7 @@ def items(drawn: list[dict[str, dict[str, object]]], rows: list[int], count: int
 
 
 def text_only(chosen: list[Item], others: list[Item]) -> float:
-    """Accuracy of the answer that ``others`` have most often to the same question."""
+    """Accuracy of the most frequent answer of ``others`` to the same question."""
     counts: dict[Question, Counter[str]] = defaultdict(Counter)
     for item in others:
         counts[item.question][item.answer] += 1
@@ -93,7 +95,7 @@ def text_only(chosen: list[Item], others: list[Item]) -> float:
 
 
 def chance(chosen: list[Item]) -> float:
-    """Accuracy of drawing one of the answers that a question has."""
+    """Accuracy of a random answer."""
     answers: dict[Question, set[str]] = defaultdict(set)
     for item in chosen:
         answers[item.question].add(item.answer)
@@ -140,7 +142,7 @@ def main() -> None:
 
 
 class Thresholded(PromptHead):
-    """A prompt head with thresholds of its own."""
+    """A prompt head with its own thresholds."""
 
     def __init__(self, head: PromptHead, values: list[float]) -> None:
         self.__dict__.update(head.__dict__)
@@ -151,7 +153,7 @@ class Thresholded(PromptHead):
 
 
 def best_threshold(scores: np.ndarray, truth: np.ndarray) -> float:
-    """The threshold of the largest balanced accuracy."""
+    """The threshold with the highest balanced accuracy."""
     candidates = np.quantile(scores, np.linspace(0.01, 0.99, 99))
     balanced = [((scores[truth] >= c).mean() + (scores[~truth] < c).mean()) / 2 for c in candidates]
     return float(candidates[int(np.argmax(balanced))])

@@ -1,7 +1,7 @@
-"""Labels read by the rules: F1 and time: ``python -m tests.benchmarks.read_reports [--labelled TABLE]``.
+"""F1 and speed of reading labels by rules: ``python -m tests.benchmarks.read_reports [--labelled TABLE]``.
 
-24,128 reports of the phantom, as many as CT-RATE's training split has scans; and a table of reports with the 18 labels of
-CT-RATE, in two halves by the hash of their id: the terms were written while looking at the first.
+Uses 24,128 phantom reports, the number of scans in CT-RATE's training split; and, if given, a table of reports with the
+18 labels of CT-RATE, in two halves by the hash of the id. The terms were written with the first half in view.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCANS = 24_128
 
 
 def read(texts: list[str]) -> tuple[np.ndarray, float]:
-    """What is present (texts, 18), and the processor seconds of one process with nothing remembered."""
+    """Labels present (texts, 18), and processor seconds of one process with an empty cache."""
     reader = RulesReader.build(load_labels("ct_rate_18"), Options())
     began = time.process_time()
     readings = reader.read(texts)

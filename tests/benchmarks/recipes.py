@@ -1,9 +1,11 @@
-"""What each switch of the training is worth: ``python -m tests.benchmarks.recipes --store runs/demo/store --output runs/recipes``.
+"""The effect of each training option: ``python -m tests.benchmarks.recipes --store runs/demo/store --output
+runs/recipes``.
 
-Every line is a run of the demo's recipe with one thing changed: the commands `ctclip train`, `zero-shot` and `evaluate`
-on held-out patients. Started again, it goes on where it was. ``--curve`` learns from 250 to 4,000 volumes in place of the
-switches (for all of them the store must hold 5,500: `ctclip phantom --volumes 5500 --rare-floor 0.15`); ``--jobs 8`` has as many runs at a time, which fills a GPU or the cores of a node. OUTPUT/figures.csv keeps every figure as
-it comes, those of ``--recorded tests/benchmarks/recipes.csv`` too: what is in it is not run again.
+Each line is a run of the demo's recipe with one change: `ctclip train`, `zero-shot` and `evaluate` on held-out
+patients. If started again, it resumes. ``--curve`` trains on 250 to 4,000 volumes instead of changing options (the
+store must hold 5,500 volumes: `ctclip phantom --volumes 5500 --rare-floor 0.15`). ``--jobs 8`` runs eight at a time, to
+fill a GPU or a node. OUTPUT/figures.csv saves every figure as it is measured, with those of ``--recorded
+tests/benchmarks/recipes.csv``; these runs are not repeated.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "calcium window and labels that weigh more": ("phantom_tiny", CALCIUM, "objectives.prompts=4"),
     "sections drawn": ("phantom_tiny", "data.views={report: 1, findings: 1, impression: 1}"),
     "sentences drawn": ("phantom_tiny", "data.views={report: 1, sentences: 1}"),
-    # The recipe's report is the mean of its sentences, which no order changes.
+    # The recipe averages the sentences of a report, so their order does not matter.
     "reports read whole": ("phantom_tiny", "model.text.chunks=full"),
     "reports read whole shuffled": ("phantom_tiny", "model.text.chunks=full", "data.shuffle_sentences=true"),
     "siglip": ("phantom_tiny", "objectives={siglip: 1}"),
@@ -77,7 +79,8 @@ Figures = dict[str, object]
 
 
 def run_all(tasks: Sequence[Task], chosen: argparse.Namespace) -> dict[tuple[str, int], Figures]:
-    """Figures by variant and seed, ``chosen.jobs`` runs at a time. One that fails does not stop the others; exits then."""
+    """Figures by variant and seed, ``chosen.jobs`` runs at a time. If a run fails, the others finish before this
+    exits."""
     found: dict[tuple[str, int], Figures] = {}
     failed = []
     with ThreadPoolExecutor(chosen.jobs) as pool:
@@ -95,7 +98,7 @@ def run_all(tasks: Sequence[Task], chosen: argparse.Namespace) -> dict[tuple[str
 
 
 def run(name: str, changes: tuple[str, ...], seed: int, chosen: argparse.Namespace) -> Figures:
-    """Train, detect and evaluate one variant; what it already did is not done again. Returns its figures."""
+    """Train, detect and evaluate one variant and return its figures; finished stages are not repeated."""
     config, *overrides = changes
     if chosen.epochs is not None:
         overrides.append(f"training.epochs={chosen.epochs:g}")
@@ -125,7 +128,7 @@ def run(name: str, changes: tuple[str, ...], seed: int, chosen: argparse.Namespa
 
 
 def histogram(chosen: argparse.Namespace) -> Figures:
-    """The histogram control on the store: AUROC a label of a supervised classifier that sees HU histograms alone."""
+    """The histogram control: AUROC of each label by a supervised classifier of HU histograms."""
     from ctclip.data.dataset import stored_volumes
     from ctclip.evaluation.protocol import load_protocol
     from ctclip.evaluation.run_evaluation import histogram_control
@@ -142,8 +145,8 @@ def histogram(chosen: argparse.Namespace) -> Figures:
 
 
 def ceiling(learned: list[Figures], chosen: argparse.Namespace) -> list[Figures]:
-    """AUROC a label of logistic regression on the embeddings of label-supervised runs: what their encoders can tell.
-    Of those only whose models are at hand, or whose ceiling was recorded."""
+    """AUROC of each label by logistic regression on the embeddings of label-supervised runs: a ceiling for their
+    encoders. Only for runs with a model at hand, or with a recorded ceiling."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
 
@@ -204,7 +207,7 @@ def _recorded(table: pd.DataFrame, name: object, seed: object, epochs: object) -
 
 
 def keep(rows: Sequence[Figures], chosen: argparse.Namespace) -> None:
-    """``rows`` and what was recorded before, into OUTPUT/figures.csv."""
+    """Write ``rows`` and earlier figures to OUTPUT/figures.csv."""
     figures = pd.concat([chosen.recorded, pd.DataFrame(list(rows))]).drop_duplicates(["variant", "seed", "epochs"])
     with written_beside(chosen.output / "figures.csv") as partial:
         figures.to_csv(partial, index=False, float_format="%.6g")
@@ -215,7 +218,7 @@ def _folder(output: Path, name: object, seed: object, epochs: object) -> Path:
 
 
 def _ctclip(*arguments: str, log: Path | None = None) -> None:
-    """A command of ours, what it says to ``log`` if there is one. Raises CalledProcessError."""
+    """Run a ctclip command, with its output in ``log`` if given. Raises CalledProcessError."""
     print("$ ctclip", *arguments, flush=True)
     command = [sys.executable, "-m", "ctclip", *arguments]
     if log is None:
@@ -238,7 +241,7 @@ def _spread(values: pd.Series) -> str:
 
 
 def _furthest(changes: pd.Series) -> list[str]:
-    """The two labels that gained most and the two that lost most, where the means moved by 0.01 or more."""
+    """The two labels with the largest gain and the two with the largest loss, if the mean changed by 0.01 or more."""
     ordered = changes.dropna().sort_values()
     ends = [ordered[ordered >= 0.01].iloc[::-1][:2], ordered[ordered <= -0.01][:2]]
     return [", ".join(f"{label} {change:+.2f}" for label, change in end.items()) for end in ends]
@@ -248,13 +251,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--store", type=Path, required=True, help="of the demo")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--only", default=None, help="names of variants, separated by commas, `name:1` for one seed; all if not given")  # fmt: skip
+    parser.add_argument("--only", default=None, help="names of variants, separated by commas, with `name:1` for one seed; default: all")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=float, default=None, help="the configuration's own if not given")
+    parser.add_argument("--epochs", type=float, default=None, help="default: that of the configuration")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--processes", type=int, default=None, help="of each run; all GPUs (without any, two) if it runs alone")  # fmt: skip
-    parser.add_argument("--curve", action="store_true", help="a learning curve over the number of volumes, and of variants only those of --only")  # fmt: skip
-    parser.add_argument("--recorded", type=Path, default=None, help="a figures.csv of earlier runs, which are not run again")  # fmt: skip
+    parser.add_argument("--curve", action="store_true", help="measure a learning curve, and only the variants of --only")  # fmt: skip
+    parser.add_argument("--recorded", type=Path, default=None, help="a figures.csv of earlier runs, which are not repeated")  # fmt: skip
     chosen = parser.parse_args()
     if chosen.only is None:
         chosen.only = "" if chosen.curve else ",".join(VARIANTS)
@@ -285,12 +288,12 @@ def main() -> None:
 
 
 def curve_sizes(training: int) -> list[int]:
-    """Those of CURVE that a store's so many training volumes allow; if not all, the last is all there are."""
+    """The values of CURVE that the number of training volumes allows; if not all, the last is that number."""
     return sorted({min(size, training) for size in CURVE})
 
 
 def show_variants(found: dict[str, pd.DataFrame]) -> None:
-    """A line a variant, and which labels paid for what others gained, against the first."""
+    """One line per variant, with the labels that gained and lost compared with the first variant."""
     first = next(iter(found.values()))[list(FINDINGS)].mean()
     rows = [
         [name, runs["learned from"].iloc[0], str(len(runs)), *(_spread(runs[column]) for column in ("AUROC", "recall@10", "shuffled")),
@@ -302,7 +305,7 @@ def show_variants(found: dict[str, pd.DataFrame]) -> None:
 
 
 def show_labels(found: dict[str, pd.DataFrame], beside: list[Figures]) -> None:
-    """A line a label, with the histogram control and the ceiling, where there is one, beside it."""
+    """One line per label, with the histogram control and, if known, the ceiling."""
     columns = {**found, **{str(row["variant"]): pd.DataFrame([row]) for row in beside}}
     lines = {**{label: label for label in FINDINGS}, "mean": "AUROC", "report to volume, recall@10": "recall@10"}
     rows = [[name, *(_spread(runs[key]) if key in runs else "" for runs in columns.values())] for name, key in lines.items()]  # fmt: skip
@@ -310,7 +313,7 @@ def show_labels(found: dict[str, pd.DataFrame], beside: list[Figures]) -> None:
 
 
 def show_curve(volumes: list[int], runs: list[Figures], output: Path) -> None:
-    """The learning curve, its power law, and a picture of both."""
+    """The learning curve, a power law fitted to it, and a plot."""
     aurocs = [float(str(row["AUROC"])) for row in runs]
     a, b = power_law(volumes, aurocs)
     draw(volumes, aurocs, (a, b), output / "curve.png")

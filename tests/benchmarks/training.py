@@ -1,4 +1,5 @@
-"""The engine: overhead, scaling, bytes sent, checkpoints, waiting, memory: ``python -m tests.benchmarks.training``."""
+"""The training engine: overhead, scaling, communication, checkpoints, data waiting, memory: ``python -m
+tests.benchmarks.training``."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ TEXTS = [
     "The heart is enlarged.",
     "Mild emphysema.",
 ]
-# With its full stops nearly the 64 tokens that the encoder reads at once, as the plan counts on.
+# With full stops, close to the 64 tokens that the encoder reads at once, as the plan assumes.
 LONG = " ".join(TEXTS * 3).split()[:48]
 
 
@@ -77,7 +78,7 @@ def build(
 
 
 def checkpoints(batch: int, steps: int) -> dict[str, float]:
-    """Seconds of a step, and of one that has a checkpoint copied before it and written beside it, in turn."""
+    """Seconds of a plain step, and of a step while a checkpoint is being written, in turn."""
     from ctclip.training.checkpoints import Checkpoints
 
     with distributed.process_group() as device, tempfile.TemporaryDirectory() as folder:
@@ -94,7 +95,7 @@ def checkpoints(batch: int, steps: int) -> dict[str, float]:
             made.step(data, 0, 100)
             ended = time.perf_counter()
             kept.wait()
-            # And once more with nothing beside it.
+            # Once more, without training at the same time.
             again = time.perf_counter()
             kept.save(2 * number + 1, state)
             kept.wait()
@@ -106,7 +107,7 @@ def checkpoints(batch: int, steps: int) -> dict[str, float]:
 
 
 def both(batch: int, steps: int) -> dict[str, float]:
-    """The engine and the bare loop in one process, their steps taken in turn: what the machine does besides hits both."""
+    """The engine and a bare loop in one process, with alternating steps, so that other load affects both."""
     with distributed.process_group() as device:
         config, step, data = build(batch, 0)
         made = Engine(step, config, device)
@@ -132,8 +133,8 @@ def both(batch: int, steps: int) -> dict[str, float]:
 
 
 def rank_main(settings: dict[str, Any]) -> None:
-    """One rank of what ``settings`` names; rank 0 prints what it found."""
-    # DeepSpeed keeps references to torch's collectives from its start on: they are counted from before that.
+    """One rank of the measurement in ``settings``; rank 0 prints the result."""
+    # DeepSpeed keeps references to torch's collectives, so counting starts before it is imported.
     with Counted() as sent, distributed.process_group():
         found = memory(settings) if settings["kind"] == "memory" else speed(settings, sent)
         if distributed.is_main():
@@ -142,10 +143,10 @@ def rank_main(settings: dict[str, Any]) -> None:
 
 
 def speed(settings: dict[str, Any], sent: Counted) -> dict[str, float]:
-    """Seconds a step and of them in collectives; bytes a step and rank as counted, and as they pass the kernel.
+    """Seconds per step, and of these in collectives; bytes per step and rank, counted in torch and in the kernel.
 
-    ``apart``: seconds of the same steps where collectives answer at once, taken in turn: what these processes reach on
-    this machine at this time if they have nothing to tell each other."""
+    ``apart``: seconds of the same steps, in turn, with collectives that return at once: the speed without
+    communication."""
     config, step, data = build(settings["share"] * distributed.world_size(), settings["stage"])
     sizes = [4 * p.numel() for p in step.parameters() if p.requires_grad]
     made, steps = Engine(step, config, distributed.device()), settings["steps"]
@@ -169,22 +170,22 @@ def speed(settings: dict[str, Any], sent: Counted) -> dict[str, float]:
     return {
         "seconds": median[False], "apart": median[True], "collectives": collectives / taken, "sent": counted / taken,
         "wire": passed / taken / distributed.world_size(), "parameters": sum(sizes),
-        # DeepSpeed's stage3_param_persistence_threshold: smaller ones are whole on every rank.
+        # DeepSpeed's stage3_param_persistence_threshold: smaller parameters are replicated on every rank.
         "small": sum(size for size in sizes if size <= 4 * 100_000),
     }  # fmt: skip
 
 
 def _loopback() -> int:
-    """Bytes that the kernel has sent from this machine to itself."""
+    """Bytes that the kernel has sent over the loopback interface."""
     lines = Path("/proc/net/dev").read_text().splitlines()
     return next(int(line.split()[9]) for line in lines if line.strip().startswith("lo:"))
 
 
 class Counted:
-    """Seconds in torch's collectives, and bytes this rank sends in them, as a ring sends them: a reduction or a gathering of S bytes is
-    S (n - 1) / n, an all-reduce both."""
+    """Seconds in torch's collectives, and bytes that this rank sends in a ring: S (n - 1) / n for a reduce-scatter or
+    an all-gather of S bytes, twice that for an all-reduce."""
 
-    # Which argument is the tensor a rank gives, and how many times S (n - 1) / n it costs; S is the whole tensor.
+    # The argument with the rank's tensor, and its cost in units of S (n - 1) / n; S is the whole tensor.
     RING: ClassVar = {
         "all_reduce": (0, 2.0), "reduce": (0, 1.0), "broadcast": (0, 1.0), "reduce_scatter_tensor": (1, 1.0),
         "_reduce_scatter_base": (1, 1.0), "all_gather": (1, 0.0), "all_gather_into_tensor": (1, 0.0), "_all_gather_base": (1, 0.0),
@@ -216,7 +217,7 @@ class Counted:
             given = arguments[place] if len(arguments) > place else next(named[n] for n in names if n in named)
             ranks = torch.distributed.get_world_size()
             size = float(given.numel() * given.element_size())
-            # What a rank gives to a gathering is one part of it, and goes to every other rank.
+            # In an all-gather a rank contributes one part, which goes to every other rank.
             self.bytes += size * (ranks - 1) if cost == 0 else cost * size * (ranks - 1) / ranks
             began = time.perf_counter()
             try:
@@ -228,7 +229,7 @@ class Counted:
 
     @staticmethod
     def _pretended(name: str, out: Any, given: Any) -> None:
-        """The answer of ranks that are all like this one, at once."""
+        """Return at once, as if all ranks were identical to this one."""
         if name == "all_gather":
             for part in out:
                 part.copy_(given)
@@ -237,7 +238,7 @@ class Counted:
 
 
 def ranked(ranks: int, settings: dict[str, Any]) -> Any:
-    """What rank 0 of so many processes of one thread each finds."""
+    """The result of rank 0 among this many processes with one thread each."""
     return _found(_started(ranks, settings))
 
 
@@ -255,7 +256,8 @@ def _found(process: subprocess.Popen[str]) -> Any:
 
 
 def waiting(workers: int) -> dict[str, float]:
-    """Data-wait share and volumes a second of `ctclip train` on a store on local disk, its first window left out."""
+    """Share of time waiting for data, and volumes per second, of `ctclip train` on a local disk, without the first
+    interval."""
     from ctclip.phantom.cohort import Options, make_cohort
     from ctclip.preprocessing.pipeline import preprocess_cohort
     from ctclip.preprocessing.spec import PreprocessingSpec
@@ -273,10 +275,11 @@ def waiting(workers: int) -> dict[str, float]:
 
 
 def memory(settings: dict[str, Any]) -> list[dict[str, float]]:
-    """For all ``objectives``, and of each all ``stages``: what `ctclip train --plan` says of a rank, and what two steps took.
+    """For all ``objectives`` and ``stages``: the estimate of `ctclip train --plan` for a rank, and measurements of two
+    steps.
 
-    ``allocated``: the most bytes that torch's allocator had given out at once, by its own events, what a GPU's would say
-    of itself. Operations are those of the forward and backward pass.
+    ``allocated``: peak bytes in use by torch's allocator, from its own events. Operations are those of the forward and
+    backward passes.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -287,7 +290,7 @@ def memory(settings: dict[str, Any]) -> list[dict[str, float]]:
     for objectives in settings["objectives"]:
         given = (share * ranks, 0, SMALL, objectives, True)
         config, step, data = build(*given)
-        # Attention as matrix products: torch does not count the processor's own kernel for it.
+        # Attention as matrix products, because torch does not count the fused CPU kernel.
         with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
             step(parts_of(data, 1)[0], pairs_of(data), progress=0.0)[0].backward()
         flops = counted.get_total_flops() / share
@@ -304,7 +307,7 @@ def memory(settings: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def process(batch: int, steps: int) -> dict[str, float]:
-    """What a process held (GiB) before the model, and by how much it has grown; what the plan says; seconds a step."""
+    """Memory (GiB) of a process before the model is built, and its growth; the estimate; seconds per step."""
     from ctclip.training.plan import plan_of
 
     with distributed.process_group() as device:
@@ -331,7 +334,7 @@ def _steps(*given: Any) -> None:
 
 
 def _allocated(action: Any) -> float:
-    """The most bytes of torch's processor allocator that were in use at once, of those asked for in ``action``."""
+    """Peak bytes in use of torch's CPU allocator, among those allocated in ``action``."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         action()
     events = profiler.profiler.kineto_results.events()
@@ -376,7 +379,7 @@ def scaling_table(steps: int) -> str:
         rows.append([f"{ranks} on {cores} cores, ZeRO {stage}", f"{found['seconds']:.3f}", f"{alone['seconds'] * ranks / cores / found['seconds']:.0%}",
                      f"{found['apart']:.3f}", f"{kept:.0%}"])  # fmt: skip
     head = ["ranks", "seconds a step", "efficiency against one rank", "seconds of the same steps in turn, collectives answered at once", "efficiency against that"]  # fmt: skip
-    return table("Weak scaling, 4 volumes a rank (efficiency: work a core does in a second)", head, rows)
+    return table("Weak scaling, 4 volumes per rank (efficiency: work per core and second)", head, rows)
 
 
 def bytes_table(_: int) -> str:
@@ -390,7 +393,7 @@ def bytes_table(_: int) -> str:
             [str(stage), f"{sent:.2f}", f"{name} = {expected:.2f}", f"{sent / expected - 1:+.1%}", f"{wire:.2f}"]
         )
     head = ["ZeRO", "MB counted", "formula, MB (P: parameters, S: those of 100,000 elements at most)", "difference", "MB that passed the kernel"]  # fmt: skip
-    return table("Bytes sent a step and rank, 2 ranks, by ZeRO stage", head, rows)
+    return table("Bytes sent per step and rank, 2 ranks, by ZeRO stage", head, rows)
 
 
 # What a ring sends, (n - 1) / n of each. DeepSpeed all-reduces gradients (twice their size) up to stage 2, from stage 1
@@ -431,7 +434,7 @@ TABLES = {"engine": engine_table, "scaling": scaling_table, "bytes": bytes_table
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rank", help="one rank of a run; the benchmark starts it itself")
+    parser.add_argument("--rank", help="internal: run one rank")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--only", choices=list(TABLES), nargs="*", default=list(TABLES))
     chosen = parser.parse_args()

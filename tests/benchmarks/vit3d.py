@@ -1,4 +1,4 @@
-"""Our own volume encoder beside the published one, its cost against the number of tokens, and air left out.
+"""vit3d against the published encoder, its cost by number of tokens, and the effect of leaving out air.
 
 Called by ``python -m tests.benchmarks.encoders``; times are processor seconds on one thread (``processor_seconds``).
 """
@@ -26,7 +26,7 @@ HERE = "tests.benchmarks.vit3d"
 SPEC = PreprocessingSpec.load("ct_clip")
 PUBLISHED = SPEC.shape
 REAL = Path(__file__).parents[3] / "shared" / "ct" / "dicom"
-# As many parameters as the published encoder on its grid of 24 x 24 x 24 tokens; every third layer is between windows.
+# As many parameters as the published encoder on its grid of 24 x 24 x 24 tokens; every third layer attends between windows.
 EQUAL = ViT3DConfig(
     patch=(10, 20, 20), stages=(), width=512, heads=8, depth=7, window=(4, 6, 6), global_every=3,
     global_over="windows", drop_air=True, pooling=("attention", "mean"),
@@ -84,7 +84,7 @@ def cube(side: int) -> PreprocessingSpec:
 
 
 def _fused_attention(query: Any, key: Any, *_: Any, **__: Any) -> int:
-    """Of a CPU's fused attention, which the counter does not know: shapes (B, heads, n, c)."""
+    """Operations of the fused CPU attention, which the counter does not know; shapes (B, heads, n, c)."""
     batch, heads, rows, width = query
     return int(4 * batch * heads * rows * key[2] * width)
 
@@ -96,7 +96,7 @@ def operations(encoder: nn.Module, volume: Tensor) -> float:
 
 
 def matmul_rate() -> float:
-    """GFLOP a second of the layer's largest matrix product, by processor time."""
+    """GFLOP per second of the layer's largest matrix product, by processor time."""
     a, b = torch.randn(13824, 512), torch.randn(512, 2730)
     return 2 * 13824 * 512 * 2730 / processor_seconds(lambda: a @ b, 3) / 1e9
 
@@ -104,7 +104,7 @@ def matmul_rate() -> float:
 def products(action: Callable[[], object]) -> float:
     """Operations of all matrix products in ``action``, forward and backward.
 
-    Backward passes of convolutions are left out: the counter takes a depthwise one for a dense one.
+    Backward passes of convolutions are left out, because the counter treats depthwise convolutions as dense.
     """
     fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention}
     with FlopCounterMode(display=False, custom_mapping=fused) as counter:
@@ -121,7 +121,7 @@ WAYS = {
 
 
 def of_tokens(grids: list[int]) -> list[dict[str, float]]:
-    """Seconds of encoding n ^ 3 tokens for each n of ``grids``, in each of the ways."""
+    """Seconds to encode n ^ 3 tokens for each n of ``grids``, with each kind of attention."""
     found = []
     for side in grids:
         spec = cube(4 * side)
@@ -153,7 +153,7 @@ def one_layer(way: str) -> dict[str, float]:
 
 
 def air() -> list[list[str]]:
-    """Share of tokens left out, and the speed that gives, of a phantom and of real chests where they lie beside us."""
+    """Share of tokens left out and the resulting speed, for a phantom and, if available, real scans."""
     from ctclip.preprocessing import prepare
 
     spec = PreprocessingSpec.load("ct_224")

@@ -1,7 +1,7 @@
-"""How well maps point, and what they cost: ``python -m tests.benchmarks.where --demo runs/demo --scans 200``.
+"""Accuracy and cost of maps: ``python -m tests.benchmarks.where --demo runs/demo --scans 200``.
 
-Prints the tables of RESULTS.md. Findings are those whose zero-shot AUROC on all held-out volumes (``metrics.json`` of the
-demo) is above 0.9; all others stand below them.
+Prints the tables of RESULTS.md. The main tables are of findings with a zero-shot AUROC above 0.9 on
+all held-out volumes (``metrics.json`` of the demo); the others follow.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def row(name: str, findings: list[str], result: dict[str, Any], kind: str = "map
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--model", type=Path, help="another model than the demo's")
+    parser.add_argument("--model", type=Path, help="a model to use instead of the demo's")
     parser.add_argument("--scans", type=int, default=200)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
-    parser.add_argument("--slow-scans", type=int, default=20, help="scans that occlusion is tried on")
+    parser.add_argument("--slow-scans", type=int, default=20, help="number of scans for occlusion")
     given = parser.parse_args()
     model = ctclip.load(given.model or given.demo / "train" / "model")
     cohort = read_cohort(given.demo / "cohort")
@@ -76,7 +76,7 @@ def main() -> None:
             print(f"{by}: {error}")
             continue
         results[by] = (f"{by} ({count} scans)", result, encoding, seconds)
-    # Read when the maps are done: the demo may still be at its figures when this begins.
+    # Read after the maps are computed, because the demo may not have finished when this starts.
     scored = json.loads((given.demo / "metrics.json").read_text())["zero_shot"]["auroc"]
     good = [name for name, entry in scored.items() if (entry["value"] or 0) > GOOD]
     print(f"{machine()}, {date.today()}; {len(good)} findings above {GOOD}\n")

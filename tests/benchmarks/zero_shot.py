@@ -1,4 +1,5 @@
-"""Zero-shot and evaluation at the sizes users meet: ``python -m tests.benchmarks.zero_shot --model DIR --store DIR``."""
+"""Speed of zero-shot detection and evaluation at realistic sizes: ``python -m tests.benchmarks.zero_shot --model DIR
+--store DIR``."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from tests.benchmarks.common import best_of, machine, table
 
 
 def detection(model: Path, store: Path, volumes: int) -> tuple[float, float]:
-    """Seconds of encoding stored volumes once, and of detecting the 18 abnormalities in them; taken in turn."""
+    """Seconds to encode stored volumes once, and to detect 18 abnormalities in them, in turn."""
     from ctclip.heads.folder import PROMPTS, load_head
     from ctclip.inference.run import batches, detect
     from ctclip.inference.scans import StoredScans
@@ -34,7 +35,7 @@ def detection(model: Path, store: Path, volumes: int) -> tuple[float, float]:
                 loaded.model.encode_volume(torch.from_numpy(voxels))
 
     def detected() -> None:
-        # With the prompts embedded, the table written and joined: all that the command does after start-up.
+        # Includes embedding the prompts and writing the tables: all that the command does after start-up.
         with tempfile.TemporaryDirectory() as folder:
             detect(loaded, load_head(loaded.path, PROMPTS, loaded.model), scans, Path(folder))
 
@@ -44,7 +45,7 @@ def detection(model: Path, store: Path, volumes: int) -> tuple[float, float]:
 
 
 def command(*arguments: object) -> tuple[float, float]:
-    """Seconds of a command by the clock and of processor time, start-up included."""
+    """Wall-clock and processor seconds of a command, including start-up."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([sys.executable, "-m", "ctclip", *map(str, arguments)], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -52,7 +53,7 @@ def command(*arguments: object) -> tuple[float, float]:
 
 
 def bootstrap() -> tuple[float, float]:
-    """Seconds of 1,000 resamples of 3,039 x 18 by patient: AUROC alone, and every metric."""
+    """Seconds for 1,000 resamples of 3,039 x 18 by patient, for AUROC alone and for all metrics."""
     from ctclip.evaluation.metrics import bootstrap_auroc, bootstrap_metrics
 
     random = np.random.default_rng(0)
@@ -68,7 +69,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("runs/demo/train/model"))
     parser.add_argument("--store", type=Path, default=Path("runs/demo/store"))
-    parser.add_argument("--scan", type=Path, default=None, help="one .nii.gz; the demo cohort's first if not given")
+    parser.add_argument(
+        "--scan", type=Path, default=None, help="a .nii.gz file; default: the first of the demo's cohort"
+    )
     chosen = parser.parse_args()
     scan = chosen.scan or next((chosen.store.parent / "cohort" / "dataset").rglob("valid_*.nii.gz"))
     once, detected = detection(chosen.model, chosen.store, 200)

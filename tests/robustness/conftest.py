@@ -1,4 +1,4 @@
-"""The run that the others are compared with."""
+"""The undisturbed run that other runs are compared with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .runs import command, losses, recorded, run
 
 @pytest.fixture(scope="session")
 def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happened to, and beside it what its batches were."""
+    """The undisturbed run, with a record of its batches beside it."""
     output = tmp_path_factory.mktemp("whole") / "run"
     done = run(command(store, output), recorded(output.with_name("batches")))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,9 +1,10 @@
-"""Spoiled files of every kind against every reader: ``python -m tests.robustness.fuzz --files 5000 --minutes 10``.
+"""Feed damaged files of every kind to every reader: ``python -m tests.robustness.fuzz --files 5000 --minutes 10``.
 
-Each file is read in a process of its own kind that may crash, hang or eat memory without harm. What is accepted is compared
-with the truth. Where it differs without a warning, a decoder that is not ours (nibabel, ITK, pydicom's pixels) is asked
-about the same bytes: what it reads alike is what the file states, as headers have no checksum; the rest is counted as silently
-wrong and kept. Exit code 1 if anything crashed, hung, raised another exception, took too much memory, or was silently wrong.
+Each file is read in a child process, which may crash, hang or run out of memory without harm. Accepted volumes are
+compared with the undamaged one. If one differs without a warning, an independent decoder (nibabel, ITK, pydicom) reads
+the same bytes. If it agrees, the file really states this, as headers have no checksum; otherwise the file is saved and
+counted as silently wrong. Exit code 1 if a file caused a crash, a hang, an unexpected exception, excessive use of
+memory, or a silently wrong volume.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from ctclip.preprocessing.volume import Volume
 from tests.robustness.fuzz_files import AFFINE, SPEC, Good, good, spoil, stored_hu, truth
 from tests.unit.preprocessing.scan_files import RAS
 
-# A file that takes more processor seconds hangs, or as many of the clock: other work of the machine is no hang.
+# A read counts as a hang after this many seconds of processor time, or after this much time on the clock; the latter is longer,
+# because the machine may be busy.
 SECONDS, LONGEST_WAIT = 120.0, 900.0
 MEMORY_MB = 1500
 # Slices that lie uncompressed at the end of the file that is spoiled.
@@ -48,7 +50,7 @@ OUTCOMES = ("refused", "accepted", "accepted with a warning", "accepted as state
 
 
 def outcome_of(number: int, seed: int, folder: Path) -> tuple[str, str, str]:
-    """Build file ``number``, read it, and say what became of it: kind, outcome, and detail."""
+    """Build file ``number`` and read it; return its kind, the outcome, and details."""
     random = np.random.default_rng([seed, number])
     names = sorted(good())
     name = names[number % len(names)]
@@ -101,7 +103,7 @@ _TRUTHS: dict[str, Volume] = {}
 
 
 def prepared_truth(name: str) -> Volume:
-    """What is read of the good file of a kind; it is the phantom, voxel by voxel."""
+    """The volume read from the undamaged file of a kind, which equals the phantom voxel by voxel."""
     if name not in _TRUTHS:
         scan = good()[name]
         with tempfile.TemporaryDirectory() as folder:
@@ -123,21 +125,21 @@ def _alike(one: Volume, other: Volume) -> bool:
 
 
 def by_another(path: str) -> tuple[np.ndarray, Any]:
-    """Voxels and affine (to LPS+ mm) by nibabel or ITK; in the child, which they may end."""
+    """Voxels and affine (to LPS mm) by nibabel or ITK, in the child process, which they may crash."""
     suffix = Path(path).suffix
     if suffix == ".tar":
-        # Its members have no checksum.
+        # Members of this archive have no checksum.
         with tarfile.open(path) as archive:
             archive.extractall(Path(path).parent, filter="data")
         path, suffix = str(next(Path(path).parent.rglob("*.nii"))), ".nii"
     if suffix in (".zip", ".gz", ".npz") and not path.endswith(".nii.gz"):
-        # What these hold has a checksum, and nothing of it may differ.
+        # The contents of these have a checksum; no difference is acceptable.
         raise ValueError(suffix)
     if Path(path).is_dir():
         import SimpleITK as sitk
 
         files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(path)
-        # Of one file, a series reader makes a fourth axis.
+        # A series reader adds a fourth axis to a single file.
         image = sitk.ReadImage(files if len(files) > 1 else files[0])
     elif suffix in (".nii", ".gz", ".hdr"):
         import nibabel as nib
@@ -156,7 +158,7 @@ def by_another(path: str) -> tuple[np.ndarray, Any]:
 
 
 def _without_bzip2(path: str) -> str:
-    """An NRRD file with its voxels plain, as ITK knows no bzip2; the header stays as it is."""
+    """An NRRD file with decompressed voxels, because ITK cannot read bzip2; the header is unchanged."""
     header, between, voxels = Path(path).read_bytes().partition(b"\n\n")
     if b"encoding: bzip2" in header:
         Path(path).write_bytes(header.replace(b"encoding: bzip2", b"encoding: raw") + between + bz2.decompress(voxels))
@@ -171,7 +173,7 @@ def _csv(path: Path, name: str) -> str:
 
 
 def _slopes_stated(path: Path) -> list[float] | None:
-    """The column of slopes by Python's reader of comma-separated text; None where it finds no such table."""
+    """The column of slopes by Python's csv module; None if it finds no such table."""
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
         records = [record for record in csv.DictReader(stream, skipinitialspace=True) if any(record.values())]
     if not records or not {"path", "volume", "split", "rescale_slope"} <= set(records[0]):
@@ -190,7 +192,7 @@ def _store(path: Path, name: str) -> str:
 
 
 def work(connection: Connection, seed: int) -> None:
-    """The process that reads; killed by its parent if it hangs."""
+    """The child process that reads files. Its parent kills it if it hangs."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     warnings.simplefilter("ignore")
@@ -206,7 +208,7 @@ def work(connection: Connection, seed: int) -> None:
 
 
 class Worker:
-    """A process that reads, started again when it ends."""
+    """A child process that reads files and is restarted when it ends."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -249,7 +251,7 @@ class Worker:
         return True
 
     def _processor_seconds(self) -> float:
-        """Of the process and of those of its own that have ended."""
+        """Peak memory of the process and of its children that have ended."""
         try:
             fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
@@ -267,7 +269,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first file")
-    parser.add_argument("--kind", default="", help="only kinds whose name holds this")
+    parser.add_argument("--kind", default="", help="only kinds with this in their name")
     parser.add_argument("--json", type=Path, help="write the counts here")
     given = parser.parse_args()
     worker, until = Worker(given.seed), time.monotonic() + 60 * given.minutes

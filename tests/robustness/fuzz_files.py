@@ -1,4 +1,4 @@
-"""Good files of every kind that is read, built in memory, and the ways in which they are spoiled."""
+"""Valid files of every supported kind, built in memory, and ways to damage them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.unit.preprocessing import dicom_builder
 from tests.unit.preprocessing.scan_files import meta, meta_header, nifti, nrrd, nrrd_header, tarred, zipped
 
 SPEC = PreprocessingSpec("fuzz", (5.0, 4.0, 4.0), (12, 16, 20))
-# Straight, as what is oblique is resampled, and then no voxel is compared with its truth.
+# Axis-aligned: an oblique volume would be resampled, and its voxels could not be compared.
 AFFINE = np.array([[0, 0, 4.0, -80], [0, 4.0, 0, -70], [5.0, 0, 0, 30], [0, 0, 0, 1]])
 NUMBERS = (b"-1", b"0", b"1", b"2", b"66", b"65536", b"4294967296", b"1e999", b"nan", b"", b"%s%n", b"A" * 2000, b"3.5")
 INTEGERS = (0, 1, 2, -1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 1 << 16, 1 << 31)
@@ -34,8 +34,8 @@ FLOATS = (0.0, -1.0, 1.0, float("nan"), float("inf"), 1e30, 1e-30, 352.0)
 
 @dataclass
 class Good:
-    """A scan as files; ``named`` is what the reader is given, ``spoiled`` the file that is changed, ``header`` its bytes
-    that are not voxels. ``kind`` says what reads it."""
+    """A scan as files. ``named``: the file given to the reader; ``spoiled``: the file to damage; ``header``: the number
+    of its bytes before the voxels; ``kind``: the format."""
 
     files: dict[str, bytes]
     named: str
@@ -108,7 +108,7 @@ def _one(name: str, content: bytes, header: int, *, text: bool = False) -> Good:
 
 
 def _one_of(spoiled: str, slices: dict[str, bytes], header: int) -> Good:
-    """A DICOM series of which one file is changed."""
+    """A DICOM series with one damaged file."""
     return Good({f"series/{name}": content for name, content in slices.items()}, "series", spoiled, header)
 
 
@@ -129,7 +129,7 @@ def _frames(hu: np.ndarray) -> bytes:
 
 
 def _dicom(data: pydicom.Dataset, number: int) -> bytes:
-    """The same bytes in every run; all bits are used, as decoders differ in what they make of those that are not."""
+    """The same voxels in every run. All bits are used, because decoders treat unused bits differently."""
     data.BitsStored, data.HighBit = 16, 15
     data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = f"{dicom_builder.SERIES}.{number}"
     memory = io.BytesIO()
@@ -161,7 +161,7 @@ def _spec() -> bytes:
 
 
 def spoil(scan: Good, random: np.random.Generator) -> tuple[bytes, str]:
-    """The changed bytes and what was done; most changes hit the header."""
+    """The damaged bytes, with a description of the change. Most changes are in the header."""
     content = bytearray(scan.content)
     ways = [
         _flip,

@@ -1,12 +1,13 @@
-"""kill -9 and pairs of commands, over every command that writes.
+"""Kill every command that writes, and start pairs of them into one output.
 
-``python -m tests.robustness.kills --kills 200``: a command is killed at a random moment (itself alone, or with its child
-processes), one to three times, and started again until it ends. What it leaves must be what the undisturbed command leaves,
-byte for byte. ``--pairs 50``: two commands at once into one output, the same or with other inputs. Each ends with exit code
-0 or is refused in one line, and what is left is the whole output of one of them. Exit code 1 if anything was otherwise.
+``python -m tests.robustness.kills --kills 200``: a command (alone, or with its child processes) is killed with SIGKILL
+at a random moment, one to three times, and started again until it finishes. Its output must equal, byte for byte, the
+output of a command that was not killed. ``--pairs 50``: two commands, with the same or with different inputs, write
+into one output at the same time. Each must end with exit code 0 or be refused in one line, and the output must be that
+of exactly one of the two commands. Exit code 1 if any of this fails.
 
-What differs between two undisturbed runs is not compared: lock files, times in a training's metrics, TensorBoard's events,
-and the random salt of a calibration with the digests it goes into.
+Files that differ between two undisturbed runs are not compared: lock files, times in the metrics of a training,
+TensorBoard events, and the random salt of a calibration with the digests that depend on it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tests.benchmarks.common import machine, table
 from tests.end_to_end.conftest import TINY
 from tests.robustness.processes import FORKED, Command, Done
 
-# What commands import when they run: kills should fall into their work, not into imports.
+# Imported before a command starts, so that kills hit its work and not its imports.
 FORKED.set_forkserver_preload([
     "torch", "deepspeed", "torch.utils.tensorboard", "numba", "nibabel", "faiss", "matplotlib.pyplot", "sklearn.ensemble",
     "transformers.models.bert.modeling_bert", "ctclip.cli", "ctclip.phantom.cohort", "ctclip.preprocessing.quality",
@@ -43,9 +44,9 @@ FORKED.set_forkserver_preload([
 ])  # fmt: skip
 PUBLISHED = Path(__file__).parents[1] / "golden" / "data"
 VOLUMES, SCALE = 16, 12
-# Whose values are times and rates.
+# Keys whose values are times and rates.
 TIMED = ("second", "time", "per_s", "memory", "wait", "rate_of", "volumes_s")
-# The demo's spec at half its resolution, and at less than that for a store of another spec.
+# The demo's spec at half its resolution; and a coarser one, for a store with another spec.
 SPECS = {
     "half": ((9.0, 6.4, 6.4), (32, 48, 64)),
     "coarse": ((18.0, 12.8, 12.8), (16, 32, 32)),
@@ -56,8 +57,8 @@ SECONDS = 600
 
 @dataclass
 class Case:
-    """A command that writes below ``place``; ``other``: the same command with other inputs; ``given``: what must lie in
-    ``place`` before, by name."""
+    """A command that writes to ``place``; ``other``: the same command with different inputs; ``given``: files that must
+    be in ``place`` beforehand, by name."""
 
     name: str
     place: Path
@@ -73,7 +74,7 @@ class Case:
             shutil.copytree(source, self.place / name)
 
     def whole(self, other: bool = False) -> dict[str, str]:
-        """What the undisturbed command leaves, and how long it takes."""
+        """The output of the undisturbed command, and its duration."""
         self.reset()
         began = time.monotonic()
         done = start(self, other).wait(SECONDS)
@@ -84,7 +85,7 @@ class Case:
 
 
 def start(case: Case, other: bool = False) -> Command:
-    """The command, with a temporary folder of its own beside its output."""
+    """The command, with its own temporary folder beside the output."""
     scratch = case.place.with_name(f"{case.place.name}.tmp")
     scratch.mkdir(exist_ok=True)
     patch = f"import os, tempfile; os.environ['TMPDIR'] = {str(scratch)!r}; tempfile.tempdir = None"
@@ -92,7 +93,7 @@ def start(case: Case, other: bool = False) -> Command:
 
 
 def cases(work: Path) -> list[Case]:
-    """Every command that writes, each with inputs that the ones before it have made."""
+    """Every command that writes, with inputs made by the commands before it."""
     inputs, out = work / "inputs", work / "out"
     text = _published_text(work / "text")
     specs = {}
@@ -152,7 +153,7 @@ def cases(work: Path) -> list[Case]:
 
 
 def _published_text(folder: Path) -> Path:
-    """Tokenizer and configuration that go with the recorded checkpoint."""
+    """The tokenizer and configuration of the recorded checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     (folder / "vocab.txt").write_text("\n".join([*words, *(f"w{i}" for i in range(115))]))
@@ -183,7 +184,7 @@ def _content(path: Path) -> bytes:
 
 
 def members(session: int) -> list[int]:
-    """Processes of a session that are not yet gone."""
+    """Processes of a session that are still running."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -204,7 +205,7 @@ def end(session: int) -> None:
 
 
 def killed(case: Case, whole: dict[str, str], random: np.random.Generator) -> Counter[str]:
-    """Kill ``case`` one to three times at random moments, run it to its end, and say what was found wrong."""
+    """Kill ``case`` one to three times at random moments, let it finish, and describe what is wrong."""
     case.reset()
     seen: Counter[str] = Counter()
     sessions = []
@@ -245,7 +246,7 @@ def killed(case: Case, whole: dict[str, str], random: np.random.Generator) -> Co
 
 
 def _to_its_end(case: Case) -> tuple[Done, bool]:
-    """The same command again; one that is refused since orphans of the killed one still write is tried again."""
+    """Run the command again. If it is refused because children of the killed command are still writing, retry."""
     until, waited = time.monotonic() + 60, False
     while True:
         done = start(case).wait(SECONDS)
@@ -256,7 +257,7 @@ def _to_its_end(case: Case) -> tuple[Done, bool]:
 
 
 def paired(case: Case, wholes: list[dict[str, str]], other: bool, random: np.random.Generator) -> Counter[str]:
-    """Two commands at once; ``other``: the second with other inputs. ``wholes``: what each leaves by itself."""
+    """Two commands at once. ``other``: the second has different inputs. ``wholes``: the output of each command alone."""
     case.reset()
     running = [start(case)]
     time.sleep(random.uniform(0, 0.5 * case.seconds))
@@ -267,7 +268,7 @@ def paired(case: Case, wholes: list[dict[str, str]], other: bool, random: np.ran
     seen["both to their end"] += codes == [0, 0]
     seen["one refused"] += sorted(codes) == [0, 2]
     left = tree(case.place)
-    # What the first left may stand beside what the second replaced.
+    # Files of the first command may remain beside those that the second replaced.
     whole = any(all(left.get(name) == digest for name, digest in one.items()) for one in wholes[: 1 + other])
     clear = all(done.returncode == 0 or (done.returncode == 2 and _one_line(done.stderr)) for done in ended)
     if not (whole and clear and 0 in codes):
@@ -285,13 +286,11 @@ def _one_line(text: str) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=0, help="how many kills, in turn over the commands")
-    parser.add_argument("--pairs", type=int, default=0, help="how many pairs, in turn over the commands")
-    parser.add_argument(
-        "--minutes", type=float, default=600, help="end after this time, and say what was done until then"
-    )
+    parser.add_argument("--kills", type=int, default=0, help="number of kills, distributed over the commands")
+    parser.add_argument("--pairs", type=int, default=0, help="number of pairs, distributed over the commands")
+    parser.add_argument("--minutes", type=float, default=600, help="stop after this time and report what was done")
     parser.add_argument("--only", default="", help="commands, separated by commas")
-    parser.add_argument("--work", type=Path, help="keep the inputs here, and use those that are here")
+    parser.add_argument("--work", type=Path, help="keep the inputs in this folder, and reuse those already there")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -331,7 +330,7 @@ WRONG = ("not identical", "no end", "TMPDIR", "files left", "wrong")
 
 
 def _in_turn(every: list[Case], what: str, wanted: int, until: float, seed: int) -> dict[str, Counter[str]]:
-    """Counts by command of ``wanted`` kills or pairs, or of as many as there was time for."""
+    """Counts by command for ``wanted`` kills or pairs, or as many as time allowed."""
     random = np.random.default_rng(seed)
     seen: dict[str, Counter[str]] = {case.name: Counter() for case in every}
     wholes: dict[str, list[dict[str, str]]] = {}

@@ -1,7 +1,7 @@
-"""Commands that start at once: forked from a server that has imported what training imports.
+"""Start commands quickly, by forking a server that has imported the modules of training.
 
-Each is a process of its own, in a session of its own, as if the command had been typed: it can be killed or sent
-signals, and ends with the command's exit code. Only some ten seconds of imports are shared.
+Each command is a process in its own session, as if it had been typed: it can be killed or sent signals, and ends with
+the exit code of the command. Only the imports, some ten seconds, are shared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FORKED.set_forkserver_preload(
 
 @dataclass
 class Done:
-    """How a command ended; ``returncode`` is minus the signal where one ended it."""
+    """The end of a command; ``returncode`` is minus the number of the signal that ended it, if any."""
 
     returncode: int
     stdout: str
@@ -31,7 +31,7 @@ class Done:
 
 
 class Command:
-    """``ctclip ARGUMENTS``, running. ``patch``: Python that replaces something in its process beforehand."""
+    """A running command ``ctclip ARGUMENTS``. ``patch``: Python code that runs in its process first."""
 
     def __init__(self, arguments: list[str], patch: str = "") -> None:
         self.said = [tempfile.mkstemp(prefix="ctclip_test_")[1] for _ in range(2)]
@@ -56,11 +56,11 @@ def _run(arguments: list[str], patch: str, out: str, err: str) -> None:
     os.setsid()
     for number, name in ((1, out), (2, err)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
-    # What the tests' own process has set for itself is no business of the command's.
+    # The command must not see variables that the test process set for itself.
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-    # And what multiprocessing tells its children about itself.
+    # Nor those that multiprocessing sets for its children.
     multiprocessing.set_start_method("fork", force=True)
     import torch
 

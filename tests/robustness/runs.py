@@ -1,4 +1,4 @@
-"""Small runs on the tests' cohort: their commands, and what they left."""
+"""Small runs on the cohort of the tests: their commands and their outputs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from ..end_to_end.conftest import TINY
 from .processes import Command, Done
 
-# A low rate keeps rounding from growing into another curve.
+# A low learning rate keeps rounding errors small.
 SETTINGS = [*TINY, "training.epochs=4", "training.learning_rate=1e-4", "training.text_learning_rate=1e-4"]
-# Every batch of every step, as the engine is given it.
+# Records every batch that the engine receives.
 RECORDED = """
 import json, os, zlib; from ctclip.training.engine import Engine; step_ = Engine.step
 def recording(self, batch, number, steps):
@@ -54,7 +54,7 @@ def wait_for_step(output: Path, step: int) -> None:
         if path.is_file() and path.read_text().count("\n") > step:
             return
         time.sleep(0.01)
-    raise AssertionError("training did not get so far")
+    raise AssertionError("the training ended before this step")
 
 
 def last_line(done: Done) -> str:

@@ -1,4 +1,5 @@
-"""Every reader, fed files that were cut, changed, emptied, renamed or filled with NaN: an error or a volume, in time."""
+"""Readers given files that are cut, changed, empty, renamed or full of NaN return a volume or an error, within a time
+limit."""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ def taken_or_refused(path: Path, trust: Trust = "auto") -> None:
 
 
 def copied(good: Path, name: str, folder: Path) -> tuple[Path, Path]:
-    """A copy of one format: what is named to the reader, and the file whose bytes are spoiled."""
+    """A copy of one format: the file given to the reader, and the file whose bytes are damaged."""
     if name == "series":
         shutil.copytree(good / name, folder / name)
         return folder / name, sorted((folder / name).iterdir())[3]
@@ -69,7 +70,7 @@ def test_cut_emptied_and_changed(good: Path, tmp_path: Path, name: str) -> None:
     for share in (0.0, 0.1, 0.5, 0.9, 0.999):
         spoiled.write_bytes(content[: int(share * len(content))])
         taken_or_refused(asked)
-    # Headers lie in front: most of the changes are made there.
+    # Headers come first, and most changes are made there.
     for place in [*random.integers(0, min(len(content), 700), 40), *random.integers(0, len(content), 10)]:
         changed = bytearray(content)
         changed[int(place)] = int(random.integers(0, 256))
@@ -79,7 +80,7 @@ def test_cut_emptied_and_changed(good: Path, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("magic", [b"n+1\0", b"n+2\0"])
 def test_every_byte_of_a_nifti_header(tmp_path: Path, magic: bytes) -> None:
-    """No value of any header byte gives anything but a finite volume or one clear line, nor a word on the terminal."""
+    """Every value of every header byte gives a finite volume or a one-line error, and prints nothing."""
     array = np.random.default_rng(0).integers(-1000, 1000, (8, 9, 10)).astype(np.int16)
     kind = nib.Nifti1Image if magic == b"n+1\0" else nib.Nifti2Image
     nib.save(kind(array, np.diag([-4.0, -4.0, 5.0, 1.0])), tmp_path / "scan.nii")
@@ -109,7 +110,7 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
         for number in range(64):
             archive.writestr(f"{number}", bytes(2**21))
     content = bytearray((tmp_path / "bomb.zip").read_bytes())
-    # Sizes of the directory are claims: here 4 GB a member.
+    # The archive's directory may lie about sizes: here it claims 4 GB for each member.
     start = content.find(b"PK\x01\x02")
     while start >= 0:
         content[start + 24 : start + 28] = (2**32 - 2).to_bytes(4, "little")

@@ -1,4 +1,4 @@
-"""Ctrl-C in a training: a checkpoint, one line and exit code 75; the second one ends everything at once."""
+"""Ctrl-C stops a training with a checkpoint, one line and exit code 75; a second Ctrl-C stops it at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RANKS = ["--debug", "train", "--processes", "2"]
 
 
 class Ranks:
-    """`ctclip --debug train --processes 2` in a session of its own, as a terminal has it."""
+    """`ctclip --debug train --processes 2` in its own session, as in a terminal."""
 
     def __init__(self, arguments: list[str]) -> None:
         words = [sys.executable, "-m", "ctclip", *RANKS, *arguments[1:]]
@@ -46,7 +46,7 @@ def processes(output: Path) -> list[int]:
 
 @pytest.fixture
 def output(tmp_path: Path) -> Iterator[Path]:
-    """A run folder; what is left of its run is ended after the test."""
+    """A run folder; processes still running after the test are stopped."""
     yield tmp_path / "run"
     for pid in processes(tmp_path / "run"):
         os.kill(pid, signal.SIGKILL)
@@ -60,7 +60,7 @@ def until(condition: Callable[[], object], seconds: float = 60) -> None:
 
 
 def ctrl_c(run: Ranks | Command) -> None:
-    """What a terminal sends it to: the group in front."""
+    """Send a signal to the foreground process group, as a terminal does."""
     os.killpg(run.pid, signal.SIGINT)
 
 
@@ -87,7 +87,7 @@ def test_the_second_ctrl_c_ends_at_once(start: Start, store: Path, output: Path)
         run = start(command(store, output, *LONG))
     wait_for_step(output, 1)
     for pid in processes(output):
-        # A rank that stands still never comes to the end of its step.
+        # A rank that hangs never reaches the end of its step.
         if b"--local_rank" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGSTOP)
     time.sleep(0.5)

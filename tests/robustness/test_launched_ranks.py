@@ -1,4 +1,4 @@
-"""Two ranks under the launchers that users type: killed, or sent a signal, and started again."""
+"""Two ranks under each launcher are killed or sent a signal, and started again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "ctclip.train"]
 DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--module", "ctclip.train"]
-# Between SIGTERM and SIGKILL it leaves one second if not told otherwise: a step may take longer.
+# By default it allows one second between SIGTERM and SIGKILL; a step may take longer.
 TIME = ["--mca", "odls_base_sigkill_timeout", "60"]
 MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", *TIME, "-n", "2", sys.executable, "-m", "ctclip.train"]
 LAUNCHERS = {"torchrun": TORCHRUN, "deepspeed": DEEPSPEED, "mpirun": MPIRUN}
@@ -28,32 +28,32 @@ SETTINGS = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 def typed(launcher: str, arguments: list[str]) -> list[str]:
-    """The command line of two ranks; the test is skipped where the launcher is not installed."""
+    """The command line for two ranks; the test is skipped if the launcher is not installed."""
     name, *words = LAUNCHERS[launcher]
     beside = Path(sys.executable).with_name(name)
     path = str(beside) if beside.is_file() else shutil.which(name)
     if path is None:
         pytest.skip(f"{name} is not installed")
-    # Other tests may run beside this one, on the launcher's own port.
+    # Other tests may be using the launcher's default port.
     port = ["--master_port", str(free_port())] if launcher == "deepspeed" else []
     return [path, *port, *words, *arguments[1:]]
 
 
 @pytest.mark.parametrize(("killed", "launcher"), [("one", "torchrun"), ("all", "deepspeed"), ("one", "mpirun")])
 def test_kill_9_of_ranks_of_two(store: Path, whole: Path, tmp_path: Path, killed: str, launcher: str) -> None:
-    """And the same command again, to the end, under the launcher a user types."""
+    """After a kill, the same command under the same launcher finishes the run."""
     output = tmp_path / "run"
     words = typed(launcher, command(store, output))
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=SETTINGS)
-    # Found before the moment comes: eight steps are soon over. Launchers first: none shall see its ranks die.
+    # Processes are listed in advance, as eight steps take little time. Launchers are killed first, so that none sees its ranks die.
     wait_for_step(output, 0)
     there = _processes(output)
-    # The launcher's own children are the ranks; they may have children with the same words.
+    # The ranks are direct children of the launcher; they may have children with the same command line.
     ranks = [pid for pid in there if _parent(pid) == process.pid]
     wait_for_step(output, 2)
     for pid in there if killed == "all" else ranks[-1:]:
         os.kill(pid, signal.SIGKILL)
-    # Where one rank died the launcher ends the other; nothing is left to wait for ever.
+    # If one rank dies, the launcher stops the other; no process is left waiting.
     assert process.wait(timeout=600) != 0
     ends = time.monotonic() + 60
     while _processes(output) and time.monotonic() < ends:
@@ -62,7 +62,7 @@ def test_kill_9_of_ranks_of_two(store: Path, whole: Path, tmp_path: Path, killed
     done = subprocess.run(words, capture_output=True, text=True, env=SETTINGS, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"model: {output / 'model'}" in done.stdout
-    # Sums over two ranks round otherwise than those of one process.
+    # Sums over two ranks are rounded differently from those of one process.
     same_curve(output, whole, 1e-4)
 
 
@@ -78,15 +78,16 @@ def test_a_signal_to_the_launching_command_reaches_its_ranks(store: Path, whole:
     assert process.returncode == 75, said[-2000:]
     assert not _processes(output)
     assert list((output / "checkpoints").glob("step_*"))
-    # One process goes on where two were.
+    # One process continues the run of two.
     assert run(command(store, output)).returncode == 0
     same_curve(output, whole, 1e-4)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_ctrl_c_under_a_launcher_writes_a_checkpoint(launcher: str, store: Path, whole: Path, tmp_path: Path) -> None:
-    """The terminal sends it to all processes in front, launchers pass it on in ways of their own; then the run continues on
-    one process. Objectives whose decoder has tied weights, spread over the ranks, are part of it."""
+    """A terminal sends Ctrl-C to all foreground processes, and launchers forward it in different ways. Afterwards the
+    run continues on one process. The run includes an objective whose decoder has tied weights that are sharded over
+    ranks."""
     output = tmp_path / "run"
     arguments = command(store, output, "objectives.captioning=0.3", "objectives.mlm=0.3", "training.zero=3")
     long = [*arguments, "training.epochs=500", "training.checkpoint_every=100000"]

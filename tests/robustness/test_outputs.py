@@ -1,5 +1,5 @@
-"""What a command may write where: nothing of a user's is replaced, nothing goes through a link, and two commands that
-write into one place never leave a short table."""
+"""Where commands may write: they never replace a user's files or write through a link, and two commands with one output
+never leave an incomplete table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .processes import Command
 SPEC = spec_of((8, 8, 8))
 LABELS = load_labels("ct_rate_18")
 VOLUMES = [f"v{number}" for number in range(12)]
-# Commands that write a folder, and those that write one file. Each is refused before it reads anything else.
+# Commands that write a folder, and commands that write one file. Each is refused before it reads its inputs.
 FOLDERS = {
     "export": ["export", "run", "--output"],
     "import-checkpoint": ["import-checkpoint", "x.pt", "--text-encoder", "x", "--output"],
@@ -93,7 +93,7 @@ def typed(*arguments: object) -> int:
 
 
 def tree(root: Path) -> dict[str, tuple[int, bytes]]:
-    """What lies below a folder, links not followed."""
+    """The contents of a folder, without following links."""
     found = {}
     for path in sorted(root.rglob("*")):
         mode = path.lstat().st_mode
@@ -103,7 +103,7 @@ def tree(root: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def home(place: Path) -> Path:
-    """A user's folder, with all that may be mistaken for ours."""
+    """A user's folder, with files that could be mistaken for those of ctclip."""
     folder = place / "home"
     for name in ("thesis.tex", "config.yaml", "metrics.json", "report.html", "model.safetensors", ".home.replaced/a", "volumes/.note",
                  ".prompts.partial/a", ".lock", "run.json", "predictions.csv", "embeddings.parquet", "spec.yaml.old"):  # fmt: skip
@@ -157,7 +157,7 @@ LYING_THERE: list[Callable[[Path], Path]] = [
 
 
 def refused(arguments: list[object], place: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a command is refused with, after which everything is as it was."""
+    """The single line with which a command is refused; nothing may have changed."""
     before, device = tree(place), os.stat("/dev/null").st_mode
     capsys.readouterr()
     assert typed(*arguments) == 2, arguments
@@ -189,7 +189,7 @@ def test_a_file_that_is_not_ours_is_left_alone(
     arguments, ending = FILES[command]
     target = what(tmp_path)
     if target.parent == tmp_path:
-        # The same thing under a name that the command takes.
+        # The same file under a name that the command accepts.
         target = target.rename(target.with_suffix(ending))
     line = refused([str(small_store) if a == "STORE" else a for a in arguments] + [target], tmp_path, capsys)
     if command.startswith("embed") and target.suffix != ending:
@@ -219,7 +219,7 @@ def test_a_run_folder_and_its_model_are_checked_before_training(
 def test_a_lock_is_never_written_through(kind: str, tmp_path: Path) -> None:
     lock, target = tmp_path / "run" / ".lock", tmp_path / "target"
     lock.parent.mkdir()
-    # Empty, as a lock may be that another command is just making.
+    # Empty, like a lock that another command is creating.
     target.write_text("")
     if kind == "link":
         lock.symlink_to(target)
@@ -234,7 +234,7 @@ def test_a_lock_is_never_written_through(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_read_only_place_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Root may write anywhere: what the system would answer another user is put in its mouth."""
+    """Root may write anywhere, so the error that another user would get is simulated."""
     monkeypatch.setattr(os, "access", lambda *_: False)
     for arguments in FOLDERS.values():
         assert "cannot be written into" in refused([*arguments, tmp_path / "new"], tmp_path, capsys)
@@ -323,7 +323,7 @@ def test_a_table_of_another_run_is_not_overwritten(
         assert typed(command, "--model", other, *arguments, "--force") == 0
         if command != "index":
             assert table.read_bytes() != before
-    # Another table of ours, side by side with the first.
+    # Another table of ctclip beside the first.
     assert typed("index", "--model", model, "--store", small_store, "--output", tmp_path / "p") == 0
     assert (tmp_path / "p" / "predictions.csv").is_file()
 
@@ -342,7 +342,8 @@ def test_a_row_that_is_missing_is_never_exit_code_0(
 
 
 def test_two_processes_into_one_folder(model: Path, small_store: Path, tmp_path: Path) -> None:
-    """Both whole, or the second refused in one line; other scans and the same, never a short table with exit code 0."""
+    """Both outputs are complete, or the second command is refused in one line; never an incomplete table with exit code
+    0."""
     slow = "import time; from ctclip.inference.scans import StoredScans as S; read = S.voxels; S.voxels = lambda s, i: (time.sleep(0.1), read(s, i))[1]"
     for command, name, table in (("zero-shot", "p", "p/embeddings.parquet"), ("embed", "e.parquet", "e.parquet")):
         arguments = [
@@ -382,7 +383,7 @@ def test_what_goes_to_a_hub_names_no_patient(encoder: DualEncoder, tmp_path: Pat
     text = (tmp_path / "copy" / "heads" / "prompts" / "calibration.json").read_text()
     assert digest("p1", "salt") not in text
     assert '"salt": ""' in text
-    assert load(tmp_path / "copy").head().calibration is None  # of other weights, as the note says
+    assert load(tmp_path / "copy").head().calibration is None  # from other weights, as the note says
     assert Calibration.load(tmp_path / "copy" / "heads" / "prompts" / "calibration.json").lines == kept.lines
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "config.yaml").write_text("mine")
@@ -391,7 +392,7 @@ def test_what_goes_to_a_hub_names_no_patient(encoder: DualEncoder, tmp_path: Pat
 
 
 def test_of_two_stores_made_at_once_the_first_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both have seen an empty folder; the other's spec is there by the time ours would be renamed over it."""
+    """Both commands have seen an empty folder; the spec of the other appears just before this one's would replace it."""
     other, put = spec_of((16, 16, 16)), files._put_once
     raced = []
 
@@ -417,7 +418,7 @@ def test_two_cohorts_into_one_folder_are_one_cohort(tmp_path: Path, capsys: pyte
 def test_a_folder_that_another_command_puts_in_place_stays(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two commands replace one folder: the later one is refused in one line, and neither loses the other's."""
+    """Two commands replace one folder: the later one is refused in one line, and no output is lost."""
     for name in ("partial", "final"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "which").write_text(name)

@@ -1,4 +1,4 @@
-"""What happens to a run that is killed, starved, stopped or misled: nothing is lost, and one line says what to do."""
+"""Runs that are killed, run out of disk, are stopped or get bad data lose nothing, and one line says what to do."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def test_the_console_says_how_the_run_goes(whole: Path) -> None:
 
 
 def test_a_checkpoint_holds_all_that_a_run_is(whole: Path) -> None:
-    """Parameters, both of Adam's moments of all that learn, its count of steps, and the step, from which batches, rates
-    and random states follow."""
+    """Parameters, both of Adam's moments for all that are trained, its step count, and the step, which determines
+    batches, learning rates and random states."""
     newest = sorted((whole / "checkpoints").iterdir())[-1]
     facts = json.loads((newest / "checkpoint.json").read_text())
     state = load_file(newest / "state.safetensors")
     assert facts["step"] == int(state["optimizer_step"]) == len(losses(whole))
     names = {f"model.{name}" for name, _ in Model.from_pretrained(str(whole / "model")).dual.named_parameters()}
     assert names <= {name.removeprefix("state/") for name in state}
-    # The text side is locked, and no loss of this run uses the bias.
+    # The text encoder is locked, and no loss of this run uses the bias.
     learning = {name for name in names if not name.startswith("model.text_")} - {"model.similarity.logit_bias"}
     assert "model.similarity.logit_scale" in learning
     for moment in ("exp_avg/", "exp_avg_sq/"):
@@ -124,7 +124,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_asks_to_be_requeued(
     assert done.returncode == 75
     assert "the same command continues" in done.stdout
     assert len(list((output / "checkpoints").glob("step_*"))) == 1
-    # It may go on at another ZeRO stage, whose sums round otherwise.
+    # It may continue at another ZeRO stage, where sums are rounded differently.
     assert run(command(store, output, f"training.zero.stage={stage}")).returncode == 0
     same_curve(output, whole, tolerance)
 
@@ -189,7 +189,7 @@ def test_a_full_disk_leaves_no_half_model(whole: Path, tmp_path: Path) -> None:
 NOT_FINITE = [
     ("loss is nan", 1, 3, 1),
     *(("gradient is not finite", stage, 3, 1) for stage in (0, 1, 3)),
-    # Nothing is read of the device but before a checkpoint: a step after the one at fault has been made by then.
+    # Losses are read from the device only before a checkpoint, by when another step has been made.
     ("gradient is not finite", 0, 2, 1000),
 ]
 
@@ -218,7 +218,8 @@ def test_what_is_not_a_number_stops_the_run_before_it_is_kept(
 
 
 def test_a_loss_that_grows_stops_the_run(store: Path, tmp_path: Path) -> None:
-    """Ten times as large from the 23rd step on: seen some steps later, and checkpoints of these are not called good."""
+    """A loss that is ten times larger from step 23 on is noticed a few steps later, and later checkpoints do not count
+    as good."""
     body = (
         "import ctclip.objectives.clip as l; real, calls = l.clip, []\n"
         "def growing(*a, **k): calls.append(1); return real(*a, **k) * (10 if len(calls) > 22 else 1)\n"
@@ -253,7 +254,7 @@ def test_objectives_that_join_after_the_labels_are_no_rise(store: Path, tmp_path
     assert done.returncode == 0, done.stderr[-2000:]
     found = list(losses(output).values())
     alone, joined = found[: len(found) // 2], found[len(found) // 2 :]
-    # The watch, asked about both in one, would have stopped it.
+    # If the check compared both losses as one, it would have stopped the run.
     watch = Divergence()
     assert any(watch.seen(loss) > 1 for loss in found)
     assert max(alone) < min(joined)
@@ -286,7 +287,7 @@ def test_another_configuration_is_refused_unless_forced(store: Path, whole: Path
 
 
 def test_a_second_training_in_one_process(store: Path, tmp_path: Path) -> None:
-    """A notebook's, for example: DeepSpeed would find groups of the first that are gone."""
+    """As in a notebook: DeepSpeed would look for process groups of the first training that no longer exist."""
     first = (
         "from pathlib import Path; from ctclip.config_files import load_config; from ctclip.training.loop import train; "
         f"train(load_config('phantom_tiny', {SETTINGS}, {{'data.store': {str(store)!r}}}), Path({str(tmp_path / 'first')!r}))"
@@ -301,7 +302,7 @@ def test_a_second_training_in_one_process(store: Path, tmp_path: Path) -> None:
 
 
 def test_other_data_are_refused_unless_forced(store: Path, whole: Path, tmp_path: Path) -> None:
-    """And the model card then counts what the weights saw, before and after."""
+    """The model card then counts the volumes from before and after the change."""
     output, fewer = tmp_path / "run", tmp_path / "fewer"
     shutil.copytree(whole, output)
     shutil.copytree(store, fewer)
@@ -329,7 +330,7 @@ def test_reports_that_are_all_the_same_are_refused_at_the_start(store: Path, tmp
 
 
 def test_prompts_that_are_not_there_are_named_before_the_first_step(store: Path, tmp_path: Path) -> None:
-    """The model folder takes them at the end."""
+    """The model folder includes them at the end."""
     said = run(command(store, tmp_path / "run", "prompts=reportstyle"))
     assert said.returncode == 2
     assert "'reportstyle'" in last_line(said)
@@ -390,7 +391,7 @@ def test_a_second_run_in_one_folder_is_refused(store: Path, tmp_path: Path) -> N
     said = last_line(run(command(store, output, *more)))
     assert "a run is going on in this folder" in said
     assert f"process {process.pid}" in said
-    # But a model can be had of a run that goes on.
+    # A model can be exported while the run is in progress.
     wait_for_step(output, 101)
     exported = run(["export", str(output), "--output", str(tmp_path / "model")])
     os.killpg(process.pid, signal.SIGKILL)
@@ -412,7 +413,7 @@ def test_validation_is_logged_and_the_best_checkpoint_is_kept(store: Path, whole
     kept = sorted(path.name for path in (output / "checkpoints").iterdir())
     assert f"step_{best['step'] + 1:08d}" in kept
     assert len(kept) <= 2
-    # Looking does not change what is learned.
+    # Validation does not change the training.
     assert losses(output) == pytest.approx(losses(whole), abs=1e-6)
     exported = run(["export", str(output), "--checkpoint", "best", "--output", str(tmp_path / "m")])
     assert exported.returncode == 0, exported.stderr

@@ -111,7 +111,7 @@ def test_a_soup_is_kept_only_if_it_is_better(clinic: Clinic, tmp_path: Path) -> 
 def test_models_of_other_recipes_and_patients_are_refused(clinic: Clinic, tmp_path: Path) -> None:
     other = variant(clinic, tmp_path / "other", 1, 0.01)
     (other / "labels.yaml").write_text("name: two\nlabels: [Nodule, Gallstones]\n")
-    with pytest.raises(CheckpointError, match="other: differs from .* in its label set"):
+    with pytest.raises(CheckpointError, match=r"other: differs from .* in its label set"):
         make_soup([clinic.model, other], clinic.store, "valid", tmp_path / "soup")
     adapted = variant(clinic, tmp_path / "adapted", 1, 0.01)
     Adaptation.to("lora", "x", "m", ["p30"]).save(adapted / FILE)
