@@ -8,26 +8,53 @@ from __future__ import annotations
 
 import re
 
-STOP = re.compile(r"[.!?]+([\"'”’)\]]*)|[。！？]+")
-# Behind a stop whose space was forgotten: a capitalised word.
-CAPITALISED = re.compile(r"[A-ZÀ-ÖØ-ÞĞİŞŒ][^\W\d_A-ZÀ-ÖØ-ÞĞİŞŒ]")
-# What an item of a list begins with: a dash or dot, "1.", "(2)", "b)".
-MARKER = re.compile(r"(?:[-–—•*·▪●○◦‣⁃➢]+(?=\s|[^\W\d_])|\(\d{1,2}\)|\d{1,2}[.)](?=\s|[^\W\d_])|\(?[a-h]\)(?=\s))\s*")
-# A sign that begins an item wherever it stands.
-BULLET = re.compile(r"(?<=\s)[•·▪●○◦‣⁃➢](?=\s*[^\W\d_])")
-NUMBERED = re.compile(r"(\d{1,2})([.)])\s*(?=[^\W\d_])")
+STOP = re.compile(r"[.!?…]+([\"'”’)\]]*)|[。．｡！？।؟]+")
+# Behind a stop whose space was forgotten: a word.
+WORD_AFTER = re.compile(r"[^\W\d_]{2}")
+# What an item of a list begins with: a dash or dot, "1.", "(2)", "[3]", "#4", "5 -", "6:", "b)", "C.", "iv)", "IV.".
+MARKER = re.compile(
+    r"(?:[-–—•*·▪■●○◦‣⁃➢►→✓]+(?=\s|[^\W\d_])|[+>](?=\s)|[①-⑳]|\(\d{1,2}\)|\[\d{1,2}\]|#\d{1,2}[.):]?(?=\s)"
+    r"|\d{1,2}[.)．、）](?=\s|[^\W\d_])|\d{1,2}\s?[-–:](?=\s+[^\W\d_])|\(?[a-h]\)(?=\s)|\(?[ivx]{1,4}\)(?=\s)"
+    r"|(?:[A-H]|I{1,3}|I?V|VI{1,3}|I?X)[.)](?=\s+[A-ZÀ-ÖØ-ÞĞİŞŒ]))\s*"
+)
+# A sign that begins an item wherever it stands; a dash does so where the first item has one.
+BULLET = re.compile(r"(?<=\s)[•·▪■●○◦‣⁃➢►](?=\s*[^\W\d_])|(?<=\S)\s*[①-⑳](?=\s*[^\W\d_])")
+DASHED = re.compile(r"(?<=\s)-(?=[^\W\d_])")
+# A list in one line, by numbers or letters.
+NUMBERED = re.compile(r"(?<![^\W_])(\d{1,2}|[A-Ha-h])([.)．、])\s*(?=[^\W\d_])")
 # After these a stop ends nothing; after the others only where a capital follows.
 NEVER = frozenset({
     "dr", "mr", "mrs", "ms", "prof", "approx", "e.g", "i.e", "eg", "ie", "i.v", "i.m", "s.c", "p.o", "iv", "vs", "cf", "fig", "figs",
-    "incl", "excl", "resp", "z.b", "bzw", "ggf", "v.a",
+    "incl", "excl", "resp", "z.b", "bzw", "ggf", "v.a", "z.n", "st.p", "u.a", "d.h", "www",
 })  # fmt: skip
 BEFORE_SMALL = frozenset({
     "lt", "rt", "l", "r", "sup", "inf", "ant", "post", "lat", "med", "bilat", "min", "max", "mod", "seg", "segm", "nos", "nr", "st",
     "al", "etc", "ca", "diam", "avg", "a.m", "p.m", "vol", "ser", "im", "img", "pt", "pts", "hx", "dx", "w", "s", "p", "c", "d", "v", "n", "m", "t",
+    "calc", "mo", "mos", "wk", "wks", "yr", "yrs", "hr", "hrs", "cont", "susp", "poss", "prob", "neg", "pos", "th", "vert", "op", "postop", "preop",
 })  # fmt: skip
 # "No. 5" is a number, "no." an answer.
 BEFORE_NUMBER = frozenset(
-    {"no", "nos", "nr", "ca", "ser", "se", "im", "img", "fig", "seg", "max", "min", "st", "vol", "p"}
+    {
+        "no",
+        "nos",
+        "nr",
+        "ca",
+        "ser",
+        "se",
+        "im",
+        "img",
+        "fig",
+        "seg",
+        "max",
+        "min",
+        "st",
+        "vol",
+        "p",
+        "diam",
+        "avg",
+        "th",
+        "vert",
+    }
 )
 # A number with a stop before these is an ordinal, as in "the 4. rib".
 ORDINAL = re.compile(
@@ -40,6 +67,8 @@ COUNTED = re.compile(
 )
 TITLED = re.compile(r"\b(?:Dr|Prof|Mr|Mrs|Ms)\.\s*(?:[A-Z]\.\s*)*[A-Z]$")
 WORD = re.compile(r"(?:[^\W\d_]\.)*[^\W\d_]+$")
+# No sentences begin behind these stops: "image.dcm", "example.com".
+FILE_ENDING = re.compile(r"(?:dcm|nii|nrrd|mha|gz|zip|csv|txt|pdf|jpe?g|png|com|org|net|edu)\b")
 # Characters on either side of a stop that are looked at.
 NEAR = 40
 # Lines are wrapped where the longest has so many characters, and those that were cut by it are nearly as long.
@@ -54,7 +83,12 @@ def sentences(text: str) -> list[str]:
 
 def _items(text: str) -> list[str]:
     """Lines, of which wrapped ones are joined again."""
-    lines = [" ".join(line.split()) for line in BULLET.sub(r"\n\g<0>", text).splitlines()]
+    lines = [" ".join(line.split()) for line in BULLET.sub(lambda sign: f"\n{sign[0].strip()}", text).splitlines()]
+    lines = [
+        part
+        for line in lines
+        for part in (DASHED.sub("\n-", line).split("\n") if DASHED.match(f" {line}", 1) else [line])
+    ]
     longest = max(map(len, lines), default=0)
     items: list[str] = []
     last = ""
@@ -82,14 +116,23 @@ def _numbered(item: str) -> list[str]:
     begins = NUMBERED.match(item)
     if begins is None:
         return [item]
-    parts, number, style, start = [], int(begins[1]), begins[2], begins.end()
+    parts, number, style, start = [], _place(begins[1]), begins[2], begins.end()
+    if begins[1].isalpha() and style != ")":
+        return [item]
     for marker in NUMBERED.finditer(item, start):
         before = item[start : marker.start()]
-        apart = before.endswith(" ") and (style == ")" or item[marker.end()].isupper())
-        if int(marker[1]) == number + 1 and marker[2] == style and apart and not COUNTED.search(before.rstrip()):
-            parts.append(before.strip())
+        apart = before.endswith(" ") and (style in ")、" or item[marker.end()].isupper())
+        # "1) Nodule, 2) effusion" is a list; "segments 1, 2) ..." has no item between.
+        counted = COUNTED.search(before.rstrip().rstrip(",") if style == ")" else before.rstrip())
+        if _place(marker[1]) == number + 1 and marker[2] == style and apart and not counted:
+            parts.append(before.strip().rstrip(",;"))
             number, start = number + 1, marker.end()
     return [*parts, item[start:].strip()]
+
+
+def _place(mark: str) -> int:
+    """The number of a list's item, of letters their place in the alphabet."""
+    return int(mark) if mark.isdecimal() else ord(mark.lower()) - ord("a") + 1
 
 
 def _stopped(item: str) -> list[str]:
@@ -105,13 +148,15 @@ def _stopped(item: str) -> list[str]:
 def _ends(item: str, start: int, stop: re.Match[str]) -> bool:
     """Whether the sentence that began at ``start`` ends at ``stop``."""
     after = item[stop.end() : stop.end() + NEAR]
-    if not after or stop[0][0] in "。！？":
-        return True
     # What stands before, as far back as an abbreviation or a title reaches.
     before = item[max(start, stop.start() - NEAR) : stop.start()]
+    if not after or stop[0][0] in "。｡！？।؟":
+        return True
+    if stop[0][0] == "．":
+        # In a number, or behind that of an item, it ends nothing.
+        return not before[-1:].isdecimal()
     if not after[0].isspace():
-        spaced = before[-2:].isalpha() or before[-1:] in tuple(")]%0123456789")
-        return not stop[1] and spaced and CAPITALISED.match(after) is not None
+        return not stop[1] and (stop[0] == "." or after[0].isupper()) and _space_forgotten(before, after)
     following = after.lstrip()
     if stop[1]:
         # "(mediastinitis?) in both" goes on.
@@ -119,9 +164,20 @@ def _ends(item: str, start: int, stop: re.Match[str]) -> bool:
     return stop[0] != "." or not _abbreviated(before.strip(), following)
 
 
+def _space_forgotten(before: str, after: str) -> bool:
+    """Whether a sentence ends at a stop that no space follows: between two words, of which the second has a capital or the
+    first is none of the known abbreviations; and between a number, a bracket and a word with a capital."""
+    if WORD_AFTER.match(after) is None:
+        return False
+    if len(before) > 1 and before[-2:].isalpha():
+        return not _abbreviated(before, after) and not FILE_ENDING.match(after)
+    return after[0].isupper() and before[-1:] in tuple(")]%0123456789")
+
+
 def _abbreviated(before: str, following: str) -> bool:
     """Whether a full stop between the two belongs to a number or an abbreviation."""
-    if MARKER.fullmatch(f"{before}. "):
+    marker = MARKER.match(f"{before}. {following}")
+    if marker is not None and marker.end() == len(before) + 2:
         return True
     if before[-1:].isdigit():
         return ORDINAL.match(following) is not None
@@ -129,7 +185,7 @@ def _abbreviated(before: str, following: str) -> bool:
     if word is None:
         return False
     name, first = word[0].lower(), following[:1]
-    if name in NEVER or TITLED.search(before):
+    if name in NEVER or TITLED.search(before) or ("." in name and first.islower()):
         return True
     return (first.islower() and name in BEFORE_SMALL) or (first.isdigit() and name in BEFORE_NUMBER)
 

@@ -1,13 +1,12 @@
-"""Reading tables of any origin (CSV, TSV, Parquet), all in the same way, and words that stand for a missing value."""
+"""Reading tables of any origin (CSV, TSV, Parquet), all in the same way, and what stands in their cells for nothing."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,25 +22,15 @@ SEPARATORS = (",", "\t", ";", "|")
 LONGEST_CELL = 10_000_000
 # A value that is not there, in a column of numbers or labels.
 MISSING = frozenset(
-    ["", "-", "--", "---", ".", "?", "na", "n/a", "n.a.", "#n/a", "nan", "<na>", "none", "null", "nil", "missing", "unknown",
-     "not available", "not given", "not applicable"]
+    ["", "-", "--", "---", "–", "—", ".", "?", "na", "n/a", "n.a.", "n.a", "n / a", "#n/a", "nan", "<na>", "none", "null",
+     "nil", "missing", "unknown", "not available", "not given", "not applicable"]
 )  # fmt: skip
-YES, NO = frozenset(["1", "true", "t", "yes", "y"]), frozenset(["0", "false", "f", "no", "n"])
-# A section of a report that says nothing: the whole of it, but for case, spaces and full stops.
-NO_REPORT = MISSING | frozenset(
-    ["not provided", "not stated", "not reported", "not recorded", "not specified", "none given", "none provided",
-     "no report", "no report available", "no findings given", "no impression given", "see above", "see below", "see report",
-     "see findings", "see impression", "see body of report", "as above", "as below", "as described above", "same as above",
-     "to follow", "report to follow", "pending", "report pending", "empty", "blank", "x", "xxx", "tbd"]
-)  # fmt: skip
-# Columns of 0 and 1 that describe the patient or the scan: never something a report finds.
-METADATA = frozenset(
-    ["sex", "gender", "male", "female", "is_male", "is_female", "age", "birth_year", "year", "weight", "height", "bmi",
-     "ethnicity", "race", "smoker", "smoking", "ever_smoker", "pack_years", "contrast", "iv_contrast", "with_contrast",
-     "gated", "split", "fold", "group", "subset", "train", "valid", "test", "training", "validation", "site", "centre", "center",
-     "hospital", "scanner", "manufacturer", "model", "kernel", "kvp", "dose", "index", "id", "row", "include", "included",
-     "exclude", "excluded", "quality", "dead", "deceased", "death", "died", "event", "inpatient", "outpatient", "emergency",
-     "no_chest", "weighted", "label_source", "study", "series", "number", "date", "time"]
+# What strip() leaves at the ends of a cell: marks of direction, joiners, a byte order mark of a file that was appended.
+INVISIBLE = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
+SIGNATURES = (
+    (b"PK\x03\x04", "a spreadsheet or an archive"), (b"\xd0\xcf\x11\xe0", "a spreadsheet"), (b"\x1f\x8b", "compressed (gzip)"),
+    (b"BZh", "compressed (bzip2)"), (b"\xfd7zXZ", "compressed (xz)"), (b"\x28\xb5\x2f\xfd", "compressed (zstd)"),
+    (b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"),
 )  # fmt: skip
 
 
@@ -56,33 +45,41 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         text = _decoded(path)
         first, _, rest = text.partition("\n")
-        if first.strip().lower().startswith("sep=") and len(first.strip()) == 5:
+        stated = first.strip().strip('"').lower()
+        if stated.startswith("sep=") and len(stated) == 5:
             # Excel's own way to say it.
-            return _from_text(path, rest, first.strip()[4], lines_before=1)
-        counts = {mark: re.sub(r'"[^"]*"', "", first).count(mark) for mark in SEPARATORS}
-        return _from_text(path, text, max(SEPARATORS, key=lambda mark: counts[mark]))
+            return _from_text(path, rest, stated[4], lines_before=1)
+        return _from_text(path, text, _separator(text))
     except OSError as error:
         raise PreprocessingError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
 
 
 def _decoded(path: Path) -> str:
     content = path.read_bytes()
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise PreprocessingError(f"{path}: is UTF-16; save it as CSV in UTF-8")
-    if content.startswith(b"PK\x03\x04") or content.startswith(b"\xd0\xcf\x11\xe0"):
-        raise PreprocessingError(
-            f"{path}: is a spreadsheet or an archive, whatever its name says; save it as CSV in UTF-8"
-        )
+    for signature, what in SIGNATURES:
+        if content.startswith(signature):
+            raise PreprocessingError(f"{path}: is {what}, whatever its name says; save it as CSV in UTF-8")
+    if content.startswith(b"version https://git-lfs"):
+        raise PreprocessingError(f"{path}: is a pointer of Git LFS, not the table itself; fetch it with `git lfs pull`")
     if b"\0" in content:
-        raise PreprocessingError(f"{path}: cannot be read as CSV (it holds binary data); save it as CSV in UTF-8")
+        # Of Latin letters every second byte is 0.
+        what = "is UTF-16" if content[:200].count(0) > 0.3 * len(content[:200]) else "holds binary data"
+        raise PreprocessingError(f"{path}: cannot be read as CSV (it {what}); save it as CSV in UTF-8")
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise PreprocessingError(
-            f"{path}: line {line} is not UTF-8 (byte 0x{content[error.start]:02x}; Latin-1 or Windows-1252?); "
+            f"{path}: line {line} is not UTF-8 (byte 0x{content[error.start]:02x}; perhaps Latin-1, Windows-1252 or GB18030); "
             f"save it as CSV in UTF-8"
         ) from error
+
+
+def _separator(text: str) -> str:
+    """The separator that the header has most of, outside of quotes; the header is the first record that is not empty."""
+    header = re.match(r'(?:"[^"]*"|[^"\n])*', text.lstrip())
+    bare = re.sub(r'"[^"]*"', "", header[0] if header else "")
+    return max(SEPARATORS, key=bare.count)
 
 
 def _from_text(path: Path, text: str, separator: str, lines_before: int = 0) -> pd.DataFrame:
@@ -93,8 +90,9 @@ def _from_text(path: Path, text: str, separator: str, lines_before: int = 0) -> 
     try:
         for record in reader:
             line, begins = begins + lines_before, reader.line_num + 1
-            cells = [unguarded(cell.strip()) for cell in record]
-            if not any(cells):
+            cells = [unguarded(stripped(cell)) for cell in record]
+            # A header in the midst: tables were appended to each other.
+            if not any(cells) or cells == names:
                 continue
             if names is None:
                 names = cells
@@ -119,29 +117,41 @@ def _from_text(path: Path, text: str, separator: str, lines_before: int = 0) -> 
 def _from_parquet(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_parquet(path)
+        if any(name is not None for name in table.index.names):
+            # Where a column was made the index, it holds the names.
+            table = table.reset_index()
         # Strings are decoded only here.
-        columns = {n: [_cell(value) for value in table.iloc[:, n].tolist()] for n in range(table.shape[1])}
+        columns = {n: [cell_text(value) for value in table.iloc[:, n].tolist()] for n in range(table.shape[1])}
     except Exception as error:
         # The library parses bytes of strangers, and raises whatever they make it raise.
         raise PreprocessingError(
             f"{path}: cannot be read as Parquet ({type(error).__name__}); copy it again"
         ) from error
     frame = pd.DataFrame(columns, index=pd.RangeIndex(1, len(table) + 1, name="row"), dtype=str)
-    frame.columns = pd.Index([str(name).strip() for name in table.columns])
+    frame.columns = pd.Index([stripped(str(name)) for name in table.columns])
     return _named(path, frame)
 
 
-def _cell(value: object) -> str:
+def cell_text(value: object) -> str:
+    """A value of a table as text, "" where nothing stands."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and np.isnan(value)):
         return ""
-    return str(value).strip()
+    return stripped(str(value))
+
+
+def stripped(cell: str) -> str:
+    """A cell without blanks and what cannot be seen at its ends."""
+    return cell.strip().strip(INVISIBLE).strip()
 
 
 def _named(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     """Without columns that have no name; two of one name are refused."""
-    kept = [bool(name) and not re.fullmatch(r"Unnamed: \d+(_level_\d+)?", name) for name in table.columns]
+    kept = [
+        bool(name) and not re.fullmatch(r"Unnamed: [\d.]+(_level_\d+)?|__index_level_\d+__", name)
+        for name in table.columns
+    ]
     table = table.loc[:, kept]
     twice = table.columns[table.columns.duplicated()]
     if len(twice):
@@ -183,90 +193,19 @@ def one_row_each(parts: Iterable[tuple[Path, pd.DataFrame]], key: str) -> pd.Dat
     return whole[~whole.index.duplicated()]
 
 
-def zeros_and_ones(column: pd.Series, what: str) -> pd.Series:
-    """A label column as nullable Int8: 0 and 1, their words (``true``, ``no``), and nothing; else the first bad cell is
-    quoted with where it stands."""
-    values = [_label(cell) for cell in column]
-    for place, cell, value in zip(column.index, column, values, strict=True):
-        if value is NotALabel:
-            where = f"{column.index.name} {place}" if column.index.name else str(place)
-            raise PreprocessingError(f"{what} holds values other than 0 and 1: {str(cell)[:40]!r} ({where})")
-    return pd.Series(values, index=column.index, dtype="Int8")
-
-
-NotALabel = object()
-
-
-def _label(cell: object) -> object:
-    text = _cell(cell).casefold()
-    if text in MISSING:
-        return pd.NA
-    if text in YES or text in NO:
-        return int(text in YES)
-    try:
-        number = float(text)
-    except ValueError:
-        return NotALabel
-    return int(number) if number in (0.0, 1.0) else NotALabel
-
-
-class Columns(NamedTuple):
-    """Names of the columns that are labels, and of those that are metadata, each with why."""
-
-    labels: list[str]
-    metadata: dict[str, str]
-
-
-def label_columns(table: pd.DataFrame, names: Sequence[str] | None = None) -> Columns:
-    """Which columns of a stranger's table are labels.
-
-    ``names``: exactly these; one that is missing or holds anything but 0, 1 and nothing is refused. Without names: columns
-    that hold 0, 1 and nothing else, but for those called like a property of the patient or the scan (``METADATA``).
-    """
-    if names is not None:
-        absent = [name for name in names if name not in table.columns]
-        if absent:
-            raise PreprocessingError(
-                f"no label column {absent[0]!r} in the table (it has {', '.join(map(str, table.columns[:12]))})"
-            )
-        others = {str(name): "not among the names" for name in table.columns if name not in names}
-        return Columns(list(names), others)
-    labels: list[str] = []
-    metadata: dict[str, str] = {}
-    for name in map(str, table.columns):
-        values = [_label(cell) for cell in table[name]]
-        bad = next((index for index, value in enumerate(values) if value is NotALabel), None)
-        if re.sub(r"[\s_-]+", "_", name.strip().casefold()).rstrip("?") in METADATA:
-            metadata[name] = "describes the patient or the scan"
-        elif bad is not None:
-            place = f"{table.index.name or 'row'} {table.index[bad]}"
-            metadata[name] = f"{str(table[name].iloc[bad])[:40]!r} in {place} is neither 0 nor 1"
-        elif all(value is pd.NA for value in values):
-            metadata[name] = "empty"
-        else:
-            labels.append(name)
-    return Columns(labels, metadata)
-
-
-def report_text(text: object) -> str:
-    """A section of a report, or "" where it holds nothing but a word for "no report" (``Not given.``, ``nan``, ``-``)."""
-    cell = _cell(text)
-    return "" if is_no_report(cell) else cell
-
-
-def is_no_report(text: str) -> bool:
-    """Whether a section of a report only says that there is none; empty text is one."""
-    bare = " ".join(text.split()).strip(" .:;!*[]()\"'_").casefold()
-    return bare in NO_REPORT or not re.search(r"\w", bare)
-
-
 def numbers(text: object, count: int) -> list[float] | None:
-    """``count`` finite numbers of a cell: ``[0.7, 0.7]``, ``(0.7; 0.7)``, ``['0.7', '0.7']``, ``0.7\\\\0.7``, ``0.7``; None
-    if it holds another number of them, or anything else."""
-    bare = re.sub(r"[\[\](){}'\"]", " ", _cell(text))
-    if bare.strip().casefold() in MISSING:
+    """``count`` finite numbers of a cell: ``[0.7, 0.7]``, ``(0.7; 0.7)``, ``['0.7', '0.7']``, ``0.7\\\\0.7``, ``0,7; 0,7``,
+    ``0.7``; None if it holds another number of them or anything else, or can be read in two ways (``-1,024``)."""
+    cell = cell_text(text)
+    bare = re.sub(r"[\[\](){}'\"]", " ", cell).strip()
+    if bare.casefold() in MISSING or (count == 1 and re.fullmatch(r"[+-]?[1-9]\d{0,2}(,\d{3})+", bare)):
         return None
     parts = [part for part in re.split(r"[\s,;\\|]+", bare) if part]
+    if "." not in bare and re.search(r"\d,\d", bare):
+        decimals = re.split(r"[\s;\\|]+", bare.replace(",", "."))
+        # "0,75" is one number, for all that two are asked for; "1,1" and "[1,2]" are two.
+        if len(decimals) == count or (len(decimals) == 1 and bare == cell and len(parts) == len(set(parts)) == 2):
+            parts = decimals
     try:
         values = [float(part) for part in parts]
     except ValueError:

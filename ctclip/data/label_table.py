@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from ctclip.errors import DataError
+from ctclip.preprocessing.label_columns import label_columns, mostly_binary, zeros_and_ones
 from ctclip.preprocessing.store import VolumeStore
-from ctclip.preprocessing.tables import MISSING, NO, YES, label_columns, one_row_each, read_table, zeros_and_ones
+from ctclip.preprocessing.tables import one_row_each, read_table
 
 ID_COLUMNS = ("volume", "VolumeName", "scan", "file", "path", "NoteAcc_DEID")
 
@@ -54,7 +55,7 @@ def _label_columns(path: Path, table: pd.DataFrame, known: Sequence[str]) -> lis
     described = ("empty", "describes the patient or the scan")
     meant = {
         name for name, reason in columns.metadata.items()
-        if reason not in described and (name.casefold() in names or _mostly_binary(table[name]))
+        if reason not in described and (name.casefold() in names or mostly_binary(table[name]))
     }  # fmt: skip
     chosen = [str(name) for name in table.columns if name in columns.labels or name in meant]
     if not chosen:
@@ -63,9 +64,3 @@ def _label_columns(path: Path, table: pd.DataFrame, known: Sequence[str]) -> lis
     if left:
         print(f"note: {path}: not labels: {', '.join(left[:8])}{' ...' if len(left) > 8 else ''}")
     return chosen
-
-
-def _mostly_binary(column: pd.Series) -> bool:
-    cells = column.str.casefold()
-    stated = cells[~cells.isin(MISSING)]
-    return len(stated) > 0 and bool(stated.isin(YES | NO | {"0.0", "1.0"}).mean() > 0.5)

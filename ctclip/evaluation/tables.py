@@ -21,7 +21,8 @@ from ctclip.errors import EvaluationError
 from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import written_beside
-from ctclip.preprocessing.tables import VOLUME_SUFFIXES, Columns, label_columns, read_table, zeros_and_ones
+from ctclip.preprocessing.label_columns import Columns, label_columns, zeros_and_ones
+from ctclip.preprocessing.tables import VOLUME_SUFFIXES, read_table
 
 IDENTITY = ("volume", "patient", "scan")
 PROVENANCE = ("model", "supervision", "trained_on", "spec", "prompts", "labels", "adapted_on", "warnings")
@@ -139,7 +140,8 @@ def read_predictions(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[s
 
 
 def _numbers(path: str | os.PathLike[str], column: pd.Series) -> pd.Series:
-    numbers = pd.to_numeric(column, errors="coerce")
+    # Excel in much of Europe writes 0,5.
+    numbers = pd.to_numeric(column.str.replace(",", "."), errors="coerce")
     wrong = ~np.isfinite(numbers.to_numpy(dtype=float))
     if wrong.any():
         row = int(np.argmax(wrong))
@@ -210,7 +212,7 @@ def read_columns(path: str | os.PathLike[str]) -> list[str]:
 
 def binary_columns(path: Path, columns: list[str] | None = None) -> Columns:
     """The label columns of a table: ``columns``, or those of 0, 1 and empty cells that do not describe the patient or the
-    scan; see ``preprocessing.tables.label_columns``. Raises EvaluationError naming what is missing or holds another value.
+    scan; see ``preprocessing.label_columns``. Raises EvaluationError naming what is missing or holds another value.
     """
     table = _read_table(path)
     try:

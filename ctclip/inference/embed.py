@@ -10,18 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from ctclip.data.reports import Report
 from ctclip.errors import DataError
 from ctclip.evaluation.tables import embedding_table
-from ctclip.inference.run import REPORT, VOLUME, batches, check_count, report_embeddings, report_texts, run_key
+from ctclip.inference.run import REPORT, VOLUME, batches, check_count, report_embeddings, run_key
 from ctclip.inference.scans import Scans
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import check_file, claimed_file
 from ctclip.preprocessing.progress import track
-from ctclip.preprocessing.tables import read_table
+from ctclip.report_reading.reports import load_reports
 
-COLUMNS = {"Findings_EN": "findings", "Impressions_EN": "impression", "VolumeName": "volume"}
 CHUNK = 256
 # In a Parquet file's metadata: which model and scans it is of.
 KEY = b"ctclip.run"
@@ -80,22 +80,16 @@ def _key_of(path: Path) -> str | None:
 
 
 def read_reports(source: Path) -> tuple[list[str], list[str]]:
-    """Names and texts. A CSV has a column ``text``, or findings and impression (CT-RATE's names do too)."""
-    try:
-        if source.suffix == ".txt":
-            texts = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
-            names = [str(number) for number in range(1, len(texts) + 1)]
-        else:
-            table = read_table(source).rename(columns=COLUMNS)
-            if "text" not in table.columns and not {"findings", "impression"} <= set(table.columns):
-                raise DataError(f"{source}: has neither a column 'text' nor columns 'findings' and 'impression'")
-            texts = list(table["text"]) if "text" in table.columns else report_texts(table, ("findings", "impression"))
-            names = list(table["volume"]) if "volume" in table.columns else [str(row + 1) for row in range(len(texts))]
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise DataError(f"{source}: cannot be read ({' '.join(str(error).split())[:160]})") from error
-    if not texts:
+    """Names and texts of a table of reports, or of a text file with one on each line; see ``load_reports``. A report that
+    only says that there is none is "". Raises DataError or PreprocessingError where the file cannot be read."""
+    reports = load_reports(source)
+    sections = (
+        dict(zip(reports.sections, parts, strict=True)) for parts in zip(*reports.sections.values(), strict=True)
+    )
+    texts = [Report(parts).text() for parts in sections]
+    if not any(texts):
         raise DataError(f"{source}: holds no report")
-    return names, texts
+    return reports.ids, texts
 
 
 def write_tables(path: Path, tables: Iterator[pa.Table], refused: dict[str, str] | None = None, key: str = "") -> int:

@@ -10,7 +10,8 @@ import pandas as pd
 from sklearn.metrics import cohen_kappa_score
 
 from ctclip.errors import DataError
-from ctclip.preprocessing.tables import read_table, volume_name, zeros_and_ones
+from ctclip.preprocessing.label_columns import zeros_and_ones
+from ctclip.preprocessing.tables import one_row_each, read_table, volume_name
 from ctclip.report_reading.reader import Statement
 from ctclip.report_reading.reports import IDS
 from ctclip.report_reading.run import Readings, Values, load_statements, statements_file
@@ -103,11 +104,13 @@ def _labels(path: Path, result: Readings) -> pd.DataFrame:
     if id_column is None:
         raise DataError(f"{path}: has no column {result.reports.id_column!r} that names the report")
     columns = {name: parts[0] for name, parts in result.labels.columns(table.columns).items()}
-    labels = pd.DataFrame(
-        {name: zeros_and_ones(table[column], f"{path}: label column {column!r}") for name, column in columns.items()}
+    for column in columns.values():
+        # Here and not by report: the error names the line of the file.
+        zeros_and_ones(table[column], f"{path}: label column {column!r}")
+    whole = one_row_each([(path, table[[id_column, *columns.values()]])], id_column)
+    return pd.DataFrame(
+        {name: zeros_and_ones(whole[column], f"{path}: {column!r}") for name, column in columns.items()}
     )
-    labels.index = pd.Index([volume_name(name) for name in table[id_column]])
-    return labels[~labels.index.duplicated()]
 
 
 def _sentence(statements: Mapping[str, Mapping[str, Statement]], report: str, label: str) -> str:

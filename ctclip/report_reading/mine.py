@@ -18,8 +18,8 @@ from ctclip.data.reports import reports_of
 from ctclip.errors import DataError
 from ctclip.labels import LabelSet
 from ctclip.preprocessing.files import write_text
+from ctclip.preprocessing.no_report import report_text
 from ctclip.preprocessing.store import VolumeStore
-from ctclip.preprocessing.tables import report_text
 from ctclip.prompts import Pair, PromptSet
 from ctclip.report_reading.reader import Reader, Status
 from ctclip.sentences import sentences

@@ -8,7 +8,8 @@ from pathlib import Path
 from ctclip.errors import DataError
 from ctclip.preprocessing.cohorts.ct_rate import SECTIONS as CT_RATE
 from ctclip.preprocessing.cohorts.table import SECTIONS
-from ctclip.preprocessing.tables import read_table, report_text
+from ctclip.preprocessing.no_report import report_text
+from ctclip.preprocessing.tables import read_table
 
 # Column names of ids and of texts, the most likely first; in any case, with spaces as underscores.
 IDS = ("volume", "volumename", "accessionno", "accession", "accession_number", "note_acc_deid", "noteacc_deid", "study", "study_id",

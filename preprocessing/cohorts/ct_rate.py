@@ -15,17 +15,9 @@ from ctclip.preprocessing.cohorts.table import Cohort, cohort_table, counted, id
 from ctclip.preprocessing.cohorts.walk import Tree
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
-from ctclip.preprocessing.tables import (
-    MISSING,
-    is_no_report,
-    label_columns,
-    numbers,
-    one_row_each,
-    read_table,
-    report_text,
-    volume_name,
-    zeros_and_ones,
-)
+from ctclip.preprocessing.label_columns import label_columns, mostly_binary, zeros_and_ones
+from ctclip.preprocessing.no_report import is_no_report, report_text
+from ctclip.preprocessing.tables import MISSING, numbers, one_row_each, read_table, volume_name
 
 SECTIONS = {
     "ClinicalInformation_EN": "clinical_information",
@@ -96,8 +88,11 @@ def read(tree: Tree, *, keep_no_chest: bool = False) -> Cohort:
     for name in names:
         table[name] = zeros_and_ones(known[name].set_axis(known["at"]), f"label {name!r}").to_numpy()
         table[name] = table[name].astype("Int8")
+    for name in others:
+        if name not in table.columns:
+            table[name] = known[name].fillna("").to_numpy()
     if others:
-        notes.append(f"columns of the label table that are no labels: {', '.join(others)}")
+        notes.append(f"kept as metadata, not as labels: {', '.join(others)}")
     unused = tree.others(
         {*files.values(), *lists, *(p for kind in ("reports", "labels", "metadata") for p in _tables_named(tree, kind))}
     )
@@ -192,8 +187,11 @@ def _without_spacing(metadata: pd.DataFrame, files: dict[str, Path]) -> dict[str
 
 
 def _labels(labels: pd.DataFrame) -> tuple[list[str], list[str]]:
-    """Label columns; those that describe the patient or the scan are none."""
-    others = [name for name, why in label_columns(labels.iloc[:0]).metadata.items() if "describes" in why]
+    """Label columns, and those that are none: they describe the patient or the scan, or hold words instead of 0 and 1. A
+    column that is mostly 0 and 1 is a label, and what else it holds is refused."""
+    columns = label_columns(labels.drop(columns="at"))
+    words = [name for name, why in columns.metadata.items() if why != "empty" and not mostly_binary(labels[name])]
+    others = [name for name, why in columns.metadata.items() if "describes" in why or name in words]
     return [name for name in labels.columns if name not in (*others, "at")], others
 
 

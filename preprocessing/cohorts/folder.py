@@ -30,16 +30,9 @@ from ctclip.preprocessing.errors import PreprocessingError, printable
 from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
 from ctclip.preprocessing.formats import archive, text_header
 from ctclip.preprocessing.identifiers import all_headers, anonymous_id, masked
-from ctclip.preprocessing.tables import (
-    MISSING,
-    Columns,
-    is_no_report,
-    label_columns,
-    numbers,
-    read_table,
-    report_text,
-    zeros_and_ones,
-)
+from ctclip.preprocessing.label_columns import Columns, label_columns, zeros_and_ones
+from ctclip.preprocessing.no_report import is_no_report, report_text
+from ctclip.preprocessing.tables import MISSING, numbers, read_table
 
 TABLES = (".csv", ".tsv", ".parquet")
 SAMPLED_BYTES = 1 << 16

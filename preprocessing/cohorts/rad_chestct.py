@@ -7,7 +7,8 @@ import pandas as pd
 from ctclip.preprocessing.cohorts.table import Cohort, cohort_table, identity
 from ctclip.preprocessing.cohorts.walk import Tree
 from ctclip.preprocessing.errors import PreprocessingError
-from ctclip.preprocessing.tables import label_columns, one_row_each, read_table, zeros_and_ones
+from ctclip.preprocessing.label_columns import label_columns, zeros_and_ones
+from ctclip.preprocessing.tables import one_row_each, read_table
 
 TABLES = "abnormality_and_location_labels.csv"
 SPLITS = {"trn": "train", "val": "valid", "tst": "test"}

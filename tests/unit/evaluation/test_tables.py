@@ -100,9 +100,11 @@ def test_predictions_saved_again_by_a_spreadsheet_are_read(tmp_path, separator: 
     assert names == ["A", "B"]
     assert again["volume"].tolist() == [f"v{index}" for index in range(6)]
     np.testing.assert_array_equal(again[["A", "margin:B"]], table()[["A", "margin:B"]])
-    broken = original.assign(A=["0,5", *original["A"][1:]])
+    original.to_csv(tmp_path / "p.csv", sep=";", decimal=",", index=False)
+    np.testing.assert_array_equal(read_predictions(tmp_path / "p.csv")[0]["A"], table()["A"])
+    broken = original.assign(A=["0;5", *original["A"][1:]])
     broken.to_csv(tmp_path / "p.csv", sep=";", index=False)
-    with pytest.raises(EvaluationError, match=r"'A' holds '0,5' \(line 2\)"):
+    with pytest.raises(EvaluationError, match=r"'A' holds '0;5' \(line 2\)"):
         read_predictions(tmp_path / "p.csv")
 
 

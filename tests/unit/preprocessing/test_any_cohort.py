@@ -19,10 +19,12 @@ from ctclip.cli import app
 from ctclip.preprocessing import PreprocessingError, PreprocessingSpec
 from ctclip.preprocessing import pipeline as pipeline_module
 from ctclip.preprocessing.cohorts import label_names, read_cohort, scan_id
+from ctclip.preprocessing.label_columns import label_columns
+from ctclip.preprocessing.no_report import is_no_report
 from ctclip.preprocessing.pipeline import preprocess_cohort
 from ctclip.preprocessing.readers import read
 from ctclip.preprocessing.store import SAFE_NAME, VolumeStore
-from ctclip.preprocessing.tables import is_no_report, label_columns, numbers, read_table, volume_name
+from ctclip.preprocessing.tables import numbers, read_table, volume_name
 from tests.unit.preprocessing.scan_files import HU, meta, nifti, nrrd, written
 from tests.unit.preprocessing.test_dicom import write_series
 

@@ -1,0 +1,56 @@
+"""Sections of reports that say nothing: the words and sentences by which a table says that there is no report."""
+
+from __future__ import annotations
+
+import re
+
+from ctclip.preprocessing.tables import MISSING, cell_text, stripped
+
+# A section of a report that says nothing: the whole of it, but for case, spaces, full stops and what stands around it.
+NO_REPORT = MISSING | frozenset(
+    ["not dictated", "no report", "no text", "no data", "no information", "no comment", "no comments", "no impression", "empty",
+     "blank", "omitted", "deleted", "removed", "redacted", "ditto", "idem", "same", "same as above", "to follow", "pending", "x",
+     "xx", "xxx", "tbd", "tba", "#ref", "#value",
+     "ka", "keine angabe", "keine angaben", "siehe oben", "so", "non renseigné", "voir ci-dessus", "sin datos", "no consta",
+     "ver arriba", "belirtilmemiş", "bilgi yok", "无", "暂无", "无报告", "未提供", "见上", "同上", "記載なし"]
+)  # fmt: skip
+# The same as a sentence: "clinical information not given", "no report is available", "please see findings above".
+ABSENT = re.compile(
+    r"(?:(?:the )?(?:clinical |patient )?(?:information|indication|history|technique|comparison|report|text|data|comments?|"
+    r"findings?|impressions?|conclusion)(?: is| are| was| were)? )?(?:not|none) (?:yet )?(?:available|given|provided|stated|"
+    r"reported|recorded|specified|documented|dictated|described|mentioned|entered|applicable|supplied)"
+    r"|no (?:clinical )?(?:information|indication|history|report|text|data|comments?|impressions?|conclusion|findings)"
+    r"(?: is| are| was| were)?(?: available| given| provided| stated| recorded| dictated| entered| supplied)"
+    r"|(?:please )?(?:see|refer to|cf)(?: the)?(?: (?:above|below|attached|separate|full|body of(?: the)?|findings?|impressions?|"
+    r"conclusion|comments?|report|description|text|section|in|and|for|details))+"
+    r"|as(?: (?:described|stated|noted|reported|mentioned|given))?(?: (?:above|below|in the report|in findings))+"
+    r"|(?:the )?(?:final |full )?(?:report|dictation|addendum|result)(?: is)? (?:to follow|pending)"
+)
+HEADING = re.compile(
+    r"(?:findings?|impressions?|conclusion|technique|comparison|(?:clinical )?(?:information|indication|history))\s*:\s*"
+)
+AROUND = " .:;!=*[](){}\"'_-–—"
+
+
+def report_text(text: object) -> str:
+    """A section of a report, or "" where it holds nothing but a word for "no report" (``Not given.``, ``nan``, ``-``)."""
+    cell = cell_text(text)
+    return "" if is_no_report(cell) else cell
+
+
+def is_no_report(text: str) -> bool:
+    """Whether a section of a report only says that there is none; empty text is one."""
+    bare = " ".join(stripped(text).split()).strip(AROUND).casefold()
+    bare = HEADING.sub("", bare, count=1).strip(AROUND)
+    # "nan nan" and "None. None." are two sections in one.
+    if all(_says_nothing(part) for part in re.split(r"[.;|,\s]+", bare)):
+        return True
+    return (
+        _says_nothing(bare)
+        or _says_nothing(bare.replace(".", "").replace(" / ", "/"))
+        or ABSENT.fullmatch(bare) is not None
+    )
+
+
+def _says_nothing(text: str) -> bool:
+    return text in NO_REPORT or not re.search(r"[^\W\d_]", text)
