@@ -17,7 +17,7 @@ NO_REPORT = MISSING | frozenset(
 # The same as a sentence: "clinical information not given", "no report is available", "please see findings above".
 ABSENT = re.compile(
     r"(?:(?:the )?(?:clinical |patient )?(?:information|indication|history|technique|comparison|report|text|data|comments?|"
-    r"findings?|impressions?|conclusion)(?: is| are| was| were)? )?(?:not|none) (?:yet )?(?:available|given|provided|stated|"
+    r"findings?|impressions?|conclusion)(?: is| are| was| were)? )?(?:not|none) (?:yet )?(?:is |was |are |were )?(?:available|given|provided|stated|"
     r"reported|recorded|specified|documented|dictated|described|mentioned|entered|applicable|supplied)"
     r"|no (?:clinical )?(?:information|indication|history|report|text|data|comments?|impressions?|conclusion|findings)"
     r"(?: is| are| was| were)?(?: available| given| provided| stated| recorded| dictated| entered| supplied)"
@@ -29,7 +29,7 @@ ABSENT = re.compile(
 HEADING = re.compile(
     r"(?:findings?|impressions?|conclusion|technique|comparison|(?:clinical )?(?:information|indication|history))\s*:\s*"
 )
-AROUND = " .:;!=*[](){}\"'_-–—"
+AROUND = " .:;!=*[](){}\"'_-–—。"
 
 
 def report_text(text: object) -> str:
@@ -39,18 +39,11 @@ def report_text(text: object) -> str:
 
 
 def is_no_report(text: str) -> bool:
-    """Whether a section of a report only says that there is none; empty text is one."""
+    """Whether a section of a report only says that there is none; empty text and mere numbers are none."""
     bare = " ".join(stripped(text).split()).strip(AROUND).casefold()
     bare = HEADING.sub("", bare, count=1).strip(AROUND)
-    # "nan nan" and "None. None." are two sections in one.
-    if all(_says_nothing(part) for part in re.split(r"[.;|,\s]+", bare)):
+    if bare in NO_REPORT or ABSENT.fullmatch(bare) or not re.search(r"[^\W\d_]", bare):
         return True
-    return (
-        _says_nothing(bare)
-        or _says_nothing(bare.replace(".", "").replace(" / ", "/"))
-        or ABSENT.fullmatch(bare) is not None
-    )
-
-
-def _says_nothing(text: str) -> bool:
-    return text in NO_REPORT or not re.search(r"[^\W\d_]", text)
+    # "nan nan" and "None. None." are two sections in one; "N. A." and "n / a" are one word.
+    parts = re.split(r"[.;|,\s]+", bare)
+    return all(part in NO_REPORT for part in parts) or re.sub(r"[\s./]", "", bare) in ("na", "ka")
