@@ -15,7 +15,7 @@ from ctclip.errors import ConfigError
 from ctclip.schema import Section, read_typed, validated
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=4096)]
 
 
 def _in_order(window: tuple[float, float]) -> tuple[float, float]:
@@ -37,7 +37,7 @@ class EncoderConfig(Section):
     tuning: Literal["full", "lora"] = Field(
         "full", description="full: train all weights; lora: train low-rank adapters and freeze the weights"
     )
-    lora_rank: int = Field(8, ge=1, description="rank of the low-rank adapters")
+    lora_rank: int = Field(8, ge=1, le=4096, description="rank of the low-rank adapters")
 
 
 def encoder_config(given: Any) -> Any:
@@ -61,11 +61,13 @@ class TextConfig(Section):
         "pretrained",
         description="random: take only the architecture and tokenizer of `pretrained`",
     )
-    vocabulary: int = Field(2000, ge=64, description="WordPiece tokens learned from the training reports")
-    width: int = Field(192, ge=1, description="channels of a token, in the BERT from scratch")
-    depth: int = Field(3, ge=1, description="transformer layers of the BERT from scratch")
-    heads: int = Field(6, ge=1, description="attention heads of the BERT from scratch; they divide its width")
-    max_tokens: int = Field(512, ge=3, description="longer reports are cut into chunks at sentence ends and averaged")
+    vocabulary: int = Field(2000, ge=64, le=10**6, description="WordPiece tokens learned from the training reports")
+    width: int = Field(192, ge=1, le=2**16, description="channels of a token, in the BERT from scratch")
+    depth: int = Field(3, ge=1, le=512, description="transformer layers of the BERT from scratch")
+    heads: int = Field(6, ge=1, le=1024, description="attention heads of the BERT from scratch; they divide its width")
+    max_tokens: int = Field(
+        512, ge=3, le=10**6, description="longer reports are cut into chunks at sentence ends and averaged"
+    )
     chunks: Literal["full", "sentence"] = Field(
         "full",
         description="full: encode as many sentences together as fit; sentence: encode each sentence alone and "
@@ -79,7 +81,7 @@ class TextConfig(Section):
         "full",
         description="full: all weights learn; lora: low-rank adapters learn beside fixed weights; frozen: nothing does",
     )
-    lora_rank: int = Field(8, ge=1, description="rank of the low-rank adapters")
+    lora_rank: int = Field(8, ge=1, le=4096, description="rank of the low-rank adapters")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> TextConfig:
@@ -93,15 +95,17 @@ class ModelConfig(Section):
 
     volume: VolumeEncoderConfig = Field(default_factory=lambda: encoder_config({}))
     text: TextConfig = TextConfig()
-    dim: int = Field(128, ge=1, description="width of the shared embedding")
+    dim: int = Field(128, ge=1, le=2**16, description="width of the shared embedding")
     projection: Literal["linear", "mlp"] = Field(
         "linear", description="from an encoder's vector to the shared embedding: one layer, or two with a GELU between"
     )
     standardise: bool = Field(
         False, description="centre and scale the embeddings over the global batch before normalising"
     )
-    logit_scale: float = Field(10.0, gt=0, description="initial inverse temperature")
-    logit_scale_max: float = Field(100.0, gt=0, description="the inverse temperature is learned up to this value")
+    logit_scale: float = Field(10.0, gt=0, le=10**4, description="initial inverse temperature")
+    logit_scale_max: float = Field(
+        100.0, gt=0, le=10**4, description="the inverse temperature is learned up to this value"
+    )
     init: str | None = Field(
         None,
         description="model folder, or name on the Hugging Face Hub, whose weights training starts from; null: from "
@@ -122,9 +126,9 @@ class AugmentConfig(Section):
     There are no flips: a report says left and right.
     """
 
-    shift_voxels: int = Field(0, ge=0, description="maximum shift along each axis, in voxels")
+    shift_voxels: int = Field(0, ge=0, le=512, description="maximum shift along each axis, in voxels")
     scale: float = Field(0.0, ge=0, lt=0.5, description="maximum relative change of HU contrast")
-    noise_hu: float = Field(0.0, ge=0, description="standard deviation of added noise, HU")
+    noise_hu: float = Field(0.0, ge=0, le=1000, description="standard deviation of added noise, HU")
     rotate_degrees: float = Field(0.0, ge=0, le=45, description="maximum rotation about each axis, in degrees")
     zoom: float = Field(0.0, ge=0, lt=0.5, description="maximum relative change of size")
     window_hu: float = Field(0.0, ge=0, lt=500, description="maximum shift of each end of the HU window, in HU")
@@ -151,22 +155,25 @@ class DataConfig(Section):
     language: str = Field(
         "english", description="words of negation: a YAML file, or the name of one in configs/languages"
     )
-    views: dict[str, Annotated[float, Field(ge=0)]] = Field(
+    views: dict[str, Annotated[float, Field(ge=0, le=10**6)]] = Field(
         {"report": 1.0},
         description="how often each view of a report is drawn (weights): report (all sections), a section by its name, "
         "sentence (one), sentences (a few, in random order), positive (those that negate nothing, by their wording)",
     )
-    views_per_volume: int = Field(1, ge=1, description="report views contrasted with each volume in a step")
+    views_per_volume: int = Field(1, ge=1, le=64, description="report views contrasted with each volume in a step")
     shuffle_sentences: bool = Field(False, description="put the sentences of a report in random order each time")
-    volumes: int | None = Field(None, ge=2, description="number of volumes to train on; null: all of the split")
+    volumes: int | None = Field(
+        None, ge=2, le=10**9, description="number of volumes to train on; null: all of the split"
+    )
     rarity: float = Field(
         0.0,
         ge=0,
+        le=10,
         description="power by which scans with rare labels are drawn more often; 0: all equally often. Above 0 it "
         "uses labels",
     )
     augment: AugmentConfig = AugmentConfig()
-    workers: int = Field(2, ge=0, description="number of reading processes per rank")
+    workers: int = Field(2, ge=0, le=256, description="number of reading processes per rank")
 
     @model_validator(mode="after")
     def _some_view(self) -> DataConfig:
@@ -182,7 +189,7 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     """Settings that every objective has; each adds its own. A number alone stands for the weight."""
 
-    weight: float = Field(1.0, ge=0, description="weight of its loss in the sum; 0 leaves it out")
+    weight: float = Field(1.0, ge=0, le=10**6, description="weight of its loss in the sum; 0 leaves it out")
     begin: float = Field(0.0, ge=0, lt=1, description="fraction of the steps after which it begins")
 
 
@@ -238,9 +245,9 @@ class ZeroConfig(Section):
 class TextWarmupConfig(Section):
     """Section matching on reports alone, before the first volume is seen; 0 steps leave it out."""
 
-    steps: int = Field(0, ge=0, description="steps of text training before the first volume; 0: none")
-    batch: int = Field(128, ge=2, description="reports in the global batch")
-    learning_rate: float = Field(2e-3, gt=0, description="peak learning rate of the warm-up")
+    steps: int = Field(0, ge=0, le=10**8, description="steps of text training before the first volume; 0: none")
+    batch: int = Field(128, ge=2, le=10**6, description="reports in the global batch")
+    learning_rate: float = Field(2e-3, gt=0, le=10, description="peak learning rate of the warm-up")
     keep: float = Field(
         0.7, gt=0, le=1, description="fraction of the sentences of the findings that the model is given"
     )
@@ -266,21 +273,26 @@ class FreezeConfig(Section):
 class TrainingConfig(Section):
     """The optimisation."""
 
-    batch: int = Field(32, ge=2, description="volumes in the global batch, over all ranks")
+    batch: int = Field(32, ge=2, le=10**6, description="volumes in the global batch, over all ranks")
     micro_batch: int | None = Field(
         None,
         ge=1,
+        le=10**6,
         description="number of volumes that a rank encodes at once; below its share of the batch, gradients take two "
         "passes (GradCache)",
     )
-    epochs: float = Field(10.0, gt=0, description="passes over the training scans; fractions are allowed")
-    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW; it falls to 0 along a cosine")
-    text_learning_rate: float | None = Field(None, gt=0, description="null: the same as learning_rate")
+    epochs: float = Field(10.0, gt=0, le=10**6, description="passes over the training scans; fractions are allowed")
+    learning_rate: float = Field(
+        1e-3, gt=0, le=10, description="peak learning rate of AdamW; it falls to 0 along a cosine"
+    )
+    text_learning_rate: float | None = Field(None, gt=0, le=10, description="null: the same as learning_rate")
     text_warmup: TextWarmupConfig = TextWarmupConfig()
-    weight_decay: float = Field(0.05, ge=0, description="AdamW's weight decay; biases and norms have none")
+    weight_decay: float = Field(0.05, ge=0, le=100, description="AdamW's weight decay; biases and norms have none")
     betas: tuple[Share, Share] = Field((0.9, 0.98), description="AdamW's decay rates of the two moments")
     warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps with a rising learning rate")
-    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient; longer ones are scaled down")
+    gradient_clip: float = Field(
+        1.0, gt=0, le=10**9, description="largest norm of the gradient; longer ones are scaled down"
+    )
     freeze: FreezeConfig = FreezeConfig()
     layer_decay: float = Field(
         1.0,
@@ -293,14 +305,16 @@ class TrainingConfig(Section):
     )
     compile: bool = Field(False, description="compile the volume encoder with torch.compile; needs a C++ compiler")
     zero: ZeroConfig = ZeroConfig()
-    checkpoint_every: int = Field(500, ge=1, description="number of steps between two checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep, besides the best one")
-    validate_every: int = Field(0, ge=0, description="number of steps between two validations; 0: none")
-    validate_volumes: int = Field(512, ge=2, description="maximum number of validation volumes, one per scan")
+    checkpoint_every: int = Field(500, ge=1, le=10**9, description="number of steps between two checkpoints")
+    keep_checkpoints: int = Field(
+        2, ge=1, le=10**6, description="number of newest checkpoints to keep, besides the best one"
+    )
+    validate_every: int = Field(0, ge=0, le=10**9, description="number of steps between two validations; 0: none")
+    validate_volumes: int = Field(512, ge=2, le=10**9, description="maximum number of validation volumes, one per scan")
     wandb_project: str | None = Field(
         None, description="also log to this Weights & Biases project, if wandb is installed"
     )
-    log_every: int = Field(10, ge=1, description="number of steps between two lines of the log")
+    log_every: int = Field(10, ge=1, le=10**9, description="number of steps between two lines of the log")
 
 
 class Config(Section):

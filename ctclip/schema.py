@@ -64,14 +64,15 @@ class Section(BaseModel):
 
 def _of_field(field: FieldInfo, value: Any) -> Any:
     """A typed value for ``field``: text as it stands where the field holds text, else YAML. An optional text is left out
-    by the word null or by nothing at all."""
-    if not isinstance(value, Typed):
-        return value
-    if field.annotation is str:
-        return str(value)
-    if set(get_args(field.annotation)) == {str, type(None)}:
-        return None if value in ("", NULL) else str(value)
-    return read_typed(value)
+    by the word null or by nothing at all; true and false are no numbers, though Python would take them for such."""
+    kinds = set(get_args(field.annotation)) or {field.annotation}
+    if isinstance(value, Typed):
+        if field.annotation is str:
+            return str(value)
+        if kinds == {str, type(None)}:
+            return None if value in ("", NULL) else str(value)
+        value = read_typed(value)
+    return str(value).lower() if isinstance(value, bool) and kinds <= {int, float, type(None)} else value
 
 
 def validated(schema: type[S], values: Any, source: str = "", path: str = "") -> S:

@@ -37,12 +37,12 @@ class CTViTConfig(EncoderConfig):
 
     kind: Literal["ctvit"] = Field("ctvit", description="the encoder of the published CT-CLIP")
     patch: tuple[Count, Count, Count] = Field((10, 20, 20), description="voxels [slice, row, column] of one token")
-    width: int = Field(512, ge=1, description="channels of a token")
-    spatial_depth: int = Field(4, ge=1, description="layers that attend within a slab of slices")
-    temporal_depth: int = Field(4, ge=1, description="layers that attend from slab to slab")
-    heads: int = Field(8, ge=1, description="attention heads")
-    head_width: int = Field(32, ge=1, description="channels of an attention head")
-    codebook_size: int = Field(8192, ge=2, description="vectors a token is rounded to")
+    width: int = Field(512, ge=1, le=2**16, description="channels of a token")
+    spatial_depth: int = Field(4, ge=1, le=512, description="layers that attend within a slab of slices")
+    temporal_depth: int = Field(4, ge=1, le=512, description="layers that attend from slab to slab")
+    heads: int = Field(8, ge=1, le=1024, description="attention heads")
+    head_width: int = Field(32, ge=1, le=4096, description="channels of an attention head")
+    codebook_size: int = Field(8192, ge=2, le=2**20, description="vectors a token is rounded to")
     quantise: bool = Field(True, description="round tokens to the codebook, as the published model does")
 
 

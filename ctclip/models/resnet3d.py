@@ -32,7 +32,7 @@ class ResNet3DConfig(EncoderConfig):
     norm: Literal["batch", "group"] = Field(
         "group", description="group: the result does not depend on the batch; batch: as in the original"
     )
-    width_factor: float = Field(1.0, gt=0, description="factor on the channels of every stage")
+    width_factor: float = Field(1.0, gt=0, le=64, description="factor on the channels of every stage")
 
     @model_validator(mode="after")
     def _counts_once(self) -> ResNet3DConfig:

@@ -42,15 +42,15 @@ class SlicesConfig(EncoderConfig):
     aggregator: Literal["mean", "lstm", "transformer", "cross"] = Field(
         "transformer", description="how slices become one vector; cross: a learned query attends to them"
     )
-    depth: int = Field(2, ge=1, description="layers of the transformer or LSTM over slices")
-    heads: int = Field(8, ge=1, description="attention heads over slices")
-    every: int = Field(1, ge=1, description="use every n-th slice")
+    depth: int = Field(2, ge=1, le=512, description="layers of the transformer or LSTM over slices")
+    heads: int = Field(8, ge=1, le=1024, description="attention heads over slices")
+    every: int = Field(1, ge=1, le=10**4, description="use every n-th slice")
     windows: tuple[HuWindow, ...] = Field(
         ((-1000.0, 400.0), (-160.0, 240.0), (-500.0, 1000.0)),
         min_length=1,
         description="HU windows that become the colour channels",
     )
-    slices_at_once: int = Field(64, ge=1, description="number of slices of a batch that are encoded together")
+    slices_at_once: int = Field(64, ge=1, le=10**6, description="number of slices of a batch that are encoded together")
 
 
 class SliceEncoder(VolumeEncoder):

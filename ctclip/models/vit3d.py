@@ -39,16 +39,16 @@ class ViT3DConfig(EncoderConfig):
 
     kind: Literal["vit3d"] = Field("vit3d", description="our 3-D vision transformer with a convolutional stem")
     patch: tuple[Count, Count, Count] = Field((4, 4, 4), description="voxels [slice, row, column] of one stem cell")
-    stages: tuple[tuple[Count, Annotated[int, Field(ge=0)]], ...] = Field(
+    stages: tuple[tuple[Count, Annotated[int, Field(ge=0, le=64)]], ...] = Field(
         ((64, 1), (128, 1)),
         description="width and number of 3x3x3 residual convolutions of each stem stage; each stage ends with a "
         "strided "
         "one that halves the axes. No stages: a linear patch embedding",
     )
-    width: int = Field(192, ge=1, description="channels of a token; an even multiple of heads")
-    depth: int = Field(4, ge=1, description="transformer layers")
-    heads: int = Field(6, ge=1, description="attention heads")
-    registers: int = Field(4, ge=0, description="extra learned tokens that every layer can write to")
+    width: int = Field(192, ge=1, le=2**16, description="channels of a token; an even multiple of heads")
+    depth: int = Field(4, ge=1, le=512, description="transformer layers")
+    heads: int = Field(6, ge=1, le=1024, description="attention heads")
+    registers: int = Field(4, ge=0, le=4096, description="extra learned tokens that every layer can write to")
     windows: tuple[HuWindow, ...] = Field(
         ((-1000.0, 1000.0),), min_length=1, description="HU windows that become the input channels"
     )
@@ -64,7 +64,7 @@ class ViT3DConfig(EncoderConfig):
     window: tuple[Count, Count, Count] | None = Field(
         None, description="size of local attention windows in tokens [slice, row, column]; null: full attention"
     )
-    global_every: int = Field(4, ge=1, description="with windows: every n-th layer is global")
+    global_every: int = Field(4, ge=1, le=512, description="with windows: every n-th layer is global")
     global_over: Literal["tokens", "windows"] = Field(
         "tokens",
         description="tokens of a global layer. tokens: all; windows: the mean of each window, which is far cheaper",

@@ -22,6 +22,7 @@ class ContrastiveConfig(ObjectiveConfig):
     negatives: int | None = Field(
         None,
         ge=2,
+        le=10**6,
         description="contrast only within groups of this many volumes, as the published training did; null: within "
         "the whole batch",
     )
@@ -37,7 +38,10 @@ class ClipConfig(ContrastiveConfig):
     """Symmetric InfoNCE."""
 
     queue: int = Field(
-        0, ge=0, description="number of texts of earlier steps that volumes are also contrasted with; 0: only the batch"
+        0,
+        ge=0,
+        le=10**7,
+        description="number of texts of earlier steps that volumes are also contrasted with; 0: only the batch",
     )
 
     @model_validator(mode="after")

@@ -17,9 +17,9 @@ LONGEST = 256
 class WordsConfig(ObjectiveConfig):
     """The decoder's size; its width is the text encoder's."""
 
-    depth: int = Field(2, ge=1, description="layers of the decoder")
+    depth: int = Field(2, ge=1, le=512, description="layers of the decoder")
     heads: int | None = Field(
-        None, ge=1, description="attention heads of the decoder; null: one for every 64 of its width"
+        None, ge=1, le=1024, description="attention heads of the decoder; null: one for every 64 of its width"
     )
 
 

@@ -103,6 +103,10 @@ OUT_OF_BOUNDS = [
     "training.betas=[-0.1, 0.9]", "training.betas=[0.9]", "training.warmup=1", "training.gradient_clip=0", "training.layer_decay=1.5",
     "training.checkpoint_every=0", "training.keep_checkpoints=0", "training.validate_every=-1", "training.validate_volumes=1",
     "training.log_every=0", "training.text_warmup.steps=-1", "training.text_warmup.keep=0",
+    "seed=true", "training.learning_rate=yes", "training.batch=off", "training.learning_rate=1e30", "training.epochs=1e30",
+    "training.gradient_clip=1e30", "model.text.depth=1000000", "model.text.width=100000000", "model.volume.depth=1000000",
+    "model.volume.width=96000000", "model.volume.patch=[1, 1, 1000000]", "data.workers=100000", "data.views_per_volume=1000",
+    "data.rarity=1e9", "model.text.vocabulary=1000000000", "objectives.clip.queue=1000000000000", "training.batch=1000000000000",
 ]  # fmt: skip
 
 
@@ -134,14 +138,15 @@ def test_every_number_of_an_encoder_has_bounds(volume: str) -> None:
 
 
 def unbounded(schema: Any, key: str = "") -> Iterator[str]:
-    """Keys of a JSON schema that hold a number without a lower bound; HU windows have an order instead."""
+    """Keys of a JSON schema that hold a number without a lower and an upper bound; HU windows have an order instead."""
     if isinstance(schema, list):
         for one in schema:
             yield from unbounded(one, key)
     if not isinstance(schema, dict) or key == "windows":
         return
-    if schema.get("type") in ("integer", "number") and not {"minimum", "exclusiveMinimum", "enum"} & set(schema):
-        yield key
+    if schema.get("type") in ("integer", "number") and "enum" not in schema:
+        bounds = [{"minimum", "exclusiveMinimum"}, {"maximum", "exclusiveMaximum"}]
+        yield from [key] * any(not bound & set(schema) for bound in bounds)
     for name, inner in schema.items():
         if name in ("properties", "$defs"):
             for own, value in inner.items():
@@ -150,8 +155,13 @@ def unbounded(schema: Any, key: str = "") -> Iterator[str]:
             yield from unbounded(inner, key)
 
 
-@pytest.mark.parametrize("section", [Config, *(plugins.find("encoder", name).Config for name in ("vit3d", "ctvit", "resnet3d", "slices")),
-                                     *(plugins.find("objective", name).Config for name in ("clip", "siglip", "convirt", "labels", "mlm"))])  # fmt: skip
+SECTIONS = [
+    Config,
+    *(plugins.find(kind, name).Config for kind in ("encoder", "objective") for name in plugins.OURS[kind]),
+]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
 def test_no_number_is_without_bounds(section: type[Section]) -> None:
     assert list(unbounded(section.model_json_schema())) == []
 
@@ -187,6 +197,13 @@ def test_text_of_the_encoder_that_is_chosen_after_it() -> None:
         "phantom_tiny", ["model.volume={}", "model.volume.pretrained=2024-01-05", "model.volume.kind=slices"]
     )
     assert config.model.volume.model_dump()["pretrained"] == "2024-01-05"
+
+
+@pytest.mark.parametrize("values", ["{seed: true}", "{training: {batch: yes}}", "{training: {micro_batch: false}}"])
+def test_a_truth_value_of_a_file_is_no_number(values: str, tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text(values)
+    with pytest.raises(ConfigError, match=r"(seed|batch): .*(number|integer)"):
+        load_config(str(tmp_path / "mine.yaml"))
 
 
 def test_a_date_in_a_file_is_to_be_quoted(tmp_path) -> None:
