@@ -15,6 +15,7 @@ from ctclip import __version__
 from ctclip.cli.adapt import adapt
 from ctclip.cli.ask import ask
 from ctclip.cli.calibrate import calibrate
+from ctclip.cli.check_precision import check_precision
 from ctclip.cli.clean_reports import clean_reports
 from ctclip.cli.config import config
 from ctclip.cli.demo import demo
@@ -65,6 +66,7 @@ app.command()(probe)
 app.command()(adapt)
 app.command()(soup)
 app.command()(calibrate)
+app.command("check-precision")(check_precision)
 app.command()(evaluate)
 app.command()(report)
 app.command()(serve)

@@ -12,9 +12,11 @@ from ctclip.cli.reading import (
     HU,
     LARGEST_GB,
     LINKAGE,
+    PRECISION,
     SERIES,
     Expected,
     Geometry,
+    Precision,
     Trusted,
     reading_of,
 )
@@ -39,6 +41,7 @@ def embed(
         help="Output file. .parquet: names and vectors; .npy: vectors only.",
     ),
     batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
+    precision: Precision = PRECISION,
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
     expect: Expected = EXPECT,
@@ -56,6 +59,7 @@ def embed(
     from ctclip import distributed
     from ctclip.errors import DataError
     from ctclip.inference.embed import check_embeddings, embed_reports, embed_scans
+    from ctclip.inference.precision import set_precision
     from ctclip.inference.scans import ScanFiles, Scans, StoredScans
     from ctclip.models.folder import load_model
     from ctclip.preprocessing.linkage import check_linkage
@@ -71,6 +75,7 @@ def embed(
     if linkage is not None:
         check_linkage(linkage, output)
     loaded = load_model(model, distributed.device())
+    set_precision(loaded, precision.value)
     refused: dict[str, str] = {}
     if reports is not None:
         count = embed_reports(loaded, reports, output, force=force)

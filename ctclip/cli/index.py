@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from ctclip.cli.reading import PRECISION, Precision
+
 
 def index(
     model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
@@ -13,6 +15,7 @@ def index(
     split: str = typer.Option(None, help="Only this split of the cohort."),
     output: Path = typer.Option(..., "--output", "-o", help="Folder for the index."),
     batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
+    precision: Precision = PRECISION,
     force: bool = typer.Option(False, "--force", help="Overwrite the index of another run."),
 ) -> None:
     """Build an index of the volumes and reports in a store, for `ctclip similar`.
@@ -21,6 +24,7 @@ def index(
     """
     from ctclip import distributed, extras
     from ctclip.inference.index import check_output, index_store
+    from ctclip.inference.precision import set_precision
     from ctclip.inference.scans import StoredScans
     from ctclip.models.folder import load_model
     from ctclip.preprocessing.store import VolumeStore
@@ -28,6 +32,7 @@ def index(
     extras.check("index")
     check_output(output)
     loaded = load_model(model, distributed.device())
+    set_precision(loaded, precision.value)
     scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
     refused: dict[str, str] = {}
     content = index_store(loaded, scans, output, batch, refused, force=force)

@@ -13,9 +13,11 @@ from ctclip.cli.reading import (
     HU,
     LARGEST_GB,
     LINKAGE,
+    PRECISION,
     SERIES,
     Expected,
     Geometry,
+    Precision,
     Trusted,
     reading_of,
 )
@@ -57,6 +59,7 @@ def zero_shot(
         False, "--embed-reports", help="With --store: also embed the reports, for retrieval."
     ),
     batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
+    precision: Precision = PRECISION,
     processes: int = typer.Option(None, min=1, help="Number of processes that share the scans. Default: one per GPU."),
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
@@ -105,6 +108,7 @@ def zero_shot(
     from ctclip.heads.head import Head
     from ctclip.inference.ensemble import detect_together
     from ctclip.inference.model import asking, usable_head
+    from ctclip.inference.precision import set_precision
     from ctclip.inference.scans import ScanFiles, Scans, StoredScans
     from ctclip.inference.show import table_of
     from ctclip.models.folder import load_model
@@ -116,6 +120,7 @@ def zero_shot(
         scorers: list[Head] = []
         sources: list[Scans] = []
         for loaded in folders:
+            set_precision(loaded, precision.value)
             scorer = usable_head(loaded, head or PROMPTS)
             if prompts or abnormality:
                 scorer = asking(loaded, prompts or scorer.prompts, abnormality or None, scorer)  # type: ignore[attr-defined]

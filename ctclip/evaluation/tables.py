@@ -25,7 +25,7 @@ from ctclip.preprocessing.label_columns import Columns, label_columns, zeros_and
 from ctclip.preprocessing.tables import VOLUME_SUFFIXES, read_table
 
 IDENTITY = ("volume", "patient", "scan")
-PROVENANCE = ("model", "supervision", "trained_on", "spec", "prompts", "labels", "adapted_on", "warnings")
+PROVENANCE = ("model", "supervision", "trained_on", "spec", "prompts", "labels", "precision", "adapted_on", "warnings")
 # Where a label table keeps the volumes' ids: ours, CT-RATE's, RAD-ChestCT's.
 ID_COLUMNS = ("volume", "VolumeName", "NoteAcc_DEID")
 IDS = (*IDENTITY, *ID_COLUMNS[1:])
@@ -53,6 +53,7 @@ def prediction_table(
     trained_on: str = "",
     prompts: str = "",
     labels: str = "",
+    precision: str = "",
     adapted_on: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """identity: columns volume, patient, scan, warnings; probabilities, margins (volumes, names); values: graded
@@ -64,10 +65,10 @@ def prediction_table(
     graded = pd.DataFrame({f"{VALUE}{name}": column for name, column in values.items()}, index=table.index)
     provenance = pd.DataFrame({
         "model": model, "supervision": supervision, "trained_on": trained_on, "spec": spec, "prompts": prompts,
-        "labels": labels, "warnings": identity["warnings"].to_numpy(),
+        "labels": labels, "precision": precision, "warnings": identity["warnings"].to_numpy(),
     })  # fmt: skip
     if adapted_on is not None:
-        provenance.insert(6, "adapted_on", adapted_on.astype(int))
+        provenance.insert(len(provenance.columns) - 1, "adapted_on", adapted_on.astype(int))
     return pd.concat([table, scores, logits, graded, provenance], axis=1)
 
 

@@ -32,7 +32,7 @@ def embed_scans(
 ) -> int:
     """Embed volumes into ``output``; returns how many. Refused scans are named in ``refused``. ``force``: replace
     embeddings of another run."""
-    key = run_key(loaded.hash, loaded.spec.hash, list(scans.table["volume"]), scans.origin())
+    key = run_key(loaded.hash, loaded.spec.hash, loaded.model.precision, list(scans.table["volume"]), scans.origin())
     tables = _volumes(loaded.model, scans, batch, refused)
     with claimed_file(output):
         check_embeddings(output, key, force=force)

@@ -41,7 +41,11 @@ def detect_together(
     Raises as ``detect`` does, and DataError where the models score different findings.
     """
     check_same_names([head.names for head in heads], [str(folder.path) for folder in folders])
-    key = run_key([folder.hash for folder in folders], [head.identity() for head in heads], scans[0].origin())
+    key = run_key(
+        [[folder.hash, folder.model.precision] for folder in folders],
+        [head.identity() for head in heads],
+        scans[0].origin(),
+    )
     table = output / f"predictions{suffix}"
     with contextlib.ExitStack() as held:
         claim = claimed_folder(output, "zero-shot", key, (table.name,), is_output, force=force)

@@ -138,7 +138,7 @@ def index_store(
     """``build_index`` into ``folder``. Raises PreprocessingError if it holds something else, another process writes there,
     or it is an index of other scans or another model and ``force`` is not given."""
     extras.check("index")
-    key = run_key(loaded.hash, loaded.spec.hash, list(scans.table["volume"]), scans.origin())
+    key = run_key(loaded.hash, loaded.spec.hash, loaded.model.precision, list(scans.table["volume"]), scans.origin())
     with claimed_folder(folder, "index", key, FILES, is_index, force=force):
         index = build_index(loaded, scans, batch, refused)
         index.save(folder)

@@ -25,6 +25,7 @@ from ctclip.explanation.place import LEVEL
 from ctclip.heads.folder import PROMPTS, HeadFacts, list_heads, load_head
 from ctclip.heads.head import Head
 from ctclip.heads.prompts import PromptHead
+from ctclip.inference.precision import Asked, set_precision
 from ctclip.inference.show import Detection, calibrated
 from ctclip.labels import LabelSet
 from ctclip.models.encoded import Encoded
@@ -330,6 +331,8 @@ def _unused(reason: str) -> None:
     print(f"warning: {reason}, so it is not used; `ctclip calibrate` fits one", file=sys.stderr)
 
 
-def load(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:
+def load(source: str | os.PathLike[str], device: str | torch.device = "cpu", *, precision: Asked = "auto") -> Model:
     """See ``ctclip.load``."""
-    return Model(load_model(source, device))
+    folder = load_model(source, device)
+    set_precision(folder, precision)
+    return Model(folder)

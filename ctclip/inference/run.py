@@ -239,7 +239,7 @@ def provenance(loaded: ModelFolder, head: Head) -> dict[str, str]:
     return {
         "model": loaded.hash, "supervision": supervision(loaded, head), "spec": loaded.spec.hash, "prompts": head.source,
         "labels": loaded.labels.identity if set(head.names) == set(loaded.labels.names) else "",
-        "trained_on": loaded.trained_on.words(),
+        "trained_on": loaded.trained_on.words(), "precision": loaded.model.precision,
     }  # fmt: skip
 
 
@@ -266,7 +266,17 @@ def supervision(loaded: ModelFolder, head: Head) -> str:
 def _key(loaded: ModelFolder, head: Head, scans: Scans, reports: bool) -> str:
     """Parts made with another model, other prompts or another calibration, or of other scans, are not these."""
     names = list(scans.table["volume"])
-    facts = [loaded.hash, loaded.spec.hash, head.names, head.values_of, reports, names, scans.origin(), head.identity()]
+    facts = [
+        loaded.hash,
+        loaded.spec.hash,
+        head.names,
+        head.values_of,
+        reports,
+        names,
+        scans.origin(),
+        head.identity(),
+        loaded.model.precision,
+    ]
     return run_key(*facts)
 
 

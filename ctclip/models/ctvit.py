@@ -24,7 +24,7 @@ from ctclip.models.attention import Attention
 from ctclip.models.encoded import Encoded, Evidence, Level, VolumeEncoder, axis_shape, check_shape
 from ctclip.models.lora import is_adapter
 from ctclip.models.pooling import air_where_padded
-from ctclip.models.precision import autocast_off
+from ctclip.models.precision import autocast_off, float32_exactly
 from ctclip.preprocessing.spec import PreprocessingSpec
 
 ATTENTION_SCALE = 8.0
@@ -278,7 +278,7 @@ class Codebook(nn.Module):
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(..., C) -> quantised tokens (..., C) and the codes' indices (...). Gradients pass straight through."""
         # The nearest of thousands of rows is not found in bfloat16, nor need all similarities be there at once.
-        with torch.no_grad(), autocast_off(tokens):
+        with torch.no_grad(), float32_exactly(tokens):
             flat = F.normalize(tokens.detach().reshape(-1, tokens.shape[-1]).float(), dim=-1)
             rows = F.normalize(self.rows.float(), dim=-1)
             codes = torch.cat([(some @ rows.T).argmax(dim=-1) for some in flat.split(TOKENS_AT_ONCE)])

@@ -17,7 +17,7 @@ from ctclip import plugins
 from ctclip.config import EncoderConfig, ModelConfig
 from ctclip.models.encoded import Encoded, VolumeEncoder, check_range
 from ctclip.models.lora import add_lora
-from ctclip.models.precision import ExactLinear
+from ctclip.models.precision import ExactLinear, Precision, at_precision
 from ctclip.models.text import TextEncoder, build_text_encoder
 from ctclip.preprocessing.spec import PreprocessingSpec
 
@@ -34,6 +34,8 @@ class DualEncoder(nn.Module):
         self.text_projection = _projection(config.projection, text_encoder.width, config.dim)
         self.similarity = Similarity(config)
         self.text_locked = False
+        # Of ``encode``; see ``ctclip.inference.precision``.
+        self.precision: Precision = "fp32"
         # Frozen modules, whose buffers (a codebook, statistics of a batch norm) stay as they are too.
         self.frozen: list[nn.Module] = []
 
@@ -79,7 +81,8 @@ class DualEncoder(nn.Module):
         """
         if volume.ndim == 5:
             check_range(volume)
-        encoded: Encoded = self.volume_encoder(volume, mask)
+        with at_precision(self.precision, volume.device):
+            encoded: Encoded = self.volume_encoder(volume, mask)
         return encoded._replace(embedding=self.similarity.volume(self.volume_projection(encoded.pooled)))
 
     def encode_volume(self, volume: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,14 +1,48 @@
-"""The numerical precision of parts of a model."""
+"""The numerical precision of a model, and of parts of it."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
+
+Precision = Literal["fp32", "tf32", "bf16"]
 
 
 def autocast_off(like: Tensor) -> torch.autocast:
     """A context in which operations keep the precision of their operands on ``like``'s device, under autocast too."""
     return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def at_precision(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Matrix products and convolutions at ``precision``: ``fp32`` in float32, ``tf32`` with 10 bits of mantissa (NVIDIA
+    cards since 2020), ``bf16`` in bfloat16 by autocast. Parameters stay float32. What was set before is set again."""
+    if precision == "bf16":
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+        return
+    if device.type != "cuda":
+        yield
+        return
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
+@contextlib.contextmanager
+def float32_exactly(like: Tensor) -> Iterator[None]:
+    """Operations on float32 in float32, whatever the precision around them."""
+    with autocast_off(like), at_precision("fp32", like.device):
+        yield
 
 
 class ExactLinear(nn.Linear):

@@ -1,0 +1,55 @@
+"""`ctclip check-precision`: which numerical precision a model may be run at on this device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def check_precision(
+    model: str = typer.Option(..., "--model", "-m", help="A model folder."),
+    store: Path = typer.Option(..., help="The store with volumes to compare on."),
+    split: str = typer.Option(None, help="Only this split of the cohort."),
+    volumes: int = typer.Option(64, min=16, help="Number of volumes to compare on."),
+    head: str = typer.Option("prompts", help="The head that gives the scores."),
+    batch: int = typer.Option(4, min=1, help="Number of volumes in a batch."),
+) -> None:
+    """Compare the scores at each numerical precision with those in float32, and keep the result with the model.
+
+    `ctclip check-precision --model runs/demo/train/model --store store --split valid`
+
+    Commands with `--precision auto` then use the fastest precision that agrees: no probability changes by more than 0.01,
+    and the rank correlation of every finding's scores is at least 0.999.
+    """
+    import os
+
+    import torch
+
+    from ctclip import distributed
+    from ctclip.errors import DataError
+    from ctclip.inference.model import usable_head
+    from ctclip.inference.precision import FILE, check_precision, device_name, fastest, keep
+    from ctclip.inference.run import batches
+    from ctclip.inference.scans import StoredScans
+    from ctclip.models.folder import load_model
+    from ctclip.preprocessing.store import VolumeStore
+
+    loaded = load_model(model, distributed.device())
+    if not os.access(loaded.path, os.W_OK):
+        raise DataError(f"{loaded.path}: cannot be written into, and {FILE} would be kept there; copy the model folder")
+    scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
+    refused: dict[str, str] = {}
+    count = len(scans.table)
+    # Spread over the cohort, whose first volumes may be of one kind.
+    chosen = sorted({round(step * (count - 1) / max(1, volumes - 1)) for step in range(volumes)}) if count else []
+    read = (torch.from_numpy(voxels) for _, voxels, _ in batches(scans, chosen, batch, refused, "comparing"))
+    results, checked = check_precision(loaded, usable_head(loaded, head), read)
+    print(f"{checked} volumes on {device_name(loaded.model.device)}")
+    print(f"{'precision':<12}{'ms a volume':>12}{'largest change':>16}{'least rank correlation':>24}  agrees")
+    for result in results:
+        print(
+            f"{result.precision:<12}{1000 * result.seconds:>12.1f}{result.change:>16.5f}{result.correlation:>24.6f}  "
+            f"{'yes' if result.agrees else 'no'}"
+        )
+    print(f"--precision auto uses {fastest(results)}; kept: {keep(loaded, results, checked)}")
