@@ -134,8 +134,13 @@ def dump_config(config: Section) -> str:
 
 def differing_keys(old: Section, new: Section) -> list[str]:
     """Paths whose values differ between two configurations."""
-    flat_old, flat_new = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    flat_old, flat_new = flat_values(old), flat_values(new)
     return sorted(key for key in flat_old.keys() | flat_new.keys() if flat_old.get(key) != flat_new.get(key))
+
+
+def flat_values(config: Section) -> dict[str, Any]:
+    """All values of a configuration by their dotted keys."""
+    return _flatten(config.model_dump(mode="json"))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

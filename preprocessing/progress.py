@@ -26,32 +26,37 @@ def track(
         yield from _logged(items, total, what, unit, status_text)
 
 
+def duration(seconds: float) -> str:
+    """A length of time in words: ``5 s``, ``17 min``, ``2 h 5 min``, ``3 days``."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{max(0, round(seconds))} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"
+    return f"{round(minutes / 1440)} days"
+
+
 def _live(items: Iterable[T], total: int, what: str, unit: str, status: Callable[[], str]) -> Iterator[T]:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (
         TextColumn(what),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
         TextColumn("{task.fields[status]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total, status="")
-        for item in items:
+        task = bar.add_task(what, total=total, status="", left="")
+        started = time.monotonic()
+        for done, item in enumerate(items, start=1):
             yield item
-            bar.update(task, advance=1, status=status())
+            left = (time.monotonic() - started) / done * (total - done)
+            bar.update(task, advance=1, status=status(), left=f"{duration(left)} left")
 
 
 def _logged(items: Iterable[T], total: int, what: str, unit: str, status: Callable[[], str]) -> Iterator[T]:
@@ -65,4 +70,4 @@ def _logged(items: Iterable[T], total: int, what: str, unit: str, status: Callab
             left = elapsed / done * (total - done)
             more = f"; {status()}" if status() else ""
             rate = f"{done / max(elapsed, 1e-9):.1f} a second"
-            print(f"{what}: {done}/{total} {unit}, {rate}, {left:.0f} s left{more}", file=sys.stderr, flush=True)
+            print(f"{what}: {done}/{total} {unit}, {rate}, {duration(left)} left{more}", file=sys.stderr, flush=True)

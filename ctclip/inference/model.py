@@ -53,9 +53,18 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
 
     def __repr__(self) -> str:
         names = ", ".join(head.name for head in self.heads)
+        volume = sum(parameter.numel() for parameter in self.dual.volume_encoder.parameters())
+        text = sum(parameter.numel() for parameter in self.dual.text_encoder.parameters())
+        shape, spacing = (
+            " x ".join(f"{value:g}" for value in values) for values in (self.spec.shape, self.spec.spacing)
+        )
         return (
-            f"ctclip model {self.folder.hash} of {self.folder.path}: {self.dual.config.volume.kind} encoder, spec "
-            f"{self.spec.name}, labels {self.labels.name} ({len(self.labels.names)}), heads {names or 'none'}"
+            f"ctclip model {self.folder.hash} ({self.folder.path})\n"
+            f"  encoders:   {self.dual.config.volume.kind}, {volume / 1e6:.1f} M parameters; text, {text / 1e6:.1f} M\n"
+            f"  volumes:    spec {self.spec.name}, {shape} voxels of {spacing} mm\n"
+            f"  labels:     {self.labels.name} ({len(self.labels.names)})\n"
+            f"  heads:      {names or 'none'}\n"
+            f"  trained on: {self.folder.trained_on.words()}"
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **given: Any) -> str | None:

@@ -213,7 +213,7 @@ class Run:
         """Steps ``sampler.start`` to ``steps``."""
         main = distributed.is_main()
         self.good = sampler.start
-        log = MetricsLog(self.output, sampler.start, self.settings.wandb_project) if main else None
+        log = MetricsLog(self.output, sampler.start, self.settings.wandb_project, self.config) if main else None
         try:
             self._steps(iter(self._batches(data, sampler)), data.spec, sampler, steps, log)
             self.checkpoints.wait()

@@ -10,7 +10,7 @@ from typing import Any
 
 from ctclip import extras
 from ctclip.config import Config
-from ctclip.config_files import build_config, differing_keys, dump_config, read_mapping
+from ctclip.config_files import build_config, differing_keys, dump_config, flat_values, read_mapping
 from ctclip.errors import TrainingError
 from ctclip.preprocessing.files import kind_of, refuse_special, write_text
 from ctclip.preprocessing.outputs import check_folder, made_by_us
@@ -54,29 +54,59 @@ def open_run(folder: Path, config: Config, *, force: bool = False) -> None:
     write_text(folder / "run.json", json.dumps(facts, indent=2))
 
 
-class MetricsLog:
-    """``metrics.jsonl`` (one line a logged step), TensorBoard events and, where asked for, Weights & Biases."""
+# TensorBoard draws the scalars of a group together; what is in no group is the loss of an objective.
+GROUPS = {
+    "loss": "loss/total", "learning_rate": "optimiser/learning_rate", "gradient_norm": "optimiser/gradient_norm",
+    "logit_scale": "optimiser/logit_scale", "epoch": "progress/epoch", "volumes_per_second": "speed/volumes_per_second",
+    "data_wait": "speed/data_wait", "memory_gb": "speed/memory_gb",
+}  # fmt: skip
 
-    def __init__(self, folder: Path, first_step: int, wandb_project: str | None = None) -> None:
+
+def board_name(key: str) -> str:
+    """The name in TensorBoard of a key of ``metrics.jsonl``: ``loss/total``, ``loss/clip``, ``valid/auroc``."""
+    if key.startswith("valid_"):
+        return f"valid/{key.removeprefix('valid_')}"
+    return GROUPS.get(key, f"loss/{key}")
+
+
+class MetricsLog:
+    """``metrics.jsonl`` (one line per logged step), TensorBoard events and, if requested, Weights & Biases."""
+
+    def __init__(
+        self, folder: Path, first_step: int, wandb_project: str | None = None, config: Config | None = None
+    ) -> None:
+        """``config``: its values appear as hyper-parameters in TensorBoard."""
         self.path = folder / "metrics.jsonl"
         refuse_special(self.path)
         if self.path.is_file():
-            # Steps after the checkpoint we resume from will be made again; keep one line for each.
+            # Steps after the checkpoint will be repeated; keep one line for each step.
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) < first_step]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
         self.board = extras.require("torch.utils.tensorboard").SummaryWriter(
             str(folder / "tensorboard"), purge_step=first_step
         )
+        if config is not None and first_step == 0:
+            self._write_hyper_parameters(flat_values(config))
         self.wandb = _wandb(folder, wandb_project) if wandb_project else None
 
+    def _write_hyper_parameters(self, values: dict[str, Any]) -> None:
+        """TensorBoard's HPARAMS tab, which compares runs by their configuration."""
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {
+            key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()
+        }
+        for summary in hparams(plain, dict.fromkeys(("loss/total", "valid/loss", "valid/auroc"), 0.0)):
+            self.board.file_writer.add_summary(summary)
+
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Validations have keys that begin with ``valid``; training lines have ``loss``."""
+        """Write the figures of a training step (with ``loss``) or of a validation (keys begin with ``valid_``)."""
         try:
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"step": step, **values}) + "\n")
             for name, value in values.items():
                 if isinstance(value, int | float):
-                    self.board.add_scalar(name, value, step)
+                    self.board.add_scalar(board_name(name), value, step)
         except OSError as error:
             raise TrainingError(
                 f"{self.path}: could not be written ({error.strerror}); free some space and start the same command again: it "

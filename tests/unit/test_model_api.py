@@ -60,6 +60,23 @@ def written(folder: Path, linear: bool = False, seed: int = 0) -> Path:
     return save_model(folder, model, LABELS, write_more=heads)
 
 
+def test_a_model_says_what_it_is(folder: Path) -> None:
+    model = ctclip.load(folder)
+    shown = repr(model)
+    encoders = (model.dual.volume_encoder, model.dual.text_encoder)
+    sizes = [sum(p.numel() for p in encoder.parameters()) / 1e6 for encoder in encoders]
+    assert f"{model.dual.config.volume.kind}, {sizes[0]:.1f} M parameters; text, {sizes[1]:.1f} M" in shown
+    for part in (
+        model.folder.hash,
+        str(folder),
+        model.spec.name,
+        "two (2)",
+        "prompts",
+        model.folder.trained_on.words(),
+    ):
+        assert part in shown, part
+
+
 @pytest.mark.parametrize("names", [[], "", " ", ["Mass", ""], ["Mass", None], 5, b"Mass"])
 def test_names_that_are_none_are_refused(folder: Path, scan: Path, names: Any) -> None:
     with pytest.raises(PromptError, match="expected names of abnormalities"):

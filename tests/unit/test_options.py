@@ -166,3 +166,20 @@ def test_messages_name_options_that_exist() -> None:
 def test_names_of_earlier_versions_are_accepted(command: str, arguments: list[str], present: dict[str, Any]) -> None:
     given = COMMANDS[command].make_context(command, arguments).params
     assert {key: given[key] for key in present} == present
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("ctclip pre", "preprocess"),
+        ("ctclip zero-shot --emb", "--embed-reports"),
+        ("ctclip preprocess x --hu t", "trust-file"),
+    ],
+)
+def test_a_shell_completes_commands_options_and_choices(typed: str, offered: str, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("_CTCLIP_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    with pytest.raises(SystemExit):
+        app(prog_name="ctclip")
+    assert offered in capsys.readouterr().out.split()

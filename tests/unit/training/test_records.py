@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from ctclip.config_files import load_config
 from ctclip.errors import TrainingError
 from ctclip.training.records import MetricsLog
 
@@ -30,7 +32,23 @@ def test_a_resumed_log_has_one_line_a_step_on_disk_and_in_tensorboard(tmp_path: 
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(0, 10.0), (1, 11.0), (2, 22.0), (3, 23.0)]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(0, 10), (1, 11), (2, 22), (3, 23)]
+    assert [(event.step, event.value) for event in board.Scalars("loss/total")] == [(0, 10), (1, 11), (2, 22), (3, 23)]
+
+
+def test_scalars_are_grouped_and_hyper_parameters_kept(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0, config=load_config("phantom_tiny"))
+    log.write(0, {"loss": 2.0, "clip": 1.5, "learning_rate": 1e-3, "volumes_per_second": 3.0, "epoch": 0.0})
+    log.write(0, {"valid_loss": 2.5, "valid_auroc": 0.6, "valid_recall@10": 0.2})
+    log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(board.Tags()["scalars"]) == {
+        "loss/total", "loss/clip", "optimiser/learning_rate", "speed/volumes_per_second", "progress/epoch",
+        "valid/loss", "valid/auroc", "valid/recall@10",
+    }  # fmt: skip
+    content = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    started = HParamsPluginData.FromString(content).session_start_info
+    assert started.hparams["training.batch"].number_value == load_config("phantom_tiny").training.batch
+    assert started.hparams["model.volume.kind"].string_value == "vit3d"
 
 
 def test_weights_and_biases_gets_the_same_and_is_not_needed(
