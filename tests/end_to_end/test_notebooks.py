@@ -1,4 +1,4 @@
-"""The notebooks of docs/, executed on the small cohort; their outputs are looked at."""
+"""The notebooks of docs/ are executed on the small cohort, and their outputs checked."""
 
 from __future__ import annotations
 
@@ -44,6 +44,23 @@ def test_train_evaluate_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "reports only" in texts(cells[4])
     assert "predictions/no_queue" in texts(cells[5])
     assert (tmp_path / "evaluation" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_adapt_and_explain(
+    trained: Path, store: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = next(cohort.rglob("dataset/valid/**/*.nii.gz"))
+    given = {"CTCLIP_MODEL": trained / "model", "CTCLIP_STORE": store, "CTCLIP_SCAN": scan}
+    cells = run("adapt_and_explain", tmp_path, monkeypatch, **{key: str(path) for key, path in given.items()})
+    assert "mean_auroc" in texts(cells[1])
+    assert "words nearest to the learned vectors" in texts(cells[2])
+    assert "'probe': 'label-supervised'" in texts(cells[3])
+    assert "coop" in texts(cells[4])
+    assert "findings.seg.nii.gz" in texts(cells[5])
+    assert any("image/png" in one.get("data", {}) for one in cells[6])
+    assert "longest side" in texts(cells[7])
+    assert not (trained / "model" / "heads" / "probe").exists()
 
 
 def test_notebooks_are_kept_without_outputs() -> None:

@@ -54,7 +54,7 @@ def test_probe_and_coop_as_commands(clinic: Clinic, tmp_path: Path, capsys: pyte
         (("probe", "--percent", ""), "give --percent or --shots"),
         (("probe", "--percent", "0"), "above 0 and up to 100"),
         (("adapt", "--method", "coop", "step=3"), "step"),
-        (("adapt", "--method", "coop", "contexts=unified"), "begins with one prompt for all labels"),
+        (("adapt", "--method", "coop", "contexts=unified"), "starts from one prompt for all labels"),
         (("adapt", "--method", "full", "--shots", "3"), "reads no labels"),
     ],
 )  # fmt: skip

@@ -171,7 +171,7 @@ def bad_inputs(clinic: Clinic, folder: Path) -> dict[str, tuple[Options, list[Se
         "too many shots": (Options(), [Setting("shots", 15)], r"'Nodule' has 14 positive training patients, fewer than the 15 shots asked for"),
         "one class in a draw": (Options(), [Setting("fraction", 1)], r"1 % of the patients \(1 of 28\) have only one class"),
         "a split that is not there": (Options(splits=Splits("train", "tset")), ALL, r"no stored volume of split 'tset'"),
-        "the same patients twice": (Options(splits=Splits("train", "train")), ALL, r"28 patients, the first 'p00', are in the training"),
+        "the same patients twice": (Options(splits=Splits("train", "train")), ALL, r"28 patients, the first 'p00', are in both the training"),
         "a head of the model's own": (Options(head="prompts"), ALL, r"has a head 'prompts' of its own"),
         "a name that is a path": (Options(head="../x"), ALL, r"'\.\./x' is not a valid name for a head"),
     }  # fmt: skip
