@@ -28,6 +28,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ctclip.preprocessing.spec import PreprocessingSpec
@@ -123,12 +124,16 @@ def cases(work: Path) -> list[Case]:
     def case(
         name: str, *words: object, other: list[object] | None = None, given: dict[str, Path] | None = None
     ) -> Case:
-        place = out / name
+        place = out / name.replace(" ", "-")
         fill = lambda all_words: [str(word).replace("OUT", str(place)) for word in all_words]  # noqa: E731
-        return Case(name, place, [name, *fill(words)], [name, *fill(other)] if other else None, given or {})
+        command = name.split()
+        return Case(name, place, [*command, *fill(words)], [*command, *fill(other)] if other else None, given or {})
 
     used = ["--model", model, "--store", store]
     predicted = first / "predictions.csv", second / "predictions.csv"
+    scan, another = sorted(cohort.rglob("*.nii.gz"))[:2]
+    table = cohort / "labels.csv"
+    pd.read_parquet(store / "cohort.parquet").to_csv(table, index=False)
     return [
         case("phantom", "OUT/c", "--volumes", 8, "--scale", SCALE, "--seed", 3, "--workers", 2,
              other=["OUT/c", "--volumes", 8, "--scale", SCALE, "--seed", 4, "--workers", 2]),
@@ -149,6 +154,18 @@ def cases(work: Path) -> list[Case]:
              other=[predicted[1], *scored, "--output", "OUT/v"]),
         case("report", inputs / "scored", inputs / "rescored", "--output", "OUT/r.html",
              other=[inputs / "rescored", "--output", "OUT/r.html"]),
+        case("explain", scan, "--model", model, "--output", "OUT/x", "--abnormality", "Emphysema",
+             other=[another, "--model", model, "--output", "OUT/x", "--abnormality", "Emphysema"]),
+        case("find", scan, "a nodule", "--model", model, "--output", "OUT/f",
+             other=[another, "a nodule", "--model", model, "--output", "OUT/f"]),
+        case("probe", "--model", "OUT/model", "--store", store, "--output", "OUT/p", "--percent", "100", given={"model": model}),
+        case("read-reports", store, "--label-set", "ct_rate_18", "--output", "OUT/labels.csv",
+             other=[table, "--label-set", "ct_rate_18", "--output", "OUT/labels.csv"]),
+        case("clean-reports", store, "--label-set", "ct_rate_18", "--output", "OUT/findings.csv"),
+        case("prompts mine", "--store", store, "--output", "OUT/mined.yaml",
+             other=["--store", store, "--output", "OUT/mined.yaml", "--split", "valid"]),
+        case("labels from-csv", table, "--output", "OUT/mine.yaml"),
+        case("publish", model, "--output", "OUT/copy", "--licence", "other"),
     ]  # fmt: skip
 
 
