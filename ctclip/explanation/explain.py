@@ -212,4 +212,4 @@ def write_nifti(path: Path, array: np.ndarray, grid: FileGrid, note: dict[str, A
     image.header.set_slope_inter(slope, 0.0)
     image.header.extensions.append(nib.nifti1.Nifti1Extension(COMMENT, json.dumps(note, ensure_ascii=False).encode()))
     with written_beside(path, suffix=".nii.gz") as partial:
-        partial.write_bytes(igzip.compress(image.to_bytes(), 1))
+        partial.write_bytes(igzip.compress(image.to_bytes(), 1, mtime=0))
