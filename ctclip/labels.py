@@ -108,8 +108,13 @@ class LabelSet(Section):
                 columns[label.name] = parts
         return columns
 
+    def text(self) -> str:
+        """As YAML."""
+        values = self.model_dump(mode="json", exclude_defaults=True)
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
     def save(self, path: Path) -> None:
-        write_text(path, yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True))  # fmt: skip
+        write_text(path, self.text())
 
 
 def load_labels(source: str | Path | dict[str, Any]) -> LabelSet:

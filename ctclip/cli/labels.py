@@ -53,13 +53,14 @@ def from_csv(
     """
     from ctclip.evaluation.tables import binary_columns
     from ctclip.labels import labels_of_columns
-    from ctclip.preprocessing.outputs import check_file
+    from ctclip.preprocessing.outputs import check_file, file_holds
 
-    # Whatever it is, it may have been edited since.
-    check_file(output, lambda _: False)
+    check_file(output, file_holds(b"labels:"))
     chosen = binary_columns(table, column or None)
     columns = chosen.labels
     label_set = labels_of_columns(name or output.stem, columns, body_part)  # type: ignore[arg-type]
+    # Any other file may have been edited since.
+    check_file(output, lambda path: path.read_bytes() == label_set.text().encode())
     label_set.save(output)
     if not column and chosen.metadata:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in chosen.metadata.items())

@@ -50,10 +50,13 @@ def data_file(path: Path) -> str | None:
 
 
 def bounded(value: str, field: str, source: str) -> str:
-    """The value of a field, refused if no honest one is as long."""
-    value = value.strip()
+    """The value of a field, refused if no honest one is as long, or holds a control character: one in place of a sign
+    leaves another number."""
+    value = value.strip(" \t")
     if len(value) > LONGEST_LINE:
         raise PreprocessingError(f"{source}: field {field!r} of its header has {len(value)} characters; it is damaged")
+    if any(character < " " and character != "\t" for character in value):
+        raise PreprocessingError(f"{source}: field {field!r} of its header holds a control character; it is damaged")
     return value
 
 

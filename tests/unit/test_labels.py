@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from ctclip.cli import main
 from ctclip.config_files import configs_folder
 from ctclip.errors import ConfigError, DataError
 from ctclip.labels import (
@@ -164,3 +165,17 @@ def test_a_store_without_a_set_has_the_one_that_its_columns_are(tmp_path: Path) 
     assert store_labels(bare) is None
     assert keep_labels(bare, None) is None
     assert not (tmp_path / "bare" / FILE).exists()
+
+
+def test_a_label_set_is_made_again_but_never_over_an_edited_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "table.csv").write_text("volume,Lung nodule\na,1\nb,0\n")
+    given = ["labels", "from-csv", str(tmp_path / "table.csv"), "--output", str(tmp_path / "mine.yaml")]
+    for _ in range(2):
+        assert main(given) == 0
+    edited = (tmp_path / "mine.yaml").read_text() + "# mine\n"
+    (tmp_path / "mine.yaml").write_text(edited)
+    assert main(given) == 2
+    assert "was not written by this command" in capsys.readouterr().err
+    assert (tmp_path / "mine.yaml").read_text() == edited

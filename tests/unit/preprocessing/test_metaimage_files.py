@@ -69,6 +69,7 @@ META_ROWS = [
     itk("text", "scan.mha", meta(BinaryData="False"), "written as text", itk=NOT_ASKED),
     itk("an unknown type", "scan.mha", meta(ElementType="MET_SHORT_ARRAY"), "a type that no CT has", itk=NOT_ASKED),
     itk("a claim of 15 TB", "scan.mha", meta(DimSize="90000 90000 900"), "claims 14580.0 GB", itk=NOT_ASKED),
+    itk("a control character for a sign", "scan.mha", meta(Offset="\r31 7 55"), "'Offset' of its header holds a control", itk=NOT_ASKED),
     itk("a flipped bit in zlib", "scan.mha", flipped(ZLIB, len(ZLIB) - 30), "damaged", itk=NOT_ASKED),
     itk("a wrong checksum", "scan.mha", flipped(ZLIB, len(ZLIB) - 2), "damaged", itk=NOT_ASKED),
     itk("zlib cut short", "scan.mha", ZLIB[:-20], "damaged or cut short", itk=NOT_ASKED),

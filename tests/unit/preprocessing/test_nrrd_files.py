@@ -73,6 +73,8 @@ NRRD_ROWS = [
     itk("a field twice", "scan.nrrd", (nrrd_header() + "sizes: 5 6 7\n\n").encode() + RAW, "appears twice", itk="refuses"),
     itk("a header that does not end", "scan.nrrd", nrrd_header().encode(), "cut short", itk="refuses"),
     itk("a claim of 11 GB", "scan.nrrd", nrrd(sizes="90000 90000 900"), "claims 14580.0 GB", itk=NOT_ASKED),
+    itk("a control character for a sign", "scan.nrrd", nrrd(space_origin="(-31,\r7,55)"), "'space origin' of its header holds a control",
+        itk="refuses"),
     itk("a flipped bit in gzip", "scan.nrrd", flipped(PACKED, len(PACKED) - 30), "damaged", itk=NOT_ASKED),
     itk("a wrong checksum", "scan.nrrd", flipped(PACKED, len(PACKED) - 7), "damaged", itk="refuses"),
     itk("gzip cut short", "scan.nrrd", PACKED[:-20], "damaged or cut short", itk=NOT_ASKED),
