@@ -115,7 +115,10 @@ def _expanded(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if not path.exists() and glob.has_magic(str(path)):
-            matched = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+            # A folder that exists is a name, whatever brackets it has.
+            folder = next(parent for parent in path.parents if parent.exists())
+            pattern = str(path.relative_to(folder))
+            matched = sorted(folder / name for name in glob.glob(pattern, root_dir=folder, recursive=True))
             if not matched:
                 raise DataError(f"{path}: no file matches this pattern")
         else:

@@ -8,7 +8,6 @@ code, and nothing is unpickled.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -31,6 +30,7 @@ from ctclip.errors import CheckpointError
 from ctclip.labels import FILE as LABELS
 from ctclip.labels import LabelSet, expected, load_labels
 from ctclip.models.dual_encoder import DualEncoder, build_volume_encoder
+from ctclip.models.hub import model_folder
 from ctclip.models.huggingface import read_settings, vision_model_of
 from ctclip.models.slices import SlicesConfig
 from ctclip.models.text import text_encoder_of
@@ -316,27 +316,5 @@ def _vision_of(path: Path, config: ModelConfig) -> dict[str, Any]:
 
 def local_folder(source: str) -> Path:
     """The folder ``source`` names: one here, or a snapshot of a hub repository. Raises CheckpointError."""
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if path.exists() or source.count("/") != 1 or source.startswith((".", "/")):
-        raise CheckpointError(f"{source}: no such model folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    with contextlib.suppress(HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
-        return Path(
-            snapshot_download(
-                source,
-                allow_patterns=[
-                    *REQUIRED,
-                    "classifier.safetensors",
-                    "tokenizer/*",
-                    "heads/*",
-                    "*.yaml",
-                    "*.json",
-                    "*.md",
-                ],
-            )
-        )
-    raise CheckpointError(f"{source}: neither a folder here nor a repository that could be fetched from the hub")
+    patterns = ["classifier.safetensors", "tokenizer/*", "heads/*", "*.yaml", "*.json", "*.md", "model.safetensors"]
+    return model_folder(source, patterns, "preprocessing.yaml")

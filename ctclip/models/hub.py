@@ -26,18 +26,58 @@ def pretrained_folder(source: str | Path, key: str, *, weights: bool = True) -> 
     connection a repository that was fetched before is taken from the cache. Raises CheckpointError that tells a name
     that does not exist from a hub that cannot be reached.
     """
-    folder = Path(source).expanduser()
+    folder = local_path(source)
     if folder.is_dir():
         return folder
     name = str(source)
-    if folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+    if folder.exists() or not _may_be_repository(name):
         raise CheckpointError(f"{source}: no such folder; name an existing one in {key}")
+    cached = {kind[0]: [*DATA, *kind] for kind in WEIGHTS.values()} if weights else {"*.json": list(DATA)}
+    return _snapshot(name, key, lambda files: _patterns(name, files, weights), cached, "*/*")
+
+
+def model_folder(source: str | Path, patterns: list[str], required: str) -> Path:
+    """The model folder that ``source`` (a path, or the name of a hub repository) stands for; of a repository the files that
+    fit ``patterns`` are fetched, of which ``required`` must be there. Raises CheckpointError as ``pretrained_folder``."""
+    folder = local_path(source)
+    if folder.is_dir():
+        return folder
+    name = str(source)
+    if folder.exists() or not _may_be_repository(name) or "/" not in name:
+        raise CheckpointError(f"{source}: no such model folder")
+
+    def of_a_model(files: set[str]) -> list[str]:
+        if required not in files:
+            raise CheckpointError(f"{name}: this repository holds no model of this package ({required} is missing)")
+        return patterns
+
+    return _snapshot(name, "the model", of_a_model, {required: patterns}, None)
+
+
+def local_path(source: str | Path) -> Path:
+    """A path as it was given, if there is one, else with ``~`` read as a home."""
+    path = Path(source)
+    if not path.exists() and str(source).startswith("~"):
+        with contextlib.suppress(RuntimeError):  # no such user, or one without a home
+            return path.expanduser()
+    return path
+
+
+def _may_be_repository(name: str) -> bool:
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~"))
+
+
+def _snapshot(
+    name: str, key: str, wanted: Callable[[set[str]], list[str]], cached: dict[str, list[str]], ignored: str | None
+) -> Path:
+    """A repository's files: those ``wanted`` of all that it has; without a connection those that were fetched before by
+    one of the lists of patterns ``cached``, each under a pattern of which a file must be there."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_patterns(name, key, weights), ignore_patterns="*/*"))
+        return Path(snapshot_download(name, allow_patterns=wanted(_files(name, key)), ignore_patterns=ignored))
     except _Unreachable as unreachable:
-        earlier = _fetched_before(name, weights)
+        earlier = _fetched_before(name, cached, ignored)
         if earlier is None:
             raise CheckpointError(
                 f"{name}: not a folder here, and the Hugging Face hub cannot be reached ({unreachable}). Fetch the "
@@ -50,16 +90,16 @@ def pretrained_folder(source: str | Path, key: str, *, weights: bool = True) -> 
         raise CheckpointError(f"{name}: could not be fetched from the Hugging Face hub ({_reason(error)})") from error
 
 
-def _fetched_before(name: str, weights: bool) -> Path | None:
+def _fetched_before(name: str, cached: dict[str, list[str]], ignored: str | None) -> Path | None:
     """The repository as an earlier run left it in the cache, or None."""
     from huggingface_hub import snapshot_download
 
-    for patterns in WEIGHTS.values() if weights else [()]:
+    for required, patterns in cached.items():
         with contextlib.suppress(OSError, ValueError):
             folder = Path(
-                snapshot_download(name, allow_patterns=[*DATA, *patterns], ignore_patterns="*/*", local_files_only=True)
+                snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored, local_files_only=True)
             )
-            if not weights or any(any(folder.glob(pattern)) for pattern in patterns):
+            if any(folder.glob(required)):
                 return folder
     return None
 
@@ -68,8 +108,8 @@ class _Unreachable(Exception):
     """The hub did not answer; the message says why."""
 
 
-def _patterns(name: str, key: str, weights: bool) -> list[str]:
-    """What of the repository is fetched: safetensors where there are any."""
+def _files(name: str, key: str) -> set[str]:
+    """The files of a repository. Raises _Unreachable, or CheckpointError where it may not be read."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -88,7 +128,11 @@ def _patterns(name: str, key: str, weights: bool) -> list[str]:
         raise _Unreachable("HF_HUB_OFFLINE is set") from error
     except Exception as error:
         raise _Unreachable(_reason(error)) from error
-    files = {sibling.rfilename for sibling in listing.siblings or ()}
+    return {sibling.rfilename for sibling in listing.siblings or ()}
+
+
+def _patterns(name: str, files: set[str], weights: bool) -> list[str]:
+    """What of a pretrained repository is fetched: safetensors where there are any."""
     if not weights:
         return list(DATA)
     for first, patterns in WEIGHTS.items():

@@ -111,17 +111,40 @@ def test_no_connection_and_no_such_name_are_told_apart(
         for name in ("someone/bert", "bert-bass-uncased", "not a name!"):
             with pytest.raises(CheckpointError, match=rf"{name}: neither a folder here nor a repository"):
                 encoder(name)
+        with pytest.raises(CheckpointError, match="someone/model: neither a folder here nor a repository"):
+            load_model("someone/model")
+        with pytest.raises(CheckpointError, match=r"someone/else: .*holds no model of this package"):
+            load_model("someone/else")
     with pytest.raises(CheckpointError, match=r"cannot be reached .*refused"):
         encoder("someone/bert")
     with pytest.raises(CheckpointError, match=r"cannot be reached .*refused"):
         build_volume_encoder(SlicesConfig(pretrained="someone/vit"), SPEC)
-    for name in ("folder/that/is/gone", "./gone", "/gone"):
+    with pytest.raises(CheckpointError, match=r"cannot be reached .*refused"):
+        load_model("someone/model")
+    for name in ("folder/that/is/gone", "./gone", "/gone", "~/gone", "~nobody/gone"):
         with pytest.raises(CheckpointError, match="no such folder"):
             encoder(name)
+        with pytest.raises(CheckpointError, match="no such model folder"):
+            load_model(name)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
         encoder("someone/bert")
     assert time.monotonic() - began < 10
+
+
+def test_a_model_on_the_hub_is_a_folder(
+    bert: Path, tmp_path: Path, at: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one whose name stands for a home elsewhere, and without a connection one that was fetched before."""
+    save_model(tmp_path / "model", dual_encoder(bert).eval(), LABELS)
+    expected = load_model(tmp_path / "model").model.encode_text(TEXTS)
+    with hub("someone/model", tmp_path / "model") as (address, _):
+        at(address)
+        assert torch.equal(load_model("someone/model").model.encode_text(TEXTS), expected)
+    assert torch.equal(load_model("someone/model").model.encode_text(TEXTS), expected)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").rename("~")
+    assert torch.equal(load_model("~").model.encode_text(TEXTS), expected)
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(
