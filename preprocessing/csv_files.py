@@ -32,7 +32,7 @@ def write_csv(target: Path | IO[str], table: pd.DataFrame, **options: Any) -> No
 
 def read_csv(path: str | os.PathLike[str], **options: Any) -> pd.DataFrame:
     """What ``write_csv`` was given; ``options``: those of pandas. Empty cells of strings are empty strings."""
-    table = pd.read_csv(path, keep_default_na=False, **options).rename(columns=_bare)
+    table = pd.read_csv(Path(path).absolute(), keep_default_na=False, **options).rename(columns=_bare)
     for number, dtype in enumerate(table.dtypes):
         if not pd.api.types.is_numeric_dtype(dtype):
             table.isetitem(number, [_bare(value) for value in table.iloc[:, number]])

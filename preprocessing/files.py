@@ -42,8 +42,9 @@ def written_beside(
     killed processes left of ``path`` is removed first. Raises PreprocessingError if ``path`` is anything but a regular file
     or a new name.
     """
-    final = Path(path)
-    refuse_special(final)
+    refuse_special(Path(path))
+    # Absolute: pandas and pyarrow take a path that begins with ~ for one in a home.
+    final = Path(path).absolute()
     final.parent.mkdir(parents=True, exist_ok=True)
     if not once:
         _remove_abandoned(final, _partials(final.parent))
@@ -53,7 +54,7 @@ def written_beside(
         flush(partial)
         os.chmod(partial, 0o666 & ~_umask() if mode is None else mode)
         # Again: the caller may have taken hours, and a rename would replace a link or a device.
-        refuse_special(final)
+        refuse_special(Path(path))
         if once:
             _put_once(partial, final)
         else:

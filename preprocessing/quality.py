@@ -114,7 +114,7 @@ def _refused(store: VolumeStore) -> list[tuple[str, str]]:
     path = store.path / "outcomes.csv"
     if not path.is_file():
         return []
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table = pd.read_csv(path.absolute(), dtype=str, keep_default_na=False)
     rows = table[table["outcome"] == "refused"]
     return list(zip(rows["volume"], rows["reason"], strict=True))
 

@@ -114,17 +114,18 @@ class PreprocessingSpec:
         write_text(path, yaml.safe_dump(values, sort_keys=False), once=once)
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str]) -> PreprocessingSpec:
-        """A YAML file, or the name of one in ``configs/preprocessing``; see ``find_file``."""
+    def load(cls, source: str | os.PathLike[str], *, whole: bool = False) -> PreprocessingSpec:
+        """A YAML file, or the name of one in ``configs/preprocessing``; see ``find_file``. ``whole``: one that ``save`` wrote,
+        which states every value; where one is missing the file is damaged, and a default would be wrong."""
         path = find_file(source, "preprocessing")
         try:
             values = load_yaml(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise PreprocessingError(f"{path}: not a preprocessing spec ({' '.join(str(error).split())})") from error
         known = [field.name for field in dataclasses.fields(cls)]
-        due = [
-            name for name in ("name", "spacing", "shape") if name not in (values if isinstance(values, dict) else {})
-        ]
+        # ``interpolation`` is younger than the first files.
+        needed = known[:-1] if whole else ("name", "spacing", "shape")
+        due = [name for name in needed if name not in (values if isinstance(values, dict) else {})]
         if due:
             raise PreprocessingError(f"{path}: not a preprocessing spec (it has no {due[0]!r})")
         if unknown := [str(name) for name in values if name not in known]:

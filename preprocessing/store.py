@@ -54,7 +54,7 @@ class VolumeStore:
         self.path = Path(path)
         if not (self.path / "spec.yaml").is_file():
             raise PreprocessingError(f"{self.path}: not a volume store (no spec.yaml); `ctclip preprocess` makes one")
-        self.spec = PreprocessingSpec.load(self.path / "spec.yaml")
+        self.spec = PreprocessingSpec.load(self.path / "spec.yaml", whole=True)
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], spec: PreprocessingSpec) -> VolumeStore:
@@ -80,7 +80,7 @@ class VolumeStore:
         path = self.path / "cohort.parquet"
         if not path.is_file():
             raise PreprocessingError(f"{path}: missing; run `ctclip preprocess` on this store to its end")
-        return check_table(pd.read_parquet(path), path)
+        return check_table(pd.read_parquet(path.absolute()), path)
 
     @property
     def volumes(self) -> list[str]:

@@ -116,7 +116,7 @@ def _from_text(path: Path, text: str, separator: str, lines_before: int = 0) -> 
 
 def _from_parquet(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_parquet(path)
+        table = pd.read_parquet(path.absolute())
         if any(name is not None for name in table.index.names):
             # Where a column was made the index, it holds the names.
             table = table.reset_index()

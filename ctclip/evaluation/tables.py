@@ -85,7 +85,7 @@ def read_embeddings(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """``volume`` (n,) and each column of vectors (n, dim) float32 of a file that ``ctclip embed`` or ``zero-shot``
     wrote."""
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(Path(path).absolute())
     except (OSError, pa.ArrowException) as error:
         raise EvaluationError(
             f"{path}: cannot be read as embeddings ({' '.join(str(error).split())[:160]}); `ctclip embed` writes them"

@@ -74,7 +74,7 @@ def check_embeddings(path: Path, key: str | None = None, *, force: bool = False)
 
 def _key_of(path: Path) -> str | None:
     try:
-        return (pq.read_schema(path).metadata or {}).get(KEY, b"").decode() or None
+        return (pq.read_schema(path.absolute()).metadata or {}).get(KEY, b"").decode() or None
     except (OSError, pa.ArrowException, UnicodeDecodeError):
         return None
 

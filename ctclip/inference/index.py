@@ -62,7 +62,7 @@ class Index:
         faiss = extras.require("faiss")
         facts = index_facts(folder)
         try:
-            rows = pd.read_parquet(folder / "rows.parquet")
+            rows = pd.read_parquet((folder / "rows.parquet").absolute())
             volumes = faiss.read_index(str(folder / "volumes.faiss"))
             path = folder / "reports.faiss"
             reports = faiss.read_index(str(path)) if path.is_file() else None

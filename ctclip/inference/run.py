@@ -149,7 +149,7 @@ def check_count(output: Path, rows: int, expected: int) -> None:
 def _volumes_of(path: Path) -> set[str]:
     if path.suffix == ".csv":
         return set(read_csv(path, usecols=["volume"], dtype=str)["volume"])
-    return set(pq.read_table(path, columns=["volume"])["volume"].to_pylist())
+    return set(pq.read_table(path.absolute(), columns=["volume"])["volume"].to_pylist())
 
 
 def _check_volumes(output: Path, volumes: set[str], expected: set[str]) -> None:
@@ -304,7 +304,9 @@ def _write_part(parts: Path, waiting: list[pa.Table]) -> None:
 
 def _join(parts: Path, summary: Summary, order: dict[str, int]) -> None:
     """Parts to the two final tables, one part in memory at a time, in the order of the scans as far as parts go."""
-    files = sorted(parts.glob("*.parquet"), key=lambda path: order.get(pq.read_table(path)["volume"][0].as_py(), 0))
+    files = sorted(
+        parts.absolute().glob("*.parquet"), key=lambda path: order.get(pq.read_table(path)["volume"][0].as_py(), 0)
+    )
     vectors = [name for name in (VOLUME, REPORT) if name in pq.read_schema(files[0]).names]
 
     first = pq.read_schema(files[0])

@@ -188,7 +188,7 @@ def read_architecture(
                 f"{path}: {name} is missing, so this is not a ctclip model folder. `ctclip train` writes one; "
                 f"`ctclip import-checkpoint` makes one from a published checkpoint"
             )
-    own = PreprocessingSpec.load(path / "preprocessing.yaml")
+    own = PreprocessingSpec.load(path / "preprocessing.yaml", whole=True)
     config, geometry = _config_of(path, own)
     config = config if change is None else change(config)
     geometry = geometry if spec is None else spec

@@ -36,6 +36,8 @@ LEFT_OUT = frozenset({
 MOST = {"layer": 512, "depth": 512, "block": 512, "expert": 4096}
 # Buffers that were kept with the weights once, and are computed today.
 COMPUTED = re.compile(r"(position_ids|token_type_ids|masked_bias|attn\.bias|inv_freq|relative_position_index)$")
+# What weights are kept in; the rest is for inference alone.
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -110,7 +112,25 @@ def _pretrained(source: str | Path, side: str, weights: bool) -> nn.Module:
             f"{folder}: no {side} model could be loaded (model.safetensors is missing; {key}.weights=random works "
             f"without it)"
         )
+    _check_kinds(folder)
     return _trained(folder, shape, side)
+
+
+def _check_kinds(folder: Path) -> None:
+    """Weights of integers or of 8 bits are quantised, whether config.json says so or not; their scale is lost."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("model*.safetensors")):
+        # What is damaged is told later.
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as weights:
+            names: list[str] = weights.keys()
+            kinds = {name: weights.get_slice(name).get_dtype() for name in names if name.endswith(".weight")}
+            coarse = next((name for name, kind in kinds.items() if kind not in FLOATS), None)
+            if coarse is not None:
+                raise CheckpointError(
+                    f"{path}: these weights are quantised and cannot be trained ({coarse} is {kinds[coarse]}); take the "
+                    f"original ones"
+                )
 
 
 def _trained(folder: Path, shape: Any, side: str) -> nn.Module:

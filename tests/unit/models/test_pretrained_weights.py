@@ -14,6 +14,7 @@ from ctclip.errors import CheckpointError
 from ctclip.models.dual_encoder import build_model
 from ctclip.models.folder import load_model, save_model
 from ctclip.models.slices import SlicesConfig
+from ctclip.preprocessing.errors import PreprocessingError
 from tests.unit.models.families import family_folder
 from tests.unit.models.pretrained import (
     LABELS,
@@ -109,6 +110,19 @@ def test_a_damaged_folder_is_named(bert: Path, damage: Callable[[Path], None], r
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_are_quantised_without_a_word_are_refused(bert: Path, dtype: torch.dtype) -> None:
+    path = bert / "model.safetensors"
+    state = load_file(path)
+    save_file({name: value.double() for name, value in state.items()}, path, {"format": "pt"})
+    assert {parameter.dtype for parameter in encoder(bert).parameters()} == {torch.float32}
+    save_file({name: value.to(dtype) for name, value in state.items()}, path, {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: these weights are quantised .*weight is (I8|F8_E4M3)"
+    ):
+        encoder(bert)
+
+
 def test_a_pooler_may_be_missing_and_one_of_an_older_folder_is_left_out(bert: Path, tmp_path: Path) -> None:
     weights = bert / "model.safetensors"
     state = load_file(weights)
@@ -143,3 +157,12 @@ def test_a_damaged_file_of_a_model_folder_is_named(
     with pytest.raises(CheckpointError, match=str(path.parent if content is None else path)) as error:
         load_model(tmp_path / "model")
     assert "\n" not in str(error.value)
+
+
+def test_a_spec_that_was_cut_short_is_not_filled_up_with_defaults(bert: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", dual_encoder(bert), LABELS)
+    path = tmp_path / "model" / "preprocessing.yaml"
+    content = path.read_text()
+    path.write_text(content[: content.index("hu_window")])
+    with pytest.raises(PreprocessingError, match=r"preprocessing\.yaml: .*hu_window"):
+        load_model(tmp_path / "model")

@@ -11,6 +11,8 @@ import pytest
 
 from ctclip.preprocessing import PreprocessingError
 from ctclip.preprocessing.cohorts import label_names, read_cohort
+from ctclip.preprocessing.csv_files import read_csv
+from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.label_columns import label_columns, zeros_and_ones
 from ctclip.preprocessing.no_report import is_no_report
 from ctclip.preprocessing.tables import numbers, read_table
@@ -62,6 +64,21 @@ def test_names_that_are_the_index_of_a_parquet_table_are_a_column(tmp_path: Path
     assert read_table(tmp_path / "t.parquet").iloc[0].to_dict() == {"volume": "a", "nodule": "1"}
     pd.DataFrame({"volume": ["a", "b"]}).iloc[1:].to_parquet(tmp_path / "t.parquet")
     assert read_table(tmp_path / "t.parquet").to_dict("list") == {"volume": ["b"]}
+
+
+def test_a_folder_called_as_a_home_is_called_is_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave --output=~/x as it is; pandas and pyarrow would write there into the home of this user."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    with written_beside(Path("~") / "t.parquet") as partial:
+        pd.DataFrame({"volume": ["a"]}).to_parquet(partial)
+    assert (tmp_path / "~" / "t.parquet").is_file()
+    assert read_table(Path("~") / "t.parquet")["volume"].tolist() == ["a"]
+    with written_beside(Path("~") / "t.csv") as partial:
+        pd.DataFrame({"volume": ["a"]}).to_csv(partial)
+    assert read_csv(Path("~") / "t.csv", dtype=str)["volume"].tolist() == ["a"]
+    assert not list((tmp_path / "home").iterdir())
 
 
 @pytest.mark.parametrize(
