@@ -3,7 +3,7 @@ PYTHON ?= python3
 SIZE ?= default
 OUTPUT ?= runs/$(if $(filter default,$(SIZE)),demo,$(SIZE))
 
-.PHONY: demo test pytest install-test lint style types docs venv clean
+.PHONY: demo test pytest install-test lint style types docs package venv clean
 
 demo: .venv/installed
 	.venv/bin/ctclip demo --size $(SIZE) --output $(OUTPUT)
@@ -31,6 +31,12 @@ style: .venv/installed
 types: .venv/installed
 	.venv/bin/mypy
 
+# sdist and wheel into dist/, with their descriptions checked.
+package: .venv/installed
+	rm -rf dist
+	.venv/bin/python -m build
+	.venv/bin/twine check --strict dist/*
+
 # Into runs/site; a broken link is an error. The warning concerns a MkDocs that is not yet out.
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
@@ -46,4 +52,4 @@ venv: .venv/installed
 	touch .venv/installed
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs dist build

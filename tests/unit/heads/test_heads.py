@@ -270,7 +270,7 @@ def test_a_decoder_of_another_model_is_refused(tmp_path: Path, model: DualEncode
     head = CaptionHead(model, WordDecoder(200, 40, 16), load_prompts("generic"), LABELS.names)
     save_model(tmp_path / "model", model, LABELS)
     folder = save_head(tmp_path / "model", "captions", head)
-    with pytest.raises(CheckpointError, match="reads tokens of width 40, the model's have 24"):
+    with pytest.raises(CheckpointError, match="expects tokens of width 40, but those of the model have 24"):
         load_head(tmp_path / "model", "captions", model)
     (folder / "decoder.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="missing or damaged"):

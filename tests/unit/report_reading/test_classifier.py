@@ -132,7 +132,7 @@ def test_what_is_no_classifier_of_these_labels_is_refused_in_one_line(tmp_path: 
     torch.save({"weights": torch.zeros(2)}, bare / "RadBertClassifier.pth")
     cases = [
         (None, ConfigError, "needs --reader-model"),
-        (tmp_path / "empty", CheckpointError, "no config.json"),
+        (tmp_path / "empty", CheckpointError, "no readable config.json"),
         (folder_of(tmp_path / "names", {0: "a", 1: "effusion"}), CheckpointError, "no output for 'Lung nodule'"),
         (other, CheckpointError, "has 3 outputs, the label set 'two' 2 labels"),
         (pickled, CheckpointError, "cannot be read as weights"),
