@@ -38,6 +38,11 @@ def duration(seconds: float) -> str:
     return f"{round(minutes / 1440)} days"
 
 
+def speed(done: int, seconds: float) -> str:
+    """How fast items are done: ``2.5 a second``, or ``17 s each`` if one takes long."""
+    return f"{duration(seconds / done)} each" if seconds > 10 * done else f"{done / max(seconds, 1e-9):.1f} a second"
+
+
 def _live(items: Iterable[T], total: int, what: str, unit: str, status: Callable[[], str]) -> Iterator[T]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -69,5 +74,5 @@ def _logged(items: Iterable[T], total: int, what: str, unit: str, status: Callab
             elapsed = now - started
             left = elapsed / done * (total - done)
             more = f"; {status()}" if status() else ""
-            rate = f"{done / max(elapsed, 1e-9):.1f} a second"
+            rate = speed(done, elapsed)
             print(f"{what}: {done}/{total} {unit}, {rate}, {duration(left)} left{more}", file=sys.stderr, flush=True)

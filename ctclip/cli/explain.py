@@ -54,6 +54,7 @@ def explain(
     from ctclip import distributed
     from ctclip.explanation.explain import check_output
     from ctclip.inference.model import load
+    from ctclip.preprocessing.cohorts.table import counted
 
     check_output(output)
     loaded = load(model, distributed.device())
@@ -63,4 +64,4 @@ def explain(
     )  # fmt: skip
     page = found.save(output)
     print(found)
-    print(f"{len(found.places)} maps in {found.seconds:.1f} s; page: {page}")
+    print(f"{counted(len(found.places), 'map')} in {found.seconds:.1f} s; page: {page}")

@@ -85,6 +85,7 @@ def zero_shot(
     from ctclip import distributed
     from ctclip.errors import DataError
     from ctclip.inference.run import check_output, detect
+    from ctclip.preprocessing.cohorts.table import counted
     from ctclip.preprocessing.linkage import check_linkage
 
     if bool(scans) == (store is not None):
@@ -147,6 +148,6 @@ def zero_shot(
             print(f"warning: {caveat}")
     for reason in summary.refused.values():
         print(f"refused: {reason}")
-    print(f"predictions: {summary.predictions} ({summary.volumes} volumes)")
+    print(f"predictions: {summary.predictions} ({counted(summary.volumes, 'volume')})")
     if summary.refused:
         raise typer.Exit(3)

@@ -29,8 +29,8 @@ def test_a_log_file_gets_a_line_with_rate_and_time_left(
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     assert list(track("abcd", 4, "reading", "scans", lambda: "loss 2.0")) == list("abcd")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "reading: 1/4 scans, 0.0 a second, 30 min left; loss 2.0"
-    assert lines[-1] == "reading: 4/4 scans, 0.0 a second, 0 s left; loss 2.0"
+    assert lines[0] == "reading: 1/4 scans, 10 min each, 30 min left; loss 2.0"
+    assert lines[-1] == "reading: 4/4 scans, 10 min each, 0 s left; loss 2.0"
 
 
 def test_a_terminal_shows_the_time_left_in_words(
