@@ -101,7 +101,7 @@ def calibrated(head: Head) -> str:
     if not known:
         return "not calibrated"
     names = ", ".join(without) if len(without) <= 3 else f"{len(without)} of {len(head.names)}"
-    return f"calibrated but for {names}"
+    return f"calibrated, except {names}"
 
 
 def table_of(table: pd.DataFrame, head: Head, volumes: int) -> None:
