@@ -11,7 +11,7 @@ def check_precision(
     model: str = typer.Option(..., "--model", "-m", help="A model folder."),
     store: Path = typer.Option(..., help="The store with volumes to compare on."),
     split: str = typer.Option(None, help="Only this split of the cohort."),
-    volumes: int = typer.Option(64, min=16, help="Number of volumes to compare on."),
+    count: int = typer.Option(64, "--count", "-k", min=16, help="Number of volumes to compare on."),
     head: str = typer.Option("prompts", help="The head that gives the scores."),
     batch: int = typer.Option(4, min=1, help="Number of volumes in a batch."),
 ) -> None:
@@ -19,8 +19,9 @@ def check_precision(
 
     `ctclip check-precision --model runs/demo/train/model --store store --split valid`
 
-    Commands with `--precision auto` then use the fastest precision that agrees: no probability changes by more than 0.01,
-    and the rank correlation of every finding's scores is at least 0.999.
+    `ctclip zero-shot --precision auto`, and other commands with this option, then use the fastest precision that
+    agrees: no probability changes by more than 0.01, and the rank correlation of every finding's scores is at least
+    0.999.
     """
     import os
 
@@ -40,9 +41,9 @@ def check_precision(
         raise DataError(f"{loaded.path}: cannot be written into, and {FILE} would be kept there; copy the model folder")
     scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
     refused: dict[str, str] = {}
-    count = len(scans.table)
+    stored = len(scans.table)
     # Spread over the cohort, whose first volumes may be of one kind.
-    chosen = sorted({round(step * (count - 1) / max(1, volumes - 1)) for step in range(volumes)}) if count else []
+    chosen = sorted({round(step * (stored - 1) / max(1, count - 1)) for step in range(count)}) if stored else []
     read = (torch.from_numpy(voxels) for _, voxels, _ in batches(scans, chosen, batch, refused, "comparing"))
     results, checked = check_precision(loaded, usable_head(loaded, head), read)
     print(f"{checked} volumes on {device_name(loaded.model.device)}")
@@ -52,4 +53,4 @@ def check_precision(
             f"{result.precision:<12}{1000 * result.seconds:>12.1f}{result.change:>16.5f}{result.correlation:>24.6f}  "
             f"{'yes' if result.agrees else 'no'}"
         )
-    print(f"--precision auto uses {fastest(results)}; kept: {keep(loaded, results, checked)}")
+    print(f"`ctclip zero-shot --precision auto` uses {fastest(results)}; kept: {keep(loaded, results, checked)}")

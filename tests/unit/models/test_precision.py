@@ -87,7 +87,7 @@ def test_codes_are_chosen_in_float32() -> None:
 
 def test_a_check_is_kept_and_auto_heeds_it(folder: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ctclip.load(folder).dual.precision == "fp32", "nothing was checked"
-    assert main(["check-precision", "--model", str(folder), "--store", str(store), "--volumes", "18"]) == 0
+    assert main(["check-precision", "--model", str(folder), "--store", str(store), "--count", "18"]) == 0
     printed = capsys.readouterr().out
     assert "18 volumes on " in printed
     kept = json.loads((folder / "precision.json").read_text())
@@ -96,7 +96,7 @@ def test_a_check_is_kept_and_auto_heeds_it(folder: Path, store: Path, capsys: py
     assert [result.precision for result in results] == ["fp32", "bf16"]
     assert (results[0].change, results[0].correlation) == (0.0, 1.0)
     assert ctclip.load(folder).dual.precision == fastest(results)
-    assert f"--precision auto uses {fastest(results)}" in printed
+    assert f"`ctclip zero-shot --precision auto` uses {fastest(results)}" in printed
     for seconds, change, chosen in ((0.001, 0.001, "bf16"), (0.001, 0.011, "fp32"), (100.0, 0.001, "fp32")):
         entry["results"][1] |= {"seconds": seconds, "change": change, "correlation": 0.9995}
         (folder / "precision.json").write_text(json.dumps(kept))
