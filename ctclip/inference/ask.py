@@ -1,6 +1,7 @@
-"""Closed questions answered by matching answers as prompts (as BiomedCLIP is asked; Zhang et al. 2023).
+"""Closed questions, answered by comparing the volume with a prompt for each answer (as for BiomedCLIP; Zhang et al.
+2023).
 
-Whether a finding is there, its prompt pair says; where it is and how large, the answer whose prompts are nearest.
+The prompt pair of a finding decides whether it is present; the nearest prompts decide its side, lobe and size.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ YES, NO = "yes", "no"
 
 @dataclass(frozen=True)
 class Answer:
-    """The likeliest answer, and the probability of each; they sum to 1."""
+    """The most likely answer, and the probability of each answer; these sum to 1."""
 
     question: Question
     answer: str
@@ -32,17 +33,17 @@ class Respondent:
     """Answers questions about embedded volumes; prompts are encoded once."""
 
     def __init__(self, model: DualEncoder, head: PromptHead, questioner: Questioner) -> None:
-        """``head``: scores the labels that are asked about."""
+        """``head``: scores the labels in question."""
         self.model, self.head, self.questioner = model, head, questioner
         self._vectors: dict[tuple[str, Kind], tuple[list[str], Tensor]] = {}
 
     def answer(self, text: str, embedding: Tensor) -> Answer:
-        """``embedding``: the unit vector (dim,) of a volume. Raises PromptError for a question that is not understood."""
+        """``embedding``: the unit vector (dim,) of a volume. Raises PromptError if the question is not understood."""
         return self.answer_question(self.questioner.question(text), embedding)
 
     @torch.inference_mode()
     def answer_question(self, question: Question, embedding: Tensor) -> Answer:
-        """The answer to a question that was understood."""
+        """The answer to a parsed question."""
         if question.kind is Kind.present:
             probabilities = self._present(question, embedding)
         else:
@@ -50,14 +51,14 @@ class Respondent:
         return Answer(question, max(probabilities, key=lambda name: probabilities[name]), probabilities)
 
     def _present(self, question: Question, embedding: Tensor) -> dict[str, float]:
-        """Yes if the finding is there and lies where the question says: the less likely of both. A calibrated threshold counts
-        as one half."""
+        """Yes if the finding is present and in the stated location: the lower of the two probabilities. A calibrated
+        threshold counts as one half."""
         place = self.head.names.index(question.label)
         score = self.head.probabilities(self.head.score_embeddings(embedding[None]))[0, place]
         threshold = (self.head.thresholds() or {}).get(question.label, 0.5)
         yes = _about(float(score), threshold)
         if question.side:
-            # Who sees it on both sides sees it on this one.
+            # A finding on both sides is also on this side.
             yes = min(yes, _against(self._choice(question.label, Kind.side, embedding), question.side, also=BOTH))
         if question.lobe:
             yes = min(yes, _against(self._choice(question.label, Kind.lobe, embedding), question.lobe))
@@ -69,7 +70,7 @@ class Respondent:
         return dict(zip(names, shares.tolist(), strict=True))
 
     def _encoded(self, label: str, kind: Kind) -> tuple[list[str], Tensor]:
-        """Names of the answers and their unit vectors (answers, dim), each the mean of its prompts."""
+        """The names of the answers, and their unit vectors (answers, dim), each the mean of its prompts."""
         if (label, kind) not in self._vectors:
             answers = self.questioner.answers(label, kind)
             vectors = self.model.encode_text([text for texts in answers.values() for text in texts])
@@ -79,14 +80,14 @@ class Respondent:
 
 
 def _against(shares: dict[str, float], name: str, also: str = "") -> float:
-    """How likely ``name`` (or ``also``) is beside the likeliest other answer."""
+    """The probability of ``name`` (or ``also``) against the most likely other answer."""
     ours = max(shares[name], shares.get(also, 0.0))
     others = max(share for other, share in shares.items() if other not in (name, also))
     return ours / (ours + others)
 
 
 def _about(score: float, threshold: float) -> float:
-    """A probability moved so that the threshold lies at one half."""
+    """A probability shifted so that the threshold becomes one half."""
     if score < threshold:
         return 0.5 * score / threshold
     return 0.5 + 0.5 * (score - threshold) / max(1 - threshold, 1e-6)

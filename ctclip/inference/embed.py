@@ -61,8 +61,8 @@ def embed_reports(loaded: ModelFolder, source: Path, output: Path, *, force: boo
 
 
 def check_embeddings(path: Path, key: str | None = None, *, force: bool = False) -> None:
-    """Raise PreprocessingError unless embeddings of the run ``key`` (None: of any run) may be written to ``path``. A .npy
-    file does not say what it is of, and is never replaced without ``force``."""
+    """Raise PreprocessingError unless embeddings of the run ``key`` (None: of any run) may be written to ``path``. A
+    .npy file does not say what it is of, and is never replaced without ``force``."""
     check_file(path, lambda existing: _key_of(existing) is not None, force=force)
     kept = None if force or not path.exists() else _key_of(path)
     if key is not None and kept is not None and kept != key:
@@ -80,8 +80,8 @@ def _key_of(path: Path) -> str | None:
 
 
 def read_reports(source: Path) -> tuple[list[str], list[str]]:
-    """Names and texts of a table of reports, or of a text file with one on each line; see ``load_reports``. A report that
-    only says that there is none is "". Raises DataError or PreprocessingError where the file cannot be read."""
+    """Names and texts of a table of reports, or of a text file with one on each line; see ``load_reports``. A report
+    that only says that there is none is "". Raises DataError or PreprocessingError where the file cannot be read."""
     reports = load_reports(source)
     sections = (
         dict(zip(reports.sections, parts, strict=True)) for parts in zip(*reports.sections.values(), strict=True)
@@ -93,8 +93,8 @@ def read_reports(source: Path) -> tuple[list[str], list[str]]:
 
 
 def write_tables(path: Path, tables: Iterator[pa.Table], refused: dict[str, str] | None = None, key: str = "") -> int:
-    """Stream tables of vectors into one file, whole or not at all; .npy gets the one column of vectors. ``key`` is kept in
-    the metadata of a Parquet file."""
+    """Stream tables of vectors into one file, whole or not at all; .npy gets the one column of vectors. ``key`` is kept
+    in the metadata of a Parquet file."""
     rows = 0
     with written_beside(path) as partial:
         writer: pq.ParquetWriter | None = None

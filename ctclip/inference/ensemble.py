@@ -1,4 +1,4 @@
-"""Several models of one label set as one: their probabilities are averaged, as CheXzero does (Tiu et al. 2022)."""
+"""An ensemble of models with one label set: their probabilities are averaged, as in CheXzero (Tiu et al. 2022)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_same_names(names: Sequence[Sequence[str]], models: Sequence[str]) -> N
         if set(these) != set(names[0]):
             lacking = sorted(set(names[0]) ^ set(these))[0]
             raise DataError(
-                f"{model}: scores other findings than {models[0]} ({lacking!r} is in one of them alone); average models of one label set"
+                f"{model}: scores other findings than {models[0]} ({lacking!r} is in only one of them); average models with the same label set"
             )
 
 
@@ -38,7 +38,7 @@ def detect_together(
 ) -> Summary:  # fmt: skip
     """``detect`` with each model into a folder of ``output``, and the mean of their tables in ``output`` itself.
 
-    Raises as ``detect`` does, and DataError where the models score different findings.
+    Raises as ``detect`` does, and DataError if the models score different findings.
     """
     check_same_names([head.names for head in heads], [str(folder.path) for folder in folders])
     key = run_key(
@@ -62,8 +62,8 @@ def detect_together(
 def average_predictions(parts: Sequence[Path], output: Path) -> pd.DataFrame:
     """The mean of prediction tables of the same volumes and findings, written to ``output``.
 
-    Probabilities are averaged; the margin is the logit of that mean, so that both say the same. A volume counts as adapted
-    on if any model was adapted to its patient. Raises DataError where tables do not fit each other.
+    Probabilities are averaged, and the margin is the logit of the mean, so that both agree. A volume counts as adapted
+    on if any model was adapted to its patient. Raises DataError if the tables do not match.
     """
     tables = [read_predictions(part) for part in parts]
     (first, names), others = tables[0], tables[1:]
@@ -71,7 +71,7 @@ def average_predictions(parts: Sequence[Path], output: Path) -> pd.DataFrame:
     aligned = [first]
     for path, (table, _) in zip(parts[1:], others, strict=True):
         if set(table["volume"]) != set(first["volume"]):
-            raise DataError(f"{path}: of other volumes than {parts[0]}; predict the same scans with each model")
+            raise DataError(f"{path}: holds other volumes than {parts[0]}; predict the same scans with each model")
         aligned.append(table.set_index("volume").loc[first["volume"]].reset_index())
     mean = np.mean([table[names].to_numpy(dtype=float) for table in aligned], axis=0)
     bounded = np.clip(mean, EDGE, 1 - EDGE)
@@ -91,8 +91,8 @@ def average_predictions(parts: Sequence[Path], output: Path) -> pd.DataFrame:
 
 
 def _joined(tables: Sequence[pd.DataFrame]) -> dict[str, str]:
-    """What the tables say of where they come from, together: one value where all agree, else all of them; labels seen by one
-    model were seen by the ensemble."""
+    """The provenance of the tables together: one value if all agree, else all values. Labels used by one model were
+    used by the ensemble."""
     joined = {}
     for name in ("model", "supervision", "trained_on", "spec", "prompts", "labels"):
         values = list(dict.fromkeys(provenance(table, name) for table in tables))

@@ -25,7 +25,8 @@ ROWS = ("volume", "patient", "scan", "findings", "impression")
 
 @dataclass
 class Index:
-    """``rows``: a row a volume (``ROWS``); ``volumes``, ``reports``: FAISS indices of unit vectors, inner product."""
+    """``rows``: one row per volume (``ROWS``); ``volumes``, ``reports``: FAISS indices of unit vectors, by inner
+    product."""
 
     rows: pd.DataFrame
     volumes: Any
@@ -135,8 +136,8 @@ def index_facts(folder: Path) -> dict[str, Any]:
 def index_store(
     loaded: ModelFolder, scans: StoredScans, folder: Path, batch: int, refused: dict[str, str], *, force: bool = False
 ) -> Index:
-    """``build_index`` into ``folder``. Raises PreprocessingError if it holds something else, another process writes there,
-    or it is an index of other scans or another model and ``force`` is not given."""
+    """``build_index`` into ``folder``. Raises PreprocessingError if it holds something else, another process writes
+    there, or it is an index of other scans or another model and ``force`` is not given."""
     extras.check("index")
     key = run_key(loaded.hash, loaded.spec.hash, loaded.model.precision, list(scans.table["volume"]), scans.origin())
     with claimed_folder(folder, "index", key, FILES, is_index, force=force):

@@ -73,8 +73,8 @@ def locate_cohort(
     """Score the maps of ``by`` on every finding that the head scores and a mask shows; of masks of sentences, on every
     sentence, by category.
 
-    The controls are maps that know nothing of the scan, or of the finding: the mean over all these scans of the finding's
-    maps, and the map of another finding of the same scan, drawn. All are compared on the scan's own grid.
+    The controls are maps that know nothing of the scan, or of the finding: the mean over all these scans of the
+    finding's maps, and the map of another finding of the same scan, drawn. All are compared on the scan's own grid.
     """
     patients = cohort.table.set_index("volume")["patient"].astype(str)
     looking, asked = method(by), {volume: _asked(model, head, masks, volume) for volume in volumes}
@@ -115,8 +115,8 @@ def locate_cohort(
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of a scan: by which head, and under which finding each of the names that are mapped is counted, in the
-    order of the head's names."""
+    """What is asked of a scan: by which head, and under which finding each of the names that are mapped is counted, in
+    the order of the head's names."""
 
     head: Head
     group: dict[str, str]

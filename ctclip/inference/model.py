@@ -43,9 +43,9 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
     """
 
     def __init__(self, folder: ModelFolder) -> None:
-        # The folder says everything: the mixin's own record of how this object was made would be a path.
+        # The folder holds everything; the mixin's own record of how this object was made would be a path.
         self._hub_mixin_config = None
-        # Heads are read when they are asked for, from whatever folder the process has gone to by then.
+        # Heads are read when they are needed, when the process may be in another folder.
         self.folder = replace(folder, path=Path(os.path.abspath(folder.path)))
         self.dual = folder.model
         self.spec = folder.spec
@@ -68,7 +68,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **given: Any) -> str | None:
-        """A copy that may be given away, without what a calibration keeps of its patients; see Hugging Face's
+        """Save a copy for publication, without the patient digests of calibrations; see Hugging Face's
         ``ModelHubMixin`` for the other arguments. An existing copy is replaced. Raises PreprocessingError if the folder
         holds anything but a model."""
         # Before the mixin, which would delete a config.json of anybody's.
@@ -105,22 +105,22 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
 
     @property
     def labels(self) -> LabelSet:
-        """The findings it was made for."""
+        """The findings of the model."""
         return self.folder.labels
 
     @property
     def heads(self) -> list[HeadFacts]:
-        """What turns a scan into named scores."""
+        """The heads of the model, which turn a scan into named scores."""
         return list_heads(self.folder.path)
 
     def head(self, name: str = PROMPTS) -> Head:
-        """One of its heads, by name; loaded once."""
+        """A head by name; loaded once."""
         if name not in self._heads:
             self._heads[name] = usable_head(self.folder, name)
         return self._heads[name]
 
     def prepare(self, scan: str | os.PathLike[str], **reading: Unpack[Reading]) -> Prepared:
-        """One scan from disk as this model wants it; see ``ctclip.preprocessing.prepare``."""
+        """Read one scan from disk as this model needs it; see ``ctclip.preprocessing.prepare``."""
         return prepare(scan, self.spec, **self.folder.reading(reading))
 
     def detect(
@@ -131,18 +131,18 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         head: str = PROMPTS,
         **reading: Unpack[Reading],
     ) -> Detection:
-        """What the model sees in one scan (a volume file, a DICOM folder, a zip), or in what ``prepare`` returned.
+        """Detect findings in one scan (a volume file, a DICOM folder, a zip), or in the result of ``prepare``.
 
-        ``abnormalities``: a name, or names, to look for instead of the model's own, listed or not; ``head``: which of its
-        heads is to score; ``reading``: see ``ctclip.preprocessing.pipeline.Reading``. Raises PreprocessingError if the scan cannot be
-        trusted, and PromptError for names that are no names.
+        ``abnormalities``: one or more names to detect instead of the model's own findings, listed or not; ``head``: the
+        head that scores; ``reading``: see ``ctclip.preprocessing.pipeline.Reading``. Raises PreprocessingError if the
+        scan cannot be trusted, and PromptError for names that are not text.
         """
         ready = self._ready(scan, **reading)
         scorer = self.head(head) if abnormalities is None else self._asking(abnormalities, head)
         return self.detection(self.encode(ready), scorer, _name(ready), ready.warnings)
 
     def detection(self, encoded: Encoded, scorer: Head, scan: str, warnings: Sequence[str] = ()) -> Detection:
-        """What ``scorer`` says of the one scan that ``encoded`` holds; ``scan``: what to call it."""
+        """The detection by ``scorer`` in the single scan of ``encoded``; ``scan``: its name."""
         with torch.inference_mode():
             scores, values = scorer.score(encoded).float(), scorer.values(encoded).float()
             probabilities = scorer.probabilities(scores)
@@ -173,9 +173,9 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
     ) -> Explanation:
         """Where the model sees findings in one scan: maps on the scan's own grid, peaks, sizes, sides.
 
-        ``abnormalities``: a name, or names; those at or above their threshold if not given. ``head``, ``reading``: as in
-        ``detect``. ``method``, ``level`` and ``budget``: see ``ctclip.explanation.explain``. Raises PreprocessingError or
-        ExplanationError in one line.
+        ``abnormalities``: one or more names; default: findings at or above their threshold. ``head``, ``reading``: as
+        in ``detect``. ``method``, ``level`` and ``budget``: see ``ctclip.explanation.explain``. Raises
+        PreprocessingError or ExplanationError.
         """
         name = head or PROMPTS
         scorer = self.head(name)
@@ -201,8 +201,8 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         budget: int = 600,
         **reading: Unpack[Reading],
     ) -> Found:
-        """Regions of one scan that a text of any wording names, at most ``most``, with places and sizes; a size that the
-        text states ("larger than 10 mm") is applied to the regions. The rest as in ``explain``."""
+        """Regions of one scan that any text describes, at most ``most``, with positions and sizes. A size in the text
+        ("larger than 10 mm") is applied to the regions. Other arguments as in ``explain``."""
         others = told_from(self.head(PROMPTS))
         ready = self._ready(scan, **reading)
         return find(
@@ -211,7 +211,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         )  # fmt: skip
 
     def embed(self, scan: str | os.PathLike[str] | Prepared, **reading: Unpack[Reading]) -> np.ndarray:
-        """The unit vector (dim,) of one scan from disk, or of what ``prepare`` returned."""
+        """The unit vector (dim,) of one scan from disk, or of the result of ``prepare``."""
         return self.encode_volume(self._ready(scan, **reading))[0].float().cpu().numpy()
 
     def _ready(self, scan: str | os.PathLike[str] | Prepared, **reading: Unpack[Reading]) -> Prepared:
@@ -226,7 +226,8 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         """Located tokens, pooled vectors and embeddings; see ``Encoded``.
 
         ``volume``: (B, 1, D, H, W) in [-1, 1], one volume (D, H, W), or what ``prepare`` returns. Raises ValueError for
-        anything else, another shape, for voxels outside [-1, 1], and for a scan prepared with another spec than the model's.
+        anything else, another shape, for voxels outside [-1, 1], and for a scan prepared with another spec than the
+        model's.
         """
         return self.dual.encode(self._batch(volume).to(self.dual.device), mask)
 
@@ -244,8 +245,8 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Strings, or input_ids with attention_mask (n, L) -> (n, dim) unit vectors. Raises ValueError where there is no
-        text, or something that is none."""
+        """Strings, or input_ids with attention_mask (n, L) -> (n, dim) unit vectors. Raises ValueError where there is
+        no text, or something that is none."""
         if texts is not None:
             texts = [texts] if isinstance(texts, str) else list(texts)
             if not texts or not all(isinstance(text, str) for text in texts):
@@ -309,9 +310,9 @@ def usable_head(folder: ModelFolder, name: str) -> Head:
 def asking(
     folder: ModelFolder, prompts: PromptSet | str, names: str | Sequence[str] | None, known: Head | None = None
 ) -> PromptHead:
-    """A head that asks a model for ``names`` by ``prompts``; names are resolved by the model's label set, so that an alias
-    finds its label. ``known``: a head whose calibration holds for the names it shares, if its prompts are the same. Raises
-    PromptError if one of ``names`` is no name, or there is none."""
+    """A head that asks a model for ``names`` by ``prompts``; names are resolved by the model's label set, so that an
+    alias finds its label. ``known``: a head whose calibration holds for the names it shares, if its prompts are the
+    same. Raises PromptError if one of ``names`` is no name, or there is none."""
     prompt_set = load_prompts(prompts) if isinstance(prompts, str) else prompts
     findings = None if names is None else list(dict.fromkeys(folder.labels.resolve(n) or n for n in _checked(names)))
     if findings is None and not prompt_set.names():

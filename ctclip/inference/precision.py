@@ -58,8 +58,8 @@ def available(device: torch.device) -> tuple[Precision, ...]:
 
 
 def set_precision(loaded: ModelFolder, asked: Asked = "auto") -> Precision:
-    """Run ``loaded`` at a precision, and say which: the one asked for, or for ``auto`` the fastest that agreed on a device
-    of this name, float32 where none was checked. Raises PrecisionError for one that the device lacks."""
+    """Run ``loaded`` at a precision, and say which: the one asked for, or for ``auto`` the fastest that agreed on a
+    device of this name, float32 where none was checked. Raises PrecisionError for one that the device lacks."""
     device = loaded.model.device
     if asked != "auto" and asked not in available(device):
         choices = ", ".join(("auto", *available(device)))
@@ -69,8 +69,8 @@ def set_precision(loaded: ModelFolder, asked: Asked = "auto") -> Precision:
 
 
 def check_precision(loaded: ModelFolder, head: Head, batches: Iterable[Tensor]) -> tuple[list[Agreement], int]:
-    """Score volumes (``batches`` of (b, 1, D, H, W) in [-1, 1], one in memory at a time) at every precision of the model's
-    device. Returns what was found, and the number of volumes.
+    """Score volumes (``batches`` of (b, 1, D, H, W) in [-1, 1], one in memory at a time) at every precision of the
+    model's device. Returns what was found, and the number of volumes.
 
     Raises PrecisionError if there are fewer than 16: the rank correlation of fewer says nothing.
     """

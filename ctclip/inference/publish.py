@@ -1,4 +1,5 @@
-"""A model folder that may be given away, with a card that says what it learned from, how well it does, and what it is not for."""
+"""A model folder that may be given away, with a card that says what it learned from, how well it does, and what it is
+not for."""
 
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ def publish(
 ) -> str | None:
     """A copy of a model folder in ``output`` with a full card, and, where ``repository`` names one, on the hub.
 
-    ``licence``: its identifier on the hub, for example "cc-by-nc-sa-4.0"; ``evaluation``: a folder of `ctclip evaluate` of
-    this model, whose figures go on the card. Returns the page of the repository. Raises EvaluationError if the figures
-    are of another model, CheckpointError if the hub cannot be reached or refuses.
+    ``licence``: its identifier on the hub, for example "cc-by-nc-sa-4.0"; ``evaluation``: a folder of `ctclip evaluate`
+    of this model, whose figures go on the card. Returns the page of the repository. Raises EvaluationError if the
+    figures are of another model, CheckpointError if the hub cannot be reached or refuses.
     """
     loaded = load(model)
     card = model_card(loaded, licence, None if evaluation is None else read_figures(evaluation, loaded), repository)

@@ -77,9 +77,9 @@ def detect(
 ) -> Summary:
     """Write ``predictions.csv`` (or ``.parquet``) and ``embeddings.parquet`` into ``output``.
 
-    ``reports`` embeds each volume's report too. One refused scan does not stop the others; if all are, DataError. Raises
-    PreprocessingError if another process writes there, or if other scans or another model were predicted there before and
-    ``force`` is not given.
+    ``reports`` embeds each volume's report too. One refused scan does not stop the others; if all are, DataError.
+    Raises PreprocessingError if another process writes there, or if other scans or another model were predicted there
+    before and ``force`` is not given.
     """
     check_names(head.names)
     key = _key(loaded, head, scans, reports)

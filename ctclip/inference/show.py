@@ -20,8 +20,8 @@ MOST_SCANS = 6
 @dataclass(frozen=True)
 class Detection:
     """What a model sees in one scan: ``probabilities`` and ``margins`` by abnormality, graded ``values`` (the size of a
-    finding if it is there), ``thresholds`` of what was calibrated, warnings, hashes of model and spec, and what the model
-    was ``trained_on``.
+    finding if it is there), ``thresholds`` of what was calibrated, warnings, hashes of model and spec, and what the
+    model was ``trained_on``.
 
     Prints as a table, and shows as one in a notebook.
     """
