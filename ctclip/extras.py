@@ -15,6 +15,7 @@ from ctclip.errors import CtclipError
 EXTRAS = {
     "train": ("deepspeed", "tensorboard", "peft", "psutil"),
     "index": ("faiss",),
+    "dicom": ("highdicom", "dicomweb_client"),
     "serve": ("fastapi", "uvicorn", "python_multipart", "prometheus_client"),
 }
 

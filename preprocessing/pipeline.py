@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -57,6 +57,8 @@ class Prepared:
     ``scan`` is what was read and checked, oriented and in HU, on its own grid. ``affine`` (4, 4) leads from voxel index
     (of ``voxels`` and ``hu``) to LPS+ mm of the scan's own space. ``centre``: the voxel index of the scan that the grid is
     laid about, where that is not its middle. ``file_grid``: the grid of the file itself, before it was oriented.
+    ``headers``: those of the images of a DICOM series, in the order of slices of ``file_grid``, if ``prepare`` was asked for
+    them.
     """
 
     scan: Volume
@@ -64,6 +66,7 @@ class Prepared:
     affine: np.ndarray
     file_grid: FileGrid
     centre: Centre | None = None
+    headers: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     @cached_property
     def voxels(self) -> np.ndarray:
@@ -146,6 +149,7 @@ class Reading(TypedDict, total=False):
     """How scans are read, as the options of the command line: ``hu``, where Hounsfield units come from; what to ``expect`` of
     scans; which ``series`` (UID) of a DICOM folder; which ``geometry`` if statements contradict each other; ``largest_gb`` of
     voxels, or of the contents of an archive.
+    ``headers``: keep the headers of a DICOM series' images, which identify the patient.
     """
 
     hu: Trust
@@ -153,6 +157,7 @@ class Reading(TypedDict, total=False):
     series: str | None
     geometry: Geometry
     largest_gb: float
+    headers: bool
 
 
 def prepare(
@@ -165,6 +170,7 @@ def prepare(
     series: str | None = None,
     geometry: Geometry = "auto",
     largest_gb: float = LARGEST_GB,
+    headers: bool = False,
 ) -> Prepared:
     """Read one scan and bring it to ``spec``: exactly what made the training set.
 
@@ -195,7 +201,8 @@ def prepare(
             f"{volume.source}: only {kept:.0%} of the lungs fit into the grid of spec {spec.name!r}; --expect any takes it "
             f"all the same"
         )
-    return Prepared(volume, spec, resampled_affine(volume, spec, centre), file_grid, centre)
+    kept_headers = raw.headers if headers else []
+    return Prepared(volume, spec, resampled_affine(volume, spec, centre), file_grid, centre, kept_headers)
 
 
 def _about_the_lungs(volume: Volume, lungs: Lungs, spec: PreprocessingSpec) -> tuple[Centre | None, float]:

@@ -38,6 +38,12 @@ def explain(
         0.5, min=0.01, max=0.99, help="Fraction of the peak of a map down to which its region and mask extend."
     ),
     budget: int = typer.Option(600, min=8, help="Occlusion: maximum number of encodings; more give finer maps."),
+    dicom: bool = typer.Option(
+        False,
+        "--dicom",
+        help="Of a DICOM series: also write a DICOM segmentation, a structured report and pictures into "
+        "OUTPUT/dicom. They name the patient, as the series does.",
+    ),
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
     expect: Expected = EXPECT,
@@ -51,17 +57,25 @@ def explain(
     The maps open over the scan in 3D Slicer and ITK-SNAP. They show what influenced the score of the model. For
     research only, not for diagnosis.
     """
-    from ctclip import distributed
+    from ctclip import distributed, extras
+    from ctclip.explanation.dicom.save import FOLDER, save_dicom
+    from ctclip.explanation.dicom.source import source_images
     from ctclip.explanation.explain import check_output
     from ctclip.inference.model import load
     from ctclip.preprocessing.cohorts.table import counted
 
+    if dicom:
+        extras.check("dicom")
     check_output(output)
     loaded = load(model, distributed.device())
-    found = loaded.explain(
-        scan, abnormality or None, head=head, method=method.value, level=level, budget=budget,
-        **reading_of(hu, geometry, expect, series, largest_gb),
-    )  # fmt: skip
+    ready = loaded.prepare(scan, **reading_of(hu, geometry, expect, series, largest_gb), headers=dicom)
+    if dicom:
+        # Before the maps, which may take minutes.
+        source_images(ready)
+    found = loaded.explain(ready, abnormality or None, head=head, method=method.value, level=level, budget=budget)
     page = found.save(output)
     print(found)
+    if dicom:
+        names = ", ".join(path.name for path in save_dicom(found, output / FOLDER))
+        print(f"DICOM, with the patient's name: {output / FOLDER} ({names})")
     print(f"{counted(len(found.places), 'map')} in {found.seconds:.1f} s; page: {page}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import typer
@@ -26,6 +27,12 @@ def serve(
     token_file: Path = typer.Option(None, help="A file that holds a token; every request must send it."),
     tls_certificate: Path = typer.Option(None, help="Certificate (PEM) for HTTPS; needs --tls-key."),
     tls_key: Path = typer.Option(None, help="Private key (PEM) of the certificate; needs --tls-certificate."),
+    dicomweb: str = typer.Option(
+        None,
+        help="Address of a DICOMweb service (a PACS), such as http://127.0.0.1:8042/dicom-web. Series are read from it by "
+        "their UIDs, and results can be stored in it.",
+    ),
+    dicomweb_token_file: Path = typer.Option(None, help="A file that holds a bearer token for the DICOMweb service."),
     queue: int = typer.Option(
         256, min=1, help="Maximum number of scans in progress; further ones are answered with 503."
     ),
@@ -55,15 +62,29 @@ def serve(
         extras.check("index")
     if (tls_certificate is None) != (tls_key is None):
         raise DataError("--tls-certificate and --tls-key go together")
-    token = token_file.read_text(encoding="utf-8").strip() if token_file is not None else None
-    if token == "":
-        raise DataError(f"{token_file}: the file is empty; write a token into it")
+    if dicomweb is not None:
+        extras.check("dicom")
+        if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", dicomweb):
+            raise DataError(
+                f"--dicomweb {dicomweb.rpartition('@')[2]}: expected http:// or https:// with a host and a path"
+            )
+    token, pacs_token = (_secret(path) for path in (token_file, dicomweb_token_file))
     settings = Settings(
         model=model, store=store, index=index, device=str(distributed.device()),
         reading=reading_of(hu, geometry, expect, series, largest_gb), largest_gb=largest_gb, queue=queue, keep=keep,
-        seconds=seconds, token=token, hosts=(*Settings.hosts, host, *(host_name or [])),
+        seconds=seconds, token=token, dicomweb=dicomweb.rstrip("/") if dicomweb else None, dicomweb_token=pacs_token, hosts=(*Settings.hosts, host, *(host_name or [])),
     )  # fmt: skip
 
     from ctclip.serve.run import run
 
     run(settings, host, port, tls_certificate, tls_key)
+
+
+def _secret(path: Path | None) -> str | None:
+    from ctclip.errors import DataError
+
+    if path is None:
+        return None
+    if not (secret := path.read_text(encoding="utf-8").strip()):
+        raise DataError(f"{path}: holds no token")
+    return secret

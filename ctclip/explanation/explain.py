@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 
 from ctclip.errors import ExplanationError
 from ctclip.evaluation.pages import MARK, write_page
-from ctclip.explanation.method import Subject, method
+from ctclip.explanation.method import Maps, Subject, method
 from ctclip.explanation.picture import draw
 from ctclip.explanation.place import LEVEL, Place, locate
 from ctclip.heads.head import Head
@@ -35,7 +35,10 @@ COMMENT = 6
 
 @dataclass(frozen=True)
 class Explanation:
-    """Where a model sees findings in one scan: ``places`` by finding, in the order of the request. Prints as a list."""
+    """Where a model sees findings in one scan: ``places`` by finding, in the order of the request. Prints as a list.
+
+    ``probabilities``: of every finding that the head scores, located or not; ``thresholds``: of those that have one.
+    """
 
     scan: str
     model: str
@@ -43,6 +46,15 @@ class Explanation:
     seconds: float
     places: dict[str, Place]
     warnings: tuple[str, ...] = ()
+    probabilities: dict[str, float] = field(default_factory=dict)
+    thresholds: dict[str, float] = field(default_factory=dict)
+    model_name: str = ""
+    scanned: Prepared | None = field(default=None, repr=False)
+
+    @property
+    def prepared(self) -> Prepared:
+        """The scan that was explained."""
+        return self.scanned or next(iter(self.places.values())).prepared
 
     def __getitem__(self, finding: str) -> Place:
         return self.places[finding]
@@ -53,8 +65,8 @@ class Explanation:
 
     __repr__ = __str__
 
-    def mask(self) -> tuple[np.ndarray, dict[str, int]]:
-        """A mask (uint8 [slice, row, column]) on the file's grid, and the label of each finding in it.
+    def mask(self, grid: FileGrid | None = None) -> tuple[np.ndarray, dict[str, int]]:
+        """A mask (uint8 [slice, row, column]) on the file's grid, or on another grid in the scan's space, and the label of each finding in it.
 
         The mask of a finding holds the voxels at or above ``level`` of its peak. Where two overlap, the voxel goes to
         the finding whose map is closer to its own peak.
@@ -63,7 +75,7 @@ class Explanation:
         nearest: np.ndarray | None = None
         mask: np.ndarray | None = None
         for finding, place in self.places.items():
-            share = place.map() / max(place.height, 1e-12)
+            share = place.map(grid) / max(place.height, 1e-12)
             if mask is None or nearest is None:
                 nearest, mask = np.zeros_like(share), np.zeros(share.shape, np.uint8)
             taken = (share >= place.level) & (share > nearest) & (place.height > 0)
@@ -79,7 +91,7 @@ class Explanation:
         folder = Path(folder)
         check_output(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        grid = next(iter(self.places.values())).prepared.file_grid
+        grid = self.prepared.file_grid
         files = _file_names(list(self.places))
         for finding, place in self.places.items():
             _write_map(folder / f"{files[finding]}.nii.gz", place.map(), grid, finding)
@@ -129,6 +141,7 @@ def explain(
     *,
     scan: str,
     model_hash: str,
+    model_name: str = "",
     by: str = "similarity",
     level: float = LEVEL,
     budget: int = 600,
@@ -147,14 +160,22 @@ def explain(
         probabilities = head.probabilities(scores)[0].tolist()
     chosen = _chosen(head, probabilities, findings)
     # Not in inference mode: methods need gradients.
-    found = method(by).maps(Subject(model, head, chosen, volume, budget))
     places = {}
+    found = (
+        method(by).maps(Subject(model, head, chosen, volume, budget))
+        if chosen
+        else Maps(np.zeros((0, 1, 1, 1)), np.eye(4))
+    )
     for values, index in zip(found.values, chosen, strict=True):
         name = head.names[index]
         places[name] = locate(
             name, probabilities[index], float(scores[0, index]), values, found.affine, prepared, method=by, level=level
         )
-    return Explanation(scan, model_hash, by, time.perf_counter() - began, places, tuple(warnings))
+    return Explanation(
+        scan, model_hash, by, time.perf_counter() - began, places, tuple(warnings),
+        probabilities=dict(zip(head.names, probabilities, strict=True)), thresholds=dict(head.thresholds()),
+        model_name=model_name, scanned=prepared,
+    )  # fmt: skip
 
 
 def check_output(folder: Path) -> None:

@@ -43,6 +43,19 @@ class View:
 def draw(path: Path, place: Place) -> None:
     """Write a PNG of the axial, coronal and sagittal slices through the peak, overlaid with the map; the patient's
     right is on the left."""
+    with written_beside(path, suffix=".png") as partial:
+        figure_of(place).savefig(partial, format="png")
+
+
+def rendered(place: Place) -> np.ndarray:
+    """The same picture as uint8 [row, column, RGB]."""
+    figure = figure_of(place)
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+def figure_of(place: Place) -> Any:
+    """The same picture as a figure of matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -62,8 +75,7 @@ def draw(path: Path, place: Place) -> None:
         "diagnosis",
         fontsize=11,
     )
-    with written_beside(path, suffix=".png") as partial:
-        figure.savefig(partial, format="png")
+    return figure
 
 
 def _peak(place: Place) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ctclip.explanation.space import centres, in_scan
 from ctclip.preprocessing.pipeline import Prepared
+from ctclip.preprocessing.volume import FileGrid
 
 # A region extends from the peak down to this fraction of it.
 LEVEL = 0.5
@@ -51,9 +52,10 @@ class Place:
         """The map's value at the peak."""
         return float(np.max(np.where(inside_scan(self.values.shape, self.affine, self.prepared), self.values, -np.inf)))
 
-    def map(self) -> np.ndarray:
-        """The map on the file's grid, float32 [slice, row, column]; 0 outside the volume that the model saw."""
-        grid = self.prepared.file_grid
+    def map(self, grid: FileGrid | None = None) -> np.ndarray:
+        """The map on the file's grid, or on another grid in the scan's space, float32 [slice, row, column]; 0 outside the
+        volume that the model saw."""
+        grid = grid or self.prepared.file_grid
         return in_scan(self.values, self.affine, self.prepared, grid.shape, grid.affine)
 
     def facts(self) -> dict[str, Any]:

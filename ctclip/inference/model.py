@@ -186,8 +186,8 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
                 scorer = self._asking(names, name)
         ready = self._ready(scan, **reading)
         return explain(
-            self.dual, scorer, ready, names, scan=_name(ready), model_hash=self.folder.hash, by=method, level=level,
-            budget=budget, warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
+            self.dual, scorer, ready, names, scan=_name(ready), model_hash=self.folder.hash,
+            model_name=self.folder.path.name, by=method, level=level, budget=budget, warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
         )  # fmt: skip
 
     def find(

@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import csv
-import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import Body, FastAPI, Request
+from fastapi import Body, FastAPI, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from ctclip import __version__
+from ctclip import __version__, extras
 from ctclip.serve import metrics
+from ctclip.serve.errors import Refused, Unavailable, Unknown
+from ctclip.serve.exports import table
 from ctclip.serve.guards import Guards
-from ctclip.serve.service import ENDED, Refused, Scan, Service, Unavailable, Unknown
+from ctclip.serve.pacs import checked
+from ctclip.serve.service import ENDED, Scan, Service
 from ctclip.serve.settings import Settings
 from ctclip.serve.uploads import BadUpload, TooLarge, receive
 
 Method = Literal["similarity", "gradcam", "attention", "occlusion"]
+Words = Annotated[str, Query(max_length=500)]
+Several = Annotated[list[Words] | None, Query(max_length=100)]
 STATIC = Path(__file__).with_name("static")
-STATUS: dict[type[Exception], int] = {Refused: 422, Unavailable: 503, Unknown: 404, BadUpload: 400, TooLarge: 413}
+STATUS: dict[type[Exception], int] = {
+    Refused: 422, Unavailable: 503, Unknown: 404, BadUpload: 400, TooLarge: 413, extras.MissingExtra: 501,
+}  # fmt: skip
 UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
     "type": "object",
     "properties": {
         "scan": {"type": "array", "items": {"type": "string", "format": "binary"},
                  "description": "A volume file, a zip, the files of a DICOM series, or a header with its data file."},
         "volume": {"type": "string", "description": "A volume of the service's store instead."},
+        "study": {"type": "string", "description": "With `series`: UIDs of a series of the service's PACS instead."},
+        "series": {"type": "string", "description": "See `study`."},
         "text": {"type": "string", "description": "/v1/detect: score this text instead of the model's findings."},
         "finding": {"type": "string", "description": "/v1/explain: the finding, or any text, to locate."},
         "count": {"type": "integer", "description": "/v1/similar: the number of scans and of reports."},
@@ -63,6 +70,7 @@ def make_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(TimeoutError, _too_long)
     _add_page(app)
     _add_scans(app, service)
+    _add_pacs(app, service)
     _add_one_call(app, service)
     _add_state(app, service)
     return app
@@ -86,7 +94,10 @@ async def _upload(request: Request, service: Service) -> tuple[Scan, dict[str, s
             request.headers.get("content-type", ""), request.stream(), scan.files, service.settings.largest_bytes
         )
         scan.volume = fields.get("volume")
-        if scan.volume is None and not any(scan.files.iterdir()):
+        if "study" in fields or "series" in fields:
+            service.needed_pacs()
+            scan.remote = checked(fields.get("study", "")), checked(fields.get("series", ""))
+        elif scan.volume is None and not any(scan.files.iterdir()):
             raise BadUpload("no file in the upload: curl -F scan=@scan.nii.gz")
     except BaseException:
         service.remove(scan)
@@ -147,19 +158,32 @@ def _add_scans(app: FastAPI, service: Service) -> None:
         return FileResponse(scan.view, media_type="application/gzip", filename="scan.nii.gz")
 
     @app.get("/v1/scans/{name}/findings.csv")
-    async def table(name: str) -> Response:
+    async def findings(name: str) -> Response:
         """The findings as a table."""
         scan = await service.wait(service.get(name))
-        lines = io.StringIO()
-        writer = csv.writer(lines)
-        writer.writerow(["finding", "probability", "margin", "threshold", "model"])
-        for entry in scan.result["findings"]:
-            writer.writerow([entry["name"], entry["probability"], entry["margin"], entry["threshold"], scan.result["model"]])  # fmt: skip
         return Response(
-            lines.getvalue(),
+            table(scan.result),
             media_type="text/csv",
             headers={"content-disposition": "attachment; filename=findings.csv"},
         )
+
+    @app.get("/v1/scans/{name}/findings.pdf")
+    async def sheet(name: str, finding: Words = "") -> FileResponse:
+        """One page to print: the findings, and where `finding`, or any words, are seen."""
+        scan = service.get(name)
+        path = scan.made_of([finding], "findings.pdf")
+        await service.ask(scan, "sheet", finding=finding, name=scan.volume or "", to=str(path))
+        return FileResponse(path, media_type="application/pdf", filename="findings.pdf")
+
+    @app.get("/v1/scans/{name}/dicom.zip")
+    async def dicom(name: str, finding: Several = None) -> FileResponse:
+        """DICOM segmentation, structured report and pictures of a DICOM series that was sent: of each `finding`, or of those
+        at or above their threshold. They name the patient, as the series does."""
+        extras.check("dicom")
+        scan = service.get(name)
+        path = scan.made_of(finding or [], "dicom.zip")
+        await service.ask(scan, "dicom", findings=finding or [], to=str(path))
+        return FileResponse(path, media_type="application/zip", filename="dicom.zip")
 
     @app.post("/v1/scans/{name}/text")
     async def text(name: str, text: Annotated[str, Body(embed=True, min_length=1, max_length=500)]) -> dict[str, Any]:
@@ -187,6 +211,20 @@ def _add_scans(app: FastAPI, service: Service) -> None:
         """The nearest scans and reports of the index."""
         answer: dict[str, Any] = await service.ask(service.get(name), "similar", count=min(max(count, 1), 50))
         return answer
+
+
+def _add_pacs(app: FastAPI, service: Service) -> None:
+    """A PACS that the service was started with."""
+
+    @app.get("/v1/dicomweb/series")
+    async def series(study: str) -> list[dict[str, Any]]:
+        """The CT series of a study of the PACS; one is looked at by sending its UIDs as `study` and `series`."""
+        return await asyncio.to_thread(service.needed_pacs().series, study)
+
+    @app.post("/v1/scans/{name}/dicomweb")
+    async def store(name: str, finding: Several = None) -> dict[str, int]:
+        """Store segmentation, report and pictures in the PACS, as `dicom.zip` has them."""
+        return {"stored": await service.send_to_pacs(service.get(name), finding or [])}
 
 
 def _add_one_call(app: FastAPI, service: Service) -> None:
@@ -242,7 +280,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         await service.client.started.wait()
         if service.client.failed:
             raise Unavailable(service.client.failed)
-        return service.client.facts or {}
+        return {**(service.client.facts or {}), "dicomweb": service.pacs is not None}
 
     @app.get("/healthz")
     async def health() -> Response:

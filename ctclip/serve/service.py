@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -22,6 +22,8 @@ from typing import Any
 from ctclip.errors import CtclipError
 from ctclip.preprocessing.scratch import scratch_folder
 from ctclip.serve import metrics
+from ctclip.serve.errors import Refused, Unavailable, Unknown
+from ctclip.serve.pacs import Pacs
 from ctclip.serve.settings import Settings
 
 ENDED = ("done", "refused", "cancelled")
@@ -29,25 +31,15 @@ ENDED = ("done", "refused", "cancelled")
 KEPT = 64
 
 
-class Unavailable(CtclipError):
-    """The service is not available now; the same request may succeed later."""
-
-
-class Refused(CtclipError):
-    """The scan, or the question, cannot be answered; the message says why."""
-
-
-class Unknown(CtclipError):
-    """There is no such scan."""
-
-
 @dataclass
 class Scan:
-    """One scan of a user. ``stage``: receiving, queued, reading, encoding, done, refused or cancelled."""
+    """One scan of a user. ``stage``: receiving, queued, fetching, reading, encoding, done, refused or cancelled.
+    ``remote``: UIDs of the study and the series to fetch from the PACS, or None."""
 
     id: str
     folder: Path
     volume: str | None = None
+    remote: tuple[str, str] | None = None
     stage: str = "receiving"
     result: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
@@ -64,9 +56,13 @@ class Scan:
         """The volume for a viewer: HU on the scan's own grid."""
         return self.folder / "view.nii.gz"
 
+    def made_of(self, findings: Iterable[str], kind: str) -> Path:
+        """Where what is made of findings lies (``kind``: "map.nii.gz", say); the name says nothing of them."""
+        return self.folder / f"{hashlib.sha256(repr(list(findings)).encode()).hexdigest()[:16]}-{kind}"
+
     def map_of(self, finding: str) -> Path:
         """The file of the map of a finding; its name does not reveal the finding."""
-        return self.folder / f"map-{hashlib.sha256(finding.encode()).hexdigest()[:16]}.nii.gz"
+        return self.made_of([finding], "map.nii.gz")
 
     def facts(self) -> dict[str, Any]:
         """The scan as JSON."""
@@ -193,6 +189,7 @@ class Service:
         self.client = Client(settings)
         self.folder = Path()
         self._open = contextlib.ExitStack()
+        self.pacs = Pacs(settings.dicomweb, settings.dicomweb_token) if settings.dicomweb else None
 
     async def start(self) -> None:
         """Create the folder and load the model in the background."""
@@ -259,9 +256,13 @@ class Service:
         return await asyncio.wait_for(self.client.ask(task=task, scan=scan.id, **request), self.settings.seconds)
 
     async def _work(self, scan: Scan) -> None:
-        source: dict[str, Any] = {"volume": scan.volume} if scan.volume else {"path": str(scan_in(scan.files))}
         started = time.monotonic()
         try:
+            if scan.remote is not None:
+                scan.move("fetching")
+                async with asyncio.timeout(self.settings.seconds):
+                    await self._fetch(scan, *scan.remote)
+            source: dict[str, Any] = {"volume": scan.volume} if scan.volume else {"path": str(scan_in(scan.files))}
             async with (
                 asyncio.timeout(self.settings.seconds),
                 self.client.request(
@@ -284,6 +285,29 @@ class Service:
             metrics.SCANS.labels(scan.stage).inc()
             metrics.SECONDS.observe(time.monotonic() - started)
             shutil.rmtree(scan.files, ignore_errors=True)
+
+    async def send_to_pacs(self, scan: Scan, findings: list[str]) -> int:
+        """Make the DICOM objects of a scan and store them in the PACS; returns how many."""
+        pacs = self.needed_pacs()
+        path = scan.made_of(findings, "dicom.zip")
+        await self.ask(scan, "dicom", findings=findings, to=str(path))
+        return await asyncio.wait_for(asyncio.to_thread(pacs.store, path), self.settings.seconds)
+
+    def needed_pacs(self) -> Pacs:
+        """Raises Refused where the service was started without one."""
+        if self.pacs is None:
+            raise Refused("the service was started without a PACS: start it with --dicomweb")
+        return self.pacs
+
+    async def _fetch(self, scan: Scan, study: str, series: str) -> None:
+        cancelled = threading.Event()
+        try:
+            await asyncio.to_thread(
+                self.needed_pacs().fetch, study, series, scan.files, self.settings.largest_bytes, cancelled
+            )
+        finally:
+            # A thread cannot be ended from outside.
+            cancelled.set()
 
 
 def scan_in(folder: Path) -> Path:

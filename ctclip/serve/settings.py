@@ -18,7 +18,8 @@ class Settings:
     ``largest_gb``: limit of an upload and of its decompressed size; ``queue``: maximum number of scans in progress;
     ``keep``: number of encoded scans kept in memory for questions; ``seconds``: time limit for one scan; ``batch``:
     maximum number of scans encoded together; ``token``: token that requests must send, or None; ``hosts``: host names
-    that are allowed.
+    that
+    are allowed; ``dicomweb``: address of the PACS, or None; ``dicomweb_token``: token that it asks for, or None.
     """
 
     model: str
@@ -32,6 +33,8 @@ class Settings:
     seconds: float = 600.0
     batch: int = 4
     token: str | None = None
+    dicomweb: str | None = None
+    dicomweb_token: str | None = None
     hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")
 
     @property

@@ -21,7 +21,7 @@ import torch
 from isal import igzip
 
 from ctclip.errors import CtclipError
-from ctclip.explanation.explain import explain, write_nifti
+from ctclip.explanation.explain import Explanation, explain, write_nifti
 from ctclip.heads.head import Head
 from ctclip.heads.prompts import PromptHead
 from ctclip.inference.index import Index, index_facts
@@ -32,6 +32,7 @@ from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.pipeline import Prepared
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.volume import FileGrid, Volume
+from ctclip.serve.exports import write_dicom, write_sheet
 from ctclip.serve.findings import of_detection, of_model
 from ctclip.serve.settings import Settings
 
@@ -71,6 +72,7 @@ class Worker:
         self.ready: queue.Queue[Ready] = queue.Queue(maxsize=2 * settings.batch)
         self.answers: dict[str, Callable[[Request], Any]] = {
             "text": self.text, "similar": self.similar, "embed": self.embed, "explain": self.explain,
+            "dicom": self.dicom, "sheet": self.sheet,
         }  # fmt: skip
 
     def run(self) -> None:
@@ -105,20 +107,48 @@ class Worker:
 
     def explain(self, request: Request) -> dict[str, Any]:
         """Locate a finding, or any text: returns its peak and writes its map for the viewer."""
-        prepared, finding = self._scan(request).prepared, request["finding"]
-        head = self.head if finding in self.head.names else self._head_for(finding)
-        explanation = explain(
-            self.model.dual, head, prepared, [head.names[0] if finding not in head.names else finding],
-            scan="", model_hash=self.model.folder.hash, by=request["method"],
-        )  # fmt: skip
+        explanation = self._explained(request, [request["finding"]], request["method"])
         place = next(iter(explanation.places.values()))
-        values = place.map()
-        write_map(Path(request["map"]), values, prepared.file_grid, place.finding)
+        write_map(Path(request["map"]), place.map(), place.prepared.file_grid, place.finding)
         return place.facts() | {
             "level": place.level * place.height,
             "height": place.height,
             "seconds": explanation.seconds,
         }
+
+    def dicom(self, request: Request) -> None:
+        """A zip of DICOM objects on the series that was sent: of ``findings``, or of those at or above their threshold."""
+        encoded = self._scan(request).encoded
+        with torch.inference_mode():
+            probabilities = self.head.probabilities(self.head.score(encoded).float())[0].tolist()
+        thresholds = self.head.thresholds()
+        above = [n for n, p in zip(self.head.names, probabilities, strict=True) if p >= thresholds.get(n, 2)]
+        write_dicom(self._explained(request, request["findings"] or above), Path(request["to"]))
+
+    def sheet(self, request: Request) -> None:
+        """One page as PDF, with the place of ``finding``, if one is given."""
+        scan, facts = self._scan(request), self.model.folder.trained_on
+        detection = self.model.detection(scan.encoded, self.head, "", scan.prepared.warnings)
+        finding = request["finding"]
+        place = next(iter(self._explained(request, [finding]).places.values())) if finding else None
+        write_sheet(
+            Path(request["to"]),
+            of_detection(detection),
+            place,
+            name=request["name"],
+            learned=f"Learned from: {facts.words()}.",
+        )
+
+    def _explained(self, request: Request, findings: list[str], by: str = "similarity") -> Explanation:
+        """``findings``: names that the head scores, none, or one text of any words."""
+        asked = next((name for name in findings if name not in self.head.names), None)
+        head = self.head if asked is None else self._head_for(asked)
+        if asked is not None and len(findings) > 1:
+            raise CtclipError(f"{asked[:60]!r}: no finding of this model; words of one's own are located one at a time")
+        return explain(
+            self.model.dual, head, self._scan(request).prepared, findings if asked is None else head.names[:1], scan="the scan",
+            model_hash=self.model.folder.hash, model_name=self.model.folder.path.name, by=by,
+        )  # fmt: skip
 
     def _head_for(self, words: str) -> Head:
         """A head that scores ``words`` by templates of the model's prompts."""
@@ -168,7 +198,7 @@ class Worker:
         if "volume" in request:
             prepared = self._of_store(request)
         else:
-            prepared = self.model.prepare(request["path"], **self.settings.reading)
+            prepared = self.model.prepare(request["path"], **{**self.settings.reading, "headers": True})
             _ = prepared.voxels
         write_view(prepared.scan.array, prepared.scan.affine, Path(request["view"]))
         self.ready.put(Ready(request, prepared))
@@ -212,7 +242,8 @@ class Worker:
             while len(self.scans) > self.settings.keep:
                 self.scans.popitem(last=False)
             detection = self.model.detection(encoded, self.head, "", one.prepared.warnings)
-            self.send(one.request["request"], result=of_detection(detection))
+            result = of_detection(detection) | {"dicom": bool(one.prepared.headers)}
+            self.send(one.request["request"], result=result)
 
     def _guarded(self, deed: Callable[[Request], None], request: Request) -> None:
         try:

@@ -33,6 +33,8 @@ IMAGE_TAGS = (
     "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "ConcatenationFrameOffsetNumber", "StudyID",
     *VALUES, *ACQUISITION,
 )  # fmt: skip
+# What objects made of a series repeat of its patient and study, besides ``identifiers.TAGS``.
+STUDY = ("PatientSex", "PatientAge", "StudyTime", "StudyDescription", "PositionReferenceIndicator")
 FUNCTIONAL_GROUPS = (0x52009229, 0x52009230)
 # Files of programs, pictures and pages on a patient's CD, by how they begin.
 OTHER_FILES = (

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from ctclip.preprocessing.dicom import groups, missing, stack
-from ctclip.preprocessing.dicom.headers import Image, damaged_files, images
+from ctclip.preprocessing.dicom.headers import STUDY, Image, damaged_files, images
 from ctclip.preprocessing.dicom.kinds import ALTERED, DERIVED, REFORMATTED, alteration, altered_as, in_hu
 from ctclip.preprocessing.dicom.slices import Slice, modality, placed
 from ctclip.preprocessing.errors import PreprocessingError
@@ -51,7 +51,7 @@ class Candidate:
 
 def read(folder: Path, series: str | None, only: Path | None, name: Path | None, largest: int) -> Volume:
     """See ``dicom.read_series``."""
-    known, dicom = images(folder, TAGS)
+    known, dicom = images(folder, [*TAGS, *STUDY])
     mask = Mask(image.header for image in known)
     source = mask(str(name or only or folder))
     if not known:

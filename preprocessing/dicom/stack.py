@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ctclip.preprocessing.dicom.headers import VALUES
@@ -53,7 +55,13 @@ def volume(source: str, members: list[Slice], numbers_missing: int, warnings: li
     # Along a row the column index grows, in the direction `row`.
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = step, column * spacing[0], row * spacing[1]
     affine[:3, 3] = positions[0]
-    return Volume(array, affine, source, warnings)
+    return Volume(array, affine, source, warnings, headers=[_header(member) for member in members])
+
+
+def _header(member: Slice) -> dict[str, Any]:
+    """The header of a slice's image, and which frame of its file it is, counted from 1, where there are several."""
+    image = member.image
+    return {**image.header, **({"frame": image.frame + 1} if image.frames > 1 else {})}
 
 
 def _plane(source: str, members: list[Slice]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ const $ = (id) => document.getElementById(id);
 let scan = null;      // id of the scan on the page
 let sending = null;   // the request that sends one
 let started = null;   // the viewer, created on first use
+let mapped = null;    // the finding whose map lies over the scan
 
 async function call(path, options = {}) {
   const token = sessionStorage.getItem("token");
@@ -49,6 +50,7 @@ async function describeModel() {
   $("notice").textContent = [facts.notice, ...sentences].join(" ");
   $("neighbours").dataset.there = facts.index ? "yes" : "";
   $("stored").hidden = !facts.stored.length;
+  $("pacs").hidden = !facts.dicomweb;
   $("volumes").replaceChildren(...facts.stored.slice(0, 5000).map((name) => element("option", undefined, { value: name })));
 }
 
@@ -83,7 +85,7 @@ async function follow(id) {
       const facts = JSON.parse(line.slice(6));
       if (facts.stage === "done") return facts;
       if (facts.reason || facts.stage === "cancelled") throw new Error(facts.reason || "cancelled");
-      say({ queued: "waiting for other scans", reading: "reading and checking the scan", encoding: "encoding" }[facts.stage] || facts.stage);
+      say({ queued: "waiting for other scans", fetching: "fetching the series from the PACS", reading: "reading and checking the scan", encoding: "encoding" }[facts.stage] || facts.stage);
     }
   }
 }
@@ -112,6 +114,9 @@ async function forget() {
 
 function show(facts) {
   $("results").hidden = false;
+  document.querySelector("[data-save='dicom.zip']").hidden = !facts.dicom;
+  $("deposit").hidden = !facts.dicom || $("pacs").hidden;
+  $("deposited").textContent = "";
   $("warnings").replaceChildren(...facts.warnings.map((text) => element("li", text)));
   $("calibrated").textContent = facts.findings.some((finding) => finding.threshold !== null)
     ? "Ordered by the distance from the decision threshold (the mark on the scale); bold: at or above it."
@@ -175,9 +180,14 @@ async function where(name, button) {
     viewer.to(facts.peak_mm_ras);
     const across = [facts.size_mm_right_left, facts.size_mm_front_back, facts.size_mm_foot_head].map((mm) => mm.toFixed(0)).join(" × ");
     $("mapped").textContent = `${facts.finding}: ${facts.side ? `${facts.side}, ` : ""}region of ${across} mm around the peak. A map shows what influenced the score, which need not be the finding.`;
-    $("clear").hidden = false;
+    cover(name);
     $("canvas").focus();
   } catch (error) { refuse(error); } finally { button.disabled = false; }
+}
+
+function cover(name) {
+  mapped = name;
+  $("clear").hidden = document.querySelector("[data-save='map.nii.gz']").hidden = !name;
 }
 
 async function neighbours() {
@@ -194,8 +204,10 @@ async function neighbours() {
   }
 }
 
+// The map on screen is what a page, a map and DICOM objects are made of; a table has all findings.
 async function save(name) {
-  const url = URL.createObjectURL(await (await call(`/v1/scans/${scan}/${name}`)).blob());
+  const asked = mapped && name !== "findings.csv" && name !== "view.nii.gz" ? `?finding=${encodeURIComponent(mapped)}` : "";
+  const url = URL.createObjectURL(await (await call(`/v1/scans/${scan}/${name}${asked}`)).blob());
   element("a", undefined, { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 60000);
 }
@@ -219,6 +231,28 @@ function formOf(files) {
 
 for (const id of ["files", "folder"]) $(id).onchange = () => { if ($(id).files.length) look(formOf($(id).files)); };
 $("volume").onchange = () => { if (!$("volume").value) return; const form = new FormData(); form.append("volume", $("volume").value); look(form); };
+$("pacs").onsubmit = async (event) => {
+  event.preventDefault();
+  $("reason").hidden = true;
+  try {
+    const study = $("study").value, list = await (await call(`/v1/dicomweb/series?study=${encodeURIComponent(study)}`)).json();
+    if (!list.length) throw new Error("the PACS has no CT series of this study");
+    $("series").replaceChildren(...list.map((one) => {
+      const words = [one.number, one.description, one.images && `${one.images} images`].filter(Boolean).join(" · ");
+      const button = element("button", words || one.series, { type: "button" });
+      button.onclick = () => { const form = new FormData(); form.append("study", study); form.append("series", one.series); look(form); };
+      return button;
+    }));
+  } catch (error) { refuse(error); }
+};
+$("deposit").onclick = async () => {
+  $("deposit").disabled = true;
+  try {
+    const asked = mapped ? `?finding=${encodeURIComponent(mapped)}` : "";
+    const { stored } = await (await call(`/v1/scans/${scan}/dicomweb${asked}`, { method: "POST" })).json();
+    $("deposited").textContent = `${stored} objects were stored in the PACS.`;
+  } catch (error) { refuse(error); } finally { $("deposit").disabled = false; }
+};
 $("drop").ondragover = (event) => { event.preventDefault(); $("drop").classList.add("over"); };
 $("drop").ondragleave = () => $("drop").classList.remove("over");
 $("drop").ondrop = async (event) => {
@@ -231,10 +265,11 @@ $("drop").ondrop = async (event) => {
 $("cancel").onclick = () => { if (scan) forget(); else if (sending) sending.abort(); };
 $("window").onchange = setWindow;
 $("ruler").onclick = () => { const on = $("ruler").getAttribute("aria-pressed") !== "true"; $("ruler").setAttribute("aria-pressed", on); viewer.ruler(on); };
-$("clear").onclick = () => { viewer.overlay(null); $("clear").hidden = true; $("mapped").textContent = ""; };
-$("print").onclick = () => { $("picture").src = viewer.picture(); $("picture").onload = () => window.print(); };
+$("clear").onclick = () => { viewer.overlay(null); cover(null); $("mapped").textContent = ""; };
 $("remove").onclick = async () => { await forget(); $("results").hidden = $("viewer").hidden = true; $("warnings").replaceChildren(); };
-for (const button of document.querySelectorAll("[data-save]")) button.onclick = () => save(button.dataset.save).catch(refuse);
+for (const button of document.querySelectorAll("[data-save]")) {
+  button.onclick = async () => { button.disabled = true; await save(button.dataset.save).catch(refuse); button.disabled = false; };
+}
 for (const button of document.querySelectorAll("[data-plane]")) {
   button.onclick = () => {
     for (const other of document.querySelectorAll("[data-plane]")) other.setAttribute("aria-pressed", other === button);

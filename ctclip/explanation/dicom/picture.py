@@ -1,0 +1,31 @@
+"""The picture of one finding (three slices through the peak, the map over them) as a DICOM Secondary Capture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ctclip.explanation.dicom.words import RESEARCH, equipment
+
+if TYPE_CHECKING:
+    from highdicom.sc import SCImage
+    from pydicom import Dataset
+
+    from ctclip.explanation.explain import Explanation
+
+
+def capture(explanation: Explanation, image: Dataset, picture: np.ndarray, number: int, series: str) -> SCImage:
+    """The Secondary Capture of a ``picture`` (uint8, [row, column, RGB]) in the study of ``image``."""
+    from highdicom import UID
+    from highdicom.sc import SCImage
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    made = SCImage.from_ref_dataset(
+        image, picture, "RGB", 8, "PATIENT", series, 9003, UID(), number, patient_orientation=("L", "P"),
+        transfer_syntax_uid=ExplicitVRLittleEndian, series_description=f"{RESEARCH}: ctclip pictures",
+        **equipment(explanation),
+    )  # fmt: skip
+    # Three planes in one: the letters at their edges say how each is turned. No patient is named in it.
+    made.PatientOrientation, made.BurnedInAnnotation = None, "NO"
+    return made

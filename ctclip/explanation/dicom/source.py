@@ -1,0 +1,163 @@
+"""The images of the source series, as far as objects that are made of them repeat or refer to them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ctclip.errors import ExplanationError
+from ctclip.preprocessing.pipeline import Prepared
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID", "FrameOfReferenceUID")
+# Of the patient and the study; empty where the series does not say, or says what DICOM does not allow.
+REPEATED = (
+    "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime",
+    "ReferringPhysicianName",
+)  # fmt: skip
+OPTIONAL = ("PatientAge", "StudyDescription", "PositionReferenceIndicator", "LossyImageCompression")
+
+
+def source_images(prepared: Prepared) -> list[Dataset]:
+    """The slices of the series that a scan was read from, as data sets without pixels, in the order of ``file_grid``. The
+    frames of a multi-frame image stand in as images of their own; see ``refer_to_frames``. Raises ExplanationError where the scan is no DICOM series, or
+    its images cannot be referred to."""
+    if not prepared.headers:
+        raise ExplanationError(
+            f"{prepared.scan.source}: not a DICOM series: DICOM output refers to the images of one; name a DICOM folder "
+            f"or an archive of one"
+        )
+    with quiet():
+        return [_image(header, prepared.scan.source) for header in prepared.headers]
+
+
+def plane(image: Dataset) -> np.ndarray:
+    """(4, 4) from [slice, row, column] of an image, whose slice is 0, to LPS+ mm."""
+    turn, spacing = np.array(image.ImageOrientationPatient, float), np.array(image.PixelSpacing, float)
+    affine = np.eye(4)
+    affine[:3, 0] = np.cross(turn[:3], turn[3:])
+    affine[:3, 1], affine[:3, 2] = turn[3:] * spacing[0], turn[:3] * spacing[1]
+    affine[:3, 3] = np.array(image.ImagePositionPatient, float)
+    return affine
+
+
+def instances(images: Sequence[Dataset]) -> list[Dataset]:
+    """One data set for each instance that the slices lie in."""
+    distinct = {}
+    for image in images:
+        if image.instance not in distinct:
+            whole = copy.copy(image)
+            whole.SOPClassUID, whole.SOPInstanceUID = image.instance
+            distinct[image.instance] = whole
+    return list(distinct.values())
+
+
+def refer_to_frames(made: Dataset, images: Sequence[Dataset]) -> None:
+    """Let what was made of stand-ins for frames refer to the frames: highdicom takes the planes of a multi-frame image from
+    its functional groups, which the reader has taken apart."""
+    frames = {image.SOPInstanceUID: image for image in images if image.frame}
+    if not frames:
+        return
+
+    def refer(item: Dataset, element: Any) -> None:
+        if element.keyword == "ReferencedSOPInstanceUID" and element.value in frames:
+            image = frames[element.value]
+            item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = image.instance
+            item.ReferencedFrameNumber = image.frame
+
+    for group in made.PerFrameFunctionalGroupsSequence:
+        group.walk(refer)
+    # An instance is listed once, as a whole.
+    for holder, keyword in (
+        (made, "SourceImageSequence"),
+        (made.ReferencedSeriesSequence[0], "ReferencedInstanceSequence"),
+    ):
+        listed = {}
+        for item in holder[keyword].value:
+            known = frames.get(item.ReferencedSOPInstanceUID)
+            if known is not None:
+                item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = known.instance
+            listed[item.ReferencedSOPInstanceUID] = item
+        setattr(holder, keyword, list(listed.values()))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """pydicom and highdicom quote values of headers in what they log and warn of: they do neither within this."""
+    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
+    before = [logger.disabled for logger in loggers]
+    children = [
+        child for name, child in logging.root.manager.loggerDict.items()
+        if isinstance(child, logging.Logger) and name.startswith(("pydicom.", "highdicom.")) and not child.disabled
+    ]  # fmt: skip
+    try:
+        for logger in [*loggers, *children]:
+            logger.disabled = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, was in zip(loggers, before, strict=True):
+            logger.disabled = was
+        for child in children:
+            child.disabled = False
+
+
+def _image(header: dict[str, Any], source: str) -> Dataset:
+    from pydicom import Dataset
+    from pydicom.uid import CTImageStorage, generate_uid
+
+    image = Dataset()
+    for keyword in UIDS:
+        value = _valid(keyword, header.get(keyword))
+        if not value:
+            raise ExplanationError(
+                f"{source}: its images have no valid {keyword}, without which nothing can refer to them; export the series "
+                f"again"
+            )
+        setattr(image, keyword, value)
+    for keyword in REPEATED:
+        setattr(image, keyword, _valid(keyword, header.get(keyword)))
+    if image.PatientSex not in ("M", "F", "O"):
+        image.PatientSex = ""
+    for keyword in OPTIONAL:
+        if value := _valid(keyword, header.get(keyword)):
+            setattr(image, keyword, value)
+    # Values were decoded as they were read.
+    image.SpecificCharacterSet, image.Modality = "ISO_IR 192", "CT"
+    image.Rows, image.Columns = int(header["Rows"]), int(header["Columns"])
+    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
+        setattr(image, keyword, [float(value) for value in header[keyword]])
+    with contextlib.suppress(TypeError, ValueError):
+        image.SliceThickness = abs(float(header.get("SliceThickness") or ""))
+    image.frame = header.get("frame")
+    image.instance = (image.SOPClassUID, image.SOPInstanceUID)
+    if image.frame:
+        image.SOPClassUID, image.SOPInstanceUID = CTImageStorage, generate_uid(prefix=None)
+    return image
+
+
+def _valid(keyword: str, value: Any) -> Any:
+    """A value of a header as one text, or "" where DICOM does not allow it: careless exports are full of such."""
+    from pydicom.config import RAISE
+    from pydicom.datadict import dictionary_VR
+    from pydicom.valuerep import validate_value
+
+    if value is None or isinstance(value, bytes):
+        return ""
+    text = str(value).strip("\0 ")
+    if not text.isprintable():
+        return ""
+    try:
+        validate_value(dictionary_VR(keyword), text, RAISE)
+    except Exception:  # whatever pydicom raises
+        return ""
+    return text

@@ -1,0 +1,17 @@
+"""How a request can fail that is not the scan's or the upload's fault alone."""
+
+from __future__ import annotations
+
+from ctclip.errors import CtclipError
+
+
+class Unavailable(CtclipError):
+    """The service cannot do it now; the same request may succeed later."""
+
+
+class Refused(CtclipError):
+    """The scan, or the question, cannot be answered; the message says why."""
+
+
+class Unknown(CtclipError):
+    """There is no such scan."""

@@ -1,0 +1,105 @@
+"""What the page gives to take along: a table, a printed page, DICOM objects."""
+
+from __future__ import annotations
+
+import csv
+import io
+import tempfile
+import textwrap
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from ctclip import __version__
+from ctclip.explanation.explain import Explanation
+from ctclip.explanation.picture import rendered
+from ctclip.explanation.place import Place
+from ctclip.preprocessing.files import written_beside
+
+# What a spreadsheet takes for the beginning of a formula (OWASP, CSV injection).
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+A4_INCHES = (8.27, 11.69)
+MOST_FINDINGS = 30
+
+
+def table(result: dict[str, Any]) -> str:
+    """The findings of a scan as CSV; what a spreadsheet would compute gets an apostrophe before it."""
+    lines = io.StringIO()
+    writer = csv.writer(lines)
+    writer.writerow(["finding", "probability", "margin", "threshold", "model"])
+    for entry in result["findings"]:
+        numbers = [entry["probability"], entry["margin"], entry["threshold"]]
+        writer.writerow([_harmless(entry["name"]), *numbers, _harmless(result["model"])])
+    return lines.getvalue()
+
+
+def _harmless(text: str) -> str:
+    return f"'{text}" if text.startswith(FORMULA) else text
+
+
+def write_dicom(explanation: Explanation, path: Path) -> None:
+    """A zip of the DICOM objects of an explanation, readable by its owner alone."""
+    from ctclip.explanation.dicom.save import PRIVATE, save_dicom
+
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent) as folder,
+        written_beside(path, suffix=".zip", mode=PRIVATE) as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+    ):
+        for made in save_dicom(explanation, folder):
+            archive.write(made, made.name)
+
+
+def write_sheet(path: Path, result: dict[str, Any], place: Place | None, *, name: str, learned: str) -> None:
+    """One A4 page as PDF: the findings, three slices through the peak of ``place`` with its map, what the model is and
+    learned from (``learned``), and that it is research. ``name``: what to call the scan, if anything."""
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=A4_INCHES)
+    FigureCanvasPdf(figure)
+    figure.text(0.07, 0.955, "Findings of a chest CT" + f": {name}" * bool(name), fontsize=15, fontweight="bold")
+    figure.text(0.07, 0.932, result["notice"], fontsize=10, color="#a8201a", fontweight="bold")
+    top = 0.915
+    if place is not None:
+        picture = rendered(place)
+        high = 0.88 * picture.shape[0] / picture.shape[1] * A4_INCHES[0] / A4_INCHES[1]
+        axes = figure.add_axes((0.06, top - high, 0.88, high))
+        axes.imshow(picture, interpolation="lanczos")
+        axes.axis("off")
+        top -= high + 0.02
+    top = _findings(figure, result, top)
+    words = [*result["warnings"], learned, f"Model {result['model']}, spec {result['spec']}, ctclip {__version__}."]
+    lines = [line for one in words for line in textwrap.wrap(one, 120)]
+    figure.text(0.07, 0.04, "\n".join(lines), fontsize=7.5, color="#444444", va="bottom", linespacing=1.35)
+    with written_beside(path, suffix=".pdf") as partial:
+        figure.savefig(
+            partial, format="pdf", metadata={"Title": "Findings of a chest CT (research)", "Creator": "ctclip"}
+        )
+
+
+def _findings(figure: Any, result: dict[str, Any], top: float) -> float:
+    """The table, from ``top`` downwards in shares of the page; returns where it ends."""
+    every = result["findings"]
+    entries = every[:MOST_FINDINGS]
+    step = min(0.021, (top - 0.2) / (len(entries) + 2))
+    columns = (0.07, 0.52, 0.66, 0.80)
+    for x, head in zip(columns, ("finding", "probability", "threshold", ""), strict=True):
+        figure.text(x, top - step, head, fontsize=8.5, color="#444444")
+    y = top - step
+    for entry in entries:
+        y -= step
+        weight = "bold" if entry["above"] else "normal"
+        threshold = "not calibrated" if entry["threshold"] is None else f"{100 * entry['threshold']:.1f} %"
+        cells = (
+            entry["name"][:60],
+            f"{100 * entry['probability']:.1f} %",
+            threshold,
+            "above threshold" if entry["above"] else "",
+        )
+        for x, cell in zip(columns, cells, strict=True):
+            figure.text(x, y, cell, fontsize=9, fontweight=weight, parse_math=False)
+    if len(every) > len(entries):
+        y -= step
+        figure.text(columns[0], y, f"and {len(every) - len(entries)} more", fontsize=9)
+    return y
