@@ -70,7 +70,7 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
         ("zero-shot, calibration split", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "calibration", "--output", str(calibration)], calibration / "predictions.csv"),
         ("calibrate", ["calibrate", str(calibration / "predictions.csv"), "--model", str(model), "--store", str(store)], model / "heads" / "prompts" / "calibration.json"),
         ("zero-shot", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "valid", "--embed-reports", "--output", str(predictions)], predictions / "embeddings.parquet"),
-        ("evaluate", ["evaluate", str(predictions / "predictions.csv"), "--store", str(store), "--protocol", "phantom", "--run", str(run), "--calibration", str(model / "heads" / "prompts" / "calibration.json"), "--output", str(output), "--bootstrap", str(chosen.bootstrap)], output / "report.html"),
+        ("evaluate", ["evaluate", str(predictions / "predictions.csv"), "--store", str(store), "--protocol", "phantom", "--cohort", str(cohort), "--masks", str(cohort / "masks"), "--run", str(run), "--calibration", str(model / "heads" / "prompts" / "calibration.json"), "--output", str(output), "--bootstrap", str(chosen.bootstrap)], output / "report.html"),
     ]  # fmt: skip
     _claim(output, {"size": size, "seed": seed})
     book = output / "seconds.json"

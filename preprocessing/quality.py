@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from ctclip.preprocessing.anatomy import NOT_A_CHEST, find_lungs, no_chest
 from ctclip.preprocessing.files import write_text
@@ -23,7 +23,7 @@ from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.volume import Volume
 
-HEIGHT = 150
+HEIGHT = 170
 WINDOWS = {"lung window": (-1350.0, 150.0), "soft-tissue window": (-160.0, 240.0)}
 BINS = np.arange(-1050, 1051, 50)
 
@@ -34,16 +34,23 @@ TEMPLATE = """<!doctype html>
 <meta name="color-scheme" content="light dark"><title>{{ title }}</title><style>
 body { font: 13px/1.4 system-ui, sans-serif; margin: 1rem; color: #222; background: #fff } h1 { font-size: 1.2rem }
 @media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #15181b } }
-.sheet { display: flex; flex-wrap: wrap; gap: 10px } .scan { background: #111; color: #ddd; padding: 6px; width: min-content }
-.scan.warned { outline: 3px solid #d08020 } .scan img { display: block } .scan p { margin: .2rem 0 }
+.scan button { border: 0; padding: 0; background: none; cursor: zoom-in; display: block } :focus-visible { outline: 3px solid #3b82c4; outline-offset: 1px }
+dialog { padding: 0; border: 0; background: #111; max-width: 100vw; max-height: 100vh; cursor: zoom-out } dialog img { display: block; width: min(96vw, 150vh) } dialog::backdrop { background: #000c }
+.sheet { display: flex; flex-wrap: wrap; gap: 10px } .scan { background: #111; color: #ddd; padding: 6px; width: {{ width + 12 }}px; max-width: 100%; box-sizing: border-box }
+.scan.warned { outline: 3px solid #d08020 } .scan img { display: block; max-width: 100%; height: auto } .scan p { margin: .2rem 0 }
 .scan b { color: #fff } .warning { color: #ffb95e } .note { color: #999 } svg { background: #1c1c1c; display: block }
 </style></head><body><h1>{{ title }}</h1><p>{{ subtitle }}</p>
 {% if refused %}<h2>Refused</h2><ul>{% for name, reason in refused %}<li><b>{{ name }}</b>: {{ reason }}</li>{% endfor %}</ul>{% endif %}
 <div class="sheet">{% for s in scans %}<div class="scan{% if s.warnings %} warned{% endif %}">
-<p><b>{{ s.volume }}</b> {{ s.split }}</p><img alt="axial, coronal, sagittal of {{ s.volume }}" src="data:image/jpeg;base64,{{ s.picture }}">
+<p><b>{{ s.volume }}</b> {{ s.split }}</p><button type="button" title="Enlarge"><img alt="{{ s.volume }}: middle axial, coronal and sagittal slice; {{ windows }}" src="data:image/jpeg;base64,{{ s.picture }}"></button>
 <p>{% if s.spacing %}scan {{ s.shape }} voxels of {{ s.spacing }} mm{% endif %}</p>
-<svg width="{{ width }}" height="44" viewBox="0 0 {{ bins }} 44" preserveAspectRatio="none">{% for h in s.bars %}<rect x="{{ loop.index0 }}" y="{{ 44 - h }}" width="1" height="{{ h }}" fill="#7fb2d9"/>{% endfor %}</svg>
-<p>HU -1050 to 1050; {{ s.range }}</p>{% if s.note %}<p class="note">{{ s.note }}</p>{% endif %}{% for w in s.warnings %}<p class="warning">{{ w }}</p>{% endfor %}</div>{% endfor %}</div></body></html>
+<svg role="img" aria-label="Histogram of HU" width="100%" height="44" viewBox="0 0 {{ bins }} 44" preserveAspectRatio="none">{% for h in s.bars %}<rect x="{{ loop.index0 }}" y="{{ 44 - h }}" width="1" height="{{ h }}" fill="#7fb2d9"/>{% endfor %}</svg>
+<p>HU -1050 to 1050; {{ s.range }}</p>{% if s.note %}<p class="note">{{ s.note }}</p>{% endif %}{% for w in s.warnings %}<p class="warning">{{ w }}</p>{% endfor %}</div>{% endfor %}</div>
+<dialog aria-label="Slices"><img alt=""></dialog><script>
+const dialog = document.querySelector("dialog"), large = dialog.querySelector("img");
+for (const button of document.querySelectorAll(".scan button")) button.onclick = () => { const small = button.querySelector("img"); large.src = small.src; large.alt = small.alt; dialog.showModal(); };
+dialog.onclick = () => dialog.close();
+</script></body></html>
 """
 
 
@@ -93,16 +100,23 @@ def quality_page(
     warned = sum(bool(card.warnings) for card in cards)
     page = Environment(autoescape=True).from_string(TEMPLATE)
     title = f"Quality control: {store.path.name}"
+    drawn = ", ".join(f"{name} ({low:.0f} to {high:.0f} HU)" for name, (low, high) in windows.items())
     subtitle = (
         f"Volumes {first + 1} to {first + len(cards)} of {len(names)}, spec {store.spec.name} "
-        f"({' x '.join(f'{s:g}' for s in store.spec.spacing)} mm). Rows from above: {', '.join(windows)}; the "
+        f"({' x '.join(f'{s:g}' for s in store.spec.spacing)} mm). Rows from above: {drawn}; the "
         f"patient's right on the left. {warned} have warnings."
     )
     with claimed_file(output):
         write_text(
             output,
             page.render(
-                title=title, subtitle=subtitle, scans=cards, refused=refused, width=3 * HEIGHT, bins=len(BINS) - 1
+                title=title,
+                subtitle=subtitle,
+                scans=cards,
+                refused=refused,
+                width=3 * HEIGHT,
+                bins=len(BINS) - 1,
+                windows=drawn,
             ),
         )
     return warned
@@ -149,14 +163,20 @@ def _card(
 
 
 def _picture(hu: np.ndarray, spacing: tuple[float, float, float], windows: Mapping[str, tuple[float, float]]) -> str:
-    """Middle axial, coronal and sagittal slices, a row a window, as one base64 JPEG."""
+    """Middle axial, coronal and sagittal slices, a row a window, as one base64 JPEG; each says which slice it is, and where the
+    patient's sides are."""
     dz, dy, dx = spacing
     d, h, w = hu.shape
-    views = ((hu[d // 2], dy / dx), (hu[::-1, h // 2], dz / dx), (hu[::-1, :, int(w * 0.66)], dz / dy))
+    z, y, x = d // 2, h // 2, int(w * 0.66)
+    views = (
+        (hu[z], dy / dx, "RL", f"axial {z + 1} of {d}"),
+        (hu[::-1, y], dz / dx, "RL", f"coronal {y + 1} of {h}"),
+        (hu[::-1, :, x], dz / dy, "AP", f"sagittal {x + 1} of {w}"),
+    )
     rows = []
     for low, high in windows.values():
         planes = []
-        for plane, aspect in views:
+        for plane, aspect, sides, words in views:
             grey = np.clip((plane.astype(np.float32) - low) * (255 / (high - low)), 0, 255).astype(np.uint8)
             tall = grey.shape[0] * aspect
             scale = HEIGHT / max(tall, grey.shape[1])
@@ -164,8 +184,19 @@ def _picture(hu: np.ndarray, spacing: tuple[float, float, float], windows: Mappi
             canvas = Image.new("L", (HEIGHT, HEIGHT))
             resized = Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR)
             canvas.paste(resized, ((HEIGHT - size[0]) // 2, (HEIGHT - size[1]) // 2))
+            _write_on(canvas, sides, words)
             planes.append(np.asarray(canvas))
         rows.append(np.concatenate(planes, axis=1))
     stream = io.BytesIO()
-    Image.fromarray(np.concatenate(rows)).save(stream, "JPEG", quality=80)
+    Image.fromarray(np.concatenate(rows)).save(stream, "JPEG", quality=70)
     return base64.b64encode(stream.getvalue()).decode()
+
+
+def _write_on(canvas: Image.Image, sides: str, words: str) -> None:
+    """The letters of both sides and, below, which slice it is, to be read on air and on bone."""
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+    middle = HEIGHT // 2
+    for text, place, anchor in (
+        (sides[0], (3, middle), "lm"), (sides[1], (HEIGHT - 3, middle), "rm"), (words, (middle, HEIGHT - 2), "mb"),
+    ):  # fmt: skip
+        draw.text(place, text, fill=255, font=font, anchor=anchor, stroke_width=2, stroke_fill=0)

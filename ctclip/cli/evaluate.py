@@ -28,6 +28,12 @@ def evaluate(
     run: Path = typer.Option(
         None, help="The folder of the training run; adds its loss curve and configuration to the report."
     ),
+    cohort: Path = typer.Option(
+        None,
+        help="With --store and --masks: the cohort that the store was made of. Example slices of the report then go "
+        "through the smallest finding of each.",
+    ),
+    masks: Path = typer.Option(None, help="Masks of the cohort, laid out as those of `ctclip phantom`."),
     against: Path = typer.Option(None, help="Predictions of another model for the same volumes; adds a paired test."),
     calibration: Path = typer.Option(
         None, help="calibration.json of the model, for its probabilities and decision thresholds."
@@ -49,13 +55,22 @@ def evaluate(
 
     `ctclip evaluate ours.csv --against theirs.csv --labels labels.csv --output compared`
     """
+    from ctclip.errors import DataError
     from ctclip.evaluation.pages import number, split_note
     from ctclip.evaluation.run_evaluation import run_evaluation
+    from ctclip.inference.focus import smallest_finding
+    from ctclip.preprocessing.store import VolumeStore
 
+    if (cohort is None) != (masks is None) or (masks is not None and store is None):
+        raise DataError("--cohort and --masks go together, with --store")
+    focus = None
+    if cohort is not None and masks is not None:
+        focus = smallest_finding(cohort, masks, VolumeStore(store).spec)
     replaced = (output / "metrics.json").exists()
     result = run_evaluation(
         predictions, output, protocol, labels=labels, store=store, run=run, against=against, calibration=calibration,
         thresholds=thresholds.value if thresholds is not None else None, bootstrap=bootstrap, seed=seed, force=force,
+        focus=focus,
     )  # fmt: skip
     zero, controls = result["zero_shot"], result["controls"]
     if result["patients"] == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,22 @@ import numpy as np
 from ctclip.evaluation import metrics
 from ctclip.preprocessing.files import written_beside
 
-INK, BAR, CONTROL = "#222222", "#2f6f9f", "#c07830"
+INK, BAR, CONTROL, MARKED = "#222222", "#2f6f9f", "#c07830", "#ffd23f"
+
+
+@dataclass(frozen=True)
+class Focus:
+    """A finding and its mask, bool [slice, row, column] on the grid of the volume."""
+
+    finding: str
+    mask: np.ndarray
+
+    @property
+    def at(self) -> tuple[int, int, int]:
+        """The voxel of the mask that is nearest to its middle."""
+        inside = np.argwhere(self.mask)
+        z, y, x = inside[np.argmin(((inside - inside.mean(axis=0)) ** 2).sum(axis=1))]
+        return int(z), int(y), int(x)
 
 
 def example(
@@ -22,38 +38,54 @@ def example(
     report: str,
     detections: list[tuple[str, float, int | None]],
     windows: Mapping[str, tuple[float, float]],
+    focus: Focus | None = None,
 ) -> None:
     """Axial, coronal and sagittal slices in two HU windows, with the report and what was detected.
 
     hu [slice, row, column] LPS+: shown as radiologists do, the patient's right on the left of the picture, the head
-    up. detections: (abnormality, probability, label or None) in the order shown.
+    up. The slices go through ``focus``, whose mask is outlined, or through the middle. detections: (abnormality,
+    probability, label or None) in the order shown.
     """
     dz, dy, dx = spacing
-    middle = [extent // 2 for extent in hu.shape]
+    z, y, x = focus.at if focus else (hu.shape[0] // 2, hu.shape[1] // 2, int(hu.shape[2] * 0.66))
+    mask = focus.mask if focus else np.zeros(hu.shape, bool)
     views = (
-        ("axial", hu[middle[0]], dy / dx),
-        ("coronal", hu[::-1, middle[1]], dz / dx),
-        ("sagittal", hu[::-1, :, int(hu.shape[2] * 0.66)], dz / dy),
+        ("axial", hu[z], mask[z], dy, dx, f"slice {z + 1} of {hu.shape[0]}"),
+        ("coronal", hu[::-1, y], mask[::-1, y], dz, dx, f"slice {y + 1} of {hu.shape[1]}"),
+        ("sagittal", hu[::-1, :, x], mask[::-1, :, x], dz, dy, f"slice {x + 1} of {hu.shape[2]}"),
     )
     # Columns as wide as what they show, so that all pictures of a row are equally high.
-    widths = [plane.shape[1] / (plane.shape[0] * aspect) for _, plane, aspect in views]
+    widths = [plane.shape[1] * across / (plane.shape[0] * down) for _, plane, _, down, across, _ in views]
     height = max(8 / sum(widths), 2.9)
     figure, axes = _canvas(2, 4, (12.2, 2 * height + 0.5), [*widths, sum(widths) * 0.5])
     for row, (name, (low, high)) in enumerate([*windows.items()][:2]):
-        for column, (view, plane, aspect) in enumerate(views):
+        for column, (view, plane, outline, down, across, where) in enumerate(views):
             axis = axes[row][column]
-            axis.imshow(plane, cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="bilinear")
-            axis.set_title(f"{view}, {name}", fontsize=8, color=INK)
-            sides = ("R", "L") if view != "sagittal" else ("A", "P")
-            for side, place, edge in zip(sides, (0.02, 0.98), ("left", "right"), strict=True):
-                axis.text(place, 0.5, side, color="white", transform=axis.transAxes, va="center", ha=edge, fontsize=8)
+            axis.imshow(plane, cmap="gray", vmin=low, vmax=high, aspect=down / across, interpolation="bilinear")
+            if outline.any():
+                axis.contour(outline.astype(float), levels=[0.5], colors=[MARKED], linewidths=0.9)
+            axis.set_title(f"{view}, {where}\n{name}, {low:.0f} to {high:.0f} HU", fontsize=7.5, color=INK)
+            _letters(axis, view)
             axis.axis("off")
     lines = textwrap.wrap(report, 58)
     most = int(height * 72 / 11)
     _words(axes[0][3], "Report", "\n".join(lines[:most] + (["[...]"] if len(lines) > most else [])))
     scores = [f"{p:4.0%}  {'+' if y == 1 else '-' if y == 0 else ' '}  {name}" for name, p, y in detections]
+    if focus:
+        figure.suptitle(f"slices through: {focus.finding} (outlined as it was drawn)", fontsize=9, color=INK)
     _words(axes[1][3], "Zero-shot probability (+/- label)", "\n".join(scores), mono=True)
     _save(figure, path)
+
+
+def _letters(axis: Any, view: str) -> None:
+    """Where the patient's sides are, at the edges of a slice, to be read on air and on bone."""
+    from matplotlib.patheffects import withStroke
+
+    sides = ("R", "L") if view != "sagittal" else ("A", "P")
+    ends = ("A", "P") if view == "axial" else ("S", "I")
+    places = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"), (0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom"))  # fmt: skip
+    for letter, (x, y, along, down) in zip((*sides, *ends), places, strict=True):
+        axis.text(x, y, letter, color="white", transform=axis.transAxes, ha=along, va=down, fontsize=8, path_effects=[withStroke(linewidth=2, foreground="black")])  # fmt: skip
 
 
 def auroc_bars(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ctclip.evaluation.adapted import refuse_adapted
 from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.controls import histogram_aurocs, histograms
 from ctclip.evaluation.evaluate import evaluate, plain
+from ctclip.evaluation.figures import Focus
 from ctclip.evaluation.metrics import mean_defined
 from ctclip.evaluation.paired import paired_test
 from ctclip.evaluation.protocol import Protocol, Thresholds, align, load_protocol, unnamed_protocol
@@ -52,8 +54,10 @@ def run_evaluation(
     bootstrap: int | None = None,
     seed: int = 0,
     force: bool = False,
+    focus: Callable[[str], Focus | None] | None = None,
 ) -> dict[str, Any]:
-    """Score a prediction file; see the command for the arguments. Returns what ``metrics.json`` holds.
+    """Score a prediction file; see the command for the arguments. ``focus``: what the slices of an example, by its id, are to
+    go through. Returns what ``metrics.json`` holds.
 
     Raises PreprocessingError if ``output`` holds something else, another process writes there, or it is an evaluation of
     other predictions and ``force`` is not given.
@@ -94,7 +98,7 @@ def run_evaluation(
             **plain(paired_test(table, other, truth, declared, resamples=bootstrap, seed=seed)),
         }
     result = plain(result | {"versions": versions()})
-    examples = _examples(opened, scored, known, declared) if opened is not None else []
+    examples = _examples(opened, scored, known, declared, focus) if opened is not None else []
     pictures = Pictures(examples, _matrix(scored, embeddings), (scores, known))
     with claimed_folder(output, "evaluate", key, FILES, is_evaluation, force=force):
         write_text(output / "metrics.json", json.dumps(result, indent=2, allow_nan=False))
@@ -241,7 +245,13 @@ def _matrix(table: pd.DataFrame, embeddings: dict[str, np.ndarray] | None) -> np
     return reports[chosen] @ volumes[chosen].T
 
 
-def _examples(store: VolumeStore, table: pd.DataFrame, known: np.ndarray, protocol: Protocol) -> list[Example]:
+def _examples(
+    store: VolumeStore,
+    table: pd.DataFrame,
+    known: np.ndarray,
+    protocol: Protocol,
+    focus: Callable[[str], Focus | None] | None,
+) -> list[Example]:
     """A few volumes with as many different findings as there are, most first."""
     cohort = store.cohort.set_index("volume")
     order = np.argsort(-np.nan_to_num(known).sum(axis=1), kind="stable")
@@ -258,5 +268,7 @@ def _examples(store: VolumeStore, table: pd.DataFrame, known: np.ndarray, protoc
         labels = [int(value) if np.isfinite(value) else None for value in known[index]]
         detections = [(label, float(row[label]), truth) for label, truth in zip(protocol.labels, labels, strict=True)]
         detections.sort(key=lambda entry: -entry[1])
-        examples.append(Example(str(name), store.read(name), store.spec.spacing, report, detections, windows))
+        hu = store.read(name).transpose(0, 2, 1) if store.spec.published_geometry else store.read(name)
+        place = focus(name) if focus is not None else None
+        examples.append(Example(name, hu, store.spec.spacing, report, detections, windows, place))
     return examples

@@ -40,7 +40,8 @@ METRICS = {
 
 @dataclass
 class Example:
-    """A volume to show: hu [slice, row, column] LPS+, spacing mm, its report, (abnormality, probability, label)."""
+    """A volume to show: hu [slice, row, column] LPS+, spacing mm, its report, (abnormality, probability, label); ``focus``:
+    the finding that its slices go through."""
 
     title: str
     hu: np.ndarray
@@ -48,6 +49,13 @@ class Example:
     report: str
     detections: list[tuple[str, float, int | None]]
     windows: Mapping[str, tuple[float, float]]
+    focus: figures.Focus | None = None
+
+    @property
+    def caption(self) -> str:
+        """What the picture shows, in words."""
+        where = f"slices through {self.focus.finding.lower()}" if self.focus else "slices through the middle"
+        return f"{self.title}: axial, coronal and sagittal {where}, its report and its probabilities"
 
 
 @dataclass
@@ -226,8 +234,8 @@ def _picture_sections(output: Path, metrics: dict[str, Any], pictures: Pictures)
     examples = []
     for index, item in enumerate(pictures.examples, start=1):
         path = output / f"example_{index}.png"
-        figures.example(path, item.hu, item.spacing, item.report, item.detections, item.windows)
-        examples.append((item.title, path))
+        figures.example(path, item.hu, item.spacing, item.report, item.detections, item.windows, item.focus)
+        examples.append((item.caption, path))
     if examples:
         sections.append({"title": "Examples", "figures": examples})
     if pictures.matrix is not None:

@@ -123,6 +123,7 @@ def _window(place: Place, peak: tuple[int, int, int]) -> tuple[str, float, float
 
 def _panel(panel: Any, view: View, low: float, high: float, level: float) -> None:
     from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patheffects import withStroke
 
     (height, width), (dy, dx) = view.size, view.mm
     extent = (0, width, height, 0)
@@ -136,7 +137,7 @@ def _panel(panel: Any, view: View, low: float, high: float, level: float) -> Non
     panel.plot((view.peak[1] + 0.5) * dx, (view.peak[0] + 0.5) * dy, "+", color="#3df5ff", ms=16, mew=1.4)
     edges = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"), (0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom"))  # fmt: skip
     for mark, (x, y, across_from, down_from) in zip(view.marks, edges, strict=True):
-        panel.text(x, y, mark, transform=panel.transAxes, ha=across_from, va=down_from, color="w", fontsize=12, fontweight="bold")  # fmt: skip
+        panel.text(x, y, mark, transform=panel.transAxes, ha=across_from, va=down_from, color="w", fontsize=12, fontweight="bold", path_effects=[withStroke(linewidth=2.5, foreground="black")])  # fmt: skip
     panel.plot([0.04 * width, 0.04 * width + SCALE_MM], [0.96 * height] * 2, color="w", lw=3, solid_capstyle="butt")
     panel.set(xlim=(0, width), ylim=(height, 0))
     panel.set_title(view.title, fontsize=10)

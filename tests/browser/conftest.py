@@ -12,6 +12,8 @@ from tests.end_to_end.conftest import run, trained  # noqa: F401
 from tests.end_to_end.test_serve import Served
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# WebGL without a GPU.
+GRAPHICS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 
 
 @pytest.fixture(scope="session")
@@ -20,11 +22,7 @@ def browser() -> Iterator[object]:
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine")
     with sync_api.sync_playwright() as playwright:
-        # WebGL without a GPU.
-        started = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"],
-        )
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=GRAPHICS)
         yield started
         started.close()
 

@@ -91,7 +91,7 @@ def _group(
             regions.SOPInstanceUID,
             label,
             source_series=sr.SourceSeriesForSegmentation(images[0].SeriesInstanceUID),
-        ),  # fmt: skip
+        ),
         finding_sites=[sr.FindingSite(codes.SCT.Chest, side)] if side is not None else None,
         **common,
     )
