@@ -14,7 +14,7 @@ def quality(
     ),
     split: str = typer.Option(None, help="Only this split of the cohort."),
     skip: int = typer.Option(0, min=0, help="Number of volumes to skip at the beginning."),
-    count: int = typer.Option(500, "--count", "-k", min=1, help="Number of volumes on the page."),
+    count: int = typer.Option(150, "--count", "-k", min=1, help="Number of volumes on the page."),
 ) -> None:
     """Write a page with middle slices, spacing, HU histogram and warnings of each volume, and the refused scans.
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -13,6 +16,7 @@ import pandas as pd
 import pydicom
 import pydicom.fileset
 import pytest
+from PIL import Image
 
 from ctclip.cli import main
 from ctclip.phantom.scan import make_scan
@@ -20,7 +24,7 @@ from ctclip.preprocessing import PreprocessingError, PreprocessingSpec, prepare
 from ctclip.preprocessing.anatomy import find_lungs, no_chest
 from ctclip.preprocessing.cohorts import hold_out, identity, read_cohort
 from ctclip.preprocessing.pipeline import merge_shards, preprocess_cohort
-from ctclip.preprocessing.quality import quality_page
+from ctclip.preprocessing.quality import HEIGHT, quality_page
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.volume import Volume
 from tests.unit.preprocessing.test_dicom import write_series
@@ -204,7 +208,19 @@ def test_the_quality_page_shows_every_volume_and_every_refusal(tmp_path: Path, h
     preprocess_cohort(scans, tmp_path / "store", PreprocessingSpec.load("phantom"), workers=1)
     quality_page(VolumeStore(tmp_path / "store"), tmp_path / "q.html")
     page = (tmp_path / "q.html").read_text()
-    assert page.count("data:image/jpeg") == 1
+    pictures = re.findall(r"data:image/webp;base64,([^\"]+)", page)
+    assert len(pictures) == 1
+    # Two windows, three planes each; the letters are white on black strokes.
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[0]))).convert("L"))
+    assert picture.shape == (2 * HEIGHT, 3 * HEIGHT)
+    for row in range(2):
+        for left in (0, 1, 2):
+            letter = picture[
+                row * HEIGHT + HEIGHT // 2 - 8 : row * HEIGHT + HEIGHT // 2 + 8, left * HEIGHT : left * HEIGHT + 14
+            ]
+            assert letter.max() > 220
+            assert letter.min() < 40
+    assert "lung window (-1350 to 150 HU)" in page
     assert "broken" in page
     assert "cut short" in page
     assert "5.00 x 4.00 x 4.00" in page
