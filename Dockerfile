@@ -20,7 +20,7 @@ RUN python -m venv /opt/ctclip \
 FROM python:3.11.14-slim-bookworm
 COPY --from=build /opt/ctclip /opt/ctclip
 RUN useradd --system --uid 10001 --no-create-home ctclip
-USER ctclip
+USER 10001
 ENV PATH=/opt/ctclip/bin:$PATH PYTHONDONTWRITEBYTECODE=1 TMPDIR=/tmp
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \

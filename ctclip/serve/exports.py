@@ -7,6 +7,7 @@ import io
 import tempfile
 import textwrap
 import zipfile
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def write_sheet(path: Path, result: dict[str, Any], place: Place | None, *, name
 
     figure = Figure(figsize=A4_INCHES)
     FigureCanvasPdf(figure)
-    figure.text(0.07, 0.955, "Findings of a chest CT" + f": {name}" * bool(name), fontsize=15, fontweight="bold")
+    figure.text(0.07, 0.955, "Findings of a CT scan" + f": {name}" * bool(name), fontsize=15, fontweight="bold")
     figure.text(0.07, 0.932, result["notice"], fontsize=10, color="#a8201a", fontweight="bold")
     top = 0.915
     if place is not None:
@@ -69,12 +70,13 @@ def write_sheet(path: Path, result: dict[str, Any], place: Place | None, *, name
         axes.axis("off")
         top -= high + 0.02
     top = _findings(figure, result, top)
-    words = [*result["warnings"], learned, f"Model {result['model']}, spec {result['spec']}, ctclip {__version__}."]
+    made_by = f"Model {result['model']}, spec {result['spec']}, ctclip {__version__}, {date.today()}."
+    words = [*(f"{warning[:1].upper()}{warning[1:]}." for warning in result["warnings"]), learned, made_by]
     lines = [line for one in words for line in textwrap.wrap(one, 120)]
     figure.text(0.07, 0.04, "\n".join(lines), fontsize=7.5, color="#444444", va="bottom", linespacing=1.35)
     with written_beside(path, suffix=".pdf") as partial:
         figure.savefig(
-            partial, format="pdf", metadata={"Title": "Findings of a chest CT (research)", "Creator": "ctclip"}
+            partial, format="pdf", metadata={"Title": "Findings of a CT scan (research)", "Creator": "ctclip"}
         )
 
 

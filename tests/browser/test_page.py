@@ -152,6 +152,33 @@ def test_findings_are_saved(page: Any, scan: Path, tmp_path: Path) -> None:
     assert len(lines) == 19
 
 
+def test_a_page_a_map_and_dicom_objects_are_saved(page: Any, scan: Path, tmp_path: Path) -> None:
+    """The map only while one is on screen, DICOM objects only of a DICOM series."""
+    import nibabel as nib
+
+    from tests.phantom_dicom import write_series
+
+    send(page, scan)
+    assert page.is_hidden("[data-save='dicom.zip']")
+    assert page.is_hidden("[data-save='map.nii.gz']")
+    assert page.is_hidden("#deposit")
+    write_series(scan, tmp_path / "series")
+    page.set_input_files("#files", sorted((tmp_path / "series").iterdir()))
+    page.wait_for_selector("[data-save='dicom.zip']:not([hidden])", timeout=WAIT)
+    page.wait_for_function("$('work').hidden", timeout=WAIT)
+    page.click("#findings .name >> nth=1")
+    page.wait_for_selector("[data-save='map.nii.gz']:not([hidden])", timeout=WAIT)
+    for name, start in (("findings.pdf", b"%PDF"), ("map.nii.gz", b"\x1f\x8b"), ("dicom.zip", b"PK")):
+        with page.expect_download(timeout=WAIT) as download:
+            page.click(f"[data-save='{name}']")
+        download.value.save_as(tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(start)
+    assert nib.load(tmp_path / "map.nii.gz").shape == nib.load(scan).shape
+    page.click("#clear")
+    assert page.is_hidden("[data-save='map.nii.gz']")
+    assert page.faults == []
+
+
 def test_a_bad_file_is_one_line(page: Any, tmp_path: Path) -> None:
     (tmp_path / "bad.nii.gz").write_bytes(b"no scan")
     page.set_input_files("#files", tmp_path / "bad.nii.gz")

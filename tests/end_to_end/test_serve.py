@@ -53,7 +53,7 @@ class Served:
         self.wait()
 
     def wait(self) -> None:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while self.client.get("/healthz").status_code != 200:
             assert time.monotonic() < until
             time.sleep(0.2)
