@@ -15,27 +15,22 @@ from ctclip import __version__
 from ctclip.explanation.explain import Explanation
 from ctclip.explanation.picture import rendered
 from ctclip.explanation.place import Place
+from ctclip.preprocessing.csv_files import guarded
 from ctclip.preprocessing.files import written_beside
 
-# What a spreadsheet takes for the beginning of a formula (OWASP, CSV injection).
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
 A4_INCHES = (8.27, 11.69)
 MOST_FINDINGS = 30
 
 
 def table(result: dict[str, Any]) -> str:
-    """The findings of a scan as CSV; what a spreadsheet would compute gets an apostrophe before it."""
+    """The findings of a scan as CSV, safe to open in a spreadsheet."""
     lines = io.StringIO()
     writer = csv.writer(lines)
     writer.writerow(["finding", "probability", "margin", "threshold", "model"])
     for entry in result["findings"]:
         numbers = [entry["probability"], entry["margin"], entry["threshold"]]
-        writer.writerow([_harmless(entry["name"]), *numbers, _harmless(result["model"])])
+        writer.writerow([guarded(entry["name"]), *numbers, result["model"]])
     return lines.getvalue()
-
-
-def _harmless(text: str) -> str:
-    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def write_dicom(explanation: Explanation, path: Path) -> None:
