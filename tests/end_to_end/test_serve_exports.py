@@ -115,6 +115,13 @@ def test_the_printed_page(served: Served, series: str) -> None:
         assert len(page) < 3_000_000
 
 
+def test_a_service_without_a_pacs_says_so(served: Served) -> None:
+    answer = served.client.post("/v1/detect", files={"study": (None, "1.2.3"), "series": (None, "1.2.4")})
+    assert answer.status_code == 422
+    assert "--dicomweb" in answer.json()["detail"]
+    assert served.client.get("/v1/models").json()["dicomweb"] is False
+
+
 def inflated(part: bytes) -> bytes:
     try:
         return zlib.decompress(part)
