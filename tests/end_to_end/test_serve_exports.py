@@ -96,7 +96,7 @@ def test_what_is_no_series_has_no_dicom_objects(served: Served, scan: Path) -> N
     name = served.client.post("/v1/scans", files=sent(scan)).json()["scan"]
     answer = served.client.get(f"/v1/scans/{name}/dicom.zip")
     assert answer.status_code == 422
-    assert "not a DICOM series" in answer.json()["detail"]
+    assert answer.json()["detail"].startswith(f"{scan.name}: not a DICOM series")
     assert served.client.get(f"/v1/scans/{name}").json()["dicom"] is False
     served.client.delete(f"/v1/scans/{name}")
 

@@ -7,6 +7,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ REPEATED = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime",
     "ReferringPhysicianName",
 )  # fmt: skip
+QUOTING = ("pydicom", "highdicom", "dicomweb_client")
 OPTIONAL = ("PatientAge", "StudyDescription", "PositionReferenceIndicator", "LossyImageCompression")
 
 
@@ -30,13 +32,14 @@ def source_images(prepared: Prepared) -> list[Dataset]:
     """The slices of the series that a scan was read from, as data sets without pixels, in the order of ``file_grid``. The
     frames of a multi-frame image stand in as images of their own; see ``refer_to_frames``. Raises ExplanationError where the scan is no DICOM series, or
     its images cannot be referred to."""
+    # Where an upload lies is nobody's business.
+    name = Path(prepared.scan.source).name
     if not prepared.headers:
         raise ExplanationError(
-            f"{prepared.scan.source}: not a DICOM series: DICOM output refers to the images of one; name a DICOM folder "
-            f"or an archive of one"
+            f"{name}: not a DICOM series, to whose images DICOM output refers; give a DICOM folder, or an archive of one"
         )
     with quiet():
-        return [_image(header, prepared.scan.source) for header in prepared.headers]
+        return [_image(header, name) for header in prepared.headers]
 
 
 def plane(image: Dataset) -> np.ndarray:
@@ -91,12 +94,12 @@ def refer_to_frames(made: Dataset, images: Sequence[Dataset]) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """pydicom and highdicom quote values of headers in what they log and warn of: they do neither within this."""
-    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
+    """These libraries quote values of headers in what they log and warn of: they do neither within this."""
+    loggers = [logging.getLogger(name) for name in QUOTING]
     before = [logger.disabled for logger in loggers]
     children = [
         child for name, child in logging.root.manager.loggerDict.items()
-        if isinstance(child, logging.Logger) and name.startswith(("pydicom.", "highdicom.")) and not child.disabled
+        if isinstance(child, logging.Logger) and name.startswith(tuple(f"{one}." for one in QUOTING)) and not child.disabled
     ]  # fmt: skip
     try:
         for logger in [*loggers, *children]:
