@@ -311,6 +311,13 @@ class TrainingConfig(Section):
     )
     validate_every: int = Field(0, ge=0, le=10**9, description="number of steps between two validations; 0: none")
     validate_volumes: int = Field(512, ge=2, le=10**9, description="maximum number of validation volumes, one per scan")
+    summary_patients: int = Field(
+        300,
+        ge=0,
+        le=10**6,
+        description="number of training patients that the model's summary is made of, by which it notices scans unlike "
+        "them; 0: none",
+    )
     wandb_project: str | None = Field(
         None, description="also log to this Weights & Biases project, if wandb is installed"
     )

@@ -40,6 +40,7 @@ from ctclip.cli.renamed import renamed
 from ctclip.cli.report import report
 from ctclip.cli.serve import serve
 from ctclip.cli.soup import soup
+from ctclip.cli.summarise import summarise
 from ctclip.cli.train import train
 from ctclip.cli.zero_shot import zero_shot
 
@@ -65,6 +66,7 @@ app.command()(locate)
 app.command()(probe)
 app.command()(adapt)
 app.command()(soup)
+app.command()(summarise)
 app.command()(calibrate)
 app.command("check-precision")(check_precision)
 app.command()(evaluate)

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
+from ctclip.drift.facts import Source
 from ctclip.errors import CheckpointError, PromptError
 from ctclip.evaluation.adapted import FILE as ADAPTATION
 from ctclip.evaluation.adapted import Adaptation
@@ -25,6 +26,7 @@ from ctclip.explanation.place import LEVEL
 from ctclip.heads.folder import PROMPTS, HeadFacts, list_heads, load_head
 from ctclip.heads.head import Head
 from ctclip.heads.prompts import PromptHead
+from ctclip.inference.drift import drift_warnings, usable_summary
 from ctclip.inference.precision import Asked, set_precision
 from ctclip.inference.show import Detection, calibrated
 from ctclip.labels import LabelSet
@@ -50,6 +52,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         self.dual = folder.model
         self.spec = folder.spec
         self._heads: dict[str, Head] = {}
+        self._summary = usable_summary(folder)
 
     def __repr__(self) -> str:
         names = ", ".join(head.name for head in self.heads)
@@ -139,7 +142,16 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         """
         ready = self._ready(scan, **reading)
         scorer = self.head(head) if abnormalities is None else self._asking(abnormalities, head)
-        return self.detection(self.encode(ready), scorer, _name(ready), ready.warnings)
+        encoded = self.encode(ready)
+        far = self.drift(ready, encoded, Source(ready.source_spacing, ready.source_shape))
+        return self.detection(encoded, scorer, _name(ready), [*ready.warnings, *far])
+
+    def drift(self, ready: Prepared, encoded: Encoded, source: Source | None) -> list[str]:
+        """A warning where a scan is far from those the model was trained on. ``source``: spacing and shape of the scan
+        before it was prepared, None if unknown."""
+        assert encoded.embedding is not None
+        vectors = encoded.embedding.float().cpu().numpy()
+        return [line for line in drift_warnings(self._summary, self.spec, [ready.voxels], vectors, [source]) if line]
 
     def detection(self, encoded: Encoded, scorer: Head, scan: str, warnings: Sequence[str] = ()) -> Detection:
         """The detection by ``scorer`` in the single scan of ``encoded``; ``scan``: its name."""

@@ -23,11 +23,13 @@ import torch
 
 from ctclip import distributed
 from ctclip.data.reports import reports_of
+from ctclip.drift.summary import TrainingSummary
 from ctclip.errors import DataError
 from ctclip.evaluation.adapted import FILE as ADAPTATION
 from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.tables import IDENTITY, check_names, embedding_table, prediction_table
 from ctclip.heads.head import Head
+from ctclip.inference.drift import drift_warnings, usable_summary
 from ctclip.inference.scans import Scans, prefetch
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import ModelFolder
@@ -82,11 +84,12 @@ def detect(
     before and ``force`` is not given.
     """
     check_names(head.names)
-    key = _key(loaded, head, scans, reports)
+    summary = usable_summary(loaded)
+    key = _key(loaded, head, scans, reports, summary)
     with contextlib.ExitStack() as stack:
         claim = claimed_folder(output, "zero-shot", key, TABLES, is_output, force=force)
         distributed.on_main(lambda: stack.enter_context(claim))
-        return _detect(loaded, head, scans, output, output / "parts" / key, batch, reports, suffix)
+        return _detect(loaded, head, scans, output, output / "parts" / key, batch, reports, suffix, summary)
 
 
 def check_output(output: Path) -> None:
@@ -100,8 +103,9 @@ def is_output(folder: Path) -> bool:
 
 
 def _detect(
-    loaded: ModelFolder, head: Head, scans: Scans, output: Path, parts: Path, batch: int, reports: bool, suffix: str
-) -> Summary:
+    loaded: ModelFolder, head: Head, scans: Scans, output: Path, parts: Path, batch: int, reports: bool, suffix: str,
+    training: TrainingSummary | None,
+) -> Summary:  # fmt: skip
     for folder in (parts.parent, parts):
         if folder.is_symlink():
             raise DataError(f"{folder}: is a symbolic link; remove it")
@@ -114,7 +118,7 @@ def _detect(
     refused: dict[str, str] = {}
     waiting: list[pa.Table] = []
     for indices, voxels, warnings in batches(scans, share, batch, refused):
-        waiting.append(_scored(loaded, head, scans, indices, voxels, warnings, reports))
+        waiting.append(_scored(loaded, head, scans, indices, voxels, warnings, reports, training))
         if len(waiting) == PART_BATCHES:
             _write_part(parts, waiting)
     _write_part(parts, waiting)
@@ -211,19 +215,24 @@ def _scored(
     voxels: np.ndarray,
     warnings: list[str],
     reports: bool,
+    training: TrainingSummary | None,
 ) -> pa.Table:
     with torch.inference_mode():
         encoded = loaded.model.encode(torch.from_numpy(voxels).to(loaded.model.device))
         scores, values = head.score(encoded).float(), head.values(encoded).float()
         probabilities = head.probabilities(scores)
     assert encoded.embedding is not None
+    vectors = {VOLUME: encoded.embedding.float().cpu().numpy()}
+    far = drift_warnings(
+        training, loaded.spec, voxels[:, 0], vectors[VOLUME], [scans.source(index) for index in indices]
+    )
+    warnings = ["; ".join(filter(None, pair)) for pair in zip(warnings, far, strict=True)]
     identity = scans.table.iloc[indices].loc[:, ["volume", "patient", "scan"]].assign(warnings=warnings)
     table = prediction_table(
         identity, list(head.names), probabilities.cpu().numpy(), scores.cpu().numpy(),
         dict(zip(head.values_of, values.cpu().numpy().T, strict=True)), **provenance(loaded, head),
         adapted_on=adapted_on(adaptations(loaded, head), identity["patient"]),
     )  # fmt: skip
-    vectors = {VOLUME: encoded.embedding.float().cpu().numpy()}
     if reports:
         vectors[REPORT] = report_embeddings(
             loaded.model, report_texts(scans.table.iloc[indices], loaded.trained_on.sections)
@@ -263,7 +272,7 @@ def supervision(loaded: ModelFolder, head: Head) -> str:
     return loaded.trained_on.supervision if head.supervision == "none" else head.supervision
 
 
-def _key(loaded: ModelFolder, head: Head, scans: Scans, reports: bool) -> str:
+def _key(loaded: ModelFolder, head: Head, scans: Scans, reports: bool, summary: TrainingSummary | None) -> str:
     """Parts made with another model, other prompts or another calibration, or of other scans, are not these."""
     names = list(scans.table["volume"])
     facts = [
@@ -277,7 +286,7 @@ def _key(loaded: ModelFolder, head: Head, scans: Scans, reports: bool) -> str:
         head.identity(),
         loaded.model.precision,
     ]
-    return run_key(*facts)
+    return run_key(*facts, *([] if summary is None else [summary.limit]))
 
 
 def run_key(*facts: object) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ctclip.data.dataset import stored_volumes
+from ctclip.drift.facts import Source
 from ctclip.errors import DataError
 from ctclip.preprocessing.cohorts import read_cohort
 from ctclip.preprocessing.cohorts.folder import scan_id
@@ -40,6 +41,9 @@ class Scans(Protocol):
     def voxels(self, index: int) -> tuple[np.ndarray, str]:
         """Model-ready voxels [slice, row, column] of one row, and warnings. Raises PreprocessingError."""
 
+    def source(self, index: int) -> Source | None:
+        """Spacing and shape of one row before it was resampled, where they are known; of a file, once it has been read."""
+
 
 class StoredScans:
     """Volumes of a store. A store of another spec than the model's is refused."""
@@ -60,6 +64,9 @@ class StoredScans:
         volume = str(self.table["volume"].iloc[index])
         return self.store.voxels(volume), "; ".join(self._warnings(volume))
 
+    def source(self, index: int) -> Source | None:
+        return Source.of_notes(self.store.notes(str(self.table["volume"].iloc[index])))
+
     def _warnings(self, volume: str) -> tuple[str, ...]:
         """What was said of the scan when it was stored, and kept with it (not by stores before 0.3)."""
         notes = self.store.notes(volume)
@@ -74,6 +81,7 @@ class ScanFiles:
     def __init__(self, paths: Sequence[Path], spec: PreprocessingSpec, **reading: Unpack[Reading]) -> None:
         self.paths = _expanded(paths)
         self.spec, self.reading = spec, reading
+        self.sources: dict[int, Source] = {}
         names = [scan_id(path) for path in self.paths]
         if len(set(names)) < len(names):
             # Files of one name in different folders keep apart by their folder.
@@ -95,7 +103,11 @@ class ScanFiles:
 
     def voxels(self, index: int) -> tuple[np.ndarray, str]:
         ready = prepare(self.paths[index], self.spec, **self.reading)
+        self.sources[index] = Source(ready.source_spacing, ready.source_shape)
         return ready.voxels, "; ".join(ready.warnings)
+
+    def source(self, index: int) -> Source | None:
+        return self.sources.get(index)
 
 
 def prefetch(function: Callable[[T], R], items: Iterable[T], workers: int = 2) -> Iterator[Callable[[], R]]:

@@ -48,10 +48,12 @@ if TYPE_CHECKING:
 ARCHITECTURE = ("config.yaml", "tokenizer", "text_config.json", "preprocessing.yaml")
 REQUIRED = (*ARCHITECTURE, "model.safetensors")
 TRAINED_ON = "trained_on.yaml"
+# Of ``ctclip.drift.summary``.
+SUMMARY = "training_summary.safetensors"
 KIND = "model folder of ours alone"
 # All that a model folder may hold: ours, of 0.2, and what the hub adds.
 PARTS = {
-    *REQUIRED, LABELS, TRAINED_ON, "model_card.md", "heads", "vision_config.json",
+    *REQUIRED, LABELS, TRAINED_ON, SUMMARY, "model_card.md", "heads", "vision_config.json",
     "adaptation.json", "prompts.yaml", "calibration.json", "classifier.safetensors", "README.md", ".gitattributes", ".cache",
 }  # fmt: skip
 TOKENIZER = {
@@ -316,5 +318,5 @@ def _vision_of(path: Path, config: ModelConfig) -> dict[str, Any]:
 
 def local_folder(source: str) -> Path:
     """The folder ``source`` names: one here, or a snapshot of a hub repository. Raises CheckpointError."""
-    patterns = ["classifier.safetensors", "tokenizer/*", "heads/*", "*.yaml", "*.json", "*.md", "model.safetensors"]
+    patterns = [SUMMARY, "classifier.safetensors", "tokenizer/*", "heads/*", "*.yaml", "*.json", "*.md", "model.safetensors"]
     return model_folder(source, patterns, "preprocessing.yaml")

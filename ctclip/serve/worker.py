@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from isal import igzip
 
+from ctclip.drift.facts import Source
 from ctclip.errors import CtclipError
 from ctclip.explanation.explain import Explanation, explain, write_nifti
 from ctclip.heads.head import Head
@@ -50,10 +51,11 @@ class Scan:
 
 @dataclass
 class Ready:
-    """A scan that has been read and waits to be encoded."""
+    """A scan that has been read and waits to be encoded; ``source``: what it was before it was prepared, if that is known."""
 
     request: Request
     prepared: Prepared
+    source: Source | None
 
 
 class Worker:
@@ -197,11 +199,13 @@ class Worker:
         self.send(request["request"], stage="reading")
         if "volume" in request:
             prepared = self._of_store(request)
+            source = Source.of_notes(self.store.store.notes(request["volume"])) if self.store else None
         else:
             prepared = self.model.prepare(request["path"], **{**self.settings.reading, "headers": True})
+            source = Source(prepared.source_spacing, prepared.source_shape)
             _ = prepared.voxels
         write_view(prepared.scan.array, prepared.scan.affine, Path(request["view"]))
-        self.ready.put(Ready(request, prepared))
+        self.ready.put(Ready(request, prepared, source))
 
     def _of_store(self, request: Request) -> Prepared:
         if self.store is None:
@@ -241,7 +245,8 @@ class Worker:
             self.scans[scan] = Scan(encoded, one.prepared)
             while len(self.scans) > self.settings.keep:
                 self.scans.popitem(last=False)
-            detection = self.model.detection(encoded, self.head, "", one.prepared.warnings)
+            far = self.model.drift(one.prepared, encoded, one.source)
+            detection = self.model.detection(encoded, self.head, "", [*one.prepared.warnings, *far])
             result = of_detection(detection) | {"dicom": bool(one.prepared.headers)}
             self.send(one.request["request"], result=result)
 

@@ -21,7 +21,8 @@ from ctclip.data.batch import StoredBatch
 from ctclip.data.dataset import StoredVolumes, as_read, stored_volumes
 from ctclip.data.sampler import ScanSampler, rarity_weights
 from ctclip.data.shared_memory import usable_workers
-from ctclip.errors import DataError, TrainingError
+from ctclip.errors import CtclipError, DataError, TrainingError
+from ctclip.inference.drift import summarise
 from ctclip.models.folder import check_output
 from ctclip.objectives.objective import Context, columns_needed
 from ctclip.preprocessing.errors import PreprocessingError
@@ -146,7 +147,19 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
         Run(config, output, engine, checkpoints, signals, validation).train(data, sampler, steps)
     learned_state = engine.parameters()
     distributed.on_main(lambda: save_run_model(output / "model", config, output, model, learned_state))
+    del learned_state
+    distributed.on_main(lambda: _summarise(config, output / "model", data.store, device))
     return output / "model"
+
+
+def _summarise(config: Config, model: Path, store: VolumeStore, device: torch.device) -> None:
+    """Keep a summary of the training scans with the model. It is worth a warning, not a run, if that cannot be done."""
+    if not config.training.summary_patients:
+        return
+    try:
+        summarise(model, store, device, split=config.data.train_split, most=config.training.summary_patients)
+    except (CtclipError, PreprocessingError) as error:
+        warn(f"the model has no summary of its training scans: {error}")
 
 
 def _check_spec(wanted: str, kept: PreprocessingSpec, store: str) -> None:

@@ -26,6 +26,10 @@ SECTIONS = {
     "Impressions_EN": "impression",
 }
 NAME = re.compile(r"((?:train|valid)_\d+)_([a-z]+)_(\d+)")
+# Who made the image of whom, for `ctclip audit`.
+ACQUISITION = {
+    "manufacturer": "Manufacturer", "kernel": "ConvolutionKernel", "sex": "PatientSex", "age": "PatientAge",
+}  # fmt: skip
 RESCALE = {"rescale_slope": ("RescaleSlope", 1.0), "rescale_intercept": ("RescaleIntercept", 0.0)}
 
 
@@ -121,7 +125,7 @@ def _record(
         "split": match[1].split("_")[0], "path": str(path.relative_to(root)), **sections,
         "label_source": _source(root, _cell(labels, volume, "label_source")) if volume in labels.index else "",
         **{ours: _number(metadata, volume, theirs, default) for ours, (theirs, default) in RESCALE.items()},
-        **{ours: _cell(metadata, volume, theirs) for ours, theirs in GEOMETRY_COLUMNS.items()},
+        **{ours: _cell(metadata, volume, theirs) for ours, theirs in (GEOMETRY_COLUMNS | ACQUISITION).items()},
     }  # fmt: skip
 
 

@@ -28,11 +28,12 @@ LAYERS = [
         "ctclip.launchers",
     },
     {"ctclip.models", "ctclip.data", "ctclip.phantom", "ctclip.report_reading"},
-    {"ctclip.evaluation"},
+    {"ctclip.evaluation", "ctclip.drift"},
     {"ctclip.objectives", "ctclip.heads"},
     {"ctclip.explanation"},
     {"ctclip.inference", "ctclip.training"},
     {"ctclip.adaptation"},
+    {"ctclip.audit"},
     {"ctclip.serve"},
     {"ctclip.demo", "ctclip.train", "ctclip.adapt", "ctclip.zero_shot", "ctclip.cli", "ctclip.__main__"},
 ]

@@ -1,0 +1,52 @@
+"""`ctclip summarise`: keep a summary of its training scans with a model, so that scans unlike them are noticed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def summarise(
+    model: str = typer.Option(..., "--model", "-m", help="A model folder; the summary is kept in it."),
+    store: Path = typer.Option(..., help="The store of `ctclip preprocess` that the model was trained on."),
+    split: str = typer.Option("train", help="The split that the model was trained on."),
+    held_out: str = typer.Option(
+        None,
+        help="A split of patients that the model has not seen; the limit is taken from it. Default: calibration, if the "
+        "store has it; else folds of the training patients.",
+    ),
+    rate: float = typer.Option(0.01, min=0.001, max=0.2, help="Share of scans like these that may be called far."),
+    patients: int = typer.Option(300, min=20, help="At most so many patients of each split, drawn at random."),
+    seed: int = typer.Option(0, min=0, help="Of the draw and the folds."),
+) -> None:
+    """Summarise a model's training scans, so that it says of a scan when it is unlike them.
+
+    `ctclip summarise --model runs/demo/train/model --store store`
+
+    `ctclip train` does this at its end. From then on `ctclip zero-shot`, `model.detect` and the page of `ctclip serve` warn
+    of scans that are far from the training scans: another part of the body, thicker slices, half a chest.
+    """
+    from ctclip import distributed
+    from ctclip.drift.summary import FEWEST, FILE
+    from ctclip.errors import DataError
+    from ctclip.inference.drift import summarise as run
+    from ctclip.preprocessing.store import VolumeStore
+
+    summary = run(
+        model,
+        VolumeStore(store),
+        distributed.device(),
+        split=split,
+        held_out=held_out,
+        most=patients,
+        rate=rate,
+        seed=seed,
+    )
+    if summary is None:
+        raise DataError(
+            f"{store}: fewer than {FEWEST} patients can be read of a split: too few to tell what is unlike them"
+        )
+    held = f", limit from {summary.held_out} held out" if summary.held_out else ", limit from folds of them"
+    print(f"summary of {summary.patients} patients{held}; {summary.rate:.1%} of such scans exceed it")
+    print(f"written: {FILE} in {model}")

@@ -1,0 +1,1 @@
+"""How far a scan is from those a model was trained on."""

@@ -1,0 +1,112 @@
+"""A model's summary of its training scans: made from a store, and asked of every scan that is scored."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ctclip.data.dataset import stored_volumes
+from ctclip.drift.facts import Source
+from ctclip.drift.summary import FEWEST, RATE, Described, TrainingSummary
+from ctclip.inference.scans import Scans, StoredScans, prefetch
+from ctclip.models.folder import ModelFolder, load_model
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.progress import track
+from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.store import VolumeStore
+
+# Patients of either kind that a summary is made of.
+MOST_PATIENTS = 300
+HELD_OUT = "calibration"
+
+
+def usable_summary(loaded: ModelFolder) -> TrainingSummary | None:
+    """The summary in a model folder; one of other weights is left out, and said."""
+    summary = TrainingSummary.load(loaded.path)
+    if summary is not None and summary.model != loaded.hash:
+        print(
+            f"warning: the summary of training scans in {loaded.path} is of other weights ({summary.model}), so it is not "
+            f"used; `ctclip summarise` makes one",
+            file=sys.stderr,
+        )
+        return None
+    return summary
+
+
+def drift_warnings(
+    summary: TrainingSummary | None,
+    spec: PreprocessingSpec,
+    voxels: Sequence[np.ndarray] | np.ndarray,
+    embeddings: np.ndarray,
+    sources: Sequence[Source | None],
+) -> list[str]:
+    """A warning for each scan that is far from the training scans, "" for the others; all "" without a summary.
+
+    voxels: of each scan [slice, row, column] in [-1, 1]; embeddings (n, dim) unit vectors.
+    """
+    if summary is None:
+        return [""] * len(voxels)
+    scans = zip(voxels, embeddings, sources, strict=True)
+    verdicts = [summary.judge(Described.of(one, spec, vector, source)) for one, vector, source in scans]
+    return [verdict.warning() if verdict.far else "" for verdict in verdicts]
+
+
+def summarise(
+    model: str | Path,
+    store: VolumeStore,
+    device: str | torch.device = "cpu",
+    *,
+    split: str = "train",
+    held_out: str | None = None,
+    most: int = MOST_PATIENTS,
+    rate: float = RATE,
+    seed: int = 0,
+) -> TrainingSummary | None:
+    """Describe ``split`` of the store and keep the summary in the folder of ``model``; None where there are too few patients.
+
+    One volume a patient, of at most ``most`` patients, chosen at random. ``held_out``: a split of patients that the model
+    never saw, from which the limit is taken; by default ``calibration`` if the store has it, else folds of ``split``.
+    """
+    if stored_volumes(store, split)["patient"].nunique() < FEWEST:
+        return None
+    loaded = load_model(model, device)
+    known = set(store.cohort["split"])
+    held_out = held_out or (HELD_OUT if HELD_OUT in known and split != HELD_OUT else None)
+    training = _described(loaded, store, split, most, seed)
+    others = _described(loaded, store, held_out, most, seed) if held_out is not None else []
+    summary = TrainingSummary.fit(training, others, model=loaded.hash, rate=rate, seed=seed)
+    if summary is not None:
+        summary.save(loaded.path)
+    return summary
+
+
+def one_a_patient(table: pd.DataFrame, most: int, seed: int) -> pd.DataFrame:
+    """A volume of each of at most ``most`` patients, drawn at random."""
+    return table.sample(frac=1, random_state=seed).drop_duplicates("patient").head(most).sort_values("volume")
+
+
+def _described(loaded: ModelFolder, store: VolumeStore, split: str, most: int, seed: int) -> list[Described]:
+    scans = StoredScans(store, split, loaded.spec, loaded.path)
+    scans.table = one_a_patient(stored_volumes(store, split), most, seed).reset_index(drop=True)
+    return describe(loaded, scans, f"describing {split}")
+
+
+def describe(loaded: ModelFolder, scans: Scans, what: str = "describing") -> list[Described]:
+    """Every scan that can be read, encoded one by one."""
+    described = []
+    indices = range(len(scans.table))
+    for index, result in track(zip(indices, prefetch(scans.voxels, indices), strict=True), len(indices), what, "scans"):
+        try:
+            voxels, _ = result()
+        except PreprocessingError as error:
+            print(f"refused: {error}", file=sys.stderr)
+            continue
+        with torch.inference_mode():
+            vector = loaded.model.encode_volume(torch.from_numpy(voxels)[None, None].to(loaded.model.device))
+        described.append(Described.of(voxels, loaded.spec, vector[0].float().cpu().numpy(), scans.source(index)))
+    return described

@@ -1,0 +1,1 @@
+"""What `ctclip audit` and its kin find of what was planted."""
