@@ -165,6 +165,20 @@ class DataConfig(Section):
     volumes: int | None = Field(
         None, ge=2, le=10**9, description="number of volumes to train on; null: all of the split"
     )
+    min_pair_score: float | None = Field(
+        None,
+        ge=-(10**9),
+        le=10**9,
+        description="least score (nats) of a pair of volume and report that is learned from, see `ctclip filter-pairs "
+        "--keep`; null: any",
+    )
+    best_pairs: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the pairs that is learned from, the best by the score of `ctclip filter-pairs --keep`; "
+        "null: all",
+    )
     rarity: float = Field(
         0.0,
         ge=0,

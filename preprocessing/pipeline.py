@@ -18,6 +18,7 @@ import pandas as pd
 
 from ctclip.preprocessing.anatomy import Lungs, find_lungs, no_chest, orientation_doubt
 from ctclip.preprocessing.cohorts import Cohort, hold_out, read_cohort
+from ctclip.preprocessing.doubles import double_notes
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.facts import TableFacts, placed, table_facts
 from ctclip.preprocessing.files import written_beside
@@ -306,7 +307,7 @@ def preprocess_cohort(
     fresh = _all(due, store.path, reading, workers or len(os.sched_getaffinity(0)))
     outcomes += track(fresh, len(due), "preprocessing")
     write_outcomes(store, outcomes, shard)
-    return Report(outcomes, cohort.notes, dict(cohort.unused))
+    return Report(outcomes, [*cohort.notes, *double_notes(store, table)], dict(cohort.unused))
 
 
 def _kept(store: VolumeStore, tasks: Sequence[Task], reading: Reading) -> tuple[list[Outcome], list[str]]:

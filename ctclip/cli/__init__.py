@@ -13,7 +13,9 @@ import typer
 
 from ctclip import __version__
 from ctclip.cli.adapt import adapt
+from ctclip.cli.analyze import analyze
 from ctclip.cli.ask import ask
+from ctclip.cli.audit import audit
 from ctclip.cli.calibrate import calibrate
 from ctclip.cli.check_precision import check_precision
 from ctclip.cli.clean_reports import clean_reports
@@ -23,6 +25,7 @@ from ctclip.cli.embed import embed
 from ctclip.cli.evaluate import evaluate
 from ctclip.cli.explain import explain
 from ctclip.cli.export import export
+from ctclip.cli.filter_pairs import filter_pairs
 from ctclip.cli.find import find
 from ctclip.cli.import_checkpoint import import_checkpoint
 from ctclip.cli.index import index, similar
@@ -78,6 +81,9 @@ app.command()(similar)
 app.command()(ask)
 app.command("read-reports")(read_reports)
 app.command("clean-reports")(clean_reports)
+app.command()(analyze)
+app.command("filter-pairs")(filter_pairs)
+app.add_typer(audit, name="audit")
 app.add_typer(prompts, name="prompts")
 app.add_typer(labels, name="labels")
 app.add_typer(config, name="config")

@@ -25,6 +25,7 @@ from ctclip.data.air import BodyTokens
 from ctclip.data.augment import Change, draw_change
 from ctclip.data.batch import StoredBatch, Tokens
 from ctclip.data.label_table import read_label_table
+from ctclip.data.pair_scores import good_pairs
 from ctclip.data.reports import ReportViews, reports_of
 from ctclip.errors import DataError
 from ctclip.labels import LabelSet
@@ -66,6 +67,7 @@ class StoredVolumes(Dataset):
             self.table = with_own_labels(self.table, read_label_table(Path(config.label_table), self.store), training)
         if training:
             self.table = with_report(self.table, config.sections, f"{self.store.path}: split {split!r}")
+            self.table = good_pairs(self.table, self.store, config.min_pair_score, config.best_pairs)
         if training and config.volumes is not None:
             self.table = some_scans(self.table, config.volumes, seed)
         self.scan_numbers = pd.factorize(self.table["scan"])[0]

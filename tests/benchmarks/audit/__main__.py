@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.benchmarks.common import machine
 
-PARTS = ("drift",)
+PARTS = ("drift", "doubles")
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Looking inside data and models: doubles, geometry of embeddings, concepts, pairs that do not belong together."""

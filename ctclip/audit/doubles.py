@@ -1,0 +1,146 @@
+"""Volumes, patients and reports that are in a cohort twice, copies that were changed included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ctclip.audit.fingerprints import candidates, compare, fingerprint, slice_vectors
+from ctclip.data.dataset import stored_volumes
+from ctclip.inference.run import run_key
+from ctclip.preprocessing.doubles import recurring_reports
+from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.progress import track
+from ctclip.preprocessing.store import VolumeStore
+
+# Correlation of two fingerprints from which they are of one scan. The measured distributions stand in
+# tests/benchmarks/RESULTS.md: copies that were cropped reach 0.67 and more, other patients at most 0.5.
+COPY = 0.6
+# Fingerprints that are kept together, so that an interrupted command resumes.
+TOGETHER = 256
+NEAREST = 3
+COLUMNS = (
+    "first", "second", "correlation", "reversed", "first_patient", "second_patient", "first_split", "second_split", "is",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Doubles:
+    """pairs: a row a pair of volumes (``COLUMNS``), the most alike first; reports: a row a report that recurs under another
+    patient (scans, patients, splits); volumes, compared: how many there were, and how many pairs were compared closely."""
+
+    pairs: pd.DataFrame
+    reports: pd.DataFrame
+    volumes: int
+    compared: int
+
+
+def find_doubles(
+    store: VolumeStore,
+    cache: Path,
+    *,
+    split: str | None = None,
+    embeddings: dict[str, np.ndarray] | None = None,
+    least: float = COPY,
+) -> Doubles:
+    """Pairs of volumes of different scans that are copies of each other, and reports that recur.
+
+    Reconstructions of one scan are alike by nature and not compared. ``cache``: a folder for fingerprints; ``embeddings``:
+    unit vectors (dim,) by volume, whose nearest neighbours are compared too; ``least``: the correlation of a copy.
+    """
+    table = stored_volumes(store, split)
+    prints = fingerprints(store, list(table["volume"]), cache)
+    scans = pd.factorize(table["scan"])[0]
+    near = set(candidates(slice_vectors(prints), scans, NEAREST))
+    if embeddings is not None:
+        near |= set(_nearest_embeddings(table["volume"].tolist(), embeddings, scans))
+    ordered = sorted(near)
+    likeness = compare(prints, ordered)
+    return Doubles(_pairs(table, ordered, likeness, least), _reports(table), len(table), len(ordered))
+
+
+def fingerprints(store: VolumeStore, volumes: Sequence[str], cache: Path) -> np.ndarray:
+    """(n, d, h, w) float16 of the volumes, read once and kept in ``cache``; mapped into memory, not read into it."""
+    cache.mkdir(parents=True, exist_ok=True)
+    checksums = [store.checksums(volume) for volume in volumes]
+    whole = cache / f"{run_key(list(volumes), checksums, store.spec.hash)}.npy"
+    if not whole.is_file():
+        parts = []
+        with ThreadPoolExecutor(2) as pool:
+            for first in track(range(0, len(volumes), TOGETHER), -(-len(volumes) // TOGETHER), "fingerprints", "parts"):
+                names, sums = volumes[first : first + TOGETHER], checksums[first : first + TOGETHER]
+                part = cache / f"part-{run_key(list(names), sums, store.spec.hash)}.npy"
+                if not part.is_file():
+                    made = pool.map(lambda name: fingerprint(store.read(name), store.spec), names)
+                    _save(part, np.stack(list(made)))
+                parts.append(part)
+        _save(whole, np.concatenate([np.load(part) for part in parts]))
+        for part in parts:
+            part.unlink()
+    loaded: np.ndarray = np.load(whole, mmap_mode="r")
+    return loaded
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with written_beside(path) as partial, partial.open("wb") as stream:
+        np.save(stream, array)
+
+
+def _nearest_embeddings(
+    volumes: Sequence[str], embeddings: dict[str, np.ndarray], scans: np.ndarray
+) -> list[tuple[int, int]]:
+    """For each volume that has an embedding, its nearest neighbours of another scan."""
+    rows = np.array([row for row, name in enumerate(volumes) if name in embeddings])
+    vectors = np.stack([embeddings[volumes[row]] for row in rows])
+    pairs = []
+    for place, row in enumerate(rows):
+        similarity = vectors @ vectors[place]
+        similarity[scans[rows] == scans[row]] = -np.inf
+        nearest = rows[np.argsort(-similarity)[:NEAREST]]
+        pairs += [(min(int(row), int(other)), max(int(row), int(other))) for other in nearest if other != row]
+    return pairs
+
+
+def _pairs(
+    table: pd.DataFrame, ordered: Sequence[tuple[int, int]], likeness: np.ndarray, least: float
+) -> pd.DataFrame:
+    rows = []
+    for (one, other), (correlation, is_reversed) in zip(ordered, likeness, strict=True):
+        if correlation < least:
+            continue
+        first, second = table.iloc[one], table.iloc[other]
+        rows.append(
+            (first["volume"], second["volume"], round(float(correlation), 4), int(is_reversed), first["patient"],
+             second["patient"], first["split"], second["split"], _what(first, second))
+        )  # fmt: skip
+    pairs = pd.DataFrame(rows, columns=list(COLUMNS))
+    return pairs.sort_values(["correlation", "first", "second"], ascending=[False, True, True], ignore_index=True)
+
+
+def _what(first: pd.Series, second: pd.Series) -> str:
+    """What a pair of copies does wrong, the worst first."""
+    faults = []
+    if first["split"] != second["split"]:
+        faults.append("two splits")
+    if first["patient"] != second["patient"]:
+        faults.append("two patients")
+    return f"one scan under {' and '.join(faults)}" if faults else "two scans of one patient"
+
+
+def _reports(table: pd.DataFrame) -> pd.DataFrame:
+    by_scan = table.drop_duplicates("scan").set_index("scan")
+    rows = [
+        (
+            "; ".join(map(str, group)),
+            by_scan.loc[group, "patient"].nunique(),
+            "; ".join(sorted(set(by_scan.loc[group, "split"]))),
+            len(group),
+        )
+        for group in recurring_reports(table)
+    ]
+    return pd.DataFrame(rows, columns=["scans", "patients", "splits", "count"])

@@ -1,0 +1,103 @@
+"""The page and the tables of a search for doubles."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ctclip.audit.doubles import Doubles, find_doubles
+from ctclip.evaluation.pages import write_page
+from ctclip.inference.run import run_key
+from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.outputs import claimed_folder, made_by_us
+from ctclip.preprocessing.store import VolumeStore
+
+TABLES = ("doubles.csv", "recurring_reports.csv", "doubles.html")
+COMMAND = "audit doubles"
+SHOWN_PAIRS, SHOWN_ROWS = 12, 200
+WINDOW = (-1000.0, 400.0)
+
+
+def write_doubles(
+    store: VolumeStore,
+    output: Path,
+    *,
+    split: str | None = None,
+    embeddings: dict[str, np.ndarray] | None = None,
+    force: bool = False,
+) -> Doubles:
+    """Look for doubles in a store and write ``TABLES`` into ``output``."""
+    key = run_key(str(store.path.resolve()), split, embeddings is not None)
+    with claimed_folder(output, COMMAND, key, TABLES, lambda folder: made_by_us(folder), force=force):
+        doubles = find_doubles(store, output / "fingerprints", split=split, embeddings=embeddings)
+        for name, table in (("doubles.csv", doubles.pairs), ("recurring_reports.csv", doubles.reports)):
+            with written_beside(output / name) as partial:
+                table.to_csv(partial, index=False)
+        _write_page(output / "doubles.html", store, doubles)
+    return doubles
+
+
+def _write_page(path: Path, store: VolumeStore, doubles: Doubles) -> None:
+    pairs, reports = doubles.pairs, doubles.reports
+    across = int((pairs["first_split"] != pairs["second_split"]).sum())
+    names = int((pairs["first_patient"] != pairs["second_patient"]).sum())
+    with tempfile.TemporaryDirectory() as scratch:
+        figures = []
+        for number, pair in enumerate(pairs.head(SHOWN_PAIRS).itertuples()):
+            png = Path(scratch) / f"{number}.png"
+            _picture(store, str(pair.first), str(pair.second), bool(pair.reversed)).save(png)
+            caption = f"{pair.first} and {pair.second}: correlation {pair.correlation:.2f}"
+            figures.append((caption + ", slices reversed" * bool(pair.reversed), png))
+        sections: list[dict[str, Any]] = [
+            {
+                "title": "Copies", "figures": figures, "beside": True,
+                "words": "Pairs of volumes of different scans whose fingerprints correlate, whatever their spacing, noise, "
+                "cropping and order of slices. Middle coronal and axial slices of each pair.",
+                "table": _table(pairs) if len(pairs) else None,
+            },
+            {
+                "title": "Reports that recur", "words": "Word for word under different patients; templates recur without harm.",
+                "table": _table(reports) if len(reports) else None,
+            },
+        ]  # fmt: skip
+        headline = [
+            (f"{len(pairs):,}", "pairs of copies"), (f"{across:,}", "of them across splits"),
+            (f"{names:,}", "under two patients"), (f"{len(reports):,}", "reports that recur"),
+        ]  # fmt: skip
+        subtitle = f"{doubles.volumes:,} volumes of {store.path.name}; {doubles.compared:,} pairs compared closely"
+        write_page(path, title="Doubles", subtitle=subtitle, headline=headline, sections=sections)
+
+
+def _table(table: Any) -> list[list[str]]:
+    shown = table.head(SHOWN_ROWS)
+    return [list(map(str, shown.columns)), *([str(cell) for cell in row] for row in shown.itertuples(index=False))]
+
+
+def _picture(store: VolumeStore, first: str, second: str, is_reversed: bool) -> Image.Image:
+    """Middle coronal (head up) and axial slices of two volumes, one below the other; the second's order set right."""
+    rows = []
+    for number, name in enumerate((first, second)):
+        hu = store.read(name)
+        if store.spec.published_geometry:
+            hu = hu.transpose(0, 2, 1)
+        hu = hu[::-1] if number and is_reversed else hu
+        depth, height, _ = hu.shape
+        dz, dy, dx = store.spec.spacing
+        planes = [(hu[::-1, height // 2], dz / dx), (hu[depth // 2], dy / dx)]
+        rows.append(np.concatenate([_grey(plane, aspect) for plane, aspect in planes], axis=1))
+    return Image.fromarray(np.concatenate(rows))
+
+
+def _grey(plane: np.ndarray, aspect: float, size: int = 240) -> np.ndarray:
+    low, high = WINDOW
+    grey = np.clip((plane.astype(np.float32) - low) * (255 / (high - low)), 0, 255).astype(np.uint8)
+    tall = grey.shape[0] * aspect
+    scale = size / max(tall, grey.shape[1])
+    fitted = Image.fromarray(grey).resize((max(1, round(grey.shape[1] * scale)), max(1, round(tall * scale))))
+    canvas = Image.new("L", (size, size))
+    canvas.paste(fitted, ((size - fitted.width) // 2, (size - fitted.height) // 2))
+    return np.asarray(canvas)

@@ -1,0 +1,131 @@
+"""Every pair of volume and report of a split with its score, the worst first, as tables and a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ctclip.adaptation.examples import cached_embeddings
+from ctclip.audit.pairs import FEWEST_PAIRS, match_scores, side_scores, worse_share
+from ctclip.audit.sides import exchange_sides, mirrored
+from ctclip.data.pair_scores import write_pair_scores
+from ctclip.errors import DataError
+from ctclip.evaluation.pages import write_page
+from ctclip.inference.run import report_embeddings, report_texts, run_key
+from ctclip.inference.scans import StoredScans
+from ctclip.models.folder import ModelFolder
+from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.outputs import claimed_folder, made_by_us
+from ctclip.preprocessing.store import VolumeStore
+
+TABLES = ("pairs.csv", "pairs.html")
+COMMAND = "filter-pairs"
+COLUMNS = ("volume", "patient", "scan", "score", "worse_share", "match", "side", "note")
+SHOWN = 60
+
+
+class MirroredScans(StoredScans):
+    """Volumes of a store with left and right exchanged."""
+
+    def origin(self) -> str:
+        return f"mirrored {super().origin()}"
+
+    def voxels(self, index: int) -> tuple[np.ndarray, str]:
+        voxels, warnings = super().voxels(index)
+        return mirrored(voxels, self.spec), warnings
+
+
+def filter_pairs(
+    loaded: ModelFolder,
+    store: VolumeStore,
+    output: Path,
+    *,
+    split: str = "train",
+    sides: bool = True,
+    keep: bool = False,
+    batch: int = 8,
+    seed: int = 0,
+    force: bool = False,
+) -> pd.DataFrame:
+    """Score the pairs of ``split``, write ``TABLES`` into ``output`` and return the table (``COLUMNS``), the worst first.
+
+    ``sides``: encode mirror images too, to see reports with left and right exchanged; ``keep``: keep the scores in the
+    store, where ``data.min_pair_score`` and ``data.best_pairs`` read them.
+    """
+    key = run_key(loaded.hash, str(store.path.resolve()), split, sides, seed)
+    with claimed_folder(output, COMMAND, key, TABLES, lambda folder: made_by_us(folder), force=force):
+        pairs = score_pairs(loaded, store, split, output / "embeddings", sides=sides, batch=batch, seed=seed)
+        with written_beside(output / "pairs.csv") as partial:
+            pairs.drop(columns="text").to_csv(partial, index=False, float_format="%.5g")
+        _write_page(output / "pairs.html", store, split, pairs)
+    pairs = pairs.drop(columns="text")
+    if keep:
+        write_pair_scores(store, pairs[["volume", "score", "worse_share"]].assign(model=loaded.hash))
+    return pairs
+
+
+def score_pairs(
+    loaded: ModelFolder,
+    store: VolumeStore,
+    split: str,
+    cache: Path,
+    *,
+    sides: bool = True,
+    batch: int = 8,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """``COLUMNS`` and the report's text of every stored volume of ``split``, the worst first.
+
+    score: match plus side, in nats; -inf without a report. Raises DataError for fewer than ``FEWEST_PAIRS`` pairs.
+    """
+    scans = StoredScans(store, split, loaded.spec, loaded.path)
+    vectors = cached_embeddings(loaded, scans, cache, batch)
+    table = scans.table[scans.table["volume"].isin(list(vectors))].reset_index(drop=True)
+    texts = report_texts(table, loaded.trained_on.sections)
+    known = np.array([bool(text) for text in texts])
+    if known.sum() < FEWEST_PAIRS:
+        raise DataError(f"{store.path}: {known.sum()} volumes of split {split!r} have a report; {FEWEST_PAIRS} are needed")
+    volumes = np.stack([vectors[name] for name in table["volume"]])
+    reports = report_embeddings(loaded.model, texts)
+    patients = table["patient"].to_numpy(dtype=str)
+    match, side = np.full(len(table), -np.inf), np.zeros(len(table))
+    match[known] = match_scores(volumes[known], reports[known], patients[known], seed=seed)
+    if sides:
+        exchanged = [exchange_sides(text) for text in texts]
+        sided = np.array([one != other for one, other in zip(texts, exchanged, strict=True)])
+        if sided.sum() >= FEWEST_PAIRS:
+            images = MirroredScans(store, split, loaded.spec, loaded.path)
+            images.table = table
+            mirror = cached_embeddings(loaded, images, cache, batch)
+            sided &= table["volume"].isin(list(mirror)).to_numpy()
+            there = np.flatnonzero(sided)
+            turned = np.stack([mirror[table["volume"].iloc[row]] for row in there])
+            other = report_embeddings(loaded.model, [exchanged[row] for row in there])
+            side[there] = side_scores(volumes[there] - turned, reports[there] - other, patients[there], seed=seed)
+    scored = table[["volume", "patient", "scan"]].assign(
+        score=match + side, match=match, side=side, note=np.where(known, "", "no report"), text=texts
+    )
+    scored["worse_share"] = worse_share(scored["score"].to_numpy())
+    return scored.sort_values(["score", "volume"], ignore_index=True)[[*COLUMNS, "text"]]
+
+
+def _write_page(path: Path, store: VolumeStore, split: str, pairs: pd.DataFrame) -> None:
+    scored = pairs[pairs["note"] == ""]
+    head = ["volume", "score", "of the match", "of the sides", "report"]
+    rows = [
+        [str(row.volume), f"{row.score:.1f}", f"{row.match:.1f}", f"{row.side:.1f}", str(row.text)[:400]]
+        for row in scored.head(SHOWN).itertuples()
+    ]
+    sections: list[dict[str, Any]] = [{
+        "title": "Pairs that fit least", "table": [head, *rows],
+        "words": "Nats by which a report fits its volume better than any volume, and better than with left and right exchanged, "
+        "from embeddings and the pairs of other patients. Below 0, read the report beside the volume.",
+    }]  # fmt: skip
+    headline = [
+        (f"{len(scored):,}", "pairs"), (f"{int((scored['score'] < 0).sum()):,}", "fit worse than chance"),
+        (f"{len(pairs) - len(scored):,}", "without a report"),
+    ]  # fmt: skip
+    write_page(path, title="Pairs of volume and report", subtitle=f"{store.path.name}, split {split}", headline=headline, sections=sections)  # fmt: skip

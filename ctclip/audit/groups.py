@@ -1,0 +1,65 @@
+"""What the volumes of a store can be grouped by: labels, and columns of the cohort table with few values."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pandas as pd
+
+from ctclip.preprocessing.cohorts import COLUMNS, label_names
+from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
+
+# A column of more values than this is no group, and a value of fewer volumes is left out.
+MOST_VALUES, FEWEST_VOLUMES = 12, 10
+AGES = (0, 40, 60, 75, 200)
+
+
+def group_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Text values (n,) of each column that groups volumes, "" where unknown: the cohort's own words for scanner, kernel,
+    hospital, sex and the like; age in four classes, slice spacing in mm, and the split.
+
+    table: rows of a cohort table.
+    """
+    groups = {"split": table["split"].astype(str).to_numpy()}
+    labels = set(label_names(table))
+    own = {*COLUMNS, *GEOMETRY_COLUMNS, "no_chest", *labels}
+    for name in [str(column) for column in table.columns if column not in own]:
+        values = table[name].fillna("").astype(str).str.strip().to_numpy()
+        groups[name] = _ages(values) if name.casefold() in ("age", "patientage") else values
+    if "z_spacing" in table:
+        numbers = pd.to_numeric(table["z_spacing"], errors="coerce").round(1)
+        groups["slice spacing"] = numbers.map(lambda value: f"{value:g} mm" if value == value else "").to_numpy(dtype=str)
+    return {name: kept for name, values in groups.items() if (kept := _usual(values)) is not None}
+
+
+def label_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """1, 0 and NaN (n,) of each label of the table that has both classes."""
+    columns = {name: table[name].to_numpy(dtype=float, na_value=np.nan) for name in label_names(table)}
+    return {
+        name: values
+        for name, values in columns.items()
+        if min((values == 1).sum(), (values == 0).sum()) >= FEWEST_VOLUMES
+    }
+
+
+def _usual(values: np.ndarray) -> np.ndarray | None:
+    """Values with the rare ones made ""; None where fewer than two are left, or there are too many."""
+    names, counts = np.unique(values[values != ""], return_counts=True)
+    kept = names[counts >= FEWEST_VOLUMES]
+    if not 2 <= len(kept) <= MOST_VALUES:
+        return None
+    return np.where(np.isin(values, kept), values, "")
+
+
+def _ages(values: np.ndarray) -> np.ndarray:
+    """Classes of age; DICOM writes 063Y, tables 63 or 63.0."""
+
+    def word(value: str) -> str:
+        match = re.fullmatch(r"0*(\d{1,3})(\.0+)?\s*Y?", value, re.IGNORECASE)
+        if not match:
+            return ""
+        place = int(np.searchsorted(AGES, int(match[1]), side="right")) - 1
+        return f"{AGES[place]} to {AGES[place + 1] - 1} years" if place < len(AGES) - 2 else f"{AGES[-2]} years and older"
+
+    return np.array([word(value) for value in values], dtype=object).astype(str)

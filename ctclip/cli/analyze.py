@@ -1,0 +1,42 @@
+"""`ctclip analyze`: how a model's embeddings lie, and what that has to do with its accuracy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def analyze(
+    model: list[str] = typer.Option(
+        ...,
+        "--model",
+        "-m",
+        help="A model folder, or a run folder of `ctclip train`: then the untrained model, each checkpoint that was kept, "
+        "and the trained model. May be repeated.",
+    ),
+    store: Path = typer.Option(..., help="A store of `ctclip preprocess` with reports."),
+    split: str = typer.Option("valid", help="Split that is embedded, the first volume of each scan."),
+    output: Path = typer.Option(Path("analysis"), "--output", "-o", help="Folder for analysis.json and analysis.html."),
+    batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
+    force: bool = typer.Option(False, "--force", help="Replace the analysis of another run."),
+) -> None:
+    """Measure the modality gap, cones, alignment, uniformity, effective rank and neighbours of embeddings.
+
+    `ctclip analyze --model runs/demo/train/model --store store --split valid --output analysis`
+
+    `ctclip analyze --model runs/demo/train --store store` compares the untrained model, checkpoints and the trained model.
+    """
+    from ctclip import distributed
+    from ctclip.audit.analyze_page import TABLES, numbers_table, write_analysis
+    from ctclip.preprocessing.store import VolumeStore
+
+    analyses = write_analysis(model, VolumeStore(store), output, distributed.device(), split=split, batch=batch, force=force)
+    for analysis in analyses:
+        head, row = numbers_table([analysis.facts])
+        print(f"{row[0]}: {', '.join(f'{name} {value}' for name, value in zip(head[1:], row[1:], strict=True))}")
+        if points := analysis.facts.get("shift"):
+            best = max(points, key=lambda point: point["mean_auroc"])
+            now = next(point for point in points if point["share"] == 0)
+            print(f"  mean AUROC {now['mean_auroc']:.3f}; {best['mean_auroc']:.3f} with {best['share']:.0%} of the gap closed")
+    print(f"page and numbers: {output} ({', '.join(TABLES)})")

@@ -1,0 +1,46 @@
+"""`ctclip filter-pairs`: which reports do not belong to their volume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def filter_pairs(
+    model: str = typer.Option(..., "--model", "-m", help="A model folder whose embeddings are compared."),
+    store: Path = typer.Option(..., help="A store of `ctclip preprocess` with reports."),
+    split: str = typer.Option("train", help="Split whose pairs are scored."),
+    output: Path = typer.Option(Path("pairs"), "--output", "-o", help="Folder for pairs.csv and pairs.html."),
+    sides: bool = typer.Option(
+        True, "--sides/--no-sides", help="Encode mirror images too, to find reports with left and right exchanged."
+    ),
+    keep: bool = typer.Option(
+        False, "--keep", help="Keep the scores in the store, for data.min_pair_score and data.best_pairs."
+    ),
+    batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
+    seed: int = typer.Option(0, min=0, help="Of the folds of patients."),
+    force: bool = typer.Option(False, "--force", help="Replace the tables of another run."),
+) -> None:
+    """Score every pair of volume and report, so that swapped pairs and exchanged sides can be looked at or left out.
+
+    `ctclip filter-pairs --model runs/demo/train/model --store store --split train --keep --output pairs`
+
+    `ctclip train --store store data.best_pairs=0.9` then trains without the worst tenth.
+    """
+    from ctclip import distributed
+    from ctclip.audit.filter_pairs import TABLES
+    from ctclip.audit.filter_pairs import filter_pairs as run
+    from ctclip.models.folder import load_model
+    from ctclip.preprocessing.store import VolumeStore
+
+    loaded = load_model(model, distributed.device())
+    pairs = run(
+        loaded, VolumeStore(store), output, split=split, sides=sides, keep=keep, batch=batch, seed=seed, force=force
+    )
+    for pair in pairs[pairs["note"] == ""].head(10).itertuples():
+        print(f"{pair.volume}: score {pair.score:.1f} (match {pair.match:.1f}, sides {pair.side:.1f})")
+    print(f"{len(pairs)} pairs, {int((pairs['score'] < 0).sum())} of them fit worse than chance")
+    if keep:
+        print(f"kept in {store}: `ctclip train data.best_pairs=0.9` leaves out the worst tenth")
+    print(f"table and page: {output} ({', '.join(TABLES)})")

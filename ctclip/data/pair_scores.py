@@ -1,0 +1,55 @@
+"""Scores of pairs of volume and report, kept in a store by `ctclip filter-pairs` and read when training."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from ctclip.errors import DataError
+from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.store import VolumeStore
+
+FILE = "pair_scores.parquet"
+
+
+def write_pair_scores(store: VolumeStore, scores: pd.DataFrame) -> None:
+    """Keep a table with columns volume, score, worse_share; rows of volumes that it does not list stay as they were."""
+    path = store.path / FILE
+    if path.is_file():
+        earlier = read_pair_scores(store)
+        scores = pd.concat([earlier[~earlier["volume"].isin(scores["volume"])], scores], ignore_index=True)
+    with written_beside(path) as partial:
+        scores.to_parquet(partial, index=False)
+
+
+def read_pair_scores(store: VolumeStore) -> pd.DataFrame:
+    """The table that ``write_pair_scores`` keeps. Raises DataError where there is none."""
+    path = store.path / FILE
+    if not path.is_file():
+        raise DataError(f"{store.path}: its pairs have no scores yet; `ctclip filter-pairs --keep` writes them")
+    table = pd.read_parquet(path)
+    missing = [name for name in ("volume", "score", "worse_share") if name not in table.columns]
+    if missing:
+        raise DataError(f"{path}: column {missing[0]!r} is missing; run `ctclip filter-pairs --keep` again")
+    return table
+
+
+def good_pairs(
+    table: pd.DataFrame, store: VolumeStore, least: float | None, best_share: float | None
+) -> pd.DataFrame:
+    """The volumes whose pair scores at least ``least``, and is among the ``best_share`` of the pairs that were scored with
+    it; all where both are None. Raises DataError if a volume has no score, or none is left."""
+    if least is None and best_share is None:
+        return table
+    scores = read_pair_scores(store).set_index("volume").reindex(table["volume"])
+    unknown = table["volume"][scores["score"].isna().to_numpy()]
+    if len(unknown):
+        raise DataError(
+            f"{store.path}: {len(unknown)} volumes, the first {unknown.iloc[0]!r}, have no pair score; run `ctclip "
+            f"filter-pairs --keep` on their split"
+        )
+    kept = (scores["score"] >= (least if least is not None else -float("inf"))).to_numpy()
+    if best_share is not None:
+        kept &= (scores["worse_share"] >= 1 - best_share).to_numpy()
+    if not kept.any():
+        raise DataError(f"{store.path}: no pair scores as much as data.min_pair_score and data.best_pairs ask for")
+    return table[kept].reset_index(drop=True)

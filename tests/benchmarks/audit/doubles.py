@@ -1,0 +1,92 @@
+"""Copies of phantoms that were changed, put under other names into another split: how many are found."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from tests.benchmarks.common import table
+
+COPIES, SEED = 50, 11
+
+
+def show(demo: Path, model: Path) -> str:
+    import nibabel as nib
+
+    from ctclip.audit.doubles import COPY, NEAREST, fingerprints
+    from ctclip.audit.fingerprints import candidates, compare, fingerprint, slice_vectors
+    from ctclip.preprocessing.pipeline import prepare
+    from ctclip.preprocessing.store import VolumeStore
+
+    store, random = VolumeStore(demo / "store"), np.random.default_rng(SEED)
+    cohort = store.cohort[store.cohort["volume"].isin(set(store.volumes))].set_index("volume")
+    names = cohort.index.tolist()
+    sources = random.choice(len(names), COPIES, replace=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        began = time.process_time()
+        prints = fingerprints(store, names, Path(scratch) / "cache")
+        reading = time.process_time() - began
+        copies = []
+        for number, source in enumerate(sources):
+            image = nib.load(demo / "cohort" / cohort.at[names[source], "path"])
+            path = Path(scratch) / f"copy_{number}.nii.gz"
+            nib.save(_changed(image, number, random), path)
+            copies.append(fingerprint(prepare(path, store.spec).hu, store.spec))
+    every = np.concatenate([prints, np.stack(copies)])
+    scans = np.concatenate([np.unique(cohort["scan"], return_inverse=True)[1], -1 - np.arange(COPIES)])
+    patients = np.concatenate([np.unique(cohort["patient"], return_inverse=True)[1], -1 - np.arange(COPIES)])
+    began = time.process_time()
+    pairs = candidates(slice_vectors(every), scans, NEAREST)
+    likeness = compare(every, pairs)[:, 0]
+    seconds = time.process_time() - began
+    planted = {(int(source), len(names) + number): number for number, source in enumerate(sources)}
+    # A copy is also a copy of the other reconstructions of its scan, and of the patient's other scan.
+    owner = patients.copy()
+    owner[len(names) :] = patients[sources]
+    same = np.array([owner[one] == owner[other] for one, other in pairs])
+    called = likeness >= COPY
+    rows = []
+    for kind in range(len(KINDS)):
+        mine = [index for index, pair in enumerate(pairs) if planted.get(pair, -1) % len(KINDS) == kind and pair in planted]
+        expected = len(range(kind, COPIES, len(KINDS)))
+        values = likeness[mine]
+        rows.append([KINDS[kind], f"{int(called[mine].sum())} of {expected}", f"{values.min():.2f} to {values.max():.2f}" if len(mine) else "none compared"])  # fmt: skip
+    found = sum(bool(called[index]) for index, pair in enumerate(pairs) if pair in planted)
+    false = int((called & ~same).sum())
+    total = len(every) * (len(every) - 1) // 2
+    others = likeness[~same]
+    rows.append(["all copies", f"{found} of {COPIES}", ""])
+    rows.append(["pairs of different patients called copies", f"{false} of {total:,} pairs ({1e4 * false / total:.3f} in 10,000)", f"at most {others.max():.2f}"])  # fmt: skip
+    title = (
+        f"Doubles: {COPIES} changed copies among {len(names):,} phantoms (processor time: fingerprints {reading:.0f} s, "
+        f"{len(pairs):,} pairs compared in {seconds:.0f} s)"
+    )
+    return table(title, ["copies", "found", "correlation"], rows)
+
+
+KINDS = ("other spacing", "noise of 30 HU", "cropped", "slices reversed", "all four")
+
+
+def _changed(image, number: int, random: np.random.Generator):  # type: ignore[no-untyped-def]
+    """A copy, changed as its number says: NIfTI [column, row, slice]."""
+    import nibabel as nib
+
+    hu, affine = np.asarray(image.dataobj).astype(np.float32), image.affine.copy()
+    kind = number % len(KINDS)
+    if kind in (0, 4):
+        factor = random.uniform(1.2, 1.6, 3)
+        hu = ndimage.zoom(hu, 1 / factor, order=1)
+        affine[:3, :3] *= factor
+    if kind in (1, 4):
+        hu = hu + random.normal(0, 30, hu.shape).astype(np.float32)
+    if kind in (2, 4):
+        low = [int(random.uniform(0, 0.1) * n) for n in hu.shape]
+        high = [n - int(random.uniform(0, share) * n) for n, share in zip(hu.shape, (0.1, 0.1, 0.2), strict=True)]
+        hu = hu[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    if kind in (3, 4):
+        hu = hu[:, :, ::-1]
+    return nib.Nifti1Image(np.rint(hu).astype(np.int16), affine)

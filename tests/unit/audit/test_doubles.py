@@ -1,0 +1,83 @@
+"""Copies that were changed are found among volumes that are alike, and reports that recur."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.signal import correlate
+
+from ctclip.audit.doubles import find_doubles
+from ctclip.audit.doubles_page import write_doubles
+from ctclip.audit.fingerprints import candidates, correlation, slice_vectors
+from ctclip.preprocessing.doubles import double_notes, recurring_reports, same_voxels
+from ctclip.preprocessing.store import VolumeStore
+from tests.unit.audit.conftest import texture
+
+
+def test_a_changed_copy_is_found_and_nothing_else(textures: VolumeStore, tmp_path: Path) -> None:
+    doubles = find_doubles(textures, tmp_path)
+    assert len(doubles.pairs) == 1
+    pair = doubles.pairs.iloc[0]
+    assert {pair["first"], pair["second"]} == {"volume_3", "volume_29"}
+    assert pair["reversed"] == 1
+    assert pair["is"] == "one scan under two splits and two patients"
+    assert doubles.reports["scans"].tolist() == ["volume_29; volume_3"]
+    assert doubles.reports["splits"].tolist() == ["train; valid"]
+    # Read again from the kept fingerprints.
+    assert len(list(tmp_path.glob("*.npy"))) == 1
+    assert find_doubles(textures, tmp_path).pairs.equals(doubles.pairs)
+
+
+def test_embeddings_bring_pairs_of_their_own(textures: VolumeStore, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    vectors = {name: vector for name, vector in zip(textures.volumes, random.normal(0, 1, (30, 8)), strict=True)}
+    vectors["volume_29"] = vectors["volume_3"]
+    doubles = find_doubles(textures, tmp_path, embeddings=vectors)
+    assert len(doubles.pairs) == 1
+    assert doubles.compared > find_doubles(textures, tmp_path).compared
+
+
+def test_the_correlation_is_the_highest_over_all_shifts() -> None:
+    random = np.random.default_rng(0)
+    one, other = np.zeros((12, 12, 12)), np.zeros((12, 12, 12))
+    one[3:9, 3:9, 3:9] = random.normal(0, 1, (6, 6, 6))
+    other[5:11, 2:8, 4:10] = one[3:9, 3:9, 3:9] + random.normal(0, 0.3, (6, 6, 6))
+    expected = correlate(one, other).max() / np.linalg.norm(one) / np.linalg.norm(other)
+    value, is_reversed = correlation(one, other)
+    assert value == pytest.approx(expected, abs=1e-3)
+    assert not is_reversed
+    value, is_reversed = correlation(one, other[::-1])
+    assert value == pytest.approx(expected, abs=1e-3)
+    assert is_reversed
+
+
+def test_volumes_of_one_scan_are_not_compared() -> None:
+    prints = np.stack([texture(seed) - texture(seed).mean() for seed in (0, 0, 1, 2)]).astype(np.float16)
+    vectors = slice_vectors(prints)
+    assert (0, 1) in candidates(vectors, np.array([0, 1, 2, 3]), 1)
+    assert (0, 1) not in candidates(vectors, np.array([0, 0, 2, 3]), 1)
+
+
+def test_the_page_and_the_tables(textures: VolumeStore, tmp_path: Path) -> None:
+    write_doubles(textures, tmp_path / "doubles")
+    assert "one scan under two splits" in (tmp_path / "doubles" / "doubles.csv").read_text()
+    page = (tmp_path / "doubles" / "doubles.html").read_text()
+    assert "data:image/png;base64" in page
+    assert "<script>" in page
+
+
+def test_preprocessing_notices_the_cheap_ones(textures: VolumeStore, tmp_path: Path) -> None:
+    store = VolumeStore.create(tmp_path / "store", textures.spec)
+    for number in range(3):
+        store.write(f"volume_{number}", texture(0 if number == 2 else number))
+    table = textures.cohort[textures.cohort["volume"].isin(["volume_0", "volume_1", "volume_2"])]
+    assert same_voxels(store, store.volumes) == [["volume_0", "volume_2"]]
+    notes = double_notes(store, table)
+    assert len(notes) == 1
+    assert notes[0].startswith("2 volumes of different scans hold the same voxels")
+    assert double_notes(store, table.assign(scan="s", patient="p")) == []
+    assert recurring_reports(textures.cohort) == [["volume_3", "volume_29"]]
+    assert recurring_reports(textures.cohort.assign(patient="p")) == []
+    assert recurring_reports(textures.cohort.assign(findings="Normal chest.")) == []

@@ -1,0 +1,96 @@
+"""Pairs that were exchanged have the lowest scores; the score is a likelihood ratio."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import multivariate_normal
+
+from ctclip.audit.pairs import Joint, match_scores, side_scores, worse_share
+from ctclip.audit.sides import exchange_sides, mirrored
+from ctclip.data.pair_scores import good_pairs, read_pair_scores, write_pair_scores
+from ctclip.errors import DataError
+from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.store import VolumeStore
+
+
+def pairs(count: int, seed: int = 0, noise: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+    """Two noisy views of the same causes, mixed differently."""
+    random = np.random.default_rng(seed)
+    causes, mixes = random.normal(0, 1, (count, 8)), random.normal(0, 1, (2, 8, 16))
+    return tuple(causes @ mix + noise * random.normal(0, 1, (count, 16)) + 3 for mix in mixes)  # type: ignore[return-value]
+
+
+def test_the_score_is_the_log_likelihood_ratio_of_a_joint_normal() -> None:
+    random = np.random.default_rng(0)
+    covariance = np.array([[2.0, 0.3, 0.9], [0.3, 1.0, -0.2], [0.9, -0.2, 1.5]])
+    sample = random.multivariate_normal([1, 2, 3], covariance, 200_000)
+    joint = Joint.fit(sample[:, :2], sample[:, 2:])
+    point = np.array([[0.5, 2.5, 4.0]])
+    expected = (
+        multivariate_normal([1, 2, 3], covariance).logpdf(point)
+        - multivariate_normal([1, 2], covariance[:2, :2]).logpdf(point[:, :2])
+        - multivariate_normal([3], covariance[2:, 2:]).logpdf(point[:, 2:])
+    )
+    assert joint.log_ratio(point[:, :2], point[:, 2:])[0] == pytest.approx(expected, abs=0.02)
+
+
+def test_exchanged_pairs_are_the_worst() -> None:
+    volumes, reports = pairs(1000)
+    patients = np.arange(1000).astype(str)
+    swapped = np.random.default_rng(1).choice(1000, 50, replace=False)
+    reports[swapped] = reports[np.roll(swapped, 1)]
+    share = worse_share(match_scores(volumes, reports, patients))
+    assert (share[swapped] < 0.1).mean() > 0.95
+    assert share.min() == pytest.approx(0.0005)
+
+
+def test_pairs_without_any_relation_score_nothing() -> None:
+    volumes, _ = pairs(600)
+    _, others = pairs(600, seed=5)
+    scores = match_scores(volumes, others, np.arange(600).astype(str))
+    assert abs(scores.mean()) < 1
+
+
+def test_exchanged_sides_are_the_worst() -> None:
+    random = np.random.default_rng(0)
+    sides = random.choice([-1.0, 1.0], (600, 1)) * random.uniform(0.3, 2, (600, 1))
+    volumes, reports = (sides @ random.normal(0, 1, (1, 12)) + random.normal(0, 1, (600, 12)) for _ in range(2))
+    turned = random.choice(600, 30, replace=False)
+    reports[turned] *= -1
+    scores = side_scores(volumes, reports, np.arange(600).astype(str))
+    assert (worse_share(scores)[turned] < 0.1).mean() > 0.6
+
+
+def test_sides_of_texts_and_volumes() -> None:
+    text = "Left lower lobe (LLL) nodule, RIGHT effusion; right-sided port. Bright area, leftover."
+    other = "Right lower lobe (RLL) nodule, LEFT effusion; left-sided port. Bright area, leftover."
+    assert exchange_sides(text) == other
+    assert exchange_sides(other) == text
+    assert exchange_sides("No nodule.") == "No nodule."
+    voxels = np.arange(24).reshape(2, 3, 4)
+    spec = PreprocessingSpec("a", spacing=(1, 1, 1), shape=(2, 3, 4))
+    assert mirrored(voxels, spec)[0, 0].tolist() == [3, 2, 1, 0]
+    published = PreprocessingSpec("b", spacing=(1, 1, 1), shape=(2, 3, 4), published_geometry=True)
+    assert mirrored(voxels, published)[0, :, 0].tolist() == [8, 4, 0]
+
+
+def test_a_store_keeps_scores_and_training_leaves_out_the_worst(textures: VolumeStore, tmp_path: Path) -> None:
+    store = VolumeStore.create(tmp_path / "store", textures.spec)
+    table = textures.cohort.head(10)
+    assert good_pairs(table, store, None, None) is table
+    with pytest.raises(DataError, match="ctclip filter-pairs"):
+        good_pairs(table, store, 0.0, None)
+    scores = pd.DataFrame({"volume": table["volume"], "score": range(-5, 5), "worse_share": worse_share(np.arange(10))})
+    write_pair_scores(store, scores.head(8))
+    with pytest.raises(DataError, match="2 volumes"):
+        good_pairs(table, store, 0.0, None)
+    write_pair_scores(store, scores.tail(5))
+    assert sorted(read_pair_scores(store)["score"]) == list(range(-5, 5))
+    assert good_pairs(table, store, 0.0, None)["volume"].tolist() == table["volume"].tolist()[5:]
+    assert len(good_pairs(table, store, None, 0.8)) == 8
+    with pytest.raises(DataError, match="best_pairs"):
+        good_pairs(table, store, 50.0, None)
