@@ -63,7 +63,9 @@ def embed_pairs(loaded: ModelFolder, store: VolumeStore, split: str | None, cach
     vectors = cached_embeddings(loaded, scans, cache, batch) if len(scans.table) else {}
     table = scans.table[scans.table["volume"].isin(list(vectors))].reset_index(drop=True)
     if len(table) < FEWEST:
-        raise DataError(f"{store.path}: {len(table)} scans of split {split!r} have a report and can be read; {FEWEST} are needed")
+        raise DataError(
+            f"{store.path}: {len(table)} scans of split {split!r} have a report and can be read; {FEWEST} are needed"
+        )
     reports = report_embeddings(loaded.model, report_texts(table, loaded.trained_on.sections))
     return Embedded(table, np.stack([vectors[name] for name in table["volume"]]), reports)
 
@@ -107,7 +109,9 @@ def shifted_auroc(head: PromptHead, embedded: Embedded) -> list[dict[str, float]
         sides = [geometry.shift_prompts(side, gap, share) for side in (positive, negative)]
         scores = volumes @ (sides[0] - sides[1]).T
         areas = [_known_auroc(labels[name], scores[:, place]) for place, name in enumerate(names)]
-        points.append({"share": share, "gap": geometry.modality_gap(volumes, reports), "mean_auroc": mean_defined(areas)})
+        points.append(
+            {"share": share, "gap": geometry.modality_gap(volumes, reports), "mean_auroc": mean_defined(areas)}
+        )
     return points
 
 

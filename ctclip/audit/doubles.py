@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ctclip.audit.fingerprints import candidates, compare, fingerprint, slice_vectors
+from ctclip.audit.fingerprints import FINE_MM, candidates, compare, correlation, fingerprint, slice_vectors
 from ctclip.data.dataset import stored_volumes
 from ctclip.inference.run import run_key
 from ctclip.preprocessing.doubles import recurring_reports
@@ -18,12 +18,12 @@ from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
 
-# Correlation of two fingerprints from which they are of one scan. The measured distributions stand in
-# tests/benchmarks/RESULTS.md: copies that were cropped reach 0.67 and more, other patients at most 0.5.
-COPY = 0.6
+# Correlation at 4 mm from which two volumes are of one scan, and that at 9 mm from which they are compared at 4 mm. The
+# measured distributions stand in tests/benchmarks/RESULTS.md.
+COPY, ALIKE = 0.75, 0.5
 # Fingerprints that are kept together, so that an interrupted command resumes.
 TOGETHER = 256
-NEAREST = 3
+NEAREST = 2
 COLUMNS = (
     "first", "second", "correlation", "reversed", "first_patient", "second_patient", "first_split", "second_split", "is",
 )  # fmt: skip
@@ -54,14 +54,29 @@ def find_doubles(
     unit vectors (dim,) by volume, whose nearest neighbours are compared too; ``least``: the correlation of a copy.
     """
     table = stored_volumes(store, split)
-    prints = fingerprints(store, list(table["volume"]), cache)
+    names = table["volume"].tolist()
+    prints = fingerprints(store, names, cache)
     scans = pd.factorize(table["scan"])[0]
     near = set(candidates(slice_vectors(prints), scans, NEAREST))
     if embeddings is not None:
         near |= set(_nearest_embeddings(table["volume"].tolist(), embeddings, scans))
     ordered = sorted(near)
     likeness = compare(prints, ordered)
+    near_enough = np.flatnonzero(likeness[:, 0] >= ALIKE)
+    ordered = [ordered[index] for index in near_enough]
+    likeness = compare_closely(store, [(names[one], names[other]) for one, other in ordered])
     return Doubles(_pairs(table, ordered, likeness, least), _reports(table), len(table), len(ordered))
+
+
+def compare_closely(store: VolumeStore, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    """(pairs, 2): correlation of two stored volumes at 4 mm, and 1 where slices are reversed."""
+
+    def closely(pair: tuple[str, str]) -> tuple[float, bool]:
+        one, other = (fingerprint(store.read(name), store.spec, FINE_MM) for name in pair)
+        return correlation(one, other)
+
+    with ThreadPoolExecutor(2) as pool:
+        return np.array(list(track(pool.map(closely, pairs), len(pairs), "comparing", "pairs"))).reshape(-1, 2)
 
 
 def fingerprints(store: VolumeStore, volumes: Sequence[str], cache: Path) -> np.ndarray:
@@ -106,16 +121,14 @@ def _nearest_embeddings(
     return pairs
 
 
-def _pairs(
-    table: pd.DataFrame, ordered: Sequence[tuple[int, int]], likeness: np.ndarray, least: float
-) -> pd.DataFrame:
+def _pairs(table: pd.DataFrame, ordered: Sequence[tuple[int, int]], likeness: np.ndarray, least: float) -> pd.DataFrame:
     rows = []
-    for (one, other), (correlation, is_reversed) in zip(ordered, likeness, strict=True):
-        if correlation < least:
+    for (one, other), (value, is_reversed) in zip(ordered, likeness, strict=True):
+        if value < least:
             continue
         first, second = table.iloc[one], table.iloc[other]
         rows.append(
-            (first["volume"], second["volume"], round(float(correlation), 4), int(is_reversed), first["patient"],
+            (first["volume"], second["volume"], round(float(value), 4), int(is_reversed), first["patient"],
              second["patient"], first["split"], second["split"], _what(first, second))
         )  # fmt: skip
     pairs = pd.DataFrame(rows, columns=list(COLUMNS))

@@ -78,18 +78,21 @@ def _table(table: Any) -> list[list[str]]:
 
 
 def _picture(store: VolumeStore, first: str, second: str, is_reversed: bool) -> Image.Image:
-    """Middle coronal (head up) and axial slices of two volumes, one below the other; the second's order set right."""
-    rows = []
-    for number, name in enumerate((first, second)):
-        hu = store.read(name)
-        if store.spec.published_geometry:
-            hu = hu.transpose(0, 2, 1)
-        hu = hu[::-1] if number and is_reversed else hu
-        depth, height, _ = hu.shape
-        dz, dy, dx = store.spec.spacing
-        planes = [(hu[::-1, height // 2], dz / dx), (hu[depth // 2], dy / dx)]
-        rows.append(np.concatenate([_grey(plane, aspect) for plane, aspect in planes], axis=1))
-    return Image.fromarray(np.concatenate(rows))
+    """Two volumes, one below the other; the second's order of slices set right."""
+    rows = [slices_of(store, first), slices_of(store, second, is_reversed=is_reversed)]
+    return Image.fromarray(np.concatenate([np.asarray(row) for row in rows]))
+
+
+def slices_of(store: VolumeStore, name: str, *, is_reversed: bool = False) -> Image.Image:
+    """Middle coronal (head up) and axial slice of a stored volume, the patient's right on the left."""
+    hu = store.read(name)
+    if store.spec.published_geometry:
+        hu = hu.transpose(0, 2, 1)
+    hu = hu[::-1] if is_reversed else hu
+    depth, height, _ = hu.shape
+    dz, dy, dx = store.spec.spacing
+    planes = [(hu[::-1, height // 2], dz / dx), (hu[depth // 2], dy / dx)]
+    return Image.fromarray(np.concatenate([_grey(plane, aspect) for plane, aspect in planes], axis=1))
 
 
 def _grey(plane: np.ndarray, aspect: float, size: int = 240) -> np.ndarray:

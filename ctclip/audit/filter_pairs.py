@@ -87,7 +87,9 @@ def score_pairs(
     texts = report_texts(table, loaded.trained_on.sections)
     known = np.array([bool(text) for text in texts])
     if known.sum() < FEWEST_PAIRS:
-        raise DataError(f"{store.path}: {known.sum()} volumes of split {split!r} have a report; {FEWEST_PAIRS} are needed")
+        raise DataError(
+            f"{store.path}: {known.sum()} volumes of split {split!r} have a report; {FEWEST_PAIRS} are needed"
+        )
     volumes = np.stack([vectors[name] for name in table["volume"]])
     reports = report_embeddings(loaded.model, texts)
     patients = table["patient"].to_numpy(dtype=str)

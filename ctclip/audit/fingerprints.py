@@ -1,8 +1,8 @@
 """Fingerprints of volumes that survive resampling, noise, cropping and reversed slices.
 
-A fingerprint is the volume at about 9 mm without its coarse shading: ribs, vertebrae, vessels and the outlines of organs,
-which differ between patients as they do not between copies. Two of them are compared by the highest correlation over all
-shifts, with the slices in their order and reversed.
+A fingerprint is the volume at about 9 mm. Its slices find candidates; two candidates are laid over each other where they
+correlate most, with the slices in their order and reversed, first at 9 mm and, if they are alike there, at 4 mm, where
+ribs, vessels and vertebrae differ between patients as they do not between copies.
 """
 
 from __future__ import annotations
@@ -13,11 +13,16 @@ import numpy as np
 
 from ctclip.preprocessing.spec import PreprocessingSpec
 
-MILLIMETRES = 9.0
+COARSE_MM, FINE_MM = 9.0, 4.0
 # Denser than this is bone or metal, which would outweigh all else.
 WINDOW = (-1000.0, 300.0)
-# Of the shading that is taken away, in voxels of the fingerprint.
-SHADING = 1.5
+# Voxels above this hold something; padding is air of one value.
+CONTENT = -990.0
+# Width in voxels of the shading that is taken away, and of the rim of a scan that does not count: a cropped one has edges
+# of its own there.
+SHADING, RIM = 2.0, 3
+# Of the smaller scan, along each axis.
+LEAST_OVERLAP = 0.4
 # Frequencies of a slice that are compared, per axis.
 FREQUENCIES = 8
 # A slice of air tells nothing.
@@ -29,18 +34,31 @@ SHARED = 0.6
 QUERIES, TOGETHER = 12, 16
 
 
-def fingerprint(hu: np.ndarray, spec: PreprocessingSpec) -> np.ndarray:
-    """HU [slice, row, column] of the spec's shape -> float16 array of about ``MILLIMETRES`` a voxel, mean 0."""
-    from scipy.ndimage import gaussian_filter
-
-    sides = [max(1, round(MILLIMETRES / step)) for step in spec.spacing]
+def fingerprint(hu: np.ndarray, spec: PreprocessingSpec, millimetres: float = COARSE_MM) -> np.ndarray:
+    """HU [slice, row, column] of the spec's spacing -> float16 HU in ``WINDOW`` of about ``millimetres`` a voxel."""
+    sides = [max(1, round(millimetres / step)) for step in spec.spacing]
     shape = [count // side for count, side in zip(hu.shape, sides, strict=True)]
     whole = hu[tuple(slice(0, count * side) for count, side in zip(shape, sides, strict=True))]
     blocks = np.clip(whole, *WINDOW).reshape(shape[0], sides[0], shape[1], sides[1], shape[2], sides[2])
-    coarse = blocks.mean(axis=(1, 3, 5), dtype=np.float32)
-    detail = coarse - gaussian_filter(coarse, SHADING, mode="nearest")
-    detail: np.ndarray = detail - detail.mean()
-    return detail.astype(np.float16)
+    coarse: np.ndarray = blocks.mean(axis=(1, 3, 5), dtype=np.float32).astype(np.float16)
+    return coarse
+
+
+def detail(print_: np.ndarray, rim: int = RIM) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """A fingerprint without its shading (float32), 0 in the rim of what was scanned and outside of it, and the box along each
+    axis where it is not."""
+    from scipy.ndimage import gaussian_filter
+
+    volume = print_.astype(np.float32)
+    box = []
+    for axis in range(3):
+        used = np.flatnonzero((volume > CONTENT).any(axis=tuple({0, 1, 2} - {axis})))
+        first, end = (int(used[0]) + rim, int(used[-1]) + 1 - rim) if len(used) else (0, 0)
+        box.append((first, max(first, end)))
+    inside = tuple(slice(*ends) for ends in box)
+    kept = np.zeros_like(volume)
+    kept[inside] = (volume - gaussian_filter(volume, SHADING, mode="nearest"))[inside]
+    return kept, box
 
 
 def slice_vectors(prints: np.ndarray) -> np.ndarray:
@@ -50,13 +68,16 @@ def slice_vectors(prints: np.ndarray) -> np.ndarray:
     slices have in common does not count.
     """
     spectra = []
+    energies = []
     for volume in prints:
-        plane = np.abs(np.fft.rfft2(volume.astype(np.float32)))
-        low, high = plane[:, 1:FREQUENCIES, :FREQUENCIES], plane[:, : -FREQUENCIES : -1, :FREQUENCIES]
+        kept = detail(volume, rim=1)[0]
+        energies.append(kept.std(axis=(1, 2)))
+        plane = np.abs(np.fft.rfft2(kept))
+        low, high = plane[:, 1:FREQUENCIES, :FREQUENCIES], plane[:, :-FREQUENCIES:-1, :FREQUENCIES]
         both = np.concatenate([part.reshape(len(plane), -1) for part in (low, high)], axis=1)
         spectra.append(np.log(both + 1e-2 * both.mean(axis=1, keepdims=True) + 1e-6).astype(np.float32))
     logs = np.stack(spectra)
-    energy = np.stack([volume.astype(np.float32).std(axis=(1, 2)) for volume in prints])
+    energy = np.stack(energies)
     used = energy > LEAST_CONTENT * energy.max(axis=1, keepdims=True)
     logs -= logs.mean(axis=2, keepdims=True)
     logs -= logs[used].mean(axis=0)
@@ -88,7 +109,9 @@ def candidates(vectors: np.ndarray, groups: np.ndarray, most: int = 3) -> list[t
             own = best[start : start + len(asked[one])]
             start += len(asked[one])
             kept = max(1, round(SHARED * len(own)))
-            likeness = np.partition(own, len(own) - kept, axis=0)[-kept:].mean(axis=0) if len(own) else np.zeros(len(vectors))
+            likeness = (
+                np.partition(own, len(own) - kept, axis=0)[-kept:].mean(axis=0) if len(own) else np.zeros(len(vectors))
+            )
             likeness[groups == groups[one]] = -1
             nearest = np.argpartition(-likeness, min(most, len(likeness) - 1))[:most]
             pairs |= {(min(one, int(other)), max(one, int(other))) for other in nearest if likeness[other] > 0}
@@ -101,18 +124,42 @@ def _spread(indices: np.ndarray, most: int) -> np.ndarray:
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> tuple[float, bool]:
-    """The highest correlation of two fingerprints over all shifts, and whether it is with reversed slices."""
+    """The correlation of two fingerprints laid over each other where they fit best, and whether it is with reversed slices;
+    0 where they overlap by less than ``LEAST_OVERLAP``."""
     from scipy import fft
 
-    # Shifted around: what leaves at one end meets the air at the other.
-    shape = [fft.next_fast_len(n, real=True) for n in one.shape]
-    a, b = one.astype(np.float32), other.astype(np.float32)
-    scale = float(np.linalg.norm(a) * np.linalg.norm(b)) or 1.0
+    (a, box), (b, other_box) = detail(one), detail(other)
+    # Shifted around: what leaves at one end meets nothing at the other.
+    shape = [fft.next_fast_len(n, real=True) for n in a.shape]
     spectrum = fft.rfftn(a, shape)
-    peaks = [
-        float(fft.irfftn(spectrum * np.conj(fft.rfftn(volume, shape)), shape).max()) / scale for volume in (b, b[::-1])
-    ]
-    return max(peaks), peaks[1] > peaks[0]
+    best = (0.0, False)
+    for is_reversed in (False, True):
+        volume, ends = b, other_box
+        if is_reversed:
+            volume, ends = b[::-1], [(len(b) - other_box[0][1], len(b) - other_box[0][0]), *other_box[1:]]
+        likeness = fft.irfftn(spectrum * np.conj(fft.rfftn(volume, shape)), shape)
+        peak = np.unravel_index(int(likeness.argmax()), likeness.shape)
+        value = _overlap_correlation(
+            a, box, volume, ends, [int(p) - n * (p > n // 2) for p, n in zip(peak, shape, strict=True)]
+        )
+        best = max(best, (value, is_reversed))
+    return best
+
+
+def _overlap_correlation(
+    one: np.ndarray, box: list[tuple[int, int]], other: np.ndarray, ends: list[tuple[int, int]], shift: list[int]
+) -> float:
+    """Pearson's correlation where ``other``, moved by ``shift``, overlaps ``one``."""
+    mine, theirs = [], []
+    for (first, end), (begin, until), step in zip(box, ends, shift, strict=True):
+        low, high = max(first, begin + step), min(end, until + step)
+        if high - low < max(3, LEAST_OVERLAP * min(end - first, until - begin)):
+            return 0.0
+        mine.append(slice(low, high))
+        theirs.append(slice(low - step, high - step))
+    x, y = one[tuple(mine)].ravel(), other[tuple(theirs)].ravel()
+    x, y = x - x.mean(), y - y.mean()
+    return float(x @ y / (np.linalg.norm(x) * np.linalg.norm(y) + 1e-6))
 
 
 def compare(prints: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -29,7 +29,9 @@ def group_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
         groups[name] = _ages(values) if name.casefold() in ("age", "patientage") else values
     if "z_spacing" in table:
         numbers = pd.to_numeric(table["z_spacing"], errors="coerce").round(1)
-        groups["slice spacing"] = numbers.map(lambda value: f"{value:g} mm" if value == value else "").to_numpy(dtype=str)
+        groups["slice spacing"] = numbers.map(lambda value: f"{value:g} mm" if value == value else "").to_numpy(
+            dtype=str
+        )
     return {name: kept for name, values in groups.items() if (kept := _usual(values)) is not None}
 
 
@@ -60,6 +62,8 @@ def _ages(values: np.ndarray) -> np.ndarray:
         if not match:
             return ""
         place = int(np.searchsorted(AGES, int(match[1]), side="right")) - 1
-        return f"{AGES[place]} to {AGES[place + 1] - 1} years" if place < len(AGES) - 2 else f"{AGES[-2]} years and older"
+        return (
+            f"{AGES[place]} to {AGES[place + 1] - 1} years" if place < len(AGES) - 2 else f"{AGES[-2]} years and older"
+        )
 
     return np.array([word(value) for value in values], dtype=object).astype(str)

@@ -84,7 +84,9 @@ def side_scores(volumes: np.ndarray, reports: np.ndarray, patients: np.ndarray, 
     return _cross_fitted(volumes, reports, patients, seed, centred=True)
 
 
-def _cross_fitted(volumes: np.ndarray, reports: np.ndarray, patients: np.ndarray, seed: int, *, centred: bool) -> np.ndarray:
+def _cross_fitted(
+    volumes: np.ndarray, reports: np.ndarray, patients: np.ndarray, seed: int, *, centred: bool
+) -> np.ndarray:
     names, member = np.unique(patients, return_inverse=True)
     fold = (np.random.default_rng(seed).permutation(len(names)) % FOLDS)[member]
     volumes, reports = volumes.astype(float), reports.astype(float)

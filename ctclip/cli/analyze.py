@@ -31,12 +31,16 @@ def analyze(
     from ctclip.audit.analyze_page import TABLES, numbers_table, write_analysis
     from ctclip.preprocessing.store import VolumeStore
 
-    analyses = write_analysis(model, VolumeStore(store), output, distributed.device(), split=split, batch=batch, force=force)
+    analyses = write_analysis(
+        model, VolumeStore(store), output, distributed.device(), split=split, batch=batch, force=force
+    )
     for analysis in analyses:
         head, row = numbers_table([analysis.facts])
         print(f"{row[0]}: {', '.join(f'{name} {value}' for name, value in zip(head[1:], row[1:], strict=True))}")
         if points := analysis.facts.get("shift"):
             best = max(points, key=lambda point: point["mean_auroc"])
             now = next(point for point in points if point["share"] == 0)
-            print(f"  mean AUROC {now['mean_auroc']:.3f}; {best['mean_auroc']:.3f} with {best['share']:.0%} of the gap closed")
+            print(
+                f"  mean AUROC {now['mean_auroc']:.3f}; {best['mean_auroc']:.3f} with {best['share']:.0%} of the gap closed"
+            )
     print(f"page and numbers: {output} ({', '.join(TABLES)})")

@@ -50,3 +50,76 @@ def doubles(
         print(f"... and {len(pairs) - 10} more")
     print(f"{len(pairs)} pairs of copies among {result.volumes} volumes; {len(result.reports)} reports recur")
     print(f"tables and page: {output} ({', '.join(TABLES)})")
+
+
+@audit.command("data")
+def data(
+    model: str = typer.Option(..., "--model", "-m", help="A model folder, whose embeddings score the concepts."),
+    store: Path = typer.Option(..., help="A store of `ctclip preprocess`."),
+    concepts: str = typer.Option("chest", help="Concepts: a YAML file, or the name of one in configs/concepts."),
+    splits: str = typer.Option(
+        "train,valid", help="Two splits that are compared: does a concept go with a label in both?"
+    ),
+    output: Path = typer.Option(
+        Path("audit"), "--output", "-o", help="Folder for data_audit.csv, concepts.csv and data_audit.html."
+    ),
+    batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
+    force: bool = typer.Option(False, "--force", help="Replace the tables of another run."),
+) -> None:
+    """Find what goes with a split, a scanner or a label and should not: devices, kernels, tables, contrast, position.
+
+    `ctclip audit data --model runs/demo/train/model --store store --output audit`
+    """
+    from ctclip import distributed
+    from ctclip.audit.audit_page import DATA_TABLES, write_data_audit
+    from ctclip.audit.concepts import load_concepts
+    from ctclip.models.folder import load_model
+    from ctclip.preprocessing.store import VolumeStore
+
+    chosen = load_concepts(concepts)
+    loaded = load_model(model, distributed.device())
+    pair = [name.strip() for name in splits.split(",") if name.strip()]
+    lines = write_data_audit(loaded, VolumeStore(store), output, chosen, splits=pair, batch=batch, force=force)
+    for line in lines.head(10).itertuples():
+        mark = "*" if line.significant else " "
+        print(f"{mark} {line.concept} | {line.group} | {line.where}: {line.difference:+.2f} ({line.lower:+.2f} to {line.upper:+.2f}), adjusted p {line.adjusted_p:.2g}")  # fmt: skip
+    print(f"{len(lines)} comparisons, {int(lines['significant'].sum())} significant after correction (*)")
+    print(f"tables and page: {output} ({', '.join(DATA_TABLES)})")
+
+
+@audit.command("model")
+def model_(
+    model: str = typer.Option(..., "--model", "-m", help="A model folder."),
+    store: Path = typer.Option(..., help="A store of `ctclip preprocess` with labels."),
+    split: str = typer.Option("valid", help="Split that is scored."),
+    concepts: str = typer.Option("chest", help="Concepts: a YAML file, or the name of one in configs/concepts."),
+    head: str = typer.Option("prompts", help="Head of the model that is audited."),
+    output: Path = typer.Option(
+        Path("model_audit"), "--output", "-o", help="Folder for errors.csv, fairness.csv, shortcuts.csv and the page."
+    ),
+    batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
+    force: bool = typer.Option(False, "--force", help="Replace the tables of another run."),
+) -> None:
+    """Find where a model errs more, which groups it serves worse, and what its embeddings know of the scanner.
+
+    `ctclip audit model --model runs/demo/train/model --store store --split valid --output model_audit`
+    """
+    from ctclip import distributed
+    from ctclip.audit.audit_page import MODEL_TABLES, write_model_audit
+    from ctclip.audit.concepts import load_concepts
+    from ctclip.inference.model import usable_head
+    from ctclip.models.folder import load_model
+    from ctclip.preprocessing.store import VolumeStore
+
+    chosen = load_concepts(concepts)
+    loaded = load_model(model, distributed.device())
+    wrong, fair, short = write_model_audit(
+        loaded, usable_head(loaded, head), VolumeStore(store), output, chosen, split=split, batch=batch, force=force
+    )
+    for line in wrong.head(5).itertuples():
+        print(f"{'*' if line.significant else ' '} errors with {line.concept}: {line.difference:+.2f} ({line.lower:+.2f} to {line.upper:+.2f})")  # fmt: skip
+    for line in fair.head(3).itertuples():
+        print(f"  {line.group} {line.value}: mean AUROC {line.mean_auroc:.3f}, {line.difference:+.3f} to the others ({line.difference_lower:+.3f} to {line.difference_upper:+.3f})")  # fmt: skip
+    for line in short.head(3).itertuples():
+        print(f"  {line.group} from embeddings {line.embeddings:.2f}, from histograms {line.histogram:.2f}, by chance {line.chance:.2f}")  # fmt: skip
+    print(f"tables and page: {output} ({', '.join(MODEL_TABLES)})")

@@ -33,9 +33,7 @@ def read_pair_scores(store: VolumeStore) -> pd.DataFrame:
     return table
 
 
-def good_pairs(
-    table: pd.DataFrame, store: VolumeStore, least: float | None, best_share: float | None
-) -> pd.DataFrame:
+def good_pairs(table: pd.DataFrame, store: VolumeStore, least: float | None, best_share: float | None) -> pd.DataFrame:
     """The volumes whose pair scores at least ``least``, and is among the ``best_share`` of the pairs that were scored with
     it; all where both are None. Raises DataError if a volume has no score, or none is left."""
     if least is None and best_share is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ SOURCE_NAMES = tuple([f"{side} spacing" for side in SIDES] + [f"extent along the
 
 def fact_names() -> dict[str, list[str]]:
     """Names of the numbers of each group of ``scan_facts``."""
-    between = [f"share of voxels from {low} to {high} HU" for low, high in zip(EDGES, EDGES[1:], strict=False)]
+    between = [f"share of voxels from {low} to {high} HU" for low, high in itertools.pairwise(EDGES)]
     layout = [
         f"{tissue} in part {part + 1} of {parts} {axis}"
         for tissue in TISSUES

@@ -159,7 +159,8 @@ class TrainingSummary:
     def _reasons(self, group: str, scan: Described) -> list[str]:
         """What is unlike the training scans, in words."""
         if group == SOURCE:
-            assert self.source is not None and scan.source is not None
+            assert self.source is not None
+            assert scan.source is not None
             facts = scan.source.facts
             return [
                 f"{SOURCE_NAMES[index]} {facts[index]:.3g} mm (training: {low:.3g} to {high:.3g})"

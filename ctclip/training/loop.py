@@ -147,7 +147,6 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
         Run(config, output, engine, checkpoints, signals, validation).train(data, sampler, steps)
     learned_state = engine.parameters()
     distributed.on_main(lambda: save_run_model(output / "model", config, output, model, learned_state))
-    del learned_state
     distributed.on_main(lambda: _summarise(config, output / "model", data.store, device))
     return output / "model"
 

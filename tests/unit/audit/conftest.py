@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +12,7 @@ from ctclip.preprocessing.pipeline import write_table
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 
-SPEC = PreprocessingSpec("textures", spacing=(9.0, 9.0, 9.0), shape=(20, 24, 28))
+SPEC = PreprocessingSpec("textures", spacing=(9.0, 9.0, 9.0), shape=(24, 28, 32))
 TEXT = "There is a consolidation in the right lower lobe with a small effusion, and the heart is of normal size. No nodule."
 
 
@@ -30,7 +28,7 @@ def copy_of(hu: np.ndarray) -> np.ndarray:
     """Cropped at one end, shifted, noisy, with reversed slices."""
     moved = np.full_like(hu, -1000)
     moved[:-5, 1:, :-2] = hu[5:, :-1, 2:]
-    return (moved + np.random.default_rng(1).normal(0, 40, hu.shape))[::-1].astype(np.float32)
+    return (moved + np.random.default_rng(1).normal(0, 8, hu.shape))[::-1].astype(np.float32)
 
 
 @pytest.fixture(scope="package")

@@ -22,7 +22,8 @@ def test_the_gap_and_its_shift() -> None:
     gap = geometry.modality_gap(volumes, reports)
     assert gap == pytest.approx(np.linalg.norm(volumes.mean(0) - reports.mean(0)))
     same = geometry.shift_gap(volumes, reports, 0.0)
-    assert np.allclose(same[0], volumes) and np.allclose(same[1], reports)
+    assert np.allclose(same[0], volumes)
+    assert np.allclose(same[1], reports)
     closed, wider = (geometry.modality_gap(*geometry.shift_gap(volumes, reports, share)) for share in (1.0, -1.0))
     assert closed < 0.1 * gap < gap < wider
     prompts = 3 * sphere(5, 16, 2)
@@ -63,7 +64,9 @@ def test_neighbours_are_of_other_patients() -> None:
     vectors = sphere(120, 5)
     values, patients = np.repeat(["a", "b"], 60), np.arange(120).astype(str)
     share, chance = geometry.neighbour_purity(vectors, values, patients)
-    near = NearestNeighbors(n_neighbors=11, metric="cosine").fit(vectors).kneighbors(vectors, return_distance=False)[:, 1:]
+    near = (
+        NearestNeighbors(n_neighbors=11, metric="cosine").fit(vectors).kneighbors(vectors, return_distance=False)[:, 1:]
+    )
     assert share == pytest.approx(np.mean(values[near] == values[:, None]))
     assert chance == pytest.approx(59 / 119)
     # Two volumes of each patient, equal: without the other's copy there is nothing to find.

@@ -1,0 +1,216 @@
+"""`ctclip audit data` and `ctclip audit model`: what is looked at, tables and pages."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ctclip.adaptation.examples import cached_embeddings
+from ctclip.audit.concepts import Concepts, concept_scores
+from ctclip.audit.data_audit import Sheet, audit_data
+from ctclip.audit.doubles_page import slices_of
+from ctclip.audit.measures import MEASURES, measures
+from ctclip.audit.model_audit import audit_errors, errors, fairness, shortcuts
+from ctclip.data.dataset import label_array
+from ctclip.errors import DataError
+from ctclip.evaluation.pages import write_page
+from ctclip.heads.head import Head
+from ctclip.inference.run import run_key
+from ctclip.inference.scans import StoredScans
+from ctclip.labels import labels_of_columns
+from ctclip.models.folder import ModelFolder
+from ctclip.preprocessing.cohorts import label_names
+from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.outputs import claimed_folder, made_by_us
+from ctclip.preprocessing.store import VolumeStore
+
+DATA_TABLES = ("data_audit.csv", "concepts.csv", "data_audit.html")
+MODEL_TABLES = ("errors.csv", "fairness.csv", "shortcuts.csv", "model_audit.html")
+SHOWN, PICTURED, EXAMPLES = 60, 3, 3
+HISTOGRAM = np.concatenate([np.arange(-1000, 400, 50), [400, 600, 1000, 3100]])
+
+
+def write_data_audit(
+    loaded: ModelFolder,
+    store: VolumeStore,
+    output: Path,
+    concepts: Concepts,
+    *,
+    splits: Sequence[str] = ("train", "valid"),
+    batch: int = 8,
+    force: bool = False,
+) -> pd.DataFrame:
+    """Compare concepts between the groups of a store and write ``DATA_TABLES`` into ``output``; see ``audit_data``."""
+    key = run_key(loaded.hash, str(store.path.resolve()), concepts.model_dump(mode="json"), list(splits))
+    with claimed_folder(output, "audit data", key, DATA_TABLES, lambda folder: made_by_us(folder), force=force):
+        sheet, _ = concept_sheet(loaded, store, None, output, concepts, batch)
+        lines = audit_data(sheet, splits)
+        scores = pd.DataFrame(sheet.values, columns=list(sheet.names))
+        scores.insert(0, "volume", sheet.table["volume"])
+        _write_csv(output / "data_audit.csv", lines)
+        _write_csv(output / "concepts.csv", scores)
+        _data_page(output / "data_audit.html", store, sheet, lines)
+    return lines
+
+
+def write_model_audit(
+    loaded: ModelFolder,
+    head: Head,
+    store: VolumeStore,
+    output: Path,
+    concepts: Concepts,
+    *,
+    split: str = "valid",
+    batch: int = 8,
+    force: bool = False,
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Where the model errs, whether it serves groups alike and what it knows of scanners: ``MODEL_TABLES`` in ``output``.
+
+    ``head`` must score from embeddings (``score_embeddings``). Raises DataError if the store has none of its labels.
+    """
+    key = run_key(loaded.hash, head.identity(), str(store.path.resolve()), concepts.model_dump(mode="json"), split)
+    with claimed_folder(output, "audit model", key, MODEL_TABLES, lambda folder: made_by_us(folder), force=force):
+        sheet, vectors = concept_sheet(loaded, store, split, output, concepts, batch)
+        labels, margins = labels_and_margins(loaded, head, store, sheet.table, vectors)
+        histograms = np.stack([_histogram(store, name) for name in sheet.table["volume"]])
+        tables = (
+            audit_errors(sheet, errors(labels, margins)),
+            fairness(sheet.table, labels, margins),
+            shortcuts(sheet.table, vectors, histograms),
+        )
+        for name, table in zip(MODEL_TABLES, tables, strict=False):
+            _write_csv(output / name, table)
+        _model_page(output / "model_audit.html", store, split, sheet, tables)
+    return tables
+
+
+def concept_sheet(
+    loaded: ModelFolder, store: VolumeStore, split: str | None, cache: Path, concepts: Concepts, batch: int
+) -> tuple[Sheet, np.ndarray]:
+    """Concepts in words and in the picture of every volume that can be read, and embeddings (n, dim)."""
+    scans = StoredScans(store, split, loaded.spec, loaded.path)
+    vectors = cached_embeddings(loaded, scans, cache / "embeddings", batch)
+    table = scans.table[scans.table["volume"].isin(list(vectors))].reset_index(drop=True)
+    volumes = np.stack([vectors[name] for name in table["volume"]])
+    told = concept_scores(loaded.model, concepts, volumes)
+    measured = measures(store, list(table["volume"]), cache / "measures")
+    names = (*concepts.concepts, *MEASURES)
+    kinds = (
+        *[concept.kind for concept in concepts.concepts.values()],
+        *["technique" if alone else "picture" for alone in MEASURES.values()],
+    )
+    return Sheet(table, np.concatenate([told, measured], axis=1).astype(float), names, kinds), volumes
+
+
+def labels_and_margins(
+    loaded: ModelFolder, head: Head, store: VolumeStore, table: pd.DataFrame, vectors: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, L) of the labels that both the head and the store know."""
+    import torch
+
+    score = getattr(head, "score_embeddings", None)
+    if score is None:
+        raise DataError(f"the head of kind {head.kind!r} does not score embeddings; name one of prompts in --head")
+    known = [name for name in head.names if name in label_names(table)]
+    if not known:
+        raise DataError(
+            f"{store.path}: its cohort table has none of the labels that the head scores ({', '.join(head.names[:3])}, ...)"
+        )
+    with torch.inference_mode():
+        margins = score(torch.from_numpy(vectors).to(loaded.model.device)).float().cpu().numpy()
+    labels = label_array(table, labels_of_columns("audited", known)).astype(float)
+    return labels, margins[:, [head.names.index(name) for name in known]]
+
+
+def _histogram(store: VolumeStore, name: str) -> np.ndarray:
+    hu = store.read(name)
+    counts = np.histogram(np.clip(hu[::2, ::2, ::2], HISTOGRAM[0], HISTOGRAM[-1] - 1), HISTOGRAM)[0]
+    return np.asarray(np.sqrt(counts / counts.sum()))
+
+
+def _data_page(path: Path, store: VolumeStore, sheet: Sheet, lines: pd.DataFrame) -> None:
+    significant = int(lines["significant"].sum())
+    with tempfile.TemporaryDirectory() as scratch:
+        sections: list[dict[str, Any]] = [
+            {
+                "title": "What goes with what", "table": _rows(lines),
+                "words": "Concepts in words (margins of prompts), measures of the picture, and the table's own columns, between "
+                "groups of patients, the strongest evidence first. Differences are in standard deviations of normal scores, with "
+                "95 % intervals; p is adjusted for all lines (Benjamini & Hochberg 1995). Labels are compared only with what tells "
+                "of the technique, and between splits.",
+            },
+            *[_examples(Path(scratch), store, sheet, str(name)) for name in _pictured(sheet, lines)],
+        ]  # fmt: skip
+        headline = [
+            (f"{len(lines):,}", "comparisons"), (f"{significant:,}", "significant after correction"),
+            (f"{len(sheet.table):,}", "volumes"), (f"{len(sheet.names)}", "concepts and measures"),
+        ]  # fmt: skip
+        write_page(path, title="Audit of a cohort", subtitle=store.path.name, headline=headline, sections=sections)
+
+
+def _model_page(
+    path: Path, store: VolumeStore, split: str, sheet: Sheet, tables: tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
+) -> None:
+    wrong, fair, short = tables
+    with tempfile.TemporaryDirectory() as scratch:
+        sections: list[dict[str, Any]] = [
+            {
+                "title": "Where it errs", "table": _rows(wrong),
+                "words": "Difference of the error (cross-entropy, mean over labels, in standard deviations) between volumes that "
+                "show a concept more than half of them do, and the others.",
+            },
+            {
+                "title": "Groups", "table": _rows(fair) if len(fair) else None,
+                "words": "Mean AUROC over labels in each group and its difference to everyone else, the worst first; 95 % intervals "
+                "by bootstrap of patients." if len(fair) else "No column of the cohort table groups the patients.",
+            },
+            {
+                "title": "Shortcuts", "table": _rows(short) if len(short) else None,
+                "words": "How well a linear probe tells each group from embeddings and from histograms of HU: balanced accuracy on "
+                "held-out patients. Embeddings that know it better than a histogram have learned it.",
+            },
+            *[_examples(Path(scratch), store, sheet, str(name)) for name in _pictured(sheet, wrong)],
+        ]  # fmt: skip
+        headline = [
+            (f"{int(wrong['significant'].sum())}", "concepts with other errors"),
+            (f"{fair['difference'].min():+.3f}" if len(fair) else "none", "AUROC of the worst group, to the others"),
+            (f"{short['embeddings'].max():.2f}" if len(short) else "none", "best told from embeddings"),
+        ]  # fmt: skip
+        subtitle = f"{len(sheet.table):,} volumes of {store.path.name}, split {split}"
+        write_page(path, title="Audit of a model", subtitle=subtitle, headline=headline, sections=sections)
+
+
+def _pictured(sheet: Sheet, lines: pd.DataFrame) -> list[str]:
+    """The first few concepts of the lines that volumes can be ranked by."""
+    return [name for name in lines["concept"].drop_duplicates() if name in sheet.names][:PICTURED]
+
+
+def _examples(scratch: Path, store: VolumeStore, sheet: Sheet, name: str) -> dict[str, Any]:
+    """Slices of the volumes with the most and the least of a concept."""
+    values = sheet.values[:, sheet.names.index(name)]
+    order = [row for row in np.argsort(values, kind="stable") if np.isfinite(values[row])]
+    figures = []
+    for words, rows in (("most", order[::-1][:EXAMPLES]), ("least", order[:EXAMPLES])):
+        for row in rows:
+            volume = str(sheet.table["volume"].iloc[row])
+            png = scratch / f"{len(list(scratch.iterdir()))}.png"
+            slices_of(store, volume).save(png)
+            figures.append((f"{words}: {volume} ({values[row]:.3g})", png))
+    return {"title": f"Examples: {name}", "figures": figures, "beside": True}
+
+
+def _rows(table: pd.DataFrame) -> list[list[str]]:
+    def cell(value: Any) -> str:
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    return [[name.replace("_", " ") for name in table.columns], *([cell(v) for v in row] for row in table.head(SHOWN).itertuples(index=False))]  # fmt: skip
+
+
+def _write_csv(path: Path, table: pd.DataFrame) -> None:
+    with written_beside(path) as partial:
+        table.to_csv(partial, index=False, float_format="%.5g")

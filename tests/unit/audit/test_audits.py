@@ -1,0 +1,173 @@
+"""Planted confounders come first, nothing is called significant without one, and the statistics are SciPy's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import norm, ttest_ind
+from sklearn.metrics import log_loss, roc_auc_score
+
+from ctclip.audit.associations import differences, false_discovery, interaction, normal_scores
+from ctclip.audit.concepts import load_concepts
+from ctclip.audit.data_audit import Sheet, audit_data
+from ctclip.audit.groups import group_columns
+from ctclip.audit.measures import MEASURES, measure
+from ctclip.audit.model_audit import audit_errors, errors, fairness, shortcuts
+from ctclip.drift.facts import Source
+from ctclip.phantom.scan import make_scan
+from ctclip.preprocessing.geometry import resample
+from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.volume import Volume
+
+PATIENTS = 400
+CONCEPTS = {
+    "pacemaker": "device",
+    "table": "technique",
+    "kernel": "technique",
+    "metal": "picture",
+    "effusion": "finding",
+}
+
+
+def sheet(seed: int, plant: str = "") -> Sheet:
+    random = np.random.default_rng(seed)
+    split = random.choice(["train", "valid"], PATIENTS, p=[0.7, 0.3])
+    labels = {name: (random.random(PATIENTS) < 0.3).astype(int) for name in ("Cardiomegaly", "Nodule", "Effusion")}
+    values = random.normal(0, 1, (PATIENTS, len(CONCEPTS)))
+    values[:, 4] += 2 * labels["Effusion"]
+    # What the model confuses, it confuses in both splits.
+    values[:, 0] += 0.8 * labels["Nodule"]
+    if plant == "device":
+        values[:, 0] += 1.0 * labels["Cardiomegaly"] * (split == "train")
+    if plant == "kernel":
+        values[:, 2] += 0.6 * (split == "train")
+    if plant == "table":
+        values[:, 1] += 0.6 * labels["Nodule"]
+    table = pd.DataFrame(
+        {"patient": np.arange(PATIENTS).astype(str), "split": split, "sex": random.choice(["F", "M"], PATIENTS)}
+    )
+    for name, column in labels.items():
+        table[name] = pd.array(column, dtype="Int8")
+    return Sheet(table, values, tuple(CONCEPTS), tuple(CONCEPTS.values()))
+
+
+@pytest.mark.parametrize(
+    ("plant", "line"),
+    [
+        ("device", ("pacemaker", "Cardiomegaly", "train more than valid")),
+        ("kernel", ("kernel", "split: train against valid", "all")),
+        ("table", ("table", "Nodule", "all")),
+    ],
+)
+def test_a_planted_confounder_stands_in_the_first_lines(plant: str, line: tuple[str, str, str]) -> None:
+    for seed in range(5):
+        lines = audit_data(sheet(seed, plant))
+        first = lines.head(3)[["concept", "group", "where"]].itertuples(index=False, name=None)
+        assert line in list(first)
+        assert lines["significant"].iloc[0]
+
+
+def test_without_a_confounder_hardly_anything_is_significant() -> None:
+    alarms = [audit_data(sheet(seed))["significant"].any() for seed in range(40)]
+    assert np.mean(alarms) <= 0.125
+
+
+def test_differences_are_welchs_by_patient() -> None:
+    random = np.random.default_rng(0)
+    values, patients = random.normal(0, 1, (90, 2)), np.repeat(np.arange(45), 2).astype(str)
+    member = np.repeat(np.arange(45) < 20, 2)
+    values[member] += 0.4
+    values[3, 1] = np.nan
+    means = pd.DataFrame(values).groupby(patients.astype(int)).mean().to_numpy()
+    for column, result in enumerate(differences(values, member, patients)):
+        expected = ttest_ind(means[:20, column], means[20:, column], equal_var=False)
+        assert result is not None
+        assert result.p == pytest.approx(expected.pvalue)
+        interval = expected.confidence_interval()
+        assert result.lower / result.value == pytest.approx(
+            interval.low / (means[:20, column].mean() - means[20:, column].mean())
+        )
+        assert result.patients == (20, 25)
+    assert differences(values, np.arange(90) < 10, patients) == [None, None]
+    one, other = differences(values, member, patients)
+    both = interaction(one, other)  # type: ignore[arg-type]
+    assert both.p == pytest.approx(2 * norm.sf(abs(both.value) / both.error))
+
+
+def test_scores_and_correction() -> None:
+    values = np.array([[5.0], [1.0], [np.nan], [9.0]])
+    assert normal_scores(values)[:, 0] == pytest.approx([0, norm.ppf(0.25), np.nan, norm.ppf(0.75)], nan_ok=True)
+    assert false_discovery(np.array([0.01, 0.04, 0.03])) == pytest.approx([0.03, 0.04, 0.04])
+    assert len(false_discovery(np.array([]))) == 0
+
+
+def test_errors_and_fairness() -> None:
+    random = np.random.default_rng(0)
+    made = sheet(1)
+    labels = made.table[["Cardiomegaly", "Nodule"]].to_numpy(dtype=float)
+    noise = np.where(made.table["sex"] == "F", 3.0, 0.7)[:, None]
+    margins = 5 * (2 * labels + noise * random.normal(0, 1, labels.shape))
+    labels[0] = np.nan
+    loss = errors(labels, margins)
+    assert np.isnan(loss[0])
+    assert loss[1:].mean() < log_loss(labels[1:, 0], np.full(PATIENTS - 1, labels[1:, 0].mean()))
+    lines = audit_errors(made, loss)
+    assert lines["concept"].iloc[0].startswith("sex: ")
+    assert lines["significant"].iloc[0]
+    fair = fairness(made.table, labels, margins, resamples=100)
+    worst = fair[fair["group"] == "sex"].iloc[0]
+    assert worst["value"] == "F"
+    assert worst["difference_upper"] < 0
+    women = (made.table["sex"] == "F").to_numpy() & ~np.isnan(labels[:, 0])
+    expected = np.mean([roc_auc_score(labels[women, c], margins[women, c]) for c in (0, 1)])
+    assert worst["mean_auroc"] == pytest.approx(expected)
+
+
+def test_a_probe_tells_what_embeddings_know() -> None:
+    random = np.random.default_rng(0)
+    made = sheet(2)
+    vectors = random.normal(0, 1, (PATIENTS, 10))
+    vectors[:, 3] += 3 * (made.table["sex"] == "F").to_numpy()
+    told = shortcuts(made.table, vectors, random.normal(0, 1, (PATIENTS, 5))).iloc[0]
+    assert told["embeddings"] > 0.85
+    assert abs(told["histogram"] - 0.5) < 0.1
+
+
+def test_groups_of_a_cohort() -> None:
+    table = sheet(0).table.assign(
+        age=["063Y", "30", "81.0", "abc"] * 100, note=np.arange(PATIENTS).astype(str), z_spacing="3"
+    )
+    groups = group_columns(table)
+    assert set(groups) == {"split", "sex", "age"}
+    assert set(groups["age"]) == {"60 to 74 years", "0 to 39 years", "75 years and older", ""}
+
+
+def test_the_concepts_that_come_with_it() -> None:
+    concepts = load_concepts()
+    assert len(concepts.concepts) == 60
+    prompts = concepts.prompts()
+    assert prompts.side("pacemaker", positive=True)[0].startswith("A pacemaker")
+    assert prompts.side("Cardiomegaly", positive=False)[0] == "No Cardiomegaly is seen."
+
+
+def test_measures_of_a_phantom() -> None:
+    made = make_scan(0, 4).reconstructions[0]
+    spec, grid = PreprocessingSpec.load("phantom"), made.acquisition.grid
+    hu = resample(Volume(made.hu, np.diag([*grid.spacing, 1.0]), "phantom"), spec, "hu")
+    source = Source(grid.spacing, grid.shape)
+    values = dict(zip(MEASURES, measure(hu, spec, source), strict=True))
+    patient = make_scan(0, 4).patient
+    assert values["slice spacing"] == grid.spacing[0]
+    assert values["body width"] == pytest.approx(2 * patient.half_width, rel=0.12)
+    assert 1000 < values["lung volume"] < 8000
+    noisy = dict(
+        zip(MEASURES, measure(hu + np.random.default_rng(0).normal(0, 40, hu.shape), spec, source), strict=True)
+    )
+    assert noisy["noise in soft tissue"] > values["noise in soft tissue"] + 15
+    assert noisy["sharpness of noise (kernel)"] > values["sharpness of noise (kernel)"]
+    raised = hu.copy()
+    body = np.flatnonzero((hu > -300).any(axis=(0, 2)))[-1]
+    raised[:, min(body + 3, hu.shape[1] - 2) :, 45:67] += 300
+    tabled = dict(zip(MEASURES, measure(raised, spec, source), strict=True))
+    assert tabled["table: curvature (middle less sides)"] > values["table: curvature (middle less sides)"] + 20
