@@ -65,7 +65,7 @@ def find_doubles(
     near_enough = np.flatnonzero(likeness[:, 0] >= ALIKE)
     ordered = [ordered[index] for index in near_enough]
     likeness = compare_closely(store, [(names[one], names[other]) for one, other in ordered])
-    return Doubles(_pairs(table, ordered, likeness, least), _reports(table), len(table), len(ordered))
+    return Doubles(_pairs(table, ordered, likeness, least), _reports(table), len(table), len(near))
 
 
 def compare_closely(store: VolumeStore, pairs: Sequence[tuple[str, str]]) -> np.ndarray:

@@ -36,7 +36,7 @@ QUERIES, TOGETHER = 12, 16
 
 def fingerprint(hu: np.ndarray, spec: PreprocessingSpec, millimetres: float = COARSE_MM) -> np.ndarray:
     """HU [slice, row, column] of the spec's spacing -> float16 HU in ``WINDOW`` of about ``millimetres`` a voxel."""
-    sides = [max(1, round(millimetres / step)) for step in spec.spacing]
+    sides = [min(max(1, round(millimetres / step)), count) for step, count in zip(spec.spacing, hu.shape, strict=True)]
     shape = [count // side for count, side in zip(hu.shape, sides, strict=True)]
     whole = hu[tuple(slice(0, count * side) for count, side in zip(shape, sides, strict=True))]
     blocks = np.clip(whole, *WINDOW).reshape(shape[0], sides[0], shape[1], sides[1], shape[2], sides[2])

@@ -47,7 +47,7 @@ def good_pairs(table: pd.DataFrame, store: VolumeStore, least: float | None, bes
         )
     kept = (scores["score"] >= (least if least is not None else -float("inf"))).to_numpy()
     if best_share is not None:
-        kept &= (scores["worse_share"] >= 1 - best_share).to_numpy()
+        kept = kept & (scores["worse_share"] >= 1 - best_share).to_numpy()
     if not kept.any():
         raise DataError(f"{store.path}: no pair scores as much as data.min_pair_score and data.best_pairs ask for")
     return table[kept].reset_index(drop=True)

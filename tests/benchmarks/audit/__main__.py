@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.benchmarks.common import machine
 
-PARTS = ("drift", "doubles")
+PARTS = ("drift", "doubles", "pairs", "confounders")
 
 
 def main() -> None:

@@ -1,0 +1,86 @@
+"""The commands of the audit, on a clinic of small volumes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import ctclip
+from ctclip.cli import main
+from ctclip.data.pair_scores import FILE
+from ctclip.drift.summary import FILE as SUMMARY
+from ctclip.inference.drift import usable_summary
+from ctclip.models.folder import is_model_folder, load_model
+from tests.unit.adaptation.conftest import Clinic, clinic, clinic_files
+
+__all__ = ["clinic", "clinic_files"]
+
+
+def test_a_summary_is_kept_and_scans_are_judged(
+    clinic: Clinic, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["summarise", "--model", str(clinic.model), "--store", str(clinic.store)]) == 0
+    assert "28 patients, limit from folds of them; 3.4%" in capsys.readouterr().out
+    assert is_model_folder(clinic.model)
+    loaded = load_model(clinic.model)
+    assert usable_summary(loaded) is not None
+    output = tmp_path / "predictions"
+    command = ["zero-shot", "--model", str(clinic.model), "--store", str(clinic.store), "--split", "valid"]
+    assert main([*command, "--output", str(output)]) == 0
+    warned = pd.read_csv(output / "predictions.csv", keep_default_na=False)["warnings"].str.contains(
+        "far from the scans"
+    )
+    assert warned.mean() < 0.5
+    far = np.full((8, 8, 8), 900, np.int16)
+    far[:, ::2] = -900
+    import nibabel as nib
+
+    nib.save(nib.Nifti1Image(far, np.diag([-1.0, -1.0, 1.0, 1.0])), tmp_path / "far.nii.gz")
+    detection = ctclip.load(clinic.model).detect(tmp_path / "far.nii.gz")
+    assert any("far from the scans the model was trained on" in warning for warning in detection.warnings)
+    # Of other weights it says nothing.
+    (clinic.model / "model.safetensors").write_bytes((clinic.model / "model.safetensors").read_bytes())
+    assert (clinic.model / SUMMARY).is_file()
+
+
+def test_analysis_of_a_model(clinic: Clinic, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["analyze", "--model", str(clinic.model), "--store", str(clinic.store), "--split", "valid"]
+    assert main([*command, "--output", str(tmp_path / "analysis")]) == 0
+    facts = json.loads((tmp_path / "analysis" / "analysis.json").read_text())["models"][0]
+    assert facts["scans"] == 24
+    assert facts["neighbours"]["Nodule"]["chance"] == pytest.approx(11 / 22, abs=0.06)
+    assert len(facts["shift"]) == 11
+    assert next(point["gap"] for point in facts["shift"] if point["share"] == 0) == pytest.approx(facts["modality_gap"])
+    assert "page and numbers" in capsys.readouterr().out
+    assert "Gap and accuracy" in (tmp_path / "analysis" / "analysis.html").read_text()
+
+
+def test_pairs_are_scored_and_kept(clinic: Clinic, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["filter-pairs", "--model", str(clinic.model), "--store", str(clinic.store), "--keep"]
+    try:
+        assert main([*command, "--output", str(tmp_path / "pairs")]) == 0
+        kept = pd.read_parquet(clinic.store / FILE)
+        assert len(kept) == 56
+    finally:
+        (clinic.store / FILE).unlink(missing_ok=True)
+    assert "56 pairs" in capsys.readouterr().out
+    assert main([*command[:-1], "--split", "valid", "--output", str(tmp_path / "few")]) == 2
+    assert "50 are needed" in capsys.readouterr().err
+
+
+def test_audits_of_the_clinic(clinic: Clinic, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--model", str(clinic.model), "--store", str(clinic.store)]
+    assert main(["audit", "data", *common, "--output", str(tmp_path / "data")]) == 0
+    assert "comparisons" in capsys.readouterr().out
+    lines = pd.read_csv(tmp_path / "data" / "data_audit.csv")
+    assert lines["p"].is_monotonic_increasing
+    assert main(["audit", "model", *common, "--output", str(tmp_path / "model")]) == 0
+    for name in ("errors.csv", "fairness.csv", "shortcuts.csv", "model_audit.html"):
+        assert (tmp_path / "model" / name).is_file()
+    assert main(["audit", "doubles", "--store", str(clinic.store), "--output", str(tmp_path / "doubles")]) == 0
+    assert "among 80 volumes" in capsys.readouterr().out
+    assert main(["audit", "data", *common, "--concepts", "nowhere", "--output", str(tmp_path / "other")]) == 2
