@@ -98,7 +98,7 @@ def _cross_fitted(
             joint = Joint.fit(volumes[kept & ~own], reports[kept & ~own], centred=centred)
             ratio = joint.log_odds_of_sign if centred else joint.log_ratio
             scores[own] = ratio(volumes[own], reports[own])
-        kept = scores > np.quantile(scores, DOUBTED)
+        kept = scores >= np.quantile(scores, DOUBTED)
     return scores
 
 

@@ -12,7 +12,6 @@ import pytest
 import ctclip
 from ctclip.cli import main
 from ctclip.data.pair_scores import FILE
-from ctclip.drift.summary import FILE as SUMMARY
 from ctclip.inference.drift import usable_summary
 from ctclip.models.folder import is_model_folder, load_model
 from tests.unit.adaptation.conftest import Clinic, clinic, clinic_files
@@ -42,9 +41,9 @@ def test_a_summary_is_kept_and_scans_are_judged(
     nib.save(nib.Nifti1Image(far, np.diag([-1.0, -1.0, 1.0, 1.0])), tmp_path / "far.nii.gz")
     detection = ctclip.load(clinic.model).detect(tmp_path / "far.nii.gz")
     assert any("far from the scans the model was trained on" in warning for warning in detection.warnings)
-    # Of other weights it says nothing.
-    (clinic.model / "model.safetensors").write_bytes((clinic.model / "model.safetensors").read_bytes())
-    assert (clinic.model / SUMMARY).is_file()
+    loaded.hash = "other"
+    assert usable_summary(loaded) is None
+    assert "of other weights" in capsys.readouterr().err
 
 
 def test_analysis_of_a_model(clinic: Clinic, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,9 +77,9 @@ def test_audits_of_the_clinic(clinic: Clinic, tmp_path: Path, capsys: pytest.Cap
     assert "comparisons" in capsys.readouterr().out
     lines = pd.read_csv(tmp_path / "data" / "data_audit.csv")
     assert lines["p"].is_monotonic_increasing
-    assert main(["audit", "model", *common, "--output", str(tmp_path / "model")]) == 0
+    assert main(["audit", "model", *common, "--output", str(tmp_path / "errors")]) == 0
     for name in ("errors.csv", "fairness.csv", "shortcuts.csv", "model_audit.html"):
-        assert (tmp_path / "model" / name).is_file()
+        assert (tmp_path / "errors" / name).is_file()
     assert main(["audit", "doubles", "--store", str(clinic.store), "--output", str(tmp_path / "doubles")]) == 0
     assert "among 80 volumes" in capsys.readouterr().out
     assert main(["audit", "data", *common, "--concepts", "nowhere", "--output", str(tmp_path / "other")]) == 2
