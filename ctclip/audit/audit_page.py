@@ -25,6 +25,7 @@ from ctclip.inference.scans import StoredScans
 from ctclip.labels import labels_of_columns
 from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing.cohorts import label_names
+from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import claimed_folder, made_by_us
 from ctclip.preprocessing.store import VolumeStore
@@ -213,4 +214,4 @@ def _rows(table: pd.DataFrame) -> list[list[str]]:
 
 def _write_csv(path: Path, table: pd.DataFrame) -> None:
     with written_beside(path) as partial:
-        table.to_csv(partial, index=False, float_format="%.5g")
+        write_csv(partial, table, float_format="%.5g")

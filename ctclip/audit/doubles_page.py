@@ -12,6 +12,7 @@ from PIL import Image
 from ctclip.audit.doubles import Doubles, find_doubles
 from ctclip.evaluation.pages import write_page
 from ctclip.inference.run import run_key
+from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import claimed_folder, made_by_us
 from ctclip.preprocessing.store import VolumeStore
@@ -36,7 +37,7 @@ def write_doubles(
         doubles = find_doubles(store, output / "fingerprints", split=split, embeddings=embeddings)
         for name, table in (("doubles.csv", doubles.pairs), ("recurring_reports.csv", doubles.reports)):
             with written_beside(output / name) as partial:
-                table.to_csv(partial, index=False)
+                write_csv(partial, table)
         _write_page(output / "doubles.html", store, doubles)
     return doubles
 

@@ -17,6 +17,7 @@ from ctclip.evaluation.pages import write_page
 from ctclip.inference.run import report_embeddings, report_texts, run_key
 from ctclip.inference.scans import StoredScans
 from ctclip.models.folder import ModelFolder
+from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import claimed_folder, made_by_us
 from ctclip.preprocessing.store import VolumeStore
@@ -59,7 +60,7 @@ def filter_pairs(
     with claimed_folder(output, COMMAND, key, TABLES, lambda folder: made_by_us(folder), force=force):
         pairs = score_pairs(loaded, store, split, output / "embeddings", sides=sides, batch=batch, seed=seed)
         with written_beside(output / "pairs.csv") as partial:
-            pairs.drop(columns="text").to_csv(partial, index=False, float_format="%.5g")
+            write_csv(partial, pairs.drop(columns="text"), float_format="%.5g")
         _write_page(output / "pairs.html", store, split, pairs)
     pairs = pairs.drop(columns="text")
     if keep:

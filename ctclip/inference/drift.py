@@ -12,7 +12,7 @@ import torch
 
 from ctclip.data.dataset import stored_volumes
 from ctclip.drift.facts import Source
-from ctclip.drift.summary import FEWEST, RATE, Described, TrainingSummary
+from ctclip.drift.summary import FEWEST, RATE, WORST_RATE, Described, TrainingSummary
 from ctclip.inference.scans import Scans, StoredScans, prefetch
 from ctclip.models.folder import ModelFolder, load_model
 from ctclip.preprocessing.errors import PreprocessingError
@@ -70,19 +70,25 @@ def summarise(
     """Describe ``split`` of the store and keep the summary in the folder of ``model``; None where there are too few patients.
 
     One volume a patient, of at most ``most`` patients, chosen at random. ``held_out``: a split of patients that the model
-    never saw, from which the limit is taken; by default ``calibration`` if the store has it, else folds of ``split``.
+    never saw, from which the limit is taken; by default ``calibration`` if the store has enough of it, else folds of ``split``.
     """
-    if stored_volumes(store, split)["patient"].nunique() < FEWEST:
+    if _patients(store, split) < FEWEST:
         return None
     loaded = load_model(model, device)
-    known = set(store.cohort["split"])
-    held_out = held_out or (HELD_OUT if HELD_OUT in known and split != HELD_OUT else None)
+    if held_out is None and split != HELD_OUT and _patients(store, HELD_OUT) + 1 >= 1 / WORST_RATE:
+        held_out = HELD_OUT
     training = _described(loaded, store, split, most, seed)
     others = _described(loaded, store, held_out, most, seed) if held_out is not None else []
     summary = TrainingSummary.fit(training, others, model=loaded.hash, rate=rate, seed=seed)
     if summary is not None:
         summary.save(loaded.path)
     return summary
+
+
+def _patients(store: VolumeStore, split: str) -> int:
+    """How many patients have a stored volume in a split."""
+    table = store.cohort[store.cohort["split"] == split]
+    return int(table["patient"][table["volume"].isin(set(store.volumes))].nunique())
 
 
 def one_a_patient(table: pd.DataFrame, most: int, seed: int) -> pd.DataFrame:

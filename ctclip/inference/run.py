@@ -223,10 +223,10 @@ def _scored(
         probabilities = head.probabilities(scores)
     assert encoded.embedding is not None
     vectors = {VOLUME: encoded.embedding.float().cpu().numpy()}
-    far = drift_warnings(
-        training, loaded.spec, voxels[:, 0], vectors[VOLUME], [scans.source(index) for index in indices]
-    )
-    warnings = ["; ".join(filter(None, pair)) for pair in zip(warnings, far, strict=True)]
+    if training is not None:
+        sources = [scans.source(index) for index in indices]
+        far = drift_warnings(training, loaded.spec, voxels[:, 0], vectors[VOLUME], sources)
+        warnings = ["; ".join(filter(None, pair)) for pair in zip(warnings, far, strict=True)]
     identity = scans.table.iloc[indices].loc[:, ["volume", "patient", "scan"]].assign(warnings=warnings)
     table = prediction_table(
         identity, list(head.names), probabilities.cpu().numpy(), scores.cpu().numpy(),
