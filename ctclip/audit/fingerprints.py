@@ -79,6 +79,8 @@ def slice_vectors(prints: np.ndarray) -> np.ndarray:
     logs = np.stack(spectra)
     energy = np.stack(energies)
     used = energy > LEAST_CONTENT * energy.max(axis=1, keepdims=True)
+    if not used.any():
+        return np.zeros((*logs.shape[:2], SLICE_VALUES), np.float32)
     logs -= logs.mean(axis=2, keepdims=True)
     logs -= logs[used].mean(axis=0)
     values, axes = np.linalg.eigh(logs[used].T @ logs[used] / used.sum())
