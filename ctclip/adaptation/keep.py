@@ -39,18 +39,17 @@ def keep_head(
     that were used; None: all."""
     head.adaptation = record(method, loaded, train, splits, used)
     folder = save_head(loaded.path, name, head)
-    _say_in_card(loaded.path / "model_card.md", name, head)
+    words = f"{head.supervision}, {method}, fitted to labels of {head.adaptation.fitted_on}"
+    say_in_card(loaded.path / "model_card.md", name, words)
     return folder
 
 
-def _say_in_card(card: Path, name: str, head: Head) -> None:
-    """Add a line about the head to the model card, replacing an earlier one."""
+def say_in_card(card: Path, name: str, words: str) -> None:
+    """Add a line about a head to the model card, replacing an earlier one."""
     begin = f"Head {name}: "
-    assert head.adaptation is not None
     lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else ["# ctclip model"]
     kept = [line for line in lines if not line.startswith(begin)]
-    said = f"{begin}{head.supervision}, {head.adaptation.method}, fitted to labels of {head.adaptation.fitted_on}."
-    write_text(card, "\n".join([*kept, said]) + "\n")
+    write_text(card, "\n".join([*kept, f"{begin}{words}."]) + "\n")
 
 
 def record(

@@ -21,6 +21,7 @@ from ctclip.cli.check_precision import check_precision
 from ctclip.cli.clean_reports import clean_reports
 from ctclip.cli.config import config
 from ctclip.cli.demo import demo
+from ctclip.cli.draft import draft
 from ctclip.cli.embed import embed
 from ctclip.cli.evaluate import evaluate
 from ctclip.cli.explain import explain
@@ -79,6 +80,7 @@ app.command()(embed)
 app.command()(index)
 app.command()(similar)
 app.command()(ask)
+app.command()(draft)
 app.command("read-reports")(read_reports)
 app.command("clean-reports")(clean_reports)
 app.command()(analyze)

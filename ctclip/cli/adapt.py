@@ -12,6 +12,7 @@ from ctclip.cli.reading import LABEL_TABLE
 
 class AdaptMethod(StrEnum):
     coop = "coop"
+    caption = "caption"
     vocabfine = "vocabfine"
     classfine = "classfine"
     lora = "lora"
@@ -24,13 +25,17 @@ def adapt(
         None, metavar="[KEY=VALUE]...", help="Values that override the recipe, such as training.epochs=5."
     ),
     method: AdaptMethod = typer.Option(
-        ..., help="coop: learn prompts, in seconds to minutes. The other methods train encoders; see above."
+        ...,
+        help="coop: learn prompts, in seconds to minutes. caption: learn to write reports. The other methods train encoders; "
+        "see above.",
     ),
     model: str = typer.Option(
         ..., "--model", "-m", help="The model folder to start from; an imported checkpoint is one too."
     ),
     store: Path = typer.Option(..., help="A store written by `ctclip preprocess` with the model's spec."),
-    output: Path = typer.Option(..., "--output", "-o", help="The run folder; with coop, the folder for its tables."),
+    output: Path = typer.Option(
+        ..., "--output", "-o", help="The run folder; with coop and caption, the folder for tables."
+    ),
     labels: Path = LABEL_TABLE,
     config: str = typer.Option(
         None,
@@ -42,7 +47,9 @@ def adapt(
         None, min=1, help="Number of positive, and of negative, training patients to use for each label. Default: all."
     ),
     percent: float = typer.Option(100.0, help="Percentage of the training patients whose labels are used."),
-    head: str = typer.Option("coop", help="coop: the name under which the head is saved in the model folder."),
+    head: str = typer.Option(
+        None, help="coop, caption: the name under which the head is saved in the model folder. Default: the method's."
+    ),
     draws: int = typer.Option(
         1, min=1, help="coop: number of random draws of patients; the head of the first draw is saved."
     ),
@@ -68,6 +75,9 @@ def adapt(
 
     coop learns the words of prompts, on frozen embeddings, and saves them in the model folder as a head.
 
+    caption trains a decoder that writes reports, on frozen tokens of the volumes, and saves it as a head for `ctclip draft`; it
+    reads no labels.
+
     The other methods train, write a new model folder, and resume as `ctclip train` does: vocabfine fits the scores of the
     prompts to labels; classfine fits a linear layer; lora and last-layers do what vocabfine does with fewer parameters; full
     continues the contrastive training on pairs of volumes and reports.
@@ -76,7 +86,10 @@ def adapt(
 
     setting = Setting("shots", shots) if shots is not None else Setting("fraction", percent)
     if method is AdaptMethod.coop:
-        _coop(overrides or [], model, store, output, labels, config, setting, head, draws, (train_split, test_split), seed, force)  # fmt: skip
+        _coop(overrides or [], model, store, output, labels, config, setting, head or "coop", draws, (train_split, test_split), seed, force)  # fmt: skip
+        return
+    if method is AdaptMethod.caption:
+        _caption(overrides or [], model, store, output, labels, config, setting, head or "caption", train_split, seed, force)  # fmt: skip
         return
     from ctclip import distributed, extras
     from ctclip.models.folder import local_folder
@@ -126,3 +139,23 @@ def _coop(
     print_contexts(result.head)
     print(f"tables: {output}")
     print(f"head: {result.folder} (label-supervised; `--head {head}` uses it)")
+
+
+def _caption(
+    overrides: list[str], model: str, store: Path, output: Path, labels: Path | None, config: str | None, setting: object,
+    head: str, split: str, seed: int, force: bool,
+) -> None:  # fmt: skip
+    from ctclip import distributed
+    from ctclip.adaptation.caption import LOSSES, CaptionConfig, run_caption
+    from ctclip.adaptation.protocol import Setting
+    from ctclip.config_files import find_config, load_section
+    from ctclip.errors import ConfigError
+    from ctclip.models.folder import load_model
+
+    if labels is not None or setting != Setting("fraction", 100.0):
+        raise ConfigError("--method caption reads no labels: leave out --labels, --shots and --percent")
+    chosen = load_section(CaptionConfig, find_config(config or "caption", "adapt"), overrides)
+    loaded = load_model(model, distributed.device())
+    folder = run_caption(loaded, store, output, chosen, head=head, split=split, seed=seed, force=force)
+    print(f"losses: {output / LOSSES}")
+    print(f"head: {folder} (`ctclip draft --head {head}` uses it)")

@@ -15,6 +15,8 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
+from ctclip.drafting.draft import Draft
+from ctclip.drafting.drafter import Drafter, Drafting, Method, caption_head_name
 from ctclip.drift.facts import Source
 from ctclip.errors import CheckpointError, PromptError
 from ctclip.evaluation.adapted import FILE as ADAPTATION
@@ -23,6 +25,7 @@ from ctclip.evaluation.calibration import Calibration
 from ctclip.explanation.explain import Explanation, explain
 from ctclip.explanation.find import Found, find, told_from
 from ctclip.explanation.place import LEVEL
+from ctclip.heads.caption import CaptionHead, Decoding
 from ctclip.heads.folder import PROMPTS, HeadFacts, list_heads, load_head
 from ctclip.heads.head import Head
 from ctclip.heads.prompts import PromptHead
@@ -221,6 +224,43 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             self.dual, ready, text, others, scan=_name(ready), model_hash=self.folder.hash, by=method, level=level,
             most=most, budget=budget, warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
         )  # fmt: skip
+
+    def draft(
+        self,
+        scan: str | os.PathLike[str] | Prepared,
+        *,
+        method: str | None = None,
+        head: str | None = None,
+        index: str | os.PathLike[str] | None = None,
+        prompted: bool = False,
+        beams: int = 1,
+        nucleus: float | None = None,
+        seed: int = 0,
+        detector: str = PROMPTS,
+        places: bool = True,
+        **reading: Unpack[Reading],
+    ) -> Draft:
+        """The draft of a report of one scan: findings and impression, each sentence with what it claims, the probability
+        that ``detector`` (a head) gives to it, and its place.
+
+        ``method``: caption, retrieval or template; by default, what the model and ``index`` (a folder of `ctclip index`)
+        allow. ``head``: the caption head; ``prompted``: tell it the detector's findings; ``beams``, ``nucleus``, ``seed``:
+        see ``Decoding``. Raises CtclipError or PreprocessingError in one line.
+        """
+        settings = Drafting(
+            None if method is None else Method(method), head, None if index is None else Path(index), prompted,
+            Decoding(beams, nucleus, seed),
+        )  # fmt: skip
+        ready = self._ready(scan, **reading)
+        warnings = (*ready.warnings, *self.folder.trained_on.caveats())
+        return self.drafter(settings, detector).draft(ready, _name(ready), warnings, places=places)
+
+    def drafter(self, settings: Drafting, detector: str = PROMPTS) -> Drafter:
+        """What drafts reports of many scans with the same settings."""
+        name = caption_head_name(self.folder, settings)
+        caption = None if name is None else self.head(name)
+        assert caption is None or isinstance(caption, CaptionHead)
+        return Drafter(self.folder, self.head(detector), caption, settings)
 
     def embed(self, scan: str | os.PathLike[str] | Prepared, **reading: Unpack[Reading]) -> np.ndarray:
         """The unit vector (dim,) of one scan from disk, or of the result of ``prepare``."""

@@ -318,5 +318,14 @@ def _vision_of(path: Path, config: ModelConfig) -> dict[str, Any]:
 
 def local_folder(source: str) -> Path:
     """The folder ``source`` names: one here, or a snapshot of a hub repository. Raises CheckpointError."""
-    patterns = [SUMMARY, "classifier.safetensors", "tokenizer/*", "heads/*", "*.yaml", "*.json", "*.md", "model.safetensors"]
+    patterns = [
+        SUMMARY,
+        "classifier.safetensors",
+        "tokenizer/*",
+        "heads/*",
+        "*.yaml",
+        "*.json",
+        "*.md",
+        "model.safetensors",
+    ]
     return model_folder(source, patterns, "preprocessing.yaml")

@@ -30,8 +30,16 @@ class WordDecoder(nn.Module):
     """
 
     def __init__(
-        self, vocabulary: int, token_width: int, width: int, *, depth: int = 2, heads: int | None = None
+        self,
+        vocabulary: int,
+        token_width: int,
+        width: int,
+        *,
+        depth: int = 2,
+        heads: int | None = None,
+        length: int = LONGEST,
     ) -> None:
+        """length: the maximum number of tokens of a text, with the marks around it."""
         super().__init__()
         if heads is None:
             heads = max(number for number in range(1, max(1, width // 64) + 1) if width % number == 0)
@@ -44,11 +52,12 @@ class WordDecoder(nn.Module):
             "width": width,
             "depth": depth,
             "heads": heads,
+            "length": length,
         }
         self.memory = nn.Linear(token_width, width)
         self.language = GPT2LMHeadModel(
             GPT2Config(
-                vocab_size=vocabulary, n_positions=LONGEST, n_embd=width, n_layer=depth, n_head=heads,
+                vocab_size=vocabulary, n_positions=length, n_embd=width, n_layer=depth, n_head=heads,
                 activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, add_cross_attention=True,
                 # Of GPT-2's 0.02, made for widths of 768 and more, a narrow one would hardly hear of the volume.
                 initializer_range=width**-0.5,

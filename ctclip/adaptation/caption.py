@@ -1,0 +1,233 @@
+"""Train a caption head on a trained model, whose encoders stay as they are: volumes are encoded once, and a decoder learns
+to write their reports from the tokens.
+
+In a share of the examples the decoder is told the findings that the report states, as read by the rules, so that it can
+write about those of a detector later; in the others it is told none (the prompt dropout of DCP-PD, arXiv 2604.10437).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ctclip.adaptation.keep import check_head_name, say_in_card
+from ctclip.data.dataset import with_report
+from ctclip.errors import DataError
+from ctclip.evaluation.adapted import Adaptation
+from ctclip.evaluation.tables import write_predictions
+from ctclip.heads.caption import CaptionHead, ReportTokens
+from ctclip.heads.folder import save_head
+from ctclip.inference.run import batches, run_key
+from ctclip.inference.scans import StoredScans
+from ctclip.models.encoded import Encoded
+from ctclip.models.folder import ModelFolder
+from ctclip.objectives.words import LONGEST, WordDecoder
+from ctclip.preprocessing.no_report import report_text
+from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
+from ctclip.preprocessing.progress import track
+from ctclip.preprocessing.scratch import scratch_folder
+from ctclip.preprocessing.store import VolumeStore
+from ctclip.prompts import PromptSet, load_prompts
+from ctclip.report_reading.reader import Options, Status
+from ctclip.report_reading.rules import RulesReader
+from ctclip.schema import Section
+
+METHOD, LOSSES = "caption", "caption.csv"
+SECTIONS = ("findings", "impression")
+
+
+class CaptionConfig(Section):
+    """How a caption head is trained."""
+
+    depth: int = Field(4, ge=1, le=512, description="layers of the decoder; its width is the text encoder's")
+    heads: int | None = Field(
+        None, ge=1, le=1024, description="attention heads of the decoder; null: one for every 64 of its width"
+    )
+    length: int = Field(
+        LONGEST, ge=16, le=10**5, description="maximum number of tokens of a report; longer ones are cut"
+    )
+    told: float = Field(
+        0.5, ge=0, le=1, description="share of the examples in which the decoder is told the findings of the report"
+    )
+    epochs: float = Field(20.0, gt=0, le=10**6, description="passes over the training scans")
+    batch: int = Field(16, ge=1, le=10**5, description="number of volumes in a batch")
+    learning_rate: float = Field(1e-3, gt=0, le=10, description="peak learning rate of AdamW")
+    warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps with a rising learning rate")
+    weight_decay: float = Field(0.05, ge=0, le=100, description="AdamW's weight decay")
+    language: str = Field("english", description="of the reports: a YAML file, or the name of one in configs/languages")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Reports as tokens. For each report two sequences, told nothing and told its findings: ids, and the length of the
+    prefix that is not learned."""
+
+    plain: list[tuple[list[int], int]]
+    told: list[tuple[list[int], int]]
+
+
+def run_caption(
+    loaded: ModelFolder,
+    store: Path,
+    output: Path,
+    config: CaptionConfig,
+    *,
+    head: str = "caption",
+    split: str = "train",
+    seed: int = 0,
+    force: bool = False,
+) -> Path:
+    """Train a caption head on the reports of a split and save it in the model folder; returns its folder.
+
+    ``output`` gets ``caption.csv``, the loss of each epoch, and, while training, the volumes' tokens (float16). Raises
+    DataError or PreprocessingError, and saves nothing, if the store has no report or the output cannot be used.
+    """
+    check_folder(output, made_by_us, "output of `ctclip adapt --method caption`")
+    check_head_name(loaded, head, CaptionHead.kind)
+    scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
+    scans.table = with_report(scans.table, SECTIONS, f"{store}: split {split!r}")
+    key = run_key(loaded.hash, scans.origin(), list(scans.table["volume"]), config.model_dump_json(), f"{head} {seed}")
+    torch.manual_seed(seed)
+    decoder = _decoder(loaded, config)
+    caption = CaptionHead(
+        loaded.model, decoder, _prompts(loaded), loaded.labels.names, SECTIONS, prompted=config.told > 0
+    )
+    with (
+        claimed_folder(output, "adapt", key, (LOSSES,), made_by_us, force=force),
+        scratch_folder(".tokens.", ".partial", output) as scratch,
+    ):
+        encoded, indices = _encoded(loaded, scans, scratch, config.batch)
+        table = scans.table.iloc[indices]
+        texts = _texts(caption.tokens, table, loaded, config)
+        losses = _fit(decoder, encoded, texts, config, loaded.model.device, seed)
+        words = f"{len(table)} volumes of {table['patient'].nunique()} patients, split {split}"
+        caption.adaptation = Adaptation.to(METHOD, words, loaded.hash, table["patient"].astype(str))
+        folder = save_head(loaded.path, head, caption)
+        say_in_card(loaded.path / "model_card.md", head, f"a decoder of reports, fitted to reports of {words}")
+        write_predictions(output / LOSSES, pd.DataFrame({"epoch": range(1, len(losses) + 1), "loss": losses}))
+    return folder
+
+
+def _decoder(loaded: ModelFolder, config: CaptionConfig) -> WordDecoder:
+    text, volume = loaded.model.text_encoder, loaded.model.volume_encoder
+    return WordDecoder(
+        text.bert.config.vocab_size, volume.token_width, text.width, depth=config.depth, heads=config.heads,
+        length=config.length,
+    )  # fmt: skip
+
+
+def _prompts(loaded: ModelFolder) -> PromptSet:
+    return load_prompts(loaded.labels.prompts or "generic")
+
+
+def _encoded(loaded: ModelFolder, scans: StoredScans, scratch: Path, batch: int) -> tuple[Encoded, list[int]]:
+    """Tokens of all volumes, on the host (float16, in a file that is mapped into memory), and their indices."""
+    tokens: np.memmap | None = None
+    real: list[np.ndarray] = []
+    indices: list[int] = []
+    refused: dict[str, str] = {}
+    one: Encoded | None = None
+    for members, voxels, _ in batches(scans, list(range(len(scans.table))), batch, refused, "encoding"):
+        with torch.inference_mode():
+            one = loaded.model.encode(torch.from_numpy(voxels).to(loaded.model.device))
+        values = one.tokens.float().cpu().numpy().astype(np.float16)
+        if tokens is None:
+            shape = (len(scans.table), *values.shape[1:])
+            tokens = np.memmap(scratch / "tokens", np.float16, "w+", shape=shape)
+        tokens[len(indices) : len(indices) + len(members)] = values
+        if one.real is not None:
+            real.append(one.real.cpu().numpy())
+        indices += members
+    for reason in refused.values():
+        print(f"refused: {reason}")
+    if tokens is None or one is None:
+        raise DataError(next(iter(refused.values()), f"{scans.store.path}: no volume to learn from"))
+    mask = torch.from_numpy(np.concatenate(real)) if real else None
+    return one._replace(tokens=torch.from_numpy(tokens), real=mask, embedding=None), indices
+
+
+def _texts(tokens: ReportTokens, table: pd.DataFrame, loaded: ModelFolder, config: CaptionConfig) -> Texts:
+    """The reports as tokens; what they state is read by rules, and no label of a volume is read."""
+    reader = RulesReader.build(loaded.labels, Options(language=config.language))
+    reports = [[report_text(row.get(section, "")) for section in SECTIONS] for row in table.to_dict("records")]
+    readings = reader.read(["\n".join(parts) for parts in reports])
+    stated = [
+        [name for name in loaded.labels.names if name in reading and reading[name].status is Status.present]
+        for reading in readings
+    ]
+    return Texts(
+        [tokens.whole(parts, None) for parts in reports],
+        [tokens.whole(parts, names) for parts, names in zip(reports, stated, strict=True)],
+    )
+
+
+def _fit(
+    decoder: WordDecoder, encoded: Encoded, texts: Texts, config: CaptionConfig, device: torch.device, seed: int
+) -> list[float]:
+    """Train the decoder; returns the mean loss (nats a token) of each epoch."""
+    decoder.to(device).train().requires_grad_(True)
+    count = len(texts.plain)
+    batch = min(config.batch, count)
+    each = count // batch
+    steps = max(1, round(config.epochs * each))
+    optimizer = torch.optim.AdamW(
+        decoder.parameters(), config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup))
+    losses: list[float] = []
+    for rows, told in track(_draws(count, batch, steps, config.told, seed), steps, "caption head", "steps"):
+        ids, mask, learned = _padded(
+            [(texts.told if own else texts.plain)[row] for row, own in zip(rows, told, strict=True)]
+        )
+        one = Encoded(
+            encoded.tokens[torch.from_numpy(rows)].float().to(device), encoded.grid, encoded.pooled, encoded.affine,
+            None if encoded.real is None else encoded.real[torch.from_numpy(rows)].to(device),
+        )  # fmt: skip
+        scores = decoder(ids[:, :-1].to(device), mask[:, :-1].to(device), one).float()
+        target = ids.masked_fill(~learned, -100)[:, 1:].to(device)
+        loss = F.cross_entropy(scores.flatten(0, 1), target.flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    decoder.eval().requires_grad_(False)
+    return [float(np.mean(losses[start : start + each])) for start in range(0, len(losses), each)]
+
+
+def _draws(count: int, batch: int, steps: int, told: float, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The rows of each step, every row once an epoch, and whether each is told its findings."""
+    random = np.random.default_rng([seed, 29])
+    order: np.ndarray = np.empty(0, np.int64)
+    for _ in range(steps):
+        if len(order) < batch:
+            order = random.permutation(count)
+        rows, order = order[:batch], order[batch:]
+        yield rows, random.random(batch) < told
+
+
+def _padded(texts: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """ids (B, L), mask (B, L) 1 where there is a token, and which tokens are learned (B, L) bool."""
+    length = max(len(ids) for ids, _ in texts)
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row, _ in texts])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row, _ in texts])
+    places = torch.arange(length)[None]
+    return ids, mask, (mask == 1) & (places >= torch.tensor([prefix for _, prefix in texts])[:, None])
+
+
+def _rate(step: int, steps: int, warmup: float) -> float:
+    """The factor of the learning rate: rises linearly, then falls to 0 along a cosine."""
+    rising = warmup * steps
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))

@@ -1,0 +1,73 @@
+"""Drafts of the volumes of a store, in a table that `ctclip evaluate --reports` scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from ctclip.drafting.writers import SECTIONS, Detected, Writer
+from ctclip.errors import DataError
+from ctclip.heads.head import Head
+from ctclip.inference.run import batches
+from ctclip.inference.scans import StoredScans
+from ctclip.models.folder import ModelFolder
+from ctclip.preprocessing.csv_files import write_csv
+from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
+
+COLUMNS = ("volume", "patient", "scan", *SECTIONS, "detected", "method", "model")
+HEADER = ",".join(COLUMNS).encode()
+
+
+def draft_store(
+    loaded: ModelFolder,
+    detector: Head,
+    writer: Writer,
+    scans: StoredScans,
+    method: str,
+    refused: dict[str, str],
+    *,
+    count: int | None = None,
+    batch: int = 8,
+) -> pd.DataFrame:
+    """A row for each volume of ``scans`` (at most ``count``): ``COLUMNS``; ``detected``: the findings that the detector
+    calls, joined by "; ". Volumes that cannot be read are named in ``refused``."""
+    rows = []
+    places = list(range(len(scans.table)))[:count]
+    for indices, voxels, _ in batches(scans, places, batch, refused, "drafting"):
+        with torch.inference_mode():
+            encoded = loaded.model.encode(torch.from_numpy(voxels).to(loaded.model.device))
+        for number, detected in enumerate(Detected.by(detector, encoded)):
+            one = encoded._replace(
+                tokens=encoded.tokens[number : number + 1], pooled=encoded.pooled[number : number + 1],
+                real=None if encoded.real is None else encoded.real[number : number + 1],
+                embedding=None if encoded.embedding is None else encoded.embedding[number : number + 1],
+            )  # fmt: skip
+            identity = scans.table.iloc[indices[number]][["volume", "patient", "scan"]]
+            rows.append(
+                [*identity, *_texts(writer.write(one, detected)), "; ".join(detected.findings()), method, loaded.hash]
+            )
+    if not rows:
+        raise DataError(next(iter(refused.values()), f"{scans.store.path}: no volume to draft"))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def write_drafts(table: pd.DataFrame, output: Path, *, force: bool = False) -> None:
+    """Write the table. Raises PreprocessingError if ``output`` is a file of another kind."""
+    with claimed_file(output):
+        check_drafts(output, force=force)
+        with written_beside(output) as partial:
+            write_csv(partial, table)
+
+
+def check_drafts(output: Path, *, force: bool = False) -> None:
+    """Raise unless drafts may be written to ``output``."""
+    if output.suffix != ".csv":
+        raise DataError(f"{output}: end the name in .csv")
+    check_file(output, file_holds(HEADER), force=force)
+
+
+def _texts(sections: dict[str, str]) -> list[str]:
+    return [sections.get(section, "") for section in SECTIONS]

@@ -1,0 +1,172 @@
+"""Three ways to write a report: from the detector's findings, from the nearest scan's report, and with a caption head."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ctclip.errors import DataError
+from ctclip.heads.caption import CaptionHead, Decoding
+from ctclip.heads.folder import FOLDER, list_heads
+from ctclip.heads.head import Head
+from ctclip.heads.prompts import PromptHead
+from ctclip.inference.index import Index
+from ctclip.models.encoded import Encoded
+from ctclip.models.folder import ModelFolder
+from ctclip.preprocessing.no_report import report_text
+from ctclip.prompts import PromptSet, load_prompts
+from ctclip.report_reading.findings import Cleaner
+from ctclip.report_reading.reader import Status
+
+SECTIONS = ("findings", "impression")
+NOTHING = "No finding reaches its threshold."
+# Nearest scans that are looked through for one with a report.
+DEPTH = 20
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What a detector says of one volume: probability of each finding, and whether it reaches its threshold (0.5 without
+    a calibration)."""
+
+    probabilities: Mapping[str, float]
+    present: Mapping[str, bool]
+
+    @classmethod
+    @torch.inference_mode()
+    def by(cls, detector: Head, encoded: Encoded) -> list[Detected]:
+        """One for each volume of ``encoded``."""
+        values = detector.probabilities(detector.score(encoded).float()).tolist()
+        thresholds = detector.thresholds()
+        every = []
+        for each in values:
+            probabilities = dict(zip(detector.names, each, strict=True))
+            present = {name: p >= thresholds.get(name, 0.5) for name, p in probabilities.items()}
+            every.append(cls(probabilities, present))
+        return every
+
+    def findings(self) -> list[str]:
+        """Those that reach their threshold, in the order of the detector."""
+        return [name for name, there in self.present.items() if there]
+
+
+class Writer(ABC):
+    """Writes the sections of a report."""
+
+    @abstractmethod
+    def write(self, encoded: Encoded, detected: Detected) -> dict[str, str]:
+        """The text of each of ``SECTIONS``. encoded: one volume."""
+
+
+class TemplateWriter(Writer):
+    """A sentence for each finding of the detector: present ones first, then those that it denies.
+
+    A phrasing is used only if it claims nothing else: no other finding, and no side, lobe or size, which the detector does
+    not know.
+    """
+
+    def __init__(self, names: Sequence[str], prompts: Sequence[PromptSet], cleaner: Cleaner) -> None:
+        """names: findings; prompts: sets of phrasings, those to prefer first."""
+        self.names = tuple(names)
+        sets = [*prompts, load_prompts("generic")]
+        self.sentences = {
+            (name, present, section): _phrasing(name, present, section, sets, cleaner)
+            for name in names
+            for present in (True, False)
+            for section in SECTIONS
+        }
+
+    def write(self, encoded: Encoded, detected: Detected) -> dict[str, str]:
+        present = [name for name in self.names if detected.present.get(name)]
+        absent = [name for name in self.names if not detected.present.get(name)]
+        findings = [self.sentences[name, True, "findings"] for name in present]
+        findings += [self.sentences[name, False, "findings"] for name in absent]
+        impression = [self.sentences[name, True, "impression"] for name in present] or [NOTHING]
+        return {"findings": " ".join(findings), "impression": " ".join(impression)}
+
+
+class RetrievalWriter(Writer):
+    """The report of the nearest scan of an index: the control that every other method must beat."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+
+    def write(self, encoded: Encoded, detected: Detected) -> dict[str, str]:
+        assert encoded.embedding is not None
+        near = self.index.similar(encoded.embedding[0].float().cpu().numpy(), DEPTH)
+        for row in near.to_dict("records"):
+            report = {section: report_text(row[section]) for section in SECTIONS}
+            if any(report.values()):
+                return report
+        raise DataError("none of the nearest scans of the index has a report; index a store with reports")
+
+
+class CaptionWriter(Writer):
+    """A caption head, told the detector's findings if ``prompted``."""
+
+    def __init__(self, head: CaptionHead, decoding: Decoding, *, prompted: bool = False) -> None:
+        """Raises DataError if ``prompted`` and the head was not trained to be told findings."""
+        if prompted and not head.prompted:
+            raise DataError(
+                "this caption head was not trained with findings to write about; leave out --prompted, or train one with "
+                "`ctclip adapt --method caption`"
+            )
+        self.head, self.decoding, self.prompted = head, decoding, prompted
+
+    def write(self, encoded: Encoded, detected: Detected) -> dict[str, str]:
+        return self.head.generate(encoded, self.decoding, detected.findings() if self.prompted else None)
+
+
+def known_prompts(folder: ModelFolder, detector: Head) -> list[PromptSet]:
+    """The prompt sets of a model, mined ones (in the words of reports) first, then the detector's and its label set's."""
+    heads = [head.name for head in list_heads(folder.path) if head.kind == PromptHead.kind]
+    files = [folder.path / FOLDER / name / "prompts.yaml" for name in heads]
+    sets = [load_prompts(path) for path in files if path.is_file()]
+    if isinstance(detector, PromptHead):
+        sets.append(detector.prompts)
+    if folder.labels.prompts:
+        sets.append(load_prompts(folder.labels.prompts))
+    return sorted(sets, key=lambda prompts: not prompts.provenance)
+
+
+def _phrasing(name: str, present: bool, section: str, sets: Sequence[PromptSet], cleaner: Cleaner) -> str:
+    """The most frequent phrasing that claims this and no more, of the first set that has one."""
+    status = Status.present if present else Status.absent
+    fallback = ""
+    for prompts in sets:
+        if name not in prompts.abnormalities and prompts.templates is None:
+            continue
+        pair = prompts.pair(name)
+        for part in (section, *SECTIONS):
+            for text in _by_weight(pair.groups(present, [part]), pair.weights(present, [part])):
+                fallback = text
+                if _claims_only(text, name, status, cleaner):
+                    return text
+    return fallback
+
+
+def _by_weight(groups: Sequence[Sequence[str]], weights: Sequence[Sequence[float]]) -> list[str]:
+    pairs = [pair for texts, shares in zip(groups, weights, strict=True) for pair in zip(texts, shares, strict=True)]
+    return [text for text, _ in sorted(pairs, key=lambda pair: -pair[1])]
+
+
+def _claims_only(text: str, name: str, status: Status, cleaner: Cleaner) -> bool:
+    sentences = cleaner.clean(text)
+    findings = [finding for sentence in sentences for finding in sentence.findings]
+    return bool(findings) and all(
+        finding.label == name and finding.status is status and not (finding.side or finding.lobe or finding.size_mm)
+        for finding in findings
+    ) and not any(sentence.comparison for sentence in sentences)  # fmt: skip
+
+
+def check_index(path: Path | None) -> Path:
+    """Raise DataError if the method `retrieval` has no index."""
+    if path is None:
+        raise DataError(
+            "the method retrieval copies the report of the nearest scan: give --index, written by `ctclip index`"
+        )
+    return path

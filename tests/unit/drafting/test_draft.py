@@ -1,0 +1,183 @@
+"""Drafts of one scan and of a store: claims, probabilities, marks, places, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import ctclip
+from ctclip.cli import main
+from ctclip.drafting.draft import compatible, draft
+from ctclip.drafting.writers import Detected, TemplateWriter, Writer
+from ctclip.evaluation.calibration import Calibration, Line
+from ctclip.inference.index import Index
+from ctclip.labels import load_labels
+from ctclip.models.encoded import Encoded
+from ctclip.prompts import Pair, PromptSet, load_prompts
+from ctclip.report_reading.findings import Cleaner
+from ctclip.report_reading.reader import Options
+from ctclip.report_reading.rules import RulesReader
+from tests.unit.drafting.conftest import Clinic
+
+CLEANER = Cleaner(RulesReader.build(load_labels("ct_rate_18"), Options()))
+NOTHING = Encoded(torch.zeros(1, 1, 1), (1, 1, 1), torch.zeros(1, 1), np.eye(4))
+
+
+class Fixed(Writer):
+    def __init__(self, findings: str) -> None:
+        self.findings = findings
+
+    def write(self, encoded: Encoded, detected: Detected) -> dict[str, str]:
+        return {"findings": self.findings, "impression": ""}
+
+
+def detected(**probabilities: float) -> Detected:
+    named = {name.replace("_", " "): p for name, p in probabilities.items()}
+    return Detected(named, {name: p >= 0.5 for name, p in named.items()})
+
+
+def test_each_claim_gets_the_detectors_probability_and_is_marked_if_denied() -> None:
+    words = detected(Lung_nodule=0.9, Pleural_effusion=0.2, Cardiomegaly=0.7)
+    text = (
+        "A nodule is seen in the left upper lobe. There is a right pleural effusion. The heart is not enlarged. "
+        "Possible pleural effusion. Emphysema is seen. The trachea is open."
+    )
+    sentences = draft(NOTHING, words, Fixed(text), CLEANER)["findings"]
+    claims = [[(c.finding, c.status.value, c.side, c.probability, c.denied) for c in one.claims] for one in sentences]
+    assert claims == [
+        [("Lung nodule", "present", "left", 0.9, False)],
+        [("Pleural effusion", "present", "right", 0.2, True)],
+        [("Cardiomegaly", "absent", "", pytest.approx(0.3), True)],
+        [("Pleural effusion", "uncertain", "", 0.2, False)],
+        [("Emphysema", "present", "", None, False)],
+        [],
+    ]
+    assert [one.denied for one in sentences] == [False, True, True, False, False, False]
+    assert str(sentences[1]).startswith("[!] There is a right pleural effusion.")
+
+
+def test_template_uses_phrasings_that_claim_nothing_else() -> None:
+    both = {"findings": ("Emphysema is seen in both lungs.", "Emphysema with a nodule.", "Emphysema is observed.")}
+    mined = PromptSet(
+        name="mined",
+        abnormalities={
+            "Emphysema": Pair(
+                positive=both, negative={"findings": ("No emphysema.",)}, positive_weights={"findings": (9, 5, 1)}
+            ),
+            "Lung nodule": Pair(
+                positive={"findings": ("A nodule of 7 mm is seen.",)}, negative={"findings": ("There is no nodule.",)}
+            ),
+        },
+    )
+    names = ("Emphysema", "Lung nodule", "Cardiomegaly")
+    writer = TemplateWriter(names, [mined, load_prompts("report_style")], CLEANER)
+    written = writer.write(NOTHING, detected(Emphysema=0.9, Lung_nodule=0.8, Cardiomegaly=0.1))
+    assert written["findings"].startswith("Emphysema is observed. ")
+    assert "7 mm" not in written["findings"]
+    assert "Emphysema" in written["impression"]
+    read = CLEANER.clean(written["findings"])
+    assert {(f.label, f.status.value) for one in read for f in one.findings} == {
+        ("Emphysema", "present"), ("Lung nodule", "present"), ("Cardiomegaly", "absent"),
+    }  # fmt: skip
+    assert not any(finding.side or finding.size_mm for one in read for finding in one.findings)
+    nothing = writer.write(NOTHING, detected(Emphysema=0.1, Lung_nodule=0.2, Cardiomegaly=0.1))
+    assert nothing["impression"] == "No finding reaches its threshold."
+    assert "No emphysema." in nothing["findings"]
+
+
+@pytest.mark.parametrize("label_set", ["ct_rate_18", "merlin_30"])
+def test_every_label_has_a_sentence_for_each_side(label_set: str) -> None:
+    labels = load_labels(label_set)
+    cleaner = Cleaner(RulesReader.build(labels, Options()))
+    writer = TemplateWriter(labels.names, [load_prompts(labels.prompts)] if labels.prompts else [], cleaner)
+    for (name, present, _), text in writer.sentences.items():
+        read = {(f.label, f.status.value, f.side) for one in cleaner.clean(text) for f in one.findings}
+        assert read == {(name, "present" if present else "absent", "")}, text
+
+
+@pytest.mark.parametrize(
+    ("side", "others", "expected"),
+    [
+        ("left", ["left"], True), ("left", ["right"], False), ("left", ["both"], True), ("both", ["left"], False),
+        ("both", ["left", "right"], True), ("right", ["left", "right"], True), ("both", ["both"], True),
+    ],
+)  # fmt: skip
+def test_sides(side: str, others: list[str], expected: bool) -> None:
+    assert compatible(side, others) is expected
+
+
+def test_a_scan_is_drafted_from_python_and_as_a_command(
+    clinic: Clinic, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = ctclip.load(clinic.model)
+    head = model.head("prompts")
+    line = Line(1.0, 3.0, 0.5, 10, 40)
+    head.calibration = Calibration("platt", "valid", model.folder.hash, {"Nodule": line, "Effusion": Line(1.0, -3.0, 0.5, 10, 40)})  # fmt: skip
+    drafted = model.draft(clinic.scan, expect="any")
+    assert drafted.method == "template"
+    claims = [claim for one in drafted.sections["findings"] for claim in one.claims]
+    assert [(claim.finding, claim.status.value) for claim in claims] == [("Nodule", "present"), ("Effusion", "absent")]
+    probabilities = model.detect(clinic.scan, expect="any").probabilities
+    assert claims[0].probability == pytest.approx(probabilities["Nodule"], abs=1e-5)
+    assert claims[1].probability == pytest.approx(1 - probabilities["Effusion"], abs=1e-5)
+    place = model.explain(clinic.scan, "Nodule", expect="any")["Nodule"]
+    assert claims[0].place is not None
+    assert claims[0].place.peak_lps == place.peak_lps
+    assert claims[1].place is None
+    for name in ("draft.json", "draft.txt"):
+        words = ["draft", str(clinic.scan), "--model", str(clinic.model), "--expect", "any", "-o", str(tmp_path / name)]
+        assert main(words) == 0
+    assert "FINDINGS" in (tmp_path / "draft.txt").read_text()
+    facts = json.loads((tmp_path / "draft.json").read_text())
+    assert (facts["kind"], facts["method"], facts["model"]) == ("ctclip draft", "template", model.folder.hash)
+    assert {"text", "claims", "denied"} == set(facts["findings"][0])
+    assert "is not calibrated" in capsys.readouterr().out
+
+
+def test_a_store_is_drafted_from_the_nearest_report(clinic: Clinic, tmp_path: Path) -> None:
+    loaded = ctclip.load(clinic.model)
+    rows = pd.read_parquet(clinic.store / "cohort.parquet").iloc[:3].assign(findings=["", "A nodule.", "No nodule."])
+    rows.loc[0, "impression"] = "Not given."
+    from ctclip.preprocessing.store import VolumeStore
+
+    store = VolumeStore(clinic.store)
+    vectors = np.concatenate([
+        loaded.encode_volume(torch.from_numpy(store.voxels(name))[None, None]).numpy() for name in rows["volume"]
+    ])  # fmt: skip
+    index = Index.build(rows, vectors, None, loaded.folder.hash)
+    (tmp_path / "index").mkdir()
+    index.save(tmp_path / "index")
+    given = ["draft", "--model", str(clinic.model), "--store", str(clinic.store), "--index", str(tmp_path / "index")]
+    assert main([*given, "--split", "train", "--count", "3", "-o", str(tmp_path / "drafts.csv")]) == 0
+    table = pd.read_csv(tmp_path / "drafts.csv", keep_default_na=False)
+    assert table["method"].tolist() == ["retrieval"] * 3
+    assert table["findings"].tolist()[1:] == ["A nodule.", "No nodule."]
+    assert table["findings"][0], "the nearest has no report, so the next one is taken"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--method", "retrieval"), "give --index"),
+        (("--method", "caption"), "has no caption head (it has: none)"),
+        (("--head", "prompts"), "no caption head 'prompts'"),
+        (("--detector", "nothing"), "no head 'nothing' (it has: prompts)"),
+        (("--method", "poetry"), "no method 'poetry': give one of caption, retrieval, template"),
+        (("--beams", "2", "--nucleus", "0.9"), "either --beams or --nucleus"),
+        (("--index", "nowhere"), "nowhere: not a readable index"),
+        (("--output", "draft.pdf"), "end the name in .json or .txt"),
+        (("--store", "s"), "give either a scan or --store"),
+    ],
+)
+def test_bad_options_are_one_line(
+    words: tuple[str, ...], message: str, clinic_files: Clinic, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["draft", str(clinic_files.scan), "--model", str(clinic_files.model), *words]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
