@@ -16,6 +16,7 @@ EXTRAS = {
     "train": ("deepspeed", "tensorboard", "peft", "psutil"),
     "index": ("faiss",),
     "dicom": ("highdicom", "dicomweb_client"),
+    "reports": ("sacrebleu", "rouge_score", "nltk"),
     "serve": ("fastapi", "uvicorn", "python_multipart", "prometheus_client"),
 }
 

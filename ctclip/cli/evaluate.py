@@ -14,7 +14,10 @@ class Thresholds(StrEnum):
 
 
 def evaluate(
-    predictions: Path = typer.Argument(..., help="predictions.csv (or .parquet) written by `ctclip zero-shot`."),
+    predictions: Path = typer.Argument(None, help="predictions.csv (or .parquet) written by `ctclip zero-shot`."),
+    reports: Path = typer.Option(
+        None, help="Instead of predictions: drafts.csv written by `ctclip draft --store`; needs --store."
+    ),
     labels: Path = typer.Option(None, help="A CSV of labels or a cohort table. Default: the labels in the store."),
     protocol: str = typer.Option(
         None, help="A YAML file, or the name of one in configs/protocols. Default: the protocol of the label set."
@@ -34,7 +37,11 @@ def evaluate(
         "through the smallest finding of each.",
     ),
     masks: Path = typer.Option(None, help="Masks of the cohort, laid out as those of `ctclip phantom`."),
-    against: Path = typer.Option(None, help="Predictions of another model for the same volumes; adds a paired test."),
+    against: list[Path] = typer.Option(
+        None,
+        help="Predictions of another model for the same volumes; adds a paired test. With --reports: other drafts of the "
+        "same volumes, such as those of --method retrieval. May be repeated with --reports.",
+    ),
     calibration: Path = typer.Option(
         None, help="calibration.json of the model, for its probabilities and decision thresholds."
     ),
@@ -46,7 +53,10 @@ def evaluate(
     bootstrap: int = typer.Option(
         None, min=10, help="Number of bootstrap resamples of patients. Default: as the protocol says."
     ),
-    seed: int = typer.Option(0, help="Seed of the bootstrap and of the shuffled control."),
+    label_set: str = typer.Option(
+        None, help="With --reports: the findings to read. Default: the label set of the store."
+    ),
+    seed: int = typer.Option(0, min=0, help="Seed of the bootstrap and of the shuffled control."),
     force: bool = typer.Option(False, "--force", help="Overwrite the evaluation of another run."),
 ) -> None:
     """Evaluate predictions by a protocol: AUROC with confidence intervals bootstrapped by patient, controls, retrieval.
@@ -54,8 +64,19 @@ def evaluate(
     `ctclip evaluate predictions/predictions.csv --labels labels.csv --protocol ct_rate --output evaluation`
 
     `ctclip evaluate ours.csv --against theirs.csv --labels labels.csv --output compared`
+
+    `ctclip evaluate --reports drafts.csv --store store --against retrieval.csv --output drafted`
     """
     from ctclip.errors import DataError
+
+    if (predictions is None) == (reports is None):
+        raise DataError("give either predictions or --reports")
+    if reports is not None:
+        _evaluate_reports(reports, store, output, against or [], label_set, bootstrap or 1000, seed, force)
+        return
+    if against is not None and len(against) > 1:
+        raise DataError("give --against once; only --reports takes it several times")
+    other = against[0] if against else None
     from ctclip.evaluation.pages import number, split_note
     from ctclip.evaluation.run_evaluation import run_evaluation
     from ctclip.inference.focus import smallest_finding
@@ -68,7 +89,7 @@ def evaluate(
         focus = smallest_finding(cohort, masks, VolumeStore(store).spec)
     replaced = (output / "metrics.json").exists()
     result = run_evaluation(
-        predictions, output, protocol, labels=labels, store=store, run=run, against=against, calibration=calibration,
+        predictions, output, protocol, labels=labels, store=store, run=run, against=other, calibration=calibration,
         thresholds=thresholds.value if thresholds is not None else None, bootstrap=bootstrap, seed=seed, force=force,
         focus=focus,
     )  # fmt: skip
@@ -111,7 +132,24 @@ def evaluate(
         print(f"note: {split_note(result)}")
     if "paired" in result:
         mean = result["paired"]["mean"]
-        print(f"against {against}: {number(mean['difference'])} ({number(mean['lower'])} to {number(mean['upper'])}), p {number(mean['p'])}")  # fmt: skip
+        print(f"against {other}: {number(mean['difference'])} ({number(mean['lower'])} to {number(mean['upper'])}), p {number(mean['p'])}")  # fmt: skip
     if replaced:
         print(f"note: replaced the previous evaluation in {output}")
     print(f"report: {output / 'report.html'}")
+
+
+def _evaluate_reports(
+    drafts: Path, store: Path | None, output: Path, against: list[Path], label_set: str | None, bootstrap: int, seed: int,
+    force: bool,
+) -> None:  # fmt: skip
+    from ctclip.cli.tables import print_report_scores
+    from ctclip.errors import DataError
+    from ctclip.evaluation.run_reports import FILES, run_reports
+
+    if store is None:
+        raise DataError("--reports needs --store, the store with the radiologists' reports of the same volumes")
+    result = run_reports(
+        drafts, store, output, against=against, label_set=label_set, bootstrap=bootstrap, seed=seed, force=force
+    )
+    print_report_scores(result)
+    print(f"report: {output / FILES[-1]}")

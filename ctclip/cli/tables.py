@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,3 +48,38 @@ def print_contexts(head: Head, most: int = 12) -> None:
         print(f"  {text}")
     if len(texts) > most:
         print(f"  ... and {len(texts) - most} more")
+
+
+def print_report_scores(result: dict[str, Any]) -> None:
+    """Print what ``ctclip.evaluation.run_reports`` returns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ctclip.evaluation.pages import number
+
+    names = {"macro_f1": "macro F1", "micro_f1": "micro F1", "crg": "CRG", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L", "meteor": "METEOR"}  # fmt: skip
+    ours = result["results"]["drafts"]["scores"]
+    grid = Table(title=f"{result['volumes']} volumes of {result['patients']} patients")
+    grid.add_column("reports")
+    for name in ours:
+        grid.add_column(names[name], justify="right")
+    for name, one in result["results"].items():
+        grid.add_row(name, *(number(one["scores"].get(metric, {}).get("value")) for metric in ours))
+    Console().print(grid)
+    low, high = ours["macro_f1"]["lower"], ours["macro_f1"]["upper"]
+    print(f"macro F1 {number(ours['macro_f1']['value'])} ({number(low)} to {number(high)})")
+    sides = result["results"]["drafts"]["sides"]
+    print(
+        f"sides: {sides['named']} sentences name one, {sides['compared']} of them can be compared, {sides['wrong']} are on a "
+        "wrong side"
+    )
+    if result["without_report"]:
+        print(f"note: {result['without_report']} drafts have no report to compare with in the store")
+    if result["empty_drafts"]:
+        print(f"note: {result['empty_drafts']} drafts are empty, and claim nothing")
+    if "bleu_4" not in ours:
+        print('note: BLEU-4 and ROUGE-L are not computed: pip install "ctclip[reports]"')
+    elif ours["meteor"]["value"] is None:
+        print("note: METEOR is not computed: it needs NLTK's WordNet (`python -m nltk.downloader wordnet`)")
+    if not result["trusted"]:
+        print("note: there are too few patients for intervals to be trusted")

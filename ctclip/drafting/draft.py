@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -19,7 +19,7 @@ from ctclip.models.encoded import Encoded
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.outputs import check_file, claimed_file
 from ctclip.preprocessing.pipeline import Prepared
-from ctclip.report_reading.findings import BOTH, Cleaner, Finding
+from ctclip.report_reading.findings import Cleaner, Finding
 from ctclip.report_reading.reader import Status
 
 KIND = "ctclip draft"
@@ -179,12 +179,6 @@ def check_output(path: Path, *, force: bool = False) -> None:
     if path.suffix not in (".json", ".txt"):
         raise DataError(f"{path}: end the name in .json or .txt")
     check_file(path, _is_draft, force=force)
-
-
-def compatible(side: str, others: Sequence[str]) -> bool:
-    """Whether a finding on ``side`` (left, right or both) is among the sides that another report gives for it."""
-    where = {part for other in others for part in (("left", "right") if other == BOTH else (other,))}
-    return where >= ({"left", "right"} if side == BOTH else {side})
 
 
 def _claim(finding: Finding, detected: Detected) -> Claim:

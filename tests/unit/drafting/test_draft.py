@@ -12,12 +12,13 @@ import torch
 
 import ctclip
 from ctclip.cli import main
-from ctclip.drafting.draft import compatible, draft
+from ctclip.drafting.draft import draft
 from ctclip.drafting.writers import Detected, TemplateWriter, Writer
 from ctclip.evaluation.calibration import Calibration, Line
 from ctclip.inference.index import Index
 from ctclip.labels import load_labels
 from ctclip.models.encoded import Encoded
+from ctclip.preprocessing.store import VolumeStore
 from ctclip.prompts import Pair, PromptSet, load_prompts
 from ctclip.report_reading.findings import Cleaner
 from ctclip.report_reading.reader import Options
@@ -100,17 +101,6 @@ def test_every_label_has_a_sentence_for_each_side(label_set: str) -> None:
         assert read == {(name, "present" if present else "absent", "")}, text
 
 
-@pytest.mark.parametrize(
-    ("side", "others", "expected"),
-    [
-        ("left", ["left"], True), ("left", ["right"], False), ("left", ["both"], True), ("both", ["left"], False),
-        ("both", ["left", "right"], True), ("right", ["left", "right"], True), ("both", ["both"], True),
-    ],
-)  # fmt: skip
-def test_sides(side: str, others: list[str], expected: bool) -> None:
-    assert compatible(side, others) is expected
-
-
 def test_a_scan_is_drafted_from_python_and_as_a_command(
     clinic: Clinic, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -143,8 +133,6 @@ def test_a_store_is_drafted_from_the_nearest_report(clinic: Clinic, tmp_path: Pa
     loaded = ctclip.load(clinic.model)
     rows = pd.read_parquet(clinic.store / "cohort.parquet").iloc[:3].assign(findings=["", "A nodule.", "No nodule."])
     rows.loc[0, "impression"] = "Not given."
-    from ctclip.preprocessing.store import VolumeStore
-
     store = VolumeStore(clinic.store)
     vectors = np.concatenate([
         loaded.encode_volume(torch.from_numpy(store.voxels(name))[None, None]).numpy() for name in rows["volume"]
