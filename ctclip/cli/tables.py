@@ -65,7 +65,7 @@ def print_report_scores(result: dict[str, Any]) -> None:
         grid.add_column(names[name], justify="right")
     for name, one in result["results"].items():
         grid.add_row(name, *(number(one["scores"].get(metric, {}).get("value")) for metric in ours))
-    Console().print(grid)
+    Console(width=max(Console().width, 100)).print(grid)
     low, high = ours["macro_f1"]["lower"], ours["macro_f1"]["upper"]
     print(f"macro F1 {number(ours['macro_f1']['value'])} ({number(low)} to {number(high)})")
     sides = result["results"]["drafts"]["sides"]

@@ -32,7 +32,7 @@ class Clinic(NamedTuple):
 def report(number: int) -> tuple[str, str]:
     side = "left" if number % 4 < 2 else "right"
     findings = f"A nodule is seen on the {side}." if number % 2 else "No nodule is seen."
-    return f"{findings} There is no effusion.", "Nodule." if number % 2 else "Normal lungs."
+    return f"{findings} There is no effusion.", "A nodule is seen." if number % 2 else "No nodule is seen."
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +60,9 @@ def clinic_files(tmp_path_factory: pytest.TempPathFactory) -> Clinic:
         folder / "model", dual_encoder(VIT, SPEC, standardise=True).eval(), labels,
         write_more=lambda partial: write_prompt_head(partial, load_prompts("generic"), NAMES),
     )  # fmt: skip
-    voxels = random.normal(-300, 100, (8, 8, 8)).astype(np.int16)
-    nib.save(nib.Nifti1Image(voxels, np.diag([-2.0, -2.0, 2.0, 1.0])), folder / "scan.nii.gz")
+    voxels = np.full((16, 16, 16), -1000, np.int16)
+    voxels[3:13, 3:13, 3:13] = random.normal(40, 10, (10, 10, 10))
+    nib.save(nib.Nifti1Image(voxels, np.diag([-1.0, -1.0, 1.0, 1.0])), folder / "scan.nii.gz")
     return Clinic(store.path, folder / "model", folder / "scan.nii.gz")
 
 
