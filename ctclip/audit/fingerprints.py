@@ -84,8 +84,8 @@ def slice_vectors(prints: np.ndarray) -> np.ndarray:
     logs -= logs.mean(axis=2, keepdims=True)
     logs -= logs[used].mean(axis=0)
     values, axes = np.linalg.eigh(logs[used].T @ logs[used] / used.sum())
-    kept = min(SLICE_VALUES, len(values))
-    vectors = logs @ (axes[:, -kept:] / np.sqrt(np.maximum(values[-kept:], 1e-6 * values[-1])))
+    strongest = min(SLICE_VALUES, int(values.size))
+    vectors = logs @ (axes[:, -strongest:] / np.sqrt(np.maximum(values[-strongest:], 1e-6 * values[-1])))
     vectors /= np.linalg.norm(vectors, axis=2, keepdims=True) + 1e-12
     return np.where(used[..., None], vectors, 0).astype(np.float32)
 

@@ -68,7 +68,9 @@ def explain(
         extras.check("dicom")
     check_output(output)
     loaded = load(model, distributed.device())
-    ready = loaded.prepare(scan, **reading_of(hu, geometry, expect, series, largest_gb), headers=dicom)
+    reading = reading_of(hu, geometry, expect, series, largest_gb)
+    reading["headers"] = dicom
+    ready = loaded.prepare(scan, **reading)
     if dicom:
         # Before the maps, which may take minutes.
         source_images(ready)

@@ -135,7 +135,7 @@ class TrainingSummary:
         for number in range(FOLDS):
             part = _fit_parts([one for one, own in zip(training, fold, strict=True) if own != number])
             for index in np.flatnonzero(fold == number):
-                out_of_fold[index] = _distances(*part, training[index])
+                out_of_fold[index] = _distances(*part, training[int(index)])
         scales = {
             group: max(1e-6, float(np.quantile([one[group] for one in out_of_fold if group in one], 1 - rate)))
             for group in out_of_fold[0]

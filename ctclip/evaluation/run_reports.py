@@ -267,7 +267,10 @@ def _detected(path: Path, table: pd.DataFrame, labels: LabelSet) -> np.ndarray |
     kept = read_table(path)
     if "detected" not in kept.columns:
         return None
-    called = {str(without_suffix(row.volume)): set(str(row.detected).split("; ")) for row in kept.itertuples()}
+    called = {
+        without_suffix(volume): set(detected.split("; "))
+        for volume, detected in zip(kept["volume"], kept["detected"], strict=True)
+    }
     return np.array([[float(name in called[volume]) for name in labels.names] for volume in table["volume"]])
 
 
@@ -287,7 +290,7 @@ def _without_resamples(result: dict[str, Any]) -> dict[str, Any]:
 def _table(result: dict[str, Any]) -> pd.DataFrame:
     rows = {}
     for name, one in result["results"].items():
-        row = {}
+        row: dict[str, float] = {}
         for metric, entry in one["scores"].items():
             row |= {metric: entry["value"], f"{metric}_lower": entry["lower"], f"{metric}_upper": entry["upper"]}
         sides = one.get("sides")

@@ -119,7 +119,8 @@ class CaptionHead(Head):
                 if room < 2:
                     break
                 start = torch.tensor([ids], device=self.model.device)
-                written = self.decoder.language.generate(
+                language: Any = self.decoder.language
+                written = language.generate(
                     input_ids=start, attention_mask=torch.ones_like(start), max_new_tokens=room, use_cache=True,
                     eos_token_id=self.tokens.end, pad_token_id=self.tokens.end, **given, **decoding.arguments(),
                 )[0, len(ids) :].tolist()  # fmt: skip

@@ -88,7 +88,7 @@ class Pacs:
             try:
                 return question(client)
             except requests.HTTPError as error:
-                status = error.response.status_code
+                status = error.response.status_code if error.response is not None else 0
                 raise Refused(
                     "the PACS has no such study or series" if status == 404 else f"the PACS answered {status}"
                 ) from None

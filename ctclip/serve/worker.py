@@ -201,7 +201,9 @@ class Worker:
             prepared = self._of_store(request)
             source = Source.of_notes(self.store.store.notes(request["volume"])) if self.store else None
         else:
-            prepared = self.model.prepare(request["path"], **{**self.settings.reading, "headers": True})
+            reading = self.settings.reading.copy()
+            reading["headers"] = True
+            prepared = self.model.prepare(request["path"], **reading)
             source = Source(prepared.source_spacing, prepared.source_shape)
             _ = prepared.voxels
         write_view(prepared.scan.array, prepared.scan.affine, Path(request["view"]))

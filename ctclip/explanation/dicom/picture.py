@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +21,7 @@ def capture(explanation: Explanation, image: Dataset, picture: np.ndarray, numbe
     from highdicom.sc import SCImage
     from pydicom.uid import ExplicitVRLittleEndian
 
-    made = SCImage.from_ref_dataset(
+    made: Any = SCImage.from_ref_dataset(
         image, picture, "RGB", 8, "PATIENT", series, 9003, UID(), number, patient_orientation=("L", "P"),
         transfer_syntax_uid=ExplicitVRLittleEndian, series_description=f"{RESEARCH}: ctclip pictures",
         **equipment(explanation),
