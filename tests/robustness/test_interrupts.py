@@ -69,7 +69,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_one_line(start: Start, store: Path,
     run = start(command(store, output, *LONG, "data.workers=1"))
     wait_for_step(output, 1)
     ctrl_c(run)
-    done = run.wait(60)
+    done = run.wait(300)
     assert done.returncode == 75, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     assert done.stdout.count("interrupted: stopped after step") == 1
