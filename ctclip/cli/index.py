@@ -6,7 +6,19 @@ from pathlib import Path
 
 import typer
 
-from ctclip.cli.reading import PRECISION, Precision
+from ctclip.cli.reading import (
+    EXPECT,
+    GEOMETRY,
+    HU,
+    LARGEST_GB,
+    PRECISION,
+    SERIES,
+    Expected,
+    Geometry,
+    Precision,
+    Trusted,
+    reading_of,
+)
 
 
 def index(
@@ -57,6 +69,11 @@ def similar(
     index: Path = typer.Option(..., help="The folder written by `ctclip index`."),
     count: int = typer.Option(5, "--count", "-k", min=1, help="Number of scans and of reports to show."),
     output: Path = typer.Option(None, "--output", "-o", help="Also write the results to this CSV file."),
+    hu: Trusted = HU,
+    geometry: Geometry = GEOMETRY,
+    expect: Expected = EXPECT,
+    series: str = SERIES,
+    largest_gb: float = LARGEST_GB,
 ) -> None:
     """Show the scans and reports of an index that are most similar to a scan or to a text.
 
@@ -86,7 +103,8 @@ def similar(
         )
     loaded = load(model or model_path)
     opened = Index.load(index, loaded.folder.hash)
-    query = loaded.embed(scan) if scan is not None else loaded.encode_text([text])[0].numpy()
+    reading = reading_of(hu, geometry, expect, series, largest_gb)
+    query = loaded.embed(scan, **reading) if scan is not None else loaded.encode_text([text])[0].numpy()
     if plus or minus:
         added, removed = (
             [loaded.encode_text([words])[0].float().numpy() for words in side or []] for side in (plus, minus)

@@ -104,6 +104,16 @@ def test_every_option_is_explained(name: str) -> None:
         assert text.endswith((".", "...", "?", ")")) or option.hidden or option.name == "help", (name, text)
 
 
+def test_every_command_that_reads_a_scan_takes_the_options_of_reading() -> None:
+    reading = {"--hu", "--geometry", "--expect", "--series", "--largest-gb"}
+    readers = [name for name, one in COMMANDS.items() if {"scan", "scans"} & {part.name for part in one.params}]
+    # `train --plan --scans` is a number.
+    readers.remove("train")
+    assert {"zero-shot", "explain", "find", "ask", "similar", "embed"} <= set(readers)
+    for name in readers:
+        assert reading <= set(OPTIONS[name]), name
+
+
 def messages() -> Iterator[tuple[Path, int, str]]:
     """Texts of the package that name an option: file, line, text. Values in an f-string become ``{}``."""
     files = [*PACKAGE.glob("**/*.py"), *(PACKAGE / "preprocessing").glob("**/*.py")]
