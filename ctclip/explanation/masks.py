@@ -28,7 +28,8 @@ class MaskLayout(Section):
     describes: str
     file: str = Field(description="file name of a volume's masks; {volume} stands for its id")
     kind: Literal["bits", "labels", "channels"] = Field(
-        description="bits: bit i of a voxel is the i-th label; labels: value i + 1 is the i-th label; channels: one volume for each sentence"
+        description="bits: bit i of a voxel is the i-th label; labels: value i + 1 is the i-th label; "
+        "channels: one volume for each sentence"
     )
     labels: tuple[str, ...] = Field(
         (), description="label names, or the name of a label set; channels: not used, labels come from the sentences"
@@ -47,7 +48,7 @@ class MaskLayout(Section):
         if "{volume}" not in self.file:
             raise ValueError("file: must hold {volume}, which stands for the volume's id")
         if self.kind == "channels" and not self.sentences:
-            raise ValueError("encoding 'channels' needs 'sentences', the JSON file with the sentences of each volume")
+            raise ValueError("kind 'channels' needs 'sentences', the JSON file with the sentences of each volume")
         if self.kind != "channels" and not self.labels:
             raise ValueError(f"{self.kind} need labels")
         return self
@@ -99,7 +100,8 @@ class Masks:
                 yield name, mask
 
     def _channels(self, volume: str, path: Path, grid: FileGrid) -> Iterator[tuple[str, np.ndarray]]:
-        """Move channels to the front; they are the first or the last axis, whichever leaves the shape of the scan."""
+        """The sentences of a volume with their masks. Channels are the first or the last axis of the file, whichever leaves
+        the shape of the scan."""
         import nibabel as nib
 
         try:
