@@ -21,15 +21,14 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="folder of `ctclip demo`")
     parser.add_argument("--model", type=Path, help="model folder; default: that of the demo")
     parser.add_argument("--only", choices=PARTS, help="one part alone")
+    parser.add_argument("--few", type=int, help="with drift: phantoms of each kind; with doubles: volumes of the store")
     chosen = parser.parse_args()
     print(f"{date.today():%-d %B %Y}, {machine()}\n")
     for part in PARTS:
         if chosen.only in (None, part):
-            print(
-                import_module(f"tests.benchmarks.audit.{part}").show(
-                    chosen.demo, chosen.model or chosen.demo / "train" / "model"
-                )
-            )
+            show = import_module(f"tests.benchmarks.audit.{part}").show
+            few = (chosen.few,) if chosen.few and part in ("drift", "doubles") else ()
+            print(show(chosen.demo, chosen.model or chosen.demo / "train" / "model", *few), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from tests.benchmarks.common import table
 COPIES, SEED = 50, 11
 
 
-def show(demo: Path, model: Path) -> str:
+def show(demo: Path, model: Path, volumes: int | None = None) -> str:
     import nibabel as nib
 
     from ctclip.audit.doubles import ALIKE, COPY, NEAREST, fingerprints
@@ -24,6 +24,7 @@ def show(demo: Path, model: Path) -> str:
 
     store, random = VolumeStore(demo / "store"), np.random.default_rng(SEED)
     cohort = store.cohort[store.cohort["volume"].isin(set(store.volumes))].set_index("volume")
+    cohort = cohort.head(volumes or len(cohort))
     names = cohort.index.tolist()
     sources = random.choice(len(names), COPIES, replace=False)
     with tempfile.TemporaryDirectory() as scratch:
