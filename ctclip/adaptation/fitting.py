@@ -91,6 +91,11 @@ def run_coop(
     return _run("coop", ContextHead.kind, fit, loaded, store, output, [setting], setting, options)
 
 
+def check_output(folder: Path, command: str) -> None:
+    """Raise PreprocessingError unless ``command`` may write its tables into ``folder``."""
+    check_folder(folder, is_output, f"output of `ctclip {command}`")
+
+
 def is_output(folder: Path) -> bool:
     """Whether a folder was written by this command, even if it holds only embeddings."""
     return made_by_us(folder) or {path.name for path in folder.iterdir()} == {CACHE}
@@ -118,7 +123,7 @@ def _run(
 ) -> Result:
     """Fit to every draw of ``settings``, test, and save the first head of ``kept``."""
     tables = (f"{method}.csv", f"{method}_labels.csv", CURVE)
-    check_folder(output, is_output, f"output of `ctclip {method}`")
+    check_output(output, method)
     check_head_name(loaded, options.head, kind)
     opened = VolumeStore(store)
     StoredScans(opened, None, loaded.spec, loaded.path)  # of the model's spec, or refused

@@ -125,13 +125,14 @@ def _coop(
     from ctclip import distributed
     from ctclip.adaptation.coop import CoopConfig
     from ctclip.adaptation.examples import Splits
-    from ctclip.adaptation.fitting import Options, run_coop
+    from ctclip.adaptation.fitting import Options, check_output, run_coop
     from ctclip.adaptation.protocol import Setting
     from ctclip.cli.tables import print_contexts, print_settings
     from ctclip.config_files import find_config, load_section
     from ctclip.models.folder import load_model
 
     assert isinstance(setting, Setting)
+    check_output(output, "coop")
     chosen = load_section(CoopConfig, find_config(config or "coop", "adapt"), overrides)
     options = Options(labels, Splits(*splits), head, draws, seed=seed, force=force)
     result = run_coop(load_model(model, distributed.device()), store, output, setting, chosen, options)

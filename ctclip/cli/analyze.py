@@ -29,8 +29,10 @@ def analyze(
     """
     from ctclip import distributed
     from ctclip.audit.analyze_page import TABLES, numbers_table, write_analysis
+    from ctclip.preprocessing.outputs import check_folder, made_by_us
     from ctclip.preprocessing.store import VolumeStore
 
+    check_folder(output, made_by_us, "output of `ctclip analyze`")
     analyses = write_analysis(
         model, VolumeStore(store), output, distributed.device(), split=split, batch=batch, force=force
     )

@@ -34,8 +34,10 @@ def doubles(
     from ctclip.audit.doubles_page import TABLES, write_doubles
     from ctclip.inference.scans import StoredScans
     from ctclip.models.folder import load_model
+    from ctclip.preprocessing.outputs import check_folder, made_by_us
     from ctclip.preprocessing.store import VolumeStore
 
+    check_folder(output, made_by_us, "output of `ctclip audit doubles`")
     opened = VolumeStore(store)
     embeddings = None
     if model is not None:
@@ -74,8 +76,10 @@ def data(
     from ctclip.audit.audit_page import DATA_TABLES, write_data_audit
     from ctclip.audit.concepts import load_concepts
     from ctclip.models.folder import load_model
+    from ctclip.preprocessing.outputs import check_folder, made_by_us
     from ctclip.preprocessing.store import VolumeStore
 
+    check_folder(output, made_by_us, "output of `ctclip audit data`")
     chosen = load_concepts(concepts)
     loaded = load_model(model, distributed.device())
     pair = [name.strip() for name in splits.split(",") if name.strip()]
@@ -109,8 +113,10 @@ def model_(
     from ctclip.audit.concepts import load_concepts
     from ctclip.inference.model import usable_head
     from ctclip.models.folder import load_model
+    from ctclip.preprocessing.outputs import check_folder, made_by_us
     from ctclip.preprocessing.store import VolumeStore
 
+    check_folder(output, made_by_us, "output of `ctclip audit model`")
     chosen = load_concepts(concepts)
     loaded = load_model(model, distributed.device())
     wrong, fair, short = write_model_audit(

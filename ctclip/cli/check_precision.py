@@ -30,15 +30,17 @@ def check_precision(
     from ctclip import distributed
     from ctclip.errors import DataError
     from ctclip.inference.model import usable_head
-    from ctclip.inference.precision import FILE, check_precision, device_name, fastest, keep
+    from ctclip.inference.precision import check_precision, device_name, fastest, keep
     from ctclip.inference.run import batches
     from ctclip.inference.scans import StoredScans
-    from ctclip.models.folder import load_model
+    from ctclip.models.folder import PRECISION, load_model
     from ctclip.preprocessing.store import VolumeStore
 
     loaded = load_model(model, distributed.device())
     if not os.access(loaded.path, os.W_OK):
-        raise DataError(f"{loaded.path}: cannot be written into, and {FILE} would be kept there; copy the model folder")
+        raise DataError(
+            f"{loaded.path}: cannot be written into, and {PRECISION} would be kept there; copy the model folder"
+        )
     scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
     refused: dict[str, str] = {}
     stored = len(scans.table)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ctclip.inference.model import Model
 
 
+DRAFTS = Path("drafts.csv")
+
+
 def draft(
     scan: Path = typer.Argument(None, help="A volume file, a DICOM folder, or an archive of one of these."),
     model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
@@ -63,6 +66,7 @@ def draft(
     from ctclip import distributed
     from ctclip.drafting.draft import check_output
     from ctclip.drafting.drafter import Drafting
+    from ctclip.drafting.store import check_drafts
     from ctclip.errors import DataError
     from ctclip.heads.caption import Decoding
     from ctclip.inference.model import load
@@ -73,6 +77,7 @@ def draft(
         raise DataError("give either --beams or --nucleus")
     settings = Drafting(_method(method), head, index, prompted, Decoding(beams, nucleus, seed), terms, language)
     if store is not None:
+        check_drafts(output or DRAFTS, force=force)
         _draft_store(load(model, distributed.device()), settings, detector, store, split, count, output, force)
         return
     if output is not None:
@@ -102,12 +107,11 @@ def _draft_store(
     loaded: Model, settings: Drafting, detector: str, store: Path, split: str, count: int | None, output: Path | None,
     force: bool,
 ) -> None:  # fmt: skip
-    from ctclip.drafting.store import check_drafts, draft_store, write_drafts
+    from ctclip.drafting.store import draft_store, write_drafts
     from ctclip.inference.scans import StoredScans
     from ctclip.preprocessing.store import VolumeStore
 
-    output = output or Path("drafts.csv")
-    check_drafts(output, force=force)
+    output = output or DRAFTS
     drafter = loaded.drafter(settings, detector)
     scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.folder.path)
     refused: dict[str, str] = {}

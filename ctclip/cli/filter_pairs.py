@@ -32,8 +32,10 @@ def filter_pairs(
     from ctclip.audit.filter_pairs import TABLES
     from ctclip.audit.filter_pairs import filter_pairs as run
     from ctclip.models.folder import load_model
+    from ctclip.preprocessing.outputs import check_folder, made_by_us
     from ctclip.preprocessing.store import VolumeStore
 
+    check_folder(output, made_by_us, "output of `ctclip filter-pairs`")
     loaded = load_model(model, distributed.device())
     pairs = run(
         loaded, VolumeStore(store), output, split=split, sides=sides, keep=keep, batch=batch, seed=seed, force=force

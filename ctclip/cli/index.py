@@ -91,7 +91,10 @@ def similar(
     from ctclip.inference.index import Index, index_facts
     from ctclip.inference.model import load
     from ctclip.inference.show import neighbours
+    from ctclip.preprocessing.outputs import check_file, file_holds
 
+    if output is not None:
+        check_file(output, file_holds(b",nearest"))
     if (scan is None) == (text is None):
         raise DataError("give either a scan or --text")
     if scan is None and (plus or minus):

@@ -36,9 +36,9 @@ def locate(
     from ctclip.inference.locate import CONTROLS, chosen_volumes, locate_cohort, write_result
     from ctclip.inference.model import load
     from ctclip.preprocessing.cohorts import read_cohort
-    from ctclip.preprocessing.files import refuse_special
+    from ctclip.preprocessing.outputs import check_file, file_holds
 
-    refuse_special(output)
+    check_file(output, file_holds(b'"pointing"'))
     drawn = Masks(masks, load_layout(mask_layout))
     loaded = load(model, distributed.device())
     scans = read_cohort(cohort)

@@ -45,7 +45,7 @@ def probe(
     """
     from ctclip import distributed
     from ctclip.adaptation.examples import Splits
-    from ctclip.adaptation.fitting import Options, run_probe
+    from ctclip.adaptation.fitting import Options, check_output, run_probe
     from ctclip.adaptation.protocol import settings_of
     from ctclip.cli.tables import print_settings
     from ctclip.errors import DataError
@@ -54,6 +54,7 @@ def probe(
     settings = settings_of(percent, shots)
     if not settings:
         raise DataError("give --percent or --shots")
+    check_output(output, "probe")
     options = Options(labels, Splits(train_split, test_split), head, draws, batch, seed, force)
     result = run_probe(load_model(model, distributed.device()), store, output, settings, options)
     print_settings("Linear probe, held-out patients", result.summary, result.zero_shot)

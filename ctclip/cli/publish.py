@@ -31,8 +31,10 @@ def publish(
     """
     from ctclip.inference.publish import check_licence
     from ctclip.inference.publish import publish as run
+    from ctclip.models.folder import check_output
 
     check_licence(licence)
+    check_output(output)
     page = run(model, output, licence=licence, evaluation=evaluation, repository=repository, private=not public)
     print(f"model with its card: {output}")
     if page is not None:

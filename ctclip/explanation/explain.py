@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -15,15 +16,17 @@ import numpy as np
 import torch
 
 from ctclip.errors import ExplanationError
-from ctclip.evaluation.pages import MARK, write_page
+from ctclip.evaluation.pages import write_page
+from ctclip.explanation.dicom.save import FOLDER as DICOM
 from ctclip.explanation.method import Maps, Subject, method
 from ctclip.explanation.picture import draw
 from ctclip.explanation.place import LEVEL, Place, locate
 from ctclip.heads.head import Head
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.preprocessing.files import write_text, written_beside
-from ctclip.preprocessing.outputs import check_folder, made_by_us
+from ctclip.preprocessing.outputs import check_replaceable, file_holds, put_in_place
 from ctclip.preprocessing.pipeline import Prepared
+from ctclip.preprocessing.scratch import scratch_folder
 from ctclip.preprocessing.volume import FileGrid
 
 FACTS, PAGE, MASK = "findings.json", "page.html", "findings.seg.nii.gz"
@@ -83,14 +86,24 @@ class Explanation:
         assert mask is not None
         return mask, labels
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, write_more: Callable[[Path], None] | None = None) -> Path:
         """Write one map per finding, the mask, ``findings.json`` and ``page.html``; return the path of the page.
 
-        ``folder`` must be new or hold an earlier explanation. Raises PreprocessingError for any other folder.
+        The folder is written whole or not at all; an earlier explanation is replaced. ``write_more`` is called with the
+        folder before it is put in its place. Raises PreprocessingError for any other folder that is not empty.
         """
-        folder = Path(folder)
-        check_output(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        final = Path(os.path.abspath(folder))
+        check_output(final)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(f".{final.name[:60]}.", ".partial", final.parent) as partial:
+            self._write(partial)
+            if write_more is not None:
+                write_more(partial)
+            partial.chmod(0o755)
+            put_in_place(partial, final, is_explanation_folder, "explanation")
+        return Path(folder) / PAGE
+
+    def _write(self, folder: Path) -> None:
         grid = self.prepared.file_grid
         files = _file_names(list(self.places))
         for finding, place in self.places.items():
@@ -107,7 +120,6 @@ class Explanation:
         }  # fmt: skip
         write_text(folder / FACTS, json.dumps(facts, indent=2, ensure_ascii=False))
         self._write_page(folder, files)
-        return folder / PAGE
 
     def _write_page(self, folder: Path, files: dict[str, str]) -> None:
         head = ["finding", "probability", "side", "peak, mm LPS", "voxel [column, row, slice]", "right-left x front-back x foot-head, mm", "ml"]  # fmt: skip
@@ -180,7 +192,22 @@ def explain(
 
 def check_output(folder: Path) -> None:
     """Raise PreprocessingError unless an explanation may be written to ``folder``."""
-    check_folder(folder, lambda kept: made_by_us(kept, {FACTS: KIND, PAGE: MARK}), "explanation")
+    check_replaceable(folder, is_explanation_folder, "explanation")
+
+
+def is_explanation_folder(folder: Path) -> bool:
+    """Whether a folder holds an explanation and nothing else."""
+    if not file_holds(KIND)(folder / FACTS):
+        return False
+    try:
+        kept = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        maps = [str(entry["map"]) for entry in kept["findings"]]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+    known = {FACTS, PAGE, MASK, *maps, *(f"{name.removesuffix('.nii.gz')}.png" for name in maps)}
+    below = (folder / DICOM).iterdir() if (folder / DICOM).is_dir() else ()
+    names = {path.name for path in folder.iterdir() if path.name != DICOM}
+    return names <= known and all(path.suffix == ".dcm" for path in below)
 
 
 def _chosen(head: Head, probabilities: Sequence[float], findings: Sequence[str] | None) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ctclip.explanation.explain import FACTS, NOTE, Explanation, explain, write_nifti
+from ctclip.explanation.explain import FACTS, MASK, NOTE, Explanation, explain, write_nifti
 from ctclip.explanation.place import LEVEL, Region, regions_of
 from ctclip.explanation.space import in_scan
 from ctclip.heads.head import Head
@@ -169,14 +169,15 @@ class Found:
 
     def save(self, folder: str | Path, *, refined: bool = False) -> Path:
         """Write the files of ``Explanation.save``, with the regions in the mask and in ``findings.json``."""
-        page = self.explanation.save(folder)
+        return self.explanation.save(folder, lambda partial: self._write(partial, refined))
+
+    def _write(self, folder: Path, refined: bool) -> None:
         grid = self._place.prepared.file_grid
         names = {str(number): f"region {number}" for number in range(1, len(self.regions) + 1)}
-        write_nifti(Path(folder) / "findings.seg.nii.gz", self.mask(refined), grid, {"labels": names})
-        path = Path(folder) / FACTS
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        write_text(path, json.dumps({**kept, "text": self.text, "refined": refined, "regions": self.facts()}, indent=2, ensure_ascii=False))  # fmt: skip
-        return page
+        write_nifti(folder / MASK, self.mask(refined), grid, {"labels": names})
+        kept = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = {**kept, "text": self.text, "refined": refined, "regions": self.facts()}
+        write_text(folder / FACTS, json.dumps(facts, indent=2, ensure_ascii=False))
 
 
 def find(

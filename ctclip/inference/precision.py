@@ -19,12 +19,11 @@ from torch import Tensor
 
 from ctclip.errors import CtclipError
 from ctclip.heads.head import Head
-from ctclip.models.folder import ModelFolder
+from ctclip.models.folder import PRECISION, ModelFolder
 from ctclip.models.precision import Precision
 from ctclip.preprocessing.files import write_text
 
 Asked = Literal["auto", "fp32", "tf32", "bf16"]
-FILE = "precision.json"
 # At most this change of a probability, and at least this rank correlation of each finding's scores.
 LARGEST_CHANGE, LEAST_CORRELATION = 0.01, 0.999
 FEWEST = 16
@@ -104,7 +103,7 @@ def keep(loaded: ModelFolder, results: Sequence[Agreement], volumes: int) -> Pat
     name = device_name(loaded.model.device)
     entries = {device: entry for device, entry in _kept(loaded).items() if device != name}
     entries[name] = {"volumes": volumes, "torch": torch.__version__, "results": [asdict(result) for result in results]}
-    path = loaded.path / FILE
+    path = loaded.path / PRECISION
     write_text(path, json.dumps({"weights": loaded.hash, "devices": entries}, indent=2))
     return path
 
@@ -138,7 +137,7 @@ def _fastest(loaded: ModelFolder) -> Precision:
 def _kept(loaded: ModelFolder) -> dict[str, Any]:
     """Checks by device, of these weights."""
     try:
-        values = json.loads((loaded.path / FILE).read_text(encoding="utf-8"))
+        values = json.loads((loaded.path / PRECISION).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     devices = values.get("devices") if isinstance(values, dict) and values.get("weights") == loaded.hash else None

@@ -50,10 +50,12 @@ REQUIRED = (*ARCHITECTURE, "model.safetensors")
 TRAINED_ON = "trained_on.yaml"
 # Of ``ctclip.drift.summary``.
 SUMMARY = "training_summary.safetensors"
+# Of ``ctclip.inference.precision``.
+PRECISION = "precision.json"
 KIND = "model folder of ours alone"
 # All that a model folder may hold: ours, of 0.2, and what the hub adds.
 PARTS = {
-    *REQUIRED, LABELS, TRAINED_ON, SUMMARY, "model_card.md", "heads", "vision_config.json",
+    *REQUIRED, LABELS, TRAINED_ON, SUMMARY, PRECISION, "model_card.md", "heads", "vision_config.json",
     "adaptation.json", "prompts.yaml", "calibration.json", "classifier.safetensors", "README.md", ".gitattributes", ".cache",
 }  # fmt: skip
 TOKENIZER = {

