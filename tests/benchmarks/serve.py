@@ -153,12 +153,14 @@ def main() -> None:
     arguments = parser.parse_args()
     model, store = arguments.demo / "train" / "model", arguments.demo / "store"
     scans = sorted((arguments.demo / "cohort" / "dataset").rglob("*.nii.gz"))[: arguments.scans]
+    print(f"{date.today()}, {machine()}, load of the machine {os.getloadavg()[1]:.0f}\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         service = Served("--model", model, "--store", store, folder=Path(folder) / "tmp")
-        rows = [*load(service, model, scans, arguments.requests), *waits(service), *(seen(service) if CHROMIUM else [])]
+        print(table("Requests at once", ["", ""], load(service, model, scans, arguments.requests)), flush=True)
+        print(table("One user", ["", ""], waits(service)), flush=True)
+        if CHROMIUM:
+            print(table("In a browser", ["", ""], seen(service)), flush=True)
         service.stop()
-    print(f"{date.today()}, {machine()}, load of the machine {os.getloadavg()[1]:.0f}\n")
-    print(table("`python -m tests.benchmarks.serve`", ["", ""], rows))
 
 
 if __name__ == "__main__":
