@@ -307,7 +307,9 @@ def preprocess_cohort(
     fresh = _all(due, store.path, reading, workers or len(os.sched_getaffinity(0)))
     outcomes += track(fresh, len(due), "preprocessing")
     write_outcomes(store, outcomes, shard)
-    return Report(outcomes, [*cohort.notes, *double_notes(store, table)], dict(cohort.unused))
+    # Of shards, once they are merged: each would look at the whole store.
+    doubles = double_notes(store, table) if shard == (1, 1) else []
+    return Report(outcomes, [*cohort.notes, *doubles], dict(cohort.unused))
 
 
 def _kept(store: VolumeStore, tasks: Sequence[Task], reading: Reading) -> tuple[list[Outcome], list[str]]:

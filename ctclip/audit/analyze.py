@@ -23,7 +23,7 @@ from ctclip.heads.prompts import PromptHead
 from ctclip.inference.model import usable_head
 from ctclip.inference.run import report_embeddings, report_texts
 from ctclip.inference.scans import StoredScans
-from ctclip.models.folder import ModelFolder, load_model, read_architecture
+from ctclip.models.folder import ModelFolder, file_hash, load_model, read_architecture
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.prompts import load_prompts
 from ctclip.training.checkpoints import Checkpoints
@@ -124,7 +124,13 @@ def models_of(model: str, device: torch.device) -> Iterator[tuple[str, ModelFold
         return
     torch.manual_seed(0)
     built = read_architecture(run / ARCHITECTURE)
-    untrained = ModelFolder(built.model.to(device).eval(), built.spec, built.labels, run, "untrained")
+    untrained = ModelFolder(
+        built.model.to(device).eval(),
+        built.spec,
+        built.labels,
+        run,
+        f"untrained {file_hash(run / ARCHITECTURE / 'config.yaml')}",
+    )
     names = built.labels.names or load_prompts(str(run / PROMPTS)).names()
     yield "untrained", untrained, PromptHead(untrained.model, load_prompts(str(run / PROMPTS)), names)
     for step, _ in sorted(Checkpoints(run / "checkpoints", 1, built.spec.hash).found()):

@@ -84,6 +84,7 @@ def preprocess(
     `ctclip preprocess CT-RATE --output store --spec ct_224`
     """
     from ctclip.labels import expected, keep_labels, label_columns_of, load_labels
+    from ctclip.preprocessing.doubles import double_notes
     from ctclip.preprocessing.outcomes import outcomes_name
     from ctclip.preprocessing.pipeline import (
         Report,
@@ -101,7 +102,8 @@ def preprocess(
     if labels is not None:
         reading["expect"] = expected(labels.body_part, reading["expect"])
     if merge:
-        _tell(Report(merge_shards(output), [], {}), output / outcomes_name())
+        store = VolumeStore(output)
+        _tell(Report(merge_shards(output), double_notes(store, store.cohort), {}), output / outcomes_name())
         return
     if verify:
         for damaged in quarantine_damaged(output):

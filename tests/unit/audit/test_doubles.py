@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -11,8 +12,9 @@ from ctclip.audit.doubles import find_doubles
 from ctclip.audit.doubles_page import write_doubles
 from ctclip.audit.fingerprints import candidates, correlation, detail, slice_vectors
 from ctclip.preprocessing.doubles import double_notes, recurring_reports, same_voxels
+from ctclip.preprocessing.pipeline import preprocess_cohort
 from ctclip.preprocessing.store import VolumeStore
-from tests.unit.audit.conftest import texture
+from tests.unit.audit.conftest import SPEC, texture
 
 
 def test_a_changed_copy_is_found_and_nothing_else(textures: VolumeStore, tmp_path: Path) -> None:
@@ -84,3 +86,16 @@ def test_preprocessing_notices_the_cheap_ones(textures: VolumeStore, tmp_path: P
     assert recurring_reports(textures.cohort) == [["volume_3", "volume_29"]]
     assert recurring_reports(textures.cohort.assign(patient="p")) == []
     assert recurring_reports(textures.cohort.assign(findings="Normal chest.")) == []
+
+
+def test_a_cohort_with_one_scan_under_two_names_is_noted(tmp_path: Path) -> None:
+    affine = np.array([[-9.0, 0, 0, 50], [0, -9, 0, 40], [0, 0, 9, 30], [0, 0, 0, 1]])
+    (tmp_path / "cohort").mkdir()
+    for name, seed in (("a", 0), ("b", 1), ("c", 0)):
+        image = nib.Nifti1Image(texture(seed).astype(np.int16).transpose(2, 1, 0), affine)
+        nib.save(image, tmp_path / "cohort" / f"{name}.nii.gz")
+    report = preprocess_cohort(tmp_path / "cohort", tmp_path / "store", SPEC, workers=1, reading={"expect": "any"})
+    assert [outcome.word for outcome in report.outcomes] == ["done"] * 3
+    assert any(
+        "2 volumes of different scans hold the same voxels (the first: a and c)" in note for note in report.notes
+    )
