@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def write_analysis(
                 pairs = embed_pairs(loaded, store, split, output / "embeddings", batch)
                 analyses.append(analyse(name, loaded, head, pairs))
         facts = {"store": store.path.name, "split": split, "models": [analysis.facts for analysis in analyses]}
-        write_text(output / "analysis.json", json.dumps(facts, indent=1, allow_nan=True))
+        write_text(output / "analysis.json", json.dumps(_plain(facts), indent=1, allow_nan=False))
         _write_page(output / "analysis.html", store, split, analyses)
     return analyses
 
@@ -81,6 +82,15 @@ def _write_page(path: Path, store: VolumeStore, split: str | None, analyses: Seq
         ]
         subtitle = f"{facts['scans']:,} scans of {store.path.name}, split {split or 'all'}; headline: {last.name}"
         write_page(path, title="Analysis of embeddings", subtitle=subtitle, headline=headline, sections=sections)
+
+
+def _plain(value: Any) -> Any:
+    """The same with null where a number is undefined, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def numbers_table(models: Sequence[dict[str, Any]]) -> list[list[str]]:

@@ -50,6 +50,9 @@ def write_data_audit(
     key = run_key(loaded.hash, str(store.path.resolve()), concepts.model_dump(mode="json"), list(splits))
     with claimed_folder(output, "audit data", key, DATA_TABLES, lambda folder: made_by_us(folder), force=force):
         sheet, _ = concept_sheet(loaded, store, None, output, concepts, batch)
+        for name in splits:
+            if name not in set(sheet.table["split"]):
+                print(f"note: {store.path} has no volume of split {name!r}: labels are not compared between splits")
         lines = audit_data(sheet, splits)
         scores = pd.DataFrame(sheet.values, columns=list(sheet.names))
         scores.insert(0, "volume", sheet.table["volume"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ def write_doubles(
     output: Path,
     *,
     split: str | None = None,
-    embeddings: dict[str, np.ndarray] | None = None,
+    embed: Callable[[Path], dict[str, np.ndarray]] | None = None,
     force: bool = False,
 ) -> Doubles:
-    """Look for doubles in a store and write ``TABLES`` into ``output``."""
-    key = run_key(str(store.path.resolve()), split, embeddings is not None)
+    """Look for doubles in a store and write ``TABLES`` into ``output``. ``embed``: gives the unit vector of each volume, which
+    it may keep in the folder that it is called with."""
+    key = run_key(str(store.path.resolve()), split, embed is not None)
     with claimed_folder(output, COMMAND, key, TABLES, lambda folder: made_by_us(folder), force=force):
+        embeddings = embed(output / "embeddings") if embed is not None else None
         doubles = find_doubles(store, output / "fingerprints", split=split, embeddings=embeddings)
         for name, table in (("doubles.csv", doubles.pairs), ("recurring_reports.csv", doubles.reports)):
             with written_beside(output / name) as partial:

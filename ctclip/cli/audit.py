@@ -29,6 +29,8 @@ def doubles(
     Copies are found after resampling, added noise, cropping, and with reversed slices. Reconstructions of one scan are
     not compared.
     """
+    from functools import partial
+
     from ctclip import distributed
     from ctclip.adaptation.examples import cached_embeddings
     from ctclip.audit.doubles_page import TABLES, write_doubles
@@ -38,13 +40,12 @@ def doubles(
     from ctclip.preprocessing.store import VolumeStore
 
     check_folder(output, made_by_us, "output of `ctclip audit doubles`")
-    opened = VolumeStore(store)
-    embeddings = None
+    opened, embed = VolumeStore(store), None
     if model is not None:
         loaded = load_model(model, distributed.device())
         scans = StoredScans(opened, split, loaded.spec, loaded.path)
-        embeddings = cached_embeddings(loaded, scans, output.with_name(f"{output.name}_embeddings"), batch)
-    result = write_doubles(opened, output, split=split, embeddings=embeddings, force=force)
+        embed = partial(cached_embeddings, loaded, scans, batch=batch)
+    result = write_doubles(opened, output, split=split, embed=embed, force=force)
     pairs = result.pairs
     for pair in pairs.head(10).itertuples():
         print(f"{pair.first} and {pair.second}: {pair[9]}, correlation {pair.correlation:.2f}")

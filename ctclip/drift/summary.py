@@ -161,11 +161,11 @@ class TrainingSummary:
         if group == SOURCE:
             assert self.source is not None
             assert scan.source is not None
-            facts = scan.source.facts
+            facts, most = scan.source.facts, BEYOND**self.limit
             return [
                 f"{SOURCE_NAMES[index]} {facts[index]:.3g} mm (training: {low:.3g} to {high:.3g})"
                 for index, (low, high) in enumerate(self.source.T)
-                if not low / BEYOND <= facts[index] <= high * BEYOND
+                if not low / most <= facts[index] <= high * most
             ]
         if group == EMBEDDING:
             return ["its embedding"]

@@ -83,6 +83,6 @@ def test_audits_of_the_clinic(clinic: Clinic, tmp_path: Path, capsys: pytest.Cap
     assert main(["audit", "model", *common, "--output", str(tmp_path / "errors")]) == 0
     for name in ("errors.csv", "fairness.csv", "shortcuts.csv", "model_audit.html"):
         assert (tmp_path / "errors" / name).is_file()
-    assert main(["audit", "doubles", "--store", str(clinic.store), "--output", str(tmp_path / "doubles")]) == 0
+    assert main(["audit", "doubles", *common, "--output", str(tmp_path / "doubles")]) == 0
     assert "among 80 volumes" in capsys.readouterr().out
     assert main(["audit", "data", *common, "--concepts", "nowhere", "--output", str(tmp_path / "other")]) == 2
