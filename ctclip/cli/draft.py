@@ -10,7 +10,7 @@ import typer
 from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted, reading_of
 
 if TYPE_CHECKING:
-    from ctclip.drafting.drafter import Drafting, Method
+    from ctclip.drafting.drafter import Drafting
     from ctclip.inference.model import Model
 
 
@@ -65,7 +65,7 @@ def draft(
     """
     from ctclip import distributed
     from ctclip.drafting.draft import check_output
-    from ctclip.drafting.drafter import Drafting
+    from ctclip.drafting.drafter import Drafting, Method
     from ctclip.drafting.store import check_drafts
     from ctclip.errors import DataError
     from ctclip.heads.caption import Decoding
@@ -75,7 +75,7 @@ def draft(
         raise DataError("give either a scan or --store")
     if beams > 1 and nucleus is not None:
         raise DataError("give either --beams or --nucleus")
-    settings = Drafting(_method(method), head, index, prompted, Decoding(beams, nucleus, seed), terms, language)
+    settings = Drafting(Method.named(method), head, index, prompted, Decoding(beams, nucleus, seed), terms, language)
     if store is not None:
         check_drafts(output or DRAFTS, force=force)
         _draft_store(load(model, distributed.device()), settings, detector, store, split, count, output, force)
@@ -92,15 +92,6 @@ def draft(
         print(f"draft: {drafted.save(output, force=force)}")
     if not drafter.detector.thresholds():
         print("note: the detector is not calibrated: findings are called at 0.5; run `ctclip calibrate`")
-
-
-def _method(name: str | None) -> Method | None:
-    from ctclip.drafting.drafter import Method
-    from ctclip.errors import DataError
-
-    if name is not None and name not in list(Method):
-        raise DataError(f"no method {name!r}: give one of {', '.join(Method)}")
-    return None if name is None else Method(name)
 
 
 def _draft_store(

@@ -37,6 +37,13 @@ class Method(StrEnum):
     retrieval = "retrieval"
     template = "template"
 
+    @classmethod
+    def named(cls, name: str | None) -> Method | None:
+        """The method of a name; None for None. Raises DataError."""
+        if name is not None and name not in list(cls):
+            raise DataError(f"no method {name!r}: give one of {', '.join(cls)}")
+        return None if name is None else cls(name)
+
 
 @dataclass(frozen=True)
 class Drafting:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +43,6 @@ from ctclip.versions import versions
 FILES = ("report_metrics.json", "report_metrics.csv", "reports.html")
 SECTIONS = ("findings", "impression")
 MOST_COMMON, DETECTED = "most common report", "detector's findings"
-
-
-@dataclass(frozen=True)
-class Sided:
-    """Sentences that name the side of a finding that is present, of each report (n,): all, those whose finding the
-    reference places on a side too, and those of them on another side."""
-
-    named: np.ndarray
-    compared: np.ndarray
-    wrong: np.ndarray
 
 
 def run_reports(
@@ -158,16 +147,16 @@ class _Scorer:
         ])  # fmt: skip
 
     def _sided(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Sentences that name the side of a finding that is present: all, those whose finding the reference places on a side
+        too, and those of them on another side."""
         counts = np.array(
             [_compare_sides(text, sides, self.cleaner) for text, sides in zip(texts, self.sides, strict=True)]
         )
-        sided = Sided(*counts.T)
-        named, compared, wrong = (int(part.sum()) for part in (sided.named, sided.compared, sided.wrong))
+        named, compared, wrong = counts.sum(axis=0).tolist()
+        resampled = self.weights @ counts
         shares = {
-            name: _entry(
-                wrong / whole if whole else float("nan"), _share(self.weights @ sided.wrong, self.weights @ part)
-            )
-            for name, whole, part in (("of_named", named, sided.named), ("of_compared", compared, sided.compared))
+            name: _entry(wrong / whole if whole else float("nan"), _share(resampled[:, 2], resampled[:, column]))
+            for name, whole, column in (("of_named", named, 0), ("of_compared", compared, 1))
         }
         return {"named": named, "compared": compared, "wrong": wrong, **shares}
 

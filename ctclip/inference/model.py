@@ -248,7 +248,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         see ``Decoding``. Raises CtclipError or PreprocessingError in one line.
         """
         settings = Drafting(
-            None if method is None else Method(method), head, None if index is None else Path(index), prompted,
+            Method.named(method), head, None if index is None else Path(index), prompted,
             Decoding(beams, nucleus, seed),
         )  # fmt: skip
         ready = self._ready(scan, **reading)

@@ -62,7 +62,7 @@ def clinic_files(tmp_path_factory: pytest.TempPathFactory) -> Clinic:
     )  # fmt: skip
     voxels = np.full((16, 16, 16), -1000, np.int16)
     voxels[3:13, 3:13, 3:13] = random.normal(40, 10, (10, 10, 10))
-    nib.save(nib.Nifti1Image(voxels, np.diag([-1.0, -1.0, 1.0, 1.0])), folder / "scan.nii.gz")
+    nib.save(nib.Nifti1Image(voxels, np.diag([-1.1, -1.1, 1.2, 1.0])), folder / "scan.nii.gz")
     return Clinic(store.path, folder / "model", folder / "scan.nii.gz")
 
 

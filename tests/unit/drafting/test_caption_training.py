@@ -18,7 +18,7 @@ from ctclip.models.folder import load_model
 from ctclip.preprocessing.store import VolumeStore
 from tests.unit.drafting.conftest import Clinic, report
 
-CONFIG = CaptionConfig(depth=1, heads=2, length=48, epochs=60, batch=8, learning_rate=0.02, told=0.5)
+CONFIG = CaptionConfig(depth=1, heads=2, length=96, epochs=60, batch=8, learning_rate=0.02, told=0.5)
 
 
 def test_a_caption_head_is_trained_kept_and_loaded_again(clinic: Clinic, tmp_path: Path) -> None:
