@@ -40,5 +40,5 @@ def test_every_declared_python_reads_the_files(version: str, tmp_path: Path) -> 
 def test_the_versions_are_those_that_may_be_installed() -> None:
     assert DECLARED == ["3.11", "3.12", "3.13"]
     assert 'requires-python = ">=3.11"' in (ROOT / "pyproject.toml").read_text()
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
-    assert workflow["jobs"]["tests"]["strategy"]["matrix"]["python"] == DECLARED
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert workflow["jobs"]["pythons"]["strategy"]["matrix"]["python"] == DECLARED
