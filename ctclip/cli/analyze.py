@@ -1,4 +1,4 @@
-"""`ctclip analyze`: how a model's embeddings lie, and what that has to do with its accuracy."""
+"""`ctclip analyze`: the geometry of a model's embeddings, and its relation to accuracy."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ def analyze(
         ...,
         "--model",
         "-m",
-        help="A model folder, or a run folder of `ctclip train`: then the untrained model, each checkpoint that was kept, "
-        "and the trained model. May be repeated.",
+        help="A model folder, or a run folder of `ctclip train`: then the untrained model, every saved checkpoint "
+        "and the trained model are compared. May be repeated.",
     ),
-    store: Path = typer.Option(..., help="A store of `ctclip preprocess` with reports."),
-    split: str = typer.Option("valid", help="Split that is embedded, the first volume of each scan."),
+    store: Path = typer.Option(..., help="A store written by `ctclip preprocess` with reports."),
+    split: str = typer.Option("valid", help="Split to embed, with the first volume of each scan."),
     output: Path = typer.Option(Path("analysis"), "--output", "-o", help="Folder for analysis.json and analysis.html."),
-    batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
-    force: bool = typer.Option(False, "--force", help="Replace the analysis of another run."),
+    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
+    force: bool = typer.Option(False, "--force", help="Overwrite the analysis of another run."),
 ) -> None:
     """Measure the modality gap, cones, alignment, uniformity, effective rank and neighbours of embeddings.
 

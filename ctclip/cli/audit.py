@@ -1,4 +1,4 @@
-"""`ctclip audit`: doubles in a cohort, what differs between groups of it, and where a model errs."""
+"""`ctclip audit`: duplicates in a cohort, differences between its groups, and where a model makes errors."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ from pathlib import Path
 
 import typer
 
-audit = typer.Typer(help="Look inside a cohort or a model before trusting a figure.", no_args_is_help=True)
+audit = typer.Typer(help="Examine a cohort or a model before you trust its figures.", no_args_is_help=True)
 
 
 @audit.command("doubles")
 def doubles(
-    store: Path = typer.Option(..., help="A store of `ctclip preprocess`."),
-    split: str = typer.Option(None, help="Only this split of the cohort. Default: all, so that leaks are seen."),
+    store: Path = typer.Option(..., help="A store written by `ctclip preprocess`."),
+    split: str = typer.Option(
+        None, help="Only this split of the cohort. Default: all, to detect leaks between splits."
+    ),
     model: str = typer.Option(
         None, "--model", "-m", help="Also compare the nearest neighbours in this model's embeddings."
     ),
     output: Path = typer.Option(
         Path("doubles"), "--output", "-o", help="Folder for doubles.csv, recurring_reports.csv and doubles.html."
     ),
-    batch: int = typer.Option(8, min=1, help="With --model: volumes encoded at once."),
-    force: bool = typer.Option(False, "--force", help="Replace the tables of another run."),
+    batch: int = typer.Option(8, min=1, help="With --model: number of volumes in a batch."),
+    force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
 ) -> None:
     """Find volumes that are in a cohort twice, in two splits or under two patients, and reports that recur.
 
@@ -57,19 +59,19 @@ def doubles(
 
 @audit.command("data")
 def data(
-    model: str = typer.Option(..., "--model", "-m", help="A model folder, whose embeddings score the concepts."),
-    store: Path = typer.Option(..., help="A store of `ctclip preprocess`."),
+    model: str = typer.Option(..., "--model", "-m", help="The model folder; its embeddings score the concepts."),
+    store: Path = typer.Option(..., help="A store written by `ctclip preprocess`."),
     concepts: str = typer.Option("chest", help="Concepts: a YAML file, or the name of one in configs/concepts."),
     splits: str = typer.Option(
-        "train,valid", help="Two splits that are compared: does a concept go with a label in both?"
+        "train,valid", help="Two splits to compare: is a concept associated with a label in both?"
     ),
     output: Path = typer.Option(
         Path("audit"), "--output", "-o", help="Folder for data_audit.csv, concepts.csv and data_audit.html."
     ),
-    batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
-    force: bool = typer.Option(False, "--force", help="Replace the tables of another run."),
+    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
+    force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
 ) -> None:
-    """Find what goes with a split, a scanner or a label and should not: devices, kernels, tables, contrast, position.
+    """Find unwanted associations with a split, a scanner or a label: devices, kernels, tables, contrast, position.
 
     `ctclip audit data --model runs/demo/train/model --store store --output audit`
     """
@@ -95,15 +97,15 @@ def data(
 @audit.command("model")
 def model_(
     model: str = typer.Option(..., "--model", "-m", help="A model folder."),
-    store: Path = typer.Option(..., help="A store of `ctclip preprocess` with labels."),
+    store: Path = typer.Option(..., help="A store written by `ctclip preprocess` with labels."),
     split: str = typer.Option("valid", help="Split that is scored."),
     concepts: str = typer.Option("chest", help="Concepts: a YAML file, or the name of one in configs/concepts."),
     head: str = typer.Option("prompts", help="Head of the model that is audited."),
     output: Path = typer.Option(
         Path("model_audit"), "--output", "-o", help="Folder for errors.csv, fairness.csv, shortcuts.csv and the page."
     ),
-    batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
-    force: bool = typer.Option(False, "--force", help="Replace the tables of another run."),
+    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
+    force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
 ) -> None:
     """Find where a model errs more, which groups it serves worse, and what its embeddings know of the scanner.
 

@@ -28,12 +28,14 @@ def draft(
     ),
     head: str = typer.Option(None, help="caption: the name of the caption head. Default: the first of the model."),
     prompted: bool = typer.Option(False, "--prompted", help="caption: write about the findings of the detector."),
-    beams: int = typer.Option(1, min=1, max=64, help="caption: number of beams; 1 takes the likeliest word each time."),
+    beams: int = typer.Option(
+        1, min=1, max=64, help="caption: number of beams; 1 takes the most likely word each time."
+    ),
     nucleus: float = typer.Option(
-        None, min=0.01, max=1, help="caption: draw words from the likeliest ones that share this probability."
+        None, min=0.01, max=1, help="caption: draw words from the most likely ones that together have this probability."
     ),
     seed: int = typer.Option(0, min=0, help="Seed of --nucleus."),
-    detector: str = typer.Option("prompts", help="The head that judges the sentences, calibrated if possible."),
+    detector: str = typer.Option("prompts", help="The head that checks the sentences, calibrated if possible."),
     index: Path = typer.Option(None, help="retrieval: the folder written by `ctclip index`."),
     store: Path = typer.Option(
         None, help="Instead of a scan: draft the volumes of this store into a table for `ctclip evaluate --reports`."

@@ -40,7 +40,7 @@ def evaluate(
     against: list[Path] = typer.Option(
         None,
         help="Predictions of another model for the same volumes; adds a paired test. With --reports: other drafts of the "
-        "same volumes, such as those of --method retrieval. May be repeated with --reports.",
+        "same volumes, such as those of `ctclip draft --method retrieval`. May be repeated with --reports.",
     ),
     calibration: Path = typer.Option(
         None, help="calibration.json of the model, for its probabilities and decision thresholds."

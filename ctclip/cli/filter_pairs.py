@@ -1,4 +1,4 @@
-"""`ctclip filter-pairs`: which reports do not belong to their volume."""
+"""`ctclip filter-pairs`: find reports that do not match their volume."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import typer
 
 def filter_pairs(
     model: str = typer.Option(..., "--model", "-m", help="A model folder whose embeddings are compared."),
-    store: Path = typer.Option(..., help="A store of `ctclip preprocess` with reports."),
-    split: str = typer.Option("train", help="Split whose pairs are scored."),
+    store: Path = typer.Option(..., help="A store written by `ctclip preprocess` with reports."),
+    split: str = typer.Option("train", help="Split with the pairs to score."),
     output: Path = typer.Option(Path("pairs"), "--output", "-o", help="Folder for pairs.csv and pairs.html."),
     sides: bool = typer.Option(
         True, "--sides/--no-sides", help="Encode mirror images too, to find reports with left and right exchanged."
     ),
     keep: bool = typer.Option(
-        False, "--keep", help="Keep the scores in the store, for data.min_pair_score and data.best_pairs."
+        False, "--keep", help="Save the scores in the store, for data.min_pair_score and data.best_pairs."
     ),
-    batch: int = typer.Option(8, min=1, help="Volumes encoded at once."),
-    seed: int = typer.Option(0, min=0, help="Of the folds of patients."),
-    force: bool = typer.Option(False, "--force", help="Replace the tables of another run."),
+    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
+    seed: int = typer.Option(0, min=0, help="Seed of the folds of patients."),
+    force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
 ) -> None:
-    """Score every pair of volume and report, so that swapped pairs and exchanged sides can be looked at or left out.
+    """Score every pair of volume and report, to inspect or leave out swapped pairs and exchanged sides.
 
     `ctclip filter-pairs --model runs/demo/train/model --store store --split train --keep --output pairs`
 
-    `ctclip train --store store data.best_pairs=0.9` then trains without the worst tenth.
+    `ctclip train --store store data.best_pairs=0.9` then trains without the worst tenth of the pairs.
     """
     from ctclip import distributed
     from ctclip.audit.filter_pairs import TABLES

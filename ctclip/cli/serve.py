@@ -36,7 +36,7 @@ def serve(
     queue: int = typer.Option(
         256, min=1, help="Maximum number of scans in progress; further ones are answered with 503."
     ),
-    keep: int = typer.Option(8, min=1, help="Number of encoded scans kept in memory for questions."),
+    keep_scans: int = typer.Option(8, min=1, help="Number of encoded scans kept in memory for questions."),
     seconds: float = typer.Option(600, min=1, help="Maximum time for one scan, in seconds."),
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
@@ -71,7 +71,7 @@ def serve(
     token, pacs_token = (_secret(path) for path in (token_file, dicomweb_token_file))
     settings = Settings(
         model=model, store=store, index=index, device=str(distributed.device()),
-        reading=reading_of(hu, geometry, expect, series, largest_gb), largest_gb=largest_gb, queue=queue, keep=keep,
+        reading=reading_of(hu, geometry, expect, series, largest_gb), largest_gb=largest_gb, queue=queue, keep=keep_scans,
         seconds=seconds, token=token, dicomweb=dicomweb.rstrip("/") if dicomweb else None, dicomweb_token=pacs_token, hosts=(*Settings.hosts, host, *(host_name or [])),
     )  # fmt: skip
 

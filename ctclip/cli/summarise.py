@@ -1,4 +1,4 @@
-"""`ctclip summarise`: keep a summary of its training scans with a model, so that scans unlike them are noticed."""
+"""`ctclip summarise`: save a summary of the training scans with a model, to detect scans unlike them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ import typer
 
 
 def summarise(
-    model: str = typer.Option(..., "--model", "-m", help="A model folder; the summary is kept in it."),
-    store: Path = typer.Option(..., help="The store of `ctclip preprocess` that the model was trained on."),
+    model: str = typer.Option(..., "--model", "-m", help="The model folder. The summary is saved in it."),
+    store: Path = typer.Option(..., help="The store written by `ctclip preprocess` that the model was trained on."),
     split: str = typer.Option("train", help="The split that the model was trained on."),
     held_out: str = typer.Option(
         None,
         help="A split of patients that the model has not seen; the limit is taken from it. Default: calibration, if the "
         "store has it; else folds of the training patients.",
     ),
-    rate: float = typer.Option(0.01, min=0.001, max=0.2, help="Share of scans like these that may be called far."),
-    patients: int = typer.Option(300, min=20, help="At most so many patients of each split, drawn at random."),
-    seed: int = typer.Option(0, min=0, help="Of the draw and the folds."),
+    rate: float = typer.Option(
+        0.01, min=0.001, max=0.2, help="Fraction of similar scans that may be flagged as unusual."
+    ),
+    patients: int = typer.Option(300, min=20, help="Maximum number of patients from each split, drawn at random."),
+    seed: int = typer.Option(0, min=0, help="Seed of the draw and of the folds."),
 ) -> None:
-    """Summarise a model's training scans, so that it says of a scan when it is unlike them.
+    """Summarise a model's training scans, so that it warns of scans unlike them.
 
     `ctclip summarise --model runs/demo/train/model --store store`
 
-    `ctclip train` does this at its end. From then on `ctclip zero-shot`, `model.detect` and the page of `ctclip serve` warn
+    `ctclip train` does this at its end. Afterwards `ctclip zero-shot`, `model.detect` and the page of `ctclip serve` warn
     of scans that are far from the training scans: another part of the body, thicker slices, half a chest.
     """
     from ctclip import distributed
