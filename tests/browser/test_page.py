@@ -39,7 +39,7 @@ def send(page: Any, scan: Path) -> None:
     page.set_input_files("#files", scan)
     page.wait_for_selector("#findings tbody tr", timeout=WAIT)
     page.wait_for_selector("#viewer:not([hidden])", timeout=WAIT)
-    page.wait_for_function("$('place').textContent !== '' || document.querySelector('#work').hidden", timeout=WAIT)
+    page.wait_for_selector("#work", state="hidden", timeout=WAIT)
 
 
 def bright_pixels(page: Any) -> int:
@@ -165,7 +165,7 @@ def test_a_page_a_map_and_dicom_objects_are_saved(page: Any, scan: Path, tmp_pat
     write_series(scan, tmp_path / "series")
     page.set_input_files("#files", sorted((tmp_path / "series").iterdir()))
     page.wait_for_selector("[data-save='dicom.zip']:not([hidden])", timeout=WAIT)
-    page.wait_for_function("$('work').hidden", timeout=WAIT)
+    page.wait_for_selector("#work", state="hidden", timeout=WAIT)
     page.click("#findings .name >> nth=1")
     page.wait_for_selector("[data-save='map.nii.gz']:not([hidden])", timeout=WAIT)
     for name, start in (("findings.pdf", b"%PDF"), ("map.nii.gz", b"\x1f\x8b"), ("dicom.zip", b"PK")):
