@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from ctclip.inference.model import usable_head
 from ctclip.inference.run import report_embeddings, report_texts
 from ctclip.inference.scans import StoredScans
 from ctclip.models.folder import ModelFolder, file_hash, load_model, read_architecture
+from ctclip.preprocessing.scratch import scratch_folder
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.prompts import load_prompts
 from ctclip.training.checkpoints import Checkpoints
@@ -134,9 +134,9 @@ def models_of(model: str, device: torch.device) -> Iterator[tuple[str, ModelFold
     names = built.labels.names or load_prompts(str(run / PROMPTS)).names()
     yield "untrained", untrained, PromptHead(untrained.model, load_prompts(str(run / PROMPTS)), names)
     for step, _ in sorted(Checkpoints(run / "checkpoints", 1, built.spec.hash).found()):
-        with TemporaryDirectory() as scratch:
-            export_checkpoint(run, Path(scratch) / "model", str(step))
-            loaded = load_model(Path(scratch) / "model", device)
+        with scratch_folder("ctclip-audit-") as scratch:
+            export_checkpoint(run, scratch / "model", str(step))
+            loaded = load_model(scratch / "model", device)
             yield f"step {step}", loaded, _prompt_head(loaded)
     if (run / "model").is_dir():
         loaded = load_model(run / "model", device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ctclip.evaluation.pages import number, write_page
 from ctclip.inference.run import run_key
 from ctclip.preprocessing.files import write_text, written_beside
 from ctclip.preprocessing.outputs import claimed_folder, made_by_us
+from ctclip.preprocessing.scratch import scratch_folder
 from ctclip.preprocessing.store import VolumeStore
 
 TABLES = ("analysis.json", "analysis.html")
@@ -58,8 +58,8 @@ def write_analysis(
 
 def _write_page(path: Path, store: VolumeStore, split: str | None, analyses: Sequence[Analysis]) -> None:
     last = analyses[-1]
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    with scratch_folder("ctclip-audit-") as scratch:
+        folder = scratch
         sections: list[dict[str, Any]] = [
             {"title": "How embeddings lie", "words": WORDS, "table": numbers_table([one.facts for one in analyses])},
             _shift_section(folder, analyses),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from ctclip.preprocessing.cohorts import label_names
 from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import claimed_folder, made_by_us
+from ctclip.preprocessing.scratch import scratch_folder
 from ctclip.preprocessing.store import VolumeStore
 
 DATA_TABLES = ("data_audit.csv", "concepts.csv", "data_audit.html")
@@ -139,7 +139,7 @@ def _histogram(store: VolumeStore, name: str) -> np.ndarray:
 
 def _data_page(path: Path, store: VolumeStore, sheet: Sheet, lines: pd.DataFrame) -> None:
     significant = int(lines["significant"].sum())
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("ctclip-audit-") as scratch:
         sections: list[dict[str, Any]] = [
             {
                 "title": "What goes with what", "table": _rows(lines),
@@ -148,7 +148,7 @@ def _data_page(path: Path, store: VolumeStore, sheet: Sheet, lines: pd.DataFrame
                 "95 % intervals; p is adjusted for all lines (Benjamini & Hochberg 1995). Labels are compared only with what tells "
                 "of the technique, and between splits.",
             },
-            *[_examples(Path(scratch), store, sheet, str(name)) for name in _pictured(sheet, lines)],
+            *[_examples(scratch, store, sheet, str(name)) for name in _pictured(sheet, lines)],
         ]  # fmt: skip
         headline = [
             (f"{len(lines):,}", "comparisons"), (f"{significant:,}", "significant after correction"),
@@ -161,7 +161,7 @@ def _model_page(
     path: Path, store: VolumeStore, split: str, sheet: Sheet, tables: tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
 ) -> None:
     wrong, fair, short = tables
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("ctclip-audit-") as scratch:
         sections: list[dict[str, Any]] = [
             {
                 "title": "Where it errs", "table": _rows(wrong),
@@ -178,7 +178,7 @@ def _model_page(
                 "words": "How well a linear probe tells each group from embeddings and from histograms of HU: balanced accuracy on "
                 "held-out patients. Embeddings that know it better than a histogram have learned it.",
             },
-            *[_examples(Path(scratch), store, sheet, str(name)) for name in _pictured(sheet, wrong)],
+            *[_examples(scratch, store, sheet, str(name)) for name in _pictured(sheet, wrong)],
         ]  # fmt: skip
         headline = [
             (f"{int(wrong['significant'].sum())}", "concepts with other errors"),

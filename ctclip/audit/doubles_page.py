@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ctclip.inference.run import run_key
 from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import claimed_folder, made_by_us
+from ctclip.preprocessing.scratch import scratch_folder
 from ctclip.preprocessing.store import VolumeStore
 
 TABLES = ("doubles.csv", "recurring_reports.csv", "doubles.html")
@@ -49,10 +49,10 @@ def _write_page(path: Path, store: VolumeStore, doubles: Doubles) -> None:
     pairs, reports = doubles.pairs, doubles.reports
     across = int((pairs["first_split"] != pairs["second_split"]).sum())
     names = int((pairs["first_patient"] != pairs["second_patient"]).sum())
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("ctclip-audit-") as scratch:
         figures = []
         for number, pair in enumerate(pairs.head(SHOWN_PAIRS).itertuples()):
-            png = Path(scratch) / f"{number}.png"
+            png = scratch / f"{number}.png"
             _picture(store, str(pair.first), str(pair.second), bool(pair.reversed)).save(png)
             caption = f"{pair.first} and {pair.second}: correlation {pair.correlation:.2f}"
             figures.append((caption + ", slices reversed" * bool(pair.reversed), png))
