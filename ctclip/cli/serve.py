@@ -7,7 +7,19 @@ from pathlib import Path
 
 import typer
 
-from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted, reading_of
+from ctclip.cli.reading import (
+    EXPECT,
+    GEOMETRY,
+    HU,
+    LARGEST_GB,
+    PRECISION,
+    SERIES,
+    Expected,
+    Geometry,
+    Precision,
+    Trusted,
+    reading_of,
+)
 
 
 def serve(
@@ -38,6 +50,7 @@ def serve(
     ),
     keep_scans: int = typer.Option(8, min=1, help="Number of encoded scans kept in memory for questions."),
     seconds: float = typer.Option(600, min=1, help="Maximum time for one scan, in seconds."),
+    precision: Precision = PRECISION,
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
     expect: Expected = EXPECT,
@@ -70,7 +83,7 @@ def serve(
             )
     token, pacs_token = (_secret(path) for path in (token_file, dicomweb_token_file))
     settings = Settings(
-        model=model, store=store, index=index, device=str(distributed.device()),
+        model=model, store=store, index=index, device=str(distributed.device()), precision=precision.value,
         reading=reading_of(hu, geometry, expect, series, largest_gb), largest_gb=largest_gb, queue=queue, keep=keep_scans,
         seconds=seconds, token=token, dicomweb=dicomweb.rstrip("/") if dicomweb else None, dicomweb_token=pacs_token, hosts=(*Settings.hosts, host, *(host_name or [])),
     )  # fmt: skip

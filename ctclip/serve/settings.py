@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ctclip.inference.precision import Asked
 from ctclip.preprocessing.pipeline import Reading
 
 GB = 1e9
@@ -17,15 +18,15 @@ class Settings:
 
     ``largest_gb``: limit of an upload and of its decompressed size; ``queue``: maximum number of scans in progress;
     ``keep``: number of encoded scans kept in memory for questions; ``seconds``: time limit for one scan; ``batch``:
-    maximum number of scans encoded together; ``token``: token that requests must send, or None; ``hosts``: host names
-    that
-    are allowed; ``dicomweb``: address of the PACS, or None; ``dicomweb_token``: token that it asks for, or None.
+    maximum number of scans encoded together; ``precision``: see ``ctclip.inference.precision``; ``token``: token that
+    requests must send, or None; ``hosts``: host names that are allowed; ``dicomweb``: address of the PACS, or None; ``dicomweb_token``: token that it asks for, or None.
     """
 
     model: str
     store: Path | None = None
     index: Path | None = None
     device: str = "cpu"
+    precision: Asked = "auto"
     reading: Reading = field(default_factory=Reading)
     largest_gb: float = 4.0
     queue: int = 256

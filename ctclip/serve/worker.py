@@ -65,7 +65,7 @@ class Worker:
     def __init__(self, pipe: Connection, settings: Settings) -> None:
         self.pipe, self.settings = pipe, settings
         self.writing = threading.Lock()
-        self.model: Model = load(settings.model, settings.device)
+        self.model: Model = load(settings.model, settings.device, precision=settings.precision)
         self.store = StoredScans(VolumeStore(settings.store), None, self.model.spec, self.model.folder.path) if settings.store else None  # fmt: skip
         self.index = Index.load(settings.index, self.model.folder.hash) if settings.index else None
         self.head = self.model.head()
