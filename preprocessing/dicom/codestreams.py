@@ -17,6 +17,8 @@ import numpy as np
 from ctclip.preprocessing.errors import PreprocessingError
 
 RLE = "1.2.840.10008.1.2.5"
+# Tags of a fragment and of the end of all of them, little endian.
+ITEM, END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
 JPEG = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70))
 JPEG_LS = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (80, 81))
 JPEG_2000 = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (90, 91, 201, 202, 203))
@@ -35,11 +37,22 @@ def frame_streams(path: Path, modified: int, start: int, frames: int) -> list[by
     with path.open("rb") as stream:
         stream.seek(start)
         data = stream.read()
+    _check_end(data)
     try:
         return list(generate_frames(data, number_of_frames=frames))
     except Exception as error:
         # pydicom parses bytes of strangers, and raises whatever they make it raise.
         raise Undecodable("its fragments are damaged") from error
+
+
+def _check_end(data: bytes) -> None:
+    """Raises Undecodable unless the fragments end with their delimiter (PS3.5, A.4): otherwise bytes were lost, and what
+    follows has moved."""
+    at = 0
+    while data[at : at + 4] == ITEM:
+        at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
+    if data[at : at + 4] != END:
+        raise Undecodable("its fragments do not end where they should")
 
 
 def stated_size(stream: bytes, syntax: str, rows: int, columns: int) -> None:

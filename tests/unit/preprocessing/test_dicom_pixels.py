@@ -134,6 +134,12 @@ def run_lengthened(data: Any) -> Any:
     return data
 
 
+def bytes_lost(path: Path) -> None:
+    """Eight bytes of the stream: the fragment then reaches over the delimiter behind it."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-100] + content[-92:])
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -190,6 +196,8 @@ BITS = [
                                PhotometricInterpretation="MONOCHROME1"))]), same=("pydicom",)),
     Row("RLE, one run too long", lambda f: write(f, [run_lengthened(d) for d in series(HU)]),
         refused="its RLE stream is damaged"),
+    Row("RLE, bytes lost within", lambda f: [bytes_lost(path) for path in write(f, [rle(d) for d in series(HU)]).iterdir()],
+        refused="its fragments do not end where they should"),
     Row("an odd number of bytes", edited(lambda i, d: store(d, (HU[i][:39, :35] + 1000) // 16, Rows=39, Columns=35,
                                                             BitsAllocated=8, BitsStored=8, HighBit=7)),
         hu=((HU[:, :39, :35] + 1000) // 16 - 1024).astype(np.int16), same=("sitk", "pydicom")),
