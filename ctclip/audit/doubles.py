@@ -20,7 +20,7 @@ from ctclip.preprocessing.store import VolumeStore
 
 # Correlation at 4 mm from which two volumes are of one scan, and that at 9 mm from which they are compared at 4 mm. The
 # measured distributions stand in tests/benchmarks/RESULTS.md.
-COPY, ALIKE = 0.75, 0.5
+COPY, ALIKE = 0.8, 0.5
 # Fingerprints that are kept together, so that an interrupted command resumes.
 TOGETHER = 256
 NEAREST = 2
