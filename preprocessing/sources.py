@@ -14,7 +14,7 @@ from ctclip.preprocessing.facts import TableFacts
 
 BLOCK = 4096
 # Those that change the voxels of a scan that is read.
-OPTIONS = {"trust": "auto", "series": None, "geometry": "auto"}
+OPTIONS = {"hu": "auto", "series": None, "geometry": "auto"}
 
 
 def source_digest(path: Path, facts: TableFacts, reading: Mapping[str, Any]) -> str:

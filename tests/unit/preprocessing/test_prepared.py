@@ -30,7 +30,7 @@ def scan(folder: Path) -> Path:
 
 def prepared(folder: Path, *, published: bool) -> Prepared:
     spec = PreprocessingSpec("test", (3.0, 3.0, 3.0), (40, 48, 48), published_geometry=published)
-    return prepare(scan(folder), spec, trust="trust-file")
+    return prepare(scan(folder), spec, hu="trust-file")
 
 
 @pytest.mark.parametrize("published", [False, True])

@@ -60,7 +60,7 @@ GRIDS = [
 def test_a_marker_stays_where_it_is(
     spec: PreprocessingSpec, axes: tuple[int, ...], signs: tuple[int, ...], degrees: float, tmp_path: Path
 ) -> None:
-    ready = prepare(scan_with_marker(tmp_path / "scan.nii.gz", axes, signs, degrees), spec, trust="trust-file")
+    ready = prepare(scan_with_marker(tmp_path / "scan.nii.gz", axes, signs, degrees), spec, hu="trust-file")
     ready.save(tmp_path / "saved.nii.gz")
     image = nib.load(tmp_path / "saved.nii.gz")
     assert nib.affines.apply_affine(image.affine, centre(np.asarray(image.dataobj))) == pytest.approx(MARKER, abs=0.3)
@@ -79,7 +79,7 @@ def test_a_marker_stays_where_it_is(
 
 def test_other_names_are_refused(tmp_path: Path) -> None:
     ready = prepare(
-        scan_with_marker(tmp_path / "scan.nii.gz", (0, 1, 2), (-1, -1, 1), 0.0), SPECS[0], trust="trust-file"
+        scan_with_marker(tmp_path / "scan.nii.gz", (0, 1, 2), (-1, -1, 1), 0.0), SPECS[0], hu="trust-file"
     )
     with pytest.raises(PreprocessingError, match=r"end the name in \.nii\.gz"):
         ready.save(tmp_path / "saved.mha")

@@ -59,7 +59,7 @@ def test_a_corrected_table_and_other_options_are_heeded(tmp_path: Path, scans, c
     table = pd.read_csv(path)
     table.assign(rescale_intercept=[-40.0]).to_csv(path, index=False)
     for expected in (True, False):
-        report = preprocess_cohort(path, tmp_path / "store", SPEC, workers=1, reading={"trust": "header"})
+        report = preprocess_cohort(path, tmp_path / "store", SPEC, workers=1, reading={"hu": "trust-file"})
         assert (WARNING in capsys.readouterr().out) == expected
         assert [outcome.word for outcome in report.outcomes] == ["done"]
 
