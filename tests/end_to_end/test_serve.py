@@ -90,7 +90,7 @@ def test_what_is_answered_is_what_python_says(served: Served, model: Path, scans
     probabilities = {entry["name"]: entry["probability"] for entry in answer["findings"]}
     assert probabilities == pytest.approx(detection.probabilities, abs=1e-6)
     assert answer["model"] == detection.model
-    assert "not for diagnosis" in answer["notice"]
+    assert "Not for diagnosis" in answer["notice"]
     assert any("synthetic" in warning for warning in answer["warnings"])
     vector = served.client.post("/v1/embed", files=sent(scans[0])).json()["embedding"]
     np.testing.assert_allclose(vector, loaded.embed(scans[0]), atol=1e-6)

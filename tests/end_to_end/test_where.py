@@ -56,7 +56,7 @@ def test_explain(model: Path, scan: Path, tmp_path: Path, capsys: pytest.Capture
 def test_find(model: Path, scan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "a bright spot larger than 5 mm"
     assert typed("find", scan, text, "--model", model, "--refine", "--output", tmp_path / "out") == 0
-    assert "kept by size: longest side 5 to inf mm" in capsys.readouterr().out
+    assert "kept: regions with a longest side of 5 to inf mm" in capsys.readouterr().out
     facts = json.loads((tmp_path / "out" / "findings.json").read_text())
     assert facts["text"] == text
     assert all(max(r["size_mm_right_left"], r["size_mm_front_back"], r["size_mm_foot_head"]) >= 5 for r in facts["regions"])  # fmt: skip

@@ -65,7 +65,7 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="scores other findings"):
         average_predictions([tmp_path / "one.csv", tmp_path / "other_names.csv"], tmp_path / "mean.csv")
-    with pytest.raises(DataError, match="of other volumes"):
+    with pytest.raises(DataError, match="holds other volumes"):
         average_predictions([tmp_path / "one.csv", tmp_path / "other_scans.csv"], tmp_path / "mean.csv")
     assert not (tmp_path / "mean.csv").exists()
     mean = average_predictions([tmp_path / "one.csv", tmp_path / "two.csv"], tmp_path / "mean.csv")

@@ -78,8 +78,6 @@ def test_a_marker_stays_where_it_is(
 
 
 def test_other_names_are_refused(tmp_path: Path) -> None:
-    ready = prepare(
-        scan_with_marker(tmp_path / "scan.nii.gz", (0, 1, 2), (-1, -1, 1), 0.0), SPECS[0], hu="trust-file"
-    )
+    ready = prepare(scan_with_marker(tmp_path / "scan.nii.gz", (0, 1, 2), (-1, -1, 1), 0.0), SPECS[0], hu="trust-file")
     with pytest.raises(PreprocessingError, match=r"end the name in \.nii\.gz"):
         ready.save(tmp_path / "saved.mha")
