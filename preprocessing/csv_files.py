@@ -10,7 +10,8 @@ from typing import IO, Any
 
 import pandas as pd
 
-FORMULA = re.compile(r"[=+\-@\t\r]")
+# The full-width forms too, which some spreadsheets compute.
+FORMULA = re.compile(r"[=+\-@\t\r＝＋－＠]")
 # Signed numbers compute to themselves.
 NUMBER = re.compile(r"[-+]?\d[\d.,]*([eE][-+]?\d+)?|[-+]")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

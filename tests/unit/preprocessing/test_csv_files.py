@@ -15,7 +15,7 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.tables import read_table
 
-FORMULAS = ["=cmd|' /C calc'!A0", "+1+cmd", "-2+3+cmd", "@SUM(1)", '=HYPERLINK("http://x")']
+FORMULAS = ["＝cmd", "=cmd|' /C calc'!A0", "+1+cmd", "-2+3+cmd", "@SUM(1)", '=HYPERLINK("http://x")']
 PLAIN = ["valid_1_a_1", "-5", "+3.5e-2", "-", "'quoted'", "a=b", "", "Erguss, links"]
 
 
@@ -25,7 +25,7 @@ def test_a_formula_is_text(tmp_path: Path, text: str) -> None:
     write_csv(tmp_path / "t.csv", table)
     with (tmp_path / "t.csv").open(newline="") as stream:
         cells = [cell for record in csv.reader(stream) for cell in record]
-    assert not any(cell[:1] in ("=", "+", "@") or cell.startswith("-2+") for cell in cells)
+    assert not any(cell[:1] in ("=", "+", "@", "＝") or cell.startswith("-2+") for cell in cells)
     assert "-1.5" in cells
     for read in (read_csv(tmp_path / "t.csv", dtype={"volume": str}), read_table(tmp_path / "t.csv")):
         assert list(read.columns) == ["volume", text]
