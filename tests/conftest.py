@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -32,14 +34,25 @@ def shared() -> Path:
     return SHARED
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one of pytest-xdist's workers makes and all read: no test may change it."""
+    base = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    folder = base / "shared" / name
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (made := folder.with_name(f"{name}.made")).exists():
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic cohort of 24 volumes."""
     from ctclip.phantom.cohort import Options, make_cohort
 
-    root = tmp_path_factory.mktemp("cohort") / "cohort"
-    make_cohort(root, Options(volumes=24, seed=5, scale=8.0, valid_fraction=0.3), workers=1)
-    return root
+    options = Options(volumes=24, seed=5, scale=8.0, valid_fraction=0.3)
+    return made_once(tmp_path_factory, "cohort", lambda folder: make_cohort(folder, options, workers=1))
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +61,5 @@ def store(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ctclip.preprocessing.pipeline import preprocess_cohort
     from ctclip.preprocessing.spec import PreprocessingSpec
 
-    folder = tmp_path_factory.mktemp("store") / "store"
-    preprocess_cohort(cohort, folder, PreprocessingSpec.load("phantom"), workers=1)
-    return folder
+    spec = PreprocessingSpec.load("phantom")
+    return made_once(tmp_path_factory, "store", lambda folder: preprocess_cohort(cohort, folder, spec, workers=1))

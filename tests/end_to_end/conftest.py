@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ..conftest import made_once
 from ..robustness.processes import Command, Done
 
 TINY = ["training.text_warmup.steps=3", "training.text_warmup.batch=8", "training.epochs=2", "training.batch=4", "training.log_every=1", "training.checkpoint_every=2",
@@ -30,7 +31,8 @@ def typed(module: str, *words: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="session")
 def trained(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("run") / "run"
-    done = typed("ctclip.train", "--config", "phantom_tiny", "--store", store, "--output", output, *TINY)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return output
+    def train(output: Path) -> None:
+        done = typed("ctclip.train", "--config", "phantom_tiny", "--store", store, "--output", output, *TINY)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return made_once(tmp_path_factory, "run", train)

@@ -31,7 +31,7 @@ import ctclip
 from ctclip.cli import app, main
 from ctclip.config_files import load_config
 
-from .conftest import TINY
+from .conftest import TINY, run
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name != "extending.md")]
@@ -164,8 +164,7 @@ def _run(words: list[str]) -> int:
     arguments = [*words[1:], *SMALLER.get(words[1], [])] if "--plan" not in words else words[1:]
     if arguments[0] == "train" and "--plan" not in arguments:
         # A training in this process would leave its ranks' settings behind.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-m", "ctclip", *arguments], env=environment, capture_output=True, text=True, check=False)  # fmt: skip
+        done = run(*arguments, folder=Path.cwd())
         print(done.stdout[-1000:], done.stderr[-2000:])
         return done.returncode
     return main(arguments)

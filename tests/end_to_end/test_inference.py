@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,9 @@ from .conftest import run
 
 
 @pytest.fixture(scope="module")
-def model(trained: Path) -> Path:
-    return trained / "model"
+def model(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, because a calibration is kept with it."""
+    return Path(shutil.copytree(trained / "model", tmp_path_factory.mktemp("calibrated") / "model"))
 
 
 def typed(*arguments: object) -> int:

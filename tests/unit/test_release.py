@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,15 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_release_sets_the_version_everywhere_and_leaves_unreleased_usable(tmp_path: Path) -> None:
     set_version = runpy.run_path(str(ROOT / ".ci" / "release"))["set_version"]
-    for name in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md"):
+    (tmp_path / "ctclip").mkdir()
+    for name in ("ctclip/__init__.py", "CITATION.cff", "CHANGELOG.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     set_version(tmp_path, "9.1.0", "2031-02-03")
-    assert 'version = "9.1.0"' in (tmp_path / "pyproject.toml").read_text()
+    assert '__version__ = "9.1.0"\n' in (tmp_path / "ctclip" / "__init__.py").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "ctclip.__version__"}, (
+        "one place for the version"
+    )
     citation = yaml.safe_load((tmp_path / "CITATION.cff").read_text())
     assert (citation["version"], str(citation["date-released"])) == ("9.1.0", "2031-02-03")
     changelog = (tmp_path / "CHANGELOG.md").read_text()
