@@ -77,7 +77,7 @@ def audit_data(sheet: Sheet, splits: Sequence[str] = ("train", "valid")) -> pd.D
         return results
 
     for group, values in group_columns(table).items():
-        found = np.unique(values[values != ""])
+        levels = np.unique(values[values != ""])
         others = np.array(
             [
                 c
@@ -85,8 +85,8 @@ def audit_data(sheet: Sheet, splits: Sequence[str] = ("train", "valid")) -> pd.D
                 if not names[c].startswith(f"{group}: ") and (kinds[c] != "metadata" or group == "split")
             ]
         )
-        for value in found[:1] if len(found) == 2 else found:
-            against = f"{value} against {found[1]}" if len(found) == 2 else f"{value} against others"
+        for value in levels[:1] if len(levels) == 2 else levels:
+            against = f"{value} against {levels[1]}" if len(levels) == 2 else f"{value} against others"
             compare(values == value, values != "", others, f"{group}: {against}", "all")
     technique = np.flatnonzero(np.isin(kinds, ["technique", "metadata"]))
     shortcuts = np.flatnonzero(kinds != "finding")

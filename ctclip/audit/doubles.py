@@ -91,8 +91,8 @@ def fingerprints(store: VolumeStore, volumes: Sequence[str], cache: Path) -> np.
                 names, sums = volumes[first : first + TOGETHER], checksums[first : first + TOGETHER]
                 part = cache / f"part-{run_key(list(names), sums, store.spec.hash)}.npy"
                 if not part.is_file():
-                    made = pool.map(lambda name: fingerprint(store.read(name), store.spec), names)
-                    _save(part, np.stack(list(made)))
+                    arrays = pool.map(lambda name: fingerprint(store.read(name), store.spec), names)
+                    _save(part, np.stack(list(arrays)))
                 parts.append(part)
         _save(whole, np.concatenate([np.load(part) for part in parts]))
         for part in parts:

@@ -77,8 +77,8 @@ def _write_page(path: Path, store: VolumeStore, doubles: Doubles) -> None:
 
 
 def _table(table: Any) -> list[list[str]]:
-    shown = table.head(SHOWN_ROWS)
-    return [list(map(str, shown.columns)), *([str(cell) for cell in row] for row in shown.itertuples(index=False))]
+    top = table.head(SHOWN_ROWS)
+    return [list(map(str, top.columns)), *([str(cell) for cell in row] for row in top.itertuples(index=False))]
 
 
 def _picture(store: VolumeStore, first: str, second: str, is_reversed: bool) -> Image.Image:

@@ -91,9 +91,9 @@ def measures(store: VolumeStore, volumes: Sequence[str], cache: Path) -> np.ndar
             names = list(volumes[first : first + CHUNK])
             path = cache / f"{run_key(names, [store.checksums(name) for name in names], list(MEASURES))}.npy"
             if not path.is_file():
-                made = np.stack(list(pool.map(lambda name: _of_store(store, name), names)))
+                measured = np.stack(list(pool.map(lambda name: _of_store(store, name), names)))
                 with written_beside(path) as partial, partial.open("wb") as stream:
-                    np.save(stream, made)
+                    np.save(stream, measured)
             parts.append(np.load(path))
     return np.concatenate(parts)
 

@@ -74,10 +74,10 @@ def explain(
     if dicom:
         # Before the maps, which may take minutes.
         source_images(ready)
-    found = loaded.explain(ready, abnormality or None, head=head, method=method.value, level=level, budget=budget)
-    page = found.save(output)
-    print(found)
+    result = loaded.explain(ready, abnormality or None, head=head, method=method.value, level=level, budget=budget)
+    page = result.save(output)
+    print(result)
     if dicom:
-        names = ", ".join(path.name for path in save_dicom(found, output / FOLDER))
+        names = ", ".join(path.name for path in save_dicom(result, output / FOLDER))
         print(f"DICOM, with the patient's name: {output / FOLDER} ({names})")
-    print(f"{counted(len(found.places), 'map')} in {found.seconds:.1f} s; page: {page}")
+    print(f"{counted(len(result.places), 'map')} in {result.seconds:.1f} s; page: {page}")

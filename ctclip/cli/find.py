@@ -44,10 +44,10 @@ def find(
 
     check_output(output)
     loaded = load(model, distributed.device())
-    found = loaded.find(
+    place = loaded.find(
         scan, text, method=method.value, level=level, most=count, budget=budget,
         **reading_of(hu, geometry, expect, series, largest_gb),
     )  # fmt: skip
-    page = found.save(output, refined=refine)
-    print(found)
+    page = place.save(output, refined=refine)
+    print(place)
     print(f"page: {page}")

@@ -49,10 +49,10 @@ def locate(
     write_result(output, result)
     print(f"{'finding':<36} scans  pointing (95 % interval)   AUROC   Dice")
     for name, entry in sorted(result["findings"].items(), key=lambda item: -(item[1]["map"]["pointing"]["value"] or 0)):
-        found = entry["map"]
-        point = found["pointing"]
+        scores = entry["map"]
+        point = scores["pointing"]
         limits = f"({number(point['lower'], 2)} to {number(point['upper'], 2)})"
-        print(f"{name:<36} {found['scans']:>5}  {number(point['value'], 2):>8} {limits:<18} {number(found['auroc']['value'], 2):>5}  {number(found['dice']['value'], 2):>5}")  # fmt: skip
+        print(f"{name:<36} {scores['scans']:>5}  {number(point['value'], 2):>8} {limits:<18} {number(scores['auroc']['value'], 2):>5}  {number(scores['dice']['value'], 2):>5}")  # fmt: skip
     for kind in ("map", *CONTROLS):
         means = result["means"][kind]
         print(f"{'mean, ' + kind:<36}        {number(means['pointing'], 2):>8} {'':<18} {number(means['auroc'], 2):>5}  {number(means['dice'], 2):>5}")  # fmt: skip

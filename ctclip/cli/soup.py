@@ -23,11 +23,11 @@ def soup(
     """
     from ctclip.adaptation.soup import make_soup
 
-    made = make_soup(runs, store, split, output, batch=batch)
-    for name, value in sorted(made.alone.items(), key=lambda item: -item[1]):
+    averaged = make_soup(runs, store, split, output, batch=batch)
+    for name, value in sorted(averaged.alone.items(), key=lambda item: -item[1]):
         print(f"{value:.4f}  {name}")
-    if made.folder is None:
-        print(f"no mean is better than {made.members[0]} on split {split}: nothing written")
+    if averaged.folder is None:
+        print(f"no mean is better than {averaged.members[0]} on split {split}: nothing written")
         raise typer.Exit(3)
-    print(f"{made.auroc:.4f}  the mean of {', '.join(made.members)}")
-    print(f"model: {made.folder}")
+    print(f"{averaged.auroc:.4f}  the mean of {', '.join(averaged.members)}")
+    print(f"model: {averaged.folder}")

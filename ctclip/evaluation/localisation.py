@@ -143,7 +143,8 @@ def free_response(
             false += 1
         curve.append((false / max(1, len(candidates)), len(hit) / max(1, total)))
     return {
-        f"{limit:g}": max(found for rate, found in curve if rate <= limit) if total else float("nan") for limit in at
+        f"{limit:g}": max(sensitivity for rate, sensitivity in curve if rate <= limit) if total else float("nan")
+        for limit in at
     }
 
 

@@ -173,15 +173,22 @@ def explain(
     chosen = _chosen(head, probabilities, findings)
     # Not in inference mode: methods need gradients.
     places = {}
-    found = (
+    relevance = (
         method(by).maps(Subject(model, head, chosen, volume, budget))
         if chosen
         else Maps(np.zeros((0, 1, 1, 1)), np.eye(4))
     )
-    for values, index in zip(found.values, chosen, strict=True):
+    for values, index in zip(relevance.values, chosen, strict=True):
         name = head.names[index]
         places[name] = locate(
-            name, probabilities[index], float(scores[0, index]), values, found.affine, prepared, method=by, level=level
+            name,
+            probabilities[index],
+            float(scores[0, index]),
+            values,
+            relevance.affine,
+            prepared,
+            method=by,
+            level=level,
         )
     return Explanation(
         scan, model_hash, by, time.perf_counter() - began, places, tuple(warnings),

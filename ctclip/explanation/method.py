@@ -76,8 +76,8 @@ def method(name: str) -> Method:
     """The method of a name. Raises ExplanationError for an unknown name."""
     if name not in METHODS:
         raise ExplanationError(f"no method {name!r}: give one of {', '.join(METHODS)}")
-    found: type[Method] = getattr(importlib.import_module(f"ctclip.explanation.{name}"), METHODS[name])
-    return found()
+    kind: type[Method] = getattr(importlib.import_module(f"ctclip.explanation.{name}"), METHODS[name])
+    return kind()
 
 
 def differentiable(subject: Subject) -> tuple[Evidence, list[Tensor], Tensor]:

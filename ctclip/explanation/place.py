@@ -160,7 +160,7 @@ def regions_of(values: np.ndarray, affine: np.ndarray, prepared: Prepared, level
     cell = np.linalg.norm(to_lps[:3, :3], axis=0) / steps
     # The axes of the map that run along x, y and z.
     along = np.abs(to_lps[:3, :3]).argmax(axis=1)
-    found = []
+    regions = []
     for number, box in enumerate(ndimage.find_objects(labels, count), start=1):
         part = labels[box] == number
         highest = np.unravel_index(int(np.argmax(np.where(part, fine[box], -np.inf))), part.shape)
@@ -168,10 +168,10 @@ def regions_of(values: np.ndarray, affine: np.ndarray, prepared: Prepared, level
         z, y, x = (int(place) for place in at // steps)
         peak = (z, y, x)
         reach = [(side.stop - side.start) * mm for side, mm in zip(box, cell, strict=True)]
-        found.append(
+        regions.append(
             Region(peak, float(values[peak]), _triple([reach[axis] for axis in along]), float(part.sum() * np.prod(cell) / 1000))
         )  # fmt: skip
-    return sorted(found, key=lambda region: -region.height)
+    return sorted(regions, key=lambda region: -region.height)
 
 
 def _triple(values: object) -> tuple[float, float, float]:

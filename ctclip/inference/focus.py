@@ -34,12 +34,12 @@ def smallest_finding(
         known = {str(key): value for key, value in facts.loc[volume].items()}
         ready = prepare(scans.files[volume], spec, table=table_facts(known), series=scans.series.get(volume))
         shape = ready.stored.shape
-        found = []
+        candidates = []
         for finding, mask in drawn.of(volume, ready.file_grid):
             share = resample(mask.astype(np.float32), ready.file_grid.affine, shape, ready.affine)
             inside = share >= min(FILLED, float(share.max()) / 2) if share.max() > 0 else np.zeros(shape, bool)
             if inside.any():
-                found.append(Focus(finding, inside))
-        return min(found, key=lambda focus: int(focus.mask.sum()), default=None)
+                candidates.append(Focus(finding, inside))
+        return min(candidates, key=lambda focus: int(focus.mask.sum()), default=None)
 
     return of

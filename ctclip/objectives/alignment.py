@@ -74,16 +74,16 @@ class Alignment(Objective):
         """The token ids of the sentences to use, and the index of the report of each."""
         special = set(encoder.tokenizer.all_special_ids)
         stops = {encoder.tokenizer.convert_tokens_to_ids(stop) for stop in STOPS} - special
-        found, owners = [], []
+        token_ids, owners = [], []
         for number, (ids, mask) in enumerate(zip(words["input_ids"].tolist(), words["attention_mask"].tolist(), strict=True)):  # fmt: skip
             sentence: list[int] = []
             for token in (token for token, there in zip(ids, mask, strict=True) if there and token not in special):
                 sentence.append(token)
                 if token in stops:
-                    found.append(tuple(sentence))
+                    token_ids.append(tuple(sentence))
                     owners.append(number)
                     sentence = []
-        kept = [(one, owner) for one, owner in zip(found, owners, strict=True) if not self._says_no(one, encoder)]
+        kept = [(one, owner) for one, owner in zip(token_ids, owners, strict=True) if not self._says_no(one, encoder)]
         return [one for one, _ in kept], [owner for _, owner in kept]
 
     def _says_no(self, sentence: tuple[int, ...], encoder: Any) -> bool:

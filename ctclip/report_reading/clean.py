@@ -75,9 +75,9 @@ def _rows(sections: dict[str, str], cleaner: Cleaner) -> Iterator[dict[str, obje
 
 
 def _row(sentence: CleanSentence, finding: Finding | None) -> dict[str, object]:
-    said = {"label": "", "status": "", "side": "", "lobe": "", "size_mm": None}
+    statement = {"label": "", "status": "", "side": "", "lobe": "", "size_mm": None}
     if finding is not None:
-        said = {**vars(finding), "status": finding.status.value}
+        statement = {**vars(finding), "status": finding.status.value}
     return {
-        "sentence": sentence.text, **said, "comparison": int(sentence.comparison), "boilerplate": int(sentence.boilerplate)
+        "sentence": sentence.text, **statement, "comparison": int(sentence.comparison), "boilerplate": int(sentence.boilerplate)
     }  # fmt: skip

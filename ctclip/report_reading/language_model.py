@@ -163,10 +163,10 @@ class LanguageModelReader(Reader):
 
 def _reading(answer: dict[str, dict[str, Any]], part: Sequence[str]) -> Reading:
     statements = {
-        name: Statement(Status(said[STATUS]), part[said[SENTENCE] - 1] if said[SENTENCE] else "")
-        for name, said in answer.items()
+        name: Statement(Status(statement[STATUS]), part[statement[SENTENCE] - 1] if statement[SENTENCE] else "")
+        for name, statement in answer.items()
     }
-    return {name: said for name, said in statements.items() if said.status is not NOTHING.status}
+    return {name: statement for name, statement in statements.items() if statement.status is not NOTHING.status}
 
 
 def _joined(readings: Sequence[Reading]) -> Reading:

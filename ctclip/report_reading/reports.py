@@ -71,8 +71,8 @@ def _sections(names: dict[str, str]) -> dict[str, str]:
     """The columns to read, by the name of the section."""
     known = {**{_key(theirs): ours for theirs, ours in CT_RATE.items()}, **{ours: ours for ours in SECTIONS}}
     known |= {"impressions": "impression", "conclusion": "impression", "finding": "findings"}
-    found = {ours: names[key] for key, ours in known.items() if key in names and ours in READ}
-    return {name: found[name] for name in READ if name in found}
+    present = {ours: names[key] for key, ours in known.items() if key in names and ours in READ}
+    return {name: present[name] for name in READ if name in present}
 
 
 def _key(column: str) -> str:

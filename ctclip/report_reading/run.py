@@ -141,19 +141,19 @@ def load_statements(path: Path) -> dict[str, dict[str, Statement]]:
     for line in path.read_text(encoding="utf-8").splitlines()[1:]:
         record = json.loads(line)
         statements[record["id"]] = {
-            name: Statement(Status(said["status"]), said.get("sentence", ""), said.get("probability"))
-            for name, said in record["labels"].items()
+            name: Statement(Status(entry["status"]), entry.get("sentence", ""), entry.get("probability"))
+            for name, entry in record["labels"].items()
         }
     return statements
 
 
 def _lines(result: Readings) -> Iterator[dict[str, Any]]:
     for name, reading in zip(result.reports.ids, result.readings, strict=True):
-        said = {
+        entry = {
             label: {key: value for key, value in vars(statement).items() if value not in ("", None)}
             for label, statement in (reading or {}).items()
         }
-        yield {"id": name, "read": reading is not None, "labels": said}
+        yield {"id": name, "read": reading is not None, "labels": entry}
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -27,8 +27,8 @@ def split_sections(text: str, headings: Mapping[str, Sequence[str]]) -> dict[str
     words = "|".join(sorted((re.escape(word).replace(r"\ ", r"[ _]+") for word in owners), key=len, reverse=True))
     at_line = re.compile(rf"^{MARKS}{NUMBER}{MARKS}(?P<word>{words}){END}", re.IGNORECASE | re.MULTILINE)
     capitals = re.compile(rf"(?<![^\s*.])(?P<word>{words.upper()})\s*:")
-    found = {match.start("word"): match for pattern in (at_line, capitals) for match in pattern.finditer(text)}
-    places = [found[start] for start in sorted(found)]
+    by_start = {match.start("word"): match for pattern in (at_line, capitals) for match in pattern.finditer(text)}
+    places = [by_start[start] for start in sorted(by_start)]
     parts: list[tuple[str, str]] = []
     first = places[0].start() if places else len(text)
     parts.append((REST, text[:first]))

@@ -242,8 +242,8 @@ def _add_one_call(app: FastAPI, service: Service) -> None:
                 "similar": {"count": _count(fields)},
                 "explain": {"finding": fields.get("finding", ""), "method": "similarity", "map": str(scan.map_of(""))},
             }
-            said: dict[str, Any] = await service.ask(scan, question, **given.get(question, {}))
-            return said
+            reply: dict[str, Any] = await service.ask(scan, question, **given.get(question, {}))
+            return reply
         finally:
             service.remove(scan)
 

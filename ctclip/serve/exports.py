@@ -42,8 +42,8 @@ def write_dicom(explanation: Explanation, path: Path) -> None:
         written_beside(path, suffix=".zip", mode=PRIVATE) as partial,
         zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
     ):
-        for made in save_dicom(explanation, folder):
-            archive.write(made, made.name)
+        for dicom_file in save_dicom(explanation, folder):
+            archive.write(dicom_file, dicom_file.name)
 
 
 def write_sheet(path: Path, result: dict[str, Any], place: Place | None, *, name: str, learned: str) -> None:

@@ -69,11 +69,11 @@ class Pacs:
         from pydicom import dcmread
 
         with zipfile.ZipFile(archive) as packed:
-            made = [dcmread(BytesIO(packed.read(name))) for name in packed.namelist()]
-        answer = self._asked(lambda client: client.store_instances(made))
+            objects = [dcmread(BytesIO(packed.read(name))) for name in packed.namelist()]
+        answer = self._asked(lambda client: client.store_instances(objects))
         if failed := len(answer.get("FailedSOPSequence", [])):
-            raise Refused(f"the PACS did not take {failed} of {len(made)} objects")
-        return len(made)
+            raise Refused(f"the PACS did not take {failed} of {len(objects)} objects")
+        return len(objects)
 
     def _asked(self, question: Callable[[Any], Any]) -> Any:
         import requests

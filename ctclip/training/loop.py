@@ -369,8 +369,8 @@ def _next(stream: Any) -> StoredBatch:
         return batch
     except PreprocessingError as error:
         # torch wraps what a worker raised in the worker's whole traceback; its last line is the message.
-        said = str(error).strip().splitlines()[-1]
-        raise TrainingError(said.partition("PreprocessingError: ")[2] or said) from error
+        reason = str(error).strip().splitlines()[-1]
+        raise TrainingError(reason.partition("PreprocessingError: ")[2] or reason) from error
     except (ConnectionError, EOFError) as error:
         raise _worker_died() from error
 

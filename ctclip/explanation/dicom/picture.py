@@ -21,11 +21,11 @@ def capture(explanation: Explanation, image: Dataset, picture: np.ndarray, numbe
     from highdicom.sc import SCImage
     from pydicom.uid import ExplicitVRLittleEndian
 
-    made: Any = SCImage.from_ref_dataset(
+    secondary_capture: Any = SCImage.from_ref_dataset(
         image, picture, "RGB", 8, "PATIENT", series, 9003, UID(), number, patient_orientation=("L", "P"),
         transfer_syntax_uid=ExplicitVRLittleEndian, series_description=f"{RESEARCH}: ctclip pictures",
         **equipment(explanation),
     )  # fmt: skip
     # Three planes in one: the letters at their edges say how each is turned. No patient is named in it.
-    made.PatientOrientation, made.BurnedInAnnotation = None, "NO"
-    return made
+    secondary_capture.PatientOrientation, secondary_capture.BurnedInAnnotation = None, "NO"
+    return secondary_capture

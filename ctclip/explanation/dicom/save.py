@@ -33,10 +33,10 @@ def save_dicom(explanation: Explanation, folder: str | Path, *, pictures: bool =
     paths = []
     with quiet():
         try:
-            for name, made in list(_objects(explanation, images, pictures)):
+            for name, derived in list(_objects(explanation, images, pictures)):
                 paths.append(folder / name)
                 with written_beside(paths[-1], suffix=".dcm", mode=PRIVATE) as partial:
-                    made.save_as(partial, enforce_file_format=True)
+                    derived.save_as(partial, enforce_file_format=True)
         except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
             # What the libraries say may quote the header.
             raise ExplanationError(

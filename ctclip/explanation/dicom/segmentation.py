@@ -49,15 +49,15 @@ def segmentation(explanation: Explanation, images: Sequence[Dataset], mask: np.n
         )
         for number, finding in enumerate(explanation.places, start=1)
     ]  # fmt: skip
-    made = Segmentation(
+    derived = Segmentation(
         source_images=images, pixel_array=mask, segmentation_type="BINARY", segment_descriptions=segments,
         plane_positions=[PlanePositionSequence(CoordinateSystemNames.PATIENT, i.ImagePositionPatient) for i in images],
         series_instance_uid=UID(), series_number=9001, sop_instance_uid=UID(), instance_number=1,
         series_description=f"{RESEARCH}: ctclip regions", content_label="RESEARCH",
         content_description=f"{RESEARCH}: regions that moved a score", **equipment(explanation),
     )  # fmt: skip
-    refer_to_frames(made, images)
-    return made
+    refer_to_frames(derived, images)
+    return derived
 
 
 def _step(index: int) -> np.ndarray:

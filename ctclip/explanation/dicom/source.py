@@ -63,7 +63,7 @@ def instances(images: Sequence[Dataset]) -> list[Dataset]:
     return list(distinct.values())
 
 
-def refer_to_frames(made: Dataset, images: Sequence[Dataset]) -> None:
+def refer_to_frames(derived: Dataset, images: Sequence[Dataset]) -> None:
     """Let what was made of stand-ins for frames refer to the frames: highdicom takes the planes of a multi-frame image from
     its functional groups, which the reader has taken apart."""
     frames = {image.SOPInstanceUID: image for image in images if image.frame}
@@ -76,12 +76,12 @@ def refer_to_frames(made: Dataset, images: Sequence[Dataset]) -> None:
             item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = image.instance
             item.ReferencedFrameNumber = image.frame
 
-    for group in made.PerFrameFunctionalGroupsSequence:
+    for group in derived.PerFrameFunctionalGroupsSequence:
         group.walk(refer)
     # An instance is listed once, as a whole.
     for holder, keyword in (
-        (made, "SourceImageSequence"),
-        (made.ReferencedSeriesSequence[0], "ReferencedInstanceSequence"),
+        (derived, "SourceImageSequence"),
+        (derived.ReferencedSeriesSequence[0], "ReferencedInstanceSequence"),
     ):
         listed = {}
         for item in holder[keyword].value:
