@@ -12,9 +12,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,8 +51,8 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def launch(processes: int, module: str) -> int:
-    """Run this command line again as ``processes`` ranks of ``module`` on this machine, under DeepSpeed's launcher.
+def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
+    """Run ``python -m MODULE ARGUMENTS`` as ``processes`` ranks on this machine, under DeepSpeed's launcher.
 
     SIGTERM and SIGUSR1 are passed on to the ranks, which end as they would alone. Ctrl-C and the end of the terminal
     reach them as SIGTERM, and a second Ctrl-C ends them at once. Returns the launcher's exit code; 128 + the signal where
@@ -77,7 +77,7 @@ def launch(processes: int, module: str) -> int:
         environment.setdefault(variable, "lo")
     # A process group of its own: a terminal's Ctrl-C goes to every process of the group in front, and DeepSpeed's launcher
     # would end the ranks before they have written a checkpoint.
-    process = subprocess.Popen([*command, "--module", module, *_arguments(module)], env=environment, process_group=0)
+    process = subprocess.Popen([*command, "--module", module, *arguments], env=environment, process_group=0)
     received: list[int] = []
 
     def pass_on(number: int, _: object) -> None:
@@ -96,26 +96,22 @@ def launch(processes: int, module: str) -> int:
         if again:
             process.kill()
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
-        # nohup has a process ignore the end of its terminal.
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, pass_on)
+    before = {}
+    # Only the main thread of a process may handle its signals.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+            # nohup has a process ignore the end of its terminal.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, pass_on)
     try:
         code = process.wait()
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         shutil.rmtree(rendezvous, ignore_errors=True)
     # DeepSpeed's launcher ends with minus the signal that ended a rank, which a shell sees as 256 less it.
     ended_by_signal = code < 0 or 256 - signal.NSIG < code < 256
     return 128 + received[0] if received and ended_by_signal else code
-
-
-def _arguments(module: str) -> list[str]:
-    """The arguments of this process without the command's name: it was called as `ctclip --debug train ...` or as `python
-    -m ctclip.train --debug ...`."""
-    arguments, command = sys.argv[1:], module.rpartition(".")[2]
-    if Path(sys.argv[0]).stem != command:
-        arguments.remove(command.replace("_", "-"))
-    return arguments
 
 
 def initialise() -> torch.device:

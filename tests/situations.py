@@ -128,6 +128,8 @@ SITUATIONS = [
     Situation("deepspeedai/DeepSpeed #3645", "Ctrl-C, once", "a checkpoint and one line", f"{INTERRUPTS}test_ctrl_c_writes_a_checkpoint_and_says_one_line"),
     Situation("hpcaitech/ColossalAI #121", "Ctrl-C, twice", "ends at once, no rank is left", f"{INTERRUPTS}test_the_second_ctrl_c_ends_at_once"),
     Situation("hpcaitech/ColossalAI #121", "Ctrl-C under torchrun, deepspeed and mpirun", "a checkpoint, no rank is left", f"{LAUNCHED}test_ctrl_c_under_a_launcher_writes_a_checkpoint"),
+    Situation("a notebook", "main([... \"--processes\", \"2\"]), whose command line is the kernel's", "the ranks are given its words", "tests/unit/test_launch.py::test_ranks_are_given_all_but_the_command_itself"),
+    Situation("macOS, Windows", "processes that are spawned, not forked", "the same losses", f"{LAUNCHED}test_called_from_python_where_processes_are_spawned"),
     Situation("a notebook", "two trainings in one kernel", "both are right", f"{FAULTS}test_a_second_training_in_one_process"),
     # Runs
     Situation("a hand on the keyboard", "seed=-1", "refused, the bound named", f"{BOUNDS}[seed=-1]"),

@@ -129,14 +129,15 @@ def main(arguments: list[str] | None = None) -> int:
     from ctclip.errors import CtclipError
     from ctclip.preprocessing.errors import PreprocessingError
 
-    arguments = _options_first(sys.argv[1:] if arguments is None else arguments)
+    first, rest = _options_first(sys.argv[1:] if arguments is None else arguments)
     code = 0
     try:
-        app(arguments)
+        # Commands that start ranks of themselves pass on what they were given, without their own name.
+        app([*first, *rest], obj=[*first, *rest[1:]])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except (CtclipError, PreprocessingError, OSError) as error:
-        if "--debug" in arguments:
+        if "--debug" in first:
             raise
         print(f"error: {error}", file=sys.stderr)
         code = 2
@@ -156,9 +157,9 @@ def command(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def _options_first(arguments: list[str]) -> list[str]:
-    """Move ``--debug`` and ``--plugin MODULE`` in front of the command: under a launcher, users of `ctclip.train` cannot put
-    them there."""
+def _options_first(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """``--debug`` and ``--plugin MODULE``, which go in front of the command, and the rest: under a launcher, users of
+    `ctclip.train` cannot put them there."""
     first: list[str] = []
     rest: list[str] = []
     words = iter(arguments)
@@ -171,4 +172,4 @@ def _options_first(arguments: list[str]) -> list[str]:
             rest += [word, *words]
         else:
             rest.append(word)
-    return [*first, *rest]
+    return first, rest

@@ -21,6 +21,7 @@ class AdaptMethod(StrEnum):
 
 
 def adapt(
+    context: typer.Context,
     overrides: list[str] = typer.Argument(
         None, metavar="[KEY=VALUE]...", help="Values that override the recipe, such as training.epochs=5."
     ),
@@ -103,7 +104,7 @@ def adapt(
     if processes > 1 and not distributed.launched():
         # Errors are reported here once, instead of by every rank.
         configured(recipe, local_folder(model), output)
-        raise typer.Exit(distributed.launch(processes, "ctclip.adapt"))
+        raise typer.Exit(distributed.launch(processes, "ctclip.adapt", context.obj))
     distributed.prepare_environment()
     from ctclip.adaptation.recipes import run_recipe
     from ctclip.training.loop import INTERRUPTED, Interrupted

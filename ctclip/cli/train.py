@@ -8,6 +8,7 @@ import typer
 
 
 def train(
+    context: typer.Context,
     overrides: list[str] = typer.Argument(
         None, metavar="[KEY=VALUE]...", help="Values that override the configuration, such as training.epochs=5."
     ),
@@ -66,7 +67,7 @@ def train(
         raise ConfigError("--output is missing: name the run folder")
     extras.check("train")
     if processes > 1 and not distributed.launched():
-        raise typer.Exit(distributed.launch(processes, "ctclip.train"))
+        raise typer.Exit(distributed.launch(processes, "ctclip.train", context.obj))
     distributed.prepare_environment()
     from ctclip.training.loop import INTERRUPTED, Interrupted
     from ctclip.training.loop import train as run

@@ -29,6 +29,7 @@ class Format(StrEnum):
 
 
 def zero_shot(
+    context: typer.Context,
     scans: list[Path] = typer.Argument(
         None, help="Volume files, DICOM folders, folders of these, or quoted patterns such as 'scans/*.nii.gz'."
     ),
@@ -102,7 +103,7 @@ def zero_shot(
     if not distributed.launched():
         processes = processes or distributed.gpus()
         if processes > 1:
-            raise typer.Exit(distributed.launch(processes, "ctclip.zero_shot"))
+            raise typer.Exit(distributed.launch(processes, "ctclip.zero_shot", context.obj))
         distributed.say_unused_tasks()
 
     from ctclip.heads.folder import PROMPTS

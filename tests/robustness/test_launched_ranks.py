@@ -109,6 +109,29 @@ def test_ctrl_c_under_a_launcher_writes_a_checkpoint(launcher: str, store: Path,
     assert max(losses(output)) == done
 
 
+CALLED = """
+import multiprocessing, sys
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    from ctclip.cli import main
+
+    cohort, store, *words = sys.argv[1:]
+    code = main(["preprocess", cohort, "--output", store, "--spec", "phantom", "--workers", "2"])
+    sys.exit(code or main([*words, "--processes", "2", "data.workers=2"]))
+"""
+
+
+@pytest.mark.slow
+def test_called_from_python_where_processes_are_spawned(cohort: Path, whole: Path, tmp_path: Path) -> None:
+    """As macOS and Windows begin processes, and as a notebook calls: no process inherits anything, nor a command line."""
+    (tmp_path / "called.py").write_text(CALLED)
+    words = [tmp_path / "called.py", cohort, tmp_path / "store", *command(tmp_path / "store", tmp_path / "run")]
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=SETTINGS, timeout=900, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_curve(tmp_path / "run", whole, 1e-4)
+
+
 def _parent(pid: int) -> int | None:
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

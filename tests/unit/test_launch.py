@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 from typing import Any
 
 import pytest
 import torch
 
 from ctclip import distributed
-from ctclip.cli import _options_first
+from ctclip.cli import _options_first, main
 from ctclip.demo import default_processes
 from ctclip.errors import TrainingError
 
@@ -38,10 +39,9 @@ def test_a_launch_takes_every_card_or_two_processes(cards: int, expected: list[s
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     monkeypatch.setattr(subprocess, "Popen", Recorded)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr("sys.argv", ["ctclip", "train", "--config", "phantom_tiny"])
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    assert distributed.launch(default_processes(), "ctclip.train") == 0
+    assert distributed.launch(default_processes(), "ctclip.train", ["--config", "phantom_tiny"]) == 0
     assert Recorded.started is not None
     command, environment = Recorded.started
     place = command.index(expected[0])
@@ -50,19 +50,28 @@ def test_a_launch_takes_every_card_or_two_processes(cards: int, expected: list[s
     assert ("DS_ACCELERATOR" in environment) == (cards == 0)
 
 
+MORE = ["--processes", "2", "--output", "run"]
 COMMAND_LINES = [
-    (["ctclip", "train", "--config", "a"], ["--config", "a"]),
-    (["ctclip", "--debug", "train", "--config", "a"], ["--debug", "--config", "a"]),
-    (["bin/ctclip", "--plugin", "train", "train"], ["--plugin", "train"]),
-    (["ctclip/train.py", "--debug", "--config", "a"], ["--debug", "--config", "a"]),
-    (["ctclip/train.py", "--store", "train"], ["--store", "train"]),
+    (["train", "--config", "a"], ["--config", "a"]),
+    (["--debug", "train", "--config", "a"], ["--debug", "--config", "a"]),
+    (["train", "--config", "a", "--debug"], ["--debug", "--config", "a"]),
+    (["--plugin", "csv", "train", "seed=1", "--config", "train"], ["--plugin", "csv", "seed=1", "--config", "train"]),
 ]
 
 
+@pytest.mark.parametrize("typed", [True, False])
 @pytest.mark.parametrize(("words", "passed_on"), COMMAND_LINES)
-def test_ranks_are_given_all_but_the_command_itself(words: list[str], passed_on: list[str], monkeypatch: Any) -> None:
-    monkeypatch.setattr("sys.argv", words)
-    assert distributed._arguments("ctclip.train") == passed_on
+def test_ranks_are_given_all_but_the_command_itself(
+    words: list[str], passed_on: list[str], typed: bool, monkeypatch: Any
+) -> None:
+    """Whether the command was typed or called from Python, whose own command line is another."""
+    started: list[Any] = []
+    monkeypatch.setattr(distributed, "launch", lambda *given: started.append(given) or 0)
+    monkeypatch.setattr(
+        "sys.argv", ["ctclip", *words, *MORE] if typed else ["ipykernel_launcher.py", "-f", "kernel.json"]
+    )
+    assert main(None if typed else [*words, *MORE]) == 0
+    assert started == [(2, "ctclip.train", [*passed_on, *MORE])]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +89,8 @@ def test_ranks_are_given_all_but_the_command_itself(words: list[str], passed_on:
     ],
 )
 def test_options_of_every_command_may_stand_anywhere(given: list[str], ordered: list[str]) -> None:
-    assert _options_first(given) == ordered
+    first, rest = _options_first(given)
+    assert [*first, *rest] == ordered
 
 
 STEP = {"SLURM_JOB_ID": "41", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2",
@@ -229,3 +239,24 @@ def test_half_a_launcher_is_refused(environment: dict[str, str], said: str, surr
     with pytest.raises(TrainingError, match=said) as refused:
         distributed.prepare_environment()
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_a_launch_leaves_signals_as_they_were(thread: bool, monkeypatch: Any) -> None:
+    """A notebook's kernel lives on, and threads may not handle signals."""
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    codes: list[int] = []
+
+    def launch() -> None:
+        codes.append(distributed.launch(2, "ctclip.train", []))
+
+    if thread:
+        other = threading.Thread(target=launch)
+        other.start()
+        other.join()
+    else:
+        launch()
+    assert codes == [0]
+    assert [signal.getsignal(number) for number in numbers] == before
