@@ -3,7 +3,7 @@ PYTHON ?= python3
 SIZE ?= default
 OUTPUT ?= runs/$(if $(filter default,$(SIZE)),demo,$(SIZE))
 
-.PHONY: demo test pytest install-test lint style types docs package venv clean
+.PHONY: demo test pytest integration-test install-test lint style types docs package venv clean
 
 demo: .venv/installed
 	.venv/bin/ctclip demo --size $(SIZE) --output $(OUTPUT)
@@ -12,10 +12,16 @@ demo: .venv/installed
 test: style
 	$(MAKE) --jobs 2 types pytest
 
-# Two processes of one thread, each with files of its own, because most of the time goes into starting commands. In the order
-# of the folders: the long files come first, so that neither process ends minutes before the other.
+# Two processes of one thread, each with files of its own. In the order of the folders: the long files come first, so that
+# neither process ends minutes before the other.
+RUN = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/install
+
 pytest: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/install $(PYTEST)
+	$(RUN) -m "not integration" $(PYTEST)
+
+# What starts ranks, Slurm, services, notebooks and the commands of the documentation; ten minutes more.
+integration-test: .venv/installed
+	$(RUN) -m integration $(PYTEST)
 
 # The wheel in new environments, used by another user; three minutes.
 install-test: .venv/installed

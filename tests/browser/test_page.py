@@ -12,6 +12,8 @@ import pytest
 
 from tests.end_to_end.test_serve import Served
 
+pytestmark = pytest.mark.integration
+
 WAIT = 60_000
 
 
@@ -63,7 +65,7 @@ def bright_pixels(page: Any) -> int:
 def test_a_scan_is_sent_scored_and_drawn(page: Any, scan: Path) -> None:
     send(page, scan)
     assert page.locator("#findings tbody tr:not(.apart)").count() == 18
-    assert "not for diagnosis" in page.inner_text("#notice")
+    assert "Not for diagnosis" in page.inner_text("#notice")
     assert "synthetic" in page.inner_text("#notice")
     assert bright_pixels(page) > 5000
     assert page.faults == []

@@ -9,6 +9,8 @@ import pytest
 
 from tests.benchmarks.training import WORDS, ranked
 
+pytestmark = pytest.mark.integration
+
 CASES = list(itertools.product(("contrastive", "words"), (0, 1, 3)))
 
 

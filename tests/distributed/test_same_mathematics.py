@@ -17,6 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.integration
+
 WORKER = Path(__file__).with_name("worker.py")
 ONE_STEP = {"linear": True, "steps": [0, 1]}
 LABELLED = {"objectives": {"clip": 1, "labels": 1, "prompts": 1}}

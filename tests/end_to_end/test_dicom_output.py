@@ -21,6 +21,8 @@ from ctclip.explanation.dicom.words import code
 from tests.phantom_dicom import write_series
 from tests.unit.preprocessing import dicom_builder
 
+pytestmark = pytest.mark.integration
+
 hd = pytest.importorskip("highdicom")
 ASKED = ["Pleural effusion", "Lung nodule"]
 PATIENT = {"PatientName": "Doe^Jane", "PatientID": "MRN4711", "PatientBirthDate": "19500101", "PatientSex": "F",

@@ -146,6 +146,7 @@ def workplace(store: Path, trained: Path, cohort: Path, tmp_path_factory: pytest
     os.chdir(before)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("page", RUN_PAGES)
 def test_a_page_runs(page: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     allowed = {0, 3} if "lint" in "".join(block.text for block in BASH if block.page == page) else {0}
@@ -170,6 +171,7 @@ def _run(words: list[str]) -> int:
     return main(arguments)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "block", [b for b in BLOCKS if b.kind == "python"], ids=lambda block: f"{block.page}: {block.title}"
 )
@@ -188,6 +190,7 @@ def _reference() -> ModuleType:
     return module
 
 
+@pytest.mark.integration
 def test_columns_are_those_of_the_files(workplace: Path) -> None:
     """Every column that a command writes is explained, and what is explained exists somewhere."""
     described = {name: set(file["columns"]) for name, file in _reference().files().items() if "columns" in file}
@@ -220,6 +223,7 @@ def test_columns_are_those_of_the_files(workplace: Path) -> None:
         assert not absent, f"docs/files.yaml explains columns of {name} that are not written"
 
 
+@pytest.mark.integration
 def test_the_site_is_built_without_a_broken_link(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="mkdocs is not installed; the extra [docs] brings it")
     pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed; the extra [docs] brings it")

@@ -17,6 +17,8 @@ import pytest
 from ..robustness.processes import Done
 from .conftest import TINY, run
 
+pytestmark = pytest.mark.integration
+
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCKS = [(kind, title, text) for kind, title, text in BLOCK.findall(PAGE.read_text(encoding="utf-8"))]

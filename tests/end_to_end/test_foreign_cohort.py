@@ -18,6 +18,8 @@ from ctclip.preprocessing.store import VolumeStore
 from ..robustness.processes import Command, Done
 from ..robustness.runs import last_line
 
+pytestmark = pytest.mark.integration
+
 NAMES = ["Liver lesion", "Ascites", "Splenomegaly"]
 STATED = ["A dark lesion lies in the liver.", "There is free fluid around the organs.", "The spleen is enlarged."]
 EXCLUDED = ["The liver is homogeneous.", "No free fluid is seen.", "The spleen is of normal size."]

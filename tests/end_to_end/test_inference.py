@@ -126,6 +126,7 @@ def test_memory_does_not_grow_with_the_number_of_scans(model: Path, tmp_path: Pa
     assert resident() - before < 60
 
 
+@pytest.mark.integration
 def test_two_processes_find_what_one_finds(model: Path, store: Path, tmp_path: Path) -> None:
     arguments = ("zero-shot", "--model", model, "--store", store, "--embed-reports", "--output")
     assert typed(*arguments, tmp_path / "1") == 0

@@ -25,6 +25,8 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 from ..robustness.processes import Command
 from ..robustness.runs import last_line, losses
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 PLACES = (ROOT / "tests" / "golden" / "data", ROOT.parent / "shared" / "upstream_parity")
 # The small checkpoint's grid, over a whole chest; its own spacing is CT-CLIP's.

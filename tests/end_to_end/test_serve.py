@@ -21,6 +21,8 @@ import ctclip
 
 from .conftest import run
 
+pytestmark = pytest.mark.integration
+
 pytest.importorskip("fastapi")
 
 

@@ -20,6 +20,8 @@ from tests.phantom_dicom import write_series
 
 from .test_serve import Served, sent
 
+pytestmark = pytest.mark.integration
+
 hd = pytest.importorskip("highdicom")
 PATIENT = {"PatientName": "Doe^Jane", "PatientID": "MRN4711"}
 

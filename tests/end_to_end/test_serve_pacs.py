@@ -27,6 +27,8 @@ from tests.unit.preprocessing import dicom_builder
 
 from .test_serve import Served, sent
 
+pytestmark = pytest.mark.integration
+
 pytest.importorskip("highdicom")
 pytest.importorskip("dicomweb_client")
 # Debian puts it where only root looks.

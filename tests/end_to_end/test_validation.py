@@ -29,6 +29,8 @@ from ctclip.training.validation import Validation
 from ..robustness.processes import FORKED, Command
 from ..robustness.runs import command
 
+pytestmark = pytest.mark.integration
+
 BATCH = 8
 VOLUME = {"kind": "vit3d", "patch": [8, 8, 8], "stages": [], "width": 12, "heads": 2, "depth": 1}
 

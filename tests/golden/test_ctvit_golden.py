@@ -46,7 +46,7 @@ def build(parity: Path, file: Path | None = None, **changes: Any) -> DualEncoder
     return to_model(published, bert, None, TextConfig(pooling="cls", max_tokens=32), spec_of(published))
 
 
-@pytest.mark.parametrize("kind", ["plain", "checkpointed", "compiled"])
+@pytest.mark.parametrize("kind", ["plain", "checkpointed", pytest.param("compiled", marks=pytest.mark.integration)])
 def test_every_recorded_output(parity: Path, kind: str) -> None:
     golden = load_file(parity / "golden.safetensors")
     model = build(parity, activation_checkpointing=kind == "checkpointed")

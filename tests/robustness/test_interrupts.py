@@ -15,6 +15,8 @@ import pytest
 from .processes import Command, Done
 from .runs import command, wait_for_step
 
+pytestmark = pytest.mark.integration
+
 SETTINGS = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 LONG = ("training.epochs=500", "training.checkpoint_every=100000")
 RANKS = ["--debug", "train", "--processes", "2"]

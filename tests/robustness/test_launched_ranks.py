@@ -122,7 +122,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 def test_called_from_python_where_processes_are_spawned(cohort: Path, whole: Path, tmp_path: Path) -> None:
     """As macOS and Windows begin processes, and as a notebook calls: no process inherits anything, nor a command line."""
     (tmp_path / "called.py").write_text(CALLED)

@@ -17,6 +17,8 @@ from ctclip.preprocessing.store import VolumeStore
 from ..end_to_end.conftest import TINY
 from .cluster import Cluster, cluster, missing
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 SMALL = ("--cpus-per-task=1", "--mem=0", f"--chdir={ROOT}")
 PER_RANK = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
