@@ -67,6 +67,7 @@ def test_ranks_are_given_all_but_the_command_itself(
     """Whether the command was typed or called from Python, whose own command line is another."""
     started: list[Any] = []
     monkeypatch.setattr(distributed, "launch", lambda *given: started.append(given) or 0)
+    monkeypatch.setattr(distributed, "launched", lambda: False)
     monkeypatch.setattr(
         "sys.argv", ["ctclip", *words, *MORE] if typed else ["ipykernel_launcher.py", "-f", "kernel.json"]
     )
