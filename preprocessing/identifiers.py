@@ -199,26 +199,29 @@ def _spellings(folded: str, shortest: int, name: bool) -> Iterator[str]:
 
 
 def _date(value: str) -> Iterator[str]:
-    """Patterns of a date (YYYYMMDD and what follows) in the orders, separators and month names people write."""
-    if not re.match(r"\d{8}", value) or value.startswith("0000"):
+    """Patterns of a date (YYYYMMDD, or YYYY.MM.DD as before DICOM 3, and what follows) in the orders, separators and words
+    people write."""
+    date = re.match(r"(\d{4})\W?(\d{2})\W?(\d{2})", value)
+    if date is None or date[1] == "0000":
         return
-    year, month, day = value[:4], value[4:6], value[6:8]
-    short = [year[2:], month, day]
+    year, month, day = date.groups()
+    short = year[2:]
     for order in ((year, month, day), (day, month, year), (month, day, year)):
         yield r"[\W_]?".join(order)
-        # Without leading zeros, and with the year's last two digits, only where no other digits follow.
-        loose = [rf"0?{number.lstrip('0')}" if number != year else year for number in order]
-        yield r"(?<!\d)" + r"[\W_]+".join(loose) + r"(?!\d)"
-    for a, b, c in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
-        yield rf"(?<!\d){short[a]}[\W_]?{short[b]}[\W_]?{short[c]}(?!\d)"
-    number = rf"0?{day.lstrip('0')}"
-    # A month's name in any language: a word between or before the numbers.
-    for order in (
-        (number, r"[^\W\d_]{3,12}", year),
-        (year, r"[^\W\d_]{3,12}", number),
-        (r"[^\W\d_]{3,12}", number, year),
+    # Without leading zeros only between separators or a few letters (2023y3m5d), and where no other digits follow.
+    m, d = (rf"0?{number.lstrip('0')}" for number in (month, day))
+    for between, orders in (
+        (r"[\W_]?", ((short, month, day), (day, month, short), (month, day, short))),
+        (r"[\W_]+", ((short, m, d), (d, m, short), (m, d, short))),
+        (r"(?:[\W_]+|[^\W\d]{1,5})", ((year, m, d), (d, m, year), (m, d, year))),
     ):
-        yield r"(?<!\d)" + GAP.join(order) + r"(?!\d)"
+        yield from (rf"(?<!\d){between.join(order)}(?!\d)" for order in orders)
+    # A month's name in any language, among up to three words: 5 Mar 2023, March 5th 2023, 5 de marzo de 2023, 5.III.2023.
+    words = rf"{GAP}[^\W\d_]+(?:{GAP}[^\W\d_]+){{0,2}}{GAP}"
+    ordinal = rf"{d}(?:st|nd|rd|th)?"
+    for order in (d + words + year, year + words + d, rf"[^\W\d_]{{3,12}}{GAP}{ordinal}{GAP}{year}"):
+        yield rf"(?<!\d){order}(?!\d)"
+    yield rf"(?<!\d){d}{GAP}[^\W\d_]{{3,12}}{GAP}{short}(?!\d)"
 
 
 def _folded(text: str, write_out: bool) -> tuple[str, list[int]]:

@@ -45,10 +45,12 @@ def make_soup(
 ) -> Soup:
     """The greedy soup: models are added in the order of their AUROC on ``split``, unless they make the mean worse. The
     mean is written as a model folder if it is better than every model. Raises CheckpointError for models of different
-    recipes."""
+    recipes, DataError for an ``output`` that is one of them."""
     if len(sources) < 2:
         raise DataError("give at least two runs or model folders to average")
     check_output(output)
+    if any(model_of(path).resolve() == output.resolve() for path in sources):
+        raise DataError(f"{output}: is one of the models to average; give another --output")
     folders = [load_model(model_of(path)) for path in sources]
     names = [str(path) for path in sources]
     for name, folder in zip(names[1:], folders[1:], strict=True):
@@ -153,13 +155,15 @@ def _save(
     )
     prompts, labels = own_prompts(folders[0]), folders[0].labels
     model = _with(folders[0], state).model
-    save_model(
-        output, model, labels, trained_on=trained_on, card=card,
-        write_more=lambda folder: write_prompt_head(folder, prompts, labels.names),
-    )  # fmt: skip
     records = [record for folder in chosen for record in _records(folder)]
-    if records:
-        people = sorted(set(store.cohort["patient"].astype(str)))
-        seen = {person for record in records for person in record.saw(people)}
-        Adaptation.to("soup", f"{len(seen)} patients", folders[0].hash, seen).save(output / FILE)
+
+    def write_more(folder: Path) -> None:
+        write_prompt_head(folder, prompts, labels.names)
+        # Before the folder is in its place: no model is ever without the record of its patients.
+        if records:
+            people = sorted(set(store.cohort["patient"].astype(str)))
+            seen = {person for record in records for person in record.saw(people)}
+            Adaptation.to("soup", f"{len(seen)} patients", folders[0].hash, seen).save(folder / FILE)
+
+    save_model(output, model, labels, trained_on=trained_on, card=card, write_more=write_more)
     return output

@@ -18,6 +18,7 @@ import torch
 from ctclip.errors import ExplanationError
 from ctclip.evaluation.pages import write_page
 from ctclip.explanation.dicom.save import FOLDER as DICOM
+from ctclip.explanation.dicom.save import holds_only_ours
 from ctclip.explanation.method import Maps, Subject, method
 from ctclip.explanation.picture import draw
 from ctclip.explanation.place import LEVEL, Place, locate
@@ -212,9 +213,9 @@ def is_explanation_folder(folder: Path) -> bool:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
     known = {FACTS, PAGE, MASK, *maps, *(f"{name.removesuffix('.nii.gz')}.png" for name in maps)}
-    below = (folder / DICOM).iterdir() if (folder / DICOM).is_dir() else ()
     names = {path.name for path in folder.iterdir() if path.name != DICOM}
-    return names <= known and all(path.suffix == ".dcm" for path in below)
+    below = folder / DICOM
+    return names <= known and (not below.exists() or (below.is_dir() and holds_only_ours(below)))
 
 
 def _chosen(head: Head, probabilities: Sequence[float], findings: Sequence[str] | None) -> list[int]:

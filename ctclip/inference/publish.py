@@ -32,9 +32,13 @@ def publish(
 
     ``licence``: its identifier on the hub, for example "cc-by-nc-sa-4.0"; ``evaluation``: a folder of `ctclip evaluate`
     of this model, whose figures go on the card. Returns the page of the repository. Raises EvaluationError if the
-    figures are of another model, CheckpointError if the hub cannot be reached or refuses.
+    figures are of another model, CheckpointError if ``output`` is the model itself or the hub cannot be reached or refuses.
     """
     loaded = load(model)
+    if output.resolve() == loaded.folder.path.resolve():
+        raise CheckpointError(
+            f"{output}: is the model itself, with the digests of its patients; give another --output for the copy"
+        )
     card = model_card(loaded, licence, None if evaluation is None else read_figures(evaluation, loaded), repository)
     loaded.save_pretrained(output)
     write_text(output / CARD, card)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.integrate import quad
 from scipy.special import expit, logit
-from scipy.stats import norm
+from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 
 from ctclip.evaluation.intervals import auroc_interval, auroc_variance, percentile_interval, placements
@@ -131,11 +131,17 @@ def coverage(
 
 
 def false_alarms(
-    area: float, positives: int, labels_count: int, repetitions: int, resamples: int, bootstraps: int
+    area: float,
+    positives: int,
+    labels_count: int,
+    repetitions: int,
+    resamples: int,
+    bootstraps: int,
+    shape: str = "normal",
 ) -> Limits:
     """Share of p at or below 0.05 for two equally good models, by the bootstrap (in the first ``bootstraps``
     repetitions, because it is slow) and by the exchange of ranks; of the mean over labels. The models' scores share
-    half of their noise."""
+    half of their noise; the first model's are two normal distributions, the second's of ``shape``."""
     random = np.random.default_rng([int(1000 * area), positives, labels_count])
     bootstrap, exchange = [], []
     for repetition in range(repetitions):
@@ -146,7 +152,8 @@ def false_alarms(
             labels = (random.permutation(count)[patient] < positives).astype(float)
             common = clustered(random, patient)
             noise = [np.sqrt(0.5) * (common + clustered(random, patient)) for _ in range(2)]
-            first, second = (scored(random, one, labels, patient, area, "normal") for one in noise)
+            shapes = ("normal", shape)
+            first, second = (scored(random, one, labels, patient, area, kind) for one, kind in zip(noise, shapes, strict=True))  # fmt: skip
             shares += exchange_shares(labels, first, second, patient, count) / labels_count
             if repetition < bootstraps:
                 weights = bootstrap_weights(patient, resamples, repetition)
@@ -170,17 +177,26 @@ def coverage_table(title: str, shape: str, repetitions: int, resamples: int, pos
     return table(title, ["AUROC", "positive patients", *names], rows)
 
 
-def alarm_table(repetitions: int, resamples: int, bootstraps: int) -> str:
-    rows = []
-    for labels_count, count in ((1, 10), (1, 20), (1, 60), (8, 20)):
+def alarm_table(repetitions: int, resamples: int, bootstraps: int, shape: str = "normal") -> str:
+    rows, shares = [], []
+    for labels_count, count in ((1, 10), (1, 20), (1, 60), *([(8, 20)] if shape == "normal" else [])):
         for area in AREAS:
-            alarms = false_alarms(area, count, labels_count, repetitions, resamples, bootstraps)
-            rows.append([f"{labels_count}", f"{area}", str(count), *(f"{share:.3f}" for share in alarms)])
+            bootstrap, exchange = false_alarms(area, count, labels_count, repetitions, resamples, bootstraps, shape)
+            shares.append(exchange)
+            rows.append([str(labels_count), str(area), str(count), *([f"{bootstrap:.3f}"] if bootstraps else []),
+                         f"{exchange:.3f}", binomial(exchange, repetitions)])  # fmt: skip
             print("| " + " | ".join(rows[-1]) + " |", flush=True)
-    mean = np.mean([float(row[-1]) for row in rows])
-    rows.append(["all", "", "", "", f"{mean:.3f}"])
-    title = f"False alarms of paired tests at 5 %, {repetitions} repetitions a row (bootstrap: {bootstraps})"
-    return table(title, ["labels", "AUROC", "positive patients", "bootstrap", "exchange of ranks"], rows)
+    mean = float(np.mean(shares))
+    rows.append(["all", "", "", *([""] if bootstraps else []), f"{mean:.3f}", binomial(mean, repetitions * len(shares))])  # fmt: skip
+    second = "" if shape == "normal" else f", second model {shape}"
+    heads = ["labels", "AUROC", "positive patients", *(["bootstrap"] if bootstraps else []), "exchange of ranks", "95 % interval"]  # fmt: skip
+    return table(f"False alarms of paired tests at 5 %{second}, {repetitions} repetitions a row", heads, rows)
+
+
+def binomial(share: float, repetitions: int) -> str:
+    """The exact interval (Clopper & Pearson 1934) of a share of independent repetitions."""
+    limits = binomtest(round(share * repetitions), repetitions).proportion_ci()
+    return f"{limits.low:.3f} to {limits.high:.3f}"
 
 
 def main() -> None:
@@ -188,7 +204,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=1000)
     parser.add_argument("--resamples", type=int, default=400, help="0: only the methods that need none, in a minute")
     parser.add_argument("--bootstraps", type=int, default=100, help="repetitions of a paired bootstrap; 0: none")
-    parser.add_argument("--only", choices=["normal", "shapes", "alarms"], default=None)
+    parser.add_argument("--only", choices=["normal", "shapes", "alarms", "alarm shapes"], default=None)
     chosen = parser.parse_args()
     print(f"{machine()}\n")
     size = (chosen.repetitions, chosen.resamples)
@@ -199,6 +215,7 @@ def main() -> None:
             lambda: coverage_table("A share of the positive patients at chance", "mixed", *size, (10, 60)),
         ],
         "alarms": [lambda: alarm_table(*size, chosen.bootstraps)],
+        "alarm shapes": [lambda: alarm_table(*size, 0, "wide"), lambda: alarm_table(*size, 0, "mixed")],
     }  # fmt: skip
     for name, tables in parts.items():
         if chosen.only in (None, name):

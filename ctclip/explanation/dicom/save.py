@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctclip.errors import ExplanationError
 from ctclip.explanation.dicom.source import quiet, source_images
+from ctclip.preprocessing.dicom.headers import read_header
 from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.outputs import check_folder
 
 if TYPE_CHECKING:
     from ctclip.explanation.explain import Explanation
@@ -16,19 +19,31 @@ if TYPE_CHECKING:
 FOLDER = "dicom"
 # They name the patient.
 PRIVATE = 0o600
+NAMES = re.compile(r"(segmentation|report|picture-\d{2,})\.dcm")
+
+
+def holds_only_ours(folder: Path) -> bool:
+    """Whether every file of a folder is a DICOM object that ``save_dicom`` wrote."""
+    return all(
+        NAMES.fullmatch(path.name) and not path.is_symlink()
+        and (read_header(path, ["Manufacturer"]) or {}).get("Manufacturer") == "ctclip"
+        for path in folder.iterdir()
+    )  # fmt: skip
 
 
 def save_dicom(explanation: Explanation, folder: str | Path, *, pictures: bool = True) -> list[Path]:
     """Write ``segmentation.dcm`` (if any region was found), ``report.dcm`` and, if ``pictures``, ``picture-NN.dcm`` into
-    ``folder``, readable by their owner alone: they repeat the patient and study of the source series. Returns the paths.
+    ``folder``, readable by their owner alone: they repeat the patient and study of the source series. Those of an earlier
+    explanation are replaced. Returns the paths.
 
-    The scan must have been prepared with ``headers``. Raises ExplanationError in one line, in which no value of a header
-    stands.
+    The scan must have been prepared with ``headers``. Raises PreprocessingError for a folder that holds anything else, and
+    ExplanationError in one line, in which no value of a header stands.
     """
     folder = Path(folder)
+    check_folder(folder, holds_only_ours, "DICOM objects of an explanation alone")
     images = source_images(explanation.prepared)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.dcm"):
+    for old in sorted(folder.iterdir()):
         old.unlink()
     paths = []
     with quiet():

@@ -40,9 +40,8 @@ def cohort() -> pd.DataFrame:
     return table.assign(**{name: table[name].astype("Int8") for name in NAMES})
 
 
-@pytest.fixture(scope="session")
-def clinic_files(tmp_path_factory: pytest.TempPathFactory) -> Clinic:
-    folder = tmp_path_factory.mktemp("clinic")
+def write_clinic(folder: Path) -> Clinic:
+    """The clinic's store, and a model of random weights, in ``folder``."""
     store = VolumeStore.create(folder / "store", SPEC)
     table = cohort()
     random = np.random.default_rng(0)
@@ -59,6 +58,11 @@ def clinic_files(tmp_path_factory: pytest.TempPathFactory) -> Clinic:
         folder / "model", model, labels, write_more=lambda f: write_prompt_head(f, load_prompts("generic"), NAMES)
     )
     return Clinic(store.path, folder / "model")
+
+
+@pytest.fixture(scope="session")
+def clinic_files(tmp_path_factory: pytest.TempPathFactory) -> Clinic:
+    return write_clinic(tmp_path_factory.mktemp("clinic"))
 
 
 @pytest.fixture

@@ -53,6 +53,8 @@ def header(**tags: object) -> pydicom.Dataset:
         "424242", "acc-424242", "Bjork", "Bjoerk", "soren", "Soeren", "lukasiewicz", "ŁUKASIEWICZ", "Zoe",
         "frankenstein", "weiss", "Weiß", "WEISS_JO", "ctawp12345", "SN90817", "90817", "+49-30-5550123", "49305550123",
         "5550123", "Elsewhere", "st_elsewhere_hospital", "1.2.826.0.1.3680043.8.498.777",
+        "5th March 2023", "March 5th, 2023", "5 de marzo de 2023", "5.III.2023", "2023年3月5日", "2023年03月05日", "2023y3m5d",
+        "５．３．２０２３", "7.2.41", "41/2/7", "2-7-41", "7-Feb-41", "07feb41",
     ],
 )  # fmt: skip
 def test_a_spelling_is_masked(spelling: str) -> None:
@@ -79,6 +81,7 @@ def test_a_spelling_is_masked(spelling: str) -> None:
         ({"PatientID": "00012345"}, "/data/12345/1"),
         ({"OtherPatientIDs": ["AB-1234567", "X9988776"]}, "/data/x9988776/1"),
         ({"AcquisitionDateTime": "20211231235959.1"}, "/data/31.12.2021/1"),
+        ({"StudyDate": "2021.12.31"}, "/data/31 Dec 2021/1"),
     ],
 )
 def test_other_scripts_and_values(tags: dict[str, object], text: str) -> None:
@@ -88,7 +91,19 @@ def test_other_scripts_and_values(tags: dict[str, object], text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["/data/chest_5mm/IM_0001", "/scans/CT-2/series 12", "lung_window.nii.gz", "/Daten/größe/Lunge", "/a/200/3"]
+    "text",
+    [
+        "/data/chest_5mm/IM_0001",
+        "/scans/CT-2/series 12",
+        "lung_window.nii.gz",
+        "/Daten/größe/Lunge",
+        "/a/200/3",
+        "/data/5 mm slices/3",
+        "/data/2023/CT 12",
+        "version 7.2.4",
+        "chest 5 3 mm",
+        "2023-03/ct",
+    ],
 )
 def test_what_names_nobody_stays(text: str) -> None:
     assert masked(text, header()) == text
