@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ctclip.errors import CtclipError
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.outputs import check_folder, made_by_us
 
@@ -77,7 +78,7 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
     ]  # fmt: skip
     _claim(output, {"size": size, "seed": seed})
     book = output / "seconds.json"
-    seconds: dict[str, float] = json.loads(book.read_text()) if book.is_file() else {}
+    seconds: dict[str, float] = plain_json.loads(book.read_text()) if book.is_file() else {}
     for number, (name, arguments, done) in enumerate(stages):
         left = minutes_left(chosen.minutes, seconds, [stage for stage, _, _ in stages[:number]])
         print(f"\n[stage {number + 1} of {len(stages)}, about {max(1, round(left))} min of the whole left]")
@@ -111,7 +112,7 @@ def minutes_left(usual: Sequence[float], seconds: Mapping[str, float], past: Seq
 def finish(output: Path, seconds: dict[str, float]) -> dict:  # type: ignore[type-arg]
     """Write the stages' times into ``metrics.json`` and return it."""
     path = output / "metrics.json"
-    metrics = json.loads(path.read_text(encoding="utf-8"))
+    metrics = plain_json.loads(path.read_text(encoding="utf-8"))
     metrics["seconds"] = {**seconds, "total": sum(seconds.values())}
     write_text(path, json.dumps(metrics, indent=2))
     predictions = (output / "predictions" / "predictions.csv").read_text(encoding="utf-8")
@@ -133,7 +134,7 @@ def _claim(output: Path, options: dict[str, object]) -> None:
     check_folder(output, lambda folder: made_by_us(folder, {path.name: b'"size"'}), "demo")
     if path.is_file():
         try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
+            earlier = plain_json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CtclipError(f"{path}: damaged; choose another --output, or delete this folder") from error
         if earlier != options:

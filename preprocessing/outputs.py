@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import kind_of, refuse_special, sweep, write_text
 
@@ -228,8 +229,8 @@ def _runs(folder: Path) -> dict[str, Any]:
     if kind_of(path) != "a file" or path.stat().st_size > SEEN_BYTES:
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = plain_json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     runs = values.get("runs") if isinstance(values, dict) else None
     return runs if isinstance(runs, dict) else {}

@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 from isal import isal_zlib
 
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.cohorts import check_table
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import written_beside
@@ -119,7 +120,7 @@ class VolumeStore:
         try:
             packed = self._open(volume)
             # The names first: an older volume has no notes, and asking for them is an error.
-            notes = json.loads(packed.schunk.vlmeta["notes"]) if "notes" in packed.schunk.vlmeta.getall() else {}
+            notes = plain_json.loads(packed.schunk.vlmeta["notes"]) if "notes" in packed.schunk.vlmeta.getall() else {}
             return {str(key): str(value) for key, value in notes.items()}
         except (PreprocessingError, AttributeError, ReferenceError, *BLOSC_RAISES):
             return {}

@@ -11,15 +11,18 @@ from ctclip.errors import DataError
 from ctclip.evaluation.adapted import FILE, Adaptation
 from ctclip.heads.folder import FOLDER, NAME, list_heads, save_head
 from ctclip.heads.head import Head
-from ctclip.models.folder import ModelFolder
+from ctclip.models.folder import ModelFolder, check_addition
 from ctclip.preprocessing.files import write_text
 
 
 def check_head_name(loaded: ModelFolder, name: str, kind: str) -> None:
     """Raise DataError unless a head of ``kind`` may be saved as ``name``: the name is new, or belongs to such a head
-    fitted here."""
+    fitted here. Raise CheckpointError if the model folder cannot be written into."""
     if not NAME.fullmatch(name):
         raise DataError(f"{name!r} is not a valid name for a head: use letters, digits, - and _")
+    for folder in (loaded.path, loaded.path / FOLDER):
+        if folder.exists():
+            check_addition(folder, "the head")
     there = {one.name: one for one in list_heads(loaded.path)}
     fitted_here = (loaded.path / FOLDER / name / FILE).is_file()
     if name in there and (there[name].kind != kind or not fitted_here):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def filter_pairs(
     ``sides``: encode mirror images too, to see reports with left and right exchanged; ``keep``: keep the scores in the
     store, where ``data.min_pair_score`` and ``data.best_pairs`` read them.
     """
+    if keep and not os.access(store.path, os.W_OK | os.X_OK):
+        raise DataError(f"{store.path}: cannot be written into, and --keep saves the scores there; leave it out")
     key = run_key(loaded.hash, str(store.path.resolve()), split, sides, seed)
     with claimed_folder(output, COMMAND, key, TABLES, lambda folder: made_by_us(folder), force=force):
         pairs = score_pairs(loaded, store, split, output / "embeddings", sides=sides, batch=batch, seed=seed)

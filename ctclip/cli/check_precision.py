@@ -23,24 +23,19 @@ def check_precision(
     agrees: no probability changes by more than 0.01, and the rank correlation of every finding's scores is at least
     0.999.
     """
-    import os
 
     import torch
 
     from ctclip import distributed
-    from ctclip.errors import DataError
     from ctclip.inference.model import usable_head
     from ctclip.inference.precision import check_precision, device_name, fastest, keep
     from ctclip.inference.run import batches
     from ctclip.inference.scans import StoredScans
-    from ctclip.models.folder import PRECISION, load_model
+    from ctclip.models.folder import PRECISION, check_addition, load_model
     from ctclip.preprocessing.store import VolumeStore
 
     loaded = load_model(model, distributed.device())
-    if not os.access(loaded.path, os.W_OK):
-        raise DataError(
-            f"{loaded.path}: cannot be written into, and {PRECISION} would be kept there; copy the model folder"
-        )
+    check_addition(loaded.path, PRECISION)
     scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
     refused: dict[str, str] = {}
     stored = len(scans.table)

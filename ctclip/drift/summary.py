@@ -18,6 +18,7 @@ import numpy as np
 from ctclip.drift.facts import SOURCE_NAMES, Source, fact_names, scan_facts
 from ctclip.errors import CheckpointError
 from ctclip.models.folder import SUMMARY as FILE
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.spec import PreprocessingSpec
 
@@ -208,7 +209,7 @@ class TrainingSummary:
             return None
         try:
             with safe_open(path, "np") as stream:
-                facts = json.loads((stream.metadata() or {})["summary"])
+                facts = plain_json.loads((stream.metadata() or {})["summary"])
                 tensors = {name: stream.get_tensor(name).astype(float) for name in stream.keys()}  # noqa: SIM118
             if facts["version"] != VERSION:
                 raise ValueError(f"version {facts['version']}")

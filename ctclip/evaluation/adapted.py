@@ -12,6 +12,7 @@ import pandas as pd
 
 from ctclip.errors import EvaluationError
 from ctclip.evaluation.calibration import digest
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import write_text
 
 FILE = "adaptation.json"
@@ -53,7 +54,7 @@ class Adaptation:
     def load(cls, path: Path) -> Adaptation:
         """Raises EvaluationError if the file is not one."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = plain_json.loads(path.read_text(encoding="utf-8"))
             kept = cls(**(values | {"patients": tuple(values.get("patients", ()))}))
             if not all(isinstance(part, str) for part in (kept.method, kept.fitted_on, kept.model, kept.salt)):
                 raise ValueError("a value is not a text")

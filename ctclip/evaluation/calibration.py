@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from ctclip.errors import EvaluationError
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import write_text
 
 Method = Literal["platt", "temperature"]
@@ -79,7 +80,7 @@ class Calibration:
         finding present where the model sees it absent.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = plain_json.loads(path.read_text(encoding="utf-8"))
             lines = {str(name): Line(**line) for name, line in values.pop("lines").items()}
             numbers = [value for line in lines.values() for value in (line.slope, line.intercept, line.threshold)]
             if not np.isfinite(np.array(numbers, dtype=float)).all():

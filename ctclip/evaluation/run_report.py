@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from ctclip.evaluation.pages import (
     write_page,
 )
 from ctclip.evaluation.published import published_table
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
 from ctclip.preprocessing.scratch import scratch_folder
 
@@ -147,7 +147,7 @@ def _metrics_of(folder: Path) -> tuple[Path, dict[str, Any]]:
     for place in (folder, folder / "evaluation"):
         if (place / "metrics.json").is_file():
             try:
-                metrics: dict[str, Any] = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
+                metrics: dict[str, Any] = plain_json.loads((place / "metrics.json").read_text(encoding="utf-8"))
             except ValueError as error:
                 raise EvaluationError(f"{place / 'metrics.json'}: is not JSON ({error}); run `ctclip evaluate` again") from error  # fmt: skip
             if "zero_shot" in metrics:
@@ -249,7 +249,7 @@ def _picture_sections(output: Path, metrics: dict[str, Any], pictures: Pictures)
 
 
 def _run_sections(output: Path, run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [plain_json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
     config = yaml.safe_load((run / "config.yaml").read_text())
     batch, clip = config["training"]["batch"], config["objectives"].get("clip")

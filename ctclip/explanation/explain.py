@@ -24,6 +24,7 @@ from ctclip.explanation.picture import draw
 from ctclip.explanation.place import LEVEL, Place, locate
 from ctclip.heads.head import Head
 from ctclip.models.dual_encoder import DualEncoder
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import write_text, written_beside
 from ctclip.preprocessing.outputs import check_replaceable, file_holds, put_in_place
 from ctclip.preprocessing.pipeline import Prepared
@@ -208,9 +209,9 @@ def is_explanation_folder(folder: Path) -> bool:
     if not file_holds(KIND)(folder / FACTS):
         return False
     try:
-        kept = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        kept = plain_json.loads((folder / FACTS).read_text(encoding="utf-8"))
         maps = [str(entry["map"]) for entry in kept["findings"]]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         return False
     known = {FACTS, PAGE, MASK, *maps, *(f"{name.removesuffix('.nii.gz')}.png" for name in maps)}
     names = {path.name for path in folder.iterdir() if path.name != DICOM}

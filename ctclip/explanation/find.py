@@ -23,6 +23,7 @@ from ctclip.heads.head import Head
 from ctclip.heads.prompts import PromptHead
 from ctclip.heads.text import TextHead
 from ctclip.models.dual_encoder import DualEncoder
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.pipeline import Prepared
 
@@ -175,7 +176,7 @@ class Found:
         grid = self._place.prepared.file_grid
         names = {str(number): f"region {number}" for number in range(1, len(self.regions) + 1)}
         write_nifti(folder / MASK, self.mask(refined), grid, {"labels": names})
-        kept = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        kept = plain_json.loads((folder / FACTS).read_text(encoding="utf-8"))
         facts = {**kept, "text": self.text, "refined": refined, "regions": self.facts()}
         write_text(folder / FACTS, json.dumps(facts, indent=2, ensure_ascii=False))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from pydantic import Field, model_validator
 from ctclip.config_files import find_config, read_mapping
 from ctclip.errors import ExplanationError
 from ctclip.labels import load_labels
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.readers import read
 from ctclip.preprocessing.volume import FileGrid
 from ctclip.schema import Section, validated
@@ -131,7 +131,7 @@ class Masks:
         if path is None:
             raise ExplanationError(f"{self.folder}: there is no {self.layout.sentences} in this folder or beside it")
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = plain_json.loads(path.read_text(encoding="utf-8"))
             records = [one for part in kept.values() for one in part] if isinstance(kept, dict) else list(kept)
             for record in records:
                 volume = str(record["name"]).removesuffix(".nii.gz")

@@ -12,9 +12,9 @@ import torch
 
 from ctclip.data.dataset import stored_volumes
 from ctclip.drift.facts import Source
-from ctclip.drift.summary import FEWEST, RATE, WORST_RATE, Described, TrainingSummary
+from ctclip.drift.summary import FEWEST, FILE, RATE, WORST_RATE, Described, TrainingSummary
 from ctclip.inference.scans import Scans, StoredScans, prefetch
-from ctclip.models.folder import ModelFolder, load_model
+from ctclip.models.folder import ModelFolder, check_addition, load_model
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.spec import PreprocessingSpec
@@ -75,6 +75,7 @@ def summarise(
     if _patients(store, split) < FEWEST:
         return None
     loaded = load_model(model, device)
+    check_addition(loaded.path, FILE)
     if held_out is None and split != HELD_OUT and _patients(store, HELD_OUT) + 1 >= 1 / WORST_RATE:
         held_out = HELD_OUT
     training = _described(loaded, store, split, most, seed)

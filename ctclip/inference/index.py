@@ -16,6 +16,7 @@ from ctclip.errors import DataError
 from ctclip.inference.run import batches, check_count, report_embeddings, report_texts, run_key
 from ctclip.inference.scans import StoredScans
 from ctclip.models.folder import ModelFolder
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import write_text, written_beside
 from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
 
@@ -127,7 +128,7 @@ def check_output(folder: Path) -> None:
 def index_facts(folder: Path) -> dict[str, Any]:
     """``model`` (hash), ``path`` of the model folder, ``volumes``."""
     try:
-        facts: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        facts: dict[str, Any] = plain_json.loads((folder / "index.json").read_text(encoding="utf-8"))
         return facts | {"model": str(facts["model"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: not a readable index; `ctclip index` writes one") from error

@@ -88,12 +88,14 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         with scratch_folder(f".{final.name[:60]}.", ".partial", final.parent) as partial:
             # Files, not a snapshot's links to them.
             shutil.copytree(self.folder.path, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
-            for path in (partial / "calibration.json", *partial.glob("heads/*/calibration.json")):
+            # Read at their source, which an error then names.
+            source = self.folder.path
+            for path in (source / "calibration.json", *source.glob("heads/*/calibration.json")):
                 if path.is_file():
-                    Calibration.load(path).without_patients().save(path)
-            for path in (partial / ADAPTATION, *partial.glob(f"heads/*/{ADAPTATION}")):
+                    Calibration.load(path).without_patients().save(partial / path.relative_to(source))
+            for path in (source / ADAPTATION, *source.glob(f"heads/*/{ADAPTATION}")):
                 if path.is_file():
-                    Adaptation.load(path).without_patients().save(path)
+                    Adaptation.load(path).without_patients().save(partial / path.relative_to(source))
             partial.chmod(0o755)
             put_in_place(partial, final, is_model_folder, KIND)
 

@@ -21,6 +21,7 @@ from ctclip.errors import CtclipError
 from ctclip.heads.head import Head
 from ctclip.models.folder import PRECISION, ModelFolder
 from ctclip.models.precision import Precision
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import write_text
 
 Asked = Literal["auto", "fp32", "tf32", "bf16"]
@@ -137,8 +138,8 @@ def _fastest(loaded: ModelFolder) -> Precision:
 def _kept(loaded: ModelFolder) -> dict[str, Any]:
     """Checks by device, of these weights."""
     try:
-        values = json.loads((loaded.path / PRECISION).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = plain_json.loads((loaded.path / PRECISION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     devices = values.get("devices") if isinstance(values, dict) and values.get("weights") == loaded.hash else None
     return devices if isinstance(devices, dict) else {}

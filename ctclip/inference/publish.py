@@ -3,7 +3,6 @@ not for."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import yaml
 
 from ctclip.errors import CheckpointError, CtclipError, EvaluationError
 from ctclip.inference.model import Model, load
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import write_text
 
 CARD = "README.md"
@@ -49,7 +49,7 @@ def read_figures(evaluation: Path, model: Model) -> dict[str, Any]:
     """``metrics.json`` of an evaluation. Raises EvaluationError if it is none, or is of another model."""
     path = evaluation / "metrics.json"
     try:
-        figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        figures: dict[str, Any] = plain_json.loads(path.read_text(encoding="utf-8"))
         of = figures["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(f"{path}: no evaluation could be read; give a folder of `ctclip evaluate`") from error

@@ -17,7 +17,7 @@ from ctclip.data.dataset import stored_volumes
 from ctclip.drift.facts import Source
 from ctclip.errors import DataError
 from ctclip.preprocessing.cohorts import read_cohort
-from ctclip.preprocessing.cohorts.folder import scan_id
+from ctclip.preprocessing.cohorts.folder import scan_ids
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.hounsfield import ALREADY_HU
 from ctclip.preprocessing.linkage import write_linkage
@@ -82,10 +82,7 @@ class ScanFiles:
         self.paths = _expanded(paths)
         self.spec, self.reading = spec, reading
         self.sources: dict[int, Source] = {}
-        names = [scan_id(path) for path in self.paths]
-        if len(set(names)) < len(names):
-            # Files of one name in different folders keep apart by their folder.
-            names = [f"{path.parent.name}/{name}" for path, name in zip(self.paths, names, strict=True)]
+        names = scan_ids(self.paths)
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise DataError(f"two scans would both be called {twice!r}: give each once, or rename one")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from pydantic import field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -35,6 +36,7 @@ from ctclip.models.huggingface import read_settings, vision_model_of
 from ctclip.models.slices import SlicesConfig
 from ctclip.models.text import text_encoder_of
 from ctclip.models.tokenizers import load_tokenizer
+from ctclip.preprocessing.errors import printable
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.named_files import installed_file
 from ctclip.preprocessing.outputs import check_replaceable, put_in_place
@@ -81,6 +83,12 @@ class TrainedOn(Section):
     spacing: tuple[float, float, float] | None = None
     sections: tuple[str, ...] = ("findings", "impression")
     init: str = ""
+
+    @field_validator("supervision", "label_source", "cohort", "body_part", "init")
+    @classmethod
+    def _printable(cls, text: str) -> str:
+        """A folder may be a stranger's, and these are printed: no terminal obeys them."""
+        return printable(text)
 
     def words(self) -> str:
         """In one line: how many scans of whom and of what, at which spacing, of which cohort."""
@@ -205,6 +213,14 @@ def read_architecture(
 def check_output(folder: str | os.PathLike[str]) -> None:
     """Raise PreprocessingError unless a model folder may be written at ``folder``: to be called before hours of work."""
     check_replaceable(folder, is_model_folder, KIND)
+
+
+def check_addition(folder: Path, what: str) -> None:
+    """Raise CheckpointError if ``what`` cannot be kept in a model folder: to be called before hours of work."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"{folder}: cannot be written into, and {what} would be kept there; copy the model folder"
+        )
 
 
 def is_model_folder(folder: Path) -> bool:

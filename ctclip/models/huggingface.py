@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from ctclip.errors import CheckpointError
 from ctclip.models.hub import pretrained_folder
+from ctclip.preprocessing import plain_json
 
 # Architectures that have another name where their code is published, and are plain ones here.
 PLAIN = {"cxr-bert": "bert"}
@@ -43,8 +43,8 @@ FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 def read_settings(path: Path) -> dict[str, Any]:
     """The JSON object a file holds. Raises CheckpointError naming the file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = plain_json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({_reason(error)})") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected an object of names and values, not a {type(values).__name__}")

@@ -24,6 +24,7 @@ from ctclip.errors import PhantomError
 from ctclip.phantom.acquisition import Acquisition
 from ctclip.phantom.prevalence import FINDINGS
 from ctclip.phantom.scan import Scan, make_scan
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import write_text, written_beside
 from ctclip.preprocessing.outputs import check_folder, claim_folder, made_by_us
 from ctclip.preprocessing.progress import track
@@ -101,7 +102,7 @@ def _claim(root: Path, options: Options) -> None:
     wanted = {"version": __version__, **dataclasses.asdict(options)}
     if path.is_file():
         try:
-            kept = dict(json.loads(path.read_text(encoding="utf-8")))
+            kept = dict(plain_json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise PhantomError(f"{path}: damaged; choose another folder, or delete this one") from error
         differing = [key for key in wanted if kept.get(key) != wanted[key]]
@@ -180,7 +181,9 @@ def _metadata(name: str, acquisition: Acquisition, scan: Scan) -> dict[str, Any]
 
 def _write_tables(root: Path, tasks: list[Task]) -> None:
     for split, long in (("train", "train"), ("valid", "validation")):
-        facts = [json.loads(_sidecar(root, task).read_text(encoding="utf-8")) for task in tasks if task.split == split]
+        facts = [
+            plain_json.loads(_sidecar(root, task).read_text(encoding="utf-8")) for task in tasks if task.split == split
+        ]
         metadata = [row for fact in facts for row in fact["metadata"]]
         reports = [{"VolumeName": row["VolumeName"], **fact["report"]} for fact in facts for row in fact["metadata"]]
         labels = [

@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import refuse_special
 from ctclip.report_reading.reader import Reading, Statement, Status
 
@@ -43,7 +44,7 @@ class Answers:
 
     def _take(self, line: str) -> None:
         try:
-            record = json.loads(line)
+            record = plain_json.loads(line)
             reading = {
                 name: Statement(Status(status), sentence) for name, (status, sentence) in record["labels"].items()
             }

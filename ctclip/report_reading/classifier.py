@@ -7,7 +7,6 @@ into a folder with the ``config.json`` and the tokenizer of ``zzxslp/RadBERT-RoB
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ctclip.errors import CheckpointError, ConfigError
 from ctclip.labels import LabelSet
+from ctclip.preprocessing import plain_json
 from ctclip.report_reading.reader import Options, Reader, Reading, Statement, Status
 from ctclip.sentences import sentences
 
@@ -135,7 +135,7 @@ class _Published(nn.Module):
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = plain_json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: no readable config.json; --reader-model takes a local model folder"

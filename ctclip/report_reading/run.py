@@ -16,6 +16,7 @@ import pandas as pd
 from ctclip import plugins
 from ctclip.errors import DataError
 from ctclip.labels import LabelSet
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import check_file, claimed_file
@@ -139,7 +140,7 @@ def load_statements(path: Path) -> dict[str, dict[str, Statement]]:
     """The statements of each report, as ``write_readings`` wrote them."""
     statements = {}
     for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-        record = json.loads(line)
+        record = plain_json.loads(line)
         statements[record["id"]] = {
             name: Statement(Status(entry["status"]), entry.get("sentence", ""), entry.get("probability"))
             for name, entry in record["labels"].items()
@@ -159,7 +160,7 @@ def _lines(result: Readings) -> Iterator[dict[str, Any]]:
 def _header(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as stream:
-            values = json.loads(stream.readline(1 << 16))
+            values = plain_json.loads(stream.readline(1 << 16))
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) and values.get("command") == COMMAND else {}

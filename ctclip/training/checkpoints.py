@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from ctclip import distributed
 from ctclip.errors import CheckpointError
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import flush
 
 NAME = re.compile(r"step_(\d{8})")
@@ -109,7 +110,7 @@ class Checkpoints:
             path = self.folder / f"step_{step:08d}"
             fault = distributed.broadcast_json(_fault(path) if distributed.is_main() else None)
             if fault is None:
-                learned = json.loads((path / "checkpoint.json").read_text()).get("spec", self.spec)
+                learned = plain_json.loads((path / "checkpoint.json").read_text()).get("spec", self.spec)
                 if learned != self.spec:
                     raise CheckpointError(
                         f"{path}: was trained on volumes of spec {learned}, but this store holds {self.spec}; name the store of "
@@ -141,7 +142,7 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 
 def _valid_loss(path: Path) -> float | None:
     try:
-        value = json.loads((path / "checkpoint.json").read_text()).get("valid_loss")
+        value = plain_json.loads((path / "checkpoint.json").read_text()).get("valid_loss")
     except (OSError, ValueError, AttributeError):
         return None
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
@@ -150,7 +151,7 @@ def _valid_loss(path: Path) -> float | None:
 def _fault(path: Path) -> str | None:
     state = path / "state.safetensors"
     try:
-        facts = json.loads((path / "checkpoint.json").read_text())
+        facts = plain_json.loads((path / "checkpoint.json").read_text())
         if facts["crc32"] != _crc32(state):
             return "its checksum does not match"
         load_file(state)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ctclip.data.dataset import StoredVolumes
 from ctclip.errors import TrainingError
+from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import write_text
 
 FILE = "cohort.json"
@@ -75,7 +76,7 @@ def _read(path: Path) -> Cohort | None:
     if not path.is_file():
         return None
     try:
-        cohort = Cohort(**json.loads(path.read_text(encoding="utf-8")))
+        cohort = Cohort(**plain_json.loads(path.read_text(encoding="utf-8")))
         _ = (cohort.volumes.items(), sorted([*cohort.seen, *cohort.patients]))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise TrainingError(f"{path}: cannot be read ({error}); delete it to continue with the store's data") from error

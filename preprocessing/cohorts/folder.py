@@ -199,6 +199,22 @@ def scan_id(path: Path) -> str:
     return printable(identity(path)) if masked(place, headers) == place else anonymous_id(headers, "")
 
 
+def scan_ids(paths: Sequence[Path]) -> list[str]:
+    """``scan_id`` of each path. Where names repeat, their folder stands before them; anonymous ids are numbered instead,
+    because folders name patients. Two files of one name in folders of one name remain alike."""
+    ids = [scan_id(path) for path in paths]
+    if len(set(ids)) == len(ids):
+        return ids
+    seen: Counter[str] = Counter()
+    for index, (path, name) in enumerate(zip(paths, list(ids), strict=True)):
+        seen[name] += 1
+        if name == printable(identity(path)):
+            ids[index] = f"{printable(path.parent.name)}/{name}"
+        elif seen[name] > 1:
+            ids[index] = f"{name}-{seen[name]}"
+    return ids
+
+
 def _headers(path: Path) -> list[Any]:
     """The DICOM headers behind a path, one of each set of identifiers; other formats know no patient."""
     name = path.name.lower()

@@ -18,6 +18,7 @@ import ctclip
 from ctclip.cli import main
 from ctclip.explanation.dicom.save import save_dicom
 from ctclip.explanation.dicom.words import code
+from ctclip.preprocessing.errors import PreprocessingError
 from tests.phantom_dicom import write_series
 from tests.unit.preprocessing import dicom_builder
 
@@ -257,3 +258,44 @@ def test_codes() -> None:
     assert code("Lung nodule").scheme_designator == "99CTCLIP"
     assert code("Lung nodule").value == code("lung nodule").value != code("Lung opacity").value
     assert len(code("x" * 500).meaning) == 64
+
+
+def test_slices_of_a_user_are_never_deleted(trained: Path, output: Path, tmp_path: Path) -> None:
+    """A user's own DICOM files in the folder of the objects, even under their names, keep the whole folder from being
+    replaced; the objects of an earlier explanation are replaced."""
+    slices = sorted((output.parent / "series").iterdir())
+    command = [
+        "explain",
+        output.parent / "series",
+        "--model",
+        trained / "model",
+        "--abnormality",
+        ASKED[0],
+        "--dicom",
+        "--output",
+    ]
+    for name in ("IM_0001.dcm", "report.dcm"):
+        ours = tmp_path / name / "ours"
+        shutil.copytree(output, ours)
+        shutil.copy(slices[0], ours / "dicom" / name)
+        before = {path: path.read_bytes() for path in ours.rglob("*") if path.is_file()}
+        assert main([str(word) for word in (*command, ours)]) == 2
+        assert {path: path.read_bytes() for path in ours.rglob("*") if path.is_file()} == before
+    again = tmp_path / "again"
+    shutil.copytree(output, again)
+    assert main([str(word) for word in (*command, again)]) == 0
+    assert sorted(path.name for path in (again / "dicom").iterdir()) == [
+        "picture-01.dcm",
+        "report.dcm",
+        "segmentation.dcm",
+    ]
+
+
+def test_the_folder_of_the_slices_is_no_place_for_objects(model: Any, output: Path, tmp_path: Path) -> None:
+    series = tmp_path / "series"
+    shutil.copytree(output.parent / "series", series)
+    explained = model.explain(model.prepare(series, headers=True), ASKED[:1])
+    names = sorted(path.name for path in series.iterdir())
+    with pytest.raises(PreprocessingError, match="holds no DICOM objects of an explanation"):
+        save_dicom(explained, series)
+    assert sorted(path.name for path in series.iterdir()) == names

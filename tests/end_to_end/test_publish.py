@@ -54,6 +54,16 @@ def test_the_card_says_what_a_reader_must_know(trained: Path, evaluation: Path, 
     assert "Not evaluated." in (output / "README.md").read_text()
 
 
+def test_a_model_is_not_published_onto_itself(trained: Path, tmp_path: Path) -> None:
+    """It would be uploaded with the digests of its patients."""
+    shutil.copytree(trained / "model", tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    for output in (tmp_path / "model", tmp_path / "link" / "model"):
+        with pytest.raises(CheckpointError, match="is the model itself"):
+            publish(tmp_path / "model", output, licence="other")
+    assert not (tmp_path / "model" / "README.md").exists()
+
+
 def test_patients_of_a_calibration_stay_at_home(trained: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(trained / "model", model)

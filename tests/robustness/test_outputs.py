@@ -19,6 +19,7 @@ from ctclip.cli import main
 from ctclip.evaluation.calibration import Calibration, Line, digest
 from ctclip.heads.folder import save_head, write_prompt_head
 from ctclip.heads.linear import LinearHead
+from ctclip.inference import drift
 from ctclip.inference.model import load
 from ctclip.labels import load_labels
 from ctclip.models.dual_encoder import DualEncoder
@@ -252,6 +253,53 @@ def test_a_read_only_place_is_one_line(tmp_path: Path, monkeypatch, capsys) -> N
     monkeypatch.setattr(os, "access", lambda *_: False)
     for arguments in FOLDERS.values():
         assert "cannot be written into" in refused([*arguments, tmp_path / "new"], tmp_path, capsys)
+
+
+def test_a_model_or_store_that_cannot_be_added_to_is_one_line_before_any_work(
+    encoder: DualEncoder, small_store: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Root may write anywhere, so what another user would be told is simulated, for the model and the store alone."""
+    model, access = written(encoder, tmp_path / "model"), os.access
+    closed = (str(model), str(model / "heads"), str(small_store))
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not (mode & os.W_OK and str(path) in closed) and access(path, mode)
+    )
+    used = ["--model", model, "--store", small_store]
+    for arguments in (
+        ["adapt", "--method", "coop", *used, "--output", tmp_path / "o"],
+        ["adapt", "--method", "caption", *used, "--output", tmp_path / "o"],
+        ["probe", *used, "--output", tmp_path / "o"],
+        ["check-precision", *used],
+        ["filter-pairs", *used, "--keep", "--output", tmp_path / "o"],
+    ):
+        assert "cannot be written into, and" in refused(arguments, tmp_path, capsys)
+    monkeypatch.setattr(drift, "_patients", lambda *_: 20)
+    assert "cannot be written into, and" in refused(["summarise", *used], tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", ["adaptation.json", "heads/prompts/calibration.json", "text_config.json"])
+def test_json_that_is_nested_too_deep_is_one_line(
+    name: str, encoder: DualEncoder, small_store: Path, tmp_path: Path, capsys
+) -> None:
+    model = written(encoder, tmp_path / "model")
+    (model / name).write_text("[" * 100_000)
+    typed("zero-shot", "--model", model, "--store", small_store, "--output", tmp_path / "p")
+    assert name in capsys.readouterr().err
+    assert typed("publish", model, "--licence", "other", "--output", tmp_path / "copy") == 2
+    assert str(model / name) in capsys.readouterr().err
+
+
+def test_no_terminal_obeys_a_model_folder(encoder: DualEncoder, small_store: Path, tmp_path: Path, capsys) -> None:
+    model = written(encoder, tmp_path / "model")
+    (model / "trained_on.yaml").write_text('cohort: "\\e]0;owned\\a"\nbody_part: "\\e[2J"\nsupervision: "a\\nb"\n')
+    capsys.readouterr()
+    for command in (["zero-shot", "--store", small_store, "--output", tmp_path / "p"], ["models"], ["summarise", "--store", small_store]):  # fmt: skip
+        typed(*command, "--model", model)
+        out, err = capsys.readouterr()
+        assert "\x1b" not in out + err
+        assert "\a" not in out + err
+    assert typed("publish", model, "--licence", "other", "--output", tmp_path / "copy") == 0
+    assert "\x1b" not in (tmp_path / "copy" / "README.md").read_text()
 
 
 def test_a_model_folder_is_replaced_and_nothing_else_is(encoder: DualEncoder, tmp_path: Path, monkeypatch) -> None:

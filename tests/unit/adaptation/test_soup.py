@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from ctclip.evaluation.tables import read_predictions
 from ctclip.inference.ensemble import average_predictions, detect_together
 from ctclip.inference.model import usable_head
 from ctclip.inference.scans import StoredScans
+from ctclip.models import folder as folder_module
 from ctclip.models.folder import load_model
 from ctclip.preprocessing.store import VolumeStore
 from tests.unit.adaptation.conftest import Clinic
@@ -82,7 +84,13 @@ def test_mean_of_tensors() -> None:
     assert mean["n"].item() == 5
 
 
-def test_a_soup_is_kept_only_if_it_is_better(clinic: Clinic, tmp_path: Path) -> None:
+def test_a_soup_is_kept_only_if_it_is_better(clinic: Clinic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in_place = folder_module.put_in_place
+
+    def whole_at_once(partial: Path, *rest: Any) -> None:
+        assert Adaptation.load(partial / FILE).saw(["p01", "p02"]) == ["p01"], "a kill from here on loses no record"
+        put_in_place(partial, *rest)
+
     store = clinic.store
     same = [variant(clinic, tmp_path / f"same{number}", 0, 0.0) for number in range(2)]
     made = make_soup(same, store, "valid", tmp_path / "none")
@@ -98,6 +106,8 @@ def test_a_soup_is_kept_only_if_it_is_better(clinic: Clinic, tmp_path: Path) -> 
             {n: v + sign * noise[n] if n in noise else v for n, v in good.items()},
             tmp_path / name / "model.safetensors",
         )
+    Adaptation.to("lora", "x", "m", ["p01"]).save(tmp_path / "plus" / FILE)
+    monkeypatch.setattr(folder_module, "put_in_place", whole_at_once)
     made = make_soup([tmp_path / "plus", tmp_path / "minus"], store, "valid", tmp_path / "soup")
     if made.auroc > max(made.alone.values()):
         assert made.folder == tmp_path / "soup"
@@ -117,6 +127,8 @@ def test_models_of_other_recipes_and_patients_are_refused(clinic: Clinic, tmp_pa
     Adaptation.to("lora", "x", "m", ["p30"]).save(adapted / FILE)
     with pytest.raises(DataError, match="adapted: was adapted to 1 patients of split 'valid', the first 'p30'"):
         make_soup([clinic.model, adapted], clinic.store, "valid", tmp_path / "soup")
+    with pytest.raises(DataError, match="is one of the models to average"):
+        make_soup([clinic.model, other], clinic.store, "valid", other.parent / "." / "other")
     with pytest.raises(DataError, match="at least two"):
         make_soup([clinic.model], clinic.store, "valid", tmp_path / "soup")
     assert model_of(clinic.model.parent) == clinic.model

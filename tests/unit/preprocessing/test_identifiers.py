@@ -11,6 +11,7 @@ import pydicom
 import pytest
 
 from ctclip.preprocessing.cohorts import read_cohort, scan_id
+from ctclip.preprocessing.cohorts.folder import scan_ids
 from ctclip.preprocessing.identifiers import Mask, all_headers, anonymous_id, first_header, masked
 from tests.unit.preprocessing.dicom_builder import series, truth, write
 from tests.unit.preprocessing.scan_files import tarred, written, zipped
@@ -160,3 +161,13 @@ def test_every_header_below_a_path_masks_its_name(tmp_path: Path) -> None:
     assert list(cohort["path"]) == ["***", "***.tar.gz", "***.tar", "***.zip"]
     for name in [*cohort["volume"], *(scan_id(tmp_path / place) for place in places)]:
         assert name.startswith("scan-")
+
+
+def test_one_series_exported_twice_names_nobody(tmp_path: Path) -> None:
+    """Scans of one name are told apart by their folder, unless that names the patient."""
+    images = series(truth(3), PatientName="Schmidt^Anna")
+    exported = [write(tmp_path / place / "S1", images) for place in ("Schmidt_Anna", "again of Schmidt")]
+    other = [write(tmp_path / place / "S1", series(truth(3), PatientIdentityRemoved="YES")) for place in ("a", "b\x1b")]
+    ids = scan_ids([*exported, *other])
+    assert ids == [ids[0], f"{ids[0]}-2", "a/S1", "b\\x1b/S1"]
+    assert ids[0].startswith("scan-")
