@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from ctclip.config_files import configs_folder, find_config, read_mapping
 from ctclip.errors import ConfigError, DataError
 from ctclip.preprocessing.cohorts import label_names
+from ctclip.preprocessing.csv_files import CONTROL
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.tables import read_table
@@ -66,6 +67,8 @@ class LabelSet(Section):
         known: dict[str, str] = {}
         for label in labels:
             for word in (label.name, *label.aliases):
+                if CONTROL.search(word):
+                    raise ValueError(f"{word!r} holds control characters, which terminals obey")
                 owner = known.setdefault(word.casefold(), label.name)
                 if owner != label.name:
                     raise ValueError(f"{word!r} names both {owner!r} and {label.name!r}")
