@@ -20,15 +20,20 @@ FOLDER = "dicom"
 # They name the patient.
 PRIVATE = 0o600
 NAMES = re.compile(r"(segmentation|report|picture-\d{2,})\.dcm")
+# What a killed command was writing.
+LEFT = re.compile(rf"\.{NAMES.pattern}\.[a-z0-9_]{{8}}\.partial\.dcm")
 
 
 def holds_only_ours(folder: Path) -> bool:
-    """Whether every file of a folder is a DICOM object that ``save_dicom`` wrote."""
-    return all(
-        NAMES.fullmatch(path.name) and not path.is_symlink()
-        and (read_header(path, ["Manufacturer"]) or {}).get("Manufacturer") == "ctclip"
-        for path in folder.iterdir()
-    )  # fmt: skip
+    """Whether every file of a folder is a DICOM object that ``save_dicom`` wrote, or was writing when it was killed."""
+    return all(_is_ours(path) for path in folder.iterdir())
+
+
+def _is_ours(path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    named = NAMES.fullmatch(path.name) and (read_header(path, ["Manufacturer"]) or {}).get("Manufacturer") == "ctclip"
+    return bool(named or LEFT.fullmatch(path.name))
 
 
 def save_dicom(explanation: Explanation, folder: str | Path, *, pictures: bool = True) -> list[Path]:
