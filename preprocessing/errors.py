@@ -1,4 +1,5 @@
-"""The one error class of this package; every message names the file, what is wrong with it and what to do."""
+"""The one error class of this package, and how its messages are worded: each names the file, what is wrong with it and what
+to do."""
 
 
 class PreprocessingError(Exception):
@@ -6,6 +7,17 @@ class PreprocessingError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+def counted(number: int, what: str, verbs: str = "") -> str:
+    """``1 volume``, ``3 volumes``; with the ``verbs`` ``is|are``: ``1 volume is``, ``3 volumes are``."""
+    one, _, several = verbs.partition("|")
+    verb = one if number == 1 else several
+    return f"{number} {what}" + "s" * (number != 1) + f" {verb}" * bool(verb)
+
+
+def were(number: int) -> str:
+    return "was" if number == 1 else "were"
 
 
 def printable(text: str) -> str:

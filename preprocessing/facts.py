@@ -20,7 +20,8 @@ GEOMETRY_COLUMNS = {
     "image_orientation": "ImageOrientationPatient",
     "image_position": "ImagePositionPatient",
 }
-ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
+# How far lengths and the right angle of stated directions may be off by rounding.
+ROUNDING = 0.01
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class TableFacts:
         """
         if self.spacing is None or self.orientation is None or self.position is None:
             return None
-        first, second = np.array(self.orientation[:3]), np.array(self.orientation[3:])
+        first, second = (np.array(part) / np.linalg.norm(part) for part in (self.orientation[:3], self.orientation[3:]))
         affine = np.eye(4)
         affine[:3, :3] = np.stack([first, second, np.cross(first, second)], axis=1) * np.array(self.spacing)
         affine[:3, 3] = self.position
@@ -69,6 +70,7 @@ def table_facts(row: Mapping[str, Any]) -> TableFacts:
     plane, step = numbers(row.get("xy_spacing"), 2), numbers(row.get("z_spacing"), 1)
     plane = plane or (numbers(row.get("xy_spacing"), 1) or []) * 2
     turn, place = numbers(row.get("image_orientation"), 6), numbers(row.get("image_position"), 3)
+    turn = turn if turn and _are_directions(turn) else None
     spacing = (*plane, abs(step[0])) if plane and step and min(*plane, abs(step[0])) > 0 else None
     return TableFacts(
         float(row["rescale_slope"]), float(row["rescale_intercept"]), spacing,
@@ -76,20 +78,22 @@ def table_facts(row: Mapping[str, Any]) -> TableFacts:
     )  # fmt: skip
 
 
+def _are_directions(cosines: list[float]) -> bool:
+    """Whether six numbers are two directions: of length 1, at a right angle."""
+    first, second = np.array(cosines[:3]), np.array(cosines[3:])
+    lengths = np.array([np.linalg.norm(first), np.linalg.norm(second)])
+    return bool((np.abs(lengths - 1) <= ROUNDING).all() and abs(first @ second) <= ROUNDING)
+
+
 def placed(volume: Volume, facts: TableFacts | None, choice: Geometry = "auto") -> Volume:
     """The volume with a trusted geometry: the header's, or the table's if the header is blank or contradicts it.
 
-    DICOM states its own geometry and no table changes it. Raises PreprocessingError where neither can be trusted.
+    DICOM and .npz have their own geometry and no table changes it. Raises PreprocessingError where neither can be trusted.
     """
-    name = volume.source.lower()
-    is_nifti, is_itk = (
-        name.endswith((".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz")),
-        name.endswith(ITK_SUFFIXES),
-    )
-    if facts is None or not facts.state_geometry or not (is_nifti or is_itk) or choice not in ("auto", "table"):
+    if facts is None or not facts.state_geometry or volume.fixed_geometry or choice not in ("auto", "table"):
         return settle(volume, None, choice)
-    # ITK's arrays lie [k, j, i].
-    order = [2, 1, 0, 3] if is_itk else [0, 1, 2, 3]
+    # The table counts the axes of a file from the fastest on.
+    order = [0, 1, 2, 3] if volume.columns_first else [2, 1, 0, 3]
     affine = facts.affine
     if affine is not None:
         affine = affine[:, order]
@@ -97,11 +101,13 @@ def placed(volume: Volume, facts: TableFacts | None, choice: Geometry = "auto") 
         return settle(volume, None if trusted and _same_box(volume, affine) else affine, choice)
     if volume.geometry_doubt is not None and choice == "auto":
         raise PreprocessingError(
-            f"{volume.source}: {volume.geometry_doubt}, and its metadata table lacks {facts.lacks}; "
-            f"complete the table, or convert the scan from DICOM again"
+            f"{volume.source}: {volume.geometry_doubt}, and its metadata table has no usable {facts.lacks}; "
+            f"complete or correct the table, or convert the scan from DICOM again"
         )
     if choice == "table":
-        raise PreprocessingError(f"{volume.source}: --geometry table, but its metadata table lacks {facts.lacks}")
+        raise PreprocessingError(
+            f"{volume.source}: --geometry table, but its metadata table has no usable {facts.lacks}"
+        )
     if facts.spacing is None:
         return settle(volume, None, choice)
     spacing = np.array(facts.spacing)[order[:3]]

@@ -25,8 +25,8 @@ def settle(volume: Volume, table: np.ndarray | None = None, choice: Geometry = "
     """The volume with a trusted geometry. Raises PreprocessingError with one line on what is wrong with it.
 
     ``table`` (4, 4) is what a metadata table states: from index along the axes of ``volume.array``, as they lie, to LPS+ mm.
-    With ``auto`` the header's geometry is kept, unless it is in doubt or differs from the table by more than 1 % (then
-    the table decides, with a warning). ``table`` takes the table always; ``header``, ``sform`` and ``qform`` take what
+    With ``auto`` the header's geometry is kept, unless it is in doubt, differs from the table by more than 1 % or lacks the
+    table's origin (then the table decides, with a warning). ``table`` takes the table always; ``header``, ``sform`` and ``qform`` take what
     the reader took from the header at the user's word, doubtful or not.
     """
     if table is not None and choice in ("auto", "table"):
@@ -106,9 +106,12 @@ def _by_table(volume: Volume, table: np.ndarray, choice: Geometry) -> Volume:
         )
     doubt = volume.geometry_doubt
     if doubt is None and choice == "auto":
-        if not differ(volume.affine, table):
+        if differ(volume.affine, table):
+            doubt = f"its header says {reading(volume.affine)}"
+        elif not volume.affine[:3, 3].any() and table[:3, 3].any():
+            doubt = "the origin of its header is 0: no position was ever stated"
+        else:
             return volume
-        doubt = f"its header says {reading(volume.affine)}"
     warnings = list(volume.warnings)
     if doubt is not None:
         warnings.append(f"geometry taken from the metadata table ({reading(table)}): {doubt}")

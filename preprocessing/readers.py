@@ -7,12 +7,15 @@ from pathlib import Path
 
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.formats import archive, metaimage, nifti, npz, nrrd, streams
+from ctclip.preprocessing.formats.others import DECOMPRESS, other_kind
 from ctclip.preprocessing.geometry_check import Geometry
 from ctclip.preprocessing.identifiers import TAGS, is_directory_record, read_header
 from ctclip.preprocessing.volume import Volume
 
 LARGEST_GB = archive.LARGEST_GB
 APPLE_DOUBLE = b"\0\5\x16\7"
+# Voxels may begin with any bytes.
+VOXELS_OF_PAIRS = (".img", ".img.gz")
 
 
 def read(
@@ -54,22 +57,30 @@ def _read(path: Path, source: str, series: str | None, geometry: Geometry, large
         raise PreprocessingError(f"{source}: is empty; copy it again")
     if head[:4] == APPLE_DOUBLE:
         raise PreprocessingError(f"{source}: a metadata file of macOS, not a scan; name the scan itself")
+    if not name.endswith(VOXELS_OF_PAIRS) and (other := other_kind(head, name)):
+        raise PreprocessingError(f"{source}: {other}")
     if head[:4] in archive.ZIP and name.endswith(".npz"):
         return npz.read(path, source, largest)
-    packed = head[:4] in archive.ZIP or name.endswith(archive.SUFFIXES)
+    compression, start = streams.start(path, source)
+    if nifti.is_header(start) and compression != "bzip2":
+        return nifti.read(path, source, geometry, largest)
+    packed = head[:4] in archive.ZIP or (name.endswith(archive.SUFFIXES) and not head.startswith(b"NRRD"))
     if packed or (not name.endswith(nifti.SUFFIXES) and archive.is_tar(path)):
         with archive.unpacked(path, source, largest) as scan:
             if scan.is_dir():
                 return _dicom(scan, series, largest, name=path)
             return _read(scan, source, series, geometry, largest)
+    by_content = not name.endswith(VOXELS_OF_PAIRS)
     if head[:4] == b"NRRD" or name.endswith((".nrrd", ".nhdr")):
         return nrrd.read(path, source, largest)
-    if nifti.is_header(head) or name.endswith(nifti.SUFFIXES):
-        return nifti.read(path, source, geometry, largest)
-    if metaimage.is_header(head) or name.endswith((".mha", ".mhd")):
+    if (by_content and metaimage.is_header(head)) or name.endswith((".mha", ".mhd")):
         return metaimage.read(path, source, largest)
+    if name.endswith(nifti.SUFFIXES):
+        return nifti.read(path, source, geometry, largest)
     if name.endswith(".npz"):
         return npz.read(path, source, largest)
+    if compression:
+        raise PreprocessingError(f"{source}: is compressed ({compression}), {DECOMPRESS}")
     # A DICOMDIR, whatever it is called, stands for what lies beside and below it.
     return _dicom(path.parent, series, largest, only=None if is_directory_record(read_header(path, TAGS)) else path)
 

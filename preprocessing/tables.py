@@ -18,6 +18,8 @@ VOLUME_SUFFIXES = (
     ".nii.gz", ".nii", ".hdr.gz", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz", ".zip", ".tar.gz", ".tar.bz2", ".tgz",
     ".tar",
 )  # fmt: skip
+# What programs write around and between numbers: names of types, their arguments, units, a multiplication sign.
+PROGRAMS = re.compile(r"\b[A-Za-z_][\w.]*(?=\()|,\s*dtype=[\w.]+|(?<=[\d.])\s*mm\b|(?<=\d)\s*[x×](?=\s*\d)")
 SEPARATORS = (",", "\t", ";", "|")
 LONGEST_CELL = 10_000_000
 # A value that is not there, in a column of numbers or labels.
@@ -195,8 +197,9 @@ def one_row_each(parts: Iterable[tuple[Path, pd.DataFrame]], key: str) -> pd.Dat
 
 def numbers(text: object, count: int) -> list[float] | None:
     """``count`` finite numbers of a cell: ``[0.7, 0.7]``, ``(0.7; 0.7)``, ``['0.7', '0.7']``, ``0.7\\\\0.7``, ``0,7; 0,7``,
-    ``0.7``; None if it holds another number of them or anything else, or can be read in two ways (``-1,024``)."""
-    cell = cell_text(text)
+    ``0.7``, ``0.7 x 0.7 mm``, ``array([0.7, 0.7])``, ``[np.float64(0.7), ...]``; None if it holds another number of them or
+    anything else, or can be read in two ways (``-1,024``)."""
+    cell = PROGRAMS.sub(" ", cell_text(text)).strip()
     bare = re.sub(r"[\[\](){}'\"]", " ", cell).strip()
     if bare.casefold() in MISSING or (count == 1 and re.fullmatch(r"[+-]?[1-9]\d{0,2}(,\d{3})+", bare)):
         return None

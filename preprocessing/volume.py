@@ -38,7 +38,8 @@ class Volume:
     file's name for messages; no patient identifier is kept. ``geometry_doubt`` says in one line why the header's geometry
     cannot be taken as it is (missing, blank or contradictory), and is None where it can; ``geometry_check.settle``
     decides what becomes of the volume then. ``columns_first``: ``array`` is [column, row, slice] as a NIfTI's, which holds
-    until it is oriented. ``headers``: those of the DICOM images that the slices come from, in the slices' order, which
+    until it is oriented. ``fixed_geometry``: no table may state another, as the format itself (DICOM, .npz) says where voxels
+    lie. ``headers``: those of the DICOM images that the slices come from, in the slices' order, which
     identify the patient: they are not passed on unless they are asked for (``Reading.headers``).
     """
 
@@ -48,6 +49,7 @@ class Volume:
     warnings: list[str] = field(default_factory=list)
     geometry_doubt: str | None = None
     columns_first: bool = False
+    fixed_geometry: bool = False
     headers: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     @property

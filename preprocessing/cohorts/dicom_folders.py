@@ -76,27 +76,48 @@ def dicom_scans(files: list[Path], alone: bool) -> tuple[list[Scan], set[Path], 
     by_folder = {folder: series for folder, members in folders.items() if (series := _series(members))}
     unused: Counter[str] = Counter()
     scans = {folder: [s for s in series if _is_scan(s)] for folder, series in by_folder.items()}
+    few = _too_few(by_folder, scans)
     if alone and by_folder and not any(scans.values()):
         scans = by_folder
-    for folder, series in by_folder.items():
-        for one in series:
-            if one not in scans[folder]:
-                kind = "localizers" if one.localizers else "DICOM files that are too few for a scan"
-                unused[kind] += len(one.files)
     owners = _owners({folder: series for folder, series in scans.items() if series}, unused)
     merged, used = [], set()
     for folder, series, places in owners:
-        common = Path(os.path.commonpath(places))
+        main = max(series, key=lambda one: _rank(one, series))
+        rest = few.get(main.uid, {})
+        common = Path(os.path.commonpath([*places, *rest]))
         # Reading a folder takes what lies below it too, and behind links: a series is named where that may be more than
         # this scan's folders.
         named = any(other not in places and common in (other, *other.parents) for other in by_folder)
         named = named or _has_links(common)
-        main = max(series, key=lambda one: _rank(one, series))
         headers = [main.header, *(one.header for one in series if one is not main)]
         merged.append(Scan(common, folder, headers, main.uid if named and main.uid else None, *_whose(main.header)))
-        used |= {path for one in series for path in one.files}
+        used |= {path for one in [*series, *rest.values()] for path in one.files}
+        if others := sum(len(one.files) for one in series if one.uid != main.uid):
+            unused["DICOM images of other series of a scan's folder"] += others
+    for folder, series in by_folder.items():
+        for one in series:
+            if one not in scans[folder] and not used.issuperset(one.files):
+                kind = "localizers" if one.localizers else "DICOM files that are too few for a scan"
+                unused[kind] += len(one.files)
     known = used | {path for series in by_folder.values() for one in series for path in one.files}
     return merged, known, unused
+
+
+def _too_few(by_folder: dict[Path, list[Series]], scans: dict[Path, list[Series]]) -> dict[str, dict[Path, Series]]:
+    """By UID, the parts of a series that are too few in their folder for a scan, as the last of a series over several
+    folders may be. Where all parts of a series are, they are put among the ``scans`` if together they are enough."""
+    few: dict[str, dict[Path, Series]] = {}
+    for folder, series in by_folder.items():
+        for one in series:
+            if one.uid and one.frames > one.localizers and one not in scans[folder]:
+                few.setdefault(one.uid, {})[folder] = one
+    whole = {one.uid for series in scans.values() for one in series}
+    for uid in [uid for uid in few if uid not in whole]:
+        parts = few.pop(uid)
+        if len(_instances(list(parts.values()))) >= FEWEST_SLICES:
+            for folder, one in parts.items():
+                scans[folder].append(one)
+    return few
 
 
 def _series(files: list[Path]) -> list[Series]:

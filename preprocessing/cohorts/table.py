@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.errors import PreprocessingError, counted
 from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
 from ctclip.preprocessing.tables import VOLUME_SUFFIXES, volume_name
 
@@ -29,6 +29,11 @@ DEFAULTS = {
     "reconstruction": 1, "split": "all", "clinical_information": "", "technique": "", "findings": "", "impression": "",
     "label_source": "", "rescale_slope": 1.0, "rescale_intercept": 0.0,
 }  # fmt: skip
+
+
+__all__ = [
+    "COLUMNS", "FILES", "Cohort", "check_table", "cohort_table", "counted", "hold_out", "identity", "label_names",
+]  # fmt: skip
 
 
 @dataclass
@@ -83,11 +88,6 @@ def check_table(table: pd.DataFrame, source: Path) -> pd.DataFrame:
     if len(twice):
         raise PreprocessingError(f"{source}: volume {twice.iloc[0]!r} is listed twice")
     return table
-
-
-def counted(number: int, what: str) -> str:
-    """``1 volume``, ``3 volumes``."""
-    return f"{number} {what}" + "s" * (number != 1)
 
 
 def hold_out(table: pd.DataFrame, fraction: float, *, source: str = "train", name: str = "calibration") -> pd.DataFrame:

@@ -17,6 +17,7 @@ import numpy as np
 from ctclip.preprocessing.dicom.headers import ACQUISITION
 from ctclip.preprocessing.dicom.kinds import alteration, in_hu
 from ctclip.preprocessing.dicom.slices import Slice
+from ctclip.preprocessing.errors import counted, were
 
 IDENTITY = ("PatientID", "StudyInstanceUID", "FrameOfReferenceUID")
 SAME_GEOMETRY = 1e-3
@@ -34,7 +35,8 @@ def best(slices: list[Slice], warnings: list[str]) -> list[Slice]:
         return slices
     chosen, reasons = _apart(slices)
     if reasons:
-        warnings.append(f"{len(slices) - len(chosen)} slices with another {' and '.join(reasons)} were left out")
+        count = len(slices) - len(chosen)
+        warnings.append(f"{counted(count, 'slice')} with another {' and '.join(reasons)} {were(count)} left out")
     depth = depths(chosen)
     names, labels = _acquisitions(chosen, depth)
     if not names:
@@ -47,14 +49,17 @@ def best(slices: list[Slice], warnings: list[str]) -> list[Slice]:
     filling = _filling_holes(depth, taken, strays)
     differ = ", ".join(names)
     if filling:
-        warnings.append(f"slices differ in {differ}: {len(filling)} of them were kept because they fill gaps")
+        warnings.append(
+            f"slices differ in {differ}: {len(filling)} of them {were(len(filling))} kept because they fill gaps"
+        )
     if len(left) > len(filling):
+        count = len(left) - len(filling)
         several = sum(len(part) >= FEWEST for part in parts) > 1 and not trimmed
         warnings.append(
             f"the series holds several acquisitions or reconstructions, which differ in {differ}: used "
             f"{len(taken) + len(filling)} of {len(chosen)} slices, those of the best one"
             if several
-            else f"{len(left) - len(filling)} slices that differ in {differ} overlap the others and were left out"
+            else f"{counted(count, 'slice')} with another {differ} {'overlaps' if count == 1 else 'overlap'} the others and {were(count)} left out"
         )
     return [chosen[i] for i in sorted({*taken, *filling})]
 

@@ -25,7 +25,8 @@ VALUES = ("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "Resc
 # In what two acquisitions or reconstructions of one series differ.
 ACQUISITION = ("SeriesNumber", "AcquisitionNumber", "TemporalPositionIdentifier", "TemporalPositionIndex",
                "ConvolutionKernel", "ImageType", "SeriesDescription", "SliceThickness", "AcquisitionTime",
-               "ReconstructionDiameter", "NominalPercentageOfCardiacPhase", "KVP", "ContrastBolusAgent")  # fmt: skip
+               "ReconstructionDiameter", "NominalPercentageOfCardiacPhase", "KVP", "ContrastBolusAgent", "SeriesTime",
+               "ProtocolName", "FilterType", "ReconstructionAlgorithm", "PatientPosition")  # fmt: skip
 IMAGE_TAGS = (
     "SpecificCharacterSet", "Rows", "Columns", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
     "Modality", "SOPClassUID", "SamplesPerPixel", "NumberOfFrames", "PatientIdentityRemoved", "LossyImageCompression",

@@ -64,10 +64,13 @@ def hounsfield(source: str, image: Image) -> np.ndarray:
         padding = padded(stored, raw, image.header, slope, intercept)
     except Undecodable as error:
         file = masked(image.path.name, image.header)
-        raise PreprocessingError(
-            f"{source}: slice {file} cannot be decoded ({error}); it is damaged, or its transfer syntax "
-            f"({named(image.syntax)}) is not one that is read: export the series again, uncompressed"
-        ) from error
+        remedy = (
+            "it is damaged: copy or export the series again"
+            if image.syntax in NATIVE
+            else f"it is damaged, or its transfer syntax ({named(image.syntax)}) is not one that is read: export the series "
+            f"again, uncompressed"
+        )
+        raise PreprocessingError(f"{source}: slice {file} cannot be decoded ({error}); {remedy}") from error
     values = _rescaled(stored, slope, intercept, padding)
     if padding is not None:
         values[padding] = OUTSIDE_FIELD_OF_VIEW

@@ -26,7 +26,7 @@ from ctclip.preprocessing.dicom import groups, missing, stack
 from ctclip.preprocessing.dicom.headers import STUDY, Image, damaged_files, images
 from ctclip.preprocessing.dicom.kinds import ALTERED, DERIVED, REFORMATTED, alteration, altered_as, in_hu
 from ctclip.preprocessing.dicom.slices import Slice, modality, placed
-from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.errors import PreprocessingError, counted
 from ctclip.preprocessing.identifiers import TAGS, Mask
 from ctclip.preprocessing.volume import Volume
 
@@ -124,7 +124,9 @@ def _check(source: str, chosen: Candidate) -> None:
         )
     if reasons:
         count = sum(chosen.reasons.values())
-        chosen.warnings.insert(0, f"{count} images of the series have no place among its slices: left out ({reasons})")
+        images_left = counted(count, "image")
+        verb = "has" if count == 1 else "have"
+        chosen.warnings.insert(0, f"{images_left} of the series {verb} no place among its slices: left out ({reasons})")
     header = chosen.slices[0].image.header
     if not all(in_hu(member.image.header) for member in chosen.slices):
         quantity = re.sub(r"[^A-Z0-9_]", "", str(header.get("RescaleType", "")).upper())[:16]

@@ -32,7 +32,7 @@ class Slice:
 
 
 def placed(images: list[Image]) -> tuple[list[Slice], Counter[str]]:
-    """The slices among images, and how many images are none for which reason (as read after "2 ")."""
+    """The slices among images, and how many images are none for which reason."""
     slices, reasons = [], Counter[str]()
     for image in images:
         reason = _not_a_slice(image)

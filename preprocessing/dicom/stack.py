@@ -10,7 +10,7 @@ from ctclip.preprocessing.dicom.headers import VALUES
 from ctclip.preprocessing.dicom.missing import MOST_MISSING
 from ctclip.preprocessing.dicom.pixels import bytes_behind, hounsfield, lossy
 from ctclip.preprocessing.dicom.slices import Slice
-from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.errors import PreprocessingError, counted, were
 from ctclip.preprocessing.volume import Volume
 
 EVEN_GAPS = 0.02
@@ -55,7 +55,7 @@ def volume(source: str, members: list[Slice], numbers_missing: int, warnings: li
     # Along a row the column index grows, in the direction `row`.
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = step, column * spacing[0], row * spacing[1]
     affine[:3, 3] = positions[0]
-    return Volume(array, affine, source, warnings, headers=[_header(member) for member in members])
+    return Volume(array, affine, source, warnings, fixed_geometry=True, headers=[_header(member) for member in members])
 
 
 def _header(member: Slice) -> dict[str, Any]:
@@ -86,7 +86,9 @@ def _differences(members: list[Slice], warnings: list[str]) -> None:
     if len({str(header.get("PhotometricInterpretation")) for header in headers}) > 1:
         warnings.append("slices differ in PhotometricInterpretation: it concerns display, values are taken as stored")
     if count := sum(bytes_behind(member.image) for member in members):
-        warnings.append(f"bytes follow the pixels of {count} slices: if some were put in before, values are wrong")
+        warnings.append(
+            f"bytes follow the pixels of {counted(count, 'slice')}: if some were put in before, values are wrong"
+        )
     if any(lossy(member.image) for member in members):
         warnings.append("lossy compression: HU are approximate")
 
@@ -105,11 +107,13 @@ def _without_copies(
         one, other = (hounsfield(source, member.image) for member in members[index - 1 : index + 1])
         if not np.array_equal(one, other):
             raise PreprocessingError(
-                f"{source}: {int(copied.sum())} positions hold more than one slice, and they differ: several phases or "
+                f"{source}: {counted(int(copied.sum()), 'position', 'holds|hold')} more than one slice, and they differ: several phases or "
                 f"reconstructions in one series; put each into a folder of its own"
             )
-    if copied.any():
-        warnings.append(f"{int(copied.sum())} slices are copies of others and were left out")
+    if count := int(copied.sum()):
+        warnings.append(
+            f"{counted(count, 'slice', 'is a copy of another|are copies of others')} and {were(count)} left out"
+        )
     members = [member for member, copy in zip(members, copied, strict=True) if not copy]
     if len(members) < 3:
         raise PreprocessingError(f"{source}: fewer than 3 slices at different positions (screenshots?): not a volume")
@@ -134,9 +138,11 @@ def _missing(source: str, gaps: np.ndarray, usual: float, numbers_missing: int, 
             f"{source}: {missing} of {count} slices are missing{left_out}; export the series again"
         )
     if missing:
-        warnings.append(f"{missing} slices are missing: interpolated from their neighbours")
+        warnings.append(f"{counted(missing, 'slice', 'is|are')} missing: interpolated from the neighbours")
     elif numbers_missing:
-        warnings.append(f"InstanceNumber skips {numbers_missing} numbers, although no slice is missing by position")
+        warnings.append(
+            f"InstanceNumber skips {counted(numbers_missing, 'number')}, although no slice is missing by position"
+        )
 
 
 def _plausible(source: str, members: list[Slice], largest: int) -> None:

@@ -45,19 +45,13 @@ def is_zip(path: Path) -> bool:
 
 def may_hold_scans(name: str, head: bytes) -> bool:
     """Whether a member of an archive, by its name and its first bytes, may be an archive itself."""
-    packed = head[:4] in ZIP or bool(_packed(head)) or head[257:262] == b"ustar"
+    packed = head[:4] in ZIP or bool(streams.compression(head)) or head[257:262] == b"ustar"
     return packed and not name.lower().endswith(VOLUMES)
 
 
 def is_tar(path: Path) -> bool:
     """Whether a file is a tar, compressed or not: POSIX and GNU write their mark into the first header."""
-    with streams.open_regular(path, str(path)) as stream:
-        block = stream.read(262)
-        if kind := _packed(block):
-            stream.seek(0)
-            with contextlib.suppress(*streams.damage()):
-                block = streams.inflated(stream, kind).read(262)
-        return block[257:] == b"ustar"
+    return streams.start(path, str(path))[1][257:262] == b"ustar"
 
 
 @contextlib.contextmanager
@@ -120,7 +114,7 @@ class _Unpacking:
 
     def _tar(self, path: Path, folder: Path) -> None:
         with streams.open_regular(path, self.source) as file, tempfile.TemporaryFile() as plain:
-            kind = _packed(file.read(6))
+            kind = streams.compression(file.read(6))
             file.seek(0)
             if kind:
                 # Inflated first, within the bound: tarfile believes what a header claims of another header's size.
@@ -204,8 +198,3 @@ class _Bounded(io.RawIOBase):
 
     def tell(self) -> int:
         return self._stream.tell()
-
-
-def _packed(block: bytes) -> str:
-    """Which compression a file starts with, or none of them."""
-    return {streams.GZIP: "gzip", b"BZ": "bzip2"}.get(block[:2], "")

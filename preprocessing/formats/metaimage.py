@@ -39,6 +39,7 @@ def read(path: Path, source: str, largest: int) -> Volume:
     """A volume [slice, row, column]: the file's axes from the slowest to the fastest. Raises PreprocessingError."""
     with streams.open_regular(path, source) as stream:
         fields = _fields(stream, source)
+        _drop_axis_of_one(fields, source)
         shape, dtype, packed = _layout(fields, source)
         affine, doubt, warnings = _geometry(fields, source)
         skip = text_header.integers(fields.get("HeaderSize", "0"), 1, "HeaderSize", source)[0]
@@ -84,6 +85,25 @@ def _fields(stream: BinaryIO, source: str) -> dict[str, str]:
     )
 
 
+def _drop_axis_of_one(fields: dict[str, str], source: str) -> None:
+    """Make three axes of four in the fields that describe them, if the fourth has one place."""
+    if fields.get("NDims") != "4" or text_header.integers(fields.get("DimSize", ""), 4, "DimSize", source)[3] != 1:
+        return
+    fields["NDims"] = "3"
+    for name, count in (
+        ("DimSize", 4),
+        ("ElementSpacing", 4),
+        ("ElementSize", 4),
+        ("Offset", 4),
+        ("TransformMatrix", 16),
+    ):
+        values = fields.get(name, "").split()
+        if name in fields and len(values) != count:
+            raise PreprocessingError(f"{source}: field {name!r} of its header is not of 4 axes; it is damaged")
+        if name in fields:
+            fields[name] = " ".join(value for place, value in enumerate(values) if place % 4 < 3 and place < 12)
+
+
 def _layout(fields: dict[str, str], source: str) -> tuple[tuple[int, int, int], np.dtype, bool]:
     """Sizes (fastest axis first), type, and whether the voxels are compressed."""
     for name in ("NDims", "DimSize", "ElementType"):
@@ -93,7 +113,7 @@ def _layout(fields: dict[str, str], source: str) -> tuple[tuple[int, int, int], 
         raise PreprocessingError(f"{source}: does not hold an image")
     axes = text_header.integers(fields["NDims"], 1, "NDims", source)[0]
     if axes != 3:
-        raise PreprocessingError(f"{source}: has {axes} dimensions, not the three of a volume")
+        raise PreprocessingError(f"{source}: has {axes} dimensions, not the three of a volume; save one volume alone")
     sizes = volume_shape(text_header.integers(fields["DimSize"], 3, "DimSize", source), source)
     channels = text_header.integers(fields.get("ElementNumberOfChannels", "1"), 1, "ElementNumberOfChannels", source)[0]
     if channels != 1:

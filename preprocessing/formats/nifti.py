@@ -100,6 +100,8 @@ def _header_block(stream: Any, source: str) -> tuple[int, str, bool, bytes]:
                 )
     except streams.damage() as error:
         raise PreprocessingError(f"{source}: its compressed stream is damaged or cut short; copy it again") from error
+    if block[:2] == streams.GZIP:
+        raise PreprocessingError(f"{source}: is compressed twice (gzip in gzip); decompress it once")
     if len(block) < 348:
         raise PreprocessingError(f"{source}: cut short ({len(block)} bytes of its header); copy it again")
     raise PreprocessingError(f"{source}: not a NIfTI file, whatever its name says")

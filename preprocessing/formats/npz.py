@@ -40,7 +40,7 @@ def read(path: Path, source: str, largest: int) -> Volume:
     array = content.view(dtype).reshape(shape, order="F" if fortran else "C")
     affine = np.zeros((4, 4))
     affine[2, 0], affine[1, 1], affine[0, 2], affine[3, 3] = -0.8, 0.8, 0.8, 1.0
-    return Volume(native(array), affine, source)
+    return Volume(native(array), affine, source, fixed_geometry=True)
 
 
 def _header(stream: Any, source: str) -> tuple[tuple[int, int, int], bool, np.dtype]:

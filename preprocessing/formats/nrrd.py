@@ -48,6 +48,7 @@ def read(path: Path, source: str, largest: int) -> Volume:
     """A volume [slice, row, column]: the file's axes from the slowest to the fastest. Raises PreprocessingError."""
     with streams.open_regular(path, source) as stream:
         fields, ended = _fields(stream, source)
+        _drop_axis_of_one(fields, source)
         shape, dtype, encoding, skip = _layout(fields, source)
         affine, doubt, warnings = _geometry(fields, source)
         name = fields.get("data file")
@@ -86,6 +87,27 @@ def _fields(stream: BinaryIO, source: str) -> tuple[dict[str, str], bool]:
         if name == "data file" and not fields[name]:
             raise PreprocessingError(f"{source}: field 'data file' of its header is empty; it is damaged")
     return fields, False
+
+
+def _drop_axis_of_one(fields: dict[str, str], source: str) -> None:
+    """Make three axes of four in the fields that describe each axis, if one of the four has one place: a list or a time of
+    one volume."""
+    if fields.get("dimension") != "4" or "sizes" not in fields:
+        return
+    sizes = text_header.integers(fields["sizes"], 4, "sizes", source)
+    if sizes.count(1) != 1:
+        raise PreprocessingError(
+            f"{source}: has four axes ({fields['sizes']}): several volumes, or several values a voxel; save one volume of one "
+            f"value alone"
+        )
+    fields["dimension"] = "3"
+    for name in ("sizes", "kinds", "spacings", "space directions"):
+        values = re.findall(r"\([^()]*\)|[^\s()]+", fields.get(name, ""))
+        if name in fields and len(values) != 4:
+            raise PreprocessingError(f"{source}: field {name!r} of its header is not of 4 axes; it is damaged")
+        if name in fields:
+            del values[sizes.index(1)]
+            fields[name] = " ".join(values)
 
 
 def _layout(fields: dict[str, str], source: str) -> tuple[tuple[int, int, int], np.dtype, str, int]:

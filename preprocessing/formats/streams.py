@@ -56,6 +56,24 @@ def is_gzip(path: Path) -> bool:
         return stream.read(2) == GZIP
 
 
+def compression(block: bytes) -> str:
+    """Which compression a file that begins with ``block`` has, or none of them."""
+    return "gzip" if block[:2] == GZIP else "bzip2" if block[:3] == b"BZh" else ""
+
+
+def start(path: Path, source: str, size: int = 512) -> tuple[str, bytes]:
+    """The compression of a file, if it has one, and the first bytes of what it holds; none where it is damaged."""
+    with open_regular(path, source) as stream:
+        block = stream.read(size)
+        if kind := compression(block):
+            stream.seek(0)
+            try:
+                block = inflated(stream, kind).read(size)
+            except damage():
+                block = b""
+        return kind, block
+
+
 def inflated(stream: BinaryIO, kind: str) -> Any:
     """A reader of what a compressed stream holds from its present position on: ``gzip``, ``zlib`` or ``bzip2``.
 

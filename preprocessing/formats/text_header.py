@@ -19,9 +19,10 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|[+-]?(nan|inf)",
 DATA_FILE = re.compile(r"^(?:ElementDataFile\s*=|data ?file\s*:(?!=))(.{1,255})$", re.IGNORECASE | re.MULTILINE)
 # Lengths in millimetres, as NRRD and MetaImage spell their units; nothing stated counts as mm.
 MM_PER_UNIT = {
-    "": 1.0, "?": 1.0, "???": 1.0, "mm": 1.0, "millimeter": 1.0, "millimeters": 1.0, "millimetre": 1.0,
-    "cm": 10.0, "m": 1000.0, "meter": 1000.0, "metre": 1000.0, "dm": 100.0,
-    "um": 0.001, "µm": 0.001, "μm": 0.001, "micron": 0.001, "micrometer": 0.001, "nm": 1e-6,
+    "": 1.0, "?": 1.0, "???": 1.0, "mm": 1.0, "dm": 100.0, "cm": 10.0, "m": 1000.0, "um": 0.001, "µm": 0.001, "μm": 0.001,
+    "micron": 0.001, "microns": 0.001, "nm": 1e-6,
+    **{f"{prefix}{word}": length for prefix, length in {"": 1000.0, "centi": 10.0, "milli": 1.0, "micro": 0.001}.items()
+       for word in ("meter", "meters", "metre", "metres")},
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -17,6 +18,11 @@ def volume_shape(sizes: Sequence[int], source: str) -> tuple[int, int, int]:
     shape = tuple(int(size) for size in sizes)
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
+    if len(shape) > 3 and min(shape) > 1:
+        count = prod(shape[3:])
+        raise PreprocessingError(
+            f"{source}: holds {count} volumes (phases?), shape {shape}; save the one you want alone"
+        )
     if len(shape) != 3 or min(shape) < 2:
         raise PreprocessingError(f"{source}: has shape {shape}: not a volume of several slices")
     return shape[0], shape[1], shape[2]
@@ -39,8 +45,11 @@ def native(array: np.ndarray) -> np.ndarray:
 
 
 def detached(header: Path, name: str, source: str) -> Path:
-    """The file that a detached header names: in the header's folder or below it, and there."""
-    relative = PurePosixPath(name)
+    """The file that a detached header names: in the header's folder or below it, and there.
+
+    Where there is none, backslashes are taken as Windows takes them, and so are small and capital letters.
+    """
+    relative = PurePosixPath(name if (header.parent / name).exists() else name.replace("\\", "/"))
     odd = "%" in name or not name.isprintable() or not 0 < len(name) <= LONGEST_NAME
     if odd or relative.is_absolute() or ".." in relative.parts:
         raise PreprocessingError(
@@ -48,6 +57,9 @@ def detached(header: Path, name: str, source: str) -> Path:
             f"name it there"
         )
     path = header.parent / relative
+    if not path.exists() and path.parent.is_dir():
+        alike = [file for file in path.parent.iterdir() if file.name.lower() == path.name.lower()]
+        path = alike[0] if len(alike) == 1 else path
     if not path.exists():
         raise PreprocessingError(f"{source}: the file of its voxels, {name}, is missing; copy it beside the header")
     if not path.resolve().is_relative_to(header.parent.resolve()):

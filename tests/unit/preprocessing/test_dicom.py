@@ -266,14 +266,14 @@ def test_missing_slices_and_copies_are_told_or_refused(tmp_path: Path, hu: np.nd
         prepare(write_series(tmp_path / "many", hu[:24], skip=(2, 5, 8, 11, 14)), SPEC)
     one = read(write_series(tmp_path / "one", hu, skip=(5,)))
     assert one.array.shape == hu.shape
-    assert "1 slices are missing" in one.warnings[0]
+    assert "1 slice is missing" in one.warnings[0]
     between = (hu[4].astype(float) + hu[6]) / 2
     assert np.abs(one.array[5] - between).max() < 0.01
     assert np.abs(np.delete(one.array, 5, axis=0) - np.delete(hu, 5, axis=0)).max() < 0.01
     twice = write_series(tmp_path / "twice", hu)
     same = sorted(twice.iterdir())[4]
     shutil.copy(same, twice / "copy")
-    assert "1 slices are copies" in read(twice).warnings[0]
+    assert "1 slice is a copy" in read(twice).warnings[0]
     other = pydicom.dcmread(same)
     other.PixelData = (other.pixel_array + 3).astype(np.int16).tobytes()
     other.save_as(twice / "copy")
@@ -312,7 +312,7 @@ def test_slices_of_different_spacing_are_no_volume(tmp_path: Path, hu: np.ndarra
     header = pydicom.dcmread(path)
     header.PixelSpacing = [4.0, 4.5]
     header.save_as(path)
-    with pytest.raises(PreprocessingError, match=r"1 slices with another PixelSpacing were left out"):
+    with pytest.raises(PreprocessingError, match=r"1 slice with another PixelSpacing was left out"):
         read(folder)
 
 

@@ -65,7 +65,7 @@ WHICH = [
     Row("a MIP alone", edited(ImageType=["DERIVED", "SECONDARY", "MIP"]), says=(r"its header says a projection \(MIP\)",)),
     Row("a localizer within the series",
         both(series(HU), [data for data in series(MOVED[:1], first=0, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])]),
-        says=(r"1 images of the series have no place among its slices: left out \(1 localizers\)",)),
+        says=(r"1 image of the series has no place among its slices: left out \(1 localizers\)",)),
 ]  # fmt: skip
 
 
@@ -87,10 +87,10 @@ ODD = affine()
 ODD[:3, 0] *= 2
 MISSING = [
     Row("a slice within", lambda f: write(f, without(7)), hu=HOLE,
-        says=("1 slices are missing: interpolated", "slice gaps of 2.50 to 5.00 mm")),
+        says=("1 slice is missing: interpolated", "slice gaps of 2.50 to 5.00 mm")),
     Row("many slices within", lambda f: write(f, without(3, 7, 11)), refused="3 of 24 slices are missing"),
     Row("two files cut short in their headers", spoiled(2), hu=HU[:0],
-        says=("2 of 24 files are DICOM by their look", "1 slices are missing", "slice gaps")),
+        says=("2 of 24 files are DICOM by their look", "1 slice is missing", "slice gaps")),
     Row("five files cut short in their headers", spoiled(5), refused=r"5 of 24 files are DICOM by their look.*missing"),
     Row("the last slices, by ImagesInAcquisition",
         lambda f: write(f, series(HU[:22], ImagesInAcquisition=24)), hu=HU[:22],

@@ -77,7 +77,7 @@ ROWS = {
     "tuples": Row(np.eye(4), {"ImagePositionPatient": "(-120, -90, -300)", "XYSpacing": "(4; 4)"}, 0, TAKEN),
     "one number for both": Row(np.eye(4), {"XYSpacing": 4.0, "ZSpacing": 5}, 0, TAKEN),
     "read from behind": Row(
-        np.eye(4), {"ImageOrientationPatient": "[-1, 0, 0, 0, -1, 0]", "ImagePositionPatient": None}, said="lacks ImagePosition", refused=True
+        np.eye(4), {"ImageOrientationPatient": "[-1, 0, 0, 0, -1, 0]", "ImagePositionPatient": None}, said="no usable ImagePosition", refused=True
     ),
     "lies on its front": Row(
         np.eye(4),
@@ -89,10 +89,10 @@ ROWS = {
         TAKEN,
         turned=lambda array: array[::-1, ::-1],
     ),
-    "no spacing in the table": Row(np.eye(4), {"XYSpacing": None}, said="lacks XYSpacing or ZSpacing", refused=True),
+    "no spacing in the table": Row(np.eye(4), {"XYSpacing": None}, said="no usable XYSpacing or ZSpacing", refused=True),
     "no spacing in the table, a good header": Row(GOOD, {"XYSpacing": None}),
     "no orientation in the table": Row(
-        np.eye(4), {"ImageOrientationPatient": None}, said="lacks ImageOrientationPatient", refused=True
+        np.eye(4), {"ImageOrientationPatient": None}, said="no usable ImageOrientationPatient", refused=True
     ),
     "no geometry in the table": Row(
         np.eye(4), dict.fromkeys(["XYSpacing", "ZSpacing", "ImageOrientationPatient", "ImagePositionPatient"]),
