@@ -19,7 +19,7 @@ VOLUME_SUFFIXES = (
     ".tar",
 )  # fmt: skip
 # What programs write around and between numbers: names of types, their arguments, units, a multiplication sign.
-PROGRAMS = re.compile(r"\b[A-Za-z_][\w.]*(?=\()|,\s*dtype=[\w.]+|(?<=[\d.])\s*mm\b|(?<=\d)\s*[x×](?=\s*\d)")
+PROGRAMS = re.compile(r"\b[A-Za-z_][\w.]*(?=\()|,\s*dtype=[\w.]+|(?<=[\d.])\s*mm\b|(?<=[\dm\s])[x×](?=\s*\d)")
 SEPARATORS = (",", "\t", ";", "|")
 LONGEST_CELL = 10_000_000
 # A value that is not there, in a column of numbers or labels.

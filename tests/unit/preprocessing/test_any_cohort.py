@@ -25,7 +25,7 @@ from ctclip.preprocessing.pipeline import preprocess_cohort
 from ctclip.preprocessing.readers import read
 from ctclip.preprocessing.store import SAFE_NAME, VolumeStore
 from ctclip.preprocessing.tables import numbers, read_table, volume_name
-from tests.unit.preprocessing.scan_files import HU, meta, nifti, nrrd, written
+from tests.unit.preprocessing.scan_files import HU, meta, nifti, nrrd, tarred, written, zipped
 from tests.unit.preprocessing.test_dicom import write_series
 
 AFFINE = np.diag([-4.0, -4.0, 5.0, 1.0])
@@ -120,6 +120,67 @@ def spread(root: Path) -> None:
     (root / "all").rmdir()
 
 
+def last_in_another(root: Path) -> None:
+    """A CD's folders are full at some number of files: the last two slices lie in the next one."""
+    series(root / "DIR000", 9)
+    (root / "DIR001").mkdir()
+    for path in sorted((root / "DIR000").iterdir())[7:]:
+        path.rename(root / "DIR001" / path.name)
+
+
+def last_beside_another(root: Path) -> None:
+    last_in_another(root)
+    for path in series(root / "next", 6).iterdir():
+        path.rename(root / "DIR001" / f"B{path.name}")
+    (root / "next").rmdir()
+
+
+def one_a_folder(root: Path) -> None:
+    scan(root / "a.nii")
+    for index, path in enumerate(sorted(series(root / "all", 6).iterdir())):
+        (root / f"DIR{index:03d}").mkdir()
+        path.rename(root / f"DIR{index:03d}" / path.name)
+    (root / "all").rmdir()
+
+
+def screenshot_copied(root: Path) -> None:
+    series(root / "CT")
+    picture = next(series(root / "tmp", 1).iterdir())
+    for name in ("A", "B", "C"):
+        (root / name).mkdir()
+        shutil.copy(picture, root / name)
+    shutil.rmtree(root / "tmp")
+
+
+def two_in_a_folder(root: Path) -> None:
+    series(root / "CT", 9)
+    for path in series(root / "CT" / "tmp", 5).iterdir():
+        path.rename(root / "CT" / f"B{path.name}")
+    (root / "CT" / "tmp").rmdir()
+
+
+def pairs(root: Path) -> None:
+    """NIfTI pairs, compressed or not, by small or capital letters; a header and voxels without the other."""
+    for name, end in (("p1/a", ".img"), ("p2/a", ".img.gz"), ("p3/a", ".img"), ("p4/a", ".img"), ("p5/a", ".img")):
+        (root / name).parent.mkdir(parents=True)
+        values = np.random.default_rng(ord(name[1])).integers(-1000, 400, (6, 6, 6)).astype(np.int16)
+        nib.save(nib.Nifti1Pair(values, AFFINE), root / f"{name}{end}")
+    (root / "p3/a.hdr").rename(root / "p3/A.HDR")
+    (root / "p3/a.img").rename(root / "p3/A.IMG")
+    (root / "p4/a.img").unlink()
+    (root / "p5/a.hdr").unlink()
+
+
+def archives(root: Path) -> None:
+    root.mkdir()
+    for index, (name, mode) in enumerate(
+        (("a.tar", "w"), ("b.tgz", "w:gz"), ("c.tar.gz", "w:gz"), ("d.tar.bz2", "w:bz2"))
+    ):
+        (root / name).write_bytes(tarred({"scan.nii": nifti(HU + index)}, mode))
+    (root / "e.zip").write_bytes(zipped({"scan.nii": nifti(HU + 9)}))
+    (root / "f.7z").write_bytes(b"7z")
+
+
 def copied_series(root: Path) -> None:
     series(root / "CT")
     shutil.copytree(root / "CT", root / "CT copy")
@@ -206,6 +267,13 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], int, int, dict[str, int]]] = {
     "a copied volume": (copies, 3, 2, {}),
     "a series over three folders": (spread, 1, 1, {}),
     "a copied series": (copied_series, 1, 1, {"copies": 5}),
+    "the last slices in another folder": (last_in_another, 1, 1, {}),
+    "the last slices beside another series": (last_beside_another, 2, 2, {}),
+    "a slice a folder, beside a volume": (one_a_folder, 2, 2, {}),
+    "a screenshot, copied": (screenshot_copied, 1, 1, {"too few": 3}),
+    "two series in a folder": (two_in_a_folder, 1, 1, {"other series": 5}),
+    "NIfTI pairs": (pairs, 3, 3, {".hdr": 1, ".img": 1}),
+    "archives": (archives, 5, 5, {".7z": 1}),
     "a series copied in part": (part_copied, 1, 1, {"copies": 4}),
     "a localizer above": (loose_localizer, 1, 1, {"localizers": 1}),
     "a localizer beside": (localizer_apart, 1, 1, {"localizers": 1}),
@@ -239,7 +307,15 @@ def test_series_of_nested_folders_are_read_apart_and_spread_ones_whole(tmp_path:
     """Reading a folder takes what lies below it too: each scan has its own slices all the same, by SimpleITK's count."""
     from ctclip.preprocessing.readers import read
 
-    for name, build, counts in (("a", loose_series, [4, 9]), ("b", spread, [9]), ("c", part_copied, [6])):
+    for name, build, counts in (
+        ("a", loose_series, [4, 9]),
+        ("b", spread, [9]),
+        ("c", part_copied, [6]),
+        ("d", last_in_another, [9]),
+        ("e", last_beside_another, [6, 9]),
+        ("f", one_a_folder, [6, 6]),
+        ("g", two_in_a_folder, [9]),
+    ):
         build(tmp_path / name)
         cohort = read_cohort(tmp_path / name)
         found = [read(path, cohort.series.get(volume)).array.shape[0] for volume, path in cohort.files.items()]
@@ -346,6 +422,13 @@ def test_reports_that_say_something(text: str) -> None:
 def test_names_and_numbers_of_strangers() -> None:
     assert {volume_name(t) for t in (" a.nii.gz", "x/y/a.NII.GZ ", "C:\\d\\a.nii", "a")} == {"a"}
     assert numbers("[0.7; '0.8']", 2) == [0.7, 0.8]
+    assert (
+        numbers("[np.float64(0.7), np.float32(8e-1)]", 2)
+        == numbers("array([0.7, 0.8], dtype=float32)", 2)
+        == [0.7, 0.8]
+    )
+    assert numbers("0.7 mm x 0.8mm", 2) == numbers("0.7x0.8", 2) == numbers("tensor([0.7, 0.8])", 2) == [0.7, 0.8]
+    assert [numbers(text, 1) for text in ("0.7 cm", "float64", "x", "0.7 x", "np.float64(nan)")] == [None] * 5
     assert [numbers(text, 1) for text in ("nan", "inf", "", "1 2", "x", "3")] == [None] * 5 + [[3.0]]
 
 

@@ -37,6 +37,14 @@ def interleaved_numbers(start: float) -> list[Any]:
     return images
 
 
+def told_apart(keyword: str, one: str, other: str) -> list[Any]:
+    """Two passes at the same positions, numbered in turn: only ``keyword`` tells them apart."""
+    images = interleaved_numbers(0)
+    for index, data in enumerate(images):
+        setattr(data, keyword, one if index < 24 else other)
+    return images
+
+
 ACQUISITIONS = [
     Row("plain", edited(), same=ALL),
     Row("two kernels half a slice apart",
@@ -79,6 +87,12 @@ ACQUISITIONS = [
     Row("interleaved, nothing tells them apart", lambda f: write(f, interleaved_numbers(0.5)),
         hu=np.stack([HU, MOVED], 1).reshape(48, *HU.shape[1:]), affine=affine() @ np.diag([0.5, 1, 1, 1]),
         says=("every other slice differs more from its neighbours",)),
+    *(Row(f"two passes of which {keyword} tells, numbered in turn", lambda f, keyword=keyword, values=values: write(
+        f, told_apart(keyword, *values)), says=(TWO.format(keyword),))
+      for keyword, values in {
+          "SeriesTime": ("120001", "120101"), "ProtocolName": ("lung", "soft"), "FilterType": ("A", "B"),
+          "ReconstructionAlgorithm": ("FILTER_BACK_PROJ", "ITERATIVE"), "PatientPosition": ("HFS", "HFP"),
+      }.items()),
     Row("blocks that follow each other", lambda f: write(f, blocks(0)), same=ALL),
     Row("blocks with a seam of one slice", lambda f: write(f, blocks(1)),
         says=("1 slice with another AcquisitionNumber, AcquisitionTime overlaps the others and was left out",)),
@@ -89,7 +103,7 @@ ACQUISITIONS = [
         both(series(HU, ConvolutionKernel="B30f"), series(MOVED[5:6], start=5.5, ConvolutionKernel="B70f")),
         says=("1 slice with another ConvolutionKernel overlaps the others and was left out",)),
     Row("one slice of another kernel in its place", edited(at((5,), ConvolutionKernel="B70f"), ConvolutionKernel="B30f"),
-        says=("slices differ in ConvolutionKernel: 1 of them were kept because they fill gaps",), same=("sitk", "pydicom")),
+        says=("slices differ in ConvolutionKernel: 1 of them was kept because they fill gaps",), same=("sitk", "pydicom")),
     Row("two patients under one UID, one above the other",
         both(series(HU), series(MOVED[:12], start=24, first=25, PatientID="SOMEONE")),
         says=("12 slices with another PatientID were left out",),

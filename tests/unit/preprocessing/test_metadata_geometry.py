@@ -18,6 +18,7 @@ from ctclip.preprocessing import Prepared, PreprocessingError, PreprocessingSpec
 from ctclip.preprocessing.cohorts import Cohort, read_cohort
 from ctclip.preprocessing.facts import table_facts
 from ctclip.preprocessing.pipeline import preprocess_cohort
+from tests.unit.preprocessing.scan_files import zipped
 
 SPEC = PreprocessingSpec("test", (5.0, 4.0, 4.0), (60, 70, 90))
 STEP, PLACE = (4.0, 4.0, 5.0), (-120.0, -90.0, -300.0)
@@ -75,6 +76,31 @@ ROWS = {
     "strings in lists": Row(np.eye(4), {"XYSpacing": "['4.0', '4.0']", "ZSpacing": "['5']"}, 0, TAKEN),
     "DICOM's backslashes": Row(np.eye(4), {"XYSpacing": "4\\4", "ImageOrientationPatient": "1\\0\\0\\0\\1\\0"}, 0, TAKEN),
     "tuples": Row(np.eye(4), {"ImagePositionPatient": "(-120, -90, -300)", "XYSpacing": "(4; 4)"}, 0, TAKEN),
+    "strings of numpy": Row(
+        np.eye(4), {"ImageOrientationPatient": "[ 1.  0.  0.\n 0.  1. -0.]", "ImagePositionPatient": "[-120. -90. -300.]"}, 0, TAKEN
+    ),
+    "numbers of numpy, as Python writes them": Row(
+        np.eye(4),
+        {
+            "XYSpacing": "array([4., 4.], dtype=float32)",
+            "ZSpacing": "np.float64(5.0)",
+            "ImageOrientationPatient": "[" + ", ".join(f"np.float64({n})" for n in (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)) + "]",
+            "RescaleSlope": "np.float64(1.0)",
+        },
+        0,
+        TAKEN,
+    ),
+    "with units": Row(np.eye(4), {"XYSpacing": "4.0 mm x 4.0 mm", "ZSpacing": "5 mm"}, 0, TAKEN),
+    "the header's origin is 0": Row(
+        np.array([[-4.0, 0, 0, 0], [0, -4.0, 0, 0], [0, 0, 5.0, 0], [0, 0, 0, 1]]), {}, 0, "no position was ever stated"
+    ),
+    "directions of length 2": Row(
+        np.eye(4), {"ImageOrientationPatient": "[2, 0, 0, 0, 2, 0]"}, said="no usable ImageOrientationPatient", refused=True
+    ),
+    "directions at no right angle": Row(
+        np.eye(4), {"ImageOrientationPatient": "[1, 0, 0, 0.3, 0.95, 0]"}, said="no usable ImageOrientationPatient", refused=True
+    ),
+    "directions rounded": Row(np.eye(4), {"ImageOrientationPatient": "[0.999, 0, 0, 0, 1.002, 0]"}, 0, TAKEN),
     "one number for both": Row(np.eye(4), {"XYSpacing": 4.0, "ZSpacing": 5}, 0, TAKEN),
     "read from behind": Row(
         np.eye(4), {"ImageOrientationPatient": "[-1, 0, 0, 0, -1, 0]", "ImagePositionPatient": None}, said="no usable ImagePosition", refused=True
@@ -180,6 +206,25 @@ def test_geometry_in_a_table_of_paths_for_a_blank_metaimage(tmp_path: Path, hu: 
     )
     cohort = read_cohort(tmp_path / "list.parquet")
     ready = prepare(cohort.files["scan"], SPEC, table=table_facts(cohort.table.iloc[0]))
+    assert np.abs(ready.hu - truth.hu).max() < 0.01
+    assert np.allclose(ready.affine, truth.affine, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["scan", "scan.dat", "scan.zip", "scan.hdr"])
+def test_the_table_speaks_of_a_file_whatever_it_is_called(tmp_path: Path, hu: np.ndarray, name: str) -> None:
+    truth = prepare(save(tmp_path / "truth.nii", hu.transpose(2, 1, 0), GOOD), SPEC)
+    blank = nib.Nifti1Image(hu.transpose(2, 1, 0), np.eye(4))
+    if name.endswith(".hdr"):
+        nib.save(nib.Nifti1Pair(hu.transpose(2, 1, 0), np.eye(4)), tmp_path / "scan.img")
+    elif name.endswith(".zip"):
+        (tmp_path / name).write_bytes(zipped({"x.nii": blank.to_bytes()}))
+    else:
+        (tmp_path / name).write_bytes(blank.to_bytes())
+    pd.DataFrame([{"path": name} | TABLE | {"RescaleSlope": 1, "RescaleIntercept": 0}]).to_csv(
+        tmp_path / "list.csv", index=False
+    )
+    cohort = read_cohort(tmp_path / "list.csv")
+    ready = prepare(next(iter(cohort.files.values())), SPEC, table=table_facts(cohort.table.iloc[0]))
     assert np.abs(ready.hu - truth.hu).max() < 0.01
     assert np.allclose(ready.affine, truth.affine, atol=1e-3)
 

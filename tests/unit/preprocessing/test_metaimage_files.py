@@ -6,12 +6,17 @@ import gzip
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.unit.preprocessing.file_situations import NOT_ASKED, RAW, STRAIGHT, Row, check, files, itk, linked_out, piped
-from tests.unit.preprocessing.scan_files import HU, flipped, meta, meta_header
+from tests.unit.preprocessing.scan_files import AFFINE, HU, flipped, meta, meta_header
 
 ZLIB = meta(CompressedData="True")
+TURN = np.eye(4)
+TURN[:3, :3] = (AFFINE[:3, 2::-1] / [0.8, 0.9, 2.5]).T
+FOUR = " ".join(f"{v:.9g}" for v in TURN.ravel())
+
 META_ROWS = [
     itk("raw", "scan.mha", meta()),
     itk("zlib", "scan.mha", ZLIB, itk=NOT_ASKED),
@@ -33,6 +38,17 @@ META_ROWS = [
         scan__zraw=zlib.compress(RAW))),
     itk("detached, a name with blanks", "scan.mhd",
         files("scan.mhd", **{"scan__mhd": meta(b"", ElementDataFile="my scan.raw"), "my scan__raw": RAW})),
+    itk("detached, a path of Windows", "scan.mhd",
+        files("scan.mhd", scan__mhd=meta(b"", ElementDataFile="below\\scan.raw"), below___scan__raw=RAW), itk=NOT_ASKED),
+    itk("detached, a name in other letters", "scan.mhd",
+        files("scan.mhd", scan__mhd=meta(b"", ElementDataFile="Scan.raw"), scan__RAW=RAW), itk="refuses"),
+    itk("named by its voxels", "scan.raw", RAW, "holds voxels alone; name its header", itk=NOT_ASKED),
+    itk("one volume of four axes", "scan.mha", meta(
+        NDims="4", DimSize="5 6 7 1", ElementSpacing="0.8 0.9 2.5 1", Offset="-31 7 55 0", TransformMatrix=FOUR), itk=NOT_ASKED),
+    itk("two volumes", "scan.mha", meta(
+        2 * RAW, NDims="4", DimSize="5 6 7 2", ElementSpacing="0.8 0.9 2.5 1", Offset="-31 7 55 0", TransformMatrix=FOUR),
+        "has 4 dimensions", itk=NOT_ASKED),
+    itk("called .nii.gz", "scan.nii.gz", meta(), itk=NOT_ASKED),
     itk("bytes before the voxels", "scan.mhd", files(
         "scan.mhd", scan__mhd=meta(b"", HeaderSize="9", ElementDataFile="scan.raw"), scan__raw=b"preceding" + RAW)),
     itk("voxels that end the file", "scan.mhd", files(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import struct
 from pathlib import Path
 
@@ -70,6 +72,19 @@ NIFTI_ROWS = [
     n("slope without intercept", patched(NIFTI, slope=("f", 2), inter=("f", NAN)), "its header is damaged",
       nibabel="refuses", itk="differs: NaN voxels"),
     n("one time point", patched(NIFTI, dim=("8h", 4, 5, 6, 7, 1, 1, 1, 1))),
+    n("two time points", patched(NIFTI + HU.tobytes(), dim=("8h", 4, 5, 6, 7, 2, 1, 1, 1)), r"holds 2 volumes", itk=NOT_ASKED,
+      nibabel=NOT_ASKED),
+    *(n(f"called {name}", NIFTI, name=name, nibabel=NOT_ASKED, itk=NOT_ASKED)
+      for name in ("scan.nrrd", "scan.mha", "scan.zip", "scan.dcm", "scan.npz")),
+    n("gzip, called .tar.gz", GZ, name="scan.tar.gz", nibabel=NOT_ASKED, itk=NOT_ASKED),
+    n("gzip in gzip", gzip.compress(GZ), "compressed twice", name="scan.nii.gz", nibabel=NOT_ASKED, itk=NOT_ASKED),
+    *(n(f"compressed: {name}", content, f"{word}.*decompress it first", name=name, nibabel=NOT_ASKED, itk=NOT_ASKED)
+      for name, content, word in (("scan.nii.bz2", bz2.compress(NIFTI), "bzip2"), ("scan.nii.xz", lzma.compress(NIFTI), "xz"),
+                                  ("scan.nii.zst", b"\x28\xb5\x2f\xfd" + bytes(99), "Zstandard"))),
+    n("a pointer of Git LFS", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull",
+      name="scan.nii.gz", nibabel=NOT_ASKED, itk=NOT_ASKED),
+    n("a page of a login", b"<!DOCTYPE html><html>" + bytes(999), "a web page.*download", name="scan.nii.gz",
+      nibabel=NOT_ASKED, itk=NOT_ASKED),
     n("gzip under .nii", GZ, nibabel="refuses: by name", itk="refuses: by name"),
     n("not gzip under .nii.gz", NIFTI, name="scan.nii.gz", nibabel="refuses: by name"),
     n("capital suffix", GZ, name="SCAN.NII.GZ"),
@@ -165,7 +180,7 @@ NIFTI_ROWS = [
     n("a claim of 70 GB", patched(NIFTI, dim=("4h", 3, 32767, 32767, 32)), "claims 68.7 GB", nibabel=NOT_ASKED, itk=NOT_ASKED),
     n("macOS's ._ file", b"\0\5\x16\7" + bytes(100), "a metadata file of macOS", name="._scan.nii.gz", nibabel="refuses", itk=NOT_ASKED),
     n("nothing", b"", "is empty", nibabel="refuses", itk="refuses"),
-    n("something else", b"<html>" * 100, "not a NIfTI file", nibabel="refuses", itk="refuses"),
+    n("something else", b"something" * 100, "not a NIfTI file", nibabel="refuses", itk="refuses"),
 ]  # fmt: skip
 
 

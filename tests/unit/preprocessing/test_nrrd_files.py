@@ -13,6 +13,7 @@ from tests.unit.preprocessing.scan_files import AFFINE, HU, flipped, nrrd, nrrd_
 DIRECTIONS = "(1,0,0) (0,1,0) (0,0,1)"
 PACKED = nrrd(encoding="gzip")
 BODY = len(nrrd_header(encoding="gzip")) + 1
+ALONG = " ".join("({:.9g},{:.9g},{:.9g})".format(*c) for c in AFFINE[:3, 2::-1].T)
 RASPED = " ".join(f"({-c[0]:.9g},{-c[1]:.9g},{c[2]:.9g})" for c in AFFINE[:3, 2::-1].T)
 MICRON = " ".join("({:.9g},{:.9g},{:.9g})".format(*(1000 * c)) for c in AFFINE[:3, 2::-1].T)
 
@@ -37,6 +38,23 @@ NRRD_ROWS = [
     itk("detached, a pattern", "scan.nhdr", nrrd(b"", data_file="s%03d.raw 1 7 1"), "not in its own folder", itk=NOT_ASKED),
     itk("detached, a list", "scan.nhdr", nrrd(b"", data_file="LIST"), "several files", itk=NOT_ASKED),
     itk("detached, a pipe", "scan.nhdr", piped("scan.nhdr", nrrd_header(data_file="voxels.raw")), "is not a file", itk=NOT_ASKED),
+    itk("detached, a path of Windows", "scan.nhdr", files(
+        "scan.nhdr", scan__nhdr=nrrd(b"", data_file="below\\scan.raw"), below___scan__raw=RAW), itk=NOT_ASKED),
+    itk("detached, above by a path of Windows", "scan.nhdr", nrrd(b"", data_file="..\\scan.raw"), "not in its own folder",
+        itk=NOT_ASKED),
+    itk("one volume of a list", "scan.nrrd", nrrd(dimension="4", sizes="1 5 6 7", kinds="list domain domain domain",
+        space_directions=f"none {ALONG}"), itk="same"),
+    itk("one volume in time", "scan.nrrd", nrrd(dimension="4", sizes="5 6 7 1", kinds="domain domain domain time",
+        space_directions=f"{ALONG} none"), itk="refuses"),
+    itk("two volumes", "scan.nrrd", nrrd(2 * RAW, dimension="4", sizes="5 6 7 2", kinds="domain domain domain list",
+        space_directions=f"{ALONG} none"), "several volumes, or several values", itk=NOT_ASKED),
+    itk("colours", "scan.nrrd", nrrd(3 * RAW, dimension="4", sizes="3 5 6 7", kinds="RGB-color domain domain domain",
+        space_directions=f"none {ALONG}"), "several volumes, or several values", itk=NOT_ASKED),
+    itk("four axes, described as three", "scan.nrrd", nrrd(dimension="4", sizes="5 6 7 1", kinds=None), "is not of 4 axes",
+        itk=NOT_ASKED),
+    itk("microns", "scan.nrrd", nrrd(space_directions=MICRON, space_origin="(-31000,7000,55000)",
+        space_units=" ".join(['"microns"'] * 3)), itk=NOT_ASKED),
+    itk("gzip outside of its own", "scan.nrrd.gz", gzip.compress(nrrd()), "compressed .gzip.*decompress it first", itk=NOT_ASKED),
     itk("bytes before the voxels", "scan.nhdr", files(
         "scan.nhdr", scan__nhdr=nrrd(b"", data_file="scan.raw", byte_skip="9"), scan__raw=b"preceding" + RAW)),
     itk("voxels that end the file", "scan.nhdr", files(
