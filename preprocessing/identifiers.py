@@ -219,8 +219,8 @@ def _date(value: str) -> Iterator[str]:
     # A month's name in any language, among up to three words: 5 Mar 2023, March 5th 2023, 5 de marzo de 2023, 5.III.2023.
     words = rf"{GAP}[^\W\d_]+(?:{GAP}[^\W\d_]+){{0,2}}{GAP}"
     ordinal = rf"{d}(?:st|[nr]d|th)?"
-    for order in (d + words + year, year + words + d, rf"[^\W\d_]{{3,12}}{GAP}{ordinal}{GAP}{year}"):
-        yield rf"(?<!\d){order}(?!\d)"
+    for written in (d + words + year, year + words + d, rf"[^\W\d_]{{3,12}}{GAP}{ordinal}{GAP}{year}"):
+        yield rf"(?<!\d){written}(?!\d)"
     yield rf"(?<!\d){d}{GAP}[^\W\d_]{{3,12}}{GAP}{short}(?!\d)"
 
 

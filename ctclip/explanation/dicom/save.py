@@ -32,8 +32,10 @@ def holds_only_ours(folder: Path) -> bool:
 def _is_ours(path: Path) -> bool:
     if path.is_symlink() or not path.is_file():
         return False
-    named = NAMES.fullmatch(path.name) and (read_header(path, ["Manufacturer"]) or {}).get("Manufacturer") == "ctclip"
-    return bool(named or LEFT.fullmatch(path.name))
+    if LEFT.fullmatch(path.name):
+        return True
+    header = read_header(path, ["Manufacturer"]) if NAMES.fullmatch(path.name) else None
+    return header is not None and header.get("Manufacturer") == "ctclip"
 
 
 def save_dicom(explanation: Explanation, folder: str | Path, *, pictures: bool = True) -> list[Path]:
