@@ -40,6 +40,7 @@ OURS: dict[Kind, dict[str, str]] = {
         "text": "ctclip.heads.text:TextHead",
         "caption": "ctclip.heads.caption:CaptionHead",
         "contexts": "ctclip.heads.contexts:ContextHead",
+        "prior": "ctclip.heads.prior:PriorHead",
     },
     "reader": {
         "rules": "ctclip.report_reading.rules:RulesReader",

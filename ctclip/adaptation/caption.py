@@ -99,7 +99,7 @@ def run_caption(
     torch.manual_seed(seed)
     decoder = _decoder(loaded, config)
     caption = CaptionHead(
-        loaded.model, decoder, _prompts(loaded), loaded.labels.names, SECTIONS, prompted=config.told > 0
+        loaded.model, decoder, prompts_of(loaded), loaded.labels.names, SECTIONS, prompted=config.told > 0
     )
     with (
         claimed_folder(output, "adapt", key, (LOSSES,), made_by_us, force=force),
@@ -125,7 +125,8 @@ def _decoder(loaded: ModelFolder, config: CaptionConfig) -> WordDecoder:
     )  # fmt: skip
 
 
-def _prompts(loaded: ModelFolder) -> PromptSet:
+def prompts_of(loaded: ModelFolder) -> PromptSet:
+    """The prompts by which a head that is trained here scores the findings of the label set."""
     return load_prompts(loaded.labels.prompts or "generic")
 
 

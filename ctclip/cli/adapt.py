@@ -13,6 +13,7 @@ from ctclip.cli.reading import LABEL_TABLE
 class AdaptMethod(StrEnum):
     coop = "coop"
     caption = "caption"
+    prior = "prior"
     vocabfine = "vocabfine"
     classfine = "classfine"
     lora = "lora"
@@ -27,15 +28,15 @@ def adapt(
     ),
     method: AdaptMethod = typer.Option(
         ...,
-        help="coop: learn prompts, in seconds to minutes. caption: learn to write reports. The other methods train encoders; "
-        "see above.",
+        help="coop: learn prompts, in seconds to minutes. caption: learn to write reports. prior: learn which "
+        "volumes a text describes. The other methods train encoders; see above.",
     ),
     model: str = typer.Option(
         ..., "--model", "-m", help="The model folder to start from; an imported checkpoint is one too."
     ),
     store: Path = typer.Option(..., help="A store written by `ctclip preprocess` with the model's spec."),
     output: Path = typer.Option(
-        ..., "--output", "-o", help="The run folder; with coop and caption, the folder for tables."
+        ..., "--output", "-o", help="The run folder; with coop, caption and prior, the folder for tables."
     ),
     labels: Path = LABEL_TABLE,
     config: str = typer.Option(
@@ -49,7 +50,8 @@ def adapt(
     ),
     percent: float = typer.Option(100.0, help="Percentage of the training patients whose labels are used."),
     head: str = typer.Option(
-        None, help="coop, caption: the name under which the head is saved in the model folder. Default: the method's."
+        None,
+        help="coop, caption, prior: the name under which the head is saved in the model folder. Default: the method's.",
     ),
     draws: int = typer.Option(
         1, min=1, help="coop: number of random draws of patients; the head of the first draw is saved."
@@ -79,6 +81,9 @@ def adapt(
     caption trains a decoder that writes reports, on frozen tokens of the volumes, and saves it as a head for `ctclip draft`; it
     reads no labels.
 
+    prior learns, on frozen embeddings, the embeddings of the volumes that a text describes, and saves this map as a head; it reads no
+    labels.
+
     The other methods train, write a new model folder, and resume as `ctclip train` does: vocabfine fits the scores of the
     prompts to labels; classfine fits a linear layer; lora and last-layers do what vocabfine does with fewer parameters; full
     continues the contrastive training on pairs of volumes and reports.
@@ -89,8 +94,10 @@ def adapt(
     if method is AdaptMethod.coop:
         _coop(overrides or [], model, store, output, labels, config, setting, head or "coop", draws, (train_split, test_split), seed, force)  # fmt: skip
         return
-    if method is AdaptMethod.caption:
-        _caption(overrides or [], model, store, output, labels, config, setting, head or "caption", train_split, seed, force)  # fmt: skip
+    if method in (AdaptMethod.caption, AdaptMethod.prior):
+        _unlabelled(
+            method, overrides or [], model, store, output, labels, config, setting, head, train_split, seed, force
+        )
         return
     from ctclip import distributed, extras
     from ctclip.models.folder import local_folder
@@ -143,21 +150,30 @@ def _coop(
     print(f"head: {result.folder} (label-supervised; `--head {head}` uses it)")
 
 
-def _caption(
-    overrides: list[str], model: str, store: Path, output: Path, labels: Path | None, config: str | None, setting: object,
-    head: str, split: str, seed: int, force: bool,
+def _unlabelled(
+    method: AdaptMethod, overrides: list[str], model: str, store: Path, output: Path, labels: Path | None,
+    config: str | None, setting: object, head: str | None, split: str, seed: int, force: bool,
 ) -> None:  # fmt: skip
+    """Heads that learn from reports alone."""
     from ctclip import distributed
-    from ctclip.adaptation.caption import LOSSES, CaptionConfig, run_caption
+    from ctclip.adaptation import caption, prior
     from ctclip.adaptation.protocol import Setting
     from ctclip.config_files import find_config, load_section
     from ctclip.errors import ConfigError
     from ctclip.models.folder import load_model
 
     if labels is not None or setting != Setting("fraction", 100.0):
-        raise ConfigError("--method caption reads no labels: leave out --labels, --shots and --percent")
-    chosen = load_section(CaptionConfig, find_config(config or "caption", "adapt"), overrides)
+        raise ConfigError(f"--method {method.value} reads no labels: leave out --labels, --shots and --percent")
+    path, name = find_config(config or method.value, "adapt"), head or method.value
+    if method is AdaptMethod.caption:
+        decoding = load_section(caption.CaptionConfig, path, overrides)
+        loaded = load_model(model, distributed.device())
+        folder = caption.run_caption(loaded, store, output, decoding, head=name, split=split, seed=seed, force=force)
+        print(f"losses: {output / caption.LOSSES}")
+        print(f"head: {folder} (`ctclip draft --head {name}` uses it)")
+        return
+    chosen = load_section(prior.PriorConfig, path, overrides)
     loaded = load_model(model, distributed.device())
-    folder = run_caption(loaded, store, output, chosen, head=head, split=split, seed=seed, force=force)
-    print(f"losses: {output / LOSSES}")
-    print(f"head: {folder} (`ctclip draft --head {head}` uses it)")
+    folder = prior.run_prior(loaded, store, output, chosen, head=name, split=split, seed=seed, force=force)
+    print(f"losses: {output / prior.LOSSES}")
+    print(f"head: {folder} (`ctclip zero-shot --head {name}` scores with it)")

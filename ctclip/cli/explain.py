@@ -16,6 +16,7 @@ class By(StrEnum):
     occlusion = "occlusion"
     gradcam = "gradcam"
     attention = "attention"
+    counterfactual = "counterfactual"
 
 
 def explain(
@@ -32,12 +33,17 @@ def explain(
         By.similarity,
         help="similarity: the score of each place by itself; contribution: what a place adds to the score; "
         "occlusion: how the score falls when a place is hidden, "
-        "slow, works with every model; gradcam; attention: for transformers.",
+        "slow, works with every model; gradcam; attention: for transformers; counterfactual: the smallest smooth change of "
+        "the scan that turns the score, slow.",
     ),
     level: float = typer.Option(
         0.5, min=0.01, max=0.99, help="Fraction of the peak of a map down to which its region and mask extend."
     ),
-    budget: int = typer.Option(600, min=8, help="Occlusion: maximum number of encodings; more give finer maps."),
+    budget: int = typer.Option(
+        600,
+        min=8,
+        help="Occlusion: maximum number of encodings; more give finer maps. Counterfactual: for each finding.",
+    ),
     dicom: bool = typer.Option(
         False,
         "--dicom",

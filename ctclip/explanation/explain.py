@@ -165,7 +165,7 @@ def explain(
 
     ``findings``: names that ``head`` scores; by default, those at or above their threshold. ``by``: the method, see
     ``ctclip.explanation.method``. ``level``: a region extends down to this fraction of the peak of its map. ``budget``:
-    the maximum number of encodings for occlusion. Raises ExplanationError.
+    the maximum number of encodings, for occlusion of all findings, for a counterfactual of each. Raises ExplanationError.
     """
     began = time.perf_counter()
     volume = torch.from_numpy(prepared.voxels)[None, None].to(model.device)
@@ -193,7 +193,7 @@ def explain(
             level=level,
         )
     return Explanation(
-        scan, model_hash, by, time.perf_counter() - began, places, tuple(warnings),
+        scan, model_hash, by, time.perf_counter() - began, places, (*warnings, *found.notes),
         probabilities=dict(zip(head.names, probabilities, strict=True)), thresholds=dict(head.thresholds()),
         model_name=model_name, scanned=prepared,
     )  # fmt: skip

@@ -24,15 +24,19 @@ METHODS = {
     "occlusion": "Occlusion",
     "gradcam": "GradCAM",
     "attention": "Attention",
+    "counterfactual": "Counterfactual",
 }
+# Methods that encode a scan many times.
+SLOW = ("occlusion", "counterfactual")
 
 
 class Maps(NamedTuple):
     """values (F, d, h, w) float32: one map per finding, 0 where a location has no influence; affine (4, 4): from the
-    index (d, h, w) of a cell to mm of the prepared volume, as ``Encoded.affine``."""
+    index (d, h, w) of a cell to mm of the prepared volume, as ``Encoded.affine``; notes: one for each finding, or none."""
 
     values: np.ndarray
     affine: np.ndarray
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -85,16 +85,22 @@ def _embedding(encoded: Encoded) -> Tensor:
 
 
 @torch.no_grad()
-def pair_vectors(model: DualEncoder, prompts: PromptSet, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+def pair_vectors(
+    model: DualEncoder,
+    prompts: PromptSet,
+    names: Sequence[str],
+    encode: Callable[[Sequence[str]], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Positive and negative sides (names, dim): the mean of each side's phrasings by their weights, encoded together.
 
     The mean is normalised for ``ensemble: embeddings``, but not for ``logits``, where the mean of dot products is the
     dot product with the mean. With ``average: section`` each section has the same weight, however many phrasings it
     has. A model that standardises its features gives both sides of a pair the same length (``embeddings``; see
-    ``DualEncoder.encode_prompts``).
+    ``DualEncoder.encode_prompts``). ``encode``: texts to unit vectors (n, dim), in place of the model's own.
     """
-    shared = shares_length(model, prompts.ensemble)
-    encode = model.encode_prompts if shared else model.encode_text
+    shared = encode is None and shares_length(model, prompts.ensemble)
+    if encode is None:
+        encode = model.encode_prompts if shared else model.encode_text
     sides = [(name, positive) for positive in (True, False) for name in names]
     groups = [prompts.groups(*side) for side in sides]
     weights = [prompts.weights(*side) for side in sides]

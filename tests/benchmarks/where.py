@@ -19,7 +19,7 @@ import ctclip
 from ctclip.errors import ExplanationError
 from ctclip.evaluation.pages import number
 from ctclip.explanation.masks import Masks, load_layout
-from ctclip.explanation.method import METHODS, Subject, method
+from ctclip.explanation.method import METHODS, SLOW, Subject, method
 from ctclip.inference.locate import CONTROLS, chosen_volumes, locate_cohort
 from ctclip.inference.model import Model
 from ctclip.preprocessing import prepare
@@ -60,14 +60,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a model to use instead of the demo's")
     parser.add_argument("--scans", type=int, default=200)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
-    parser.add_argument("--slow-scans", type=int, default=20, help="number of scans for occlusion")
+    parser.add_argument("--slow-scans", type=int, default=20, help="number of scans for occlusion and counterfactual")
     given = parser.parse_args()
     model = ctclip.load(given.model or given.demo / "train" / "model")
     cohort = read_cohort(given.demo / "cohort")
     masks = Masks(given.demo / "cohort" / "masks", load_layout("phantom"))
     results: dict[str, tuple[str, dict[str, Any], float, float]] = {}
     for by in given.methods:
-        count = given.slow_scans if by == "occlusion" else given.scans
+        count = given.slow_scans if by in SLOW else given.scans
         volumes = chosen_volumes(cohort, masks, "valid", count, 0)
         try:
             encoding, seconds = cost(model, cohort.files[volumes[0]], by)
