@@ -28,6 +28,7 @@ from ctclip.cli.explain import explain
 from ctclip.cli.export import export
 from ctclip.cli.filter_pairs import filter_pairs
 from ctclip.cli.find import find
+from ctclip.cli.imagine import imagine
 from ctclip.cli.import_checkpoint import import_checkpoint
 from ctclip.cli.index import index, similar
 from ctclip.cli.labels import labels
@@ -81,6 +82,7 @@ app.command()(index)
 app.command()(similar)
 app.command()(ask)
 app.command()(draft)
+app.command()(imagine)
 app.command("read-reports")(read_reports)
 app.command("clean-reports")(clean_reports)
 app.command()(analyze)

@@ -31,7 +31,7 @@ LAYERS = [
     {"ctclip.evaluation", "ctclip.drift"},
     {"ctclip.objectives", "ctclip.heads"},
     {"ctclip.explanation"},
-    {"ctclip.inference", "ctclip.training", "ctclip.drafting"},
+    {"ctclip.inference", "ctclip.training", "ctclip.drafting", "ctclip.imagining"},
     {"ctclip.adaptation"},
     {"ctclip.audit"},
     {"ctclip.serve"},

@@ -1,0 +1,56 @@
+"""`ctclip imagine`: a volume in which a model reads a text."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+import typer
+
+
+class ImagineMethod(StrEnum):
+    dream = "dream"
+
+
+def imagine(
+    texts: list[str] = typer.Argument(..., metavar="TEXT...", help="What a report would say. One or more texts."),
+    model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
+    output: Path = typer.Option(
+        ..., "--output", "-o", help="A NIfTI file, .nii.gz or .nii; the word synthetic is added to its name."
+    ),
+    method: ImagineMethod = typer.Option(
+        ImagineMethod.dream, help="dream: change a volume step by step until the model reads the text in it."
+    ),
+    store: Path = typer.Option(None, help="Begin with the mean volume of this store. Default: begin with noise."),
+    split: str = typer.Option("train", help="The split of --store."),
+    number: int = typer.Option(1, "--number", "-n", min=1, max=10_000, help="Number of volumes of each text."),
+    steps: int = typer.Option(100, min=1, help="Steps of each volume."),
+    seed: int = typer.Option(0, min=0, help="Seed of the first volume of each text; the next ones count on."),
+    head: str = typer.Option("prompts", help="The head that is asked about the volumes afterwards."),
+    language: str = typer.Option("english", help="Of the texts: a YAML file, or the name of one in configs/languages."),
+    force: bool = typer.Option(False, "--force", help="Overwrite files that are no synthetic volumes."),
+) -> None:
+    """Make synthetic volumes in which a model reads a text: what it takes the words to mean. Nobody was scanned for them.
+
+    `ctclip imagine "Moderate effusion on the left." --model runs/demo/train/model --store runs/demo/store --output x.nii.gz`
+
+    The volumes are NIfTI in HU on the grid of the model, and called synthetic in their name, their header and on their page. A
+    dream shows what raises the score of the model, which need not look like a scan. For research only.
+    """
+    from ctclip import distributed
+    from ctclip.imagining.imagine import Imagining, check_texts
+    from ctclip.imagining.imagine import imagine as imagined
+    from ctclip.imagining.synthetic import check_output, write_volumes
+    from ctclip.inference.model import load
+
+    check_output(output, len(texts) * number, force=force)
+    loaded = load(model, distributed.device())
+    detector = loaded.head(head)
+    check_texts(loaded.folder, texts, language)
+    volumes = imagined(loaded.folder, detector, texts, Imagining(number, seed, steps, store, split, language))
+    paths, page = write_volumes(output, volumes, loaded.spec, force=force)
+    for path, one in zip(paths, volumes, strict=True):
+        print(f"synthetic: {path} ({one.text} {one.words})")
+    print(f"page: {page}")
+    for caveat in loaded.folder.trained_on.caveats():
+        print(f"warning: {caveat}")
