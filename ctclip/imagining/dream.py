@@ -53,14 +53,18 @@ def dream(
         before = float(model.encode_volume(begin) @ wanted)
     with torch.enable_grad():
         for _ in track(range(steps), steps, "dreaming", "steps"):
-            change = edit()
-            seen = _looked_at((begin + change).clamp(-1, 1), spacing, random)
+            change, moved = edit(), edit()
+            seen = _looked_at((begin + moved).clamp(-1, 1), spacing, random)
             cosine = (model.encode_volume(seen) @ wanted)[0]
-            if not cosine.requires_grad:
+            # On its own, because the penalties have a gradient even where the encoder has none.
+            slopes = torch.autograd.grad(-cosine, list(edit.grids), allow_unused=True)
+            if slopes[0] is None:
                 raise ExplanationError("the encoder of this model has no gradient with respect to its voxels")
-            loss = -cosine + SMOOTH * total_variation(change) + SMALL * change.abs().mean()
             optimizer.zero_grad()
-            loss.backward()
+            (SMOOTH * total_variation(change) + SMALL * change.abs().mean()).backward()
+            for grid, slope in zip(edit.grids, slopes, strict=True):
+                assert grid.grad is not None
+                grid.grad += slope
             optimizer.step()
     with torch.no_grad():
         volume = (begin + edit()).clamp(-1, 1)

@@ -16,22 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 import ctclip
-from ctclip.adaptation.examples import cached_embeddings
-from ctclip.adaptation.prior import PriorConfig, run_prior
+from ctclip.adaptation.prior import PriorConfig, fit_prior, run_prior, text_pairs
 from ctclip.audit.geometry import modality_gap
 from ctclip.config_files import find_config, load_section
-from ctclip.data.dataset import with_report
 from ctclip.evaluation.retrieval import retrieval
+from ctclip.evaluation.tables import read_embeddings
 from ctclip.explanation.explain import Explanation, explain
 from ctclip.explanation.masks import Masks, load_layout
 from ctclip.explanation.place import side_of
-from ctclip.heads.prior import PriorHead
+from ctclip.heads.prior import Prior, PriorHead
 from ctclip.inference.model import usable_head
-from ctclip.inference.run import report_embeddings, report_texts
-from ctclip.inference.scans import StoredScans
+from ctclip.inference.run import REPORT, VOLUME
 from ctclip.models.folder import load_model
 from ctclip.preprocessing import prepare
 from ctclip.preprocessing.cohorts import read_cohort
@@ -43,38 +42,32 @@ KINDS = ("ridge", "mlp", "diffusion")
 DEPTHS = ("recall@1", "recall@5", "recall@10", "median_rank")
 
 
-def priors(model: Path, store: Path, work: Path, split: str) -> dict[str, Any]:
-    """Figures of the text's own embedding and of every kind of prior."""
-    copy = work / "model"
-    if not copy.is_dir():
-        shutil.copytree(model, copy)
-    loaded = load_model(copy)
-    for kind in KINDS:
-        if not (copy / "heads" / f"prior-{kind}").is_dir():
-            config = load_section(PriorConfig, find_config("prior", "adapt"), [f"kind={kind}"])
-            # One folder, so that the embeddings are computed once.
-            run_prior(loaded, store, work / "priors", config, head=f"prior-{kind}", force=True)
-    scans = StoredScans(VolumeStore(store), split, loaded.spec, copy)
-    scans.table = with_report(scans.table, loaded.trained_on.sections, f"{store}: split {split!r}")
-    vectors = cached_embeddings(loaded, scans, work / "embeddings", 8)
-    rows = scans.table[scans.table["volume"].isin(vectors)]
-    volumes = np.stack([vectors[name] for name in rows["volume"]])
-    with torch.inference_mode():
-        reports = report_embeddings(loaded.model, report_texts(rows, loaded.trained_on.sections))
-    identity = rows["scan"].astype(str).to_numpy()
+def priors(model: Path, store: Path, predictions: Path, work: Path, halves: bool) -> dict[str, Any]:
+    """Figures of the text's own embedding and of every kind of prior; predictions: the output of `ctclip zero-shot
+    --embed-reports` on held-out volumes. halves: priors learn from one half of these volumes' patients, and are tested on
+    the other."""
+    arrays = read_embeddings(predictions / "embeddings.parquet")
+    kept = np.isfinite(arrays[REPORT]).all(axis=1)
+    names, volumes, reports = (arrays[name][kept] for name in ("volume", VOLUME, REPORT))
+    rows = VolumeStore(store).cohort.set_index("volume", drop=False).loc[names]
+    tested = np.ones(len(rows), bool)
+    if halves:
+        patients = np.random.default_rng(0).permutation(rows["patient"].unique())
+        tested = rows["patient"].isin(patients[: len(patients) // 2]).to_numpy()
+        fitted = fitted_on_half(model, rows[~tested], dict(zip(names, volumes, strict=True)))
+    else:
+        fitted = fitted_on_training(model, store, work)
+    volumes, reports, identity = volumes[tested], reports[tested], rows.loc[tested, "scan"].astype(str).to_numpy()
     first = np.sort(np.unique(identity, return_index=True)[1])
+    texts = torch.from_numpy(reports[first])
     queries = {
         "none: the text itself": reports[first],
-        "its mean moved to the volumes'": centred(reports[first], work, loaded),
+        "none, gap closed by the means": centred(reports[first], fitted["ridge"]),
     }
-    for kind in KINDS:
-        head = usable_head(loaded, f"prior-{kind}")
-        assert isinstance(head, PriorHead)
-        texts = torch.from_numpy(reports[first])
-        queries[kind] = head.prior.expected(texts).numpy()
-        if kind == "diffusion":
-            queries["diffusion, one sample"] = head.prior.sample(texts)[:, 0].numpy()
-            queries["diffusion, best of two"] = head.prior.best(texts).numpy()
+    for kind, prior in fitted.items():
+        queries[kind] = prior.expected(texts).numpy()
+    queries["diffusion, one sample"] = fitted["diffusion"].sample(texts)[:, 0].numpy()
+    queries["diffusion, best of two"] = fitted["diffusion"].best(texts).numpy()
     return {
         name: {
             **retrieval(vector, volumes, identity[first], identity),
@@ -85,11 +78,36 @@ def priors(model: Path, store: Path, work: Path, split: str) -> dict[str, Any]:
     }
 
 
-def centred(reports: np.ndarray, work: Path, loaded: Any) -> np.ndarray:
-    """The control of Liang et al. 2022: every report moved by the gap of the training pairs, as the prior saw them."""
-    head = usable_head(loaded, "prior-ridge")
-    assert isinstance(head, PriorHead)
-    moved = reports - reports.mean(axis=0) + head.prior.mean.numpy()
+def fitted_on_half(model: Path, rows: pd.DataFrame, vectors: dict[str, np.ndarray]) -> dict[str, Prior]:
+    """Every kind of prior, fitted to the volumes of ``rows``."""
+    loaded, fitted = load_model(model), {}
+    for kind in KINDS:
+        config = load_section(PriorConfig, find_config("prior", "adapt"), [f"kind={kind}"])
+        pairs = text_pairs(loaded, rows, vectors, config, 0)
+        fitted[kind] = fit_prior(pairs, config, loaded.model.device, 0)[0].eval()
+    return fitted
+
+
+def fitted_on_training(model: Path, store: Path, work: Path) -> dict[str, Prior]:
+    """Every kind of prior as `ctclip adapt --method prior` fits it, in a copy of the model."""
+    copy, fitted = work / "model", {}
+    if not copy.is_dir():
+        shutil.copytree(model, copy)
+    loaded = load_model(copy)
+    for kind in KINDS:
+        if not (copy / "heads" / f"prior-{kind}").is_dir():
+            config = load_section(PriorConfig, find_config("prior", "adapt"), [f"kind={kind}"])
+            # One folder, so that the embeddings are computed once.
+            run_prior(loaded, store, work / "priors", config, head=f"prior-{kind}", force=True)
+        head = usable_head(loaded, f"prior-{kind}")
+        assert isinstance(head, PriorHead)
+        fitted[kind] = head.prior
+    return fitted
+
+
+def centred(reports: np.ndarray, prior: Prior) -> np.ndarray:
+    """The control: the gap closed by moving the reports' mean to that of the training volumes (Liang et al. 2022)."""
+    moved = reports - reports.mean(axis=0) + prior.mean.numpy()
     return np.asarray(moved / np.linalg.norm(moved, axis=1, keepdims=True))
 
 
@@ -113,9 +131,11 @@ def counterfactuals(model: Path, cohort: Path, findings: list[str], each: int, m
     for finding in findings:
         used = 0
         for volume in held.loc[held[finding] == 1, "volume"]:
+            if used == each:
+                break
             ready = prepare(scans.files[volume], loaded.spec)
             mask = dict(masks.of(volume, ready.file_grid)).get(finding)
-            if mask is None or used == each:
+            if mask is None:
                 continue
             used += 1
             for by in methods:
@@ -160,7 +180,9 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="a folder of `ctclip demo`")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--only", choices=("prior", "counterfactual"))
-    parser.add_argument("--split", default="valid")
+    parser.add_argument(
+        "--halves", action="store_true", help="prior: learn from half of the held-out patients; encodes nothing"
+    )
     parser.add_argument("--findings", nargs="*", help="counterfactual: instead of those with an AUROC above 0.9")
     parser.add_argument("--each", type=int, default=5, help="counterfactual: scans of each finding")
     parser.add_argument("--methods", nargs="*", default=["similarity", "contribution", "counterfactual"])
@@ -169,7 +191,7 @@ def main() -> None:
     model = given.demo / "train" / "model"
     print(machine())
     if given.only != "counterfactual":
-        result = priors(model, given.demo / "store", given.work, given.split)
+        result = priors(model, given.demo / "store", given.demo / "predictions", given.work, given.halves)
         print(show_priors(result))
         (given.work / "priors.json").write_text(json.dumps(result, indent=2))
     if given.only != "prior":

@@ -85,9 +85,11 @@ def test_the_turning_point_is_the_calibrated_threshold() -> None:
 
 def test_a_head_without_a_gradient_is_refused_in_one_line() -> None:
     asked = subject()
-    asked.head.score = lambda encoded: encoded.tokens.detach().amax(dim=(1, 2))[:, None]  # type: ignore[method-assign]
-    with pytest.raises(ExplanationError, match="no gradient from the score of 'Blob'"):
-        Counterfactual().maps(asked)
+    weight = torch.ones(1, requires_grad=True)
+    for factor in (torch.ones(1), weight):  # without any gradient; with one that does not lead to the voxels
+        asked.head.score = lambda encoded, by=factor: by * encoded.tokens.detach().amax(dim=(1, 2))[:, None]  # type: ignore[method-assign, misc]
+        with pytest.raises(ExplanationError, match="no gradient from the score of 'Blob'"):
+            Counterfactual().maps(asked)
 
 
 def test_an_edit_is_smooth_and_nothing_at_first() -> None:
@@ -95,7 +97,7 @@ def test_an_edit_is_smooth_and_nothing_at_first() -> None:
     volume[..., 8:] = 0
     edit = SmoothEdit((16, 16, 16), (2, 2, 2), (16, 8), body(volume, (2, 2, 2)))
     assert [tuple(grid.shape[2:]) for grid in edit.grids] == [(2, 2, 2), (4, 4, 4)]
-    assert float(edit().abs().max()) == 0
+    assert float(edit().detach().abs().max()) == 0
     edit.grids[0].data.fill_(1)
     assert edit()[0, 0, 0, 0].tolist() == [0] * 8 + [1] * 8
     ramp = torch.arange(4.0).view(1, 1, 1, 1, 4).expand(1, 1, 3, 2, 4)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ctclip.cli import main
+from ctclip.errors import ExplanationError
 from ctclip.imagining.dream import dream, noise_volume
 from ctclip.imagining.synthetic import DESCRIPTION, KIND, Synthetic, is_synthetic, to_hu, volume_files, write_volume
 from ctclip.models.folder import load_model
@@ -48,6 +49,14 @@ def test_a_dream_from_a_scan_leaves_its_air_alone() -> None:
     made = dream(model, wanted, begin, steps=5).voxels
     assert (made[..., :5] == -1).all()
     assert (made[..., 9:] != 0).any()
+
+
+def test_an_encoder_without_a_gradient_is_refused() -> None:
+    model = dual_encoder(spec=SPEC).eval()
+    encode = model.encode_volume
+    model.encode_volume = lambda volume, mask=None: encode(volume.detach())  # type: ignore[method-assign]
+    with pytest.raises(ExplanationError, match="no gradient"):
+        dream(model, torch.ones(model.config.dim), noise_volume(model, 0), steps=2, everywhere=True)
 
 
 @pytest.mark.parametrize("published", [False, True])
