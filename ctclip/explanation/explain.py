@@ -193,7 +193,7 @@ def explain(
             level=level,
         )
     return Explanation(
-        scan, model_hash, by, time.perf_counter() - began, places, (*warnings, *found.notes),
+        scan, model_hash, by, time.perf_counter() - began, places, (*warnings, *relevance.notes),
         probabilities=dict(zip(head.names, probabilities, strict=True)), thresholds=dict(head.thresholds()),
         model_name=model_name, scanned=prepared,
     )  # fmt: skip

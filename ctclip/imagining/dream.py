@@ -57,12 +57,13 @@ def dream(
             seen = _looked_at((begin + moved).clamp(-1, 1), spacing, random)
             cosine = (model.encode_volume(seen) @ wanted)[0]
             # On its own, because the penalties have a gradient even where the encoder has none.
-            slopes = torch.autograd.grad(-cosine, list(edit.grids), allow_unused=True)
+            grids = list(edit.grids)
+            slopes = torch.autograd.grad(-cosine, grids, allow_unused=True) if cosine.requires_grad else (None,)
             if slopes[0] is None:
                 raise ExplanationError("the encoder of this model has no gradient with respect to its voxels")
             optimizer.zero_grad()
             (SMOOTH * total_variation(change) + SMALL * change.abs().mean()).backward()
-            for grid, slope in zip(edit.grids, slopes, strict=True):
+            for grid, slope in zip(grids, slopes, strict=True):
                 assert grid.grad is not None
                 grid.grad += slope
             optimizer.step()
