@@ -38,11 +38,11 @@ SIZES = {
     "default": Size(5200, (), 1000, 0.08, (5.1, 1.4, 21.0, 0.4, 0.1, 0.7, 0.4)),
     # Enough to learn what is large in the picture.
     "quick": Size(
-        1400,
+        1600,
         ("training.epochs=9", "training.text_warmup.steps=150", "training.summary_patients=100"),
         200,
         0.1,
-        (1.4, 0.4, 4.9, 0.3, 0.1, 0.4, 0.4),
+        (2.4, 0.8, 7.5, 0.3, 0.1, 0.5, 0.6),
     ),
     # Shows that every stage runs; far too small to learn from.
     "smoke": Size(

@@ -33,6 +33,14 @@ LOSSY = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 81))
 LARGEST_SIDE = 8192
 
 
+class UndecodableSlices(PreprocessingError):
+    """``images``: those whose pixels cannot be decoded; the message is that of the first."""
+
+    def __init__(self, message: str, images: list[Image]) -> None:
+        super().__init__(message)
+        self.images = images
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a pixel's bits are laid out: ``high`` is the highest bit of the ``stored`` ones among the ``allocated``."""
@@ -54,7 +62,7 @@ def hounsfield(source: str, image: Image) -> np.ndarray:
     """One slice [row, column] in HU: int16 where they are whole numbers that fit, else float32.
 
     Stored values are rescaled by the slice's own slope and intercept whatever PhotometricInterpretation says, which
-    concerns their display. Padding becomes air.
+    concerns their display. Padding becomes air. Raises UndecodableSlices.
     """
     try:
         slope, intercept = _rescale(image.header)
@@ -70,7 +78,8 @@ def hounsfield(source: str, image: Image) -> np.ndarray:
             else f"it is damaged, or its transfer syntax ({named(image.syntax)}) is not one that is read: export the series "
             f"again, uncompressed"
         )
-        raise PreprocessingError(f"{source}: slice {file} cannot be decoded ({error}); {remedy}") from error
+        message = f"{source}: slice {file} cannot be decoded ({error}); {remedy}"
+        raise UndecodableSlices(message, [image]) from error
     values = _rescaled(stored, slope, intercept, padding)
     if padding is not None:
         values[padding] = OUTSIDE_FIELD_OF_VIEW

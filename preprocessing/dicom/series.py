@@ -25,6 +25,7 @@ import numpy as np
 from ctclip.preprocessing.dicom import groups, missing, stack
 from ctclip.preprocessing.dicom.headers import STUDY, Image, damaged_files, images
 from ctclip.preprocessing.dicom.kinds import ALTERED, DERIVED, REFORMATTED, alteration, altered_as, in_hu
+from ctclip.preprocessing.dicom.pixels import UndecodableSlices
 from ctclip.preprocessing.dicom.slices import Slice, modality, placed
 from ctclip.preprocessing.errors import PreprocessingError, counted
 from ctclip.preprocessing.identifiers import TAGS, Mask
@@ -76,10 +77,27 @@ def read(folder: Path, series: str | None, only: Path | None, name: Path | None,
     damaged = damaged_files(folder, [member.image for member in chosen.slices], dicom)
     missing.check_count(source, chosen.slices, chosen.images, known, damaged, chosen.warnings)
     numbers = missing.by_number(chosen.images, chosen.warnings)
-    volume = stack.volume(source, chosen.slices, numbers, chosen.warnings, largest)
+    volume = _volume(source, chosen, numbers, largest)
     if len(by_uid) > 1 and series is None:
         volume.warnings.append(f"{len(by_uid)} series in the folder: used the best one (--series chooses another)")
     return volume
+
+
+def _volume(source: str, chosen: Candidate, numbers: int, largest: int) -> Volume:
+    """The volume of a series; slices whose pixels cannot be decoded count as missing."""
+    slices, lost = chosen.slices, 0
+    while True:
+        warnings = list(chosen.warnings)
+        if lost:
+            warnings.append(f"{lost} of {counted(len(chosen.slices), 'slice')} cannot be decoded (damaged): left out")
+        try:
+            return stack.volume(source, slices, numbers, warnings, largest)
+        except UndecodableSlices as error:
+            undecodable = {id(image) for image in error.images}
+            slices = [member for member in slices if id(member.image) not in undecodable]
+            lost = len(chosen.slices) - len(slices)
+            if lost > missing.MOST_MISSING * len(chosen.slices):
+                raise
 
 
 def _candidate(members: list[Image]) -> Candidate:

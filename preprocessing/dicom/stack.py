@@ -8,7 +8,7 @@ import numpy as np
 
 from ctclip.preprocessing.dicom.headers import VALUES
 from ctclip.preprocessing.dicom.missing import MOST_MISSING
-from ctclip.preprocessing.dicom.pixels import bytes_behind, hounsfield, lossy
+from ctclip.preprocessing.dicom.pixels import UndecodableSlices, bytes_behind, hounsfield, lossy
 from ctclip.preprocessing.dicom.slices import Slice
 from ctclip.preprocessing.errors import PreprocessingError, counted, were
 from ctclip.preprocessing.volume import Volume
@@ -165,14 +165,25 @@ def _within(source: str, voxels: int, dtype: np.dtype, largest: int) -> None:
 
 
 def _array(source: str, members: list[Slice], largest: int) -> np.ndarray:
-    """[slice, row, column] in HU, int16 if that holds all slices, else float32."""
+    """[slice, row, column] in HU, int16 if that holds all slices, else float32. Raises UndecodableSlices, which names all of
+    them, or more than a series may lack."""
     array = np.empty((len(members), *members[0].shape), np.int16)
+    failed: UndecodableSlices | None = None
     for index, member in enumerate(members):
-        plane = hounsfield(source, member.image)
+        try:
+            plane = hounsfield(source, member.image)
+        except UndecodableSlices as error:
+            failed = failed or error
+            failed.images += error.images if failed is not error else []
+            if len(failed.images) > MOST_MISSING * len(members):
+                raise failed from None
+            continue
         if plane.dtype != array.dtype and array.dtype == np.int16:
             _within(source, array.size, np.dtype(np.float32), largest)
             array = array.astype(np.float32)
         array[index] = plane
+    if failed:
+        raise failed
     return array
 
 

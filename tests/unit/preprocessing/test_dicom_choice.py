@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydicom import dcmread
 
 from tests.unit.preprocessing.dicom_builder import ORIGIN, affine, series, write
 from tests.unit.preprocessing.dicom_situations import (
@@ -81,6 +82,17 @@ def spoiled(count: int) -> Callable[[Path], object]:
     return build
 
 
+def cut(*slices: int) -> Callable[[Path], object]:
+    """Files that end within their pixels."""
+
+    def build(folder: Path) -> None:
+        paths = sorted(write(folder, series(HU)).iterdir(), key=lambda path: int(dcmread(path).InstanceNumber))
+        for index in slices:
+            paths[index].write_bytes(paths[index].read_bytes()[:-100])
+
+    return build
+
+
 HOLE = HU.astype(np.float32)
 HOLE[7] = (HOLE[6] + HOLE[8]) / 2
 ODD = affine()
@@ -92,6 +104,11 @@ MISSING = [
     Row("two files cut short in their headers", spoiled(2), hu=HU[:0],
         says=("2 of 24 files are DICOM by their look", "1 slice is missing", "slice gaps")),
     Row("five files cut short in their headers", spoiled(5), refused=r"5 of 24 files are DICOM by their look.*missing"),
+    Row("a file cut short in its pixels", cut(7), hu=HOLE,
+        says=(r"1 of 24 slices cannot be decoded \(damaged\): left out", "1 slice is missing: interpolated", "slice gaps")),
+    Row("the last two cut short in their pixels", cut(22, 23), hu=HU[:22],
+        says=(r"2 of 24 slices cannot be decoded \(damaged\): left out",)),
+    Row("three files cut short in their pixels", cut(3, 7, 11), refused=r"cannot be decoded \(cut short\); it is damaged"),
     Row("the last slices, by ImagesInAcquisition",
         lambda f: write(f, series(HU[:22], ImagesInAcquisition=24)), hu=HU[:22],
         says=("2 of 24 images of ImagesInAcquisition are missing",)),
