@@ -17,9 +17,9 @@ test: style
 RUN = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/install
 
 pytest: .venv/installed
-	$(RUN) -m "not integration" $(PYTEST)
+	$(RUN) $(if $(ALL),,-m "not integration") $(PYTEST)
 
-# What starts ranks, Slurm, services, notebooks and the commands of the documentation; ten minutes more.
+# What starts ranks, Slurm, services, notebooks and the commands of the documentation; `make test ALL=1` runs it with the rest.
 integration-test: .venv/installed
 	$(RUN) -m integration $(PYTEST)
 

@@ -60,6 +60,7 @@ def test_only_the_last_layer_learns(deep: Clinic, tmp_path: Path) -> None:
     assert config.training.freeze.text == "all"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("method", ["vocabfine", "lora"])
 def test_a_recipe_ends_with_a_model_that_knows_its_patients(method: str, clinic: Clinic, tmp_path: Path) -> None:
     command = [

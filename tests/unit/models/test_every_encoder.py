@@ -186,6 +186,7 @@ def test_saved_and_loaded_the_same(name: str, vision: Path, tmp_path: Path) -> N
     assert loaded.spec == spec(name)
 
 
+@pytest.mark.integration
 @every
 def test_compiled_it_gives_the_same(name: str, vision: Path) -> None:
     """Through torch.compile's tracing; the code that inductor makes of it is tested against the recorded outputs."""

@@ -373,7 +373,7 @@ def test_no_identifier_of_a_dicom_header_reaches_any_output(tmp_path: Path, hu: 
     write_series(scans / "Zebrowski_Ottilie_19410217" / "CT", hu)
     write_series(scans / "Zebrowski_Ottilie_19410217" / "gap", hu, skip=(5, 6, 7))
     damaged = write_series(scans / "PID-778899 St Elsewhere Hospital", hu)
-    for path in sorted(damaged.iterdir())[3:5]:
+    for path in sorted(damaged.iterdir())[3:]:
         path.write_bytes(path.read_bytes()[:-900])
     wrong = write_series(scans / "warned", hu)
     for path in wrong.iterdir():
