@@ -40,6 +40,7 @@ def test_one_scan(trained: Path, cohort: Path, tmp_path: Path, monkeypatch: pyte
     assert "grid of tokens" in texts(cells[6])
 
 
+@pytest.mark.slow
 def test_train_evaluate_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = run("train_evaluate_compare", tmp_path, monkeypatch)
     assert "reports only" in texts(cells[4])
@@ -47,6 +48,7 @@ def test_train_evaluate_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "evaluation" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_adapt_and_explain(
     trained: Path, store: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
