@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -21,6 +22,16 @@ def load_yaml(text: str) -> Any:
     except (ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
         # PyYAML's own, for a date or a number that cannot be, and for a tag that does not fit its value.
         raise yaml.YAMLError(f"a value cannot be read: {error}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, UTF-8. Raises OSError, and yaml.YAMLError as ``load_yaml`` does."""
+    with path.open("rb") as stream:
+        content = stream.read(4 * LONGEST + 1)
+    try:
+        return load_yaml(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise yaml.YAMLError("not UTF-8") from error
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ctclip.errors import EvaluationError
 from ctclip.evaluation import figures
@@ -26,6 +25,7 @@ from ctclip.evaluation.pages import (
 from ctclip.evaluation.published import published_table
 from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
+from ctclip.preprocessing.plain_yaml import read_yaml
 from ctclip.preprocessing.scratch import scratch_folder
 
 INTERVALS = (
@@ -251,7 +251,7 @@ def _picture_sections(output: Path, metrics: dict[str, Any], pictures: Pictures)
 def _run_sections(output: Path, run: Path) -> list[dict[str, Any]]:
     lines = [plain_json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = read_yaml(run / "config.yaml")
     batch, clip = config["training"]["batch"], config["objectives"].get("clip")
     path = output / "loss.png"
     chance = None

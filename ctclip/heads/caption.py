@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ctclip.errors import CheckpointError
 from ctclip.heads.head import Head
-from ctclip.heads.prompts import PromptHead
+from ctclip.heads.prompts import PromptHead, read_names
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
 from ctclip.models.text import TextEncoder
 from ctclip.objectives.words import WordDecoder
+from ctclip.preprocessing.plain_yaml import read_yaml
 from ctclip.prompts import PromptSet, load_prompts
 from ctclip.sentences import sentences
 
@@ -195,14 +196,14 @@ class CaptionHead(Head):
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> CaptionHead:
         try:
-            size = yaml.safe_load((folder / SIZE).read_text(encoding="utf-8"))
-            names = yaml.safe_load((folder / "names.yaml").read_text(encoding="utf-8"))
-            decoder = WordDecoder(**size)
+            size = read_yaml(folder / SIZE)
             tensors = load_file(folder / WEIGHTS)
+            _check_size(size, tensors)
+            decoder = WordDecoder(**size)
             # Heads of before drafting write one text.
-            writes = (
-                yaml.safe_load((folder / WRITES).read_text(encoding="utf-8")) if (folder / WRITES).is_file() else {}
-            )
+            writes = read_yaml(folder / WRITES) if (folder / WRITES).is_file() else {}
+            if unknown := writes.keys() - {"sections", "prompted"}:
+                raise ValueError(f"{WRITES}: {unknown}")
             sections, prompted = (
                 tuple(map(str, writes.get("sections", ("findings",)))),
                 bool(writes.get("prompted", False)),
@@ -220,4 +221,13 @@ class CaptionHead(Head):
                 f"{model.volume_encoder.token_width}: it belongs to another model"
             )
         prompts = load_prompts(folder / "prompts.yaml")
-        return cls(model, decoder, prompts, [str(name) for name in names], sections, prompted=prompted)
+        return cls(model, decoder, prompts, read_names(folder), sections, prompted=prompted)
+
+
+def _check_size(size: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError unless a stranger's sizes are those of the weights beside them: memory is taken for no others."""
+    layers = {name.split(".")[3] for name in tensors if name.startswith("language.transformer.h.")}
+    words, places = (tensors[f"language.transformer.{name}.weight"] for name in ("wte", "wpe"))
+    there = (*words.shape, tensors["memory.weight"].shape[1], len(places), len(layers))
+    if tuple(size[name] for name in ("vocabulary", "width", "token_width", "length", "depth")) != there:
+        raise ValueError("sizes and weights do not agree")

@@ -21,6 +21,7 @@ from ctclip.heads.head import Head
 from ctclip.heads.prompts import shares_length, unit_pair
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
+from ctclip.preprocessing.plain_yaml import read_yaml
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class ContextHead(Head):
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> ContextHead:
         try:
-            facts = yaml.safe_load((folder / "contexts.yaml").read_text(encoding="utf-8"))
+            facts = read_yaml(folder / "contexts.yaml")
             tensors = load_file(folder / "contexts.safetensors")
             contexts = Contexts(**{part.name: tensors[part.name] for part in fields(Contexts)})
             names, ensemble = [str(name) for name in facts["names"]], str(facts["ensemble"])

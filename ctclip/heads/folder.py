@@ -26,6 +26,7 @@ from ctclip.models.folder import LABELS_BEFORE, is_head_folder
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.named_files import installed_file
 from ctclip.preprocessing.outputs import check_replaceable, put_in_place
+from ctclip.preprocessing.plain_yaml import read_yaml
 from ctclip.preprocessing.scratch import scratch_folder
 from ctclip.prompts import PromptSet, load_prompts
 
@@ -140,7 +141,7 @@ def _head_before(model_folder: Path, name: str, model: DualEncoder) -> Head:
 
 def _facts(folder: Path) -> dict[str, str]:
     try:
-        values = yaml.safe_load((folder / "head.yaml").read_text(encoding="utf-8"))
+        values = read_yaml(folder / "head.yaml")
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CheckpointError(f"{folder / 'head.yaml'}: cannot be read; copy the model folder again") from error
     if not isinstance(values, dict) or not isinstance(values.get("kind"), str):

@@ -15,6 +15,7 @@ from ctclip.errors import CheckpointError
 from ctclip.heads.head import Head
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
+from ctclip.preprocessing.plain_yaml import read_yaml
 
 
 class LinearHead(Head):
@@ -61,7 +62,7 @@ class LinearHead(Head):
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> LinearHead:
         try:
-            facts = yaml.safe_load((folder / "linear.yaml").read_text(encoding="utf-8"))
+            facts = read_yaml(folder / "linear.yaml")
             tensors = load_file(folder / "linear.safetensors")
             return cls(
                 model,

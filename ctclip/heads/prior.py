@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ctclip.errors import CheckpointError
 from ctclip.heads.head import Head
-from ctclip.heads.prompts import PromptHead, pair_vectors
+from ctclip.heads.prompts import PromptHead, pair_vectors, read_names
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
+from ctclip.preprocessing.plain_yaml import read_yaml
 from ctclip.prompts import PromptSet, load_prompts
 
 Kind = Literal["ridge", "mlp", "diffusion"]
@@ -135,6 +136,16 @@ def _network(inside: int, outside: int, width: int, depth: int, dropout: float) 
     return nn.Sequential(*layers, nn.LayerNorm(width), nn.Linear(width, outside))
 
 
+def _check_size(size: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError unless a stranger's sizes are those of the weights beside them: memory is taken for no others."""
+    blocks = {name.split(".")[1] for name in tensors if ".inner." in name}
+    agree = size["dim"] == len(tensors["mean"])
+    if size["kind"] != "ridge":
+        agree &= (size["width"], size["depth"]) == (len(tensors["network.0.weight"]), len(blocks))
+    if not agree:
+        raise ValueError("sizes and weights do not agree")
+
+
 class _Block(nn.Module):
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -183,15 +194,15 @@ class PriorHead(Head):
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> PriorHead:
         try:
-            names = yaml.safe_load((folder / "names.yaml").read_text(encoding="utf-8"))
-            prior = Prior(**yaml.safe_load((folder / SIZE).read_text(encoding="utf-8")))
-            prior.load_state_dict(load_file(folder / WEIGHTS))
-            names = [str(name) for name in names]
-        except (OSError, SafetensorError, TypeError, ValueError, RuntimeError, yaml.YAMLError) as error:
+            size, tensors = read_yaml(folder / SIZE), load_file(folder / WEIGHTS)
+            _check_size(size, tensors)
+            prior = Prior(**size)
+            prior.load_state_dict(tensors)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, yaml.YAMLError) as error:
             raise CheckpointError(f"{folder}: its prior is missing or damaged; copy the model folder again") from error
         if prior.size["dim"] != model.config.dim:
             raise CheckpointError(
                 f"{folder}: its prior maps embeddings of {prior.size['dim']} dimensions, but those of the model have "
                 f"{model.config.dim}: it belongs to another model"
             )
-        return cls(model, prior, load_prompts(folder / "prompts.yaml"), names)
+        return cls(model, prior, load_prompts(folder / "prompts.yaml"), read_names(folder))

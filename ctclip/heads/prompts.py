@@ -14,7 +14,10 @@ from ctclip.errors import CheckpointError
 from ctclip.heads.head import Head
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
+from ctclip.preprocessing.plain_yaml import read_yaml
 from ctclip.prompts import PromptSet, load_prompts
+
+NAMES = "names.yaml"
 
 
 class PromptHead(Head):
@@ -65,17 +68,25 @@ class PromptHead(Head):
     def write(folder: Path, prompts: PromptSet, names: Sequence[str]) -> None:
         """Write what ``save`` writes, for a prompt set that has not been encoded."""
         values = prompts.model_dump(mode="json", exclude_defaults=True)
-        for name, kept in (("prompts.yaml", values), ("names.yaml", list(names))):
+        for name, kept in (("prompts.yaml", values), (NAMES, list(names))):
             (folder / name).write_text(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> PromptHead:
-        names = None
-        if (folder / "names.yaml").is_file():
-            names = yaml.safe_load((folder / "names.yaml").read_text(encoding="utf-8"))
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise CheckpointError(f"{folder / 'names.yaml'}: expected a list of names; copy the model folder again")
+        names = read_names(folder) if (folder / NAMES).is_file() else None
         return cls(model, load_prompts(folder / "prompts.yaml"), names)
+
+
+def read_names(folder: Path) -> list[str]:
+    """The findings of a head that keeps its prompts, in its order. Raises CheckpointError."""
+    path = folder / NAMES
+    try:
+        names = read_yaml(path)
+    except (OSError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path}: cannot be read; copy the model folder again") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path}: expected a list of names; copy the model folder again")
+    return names
 
 
 def _embedding(encoded: Encoded) -> Tensor:

@@ -13,6 +13,7 @@ from ctclip.errors import CheckpointError
 from ctclip.heads.head import Head
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
+from ctclip.preprocessing.plain_yaml import read_yaml
 
 
 class TextHead(Head):
@@ -44,7 +45,7 @@ class TextHead(Head):
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> TextHead:
         try:
-            facts = yaml.safe_load((folder / "texts.yaml").read_text(encoding="utf-8"))
+            facts = read_yaml(folder / "texts.yaml")
             texts, others = ([str(text) for text in facts[side]] for side in ("texts", "others"))
         except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
             raise CheckpointError(f"{folder}: its texts are missing or damaged; copy the model folder again") from error

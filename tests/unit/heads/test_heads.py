@@ -10,12 +10,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from ctclip.config import objective_configs
-from ctclip.errors import CheckpointError, ConfigError
+from ctclip.errors import CheckpointError, ConfigError, CtclipError
 from ctclip.evaluation.calibration import Calibration, Line
 from ctclip.heads.caption import CaptionHead
 from ctclip.heads.folder import calibration_file, list_heads, load_head, save_head, write_prompt_head
 from ctclip.heads.head import Head
 from ctclip.heads.linear import LinearHead
+from ctclip.heads.prior import Prior, PriorHead
 from ctclip.heads.prompts import PromptHead
 from ctclip.heads.text import TextHead
 from ctclip.labels import labels_of_columns, load_labels
@@ -51,6 +52,7 @@ def heads_of(model: DualEncoder) -> dict[str, Head]:
         "linear": LinearHead(model, LABELS.names, torch.randn(2, 12), torch.randn(2), relu=True),
         "probe-2": LinearHead(model, LABELS.names, torch.randn(2, 12), torch.randn(2)),
         "captions": CaptionHead(model, decoder_of(model), load_prompts("generic"), LABELS.names),
+        "prior": PriorHead(model, Prior("mlp", 12, width=16), load_prompts("generic"), LABELS.names),
         "texts": TextHead(model, LABELS.names, ["Normal lungs."]),
     }
 
@@ -85,6 +87,7 @@ def test_heads_are_written_listed_and_read_again(tmp_path: Path, model: DualEnco
     assert facts == {
         "captions": ("caption", "none", True),
         "linear": ("linear", "label-supervised", True),
+        "prior": ("prior", "none", True),
         "probe-2": ("linear", "label-supervised", False),
         "prompts": ("prompts", "none", True),
         "texts": ("text", "none", True),
@@ -171,6 +174,43 @@ def test_a_damaged_head_is_named(tmp_path: Path, model: DualEncoder) -> None:
     (folder / "head.yaml").write_text("[]")
     with pytest.raises(CheckpointError, match=r"head\.yaml: has no .kind."):
         list_heads(tmp_path)
+
+
+BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
+
+
+@pytest.mark.parametrize("content", [BOMB, "[" * 50000, "\x80\x81", "kind: mlp\ndim: 12\nwidth: 100000000\ndepth: 2\n"])
+@pytest.mark.parametrize("name", ["prompts", "linear", "captions", "prior", "texts"])
+def test_a_head_of_a_stranger_is_read_as_bounded_data(
+    name: str, content: str, tmp_path: Path, model: DualEncoder
+) -> None:
+    """Every file of settings in turn: aliases, deep nesting, no text, and sizes that the weights have not."""
+    folder = save_head(tmp_path, name, heads_of(model)[name])
+    for path in sorted(folder.glob("*.yaml")):
+        whole = path.read_bytes()
+        path.write_bytes(content.encode("latin-1"))
+        with pytest.raises(CtclipError):
+            load_head(tmp_path, name, model)
+        path.write_bytes(whole)
+    load_head(tmp_path, name, model)
+
+
+SIZES = [("captions", key) for key in ("vocabulary", "width", "token_width", "length", "depth")]
+SIZES += [("prior", key) for key in ("dim", "width", "depth")]
+
+
+@pytest.mark.parametrize(("name", "key"), SIZES)
+def test_a_head_is_built_with_the_sizes_of_its_weights_alone(
+    name: str, key: str, tmp_path: Path, model: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a line of a stranger's file would take all memory."""
+    folder = save_head(tmp_path, name, heads_of(model)[name])
+    path = folder / {"captions": "decoder.yaml", "prior": "prior.yaml"}[name]
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), key: 4000}))
+    for built in ("caption.WordDecoder", "prior.Prior"):
+        monkeypatch.setattr(f"ctclip.heads.{built}", lambda *_, **__: pytest.fail("built"))
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        load_head(tmp_path, name, model)
 
 
 @pytest.mark.parametrize("with_prompts", [True, False])
