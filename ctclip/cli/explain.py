@@ -68,7 +68,7 @@ def explain(
     from ctclip.explanation.dicom.source import source_images
     from ctclip.explanation.explain import check_output
     from ctclip.inference.model import load
-    from ctclip.preprocessing.cohorts.table import counted
+    from ctclip.preprocessing.errors import counted
 
     if dicom:
         extras.check("dicom")

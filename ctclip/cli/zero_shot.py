@@ -86,7 +86,7 @@ def zero_shot(
     from ctclip import distributed
     from ctclip.errors import DataError
     from ctclip.inference.run import check_output, detect
-    from ctclip.preprocessing.cohorts.table import counted
+    from ctclip.preprocessing.errors import counted
     from ctclip.preprocessing.linkage import check_linkage
 
     if bool(scans) == (store is not None):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from ctclip.preprocessing.cohorts.table import Cohort, cohort_table, counted, identity
+from ctclip.preprocessing.cohorts.table import Cohort, cohort_table, identity
 from ctclip.preprocessing.cohorts.walk import Tree
-from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.errors import PreprocessingError, counted
 from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
 from ctclip.preprocessing.label_columns import label_columns, mostly_binary, zeros_and_ones
 from ctclip.preprocessing.no_report import is_no_report, report_text
@@ -205,7 +205,7 @@ def _notes(reports: pd.DataFrame, files: dict[str, Path]) -> list[str]:
     notes = []
     if words:
         notes.append(
-            f"{counted(len(words), 'section')} of reports hold only a placeholder (such as {words[0]!r}) and are taken as empty"
+            f"{counted(len(words), 'section')} of reports with only a placeholder (such as {words[0]!r}) taken as empty"
         )
     silent = [
         n for n, row in mine.iterrows() if is_no_report(row["Findings_EN"]) and is_no_report(row["Impressions_EN"])

@@ -22,11 +22,10 @@ from ctclip.preprocessing.cohorts.table import (
     SECTIONS,
     Cohort,
     cohort_table,
-    counted,
     identity,
 )
 from ctclip.preprocessing.cohorts.walk import Tree
-from ctclip.preprocessing.errors import PreprocessingError, printable
+from ctclip.preprocessing.errors import PreprocessingError, counted, printable
 from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
 from ctclip.preprocessing.formats import archive, text_header
 from ctclip.preprocessing.identifiers import all_headers, anonymous_id, masked
@@ -150,7 +149,7 @@ def _same_patients(records: list[dict[str, Any]], keys: list[list[str]]) -> list
             record["patient"] = records[root_of(index)]["volume"]
             joined += 1
     return (
-        [f"{counted(joined, 'scan')} belong to a patient or a study that was met before: kept together"]
+        [f"{counted(joined, 'scan', 'belongs|belong')} to a patient or a study that was met before: kept together"]
         if joined
         else []
     )
@@ -277,7 +276,7 @@ def _from_table(path: Path, label_names: Sequence[str] | None) -> Cohort:
     )
     if silent:
         notes.append(
-            f"{counted(silent.total(), 'section')} of reports hold only a placeholder (such as {min(silent)!r}) and are taken as empty"
+            f"{counted(silent.total(), 'section')} of reports with only a placeholder (such as {min(silent)!r}) taken as empty"
         )
     for name in SECTIONS:
         if name in table.columns:

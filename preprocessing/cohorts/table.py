@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from ctclip.preprocessing.errors import PreprocessingError, counted
+from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
 from ctclip.preprocessing.tables import VOLUME_SUFFIXES, volume_name
 
@@ -29,11 +29,6 @@ DEFAULTS = {
     "reconstruction": 1, "split": "all", "clinical_information": "", "technique": "", "findings": "", "impression": "",
     "label_source": "", "rescale_slope": 1.0, "rescale_intercept": 0.0,
 }  # fmt: skip
-
-
-__all__ = [
-    "COLUMNS", "FILES", "Cohort", "check_table", "cohort_table", "counted", "hold_out", "identity", "label_names",
-]  # fmt: skip
 
 
 @dataclass
