@@ -23,7 +23,7 @@ def demo(
     ),
     size: Chosen = typer.Option(
         Chosen.default,
-        help="default: a model that detects; quick: detects what is large, in some twelve minutes; smoke: only a "
+        help="default: a model that detects; quick: detects what is large, in some fifteen minutes; smoke: only a "
         "check, every stage runs in about two minutes.",
     ),
     seed: int = typer.Option(0, min=0, help="Seed of the cohort and of the training."),
