@@ -1,7 +1,6 @@
 """The whole pipeline on a synthetic cohort: every stage is an ordinary command, printed before it runs.
 
-What is done already is not done again: cohort, store and run continue where they were, and finished stages are
-skipped.
+Nothing is done twice: finished stages are skipped, and an interrupted cohort, store or training resumes where it stopped.
 """
 
 from __future__ import annotations

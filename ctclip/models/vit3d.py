@@ -23,9 +23,19 @@ from torch.utils.checkpoint import checkpoint
 
 from ctclip.config import Count, EncoderConfig, HuWindow
 from ctclip.data.air import BodyTokens
+from ctclip.errors import ConfigError
 from ctclip.models.attention import Attention
 from ctclip.models.batchnorm import GlobalBatchNorm3d
-from ctclip.models.encoded import Encoded, Evidence, Level, VolumeEncoder, axis_spacing, beside, check_shape
+from ctclip.models.encoded import (
+    Encoded,
+    Evidence,
+    Level,
+    VolumeEncoder,
+    axis_shape,
+    axis_spacing,
+    beside,
+    check_shape,
+)
 from ctclip.models.pooling import air_where_padded, largest_token, mean_token, real_cells
 from ctclip.models.windows import Windows, cut, means, to_tokens, within
 from ctclip.preprocessing.spec import PreprocessingSpec
@@ -93,6 +103,13 @@ class ViT3D(VolumeEncoder):
 
     def __init__(self, config: ViT3DConfig, spec: PreprocessingSpec) -> None:
         super().__init__(config, spec)
+        extents, size = axis_shape(spec), self.token_voxels
+        if any(extent % step for extent, step in zip(extents, size, strict=True)):
+            raise ConfigError(
+                f"model.volume: tokens of {' x '.join(map(str, size))} voxels (patch times the stem's strides) do not divide "
+                f"the volumes of spec {spec.name!r} ({' x '.join(map(str, extents))} voxels): prepare them with another "
+                "spec, or choose another patch or other stages"
+            )
         self.stem = Stem(config, spec.hu_window)
         self.registers = nn.Parameter(torch.randn(config.registers, config.width) * 0.02)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))

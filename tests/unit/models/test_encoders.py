@@ -8,7 +8,7 @@ import torch
 from ctclip.config import ModelConfig, TextConfig, objective_configs
 from ctclip.data.air import BodyTokens
 from ctclip.data.reports import Report
-from ctclip.errors import CheckpointError
+from ctclip.errors import CheckpointError, ConfigError
 from ctclip.labels import labels_of_columns
 from ctclip.models.batchnorm import GlobalBatchNorm3d
 from ctclip.models.dual_encoder import DualEncoder, build_model
@@ -35,6 +35,11 @@ def model() -> DualEncoder:
 
 def volume(batch: int = 2) -> torch.Tensor:
     return torch.rand(batch, 1, 16, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_a_spec_that_tokens_do_not_divide_is_refused_when_the_model_is_built() -> None:
+    with pytest.raises(ConfigError, match=r"tokens of 8 x 8 x 8 voxels .* \(16 x 12 x 24 voxels\): prepare them"):
+        build_model(ModelConfig(volume=SMALL), spec_of((16, 12, 24), (3.0, 1.5, 1.5)))
 
 
 def test_tokens_keep_their_grid_and_everything_learns() -> None:
