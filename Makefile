@@ -5,7 +5,7 @@ OUTPUT ?= runs/$(if $(filter default,$(SIZE)),demo,$(SIZE))
 
 .PHONY: demo test pytest integration-test install-test lint style types docs package venv clean
 
-demo: .venv/installed
+demo: .venv/demo
 	.venv/bin/ctclip demo --size $(SIZE) --output $(OUTPUT)
 
 # Style first, which takes seconds; types beside the tests, as they take a minute.
@@ -49,12 +49,20 @@ docs: .venv/installed
 
 venv: .venv/installed
 
-# torch by itself first: the pinned version, before anything can ask for another.
-.venv/installed: constraints.txt pyproject.toml
+# What the demo needs, then what tests and documentation need besides. torch by itself first: the pinned version, before
+# anything can ask for another. Python compiles a module when it is first imported; compiling all of them here would take
+# two thirds of the installation.
+INSTALL = .venv/bin/python -m pip install -qq --no-compile
+
+.venv/demo: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -qq --upgrade pip setuptools
-	.venv/bin/python -m pip install -qq torch==2.13.0
-	.venv/bin/python -m pip install -qq --constraint constraints.txt --editable ".[dev]"
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) --constraint constraints.txt --editable ".[train]"
+	touch .venv/demo
+
+.venv/installed: .venv/demo
+	$(INSTALL) --constraint constraints.txt --editable ".[dev]"
 	touch .venv/installed
 
 clean:

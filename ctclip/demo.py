@@ -31,17 +31,21 @@ class Size:
     calibration: float
     # Minutes that each stage takes on two cores with AVX-512: how long the whole has left is told by their proportions.
     minutes: tuple[float, float, float, float, float, float, float]
+    scale: float = 4.0
+    spec: str = "phantom"
 
 
 SIZES = {
     "default": Size(5200, (), 1000, 0.08, (5.1, 1.4, 21.0, 0.4, 0.1, 0.7, 0.4)),
-    # Enough to learn what is large in the picture.
+    # Enough to learn what is large in the picture, on voxels as coarse as that allows.
     "quick": Size(
         1600,
-        ("training.epochs=9", "training.text_warmup.steps=150", "training.summary_patients=100"),
+        ("training.epochs=10", "training.text_warmup.steps=100", "training.summary_patients=100"),
         200,
         0.1,
-        (2.4, 0.8, 7.5, 0.3, 0.1, 0.5, 0.6),
+        (1.2, 0.7, 3.7, 0.3, 0.1, 0.4, 0.5),
+        scale=5.5,
+        spec="phantom_coarse",
     ),
     # Shows that every stage runs; far too small to learn from.
     "smoke": Size(
@@ -67,9 +71,9 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
     cohort, store, run, predictions = output / "cohort", output / "store", output / "train", output / "predictions"
     model, calibration = run / "model", output / "calibration"
     stages: list[tuple[str, list[str], Path]] = [
-        ("phantom", ["phantom", str(cohort), "--volumes", str(chosen.volumes), "--seed", str(seed), "--rare-floor", "0.15"], cohort / "dataset" / "metadata"),
-        ("preprocess", ["preprocess", str(cohort), "--output", str(store), "--spec", "phantom", "--calibration-fraction", str(chosen.calibration)], store / "outcomes.csv"),
-        ("train", ["train", "--config", "phantom_tiny", "--store", str(store), "--output", str(run), "--processes", str(processes), f"seed={seed}", *chosen.overrides], model),
+        ("phantom", ["phantom", str(cohort), "--volumes", str(chosen.volumes), "--seed", str(seed), "--scale", f"{chosen.scale:g}", "--rare-floor", "0.15"], cohort / "dataset" / "metadata"),
+        ("preprocess", ["preprocess", str(cohort), "--output", str(store), "--spec", chosen.spec, "--calibration-fraction", str(chosen.calibration)], store / "outcomes.csv"),
+        ("train", ["train", "--config", "phantom_tiny", "--store", str(store), "--output", str(run), "--processes", str(processes), f"seed={seed}", f"preprocessing={chosen.spec}", *chosen.overrides], model),
         ("zero-shot, calibration split", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "calibration", "--output", str(calibration)], calibration / "predictions.csv"),
         ("calibrate", ["calibrate", str(calibration / "predictions.csv"), "--model", str(model), "--store", str(store)], model / "heads" / "prompts" / "calibration.json"),
         ("zero-shot", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "valid", "--embed-reports", "--output", str(predictions)], predictions / "embeddings.parquet"),

@@ -18,6 +18,9 @@ def phantom(
         0.0, min=0.0, max=0.9, help="Minimum prevalence of every abnormality; 0 keeps the prevalences of CT-RATE."
     ),
     valid_fraction: float = typer.Option(0.2, min=0.0, max=1.0, help="Fraction of patients in the validation split."),
+    reconstructions: int = typer.Option(
+        3, min=1, max=3, help="Maximum number of reconstructions of a scan; 1 gives the most scans for so many volumes."
+    ),
     workers: int = typer.Option(None, help="Number of worker processes. Default: one per core."),
 ) -> None:
     """Write a cohort of synthetic chest CT scans with reports, in the folder layout of CT-RATE.
@@ -26,6 +29,6 @@ def phantom(
     """
     from ctclip.phantom.cohort import Options, make_cohort
 
-    options = Options(volumes, seed, scale, rare_floor, valid_fraction)
+    options = Options(volumes, seed, scale, rare_floor, valid_fraction, reconstructions)
     make_cohort(out, options, workers)
     print(f"cohort: {out} ({volumes} volumes)")

@@ -47,6 +47,8 @@ class Options:
     scale: float = 4.0
     rare_floor: float = 0.0
     valid_fraction: float = 0.2
+    # The most that a scan has.
+    reconstructions: int = len(RECONSTRUCTIONS)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def plan(options: Options) -> Iterator[Task]:
         split = "valid" if random.random() < options.valid_fraction else "train"
         numbers[split] += 1
         for scan_number in range(1 + int(random.random() < SECOND_SCAN)):
-            count = min(1 + int(random.choice(3, p=RECONSTRUCTIONS)), options.volumes - drawn)
+            count = 1 + int(random.choice(len(RECONSTRUCTIONS), p=RECONSTRUCTIONS))
+            count = min(count, options.reconstructions, options.volumes - drawn)
             if count:
                 name = f"{split}_{numbers[split]}_{'ab'[scan_number]}"
                 yield Task(patient, scan_number, split, name, count)
@@ -105,12 +108,18 @@ def _claim(root: Path, options: Options) -> None:
             kept = dict(plain_json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise PhantomError(f"{path}: damaged; choose another folder, or delete this one") from error
+        # Earlier cohorts do not name an option that has been added since: they have its default.
+        kept = {**_defaults(), **kept}
         differing = [key for key in wanted if kept.get(key) != wanted[key]]
         if differing:
             raise PhantomError(
                 f"{path}: this folder holds another cohort (differs in {', '.join(differing)}); choose another folder"
             )
     write_text(path, json.dumps(wanted, indent=2))
+
+
+def _defaults() -> dict[str, Any]:
+    return {one.name: one.default for one in dataclasses.fields(Options) if one.default is not dataclasses.MISSING}
 
 
 def _all(root: Path, options: Options, due: list[Task], workers: int) -> Iterator[None]:

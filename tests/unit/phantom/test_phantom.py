@@ -134,6 +134,9 @@ def test_the_same_seed_gives_the_same_bytes_for_any_number_of_workers(tmp_path) 
         files = sorted(p for p in (tmp_path / name).rglob("*") if p.is_file())
         digests.append({str(p.relative_to(tmp_path / name)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files})
     assert digests[0] == digests[1]
+    # A cohort drawn before an option was added is continued with the option's default.
+    path = tmp_path / "one" / "phantom.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "reconstructions"}))
     make_cohort(tmp_path / "one", options, workers=1)
     with pytest.raises(PhantomError, match="seed"):
         make_cohort(tmp_path / "one", Options(volumes=6, seed=10, scale=12.0), workers=1)
@@ -174,6 +177,12 @@ def test_reconstructions_share_a_report_and_patients_one_split() -> None:
     for task in tasks:
         splits.setdefault(task.patient_number, set()).add(task.split)
     assert all(len(found) == 1 for found in splits.values())
+
+
+def test_one_reconstruction_a_scan_gives_as_many_scans_as_volumes() -> None:
+    tasks = list(plan(Options(volumes=300, reconstructions=1)))
+    assert len({(task.patient_number, task.scan_number) for task in tasks}) == 300
+    assert {task.reconstructions for task in tasks} == {1}
 
 
 def _inside(scan, name: str) -> np.ndarray:
