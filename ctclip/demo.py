@@ -33,19 +33,21 @@ class Size:
     minutes: tuple[float, float, float, float, float, float, float]
     scale: float = 4.0
     spec: str = "phantom"
+    reconstructions: int = 3
 
 
 SIZES = {
     "default": Size(5200, (), 1000, 0.08, (5.1, 1.4, 21.0, 0.4, 0.1, 0.7, 0.4)),
     # Enough to learn what is large in the picture, on voxels as coarse as that allows.
     "quick": Size(
-        1600,
-        ("training.epochs=10", "training.text_warmup.steps=100", "training.summary_patients=100"),
+        1800,
+        ("training.epochs=7", "training.text_warmup.steps=100", "training.summary_patients=100"),
         200,
         0.1,
         (1.2, 0.7, 3.7, 0.3, 0.1, 0.4, 0.5),
         scale=5.5,
         spec="phantom_coarse",
+        reconstructions=1,
     ),
     # Shows that every stage runs; far too small to learn from.
     "smoke": Size(
@@ -71,7 +73,7 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
     cohort, store, run, predictions = output / "cohort", output / "store", output / "train", output / "predictions"
     model, calibration = run / "model", output / "calibration"
     stages: list[tuple[str, list[str], Path]] = [
-        ("phantom", ["phantom", str(cohort), "--volumes", str(chosen.volumes), "--seed", str(seed), "--scale", f"{chosen.scale:g}", "--rare-floor", "0.15"], cohort / "dataset" / "metadata"),
+        ("phantom", ["phantom", str(cohort), "--volumes", str(chosen.volumes), "--seed", str(seed), "--scale", f"{chosen.scale:g}", "--reconstructions", str(chosen.reconstructions), "--rare-floor", "0.15"], cohort / "dataset" / "metadata"),
         ("preprocess", ["preprocess", str(cohort), "--output", str(store), "--spec", chosen.spec, "--calibration-fraction", str(chosen.calibration)], store / "outcomes.csv"),
         ("train", ["train", "--config", "phantom_tiny", "--store", str(store), "--output", str(run), "--processes", str(processes), f"seed={seed}", f"preprocessing={chosen.spec}", *chosen.overrides], model),
         ("zero-shot, calibration split", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "calibration", "--output", str(calibration)], calibration / "predictions.csv"),
