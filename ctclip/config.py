@@ -1,4 +1,4 @@
-"""The one configuration schema: frozen, typed, validated; nothing is read from the environment and nothing is global.
+"""The configuration schema: frozen, typed, validated; nothing is read from the environment and nothing is global.
 
 Encoders and objectives keep their own sections beside their code; they are looked up by name (``ctclip/plugins.py``).
 """
@@ -79,7 +79,7 @@ class TextConfig(Section):
     )
     tuning: Literal["full", "lora", "frozen"] = Field(
         "full",
-        description="full: all weights learn; lora: low-rank adapters learn beside fixed weights; frozen: nothing does",
+        description="full: train all weights; lora: train low-rank adapters and freeze the weights; frozen: train nothing",
     )
     lora_rank: int = Field(8, ge=1, le=4096, description="rank of the low-rank adapters")
 
@@ -97,7 +97,8 @@ class ModelConfig(Section):
     text: TextConfig = TextConfig()
     dim: int = Field(128, ge=1, le=2**16, description="width of the shared embedding")
     projection: Literal["linear", "mlp"] = Field(
-        "linear", description="from an encoder's vector to the shared embedding: one layer, or two with a GELU between"
+        "linear",
+        description="from an encoder's vector to the shared embedding: one layer, or two with a GELU between them",
     )
     standardise: bool = Field(
         False, description="centre and scale the embeddings over the global batch before normalising"
@@ -123,7 +124,7 @@ class ModelConfig(Section):
 class AugmentConfig(Section):
     """Random changes of a training volume; amplitudes of 0 switch them off.
 
-    There are no flips: a report says left and right.
+    There are no flips, because reports say left and right.
     """
 
     shift_voxels: int = Field(0, ge=0, le=512, description="maximum shift along each axis, in voxels")
@@ -138,10 +139,10 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Section):
-    """Which data are read and how the model is given them."""
+    """Which data are read, and how they are presented to the model."""
 
     store: str | None = Field(None, description="folder written by `ctclip preprocess`")
-    train_split: str = Field("train", description="split of the cohort table that is learned from")
+    train_split: str = Field("train", description="split of the cohort table to train on")
     valid_split: str = Field("valid", description="split that `training.validate_every` scores")
     sections: tuple[str, ...] = Field(
         ("findings", "impression"),
@@ -150,15 +151,15 @@ class DataConfig(Section):
     )
     label_table: str | None = Field(
         None,
-        description="your own labels (a CSV of volumes and 0 or 1) in place of the store's; only volumes that have one are learned from",
+        description="table of your own labels (a CSV of volumes and 0 or 1), used instead of the store's; only volumes with a label are trained on",
     )
     language: str = Field(
-        "english", description="words of negation: a YAML file, or the name of one in configs/languages"
+        "english", description="language of the reports: a YAML file, or the name of one in configs/languages"
     )
     views: dict[str, Annotated[float, Field(ge=0, le=10**6)]] = Field(
         {"report": 1.0},
         description="how often each view of a report is drawn (weights): report (all sections), a section by its name, "
-        "sentence (one), sentences (a few, in random order), positive (those that negate nothing, by their wording)",
+        "sentence (one), sentences (a few, in random order), positive (those without a word of negation)",
     )
     views_per_volume: int = Field(1, ge=1, le=64, description="report views contrasted with each volume in a step")
     shuffle_sentences: bool = Field(False, description="put the sentences of a report in random order each time")
@@ -169,21 +170,20 @@ class DataConfig(Section):
         None,
         ge=-(10**9),
         le=10**9,
-        description="least score (nats) of a pair of volume and report that is learned from, see `ctclip filter-pairs "
-        "--keep`; null: any",
+        description="lowest score (nats) of the pairs of volume and report to train on, see `ctclip filter-pairs --keep`; "
+        "null: no limit",
     )
     best_pairs: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="share of the pairs that is learned from, the best by the score of `ctclip filter-pairs --keep`; "
-        "null: all",
+        description="share of the pairs to train on, those with the best scores of `ctclip filter-pairs --keep`; null: all",
     )
     rarity: float = Field(
         0.0,
         ge=0,
         le=10,
-        description="power by which scans with rare labels are drawn more often; 0: all equally often. Above 0 it "
+        description="exponent with which scans with rare labels are drawn more often; 0: all equally often. A value above 0 "
         "uses labels",
     )
     augment: AugmentConfig = AugmentConfig()
@@ -203,8 +203,8 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     """Settings that every objective has; each adds its own. A number alone stands for the weight."""
 
-    weight: float = Field(1.0, ge=0, le=10**6, description="weight of its loss in the sum; 0 leaves it out")
-    begin: float = Field(0.0, ge=0, lt=1, description="fraction of the steps after which it begins")
+    weight: float = Field(1.0, ge=0, le=10**6, description="weight of the objective's loss in the sum; 0 leaves it out")
+    begin: float = Field(0.0, ge=0, lt=1, description="fraction of the steps after which the objective begins")
 
 
 def objective_configs(given: Any) -> Any:
@@ -230,12 +230,13 @@ ObjectiveConfigs = Annotated[dict[str, SerializeAsAny[ObjectiveConfig]], BeforeV
 
 
 class ZeroConfig(Section):
-    """DeepSpeed ZeRO; can be written in one word: ``training.zero=2`` or ``training.zero=3+offload``."""
+    """DeepSpeed ZeRO; can be written as one word: ``training.zero=2`` or ``training.zero=3+offload``."""
 
     stage: Literal[0, 1, 2, 3] = Field(
-        1, description="what the ranks share: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too"
+        1,
+        description="what is sharded over the ranks: 0 nothing; 1 optimizer state; 2 gradients, too; 3 parameters, too",
     )
-    offload: bool = Field(False, description="optimizer (and at stage 3 parameters) in host memory")
+    offload: bool = Field(False, description="keep the optimizer state (and at stage 3 the parameters) in host memory")
 
     @model_validator(mode="before")
     @classmethod
@@ -257,13 +258,13 @@ class ZeroConfig(Section):
 
 
 class TextWarmupConfig(Section):
-    """Section matching on reports alone, before the first volume is seen; 0 steps leave it out."""
+    """Training of the text encoder on reports alone (matching their sections) before the first volume; 0 steps: none."""
 
     steps: int = Field(0, ge=0, le=10**8, description="steps of text training before the first volume; 0: none")
     batch: int = Field(128, ge=2, le=10**6, description="reports in the global batch")
     learning_rate: float = Field(2e-3, gt=0, le=10, description="peak learning rate of the warm-up")
     keep: float = Field(
-        0.7, gt=0, le=1, description="fraction of the sentences of the findings that the model is given"
+        0.7, gt=0, le=1, description="fraction of the sentences of the findings that the text encoder is given"
     )
     lock: bool = Field(False, description="freeze the text encoder afterwards, so that volumes are fitted to it")
 
@@ -273,14 +274,18 @@ class TextWarmupConfig(Section):
 
 
 class FreezeConfig(Section):
-    """Encoder layers that do not learn: ``all``, ``none``, or a range such as ``0-5`` (counted from the input; the patch
+    """Encoder layers that are frozen: ``all``, ``none``, or a range such as ``0-5`` (counted from the input; the patch
     or word embedding is frozen with layer 0)."""
 
     volume: str = Field(
-        "none", pattern=r"^(none|all|\d+-\d+)$", description="layers of the volume encoder: all, none, or 0-5"
+        "none",
+        pattern=r"^(none|all|\d+-\d+)$",
+        description="layers of the volume encoder to freeze: all, none, or a range such as 0-5",
     )
     text: str = Field(
-        "none", pattern=r"^(none|all|\d+-\d+)$", description="layers of the text encoder: all, none, or 0-5"
+        "none",
+        pattern=r"^(none|all|\d+-\d+)$",
+        description="layers of the text encoder to freeze: all, none, or a range such as 0-5",
     )
 
 
@@ -292,20 +297,22 @@ class TrainingConfig(Section):
         None,
         ge=1,
         le=10**6,
-        description="number of volumes that a rank encodes at once; below its share of the batch, gradients take two "
-        "passes (GradCache)",
+        description="number of volumes that a rank encodes at once; if it is below the rank's share of the batch, gradients "
+        "take two passes (GradCache)",
     )
     epochs: float = Field(10.0, gt=0, le=10**6, description="passes over the training scans; fractions are allowed")
     learning_rate: float = Field(
         1e-3, gt=0, le=10, description="peak learning rate of AdamW; it falls to 0 along a cosine"
     )
-    text_learning_rate: float | None = Field(None, gt=0, le=10, description="null: the same as learning_rate")
+    text_learning_rate: float | None = Field(
+        None, gt=0, le=10, description="peak learning rate of the text encoder; null: the same as learning_rate"
+    )
     text_warmup: TextWarmupConfig = TextWarmupConfig()
-    weight_decay: float = Field(0.05, ge=0, le=100, description="AdamW's weight decay; biases and norms have none")
+    weight_decay: float = Field(0.05, ge=0, le=100, description="AdamW's weight decay; not applied to biases and norms")
     betas: tuple[Share, Share] = Field((0.9, 0.98), description="AdamW's decay rates of the two moments")
-    warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps with a rising learning rate")
+    warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps during which the learning rate rises")
     gradient_clip: float = Field(
-        1.0, gt=0, le=10**9, description="largest norm of the gradient; longer ones are scaled down"
+        1.0, gt=0, le=10**9, description="maximum norm of the gradient; larger ones are scaled down"
     )
     freeze: FreezeConfig = FreezeConfig()
     layer_decay: float = Field(
@@ -315,7 +322,7 @@ class TrainingConfig(Section):
         description="factor between the learning rates of successive encoder layers, from the last to the first",
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="arithmetic of the encoders; bf16 on GPUs that have it (losses stay in fp32)"
+        "fp32", description="arithmetic of the encoders; bf16 needs a GPU that supports it (losses stay in fp32)"
     )
     compile: bool = Field(False, description="compile the volume encoder with torch.compile; needs a C++ compiler")
     zero: ZeroConfig = ZeroConfig()
@@ -329,8 +336,8 @@ class TrainingConfig(Section):
         300,
         ge=0,
         le=10**6,
-        description="number of training patients that the model's summary is made of, by which it notices scans unlike "
-        "them; 0: none",
+        description="number of training patients from which the model's summary is computed, used to warn of scans unlike "
+        "them; 0: no summary",
     )
     wandb_project: str | None = Field(
         None, description="also log to this Weights & Biases project, if wandb is installed"
@@ -345,12 +352,12 @@ class Config(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="the same seed on the same data gives the same weights")
     preprocessing: str = Field("ct_224", description="preprocessing spec of the volumes")
     labels: str | None = Field(
-        None, description="label set: a YAML file, or the name of one in configs/labels; null: that of the store"
+        None, description="label set: a YAML file, or the name of one in configs/labels; null: the store's"
     )
     prompts: str | None = Field(
         None,
-        description="prompt set kept with the model: a YAML file, or the name of one in configs/prompts; null: that "
-        "of the label set",
+        description="prompt set kept with the model: a YAML file, or the name of one in configs/prompts; null: the "
+        "label set's",
     )
     data: DataConfig = DataConfig()
     model: ModelConfig = Field(default_factory=ModelConfig)

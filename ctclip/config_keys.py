@@ -1,6 +1,6 @@
 """Every key of a configuration with its type, default and meaning, and where a value came from.
 
-The meanings stand beside the fields (``description=``) of ``config.py`` and of each encoder and objective; `ctclip config`
+The meanings are written beside the fields (``description=``) of ``config.py`` and of each encoder and objective; `ctclip config`
 and the documentation's reference both read them here.
 """
 
@@ -29,7 +29,7 @@ BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 @dataclass(frozen=True)
 class Key:
-    """One key. ``path`` is what an override is written with; ``kind``: the encoder or objective whose key it is."""
+    """One key. ``path`` is its name in an override; ``kind`` is the encoder or objective that it belongs to."""
 
     path: str
     type: str
@@ -39,8 +39,8 @@ class Key:
 
 
 def keys() -> list[Key]:
-    """Every key of a training configuration, in the order of the schema; those of each encoder and objective after what
-    all of them share."""
+    """Every key of a training configuration, in the order of the schema; the keys of each encoder and objective follow
+    those that all of them share."""
     return list(_of_section(Config, ""))
 
 
@@ -50,7 +50,7 @@ def section_keys(section: type[Section]) -> list[Key]:
 
 
 def key(path: str) -> list[Key]:
-    """The keys of that path: one, or several where encoders share a name; or all keys of a section.
+    """The keys of that path: one, or several if encoders share a name; or all keys of a section.
 
     Raises ConfigError with the nearest valid name.
     """

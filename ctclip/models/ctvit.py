@@ -42,8 +42,10 @@ class CTViTConfig(EncoderConfig):
     temporal_depth: int = Field(4, ge=1, le=512, description="layers that attend from slab to slab")
     heads: int = Field(8, ge=1, le=1024, description="attention heads")
     head_width: int = Field(32, ge=1, le=4096, description="channels of an attention head")
-    codebook_size: int = Field(8192, ge=2, le=2**20, description="vectors a token is rounded to")
-    quantise: bool = Field(True, description="round tokens to the codebook, as the published model does")
+    codebook_size: int = Field(8192, ge=2, le=2**20, description="number of vectors in the codebook")
+    quantise: bool = Field(
+        True, description="replace each token by the nearest vector of the codebook, as the published model does"
+    )
 
 
 class CTViT(VolumeEncoder):

@@ -24,7 +24,7 @@ GROUPS = 8
 class ResNet3DConfig(EncoderConfig):
     """MONAI's 3-D ResNets (``ctclip/models/resnet3d.py``)."""
 
-    kind: Literal["resnet3d"] = Field("resnet3d", description="a 3-D ResNet of MONAI's")
+    kind: Literal["resnet3d"] = Field("resnet3d", description="MONAI's 3-D ResNet")
     depth: Literal[18, 50] = Field(18, description="ResNet-18 or ResNet-50")
     stem_stride: tuple[Count, Count, Count] = Field(
         (2, 2, 2), description="stride [slice, row, column] of the first convolution"

@@ -32,7 +32,9 @@ LONGEST_MM = 1000.0
 class SlicesConfig(EncoderConfig):
     """A 2-D vision model of Hugging Face on every slice, and an aggregator over slices (``ctclip/models/slices.py``)."""
 
-    kind: Literal["slices"] = Field("slices", description="a 2-D vision model on every slice, and an aggregator")
+    kind: Literal["slices"] = Field(
+        "slices", description="a 2-D vision model applied to every slice, and an aggregator"
+    )
     pretrained: str = Field(
         "", description="folder, or name on the Hugging Face Hub, of a vision model, for example facebook/dinov2-small"
     )
@@ -40,7 +42,7 @@ class SlicesConfig(EncoderConfig):
         "pretrained", description="random: take only the architecture of `pretrained`"
     )
     aggregator: Literal["mean", "lstm", "transformer", "cross"] = Field(
-        "transformer", description="how slices become one vector; cross: a learned query attends to them"
+        "transformer", description="how slices are pooled into one vector; cross: a learned query attends to them"
     )
     depth: int = Field(2, ge=1, le=512, description="layers of the transformer or LSTM over slices")
     heads: int = Field(8, ge=1, le=1024, description="attention heads over slices")
@@ -48,7 +50,7 @@ class SlicesConfig(EncoderConfig):
     windows: tuple[HuWindow, ...] = Field(
         ((-1000.0, 400.0), (-160.0, 240.0), (-500.0, 1000.0)),
         min_length=1,
-        description="HU windows that become the colour channels",
+        description="HU windows that become the three colour channels",
     )
     slices_at_once: int = Field(64, ge=1, le=10**6, description="number of slices of a batch that are encoded together")
 

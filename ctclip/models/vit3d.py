@@ -52,34 +52,35 @@ class ViT3DConfig(EncoderConfig):
     stages: tuple[tuple[Count, Annotated[int, Field(ge=0, le=64)]], ...] = Field(
         ((64, 1), (128, 1)),
         description="width and number of 3x3x3 residual convolutions of each stem stage; each stage ends with a "
-        "strided "
-        "one that halves the axes. No stages: a linear patch embedding",
+        "strided convolution that halves the axes. No stages: a linear patch embedding",
     )
     width: int = Field(192, ge=1, le=2**16, description="channels of a token; an even multiple of heads")
     depth: int = Field(4, ge=1, le=512, description="transformer layers")
     heads: int = Field(6, ge=1, le=1024, description="attention heads")
-    registers: int = Field(4, ge=0, le=4096, description="extra learned tokens that every layer can write to")
+    registers: int = Field(4, ge=0, le=4096, description="number of additional learned tokens (registers)")
     windows: tuple[HuWindow, ...] = Field(
         ((-1000.0, 1000.0),), min_length=1, description="HU windows that become the input channels"
     )
     pooling: tuple[Literal["attention", "mean", "max"], ...] = Field(
-        ("attention", "mean"), min_length=1, description="how tokens become one vector; the parts stand side by side"
+        ("attention", "mean"),
+        min_length=1,
+        description="how tokens are pooled into one vector; several results are concatenated",
     )
     extremes: bool = Field(
         False,
-        description="also use the largest and smallest voxel of each patch in each window: for small "
-        "bright or dark spots, wherever in the patch they lie",
+        description="also use the maximum and minimum of each patch in each window: for small bright or dark spots "
+        "anywhere in the patch",
     )
     pool_stem: bool = Field(False, description="also pool the mean and maximum of every stem stage: for small findings")
     window: tuple[Count, Count, Count] | None = Field(
         None, description="size of local attention windows in tokens [slice, row, column]; null: full attention"
     )
-    global_every: int = Field(4, ge=1, le=512, description="with windows: every n-th layer is global")
+    global_every: int = Field(4, ge=1, le=512, description="if window is set: every n-th layer is global")
     global_over: Literal["tokens", "windows"] = Field(
         "tokens",
-        description="tokens of a global layer. tokens: all; windows: the mean of each window, which is far cheaper",
+        description="what a global layer attends to: all tokens, or the mean of each window (windows), which is far cheaper",
     )
-    drop_air: bool = Field(False, description="leave out tokens that hold only air outside the body")
+    drop_air: bool = Field(False, description="leave out tokens that contain only air outside the body")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ViT3DConfig:

@@ -38,7 +38,7 @@ class AlignmentConfig(ObjectiveConfig):
         description="temperature of the softmax over tokens (GLoRIA's); if it is much lower, most tokens get no gradient",
     )
     temperature: float = Field(0.1, gt=0, le=100, description="temperature of the softmax over volumes")
-    positive: bool = Field(True, description="leave out sentences which say that something is absent or normal")
+    positive: bool = Field(True, description="leave out sentences that state that something is absent or normal")
     language: str = Field("english", description="language of the words of negation; see data.language")
 
 

@@ -28,9 +28,8 @@ class ContrastiveConfig(ObjectiveConfig):
     )
     by_identity: bool = Field(
         True,
-        description="do not count reconstructions of the same scan and equal reports as negatives; false: everything "
-        "but "
-        "the volume's own report is, as in the published training",
+        description="do not count reconstructions of the same scan and equal reports as negatives; false: every report "
+        "except the volume's own is a negative, as in the published training",
     )
 
 
@@ -41,7 +40,7 @@ class ClipConfig(ContrastiveConfig):
         0,
         ge=0,
         le=10**7,
-        description="number of texts of earlier steps that volumes are also contrasted with; 0: only the batch",
+        description="number of texts of earlier steps that are additional negatives; 0: only the batch",
     )
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ class WordsConfig(ObjectiveConfig):
 
     depth: int = Field(2, ge=1, le=512, description="layers of the decoder")
     heads: int | None = Field(
-        None, ge=1, le=1024, description="attention heads of the decoder; null: one for every 64 of its width"
+        None, ge=1, le=1024, description="attention heads of the decoder; null: one per 64 channels"
     )
 
 
