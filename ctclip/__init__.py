@@ -24,7 +24,7 @@ def load(source: str | os.PathLike[str], device: str | torch.device = "cpu", *, 
     """A model folder or hub name, in evaluation mode.
 
     ``precision`` of the volume encoder: ``"fp32"``, ``"tf32"`` (NVIDIA cards), ``"bf16"``, or ``"auto"``, the fastest of
-    which `ctclip check-precision` found on this device that its scores agree with float32; float32 where it was not run.
+    which `ctclip check-precision` found on this device that its scores agree with float32; float32 if it was not run.
 
     What it returns detects (``detect("scan.nii.gz")``) and encodes: ``encode_volume`` takes (B, 1, D, H, W) in [-1, 1],
     ``encode_text`` strings or input_ids with attention_mask; both return unit vectors. Raises CheckpointError naming

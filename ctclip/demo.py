@@ -86,7 +86,7 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
     seconds: dict[str, float] = plain_json.loads(book.read_text()) if book.is_file() else {}
     for number, (name, arguments, done) in enumerate(stages):
         left = minutes_left(chosen.minutes, seconds, [stage for stage, _, _ in stages[:number]])
-        print(f"\n[stage {number + 1} of {len(stages)}, about {max(1, round(left))} min of the whole left]")
+        print(f"\n[stage {number + 1} of {len(stages)}, about {max(1, round(left))} min left in all]")
         print(f"$ ctclip {shlex.join(arguments)}", flush=True)
         if name in seconds and done.exists():
             print(f"already done, in {seconds[name]:.0f} s", flush=True)

@@ -35,7 +35,7 @@ class Label(Section):
     """One finding."""
 
     name: str = Field(min_length=1, description="as tables and pages show it")
-    aliases: tuple[str, ...] = Field((), description="other names of the label in tables and in speech")
+    aliases: tuple[str, ...] = Field((), description="other names of the label, in tables and in text")
     columns: dict[str, tuple[str, ...]] = Field(
         default_factory=dict,
         description="for each cohort, the label columns whose union is this label; default: the column of its name",
@@ -50,8 +50,8 @@ class Label(Section):
 class LabelSet(Section):
     """A YAML file of label names with what belongs to them."""
 
-    name: str = Field(description="name of the set, kept with everything made from it")
-    description: str = Field("", description="what it is, in a line")
+    name: str = Field(description="name of the label set, kept with everything made from it")
+    description: str = Field("", description="one-line description")
     body_part: BodyPart = Field("any", description="body part that the scans show")
     prompts: str | None = Field(None, description="prompt set that asks for these labels")
     protocol: str | None = Field(None, description="default evaluation protocol")
@@ -68,7 +68,7 @@ class LabelSet(Section):
         for label in labels:
             for word in (label.name, *label.aliases):
                 if CONTROL.search(word):
-                    raise ValueError(f"{word!r} holds control characters, which terminals obey")
+                    raise ValueError(f"{word!r} contains control characters")
                 owner = known.setdefault(word.casefold(), label.name)
                 if owner != label.name:
                     raise ValueError(f"{word!r} names both {owner!r} and {label.name!r}")

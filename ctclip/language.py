@@ -30,11 +30,13 @@ class Scopes(Section):
     absent_after: tuple[str, ...] = Field((), description="was not observed, has resolved")
     uncertain_before: tuple[str, ...] = Field((), description="possible, suspicious for")
     uncertain_after: tuple[str, ...] = Field((), description="cannot be excluded")
-    past_before: tuple[str, ...] = Field((), description="history of, evaluate for: says nothing of this scan")
-    no_scope: tuple[str, ...] = Field((), description="no change in, not only: they hold a negation and negate nothing")
-    clause_ends: tuple[str, ...] = Field((), description="but, however, except: nothing reaches over them")
-    verbs: tuple[str, ...] = Field((), description="is, are, shows: a list of findings ends where a new verb begins")
-    relatives: tuple[str, ...] = Field((), description="which, that: the verb behind one begins no new statement")
+    past_before: tuple[str, ...] = Field((), description="history of, evaluate for: states nothing about this scan")
+    no_scope: tuple[str, ...] = Field(
+        (), description="no change in, not only: phrases that contain a negation but negate nothing"
+    )
+    clause_ends: tuple[str, ...] = Field((), description="but, however, except: words that end the scope of a phrase")
+    verbs: tuple[str, ...] = Field((), description="is, are, shows: a list of findings ends before a new verb")
+    relatives: tuple[str, ...] = Field((), description="which, that: a verb after one of these begins no new statement")
     joins: tuple[str, ...] = Field((), description="and, or, nor: between the items of a list")
 
 
@@ -45,8 +47,8 @@ class Wording(Section):
     sides: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="phrases of left, right and both")
     lobes: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="phrases of upper, middle and lower")
     comparison: tuple[str, ...] = Field((), description="phrases of comparison with an earlier examination")
-    boilerplate: tuple[str, ...] = Field((), description="phrases of sentences that describe no scan")
-    typos: dict[str, str] = Field(default_factory=dict, description="misspelt words and what they stand for")
+    boilerplate: tuple[str, ...] = Field((), description="phrases of sentences that do not describe the scan")
+    typos: dict[str, str] = Field(default_factory=dict, description="misspelt words and their corrections")
 
 
 class Questions(Section):
@@ -65,11 +67,13 @@ class Language(Section):
     """A file of ``configs/languages``."""
 
     name: str
-    negations: tuple[str, ...] = Field(min_length=1, description="words by which a sentence says absent or normal")
-    common: tuple[str, ...] = Field((), description="the commonest words, by which the language is recognised")
-    scopes: Scopes | None = Field(None, description="what labels are read with")
-    wording: Wording = Field(Wording(), description="what reports are cleaned with")
-    questions: Questions = Field(Questions(), description="what questions are answered with")
+    negations: tuple[str, ...] = Field(
+        min_length=1, description="words that mark a sentence as stating absence or normality"
+    )
+    common: tuple[str, ...] = Field((), description="the most common words, used to recognise the language")
+    scopes: Scopes | None = Field(None, description="phrases used to read labels")
+    wording: Wording = Field(Wording(), description="phrases used to clean reports")
+    questions: Questions = Field(Questions(), description="phrases used to answer questions")
 
     def negates(self, sentence: str) -> bool:
         """Whether a sentence says that something is absent or normal, by its wording."""

@@ -37,7 +37,7 @@ class Pair(Section):
         for phrasings, weights in ((self.positive, self.positive_weights), (self.negative, self.negative_weights)):
             for section, values in weights.items():
                 if len(values) != len(phrasings.get(section, ())) or min(values, default=1) <= 0:
-                    raise ValueError(f"the weights of the section {section!r} are not one positive number a phrasing")
+                    raise ValueError(f"the weights of the section {section!r} must be one positive number per phrasing")
         return self
 
     def weights(self, positive: bool, sections: Sequence[str]) -> list[tuple[float, ...]]:
@@ -75,7 +75,7 @@ class Graded(Section):
 class PromptSet(Section):
     """A prompt file. ``templates`` make the pair of every abnormality that is not spelled out, {x} its name."""
 
-    name: str = Field(description="name of the set, as prediction tables state it")
+    name: str = Field(description="name of the prompt set, as stated in prediction tables")
     ensemble: Literal["embeddings", "logits"] = Field(
         "embeddings", description="what is averaged over phrasings: text embeddings, or logits"
     )
@@ -93,7 +93,7 @@ class PromptSet(Section):
         default_factory=dict, description="findings with a size: templates with {value}, and the values"
     )
     provenance: dict[str, str] = Field(
-        default_factory=dict, description="for a mined set: its source, and how it was made"
+        default_factory=dict, description="for a mined prompt set: its source, and how it was made"
     )
 
     @model_validator(mode="after")

@@ -65,7 +65,7 @@ def double_notes(store: VolumeStore, table: pd.DataFrame) -> list[str]:
     if copies:
         notes.append(
             f"{sum(map(len, copies))} volumes of different scans hold the same voxels (the first: {copies[0][0]} and "
-            f"{copies[0][1]}); `ctclip audit doubles` lists them, and copies that were changed"
+            f"{copies[0][1]}); `ctclip audit doubles` lists these and altered copies"
         )
     if reports:
         notes.append(

@@ -40,7 +40,7 @@ def settle(volume: Volume, table: np.ndarray | None = None, choice: Geometry = "
         if choice == "auto":
             raise PreprocessingError(
                 f"{volume.source}: {volume.geometry_doubt}; convert it from DICOM again, or use --geometry {_remedy(volume)} "
-                f"if you know that it is right"
+                f"if you know that it is correct"
             )
         warning = f"geometry taken from the header at --geometry {choice}, though {volume.geometry_doubt}"
         volume = replace(volume, geometry_doubt=None, warnings=[*volume.warnings, warning])

@@ -69,9 +69,9 @@ def to_hu(volume: Volume, table: TableFacts | None = None, trust: Trust = "auto"
 
 
 def filled(array: np.ndarray) -> str | None:
-    """What to say of a volume masked or filled with one value that is not air, or None.
+    """The warning for a volume that is masked or filled with one value that is not air, or None.
 
-    Voxels outside of a mask set to 0 HU are water to a model. Air and padding below -950 HU may be as alike as they like.
+    Voxels outside of a mask set to 0 HU are water to a model. Air and padding below -950 HU may well be constant.
     """
     step = max(1, round((array.size / 50_000) ** (1 / 3)))
     few = array[::step, ::step, ::step].ravel()
@@ -79,8 +79,8 @@ def filled(array: np.ndarray) -> str | None:
     if len(values) == 0 or counts.max() <= MOST_ALIKE * len(few):
         return None
     return (
-        f"masked or filled: {counts.max() / len(few):.0%} of the voxels hold exactly {values[counts.argmax()]:g} HU; what "
-        f"lies there is not seen as air"
+        f"masked or filled: {counts.max() / len(few):.0%} of the voxels hold exactly {values[counts.argmax()]:g} HU; "
+        f"that region is not counted as air"
     )
 
 
@@ -96,11 +96,11 @@ def not_hu(sample: np.ndarray) -> str | None:
     if least >= 0 and most <= 255:
         return f"{values} (an 8-bit picture?)"
     if most - least < NARROWEST_HU:
-        return f"{values}, less than lies between air and tissue (scaled already?)"
+        return f"{values}, a range smaller than from air to tissue (already scaled?)"
     tissue, air = _share(inside, -200, 250), _share(inside, -1150, -500)
     # Raw detector numbers with water at 1024: air lies where soft tissue should, and soft tissue at 1024.
     if air < 0.005 and _share(inside, 850, 1300) > 0.05:
-        return f"{values} with tissue near 1024 (an intercept of -1024 is still due?)"
+        return f"{values} with tissue near 1024 (intercept of -1024 not yet applied?)"
     if tissue < 0.02:
         return f"{values}, {tissue:.0%} in the range of soft tissue"
     if air < 0.005 and least >= 0:

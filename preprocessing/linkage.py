@@ -22,7 +22,7 @@ def check_linkage(path: str | os.PathLike[str], output: str | os.PathLike[str]) 
     ``output``, which is made to be handed on."""
     if Path(path).resolve().is_relative_to(Path(output).resolve()):
         raise PreprocessingError(
-            f"{path}: lies in {output}, which others may be given; keep the linkage table elsewhere"
+            f"{path}: lies in {output}, which may be shared with others; keep the linkage table elsewhere"
         )
     check_file(path, file_holds(",".join(COLUMNS).encode()))
 

@@ -116,7 +116,7 @@ def claim_folder(folder: Path) -> IO[bytes]:
     folder.mkdir(parents=True, exist_ok=True)
     return _lock(
         folder / LOCK,
-        f"{folder}: a run is going on in this folder ({{holder}}); wait for it, stop it, or choose another --output",
+        f"{folder}: another run is using this folder ({{holder}}); wait for it, stop it, or choose another --output",
     )
 
 

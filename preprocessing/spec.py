@@ -53,7 +53,7 @@ class PreprocessingSpec:
             (len(self.spacing) != 3 or min(self.spacing) <= 0, "spacing needs three positive numbers (mm)"),
             (
                 len(self.shape) != 3 or min(self.shape) <= 0 or math.prod(self.shape) > LARGEST_VOXELS,
-                "shape needs three positive whole numbers, of a grid that memory can hold",
+                "shape needs three positive whole numbers, of a grid that fits into memory",
             ),
             (
                 len(self.hu_window) != 2 or self.hu_window[0] >= self.hu_window[1],

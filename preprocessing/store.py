@@ -54,7 +54,7 @@ class VolumeStore:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not (self.path / "spec.yaml").is_file():
-            raise PreprocessingError(f"{self.path}: not a volume store (no spec.yaml); `ctclip preprocess` makes one")
+            raise PreprocessingError(f"{self.path}: not a volume store (no spec.yaml); `ctclip preprocess` creates one")
         self.spec = PreprocessingSpec.load(self.path / "spec.yaml", whole=True)
 
     @classmethod
@@ -80,7 +80,7 @@ class VolumeStore:
         """The cohort table; see ``cohorts.COLUMNS``."""
         path = self.path / "cohort.parquet"
         if not path.is_file():
-            raise PreprocessingError(f"{path}: missing; run `ctclip preprocess` on this store to its end")
+            raise PreprocessingError(f"{path}: missing; run `ctclip preprocess` on this store until it is complete")
         return check_table(pd.read_parquet(path.absolute()), path)
 
     @property
@@ -135,7 +135,7 @@ class VolumeStore:
         packed = self._open(volume)
         bounds = [part.indices(size) for part, size in zip(region, packed.shape, strict=True)]
         if any(step != 1 for _, _, step in bounds):
-            raise ValueError(f"{region}: a region is made of slices of step 1")
+            raise ValueError(f"{region}: a region must have slices of step 1")
         first, end, _ = bounds[0]
         out = np.empty([max(0, high - low) for low, high, _ in bounds], np.int16)
         for begin, slab in self._slabs(volume, packed, within=(first, end)):

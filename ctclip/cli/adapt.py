@@ -56,7 +56,7 @@ def adapt(
     draws: int = typer.Option(
         1, min=1, help="coop: number of random draws of patients; the head of the first draw is saved."
     ),
-    train_split: str = typer.Option("train", help="Split to learn from."),
+    train_split: str = typer.Option("train", help="Split to train on."),
     test_split: str = typer.Option("valid", help="coop: split to test on."),
     seed: int = typer.Option(0, min=0, help="Seed of the draws and of the training."),
     merge: bool = typer.Option(False, "--merge-adapters", help="lora: merge the adapters into the weights at the end."),
@@ -66,7 +66,7 @@ def adapt(
     force: bool = typer.Option(
         False,
         "--force",
-        help="Overwrite the tables of another run, or continue a run whose configuration or data have changed.",
+        help="Overwrite the tables of another run, or resume a run although its configuration or data have changed.",
     ),
     local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Set by the DeepSpeed launcher."),
 ) -> None:

@@ -1,4 +1,4 @@
-"""`ctclip check-precision`: which numerical precision a model may be run at on this device."""
+"""`ctclip check-precision`: which numerical precision a model can use on this device."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import typer
 
 def check_precision(
     model: str = typer.Option(..., "--model", "-m", help="A model folder."),
-    store: Path = typer.Option(..., help="The store with volumes to compare on."),
+    store: Path = typer.Option(..., help="The store with the volumes to compare."),
     split: str = typer.Option(None, help="Only this split of the cohort."),
-    count: int = typer.Option(64, "--count", "-k", min=16, help="Number of volumes to compare on."),
+    count: int = typer.Option(64, "--count", "-k", min=16, help="Number of volumes to compare."),
     head: str = typer.Option("prompts", help="The head that gives the scores."),
     batch: int = typer.Option(4, min=1, help="Number of volumes in a batch."),
 ) -> None:
-    """Compare the scores at each numerical precision with those in float32, and keep the result with the model.
+    """Compare the scores at each numerical precision with those in float32, and save the result with the model.
 
     `ctclip check-precision --model runs/demo/train/model --store store --split valid`
 
@@ -44,10 +44,10 @@ def check_precision(
     read = (torch.from_numpy(voxels) for _, voxels, _ in batches(scans, chosen, batch, refused, "comparing"))
     results, checked = check_precision(loaded, usable_head(loaded, head), read)
     print(f"{checked} volumes on {device_name(loaded.model.device)}")
-    print(f"{'precision':<12}{'ms a volume':>12}{'largest change':>16}{'least rank correlation':>24}  agrees")
+    print(f"{'precision':<12}{'ms per volume':>14}{'largest change':>16}{'lowest rank correlation':>25}  agrees")
     for result in results:
         print(
-            f"{result.precision:<12}{1000 * result.seconds:>12.1f}{result.change:>16.5f}{result.correlation:>24.6f}  "
+            f"{result.precision:<12}{1000 * result.seconds:>14.1f}{result.change:>16.5f}{result.correlation:>25.6f}  "
             f"{'yes' if result.agrees else 'no'}"
         )
     print(f"`ctclip zero-shot --precision auto` uses {fastest(results)}; kept: {keep(loaded, results, checked)}")

@@ -19,12 +19,12 @@ def demo(
         Path("runs/demo"),
         "--output",
         "-o",
-        help="Folder for the demo. If it holds an unfinished demo, that one is continued.",
+        help="Folder for the demo. If it holds an unfinished demo, that demo is resumed.",
     ),
     size: Chosen = typer.Option(
         Chosen.default,
-        help="default: a model that detects; quick: detects what is large, in some fifteen minutes; smoke: only a "
-        "check, every stage runs in about two minutes.",
+        help="default: half an hour, detects most abnormalities; quick: about fifteen minutes, detects large ones; "
+        "smoke: two minutes, runs every stage but learns nothing.",
     ),
     seed: int = typer.Option(0, min=0, help="Seed of the cohort and of the training."),
     processes: int = typer.Option(

@@ -33,10 +33,10 @@ def evaluate(
     ),
     cohort: Path = typer.Option(
         None,
-        help="With --store and --masks: the cohort that the store was made of. Example slices of the report then go "
+        help="With --store and --masks: the cohort that the store was made from. Example slices of the report then go "
         "through the smallest finding of each.",
     ),
-    masks: Path = typer.Option(None, help="Masks of the cohort, laid out as those of `ctclip phantom`."),
+    masks: Path = typer.Option(None, help="Masks of the cohort, in the layout of `ctclip phantom`."),
     against: list[Path] = typer.Option(
         None,
         help="Predictions of another model for the same volumes; adds a paired test. With --reports: other drafts of the "

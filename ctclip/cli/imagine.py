@@ -13,22 +13,28 @@ class ImagineMethod(StrEnum):
 
 
 def imagine(
-    texts: list[str] = typer.Argument(..., metavar="TEXT...", help="What a report would say. One or more texts."),
+    texts: list[str] = typer.Argument(
+        ..., metavar="TEXT...", help="One or more texts, worded like sentences of a report."
+    ),
     model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
     output: Path = typer.Option(
         ..., "--output", "-o", help="A NIfTI file, .nii.gz or .nii; the word synthetic is added to its name."
     ),
     method: ImagineMethod = typer.Option(
-        ImagineMethod.dream, help="dream: change a volume step by step until the model reads the text in it."
+        ImagineMethod.dream, help="dream: change a volume step by step until its embedding matches the text."
     ),
     store: Path = typer.Option(None, help="Begin with the mean volume of this store. Default: begin with noise."),
     split: str = typer.Option("train", help="The split of --store."),
-    number: int = typer.Option(1, "--number", "-n", min=1, max=10_000, help="Number of volumes of each text."),
-    steps: int = typer.Option(100, min=1, help="Steps of each volume."),
-    seed: int = typer.Option(0, min=0, help="Seed of the first volume of each text; the next ones count on."),
-    head: str = typer.Option("prompts", help="The head that is asked about the volumes afterwards."),
-    language: str = typer.Option("english", help="Of the texts: a YAML file, or the name of one in configs/languages."),
-    force: bool = typer.Option(False, "--force", help="Overwrite files that are no synthetic volumes."),
+    number: int = typer.Option(1, "--number", "-n", min=1, max=10_000, help="Number of volumes for each text."),
+    steps: int = typer.Option(100, min=1, help="Number of steps for each volume."),
+    seed: int = typer.Option(
+        0, min=0, help="Seed of the first volume of each text; further volumes use the numbers that follow."
+    ),
+    head: str = typer.Option("prompts", help="The head that scores the volumes afterwards."),
+    language: str = typer.Option(
+        "english", help="Language of the texts: a YAML file, or the name of one in configs/languages."
+    ),
+    force: bool = typer.Option(False, "--force", help="Overwrite files that are not synthetic volumes."),
 ) -> None:
     """Make synthetic volumes in which a model reads a text: what it takes the words to mean. Nobody was scanned for them.
 

@@ -59,9 +59,10 @@ def similar(
     scan: Path = typer.Argument(None, help="A volume file, a DICOM folder, or an archive of one of these."),
     text: str = typer.Option(None, help="A text to search for, instead of a scan."),
     plus: list[str] = typer.Option(
-        None, help="Like the scan, but with this, such as 'Pleural effusion is seen.' May be repeated."
+        None,
+        help="Find scans like this one, but with this finding, such as 'Pleural effusion is seen.' May be repeated.",
     ),
-    minus: list[str] = typer.Option(None, help="Like the scan, but without this. May be repeated."),
+    minus: list[str] = typer.Option(None, help="Find scans like this one, but without this finding. May be repeated."),
     weight: float = typer.Option(1.0, min=0.0, help="Weight of --plus and --minus relative to the scan."),
     model: str = typer.Option(
         None, "--model", "-m", help="The model that made the index. Needed only if its folder has moved."

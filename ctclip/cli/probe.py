@@ -28,7 +28,7 @@ def probe(
     head: str = typer.Option(
         "probe", help="The name under which the probe of all training labels is saved in the model folder."
     ),
-    train_split: str = typer.Option("train", help="Split to learn from."),
+    train_split: str = typer.Option("train", help="Split to train on."),
     test_split: str = typer.Option("valid", help="Split to test on."),
     batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
     seed: int = typer.Option(0, min=0, help="Seed of the draws and of the folds."),

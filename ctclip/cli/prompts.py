@@ -115,7 +115,5 @@ def mine(
     for name, (present, absent) in mined.kept.items():
         print(f"{name}: {present} present, {absent} absent")
     for side in mined.borrowed:
-        print(
-            f"note: no report states {side} by itself; its phrasings come from {others or labels.prompts or 'generic'}"
-        )
+        print(f"note: no sentence states only {side}; its phrasings come from {others or labels.prompts or 'generic'}")
     print(f"prompts: {output} ({mined.prompts.provenance['reports']} reports, {mined.prompts.identity()})")

@@ -41,11 +41,11 @@ class Precision(StrEnum):
 PRECISION = typer.Option(
     Precision.auto,
     help="Numerical precision of the volume encoder. auto: the fastest that `ctclip check-precision` found to agree with float32 "
-    "on this device; float32 where it was not run.",
+    "on this device; float32 if it was not run.",
 )
 HU = typer.Option(
     Trusted.auto,
-    help="Where Hounsfield units come from if the file and the metadata table disagree; auto decides by the voxel values.",
+    help="Where Hounsfield units come from if the file and the metadata table disagree; auto decides from the voxel values.",
 )
 GEOMETRY = typer.Option(
     Geometry.auto,
@@ -54,7 +54,7 @@ GEOMETRY = typer.Option(
 EXPECT = typer.Option(
     Expected.auto,
     help="auto: warn of scans that show no chest; chest: refuse them, and scans whose lungs do not fit into the grid; any: do "
-    "not look.",
+    "not check.",
 )
 SERIES = typer.Option(
     None,

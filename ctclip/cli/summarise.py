@@ -47,8 +47,8 @@ def summarise(
     )
     if summary is None:
         raise DataError(
-            f"{store}: fewer than {FEWEST} patients can be read of a split: too few to tell what is unlike them"
+            f"{store}: fewer than {FEWEST} patients of a split can be read, which is too few to describe the training scans"
         )
-    held = f", limit from {summary.held_out} held out" if summary.held_out else ", limit from folds of them"
+    held = f", limit from {summary.held_out} held-out patients" if summary.held_out else ", limit by cross-validation"
     print(f"summary of {summary.patients} patients{held}; {summary.rate:.1%} of such scans exceed it")
     print(f"written: {FILE} in {model}")

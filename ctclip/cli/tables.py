@@ -70,13 +70,13 @@ def print_report_scores(result: dict[str, Any]) -> None:
     print(f"macro F1 {number(ours['macro_f1']['value'])} ({number(low)} to {number(high)})")
     sides = result["results"]["drafts"]["sides"]
     print(
-        f"sides: {sides['named']} sentences name one, {sides['compared']} of them can be compared, {sides['wrong']} are on a "
+        f"sides: {sides['named']} sentences name one, {sides['compared']} of them can be compared, {sides['wrong']} name the "
         "wrong side"
     )
     if result["without_report"]:
         print(f"note: {result['without_report']} drafts have no report to compare with in the store")
     if result["empty_drafts"]:
-        print(f"note: {result['empty_drafts']} drafts are empty, and claim nothing")
+        print(f"note: {result['empty_drafts']} drafts are empty")
     if "bleu_4" not in ours:
         print('note: BLEU-4 and ROUGE-L are not computed: pip install "ctclip[reports]"')
     elif ours["meteor"]["value"] is None:

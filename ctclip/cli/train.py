@@ -14,7 +14,7 @@ def train(
     ),
     config: str = typer.Option(..., "--config", "-c", help="A YAML file, or the name of one in configs/."),
     output: Path = typer.Option(
-        None, "--output", "-o", help="Run folder. If it holds an interrupted run, that run is continued."
+        None, "--output", "-o", help="Run folder. If it holds an interrupted run, that run is resumed."
     ),
     store: Path = typer.Option(None, help="The store written by `ctclip preprocess`; the same as data.store=STORE."),
     processes: int = typer.Option(
@@ -30,13 +30,13 @@ def train(
         24128, min=1, help="With --plan: number of scans in an epoch. The default is the training split of CT-RATE."
     ),
     force: bool = typer.Option(
-        False, "--force", help="Continue the run although its configuration or data have changed."
+        False, "--force", help="Resume the run although its configuration or data have changed."
     ),
     local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Set by the DeepSpeed launcher."),
 ) -> None:
     """Train a dual encoder on volumes and reports.
 
-    Exit code 75: Ctrl-C, SIGTERM or SIGUSR1 stopped the run after it wrote a checkpoint; the same command continues it.
+    Exit code 75: Ctrl-C, SIGTERM or SIGUSR1 stopped the run after it wrote a checkpoint; the same command resumes it.
     130: Ctrl-C stopped it at once, before the first step or because it was pressed twice.
 
     The command works under every launcher:

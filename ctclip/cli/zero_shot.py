@@ -77,7 +77,7 @@ def zero_shot(
 
     `ctclip zero-shot --model runs/demo/train/model --store store --split valid --output predictions`
 
-    `ctclip zero-shot --model A --model B --store store --output predictions` averages models of one label set.
+    `ctclip zero-shot --model A --model B --store store --output predictions` averages models with the same label set.
 
     After an interruption the same command resumes where it stopped. Exit code 3: some scans were refused.
     """
@@ -144,7 +144,7 @@ def zero_shot(
         return
     table_of(summary.table(rows=6), scorers[0], summary.volumes)
     for folder in folders:
-        print(f"the model learned from: {folder.trained_on.words()}")
+        print(f"the model was trained on: {folder.trained_on.words()}")
         for caveat in folder.trained_on.caveats():
             print(f"warning: {caveat}")
     for reason in summary.refused.values():

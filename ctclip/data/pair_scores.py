@@ -49,5 +49,5 @@ def good_pairs(table: pd.DataFrame, store: VolumeStore, least: float | None, bes
     if best_share is not None:
         kept = kept & (scores["worse_share"] >= 1 - best_share).to_numpy()
     if not kept.any():
-        raise DataError(f"{store.path}: no pair scores as much as data.min_pair_score and data.best_pairs ask for")
+        raise DataError(f"{store.path}: no pair meets data.min_pair_score and data.best_pairs; lower them")
     return table[kept].reset_index(drop=True)

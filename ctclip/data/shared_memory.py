@@ -35,10 +35,12 @@ def usable_workers(workers: int, batch_bytes: int, *, ranks: int = 1, room: int 
     if workers == 0 or needed <= room:
         return workers, ""
     fitting = max(0, (room // ranks // batch_bytes - 2) // PREFETCH)
-    has = f"has {_size(room)} of room" if room else "is missing or not writable"
-    instead = f"{fitting} of them are started" if fitting else "the training process reads by itself, which is slower"
+    has = f"has {_size(room)} of space" if room else "is missing or not writable"
+    instead = (
+        f"{fitting} of them are started" if fitting else "the training process reads the data itself, which is slower"
+    )
     return fitting, (
-        f"/dev/shm {has}, and {workers} readers a process need {_size(needed)}: {instead}. Give the container more "
+        f"/dev/shm {has}, and {workers} readers per process need {_size(needed)}: {instead}. Give the container more "
         f"(docker run --shm-size={-(-needed // 2**30)}g), or set data.workers={fitting}"
     )
 

@@ -137,7 +137,9 @@ def fit_calibration(
         truth, margin = labels[known[:, index], index], margins[known[:, index], index]
         positives, negatives = patients_by_class(truth, people[known[:, index]])
         if min(positives, negatives) < FEWEST:
-            uncalibrated[name] = f"{positives} positive and {negatives} negative patients, of {FEWEST} needed"
+            uncalibrated[name] = (
+                f"{positives} positive and {negatives} negative patients, but {FEWEST} of each are needed"
+            )
             continue
         slope, intercept = shared or fit_line(margin, truth, intercept=True)
         if slope <= 0:

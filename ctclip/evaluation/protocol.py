@@ -23,7 +23,7 @@ Thresholds = Literal["calibration", "published"]
 class Protocol(Section):
     """A file of ``configs/protocols``."""
 
-    name: str = Field(description="name of the protocol, stated beside every figure")
+    name: str = Field(description="name of the protocol, stated with every figure")
     describes: str = Field(description="what it scores, in a sentence")
     cohort: str = Field("", description="the cohort, as publications name it")
     size: int | None = Field(

@@ -45,7 +45,7 @@ def evaluate_retrieval(
     result["volume_to_volume"] = {
         **(retrieval(volumes[twin], volumes, scans[twin], scans, itself=np.flatnonzero(twin)) if twin.any() else {}),
         **_by_labels((volumes, everything), (volumes, everything), labels, scans),
-        "queries_are": "recall and rank: volumes whose scan has another reconstruction, which is the right answer; map and jaccard: every volume",
+        "queries_are": "recall and rank: volumes whose scan has another reconstruction, which is the correct match; map and jaccard: every volume",
         "pool": len(volumes), "pool_is": every, "duplicates": "the query itself is not in its pool; for map and jaccard no reconstruction of its scan is",
     }  # fmt: skip
     return result

@@ -180,8 +180,8 @@ def _calibrated(table: pd.DataFrame, names: list[str], fitted: Calibration, path
             )
     if not fitted.patients:
         print(
-            f"warning: {path}: the calibration does not say on which patients it was fitted (a folder from a hub never "
-            f"does): whether some are in this test set cannot be checked",
+            f"warning: {path}: the calibration does not state which patients it was fitted on (a folder from a hub "
+            f"never does), so it cannot be checked whether some of them are in this test set",
             file=sys.stderr,
         )
     fitted_on = fitted.saw(table["patient"].unique())

@@ -29,7 +29,7 @@ from ctclip.preprocessing.plain_yaml import read_yaml
 from ctclip.preprocessing.scratch import scratch_folder
 
 INTERVALS = (
-    "Volumes are ranked by their margins, before any calibration. Intervals are by patient: for the AUROC of an "
+    "Volumes are ranked by their margins before calibration. Intervals are by patient: for the AUROC of an "
     "abnormality with the larger of two variances (evaluation/intervals.py), for everything else by bootstrap. "
     f"{UNTRUSTED_MEANS}"
 )
@@ -174,7 +174,9 @@ def _subtitle(metrics: dict[str, Any]) -> str:
     if split_note(metrics):
         scored += f"; {split_note(metrics)}"
     learned = "; ".join(filter(None, [metrics.get("supervision"), metrics.get("trained_on")]))
-    return f"{scored}. {f'The model learned from: {learned}. ' if learned else ''}Research only; not a medical device."
+    return (
+        f"{scored}. {f'The model was trained on: {learned}. ' if learned else ''}Research only; not a medical device."
+    )
 
 
 def _protocol_differences(names: list[str], first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def _references(drafts: Path, store: VolumeStore) -> tuple[pd.DataFrame, int]:
 def _ids(path: Path) -> list[str]:
     reports = load_reports(path)
     if reports.id_column.casefold() not in ("volume", "volumename"):
-        raise EvaluationError(f"{path}: has no column 'volume', which says of which volume of the store each draft is")
+        raise EvaluationError(f"{path}: has no column 'volume', which names the volume that each draft belongs to")
     names = [str(without_suffix(name)) for name in reports.ids]
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)

@@ -148,7 +148,7 @@ def _numbers(path: str | os.PathLike[str], column: pd.Series) -> pd.Series:
         row = int(np.argmax(wrong))
         raise EvaluationError(
             f"{path}: column {column.name!r} holds {column.iloc[row][:40]!r} ({column.index.name} "
-            f"{column.index[row]}), not a finite number; volumes are ranked and called by it"
+            f"{column.index[row]}), not a finite number; volumes are ranked by it"
         )
     return numbers
 

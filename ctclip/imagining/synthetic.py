@@ -18,7 +18,7 @@ from ctclip.preprocessing.outputs import check_file, claimed_file
 from ctclip.preprocessing.spec import PreprocessingSpec
 
 MARK, KIND = "synthetic", "ctclip synthetic volume"
-NOTE = "synthetic: nobody was scanned; for research, not for diagnosis"
+NOTE = "synthetic, not a scan of a patient; for research, not for diagnosis"
 # The name of the sequence of a NIfTI header's description holds 80 bytes.
 DESCRIPTION = f"{KIND}, {NOTE}"[:79]
 COMMENT = 6  # NIFTI_ECODE_COMMENT of nifti1.h

@@ -63,7 +63,7 @@ def set_precision(loaded: ModelFolder, asked: Asked = "auto") -> Precision:
     device = loaded.model.device
     if asked != "auto" and asked not in available(device):
         choices = ", ".join(("auto", *available(device)))
-        raise PrecisionError(f"{asked!r} is no precision of this device ({device_name(device)}): choose {choices}")
+        raise PrecisionError(f"{asked!r} is not supported by this device ({device_name(device)}): choose {choices}")
     loaded.model.precision = _fastest(loaded) if asked == "auto" else asked
     return loaded.model.precision
 

@@ -37,7 +37,7 @@ def publish(
     loaded = load(model)
     if output.resolve() == loaded.folder.path.resolve():
         raise CheckpointError(
-            f"{output}: is the model itself, with the digests of its patients; give another --output for the copy"
+            f"{output}: is the model folder itself, which holds digests of patients; give another --output for the copy"
         )
     card = model_card(loaded, licence, None if evaluation is None else read_figures(evaluation, loaded), repository)
     loaded.save_pretrained(output)
@@ -55,7 +55,7 @@ def read_figures(evaluation: Path, model: Model) -> dict[str, Any]:
         raise EvaluationError(f"{path}: no evaluation could be read; give a folder of `ctclip evaluate`") from error
     if of != model.folder.hash:
         raise EvaluationError(
-            f"{path}: figures of the model {of}, and this one is {model.folder.hash}; evaluate this one"
+            f"{path}: figures of the model {of}, but this one is {model.folder.hash}; evaluate this one"
         )
     return figures
 
@@ -74,7 +74,7 @@ def model_card(model: Model, licence: str, figures: dict[str, Any] | None, repos
         _learned_from(model),
         "## Figures\n\n" + ("Not evaluated." if figures is None else _figures(figures)),
         _limits(model),
-        f"## Licence\n\n`{licence}`. Weights learned from CT-RATE, or begun from those of CT-CLIP, carry `{PUBLISHED_LICENCE}` on.",
+        f"## Licence\n\n`{licence}`. Weights trained on CT-RATE, or started from those of CT-CLIP, are under the licence `{PUBLISHED_LICENCE}`.",
         f'## Use\n\n```python\nimport ctclip\n\nmodel = ctclip.load("{repository or model.folder.path.name}")\nprint(model.detect("scan.nii.gz"))\n```',
     ]
     return "\n\n".join(parts) + "\n"
@@ -132,9 +132,9 @@ def _limits(model: Model) -> str:
     facts = model.folder.trained_on
     limits = [
         *model.folder.trained_on.caveats(),
-        f"Scans of another kind than it learned from ({facts.body_part or 'body part not recorded'}, {model.spec.name}) were not tried.",
+        f"Scans unlike those that the model was trained on ({facts.body_part or 'body part not recorded'}, {model.spec.name}) have not been tested.",
         "Probabilities rank scans; they are frequencies only where a head is calibrated, and only for patients like those of the calibration.",
-        "Findings smaller than the voxels, and names that its reports never mention, are not detected.",
+        "Findings smaller than the voxels, and names that the training reports never mention, are not detected.",
         "It is not for diagnosis, triage or any decision about a patient.",
     ]
     return "## Limits\n\n" + "\n".join(f"- {_sentence(limit)}" for limit in limits)

@@ -64,7 +64,7 @@ class Detection:
             )
         lines += [f"{name}: {value:.1f} if present" for name, value in self.values.items()]
         lines += [ABOVE] if self.thresholds else []
-        lines += [f"the model learned from: {self.trained_on}"] if self.trained_on else []
+        lines += [f"the model was trained on: {self.trained_on}"] if self.trained_on else []
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
@@ -81,7 +81,7 @@ class Detection:
         )
         notes = [f"{name}: {value:.1f} if present" for name, value in self.values.items()]
         notes += [ABOVE] if self.thresholds else []
-        notes += [f"The model learned from: {self.trained_on}"] if self.trained_on else []
+        notes += [f"The model was trained on: {self.trained_on}"] if self.trained_on else []
         notes += [f"Warning: {text}" for text in self.warnings]
         return (
             f"<b>{escape(self._title())}</b><table><tr><th style='text-align:left'>abnormality</th><th>probability</th>"

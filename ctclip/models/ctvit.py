@@ -110,8 +110,8 @@ class CTViT(VolumeEncoder):
 
     def check_lift(self) -> None:
         raise ConfigError(
-            "objectives.alignment: the encoder ctvit pools each place of a slab apart, so that no token has a vector of its "
-            "own in the joint space; align an encoder of another kind"
+            "objectives.alignment: the tokens of the encoder ctvit have no vectors of their own in the shared embedding, "
+            "because it pools each place of a slab separately; choose another encoder"
         )
 
     def layers(self) -> Sequence[Sequence[nn.Module | nn.Parameter]]:

@@ -97,8 +97,8 @@ class VolumeEncoder(nn.Module, ABC):
             pool([encoded.tokens]), encoded.pooled, rtol=1e-3, atol=1e-4
         ):
             raise ValueError(
-                f"{type(self).__name__} does not pool by the mean of its tokens, and has no `evidence` that says how it does: "
-                f"use occlusion, which asks nothing of an encoder"
+                f"{type(self).__name__} does not pool by the mean of its tokens, and has no method `evidence` that describes how "
+                f"it pools: use --method occlusion, which works with every encoder"
             )
         return Evidence(encoded, (level,), pool, lambda features, directions: [beside(features[0], directions)])
 
@@ -112,7 +112,7 @@ class VolumeEncoder(nn.Module, ABC):
         if self.width % self.token_width:
             raise ConfigError(
                 f"objectives.alignment: {type(self).__name__} pools {self.width} numbers of tokens of {self.token_width}; "
-                f"an encoder of one's own says in `lift` what a token alone would be pooled to"
+                f"your own encoder needs a method `lift` that gives the vector of a single token"
             )
 
     def layers(self) -> Sequence[Sequence[nn.Module | nn.Parameter]]:

@@ -62,8 +62,8 @@ def shape_of(values: dict[str, Any], source: str | Path) -> Any:
         raise CheckpointError(f"{source}: these weights are quantised and cannot be trained; take the original ones")
     if kind not in CONFIG_MAPPING:
         raise CheckpointError(
-            f"{source}: the architecture {kind!r} is not part of Transformers: it would come as code, and code that "
-            f"comes with a checkpoint is never run here. Choose a model of a known architecture"
+            f"{source}: the architecture {kind!r} is not part of Transformers: it would need code that comes "
+            f"with the checkpoint, which is never run here. Choose a model of a known architecture"
         )
     _check_parts(values, source)
     with _told(source, "describes no model"):
@@ -148,13 +148,13 @@ def _trained(folder: Path, shape: Any, side: str) -> nn.Module:
     lacking = sorted(name for name in missing if "pooler" not in name)
     if lacking:
         raise CheckpointError(
-            f"{folder}: the weights are those of another architecture than config.json describes: {len(lacking)} "
+            f"{folder}: the weights belong to another architecture than config.json describes: {len(lacking)} "
             f"parameters are missing, for example {lacking[0]}"
         )
     left = sorted(name for name in report["unexpected_keys"] if _of_a_layer(model, name))
     if left:
         raise CheckpointError(
-            f"{folder}: the weights are those of another architecture than config.json describes: {len(left)} of them "
+            f"{folder}: the weights belong to another architecture than config.json describes: {len(left)} of them "
             f"do not belong to it, for example {left[0]}"
         )
     return _encoder(model, side)
@@ -184,7 +184,7 @@ def _architecture(shape: Any, side: str, source: str | Path) -> tuple[Any, Any, 
         raise CheckpointError(f"{source}: Transformers has no {side} encoder of the architecture {shape.model_type}")
     if getattr(shape, "is_encoder_decoder", False) and "Encoder" not in kind.__name__:
         raise CheckpointError(
-            f"{source}: {shape.model_type} is an encoder-decoder model whose encoder cannot be used by itself; "
+            f"{source}: {shape.model_type} is an encoder-decoder model whose encoder cannot be used alone; "
             f"use a T5 model, or one that is only an encoder or only a decoder"
         )
     options: dict[str, Any] = {"attn_implementation": "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"}

@@ -95,7 +95,7 @@ def read_published(path: str | Path, ignore: Sequence[str] = ()) -> Published:
             )
     if strange:
         raise CheckpointError(
-            f"{path}: {len(strange)} keys are unknown: {', '.join(strange)}; leave out those that are not needed with --ignore (many at once: `--ignore 'decoder.*'`)"
+            f"{path}: {len(strange)} keys are unknown: {', '.join(strange)}; use --ignore to leave out those that are not needed (many at once: `--ignore 'decoder.*'`)"
         )
     try:
         volume, plane, dim, bert = _sizes(tensors, state)
@@ -135,7 +135,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: not a checkpoint of plain tensors ({type(error).__name__}); other pickles are never opened; get the file from its authors again"
+            f"{path}: not a checkpoint of plain tensors ({type(error).__name__}); other pickles are never opened; download the file from its authors again"
         ) from error
     for key in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):

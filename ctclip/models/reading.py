@@ -130,7 +130,7 @@ def _tried(bert: Any, prefix: tuple[int, ...], suffix: tuple[int, ...], words: l
         bert.train(training)
     if hidden.shape != (*ids.shape, width):
         raise CheckpointError(
-            f"model.text: the architecture {kind} cannot serve as text encoder: from {tuple(ids.shape)} tokens it makes "
+            f"model.text: the architecture {kind} cannot serve as text encoder: from {tuple(ids.shape)} tokens it returns "
             f"{tuple(hidden.shape)} numbers, not one vector of {width} each"
         )
     freeze_unused(bert, hidden)

@@ -216,9 +216,8 @@ def width_of(vision: Any, channels: int, side: int) -> int:
     freeze_unused(vision, first)
     if first.ndim != 2 or not (parameter.is_meta or torch.allclose(first, second, atol=1e-4)):
         raise CheckpointError(
-            f"model.volume: the architecture {kind} cannot serve as slice encoder: it does not make one vector from "
-            "an image, and "
-            f"the same each time"
+            f"model.volume: the architecture {kind} cannot serve as slice encoder: it must return one vector "
+            "per image, and the same vector each time"
         )
     return int(first.shape[1])
 

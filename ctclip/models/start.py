@@ -33,9 +33,9 @@ class Taken:
         """A few lines for the terminal and the model card."""
         lines = [f"from {source}: {len(self.taken)} tensors taken"]
         for words, names in (
-            ("new, begin at random", self.new),
-            ("of another shape there, begin at random", self.reshaped),
-            ("there and not used here", self.unused),
+            ("new, initialised at random", self.new),
+            ("of another shape in the source, initialised at random", self.reshaped),
+            ("in the source, not used here", self.unused),
         ):
             if names:
                 listed = ", ".join(_parts(names))

@@ -46,7 +46,7 @@ class ClipConfig(ContrastiveConfig):
     @model_validator(mode="after")
     def _one_or_the_other(self) -> ClipConfig:
         if self.queue and self.negatives is not None:
-            raise ValueError("queue gives more negatives and negatives fewer: set one of them")
+            raise ValueError("queue adds negatives and negatives limits them: set only one of the two")
         return self
 
 

@@ -86,7 +86,7 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{self.folder}: the checkpoint of step {step} could not be written ({' '.join(str(error).split())[-160:]}); "
-                f"free some space and start the same command again: it continues from the checkpoint before"
+                f"free some space and start the same command again: it resumes from the checkpoint before"
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)

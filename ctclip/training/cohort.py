@@ -23,11 +23,11 @@ class Cohort:
     """The training volumes of a run."""
 
     volumes: dict[str, str]
-    """of the latest start: a volume's hash, and that of its report and labels"""
+    """at the latest start: hash of each volume, and of its report and labels"""
     seen: list[str] = field(default_factory=list)
-    """hashes of all volumes that its weights have learned from"""
+    """hashes of all volumes that the weights were trained on"""
     patients: list[str] = field(default_factory=list)
-    """hashes of their patients"""
+    """hashes of the patients of these volumes"""
 
 
 def open_cohort(folder: Path, data: StoredVolumes, *, learned: bool, force: bool = False) -> Cohort:
@@ -44,7 +44,7 @@ def open_cohort(folder: Path, data: StoredVolumes, *, learned: bool, force: bool
         if changes and not force:
             raise TrainingError(
                 f"{path}: this run was trained on other data than {data.store.path} holds now ({', '.join(changes)}). Name the "
-                f"store it was trained on, choose another --output, or continue with the new data with --force"
+                f"store it was trained on, choose another --output, or resume with the new data with --force"
             )
         if learned:
             now.seen = sorted({*now.seen, *before.seen})
@@ -79,7 +79,7 @@ def _read(path: Path) -> Cohort | None:
         cohort = Cohort(**plain_json.loads(path.read_text(encoding="utf-8")))
         _ = (cohort.volumes.items(), sorted([*cohort.seen, *cohort.patients]))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise TrainingError(f"{path}: cannot be read ({error}); delete it to continue with the store's data") from error
+        raise TrainingError(f"{path}: cannot be read ({error}); delete it to resume with the store's data") from error
     return cohort
 
 

@@ -57,13 +57,13 @@ INTERRUPTED = 75
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has written a checkpoint; the same command continues it."""
+    """The run was asked to stop and has written a checkpoint; the same command resumes it."""
 
 
 def train(config: Config, output: Path, *, force: bool = False) -> Path:
     """Train as ``config`` says and return the model folder ``output/model``.
 
-    A run that was interrupted continues from its last checkpoint; a finished one returns at once. Raises Interrupted
+    An interrupted run resumes from its last checkpoint; a finished one returns at once. Raises Interrupted
     after SIGTERM, SIGUSR1 or Ctrl-C, once the step at hand is done and its checkpoint written; a second Ctrl-C ends the
     process at once.
     """
@@ -276,7 +276,7 @@ class Run:
                 self.checkpoints.wait()
                 # A rank that leaves early would have the launcher end the one that still writes.
                 distributed.barrier()
-                raise Interrupted(f"stopped after step {done} of {steps}; the same command continues from there")
+                raise Interrupted(f"stopped after step {done} of {steps}; the same command resumes from there")
 
     def _batches(self, data: StoredVolumes, sampler: ScanSampler) -> Any:
         share = self.settings.batch // distributed.world_size()
@@ -310,7 +310,7 @@ class Run:
             what = "the gradient is not finite"
         raise TrainingError(
             f"{what} at step {step} (logit scale {logged['logit_scale']:.3g}, gradient norm {norm:.3g}, learning rate "
-            f"{logged['learning_rate']:.3g}): lower training.learning_rate or raise training.warmup, with --force to go on in "
+            f"{logged['learning_rate']:.3g}): lower training.learning_rate or raise training.warmup, and use --force to resume in "
             f"this folder; {self._last_good()}"
         )
 
@@ -320,8 +320,8 @@ class Run:
             return "no checkpoint had been written yet"
         good = [path for step, path in found if step <= self.good]
         if not good:
-            return f"all checkpoints kept are of steps after {self.good}, when it had begun: start in another folder"
-        later = "" if good[0] == found[0][1] else ": remove those after it, the run would go on from them"
+            return f"all checkpoints that were kept are from steps after {self.good}, when it had begun: start in another folder"
+        later = "" if good[0] == found[0][1] else ": remove those after it, the run would resume from them"
         return f"the last good checkpoint is {good[0]}{later}"
 
 
@@ -379,8 +379,8 @@ def _worker_died() -> TrainingError:
     # From here on torch's handler would raise a second time, wherever the first is being told.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return TrainingError(
-        "a reading process died (out of memory?): lower data.workers, and start the same command again: it "
-        "continues from the last checkpoint"
+        "a data-loading process died (out of memory?): lower data.workers, and start the same command again: it "
+        "resumes from the last checkpoint"
     )
 
 

@@ -355,10 +355,10 @@ def describe(config: Config, plan: Plan, card: str, volumes: int) -> str:
         f"{config.name} on {plan.ranks} x {card} ({memory / GIB:.0f} GiB), batch {config.training.batch} ({share} a rank)",
         f"parameters: {plan.volume_parameters / 1e6:.1f} M volume, {plan.text_parameters / 1e6:.1f} M text, "
         f"{plan.head_parameters / 1e6:.1f} M of objectives on words and labels",
-        f"a volume: {plan.flops / 1e12:.3f} TFLOP to train on, {plan.activations / GIB:.3f} GiB of activations, "
+        f"per volume: {plan.flops / 1e12:.3f} TFLOP to train on, {plan.activations / GIB:.3f} GiB of activations, "
         f"{plan.batch_volumes / GIB:.3f} GiB of voxels",
         "",
-        "GiB a rank, of tensors",
+        "GiB of tensors per rank",
         "ZeRO  parameters  gradients  optimizer  buffers   states  with the batch  largest micro batch",
     ]
     for stage in plan.stages:

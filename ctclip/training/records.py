@@ -47,7 +47,7 @@ def open_run(folder: Path, config: Config, *, force: bool = False) -> None:
         if changed and not force:
             raise TrainingError(
                 f"{saved}: this run folder belongs to another configuration (differs in {', '.join(changed)}). "
-                f"Choose another --output, or continue with the new configuration with --force"
+                f"Choose another --output, or resume with the new configuration with --force"
             )
     write_text(saved, dump_config(config))
     facts = {"seed": config.seed, "revision": revision(), "versions": versions(), "command": sys.argv}
@@ -110,7 +110,7 @@ class MetricsLog:
         except OSError as error:
             raise TrainingError(
                 f"{self.path}: could not be written ({error.strerror}); free some space and start the same command again: it "
-                f"continues from the last checkpoint"
+                f"resumes from the last checkpoint"
             ) from error
         if self.wandb is not None:
             self.wandb.log(values, step=step)

@@ -34,15 +34,15 @@ def warm_up_text(
     batch = min(config.batch, len(pairs)) // ranks * ranks
     if batch < 2 * ranks:
         lacking = (
-            f"training.text_warmup matches the first section of a report with the last, and of the {len(reports)} reports "
-            f"{len(pairs)} have both and differ in the last"
+            f"training.text_warmup matches the first section of a report with the last, but only {len(pairs)} of the "
+            f"{len(reports)} reports have both, with distinct last sections"
         )
         if config.lock:
             raise TrainingError(
-                f"{lacking}: the text side would be locked untrained. Name two sections in data.sections, or set "
+                f"{lacking}: the text encoder would be frozen untrained. Name two sections in data.sections, or set "
                 f"training.text_warmup.steps=0"
             )
-        warn(f"warning: {lacking}: training begins without it")
+        warn(f"warning: {lacking}: training starts without the warm-up")
         return float("nan")
     model.to(device).train()
     scale = nn.Parameter(model.similarity.logit_scale.detach().clone())

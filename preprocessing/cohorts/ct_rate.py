@@ -144,7 +144,9 @@ def _files(tree: Tree) -> tuple[dict[str, Path], list[str]]:
         raise PreprocessingError(f"{tree.root}: no volumes named like train_1_a_1.nii.gz below it")
     if not repeated:
         return files, []
-    return files, [f"{repeated} files share their name with another; the least deep is taken, of those the last"]
+    return files, [
+        f"{repeated} files share their name with another; the one in the least deep folder is used, and the last of these"
+    ]
 
 
 def _tables_named(tree: Tree, kind: str) -> list[Path]:
@@ -184,7 +186,7 @@ def _without_spacing(metadata: pd.DataFrame, files: dict[str, Path]) -> dict[str
     if "ZSpacing" not in metadata.columns:
         return {}
     return {
-        name: f"{files[name].name}: its metadata table has no ZSpacing for it: a projection or another image that is no volume"
+        name: f"{files[name].name}: its metadata table has no ZSpacing for it: a projection or another image that is not a volume"
         for name in files
         if name in metadata.index and not (numbers(metadata.at[name, "ZSpacing"], 1) or [0])[0]
     }  # fmt: skip

@@ -149,7 +149,7 @@ def _same_patients(records: list[dict[str, Any]], keys: list[list[str]]) -> list
             record["patient"] = records[root_of(index)]["volume"]
             joined += 1
     return (
-        [f"{counted(joined, 'scan', 'belongs|belong')} to a patient or a study that was met before: kept together"]
+        [f"{counted(joined, 'scan', 'belongs|belong')} to a patient or a study of an earlier scan: kept together"]
         if joined
         else []
     )

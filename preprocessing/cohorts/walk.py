@@ -51,7 +51,7 @@ def walk(root: Path) -> Tree:
         target = os.path.realpath(link)
         within = _inside(target, top)
         if target in seen or _inside(top, target):
-            tree.unused["links to a folder that is walked anyway"] += 1
+            tree.unused["links to a folder that is read anyway"] += 1
         elif not within and base != top and not _inside(target, base):
             tree.unused["links that lead on from a linked folder"] += 1
         else:

@@ -40,7 +40,9 @@ def volume(source: str, members: list[Slice], numbers_missing: int, warnings: li
     _missing(source, gaps, usual, numbers_missing, warnings)
     array = _array(source, members, largest)
     if _alternating(array):
-        warnings.append("every other slice differs more from its neighbours than from those beyond: two acquisitions?")
+        warnings.append(
+            "slices differ more from their neighbours than from the next but one: two interleaved acquisitions?"
+        )
     positions = np.array([member.place for member in members])
     if np.abs(gaps - usual).max() > EVEN_GAPS * usual:
         array, positions = _even(array, positions, depth, usual)
@@ -87,7 +89,7 @@ def _differences(members: list[Slice], warnings: list[str]) -> None:
         warnings.append("slices differ in PhotometricInterpretation: it concerns display, values are taken as stored")
     if count := sum(bytes_behind(member.image) for member in members):
         warnings.append(
-            f"bytes follow the pixels of {counted(count, 'slice')}: if some were put in before, values are wrong"
+            f"bytes follow the pixels of {counted(count, 'slice')}: if bytes were inserted before them, values are wrong"
         )
     if any(lossy(member.image) for member in members):
         warnings.append("lossy compression: HU are approximate")

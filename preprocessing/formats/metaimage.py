@@ -182,7 +182,7 @@ def _geometry(fields: dict[str, str], source: str) -> tuple[np.ndarray, str | No
         warnings.append("its header states no Offset: the origin is assumed to be 0")
     unit = text_header.MM_PER_UNIT.get(fields.get("DistanceUnits", "mm").lower())
     if unit is None:
-        doubt = doubt or "DistanceUnits of its header names no unit that is known"
+        doubt = doubt or "DistanceUnits of its header names an unknown unit"
     affine = np.eye(4)
     affine[:3, :3] = (turn * spacing)[:, ::-1] * (unit or 1.0)
     affine[:3, 3] = origin * (unit or 1.0)

@@ -97,8 +97,8 @@ def _drop_axis_of_one(fields: dict[str, str], source: str) -> None:
     sizes = text_header.integers(fields["sizes"], 4, "sizes", source)
     if sizes.count(1) != 1:
         raise PreprocessingError(
-            f"{source}: has four axes ({fields['sizes']}): several volumes, or several values a voxel; save one volume of one "
-            f"value alone"
+            f"{source}: has four axes ({fields['sizes']}): several volumes, or several values per voxel; save one volume "
+            f"with one value per voxel"
         )
     fields["dimension"] = "3"
     for name in ("sizes", "kinds", "spacings", "space directions"):

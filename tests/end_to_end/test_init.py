@@ -115,7 +115,7 @@ def test_one_process_and_two_fine_tune_alike(published: Path, chests: Path, tmp_
         # What was taken, once, whatever the number of ranks.
         (line,) = [line for line in one.stderr.splitlines() if "tensors taken" in line]
         assert line.startswith(f"from {published}: ")
-    assert "begin at random" not in done[1].stderr, "everything of the checkpoint fits"
+    assert "initialised at random" not in done[1].stderr, "everything of the checkpoint fits"
     assert len(losses(tmp_path / "1")) == 4
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
     one, two = (load_file(tmp_path / str(count) / "model" / "model.safetensors") for count in (1, 2))
@@ -233,7 +233,7 @@ def test_a_store_of_a_larger_plane_begins_with_a_new_projection_and_says_so(
     preprocess_cohort(cohort, tmp_path / "store", wide, workers=1)
     after, said = tuned(tmp_path, published, tmp_path / "store", "preprocessing=chest_60")
     assert after["volume_projection.weight"].shape == (24, 6 * 6 * 48)
-    assert "1 of another shape there, begin at random: volume_projection.weight" in said
+    assert "1 of another shape in the source, initialised at random: volume_projection.weight" in said
 
 
 def test_a_store_whose_voxels_the_patches_do_not_divide_is_refused(

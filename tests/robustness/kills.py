@@ -38,7 +38,7 @@ FORKED.set_forkserver_preload([
     "ctclip.training.loop", "ctclip.training.export", "ctclip.models.vit3d", "ctclip.inference.model",
     "ctclip.inference.index", "ctclip.inference.import_published", "ctclip.evaluation.run_evaluation",
 ])  # fmt: skip
-BUSY = ("is writing it", "run is going on")
+BUSY = ("is writing it", "run is using this folder")
 
 
 def members(session: int) -> list[int]:

@@ -473,7 +473,7 @@ def test_of_two_stores_made_at_once_the_first_stays(tmp_path: Path, monkeypatch:
 def test_two_cohorts_into_one_folder_are_one_cohort(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.closing(claim_folder(tmp_path / "c")):
         line = refused(["phantom", tmp_path / "c", "--volumes", 2], tmp_path, capsys)
-    assert "a run is going on in this folder" in line
+    assert "another run is using this folder" in line
 
 
 @pytest.mark.parametrize("moment", ["while it steps aside", "after"])

@@ -122,7 +122,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_asks_to_be_requeued(
     os.kill(process.pid, number)
     done = process.wait()
     assert done.returncode == 75
-    assert "the same command continues" in done.stdout
+    assert "the same command resumes" in done.stdout
     assert len(list((output / "checkpoints").glob("step_*"))) == 1
     # It may continue at another ZeRO stage, where sums are rounded differently.
     assert run(command(store, output, f"training.zero.stage={stage}")).returncode == 0
@@ -139,7 +139,7 @@ def test_a_reading_process_that_dies_is_one_line(store: Path, tmp_path: Path) ->
         "VolumeStore.read_into = dying"
     )
     done = run(command(store, tmp_path / "run", "data.workers=1"), body)
-    assert "a reading process died" in last_line(done)
+    assert "a data-loading process died" in last_line(done)
 
 
 def test_a_volume_that_vanished_is_named(store: Path, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(store: Path, tmp_path: Path) ->
     output = tmp_path / "run"
     said = last_line(run(command(store, output), body))
     assert "File too large" in said
-    assert "continues from the checkpoint before" in said
+    assert "resumes from the checkpoint before" in said
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_00000002"]
 
 
@@ -389,7 +389,7 @@ def test_a_second_run_in_one_folder_is_refused(store: Path, tmp_path: Path) -> N
     process = Command(command(store, output, *more))
     wait_for_step(output, 1)
     said = last_line(run(command(store, output, *more)))
-    assert "a run is going on in this folder" in said
+    assert "another run is using this folder" in said
     assert f"process {process.pid}" in said
     # A model can be exported while the run is in progress.
     wait_for_step(output, 101)

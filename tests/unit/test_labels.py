@@ -62,7 +62,7 @@ def test_columns_are_found_by_cohort_then_name_then_alias() -> None:
         (["Nodule", "nodule"], "'nodule' names both 'Nodule' and 'nodule'"),
         ([{"name": "Nodule", "aliases": ["mass"]}, {"name": "Mass"}], "'Mass' names both 'Nodule' and 'Mass'"),
         ([{"name": "A", "aliases": ["x"]}, {"name": "B", "aliases": ["X"]}], "'X' names both 'A' and 'B'"),
-        (["\x1b]0;owned\x07"], "holds control characters"),
+        (["\x1b]0;owned\x07"], "contains control characters"),
         ([], "labels"),
         ([""], "labels.0.name"),
         ([{"name": "A", "alias": ["x"]}], "'labels.0.alias'.*'labels.0.aliases'"),

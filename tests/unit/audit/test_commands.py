@@ -23,7 +23,7 @@ def test_a_summary_is_kept_and_scans_are_judged(
     clinic: Clinic, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["summarise", "--model", str(clinic.model), "--store", str(clinic.store)]) == 0
-    assert "28 patients, limit from folds of them; 3.4%" in capsys.readouterr().out
+    assert "28 patients, limit by cross-validation; 3.4%" in capsys.readouterr().out
     assert is_model_folder(clinic.model)
     loaded = load_model(clinic.model)
     assert usable_summary(loaded) is not None

@@ -80,8 +80,8 @@ def test_what_does_not_rise_or_is_rare_is_not_calibrated_and_said_so() -> None:
     assert list(calibration.lines) == ["A"]
     assert set(calibration.uncalibrated) == {"B", "C", "D", "E"}
     assert "do not rise" in calibration.uncalibrated["B"]
-    assert calibration.uncalibrated["C"] == "4 positive and 96 negative patients, of 5 needed"
-    assert calibration.uncalibrated["D"] == "96 positive and 4 negative patients, of 5 needed"
+    assert calibration.uncalibrated["C"] == "4 positive and 96 negative patients, but 5 of each are needed"
+    assert calibration.uncalibrated["D"] == "96 positive and 4 negative patients, but 5 of each are needed"
     line = calibration.lines["A"]
     assert (line.slope, line.intercept) == fit_line(margins, labels, intercept=True)
     assert line.threshold == metrics.best_threshold(labels, expit(line.slope * margins + line.intercept))

@@ -189,7 +189,7 @@ def test_thresholds_come_from_the_calibration_split_never_from_the_test(tmp_path
         "ct_rate",
         **arguments | {"labels": tmp_path / "held.csv", "calibration": given},
     )
-    assert "whether some are in this test set cannot be checked" in capsys.readouterr().err
+    assert "it cannot be checked whether some of them are in this test set" in capsys.readouterr().err
     with pytest.raises(EvaluationError, match="not predictions of"):
         run_calibration(
             tmp_path / "calibration.csv", tmp_path / "model", kept, model_hash="n", labels=tmp_path / "labels.csv"

@@ -141,7 +141,7 @@ def test_figures_of_a_check_are_scipys(folder: Path) -> None:
 
 def test_what_cannot_be_is_one_line(folder: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loaded = load_model(folder)
-    with pytest.raises(PrecisionError, match="'tf32' is no precision of this device"):
+    with pytest.raises(PrecisionError, match="'tf32' is not supported by this device"):
         set_precision(loaded, "tf32")
     with pytest.raises(PrecisionError, match="15 volumes are too few"):
         check_precision(loaded, head_of(loaded), [torch.zeros(5, 1, 8, 8, 8)] * 3)

@@ -67,7 +67,7 @@ def test_slices_are_encoded_as_transformers_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**SMALL, **IMAGE)), "the same each time"),
+        (lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**SMALL, **IMAGE)), "the same vector each time"),
         (lambda: hf.BertModel(hf.BertConfig(vocab_size=50, **SMALL)), "cannot serve as slice encoder"),
     ],
 )

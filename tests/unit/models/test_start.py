@@ -97,12 +97,14 @@ def test_what_does_not_fit_begins_at_random_and_is_said() -> None:
     lines = result.describe("there").splitlines()
     assert lines[0] == f"from there: {len(result.taken)} tensors taken"
     assert lines[1:] == [
-        f"  {len(result.new)} new, begin at random: volume_encoder.blocks.3",
-        "  1 of another shape there, begin at random: volume_encoder.stem.embed",
+        f"  {len(result.new)} new, initialised at random: volume_encoder.blocks.3",
+        "  1 of another shape in the source, initialised at random: volume_encoder.stem.embed",
     ]
     shallower = take_weights(dual(seed=2, depth=1), source.state_dict(), "both", "there")
     assert {name.split(".")[2] for name in shallower.unused} == {"1", "2"}
-    assert "there and not used here: volume_encoder.blocks.1, volume_encoder.blocks.2" in shallower.describe("there")
+    assert "in the source, not used here: volume_encoder.blocks.1, volume_encoder.blocks.2" in shallower.describe(
+        "there"
+    )
 
 
 def test_a_side_of_which_nothing_fits_is_refused() -> None:

@@ -133,5 +133,5 @@ def test_a_batch_without_a_sentence_is_no_loss() -> None:
 def test_an_encoder_without_a_vector_a_token_is_refused() -> None:
     config = CTViTConfig(patch=(4, 4, 4), width=16, spatial_depth=1, temporal_depth=1, heads=2, head_width=8, quantise=False)  # fmt: skip
     model = dual_encoder(config, spec_of((8, 8, 8)))
-    with pytest.raises(ConfigError, match="pools each place of a slab apart"):
+    with pytest.raises(ConfigError, match="have no vectors of their own in the shared embedding"):
         Alignment(AlignmentConfig(), Context(model))

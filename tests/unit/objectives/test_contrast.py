@@ -289,5 +289,5 @@ def test_the_oldest_places_are_written_over() -> None:
 
 
 def test_a_queue_beside_smaller_groups_is_refused() -> None:
-    with pytest.raises(ConfigError, match="set one of them"):
+    with pytest.raises(ConfigError, match="set only one of the two"):
         objective("clip", queue=4, negatives=2)

@@ -213,7 +213,7 @@ BITS = [
         refused="2878 bytes of pixels where its header says 2880"),
     Row("bytes put in among the pixels", lambda f: shoved(min(write(f, series(HU)).iterdir())),
         hu=np.concatenate([np.r_[HU[0].ravel()[:-300], -1023, HU[0].ravel()[-300:-1]].reshape(1, *HU[0].shape), HU[1:]]),
-        says=("bytes follow the pixels of 1 slice: if some were put in before, values are wrong",)),
+        says=("bytes follow the pixels of 1 slice: if bytes were inserted before them, values are wrong",)),
     Row("zeros behind the pixels", behind(bytes(512)), same=("dcm2niix", "pydicom")),
     Row("padding behind the pixels (PS3.10, 7.2)", behind(b"\xfc\xff\xfc\xffOB\0\0\4\0\0\0abcd"), same=ALL),
     Row("files cut in their pixels", each(cut), refused=r"\(cut short\); it is damaged: copy or export the series again$"),

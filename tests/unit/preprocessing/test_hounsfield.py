@@ -10,8 +10,8 @@ from ctclip.preprocessing.facts import TableFacts
 from ctclip.preprocessing.hounsfield import ALREADY_HU, filled, not_hu, to_hu
 from ctclip.preprocessing.volume import Volume
 
-MASK, PICTURE, SCALED = "a few distinct values", "8-bit", "scaled already"
-DUE, TISSUE, WARM = "intercept of -1024 is still due", "in the range of soft tissue", "none as low as air or fat"
+MASK, PICTURE, SCALED = "a few distinct values", "8-bit", "already scaled"
+DUE, TISSUE, WARM = "intercept of -1024 not yet applied", "in the range of soft tissue", "none as low as air or fat"
 WINDOW, NEAR, BONE, TWICE = "display window", "instead of -1000", "as dense as bone", "applied twice"
 TABLE = TableFacts(2.0, -1024.0)
 

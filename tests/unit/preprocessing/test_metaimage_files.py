@@ -72,7 +72,7 @@ META_ROWS = [
         "exactly the identity", itk="differs: takes it"),
     itk("micron", "scan.mha", meta(ElementSpacing="800 900 2500", Offset="-31000 7000 55000", DistanceUnits="um"),
         itk="differs: ignores the unit"),
-    itk("a unit that is none", "scan.mha", meta(DistanceUnits="furlong"), "no unit that is known", itk=NOT_ASKED),
+    itk("a unit that is none", "scan.mha", meta(DistanceUnits="furlong"), "names an unknown unit", itk=NOT_ASKED),
     itk("negative spacing", "scan.mha", meta(ElementSpacing="0.8 0.9 -2.5"), "not positive", itk=NOT_ASKED),
     itk("directions of length 2", "scan.mha", meta(TransformMatrix="2 0 0 0 1 0 0 0 1"), "holds no directions", itk=NOT_ASKED),
     itk("spacing of metres", "scan.mha", meta(ElementSpacing="0.0008 0.0009 0.0025"), r"0\.1 to 20 mm", itk=NOT_ASKED),

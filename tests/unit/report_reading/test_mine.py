@@ -81,5 +81,5 @@ def test_weights_that_do_not_fit_are_refused(weights: list[float]) -> None:
         "negative": {"findings": ["c"]},
         "positive_weights": {"findings": weights},
     }
-    with pytest.raises(PromptError, match="weights of the section 'findings' are not one positive number a phrasing"):
+    with pytest.raises(PromptError, match="weights of the section 'findings' must be one positive number per phrasing"):
         load_prompts({"name": "p", "abnormalities": {"x": pair}})

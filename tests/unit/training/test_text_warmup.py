@@ -36,5 +36,5 @@ def test_reports_without_two_sections_are_named(reports: list[Report], capsys: p
 @pytest.mark.parametrize("reports", UNMATCHED.values(), ids=UNMATCHED)
 def test_a_text_side_that_has_learned_nothing_is_not_locked(reports: list[Report]) -> None:
     config = TextWarmupConfig(steps=2, batch=8, lock=True)
-    with pytest.raises(TrainingError, match=r"locked untrained.*text_warmup\.steps=0"):
+    with pytest.raises(TrainingError, match=r"frozen untrained.*text_warmup\.steps=0"):
         warm_up_text(dual_encoder(), reports, config, seed=0, device=torch.device("cpu"))
