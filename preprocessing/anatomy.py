@@ -1,6 +1,6 @@
-"""Where the lungs of an oriented CT in HU lie: whether it is a chest, and which way up it is.
+"""The position of the lungs in an oriented CT in HU: whether the scan shows a chest, and whether it is upside down.
 
-All of it is seen at about 6 mm, where no edge between air and tissue looks like lung.
+All steps work at about 6 mm, where edges between air and tissue do not look like lung.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Lungs:
 
 
 def find_lungs(volume: Volume) -> Lungs:
-    """The lungs of an oriented volume in HU, or the space most like them."""
+    """Find the lungs of an oriented volume in HU, or the space most similar to lungs."""
     # A volume thinner than 6 mm is one coarse voxel thick.
     sides = zip(volume.spacing, volume.array.shape, strict=True)
     step = tuple(max(1, min(round(COARSE_MM / spacing), count)) for spacing, count in sides)
@@ -182,12 +182,13 @@ def _thickness(space: np.ndarray, size: tuple[float, ...]) -> float:
 
 
 def orientation_doubt(lungs: Lungs) -> str | None:
-    """A warning if the anatomy does not lie as the axes of an oriented volume say, or None.
+    """A warning if the anatomy contradicts the axes of an oriented volume, or None.
 
-    The spine lies behind the lungs; lungs are pointed above and hollow below, the trachea lies between their upper parts;
-    the heart takes room of the left lung and the liver lies below the right. A header that is wrong by 180 degrees turns
-    round two of the three. The heart alone says little (a collapsed lung draws it over): it counts where lungs and liver
-    say the same. Nothing is said of what is no chest, or of a scan that cuts the lungs in front, behind or at the sides.
+    The spine lies behind the lungs; lungs are pointed above and hollow below, the trachea lies between their upper
+    parts; the heart takes space from the left lung and the liver lies below the right. A header that is wrong by 180
+    degrees reverses two of the three. The heart alone is weak evidence (a collapsed lung pulls it over): it counts
+    only if lungs and liver agree. There is no warning for scans that do not show a chest, or that cut off the lungs in
+    front, behind or at the sides.
     """
     (_, _), (front, back), (right, left) = lungs.box if lungs.is_chest else [(0, 0)] * 3
     _, height, width = lungs.mask.shape

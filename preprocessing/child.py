@@ -1,8 +1,8 @@
-"""Decoding in a child process: a library that crashes on damaged bytes crashes the child, not us.
+"""Decoding in a child process: a library that crashes on damaged bytes crashes only the child.
 
-One child is kept and reused. It has bounds on memory and time, gives arrays back in shared memory that lies in no file
-system, and takes its death with it as one PreprocessingError; the next call starts a new one. Nothing that comes from it is
-unpickled: a decoder that was taken over stays where it is.
+One child is kept and reused. It has limits on memory and time and returns arrays in anonymous shared memory. If it
+dies, a PreprocessingError is raised, and the next call starts a new child. Nothing that it returns is unpickled, so a
+compromised decoder cannot reach this process.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def decode_in_child(
 ) -> tuple[np.ndarray, Any]:
     """Call ``function`` ("package.module:name") with ``args`` (picklable) in the child.
 
-    The function returns an array, or an array and something that JSON can hold; both come back, the latter None if there
-    is none. ``memory_gb`` bounds the child's address space, and ``seconds`` one call. A PreprocessingError of the
-    function is raised here as it is; any other end is one that names ``source``.
+    The function returns an array, or an array and something that JSON can hold; both come back, the latter None if
+    there is none. ``memory_gb`` bounds the child's address space, and ``seconds`` one call. A PreprocessingError of
+    the function is raised here unchanged; any other failure becomes one that names ``source``.
     """
     with _LOCK:
         child = _child(memory_gb)

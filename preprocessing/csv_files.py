@@ -1,5 +1,5 @@
-"""CSV files that a spreadsheet may open: what it would take for a formula gets an apostrophe before it (OWASP, CSV
-injection), and control characters, which a terminal would obey, are written as escapes. Reading takes the apostrophe off."""
+"""CSV files that are safe to open in a spreadsheet: cells that look like formulas are prefixed with an apostrophe
+(OWASP, CSV injection), and control characters are written as escapes. Reading removes the apostrophe."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_csv(target: Path | IO[str], table: pd.DataFrame, **options: Any) -> No
 
 
 def read_csv(path: str | os.PathLike[str], **options: Any) -> pd.DataFrame:
-    """What ``write_csv`` was given; ``options``: those of pandas. Empty cells of strings are empty strings."""
+    """Read what ``write_csv`` wrote; ``options``: those of pandas. Empty cells of strings are empty strings."""
     table = pd.read_csv(Path(path).absolute(), keep_default_na=False, **options).rename(columns=_bare)
     for number, dtype in enumerate(table.dtypes):
         if not pd.api.types.is_numeric_dtype(dtype):
@@ -41,13 +41,13 @@ def read_csv(path: str | os.PathLike[str], **options: Any) -> pd.DataFrame:
 
 
 def guarded(text: str) -> str:
-    """``text`` as a cell that no spreadsheet computes and no terminal obeys."""
+    """``text`` as a cell without a spreadsheet formula or control characters."""
     text = CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
     return f"'{text}" if FORMULA.match(text) and not NUMBER.fullmatch(text) else text
 
 
 def unguarded(text: str) -> str:
-    """What ``guarded`` was given, but for control characters."""
+    """Undo ``guarded``, except for control characters."""
     return text[1:] if text.startswith("'") and FORMULA.match(text[1:]) else text
 
 

@@ -1,4 +1,4 @@
-"""Volumes and reports that are in a cohort twice, as far as it can be told without comparing pictures."""
+"""Volumes and reports that occur twice in a cohort, found without comparing images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FEWEST_WORDS = 15
 
 
 def same_voxels(store: VolumeStore, volumes: Iterable[str]) -> list[list[str]]:
-    """Groups of stored volumes whose voxels have the same checksums; a volume that cannot be opened is passed over."""
+    """Groups of stored volumes whose voxels have the same checksums; a volume that cannot be opened is skipped."""
 
     def checksums(volume: str) -> tuple[int, ...] | None:
         try:
@@ -51,8 +51,8 @@ def recurring_reports(table: pd.DataFrame) -> list[list[str]]:
 
 
 def double_notes(store: VolumeStore, table: pd.DataFrame) -> list[str]:
-    """A line on volumes of different scans with the same voxels, and one on reports of different patients with the same
-    words; none where there are none."""
+    """One line on volumes of different scans with identical voxels, and one on identical reports of different
+    patients, if there are any."""
     scans = dict(zip(table["volume"], table["scan"], strict=True))
     stored = set(store.volumes)
     copies = [

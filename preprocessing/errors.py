@@ -1,5 +1,4 @@
-"""The one error class of this package, and how its messages are worded: each names the file, what is wrong with it and what
-to do."""
+"""The error class of this package. Every message names the file, what is wrong with it and what to do."""
 
 
 class PreprocessingError(Exception):
@@ -21,7 +20,7 @@ def were(number: int) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` with what a terminal or a table must not be given written as escapes: a file may be called by line feeds,
-    escape sequences, or bytes that are no text."""
+    """``text`` with control characters and undecodable bytes written as escapes: file names may contain line feeds and
+    terminal escape sequences."""
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -61,7 +61,7 @@ class TableFacts:
 
     @property
     def state_geometry(self) -> bool:
-        """Whether the table says anything of where voxels lie."""
+        """Whether the table states any geometry."""
         return any(value is not None for value in (self.spacing, self.orientation, self.position))
 
 
@@ -88,7 +88,8 @@ def _are_directions(cosines: list[float]) -> bool:
 def placed(volume: Volume, facts: TableFacts | None, choice: Geometry = "auto") -> Volume:
     """The volume with a trusted geometry: the header's, or the table's if the header is blank or contradicts it.
 
-    DICOM and .npz have their own geometry and no table changes it. Raises PreprocessingError where neither can be trusted.
+    DICOM and .npz files have their own geometry, which no table changes. Raises PreprocessingError if neither can be
+    trusted.
     """
     if facts is None or not facts.state_geometry or volume.fixed_geometry or choice not in ("auto", "table"):
         return settle(volume, None, choice)
@@ -120,8 +121,8 @@ def placed(volume: Volume, facts: TableFacts | None, choice: Geometry = "auto") 
 
 
 def _same_box(volume: Volume, table: np.ndarray) -> bool:
-    """Whether the header lays the voxels into the box of the table, along other axes: a file that was reoriented since,
-    whose header is right."""
+    """Whether header and table place the voxels in the same box along different axes: the file was reoriented later,
+    and its header is right."""
     if not differ(volume.affine, table):
         return False
     if not np.allclose(np.sort(volume.spacing), np.sort(np.linalg.norm(table[:3, :3], axis=0)), rtol=0.01):

@@ -1,4 +1,4 @@
-"""Writing that never leaves half a file under a final name, and never goes through a link."""
+"""Atomic writing: a file appears complete or not at all, and is never written through a link."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ KINDS = (
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
-    """What lies at ``path`` itself, in words ("a symbolic link", "a folder", "a file", ...); None if nothing does."""
+    """The kind of file at ``path`` itself, in words ("a symbolic link", "a folder", "a file", ...); None if nothing
+    does."""
     try:
         mode = os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -36,11 +37,11 @@ def written_beside(
 ) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; flush it to disk and rename it over ``path`` on success.
 
-    ``suffix`` is appended to the temporary name for writers that read the format off the name
-    (``.nii.gz``). ``mode``: the file's permissions, if not those the user's mask gives. ``once``: what another process has
-    put there in the meantime stays. On any exception the temporary file is removed and ``path`` is left as it was; what
-    killed processes left of ``path`` is removed first. Raises PreprocessingError if ``path`` is anything but a regular file
-    or a new name.
+    ``suffix`` is appended to the temporary name for writers that read the format off the name (``.nii.gz``). ``mode``:
+    the file's permissions; by default those of the user's umask. ``once``: a file that another process has written in
+    the meantime is kept. On any exception the temporary file is removed and ``path`` is unchanged; temporary files
+    that killed processes left beside ``path`` are removed first. Raises PreprocessingError if ``path`` is anything but
+    a regular file or a new name.
     """
     refuse_special(Path(path))
     # Absolute: pandas and pyarrow take a path that begins with ~ for one in a home.
@@ -74,9 +75,9 @@ def _new_partial(final: Path, suffix: str) -> tuple[int, Path]:
 
 
 def hold(descriptor: int, path: Path) -> bool:
-    """Lock what was just made at ``path`` until the descriptor is closed or this process ends, however it ends.
+    """Lock the new file or folder at ``path`` until the descriptor is closed or this process ends in any way.
 
-    False if another process took it for abandoned and removed it before it was locked.
+    Returns False if another process removed it as abandoned before it was locked.
     """
     # A file system without locks: then nobody finds anything abandoned either.
     with contextlib.suppress(OSError):
@@ -101,7 +102,7 @@ def remove_if_abandoned(path: Path, kind: str) -> None:
 
 
 def sweep(path: str | os.PathLike[str]) -> None:
-    """Remove what killed processes left of ``path`` beside it."""
+    """Remove temporary files that killed processes left beside ``path``."""
     final = Path(path)
     if final.parent.is_dir():
         _remove_abandoned(final, _partials.__wrapped__(final.parent))
@@ -145,7 +146,7 @@ def write_text(path: str | os.PathLike[str], text: str, *, once: bool = False) -
 
 
 def flush(path: Path) -> None:
-    """Make sure that what was written is on the disk, not in a cache."""
+    """Flush written data to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -83,7 +83,8 @@ Centre = tuple[float, float, float]
 
 
 def bounds(volume: Volume, spec: PreprocessingSpec, centre: Centre | None = None) -> list[tuple[float, float]]:
-    """Voxel indices of an oriented volume between which the grid lies, along each axis, to the outer faces of its voxels."""
+    """The range of voxel indices of an oriented volume that the grid covers along each axis, to the outer faces of its
+    voxels."""
     ends = []
     for positions, target, spacing in zip(
         source_positions(volume, spec, centre), spec.spacing, volume.spacing, strict=True
@@ -93,7 +94,8 @@ def bounds(volume: Volume, spec: PreprocessingSpec, centre: Centre | None = None
 
 
 def resampled_affine(volume: Volume, spec: PreprocessingSpec, centre: Centre | None = None) -> np.ndarray:
-    """(4, 4) from voxel indices of what ``resample`` returns to LPS+ mm. Raises where volume and grid do not meet."""
+    """(4, 4) from voxel indices of the result of ``resample`` to LPS+ mm. Raises PreprocessingError if volume and grid
+    do not overlap."""
     affine = volume.affine.copy()
     for axis, positions in enumerate(source_positions(volume, spec, centre)):
         _inside(positions, volume.array.shape[axis])

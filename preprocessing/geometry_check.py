@@ -1,7 +1,8 @@
-"""Whether a volume's geometry can be trusted: the one check that every volume passes after reading, whatever its format.
+"""Whether a volume's geometry can be trusted: the check that every volume, of any format, passes after reading.
 
-A reader never refuses a geometry. It returns the best reading of the header and says in ``Volume.geometry_doubt`` why that
-cannot be taken as it is; here the doubt is settled by a metadata table, by the user's word, or by refusing the scan.
+A reader never refuses a geometry. It returns the best interpretation of the header, and the reason to doubt it in
+``Volume.geometry_doubt``. Here the doubt is resolved by a metadata table, by an option of the user, or by refusing the
+scan.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ LEAST_INDEPENDENT = 0.5
 def settle(volume: Volume, table: np.ndarray | None = None, choice: Geometry = "auto") -> Volume:
     """The volume with a trusted geometry. Raises PreprocessingError with one line on what is wrong with it.
 
-    ``table`` (4, 4) is what a metadata table states: from index along the axes of ``volume.array``, as they lie, to LPS+ mm.
-    With ``auto`` the header's geometry is kept, unless it is in doubt, differs from the table by more than 1 % or lacks the
-    table's origin (then the table decides, with a warning). ``table`` takes the table always; ``header``, ``sform`` and ``qform`` take what
-    the reader took from the header at the user's word, doubtful or not.
+    ``table`` (4, 4) is the geometry of a metadata table: from index along the axes of ``volume.array`` to LPS+ mm.
+    With ``auto`` the header's geometry is kept, unless it is in doubt, differs from the table by more than 1 % or
+    lacks the table's origin (then the table decides, with a warning). ``table`` always uses the table; ``header``,
+    ``sform`` and ``qform`` use the header's geometry even if it is in doubt.
     """
     if table is not None and choice in ("auto", "table"):
         volume = _by_table(volume, table, choice)
@@ -50,7 +51,7 @@ def settle(volume: Volume, table: np.ndarray | None = None, choice: Geometry = "
 
 
 def unusable(affine: np.ndarray) -> str | None:
-    """The reason why no CT can have this geometry, or None."""
+    """The reason why a CT cannot have this geometry, or None."""
     steps = affine[:3, :3]
     if not np.isfinite(affine).all() or np.abs(affine).max() > 1e6:
         return "its header's geometry holds values that are not finite or far too large"
@@ -91,7 +92,7 @@ def reading(affine: np.ndarray) -> str:
 
 
 def is_blank(affine: np.ndarray) -> bool:
-    """Whether an affine is what writers leave when nobody stated a geometry: 1 mm along straight axes, the origin 0."""
+    """Whether an affine is the default of writers without a geometry: 1 mm along straight axes, origin 0."""
     steps = np.abs(affine[:3, :3]).round(7)
     permutes = bool(
         np.isin(steps, (0.0, 1.0)).all() and (steps.sum(axis=0) == 1).all() and (steps.sum(axis=1) == 1).all()

@@ -1,7 +1,7 @@
 """Deciding whether values are Hounsfield units, and rescaling or refusing them.
 
-CT-RATE's first release needed slope and intercept of its metadata table, its second has them applied already:
-applying them again moves water to -1024. The values themselves say which it is.
+CT-RATE's first release needs slope and intercept of its metadata table; in the second they are already applied, and
+applying them again moves water to -1024. The values themselves show which is the case.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ DENSEST_AIR, MOST_ALIKE = -950, 0.2
 
 
 def to_hu(volume: Volume, table: TableFacts | None = None, trust: Trust = "auto") -> Volume:
-    """The volume in HU, padding outside the field of view become air.
+    """The volume in HU, with padding outside the field of view set to air.
 
-    ``auto`` keeps values that look like HU, applies the table where it makes them so, and refuses otherwise,
-    with both readings in the message.
+    ``auto`` keeps values that look like HU, applies the table if the result looks like HU, and otherwise refuses the
+    volume, with both interpretations in the message.
     """
     sample = _sample(volume)
     # The least and greatest of all voxels: one NaN or infinity among them shows there.

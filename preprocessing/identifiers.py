@@ -1,4 +1,4 @@
-"""Keeping patient identifiers of DICOM headers out of messages and stores, also where folder names repeat them.
+"""Keep patient identifiers of DICOM headers, and their repetitions in folder names, out of messages and stores.
 
 Exports of hospital archives name folders after the patient. A volume's id, the paths in tables and the messages come
 from those names, so they are compared with the headers and what they share with them is replaced by ``***``: whatever
@@ -65,7 +65,7 @@ GAP = r"[\W_]*"
 
 
 class Mask:
-    """Replaces in a text what any of several headers says of its patient; headers marked de-identified say nothing."""
+    """Masks in a text the patient identifiers of any of several headers; headers marked de-identified are ignored."""
 
     def __init__(self, headers: Iterable[Any]) -> None:
         self._values: dict[str, set[str]] = {}
@@ -130,7 +130,7 @@ def masked(text: str, header: Any) -> str:
 
 
 def anonymous_id(header: Any, place: str) -> str:
-    """An id that follows from the series alone: the same in every run, and no name can be read from it."""
+    """An id computed from the series alone: the same in every run, and no name can be recovered from it."""
     first = next(iter(header), None) if isinstance(header, list) else header
     uid = "" if first is None else first.get("SeriesInstanceUID", "")
     return "scan-" + hashlib.sha256(f"{uid} {place}".encode()).hexdigest()[:12]

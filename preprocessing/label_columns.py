@@ -1,4 +1,4 @@
-"""Which columns of a stranger's table are labels, and their values as 0, 1 and nothing."""
+"""Which columns of a user's table are labels, and their values as 0, 1 or empty."""
 
 from __future__ import annotations
 
@@ -68,10 +68,11 @@ class Columns(NamedTuple):
 
 
 def label_columns(table: pd.DataFrame, names: Sequence[str] | None = None) -> Columns:
-    """Which columns of a stranger's table are labels.
+    """Choose the label columns of a user's table.
 
-    ``names``: exactly these; one that is missing or holds anything but 0, 1 and nothing is refused. Without names: columns
-    that hold 0, 1 and nothing else, but for those called like a property of the patient or the scan (``METADATA``).
+    ``names``: exactly these columns; one that is missing or has values other than 0, 1 and empty is refused. Without
+    names: all columns with only 0, 1 and empty cells, except those named like a property of the patient or the scan
+    (``METADATA``).
     """
     if names is not None:
         absent = [name for name in names if name not in table.columns]

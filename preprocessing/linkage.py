@@ -18,8 +18,8 @@ MODE = 0o600
 
 
 def check_linkage(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
-    """Raise PreprocessingError unless a linkage table may be written at ``path``: a new name, or such a table, and not in
-    ``output``, which is made to be handed on."""
+    """Raise PreprocessingError unless a linkage table may be written at ``path``: a new name or an existing linkage
+    table, outside ``output``, which may be shared."""
     if Path(path).resolve().is_relative_to(Path(output).resolve()):
         raise PreprocessingError(
             f"{path}: lies in {output}, which may be shared with others; keep the linkage table elsewhere"
@@ -32,8 +32,8 @@ def write_linkage(
 ) -> None:
     """Write a row for each volume: its id, the absolute path it is read from, and what its DICOM header says of the study.
 
-    ``series`` names the DICOM series (SeriesInstanceUID) of volumes that share their folder with others. The file can be
-    read by its owner alone. It identifies patients.
+    ``series`` names the DICOM series (SeriesInstanceUID) of volumes that share their folder with others. The file
+    identifies patients and can be read only by its owner.
     """
     rows = [list(COLUMNS)]
     for volume, file in files.items():

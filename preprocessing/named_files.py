@@ -36,7 +36,7 @@ def installed_names(folder: str = "") -> list[str]:
 
 
 def installed_file(name: str, folder: str = "") -> Path:
-    """An installed file, whatever lies in the working directory: for what a command means without asking the user."""
+    """An installed file, regardless of files in the working directory: for defaults of commands."""
     return installed_folder() / folder / f"{name}.yaml"
 
 

@@ -1,4 +1,4 @@
-"""Sections of reports that say nothing: the words and sentences by which a table says that there is no report."""
+"""Placeholder sections: the words and sentences with which tables state that there is no report."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ AROUND = " .:;!=*[](){}\"'_-–—。"
 
 
 def report_text(text: object) -> str:
-    """A section of a report, or "" where it holds nothing but a word for "no report" (``Not given.``, ``nan``, ``-``)."""
+    """A section of a report, or "" if it holds only a placeholder for "no report" (``Not given.``, ``nan``, ``-``)."""
     cell = cell_text(text)
     return "" if is_no_report(cell) else cell
 
 
 def is_no_report(text: str) -> bool:
-    """Whether a section of a report only says that there is none; empty text and mere numbers are none."""
+    """Whether a section of a report only states that there is no report; also true for empty text and bare numbers."""
     bare = " ".join(stripped(text).split()).strip(AROUND).casefold()
     bare = HEADING.sub("", bare, count=1).strip(AROUND)
     if bare in NO_REPORT or ABSENT.fullmatch(bare) or not re.search(r"[^\W\d_]", bare):

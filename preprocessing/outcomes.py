@@ -40,7 +40,7 @@ class Outcome:
 
     @classmethod
     def of_row(cls, row: Mapping[Any, Any]) -> Outcome:
-        """The outcome that a row of ``outcomes.csv`` tells of."""
+        """The outcome in a row of ``outcomes.csv``."""
         volume, word, reason, spacing, shape = (row[name] for name in OUTCOME_COLUMNS)
         if word == "done":
             return cls(volume, None, tuple(reason.split("; ")) if reason else (), spacing, shape)
@@ -48,12 +48,12 @@ class Outcome:
 
 
 def outcomes_name(shard: tuple[int, int] = (1, 1)) -> str:
-    """The file of a store that says what became of the volumes of a run, or of one shard of it."""
+    """The name of the file with the outcomes of a run, or of one of its shards."""
     return "outcomes.csv" if shard[1] == 1 else f"outcomes-{shard[0]}-of-{shard[1]}.csv"
 
 
 def write_outcomes(store: VolumeStore, outcomes: Iterable[Outcome], shard: tuple[int, int]) -> None:
-    """``outcomes[-i-of-n].csv``: each volume done, or refused and why."""
+    """Write ``outcomes[-i-of-n].csv``: the outcome and reason for each volume."""
     rows = [outcome.row() for outcome in sorted(outcomes, key=lambda outcome: outcome.volume)]
     with written_beside(store.path / outcomes_name(shard)) as partial:
         write_csv(partial, pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)))
@@ -64,7 +64,7 @@ def write_outcomes(store: VolumeStore, outcomes: Iterable[Outcome], shard: tuple
 
 
 def read_outcomes(store: VolumeStore) -> dict[str, Outcome]:
-    """What earlier runs and shards wrote of the volumes that were done."""
+    """The outcomes of done volumes that earlier runs and shards wrote."""
     outcomes: dict[str, Outcome] = {}
     for path in sorted(store.path.glob("outcomes*.csv")):
         table = outcome_table(path)

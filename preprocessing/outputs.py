@@ -1,8 +1,8 @@
 """Where commands may write: one rule for all of them.
 
-A folder is written into only if it is new, empty, or recognisably of this package's making; what would be replaced must be
-of the same run, unless the user says ``--force``. Nothing is written through a symbolic link. While a command writes, it
-holds a lock, so that two commands cannot mix their tables.
+A command writes into a folder only if it is new, empty, or recognisably written by this package; existing output is
+replaced only if it is from the same run or the user gives ``--force``. Nothing is written through a symbolic link.
+While a command writes, it holds a lock, so that two commands cannot mix their tables.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def check_replaceable(path: str | os.PathLike[str], is_ours: Recognised, what: s
 
 
 def put_in_place(partial: Path, final: Path, is_ours: Recognised, what: str) -> None:
-    """Rename the folder ``partial`` to ``final``, which is replaced if ``is_ours``.
+    """Rename the folder ``partial`` to ``final``; an existing ``final`` is replaced if ``is_ours``.
 
-    A folder cannot be renamed over another: the old one steps aside first, under a random name, and comes back if the new
-    one cannot take its place.
+    A folder cannot be renamed over another, so the old one is first renamed to a random name, and restored if the new
+    one cannot be moved.
     """
     check_replaceable(final, is_ours, what)
     aside: Path | None = None
@@ -108,10 +108,10 @@ def made_by_us(folder: Path, marks: Mapping[str, bytes] | None = None) -> bool:
 
 
 def claim_folder(folder: Path) -> IO[bytes]:
-    """Make ``folder`` and hold it until the returned file is closed or this process ends, however it ends.
+    """Create and lock ``folder`` until the returned file is closed or this process ends in any way.
 
-    The caller has checked the folder. The lock file stays, and is harmless. Raises PreprocessingError if another process
-    holds it.
+    The caller must have checked the folder. The lock file remains, and is harmless. Raises PreprocessingError if
+    another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     return _lock(
@@ -126,8 +126,8 @@ def claimed_folder(
 ) -> Iterator[None]:
     """Check ``folder`` and hold it while ``command`` writes its ``tables`` (file names) there.
 
-    ``key`` is kept in ``run.json``. Tables of another key are another run's, and refused unless ``force``; the same run may
-    be resumed or repeated. Raises PreprocessingError in one line.
+    ``key`` is kept in ``run.json``. Tables with another key are from another run and are refused unless ``force``; the
+    same run may be resumed or repeated. Raises PreprocessingError in one line.
     """
     check_run(folder, command, key, tables, is_ours, force=force)
     with contextlib.closing(claim_folder(folder)):

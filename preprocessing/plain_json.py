@@ -1,4 +1,4 @@
-"""JSON files of strangers: nested so deep that the parser gives up, they are no JSON, like any other damage."""
+"""Untrusted JSON files: one nested too deeply for the parser counts as damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML as data of bounded size: files of strangers are read with it, so nothing in them may grow when it is used."""
+"""YAML as data of limited size, for untrusted files: nothing in them may expand."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ DEEPEST = 100
 
 
 def load_yaml(text: str) -> Any:
-    """What a YAML document holds. Raises yaml.YAMLError, and nothing else, for text that is not YAML, is longer than
-    ``LONGEST``, nests deeper than ``DEEPEST`` levels, or uses aliases: a few lines of them stand for a billion values."""
+    """The content of a YAML document. Raises yaml.YAMLError, and nothing else, for text that is not YAML, is longer
+    than ``LONGEST``, nests deeper than ``DEEPEST`` levels, or uses aliases: a few lines of aliases can expand to a
+    billion values."""
     if len(text) > LONGEST:
         raise yaml.YAMLError(f"{len(text) / 1e6:.0f} MB, more than any such file has")
     try:
@@ -25,7 +26,7 @@ def load_yaml(text: str) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds, UTF-8. Raises OSError, and yaml.YAMLError as ``load_yaml`` does."""
+    """The content of a YAML file (UTF-8). Raises OSError, and yaml.YAMLError as ``load_yaml`` does."""
     with path.open("rb") as stream:
         content = stream.read(4 * LONGEST + 1)
     try:

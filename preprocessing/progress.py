@@ -17,7 +17,7 @@ def track(
 ) -> Iterator[T]:
     """Yield ``items``, showing how many of ``total`` are done, the rate and the estimated time left.
 
-    ``status`` says what else to show beside them.
+    ``status`` returns additional text to show.
     """
     status_text = status or (lambda: "")
     if sys.stderr.isatty():

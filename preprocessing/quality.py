@@ -81,8 +81,8 @@ def quality_page(
 ) -> int:
     """Write the page of ``count`` stored volumes from the ``first`` on; returns how many have warnings.
 
-    ``windows``: HU windows in which slices are drawn, by name, a row each; two for a chest if not given.
-    ``expect``: ``chest`` warns of volumes that show none, where the store is one of chests.
+    ``windows``: HU windows in which slices are drawn, by name, a row each; two for a chest if not given. ``expect``:
+    ``chest`` warns of volumes that show no chest.
     """
     check_file(output, file_holds(MARK))
     windows = windows or WINDOWS

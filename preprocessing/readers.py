@@ -1,4 +1,4 @@
-"""From a path to a Volume: finds the format, by content first, and calls its module."""
+"""Read a Volume from a path: the format is found, by content first, and its module called."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def read(
     """Read a file, a DICOM folder or an archive of one; the values are as stored, see ``hounsfield.to_hu``.
 
     ``series`` names one series (SeriesInstanceUID) of several. ``geometry`` says which of a NIfTI header's readings is
-    taken; what cannot be taken as it is stands in ``Volume.geometry_doubt``, and ``geometry_check.settle`` decides on it.
-    ``largest_gb`` bounds the voxels of a volume and what an archive is unpacked to, in 1e9 bytes.
-    Raises PreprocessingError with one clear line.
+    taken; a doubtful geometry is described in ``Volume.geometry_doubt``, and ``geometry_check.settle`` decides on it.
+    ``largest_gb`` limits the voxels of a volume and the unpacked size of an archive, in 1e9 bytes. Raises
+    PreprocessingError with one clear line.
     """
     path = Path(path)
     try:

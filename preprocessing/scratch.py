@@ -1,4 +1,4 @@
-"""Temporary folders that do not outlive a killed process: scans of patients do not stay in the temporary folder."""
+"""Temporary folders that do not outlive a killed process, so that no patient's scan remains in them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ctclip.preprocessing.files import hold, remove_if_abandoned
 def scratch_folder(prefix: str, suffix: str = "", parent: Path | None = None) -> Iterator[Path]:
     """A new folder of a random name in ``parent`` (default: the temporary folder), removed at the end if it is still there.
 
-    What killed processes left under such names is removed first.
+    Folders that killed processes left under such names are removed first.
     """
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     left = re.compile(rf"{re.escape(prefix)}[a-z0-9_]{{8}}{re.escape(suffix)}")

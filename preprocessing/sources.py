@@ -1,4 +1,4 @@
-"""Which scan a stored volume was made from, so that one of another scan is not taken for it when a run is resumed."""
+"""The scan that a stored volume was made from, so that a resumed run notices if another scan now has its name."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ OPTIONS = {"hu": "auto", "series": None, "geometry": "auto"}
 def source_digest(path: Path, facts: TableFacts, reading: Mapping[str, Any]) -> str:
     """16 hexadecimal digits of a scan's name, size and some of its bytes, its ``facts``, and how it is read.
 
-    Neither its folder nor its times count: a cohort may be moved or copied. Empty where the scan cannot be looked at, as
-    after a user has deleted what is stored already.
+    Folder and times do not count, because a cohort may be moved or copied. Empty if the scan cannot be read, for
+    example after the user has deleted it.
     """
     try:
         content = _folder(path) if path.is_dir() else _file(path)

@@ -1,4 +1,4 @@
-"""The declared geometry of a model's volumes: one small frozen object with a hash."""
+"""The preprocessing spec: the geometry and HU window of a model's volumes, frozen and with a hash."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ class PreprocessingSpec:
     ) -> np.ndarray:
         """HU (D, H, W) of any dtype -> float32 in [-1, 1], the window's ends at -1 and 1.
 
-        Written into ``out``, a larger C-ordered array, from ``corner`` on if given; returns the whole of it.
+        If ``out``, a larger C-ordered array, is given, the result is written into it from ``corner`` on, and ``out``
+        is returned.
         """
         source = hu if hu.dtype in (np.int16, np.float32) else hu.astype(np.float32)
         voxels = np.empty(hu.shape, np.float32) if out is None else out
@@ -115,8 +116,8 @@ class PreprocessingSpec:
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], *, whole: bool = False) -> PreprocessingSpec:
-        """A YAML file, or the name of one in ``configs/preprocessing``; see ``find_file``. ``whole``: one that ``save`` wrote,
-        which states every value; where one is missing the file is damaged, and a default would be wrong."""
+        """A YAML file, or the name of one in ``configs/preprocessing``; see ``find_file``. ``whole``: one that
+        ``save`` wrote, which states every value: if one is missing, the file is damaged and is refused."""
         path = find_file(source, "preprocessing")
         try:
             values = load_yaml(path.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """The volume store: one chunked, compressed int16 file a volume, the spec they share, and the cohort table.
 
-``spec.yaml``, ``cohort.parquet``, ``volumes/<id>.b2nd``. Files are written beside and renamed: a volume is there
-whole or not at all. Each file carries the CRC of its voxels.
+``spec.yaml``, ``cohort.parquet``, ``volumes/<id>.b2nd``. Files are written under a temporary name and renamed, so a
+volume is complete or absent. Each file contains the CRC of its voxels.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class VolumeStore:
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], spec: PreprocessingSpec) -> VolumeStore:
-        """Open a store for ``spec``, making it if there is none; one of another spec is refused."""
+        """Open a store for ``spec``, creating it if necessary; a store with another spec is refused."""
         folder = Path(path)
         check_store_folder(folder)
         if not (folder / "spec.yaml").is_file():
@@ -91,13 +91,13 @@ class VolumeStore:
         )
 
     def file(self, volume: str) -> Path:
-        """Where a volume lies. Ids come from tables of strangers: one that would leave the folder is refused."""
+        """The path of a volume. Ids come from untrusted tables: one that would lead out of the folder is refused."""
         if not SAFE_NAME.fullmatch(volume):
             raise PreprocessingError(f"{self.path}: volume id {volume!r} is not a file name")
         return self.path / "volumes" / f"{volume}{SUFFIX}"
 
     def write(self, volume: str, hu: np.ndarray, notes: dict[str, str] | None = None) -> None:
-        """Store HU [slice, row, column] of the spec's shape, rounded to int16, and ``notes`` on it in the same file."""
+        """Store HU [slice, row, column] of the spec's shape, rounded to int16, with ``notes`` in the same file."""
         if hu.shape != self.spec.shape:
             raise PreprocessingError(f"{volume}: has shape {hu.shape}, but the store's spec has {self.spec.shape}")
         whole = np.ascontiguousarray(np.rint(hu), dtype=np.int16) if hu.dtype != np.int16 else np.ascontiguousarray(hu)
@@ -116,7 +116,7 @@ class VolumeStore:
             partial.write_bytes(packed.to_cframe())
 
     def notes(self, volume: str) -> dict[str, str]:
-        """What was written with a volume; nothing for volumes of earlier versions, or where it cannot be read."""
+        """The notes written with a volume; empty for volumes of earlier versions, or if they cannot be read."""
         try:
             packed = self._open(volume)
             # The names first: an older volume has no notes, and asking for them is an error.
@@ -126,8 +126,9 @@ class VolumeStore:
             return {}
 
     def read(self, volume: str, region: tuple[slice, slice, slice] | None = None) -> np.ndarray:
-        """int16 HU [slice, row, column]; of a ``region`` (slices of step 1) only the chunks it touches are decompressed, each
-        checked against its CRC. Volumes of stores before 0.3, whose chunks have none, are read whole."""
+        """int16 HU [slice, row, column]. With a ``region`` (slices of step 1), only the chunks that it touches are
+        decompressed, each checked against its CRC. Volumes written before 0.3 have no CRC per chunk and are read
+        whole."""
         if region is None:
             whole = np.empty(self.spec.shape, np.int16)
             self.read_into(volume, whole)
@@ -150,9 +151,9 @@ class VolumeStore:
             pass
 
     def voxels(self, volume: str) -> np.ndarray:
-        """float32 [-1, 1] of the spec's shape, as a model is given them.
+        """The model's input: float32 in [-1, 1], of the spec's shape.
 
-        A chunk is put through the window while it is in cache: int16 HU of the whole volume never reach memory.
+        The window is applied chunk by chunk while a chunk is in the cache, so the int16 volume is never held whole.
         """
         packed = self._open(volume)
         voxels = np.empty(packed.shape, np.float32)
@@ -206,12 +207,13 @@ class VolumeStore:
             raise self._damaged(volume)
 
     def write_column(self, name: str, volume: str, values: np.ndarray) -> None:
-        """Keep an array of a volume (a label map of the spec's shape, say) under ``columns/<name>/``."""
+        """Store an array for a volume (such as a label map of the spec's shape) under ``columns/<name>/``."""
         with written_beside(self._column_file(name, volume)) as partial, partial.open("wb") as stream:
             np.savez(stream, values=values)
 
     def read_column(self, name: str, volume: str) -> np.ndarray:
-        """An array that ``write_column`` kept, checked against its CRC; raises PreprocessingError if there is none."""
+        """An array written by ``write_column``, checked against its CRC. Raises PreprocessingError if there is
+        none."""
         path = self._column_file(name, volume)
         try:
             with np.load(path, allow_pickle=False) as archive:
@@ -236,7 +238,7 @@ class VolumeStore:
             raise self._damaged(volume) from error
 
     def intact(self, volume: str) -> bool:
-        """Whether a volume's voxels are those that were written."""
+        """Whether a volume's voxels are unchanged since they were written."""
         try:
             for _ in self._slabs(volume, self._open(volume)):
                 pass
@@ -245,7 +247,7 @@ class VolumeStore:
         return True
 
     def sweep(self) -> None:
-        """Remove what killed runs left beside the volumes. Half an hour old, it is nobody's work any more."""
+        """Remove temporary files that killed runs left, once they are half an hour old."""
         for entry in (*os.scandir(self.path), *os.scandir(self.path / "volumes")):
             with contextlib.suppress(FileNotFoundError):
                 ours = PARTIAL.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)

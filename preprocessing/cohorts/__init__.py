@@ -1,6 +1,7 @@
 """Cohorts of any layout on disk, read into one table.
 
-A layout is one module here with ``recognised(tree)`` and ``read(tree) -> Cohort``; a new one is recognised because it is there.
+A layout is one module here with ``recognised(tree)`` and ``read(tree) -> Cohort``; a new module is found without
+registration.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ PARTS = ("dicom_folders", "table", "walk")
 
 
 def layouts() -> list[str]:
-    """Names of the layouts that are known."""
+    """Names of the known layouts."""
     return [module.name for module in pkgutil.iter_modules(__path__) if module.name not in PARTS]
 
 
@@ -58,9 +59,10 @@ def read_cohort(
 ) -> Cohort:
     """The cohort of ``root``: a folder of a known layout, a table of paths, or a single scan.
 
-    ``layout``: one of ``layouts()``, or auto: the first that recognises the folder, else a plain folder; or a reader of
-    the user's own, ``module:function`` or the name of an entry point of the group ``ctclip.cohorts``. ``labels`` names
-    the label columns of a table of paths. ``keep_no_chest`` keeps what CT-RATE lists as no chest.
+    ``layout``: one of ``layouts()``, or auto: the first that recognises the folder, else a plain folder; or a reader
+    of the user's own, ``module:function`` or the name of an entry point of the group ``ctclip.cohorts``. ``labels``
+    names the label columns of a table of paths. ``keep_no_chest`` keeps the volumes that CT-RATE lists as showing no
+    chest.
     """
     folder, chosen = Path(root), layout.replace("-", "_")
     if not folder.exists():

@@ -1,7 +1,7 @@
 """The layout of CT-RATE (Hamamci et al. 2024): patient, scan and reconstruction folders, and tables beside them.
 
-Its first release has blank NIfTI headers and values without slope and intercept: geometry and rescaling stand in the
-metadata table alone. Its second ("fixed") release has both applied. Either, or both, may lie in one folder.
+The first release has blank NIfTI headers and unscaled values: geometry, slope and intercept are only in the metadata
+table. In the second ("fixed") release both are applied. A folder may contain either release, or both.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def _is_ours(path: Path) -> bool:
 
 
 def read(tree: Tree, *, keep_no_chest: bool = False) -> Cohort:
-    """Volumes and the tables of reports, labels and metadata, wherever in the tree they lie.
+    """Read the volumes and the tables of reports, labels and metadata, anywhere in the tree.
 
-    Volumes that the data set lists as no chest (``no_chest*.txt``) are left out unless ``keep_no_chest``; those whose row
-    of the metadata table has no ZSpacing are refused.
+    Volumes that the data set lists as showing no chest (``no_chest*.txt``) are left out unless ``keep_no_chest``;
+    those without a ZSpacing in the metadata table are refused.
     """
     root = tree.root
     files, warnings = _files(tree)

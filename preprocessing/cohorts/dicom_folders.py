@@ -66,9 +66,10 @@ class Scan:
 
 
 def dicom_scans(files: list[Path], alone: bool) -> tuple[list[Scan], set[Path], Counter[str]]:
-    """The scans among files that are no volumes, what of the files they use, and a count of images that they do not.
+    """The scans among files that are not volume files, the files that they use, and a count of unused images.
 
-    ``alone``: nothing else is in the cohort. Then what can be no scan is kept, so that reading it says why.
+    ``alone``: the cohort contains nothing else. Series that cannot be scans are then kept, so that reading them gives
+    the reason.
     """
     folders: dict[Path, list[Path]] = {}
     for path in files:

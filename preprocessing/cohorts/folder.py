@@ -1,4 +1,4 @@
-"""A folder of volumes and DICOM series, a table of their paths, or one scan by itself."""
+"""A folder of volumes and DICOM series, a table of their paths, or a single scan."""
 
 from __future__ import annotations
 
@@ -191,8 +191,8 @@ def _whole(path: Path, size: int) -> str:
 
 
 def scan_id(path: Path) -> str:
-    """What to call one scan outside of a cohort: its file's name, or an anonymous id if that or its folder's names the
-    patient."""
+    """The id of a scan outside a cohort: its file name, or an anonymous id if the name of the file or its folder names
+    the patient."""
     headers = _headers(path)
     place = f"{path.parent.name}/{path.name}"
     return printable(identity(path)) if masked(place, headers) == place else anonymous_id(headers, "")

@@ -21,10 +21,10 @@ def recognised(tree: Tree) -> bool:
 
 
 def read(tree: Tree) -> Cohort:
-    """Volumes and ``img*_Abnormality_and_Location_Labels.csv``, wherever in the tree.
+    """Read the volumes and ``img*_Abnormality_and_Location_Labels.csv``, anywhere in the tree.
 
-    A label is an abnormality at any place: the union of the table's columns ``abnormality*location``. Reports are not
-    part of the data set.
+    A label is an abnormality at any place: the union of the table's columns ``abnormality*location``. The data set has
+    no reports.
     """
     files = {identity(path): path for path in tree.named(".npz")}
     if not files:

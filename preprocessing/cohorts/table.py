@@ -33,12 +33,13 @@ DEFAULTS = {
 
 @dataclass
 class Cohort:
-    """``table`` as it may be kept and shown; ``files``, where each of its volumes lies, which may name a patient.
+    """``table`` contains no identifiers and may be stored; ``files`` holds the path of each volume, which may name a
+    patient.
 
-    ``series`` names the DICOM series of volumes that share their folder with others. ``unmatched``: what one of volumes
-    and tables holds and the other does not, a line each. ``left_out`` and ``refused`` say why volumes that are not read
-    at all are not, by volume; rows of ``left_out`` are not in ``table``. ``notes`` tell how the cohort was understood.
-    ``unused`` counts files that were seen and not used, by kind.
+    ``series`` names the DICOM series of volumes that share their folder with others. ``unmatched``: one line each on
+    volumes without a table row, and the reverse. ``left_out`` and ``refused`` give the reason for each volume that is
+    not read; rows of ``left_out`` are not in ``table``. ``notes`` describe how the cohort was interpreted. ``unused``
+    counts files that were not used, by kind.
     """
 
     table: pd.DataFrame
@@ -53,7 +54,8 @@ class Cohort:
 
 
 def cohort_table(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """Records as a table, with what they do not say filled in: each volume its own scan of its own patient."""
+    """Records as a cohort table. Missing columns are filled in: by default each volume is a scan of its own, of a
+    patient of its own."""
     filled = []
     for record in records:
         volume = str(record["volume"])
@@ -75,7 +77,7 @@ def label_names(table: pd.DataFrame) -> list[str]:
 
 
 def check_table(table: pd.DataFrame, source: Path) -> pd.DataFrame:
-    """The table, if it has every column of ``COLUMNS`` and no id twice."""
+    """Return the table if it has every column of ``COLUMNS`` and no duplicate id."""
     for name in COLUMNS:
         if name not in table.columns:
             raise PreprocessingError(f"{source}: column {name!r} is missing; `ctclip preprocess` writes this table")
@@ -88,7 +90,8 @@ def check_table(table: pd.DataFrame, source: Path) -> pd.DataFrame:
 def hold_out(table: pd.DataFrame, fraction: float, *, source: str = "train", name: str = "calibration") -> pd.DataFrame:
     """The table with ``fraction`` of the patients of split ``source`` moved to split ``name``.
 
-    Who is moved follows from the patient's id alone: the same on every machine, and whatever else is in the cohort.
+    The choice depends only on the patient's id: it is the same on every machine and for every other content of the
+    cohort.
     """
 
     def drawn(patient: str) -> float:

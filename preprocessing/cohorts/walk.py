@@ -16,7 +16,7 @@ SYSTEM_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume informati
 
 @dataclass
 class Tree:
-    """``files`` by folder and name; ``unused`` counts what was seen and cannot be a scan, by its kind."""
+    """``files`` by folder and name; ``unused`` counts entries that cannot be scans, by kind."""
 
     root: Path
     files: list[Path] = field(default_factory=list)
@@ -35,8 +35,9 @@ class Tree:
 def walk(root: Path) -> Tree:
     """The files below ``root``.
 
-    Links to files and folders are followed, each folder is walked once, and what a link outside of ``root`` leads to is
-    not left by another link. Hidden files and folders, and those of operating systems, are counted and passed over.
+    Links to files and folders are followed and each folder is read once; within a folder that a link leads to outside
+    ``root``, further links out are not followed. Hidden files and folders, and those of operating systems, are counted
+    and skipped.
     """
     tree = Tree(root)
     top = os.path.realpath(root)

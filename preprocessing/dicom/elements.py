@@ -1,7 +1,7 @@
 """The data elements of a DICOM file (PS3.5, chapter 7), found without recursion and within bounds.
 
-Libraries parse nested sequences recursively: a file nested 20,000 deep ends the process of one and the patience of
-others. Here sequences are stepped over, at most ``DEEPEST`` deep, and only the values that are asked for are kept.
+Libraries parse nested sequences recursively: a file nested 20,000 levels deep crashes some and stalls others. Here
+sequences are skipped, at most ``DEEPEST`` levels deep, and only the requested values are kept.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Element(NamedTuple):
 
 
 class NotDicom(Exception):
-    """Bytes that are no DICOM data set, or a damaged one."""
+    """The bytes are not a DICOM data set, or a damaged one."""
 
 
 class _Short(Exception):
@@ -59,8 +59,8 @@ class Encoding:
 
 @dataclass
 class Parsed:
-    """Values of a file that were asked for, by tag; ``pixels`` is where its pixel data lies (in the inflated stream of
-    a deflated file)."""
+    """The requested values of a file, by tag; ``pixels`` is where its pixel data lies (in the inflated stream of a
+    deflated file)."""
 
     encoding: Encoding
     meta: dict[int, tuple[str | None, bytes]] = field(default_factory=dict)

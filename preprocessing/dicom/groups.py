@@ -1,10 +1,10 @@
 """Acquisitions inside one series: several kernels, phases, passes or patients under one SeriesInstanceUID.
 
-Slices of different size, pixel spacing, orientation, patient, study or frame of reference never make one volume. Slices
-that differ in an attribute of acquisition or reconstruction are separate groups where their ranges of position overlap;
-blocks that follow each other are one volume. Of several groups the first by this order is taken, aloud: it has at least
-half as many positions as the largest; its values are HU; it is original, not derived; it is axial; it has most
-positions; it was acquired first.
+Slices of different size, pixel spacing, orientation, patient, study or frame of reference never make one volume.
+Slices that differ in an attribute of acquisition or reconstruction are separate groups where their ranges of position
+overlap; blocks that follow each other are one volume. Of several groups, the best by the following criteria, in this
+order, is used, with a warning: at least half as many positions as the largest group; values in HU; original, not
+derived; axial; most positions; acquired first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HOLE = 0.75
 
 
 def best(slices: list[Slice], warnings: list[str]) -> list[Slice]:
-    """The slices of one acquisition, the best by this file's rule; ``warnings`` name what was left out."""
+    """The slices of the best acquisition by the rule of this module; ``warnings`` name what was left out."""
     if len(slices) < FEWEST:
         return slices
     chosen, reasons = _apart(slices)
@@ -65,7 +65,7 @@ def best(slices: list[Slice], warnings: list[str]) -> list[Slice]:
 
 
 def positions(slices: Sequence[Slice]) -> int:
-    """How many different positions along their normal slices have."""
+    """The number of different positions of slices along their normal."""
     return 0 if not slices else len(np.unique(np.round(depths(slices) / 0.01)))
 
 

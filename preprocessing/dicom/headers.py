@@ -1,4 +1,4 @@
-"""Headers of DICOM files: the tags that are read, and the images of a folder with what else lies between them."""
+"""Headers of DICOM files: the tags that are read, and the images of a folder among its other files."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Header(dict[str, Any]):
 class Image:
     """One image of a file: ``header`` with the values of ``IMAGE_TAGS`` that hold for it, and where its pixels lie.
 
-    ``frames`` is how many images the file holds, ``frame`` which of them this is.
+    ``frames`` is the number of images in the file, ``frame`` the index of this one.
     """
 
     path: Path
@@ -68,7 +68,7 @@ class Image:
 
 
 def read_header(source: Path | BinaryIO, tags: Iterable[str]) -> Header | None:
-    """The tags (keywords) that a DICOM file has, and its ``file_meta``; None if it is no DICOM file."""
+    """The requested tags (keywords) of a DICOM file, and its ``file_meta``; None if it is not a DICOM file."""
     parsed = _parsed(source, tuple(tags), ())
     return None if parsed is None else header_of(parsed)
 
@@ -92,7 +92,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def images(folder: Path, extra: Iterable[str]) -> tuple[list[Image], set[Path]]:
-    """The images below a folder, with the tags ``extra`` too, pixels unread; and all files that are DICOM."""
+    """The images below a folder, with the additional tags ``extra`` but without pixels; and all DICOM files."""
     from ctclip.preprocessing.dicom.frames import expanded
 
     files = sorted(islice(files_below(folder), MOST_FILES + 1))

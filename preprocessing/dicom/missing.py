@@ -16,9 +16,10 @@ MOST_MISSING = 0.1
 def check_count(
     source: str, slices: list[Slice], series: list[Image], folder: list[Image], damaged: int, warnings: list[str]
 ) -> None:
-    """Compares the files there are with those that cannot be read (``damaged``) and with ImagesInAcquisition.
+    """Compare the number of files with the number of unreadable ones (``damaged``) and with ImagesInAcquisition.
 
-    ``series`` are all images of the series, ``folder`` all that were read. A tenth missing is refused, less is told.
+    ``series`` are all images of the series, ``folder`` all images that were read. If a tenth or more is missing the
+    series is refused, otherwise there is a warning.
     """
     if damaged:
         _tell(source, damaged, len(folder) + damaged, "files are DICOM by their look but cannot be read", warnings)
@@ -39,8 +40,8 @@ def check_count(
 
 
 def by_number(series: list[Image], warnings: list[str]) -> int:
-    """How many numbers between the least and greatest InstanceNumber of a series no image has; 0 if it is not numbered
-    by ones, of which ``warnings`` is told."""
+    """The number of gaps between the lowest and highest InstanceNumber of a series; 0, with a warning in ``warnings``,
+    if numbers do not increase by one."""
     numbers = [_integer(image.header.get("InstanceNumber", None)) for image in series]
     known = np.unique([number for number in numbers if number is not None])
     if None in numbers or len(known) < 3:

@@ -14,8 +14,8 @@ def padded(stored: np.ndarray, raw: np.ndarray, header: Any, slope: float, inter
     """Which pixels [row, column] of a slice are padding, or None if none are.
 
     ``stored`` are the stored values, ``raw`` the same before unused bits were cleared. A padding value that tissue or
-    metal could have as well is padding only where it reaches the edge of the image, as padding does: PixelPaddingValue 0
-    at an intercept of 0 is also water.
+    metal could also have counts as padding only in regions that reach the edge of the image: PixelPaddingValue 0 with
+    an intercept of 0 is also water.
     """
     limits = [
         _as_stored(header.get(keyword, None), raw.dtype) for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit")

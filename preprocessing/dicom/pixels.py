@@ -34,7 +34,7 @@ LARGEST_SIDE = 8192
 
 
 class UndecodableSlices(PreprocessingError):
-    """``images``: those whose pixels cannot be decoded; the message is that of the first."""
+    """``images`` are the images whose pixels cannot be decoded; the message is that of the first."""
 
     def __init__(self, message: str, images: list[Image]) -> None:
         super().__init__(message)
@@ -61,8 +61,8 @@ class Layout:
 def hounsfield(source: str, image: Image) -> np.ndarray:
     """One slice [row, column] in HU: int16 where they are whole numbers that fit, else float32.
 
-    Stored values are rescaled by the slice's own slope and intercept whatever PhotometricInterpretation says, which
-    concerns their display. Padding becomes air. Raises UndecodableSlices.
+    Stored values are rescaled by the slice's own slope and intercept. PhotometricInterpretation is ignored, because it
+    concerns display only. Padding becomes air. Raises UndecodableSlices.
     """
     try:
         slope, intercept = _rescale(image.header)

@@ -26,7 +26,7 @@ class Slice:
 
     @property
     def normal(self) -> np.ndarray:
-        """(3,) across the slice."""
+        """(3,) normal of the slice."""
         (a, b, c), (d, e, f) = self.turn[:3], self.turn[3:]
         return np.array([b * f - c * e, c * d - a * f, a * e - b * d])
 
@@ -53,7 +53,7 @@ def placed(images: list[Image]) -> tuple[list[Slice], Counter[str]]:
 
 
 def modality(image: Image) -> str:
-    """Two letters; an image that does not say is taken for a CT."""
+    """The modality (two letters); an image that does not state one is taken for a CT."""
     return str(image.header.get("Modality", "") or "CT").strip().upper()
 
 

@@ -24,9 +24,9 @@ ALTERNATING = 1.15
 def volume(source: str, members: list[Slice], numbers_missing: int, warnings: list[str], largest: int) -> Volume:
     """The volume [slice, row, column] in HU of at least three slices that share orientation, size and pixel spacing.
 
-    Copies are left out, single missing slices interpolated, uneven gaps resampled and a gantry's tilt undone, all of it
-    aloud; more is refused. ``numbers_missing`` is how many slices are missing by their numbering, ``largest`` bounds the
-    bytes of the voxels. Values are rescaled slice by slice.
+    Copies are left out, single missing slices interpolated, uneven gaps resampled and a gantry tilt corrected, each
+    with a warning; anything more is refused. ``numbers_missing`` is the number of slices missing by their numbering,
+    ``largest`` bounds the bytes of the voxels. Values are rescaled slice by slice.
     """
     _plausible(source, members, largest)
     row, column, normal = _plane(source, members)

@@ -1,6 +1,7 @@
 """Zip and tar archives of one scan, unpacked within a bound into a temporary folder.
 
-What a directory of members claims is checked first, what comes out is counted: claims cost nothing to write.
+The sizes that the archive's directory states are checked first, and the bytes that come out are counted, because
+stated sizes can be false.
 """
 
 from __future__ import annotations
@@ -56,10 +57,10 @@ def is_tar(path: Path) -> bool:
 
 @contextlib.contextmanager
 def unpacked(path: Path, source: str, largest: int) -> Iterator[Path]:
-    """The scan of an archive, as long as the context lasts: the one volume file in it, or a folder of DICOM slices.
+    """The scan in an archive, for the duration of the context: its only volume file, or a folder of DICOM slices.
 
-    ``largest`` bounds what is unpacked, in bytes; archives within it are unpacked too. Members of a scan keep no name
-    that is not needed to find them, and none leads out of the folder. Raises PreprocessingError.
+    ``largest`` limits the unpacked size in bytes; nested archives are unpacked too. Members keep only the names needed
+    to find them, and none leads out of the folder. Raises PreprocessingError.
     """
     with scratch_folder(PREFIX) as held:
         folder = held / "scan"

@@ -40,7 +40,7 @@ DAMAGED = "its header is damaged; convert it from DICOM again"
 
 
 def read(path: Path, source: str, geometry: Geometry, largest: int) -> Volume:
-    """A volume [i, j, k] as the file has it, slope and intercept of its header applied where it sets them.
+    """Read a volume [i, j, k] as stored, with the header's slope and intercept applied if they are set.
 
     ``path`` is a single file, or either file of a pair. Raises PreprocessingError.
     """

@@ -20,7 +20,7 @@ ROUNDING = 1e-3
 
 
 def geometry_of(header: Any, choice: Geometry) -> tuple[np.ndarray, str | None, list[str]]:
-    """Affine (4, 4) from [i, j, k] to LPS+ mm, why it cannot be taken as it is (or None), and warnings."""
+    """The affine (4, 4) from [i, j, k] to LPS+ mm, the reason to doubt it (or None), and warnings."""
     with np.errstate(all="ignore"):
         unit = int(header["xyzt_units"]) & 7
         scale = np.diag([MM_PER_UNIT.get(unit, 1.0)] * 3 + [1.0])

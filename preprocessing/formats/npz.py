@@ -21,7 +21,8 @@ def read(path: Path, source: str, largest: int) -> Volume:
     """A volume [slice, row, column].
 
     The file has no header. The data set's own table of lung limits (``sup_axis0min``, ``ant_axis1min``,
-    ``rig_axis2min``) says how it lies: slices from head to feet, rows from front to back, columns from right to left.
+    ``rig_axis2min``) shows the orientation: slices from head to feet, rows from front to back, columns from right to
+    left.
     """
     try:
         with streams.open_regular(path, source) as file, zipfile.ZipFile(file) as archive:

@@ -1,4 +1,4 @@
-"""Files that are no scan of any format that is read, known by how they begin, and what to do about each."""
+"""Files that are not scans in a supported format, recognised by their first bytes, and what to do about each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VOXELS = (".raw", ".zraw", ".raw.gz")
 
 
 def other_kind(head: bytes, name: str) -> str | None:
-    """What a file is that begins with ``head``, if that is no format that is read, and what to do; or None."""
+    """The unsupported format of a file that begins with ``head``, and what to do about it; or None."""
     start = head[:16].lower() if not head.startswith(b"version") else head
     reason = next((words for beginning, words in BEGINNINGS if start.startswith(beginning)), None)
     if reason is None and name.endswith(VOXELS):

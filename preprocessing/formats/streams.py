@@ -41,7 +41,7 @@ def open_regular(path: Path, source: str) -> BinaryIO:
 
 
 def size_of(stream: Any) -> int:
-    """Bytes of an open regular file, or of the file behind what is inflated."""
+    """Size in bytes of an open regular file, or of the compressed file behind a stream."""
     return os.fstat(stream.fileno()).st_size
 
 
@@ -93,7 +93,7 @@ def damage() -> tuple[type[Exception], ...]:
 def exactly(stream: Any, size: int, source: str) -> tuple[np.ndarray, list[str]]:
     """The next ``size`` bytes of a stream, uint8, and warnings; the stream must end there, with a good checksum.
 
-    Raises PreprocessingError if it is damaged, ends earlier or goes on.
+    Raises PreprocessingError if the stream is damaged, ends earlier or continues.
     """
     content = np.empty(size, np.uint8)
     view, length = memoryview(content.data), 0
@@ -118,7 +118,7 @@ def exactly(stream: Any, size: int, source: str) -> tuple[np.ndarray, list[str]]
 
 
 def plausible(size: int, file_size: int, largest: int, source: str) -> None:
-    """Refuse what a header claims before memory is taken for it; sizes in bytes."""
+    """Refuse an implausible size stated by a header before memory is allocated; sizes in bytes."""
     if size > largest:
         raise PreprocessingError(
             f"{source}: its header claims {size / 1e9:.1f} GB of voxels, more than {largest / 1e9:g} GB; "

@@ -1,6 +1,6 @@
-"""Lines and numbers of text headers (NRRD, MetaImage), within bounds that no honest header reaches.
+"""Lines and numbers of text headers (NRRD, MetaImage), within limits that no valid header reaches.
 
-Libraries that parse these headers were seen to end the process over long values: here nothing is passed on to one.
+Libraries that parse these headers can crash on long values, so none is used.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def data_file(path: Path) -> str | None:
 
 
 def bounded(value: str, field: str, source: str) -> str:
-    """The value of a field, refused if no honest one is as long, or holds a control character: one in place of a sign
-    leaves another number."""
+    """The value of a field; refused if it is too long to be valid or contains a control character (one in place of a
+    sign would change the number)."""
     value = value.strip(" \t")
     if len(value) > LONGEST_LINE:
         raise PreprocessingError(f"{source}: field {field!r} of its header has {len(value)} characters; it is damaged")

@@ -1,4 +1,4 @@
-"""What every format shares: the shape of a volume, its values in memory, and where a detached header's voxels lie."""
+"""Shared by all formats: the shape of a volume, its values in memory, and the voxel file of a detached header."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LONGEST_NAME = 255
 
 
 def volume_shape(sizes: Sequence[int], source: str) -> tuple[int, int, int]:
-    """Three sizes of at least 2; axes of 1 that trail behind them are dropped, all else is no volume."""
+    """Three sizes of at least 2. Trailing axes of size 1 are dropped; any other shape is refused."""
     shape = tuple(int(size) for size in sizes)
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -45,9 +45,9 @@ def native(array: np.ndarray) -> np.ndarray:
 
 
 def detached(header: Path, name: str, source: str) -> Path:
-    """The file that a detached header names: in the header's folder or below it, and there.
+    """The existing file that a detached header names, in the header's folder or below it.
 
-    Where there is none, backslashes are taken as Windows takes them, and so are small and capital letters.
+    If there is none, backslashes are read as path separators and case is ignored, as on Windows.
     """
     relative = PurePosixPath(name if (header.parent / name).exists() else name.replace("\\", "/"))
     odd = "%" in name or not name.isprintable() or not 0 < len(name) <= LONGEST_NAME
