@@ -1,6 +1,6 @@
 """Tokens that hold only air outside the body, which an encoder may leave out.
 
-Found on the processor, in the processes that read: a GPU would have to be waited for.
+They are found on the CPU, in the reading processes, so that nothing waits for the GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ AIR_TURNED_HU = -980.0
 
 @dataclass(frozen=True)
 class BodyTokens:
-    """Finds the tokens of a volume that hold any part of the body; ``size``: voxels [slice, row, column] of a token."""
+    """Finds the tokens of a volume that contain any part of the body; ``size``: voxels [slice, row, column] of a
+    token."""
 
     size: tuple[int, int, int]
     spec: PreprocessingSpec
@@ -53,8 +54,8 @@ class BodyTokens:
     def _body(self, cells: Tensor, air_hu: float = AIR_HU) -> np.ndarray:
         """Mean of each eighth of a token (B, 1, ...) -> (B, N) bool.
 
-        A token is air if each of its eighths is below ``air_hu``, and outside if it joins the edge of its own axial slab
-        through such tokens: lungs, emphysematous ones too, lie within the body wall and are never reached.
+        A token is air if each of its eighths is below ``air_hu``, and outside if such tokens connect it to the edge of
+        its axial slab: lungs, even emphysematous ones, lie within the body wall and are not reached.
         """
         _, _, middle, gain = self.spec.window
         eighths = tuple(extent // half for extent, half in zip(self.size, self._half, strict=True))

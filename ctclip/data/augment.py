@@ -1,7 +1,7 @@
 """Random changes of a training volume.
 
-The reading processes draw a change with the volume's own seed; it is applied where the batch lies, so that a GPU
-resamples volumes instead of the processors that feed it.
+The reading processes draw a change with the volume's own seed; it is applied on the device of the batch, so that a
+GPU, not the CPU, resamples volumes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 
 
 class Change(NamedTuple):
-    """One volume's: a turn about the slice, row and column axis (rad), size, shift (voxels), contrast, noise (HU), how far
-    the window's ends move (HU), and the shares of each axis cut away at its two ends."""
+    """The change of one volume: rotation about the slice, row and column axis (rad), size, shift (voxels), contrast,
+    noise (HU), shift of the window's ends (HU), and the fraction of each axis cut off at both ends."""
 
     angles: tuple[float, ...]
     zoom: float
@@ -122,7 +122,7 @@ def rotate(
 
 
 def shift(volume: Tensor, offset: Sequence[int], fill: float = -1) -> Tensor:
-    """``volume`` (D, H, W) moved by whole voxels; ``fill`` comes in from outside."""
+    """``volume`` (D, H, W) moved by whole voxels; ``fill`` is used outside the volume."""
     moved = torch.full_like(volume, fill)
     source = tuple(slice(max(0, -o), n - max(0, o)) for o, n in zip(offset, volume.shape, strict=True))
     target = tuple(slice(max(0, o), n - max(0, -o)) for o, n in zip(offset, volume.shape, strict=True))

@@ -40,7 +40,7 @@ class Batch:
 
 @dataclass
 class StoredBatch:
-    """A batch as stored: hu (B, 1, D, H, W) int16, and how each volume is to be changed; the rest as in Batch."""
+    """A batch as stored: hu (B, 1, D, H, W) int16, and the change of each volume; the rest as in Batch."""
 
     hu: Tensor
     changes: list[Change]
@@ -53,7 +53,7 @@ class StoredBatch:
     columns: dict[str, Tensor] = field(default_factory=dict)
 
     def pin_memory(self) -> StoredBatch:
-        """DataLoader calls this, so that the copy to a GPU runs beside its work."""
+        """Called by DataLoader, so that the copy to a GPU is asynchronous."""
         self.hu = self.hu.pin_memory()
         self.columns = {name: column.pin_memory() for name, column in self.columns.items()}
         return self

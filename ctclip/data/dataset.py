@@ -1,8 +1,8 @@
 """Volumes of a store with their reports, read into batches.
 
-A voxel is written once: the store decompresses int16 HU into the batch, and the device that trains does the rest
-(``normalise.py``, ``augment.py``). Labels and other columns are read only where they are asked for: a run that trains
-from reports alone never touches them.
+Each voxel is written once: the store decompresses int16 HU into the batch, and the training device does the rest
+(``normalise.py``, ``augment.py``). Labels and other columns are read only if requested: a run that trains on reports
+alone never reads them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ctclip.preprocessing.store import VolumeStore
 @dataclass(frozen=True)
 class Tokenisers:
     """How texts become ids in the reading processes: ``texts`` for the text encoder, ``words`` (whole reports) for
-    objectives on words, None where there are none; ``parts``: micro-batches a batch is encoded in."""
+    objectives on words, None where there are none; ``parts``: number of micro-batches per batch."""
 
     texts: Callable[[Sequence[str]], Tokens]
     words: Callable[[Sequence[str]], Tokens] | None = None
@@ -45,7 +45,7 @@ class Tokenisers:
 
 
 class StoredVolumes(Dataset):
-    """The stored volumes of ``split`` with views of their reports, by the batch."""
+    """The stored volumes of ``split`` with views of their reports, in batches."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class StoredVolumes(Dataset):
         columns: Iterable[str] = (),
         labels: LabelSet | None = None,
     ) -> None:
-        """``columns``: what objectives ask for beside volumes and texts; of these ``labels`` are the columns of the
+        """``columns``: inputs of objectives besides volumes and texts; of these ``labels`` are the columns of the
         label set, any other one is a column of the store (``VolumeStore.read_column``)."""
         if config.store is None:
             raise DataError("data.store is not set: name the folder that `ctclip preprocess` wrote")
@@ -147,7 +147,7 @@ class StoredVolumes(Dataset):
 
 
 def as_read(batch: Any) -> StoredBatch:
-    """``collate_fn`` of a DataLoader over StoredVolumes, whose batches are whole already."""
+    """``collate_fn`` of a DataLoader over StoredVolumes, which returns complete batches."""
     whole: StoredBatch = batch
     return whole
 
@@ -173,7 +173,7 @@ def stored_volumes(store: VolumeStore, split: str | None) -> pd.DataFrame:
 
 
 def with_report(table: pd.DataFrame, sections: Sequence[str], where: str) -> pd.DataFrame:
-    """The volumes with any text in ``sections``; nothing can be learned from the others."""
+    """The volumes with any text in ``sections``; the others cannot be used for training."""
     written = np.array([bool(report.text()) for report in reports_of(table, sections)])
     if not written.any():
         raise DataError(f"{where} has no volume with a report; preprocess the cohort together with its reports table")
@@ -181,8 +181,8 @@ def with_report(table: pd.DataFrame, sections: Sequence[str], where: str) -> pd.
 
 
 def with_own_labels(table: pd.DataFrame, labels: pd.DataFrame, training: bool) -> pd.DataFrame:
-    """The volumes with the columns of ``labels`` (indexed by volume, 0, 1 and NaN) in place of their own; without those that
-    have no label, where it is trained."""
+    """The volumes with the columns of ``labels`` (indexed by volume, 0, 1 and NaN) in place of their own; if they are
+    used for training, volumes without a label are left out."""
     others = table.drop(columns=[name for name in labels.columns if name in table.columns])
     joined = others.join(labels, on="volume")
     if not training:
@@ -194,7 +194,8 @@ def with_own_labels(table: pd.DataFrame, labels: pd.DataFrame, training: bool) -
 
 
 def some_scans(table: pd.DataFrame, volumes: int, seed: int) -> pd.DataFrame:
-    """``volumes`` volumes of scans drawn at random, whole scans as far as they fit. Fewer are part of more."""
+    """``volumes`` volumes of randomly drawn scans, with complete scans as far as possible. A smaller draw is part of a
+    larger one."""
     scans = pd.factorize(table["scan"])[0]
     place = np.random.default_rng([seed, 11]).permutation(scans.max() + 1)[scans]
     chosen = np.argsort(place, kind="stable")[:volumes]

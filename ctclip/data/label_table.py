@@ -1,4 +1,4 @@
-"""Labels from a table of the user's own, in place of those in the store."""
+"""Labels from a user's table, used instead of those in the store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_label_table(path: Path, store: VolumeStore, known: Sequence[str] = ()) 
     """A user's table of labels, indexed by volume: a column of volume names (``ID_COLUMNS``) and columns of 0, 1 and
     nothing. ``known``: label names of the model, whose columns must be labels.
 
-    Raises PreprocessingError for a cell that is neither, DataError where no volume is in the store.
+    Raises PreprocessingError for a cell with any other value, and DataError if no volume is in the store.
     """
     table = read_table(path)
     by_name = {str(column).casefold(): str(column) for column in table.columns}

@@ -12,7 +12,7 @@ FILE = "pair_scores.parquet"
 
 
 def write_pair_scores(store: VolumeStore, scores: pd.DataFrame) -> None:
-    """Keep a table with columns volume, score, worse_share; rows of volumes that it does not list stay as they were."""
+    """Save a table with columns volume, score, worse_share; rows of other volumes stay unchanged."""
     path = store.path / FILE
     if path.is_file():
         earlier = read_pair_scores(store)
@@ -22,7 +22,7 @@ def write_pair_scores(store: VolumeStore, scores: pd.DataFrame) -> None:
 
 
 def read_pair_scores(store: VolumeStore) -> pd.DataFrame:
-    """The table that ``write_pair_scores`` keeps. Raises DataError where there is none."""
+    """The table that ``write_pair_scores`` saved. Raises DataError if there is none."""
     path = store.path / FILE
     if not path.is_file():
         raise DataError(f"{store.path}: its pairs have no scores yet; `ctclip filter-pairs --keep` writes them")

@@ -21,7 +21,7 @@ class Report:
     sections: Mapping[str, str]
 
     def text(self) -> str:
-        """All sections as one text: what is embedded in training, validation and retrieval alike."""
+        """All sections as one text, which is embedded in training, validation and retrieval."""
         return " ".join(text.strip() for text in self.sections.values() if text.strip())
 
 

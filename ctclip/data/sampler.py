@@ -1,4 +1,4 @@
-"""Which scans a training step sees: deterministic, resumable, the same on any number of ranks."""
+"""The choice of scans for each training step: deterministic, resumable, the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ctclip.errors import DataError
 def rarity_weights(labels: np.ndarray, scans: np.ndarray, power: float) -> np.ndarray:
     """How often to draw each scan: (volumes, L) labels of 0, 1, NaN; scans (volumes,) numbers -> (scans,), mean 1.
 
-    A scan weighs as its rarest abnormality does: prevalence ** -power; one without any as the commonest.
+    The weight of a scan is that of its rarest abnormality, prevalence ** -power; without any abnormality, that of the
+    most common one.
     """
     first = np.unique(scans, return_index=True)[1]
     present = np.nan_to_num(labels[first]) > 0
@@ -25,10 +26,10 @@ def rarity_weights(labels: np.ndarray, scans: np.ndarray, power: float) -> np.nd
 class ScanSampler(Sampler[list[tuple[int, int]]]):
     """This rank's share of every global batch: deterministic, resumable, and aware of scans.
 
-    An epoch shows each scan once, by one of its reconstructions drawn anew each epoch, so that no batch holds
-    two reconstructions of a scan. Batches depend on (seed, step) and not on the number of ranks: rank r takes
-    rows r * share to (r + 1) * share of the global batch. ``start`` continues at a step. With ``weights`` (one a scan)
-    every batch is drawn anew by them, and an epoch is only so many steps.
+    An epoch shows each scan once, by one of its reconstructions drawn anew each epoch, so that no batch holds two
+    reconstructions of a scan. Batches depend on (seed, step) and not on the number of ranks: rank r takes rows r *
+    share to (r + 1) * share of the global batch. ``start`` resumes at a step. With ``weights`` (one per scan) every
+    batch is drawn by them, and an epoch is merely a number of steps.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Room for the batches that reader processes hand over: they travel in /dev/shm, which containers often make small.
+"""Space in /dev/shm for the batches that reader processes hand over; containers often limit it.
 
-Docker gives 64 MB unless told otherwise; a batch that does not fit ends a worker with a bus error, an hour into a run or
-at its first step. So the room is compared with what readers will hold before they are started.
+Docker's default is 64 MB. A batch that does not fit kills a worker with a bus error, at the first step or hours later.
+The available space is therefore compared with what readers will need before they start.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def shared_memory_room(folder: Path = Path("/dev/shm")) -> int:
 def usable_workers(workers: int, batch_bytes: int, *, ranks: int = 1, room: int | None = None) -> tuple[int, str]:
     """How many of ``workers`` reader processes a rank can start, and a warning (empty if all of them).
 
-    ``batch_bytes``: size of a rank's batch as it is read (int16 HU). ``ranks``: of this machine, which share the room.
-    Each worker holds the batches it was asked for, and each rank two that it is taking; one with none reads itself.
+    ``batch_bytes``: size of a rank's batch as it is read (int16 HU). ``ranks``: number on this machine, which share
+    the space. Each worker holds the batches requested from it, and each rank holds two more; a rank without workers
+    reads the data itself.
     """
     room = shared_memory_room() if room is None else room
     needed = _needed(workers, batch_bytes, ranks)

@@ -1,4 +1,4 @@
-"""Attention in one fused call, or written out where somebody wants to see it."""
+"""Attention in one fused call, or written out if its probabilities are needed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Seen(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Softmax attention of query, key and value (S, heads, n, c); it has no parameters. Its probabilities are appended to
-    ``seen``, a list, where one is set: an explanation looks at them, nothing else does."""
+    """Softmax attention of query, key and value (S, heads, n, c); it has no parameters. Its probabilities are appended
+    to the list ``seen`` if one is set, for explanations."""
 
     def __init__(self) -> None:
         super().__init__()

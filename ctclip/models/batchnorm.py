@@ -1,8 +1,9 @@
 """Batch normalisation over the global batch, on any backend.
 
-Chests look alike: over channels alone (layer or group norm) the part that all patients share swamps what tells
-them apart, and a convolutional stem trained from scratch on a few thousand volumes stays at chance. Statistics over
-patients take it away. They are those of the global batch, so that one process and eight compute the same.
+Chests are similar: with normalisation over channels alone (layer or group norm), what all patients share dominates
+their differences, and a convolutional stem trained from scratch on a few thousand volumes stays at chance. Statistics
+over patients remove the common part. They are computed over the global batch, so that the result does not depend on
+the number of processes.
 """
 
 from __future__ import annotations

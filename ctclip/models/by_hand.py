@@ -1,8 +1,9 @@
 """Four steps of a transformer layer whose gradient PyTorch's CPU kernels compute slowly, differentiated by hand.
 
-Each takes a cache's worth of rows at a time, and keeps for the backward pass what it was given, not what it computed on the
-way. Elsewhere (a GPU, autocast, inference, torch.compile) PyTorch's own operations are called, whose results these equal;
-but for the depthwise convolution on a GPU, whose 3-D kernel has a gradient 80 times as slow as three in 2-D.
+Each processes as many rows at a time as fit into the cache, and saves its inputs for the backward pass, not its
+intermediate results. Elsewhere (a GPU, autocast, inference, torch.compile) PyTorch's own operations are called, with
+equal results. The exception is the depthwise convolution on a GPU: the gradient of the 3-D kernel is 80 times slower
+than that of three 2-D kernels.
 """
 
 from __future__ import annotations

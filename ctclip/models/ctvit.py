@@ -1,7 +1,7 @@
 """The published CT-CLIP's volume encoder (CT-ViT; Hamamci et al. 2023, 2024), to the last digit.
 
-Attention within each slab of slices, then along them, each layer led by a depthwise convolution; the tokens are
-replaced by rows of a codebook. Quirks of the published code that its weights depend on are kept and named.
+Attention within each slab of slices, then across slabs; each layer begins with a depthwise convolution, and tokens are
+replaced by rows of a codebook. Quirks of the published code on which the weights depend are kept, with a comment.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class CTViT(VolumeEncoder):
         self.width, self.token_width = self.plane[0] * self.plane[1] * config.width, config.width
 
     def forward(self, volume: Tensor, mask: Tensor | None = None, body: Tensor | None = None) -> Encoded:
-        """``mask`` (B, 1, D, H, W) bool: padding is seen as air, as the published model sees it."""
+        """``mask`` (B, 1, D, H, W) bool: padding is treated as air, as in the published model."""
         return self._encoded(volume, mask, straight_through=False)
 
     def _encoded(self, volume: Tensor, mask: Tensor | None, straight_through: bool) -> Encoded:
@@ -95,7 +95,7 @@ class CTViT(VolumeEncoder):
         return Encoded(rearrange(tokens, "b t h w c -> b (t h w) c"), grid, pooled, affine)
 
     def evidence(self, volume: Tensor, mask: Tensor | None = None) -> Evidence:
-        """A token weighs by its place within the slab: places are pooled side by side, slabs are averaged."""
+        """The weights of a token depend on its place within the slab: places are concatenated, slabs are averaged."""
         encoded = self._encoded(volume, mask, straight_through=torch.is_grad_enabled())
 
         def pool(features: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """The dual encoder: volumes and texts as unit vectors in one space, and their similarity.
 
-``encode``, ``encode_volume``, ``encode_text`` and ``logits`` are all that other code uses.
+Other code uses only ``encode``, ``encode_volume``, ``encode_text`` and ``logits``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class DualEncoder(nn.Module):
 
     @property
     def spec(self) -> PreprocessingSpec:
-        """The geometry of the volumes it takes."""
+        """The preprocessing spec of the volumes that the model takes."""
         return self.volume_encoder.spec
 
     @property
@@ -49,8 +49,8 @@ class DualEncoder(nn.Module):
         return self.similarity.logit_scale.device
 
     def lock_text(self) -> None:
-        """From here on the text side is a fixed function of the text (LiT, Zhai et al. 2022): nothing of it learns, and
-        its standardisation keeps its statistics."""
+        """Freeze the text encoder from now on (LiT, Zhai et al. 2022), including the statistics of its
+        standardisation."""
         self.text_encoder.freeze()
         for module in (self.text_encoder, self.text_projection):
             module.requires_grad_(False)
@@ -58,7 +58,7 @@ class DualEncoder(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> DualEncoder:
-        """Not even the statistics of a locked text side or of frozen layers move."""
+        """Keeps the statistics of a frozen text encoder and of frozen layers unchanged."""
         super().train(mode)
         for module in self.frozen:
             module.eval()
@@ -75,7 +75,8 @@ class DualEncoder(nn.Module):
         return self.volume_projection(self.volume_encoder(volume, mask).pooled)
 
     def encode(self, volume: Tensor, mask: Tensor | None = None) -> Encoded:
-        """(B, 1, D, H, W) in [-1, 1] -> tokens with their places, pooled vectors, and embeddings in the joint space.
+        """(B, 1, D, H, W) in [-1, 1] -> tokens with their locations, pooled vectors, and embeddings in the shared
+        space.
 
         Raises ValueError for another shape, or for voxels that are not in [-1, 1].
         """
@@ -110,10 +111,12 @@ class DualEncoder(nn.Module):
         return self.similarity.text(self.text_features({name: ids.to(self.device) for name, ids in tokens.items()}))
 
     def encode_prompts(self, texts: Sequence[str]) -> Tensor:
-        """Strings -> (n, dim) float32: unit vectors, or of a model that standardises its features, of any length.
+        """Strings -> (n, dim) float32: unit vectors; for a model that standardises its features, vectors of any
+        length.
 
-        Seen from the mean report all prompts lie to one side, being single sentences. Made unit vectors one by one, the
-        two of a pair would keep different shares of that; as they are, it cancels in their difference.
+        Relative to the mean report, all prompts share an offset, because they are single sentences. Normalising each
+        prompt would leave different fractions of it in the two prompts of a pair; without normalisation it cancels in
+        their difference.
         """
         if not self.config.standardise:
             return self.encode_text(texts)
@@ -129,9 +132,9 @@ class DualEncoder(nn.Module):
 class Similarity(nn.Module):
     """From features to unit vectors, and the temperature.
 
-    ``standardise`` centres and scales each dimension over the global batch before normalising. Encoders
-    trained from scratch begin with nearly parallel embeddings, whose differences carry almost no gradient;
-    this takes the common part away. Running statistics stand in for the batch at inference.
+    ``standardise`` centres and scales each dimension over the global batch before normalising. Encoders trained from
+    scratch begin with nearly parallel embeddings, whose differences carry almost no gradient; this removes the common
+    part. At inference, running statistics are used.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -18,13 +18,13 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 
 
 class Encoded(NamedTuple):
-    """Volumes as an encoder sees them.
+    """The output of a volume encoder.
 
-    tokens (B, N, C) in slice, row, column order of ``grid`` (d, h, w), d * h * w = N; pooled (B, P).
-    affine (4, 4) float64, on the host: token index (d, h, w, 1) to millimetres of the prepared volume, along its own axes
-    from the centre of its first voxel; ``Prepared.token_affine`` leads on to the scan's own space. For convolutions it is
-    the centre of a token's receptive field. real (B, N) bool: which tokens are real, None for all; the others are zeros.
-    embedding (B, dim): unit vectors of the joint space, where a dual encoder made this; else None.
+    tokens (B, N, C) in slice, row, column order of ``grid`` (d, h, w), d * h * w = N; pooled (B, P). affine (4, 4)
+    float64, on the host: from token index (d, h, w, 1) to millimetres in the prepared volume, along its axes from the
+    centre of its first voxel; ``Prepared.token_affine`` converts it to the scan's own space. For convolutions it is
+    the centre of a token's receptive field. real (B, N) bool: which tokens are real, None for all; the others are
+    zeros. embedding (B, dim): unit vectors in the shared space if this is the output of a dual encoder, else None.
     """
 
     tokens: Tensor
@@ -36,7 +36,7 @@ class Encoded(NamedTuple):
 
 
 class Level(NamedTuple):
-    """One grid of features with places: features (B, N, C) in slice, row, column order of ``grid``; ``affine`` as in
+    """One grid of located features: features (B, N, C) in slice, row, column order of ``grid``; ``affine`` as in
     ``Encoded``; real (B, N) bool, None for all."""
 
     features: Tensor
@@ -46,12 +46,12 @@ class Level(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What a pooled vector was made of, for whoever asks where it comes from.
+    """The features from which a pooled vector was computed, for explanations.
 
-    levels: the tokens first, then any finer grids whose features are pooled too. pool: features of every level, (B, N, C)
-    each -> (B, width), differentiable, equal to ``Encoded.pooled``. alone: features as for ``pool`` and directions
-    (F, width) -> for every level (B, F, N), the dot product with each direction of what would be pooled if the level held
-    nothing but that token, the other levels left out.
+    levels: the tokens first, then any finer grids whose features are pooled too. pool: features of every level, (B, N,
+    C) each -> (B, width), differentiable, equal to ``Encoded.pooled``. alone: features as for ``pool`` and directions
+    (F, width) -> for every level (B, F, N), the dot product of each direction with the vector that would be pooled if
+    the level contained only that token and the other levels were left out.
     """
 
     encoded: Encoded
@@ -64,8 +64,7 @@ class VolumeEncoder(nn.Module, ABC):
     """A volume encoder: (B, 1, D, H, W) in [-1, 1] to ``Encoded``.
 
     A subclass names its section of the configuration (``Config``) and sets ``width`` (of ``Encoded.pooled``) and
-    ``token_width`` (of ``Encoded.tokens``). Spacing, shape and HU window are those of ``spec`` and are stated
-    nowhere else.
+    ``token_width`` (of ``Encoded.tokens``). Spacing, shape and HU window are those of ``spec``.
     """
 
     Config: ClassVar[type[EncoderConfig]]
@@ -81,12 +80,13 @@ class VolumeEncoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, volume: Tensor, mask: Tensor | None = None, body: Tensor | None = None) -> Encoded:
-        """volume (B, 1, D, H, W) in [-1, 1]; mask (B, 1, D, H, W) bool, true where voxels are real (None: all);
-        body (B, N) bool on the host: tokens that hold anything of the body, for an encoder with ``body_tokens``."""
+        """volume (B, 1, D, H, W) in [-1, 1]; mask (B, 1, D, H, W) bool, true where voxels are real (None: all); body
+        (B, N) bool on the host: tokens that contain part of the body, for an encoder with ``body_tokens``."""
 
     def evidence(self, volume: Tensor, mask: Tensor | None = None) -> Evidence:
-        """``forward``, with what was pooled and how. As it stands it holds for an encoder whose pooled vector is the mean of
-        its tokens; others say how they pool. Raises ValueError for one that pools otherwise and does not say how."""
+        """``forward``, with the features that were pooled and how. The default suits an encoder whose pooled vector is
+        the mean of its tokens; other encoders override it. Raises ValueError for an encoder that pools in another way
+        and does not."""
         encoded = self(volume, mask)
         level = Level(encoded.tokens, encoded.grid, encoded.affine, encoded.real)
 
@@ -103,12 +103,12 @@ class VolumeEncoder(nn.Module, ABC):
         return Evidence(encoded, (level,), pool, lambda features, directions: [beside(features[0], directions)])
 
     def lift(self, tokens: Tensor) -> Tensor:
-        """tokens (B, N, C) -> (B, N, width): what would be pooled of a volume that is nothing but that token, as far as it
-        is pooled from tokens. As it stands: one or more poolings of the tokens, side by side."""
+        """tokens (B, N, C) -> (B, N, width): the vector that would be pooled from that token alone. The default suits
+        one or more poolings of the tokens, concatenated."""
         return tokens.repeat(1, 1, self.width // self.token_width)
 
     def check_lift(self) -> None:
-        """Raise ConfigError where ``lift`` means nothing for this encoder."""
+        """Raise ConfigError if this encoder cannot support ``lift``."""
         if self.width % self.token_width:
             raise ConfigError(
                 f"objectives.alignment: {type(self).__name__} pools {self.width} numbers of tokens of {self.token_width}; "
@@ -117,15 +117,15 @@ class VolumeEncoder(nn.Module, ABC):
 
     def layers(self) -> Sequence[Sequence[nn.Module | nn.Parameter]]:
         """Parts of the encoder from input to output, for freezing and layer-wise learning rates; the first holds the
-        embedding. What is in none of them (a last norm, the pooling) counts as after the last."""
+        embedding. Parts in none of them (a last norm, the pooling) count as after the last."""
         return []
 
     def body_tokens(self) -> BodyTokens | None:
-        """How the reading processes find the tokens that hold anything of the body; None: all tokens take part."""
+        """Finds the tokens that contain part of the body, for the reading processes; None: all tokens are used."""
         return None
 
     def end_step(self) -> None:
-        """Called after each optimisation step: a codebook moves here. A collective."""
+        """Called after each optimisation step, for example to update a codebook. A collective operation."""
 
     def affine(self, scale: Sequence[float], offset: Sequence[float]) -> np.ndarray:
         """``Encoded.affine`` of tokens whose centre along each axis is at voxel ``index * scale + offset``."""
@@ -163,7 +163,8 @@ def check_shape(volume: Tensor) -> None:
 
 
 def check_range(volume: Tensor) -> None:
-    """Raise ValueError unless voxels lie in [-1, 1]. It waits for the device: for callers, not for training steps."""
+    """Raise ValueError unless voxels lie in [-1, 1]. This waits for the device, so it is not used in training
+    steps."""
     if type(volume) is not Tensor or volume.is_meta:
         return
     low, high = (float(v) for v in torch.aminmax(volume.detach()))

@@ -1,9 +1,9 @@
 """The model folder, which training and import write and every other command reads.
 
-``config.yaml`` (architecture), ``model.safetensors``, ``tokenizer/``, ``text_config.json`` (the text encoder's shape; for a
-slice encoder ``vision_config.json`` too), ``preprocessing.yaml`` (the spec its volumes must have), ``labels.yaml``,
-``trained_on.yaml`` (what it learned from), ``model_card.md``, and ``heads/`` (``ctclip/heads/folder.py``). Nothing in it is
-code, and nothing is unpickled.
+``config.yaml`` (architecture), ``model.safetensors``, ``tokenizer/``, ``text_config.json`` (the text encoder's shape;
+for a slice encoder ``vision_config.json`` too), ``preprocessing.yaml`` (the spec its volumes must have),
+``labels.yaml``, ``trained_on.yaml`` (its training data), ``model_card.md``, and ``heads/``
+(``ctclip/heads/folder.py``). It contains no code, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class TrainedOn(Section):
         return printable(text)
 
     def words(self) -> str:
-        """In one line: how many scans of whom and of what, at which spacing, of which cohort."""
+        """One line: number of scans, patients or phantoms, body part, spacing and cohort."""
         kind = {True: "synthetic scans", False: "scans of patients", None: "scans"}[self.synthetic]
         count = f"{self.volumes:,} {kind}" if self.volumes is not None else kind
         spacing = f"{' x '.join(f'{step:g}' for step in self.spacing)} mm" if self.spacing is not None else ""
@@ -99,7 +99,7 @@ class TrainedOn(Section):
         return ", ".join(filter(None, [count, body_part, spacing, f"cohort {self.cohort}" if self.cohort else ""]))
 
     def caveats(self) -> list[str]:
-        """Warnings for everyone who reads the scores of this model."""
+        """Warnings for all readers of this model's scores."""
         if self.synthetic:
             return ["this model was trained only on synthetic scans: its scores for scans of patients are meaningless"]
         return []
@@ -116,7 +116,7 @@ class Architecture:
 
 @dataclass
 class ModelFolder:
-    """A loaded model with what is needed to use it; its heads are loaded by ``ctclip.heads.folder.load_head``."""
+    """A loaded model with everything needed to use it; its heads are loaded by ``ctclip.heads.folder.load_head``."""
 
     model: DualEncoder
     spec: PreprocessingSpec
@@ -143,10 +143,11 @@ def save_model(
     state: dict[str, torch.Tensor] | None = None,
     write_more: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write a model folder whole or not at all; an existing one is replaced, and any other folder refused unless empty.
+    """Write a complete model folder atomically; an existing model folder is replaced, and any other folder that is not
+    empty is refused.
 
-    ``state`` stands in for the model's own tensors where they are spread over ranks. ``write_more`` is called with the
-    folder before it is put in its place, to add heads.
+    ``state`` replaces the model's own tensors if they are sharded over ranks. ``write_more`` is called with the folder
+    before it is moved into place, to add heads.
     """
     check_output(folder)
     final = Path(os.path.abspath(folder))
@@ -175,7 +176,7 @@ def save_model(
 
 
 def write_architecture(folder: Path, model: DualEncoder, labels: LabelSet) -> None:
-    """Everything of a model folder but what was learned: enough to build the model again, whatever it was made from."""
+    """Write a model folder without weights: enough to build the model again without its sources."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config.model_copy(update={"init": None})
     write_text(folder / "config.yaml", dump_config(config))
@@ -224,7 +225,7 @@ def check_addition(folder: Path, what: str) -> None:
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Whether a folder is a model folder of ours and nothing else: replacing it loses no file of anybody's."""
+    """Whether a folder contains only a model folder of ctclip, so that replacing it loses no other file."""
     names = {path.name for path in folder.iterdir()}
     if not (set(REQUIRED) <= names and names <= PARTS):
         return False
@@ -237,7 +238,7 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def is_head_folder(folder: Path) -> bool:
-    """Whether a folder is a head's, and holds nothing but settings and tensors."""
+    """Whether a folder contains only the settings and tensors of a head."""
     return (folder / "head.yaml").is_file() and all(
         path.suffix in (".yaml", ".json", ".safetensors") and path.is_file() for path in folder.iterdir()
     )
@@ -246,8 +247,8 @@ def is_head_folder(folder: Path) -> bool:
 def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> ModelFolder:
     """Load a model folder, or a hub repository that holds one, in evaluation mode.
 
-    A folder written by 0.2 is opened too; what it lacks is filled in and said on stderr. Raises CheckpointError naming
-    what is missing or damaged.
+    A folder written by 0.2 can be opened too; missing parts are filled in, with a note on stderr. Raises
+    CheckpointError naming what is missing or damaged.
     """
     path = local_folder(str(source))
     if not (path / "model.safetensors").is_file():
@@ -309,7 +310,7 @@ def _labels_of(path: Path) -> LabelSet:
 
 
 def read_trained_on(path: Path) -> TrainedOn:
-    """What the model of a folder was trained on."""
+    """The training data of the model in a folder."""
     if (path / TRAINED_ON).is_file():
         return validated(TrainedOn, read_mapping(path / TRAINED_ON), str(path / TRAINED_ON))
     card = path / "model_card.md"

@@ -1,6 +1,6 @@
 """Pretrained models by name: a local folder, or a downloaded repository of the Hugging Face Hub.
 
-Only data are brought: configuration, tokenizer and weights. Code that lies beside them stays where it is.
+Only data are downloaded: configuration, tokenizer and weights, never code.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def pretrained_folder(source: str | Path, key: str, *, weights: bool = True) -> 
     """The folder that ``source`` (a path, or the name of a hub repository) stands for.
 
     ``key``: the setting it comes from, named in errors. ``weights``: whether the weights are needed. Without a
-    connection a repository that was fetched before is taken from the cache. Raises CheckpointError that tells a name
-    that does not exist from a hub that cannot be reached.
+    connection, a repository fetched earlier is taken from the cache. The CheckpointError distinguishes a name that
+    does not exist from a hub that cannot be reached.
     """
     folder = local_path(source)
     if folder.is_dir():
@@ -55,7 +55,7 @@ def model_folder(source: str | Path, patterns: list[str], required: str) -> Path
 
 
 def local_path(source: str | Path) -> Path:
-    """A path as it was given, if there is one, else with ``~`` read as a home."""
+    """The path as given if it exists, else with ``~`` expanded to the home directory."""
     path = Path(source)
     if not path.exists() and str(source).startswith("~"):
         with contextlib.suppress(RuntimeError):  # no such user, or one without a home

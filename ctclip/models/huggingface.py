@@ -1,7 +1,8 @@
 """Models of Transformers: one constructor for pretrained weights and for our own model folders.
 
-A configuration is data: what it says about code to run, libraries to fetch or number formats is left out. Parameters
-are float32 whatever a file holds, and every weight is a trained one: what the file lacks is an error, not a draw.
+A configuration is data: entries on code to run, libraries to fetch or number formats are ignored. Parameters are
+float32 whatever the file's type, and every weight must be in the file: a missing one is an error, not initialised at
+random.
 """
 
 from __future__ import annotations

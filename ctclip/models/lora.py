@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) beside the weights of an encoder, which stay as they are."""
+"""Low-rank adapters (LoRA, Hu et al. 2021) beside the weights of an encoder, which are frozen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ctclip.errors import ConfigError
 
 def add_lora(module: nn.Module, targets: Sequence[str], rank: int) -> None:
     """Put adapters of ``rank`` beside every linear map (or convolution) of ``module`` whose name ends in one of
-    ``targets``, in place. Adapters begin at zero: the output does not change. Only they learn from then on.
+    ``targets``, in place. Adapters begin at zero, so the output does not change. From then on only the adapters are
+    trained.
 
     Raises ConfigError if ``module`` has none of the targets.
     """

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def air_where_padded(volume: Tensor, mask: Tensor | None) -> Tensor:
-    """``volume`` with -1 wherever ``mask`` (B, 1, D, H, W) bool is false: what padding holds cannot matter."""
+    """``volume`` with -1 wherever ``mask`` (B, 1, D, H, W) bool is false: the content of padding has no effect."""
     return volume if mask is None else volume.masked_fill(~mask, -1.0)
 
 

@@ -19,8 +19,9 @@ def autocast_off(like: Tensor) -> torch.autocast:
 
 @contextlib.contextmanager
 def at_precision(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Matrix products and convolutions at ``precision``: ``fp32`` in float32, ``tf32`` with 10 bits of mantissa (NVIDIA
-    cards since 2020), ``bf16`` in bfloat16 by autocast. Parameters stay float32. What was set before is set again."""
+    """Matrix products and convolutions at ``precision``: ``fp32`` in float32, ``tf32`` with 10 bits of mantissa
+    (NVIDIA cards since 2020), ``bf16`` in bfloat16 by autocast. Parameters stay float32. The previous settings are
+    restored."""
     if precision == "bf16":
         with torch.autocast(device.type, torch.bfloat16):
             yield
@@ -46,7 +47,8 @@ def float32_exactly(like: Tensor) -> Iterator[None]:
 
 
 class ExactLinear(nn.Linear):
-    """In its parameters' precision under autocast too: scores rounded to three digits would not keep their order."""
+    """A linear layer in its parameters' precision even under autocast, because scores rounded to three digits would
+    lose their order."""
 
     def forward(self, features: Tensor) -> Tensor:
         with autocast_off(features):

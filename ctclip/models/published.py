@@ -54,9 +54,9 @@ LARGEST_BYTES = 16 * 2**30
 
 @dataclass
 class Published:
-    """A checkpoint understood: our configuration (without the text encoder's files) and state; the LiPro head.
+    """The content of a checkpoint: our configuration (without the text encoder's files) and state; the LiPro head.
 
-    ``plane``: voxels of a volume's rows and columns; the number of its slices leaves no trace in the weights.
+    ``plane``: voxels of a volume's rows and columns; the number of slices cannot be inferred from the weights.
     """
 
     volume: CTViTConfig
@@ -70,8 +70,8 @@ class Published:
 def read_published(path: str | Path, ignore: Sequence[str] = ()) -> Published:
     """Read a published checkpoint without running anything in it; all sizes are inferred from the tensors.
 
-    Raises CheckpointError for a file that is none, and for keys that are not understood, unless ``ignore`` names them
-    (``*`` stands for anything).
+    Raises CheckpointError for any other file, and for unknown keys unless ``ignore`` names them (``*`` matches
+    anything).
     """
     tensors = _tensors(Path(path))
     state: dict[str, Tensor] = {}
@@ -112,7 +112,7 @@ def read_published(path: str | Path, ignore: Sequence[str] = ()) -> Published:
 
 
 def to_model(published: Published, bert: Any, tokenizer: Any, text: TextConfig, spec: PreprocessingSpec) -> DualEncoder:
-    """Our dual encoder holding the published weights; ``bert``: a BertModel of the checkpoint's shape; ``spec``: the
+    """Our dual encoder with the published weights; ``bert``: a BertModel of the checkpoint's shape; ``spec``: the
     geometry of its volumes."""
     config = ModelConfig(volume=published.volume, text=text, dim=published.dim, logit_scale_max=1e4)
     model = DualEncoder(CTViT(published.volume, spec), TextEncoder(bert, tokenizer, text), config)

@@ -1,7 +1,7 @@
-"""What input a text encoder needs and whether it can be used: read from its parts, then tried out.
+"""The input that a text encoder needs, and whether it can be used: read from its parts, then tested.
 
 Families differ in the special tokens around a text, in the positions they have, and in the direction they read. A list
-of families would be out of date; what is tried here holds of any.
+of families would become outdated; these tests apply to any family.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ class SliceEncoder(VolumeEncoder):
         self.aggregate = Aggregator(config, self.width, axis_spacing(spec)[0])
 
     def forward(self, volume: Tensor, mask: Tensor | None = None, body: Tensor | None = None) -> Encoded:
-        """volume (B, 1, D, H, W) in [-1, 1]; mask (B, 1, D, H, W) bool, true where voxels are real: slices without
-        any take no part and come back as zeros. tokens (B, D / every, width), grid (D / every, 1, 1)."""
+        """volume (B, 1, D, H, W) in [-1, 1]; mask (B, 1, D, H, W) bool, true where voxels are real: slices without any
+        are left out and returned as zeros. tokens (B, D / every, width), grid (D / every, 1, 1)."""
         check_shape(volume)
         volume = air_where_padded(volume, mask)
         first = (volume.shape[2] - 1) % self.config.every // 2
@@ -96,7 +96,7 @@ class SliceEncoder(VolumeEncoder):
         return Encoded(tokens, (tokens.shape[1], 1, 1), self.aggregate(tokens, real), affine, real)
 
     def evidence(self, volume: Tensor, mask: Tensor | None = None) -> Evidence:
-        """A slice is one token: what is said is said of whole slices."""
+        """A slice is one token, so evidence refers to whole slices."""
         encoded = self(volume, mask)
 
         def pool(features: Sequence[Tensor]) -> Tensor:

@@ -45,9 +45,9 @@ class Taken:
 
 def take_weights(model: DualEncoder, source: dict[str, Tensor], sides: str, where: str) -> Taken:
     """Copy into ``model`` the tensors of ``source`` (``lora.merged_state`` of a model) of ``sides`` (both, volume or
-    text), in place. They go beneath low-rank adapters, which begin anew.
+    text), in place. Low-rank adapters on top of them are initialised anew.
 
-    Raises ConfigError if nothing of a side that was asked for fits.
+    Raises ConfigError if no tensor of a requested side fits.
     """
     prefixes = [*(SIDES[sides] if sides != "both" else (*SIDES["volume"], *SIDES["text"]))]
     if sides == "both":
@@ -78,8 +78,7 @@ def take_weights(model: DualEncoder, source: dict[str, Tensor], sides: str, wher
 
 
 def freeze(model: DualEncoder, config: FreezeConfig) -> None:
-    """Keep the layers that ``config`` names from learning, in place. Raises ConfigError for layers that do not
-    exist."""
+    """Freeze the layers that ``config`` names, in place. Raises ConfigError for layers that do not exist."""
     for side, layers in (("volume", volume_layers(model)), ("text", text_layers(model))):
         chosen = getattr(config, side)
         if chosen == "none":

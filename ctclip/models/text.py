@@ -56,9 +56,9 @@ class TextEncoder(nn.Module):
     """A text model of Transformers with its tokenizer and pooling; ``bert`` is its name here, of whatever family.
 
     ``forward`` takes token ids and returns one vector a text; ``tokenise`` makes the ids. Texts longer than
-    ``max_tokens`` are cut at sentence ends into chunks whose vectors are averaged, weighted by length. With
-    ``chunks: sentence`` every sentence is a chunk and weighs alike: a report is the mean of what it says, a prompt of
-    one sentence lies in the same space, and a sentence that many reports share is encoded once.
+    ``max_tokens`` are cut at sentence ends into chunks whose vectors are averaged, weighted by length. With ``chunks:
+    sentence`` every sentence is a chunk of equal weight: a report is the mean of its sentences, comparable with a
+    prompt of one sentence, and a sentence that many reports share is encoded once.
     """
 
     def __init__(self, bert: Any, tokenizer: Any, config: TextConfig) -> None:
@@ -91,7 +91,7 @@ class TextEncoder(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> TextEncoder:
-        """A frozen BERT stays in evaluation mode: its dropout would only add noise."""
+        """Keeps a frozen BERT in evaluation mode, because dropout would only add noise."""
         super().train(mode)
         if self.frozen:
             self.bert.eval()
@@ -105,8 +105,8 @@ class TextEncoder(nn.Module):
         owner: Tensor | None = None,
     ) -> Tensor:
         """input_ids, attention_mask (n, L) int: n distinct chunks. chunk, owner (m,): text ``owner[i]`` holds chunk
-        ``chunk[i]``; None for one chunk a text. Returns (texts, width). Best given on the host, as ``tokenise`` makes
-        them: what is to be known of them is then not asked of the device."""
+        ``chunk[i]``; None for one chunk a text. Returns (texts, width). Inputs should be on the host, as ``tokenise``
+        returns them, so that nothing waits for the device."""
         texts = 0 if owner is None else int(owner[-1]) + 1
         device = next(self.bert.parameters()).device
         if self._cacheable():

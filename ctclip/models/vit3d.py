@@ -123,8 +123,8 @@ class ViT3D(VolumeEncoder):
         """volume (B, 1, D, H, W) in [-1, 1]; mask (B, 1, D, H, W) bool, true where voxels are real; body (B, N) bool on
         the host, with ``drop_air`` (found here if not given).
 
-        Returns tokens (B, N, width) in slice, row, column order of ``grid``. Tokens of nothing but padding
-        (and, with ``drop_air``, of nothing but air outside the body) take no part and come back as zeros.
+        Returns tokens (B, N, width) in slice, row, column order of ``grid``. Tokens that contain only padding (and,
+        with ``drop_air``, only air outside the body) are left out and returned as zeros.
         """
         return self._encode(volume, mask, body)
 
@@ -152,7 +152,7 @@ class ViT3D(VolumeEncoder):
         return Evidence(encoded, tuple(levels), pool, alone)
 
     def lift(self, tokens: Tensor) -> Tensor:
-        """What is pooled of the stem is not of tokens, and left at 0."""
+        """The part pooled from the stem does not come from tokens and is 0."""
         return F.pad(tokens.repeat(1, 1, len(self.config.pooling)), (0, self.stem.pooled_width))
 
     def check_lift(self) -> None:
@@ -282,10 +282,10 @@ class ViT3D(VolumeEncoder):
 class Stem(nn.Module):
     """Volume -> tokens' cells: HU windows, a linear map of each patch, then stages of convolutions.
 
-    With ``extremes`` the smallest and largest voxel of each patch and window are mapped beside its voxels: a fleck of
-    calcium is lost in a weighted sum of 64. Each stage mixes neighbours by 3x3x3 convolutions and ends with a strided
-    one that halves each axis. With ``pool_stem`` the mean and the largest of each channel before that are given out too:
-    what is small need not survive the way to a token to be seen.
+    With ``extremes``, the minimum and maximum of each patch and window are additional inputs, because a fleck of
+    calcium is lost in a weighted sum of 64 voxels. Each stage mixes neighbours by 3x3x3 convolutions and ends with a
+    strided one that halves each axis. With ``pool_stem``, the mean and maximum of each channel before that convolution
+    are returned too, so that small structures need not survive up to the tokens.
     """
 
     def __init__(self, config: ViT3DConfig, hu_window: tuple[float, float]) -> None:

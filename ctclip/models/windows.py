@@ -1,9 +1,9 @@
 """Attention over a long grid of tokens, within windows and between them.
 
 Within a window every token attends to the others and to the registers, which attend to all (Li et al. 2022, ViTDet,
-has windows of this kind). Between windows a layer works on one token a window, the mean of its tokens, and what it
-changes is added to each of them: the carrier tokens of Hatamizadeh et al. 2024 (FasterViT), of no parameters of
-their own. 13,824 tokens in windows of 144 are 96 for such a layer.
+has windows of this kind). Between windows, a layer works on one token per window, the mean of its tokens, and adds its
+change to each of them: the carrier tokens of Hatamizadeh et al. 2024 (FasterViT), without parameters of their own. For
+such a layer, 13,824 tokens in windows of 144 become 96.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> None:
-    """Large arrays come from the heap, which is not given back, and so mostly from memory used before.
+    """Allocate large arrays from the heap, which is not returned to the system, so that memory is reused.
 
     By default glibc maps and unmaps everything above 32 MiB each time, and the system clears every page anew: of a
-    small encoder's training step on a CPU that is a quarter to a third. The price is gaps that nothing fits into: a third
-    more memory in the demo's training. Does nothing where the C library is another one.
+    small encoder's training step on a CPU that is a quarter to a third. The cost is fragmentation: a third more memory
+    in the demo's training. Has no effect with another C library.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

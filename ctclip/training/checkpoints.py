@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file of whole tensors, so that any number of ranks and any ZeRO stage can resume.
 
-Batches, report views and dropout are functions of (seed, step), so parameters, optimizer moments and the step
-are all there is to keep.
+Batches, report views and dropout are functions of (seed, step), so parameters, optimizer moments and the step are all
+that must be saved.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ NAME = re.compile(r"step_(\d{8})")
 class Checkpoints:
     """``folder/step_00000500/``: ``state.safetensors`` and ``checkpoint.json``.
 
-    The newest ``keep`` are kept, and the best: the one with the lowest ``valid_loss``. Files are written by a thread
-    while training goes on; ``wait`` joins it.
+    The ``keep`` newest checkpoints and the best (lowest ``valid_loss``) are kept. A thread writes the files while
+    training continues; ``wait`` joins it.
     """
 
     def __init__(self, folder: Path, keep: int, spec: str) -> None:
@@ -45,9 +45,10 @@ class Checkpoints:
         self.pending: Future[None] | None = None
 
     def save(self, step: int, state: dict[str, torch.Tensor], valid_loss: float | None = None) -> None:
-        """Write the state after ``step`` steps, whole or not at all, and remove those too old. For rank 0.
+        """Write the state after ``step`` steps atomically, and remove old checkpoints. Called on rank 0.
 
-        ``state`` must not change any more: it is written while training goes on. Raises what the write before raised.
+        ``state`` must not change afterwards, because it is written while training continues. Raises the error of the
+        previous write, if any.
         """
         self.wait()
         self.pending = self.writer.submit(self._write, step, state, valid_loss)
@@ -104,7 +105,7 @@ class Checkpoints:
     def newest(self) -> tuple[int, dict[str, torch.Tensor]]:
         """Step and state of the newest whole checkpoint; (0, {}) if there is none.
 
-        A damaged one is named on stderr and the one before it is taken. Every rank reads the same one.
+        A damaged one is named on stderr and the previous one is used. All ranks read the same one.
         """
         for step in distributed.broadcast_json([step for step, _ in self.found()]):
             path = self.folder / f"step_{step:08d}"

@@ -1,6 +1,6 @@
-"""The data of a run, recorded in its folder, so that a run cannot continue on other data unnoticed.
+"""The data of a run, recorded in its folder, so that a run cannot resume with other data unnoticed.
 
-Names and reports are kept as hashes: the run folder may be passed on.
+Names and reports are stored as hashes, because the run folder may be shared.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Cohort:
 
 
 def open_cohort(folder: Path, data: StoredVolumes, *, learned: bool, force: bool = False) -> Cohort:
-    """Compare ``data`` with what the run in ``folder`` was trained on before, and record it there.
+    """Compare ``data`` with the earlier training data of the run in ``folder``, and record it there.
 
-    ``learned``: weights of an earlier start are continued, so its volumes count among those seen. Raises TrainingError
-    where volumes, reports or labels differ, unless forced.
+    ``learned``: the weights of an earlier start are used, so its volumes count as training data. Raises TrainingError
+    if volumes, reports or labels differ, unless forced.
     """
     path = folder / FILE
     now = _cohort_of(data)

@@ -23,8 +23,8 @@ from ctclip.training.step import EncodedPart, Pairs, Part, TrainingStep, pairs_o
 class Engine:
     """A TrainingStep under DeepSpeed ZeRO. ``resumed`` is the state of a checkpoint, or empty.
 
-    A step asks the device for nothing: what is to be logged stays there until ``read``. (From ZeRO 1 on DeepSpeed itself
-    asks whether the gradient's norm is finite.)
+    A step never waits for the device: values to log stay there until ``read``. (From ZeRO 1 on DeepSpeed itself asks
+    whether the gradient's norm is finite.)
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Engine:
         return Tokenisers(self.module.model.text_encoder.tokenise, words, self.parts)
 
     def state(self) -> dict[str, Tensor]:
-        """All that a checkpoint holds, on rank 0. A collective."""
+        """The content of a checkpoint, on rank 0. A collective operation."""
         return state.collect(self.module, self.optimizer, self.stage)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -88,8 +88,8 @@ class Engine:
             yield
 
     def step(self, batch: Batch, number: int, steps: int) -> None:
-        """Step ``number`` of ``steps`` on this rank's share of the global batch. Parameters do not move where the
-        gradient is not finite; ``read`` tells."""
+        """Step ``number`` of ``steps`` on this rank's share of the global batch. Parameters stay unchanged if the
+        gradient is not finite; ``read`` reports this."""
         # Dropout is a function of the step, so that a resumed run continues as if nothing had happened.
         torch.manual_seed(hash((self.seed, number, rank())) % 2**63)
         factor = rate_factor(number / steps, self.config.warmup)
@@ -111,8 +111,8 @@ class Engine:
         self.unread.append((self.config.learning_rate * factor, values))
 
     def read(self) -> list[dict[str, float]]:
-        """What to log of each step since the last reading: the loss and its parts, logit scale, gradient norm, learning
-        rate. Waits for the device. A collective."""
+        """The values to log for each step since the last call: the loss and its parts, logit scale, gradient norm,
+        learning rate. Waits for the device. A collective."""
         steps, self.unread = self.unread, []
         if not steps:
             return []

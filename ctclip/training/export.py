@@ -12,8 +12,8 @@ from ctclip.training.run_model import ARCHITECTURE, save_run_model
 
 
 def export_checkpoint(run: Path, output: Path, which: str = "newest") -> Path:
-    """Write ``output`` from the checkpoint ``which`` (newest, best, or a step) and return the checkpoint's folder. The
-    run folder is all it needs: neither the store nor a pretrained folder."""
+    """Write ``output`` from the checkpoint ``which`` (newest, best, or a step) and return the checkpoint's folder.
+    Needs only the run folder, neither the store nor a pretrained folder."""
     check_output(output)
     if not (run / "config.yaml").is_file() or not (run / ARCHITECTURE).is_dir():
         raise CheckpointError(f"{run}: not a run folder of `ctclip train` (no config.yaml, or no {ARCHITECTURE}/)")

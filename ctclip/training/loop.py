@@ -61,10 +61,10 @@ class Interrupted(Exception):
 
 
 def train(config: Config, output: Path, *, force: bool = False) -> Path:
-    """Train as ``config`` says and return the model folder ``output/model``.
+    """Train according to ``config`` and return the model folder ``output/model``.
 
-    An interrupted run resumes from its last checkpoint; a finished one returns at once. Raises Interrupted
-    after SIGTERM, SIGUSR1 or Ctrl-C, once the step at hand is done and its checkpoint written; a second Ctrl-C ends the
+    An interrupted run resumes from its last checkpoint; a finished one returns at once. Raises Interrupted after
+    SIGTERM, SIGUSR1 or Ctrl-C, once the current step is done and its checkpoint written; a second Ctrl-C ends the
     process at once.
     """
     extras.check("train")
@@ -152,7 +152,7 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
 
 
 def _summarise(config: Config, model: Path, store: VolumeStore, device: torch.device) -> None:
-    """Keep a summary of the training scans with the model. It is worth a warning, not a run, if that cannot be done."""
+    """Save a summary of the training scans with the model. If that fails, there is only a warning."""
     if not config.training.summary_patients:
         return
     try:

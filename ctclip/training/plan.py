@@ -1,9 +1,9 @@
-"""An estimate of what a run will need: bytes per rank for each ZeRO stage, the batch that fits, time per epoch.
+"""An estimate of the needs of a run: bytes per rank for each ZeRO stage, the batch that fits, time per epoch.
 
-Activations are counted, not guessed: a step is traced forward and backward on tensors that have shapes but no data, and
-what is held at its fullest moment is added up; floating-point operations are counted likewise. Bytes are those that
-tensors take (``torch.cuda.max_memory_allocated``), without the workspaces of cuDNN; what a process holds beside them is
-stated by ``describe``.
+Activations are counted, not guessed: a step is traced forward and backward on tensors that have shapes but no data,
+and the memory at its peak is added up; floating-point operations are counted likewise. Bytes are those that tensors
+take (``torch.cuda.max_memory_allocated``), without the workspaces of cuDNN; what a process holds beside them is stated
+by ``describe``.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def check_run_folder(folder: Path) -> None:
 
 
 def open_run(folder: Path, config: Config, *, force: bool = False) -> None:
-    """Write ``config.yaml`` and ``run.json``; a folder of another configuration is refused unless forced."""
+    """Write ``config.yaml`` and ``run.json``; a folder with another configuration is refused unless ``force``."""
     saved = folder / "config.yaml"
     if kind_of(saved) == "a file":
         changed = differing_keys(build_config(read_mapping(saved), str(saved)), config)

@@ -77,9 +77,9 @@ def prompted_names(prompts: PromptSet, labels: LabelSet | None) -> tuple[str, ..
 def build_run_model(
     config: Config, output: Path, data: StoredVolumes, labels: LabelSet | None, *, resumed: bool
 ) -> tuple[DualEncoder, str]:
-    """The model of a run, and where its weights begin, in words. A run that is ``resumed`` from a checkpoint is built from
-    its own folder alone: the pretrained folders it came from are not needed again. One that was stopped before its first
-    checkpoint begins again as it began before. A collective."""
+    """The model of a run, and where its weights begin, in words. A run ``resumed`` from a checkpoint is built from its
+    own folder alone and does not need the pretrained folders. A run stopped before its first checkpoint starts with
+    the same weights again. A collective operation."""
     kept = output / ARCHITECTURE
     if distributed.broadcast_json(resumed and (kept / "config.yaml").is_file()):
         model, begins = read_architecture(kept, lambda own: _as_configured(own, config.model), data.spec).model, ""
@@ -147,7 +147,7 @@ def _tokenizer(config: Config, output: Path, data: StoredVolumes) -> Any:
 
 
 def describe_training(config: Config, data: StoredVolumes, cohort: Cohort, labels: LabelSet | None) -> TrainedOn:
-    """What a model of the run will have learned from, at its earlier starts too."""
+    """The training data of the run's model, including earlier starts."""
     store = data.store
     sources = data.table["label_source"].astype(str).tolist() if "label_source" in data.table else []
     return TrainedOn(
@@ -173,7 +173,8 @@ def write_trained_on(output: Path, facts: TrainedOn) -> None:
 
 
 def keep_prompts(output: Path, prompts: PromptSet) -> None:
-    """Keep the prompt set in the run folder: the user's own file may be gone, or named from another working directory."""
+    """Save the prompt set in the run folder, because the user's file may be removed or be relative to another
+    directory."""
     write_text(output / PROMPTS, dump_config(prompts))
 
 

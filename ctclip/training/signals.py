@@ -1,4 +1,4 @@
-"""Signals that ask a training to stop, in a rank and in its reading processes."""
+"""Signals that ask a training run to stop, in a rank and in its reading processes."""
 
 from __future__ import annotations
 

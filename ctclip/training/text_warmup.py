@@ -1,8 +1,8 @@
 """Before the first volume: the text side learns which sections belong to one report.
 
-A text encoder from scratch knows nothing of what its sentences mean, and the few volumes of a first epoch are a poor
-teacher. The reports themselves say it: findings and impression (the first and the last section of ``data.sections``)
-state the same in other words (radiology section matching, Boecking et al. 2022). No label and no volume is read.
+A text encoder from scratch knows nothing of the meaning of sentences, and the few volumes of a first epoch teach it
+little. The reports themselves do: findings and impression (the first and the last section of ``data.sections``) state
+the same in different words (radiology section matching, Boecking et al. 2022). No label and no volume is read.
 """
 
 from __future__ import annotations
