@@ -21,14 +21,14 @@ use_writable_caches()
 
 
 def load(source: str | os.PathLike[str], device: str | torch.device = "cpu", *, precision: Asked = "auto") -> Model:
-    """A model folder or hub name, in evaluation mode.
+    """Load a model from a model folder, or a name on the Hugging Face hub, in evaluation mode.
 
-    ``precision`` of the volume encoder: ``"fp32"``, ``"tf32"`` (NVIDIA cards), ``"bf16"``, or ``"auto"``, the fastest of
-    which `ctclip check-precision` found on this device that its scores agree with float32; float32 if it was not run.
+    ``precision`` of the volume encoder: ``"fp32"``, ``"tf32"`` (NVIDIA cards), ``"bf16"``, or ``"auto"``: the fastest
+    whose scores agree with float32, as measured by `ctclip check-precision` on this device; float32 if it was not run.
 
-    What it returns detects (``detect("scan.nii.gz")``) and encodes: ``encode_volume`` takes (B, 1, D, H, W) in [-1, 1],
-    ``encode_text`` strings or input_ids with attention_mask; both return unit vectors. Raises CheckpointError naming
-    what is missing.
+    The model detects findings (``detect("scan.nii.gz")``) and encodes: ``encode_volume`` takes (B, 1, D, H, W) in [-1,
+    1], ``encode_text`` strings or input_ids with attention_mask; both return unit vectors. Raises CheckpointError
+    naming what is missing.
     """
     from ctclip.inference.model import load as load_from
 

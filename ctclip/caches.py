@@ -1,8 +1,8 @@
 """Cache folders of the libraries we use, for machines on which the usual place is not writable.
 
 A container that is read-only, or runs as a user without a home, has neither the ``__pycache__`` of this package nor
-``~/.cache``: numba would refuse to start, matplotlib would rebuild its list of fonts in every process. They are given a
-private folder in TMPDIR instead. A variable that is already set is left as it is.
+``~/.cache``: numba would refuse to start, matplotlib would rebuild its list of fonts in every process. They are given
+a private folder in TMPDIR instead. Variables that are already set are not changed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def _writable(folder: Path) -> bool:
 def _private_folder() -> Path:
     """The folder in TMPDIR that this user's processes share, or a new one for this process and its children.
 
-    Compiled code is read back from it: one that belongs to somebody else, or that others can write, is not used.
+    Compiled code is loaded from it, so a folder that belongs to another user, or that others can write to, is not
+    used.
     """
     folder = Path(tempfile.gettempdir()) / f"ctclip-{os.getuid()}"
     try:

@@ -49,7 +49,7 @@ def load_config(
 def read_config(
     name: str, overrides: list[str] | tuple[str, ...] = (), values_set: Mapping[str, Any] | None = None
 ) -> tuple[Config, dict[str, str]]:
-    """``load_config``, and where each value that is no default came from: a file, or "command line", by the value's path."""
+    """``load_config``, and the origin of each value that is not a default (a file, or "command line"), by its path."""
     path = find_config(name)
     values = read_mapping(path)
     size = values.get("model")

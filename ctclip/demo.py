@@ -1,6 +1,6 @@
 """The whole pipeline on a synthetic cohort: every stage is an ordinary command, printed before it runs.
 
-Nothing is done twice: finished stages are skipped, and an interrupted cohort, store or training resumes where it stopped.
+Finished stages are skipped, and an interrupted cohort, store or training run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
 
 
 def minutes_left(usual: Sequence[float], seconds: Mapping[str, float], past: Sequence[str]) -> float:
-    """Minutes until the end: the usual ones of the stages to come, as many times longer as the ``past`` ones were.
+    """Minutes until the end: the usual time of the remaining stages, scaled by how much longer the ``past`` stages
+    took than usual.
 
     ``usual``: of each stage; ``seconds`` that stages took, by name; ``past``: names of those that are done, in order.
     """

@@ -54,9 +54,9 @@ def device() -> torch.device:
 def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
     """Run ``python -m MODULE ARGUMENTS`` as ``processes`` ranks on this machine, under DeepSpeed's launcher.
 
-    SIGTERM and SIGUSR1 are passed on to the ranks, which end as they would alone. Ctrl-C and the end of the terminal
-    reach them as SIGTERM, and a second Ctrl-C ends them at once. Returns the launcher's exit code; 128 + the signal where
-    one ended the ranks before they could end by themselves.
+    SIGTERM and SIGUSR1 are passed on to the ranks, which handle them as a single process would. Ctrl-C and the end of
+    the terminal reach them as SIGTERM, and a second Ctrl-C ends them at once. Returns the launcher's exit code, or 128
+    + the signal if a signal killed the ranks.
     """
     psutil = extras.require("psutil")
     cuda = torch.cuda.is_available()
@@ -174,9 +174,9 @@ def _destroy_groups() -> None:
 def leave(code: int) -> None:
     """End this process with ``code`` if it has been in a process group; return if not.
 
-    DeepSpeed holds on to the groups it was given, so their threads outlive ``destroy_process_group``, and one that
-    wakes in a Python half taken down aborts the process: a run that did all it should would end with -6 instead of 0, or
-    of the code that has Slurm start it again. So what there is to do at the end is done here, and nothing is taken down.
+    DeepSpeed keeps references to its groups, so their threads outlive ``destroy_process_group``, and one that wakes
+    while Python shuts down aborts the process: a successful run would exit with -6 instead of 0 or the code that makes
+    Slurm restart it. Therefore this function does the work of a normal exit and ends the process without a shutdown.
     """
     if "deepspeed" not in sys.modules or not launched():
         return
@@ -229,7 +229,7 @@ def _json_of_every_rank(value: Any) -> list[Any]:
 
 @functools.cache
 def _control_group() -> Any:
-    """All ranks once more, over gloo: what they say to each other here is not asked of a GPU."""
+    """A second group of all ranks over gloo, for messages that need no GPU."""
     return dist.new_group(backend="gloo")
 
 
@@ -272,9 +272,9 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
 def gather(tensor: torch.Tensor) -> torch.Tensor:
     """Rows (b, ...) of every rank, in rank order, as (world size * b, ...), with gradients.
 
-    The global loss must be the mean over ranks of what each computes from the result. The gradient of a row is the
-    sum over ranks of what each found for it, and averaging parameter gradients over ranks, as DeepSpeed and DDP
-    do, gives exactly the single-process gradient of the global loss.
+    The global loss must be the mean of the losses that the ranks compute from the result. The gradient of a row is the
+    sum of the ranks' gradients for it, and averaging parameter gradients over ranks, as DeepSpeed and DDP do, gives
+    exactly the single-process gradient of the global loss.
     """
     if world_size() == 1:
         return tensor

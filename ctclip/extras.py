@@ -38,7 +38,7 @@ def require(module: str) -> Any:
 
 
 def check(extra: str) -> None:
-    """Raises MissingExtra if a package of ``extra`` is not installed. Imports nothing, so it costs nothing to ask first."""
+    """Raise MissingExtra if a package of ``extra`` is not installed. Imports nothing."""
     absent = [package for package in EXTRAS[extra] if importlib.util.find_spec(package) is None]
     if absent:
         raise _missing(extra, absent)

@@ -1,7 +1,7 @@
-"""Label sets: the findings that a cohort is labelled with and a model is asked about. They are data, not code.
+"""Label sets: the findings for which a cohort has labels and which a model scores. They are data, not code.
 
-A label set is a YAML file (``configs/labels``, or anybody's own). It is named in a configuration, kept in the store, in
-the model folder and in every prediction table, and compared where two of them meet.
+A label set is a YAML file (in ``configs/labels``, or the user's own). It is named in a configuration; kept in the
+store and the model folder and stated in every prediction table; and compared when two of them are used together.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ class LabelSet(Section):
         return f"{self.name} {hashlib.sha256(chr(10).join(self.names).encode()).hexdigest()[:8]}"
 
     def resolve(self, word: str) -> str | None:
-        """The label that ``word`` names: its name or one of its aliases, in any case; None if it names none."""
+        """The label whose name or alias is ``word``, ignoring case; None if there is none."""
         for label in self.labels:
             if word.casefold() in {label.name.casefold(), *(alias.casefold() for alias in label.aliases)}:
                 return label.name
         return None
 
     def columns(self, table: Iterable[str], cohort: str = "") -> dict[str, tuple[str, ...]]:
-        """For each label the columns of a table that it is the union of; labels the table does not have are left out.
+        """For each label, the columns of a table whose union is the label; labels without a column are left out.
 
         ``table``: names of the table's columns; ``cohort``: whose columns to look for first. Without an entry for the
         cohort a column is found by the label's name, in any case, then by its aliases.
@@ -129,7 +129,8 @@ def load_labels(source: str | Path | dict[str, Any]) -> LabelSet:
 
 
 def expected(body_part: str, asked: Expect) -> Expect:
-    """What to expect of scans: no chest where they are known to be of another part of the body, unless it is asked for."""
+    """Whether scans should show a chest: not if they are known to show another part of the body, unless the user asks
+    for it."""
     return "any" if asked == "auto" and body_part in ("abdomen", "head") else asked
 
 
@@ -153,7 +154,8 @@ def installed_sets() -> list[LabelSet]:
 
 
 def store_labels(store: VolumeStore) -> LabelSet | None:
-    """The label set kept in a store; where none is kept (0.2), the one its label columns are; None where it has none."""
+    """The label set kept in a store; in a store of version 0.2, the set that its label columns form; None if it has no
+    labels."""
     path = store.path / FILE
     if path.is_file():
         return load_labels(path)
@@ -184,7 +186,8 @@ def label_columns_of(cohort: Path, labels: LabelSet) -> list[str] | None:
 
 
 def keep_labels(store: VolumeStore, source: str | None) -> LabelSet | None:
-    """Keep a label set in a store: ``source`` (a file, or the name of one), or the one that its label columns are.
+    """Save a label set in a store: ``source`` (a file, or the name of one), or by default the set that its label
+    columns form.
 
     Raises DataError if the cohort table has none of the set's labels.
     """

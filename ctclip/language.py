@@ -1,7 +1,7 @@
-"""Languages of reports: the words by which a sentence says that something is absent, uncertain or past.
+"""Languages of reports: the words with which a sentence states that something is absent, uncertain or past.
 
-They are data: a file of ``configs/languages``, or anybody's own. ``negations`` alone is enough for drawing views of
-reports; labels are read with ``scopes`` too, and ``common`` words tell a report of another language.
+They are data: a file in ``configs/languages``, or the user's own. ``negations`` alone suffice for views of reports;
+reading labels also needs ``scopes``, and ``common`` words identify reports in another language.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Language(Section):
     questions: Questions = Field(Questions(), description="phrases used to answer questions")
 
     def negates(self, sentence: str) -> bool:
-        """Whether a sentence says that something is absent or normal, by its wording."""
+        """Whether a sentence states, by its wording, that something is absent or normal."""
         return self._pattern(self.negations).search(sentence) is not None
 
     def is_foreign(self, words: Sequence[str], knows: Callable[[str], bool] = lambda word: False) -> bool:

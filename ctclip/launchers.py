@@ -40,10 +40,10 @@ FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
 def prepare_environment() -> None:
-    """Fill in what a launcher did not set; to be called before DeepSpeed is imported.
+    """Set the environment variables that a launcher did not set; to be called before DeepSpeed is imported.
 
-    The names of Slurm and MPI become torch's; without any launcher this process is a world of one, and where Slurm has
-    allocated more tasks that is said. Raises TrainingError where what a launcher left does not say which rank this is.
+    The names of Slurm and MPI become torch's; without a launcher, this process is the only rank, with a warning if
+    Slurm has allocated more tasks. Raises TrainingError if the launcher's variables do not identify the rank.
     """
     environment = os.environ
     if "RANK" in environment:

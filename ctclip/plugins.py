@@ -1,7 +1,8 @@
 """Extensions that need no change of ctclip: encoders, objectives, heads and readers of reports, found by name.
 
-A name is one of ours (the table below), one that an installed package announces as an entry point of the group
-``ctclip.encoders``, ``ctclip.objectives``, ``ctclip.heads`` or ``ctclip.readers``, or ``module:Name``, a class in anybody's own file.
+A name is one of ctclip's (the table below), one that an installed package declares as an entry point of the group
+``ctclip.encoders``, ``ctclip.objectives``, ``ctclip.heads`` or ``ctclip.readers``, or ``module:Name``, a class in a
+user's own file.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def find(kind: Kind, name: str) -> Any:
 
 
 def refuse_unknown_code(kind: Kind, name: str, source: str) -> None:
-    """A model folder may name a class, never bring one: ``module:Name`` must have been imported by the user before.
+    """A model folder may name a class but not contain its code: the user must have imported the module of
+    ``module:Name``.
 
     Raises ConfigError otherwise.
     """
@@ -92,8 +94,9 @@ def refuse_unknown_code(kind: Kind, name: str, source: str) -> None:
 
 
 def import_own(module: str, name: str) -> Any:
-    """Import ``module``: a file beside the configuration or the notebook, as `python -m` would find it, or an installed
-    one. Raises ConfigError, which begins with ``name``, if there is none; an error of its own code is not touched."""
+    """Import ``module``: a file beside the configuration or the notebook, as `python -m` would find it, or an
+    installed one. Raises ConfigError, which begins with ``name``, if there is none; errors in the module's own code
+    are passed on."""
     if "" not in sys.path:
         sys.path.append("")
     try:

@@ -1,4 +1,4 @@
-"""Prompt sets: for each abnormality, phrasings that state it and phrasings that exclude it, by report section."""
+"""Prompt sets: for each abnormality, phrasings that state it and phrasings that rule it out, by report section."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Pair(Section):
 
 
 class Graded(Section):
-    """A finding with a size: one prompt a value; {value} stands for it in the templates."""
+    """A finding with a size: one prompt per value, which replaces {value} in the templates."""
 
     templates: tuple[str, ...] = Field(min_length=1)
     values: tuple[float, ...] = Field(min_length=2)

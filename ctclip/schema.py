@@ -63,8 +63,9 @@ class Section(BaseModel):
 
 
 def _of_field(field: FieldInfo, value: Any) -> Any:
-    """A typed value for ``field``: text as it stands where the field holds text, else YAML. An optional text is left out
-    by the word null or by nothing at all; true and false are no numbers, though Python would take them for such."""
+    """A typed value for ``field``: unchanged if the field holds text, else read as YAML. An optional text is unset by
+    the word null or by an empty value; true and false are not accepted as numbers, although Python would accept
+    them."""
     kinds = set(get_args(field.annotation)) or {field.annotation}
     if isinstance(value, Typed):
         if field.annotation is str:

@@ -1,7 +1,7 @@
 """Splitting reports into sentences.
 
-Reports are dictated, typed and exported: lists, lines without full stops, wrapped lines, missing spaces, abbreviations.
-Libraries for prose (pysbd) take 20 ms a report of CT-RATE's length, and split "approx. 5 mm".
+Reports are dictated, typed and exported: lists, lines without full stops, wrapped lines, missing spaces,
+abbreviations. Libraries for prose (pysbd) take 20 ms per report of CT-RATE's length, and split "approx. 5 mm".
 """
 
 from __future__ import annotations

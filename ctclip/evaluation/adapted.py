@@ -1,4 +1,5 @@
-"""Which patients' labels a head or a model was adapted to: kept with it, so that none of them is scored as a test patient."""
+"""The patients to whose labels a head or model was adapted: kept with it, so that none of them is scored as a test
+patient."""
 
 from __future__ import annotations
 
@@ -22,9 +23,9 @@ COLUMN = "adapted_on"
 
 @dataclass(frozen=True)
 class Adaptation:
-    """``method`` (probe, coop, lora ...), what it was fitted on in words, the hash of the ``model`` it began with, and
-    salted digests of the patients whose labels it saw. Without digests, as in a folder that was given away, nothing can
-    be said of the patients."""
+    """``method`` (probe, coop, lora ...), a description of the data, the hash of the starting ``model``, and salted
+    digests of the patients whose labels were used. Without digests, as in a published folder, the patients are
+    unknown."""
 
     method: str
     fitted_on: str
@@ -44,7 +45,7 @@ class Adaptation:
         return [patient for patient in patients if digest(str(patient), self.salt) in seen]
 
     def without_patients(self) -> Adaptation:
-        """The same without the digests of its patients, to be given away."""
+        """A copy without the digests of patients, for publication."""
         return replace(self, patients=(), salt="")
 
     def save(self, path: Path) -> None:

@@ -34,10 +34,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration of one model with one prompt set: a line for each abnormality, the data it was fitted on,
-    and digests of its patients, none of whom may be in a test set. ``uncalibrated``: the abnormalities that keep their plain softmax, and why.
-    ``salt`` goes into the digests (empty in files before 0.3), so that no table of digests made beforehand finds the ids.
-    Without digests, as in a folder from a hub, nothing can be said of the patients."""
+    """The calibration of one model with one prompt set: a line for each abnormality, the data it was fitted on, and
+    digests of its patients, none of whom may be in a test set. ``uncalibrated``: the abnormalities that keep their
+    plain softmax, and why. ``salt`` is part of the digests (empty in files before 0.3), so that ids cannot be looked
+    up in a precomputed table. Without digests, as in a folder from a hub, the patients are unknown."""
 
     method: Method
     fitted_on: str
@@ -66,7 +66,7 @@ class Calibration:
         return [patient for patient in patients if digest(patient, self.salt) in seen]
 
     def without_patients(self) -> Calibration:
-        """The same without the digests of its patients, to be given away."""
+        """A copy without the digests of patients, for publication."""
         return replace(self, patients=(), salt="")
 
     def save(self, path: Path) -> None:
@@ -76,8 +76,8 @@ class Calibration:
     def load(cls, path: Path) -> Calibration:
         """Raises EvaluationError if the file is not one.
 
-        A line that falls or is flat, as versions before 0.3 could fit to a few volumes, is left out: it would call a
-        finding present where the model sees it absent.
+        A line that falls or is flat, as versions before 0.3 could fit to a few volumes, is left out: it would reverse
+        the model's scores.
         """
         try:
             values = plain_json.loads(path.read_text(encoding="utf-8"))
@@ -97,7 +97,7 @@ class Calibration:
 
 
 def digest(patient: str, salt: str = "") -> str:
-    """Twelve hex digits that stand for a patient's id in a file kept with the model."""
+    """The digest of a patient's id, twelve hex digits, for files kept with the model."""
     return hashlib.sha256((salt + patient).encode()).hexdigest()[:12]
 
 
@@ -115,9 +115,10 @@ def fit_calibration(
     """labels (n, L) of 0, 1, NaN; margins (n, L), positive minus negative logit; patients (n,), or a patient a volume.
 
     ``platt``: a slope and an intercept each label, with Platt's (1999) smoothed targets. ``temperature``: one slope
-    for all labels and no intercept (Guo et al. 2017). A slope is never negative. The threshold is the ROC point nearest
-    to perfect, on this split. Not calibrated, and said to be so in ``uncalibrated``: labels with fewer than five positive
-    or negative patients, and those whose margins do not rise with the label. Raises EvaluationError if no label is left.
+    for all labels and no intercept (Guo et al. 2017). A slope is never negative. The threshold is that of the ROC
+    point nearest to perfect, on this split. Not calibrated, and listed in ``uncalibrated``, are labels with fewer than
+    five positive or negative patients, and those whose margins do not rise with the label. Raises EvaluationError if
+    no label is left.
     """
     # Here and not above: detection reads calibrations, and need not wait for SciPy.
     from scipy.special import expit
@@ -156,7 +157,7 @@ def fit_calibration(
 
 
 def fit_line(margin: np.ndarray, truth: np.ndarray, *, intercept: bool) -> tuple[float, float]:
-    """Slope (at least 0) and intercept of least cross-entropy; margin (n,), truth (n,) of 0 and 1.
+    """Slope (at least 0) and intercept that minimise the cross-entropy; margin (n,), truth (n,) of 0 and 1.
 
     With an intercept the targets are Platt's: (N+ + 1) / (N+ + 2) for positives and 1 / (N- + 2) for negatives, so that
     separable margins have a finite slope.

@@ -36,11 +36,11 @@ def evaluate(
     resamples: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """AUROC and the rest, per label and mean, with intervals by patient; and the shuffled control.
+    """All metrics, per label and mean, with intervals by patient, and the control with shuffled labels.
 
-    predictions as ``tables.read_predictions`` gives them, labels as ``tables.read_labels``. AUROC and average precision
-    rank by the uncalibrated margins; what concerns probabilities and thresholds takes the probabilities. Undefined
-    values are None, as are the limits of what cannot be bounded; means are over the labels that are defined.
+    predictions as ``tables.read_predictions`` gives them, labels as ``tables.read_labels``. AUROC and average
+    precision are computed from the uncalibrated margins, the other metrics from the probabilities. Undefined values
+    and limits are None; means are over the labels whose value is defined.
     """
     volumes, truth, probabilities = align(predictions, labels, protocol)
     ranking = ranking_scores(volumes, protocol)

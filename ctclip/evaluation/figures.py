@@ -42,9 +42,9 @@ def example(
 ) -> None:
     """Axial, coronal and sagittal slices in two HU windows, with the report and what was detected.
 
-    hu [slice, row, column] LPS+: shown as radiologists do, the patient's right on the left of the picture, the head
-    up. The slices go through ``focus``, whose mask is outlined, or through the middle. detections: (abnormality,
-    probability, label or None) in the order shown.
+    hu [slice, row, column] LPS+, shown by radiological convention: the patient's right on the left of the picture, the
+    head at the top. The slices go through ``focus``, whose mask is outlined, or through the middle. detections:
+    (abnormality, probability, label or None) in the order shown.
     """
     dz, dy, dx = spacing
     z, y, x = focus.at if focus else (hu.shape[0] // 2, hu.shape[1] // 2, int(hu.shape[2] * 0.66))
@@ -153,7 +153,7 @@ def auroc_pair(path: Path, names: Sequence[str], sides: Sequence[dict[str, Any]]
 
 
 def loss_curve(path: Path, steps: list[int], losses: list[float], chance: float | None) -> None:
-    """Training loss, with the level at which the batch cannot be told apart."""
+    """Training loss, with the level of chance."""
     figure, axes = _canvas(1, 1, (6.4, 3.6))
     axis = axes[0][0]
     axis.plot(steps, losses, color=BAR, lw=1.4)
@@ -179,7 +179,8 @@ def similarity(path: Path, matrix: np.ndarray) -> None:
 
 def reliability(path: Path, probabilities: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> None:
     """Observed frequency against predicted probability: all labels together, then each, with 95 % intervals (Wilson
-    1927) of the frequency; the area of a point says how many volumes it stands for. probabilities, labels (n, L), NaN left out."""
+    1927) of the frequency; the area of a point is proportional to its number of volumes. probabilities, labels (n, L),
+    NaN left out."""
     known = ~np.isnan(labels)
     panels = [("all labels", probabilities[known], labels[known])]
     for index, name in enumerate(names):

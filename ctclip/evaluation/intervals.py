@@ -2,8 +2,8 @@
 patient.
 
 The percentile bootstrap by patient does not: with 10 positive patients and an AUROC of 0.96 its 95 % cover 0.8
-(``python -m tests.benchmarks.coverage``). Two things are to blame: the quantile of the normal distribution, and a
-variance that is estimated smallest just where the estimate is luckiest.
+(``python -m tests.benchmarks.coverage``). There are two reasons: the quantile of the normal distribution, and a
+variance that is underestimated exactly when the estimate is too high.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ EDGE = 1e-9
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and its limits. ``trusted``: whether there are so many positive and negative patients that the limits
-    cover what they claim."""
+    """A value and its limits. ``trusted``: whether there are enough positive and negative patients for the nominal
+    coverage."""
 
     value: float
     lower: float
@@ -34,7 +34,7 @@ def patients_by_class(labels: np.ndarray, patients: np.ndarray) -> tuple[int, in
 
 
 def enough_patients(labels: np.ndarray, patients: np.ndarray) -> bool:
-    """Whether an interval of this label is to be trusted: at least ten positive and ten negative patients."""
+    """Whether an interval of this label can be trusted: at least ten positive and ten negative patients."""
     return min(patients_by_class(labels, patients)) >= FEWEST_PATIENTS
 
 
@@ -89,11 +89,11 @@ def two_normals_variance(auroc: float, positives: int, negatives: int) -> float:
 def auroc_interval(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, *, level: float = LEVEL) -> Interval:
     """Interval of the AUROC of one label. labels (n,) 0/1, scores (n,), patients (n,).
 
-    The limits are the areas at which the observed one is just a quantile away: |observed - area| = t * sd(area), with
-    the variance a function of the area sought and not of the estimate (Wilson 1927; for the AUROC Newcombe 2006). That
-    function is ``two_normals_variance`` of as many patients as there are; where Obuchowski's variance of the scores at
-    hand is larger, it is scaled up to it. The quantile is Student's, for the smaller number of patients less one.
-    The limits are NaN with fewer than two positive or two negative patients.
+    The limits are the areas from which the observed one is just a quantile away: |observed - area| = t * sd(area),
+    with the variance a function of the area sought and not of the estimate (Wilson 1927; for the AUROC Newcombe 2006).
+    That function is ``two_normals_variance`` of as many patients as there are; where Obuchowski's variance of the
+    scores at hand is larger, it is scaled up to it. The quantile is Student's, for the smaller number of patients less
+    one. The limits are NaN with fewer than two positive or two negative patients.
     """
     from scipy.optimize import brentq  # here, for training validates by the AUROC and need not wait for SciPy
     from scipy.stats import t as student

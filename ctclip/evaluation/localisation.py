@@ -1,4 +1,4 @@
-"""How well maps point: scores of a map against a mask, per finding, with intervals by patient.
+"""Scores of maps against masks, per finding, with intervals by patient.
 
 A map is compared with a mask voxel by voxel by two histograms, of its value inside and outside of the mask, in steps of
 1/255 of the map's peak: AUROC, average precision and Dice at every threshold follow from them.

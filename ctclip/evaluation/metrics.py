@@ -1,7 +1,7 @@
 """Metrics of scores against labels by scikit-learn's definitions, and their values in resamples of patients.
 
-Where a label has one class only, the value is NaN ("undefined"), never 0 or 0.5. What ranks (AUROC, average precision)
-takes the uncalibrated score, and what speaks of probabilities or thresholds takes the probability.
+Where a label has one class only, the value is NaN ("undefined"), never 0 or 0.5. Ranking metrics (AUROC, average
+precision) use the uncalibrated score; all others use the probability.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ BINS = 10
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     """Area under the ROC curve, ties counted half (Hanley & McNeil 1982). labels 0/1 (n,); NaN if one class.
 
-    Equal to scikit-learn's ``roc_auc_score``, whose checks take 6 ms a call: the shuffled control makes hundreds.
+    Equal to scikit-learn's ``roc_auc_score``, whose checks take 6 ms per call, too slow for the hundreds of calls of
+    the shuffled control.
     """
     positive = labels == 1
     return float(placements(labels, scores)[positive].mean()) if positive.any() and not positive.all() else float("nan")
@@ -100,7 +101,7 @@ def bootstrap_metrics(
 def bootstrap_weights(groups: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """(resamples, n): how often each volume's group was drawn. Resampling patients is weighting their volumes.
 
-    Of a single group there are no resamples (0, n): nothing can be said about another patient.
+    With a single group there are no resamples (0, n), because nothing can be said about other patients.
     """
     names, member = np.unique(groups, return_inverse=True)
     random = np.random.default_rng(seed)
@@ -157,10 +158,10 @@ def rates(
 ) -> dict[str, np.ndarray]:
     """F1, accuracy, precision, sensitivity and specificity of counts of any shape.
 
-    Precision is 0 where nothing was called, as scikit-learn's ``zero_division=0``. Without a positive, F1, precision
-    and sensitivity are NaN (undefined); without a negative, specificity is. ``weighted_f1``: F1 of "present" and F1 of
-    "absent", weighted by how many of each there are (scikit-learn's ``average="weighted"`` of one label): the F1 that
-    CT-CLIP and its successors report, larger than ``f1`` as a rule.
+    Precision is 0 if nothing was called positive, as with scikit-learn's ``zero_division=0``. Without a positive, F1,
+    precision and sensitivity are NaN (undefined); without a negative, specificity is. ``weighted_f1``: F1 of "present"
+    and F1 of "absent", weighted by how many of each there are (scikit-learn's ``average="weighted"`` of one label):
+    the F1 that CT-CLIP and its successors report, larger than ``f1`` as a rule.
     """
     positive, negative = true_positive + false_negative, true_negative + false_positive
     wrong = false_positive + false_negative
@@ -229,8 +230,9 @@ def best_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def published_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
-    """As the evaluation scripts of CT-CLIP's successors pick it: of 100 values from 0 to 1, called where score > value,
-    the largest of those nearest to sensitivity 1 and specificity 1. Returned so that score >= threshold says the same."""
+    """The threshold as chosen by the evaluation scripts of CT-CLIP's successors: of 100 values from 0 to 1 (positive:
+    score > value), the largest of those nearest to sensitivity 1 and specificity 1. Converted so that score >=
+    threshold gives the same result."""
     grid = np.linspace(0, 1, 100)
     positive, negative = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
     if len(positive) == 0 or len(negative) == 0:

@@ -1,4 +1,4 @@
-"""A self-contained HTML page of a run: figures embedded, nothing fetched."""
+"""A self-contained HTML page with embedded figures; it loads nothing."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def interval_words(lower: float | None, upper: float | None, trusted: bool = Tru
 
 
 def split_note(metrics: dict[str, Any]) -> str:
-    """A sentence on what part of a split was not scored; "" if all of it was, or if no store was given."""
+    """A sentence on the part of a split that was not scored; "" if there is none, or without a store."""
     split = metrics.get("split")
     if not split or not split["missing"]:
         return ""

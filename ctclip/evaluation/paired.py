@@ -29,10 +29,11 @@ def paired_test(
     """AUROC of ``first`` minus that of ``second``, label by label and mean, both ranked by uncalibrated scores.
 
     Intervals: percentiles of the difference in the same resamples of patients. p, two-sided: the share of exchanges
-    (with one added to both, Davison & Hinkley 1997, eq. 4.11) whose difference is as large; in each exchange half of the
-    patients, drawn by chance, swap the two models' ranks. Its false alarms are at their nominal rate with few positives,
-    where those of the bootstrap are not, for models whose scores are alike in shape; for others a small p says that they
-    differ, not which has the higher AUROC (``python -m tests.benchmarks.coverage``). Both tables must score the same volumes.
+    (with one added to both, Davison & Hinkley 1997, eq. 4.11) whose difference is as large; in each exchange, a random
+    half of the patients swap the two models' ranks. With few positives its rate of false alarms is nominal, unlike the
+    bootstrap's, if the scores of both models have similar distributions; otherwise a small p says that the models
+    differ, not which has the higher AUROC (``python -m tests.benchmarks.coverage``). Both tables must score the same
+    volumes.
     """
     unpaired = set(first["volume"]) ^ set(second["volume"])
     if unpaired:

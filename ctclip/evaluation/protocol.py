@@ -1,4 +1,4 @@
-"""What an evaluation declares before it sees any score: labels, volumes and thresholds."""
+"""What an evaluation declares before any score is seen: labels, volumes and thresholds."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def load_protocol(name: str) -> Protocol:
 
 
 def default_protocol(labels: LabelSet | None, identity: str, columns: Iterable[str], predicted: list[str]) -> Protocol:
-    """What is scored where no protocol is named: the label set's own protocol, else its labels that were predicted.
+    """The protocol used by default: the label set's own, else one with those of its labels that were predicted.
 
     ``labels``: the label set of the store, if there is one; ``identity``: of the label set that the prediction table
     states; ``columns``: of the label table. Raises EvaluationError if no predicted name has a column.

@@ -12,9 +12,9 @@ from ctclip.evaluation.tables import MARGIN
 def ranking_scores(predictions: pd.DataFrame, protocol: Protocol) -> np.ndarray:
     """(n, labels) float: the margin of each label where the table holds it, else its probability.
 
-    AUROC, average precision and paired tests take these, for a calibration cannot make a model tell more, and one that
-    was fitted to few volumes may turn a label round. predictions: rows that ``align`` gives. Where a protocol's label is
-    the largest of several scores, it is the largest of their margins.
+    AUROC, average precision and paired tests use these, because calibration cannot improve a ranking, and a
+    calibration fitted to few volumes may reverse one. predictions: rows that ``align`` gives. Where a protocol's label
+    is the largest of several scores, it is the largest of their margins.
     """
     columns = []
     for name in protocol.labels:

@@ -1,4 +1,4 @@
-"""Scores of drafted reports: findings by a reader of reports, and words in common.
+"""Scores of draft reports: findings by a report reader, and words in common.
 
 Everything is computed from counts for each report, so that a resample of patients is a weighted sum of them.
 """
@@ -19,8 +19,8 @@ WORDS = ("bleu_4", "rouge_l", "meteor")
 
 @dataclass(frozen=True)
 class Counts:
-    """Of each report and label (n, L) float64, 0 where the reference is in doubt: true and false positives, false
-    negatives, and whether the reference was read (1 or 0)."""
+    """Counts for each report and label (n, L) float64, 0 if the reference is uncertain: true and false positives,
+    false negatives, and whether the reference was read (1 or 0)."""
 
     true_positive: np.ndarray
     false_positive: np.ndarray

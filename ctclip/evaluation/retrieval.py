@@ -14,8 +14,8 @@ LABEL_DEPTHS = (1, 5, 10, 50)
 def evaluate_retrieval(
     scans: np.ndarray, volumes: np.ndarray, reports: np.ndarray | None, labels: np.ndarray | None
 ) -> dict[str, Any]:
-    """Report to volume, volume to report, volume to volume: recall@k and median rank of the right scan, and how like the
-    query's labels those of the retrieved scans are.
+    """Report to volume, volume to report, volume to volume: recall@k and median rank of the correct scan, and
+    similarity of the labels of query and retrieved scans.
 
     scans (n,) ids; volumes (n, dim) unit vectors; reports likewise, NaN where a volume has none; labels (n, L) of 0, 1, NaN.
     """
@@ -54,10 +54,10 @@ def evaluate_retrieval(
 def retrieval(
     queries: np.ndarray, pool: np.ndarray, target: np.ndarray, identity: np.ndarray, *, itself: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """Recall@k and median rank of the best right answer.
+    """Recall@k and median rank of the best correct match.
 
-    queries (n, d), pool (m, d) unit vectors; a pool entry is right if its ``identity`` (m,) is the query's
-    ``target`` (n,): all reconstructions of a scan are right answers to its report. Ties count against us. ``itself``
+    queries (n, d), pool (m, d) unit vectors; a pool entry is right if its ``identity`` (m,) is the query's ``target``
+    (n,): all reconstructions of a scan are correct matches for its report. Ties count against the model. ``itself``
     (n,): the pool entry that is the query, left out.
     """
     similarity = queries @ pool.T
@@ -150,7 +150,8 @@ def composed_retrieval(
     weight: float = 1.0,
     depth: int = 10,
 ) -> dict[str, Any]:
-    """Scans asked for with one finding more: ``scan + weight * direction of the finding``, and the scan by itself.
+    """Search for scans with one more finding, by ``scan + weight * direction of the finding``, and by the scan alone
+    as a control.
 
     volumes (n, dim) unit vectors; scans (n,); labels (n, L) of 0, 1, NaN; directions (L, dim), from the text that excludes a
     finding to the one that states it, of unit length. Asked for each finding of each scan that is known to lack it, if the

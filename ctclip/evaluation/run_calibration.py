@@ -25,7 +25,7 @@ def run_calibration(
     store: Path | None = None,
     method: Method = "platt",
 ) -> Calibration:
-    """Fit a calibration to the predictions of a calibration split and keep it in ``path``, with the model's head."""
+    """Fit a calibration to the predictions of a calibration split and save it in ``path``, beside the model's head."""
     check_file(path, file_holds(b'"lines"'))
     table, names = read_predictions(predictions)
     refuse_adapted(table, predictions, "a calibration")

@@ -56,8 +56,8 @@ def run_evaluation(
     force: bool = False,
     focus: Callable[[str], Focus | None] | None = None,
 ) -> dict[str, Any]:
-    """Score a prediction file; see the command for the arguments. ``focus``: what the slices of an example, by its id, are to
-    go through. Returns what ``metrics.json`` holds.
+    """Score a prediction file; see the command for the arguments. ``focus``: a function from the id of an example to
+    the finding that its slices should show. Returns the content of ``metrics.json``.
 
     Raises PreprocessingError if ``output`` holds something else, another process writes there, or it is an evaluation of
     other predictions and ``force`` is not given.

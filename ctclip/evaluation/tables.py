@@ -1,8 +1,8 @@
-"""The prediction table and the embedding table: the only coupling between inference and evaluation.
+"""The prediction table and the embedding table, the only coupling between inference and evaluation.
 
 One row a volume each. A prediction table holds a probability a finding, its margin (positive minus negative logit,
-before calibration), graded findings as ``value:name [unit]``, and which model (and what it learned from), preprocessing
-spec and prompts they are of.
+before calibration), graded findings as ``value:name [unit]``, and the model (with its training data), preprocessing
+spec and prompts that they come from.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ def _numbers(path: str | os.PathLike[str], column: pd.Series) -> pd.Series:
 def read_labels(path: str | os.PathLike[str], names: list[str]) -> pd.DataFrame:
     """Labels indexed by volume id, columns ``names``, values 0, 1 or NaN.
 
-    Of a cohort table, a CT-RATE CSV (``VolumeName``) or a RAD-ChestCT CSV (``NoteAcc_DEID``; a finding's columns
-    ``finding*location`` are united where there is no column of the finding itself).
+    From a cohort table, a CT-RATE CSV (``VolumeName``) or a RAD-ChestCT CSV (``NoteAcc_DEID``; the union of the
+    columns ``finding*location`` if the finding has no column of its own).
     """
     table = _read_table(Path(path))
     key = next((name for name in ID_COLUMNS if name in table.columns), None)
@@ -194,7 +194,8 @@ def _labels(path: str | os.PathLike[str], column: pd.Series) -> pd.Series:
 
 
 def without_suffix(volume: str) -> str:
-    """A volume's id without the suffix of its file's format; a folder in it stays, for it tells scans of one name apart."""
+    """A volume's id without the suffix of its file format; a folder in it is kept, because it distinguishes scans of
+    the same name."""
     suffix = next((suffix for suffix in VOLUME_SUFFIXES if volume.lower().endswith(suffix)), "")
     return volume.removesuffix(volume[len(volume) - len(suffix) :])
 

@@ -1,7 +1,7 @@
-"""Dream: change a volume until the model reads a text in it (DreamField, Jain et al. 2022, in voxels instead of rays).
+"""Dream: change a volume until its embedding matches a text (DreamField, Jain et al. 2022, in voxels instead of rays).
 
-The change is smooth: a sum of coarse and finer grids, with a penalty on total variation and on its size. Every step looks at
-the volume moved a little and with noise, so that what is found does not depend on single voxels.
+The change is smooth: a sum of coarse and finer grids, with a penalty on total variation and on its size. At every step
+the volume is shifted a little and noise is added, so that the result does not depend on single voxels.
 """
 
 from __future__ import annotations

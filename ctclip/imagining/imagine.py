@@ -1,4 +1,5 @@
-"""Volumes of texts by one model: checks the texts, makes each volume, and asks the model's own detector about it."""
+"""Volumes of texts by one model: checks the texts, generates each volume, and scores it with the model's own
+detector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Synthetic volumes as files: NIfTI in HU with geometry, called synthetic in their name, their header and on their page."""
+"""Synthetic volumes as files: NIfTI in HU with geometry, marked as synthetic in name, header and page."""
 
 from __future__ import annotations
 

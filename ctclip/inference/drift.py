@@ -1,4 +1,4 @@
-"""A model's summary of its training scans: made from a store, and asked of every scan that is scored."""
+"""A model's summary of its training scans: computed from a store, and compared with every scan that is scored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HELD_OUT = "calibration"
 
 
 def usable_summary(loaded: ModelFolder) -> TrainingSummary | None:
-    """The summary in a model folder; one of other weights is left out, and said."""
+    """The summary in a model folder; None, with a warning, if it belongs to other weights."""
     summary = TrainingSummary.load(loaded.path)
     if summary is not None and summary.model != loaded.hash:
         print(
@@ -67,10 +67,12 @@ def summarise(
     rate: float = RATE,
     seed: int = 0,
 ) -> TrainingSummary | None:
-    """Describe ``split`` of the store and keep the summary in the folder of ``model``; None where there are too few patients.
+    """Summarise ``split`` of the store and save the summary in the folder of ``model``; None if there are too few
+    patients.
 
-    One volume a patient, of at most ``most`` patients, chosen at random. ``held_out``: a split of patients that the model
-    never saw, from which the limit is taken; by default ``calibration`` if the store has enough of it, else folds of ``split``.
+    One volume a patient, of at most ``most`` patients, chosen at random. ``held_out``: a split of patients that the
+    model was not trained on, from which the limit is taken; by default ``calibration`` if it has enough patients, else
+    cross-validation within ``split``.
     """
     if _patients(store, split) < FEWEST:
         return None

@@ -1,4 +1,4 @@
-"""Embeddings to a file: Parquet with ids, or the bare vectors as .npy."""
+"""Write embeddings to a file: Parquet with ids, or only the vectors as .npy."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def embed_reports(loaded: ModelFolder, source: Path, output: Path, *, force: boo
 
 def check_embeddings(path: Path, key: str | None = None, *, force: bool = False) -> None:
     """Raise PreprocessingError unless embeddings of the run ``key`` (None: of any run) may be written to ``path``. A
-    .npy file does not say what it is of, and is never replaced without ``force``."""
+    .npy file does not state its origin, and is never replaced without ``force``."""
     check_file(path, lambda existing: _key_of(existing) is not None, force=force)
     kept = None if force or not path.exists() else _key_of(path)
     if key is not None and kept is not None and kept != key:
@@ -80,8 +80,8 @@ def _key_of(path: Path) -> str | None:
 
 
 def read_reports(source: Path) -> tuple[list[str], list[str]]:
-    """Names and texts of a table of reports, or of a text file with one on each line; see ``load_reports``. A report
-    that only says that there is none is "". Raises DataError or PreprocessingError where the file cannot be read."""
+    """Names and texts of a table of reports, or of a text file with one on each line; see ``load_reports``. A
+    placeholder report becomes "". Raises DataError or PreprocessingError where the file cannot be read."""
     reports = load_reports(source)
     sections = (
         dict(zip(reports.sections, parts, strict=True)) for parts in zip(*reports.sections.values(), strict=True)

@@ -62,8 +62,8 @@ def detect_together(
 def average_predictions(parts: Sequence[Path], output: Path) -> pd.DataFrame:
     """The mean of prediction tables of the same volumes and findings, written to ``output``.
 
-    Probabilities are averaged, and the margin is the logit of the mean, so that both agree. A volume counts as adapted
-    on if any model was adapted to its patient. Raises DataError if the tables do not match.
+    Probabilities are averaged, and the margin is the logit of the mean, so that both agree. ``adapted_on`` is set if
+    any model was adapted to the volume's patient. Raises DataError if the tables do not match.
     """
     tables = [read_predictions(part) for part in parts]
     (first, names), others = tables[0], tables[1:]

@@ -1,4 +1,4 @@
-"""Where in a stored volume a finding lies, by masks that were drawn in the scan: the place at which an example is shown."""
+"""The location of a finding in a stored volume, from masks of the scan: the place at which an example is shown."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ def import_published(
     """Write a published checkpoint as a model folder and return it; the published prompts go with it as a head.
 
     ``text``: folder or hub name with the tokenizer and ``config.json`` of the checkpoint's BERT; ``text_config``: that
-    ``config.json`` by itself, with the tokenizer in ``text`` or beside it. ``spec``: the preprocessing of the volumes
-    it learned from; ``ct_clip`` at the checkpoint's in-plane size if not given. The weights fit any number of slices. A
+    ``config.json`` separately, with the tokenizer in ``text`` or beside it. ``spec``: the preprocessing spec of the
+    training volumes; default: ``ct_clip`` at the checkpoint's in-plane size. The weights fit any number of slices. A
     linear classifier (CT-LiPro) becomes the head ``linear``.
     """
     from transformers import BertModel

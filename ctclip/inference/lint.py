@@ -1,4 +1,4 @@
-"""Checks of a prompt set with a model: pairs it cannot tell apart, phrasings nearer to the wrong side."""
+"""Checks of a prompt set with a model: pairs that it cannot tell apart, and phrasings closer to the wrong side."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ class PairCheck:
 def check_prompts(
     model: DualEncoder, prompts: PromptSet, too_close: float = TOO_CLOSE, names: Sequence[str] | None = None
 ) -> list[PairCheck]:
-    """One check an abnormality (of ``names``; those the set spells out if not given), the pair whose sides are closest
-    first."""
+    """One check per abnormality (of ``names``; default: those listed in the set), the most similar pair first."""
     names = tuple(names or prompts.names())
     cosines = F.cosine_similarity(*pair_vectors(model, prompts, names)).tolist()
     unknown = model.text_encoder.tokenizer.unk_token

@@ -1,4 +1,4 @@
-"""Maps of many scans against masks: how well a model points, beside two controls."""
+"""Scores maps of many scans against masks, with two controls."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def locate_cohort(
     """Score the maps of ``by`` on every finding that the head scores and a mask shows; of masks of sentences, on every
     sentence, by category.
 
-    The controls are maps that know nothing of the scan, or of the finding: the mean over all these scans of the
-    finding's maps, and the map of another finding of the same scan, drawn. All are compared on the scan's own grid.
+    The controls are maps that do not depend on the scan (the mean of the finding's maps over all scans), or on the
+    finding (the map of a randomly drawn other finding of the same scan). All are compared on the scan's own grid.
     """
     patients = cohort.table.set_index("volume")["patient"].astype(str)
     looking, asked = method(by), {volume: _asked(model, head, masks, volume) for volume in volumes}

@@ -1,4 +1,4 @@
-"""The one object a notebook needs: a loaded model with its heads, its preprocessing and its calibration."""
+"""A loaded model with its heads, preprocessing and calibration: the only object that a notebook needs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from ctclip.prompts import PromptSet, load_prompts
 class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "zero-shot"]):
     """A model folder in memory: ``detect`` scans, ``encode_volume``, ``encode_text``.
 
-    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are Hugging Face's; the folder they move is ours.
+    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are Hugging Face's; they copy the model folder.
     """
 
     def __init__(self, folder: ModelFolder) -> None:
@@ -141,9 +141,10 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
     ) -> Detection:
         """Detect findings in one scan (a volume file, a DICOM folder, a zip), or in the result of ``prepare``.
 
-        ``abnormalities``: one or more names to detect instead of the model's own findings, listed or not; ``head``: the
-        head that scores; ``reading``: see ``ctclip.preprocessing.pipeline.Reading``. Raises PreprocessingError if the
-        scan cannot be trusted, and PromptError for names that are not text.
+        ``abnormalities``: one or more names to detect instead of the model's own findings, also names outside its
+        label set; ``head``: the head that gives the scores; ``reading``: see
+        ``ctclip.preprocessing.pipeline.Reading``. Raises PreprocessingError if the scan cannot be trusted, and
+        PromptError for names that are not text.
         """
         ready = self._ready(scan, **reading)
         scorer = self.head(head) if abnormalities is None else self._asking(abnormalities, head)
@@ -152,8 +153,8 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         return self.detection(encoded, scorer, _name(ready), [*ready.warnings, *far])
 
     def drift(self, ready: Prepared, encoded: Encoded, source: Source | None) -> list[str]:
-        """A warning where a scan is far from those the model was trained on. ``source``: spacing and shape of the scan
-        before it was prepared, None if unknown."""
+        """A warning if a scan is far from the model's training scans. ``source``: spacing and shape of the scan before
+        it was prepared, None if unknown."""
         assert encoded.embedding is not None
         vectors = encoded.embedding.float().cpu().numpy()
         return [line for line in drift_warnings(self._summary, self.spec, [ready.voxels], vectors, [source]) if line]
@@ -219,7 +220,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         **reading: Unpack[Reading],
     ) -> Found:
         """Regions of one scan that any text describes, at most ``most``, with positions and sizes. A size in the text
-        ("larger than 10 mm") is applied to the regions. Other arguments as in ``explain``."""
+        ("larger than 10 mm") selects regions. Other arguments as in ``explain``."""
         others = told_from(self.head(PROMPTS))
         ready = self._ready(scan, **reading)
         return find(
@@ -242,8 +243,8 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         places: bool = True,
         **reading: Unpack[Reading],
     ) -> Draft:
-        """The draft of a report of one scan: findings and impression, each sentence with what it claims, the probability
-        that ``detector`` (a head) gives to it, and its place.
+        """The draft of a report of one scan: findings and impression, each sentence with its claims, their probability
+        by ``detector`` (a head), and their location.
 
         ``method``: caption, retrieval or template; by default, what the model and ``index`` (a folder of `ctclip index`)
         allow. ``head``: the caption head; ``prompted``: tell it the detector's findings; ``beams``, ``nucleus``, ``seed``:
@@ -279,8 +280,8 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
     def encode(self, volume: Tensor | np.ndarray | Prepared, mask: Tensor | None = None) -> Encoded:
         """Located tokens, pooled vectors and embeddings; see ``Encoded``.
 
-        ``volume``: (B, 1, D, H, W) in [-1, 1], one volume (D, H, W), or what ``prepare`` returns. Raises ValueError for
-        anything else, another shape, for voxels outside [-1, 1], and for a scan prepared with another spec than the
+        ``volume``: (B, 1, D, H, W) in [-1, 1], one volume (D, H, W), or what ``prepare`` returns. Raises ValueError
+        for any other type or shape, for voxels outside [-1, 1], and for a scan prepared with another spec than the
         model's.
         """
         return self.dual.encode(self._batch(volume).to(self.dual.device), mask)
@@ -299,8 +300,8 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Strings, or input_ids with attention_mask (n, L) -> (n, dim) unit vectors. Raises ValueError where there is
-        no text, or something that is none."""
+        """Strings, or input_ids with attention_mask (n, L) -> (n, dim) unit vectors. Raises ValueError if there is no
+        text, or an item is not a text."""
         if texts is not None:
             texts = [texts] if isinstance(texts, str) else list(texts)
             if not texts or not all(isinstance(text, str) for text in texts):
@@ -341,7 +342,7 @@ def _name(ready: Prepared) -> str:
 
 
 def usable_head(folder: ModelFolder, name: str) -> Head:
-    """A head of a model folder; a calibration that was fitted to other weights or prompts is left out, and said.
+    """A head of a model folder; a calibration that was fitted to other weights or prompts is not used, with a warning.
 
     Raises CheckpointError for a head that was fitted to another model.
     """
@@ -364,9 +365,9 @@ def usable_head(folder: ModelFolder, name: str) -> Head:
 def asking(
     folder: ModelFolder, prompts: PromptSet | str, names: str | Sequence[str] | None, known: Head | None = None
 ) -> PromptHead:
-    """A head that asks a model for ``names`` by ``prompts``; names are resolved by the model's label set, so that an
-    alias finds its label. ``known``: a head whose calibration holds for the names it shares, if its prompts are the
-    same. Raises PromptError if one of ``names`` is no name, or there is none."""
+    """A head that scores ``names`` with ``prompts``; names are resolved by the model's label set, so that aliases
+    work. ``known``: a head whose calibration is used for the names it shares, if its prompts are the same. Raises
+    PromptError if ``names`` is empty or contains something else than names."""
     prompt_set = load_prompts(prompts) if isinstance(prompts, str) else prompts
     findings = None if names is None else list(dict.fromkeys(folder.labels.resolve(n) or n for n in _checked(names)))
     if findings is None and not prompt_set.names():

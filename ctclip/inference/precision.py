@@ -1,5 +1,5 @@
-"""Which numerical precision a model may be run at: the fastest whose scores agree with float32, checked on this device
-and kept with the model (``ctclip check-precision``)."""
+"""The numerical precision of a model: the fastest whose scores agree with float32, checked on this device and saved
+with the model (``ctclip check-precision``)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class PrecisionError(CtclipError):
 class Agreement:
     """How scores at one precision differ from those in float32, and how long a volume takes to encode.
 
-    ``change``: the largest change of a probability; ``correlation``: the least Spearman correlation over the findings.
+    ``change``: the largest change of a probability; ``correlation``: the lowest Spearman correlation over the
+    findings.
     """
 
     precision: Precision
@@ -58,8 +59,9 @@ def available(device: torch.device) -> tuple[Precision, ...]:
 
 
 def set_precision(loaded: ModelFolder, asked: Asked = "auto") -> Precision:
-    """Run ``loaded`` at a precision, and say which: the one asked for, or for ``auto`` the fastest that agreed on a
-    device of this name, float32 where none was checked. Raises PrecisionError for one that the device lacks."""
+    """Set the precision of ``loaded`` and return it: the requested one, or for ``auto`` the fastest that agreed on a
+    device of this name (float32 if none was checked). Raises PrecisionError for one that the device does not
+    support."""
     device = loaded.model.device
     if asked != "auto" and asked not in available(device):
         choices = ", ".join(("auto", *available(device)))
@@ -70,9 +72,9 @@ def set_precision(loaded: ModelFolder, asked: Asked = "auto") -> Precision:
 
 def check_precision(loaded: ModelFolder, head: Head, batches: Iterable[Tensor]) -> tuple[list[Agreement], int]:
     """Score volumes (``batches`` of (b, 1, D, H, W) in [-1, 1], one in memory at a time) at every precision of the
-    model's device. Returns what was found, and the number of volumes.
+    model's device. Returns the results and the number of volumes.
 
-    Raises PrecisionError if there are fewer than 16: the rank correlation of fewer says nothing.
+    Raises PrecisionError if there are fewer than 16: rank correlations of fewer are meaningless.
     """
     before, names = loaded.model.precision, available(loaded.model.device)
     scored: dict[Precision, list[_Scored]] = {name: [] for name in names}
@@ -100,7 +102,7 @@ def check_precision(loaded: ModelFolder, head: Head, batches: Iterable[Tensor]) 
 
 
 def keep(loaded: ModelFolder, results: Sequence[Agreement], volumes: int) -> Path:
-    """Write what was found into the model folder, beside what was found on other devices."""
+    """Save the results in the model folder, beside those of other devices."""
     name = device_name(loaded.model.device)
     entries = {device: entry for device, entry in _kept(loaded).items() if device != name}
     entries[name] = {"volumes": volumes, "torch": torch.__version__, "results": [asdict(result) for result in results]}
@@ -115,7 +117,7 @@ def fastest(results: Sequence[Agreement]) -> Precision:
 
 
 def device_name(device: torch.device) -> str:
-    """What a device calls itself: a check on one kind says nothing of another."""
+    """The name of a device; a check on one kind of device is not valid for another."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

@@ -1,5 +1,4 @@
-"""A model folder that may be given away, with a card that says what it learned from, how well it does, and what it is
-not for."""
+"""A copy of a model folder for publication, with a card that states training data, figures and limits."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ def publish(
     repository: str | None = None,
     private: bool = True,
 ) -> str | None:
-    """A copy of a model folder in ``output`` with a full card, and, where ``repository`` names one, on the hub.
+    """Copy a model folder to ``output`` with a full card and, if ``repository`` is given, upload it to the hub.
 
     ``licence``: its identifier on the hub, for example "cc-by-nc-sa-4.0"; ``evaluation``: a folder of `ctclip evaluate`
     of this model, whose figures go on the card. Returns the page of the repository. Raises EvaluationError if the
@@ -46,7 +45,8 @@ def publish(
 
 
 def read_figures(evaluation: Path, model: Model) -> dict[str, Any]:
-    """``metrics.json`` of an evaluation. Raises EvaluationError if it is none, or is of another model."""
+    """The content of ``metrics.json`` of an evaluation. Raises EvaluationError if it cannot be read, or is of another
+    model."""
     path = evaluation / "metrics.json"
     try:
         figures: dict[str, Any] = plain_json.loads(path.read_text(encoding="utf-8"))
@@ -155,7 +155,7 @@ def _upload(folder: Path, repository: str, private: bool) -> str:
 
 
 def check_licence(licence: str) -> None:
-    """Raise CtclipError for what is no licence identifier of the hub, such as a sentence."""
+    """Raise CtclipError for anything but a licence identifier of the hub, such as a sentence."""
     if not licence or not all(character.isalnum() or character in "-._" for character in licence):
         raise CtclipError(
             f"--licence {licence!r}: give an identifier of the hub, for example {PUBLISHED_LICENCE} or apache-2.0"

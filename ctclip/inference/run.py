@@ -1,8 +1,7 @@
-"""Detection on many scans: batches in, one prediction table out. Finished parts are kept, and memory does not
-grow.
+"""Detection on many scans: batches in, one prediction table out. Finished parts are kept, and memory use is constant.
 
-Finished batches lie as small Parquet files in ``parts/`` until the last one is there; a run that was interrupted reads
-off them what is left. Several processes share the scans, each writing its own parts.
+Finished batches are kept as small Parquet files in ``parts/`` until all are done; from these an interrupted run finds
+what is left to do. Several processes share the scans, each writing its own parts.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ MARKS = {"predictions.csv": b"volume,patient,scan,"}
 
 @dataclass
 class Summary:
-    """Where the tables are, how many volumes they hold, and which scans were refused and why."""
+    """The paths of the tables, the number of volumes, and the refused scans with their reasons."""
 
     predictions: Path
     embeddings: Path
@@ -79,9 +78,9 @@ def detect(
 ) -> Summary:
     """Write ``predictions.csv`` (or ``.parquet``) and ``embeddings.parquet`` into ``output``.
 
-    ``reports`` embeds each volume's report too. One refused scan does not stop the others; if all are, DataError.
-    Raises PreprocessingError if another process writes there, or if other scans or another model were predicted there
-    before and ``force`` is not given.
+    ``reports`` embeds each volume's report too. A refused scan does not stop the others; if all are refused, DataError
+    is raised. Raises PreprocessingError if another process writes there, or if other scans or another model were
+    predicted there before and ``force`` is not given.
     """
     check_names(head.names)
     summary = usable_summary(loaded)
@@ -268,7 +267,7 @@ def adapted_on(records: Sequence[Adaptation], patients: Iterable[str]) -> np.nda
 
 
 def supervision(loaded: ModelFolder, head: Head) -> str:
-    """What model and head learned from: a head that saw labels makes it label-supervised whatever the model saw."""
+    """The supervision of model and head: label-supervised if either was trained on labels."""
     return loaded.trained_on.supervision if head.supervision == "none" else head.supervision
 
 

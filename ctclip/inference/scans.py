@@ -36,13 +36,13 @@ class Scans(Protocol):
     table: pd.DataFrame
 
     def origin(self) -> str:
-        """A text that differs if the scans differ, even if their names are the same."""
+        """A text that identifies the scans, different for different scans with the same names."""
 
     def voxels(self, index: int) -> tuple[np.ndarray, str]:
-        """Model-ready voxels [slice, row, column] of one row, and warnings. Raises PreprocessingError."""
+        """The model's input [slice, row, column] for one row, and warnings. Raises PreprocessingError."""
 
     def source(self, index: int) -> Source | None:
-        """Spacing and shape of one row before it was resampled, where they are known; of a file, once it has been read."""
+        """Spacing and shape of the scan in one row before resampling, if known; for a file, after it has been read."""
 
 
 class StoredScans:
@@ -89,7 +89,7 @@ class ScanFiles:
         self.table = pd.DataFrame({"volume": names, "patient": names, "scan": names})
 
     def link(self, path: Path) -> None:
-        """Write the private table of where each volume lies and of which study it is; see ``write_linkage``."""
+        """Write the private table with the path and study of each volume; see ``write_linkage``."""
         files, series = dict(zip(self.table["volume"], self.paths, strict=True)), self.reading.get("series")
         write_linkage(path, files, dict.fromkeys(files, series) if series else None)
 

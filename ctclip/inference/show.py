@@ -19,9 +19,9 @@ MOST_SCANS = 6
 
 @dataclass(frozen=True)
 class Detection:
-    """What a model sees in one scan: ``probabilities`` and ``margins`` by abnormality, graded ``values`` (the size of a
-    finding if it is there), ``thresholds`` of what was calibrated, warnings, hashes of model and spec, and what the
-    model was ``trained_on``.
+    """The result for one scan: ``probabilities`` and ``margins`` by abnormality, graded ``values`` (the size of a
+    finding if it is present), ``thresholds`` of calibrated findings, warnings, hashes of model and spec, and the
+    model's training data (``trained_on``).
 
     Prints as a table, and shows as one in a notebook.
     """
@@ -38,12 +38,13 @@ class Detection:
     trained_on: str = ""
 
     def ranked(self) -> list[tuple[str, float]]:
-        """Abnormalities, the likeliest first; those that were not calibrated after the calibrated ones, with whose
-        probabilities theirs cannot be compared."""
+        """Abnormalities, the most likely first. Uncalibrated ones follow the calibrated ones, because their
+        probabilities are not comparable."""
         return sorted(self.probabilities.items(), key=lambda item: (item[0] not in self.thresholds, -item[1]))
 
     def frame(self) -> pd.DataFrame:
-        """probability, margin and threshold (NaN where none is known), a row an abnormality, the likeliest first."""
+        """A table of probability, margin and threshold (NaN if unknown), one row per abnormality, the most likely
+        first."""
         names = [name for name, _ in self.ranked()]
         rows = {n: [self.probabilities[n], self.margins[n], self.thresholds.get(n, float("nan"))] for n in names}
         return pd.DataFrame.from_dict(rows, orient="index", columns=["probability", "margin", "threshold"])

@@ -11,7 +11,7 @@ from ctclip.objectives.objective import Context, Features, Objective
 
 
 class Labels(Objective):
-    """Multi-label classification of volumes and texts beside the contrast: not zero-shot any more.
+    """Multi-label classification of volumes and texts besides contrastive learning; the result is no longer zero-shot.
 
     Labels that come with the reports (Wu et al. 2023, MedKLIP, and GreenRFM learn from such).
     """

@@ -1,7 +1,7 @@
 """The interface of an objective, and the inputs it can ask for.
 
-An objective names what it needs, and is called with just that. Whoever needs ``features`` contrasts the global batch and
-is called once a step; whoever needs ``tokens`` looks at what this rank has encoded, and is called for each micro-batch.
+An objective names its inputs and receives only these. An objective with ``features`` works on the global batch and is
+called once per step; one with ``tokens`` works on what this rank has encoded and is called for each micro-batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Features:
 
     volumes (B, dim), texts (B * views, dim) unit vectors, float32, views of a volume beside each other; scale (1,) and
     bias (1,) of the similarity; scans (B,) and text_identities (B * views,): equal numbers are the same scan, the same
-    wording; rows: this rank's volumes among the B. The mean over ranks of what an objective returns is the loss.
+    wording; rows: this rank's volumes among the B. The loss is the mean over ranks of the values that an objective
+    returns.
     """
 
     volumes: Tensor
@@ -51,7 +52,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Context:
-    """What an objective may look at when it is built."""
+    """What an objective receives when it is built."""
 
     model: DualEncoder
     labels: LabelSet | None = None
@@ -59,12 +60,12 @@ class Context:
 
 
 class Objective(nn.Module, ABC):
-    """A loss that is added to the others, with parameters of its own if it needs any.
+    """A loss that is added to the others; it may have parameters.
 
     ``needs`` names the arguments of ``forward``: ``features`` (``Features``), ``tokens`` (``Encoded``, of this rank),
-    ``words`` (ids and mask of whole reports), ``earlier_texts`` (``EarlierTexts`` or None), and any column of the batch
-    by its name: ``labels`` (B, L) float32 of 0, 1 and NaN, ``masks``, or a column of the store of the user's own.
-    Columns are of the global batch beside ``features``, and of this rank's micro-batch beside ``tokens``.
+    ``words`` (ids and mask of whole reports), ``earlier_texts`` (``EarlierTexts`` or None), and any column of the
+    batch by its name: ``labels`` (B, L) float32 of 0, 1 and NaN, ``masks``, or a user's column of the store. Columns
+    cover the global batch together with ``features``, and this rank's micro-batch together with ``tokens``.
     """
 
     Config: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig

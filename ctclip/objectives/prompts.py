@@ -12,7 +12,7 @@ from ctclip.objectives.objective import Context, Features, Objective
 
 
 class Prompts(Objective):
-    """The margins that the run's prompts give are fitted to the labels (VocabFine; Hamamci et al. 2024)."""
+    """The margins of the run's prompts are fitted to the labels (VocabFine; Hamamci et al. 2024)."""
 
     needs = ("features", "labels")
 

@@ -1,8 +1,8 @@
-"""Reports of earlier steps as further negatives of a volume.
+"""Reports of earlier steps as additional negatives of a volume.
 
-A 3-D encoder learns by steps, and a contrastive loss by negatives: a batch that is small for the one is too small for
-the other. Text changes slowly, so the embeddings that a text had some steps ago still stand for it (cross-batch memory,
-Wang et al. 2020; the queue of He et al. 2020, without a second encoder).
+A 3-D encoder needs many steps and a contrastive loss many negatives: with small batches, negatives are too few. Text
+embeddings change slowly, so those of a few steps ago are still usable (cross-batch memory, Wang et al. 2020; the queue
+of He et al. 2020, without a second encoder).
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""A generator of chest-CT phantoms with reports, for everyone who cannot share real ones."""
+"""A generator of chest-CT phantoms with reports, for use where real scans cannot be shared."""

@@ -40,7 +40,7 @@ MARKS = {"phantom.json": b'"rare_floor"'}
 
 @dataclass(frozen=True)
 class Options:
-    """What a cohort is made of; kept in ``phantom.json``, and a folder of other options is refused."""
+    """The options of a cohort, kept in ``phantom.json``; a folder with other options is refused."""
 
     volumes: int
     seed: int = 0
@@ -65,8 +65,8 @@ class Task:
 def make_cohort(out: str | os.PathLike[str], options: Options, workers: int | None = None) -> None:
     """Write a cohort of ``options.volumes`` reconstructions; scans that are there already are kept.
 
-    Raises PhantomError if the folder holds a cohort of other options, and PreprocessingError if it holds something else or
-    another process writes there.
+    Raises PhantomError if the folder holds a cohort with other options, and PreprocessingError if it holds something
+    else or another process writes there.
     """
     root = Path(out)
     if options.volumes < 2:

@@ -1,4 +1,5 @@
-"""Abnormalities of lung and pleura, each drawn as it looks on CT. Each function returns what a reader would say."""
+"""Abnormalities of lung and pleura, each drawn as it looks on CT. Each function returns what a radiologist would
+report."""
 
 from __future__ import annotations
 

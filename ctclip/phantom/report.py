@@ -1,4 +1,4 @@
-"""A report in four sections on what was drawn: it names the positives, some negatives, and says nothing of the
+"""A report in four sections on the phantom: it states the positive findings and some negative ones, and omits the
 rest."""
 
 from __future__ import annotations

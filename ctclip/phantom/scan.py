@@ -83,7 +83,7 @@ def make_scan(
     rare_floor: float = 0.0,
     only: frozenset[str] | None = None,
 ) -> Scan:
-    """Draw one scan. Everything follows from the three numbers: the same on any machine, by any worker.
+    """Draw one scan. The result depends only on the three numbers, not on the machine or worker.
 
     ``scale`` multiplies the in-plane spacing; ``only`` sets the abnormalities instead of drawing them by their prevalence.
     """
