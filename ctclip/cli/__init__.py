@@ -127,7 +127,7 @@ def options(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line in this Python process, a notebook's for example, and return its exit code: 2 after an error
-    that the user can act on, of which one line is printed."""
+    that the user can act on, which is printed in one line."""
     from ctclip.errors import CtclipError
     from ctclip.preprocessing.errors import PreprocessingError
 

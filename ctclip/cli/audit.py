@@ -24,7 +24,7 @@ def doubles(
     batch: int = typer.Option(8, min=1, help="With --model: number of volumes in a batch."),
     force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
 ) -> None:
-    """Find volumes that are in a cohort twice, in two splits or under two patients, and reports that recur.
+    """Find copies of volumes in a cohort, in two splits or under two patients, and reports that recur.
 
     `ctclip audit doubles --store store --output doubles`
 
@@ -107,7 +107,7 @@ def model_(
     batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
     force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
 ) -> None:
-    """Find where a model errs more, which groups it serves worse, and what its embeddings know of the scanner.
+    """Find concepts with larger errors, groups with a lower AUROC, and traces of the scanner in the embeddings.
 
     `ctclip audit model --model runs/demo/train/model --store store --split valid --output model_audit`
     """

@@ -60,13 +60,13 @@ def draft(
     series: str = SERIES,
     largest_gb: float = LARGEST_GB,
 ) -> None:
-    """Draft a report: findings and impression, each sentence with the probability of what it claims and its place.
+    """Draft a report: findings and impression, each sentence with its claims, their probability and location.
 
     `ctclip draft scan.nii.gz --model model --output draft.json`
 
     `ctclip draft --store store --split valid --model model --method retrieval --index index --output drafts.csv`
 
-    A sentence that the detector denies is marked with [!]. For research only, not for diagnosis.
+    A sentence that the detector contradicts is marked with [!]. For research only, not for diagnosis.
     """
     from ctclip import distributed
     from ctclip.drafting.draft import check_output

@@ -50,7 +50,7 @@ def embed(
     linkage: Path = LINKAGE,
     force: bool = typer.Option(False, "--force", help="Overwrite the embeddings of another run."),
 ) -> None:
-    """Embed volumes or reports as unit vectors in the joint space of images and text.
+    """Embed volumes or reports as unit vectors in the shared space of volumes and texts.
 
     `ctclip embed --model runs/demo/train/model --store store --split valid --output valid.parquet`
 

@@ -60,7 +60,7 @@ def explain(
 
     `ctclip explain scan.nii.gz --model runs/demo/train/model --abnormality "Pleural effusion" --output where`
 
-    The maps open over the scan in 3D Slicer and ITK-SNAP. They show what influenced the score of the model. For
+    The maps can be opened over the scan in 3D Slicer and ITK-SNAP. They show what influenced the score of the model. For
     research only, not for diagnosis.
     """
     from ctclip import distributed, extras

@@ -36,7 +36,7 @@ def find(
 
     `ctclip find scan.nii.gz "a nodule larger than 10 mm" --model runs/demo/train/model --output found`
 
-    The model does not judge a size in the text: only regions whose longest side has that size are kept.
+    The model cannot measure. A size in the text keeps only regions whose longest side has that size.
     """
     from ctclip import distributed
     from ctclip.explanation.explain import check_output

@@ -36,11 +36,11 @@ def imagine(
     ),
     force: bool = typer.Option(False, "--force", help="Overwrite files that are not synthetic volumes."),
 ) -> None:
-    """Make synthetic volumes in which a model reads a text: what it takes the words to mean. Nobody was scanned for them.
+    """Generate synthetic volumes that match a text, to show what a model takes the text to mean.
 
     `ctclip imagine "Moderate effusion on the left." --model runs/demo/train/model --store runs/demo/store --output x.nii.gz`
 
-    The volumes are NIfTI in HU on the grid of the model, and called synthetic in their name, their header and on their page. A
+    The volumes are NIfTI in HU on the grid of the model, and marked as synthetic in name, header and page. A
     dream shows what raises the score of the model, which need not look like a scan. For research only.
     """
     from ctclip import distributed

@@ -78,8 +78,8 @@ def preprocess(
 ) -> None:
     """Resample every volume of a cohort to one geometry and write it to a store.
 
-    Exit code 0: every volume was stored or left out by a rule. 3: some volumes were refused; outcomes.csv in the store says
-    why. 2: the command could not run.
+    Exit code 0: every volume was stored or left out by a rule. 3: some volumes were refused; outcomes.csv in the store gives
+    the reasons. 2: the command could not run.
 
     `ctclip preprocess CT-RATE --output store --spec ct_224`
     """

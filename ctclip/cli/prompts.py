@@ -90,7 +90,7 @@ def mine(
 
     `ctclip zero-shot --model model --store store --split valid --prompts mined.yaml`
 
-    Only reports are read; no label of a volume is.
+    Only reports are read, no labels.
     """
     from ctclip.errors import DataError
     from ctclip.labels import load_labels, store_labels

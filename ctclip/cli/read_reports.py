@@ -51,7 +51,7 @@ def read_reports(
     workers: int = typer.Option(None, min=1, help="rules: number of worker processes. Default: one per core."),
     force: bool = typer.Option(False, "--force", help="Overwrite the labels of another run."),
 ) -> None:
-    """Read labels from reports: present, absent, uncertain or not mentioned, with the sentence that says so.
+    """Read labels from reports: present, absent, uncertain or not mentioned, with the sentence that states it.
 
     `ctclip read-reports reports.csv --label-set ct_rate_18 --output labels.csv`
 

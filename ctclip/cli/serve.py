@@ -63,7 +63,7 @@ def serve(
 
     `curl -F scan=@scan.nii.gz http://127.0.0.1:8000/v1/detect`
 
-    Uploads are deleted once they have been answered, at the latest when the service stops. `/openapi.json` describes the
+    Uploads are deleted after the answer, at the latest when the service stops. `/openapi.json` describes the
     interface.
     """
     from ctclip import distributed, extras

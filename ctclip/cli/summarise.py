@@ -26,7 +26,7 @@ def summarise(
 
     `ctclip summarise --model runs/demo/train/model --store store`
 
-    `ctclip train` does this at its end. Afterwards `ctclip zero-shot`, `model.detect` and the page of `ctclip serve` warn
+    `ctclip train` does this at the end. Afterwards `ctclip zero-shot`, `model.detect` and the page of `ctclip serve` warn
     of scans that are far from the training scans: another part of the body, thicker slices, half a chest.
     """
     from ctclip import distributed

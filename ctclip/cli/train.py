@@ -37,7 +37,7 @@ def train(
     """Train a dual encoder on volumes and reports.
 
     Exit code 75: Ctrl-C, SIGTERM or SIGUSR1 stopped the run after it wrote a checkpoint; the same command resumes it.
-    130: Ctrl-C stopped it at once, before the first step or because it was pressed twice.
+    130: Ctrl-C stopped the run at once, before the first step or because it was pressed twice.
 
     The command works under every launcher:
 
