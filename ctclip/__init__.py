@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# Before numba or matplotlib can be imported, which settle it at their import.
+# Before numba or matplotlib are imported, which read these variables at import.
 use_writable_caches()
 
 

@@ -31,7 +31,7 @@ def use_writable_caches() -> None:
     if any(not _writable(folder / "__pycache__") for folder in (PACKAGE, *_subpackages())):
         unset.add("NUMBA_CACHE_DIR")
     unset = {name for name in unset if name not in os.environ}
-    # Models fetched before are read from there, written or not.
+    # Models fetched earlier are read from there even if it is not writable.
     if home is not None and os.path.isdir(home / ".cache" / "huggingface"):
         unset.discard("HF_HOME")
     if not unset:
@@ -39,7 +39,7 @@ def use_writable_caches() -> None:
     try:
         folder = _private_folder()
     except OSError:
-        # No place to write at all: each library says so when it is used.
+        # No writable folder at all: each library reports this when it is used.
         return
     for name in unset:
         os.environ[name] = str(folder / name.partition("_")[0].lower())

@@ -29,7 +29,7 @@ class Size:
     overrides: tuple[str, ...]
     bootstrap: int
     calibration: float
-    # Minutes that each stage takes on two cores with AVX-512: how long the whole has left is told by their proportions.
+    # Minutes of each stage on two cores with AVX-512; the time left is estimated from their proportions.
     minutes: tuple[float, float, float, float, float, float, float]
     scale: float = 4.0
     spec: str = "phantom"
@@ -38,7 +38,7 @@ class Size:
 
 SIZES = {
     "default": Size(5200, (), 1000, 0.08, (5.1, 1.4, 21.0, 0.4, 0.1, 0.7, 0.4)),
-    # Enough to learn what is large in the picture, on voxels as coarse as that allows.
+    # Enough to learn large findings, on the coarsest voxels that show them.
     "quick": Size(
         1800,
         ("training.epochs=7", "training.text_warmup.steps=100", "training.summary_patients=100"),
@@ -60,7 +60,7 @@ SIZES = {
             "model.text.vocabulary=600",
         ),
         100,
-        # Of so few patients a third, or no label has enough of both kinds.
+        # A third of so few patients; otherwise no label has enough positives and negatives.
         0.35,
         (0.1, 0.1, 0.5, 0.2, 0.1, 0.2, 0.3),
     ),
@@ -97,7 +97,7 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
             raise CtclipError(
                 f"the stage {name!r} failed with exit code {code}; fix the error above and run the demo again"
             )
-        # A stage that was interrupted before adds to what it had taken then.
+        # The time of an interrupted stage is added to its earlier time.
         seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
         write_text(book, json.dumps(seconds, indent=2))
     return seconds
@@ -110,7 +110,7 @@ def minutes_left(usual: Sequence[float], seconds: Mapping[str, float], past: Seq
     ``usual``: of each stage; ``seconds`` that stages took, by name; ``past``: names of those that are done, in order.
     """
     taken, expected = sum(seconds[name] for name in past) / 60, sum(usual[: len(past)])
-    # The first stages say little while they are short.
+    # Short first stages are a poor basis for the estimate.
     slower = (taken + 1) / (expected + 1)
     return slower * sum(usual[len(past) :])
 

@@ -68,7 +68,7 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     count = ["--num_gpus" if cuda else "--num_accelerators", str(processes)]
     where = ["--master_addr", LOOPBACK, "--master_port", str(free_port())]
-    # Ranks say themselves what is wrong; DeepSpeed would repeat their whole command line.
+    # Ranks print their own errors; DeepSpeed would repeat the whole command line.
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, *where, "--log_level=critical"]
     # Ranks of one machine meet in a private file, and talk over the loopback interface alone.
     rendezvous = tempfile.mkdtemp(prefix="ctclip-")
@@ -117,7 +117,7 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
 def initialise() -> torch.device:
     """Join the process group and return the device of this rank."""
     prepare_environment()
-    # DeepSpeed calls what torch has since renamed, and every rank would say so at every call's first place.
+    # DeepSpeed calls functions that torch has renamed, and every rank would warn of each.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed = extras.require("deepspeed")
     cuda = torch.cuda.is_available()

@@ -17,7 +17,7 @@ from ctclip.errors import ConfigError
 
 Kind = Literal["encoder", "objective", "head", "reader"]
 
-# One line registers one of ours.
+# One line registers each class of ctclip.
 OURS: dict[Kind, dict[str, str]] = {
     "encoder": {
         "vit3d": "ctclip.models.vit3d:ViT3D",
@@ -51,7 +51,7 @@ OURS: dict[Kind, dict[str, str]] = {
 }
 
 
-# What a class of somebody's own is derived from.
+# Base class of a user's own class.
 BASES: dict[Kind, str] = {
     "encoder": "ctclip.models.encoded:VolumeEncoder",
     "objective": "ctclip.objectives.objective:Objective",

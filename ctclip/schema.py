@@ -16,7 +16,7 @@ from ctclip.preprocessing.plain_yaml import load_yaml
 
 S = TypeVar("S", bound="Section")
 NULL = "null"
-# How a value that does not fit is shown: its beginning.
+# An invalid value is shown shortened.
 FOUND = reprlib.Repr()
 FOUND.maxlevel, FOUND.maxstring, FOUND.maxother = 3, 120, 120
 
@@ -42,7 +42,7 @@ def read_typed(value: Any) -> Any:
     except yaml.YAMLError as error:
         raise ConfigError(f"override {value.override!r}: the value is not valid YAML") from error
     if isinstance(read, str):
-        # YAML 1.1 reads 1e-3 as a string; nobody who types it means one.
+        # YAML 1.1 reads 1e-3 as a string, although a number is meant.
         with contextlib.suppress(ValueError):
             return float(read)
     return read
@@ -87,7 +87,7 @@ def validated(schema: type[S], values: Any, source: str = "", path: str = "") ->
     except ValidationError as error:
         message = _explanation(schema, error.errors()[0], path)
     except ConfigError as error:
-        # A section that was looked up by name (an encoder, an objective) has explained itself.
+        # A section that was looked up by name (an encoder, an objective) has its own message.
         message = str(error)
     raise ConfigError(f"{source}: {message}" if source else message)
 
@@ -104,7 +104,7 @@ def _explanation(schema: type[Section], fault: Any, path: str) -> str:
     if fault["type"] == "string_type":
         # A date, a number or a truth value of YAML, where text is meant.
         message += "; write it in quotes"
-    # A rule of ours about a whole section says by itself what is wrong.
+    # The message of our own rule for a whole section is complete.
     return (
         f"{key}: {message} (found {FOUND.repr(fault.get('input'))})"
         if location

@@ -16,7 +16,7 @@ _WHERE = {"Prepared": "pipeline", "prepare": "pipeline", "PreprocessingSpec": "s
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when asked for: a command line that only prints its help must not wait for readers and compilers.
+    # Imported on first use, so that printing help does not wait for readers and compilers.
     if name not in _WHERE:
         raise AttributeError(f"module 'ctclip.preprocessing' has no attribute {name!r}")
     import importlib

@@ -56,7 +56,7 @@ class Lungs:
     def box(self) -> list[tuple[int, int]]:
         """First and last + 1 coarse voxel of lung along each axis."""
         counts = (self.mask.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3))
-        # A stray voxel or two is no end of a lung.
+        # One or two stray voxels do not mark the end of a lung.
         planes = (np.flatnonzero(count > min(2, count.max() - 1)) for count in counts)
         return [(int(where[0]), int(where[-1]) + 1) for where in planes]
 
@@ -83,7 +83,7 @@ def find_lungs(volume: Volume) -> Lungs:
     size = tuple(spacing * s for spacing, s in zip(volume.spacing, step, strict=True))
     nothing = Lungs(coarse, np.zeros(coarse.shape, bool), step, size)
     best = nothing
-    # Healthy lung ends where air begins; lung destroyed by emphysema is as thin as air, and known by being apart from it.
+    # Healthy lung is denser than air; lung destroyed by emphysema is not, and is recognised by its separation from outside air.
     for mask in ((coarse > -950) & (coarse < -550), coarse < -550):
         best = _spaces(nothing, mask)
         if best.is_chest:

@@ -59,7 +59,7 @@ def decode_in_child(
                 raise PreprocessingError(failure.reason) from None
             raise PreprocessingError(f"{source}: cannot be decoded ({failure.reason}); it is damaged") from None
         except BaseException:
-            # Interrupted between question and answer: the next call must not be given this one's.
+            # Interrupted between request and answer: the next call must not receive this answer.
             child.end()
             raise
 
@@ -79,16 +79,16 @@ class _Child:
         self.memory_gb, self.owner = memory_gb, os.getpid()
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
-            # A program of its own, not a fork: it inherits no locks and threads, and runs nobody's main module again.
+            # A new program, not a fork: it inherits no locks or threads and does not run the main module again.
             paths = [path or os.getcwd() for path in sys.path]
             start = f"import sys; sys.path[:] = {paths!r}; from {__package__}.child import main; "
-            # -P: the working directory, which may hold a stranger's files, is no place to import from.
+            # -P: do not import from the working directory, which may contain untrusted files.
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", f"{start}main({theirs.fileno()}, {memory_gb!r})"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                # Libraries complain there of what they read, and quote it.
+                # Libraries write complaints there that quote their input.
                 stderr=subprocess.DEVNULL,
             )
 
@@ -219,7 +219,7 @@ def _answer(connection: socket.socket, question: bytes) -> None:
     except PreprocessingError as error:
         _send(connection, json.dumps({"failed": str(error), "clear": True}).encode())
     except Exception as error:
-        # What libraries say may quote the header: only the kind is passed on.
+        # Messages of libraries may quote the header, so only the type is passed on.
         _send(connection, json.dumps({"failed": type(error).__name__, "clear": False}).encode())
 
 
@@ -228,7 +228,7 @@ def main(descriptor: int, memory_gb: float) -> None:
     import resource
     import signal
 
-    # Ctrl-C reaches the whole group: the parent decides what it means.
+    # Ctrl-C reaches the whole process group; the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     limit = int(memory_gb * 1e9)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -44,7 +44,7 @@ def written_beside(
     a regular file or a new name.
     """
     refuse_special(Path(path))
-    # Absolute: pandas and pyarrow take a path that begins with ~ for one in a home.
+    # Absolute, because pandas and pyarrow expand a path that begins with ~.
     final = Path(path).absolute()
     final.parent.mkdir(parents=True, exist_ok=True)
     if not once:
@@ -79,7 +79,7 @@ def hold(descriptor: int, path: Path) -> bool:
 
     Returns False if another process removed it as abandoned before it was locked.
     """
-    # A file system without locks: then nobody finds anything abandoned either.
+    # A file system without locks, where no file can be recognised as abandoned.
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     return path.exists()
@@ -155,7 +155,7 @@ def flush(path: Path) -> None:
 
 
 def _umask() -> int:
-    # There is no way to read the mask but to set it; mkstemp made the file private to its owner.
+    # The umask can be read only by setting it; mkstemp has made the file private to its owner.
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -71,7 +71,7 @@ def straighten(volume: Volume, degrees: float) -> Volume:
     # ITK's resampler is not used: its decomposition of some small rotations fails, and every voxel is then fill.
     to_source = np.linalg.inv(volume.affine) @ affine
     moved = affine_transform(
-        # Padding below air would bleed into what it borders on.
+        # Padding below air would be interpolated into neighbouring voxels.
         np.maximum(volume.array, np.asarray(AIR, volume.array.dtype)),
         to_source[:3, :3], to_source[:3, 3], tuple(size[::-1]), np.float32, order=1, cval=AIR,
     )  # fmt: skip
@@ -119,7 +119,7 @@ def resample(volume: Volume, spec: PreprocessingSpec, kind: Kind = "hu", centre:
         inside = _inside(positions, array.shape[axis])
         first, weights = _taps(positions[inside], array.shape[axis], width)
         if array.strides[axis] < 0:
-            # The axis was only turned round: read it as it lies, from its other end.
+            # The axis was only reversed: read it as stored, from its other end.
             first, weights = array.shape[axis] - first - weights.shape[1], weights[:, ::-1]
         taps.append((np.ascontiguousarray(first), np.ascontiguousarray(weights)))
         kept.append((inside.start, inside.stop))

@@ -17,11 +17,11 @@ from ctclip.preprocessing.volume import Volume
 Trust = Literal["auto", "trust-file", "trust-table"]
 
 OUTSIDE_FIELD_OF_VIEW = -1024
-# Worth saying, but true of every volume of CT-RATE's second version.
+# Worth a note, but true of every volume of CT-RATE's second release.
 ALREADY_HU = "already in HU: slope and intercept of the metadata table not applied again"
 SAMPLE_STEP, SAMPLED_VOXELS = 3, 500_000
 NARROWEST_HU = 200.0
-# One exact value in more than this share of the voxels, where no air is so dense, was put there.
+# One exact value, denser than air, in more than this share of the voxels was filled in.
 DENSEST_AIR, MOST_ALIKE = -950, 0.2
 
 
@@ -88,7 +88,7 @@ def not_hu(sample: np.ndarray) -> str | None:
     """The reason why values cannot be a CT in HU, or None: water and fat near 0, air near -1000, padding below."""
     low, high = float(sample.min()), float(sample.max())
     values = f"values in [{low:g}, {high:g}]"
-    # What is constant below the scale is padding; the rest, spread over the whole volume, is evidence.
+    # A constant value below the scale is padding; other values across the volume are evidence.
     inside = sample[sample > OUTSIDE_FIELD_OF_VIEW + 4]
     if len(np.unique(inside[:: max(1, len(inside) // 20000)])) < 16:
         return f"only a few distinct values in [{low:g}, {high:g}] (a mask?)"

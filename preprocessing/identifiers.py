@@ -194,7 +194,7 @@ def _spellings(folded: str, shortest: int, name: bool) -> Iterator[str]:
     for word in words:
         for spelling in {word, word.lstrip("0"), re.sub("([aou])e", r"\1", word) if name else word}:
             if len(spelling) >= max(shortest, 4 if spelling != word else 0):
-                # Short words stand inside others by chance: they count where they stand alone.
+                # Short words occur inside others by chance, so they count only as whole words.
                 yield re.escape(spelling) if len(spelling) >= 4 else rf"(?<![^\W_]){re.escape(spelling)}(?![^\W_])"
 
 
@@ -235,7 +235,7 @@ def _folded(text: str, write_out: bool) -> tuple[str, list[int]]:
     for place, letter in enumerate(text):
         small = letter.lower()
         if unicodedata.combining(letter):
-            # Decomposed: the accent stands behind its letter.
+            # Decomposed: the accent follows its letter.
             small = "e" if write_out and letter == "\u0308" and letters and letters[-1] in "aou" else ""
         elif write_out and small in WRITTEN_OUT:
             small = WRITTEN_OUT[small]

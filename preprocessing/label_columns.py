@@ -12,8 +12,8 @@ from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.tables import MISSING, cell_text
 
 YES, NO = frozenset(["1", "true", "t", "yes", "y"]), frozenset(["0", "false", "f", "no", "n"])
-# Columns of 0 and 1 that describe the patient, the scan or the study: never something a report finds. The whole name, but
-# for words that say nothing of it; and words that make a name one of these wherever they stand.
+# Columns of 0 and 1 that describe the patient, the scan or the study are not findings. They are recognised by the whole
+# name, without filler words, or by single words anywhere in the name.
 METADATA = frozenset(
     ["male", "female", "birth year", "year", "weight", "height", "smoke", "pack years", "contrast", "iv contrast",
      "contrast agent", "contrast medium", "gated", "split", "fold", "group", "set", "subset", "dataset", "cohort", "batch", "train",

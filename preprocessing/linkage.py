@@ -40,7 +40,7 @@ def write_linkage(
         header = series_header(file, (series or {}).get(volume)) or {}
         known = [str(header.get(name, "") or "").strip() for name in COLUMNS[2:]]
         rows.append([volume, os.path.abspath(file), *known])
-    # Names on disk need not be text.
+    # File names need not be valid text.
     with (
         written_beside(path, mode=MODE) as partial,
         partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream,

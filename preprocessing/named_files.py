@@ -49,7 +49,7 @@ def find_file(name: str | os.PathLike[str], folder: str = "") -> Path:
     """
     text = os.fspath(name)
     for candidate in (text, *(text + suffix for suffix in SUFFIXES if text)):
-        # Unlike Path.is_file, this takes a name that is too long for a file for one that does not exist.
+        # Unlike Path.is_file, this treats a name that is too long as one that does not exist.
         if os.path.isfile(candidate):
             return Path(candidate)
     names = installed_names(folder)

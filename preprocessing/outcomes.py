@@ -58,7 +58,7 @@ def write_outcomes(store: VolumeStore, outcomes: Iterable[Outcome], shard: tuple
     with written_beside(store.path / outcomes_name(shard)) as partial:
         write_csv(partial, pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)))
     if shard[1] == 1:
-        # Said of every volume now: what shards said is history, and must not be merged with shards to come.
+        # All outcomes are now in one table: those of earlier shards are removed, so that later merges ignore them.
         for part in store.path.glob("outcomes-*-of-*.csv"):
             part.unlink(missing_ok=True)
 

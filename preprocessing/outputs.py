@@ -28,7 +28,7 @@ from ctclip.preprocessing.files import kind_of, refuse_special, sweep, write_tex
 LOCK, RUN = ".lock", "run.json"
 HOLDER = b"process "
 SEEN_BYTES = 1 << 20
-# File systems that know no locks say so in these ways.
+# Errors of file systems without locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 Recognised = Callable[[Path], bool]
 
@@ -87,7 +87,7 @@ def put_in_place(partial: Path, final: Path, is_ours: Recognised, what: str) -> 
         partial.rename(final)
     except OSError as error:
         if aside is not None:
-            # Not where another command has put its own in the meantime.
+            # Not if another command has written its own in the meantime.
             with contextlib.suppress(OSError):
                 (aside / final.name).rename(final)
         raise PreprocessingError(
@@ -204,12 +204,12 @@ def _lock(path: Path, busy: str) -> IO[bytes]:
                 f"note: {path.parent}: this file system has no locks: run only one command here at a time",
                 file=sys.stderr,
             )
-        # Whoever held it may have removed it since it was opened: then the lock is on a file without a name.
+        # The previous holder may have removed it since it was opened; the lock is then on an unlinked file.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                 break
         stream.close()
-    # In place: a command that looks at this moment must not find it empty.
+    # Overwritten in place, so that another command never finds it empty.
     stream.seek(0)
     stream.write(HOLDER + f"{os.getpid()} on {socket.gethostname()}".encode())
     stream.truncate()

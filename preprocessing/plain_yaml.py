@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-# Characters of a document, and levels of nesting; our own files have some thousands, and six.
+# Limits on characters and levels of nesting; our own files have some thousands, and six.
 LONGEST = 1 << 22
 DEEPEST = 100
 
@@ -21,7 +21,7 @@ def load_yaml(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_PlainLoader)
     except (ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
-        # PyYAML's own, for a date or a number that cannot be, and for a tag that does not fit its value.
+        # Raised by PyYAML for impossible dates and numbers, and for a tag that does not fit its value.
         raise yaml.YAMLError(f"a value cannot be read: {error}") from error
 
 

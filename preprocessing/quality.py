@@ -27,7 +27,7 @@ HEIGHT = 170
 WINDOWS = {"lung window": (-1350.0, 150.0), "soft-tissue window": (-160.0, 240.0)}
 BINS = np.arange(-1050, 1051, 50)
 
-# How a page of this kind, and so one that may be replaced, is known.
+# Marks pages of this kind, which may be replaced.
 MARK = b"<title>Quality control: "
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -40,8 +40,8 @@ def read(
     except MemoryError as error:
         raise PreprocessingError(f"{path}: does not fit in memory") from error
     except Exception as error:
-        # The libraries parse bytes of strangers and raise whatever those make them raise; what they say may quote the
-        # header, so only the kind is passed on.
+        # The libraries parse untrusted bytes, which can make them raise any exception. Messages may quote the
+        # header, so only the type of the exception is passed on.
         raise PreprocessingError(f"{path}: cannot be read ({type(error).__name__}); it is damaged") from error
 
 
@@ -81,7 +81,7 @@ def _read(path: Path, source: str, series: str | None, geometry: Geometry, large
         return npz.read(path, source, largest)
     if compression:
         raise PreprocessingError(f"{source}: is compressed ({compression}), {DECOMPRESS}")
-    # A DICOMDIR, whatever it is called, stands for what lies beside and below it.
+    # A DICOMDIR, whatever its name, stands for the files beside and below it.
     return _dicom(path.parent, series, largest, only=None if is_directory_record(read_header(path, TAGS)) else path)
 
 

@@ -29,7 +29,7 @@ def scratch_folder(prefix: str, suffix: str = "", parent: Path | None = None) ->
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            # Another process took it for abandoned.
+            # Another process removed it as abandoned.
             continue
         try:
             if hold(descriptor, folder):

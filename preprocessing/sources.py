@@ -13,7 +13,7 @@ from typing import Any
 from ctclip.preprocessing.facts import TableFacts
 
 BLOCK = 4096
-# Those that change the voxels of a scan that is read.
+# Options that change the voxels of a scan.
 OPTIONS = {"hu": "auto", "series": None, "geometry": "auto"}
 
 

@@ -71,7 +71,7 @@ class PreprocessingSpec:
                 self.published_geometry and self.interpolation != "linear",
                 "the published geometry is interpolated linearly",
             ),
-            # Kept as it was written: the hashes of stores depend on it.
+            # Not converted, because the hashes of stores depend on it.
             (
                 not _numbers([self.fill], float) or not -32768 <= self.fill <= 32767,
                 "fill needs a value that int16 holds (HU)",
@@ -86,7 +86,7 @@ class PreprocessingSpec:
         """Eight hex digits of everything but the name."""
         values = dataclasses.asdict(self) | {"name": ""}
         if values["interpolation"] == ("linear" if self.published_geometry else "antialiased"):
-            # Younger than the first stores: at its default it leaves their hashes as they were.
+            # Newer than the first stores; its default value leaves their hashes unchanged.
             del values["interpolation"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -124,7 +124,7 @@ class PreprocessingSpec:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise PreprocessingError(f"{path}: not a preprocessing spec ({' '.join(str(error).split())})") from error
         known = [field.name for field in dataclasses.fields(cls)]
-        # ``interpolation`` is younger than the first files.
+        # The first files had no ``interpolation``.
         needed = known[:-1] if whole else ("name", "spacing", "shape")
         due = [name for name in needed if name not in (values if isinstance(values, dict) else {})]
         if due:

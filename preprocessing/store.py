@@ -41,9 +41,9 @@ CHUNKS = "crc32_chunks"
 # A volume that ``written_beside`` was writing.
 PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}\.partial")
 ABANDONED_SECONDS = 1800
-# What blosc2 makes of a file whose bytes have changed.
+# Errors of blosc2 for a damaged file.
 BLOSC_RAISES = (RuntimeError, ValueError, OSError, SyntaxError, KeyError, TypeError, OverflowError, MemoryError)
-# What numpy and zipfile make of one; TypeError: an array where an archive should be.
+# Errors of numpy and zipfile; TypeError: an array instead of an archive.
 NPZ_RAISES = (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, NotImplementedError, RuntimeError,
               MemoryError, SyntaxError, OverflowError, struct.error, zipfile.BadZipFile, zlib.error)  # fmt: skip
 
@@ -119,7 +119,7 @@ class VolumeStore:
         """The notes written with a volume; empty for volumes of earlier versions, or if they cannot be read."""
         try:
             packed = self._open(volume)
-            # The names first: an older volume has no notes, and asking for them is an error.
+            # Check the names first: older volumes have no notes, and reading them would raise an error.
             notes = plain_json.loads(packed.schunk.vlmeta["notes"]) if "notes" in packed.schunk.vlmeta.getall() else {}
             return {str(key): str(value) for key, value in notes.items()}
         except (PreprocessingError, AttributeError, ReferenceError, *BLOSC_RAISES):
@@ -299,7 +299,7 @@ def _consistent(packed: blosc2.NDArray) -> bool:
     schunk = packed.schunk
     if (schunk.chunksize, schunk.blocksize, schunk.nchunks) != (chunk, block, chunks):
         return False
-    # Of a chunk: bytes, compressed bytes, bytes of a block.
+    # Header of a chunk: bytes, compressed bytes, bytes of a block.
     return all(blosc2.get_cbuffer_sizes(info.lazychunk)[2] == block for info in schunk.iterchunks_info())
 
 

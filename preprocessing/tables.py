@@ -18,16 +18,16 @@ VOLUME_SUFFIXES = (
     ".nii.gz", ".nii", ".hdr.gz", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz", ".zip", ".tar.gz", ".tar.bz2", ".tgz",
     ".tar",
 )  # fmt: skip
-# What programs write around and between numbers: names of types, their arguments, units, a multiplication sign.
+# Text that programs write around and between numbers: type names and arguments, units, a multiplication sign.
 PROGRAMS = re.compile(r"\b[A-Za-z_][\w.]*(?=\()|,\s*dtype=[\w.]+|(?<=[\d.])\s*mm\b|(?<=[\dm\s])[x×](?=\s*\d)")
 SEPARATORS = (",", "\t", ";", "|")
 LONGEST_CELL = 10_000_000
-# A value that is not there, in a column of numbers or labels.
+# Spellings of a missing value in a column of numbers or labels.
 MISSING = frozenset(
     ["", "-", "--", "---", "–", "—", ".", "?", "na", "n/a", "n.a.", "n.a", "n / a", "#n/a", "nan", "<na>", "none", "null",
      "nil", "missing", "unknown", "not available", "not given", "not applicable"]
 )  # fmt: skip
-# What strip() leaves at the ends of a cell: marks of direction, joiners, a byte order mark of a file that was appended.
+# Characters that strip() leaves at the ends of a cell: marks of direction, joiners, a byte order mark of a file that was appended.
 INVISIBLE = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
 SIGNATURES = (
     (b"PK\x03\x04", "a spreadsheet or an archive"), (b"\xd0\xcf\x11\xe0", "a spreadsheet"), (b"\x1f\x8b", "compressed (gzip)"),
@@ -49,7 +49,7 @@ def read_table(path: Path) -> pd.DataFrame:
         first, _, rest = text.partition("\n")
         stated = first.strip().strip('"').lower()
         if stated.startswith("sep=") and len(stated) == 5:
-            # Excel's own way to say it.
+            # Excel's own declaration.
             return _from_text(path, rest, stated[4], lines_before=1)
         return _from_text(path, text, _separator(text))
     except OSError as error:
@@ -64,7 +64,7 @@ def _decoded(path: Path) -> str:
     if content.startswith(b"version https://git-lfs"):
         raise PreprocessingError(f"{path}: is a pointer of Git LFS, not the table itself; fetch it with `git lfs pull`")
     if b"\0" in content:
-        # Of Latin letters every second byte is 0.
+        # In UTF-16, every second byte of Latin letters is 0.
         what = "is UTF-16" if content[:200].count(0) > 0.3 * len(content[:200]) else "holds binary data"
         raise PreprocessingError(f"{path}: cannot be read as CSV (it {what}); save it as CSV in UTF-8")
     try:
@@ -93,7 +93,7 @@ def _from_text(path: Path, text: str, separator: str, lines_before: int = 0) -> 
         for record in reader:
             line, begins = begins + lines_before, reader.line_num + 1
             cells = [unguarded(stripped(cell)) for cell in record]
-            # A header in the midst: tables were appended to each other.
+            # A repeated header: tables were concatenated.
             if not any(cells) or cells == names:
                 continue
             if names is None:
@@ -125,7 +125,7 @@ def _from_parquet(path: Path) -> pd.DataFrame:
         # Strings are decoded only here.
         columns = {n: [cell_text(value) for value in table.iloc[:, n].tolist()] for n in range(table.shape[1])}
     except Exception as error:
-        # The library parses bytes of strangers, and raises whatever they make it raise.
+        # The library parses untrusted bytes, which can make it raise any exception.
         raise PreprocessingError(
             f"{path}: cannot be read as Parquet ({type(error).__name__}); copy it again"
         ) from error
@@ -206,7 +206,7 @@ def numbers(text: object, count: int) -> list[float] | None:
     parts = [part for part in re.split(r"[\s,;\\|]+", bare) if part]
     if "." not in bare and re.search(r"\d,\d", bare):
         decimals = re.split(r"[\s;\\|]+", bare.replace(",", "."))
-        # "0,75" is one number, for all that two are asked for; "1,1" and "[1,2]" are two.
+        # "0,75" is one number even if two are expected; "1,1" and "[1,2]" are two.
         if len(decimals) == count or (len(decimals) == 1 and bare == cell and len(parts) == len(set(parts)) == 2):
             parts = decimals
     try:

@@ -31,7 +31,7 @@ def explain(
     head: str = typer.Option(None, help="The head of the model to explain. Default: prompts."),
     method: By = typer.Option(
         By.similarity,
-        help="similarity: the score of each place by itself; contribution: what a place adds to the score; "
+        help="similarity: the score of each place alone; contribution: what a place adds to the score; "
         "occlusion: how the score falls when a place is hidden, "
         "slow, works with every model; gradcam; attention: for transformers; counterfactual: the smallest smooth change of "
         "the scan that turns the score, slow.",

@@ -19,7 +19,7 @@ def phantom(
     ),
     valid_fraction: float = typer.Option(0.2, min=0.0, max=1.0, help="Fraction of patients in the validation split."),
     reconstructions: int = typer.Option(
-        3, min=1, max=3, help="Maximum number of reconstructions of a scan; 1 gives the most scans for so many volumes."
+        3, min=1, max=3, help="Maximum number of reconstructions per scan; with 1, every volume is a separate scan."
     ),
     workers: int = typer.Option(None, help="Number of worker processes. Default: one per core."),
 ) -> None:

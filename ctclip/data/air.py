@@ -35,7 +35,7 @@ class BodyTokens:
         low, high, middle, gain = self.spec.window
         volume = torch.from_numpy(hu).float().clamp_(low, high).sub_(middle).mul_(gain)
         if change is not None and not change.turns:
-            # Noise and contrast change no air, and would have to be drawn as on the device.
+            # Noise and contrast do not change air, and would have to be drawn as on the device.
             augment(volume, change._replace(contrast=1.0, noise_hu=0.0, window_hu=(0.0, 0.0)), self.spec)
         cells = F.avg_pool3d(volume[None, None], self._half)[0, 0]
         if change is not None and change.turns:

@@ -41,7 +41,7 @@ def read_label_table(path: Path, store: VolumeStore, known: Sequence[str] = ()) 
     if len(here) < len(whole):
         print(f"note: {path}: {len(whole) - len(here)} of {len(whole)} volumes are not in {store.path}: left out")
     for name in chosen:
-        # Here and not by volume: the error names the line of the file.
+        # Before indexing by volume, so that the error names the line of the file.
         zeros_and_ones(table[name], f"{path}: column {name!r}")
     labels = {name: zeros_and_ones(whole[name], f"{path}: {name!r}").astype("Float64") for name in chosen}
     return pd.DataFrame(labels, index=whole.index).astype(float)

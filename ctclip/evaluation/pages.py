@@ -20,7 +20,7 @@ FIGURES = re.compile(
     r"[-+\d.,%\s]*|(undefined|[-+]?[\d.]+) to (undefined|[-+]?[\d.]+)( \(!\))?|undefined|[+-]?\d+ of \d+"
 )
 
-# How a page of this kind, and so one that may be replaced, is known.
+# Marks pages of this kind, which may be replaced.
 MARK = b'<div class="headline">'
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -32,7 +32,7 @@ from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.versions import versions
 
-# What an evaluation is known by; the figures beside them are theirs.
+# Files that mark an evaluation; the figures beside them belong to it.
 FILES = ("metrics.json", "metrics.csv", "report.html")
 
 EXAMPLES = 4
@@ -79,7 +79,7 @@ def run_evaluation(
     result |= {
         name: provenance(table, name) for name in ("model", "supervision", "trained_on", "spec", "prompts", "labels")
     }
-    # What the protocol scores, is what everything below is about.
+    # From here on, only the rows that the protocol scores.
     scored, known, scores = align(table, truth, declared)
     opened = VolumeStore(store) if store is not None else None
     if opened is not None:

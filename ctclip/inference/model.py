@@ -77,7 +77,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         """Save a copy for publication, without the patient digests of calibrations; see Hugging Face's
         ``ModelHubMixin`` for the other arguments. An existing copy is replaced. Raises PreprocessingError if the folder
         holds anything but a model."""
-        # Before the mixin, which would delete a config.json of anybody's.
+        # Before the mixin, which would delete any config.json.
         check_output(save_directory)
         return super().save_pretrained(Path(save_directory), **given)  # type: ignore[no-any-return]
 

@@ -109,10 +109,10 @@ def _detect(
         if folder.is_symlink():
             raise DataError(f"{folder}: is a symbolic link; remove it")
     parts.mkdir(parents=True, exist_ok=True)
-    # Read once, for all: a rank that started late would see what the others have finished since, and share otherwise.
+    # Read once for all ranks: a rank that started late would see parts finished since and divide the scans differently.
     done = set(distributed.broadcast_json(sorted(_done(parts))))
     remaining = [index for index, name in enumerate(scans.table["volume"]) if name not in done]
-    # Neighbours to one rank, so that the joined table comes in the order of the scans.
+    # Neighbouring scans go to one rank, so that the joined table is in the order of the scans.
     share = [int(index) for index in np.array_split(remaining, distributed.world_size())[distributed.rank()]]
     refused: dict[str, str] = {}
     waiting: list[pa.Table] = []
@@ -136,7 +136,7 @@ def _detect(
         for path in (summary.predictions, summary.embeddings):
             _check_volumes(output, _volumes_of(path), done)
         shutil.rmtree(parts)
-        # Of other runs that were interrupted, parts stay.
+        # Parts of other interrupted runs are kept.
         with contextlib.suppress(OSError):
             parts.parent.rmdir()
     distributed.barrier()

@@ -71,7 +71,7 @@ class StoredScans:
         """What was said of the scan when it was stored, and kept with it (not by stores before 0.3)."""
         notes = self.store.notes(volume)
         warnings = Outcome.of_row({**dict.fromkeys(OUTCOME_COLUMNS, ""), **notes, "outcome": "done"}).warnings
-        # That a table of HU has been understood is no doubt about a scan.
+        # The note on HU already applied is not a doubt about the scan.
         return tuple(warning for warning in warnings if warning != ALREADY_HU)
 
 
@@ -124,7 +124,7 @@ def _expanded(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if not path.exists() and glob.has_magic(str(path)):
-            # A folder that exists is a name, whatever brackets it has.
+            # An existing folder is not a pattern, even with brackets in its name.
             folder = next(parent for parent in path.parents if parent.exists())
             pattern = str(path.relative_to(folder))
             matched = sorted(folder / name for name in glob.glob(pattern, root_dir=folder, recursive=True))

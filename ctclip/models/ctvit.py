@@ -253,7 +253,7 @@ class RelativeBias(nn.Module):
         # Offsets repeat: there are (2h - 1)(2w - 1) of them, not (hw) squared.
         steps = [torch.arange(1 - extent, extent, device=device, dtype=torch.float32) for extent in (height, width)]
         offsets = torch.stack(torch.meshgrid(*steps, indexing="ij"), dim=-1)
-        # Exact under autocast: it is kept, and asked for again without.
+        # Exact even under autocast, because it is cached and reused without.
         with autocast_off(weight):
             values = self.net((torch.sign(offsets) * torch.log(offsets.abs() + 1)).to(weight.dtype))
         places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), dim=-1)
@@ -300,6 +300,6 @@ class Codebook(nn.Module):
         distributed.sum_over_ranks(self.sums)
         rows = self.rows.float()
         moved = F.normalize(rows * CODEBOOK_DECAY + F.normalize(self.sums, dim=-1) * (1 - CODEBOOK_DECAY), dim=-1)
-        # A sum of unit vectors is nothing only where there were none.
+        # A sum of unit vectors is zero only if there were none.
         self.rows.copy_(torch.where((self.sums != 0).any(dim=-1, keepdim=True), moved, rows))
         self.sums.zero_()

@@ -55,7 +55,7 @@ SUMMARY = "training_summary.safetensors"
 # Of ``ctclip.inference.precision``.
 PRECISION = "precision.json"
 KIND = "model folder of ours alone"
-# All that a model folder may hold: ours, of 0.2, and what the hub adds.
+# All files of a model folder: ours, those of 0.2, and those that the hub adds.
 PARTS = {
     *REQUIRED, LABELS, TRAINED_ON, SUMMARY, PRECISION, "model_card.md", "heads", "vision_config.json",
     "adaptation.json", "prompts.yaml", "calibration.json", "classifier.safetensors", "README.md", ".gitattributes", ".cache",
@@ -64,7 +64,7 @@ TOKENIZER = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
     "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja",
 }  # fmt: skip
-# Of folders written before label sets were kept (0.2), whose models knew these findings.
+# Assumed for folders of 0.2, which have no label set.
 LABELS_BEFORE = "ct_rate_18"
 # Keys of an encoder that 0.2 stated beside the spec, and what they repeat of it.
 REPEATED = ("spacing", "hu_window", "shape")

@@ -70,7 +70,7 @@ def shape_of(values: dict[str, Any], source: str | Path) -> Any:
     with _told(source, "describes no model"):
         shape = CONFIG_MAPPING[kind].from_dict(values)
     if hasattr(shape, "use_cache"):
-        # Of no use where nothing is written word by word.
+        # Not needed without generation.
         shape.use_cache = False
     return shape
 
@@ -143,7 +143,7 @@ def _trained(folder: Path, shape: Any, side: str) -> nn.Module:
         )  # fmt: skip
     missing = set(report["missing_keys"])
     if any("pooler" in name for name in missing) and "add_pooling_layer" in options and options["add_pooling_layer"]:
-        # Saved by a task that does without: a pooler drawn at random would stand between weights that were trained.
+        # Saved from a task without a pooler; a random pooler must not be mixed with trained weights.
         shape.add_pooling_layer = False
         return _trained(folder, shape, side)
     lacking = sorted(name for name in missing if "pooler" not in name)

@@ -24,7 +24,7 @@ _NORM = {"gamma": "weight", "beta": "bias"}
 _SCALE = {"q_scale": "query_scale", "k_scale": "key_scale"}
 _LINEAR = {"to_q": "to_query", "to_kv": "to_key_value", "to_out": "out", "1": "up_gate", "4": "down"}
 
-# Key by key: the published name (a pattern) and ours. Longer stories are told in ctvit.py.
+# Key by key: the published name (a pattern) and ours. Details are in ctvit.py.
 LAYER = r"visual_transformer\.enc_(spatial|temporal)_transformer"
 RENAMED: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"visual_transformer\.to_patch_emb\.([123])\.(weight|bias)", lambda m: f"volume_encoder.embed.{int(m[1]) - 1}.{m[2]}"),
@@ -43,7 +43,7 @@ RENAMED: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"to_visual_latent\.weight", lambda m: "volume_projection.weight"),
     (r"temperature", lambda m: "similarity.logit_scale"),
 )  # fmt: skip
-# Known, and of no effect on what the model computes.
+# Known keys without effect on the output.
 UNUSED = re.compile(
     r"to_(text|visual)_latent_extra\.weight|visual_transformer\.to_(patch_emb_first_frame|pixels).*"
     r"|visual_transformer\.vq\._codebook\.(cluster_size|initted|embed_avg)|text_transformer\.(pooler\..*|embeddings\.(position_ids|token_type_ids))"

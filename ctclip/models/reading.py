@@ -123,7 +123,7 @@ def _tried(bert: Any, prefix: tuple[int, ...], suffix: tuple[int, ...], words: l
         with torch.enable_grad():
             hidden = bert(input_ids=ids, attention_mask=mask).last_hidden_state
             alone = bert(input_ids=ids[2:, : len(texts[2])], attention_mask=mask[2:, : len(texts[2])]).last_hidden_state
-    except Exception as error:  # whatever an architecture that was made for something else raises
+    except Exception as error:  # unsuitable architectures raise any kind of error
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise CheckpointError(f"model.text: the architecture {kind} cannot serve as text encoder ({reason})") from error
     finally:

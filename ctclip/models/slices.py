@@ -206,7 +206,7 @@ def width_of(vision: Any, channels: int, side: int) -> int:
     try:
         with torch.enable_grad():
             first, second = (_pooled(vision, image) for _ in range(2))
-    except Exception as error:  # whatever an architecture that was made for something else raises
+    except Exception as error:  # unsuitable architectures raise any kind of error
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise CheckpointError(
             f"model.volume: the architecture {kind} cannot serve as slice encoder ({reason})"

@@ -56,7 +56,7 @@ def load_tokenizer(source: str | Path) -> Any:
     try:
         tokenizer = _tokenizer(folder, settings)
         words = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
-    except Exception as error:  # files of strangers reach all of Transformers, and libraries that may be missing
+    except Exception as error:  # untrusted files can make Transformers and its optional libraries raise anything
         raise CheckpointError(
             f"{folder}: no tokenizer could be loaded ({' '.join(str(error).split())[:160]}). Put tokenizer.json, or "
             f"vocab.txt with tokenizer_config.json, in a folder and name it in model.text.pretrained (--text-encoder of "

@@ -36,7 +36,7 @@ class MaskedWords(Objective):
         self.decoder = WordDecoder(
             text.bert.config.vocab_size, volume.token_width, text.width, depth=config.depth, heads=config.heads
         )
-        # Not submodules: the step has the model already.
+        # Not submodules, because the step already contains the model.
         self.text = (text.bert, text.tokenizer)
 
     def forward(self, tokens: Encoded, words: Tokens) -> Tensor:

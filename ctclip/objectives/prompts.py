@@ -22,7 +22,7 @@ class Prompts(Objective):
             raise ConfigError(
                 "objectives.prompts: no label set or no prompts are known; name them in labels= and prompts="
             )
-        # Not submodules: the step has the model already.
+        # Not submodules, because the step already contains the model.
         self.context = (context.model, context.prompts, context.labels.names)
         self.directions: Tensor | None = None
 

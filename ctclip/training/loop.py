@@ -77,7 +77,7 @@ def train(config: Config, output: Path, *, force: bool = False) -> Path:
             distributed.on_main(lambda: held.append(_claim(output)))
             return _train(config, output, device, signals, force)
         except RuntimeError as error:
-            # torch says so from a signal handler: it may come up anywhere.
+            # Raised by torch in a signal handler, so it may come from anywhere.
             if "DataLoader worker" in str(error):
                 raise _worker_died() from error
             raise
@@ -97,7 +97,7 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
     if config.data.store is None:
         raise TrainingError("data.store is not set: name the folder that `ctclip preprocess` wrote (--store)")
     labels = run_labels(config, VolumeStore(config.data.store))
-    # The model folder takes them at the end: what is wrong with them is said here.
+    # Used by the model folder at the end, but checked here.
     prompts = run_prompts(config, labels)
     columns = columns_of(config)
     data = StoredVolumes(
@@ -125,7 +125,7 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
     distributed.on_main(lambda: write_trained_on(output, describe_training(config, data, cohorts[0], labels)))
     if resumed:
         state.check_fits(step, resumed, checkpoints.folder)
-    # What cannot be shared among ranks or cut into parts is said before the warm-up, not after it.
+    # A batch that cannot be divided among ranks or micro-batches is refused before the warm-up.
     sampler, steps = _sampler(config, data, first)
     if micro_batches(config.training) > 1:
         check_two_pass(model.volume_encoder)

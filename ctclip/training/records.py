@@ -16,7 +16,7 @@ from ctclip.preprocessing.files import kind_of, refuse_special, write_text
 from ctclip.preprocessing.outputs import check_folder, made_by_us
 from ctclip.versions import revision, versions
 
-# Keys that say where or how often, not what is learned: a run may continue with other values of these.
+# Keys that do not affect what is learned: a run may resume with other values of these.
 FREE_KEYS = (
     "data.store",
     "data.workers",
@@ -129,7 +129,7 @@ def _wandb(folder: Path, project: str) -> Any:
             "warning: training.wandb_project is set, but wandb is not installed: `pip install wandb`", file=sys.stderr
         )
         return None
-    # A run that goes on is the same one there; another folder of the same name is not.
+    # A resumed run keeps its id there; another folder of the same name gets another.
     known = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
     return wandb.init(project=project, name=folder.name, dir=str(folder), resume="allow", id=known)
 

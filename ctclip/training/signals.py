@@ -33,7 +33,7 @@ class Signals:
     def _note(self, number: int, _: object) -> None:
         self.received = number
         if number == signal.SIGINT:
-            # Left to the system, the second one ends this process wherever it is, in a wait for other ranks too.
+            # The default handler ends this process at the second signal, even while it waits for other ranks.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if distributed.launched_rank() == 0:
                 print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)

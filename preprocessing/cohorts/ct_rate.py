@@ -26,7 +26,7 @@ SECTIONS = {
     "Impressions_EN": "impression",
 }
 NAME = re.compile(r"((?:train|valid)_\d+)_([a-z]+)_(\d+)")
-# Who made the image of whom, for `ctclip audit`.
+# Scanner and patient, for `ctclip audit`.
 ACQUISITION = {
     "manufacturer": "Manufacturer", "kernel": "ConvolutionKernel", "sex": "PatientSex", "age": "PatientAge",
 }  # fmt: skip
@@ -68,7 +68,7 @@ def read(tree: Tree, *, keep_no_chest: bool = False) -> Cohort:
         left_out = {}
     kept = {name: path for name, path in files.items() if name not in left_out}
     unmatched = []
-    # Reports of what is left out are not missing a volume.
+    # Reports of volumes that were left out do not count as reports without a volume.
     if orphans := sorted(set(reports.index) - set(files) - set(no_chest)):
         unmatched.append(f"{len(orphans)} of the reports have no volume on disk (the first: {orphans[0]})")
     silent = sorted(set(kept) - set(reports.index))

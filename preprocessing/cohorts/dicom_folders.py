@@ -13,7 +13,7 @@ from ctclip.preprocessing.dicom.kinds import alteration, in_hu
 from ctclip.preprocessing.identifiers import TAGS, is_directory_record, read_header
 
 FEWEST_SLICES = 3
-# Of a folder with more images, three tell whether it holds one series.
+# Three images of a larger folder show whether it contains one series.
 ALL_READ = 24
 MORE = [
     "StudyInstanceUID",
@@ -161,7 +161,7 @@ def _images(files: list[Path]) -> dict[Path, None]:
         else:
             unmarked.append(path)
     if not images:
-        # Written without a preamble: rare, and told by reading alone.
+        # Rare files without a preamble are recognised only by reading them.
         images = {path: None for path in unmarked if read_header(path, TAGS) is not None}
     return images
 
@@ -219,7 +219,7 @@ def _owners(scans: dict[Path, list[Series]], unused: Counter[str]) -> list[tuple
             continue
         places: list[Path] = []
         covered: set[str] = set()
-        # The fullest first: what it has already is a copy, wherever it lies.
+        # The folder with the most images first; images that it contains are copies elsewhere.
         instances = {place: _instances(scans[place]) for place in group}
         for place in sorted(group, key=lambda place: (-len(instances[place]), group.index(place))):
             if places and instances[place] <= covered:

@@ -50,7 +50,7 @@ def read(tree: Tree, *, labels: Sequence[str] | None = None) -> Cohort:
         return _from_table(root, labels) if root.suffix.lower() in TABLES else _named(root.parent, [root])
     volumes = [path for path in tree.files if path.name.lower().endswith(FILES)]
     voxels = _voxel_files(volumes, tree.files)
-    # Many programs call something a header; NIfTI's has its voxels beside it.
+    # Many programs use this suffix; a NIfTI header has a voxel file beside it.
     volumes = [path for path in volumes if ".hdr" not in path.name.lower()[-7:] or path in voxels]
     known = {*volumes, *voxels.values()}
     rest = [path for path in tree.files if path not in known]
@@ -104,10 +104,10 @@ def _named(
         keys.append([f"series {uid}" * bool(uid)] + ([f"study {scan.study}" * bool(scan.study)] if scan else []))
     different = {scan.patient for scan in series.values() if scan.patient}
     for path, own in zip(paths, keys, strict=True):
-        # An id that every scan shares is no patient's.
+        # An id that all scans share does not identify a patient.
         if path in series and series[path].patient and len(different) > 1:
             own.append(f"patient {series[path].patient}")
-    # Headers of different patients may be alike to the byte: their voxels are compared.
+    # Headers of different patients may be identical, so their voxels are compared.
     copies = _copies({path: (voxels or {}).get(path, path) for path in paths if path not in series})
     for path, own in zip(paths, keys, strict=True):
         own.append(f"content {copies[path]}" if path in copies else "")
@@ -217,7 +217,7 @@ def scan_ids(paths: Sequence[Path]) -> list[str]:
 def _headers(path: Path) -> list[Any]:
     """The DICOM headers behind a path, one of each set of identifiers; other formats know no patient."""
     name = path.name.lower()
-    # Unlike Path's own, these take a name that is too long for a file for one that does not exist.
+    # Unlike Path's methods, these treat a name that is too long as one that does not exist.
     other = os.path.isfile(path) and name.endswith(FILES) and not name.endswith(archive.SUFFIXES)
     return [] if other or not os.path.exists(path) else all_headers(path)
 
@@ -236,7 +236,7 @@ def _unlike(names: list[str], places: list[str]) -> list[str]:
 
 
 def _alike(ids: list[str]) -> set[str]:
-    # Some file systems hold A and a for the same.
+    # Some file systems ignore case.
     return {name for name, count in Counter(map(str.casefold, ids)).items() if count > 1}
 
 

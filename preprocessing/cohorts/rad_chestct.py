@@ -55,7 +55,7 @@ def _labels(tree: Tree) -> pd.DataFrame:
         return pd.DataFrame(index=pd.Index([], dtype=str))
     whole = one_row_each(parts, "NoteAcc_DEID")
     places = whole.pop("at")
-    # A value such as 2 would be refused; columns of words are notes of whoever kept the table.
+    # A value such as 2 is refused; columns of words are notes.
     columns = [name for name in whole.columns if name in label_columns(whole).labels or "*" in name]
     values = {name: zeros_and_ones(whole[name].set_axis(places), f"label {name!r}").to_numpy() for name in columns}
     known = pd.DataFrame(values, index=whole.index).astype("Int8")

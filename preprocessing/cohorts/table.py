@@ -14,8 +14,8 @@ from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
 from ctclip.preprocessing.tables import VOLUME_SUFFIXES, volume_name
 
-# The table's columns. After them come those of METADATA_COLUMNS that are known, metadata of strangers as strings, and one
-# nullable Int8 column a label, named as the finding.
+# The table's columns. They are followed by the known METADATA_COLUMNS, the user's metadata as strings, and one
+# nullable Int8 column per label, named after the finding.
 COLUMNS = (
     "volume", "patient", "scan", "reconstruction", "split", "path",
     "clinical_information", "technique", "findings", "impression", "label_source",

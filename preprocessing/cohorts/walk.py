@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ctclip.preprocessing.errors import PreprocessingError
 
-# What systems leave beside the files of users: macOS, Windows, Synology.
+# Files and folders that operating systems create: macOS, Windows, Synology.
 SYSTEM_FILES = (".ds_store", "thumbs.db", "desktop.ini")
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 
@@ -44,7 +44,7 @@ def walk(root: Path) -> Tree:
     if not os.access(root, os.R_OK | os.X_OK):
         raise PreprocessingError(f"{root}: cannot be listed (no permission)")
     seen: set[str] = set()
-    # Folders in their own place first, links after them: what can be reached both ways is called by its own path.
+    # Folders before links, so that files reachable both ways are named by their own path.
     links: deque[tuple[Path, str]] = deque()
     _descend(root, top, tree, seen, links)
     while links:

@@ -41,7 +41,7 @@ def frame_streams(path: Path, modified: int, start: int, frames: int) -> list[by
     try:
         return list(generate_frames(data, number_of_frames=frames))
     except Exception as error:
-        # pydicom parses bytes of strangers, and raises whatever they make it raise.
+        # pydicom parses untrusted bytes, which can make it raise any exception.
         raise Undecodable("its fragments are damaged") from error
 
 
@@ -60,7 +60,7 @@ def stated_size(stream: bytes, syntax: str, rows: int, columns: int) -> None:
     if syntax in JPEG or syntax in JPEG_LS:
         precision, stated = _jpeg_frame(stream)
         if not 2 <= precision <= 16:
-            # In a lossless stream GDCM ends the process over it.
+            # In a lossless stream it crashes GDCM.
             raise Undecodable("JPEG of an impossible precision")
     elif syntax in JPEG_2000:
         at = stream.find(b"\xff\x4f\xff\x51")
@@ -124,7 +124,7 @@ def _rle(stream: bytes, layout: Mapping[str, int]) -> np.ndarray:
                 encapsulate([stream]), raw=True, decoding_plugin="pydicom", **options
             )
     except Exception as error:
-        # pydicom parses bytes of strangers, and raises whatever they make it raise.
+        # pydicom parses untrusted bytes, which can make it raise any exception.
         raise Undecodable("its RLE stream is damaged") from error
     return np.array(array)
 

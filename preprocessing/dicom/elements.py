@@ -223,7 +223,7 @@ def _after(data: bytes, element: Element, encoding: Encoding) -> int:
 
 def _sequence_end(data: bytes, element: Element, encoding: Encoding) -> int:
     """The end of a sequence or item whose length is not stated, without recursion."""
-    # What is open: True for a sequence of items, False for an item of elements; inside UN all is implicit.
+    # Open levels: True for a sequence of items, False for an item of elements; everything inside UN is implicit.
     within = Encoding(True, encoding.little) if element.vr == "UN" else encoding
     opened = [(element.tag != ITEM, within)]
     at = element.start

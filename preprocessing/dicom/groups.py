@@ -77,7 +77,7 @@ def depths(slices: Sequence[Slice]) -> np.ndarray:
 
 def _apart(slices: list[Slice]) -> tuple[list[Slice], list[str]]:
     """The best of the groups that differ in geometry or identity, and in what the others differ from it."""
-    # Values that differ from slice to slice come from a careless de-identification.
+    # Values that differ between all slices are artefacts of de-identification.
     identity = [word for word in IDENTITY if len({_text(member, word) for member in slices}) <= len(slices) / 2]
     labels = _codes([(member.shape, *(_text(member, word) for word in identity)) for member in slices])
     spacings, turns = (np.array([getattr(member, word) for member in slices]) for word in ("spacing", "turn"))

@@ -19,10 +19,10 @@ from ctclip.preprocessing.errors import PreprocessingError
 
 MOST_FILES = 20000
 DIRECTORY = "1.2.840.10008.1.3.10"
-# What makes numbers of a slice's bits.
+# Tags needed to decode the pixels of a slice.
 VALUES = ("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept",
           "PixelPaddingValue", "PixelPaddingRangeLimit")  # fmt: skip
-# In what two acquisitions or reconstructions of one series differ.
+# Tags in which two acquisitions or reconstructions of one series differ.
 ACQUISITION = ("SeriesNumber", "AcquisitionNumber", "TemporalPositionIdentifier", "TemporalPositionIndex",
                "ConvolutionKernel", "ImageType", "SeriesDescription", "SliceThickness", "AcquisitionTime",
                "ReconstructionDiameter", "NominalPercentageOfCardiacPhase", "KVP", "ContrastBolusAgent", "SeriesTime",
@@ -34,10 +34,10 @@ IMAGE_TAGS = (
     "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "ConcatenationFrameOffsetNumber", "StudyID",
     *VALUES, *ACQUISITION,
 )  # fmt: skip
-# What objects made of a series repeat of its patient and study, besides ``identifiers.TAGS``.
+# Tags of patient and study that derived objects copy, besides ``identifiers.TAGS``.
 STUDY = ("PatientSex", "PatientAge", "StudyTime", "StudyDescription", "PositionReferenceIndicator")
 FUNCTIONAL_GROUPS = (0x52009229, 0x52009230)
-# Files of programs, pictures and pages on a patient's CD, by how they begin.
+# First bytes of programs, pictures and pages on a patient's CD.
 OTHER_FILES = (
     b"MZ", b"PK", b"%PDF", b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"\0\0\1\0", b"\x7fELF", b"\xca\xfe",
     b"\xd0\xcf\x11\xe0", b"\x00\x05\x16\x07", b"\0\0\0\1Bud1", b"SQLite", b"\x1f\x8b", b"7z", b"Rar!", b"MSCF", b"ITSF",
@@ -130,7 +130,7 @@ def damaged_files(folder: Path, slices: list[Image], dicom: set[Path]) -> int:
         if head[128:132] == b"DICM":
             count += 1
         elif (path.parent, path.suffix) in places and not _other(head):
-            # A preamble is zeros: so is what is left of a slice that was cut short in it, or lost altogether.
+            # A preamble consists of zeros, and so do slices that were cut short within it or lost.
             called_alike = bool(path.suffix) or (path.parent, path.suffix, _pattern(path)) in beside
             lost = not head.strip(b"\0") and (bool(head) or called_alike)
             count += lost or usual / 2 < path.stat().st_size < 2 * usual
@@ -207,7 +207,7 @@ def _value(tag: int, vr: str | None, raw: bytes, implicit: bool, little: bool, c
         element = RawDataElement(BaseTag(tag), vr, len(raw), raw, 0, implicit, little)
         value = convert_raw_data_element(element, encoding=encodings).value
     except Exception:
-        # pydicom converts bytes of strangers, and raises whatever they make it raise.
+        # pydicom converts untrusted bytes, which can make it raise any exception.
         return _UNREADABLE
     if isinstance(value, bytes) and len(value) == 2:
         # "US or SS", where the file states no type: unsigned, see ``padding``.

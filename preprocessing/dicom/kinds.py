@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 ORIGINAL, DERIVED, REFORMATTED, ALTERED = range(4)
-# Values that are no longer those of one place at the scanner's energy: the words of ImageType and of descriptions.
+# Values that no longer belong to one location at the scanner's energy: the words of ImageType and of descriptions.
 ALTERING = {
     "a projection (MIP)": r"MIP|MINIP|MAX_?IP|MIN_?IP|PROJECTION|AVERAGE_?IP|RAYSUM|VRT|VOLREN|VOLUME_RENDER\w*|SSD|3D_?RENDER\w*",
     "virtual non-contrast": r"VNC|VUE|VNCA|VIRTUAL_?NON_?\w+|VIRTUAL_?UNENHANCED|WATER_?NO_?IODINE|\w*_NO_IODINE",

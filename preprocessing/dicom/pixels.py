@@ -92,7 +92,7 @@ def _rescaled(stored: np.ndarray, slope: float, intercept: float, padding: np.nd
     ends = sorted(end * slope + intercept for end in stored_ends)
     whole = slope == int(slope) and intercept == int(intercept) and abs(slope) < 2**15 and abs(intercept) < 2**31
     if whole and ends[0] >= -32768 and ends[-1] <= 32767:
-        # In 16 bits numbers wrap around, and what fits in the end has wrapped back.
+        # 16-bit arithmetic wraps around, and results that fit have wrapped back.
         values = stored.astype(np.int16)
         if slope != 1:
             values *= np.int16(slope)
@@ -144,7 +144,7 @@ def _used_bits(raw: np.ndarray, layout: Layout) -> np.ndarray:
         return raw
     below = high + 1 - layout.stored
     if below and (raw & (2**below - 1)).any():
-        # The header says that these bits are not used, and they are: values at the bottom, as nearly all are written.
+        # The header declares these bits unused, but they are used: values start at the lowest bit, as in nearly all files.
         if (raw.view(raw.dtype.str.replace("i", "u")) >> layout.stored).any():
             raise Undecodable(f"{layout.stored} bits stored below high bit {high}, and others used")
         high = layout.stored - 1
@@ -239,6 +239,6 @@ def named(syntax: str) -> str:
 
     if not syntax:
         return "none"
-    # pydicom warns of a value it finds odd, and quotes it.
+    # pydicom's warnings quote values.
     name = pydicom.uid.UID(syntax, validation_mode=pydicom.config.IGNORE).name
     return syntax[:64] if name == syntax else f"{name}, {syntax}"

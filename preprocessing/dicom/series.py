@@ -115,7 +115,7 @@ def _first(candidates: list[Candidate]) -> Candidate:
         slices = candidate.slices
         count = groups.positions(slices)
         if count < FEWEST:
-            # None of these is read: the one whose refusal says most comes first.
+            # None of these can be read; the most informative refusal comes first.
             return (True, not slices, -count, -len(candidate.images))
         header = slices[0].image.header
         kind = alteration(header)

@@ -15,9 +15,9 @@ from ctclip.preprocessing.volume import Volume
 
 EVEN_GAPS = 0.02
 LARGEST_GAP_RATIO = 3.0
-# Of what is compressed no byte holds more voxels than this.
+# Upper limit of voxels per compressed byte.
 LARGEST_RATIO = 1100
-# How much more than from those beyond them slices may differ from their neighbours.
+# Limit of the ratio of differences from neighbours to differences from the next but one.
 ALTERNATING = 1.15
 
 
@@ -227,8 +227,8 @@ def _untilt(
     rows, columns = float(drift @ column) / spacing[0], float(drift @ row) / spacing[1]
     straight = np.empty(array.shape, dtype=np.float32)
     for index, plane in enumerate(array):
-        # The drift of slice i is i * (rows, columns) pixels; content moves back by as much as the grid moved on.
-        # Padding below air would bleed into what it borders on.
+        # The drift of slice i is i * (rows, columns) pixels; the content is moved back by the same amount.
+        # Padding below air would be interpolated into neighbouring voxels.
         plane = np.maximum(plane, -1024).astype(np.float32)
         straight[index] = shift(plane, (index * rows, index * columns), order=1, mode="constant", cval=-1024.0)
     return straight, (step @ normal) * normal

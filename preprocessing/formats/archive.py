@@ -28,7 +28,7 @@ DEEPEST = 3
 ZIP = (b"PK\3\4", b"PK\5\6")
 SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2")
 PREFIX = "ctclip-unpacked-"
-# What macOS and Windows add, and the viewers of patient CDs: no part of a scan.
+# Files of macOS, Windows and the viewers on patient CDs, not part of a scan.
 JUNK = re.compile(r"(^|/)(__MACOSX/|\._|\.DS_Store$|Thumbs\.db$|desktop\.ini$)", re.IGNORECASE)
 VIEWERS = {
     ".exe", ".dll", ".inf", ".ini", ".htm", ".html", ".css", ".js", ".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ico",
@@ -84,7 +84,7 @@ class _Unpacking:
         try:
             (self._zip if is_zip(path) else self._tar)(path, folder)
         except damage as error:
-            # What the libraries say may quote the names inside, and those the patient's.
+            # Messages of the libraries may quote the names inside, which may name the patient.
             raise PreprocessingError(
                 f"{self.source}: not a readable archive ({type(error).__name__}); copy it again"
             ) from error
@@ -118,7 +118,7 @@ class _Unpacking:
             kind = streams.compression(file.read(6))
             file.seek(0)
             if kind:
-                # Inflated first, within the bound: tarfile believes what a header claims of another header's size.
+                # Decompressed first, within the limit, because tarfile trusts the size that a header states for another header.
                 self._inflate(streams.inflated(file, kind), plain)
             with tarfile.open(fileobj=_Bounded(plain if kind else file), mode="r:") as archive:
                 for number, member in enumerate(archive):

@@ -30,7 +30,7 @@ FIELDS = {
         "sform_code": ("i4", 348), "quatern": ("3f8", 352), "qoffset": ("3f8", 376), "srow": ("(3,4)f8", 400),
     },
 }  # fmt: skip
-# Where the magic stands, that of a single file, and that of a pair; NIfTI-2's ends in bytes that a transfer as text spoils.
+# Where the magic stands, that of a single file, and that of a pair; NIfTI-2's ends with bytes that a text-mode transfer corrupts.
 MAGIC = {348: (344, b"n+1\0", b"ni1\0"), 540: (4, b"n+2\0\r\n\x1a\n", b"ni2\0\r\n\x1a\n")}
 TYPES = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8",
@@ -195,7 +195,7 @@ def _partner(path: Path, suffix: str, source: str) -> Path:
     stem = _stem(path, ".hdr") or _stem(path, ".img") or path.stem
     partners = (f"{stem}{suffix}".lower(), f"{stem}{suffix}.gz".lower())
     beside = sorted(file for file in path.parent.iterdir() if file.name.lower() in partners)
-    # Names may differ in case only: the one spelled alike comes first.
+    # Names may differ only in case; an exact match comes first.
     beside.sort(key=lambda file: not file.name.startswith(stem))
     if not beside:
         raise PreprocessingError(

@@ -29,7 +29,7 @@ TRAILING = "bytes follow the end of its compressed stream: left out"
 def open_regular(path: Path, source: str) -> BinaryIO:
     """Open a regular file; a pipe or device, which could block for ever, is refused."""
     try:
-        # Without O_NONBLOCK, opening a pipe waits for whoever writes to it.
+        # Without O_NONBLOCK, opening a pipe waits for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise PreprocessingError(f"{source}: cannot be opened ({error.strerror})") from error
