@@ -16,13 +16,13 @@ from typing import Any, get_args
 import yaml
 
 INTRODUCTION = {
-    "commands": "# Commands\n\nMade from the help of each command. `ctclip COMMAND --help` prints the same.\n\n"
+    "commands": "# Commands\n\nGenerated from the help of each command, which `ctclip COMMAND --help` prints.\n\n"
     "Exit codes: 0 done; 2 failed, with one line that says why and what to do; 3 done, but some scans were refused; 75 a training "
     "run stopped after writing a checkpoint; 130 interrupted.\n\n`--debug` shows the traceback of an error; `--plugin MODULE` imports a "
     "module first. Both may be given anywhere.\n",
     "configuration": "# Configuration\n\nEvery key of a training recipe, with its default and meaning; `ctclip config explain KEY` "
     "prints the same. On the command line: `training.epochs=5`.\n",
-    "files": "# Files and columns\n\nEvery file that a command writes, and what is in it. A column in angle brackets stands for one a label.\n",
+    "files": "# Files and columns\n\nEvery file that a command writes, and its content. A column in angle brackets stands for one column per label.\n",
 }
 
 

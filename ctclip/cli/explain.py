@@ -32,9 +32,8 @@ def explain(
     method: By = typer.Option(
         By.similarity,
         help="similarity: the score of each place alone; contribution: what a place adds to the score; "
-        "occlusion: how the score falls when a place is hidden, "
-        "slow, works with every model; gradcam; attention: for transformers; counterfactual: the smallest smooth change of "
-        "the scan that turns the score, slow.",
+        "occlusion: how much the score falls when a place is hidden (slow, works with every model); gradcam; attention: for "
+        "transformers; counterfactual: the smallest smooth change of the scan that moves the score across its threshold (slow).",
     ),
     level: float = typer.Option(
         0.5, min=0.01, max=0.99, help="Fraction of the peak of a map down to which its region and mask extend."
