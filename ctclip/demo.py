@@ -44,7 +44,7 @@ SIZES = {
         ("training.epochs=7", "training.text_warmup.steps=100", "training.summary_patients=100"),
         200,
         0.1,
-        (1.2, 0.7, 3.7, 0.3, 0.1, 0.4, 0.5),
+        (1.3, 0.8, 4.3, 0.3, 0.1, 0.5, 0.5),
         scale=5.5,
         spec="phantom_coarse",
         reconstructions=1,
