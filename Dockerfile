@@ -14,7 +14,7 @@ COPY preprocessing preprocessing
 COPY ctclip ctclip
 RUN python -m venv /opt/ctclip \
     && /opt/ctclip/bin/pip install torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
-    && /opt/ctclip/bin/pip install --constraint constraints.txt ".[serve,dicom]" \
+    && /opt/ctclip/bin/pip install --constraint constraints.txt ".[serve,index,dicom]" \
     && find /opt/ctclip -name '__pycache__' -prune -exec rm -rf {} +
 
 FROM python:3.11.14-slim-bookworm

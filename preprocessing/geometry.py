@@ -105,6 +105,16 @@ def resampled_affine(volume: Volume, spec: PreprocessingSpec, centre: Centre | N
     return affine[:, [0, 2, 1, 3]] if spec.published_geometry else affine
 
 
+def grid_affine(spec: PreprocessingSpec) -> np.ndarray:
+    """(4, 4) from [slice, row, column] of the grid of ``spec`` to LPS+ mm about the grid's middle: where the voxels of a
+    stored volume lie to each other, as its place in the scan is not stored."""
+    affine = np.eye(4)
+    # Columns run to the patient's left, rows to the back, slices to the head.
+    affine[:3, :3] = np.diag(spec.spacing)[:, ::-1].T
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(spec.shape) - 1) / 2)
+    return affine
+
+
 def resample(volume: Volume, spec: PreprocessingSpec, kind: Kind = "hu", centre: Centre | None = None) -> np.ndarray:
     """An oriented volume in HU on the grid of ``spec``, about the volume's middle or the voxel index ``centre``: float32 HU
     of ``spec.shape``; or ``stored``, int16 HU; or ``voxels``, float32 in [-1, 1].

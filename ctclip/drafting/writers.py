@@ -92,17 +92,22 @@ class TemplateWriter(Writer):
 class RetrievalWriter(Writer):
     """The report of the nearest scan of an index: the control that every other method must beat."""
 
-    def __init__(self, index: Index) -> None:
-        self.index = index
+    def __init__(self, index: Index, but: str | None = None) -> None:
+        """but: a patient whose own reports are not copied."""
+        self.index, self.but = index, but
 
-    def write(self, encoded: Encoded, detected: Detected) -> dict[str, str]:
+    def nearest(self, encoded: Encoded) -> tuple[str, float, dict[str, str]]:
+        """The nearest volume that has a report, its cosine similarity, and the text of each section. Raises DataError."""
         assert encoded.embedding is not None
         near = self.index.similar(encoded.embedding[0].float().cpu().numpy(), DEPTH)
         for row in near.to_dict("records"):
             report = {section: report_text(row[section]) for section in SECTIONS}
-            if any(report.values()):
-                return report
+            if any(report.values()) and str(row["patient"]) != self.but:
+                return str(row["volume"]), float(row["similarity"]), report
         raise DataError("none of the nearest scans of the index has a report; index a store with reports")
+
+    def write(self, encoded: Encoded, detected: Detected) -> dict[str, str]:
+        return self.nearest(encoded)[2]
 
 
 class CaptionWriter(Writer):

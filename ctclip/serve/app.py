@@ -153,8 +153,9 @@ def _add_scans(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/scans/{name}/view.nii.gz")
     async def view(name: str) -> FileResponse:
-        """The scan in HU, oriented, on its own grid (a stored volume on the grid of the store)."""
-        scan = await service.wait(service.get(name))
+        """The scan in HU, oriented, on its own grid (a stored volume on the grid of the store); there from the stage
+        `encoding` on."""
+        scan = await service.wait(service.get(name), or_stage="encoding")
         return FileResponse(scan.view, media_type="application/gzip", filename="scan.nii.gz")
 
     @app.get("/v1/scans/{name}/findings.csv")
@@ -212,6 +213,13 @@ def _add_scans(app: FastAPI, service: Service) -> None:
         answer: dict[str, Any] = await service.ask(service.get(name), "similar", count=min(max(count, 1), 50))
         return answer
 
+    @app.get("/v1/scans/{name}/draft")
+    async def draft(name: str) -> dict[str, Any]:
+        """The draft of a report: each sentence with what it claims and the detector's probability of that. Written by the
+        model's caption head or, without one, copied from the report of the nearest scan of the index."""
+        answer: dict[str, Any] = await service.ask(service.get(name), "draft")
+        return answer
+
 
 def _add_pacs(app: FastAPI, service: Service) -> None:
     """A PACS that the service was started with."""
@@ -261,6 +269,11 @@ def _add_one_call(app: FastAPI, service: Service) -> None:
     async def embed(request: Request) -> dict[str, Any]:
         """The unit vector of one scan."""
         return await answer(request, "embed")
+
+    @app.post("/v1/draft", openapi_extra=UPLOAD)
+    async def draft(request: Request) -> dict[str, Any]:
+        """The draft of a report; see `/v1/scans/{name}/draft`."""
+        return await answer(request, "draft")
 
     @app.post("/v1/similar", openapi_extra=UPLOAD)
     async def similar(request: Request) -> dict[str, Any]:

@@ -242,11 +242,11 @@ class Service:
         scan.move("queued")
         scan.task = asyncio.create_task(self._work(scan))
 
-    async def wait(self, scan: Scan) -> Scan:
-        """Wait until a scan has ended. Raises Refused or Unavailable with the reason."""
-        while scan.stage not in ENDED:
+    async def wait(self, scan: Scan, or_stage: str = "done") -> Scan:
+        """Wait until a scan has ended, or is at the stage ``or_stage``. Raises Refused or Unavailable with the reason."""
+        while scan.stage not in (*ENDED, or_stage):
             await scan.changed.wait()
-        if scan.stage == "done":
+        if scan.stage in ("done", or_stage):
             return scan
         raise (Unavailable if scan.result.get("again") else Refused)(scan.reason or "cancelled")
 

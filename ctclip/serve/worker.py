@@ -30,9 +30,11 @@ from ctclip.inference.model import Model, asking, load
 from ctclip.inference.scans import StoredScans
 from ctclip.models.encoded import Encoded
 from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.geometry import grid_affine
 from ctclip.preprocessing.pipeline import Prepared
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.volume import FileGrid, Volume
+from ctclip.serve.drafts import Drafts
 from ctclip.serve.exports import write_dicom, write_sheet
 from ctclip.serve.findings import of_detection, of_model
 from ctclip.serve.settings import Settings
@@ -43,10 +45,11 @@ READERS = 2
 
 @dataclass
 class Scan:
-    """A scan in memory: encoded, and prepared."""
+    """A scan in memory: encoded, and prepared. ``volume``: its name in the store, if it is from there."""
 
     encoded: Encoded
     prepared: Prepared
+    volume: str | None = None
 
 
 @dataclass
@@ -69,18 +72,23 @@ class Worker:
         self.store = StoredScans(VolumeStore(settings.store), None, self.model.spec, self.model.folder.path) if settings.store else None  # fmt: skip
         self.index = Index.load(settings.index, self.model.folder.hash) if settings.index else None
         self.head = self.model.head()
+        self.drafts = Drafts(self.model, self.head, self.index)
         self.scans: OrderedDict[str, Scan] = OrderedDict()
         self.cancelled: set[str] = set()
         self.ready: queue.Queue[Ready] = queue.Queue(maxsize=2 * settings.batch)
         self.answers: dict[str, Callable[[Request], Any]] = {
             "text": self.text, "similar": self.similar, "embed": self.embed, "explain": self.explain,
-            "dicom": self.dicom, "sheet": self.sheet,
+            "dicom": self.dicom, "sheet": self.sheet, "draft": self.draft,
         }  # fmt: skip
 
     def run(self) -> None:
         """Run until the pipe closes."""
         threading.Thread(target=self._encode_for_ever, daemon=True).start()
-        facts = of_model(self.model) | {"stored": self._stored(), "index": self.index is not None}
+        facts = of_model(self.model) | {
+            "stored": self._stored(),
+            "index": self.index is not None,
+            "draft": self.drafts.method,
+        }
         self.send(0, ready=facts)
         with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as answering:
             while True:
@@ -164,13 +172,18 @@ class Worker:
         if self.index is None:
             raise CtclipError("the service was started without an index: start it with --index")
         vector = self._embedding(request)
-        hits = {"scans": False, "reports": True}
-        return {
-            kind: self.index.similar(vector, request["count"], reports=reports)
-            .drop(columns="patient")
-            .to_dict("records")
-            for kind, reports in hits.items()
-        }
+        patient = self._patient(self._scan(request))
+        every = {}
+        for kind, reports in {"scans": False, "reports": True}.items():
+            hits = self.index.similar(vector, request["count"], reports=reports)
+            of_patient = [patient is not None and str(each) == patient for each in hits.pop("patient")]
+            every[kind] = hits.assign(same_patient=of_patient).to_dict("records")
+        return every
+
+    def draft(self, request: Request) -> dict[str, Any]:
+        """The draft of a report. The reports of the patient of a stored volume are not copied."""
+        scan = self._scan(request)
+        return self.drafts.of(scan.encoded, self._patient(scan))
 
     def embed(self, request: Request) -> dict[str, Any]:
         """The unit vector of a scan."""
@@ -190,6 +203,13 @@ class Worker:
                 f"the scan is no longer in memory (the service keeps {self.settings.keep}); send it again"
             ) from None
 
+    def _patient(self, scan: Scan) -> str | None:
+        """The patient of a volume of the store; of a scan that was sent, nothing is known."""
+        if self.store is None or scan.volume is None:
+            return None
+        table = self.store.table
+        return str(table.loc[table["volume"].astype(str) == scan.volume, "patient"].iloc[0])
+
     def _answer(self, request: Request) -> None:
         self.send(request["request"], result=self.answers[request["task"]](request))
 
@@ -207,6 +227,8 @@ class Worker:
             source = Source(prepared.source_spacing, prepared.source_shape)
             _ = prepared.voxels
         write_view(prepared.scan.array, prepared.scan.affine, Path(request["view"]))
+        # From here on the scan can be looked at, while it waits for the model.
+        self.send(request["request"], stage="encoding")
         self.ready.put(Ready(request, prepared, source))
 
     def _of_store(self, request: Request) -> Prepared:
@@ -230,8 +252,6 @@ class Worker:
                 self._guarded_encoding(several)
 
     def _guarded_encoding(self, several: list[Ready]) -> None:
-        for one in several:
-            self.send(one.request["request"], stage="encoding")
         try:
             self._encode(several)
         except Exception as error:
@@ -244,7 +264,7 @@ class Worker:
         for number, one in enumerate(several):
             encoded = alone(together, number)
             scan = one.request["scan"]
-            self.scans[scan] = Scan(encoded, one.prepared)
+            self.scans[scan] = Scan(encoded, one.prepared, one.request.get("volume"))
             while len(self.scans) > self.settings.keep:
                 self.scans.popitem(last=False)
             far = self.model.drift(one.prepared, encoded, one.source)
@@ -278,12 +298,11 @@ def alone(together: Encoded, number: int) -> Encoded:
 
 
 def stored(store: VolumeStore, name: str) -> Prepared:
-    """A stored volume as if it had just been prepared, on the grid of the store; its position in the scan is not
-    stored."""
+    """A stored volume as if it had just been prepared, on the grid of the store, in mm about the grid's middle."""
     hu, spec = store.read(name), store.spec
     if spec.published_geometry:
         hu = hu.transpose(0, 2, 1)
-    affine = np.diag([*spec.spacing, 1.0])
+    affine = grid_affine(spec)
     volume = Volume(np.ascontiguousarray(hu), affine, name)
     prepared = Prepared(volume, spec, affine[:, [0, 2, 1, 3]] if spec.published_geometry else affine, FileGrid.of(hu.shape, affine, False))  # fmt: skip
     # Do not resample a second time.

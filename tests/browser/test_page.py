@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,51 @@ def test_a_click_flies_to_the_peak_and_lays_the_map_over_the_scan(page: Any, sca
     assert page.evaluate("viewer.picture()") != plain
     page.click("#clear")
     assert page.inner_text("#mapped") == ""
+
+
+def test_a_draft_says_what_the_detector_says(page: Any, scan: Path, looked_at: Served) -> None:
+    send(page, scan)
+    assert page.locator("#sentences li").count() == 0
+    draft = looked_at.client.get(f"/v1/scans/{page.evaluate('scan')}/draft").json()
+    page.click("#draft")
+    page.wait_for_selector("#sentences li", timeout=WAIT)
+    assert draft["copied_from"]["volume"] in page.inner_text("#drafted")
+    sentences = [*draft["findings"], *draft["impression"]]
+    assert page.locator("#sentences li").count() == len(sentences)
+    denied = [number for number, sentence in enumerate(sentences) if sentence["denied"]]
+    assert 0 < len(denied) < len(sentences)
+    assert page.locator("#sentences li.denied").count() == len(denied)
+    assert "Denied: the detector calls" in page.inner_text(f"#sentences li >> nth={denied[0]}")
+    finding = page.locator("#sentences button.claim").first
+    finding.click()
+    page.wait_for_selector("#clear:not([hidden])", timeout=WAIT)
+    assert page.inner_text("#mapped").split(":")[0] in finding.inner_text()
+    assert page.faults == []
+
+
+def test_what_arrives_late_for_an_earlier_scan_is_dropped(page: Any, cohort: Path) -> None:
+    """Of two scans sent one after the other, the page shows the last, and keeps nothing of the first."""
+    first, last = sorted((cohort / "dataset").rglob("*.nii.gz"))[:2]
+    page.set_input_files("#files", first)
+    page.wait_for_selector("#work:not([hidden])", timeout=WAIT)
+    send(page, last)
+    probabilities = page.inner_text("#findings")
+    page.wait_for_timeout(500)
+    assert page.inner_text("#findings") == probabilities
+    assert page.is_hidden("#reason")
+
+
+def test_an_upload_is_cancelled(page: Any, looked_at: Served, tmp_path: Path) -> None:
+    (tmp_path / "large.nii.gz").write_bytes(bytes(200_000_000))
+    page.set_input_files("#files", tmp_path / "large.nii.gz")
+    page.wait_for_selector("#work:not([hidden])", timeout=WAIT)
+    page.click("#cancel")
+    assert page.is_hidden("#work")
+    assert page.is_hidden("#reason")
+    until = time.monotonic() + 30
+    while looked_at.uploads() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert [path for path in looked_at.uploads() if "large" in path.name] == []
 
 
 def test_free_text_is_scored(page: Any, scan: Path) -> None:

@@ -101,6 +101,10 @@ def test_what_is_answered_is_what_python_says(served: Served, model: Path, scans
     assert asked["probability"] == pytest.approx(
         loaded.detect(scans[0], "a cyst in the left kidney").probabilities["a cyst in the left kidney"], abs=1e-6
     )
+    drafted = served.client.post("/v1/draft", files=sent(scans[0])).json()
+    assert drafted["method"] == "retrieval"
+    assert drafted["copied_from"]["similarity"] > 0.999
+    assert drafted["findings"][0]["text"]
     hits = served.client.post("/v1/similar", files=sent(scans[0]), data={"count": "3"}).json()
     assert len(hits["scans"]) == 3
     assert hits["scans"][0]["similarity"] > 0.999
@@ -147,10 +151,22 @@ def test_where_a_finding_is_seen(served: Served, model: Path, scans: list[Path],
     served.client.delete(f"/v1/scans/{name}")
 
 
-def test_a_stored_volume(served: Served) -> None:
+def test_a_stored_volume_lies_as_its_file_does(served: Served, cohort: Path, tmp_path: Path) -> None:
+    """Its axes run to the same sides of the patient, and its findings are on the same side."""
+    import nibabel as nib
+    from nibabel.processing import resample_from_to
+
     volume = served.client.get("/v1/models").json()["stored"][0]
     name = served.client.post("/v1/scans", files={"volume": (None, volume)}).json()["scan"]
     assert '"stage": "done"' in served.client.get(f"/v1/scans/{name}/events").text
+    (tmp_path / "view.nii.gz").write_bytes(served.client.get(f"/v1/scans/{name}/view.nii.gz").content)
+    view = nib.as_closest_canonical(nib.load(tmp_path / "view.nii.gz"))
+    source = nib.as_closest_canonical(nib.load(next((cohort / "dataset").rglob(f"{volume}.nii.gz"))))
+    # The store's grid lies about the middle of the scan.
+    middle = source.affine @ [*((np.array(source.shape) - 1) / 2), 1]
+    affine = view.affine + np.outer([*middle[:3], 0], [0, 0, 0, 1])
+    expected = resample_from_to(source, (view.shape, affine), order=1, cval=-1000).get_fdata()
+    assert np.corrcoef(view.get_fdata().ravel(), expected.ravel())[0, 1] > 0.95
     place = served.client.get(f"/v1/scans/{name}/explain", params={"finding": "Pleural effusion"}).json()
     assert len(place["peak_mm_ras"]) == 3
     served.client.delete(f"/v1/scans/{name}")

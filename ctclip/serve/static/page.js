@@ -3,8 +3,11 @@
 
 const $ = (id) => document.getElementById(id);
 let scan = null;      // id of the scan on the page
+let ofStore = false;  // whether it is a volume of the store, whose place in the scanner is not stored
+let turn = 0;         // counts the scans that were chosen: what arrives late for an earlier one is dropped
 let sending = null;   // the request that sends one
 let started = null;   // the viewer, created on first use
+let caveats = [];     // what the top of the page says already
 let mapped = null;    // the finding whose map lies over the scan
 
 async function call(path, options = {}) {
@@ -17,8 +20,14 @@ async function call(path, options = {}) {
 }
 
 function login() {
-  $("login").showModal();
+  $("denied").textContent = sessionStorage.getItem("token") ? "That token was not accepted." : "";
+  $("token").value = "";
+  if (!$("login").open) $("login").showModal();
   return new Promise((done) => $("login").addEventListener("close", () => { sessionStorage.setItem("token", $("token").value); done(); }, { once: true }));
+}
+
+function sentenceOf(words, end = ".") {
+  return `${words[0].toUpperCase()}${words.slice(1)}${end}`;
 }
 
 function element(name, text, attributes = {}) {
@@ -45,10 +54,12 @@ async function describeModel() {
   $("model").textContent = `${facts.name} · ${facts.encoder} · ${facts.labels.name} (${facts.labels.names.length} findings)`;
   const on = facts.trained_on;
   const parts = [on.cohort, on.volumes && `${on.volumes} volumes`, on.patients && `${on.patients} patients`, on.supervision && `supervision: ${on.supervision}`];
-  const sentences = facts.caveats.map((caveat) => `${caveat[0].toUpperCase()}${caveat.slice(1)}.`);
+  caveats = facts.caveats;
+  const sentences = caveats.map((caveat) => sentenceOf(caveat));
   $("learned").textContent = [`The model learned from ${parts.filter(Boolean).join(", ") || "data that it does not state"}.`, ...sentences].join(" ");
   $("notice").textContent = [facts.notice, ...sentences].join(" ");
   $("neighbours").dataset.there = facts.index ? "yes" : "";
+  offerDraft(facts.draft);
   $("stored").hidden = !facts.stored.length;
   $("pacs").hidden = !facts.dicomweb;
   $("volumes").replaceChildren(...facts.stored.slice(0, 5000).map((name) => element("option", undefined, { value: name })));
@@ -72,7 +83,8 @@ function send(form) {
   });
 }
 
-async function follow(id) {
+// ``seen`` is called when the scan can be looked at: before it is encoded.
+async function follow(id, seen) {
   const reader = (await call(`/v1/scans/${id}/events`)).body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
@@ -85,31 +97,43 @@ async function follow(id) {
       const facts = JSON.parse(line.slice(6));
       if (facts.stage === "done") return facts;
       if (facts.reason || facts.stage === "cancelled") throw new Error(facts.reason || "cancelled");
+      if (facts.stage === "encoding") seen();
       say({ queued: "waiting for other scans", fetching: "fetching the series from the PACS", reading: "reading and checking the scan", encoding: "encoding" }[facts.stage] || facts.stage);
     }
   }
 }
 
 async function look(form) {
-  await forget();
-  $("reason").hidden = true;
-  $("results").hidden = $("viewer").hidden = true;
-  $("warnings").replaceChildren();
+  forget();
+  ofStore = form.has("volume");
+  const mine = turn;
+  say("sending", 0);
   try {
-    say("sending", 0);
-    scan = (await send(form)).scan;
-    const facts = await follow(scan);
-    say("fetching the volume");
+    const { scan: id } = await send(form);
+    if (mine !== turn) return call(`/v1/scans/${id}`, { method: "DELETE" }).catch(() => {});
+    scan = id;
+    let drawn = null;
+    // A fault is reported where the drawing is waited for.
+    const draw = () => { drawn ??= showScan(id); drawn.catch(() => {}); };
+    const facts = await follow(id, draw);
+    if (mine !== turn) return;
     show(facts);
-    await showScan();
-    say("");
-  } catch (error) { refuse(error); }
+    draw();
+    say("drawing the scan");
+    await drawn;
+    if (mine === turn) say("");
+  } catch (error) { if (mine === turn) refuse(error); }
 }
 
-async function forget() {
-  const old = scan;
-  scan = null;
-  if (old) await call(`/v1/scans/${old}`, { method: "DELETE" }).catch(() => {});
+// Take the scan off the page and off the service, and abort one that is being sent.
+function forget() {
+  turn++;
+  if (sending) sending.abort();
+  if (scan) call(`/v1/scans/${scan}`, { method: "DELETE", keepalive: true }).catch(() => {});
+  scan = sending = null;
+  say("");
+  $("reason").hidden = $("results").hidden = $("viewer").hidden = true;
+  $("warnings").replaceChildren();
 }
 
 function show(facts) {
@@ -117,7 +141,7 @@ function show(facts) {
   document.querySelector("[data-save='dicom.zip']").hidden = !facts.dicom;
   $("deposit").hidden = !facts.dicom || $("pacs").hidden;
   $("deposited").textContent = "";
-  $("warnings").replaceChildren(...facts.warnings.map((text) => element("li", text)));
+  $("warnings").replaceChildren(...facts.warnings.filter((text) => !caveats.includes(text)).map((text) => element("li", sentenceOf(text, ""))));
   $("calibrated").textContent = facts.findings.some((finding) => finding.threshold !== null)
     ? "Ordered by the distance from the decision threshold (the mark on the scale); bold: at or above it."
     : "Not calibrated: probabilities of different findings cannot be compared, and there are no thresholds.";
@@ -132,6 +156,7 @@ function show(facts) {
   });
   document.querySelector("#findings tbody").replaceChildren(...rows);
   document.querySelector("#asked tbody").replaceChildren();
+  clearDraft();
   neighbours();
 }
 
@@ -145,12 +170,13 @@ function row(finding) {
   if (finding.threshold !== null) { const mark = element("b"); mark.style.left = `${100 * finding.threshold}%`; scale.append(mark); }
   first.append(name, scale);
   for (const [what, value] of Object.entries(finding.values || {})) first.append(element("div", `${what}: ${value.toFixed(1)} if present`, { class: "note" }));
-  line.append(first, element("td", `${(100 * finding.probability).toFixed(1)} %`), element("td", finding.margin.toFixed(2)));
+  line.append(first, element("td", `${(100 * finding.probability).toFixed(1)} %`), element("td", finding.threshold === null ? "none" : `${(100 * finding.threshold).toFixed(1)} %`));
   return line;
 }
 
-async function showScan() {
-  const buffer = await (await call(`/v1/scans/${scan}/view.nii.gz`)).arrayBuffer();
+async function showScan(id) {
+  const buffer = await (await call(`/v1/scans/${id}/view.nii.gz`)).arrayBuffer();
+  if (id !== scan) return;
   $("viewer").hidden = false;
   started ??= viewer.start($("canvas"), place);
   await started;
@@ -163,7 +189,7 @@ function place({ mm, hu }) {
   // RAS: towards the right, the front, the head.
   const sides = [["R", "L"], ["A", "P"], ["S", "I"]];
   const words = mm.map((value, axis) => `${sides[axis][value < 0 ? 1 : 0]} ${Math.abs(value).toFixed(1)}`);
-  $("place").textContent = `${hu === undefined ? "" : `${Math.round(hu)} HU at `}${words.join(", ")} mm`;
+  $("place").textContent = `${hu === undefined ? "" : `${Math.round(hu)} HU at `}${words.join(", ")} mm${ofStore ? " from the middle of the stored grid" : ""}`;
 }
 
 function setWindow() {
@@ -172,17 +198,20 @@ function setWindow() {
 }
 
 async function where(name, button) {
+  const asked = scan;
   try {
     button.disabled = true;
-    const facts = await (await call(`/v1/scans/${scan}/explain?finding=${encodeURIComponent(name)}`)).json();
-    const map = await (await call(`/v1/scans/${scan}/map.nii.gz?finding=${encodeURIComponent(name)}`)).arrayBuffer();
+    const facts = await (await call(`/v1/scans/${asked}/explain?finding=${encodeURIComponent(name)}`)).json();
+    const map = await (await call(`/v1/scans/${asked}/map.nii.gz?finding=${encodeURIComponent(name)}`)).arrayBuffer();
+    if (asked !== scan) return null;
     await viewer.overlay(map, facts.level, facts.height);
     viewer.to(facts.peak_mm_ras);
     const across = [facts.size_mm_right_left, facts.size_mm_front_back, facts.size_mm_foot_head].map((mm) => mm.toFixed(0)).join(" × ");
     $("mapped").textContent = `${facts.finding}: ${facts.side ? `${facts.side}, ` : ""}region of ${across} mm around the peak. A map shows what influenced the score, which need not be the finding.`;
     cover(name);
     $("canvas").focus();
-  } catch (error) { refuse(error); } finally { button.disabled = false; }
+    return facts;
+  } catch (error) { if (asked === scan) refuse(error); return null; } finally { button.disabled = false; }
 }
 
 function cover(name) {
@@ -193,11 +222,13 @@ function cover(name) {
 async function neighbours() {
   $("neighbours").hidden = !$("neighbours").dataset.there;
   if ($("neighbours").hidden) return;
-  const found = await (await call(`/v1/scans/${scan}/similar`)).json().catch(() => null);
+  const asked = scan;
+  const found = await call(`/v1/scans/${asked}/similar`).then((answer) => answer.json()).catch(() => null);
+  if (asked !== scan) return;
   for (const kind of ["scans", "reports"]) {
     $(kind).replaceChildren(...(found ? found[kind] : []).map((hit) => {
       const line = element("li"), more = element("details");
-      more.append(element("summary", `${hit.volume} (similarity ${hit.similarity.toFixed(2)})`), element("p", hit.findings), element("p", hit.impression));
+      more.append(element("summary", `${hit.volume} (similarity ${hit.similarity.toFixed(2)}${hit.same_patient ? ", of this patient" : ""})`), element("p", hit.findings), element("p", hit.impression));
       line.append(more);
       return line;
     }));
@@ -229,7 +260,10 @@ function formOf(files) {
   return form;
 }
 
-for (const id of ["files", "folder"]) $(id).onchange = () => { if ($(id).files.length) look(formOf($(id).files)); };
+for (const id of ["files", "folder"]) {
+  // Emptied, so that the same file can be chosen again.
+  $(id).onchange = () => { if ($(id).files.length) { look(formOf($(id).files)); $(id).value = ""; } };
+}
 $("volume").onchange = () => { if (!$("volume").value) return; const form = new FormData(); form.append("volume", $("volume").value); look(form); };
 $("pacs").onsubmit = async (event) => {
   event.preventDefault();
@@ -262,11 +296,13 @@ $("drop").ondrop = async (event) => {
   const files = (await Promise.all(entries.map(filesOf))).flat();
   if (files.length) look(formOf(files));
 };
-$("cancel").onclick = () => { if (scan) forget(); else if (sending) sending.abort(); };
+$("cancel").onclick = forget;
+// A page that is closed takes its scan along; one that may come back keeps it.
+window.addEventListener("pagehide", (event) => { if (!event.persisted) forget(); });
 $("window").onchange = setWindow;
 $("ruler").onclick = () => { const on = $("ruler").getAttribute("aria-pressed") !== "true"; $("ruler").setAttribute("aria-pressed", on); viewer.ruler(on); };
 $("clear").onclick = () => { viewer.overlay(null); cover(null); $("mapped").textContent = ""; };
-$("remove").onclick = async () => { await forget(); $("results").hidden = $("viewer").hidden = true; $("warnings").replaceChildren(); };
+$("remove").onclick = forget;
 for (const button of document.querySelectorAll("[data-save]")) {
   button.onclick = async () => { button.disabled = true; await save(button.dataset.save).catch(refuse); button.disabled = false; };
 }
@@ -280,11 +316,12 @@ for (const button of document.querySelectorAll("[data-plane]")) {
 }
 $("ask").onsubmit = async (event) => {
   event.preventDefault();
+  const asked = scan;
   try {
-    const finding = await (await call(`/v1/scans/${scan}/text`, {
+    const finding = await (await call(`/v1/scans/${asked}/text`, {
       method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ text: $("text").value }),
     })).json();
-    document.querySelector("#asked tbody").prepend(row(finding));
+    if (asked === scan) document.querySelector("#asked tbody").prepend(row(finding));
   } catch (error) { refuse(error); }
 };
 $("canvas").onkeydown = (event) => {

@@ -9,8 +9,8 @@ const viewer = (() => {
   async function start(canvas, onPlace) {
     told = onPlace;
     nv = new niivue.Niivue({
-      backColor: [0, 0, 0, 1], show3Dcrosshair: true, crosshairColor: [1, 0.85, 0, 0.8], crosshairWidth: 1,
-      isRadiologicalConvention: true, isOrientationTextVisible: true, isRuler: true, loadingText: "", logLevel: "error",
+      backColor: [0, 0, 0, 1], show3Dcrosshair: true, crosshairColor: [1, 0.85, 0, 0.8], crosshairWidth: 1, crosshairWidthUnit: "mm", crosshairGap: 8,
+      isRadiologicalConvention: true, isOrientationTextVisible: true, isRuler: true, rulerWidth: 3, rulerColor: [1, 1, 1, 0.9], showAllOrientationMarkers: true, loadingText: "", logLevel: "error",
       multiplanarForceRender: false, multiplanarShowRender: niivue.SHOW_RENDER.NEVER, fontColor: [1, 1, 1, 1], dragAndDropEnabled: false, sagittalNoseLeft: true, fontSizeScaling: 0.7,
     });
     await nv.attachToCanvas(canvas);
@@ -25,6 +25,7 @@ const viewer = (() => {
     while (nv.volumes.length) nv.removeVolumeByIndex(0);
     await nv.loadFromArrayBuffer(buffer, "scan.nii.gz");
     nv.volumes[0].colormap = "gray";
+    nv.createOnLocationChange();
   }
 
   // A map over the scan, or none.

@@ -17,6 +17,7 @@ from ctclip.heads.folder import list_heads
 from ctclip.models.folder import load_model
 from ctclip.preprocessing.store import VolumeStore
 from tests.unit.drafting.conftest import Clinic, report
+from tests.unit.drafting.test_service_drafts import check_caption_drafts
 
 CONFIG = CaptionConfig(depth=1, heads=2, length=96, epochs=80, batch=8, learning_rate=0.01, told=0.5)
 
@@ -44,6 +45,7 @@ def test_a_caption_head_is_trained_kept_and_loaded_again(clinic: Clinic, tmp_pat
     for decoding in (Decoding(beams=2), Decoding(nucleus=0.9, seed=3)):
         assert head.generate(encoded, decoding, []) == head.generate(encoded, decoding, [])
     assert head.score(encoded).shape == (1, 2)
+    check_caption_drafts(model, store)
 
 
 def test_the_prefix_is_not_learned_and_tells_nothing_by_default(clinic: Clinic) -> None:
