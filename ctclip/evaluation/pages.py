@@ -30,7 +30,7 @@ TEMPLATE = """<!doctype html>
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --dim: #aab; --paper: #15181b; --panel: #1f2428; --line: #3a4046 } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line) }
-figure { margin: 1rem 0 } figure button { border: 0; padding: 0; background: #fff; cursor: zoom-in; width: 100% } img { max-width: 100%; height: auto; display: block } figcaption { color: var(--dim); font-size: .87rem }
+figure { margin: 1rem 0 } figure button { border: 0; padding: 0; background: #fff; cursor: zoom-in; max-width: 100% } img { max-width: 100%; height: auto; display: block } figcaption { color: var(--dim); font-size: .87rem }
 dialog { padding: 0; border: 0; max-width: 100vw; max-height: 100vh; background: #fff; overflow: auto; cursor: zoom-out } dialog img { max-width: none } dialog::backdrop { background: #000c }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem } td, th { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0; cursor: pointer } th button::after { content: " \\2195"; color: var(--dim) } th[aria-sort=ascending] button::after { content: " \\2191" } th[aria-sort=descending] button::after { content: " \\2193" }

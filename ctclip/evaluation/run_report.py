@@ -291,7 +291,8 @@ def _retrieval(directions: dict[str, Any]) -> dict[str, Any]:
         values = [direction.get(key) for direction in directions.values()]
         if any(isinstance(value, str) for value in values):
             continue
-        digits = 3 if "@" in key else 0
+        # Shares, and beside them counts and ranks.
+        form = ".3f" if "@" in key or "precision" in key else "g"
         name = key.replace("@", " at ").replace("_", " ").replace("map", "MAP").replace("jaccard", "mean Jaccard")
-        rows.append([name, *["" if value is None else f"{value:.{digits}f}" for value in values]])
+        rows.append([name, *["" if value is None else f"{value:{form}}" for value in values]])
     return {"words": " ".join(word[0].upper() + word[1:] for word in words), "table": rows}

@@ -145,6 +145,13 @@ def test_a_draft_says_what_the_detector_says(page: Any, scan: Path, looked_at: S
     page.wait_for_selector("#clear:not([hidden])", timeout=WAIT)
     assert page.inner_text("#mapped").split(":")[0] in finding.inner_text()
     assert page.faults == []
+    # A page that is left takes its scan along.
+    name = page.evaluate("scan")
+    page.goto("about:blank")
+    until = time.monotonic() + 30
+    while looked_at.client.get(f"/v1/scans/{name}").status_code != 404:
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_what_arrives_late_for_an_earlier_scan_is_dropped(page: Any, cohort: Path) -> None:

@@ -181,8 +181,7 @@ async function showScan(id) {
   started ??= viewer.start($("canvas"), place);
   await started;
   $("clear").click();
-  await viewer.show(buffer);
-  setWindow();
+  await viewer.show(buffer, ...limits());
 }
 
 function place({ mm, hu }) {
@@ -192,10 +191,8 @@ function place({ mm, hu }) {
   $("place").textContent = `${hu === undefined ? "" : `${Math.round(hu)} HU at `}${words.join(", ")} mm${ofStore ? " from the middle of the stored grid" : ""}`;
 }
 
-function setWindow() {
-  const [low, high] = $("window").value.split(",").map(Number);
-  viewer.range(low, high);
-}
+const limits = () => $("window").value.split(",").map(Number);
+const setWindow = () => viewer.range(...limits());
 
 async function where(name, button) {
   const asked = scan;

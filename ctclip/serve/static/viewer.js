@@ -21,10 +21,10 @@ const viewer = (() => {
     nv.onLocationChange = (place) => told({ mm: Array.from(place.mm).slice(0, 3), hu: place.values[0] && place.values[0].value });
   }
 
-  async function show(buffer) {
+  // Drawn once, in its window.
+  async function show(buffer, low, high) {
     while (nv.volumes.length) nv.removeVolumeByIndex(0);
-    await nv.loadFromArrayBuffer(buffer, "scan.nii.gz");
-    nv.volumes[0].colormap = "gray";
+    await nv.addVolumeFromUrl({ url: "scan.nii.gz", name: "scan.nii.gz", buffer, colormap: "gray", cal_min: low, cal_max: high });
     nv.createOnLocationChange();
   }
 
@@ -32,10 +32,7 @@ const viewer = (() => {
   async function overlay(buffer, low, high) {
     while (nv.volumes.length > 1) nv.removeVolumeByIndex(1);
     if (!buffer) return nv.volumes.length && nv.updateGLVolume();
-    await nv.loadFromArrayBuffer(buffer, "map.nii.gz");
-    const map = nv.volumes[1];
-    map.colormap = "inferno"; map.opacity = 0.45; map.cal_min = low; map.cal_max = high;
-    nv.updateGLVolume();
+    await nv.addVolumeFromUrl({ url: "map.nii.gz", name: "map.nii.gz", buffer, colormap: "inferno", opacity: 0.45, cal_min: low, cal_max: high });
   }
 
   function view(name) { nv.setSliceType(planes[name]); }

@@ -12,6 +12,7 @@ from ctclip.evaluation.retrieval import (
     precision_by_labels,
     retrieval,
 )
+from ctclip.evaluation.run_report import _retrieval
 
 
 def test_retrieval_counts_ties_against_us_and_any_reconstruction_as_a_hit() -> None:
@@ -66,6 +67,10 @@ def test_retrieval_is_the_brute_force_one_in_all_three_directions() -> None:
         assert result[name]["pool"] == len(pool)
         assert result[name]["duplicates"]
     assert "of which 14 differ" in result["volume_to_report"]["pool_is"]
+    table = {line[0]: line[1:] for line in _retrieval(result)["table"]}
+    assert table["chance precision"] == [f"{each['chance_precision']:.3f}" for each in result.values()]
+    assert table["pool"] == ["30", "15", "30"]
+    assert table["median rank"] == [f"{each['median_rank']:g}" for each in result.values()]
 
 
 def test_chance_is_the_share_of_right_answers_among_ten() -> None:
