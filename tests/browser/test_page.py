@@ -167,7 +167,9 @@ def test_what_arrives_late_for_an_earlier_scan_is_dropped(page: Any, cohort: Pat
 
 
 def test_an_upload_is_cancelled(page: Any, looked_at: Served, tmp_path: Path) -> None:
-    (tmp_path / "large.nii.gz").write_bytes(bytes(200_000_000))
+    slow = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 500_000}
+    page.context.new_cdp_session(page).send("Network.emulateNetworkConditions", slow)
+    (tmp_path / "large.nii.gz").write_bytes(bytes(50_000_000))
     page.set_input_files("#files", tmp_path / "large.nii.gz")
     page.wait_for_selector("#work:not([hidden])", timeout=WAIT)
     page.click("#cancel")

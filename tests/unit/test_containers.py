@@ -21,8 +21,6 @@ LARGEST_GB = 3.0
 # Uncompressed, by Docker's own account of the image.
 BASE_GB = 0.15
 
-pytestmark = pytest.mark.skipif(not (ROOT / "Dockerfile").is_file(), reason="not in a checkout")
-
 
 def instructions() -> list[tuple[str, str]]:
     """Name and arguments of each instruction of the Dockerfile, continued lines joined."""
