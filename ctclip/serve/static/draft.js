@@ -57,7 +57,7 @@ function denial(claim, percent) {
 }
 
 function claimOf(claim) {
-  const percent = (share) => `${(100 * share).toFixed(0)} %`;
+  const percent = (share) => `${(100 * share).toFixed(1)} %`;
   const text = claim.probability === null ? `${claim.finding}: not scored` : claim.denied ? denial(claim, percent) : `${claim.finding} ${claim.status} ${percent(claim.probability)}`;
   if (claim.probability === null || claim.status !== "present") return element("span", text, { class: "claim" });
   const button = element("button", text, { type: "button", class: "claim", title: "Show where" });
