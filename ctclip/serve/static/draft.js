@@ -3,7 +3,7 @@
 
 const METHODS = {
   caption: "Written by the model's caption head.",
-  retrieval: "Copied from the report of the most similar scan of the index: it describes another patient.",
+  retrieval: "Copied from the report of the most similar scan of the index: it describes that scan.",
 };
 
 function offerDraft(method) {
