@@ -7,14 +7,13 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from ctclip.launchers import free_port as free_port
 from ctclip.launchers import launched as launched
 from ctclip.launchers import prepare_environment as prepare_environment
 from ctclip.launchers import say_unused_tasks as say_unused_tasks
+from ctclip.preprocessing.scratch import scratch_folder
 
 # Where ranks that `launch` started meet: a file of their own.
 RENDEZVOUS = "CTCLIP_RENDEZVOUS"
@@ -58,6 +58,12 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
     the terminal reach them as SIGTERM, and a second Ctrl-C ends them at once. Returns the launcher's exit code, or 128
     + the signal if a signal killed the ranks.
     """
+    # Ranks of one machine meet in a private file, and talk over the loopback interface alone.
+    with scratch_folder("ctclip-ranks-") as rendezvous:
+        return _run_ranks(processes, module, arguments, rendezvous / "store")
+
+
+def _run_ranks(processes: int, module: str, arguments: Sequence[str], rendezvous: Path) -> int:
     psutil = extras.require("psutil")
     cuda = torch.cuda.is_available()
     environment = dict(os.environ)
@@ -70,9 +76,7 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
     where = ["--master_addr", LOOPBACK, "--master_port", str(free_port())]
     # Ranks print their own errors; DeepSpeed would repeat the whole command line.
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, *where, "--log_level=critical"]
-    # Ranks of one machine meet in a private file, and talk over the loopback interface alone.
-    rendezvous = tempfile.mkdtemp(prefix="ctclip-")
-    environment[RENDEZVOUS] = os.path.join(rendezvous, "store")
+    environment[RENDEZVOUS] = str(rendezvous)
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         environment.setdefault(variable, "lo")
     # A process group of its own: a terminal's Ctrl-C goes to every process of the group in front, and DeepSpeed's launcher
@@ -108,7 +112,6 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        shutil.rmtree(rendezvous, ignore_errors=True)
     # DeepSpeed's launcher ends with minus the signal that ended a rank, which a shell sees as 256 less it.
     ended_by_signal = code < 0 or 256 - signal.NSIG < code < 256
     return 128 + received[0] if received and ended_by_signal else code

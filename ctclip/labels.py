@@ -7,6 +7,7 @@ store and the model folder and stated in every prediction table; and compared wh
 from __future__ import annotations
 
 import hashlib
+import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +30,22 @@ if TYPE_CHECKING:
 BodyPart = Literal["chest", "abdomen", "head", "any"]
 FILE = "labels.yaml"
 TABLES = (".csv", ".tsv", ".txt", ".parquet")
+
+
+def folded(name: str) -> str:
+    """A name without its case and spacing, as which names are compared."""
+    return " ".join(name.split()).casefold()
+
+
+def named(known: Iterable[str], name: object) -> str:
+    """The one of ``known`` that ``name`` is, in any case and spacing. Raises KeyError that lists them."""
+    names = list(known)
+    if name in names:
+        return str(name)
+    alike = [each for each in names if isinstance(name, str) and folded(each) == folded(name)]
+    if not alike:
+        raise KeyError(f"{reprlib.repr(name)}: not one of {', '.join(names)}")
+    return alike[0]
 
 
 class Label(Section):
@@ -69,7 +86,7 @@ class LabelSet(Section):
             for word in (label.name, *label.aliases):
                 if CONTROL.search(word):
                     raise ValueError(f"{word!r} contains control characters")
-                owner = known.setdefault(word.casefold(), label.name)
+                owner = known.setdefault(folded(word), label.name)
                 if owner != label.name:
                     raise ValueError(f"{word!r} names both {owner!r} and {label.name!r}")
         if len({label.name for label in labels}) < len(labels):
@@ -87,9 +104,9 @@ class LabelSet(Section):
         return f"{self.name} {hashlib.sha256(chr(10).join(self.names).encode()).hexdigest()[:8]}"
 
     def resolve(self, word: str) -> str | None:
-        """The label whose name or alias is ``word``, ignoring case; None if there is none."""
+        """The label whose name or alias is ``word``, ignoring case and spacing; None if there is none."""
         for label in self.labels:
-            if word.casefold() in {label.name.casefold(), *(alias.casefold() for alias in label.aliases)}:
+            if folded(word) in {folded(label.name), *map(folded, label.aliases)}:
                 return label.name
         return None
 
@@ -97,16 +114,16 @@ class LabelSet(Section):
         """For each label, the columns of a table whose union is the label; labels without a column are left out.
 
         ``table``: names of the table's columns; ``cohort``: whose columns to look for first. Without an entry for the
-        cohort a column is found by the label's name, in any case, then by its aliases.
+        cohort a column is found by the label's name, in any case and spacing, then by its aliases.
         """
-        present = {str(column).casefold(): str(column) for column in table}
+        present = {folded(str(column)): str(column) for column in ([table] if isinstance(table, str) else table)}
         columns: dict[str, tuple[str, ...]] = {}
         for label in self.labels:
             if cohort in label.columns:
-                parts = tuple(present[c.casefold()] for c in label.columns[cohort] if c.casefold() in present)
+                parts = tuple(present[folded(c)] for c in label.columns[cohort] if folded(c) in present)
             else:
                 words = (label.name, *label.aliases)
-                parts = tuple(present[word.casefold()] for word in words if word.casefold() in present)[:1]
+                parts = tuple(present[folded(word)] for word in words if folded(word) in present)[:1]
             if parts:
                 columns[label.name] = parts
         return columns

@@ -1,14 +1,18 @@
-"""Versions and revision of the code that made a result."""
+"""Versions and revision of the code that made a result, and the command that ran it."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 
 from ctclip import __version__
 
+# The words that `ctclip.cli.main` was given, with "ctclip" in front; None in Python code that calls no command. Not
+# ``sys.argv``: in a notebook that is the command line of its kernel.
+COMMAND: ContextVar[list[str] | None] = ContextVar("command", default=None)
 PACKAGES = (
     "torch",
     "deepspeed",

@@ -78,14 +78,17 @@ class _Child:
     def __init__(self, memory_gb: float) -> None:
         self.memory_gb, self.owner = memory_gb, os.getpid()
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
+        # Nothing is ever written to this pipe: it closes when this process ends.
+        watched, kept = os.pipe()
+        self.lifeline = os.fdopen(kept, "wb")
+        with theirs, os.fdopen(watched, "rb"):
             # A new program, not a fork: it inherits no locks or threads and does not run the main module again.
             paths = [path or os.getcwd() for path in sys.path]
             start = f"import sys; sys.path[:] = {paths!r}; from {__package__}.child import main; "
             # -P: do not import from the working directory, which may contain untrusted files.
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", f"{start}main({theirs.fileno()}, {memory_gb!r})"],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-P", "-c", f"{start}main({theirs.fileno()}, {watched}, {memory_gb!r})"],
+                pass_fds=[theirs.fileno(), watched],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 # Libraries write complaints there that quote their input.
@@ -115,6 +118,7 @@ class _Child:
 
     def end(self) -> None:
         self.socket.close()
+        self.lifeline.close()
         if self.owner == os.getpid():
             self.process.kill()
             self.process.wait()
@@ -223,11 +227,26 @@ def _answer(connection: socket.socket, question: bytes) -> None:
         _send(connection, json.dumps({"failed": type(error).__name__, "clear": False}).encode())
 
 
-def main(descriptor: int, memory_gb: float) -> None:
+def _end_with_parent(watched: int) -> None:
+    """Let the system end this process when the pipe ``watched`` closes: a decoder that is busy notices nothing itself."""
+    import fcntl
+    import select
+    import signal
+
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(watched, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(watched, fcntl.F_SETFL, fcntl.fcntl(watched, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([watched], [], [], 0)[0]:
+        # The parent ended before.
+        os._exit(1)
+
+
+def main(descriptor: int, watched: int, memory_gb: float) -> None:
     """The child: answer questions until the other end is closed."""
     import resource
     import signal
 
+    _end_with_parent(watched)
     # Ctrl-C reaches the whole process group; the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     limit = int(memory_gb * 1e9)

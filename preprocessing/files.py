@@ -31,6 +31,18 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
     return next((words for test, words in KINDS if test(mode)), "a special file")
 
 
+def as_path(path: object, what: str) -> Path:
+    """``path`` as it was given from Python: text, bytes or path-like. Raises PreprocessingError for anything else, and for
+    nothing, which would be the current folder; ``what`` says what was expected."""
+    if isinstance(path, bytes):
+        path = os.fsdecode(path)
+    if not isinstance(path, str | os.PathLike):
+        raise PreprocessingError(f"expected {what}, found {type(path).__name__}")
+    if path == "":
+        raise PreprocessingError(f"expected {what}, found an empty one")
+    return Path(path)
+
+
 @contextlib.contextmanager
 def written_beside(
     path: str | os.PathLike[str], *, suffix: str = "", mode: int | None = None, once: bool = False
@@ -83,6 +95,19 @@ def hold(descriptor: int, path: Path) -> bool:
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     return path.exists()
+
+
+@contextlib.contextmanager
+def in_turn(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold ``folder`` for the moment of a change to it; another process that asks for it waits."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # A file system without locks: then nobody waits.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove_if_abandoned(path: Path, kind: str) -> None:

@@ -92,7 +92,7 @@ class VolumeStore:
 
     def file(self, volume: str) -> Path:
         """The path of a volume. Ids come from untrusted tables: one that would lead out of the folder is refused."""
-        if not SAFE_NAME.fullmatch(volume):
+        if not isinstance(volume, str) or not SAFE_NAME.fullmatch(volume):
             raise PreprocessingError(f"{self.path}: volume id {volume!r} is not a file name")
         return self.path / "volumes" / f"{volume}{SUFFIX}"
 
@@ -134,9 +134,10 @@ class VolumeStore:
             self.read_into(volume, whole)
             return whole
         packed = self._open(volume)
-        bounds = [part.indices(size) for part, size in zip(region, packed.shape, strict=True)]
-        if any(step != 1 for _, _, step in bounds):
-            raise ValueError(f"{region}: a region must have slices of step 1")
+        whole_axes = isinstance(region, tuple) and len(region) == 3 and all(isinstance(part, slice) for part in region)
+        bounds = [part.indices(size) for part, size in zip(region, packed.shape, strict=True)] if whole_axes else []
+        if not bounds or any(step != 1 for _, _, step in bounds):
+            raise ValueError(f"{region}: a region must have three slices of step 1")
         first, end, _ = bounds[0]
         out = np.empty([max(0, high - low) for low, high, _ in bounds], np.int16)
         for begin, slab in self._slabs(volume, packed, within=(first, end)):

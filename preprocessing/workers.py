@@ -17,7 +17,7 @@ def worker_pool(workers: int) -> Executor:
     one, however that ends.
     """
     try:
-        return ProcessPoolExecutor(workers, initializer=_end_with_parent)
+        return ProcessPoolExecutor(workers, initializer=end_with_parent)
     except OSError as error:
         print(
             f"warning: no worker processes can be started ({error.strerror}): /dev/shm is missing or not writable. "
@@ -27,8 +27,9 @@ def worker_pool(workers: int) -> Executor:
         return ThreadPoolExecutor(workers)
 
 
-def _end_with_parent() -> None:
-    """End this worker as soon as its parent is gone: it would wait for work for ever, and hold the parent's locks."""
+def end_with_parent() -> None:
+    """End this child process as soon as its parent is gone: a worker would wait for work for ever, and hold the parent's
+    locks."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -58,7 +58,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def store(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cohort's store under the phantom's spec."""
-    from ctclip.preprocessing.pipeline import preprocess_cohort
+    from ctclip.preprocessing.cohort_run import preprocess_cohort
     from ctclip.preprocessing.spec import PreprocessingSpec
 
     spec = PreprocessingSpec.load("phantom")

@@ -19,13 +19,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ctclip.adaptation.keep import check_head_name, say_in_card
+from ctclip.adaptation.keep import add_head, check_head_name
 from ctclip.data.dataset import with_report
 from ctclip.errors import DataError
 from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.tables import write_predictions
 from ctclip.heads.caption import CaptionHead, ReportTokens
-from ctclip.heads.folder import save_head
 from ctclip.inference.run import batches, run_key
 from ctclip.inference.scans import StoredScans
 from ctclip.models.encoded import Encoded
@@ -111,8 +110,7 @@ def run_caption(
         losses = _fit(decoder, encoded, texts, config, loaded.model.device, seed)
         words = f"{len(table)} volumes of {table['patient'].nunique()} patients, split {split}"
         caption.adaptation = Adaptation.to(METHOD, words, loaded.hash, table["patient"].astype(str))
-        folder = save_head(loaded.path, head, caption)
-        say_in_card(loaded.path / "model_card.md", head, f"a decoder of reports, fitted to reports of {words}")
+        folder = add_head(loaded.path, head, caption, f"a decoder of reports, fitted to reports of {words}")
         write_predictions(output / LOSSES, pd.DataFrame({"epoch": range(1, len(losses) + 1), "loss": losses}))
     return folder
 

@@ -12,7 +12,7 @@ from ctclip.evaluation.adapted import FILE, Adaptation
 from ctclip.heads.folder import FOLDER, NAME, list_heads, save_head
 from ctclip.heads.head import Head
 from ctclip.models.folder import ModelFolder, check_addition
-from ctclip.preprocessing.files import write_text
+from ctclip.preprocessing.files import in_turn, write_text
 
 
 def check_head_name(loaded: ModelFolder, name: str, kind: str) -> None:
@@ -41,13 +41,20 @@ def keep_head(
     """Save a fitted head with its model and return its folder. ``used`` (n,) bool: the training volumes with labels
     that were used; None: all."""
     head.adaptation = record(method, loaded, train, splits, used)
-    folder = save_head(loaded.path, name, head)
     words = f"{head.supervision}, {method}, fitted to labels of {head.adaptation.fitted_on}"
-    say_in_card(loaded.path / "model_card.md", name, words)
+    return add_head(loaded.path, name, head, words)
+
+
+def add_head(model: Path, name: str, head: Head, words: str) -> Path:
+    """Save a head in a model folder and say so in its card; returns the head's folder. Commands that add heads to one model
+    at once, of one name even, do so one after the other."""
+    with in_turn(model):
+        folder = save_head(model, name, head)
+        _say_in_card(model / "model_card.md", name, words)
     return folder
 
 
-def say_in_card(card: Path, name: str, words: str) -> None:
+def _say_in_card(card: Path, name: str, words: str) -> None:
     """Add a line about a head to the model card, replacing an earlier one."""
     begin = f"Head {name}: "
     lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else ["# ctclip model"]

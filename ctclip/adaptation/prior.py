@@ -17,13 +17,12 @@ from torch import Tensor
 
 from ctclip.adaptation.caption import prompts_of
 from ctclip.adaptation.examples import cached_embeddings
-from ctclip.adaptation.keep import check_head_name, say_in_card
+from ctclip.adaptation.keep import add_head, check_head_name
 from ctclip.data.dataset import with_report
 from ctclip.data.reports import ReportViews, reports_of
 from ctclip.errors import DataError
 from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.tables import write_predictions
-from ctclip.heads.folder import save_head
 from ctclip.heads.prior import LAST, Prior, PriorHead, signal_and_noise
 from ctclip.inference.run import report_embeddings, run_key
 from ctclip.inference.scans import StoredScans
@@ -108,10 +107,8 @@ def run_prior(
         trained = PriorHead(loaded.model, prior, prompts_of(loaded), loaded.labels.names)
         words = f"{len(table)} volumes of {table['patient'].nunique()} patients, split {split}"
         trained.adaptation = Adaptation.to(METHOD, words, loaded.hash, table["patient"].astype(str))
-        folder = save_head(loaded.path, head, trained)
-        say_in_card(
-            loaded.path / "model_card.md", head, f"a prior from texts to volumes ({config.kind}), fitted to {words}"
-        )
+        card = f"a prior from texts to volumes ({config.kind}), fitted to {words}"
+        folder = add_head(loaded.path, head, trained, card)
         write_predictions(output / LOSSES, losses)
     return folder
 

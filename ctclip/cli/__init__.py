@@ -48,6 +48,7 @@ from ctclip.cli.soup import soup
 from ctclip.cli.summarise import summarise
 from ctclip.cli.train import train
 from ctclip.cli.zero_shot import zero_shot
+from ctclip.versions import COMMAND
 
 # The exit code that shells expect after Ctrl-C; Typer ends commands with it.
 INTERRUPTED = 130
@@ -131,8 +132,9 @@ def main(arguments: list[str] | None = None) -> int:
     from ctclip.errors import CtclipError
     from ctclip.preprocessing.errors import PreprocessingError
 
-    first, rest = _options_first(sys.argv[1:] if arguments is None else arguments)
-    code = 0
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    first, rest = _options_first(words)
+    code, outer = 0, COMMAND.set(["ctclip", *words])
     try:
         # Commands that start ranks of themselves pass on what they were given, without their own name.
         app([*first, *rest], obj=[*first, *rest[1:]])
@@ -143,6 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    finally:
+        COMMAND.reset(outer)
     # If this module (and torch, which takes seconds) was not loaded, this process was never one of several.
     distributed = sys.modules.get("ctclip.distributed")
     if code == INTERRUPTED and (distributed is None or distributed.launched_rank() == 0):

@@ -21,8 +21,8 @@ from ctclip.cli.reading import (
 )
 
 if TYPE_CHECKING:
+    from ctclip.preprocessing.cohort_run import Report
     from ctclip.preprocessing.outcomes import Outcome
-    from ctclip.preprocessing.pipeline import Report
 
 
 SHOWN, SHOWN_KINDS = 20, 6
@@ -84,14 +84,9 @@ def preprocess(
     `ctclip preprocess CT-RATE --output store --spec ct_224`
     """
     from ctclip.labels import expected, keep_labels, label_columns_of, load_labels
+    from ctclip.preprocessing.cohort_run import Report, merge_shards, preprocess_cohort, quarantine_damaged
     from ctclip.preprocessing.doubles import double_notes
     from ctclip.preprocessing.outcomes import outcomes_name
-    from ctclip.preprocessing.pipeline import (
-        Report,
-        merge_shards,
-        preprocess_cohort,
-        quarantine_damaged,
-    )
     from ctclip.preprocessing.spec import PreprocessingSpec
     from ctclip.preprocessing.store import VolumeStore
 

@@ -18,13 +18,19 @@ BINS = 10
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the ROC curve, ties counted half (Hanley & McNeil 1982). labels 0/1 (n,); NaN if one class.
+    """Area under the ROC curve, ties counted half (Hanley & McNeil 1982). labels 0/1 (n,); NaN if one class,
+    or where a score is NaN. Raises ValueError for other labels, or another number of scores.
 
     Equal to scikit-learn's ``roc_auc_score``, whose checks take 6 ms per call, too slow for the hundreds of calls of
     the shuffled control.
     """
+    labels, scores = np.asarray(labels), np.asarray(scores, dtype=float)
+    if labels.shape != scores.shape or labels.ndim != 1 or not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"expected labels 0 or 1 and as many scores, found shapes {labels.shape} and {scores.shape}")
     positive = labels == 1
-    return float(placements(labels, scores)[positive].mean()) if positive.any() and not positive.all() else float("nan")
+    if positive.all() or not positive.any() or np.isnan(scores).any():
+        return float("nan")
+    return float(placements(labels, scores)[positive].mean())
 
 
 def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:

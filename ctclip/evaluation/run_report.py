@@ -78,7 +78,7 @@ def write_report(
     bars = output / "auroc.png"
     figures.auroc_bars(bars, zero["auroc"], zero["mean_auroc"], histogram, controls.get("histogram_mean_auroc"))
     sections: list[dict[str, Any]] = [{
-        "title": "Zero-shot detection", "words": f"{metrics['protocol']['describes']}. {INTERVALS}.",
+        "title": "Zero-shot detection", "words": f"{_protocol(metrics)}. {INTERVALS}.",
         "figures": [("AUROC per abnormality", bars)], "table": label_table(zero["auroc"], histogram),
     }]  # fmt: skip
     if metrics.get("paired"):
@@ -110,7 +110,7 @@ def compare_reports(first: Path, second: Path | None, output: Path) -> Path:
                 sections.append({"title": title, "figures": images, "beside": len(images) == 2 and file == "loss.png"})
         for name, (_, one) in zip(names, evaluations, strict=True):
             histogram = one.get("controls", {}).get("histogram_auroc")
-            words = f"{one['protocol']['describes']}. {_subtitle(one)} Thresholds: {one['zero_shot']['thresholds']}."
+            words = f"{_protocol(one)}. {_subtitle(one)} Thresholds: {one['zero_shot']['thresholds']}."
             sections.append({"title": name, "words": words, "table": label_table(one["zero_shot"]["auroc"], histogram)})
             if one.get("retrieval"):
                 sections.append({"title": f"Retrieval: {name}", **_retrieval(one["retrieval"])})
@@ -177,6 +177,12 @@ def _subtitle(metrics: dict[str, Any]) -> str:
     return (
         f"{scored}. {f'The model was trained on: {learned}. ' if learned else ''}Research only; not a medical device."
     )
+
+
+def _protocol(metrics: dict[str, Any]) -> str:
+    """What the protocol scores, at the beginning of a sentence."""
+    describes: str = metrics["protocol"]["describes"]
+    return f"{describes[:1].upper()}{describes[1:]}"
 
 
 def _protocol_differences(names: list[str], first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

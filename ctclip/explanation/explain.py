@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import reprlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from ctclip.explanation.method import Maps, Subject, method
 from ctclip.explanation.picture import draw
 from ctclip.explanation.place import LEVEL, Place, locate
 from ctclip.heads.head import Head
+from ctclip.labels import named
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import write_text, written_beside
@@ -62,7 +65,8 @@ class Explanation:
         return self.scanned or next(iter(self.places.values())).prepared
 
     def __getitem__(self, finding: str) -> Place:
-        return self.places[finding]
+        """The place of a finding, by its name in any case and spacing. Raises KeyError that lists those located."""
+        return self.places[named(self.places, finding)]
 
     def __str__(self) -> str:
         lines = [f"{self.scan} ({self.method}; {NOTE})", *map(str, self.places.values())]
@@ -167,6 +171,7 @@ def explain(
     ``ctclip.explanation.method``. ``level``: a region extends down to this fraction of the peak of its map. ``budget``:
     the maximum number of encodings, for occlusion of all findings, for a counterfactual of each. Raises ExplanationError.
     """
+    _check_numbers(level, budget)
     began = time.perf_counter()
     volume = torch.from_numpy(prepared.voxels)[None, None].to(model.device)
     with torch.inference_mode():
@@ -197,6 +202,13 @@ def explain(
         probabilities=dict(zip(head.names, probabilities, strict=True)), thresholds=dict(head.thresholds()),
         model_name=model_name, scanned=prepared,
     )  # fmt: skip
+
+
+def _check_numbers(level: float, budget: int) -> None:
+    if isinstance(level, bool) or not isinstance(level, Real) or not 0 < level < 1:
+        raise ExplanationError(f"level={reprlib.repr(level)}: give a number between 0 and 1")
+    if isinstance(budget, bool) or not isinstance(budget, Integral) or budget < 1:
+        raise ExplanationError(f"budget={reprlib.repr(budget)}: give a positive whole number")
 
 
 def check_output(folder: Path) -> None:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ctclip.errors import ExplanationError
 from ctclip.explanation.explain import FACTS, MASK, NOTE, Explanation, explain, write_nifti
 from ctclip.explanation.place import LEVEL, Region, regions_of
 from ctclip.explanation.space import in_scan
@@ -196,6 +199,10 @@ def find(
     warnings: Sequence[str] = (),
 ) -> Found:
     """Find what ``text`` describes in a prepared scan; ``others``: texts to contrast it with. See ``explain``."""
+    if not isinstance(text, str) or not text.strip():
+        raise ExplanationError(f"expected a text, found {reprlib.repr(text)}")
+    if isinstance(most, bool) or not isinstance(most, Integral) or most < 1:
+        raise ExplanationError(f"most={reprlib.repr(most)}: give a positive whole number")
     wanted, limit = size_limit(text)
     head = TextHead(model, [wanted], others)
     explained = explain(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from ctclip.errors import DataError
 from ctclip.evaluation.pages import write_page
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import check_file, claimed_file
+from ctclip.preprocessing.scratch import scratch_folder
 from ctclip.preprocessing.spec import PreprocessingSpec
 
 MARK, KIND = "synthetic", "ctclip synthetic volume"
@@ -118,14 +118,16 @@ def write_volumes(
     output: Path, volumes: Sequence[Synthetic], spec: PreprocessingSpec, *, force: bool = False
 ) -> tuple[list[Path], Path]:
     """Write every volume and one page of their slices; returns the files and the page."""
-    check_output(output, len(volumes), force=force)
     paths, page = volume_files(output, len(volumes)), page_file(output)
-    for path, one in zip(paths, volumes, strict=True):
-        write_volume(path, one, spec)
-    with tempfile.TemporaryDirectory() as folder:
+    # Of all files together: those of two commands would be mixed.
+    with claimed_file(page), scratch_folder("ctclip-synthetic-") as folder:
+        # Again: another command may have ended in between.
+        check_output(output, len(volumes), force=force)
+        for path, one in zip(paths, volumes, strict=True):
+            write_volume(path, one, spec)
         sections = []
         for number, (path, one) in enumerate(zip(paths, volumes, strict=True)):
-            picture = Path(folder) / f"{number}.png"
+            picture = folder / f"{number}.png"
             _draw(picture, one, spec)
             likeliest = sorted(one.probabilities.items(), key=lambda item: -item[1])[:5]
             words = "; ".join(f"{name} {value:.0%}" for name, value in likeliest)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
+import pandas as pd
 import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
@@ -35,6 +36,8 @@ from ctclip.inference.show import Detection, calibrated
 from ctclip.labels import LabelSet
 from ctclip.models.encoded import Encoded
 from ctclip.models.folder import KIND, ModelFolder, check_output, is_model_folder, load_model
+from ctclip.models.reading import word_vectors
+from ctclip.preprocessing.csv_files import CONTROL
 from ctclip.preprocessing.outputs import put_in_place
 from ctclip.preprocessing.pipeline import Prepared, Reading, prepare
 from ctclip.preprocessing.scratch import scratch_folder
@@ -123,6 +126,8 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
 
     def head(self, name: str = PROMPTS) -> Head:
         """A head by name; loaded once."""
+        if not isinstance(name, str):
+            raise CheckpointError(f"{self.folder.path}: {name!r} is no name of a head")
         if name not in self._heads:
             self._heads[name] = usable_head(self.folder, name)
         return self._heads[name]
@@ -303,10 +308,17 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         """Strings, or input_ids with attention_mask (n, L) -> (n, dim) unit vectors. Raises ValueError if there is no
         text, or an item is not a text."""
         if texts is not None:
+            if isinstance(texts, bytes | Set | Mapping | pd.DataFrame) or not isinstance(texts, Iterable):
+                # Of a set, nobody knows which vector is whose; of the others, the keys would be read.
+                raise ValueError(f"expected texts, found {type(texts).__name__}: give a list of them")
             texts = [texts] if isinstance(texts, str) else list(texts)
-            if not texts or not all(isinstance(text, str) for text in texts):
-                wrong = next((repr(text) for text in texts if not isinstance(text, str)), "nothing")
-                raise ValueError(f"expected texts, found {wrong[:60]}")
+            wrong = next((repr(text) for text in texts if not isinstance(text, str) or not text.strip()), None)
+            if wrong is not None or not texts:
+                raise ValueError(f"expected texts, found {'nothing' if wrong is None else wrong[:60]}")
+        elif input_ids is not None:
+            input_ids, attention_mask = _checked_ids(
+                input_ids, attention_mask, word_vectors(self.dual.text_encoder.bert)
+            )
         return self.dual.encode_text(texts, input_ids=input_ids, attention_mask=attention_mask)
 
     @torch.inference_mode()
@@ -325,7 +337,16 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             raise ValueError(
                 f"expected a tensor, an array, or what model.prepare returns, found {type(volume).__name__}"
             )
-        tensor = torch.as_tensor(volume).float()
+        if isinstance(volume, np.ndarray):
+            if isinstance(volume, np.ma.MaskedArray) or volume.dtype.kind not in "iuf":
+                kind = "a masked array" if isinstance(volume, np.ma.MaskedArray) else f"an array of {volume.dtype}"
+                raise ValueError(f"expected numbers in [-1, 1], found {kind}")
+            # Of any byte order and strides.
+            volume = np.ascontiguousarray(volume, dtype=np.float32)
+        tensor = torch.as_tensor(volume)
+        if tensor.dtype == torch.bool or tensor.is_complex() or not tensor.numel():
+            raise ValueError(f"expected volumes, found shape {tuple(tensor.shape)} of {tensor.dtype}")
+        tensor = tensor.float()
         return tensor[None, None] if tensor.ndim == 3 else tensor
 
     def _asking(self, abnormalities: str | Sequence[str], head: str) -> Head:
@@ -386,10 +407,26 @@ def _checked(names: str | Sequence[str]) -> list[str]:
         every = [names] if isinstance(names, str) else list(names)
     except TypeError:
         every = [names]
-    wrong = next((repr(name) for name in every if not isinstance(name, str) or not name.strip()), None)
+    wrong = next(
+        (repr(name) for name in every if not isinstance(name, str) or not name.strip() or CONTROL.search(name)), None
+    )
     if wrong is not None or not every:
         raise PromptError(f"expected names of abnormalities, found {'none' if wrong is None else wrong[:60]}")
     return [" ".join(name.split()) for name in every]
+
+
+def _checked_ids(ids: object, mask: object, vocabulary: int | None) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask (n, L) as whole numbers. Raises ValueError for other shapes and unknown tokens."""
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
+        raise ValueError("expected input_ids (n, L), a tensor of whole numbers")
+    mask = torch.ones_like(ids) if mask is None else mask
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        raise ValueError(f"expected an attention_mask of the shape of input_ids, {tuple(ids.shape)}")
+    if int(ids.min()) < 0 or (vocabulary is not None and int(ids.max()) >= vocabulary):
+        raise ValueError(
+            f"input_ids from {int(ids.min())} to {int(ids.max())}, but the model knows {vocabulary} tokens"
+        )
+    return ids, mask
 
 
 def _unused(reason: str) -> None:
@@ -398,6 +435,12 @@ def _unused(reason: str) -> None:
 
 def load(source: str | os.PathLike[str], device: str | torch.device = "cpu", *, precision: Asked = "auto") -> Model:
     """See ``ctclip.load``."""
-    folder = load_model(source, device)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise CheckpointError(
+            f"device {device!r} cannot be used here; give 'cpu', or 'cuda' where there is a card"
+        ) from error
+    folder = load_model(os.fsdecode(source) if isinstance(source, bytes) else source, device)
     set_precision(folder, precision)
     return Model(folder)

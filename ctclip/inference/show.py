@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from ctclip.labels import named
+
 if TYPE_CHECKING:
     from ctclip.heads.head import Head
 
@@ -50,8 +52,10 @@ class Detection:
         return pd.DataFrame.from_dict(rows, orient="index", columns=["probability", "margin", "threshold"])
 
     def above(self, name: str) -> bool:
-        """Whether an abnormality is calibrated and its probability reaches the threshold."""
-        return self.probabilities[name] >= self.thresholds.get(name, float("inf"))
+        """Whether an abnormality, by its name in any case and spacing, is calibrated and its probability reaches the
+        threshold. Raises KeyError for one that was not scored."""
+        known = named(self.probabilities, name)
+        return self.probabilities[known] >= self.thresholds.get(known, float("inf"))
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.probabilities)

@@ -80,6 +80,8 @@ class Client:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        # Temporary files of the worker; set before ``start``.
+        self.scratch = Path()
         self.numbers = itertools.count(1)
         self.waiting: dict[int, asyncio.Queue[dict[str, Any]]] = {}
         self.facts: dict[str, Any] | None = None
@@ -92,11 +94,16 @@ class Client:
 
     def start(self) -> None:
         """Start loading the model. ``started`` is set when it is loaded, or cannot be loaded (``failed``)."""
-        from ctclip.serve.worker import main
+        from ctclip.serve.model_process import main
 
+        # A worker that was killed may have left an unpacked scan.
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir(mode=0o700)
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=main, args=(theirs, self.settings), daemon=False, name="ctclip model")
+        self.process = context.Process(
+            target=main, args=(theirs, self.settings, self.scratch), daemon=False, name="ctclip model"
+        )
         self.process.start()
         theirs.close()
         loop = asyncio.get_running_loop()
@@ -194,6 +201,7 @@ class Service:
     async def start(self) -> None:
         """Create the folder and load the model in the background."""
         self.folder = self._open.enter_context(scratch_folder("ctclip-serve-"))
+        self.client.scratch = self.folder / "worker"
         self.client.start()
 
     async def stop(self) -> None:

@@ -1,7 +1,6 @@
 """The process with the model: it reads scans, encodes them in batches, and answers questions about them.
 
-It exchanges plain dictionaries with the service over a pipe; ``Client`` in ``service.py`` is the other end. When the
-service ends, the pipe closes and the process ends too.
+It exchanges plain dictionaries with the service over a pipe; ``Client`` in ``service.py`` is the other end.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ctclip.errors import CtclipError
 from ctclip.explanation.explain import Explanation, explain, write_nifti
 from ctclip.heads.head import Head
 from ctclip.heads.prompts import PromptHead
-from ctclip.inference.index import Index, index_facts
+from ctclip.inference.index import Index
 from ctclip.inference.model import Model, asking, load
 from ctclip.inference.scans import StoredScans
 from ctclip.models.encoded import Encoded
@@ -327,20 +326,3 @@ def write_map(path: Path, values: np.ndarray, grid: FileGrid, finding: str) -> N
     top = float(values.max()) or 1.0
     steps = np.rint(np.clip(values, 0, None) * (255 / top)).astype(np.uint8)
     write_nifti(path, steps, grid, {"finding": finding}, slope=top / 255)
-
-
-def main(pipe: Connection, settings: Settings) -> None:
-    """The process: load the model, report that to the service, and serve. If loading fails, send one line to the
-    service."""
-    import signal
-
-    # Ctrl-C reaches the whole process group; the service ends this process by closing the pipe.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        if settings.index:
-            index_facts(settings.index)
-        worker = Worker(pipe, settings)
-    except (CtclipError, PreprocessingError, OSError) as error:
-        pipe.send({"request": 0, "failed": " ".join(str(error).split())})
-        return
-    worker.run()

@@ -14,7 +14,7 @@ from ctclip.config_files import build_config, differing_keys, dump_config, flat_
 from ctclip.errors import TrainingError
 from ctclip.preprocessing.files import kind_of, refuse_special, write_text
 from ctclip.preprocessing.outputs import check_folder, made_by_us
-from ctclip.versions import revision, versions
+from ctclip.versions import COMMAND, revision, versions
 
 # Keys that do not affect what is learned: a run may resume with other values of these.
 FREE_KEYS = (
@@ -50,7 +50,7 @@ def open_run(folder: Path, config: Config, *, force: bool = False) -> None:
                 f"Choose another --output, or resume with the new configuration with --force"
             )
     write_text(saved, dump_config(config))
-    facts = {"seed": config.seed, "revision": revision(), "versions": versions(), "command": sys.argv}
+    facts = {"seed": config.seed, "revision": revision(), "versions": versions(), "command": COMMAND.get()}
     write_text(folder / "run.json", json.dumps(facts, indent=2))
 
 

@@ -126,7 +126,7 @@ def whole_cohort(folder: str, store: str, workers: int, spec: str = SPEC) -> dic
     """Seconds, and processor seconds, to preprocess a cohort into a new store."""
     import resource
 
-    from ctclip.preprocessing.pipeline import preprocess_cohort
+    from ctclip.preprocessing.cohort_run import preprocess_cohort
     from ctclip.preprocessing.spec import PreprocessingSpec
 
     began = time.perf_counter()

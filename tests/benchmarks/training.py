@@ -259,7 +259,7 @@ def waiting(workers: int) -> dict[str, float]:
     """Share of time waiting for data, and volumes per second, of `ctclip train` on a local disk, without the first
     interval."""
     from ctclip.phantom.cohort import Options, make_cohort
-    from ctclip.preprocessing.pipeline import preprocess_cohort
+    from ctclip.preprocessing.cohort_run import preprocess_cohort
     from ctclip.preprocessing.spec import PreprocessingSpec
 
     with tempfile.TemporaryDirectory() as name:

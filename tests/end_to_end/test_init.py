@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from ctclip.inference.import_published import import_published
 from ctclip.models.folder import load_model
 from ctclip.models.start import rate_factors, volume_layers
-from ctclip.preprocessing.pipeline import preprocess_cohort
+from ctclip.preprocessing.cohort_run import preprocess_cohort
 from ctclip.preprocessing.spec import PreprocessingSpec
 
 from ..robustness.processes import Command

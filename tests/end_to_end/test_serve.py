@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import ctclip
+from ctclip.preprocessing.scratch import scratch_folder
 
 from .conftest import run
 
@@ -243,6 +244,33 @@ def test_the_death_of_the_model_is_a_503_and_the_next_request_works(served: Serv
     assert answer.status_code in (200, 503)
     assert served.client.post("/v1/detect", files=sent(scans[0])).status_code == 200
     assert "ctclip_worker_restarts_total 1.0" in served.client.get("/metrics").text
+
+
+def test_a_killed_service_leaves_no_process_and_the_next_removes_its_uploads(served: Served) -> None:
+    """The last test of this service."""
+    address = served.client.base_url
+    head = f"POST /v1/detect HTTP/1.1\r\nHost: {address.host}\r\nContent-Length: 100000\r\n"
+    head += "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+    head += '--x\r\nContent-Disposition: form-data; name="scan"; filename="a.nii.gz"\r\n\r\n'
+    with socket.create_connection((address.host, address.port), 30) as connection:
+        connection.sendall(head.encode() + bytes(50_000))
+        until = time.monotonic() + 60
+        while not served.uploads():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        children = Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text().split()
+        served.process.kill()
+        served.process.wait()
+    assert len(children) >= 1
+    until = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert served.uploads()
+    # As the next service with this TMPDIR does first.
+    with scratch_folder("ctclip-serve-", parent=served.folder):
+        assert len(list(served.folder.glob("ctclip-serve-*"))) == 1
+    assert served.uploads() == []
 
 
 def test_a_token_is_asked_for_and_nothing_is_left_or_logged(model: Path, scans: list[Path], tmp_path: Path) -> None:

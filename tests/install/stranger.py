@@ -30,6 +30,8 @@ class Stranger:
             if self.other:
                 os.chown(path, NUMBER, NUMBER)
         self.prefix = _prefix(python) if self.other else []
+        self.start = folder / "start"
+        self.start.touch()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -48,23 +50,13 @@ class Stranger:
         )  # fmt: skip
 
     def created(self) -> list[str]:
-        """What this user owns anywhere but in its output and its TMPDIR. It can write nowhere that is pruned."""
+        """What this user has written since this object was made, anywhere but in its output and its TMPDIR. It can write
+        nowhere that is pruned."""
         pruned = [*PRUNED, str(self.output), str(self.tmp)]
         conditions = [word for path in pruned for word in ("-o", "-path", path)][1:]
-        command = [
-            "find",
-            "/",
-            "/dev/shm",
-            "-xdev",
-            "(",
-            *conditions,
-            ")",
-            "-prune",
-            "-o",
-            "-uid",
-            str(NUMBER),
-            "-print",
-        ]
+        command = ["find", "/", "/dev/shm", "-xdev", "(", *conditions, ")", "-prune", "-o"]
+        # The time of the last change of a file's state: that of its contents can be set to any.
+        command += ["-uid", str(NUMBER), "-cnewer", str(self.start), "-print"]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         return sorted(set(found.stdout.splitlines()) - {str(self.cwd)})
 

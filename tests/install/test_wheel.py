@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,6 +50,28 @@ def installed() -> Iterator[Installed]:
     finally:
         subprocess.run(["chmod", "-R", "u+w", folder], check=False)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_only_what_was_written_since_is_a_strangers_stray(tmp_path: Path) -> None:
+    """Another run's files may lie in TMPDIR."""
+    if Stranger(tmp_path / "first", Path(sys.executable)).other is False:
+        pytest.skip("only root can be another user")
+    stale, stray = (Path(tempfile.gettempdir()) / f"install-test-{name}-{os.getpid()}" for name in ("stale", "stray"))
+    try:
+        stale.touch()
+        os.chown(stale, NUMBER, NUMBER)
+        time.sleep(0.05)
+        user = Stranger(tmp_path / "second", Path(sys.executable))
+        time.sleep(0.05)
+        stray.touch()
+        os.utime(stray, (0, 0))
+        os.chown(stray, NUMBER, NUMBER)
+        created = user.created()
+        assert str(stray) in created
+        assert str(stale) not in created
+    finally:
+        stale.unlink(missing_ok=True)
+        stray.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")

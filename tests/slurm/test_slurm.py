@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ctclip.preprocessing.pipeline import merge_shards
+from ctclip.preprocessing.cohort_run import merge_shards
 from ctclip.preprocessing.store import VolumeStore
 
 from ..end_to_end.conftest import TINY

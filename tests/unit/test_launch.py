@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -261,3 +263,13 @@ def test_a_launch_leaves_signals_as_they_were(thread: bool, monkeypatch: Any) ->
         launch()
     assert codes == [0]
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_launch_removes_what_a_killed_one_left_and_leaves_nothing(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    (tmp_path / "ctclip-ranks-abcd1234").mkdir()
+    assert distributed.launch(2, "ctclip.train", []) == 0
+    assert Recorded.started is not None
+    assert Path(Recorded.started[1][distributed.RENDEZVOUS]).is_relative_to(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ctclip
-from ctclip.errors import CheckpointError, EvaluationError, PromptError
+from ctclip.errors import CheckpointError, EvaluationError, ExplanationError, PromptError
 from ctclip.evaluation.calibration import Calibration, Line
 from ctclip.heads.folder import save_head, write_prompt_head
 from ctclip.heads.linear import LinearHead
@@ -77,7 +77,7 @@ def test_a_model_says_what_it_is(folder: Path) -> None:
         assert part in shown, part
 
 
-@pytest.mark.parametrize("names", [[], "", " ", ["Mass", ""], ["Mass", None], 5, b"Mass"])
+@pytest.mark.parametrize("names", [[], "", " ", ["Mass", ""], ["Mass", None], 5, b"Mass", "Mass\x1b[31m", [["Mass"]]])
 def test_names_that_are_none_are_refused(folder: Path, scan: Path, names: Any) -> None:
     with pytest.raises(PromptError, match="expected names of abnormalities"):
         ctclip.load(folder).detect(scan, names)
@@ -104,7 +104,13 @@ def test_volumes_of_any_number_type_are_encoded_as_float32(folder: Path, scan: P
             model.encode_volume(other)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("texts", [[], ["a nodule", None], pd.Series(["a nodule", np.nan])])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [], "", ["a nodule", " "], ["a nodule", None], pd.Series(["a nodule", np.nan]), 5, b"a nodule",
+        {"a nodule", "a mass"}, {"a nodule": 1}, pd.DataFrame({"report": ["a nodule"]}),
+    ],
+)  # fmt: skip
 def test_texts_that_are_none_are_refused(folder: Path, texts: Any) -> None:
     with pytest.raises(ValueError, match="expected texts, found"):
         ctclip.load(folder).encode_text(texts)
@@ -208,3 +214,88 @@ def test_a_detection_does_not_repeat_the_name_of_the_patient(folder: Path, tmp_p
         tmp_path / "Zebrowski_Ottilie chest", series(truth(), PatientName="Zebrowski^Ottilie", PatientID="P-1")
     )
     assert ctclip.load(folder).detect(export).scan == "*** chest"
+
+
+def test_names_are_found_in_any_case_and_spacing_and_shape(folder: Path, scan: Path) -> None:
+    model = ctclip.load(bytes(folder))
+    ready = model.prepare(bytes(scan))
+    expected = model.detect(ready, ["Mass"]).probabilities
+    for names in ("mass", " MASS ", "Mass\n", ("mass", "Mass"), {"mass"}, pd.Series(["Mass"]), pd.Index(["mass"]), np.array(["Mass"]), (n for n in ["Mass"])):  # fmt: skip
+        assert model.detect(ready, names).probabilities == expected, names
+    detection, explanation = model.detect(ready), model.explain(ready, ["mass"])
+    assert detection.above("  mass") == detection.above("Mass")
+    assert explanation["MASS"] is explanation["Mass"]
+    for asked in ("Nodule", 0, None):
+        with pytest.raises(KeyError, match=r"not one of .*Mass"):
+            detection.above(asked)  # type: ignore[arg-type]
+        with pytest.raises(KeyError, match="not one of Mass"):
+            explanation[asked]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("reading", "message"),
+    [
+        ({"expect": "Chest"}, "give one of auto, chest, any"), ({"expect": True}, "give one of"), ({"hu": None}, "hu=None: give one of"),
+        ({"geometry": ["auto"]}, "give one of"), ({"largest_gb": "4"}, "positive number"), ({"largest_gb": -1}, "positive number"),
+        ({"largest_gb": float("nan")}, "positive number"), ({"series": 5}, "SeriesInstanceUID"),
+    ],
+)  # fmt: skip
+def test_an_option_of_reading_that_is_none_is_refused_and_not_taken_for_the_default(
+    folder: Path, scan: Path, reading: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PreprocessingError, match=message):
+        ctclip.load(folder).detect(scan, **reading)
+
+
+@pytest.mark.parametrize("path", [None, "", 0, ["a.nii.gz"], (p for p in ["a.nii.gz"]), np.zeros((4, 4, 4)), pd.Series(["a.nii.gz"])])  # fmt: skip
+def test_what_is_no_path_is_said_and_nothing_else_is_read(
+    folder: Path, path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, series(truth()))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PreprocessingError, match="expected the path of one scan, found"):
+        ctclip.load(folder).detect(path)
+
+
+def test_numbers_that_cannot_be_meant_are_refused(folder: Path, scan: Path) -> None:
+    model = ctclip.load(folder)
+    ready = model.prepare(scan)
+    for level in ("0.5", 2, 0, float("nan"), True):
+        with pytest.raises(ExplanationError, match="level="):
+            model.explain(ready, "Mass", level=level)  # type: ignore[arg-type]
+    for budget in (0, "600", None, 2.5):
+        with pytest.raises(ExplanationError, match="budget="):
+            model.explain(ready, "Mass", budget=budget)  # type: ignore[arg-type]
+    for most in (0, -1, "5", None):
+        with pytest.raises(ExplanationError, match="most="):
+            model.find(ready, "a mass", most=most)  # type: ignore[arg-type]
+    for text in ("", " ", None, ["a mass"], b"a mass"):
+        with pytest.raises(ExplanationError, match="expected a text"):
+            model.find(ready, text)  # type: ignore[arg-type]
+    for head in (None, 5, "Prompts", ["prompts"]):
+        with pytest.raises(CheckpointError, match="head"):
+            model.detect(ready, head=head)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="device 'gpu' cannot be used"):
+        ctclip.load(folder, "gpu")
+
+
+def test_arrays_of_any_layout_are_encoded_and_what_is_no_volume_is_refused(folder: Path, scan: Path) -> None:
+    model = ctclip.load(folder)
+    voxels = model.prepare(scan).voxels
+    expected = model.encode_volume(voxels)
+    assert torch.equal(model.encode_volume(voxels.astype(">f4")), expected)
+    assert torch.equal(model.encode_volume(voxels[::-1].copy()[::-1]), expected)
+    wrong = [
+        voxels > 0, torch.from_numpy(voxels > 0), voxels.astype(complex), np.ma.masked_array(voxels, voxels > 0), voxels.astype(object),
+        np.full(voxels.shape, np.nan, np.float32), np.zeros((0, 1, *voxels.shape), np.float32),
+    ]  # fmt: skip
+    for volume in wrong:
+        with pytest.raises(ValueError):
+            model.encode_volume(volume)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    assert model.encode_text(input_ids=ids).shape == model.encode_text(input_ids=ids, attention_mask=ids).shape
+    for given in ([[1, 2]], ids[0], ids * 10**6, -ids, ids.float()):
+        with pytest.raises(ValueError, match="input_ids"):
+            model.encode_text(input_ids=given)
+    with pytest.raises(ValueError, match="attention_mask"):
+        model.encode_text(input_ids=ids, attention_mask=ids[:, 1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ctclip.adaptation import examples as examples_module
 from ctclip.adaptation.coop import CoopConfig
 from ctclip.adaptation.examples import Splits
 from ctclip.adaptation.fitting import Options, run_coop, run_probe
+from ctclip.adaptation.keep import add_head
 from ctclip.adaptation.protocol import Setting
 from ctclip.errors import CheckpointError, CtclipError, DataError, EvaluationError
 from ctclip.evaluation.run_calibration import run_calibration
@@ -213,3 +215,29 @@ def test_all_labels_of_one_class_in_a_split_are_left_out(
     assert "because the training patients have only one class of them: Effusion" in capsys.readouterr().out
     with pytest.raises(DataError):
         run_probe(load_model(clinic.model), store, tmp_path / "probe", ALL, Options(splits=Splits("valid", "nothing")))
+
+
+def _describe(model: Path, names: list[str]) -> None:
+    for name in names:
+        add_head(model, name, NoHead(), f"of {name}")
+
+
+class NoHead:
+    """A head of one empty file."""
+
+    kind, supervision, names, calibration, adaptation = "none", "none", (), None, None
+
+    def save(self, folder: Path) -> None:
+        (folder / "weights").touch()
+
+
+def test_commands_that_add_heads_to_one_model_at_once_lose_no_line_of_its_card(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    names = [[f"{who}{number}" for number in range(25)] for who in "abc"]
+    several = [context.Process(target=_describe, args=(tmp_path, part)) for part in names]
+    for one in several:
+        one.start()
+    for one in several:
+        one.join(60)
+    lines = (tmp_path / "model_card.md").read_text().splitlines()
+    assert sorted(lines[1:]) == sorted(f"Head {name}: of {name}." for part in names for name in part)

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy.ndimage import gaussian_filter
 
+from ctclip.preprocessing.cohort_run import write_table
 from ctclip.preprocessing.cohorts import cohort_table
-from ctclip.preprocessing.pipeline import write_table
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 

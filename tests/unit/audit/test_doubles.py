@@ -11,8 +11,8 @@ import pytest
 from ctclip.audit.doubles import find_doubles
 from ctclip.audit.doubles_page import write_doubles
 from ctclip.audit.fingerprints import candidates, correlation, detail, slice_vectors
+from ctclip.preprocessing.cohort_run import preprocess_cohort
 from ctclip.preprocessing.doubles import double_notes, recurring_reports, same_voxels
-from ctclip.preprocessing.pipeline import preprocess_cohort
 from ctclip.preprocessing.store import VolumeStore
 from tests.unit.audit.conftest import SPEC, texture
 

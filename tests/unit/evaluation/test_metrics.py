@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import rankdata
 from sklearn import metrics as reference
@@ -65,6 +66,18 @@ def test_weights_are_repetitions(tied: bool) -> None:
     for name, value in expected.items():
         assert values[name].shape == (2,)
         assert values[name][1] == pytest.approx(value, abs=1e-12), name
+
+
+def test_auroc_takes_what_numpy_takes_and_refuses_other_labels() -> None:
+    for labels, scores in (
+        ([0, 1, 1], [0.1, 0.9, 0.05]),
+        (pd.Series([False, True, True]), pd.Series([0.1, 0.9, 0.05])),
+    ):
+        assert metrics.auroc(labels, scores) == 0.5
+    assert np.isnan(metrics.auroc([0, 1], [0.1, np.nan]))
+    for labels, scores in (([0, 2], [0.1, 0.9]), ([0, 1, -1], [0.1, 0.9, 0.2]), ([0, np.nan], [0.1, 0.9]), ([0, 1], [0.1])):  # fmt: skip
+        with pytest.raises(ValueError, match="expected labels 0 or 1"):
+            metrics.auroc(labels, scores)
 
 
 def test_what_is_undefined_is_nan_and_never_0() -> None:

@@ -16,9 +16,20 @@ import torch.nn.functional as F
 from ctclip.cli import main
 from ctclip.errors import ExplanationError
 from ctclip.imagining.dream import dream, noise_volume
-from ctclip.imagining.synthetic import DESCRIPTION, KIND, Synthetic, is_synthetic, to_hu, volume_files, write_volume
+from ctclip.imagining.synthetic import (
+    DESCRIPTION,
+    KIND,
+    Synthetic,
+    is_synthetic,
+    page_file,
+    to_hu,
+    volume_files,
+    write_volume,
+    write_volumes,
+)
 from ctclip.models.folder import load_model
-from ctclip.preprocessing import prepare
+from ctclip.preprocessing import PreprocessingError, prepare
+from ctclip.preprocessing.outputs import claimed_file
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 from tests.unit.drafting.conftest import SPEC, Clinic, clinic, clinic_files  # noqa: F401
@@ -164,3 +175,13 @@ def test_bad_input_is_one_line(
     assert message in lines[0]
     assert (tmp_path / "mine_synthetic.nii.gz").read_bytes() == b"of somebody"
     assert not list(tmp_path.glob("x_*"))
+
+
+def test_two_commands_do_not_mix_their_volumes(tmp_path: Path) -> None:
+    output, spec = tmp_path / "x.nii.gz", spec_of((6, 10, 14), (5.0, 3.0, 2.0))
+    volumes = [Synthetic(np.zeros(spec.shape, np.float32), TEXT, "dream", "hash", seed) for seed in range(2)]
+    with claimed_file(page_file(output)), pytest.raises(PreprocessingError, match="another command is writing it"):
+        write_volumes(output, volumes, spec)
+    assert list(tmp_path.iterdir()) == []
+    paths, _ = write_volumes(output, volumes, spec)
+    assert all(is_synthetic(path) for path in paths)

@@ -16,12 +16,11 @@ import pytest
 from typer.testing import CliRunner
 
 from ctclip.cli import app
-from ctclip.preprocessing import PreprocessingError, PreprocessingSpec
-from ctclip.preprocessing import pipeline as pipeline_module
+from ctclip.preprocessing import PreprocessingError, PreprocessingSpec, cohort_run
+from ctclip.preprocessing.cohort_run import preprocess_cohort
 from ctclip.preprocessing.cohorts import label_names, read_cohort, scan_id
 from ctclip.preprocessing.label_columns import label_columns
 from ctclip.preprocessing.no_report import is_no_report
-from ctclip.preprocessing.pipeline import preprocess_cohort
 from ctclip.preprocessing.readers import read
 from ctclip.preprocessing.store import SAFE_NAME, VolumeStore
 from ctclip.preprocessing.tables import numbers, read_table, volume_name
@@ -444,7 +443,7 @@ def test_a_killed_run_and_its_rerun_tell_what_one_run_tells(cohort: Path, tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline_module, "write_outcomes", killed)
+        patched.setattr(cohort_run, "write_outcomes", killed)
         with pytest.raises(KeyboardInterrupt):
             preprocess_cohort(mine, tmp_path / "cut", spec, workers=1)
     store = VolumeStore(tmp_path / "cut")

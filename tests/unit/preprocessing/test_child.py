@@ -6,6 +6,7 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -43,6 +44,12 @@ def die() -> np.ndarray:
 
 def hang() -> np.ndarray:
     time.sleep(60)
+    raise AssertionError
+
+
+def busy() -> np.ndarray:
+    """Like a decoder in C that holds Python's lock: no thread of the child runs beside it."""
+    re.match("(a+)+b", "a" * 60)
     raise AssertionError
 
 
@@ -161,15 +168,24 @@ def test_a_fork_starts_its_own_and_leaves_the_parents_alone() -> None:
     assert call("pid")[1] == parents
 
 
-def test_it_ends_with_its_parent_even_when_that_is_killed(tmp_path: Path) -> None:
-    code = f"import os, signal\nfrom {HERE} import call\nprint(call('pid')[1], flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+@pytest.mark.parametrize("work", ["pid", "busy"])
+def test_it_ends_with_its_parent_even_when_that_is_killed(work: str) -> None:
+    code = f"""
+import os, signal, threading, time
+from {HERE} import call
+print(call('pid')[1], flush=True)
+threading.Thread(target=call, args=({work!r},), daemon=True).start()
+time.sleep(0.3)
+os.kill(os.getpid(), signal.SIGKILL)"""
     import subprocess
 
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert out.strip().isdigit()
     for _ in range(50):
         if not Path(f"/proc/{out.strip()}").exists():
             return
         time.sleep(0.1)
+    os.kill(int(out), signal.SIGKILL)
     raise AssertionError("the child outlived its parent")
 
 

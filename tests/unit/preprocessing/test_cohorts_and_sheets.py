@@ -22,8 +22,8 @@ from ctclip.cli import main
 from ctclip.phantom.scan import make_scan
 from ctclip.preprocessing import PreprocessingError, PreprocessingSpec, prepare
 from ctclip.preprocessing.anatomy import find_lungs, no_chest
+from ctclip.preprocessing.cohort_run import merge_shards, preprocess_cohort
 from ctclip.preprocessing.cohorts import hold_out, identity, read_cohort
-from ctclip.preprocessing.pipeline import merge_shards, preprocess_cohort
 from ctclip.preprocessing.quality import HEIGHT, quality_page
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.volume import Volume
@@ -72,7 +72,7 @@ def test_shards_are_merged_without_reading_a_volume(cohort: Path, tmp_path: Path
         merge_shards(store)
     preprocess_cohort(cohort, store, spec, workers=1, shard=(2, 3))
     monkeypatch.setattr(VolumeStore, "read", lambda *_: pytest.fail("a volume was read"))
-    monkeypatch.setattr("ctclip.preprocessing.pipeline.prepare", lambda *_: pytest.fail("a scan was read"))
+    monkeypatch.setattr("ctclip.preprocessing.cohort_run.prepare", lambda *_: pytest.fail("a scan was read"))
     merged = merge_shards(store)
     assert len(merged) == 24
     assert not list(store.glob("outcomes-*"))
@@ -115,9 +115,9 @@ def test_a_run_with_bad_scans_ends_with_the_rest_done(cohort: Path, tmp_path: Pa
 
 
 def test_a_scan_that_kills_its_process_is_refused_alone(cohort: Path, tmp_path: Path, monkeypatch) -> None:
-    from ctclip.preprocessing import pipeline
+    from ctclip.preprocessing import cohort_run
 
-    honest = pipeline.prepare
+    honest = cohort_run.prepare
 
     def deadly(path, *rest, **more):  # type: ignore[no-untyped-def]
         if Path(path).name.startswith("valid_1_"):
@@ -126,7 +126,7 @@ def test_a_scan_that_kills_its_process_is_refused_alone(cohort: Path, tmp_path: 
             raise ZeroDivisionError("what a library says of PID-778899")
         return honest(path, *rest, **more)
 
-    monkeypatch.setattr(pipeline, "prepare", deadly)
+    monkeypatch.setattr(cohort_run, "prepare", deadly)
     outcomes = {
         o.volume: o
         for o in preprocess_cohort(cohort, tmp_path / "s", PreprocessingSpec.load("phantom"), workers=2).outcomes

@@ -11,9 +11,9 @@ import pandas as pd
 import pydicom
 import pytest
 
+from ctclip.preprocessing.cohort_run import preprocess_cohort
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.linkage import COLUMNS, check_linkage, write_linkage
-from ctclip.preprocessing.pipeline import preprocess_cohort
 from ctclip.preprocessing.spec import PreprocessingSpec
 from tests.unit.preprocessing.dicom_builder import SERIES, STUDY, series, truth, write
 

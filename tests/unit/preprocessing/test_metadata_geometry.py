@@ -15,9 +15,9 @@ import SimpleITK as sitk
 
 from ctclip.phantom.scan import make_scan
 from ctclip.preprocessing import Prepared, PreprocessingError, PreprocessingSpec, prepare
+from ctclip.preprocessing.cohort_run import preprocess_cohort
 from ctclip.preprocessing.cohorts import Cohort, read_cohort
 from ctclip.preprocessing.facts import table_facts
-from ctclip.preprocessing.pipeline import preprocess_cohort
 from tests.unit.preprocessing.scan_files import zipped
 
 SPEC = PreprocessingSpec("test", (5.0, 4.0, 4.0), (60, 70, 90))

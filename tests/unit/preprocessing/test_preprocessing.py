@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from ctclip.phantom.scan import make_scan
 from ctclip.preprocessing import PreprocessingError, PreprocessingSpec, prepare
+from ctclip.preprocessing.cohort_run import preprocess_cohort, quarantine_damaged
 from ctclip.preprocessing.cohorts import read_cohort
 from ctclip.preprocessing.facts import TableFacts, table_facts
 from ctclip.preprocessing.geometry import orient, resample, resampled_affine
 from ctclip.preprocessing.hounsfield import to_hu
-from ctclip.preprocessing.pipeline import preprocess_cohort, quarantine_damaged
 from ctclip.preprocessing.readers import read
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.volume import Volume

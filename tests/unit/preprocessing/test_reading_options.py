@@ -14,7 +14,8 @@ from ctclip.cli.preprocess import preprocess
 from ctclip.cli.zero_shot import zero_shot
 from ctclip.inference.scans import ScanFiles
 from ctclip.preprocessing import PreprocessingError, PreprocessingSpec, prepare
-from ctclip.preprocessing.pipeline import Reading, preprocess_cohort
+from ctclip.preprocessing.cohort_run import preprocess_cohort
+from ctclip.preprocessing.pipeline import Reading
 from ctclip.preprocessing.store import VolumeStore
 from tests.unit.preprocessing.scan_files import AFFINE, nifti, patched, written
 
@@ -54,6 +55,12 @@ def test_scan_files_and_stores_read_as_they_are_told(tmp_path: Path, reading: Re
     preprocess_cohort(path, tmp_path / "store", SPEC, reading=reading, workers=1)
     store = VolumeStore(tmp_path / "store")
     assert np.abs(store.voxels(store.volumes[0]) - told).max() < 1e-3
+
+
+def test_a_cohort_is_not_begun_with_an_option_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(PreprocessingError, match=r"expect='Chest': give one of auto, chest, any"):
+        preprocess_cohort(contradicting(tmp_path), tmp_path / "store", SPEC, reading={"expect": "Chest"})  # type: ignore[typeddict-item]
+    assert not (tmp_path / "store").exists()
 
 
 def test_another_way_of_reading_is_another_run(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from ctclip.phantom.scan import make_scan
 from ctclip.preprocessing import PreprocessingSpec, prepare
-from ctclip.preprocessing.pipeline import preprocess_cohort
+from ctclip.preprocessing.cohort_run import preprocess_cohort
 from ctclip.preprocessing.store import VolumeStore
 from tests.unit.preprocessing.test_dicom import write_series
 

@@ -12,9 +12,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from ctclip.cli import main
+from ctclip.config import Config
 from ctclip.config_files import load_config
 from ctclip.errors import TrainingError
-from ctclip.training.records import MetricsLog
+from ctclip.training.records import MetricsLog, open_run
 
 
 def test_a_resumed_log_has_one_line_a_step_on_disk_and_in_tensorboard(tmp_path: Path) -> None:
@@ -49,6 +51,30 @@ def test_scalars_are_grouped_and_hyper_parameters_kept(tmp_path: Path) -> None:
     started = HParamsPluginData.FromString(content).session_start_info
     assert started.hparams["training.batch"].number_value == load_config("phantom_tiny").training.batch
     assert started.hparams["model.volume.kind"].string_value == "vit3d"
+
+
+def test_a_run_records_the_words_that_were_passed_and_not_those_of_a_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started in a notebook: ``sys.argv`` is the command line of its kernel."""
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel-1.json"])
+
+    def recorded(config: Config, output: Path, *, force: bool = False) -> Path:
+        open_run(output, config, force=force)
+        return output
+
+    def command(folder: Path) -> Any:
+        return json.loads((folder / "run.json").read_text())["command"]
+
+    monkeypatch.setattr("ctclip.training.loop.train", recorded)
+    words = ["train", "--config", "phantom_tiny", "--store", "a store", "--output", str(tmp_path / "a"), "seed=3"]
+    assert main([*words, "--debug"]) == 0
+    assert command(tmp_path / "a") == ["ctclip", *words, "--debug"]
+    recorded(load_config("phantom_tiny"), tmp_path / "b")
+    assert command(tmp_path / "b") is None
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/ctclip", *words[:-2], str(tmp_path / "c")])
+    assert main() == 0
+    assert command(tmp_path / "c") == ["ctclip", *words[:-2], str(tmp_path / "c")]
 
 
 def test_weights_and_biases_gets_the_same_and_is_not_needed(
