@@ -25,7 +25,7 @@ def test_a_stored_volume_is_where_the_file_has_it(tmp_path: Path, published: boo
     spec = PreprocessingSpec(
         "test", spacing=(2.0, 1.5, 1.5) if published else (2.5, 1.8, 1.4), shape=(16, 20, 20) if published else (16, 20, 24), published_geometry=published,
     )  # fmt: skip
-    prepared = prepare(tmp_path / "scan.nii.gz", spec, expect="any", hu="trusted")
+    prepared = prepare(tmp_path / "scan.nii.gz", spec, expect="any", hu="trust-file")
     store = VolumeStore.create(tmp_path / "store", spec)
     store.write("scan", prepared.stored)
     again = stored(store, "scan")
