@@ -10,6 +10,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ctclip.adaptation.probe import Probe
+from ctclip.adaptation.shrinkage import ANCHORS, Towards, embedding_unit, fit_towards
 from ctclip.errors import ConfigError
 from ctclip.heads.contexts import Contexts, directions, with_vectors, word_embedding, word_vectors_of
 from ctclip.models.dual_encoder import DualEncoder
@@ -17,6 +19,9 @@ from ctclip.models.text import TextEncoder
 from ctclip.objectives.labels import multi_label
 from ctclip.prompts import Pair, PromptSet
 from ctclip.schema import Section
+
+# The anchor of labels that are to keep their prompts, where contexts are shared.
+STAY = 10 * max(anchor for anchor in ANCHORS if np.isfinite(anchor))
 
 
 class CoopConfig(Section):
@@ -34,11 +39,14 @@ class CoopConfig(Section):
         "front",
         description="position of random vectors: in front of the name, half on either side (middle), or after it",
     )
-    steps: int = Field(100, ge=1)
-    learning_rate: float = Field(0.05, gt=0, description="in standard deviations of the word vectors")
-    anchor: float = Field(
-        1.0, ge=0, description="weight of staying close to the initial prompts (KgCoOp, Yao et al. 2023); 0: none"
-    )  # fmt: skip
+    steps: int = Field(50, ge=1)
+    learning_rate: float = Field(0.1, gt=0, description="in standard deviations of the word vectors")
+    anchor: float | None = Field(
+        None,
+        ge=0,
+        description="weight of staying close to the written prompts (KgCoOp, Yao et al. 2023); 0: none; null: chosen for each "
+        "label by cross-validation among its patients",
+    )
 
     @model_validator(mode="after")
     def _begins_with_one_thing(self) -> CoopConfig:
@@ -168,35 +176,60 @@ def fit_contexts(
     contexts: Contexts,
     embeddings: np.ndarray,
     labels: np.ndarray,
+    patients: np.ndarray,
     config: CoopConfig,
     ensemble: str,
+    *,
+    written: np.ndarray | None = None,
+    seed: int = 0,
 ) -> Contexts:
     """Fit contexts to ``labels`` (n, L) of 0, 1 and NaN (not used), by cross-entropy over the whole set.
 
-    embeddings (n, dim): unit vectors of volumes. The model is not changed; volumes without a label are left out.
+    embeddings (n, dim): unit vectors of volumes, with patients (n,). written (L, dim): the directions of the written prompts to
+    stay close to; None: those of ``contexts``. The model is not changed. How close each label stays, and its bias
+    while it is learned, are those of ``fit_towards``, of which this is the same problem in words.
     """
-    seen = ~np.isnan(labels).all(axis=1)
-    volumes = torch.from_numpy(embeddings[seen]).float().to(model.device)
-    target = torch.from_numpy(labels[seen]).float().to(model.device)
     count = labels.shape[1]
-    # A prior next to a sum over examples: the more labels, the less it counts.
-    held = config.anchor / float((~np.isnan(labels)).sum())
-    spread = float(word_embedding(model.text_encoder.bert).weight.detach().float().std())
-    moved = torch.zeros_like(contexts.vectors, requires_grad=True)
-    optimizer = torch.optim.Adam([moved], lr=config.learning_rate)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval().requires_grad_(False)
     try:
         with torch.no_grad():
             first = directions(model, contexts, count, ensemble)
-        for step in range(config.steps):
-            optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - step / config.steps)
-            now = directions(model, with_vectors(contexts, contexts.vectors + spread * moved), count, ensemble)
-            loss = multi_label(model.logits(volumes, now), target) + held * (now - first).square().sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        first = first if written is None else torch.from_numpy(written).to(first)
+        towards = Towards(first.cpu().numpy(), float(model.similarity.scale()))
+        free = fit_towards(embeddings, labels, patients, towards, anchor=config.anchor, seed=seed)
+        return _learn(model, contexts, embeddings, labels, config, ensemble, first, free)
     finally:
         for parameter in learned:
             parameter.requires_grad_(True)
+
+
+def _learn(
+    model: DualEncoder, contexts: Contexts, embeddings: np.ndarray, labels: np.ndarray, config: CoopConfig, ensemble: str,
+    first: Tensor, free: Probe,
+) -> Contexts:  # fmt: skip
+    """Contexts after ``config.steps`` steps of Adam. A label that is to keep its prompts (strength inf) has no
+    cross-entropy, and the strongest anchor: contexts of its own do not move, shared ones are held back."""
+    kept = np.isinf(free.strengths)
+    labels = np.where(kept, np.nan, labels)
+    if np.isnan(labels).all():
+        return contexts
+    seen = ~np.isnan(labels).all(axis=1)
+    volumes = torch.from_numpy(embeddings[seen]).float().to(model.device)
+    target = torch.from_numpy(labels[seen]).float().to(model.device)
+    bias = torch.from_numpy(free.bias).float().to(model.device)
+    # Next to a mean over labels that are known: the more labels, the less the anchor counts.
+    unit = embedding_unit(embeddings) * float(model.similarity.scale()) ** 2 / (2 * float((~np.isnan(labels)).sum()))
+    held = torch.from_numpy(np.where(kept, STAY, free.strengths) * unit).to(first)
+    spread = float(word_embedding(model.text_encoder.bert).weight.detach().float().std())
+    moved = torch.zeros_like(contexts.vectors, requires_grad=True)
+    optimizer = torch.optim.Adam([moved], lr=config.learning_rate)
+    for step in range(config.steps):
+        optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - step / config.steps)
+        now = directions(model, with_vectors(contexts, contexts.vectors + spread * moved), len(first), ensemble)
+        away = (now - first).square().sum(dim=1)
+        loss = multi_label(model.logits(volumes, now) + bias, target) + (held * away).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     return with_vectors(contexts, (contexts.vectors + spread * moved).detach())

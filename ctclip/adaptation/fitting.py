@@ -16,11 +16,13 @@ from ctclip.adaptation.figures import label_curve
 from ctclip.adaptation.keep import check_head_name, keep_head
 from ctclip.adaptation.probe import fit_probe
 from ctclip.adaptation.protocol import Draw, Setting, draws_of, measure, summary
+from ctclip.adaptation.shrinkage import Towards, fit_towards
 from ctclip.adaptation.zero_shot import own_prompts, zero_shot_auroc
 from ctclip.evaluation.tables import write_predictions
 from ctclip.heads.contexts import ContextHead
 from ctclip.heads.head import Head
 from ctclip.heads.linear import LinearHead
+from ctclip.heads.prompts import pair_vectors
 from ctclip.inference.run import run_key
 from ctclip.inference.scans import StoredScans
 from ctclip.models.encoded import Encoded
@@ -37,7 +39,7 @@ Fit = Callable[[Examples, np.ndarray, int], Head]
 @dataclass(frozen=True)
 class Options:
     """labels: a table of the user, or None for the labels of the store; head: the name to save it under; draws: number
-    per setting."""
+    per setting; towards_prompts: whether a probe is shrunk towards the model's prompts, instead of towards 0."""
 
     labels: Path | None = None
     splits: Splits = field(default_factory=Splits)
@@ -46,6 +48,7 @@ class Options:
     batch: int = 8
     seed: int = 0
     force: bool = False
+    towards_prompts: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,11 @@ def run_probe(loaded: ModelFolder, store: Path, output: Path, settings: Sequence
     """
 
     def fit(train: Examples, seen: np.ndarray, draw: int) -> Head:
-        probe = fit_probe(train.vectors, seen, train.patients, seed=options.seed + draw)
+        if options.towards_prompts:
+            towards = towards_prompts(loaded, train.names)
+            probe = fit_towards(train.vectors, seen, train.patients, towards, seed=options.seed + draw)
+        else:
+            probe = fit_probe(train.vectors, seen, train.patients, seed=options.seed + draw)
         weight, bias = (torch.from_numpy(part).float() for part in (probe.weight, probe.bias))
         return LinearHead(loaded.model, train.names, weight, bias)
 
@@ -79,16 +86,44 @@ def run_coop(
 ) -> Result:
     """Learn prompts for ``setting``, test them on held-out patients, and save those of the first draw. Raises as
     ``run_probe`` does."""
-    prompts = own_prompts(loaded)
 
     def fit(train: Examples, seen: np.ndarray, draw: int) -> Head:
-        # Prompts use the label names of the model's label set.
-        asked = [loaded.labels.resolve(name) or name for name in train.names]
-        contexts = initial_contexts(loaded.model, asked, prompts, config, options.seed + draw)
-        learned = fit_contexts(loaded.model, contexts, train.vectors, seen, config, prompts.ensemble)
-        return ContextHead(loaded.model, train.names, learned, prompts.ensemble)
+        return learned_prompts(loaded, train, seen, config, options.seed + draw)
 
     return _run("coop", ContextHead.kind, fit, loaded, store, output, [setting], setting, options)
+
+
+def learned_prompts(
+    loaded: ModelFolder, train: Examples, seen: np.ndarray, config: CoopConfig, seed: int
+) -> ContextHead:
+    """Prompts learned from the labels ``seen`` (n, L; NaN: not used) of the training volumes, near the model's own."""
+    prompts, asked = own_prompts(loaded), prompt_names(loaded, train.names)
+    contexts = initial_contexts(loaded.model, asked, prompts, config, seed)
+    # Prompts of the configuration are their own prior; random vectors have that of the model's prompts.
+    written = towards_prompts(loaded, train.names).directions if config.vectors else None
+    learned = fit_contexts(
+        loaded.model,
+        contexts,
+        train.vectors,
+        seen,
+        train.patients,
+        config,
+        prompts.ensemble,
+        written=written,
+        seed=seed,
+    )
+    return ContextHead(loaded.model, train.names, learned, prompts.ensemble)
+
+
+def towards_prompts(loaded: ModelFolder, names: Sequence[str]) -> Towards:
+    """The directions of the model's own prompts for labels ``names``."""
+    positive, negative = pair_vectors(loaded.model, own_prompts(loaded), prompt_names(loaded, names))
+    return Towards((positive - negative).float().cpu().numpy(), float(loaded.model.similarity.scale()))
+
+
+def prompt_names(loaded: ModelFolder, names: Sequence[str]) -> list[str]:
+    """Labels as the prompts call them: by the names of the model's label set, where it has them."""
+    return [loaded.labels.resolve(name) or name for name in names]
 
 
 def check_output(folder: Path, command: str) -> None:

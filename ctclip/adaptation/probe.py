@@ -55,23 +55,32 @@ def fit_probe(vectors: np.ndarray, labels: np.ndarray, patients: np.ndarray, *, 
 def choose_strength(inputs: np.ndarray, truth: np.ndarray, patients: np.ndarray, *, seed: int = 0) -> float:
     """The value of ``STRENGTHS`` with the lowest cross-entropy on held-out folds of patients; ``DEFAULT`` if a class
     has fewer than two patients. inputs (n, d), truth (n,) of 0 and 1, patients (n,)."""
+    losses = np.zeros(len(STRENGTHS))
+    for train, held in patient_folds(truth, patients, seed):
+        for index, strength in enumerate(STRENGTHS):
+            scores = regression(strength).fit(inputs[train], truth[train]).decision_function(inputs[held])
+            losses[index] += cross_entropy(scores, truth[held])
+    return STRENGTHS[int(np.argmin(losses))] if losses.any() else DEFAULT
+
+
+def patient_folds(truth: np.ndarray, patients: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Indices to fit to and to test on, of up to ``FOLDS`` folds of patients with both classes to fit to; none if a class
+    has fewer than two patients."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     folds = min(FOLDS, *(len(np.unique(patients[truth == value])) for value in (0, 1)))
     if folds < 2:
-        return DEFAULT
-    losses = np.zeros(len(STRENGTHS))
+        return []
     with warnings.catch_warnings():
-        # With few patients a fold may have only one class; such folds are left out below.
+        # With few patients a fold may have only one class; such folds are left out.
         warnings.simplefilter("ignore")
-        parts = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(inputs, truth, patients))
-    for train, held in parts:
-        if len(np.unique(truth[train])) < 2:
-            continue
-        for index, strength in enumerate(STRENGTHS):
-            scores = regression(strength).fit(inputs[train], truth[train]).decision_function(inputs[held])
-            losses[index] += np.sum(np.logaddexp(0, scores) - truth[held] * scores)
-    return STRENGTHS[int(np.argmin(losses))] if losses.any() else DEFAULT
+        parts = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(truth, truth, patients))
+    return [(train, held) for train, held in parts if len(np.unique(truth[train])) == 2]
+
+
+def cross_entropy(logits: np.ndarray, truth: np.ndarray) -> float:
+    """Sum over examples; logits (n,), truth (n,) of 0 and 1."""
+    return float(np.sum(np.logaddexp(0, logits) - truth * logits))
 
 
 def regression(strength: float):  # type: ignore[no-untyped-def]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 
 import typer
 
 from ctclip.cli.reading import LABEL_TABLE
+
+
+class Toward(StrEnum):
+    zero = "zero"
+    prompts = "prompts"
 
 
 def probe(
@@ -27,6 +33,11 @@ def probe(
     ),
     head: str = typer.Option(
         "probe", help="The name under which the probe of all training labels is saved in the model folder."
+    ),
+    toward: Toward = typer.Option(
+        Toward.zero,
+        help="What the weights are shrunk towards. zero: the usual probe. prompts: the model's own prompts, which is "
+        "better with few labels.",
     ),
     train_split: str = typer.Option("train", help="Split to train on."),
     test_split: str = typer.Option("valid", help="Split to test on."),
@@ -55,7 +66,9 @@ def probe(
     if not settings:
         raise DataError("give --percent or --shots")
     check_output(output, "probe")
-    options = Options(labels, Splits(train_split, test_split), head, draws, batch, seed, force)
+    options = Options(
+        labels, Splits(train_split, test_split), head, draws, batch, seed, force, toward is Toward.prompts
+    )
     result = run_probe(load_model(model, distributed.device()), store, output, settings, options)
     print_settings("Linear probe, held-out patients", result.summary, result.zero_shot)
     print(f"tables and curve: {output}")

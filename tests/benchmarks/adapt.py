@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from ctclip.adaptation.coop import CoopConfig, fit_contexts, initial_contexts
+from ctclip.adaptation.coop import CoopConfig
 from ctclip.adaptation.examples import Examples, Labelled, Splits, embedded, read_labelled
-from ctclip.adaptation.fitting import CACHE, score_vectors
+from ctclip.adaptation.fitting import CACHE, learned_prompts, score_vectors, towards_prompts
 from ctclip.adaptation.probe import fit_probe
 from ctclip.adaptation.protocol import Setting, aurocs, t_interval
-from ctclip.adaptation.zero_shot import own_prompts, zero_shot_scores
+from ctclip.adaptation.shrinkage import fit_towards
+from ctclip.adaptation.zero_shot import zero_shot_scores
 from ctclip.config_files import find_config, load_section
 from ctclip.evaluation.metrics import mean_defined
 from ctclip.evaluation.retrieval import composed_retrieval, precision_by_labels
 from ctclip.evaluation.tables import read_embeddings, read_predictions
-from ctclip.heads.contexts import ContextHead
 from ctclip.heads.folder import PROMPTS
 from ctclip.heads.prompts import PromptHead
 from ctclip.inference.model import usable_head
@@ -44,6 +44,7 @@ SETTINGS = {
     "1": Setting("shots", 1.0), "4": Setting("shots", 4.0), "16": Setting("shots", 16.0),
     "1%": Setting("fraction", 1.0), "10%": Setting("fraction", 10.0), "100%": Setting("fraction", 100.0),
 }  # fmt: skip
+FITTED = ("probe", "probe-toward-prompts", "coop")
 TRAINED = ("vocabfine", "lora", "last-layers", "classfine", "full")
 Figures = dict[str, Any]
 
@@ -52,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--demo", type=Path, required=True, help="a finished `ctclip demo`")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--methods", default=",".join(("probe", "coop", *TRAINED)))
+    parser.add_argument("--methods", default=",".join((*FITTED, *TRAINED)))
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument(
@@ -137,9 +138,9 @@ def measure(
 ) -> Figures:
     """Fit or train one method on one draw and test it; seconds are processor time for methods fitted in this process."""
     train, test = examples
-    if method in ("probe", "coop"):
+    if method in FITTED:
         began, seen = time.process_time(), setting.draw(train, draw)
-        scores = fit_probe(train.vectors, seen, train.patients, seed=draw).scores(test.vectors) if method == "probe" else coop(loaded, train, test, seen)  # fmt: skip
+        scores = fitted(loaded, train, seen, test, method, draw)
         return figures_of(aurocs(test, scores), test.names, time.process_time() - began)
     folder, began = output / method / f"{setting.kind}_{setting.amount:g}_{draw}", time.monotonic()
     amount = ["--shots", f"{setting.amount:g}"] if setting.kind == "shots" else ["--percent", f"{setting.amount:g}"]
@@ -171,12 +172,17 @@ def measure(
     return figures_of(aurocs(test, scores), test.names, seconds) | parameters(folder / "model")
 
 
-def coop(loaded: ModelFolder, train: Examples, test: Examples, seen: np.ndarray) -> np.ndarray:
-    """Scores (n, L) of prompts learned from ``seen`` by the recipe of `ctclip adapt --method coop`."""
-    config, prompts = load_section(CoopConfig, find_config("coop", "adapt")), own_prompts(loaded)
-    contexts = initial_contexts(loaded.model, train.names, prompts, config)
-    learned = fit_contexts(loaded.model, contexts, train.vectors, seen, config, prompts.ensemble)
-    return score_vectors(ContextHead(loaded.model, train.names, learned, prompts.ensemble), test.vectors)
+def fitted(
+    loaded: ModelFolder, train: Examples, seen: np.ndarray, test: Examples, method: str, draw: int
+) -> np.ndarray:
+    """Scores (n, L) of a method that is fitted to frozen embeddings, as `ctclip probe` and `ctclip adapt` fit it."""
+    if method == "coop":
+        config = load_section(CoopConfig, find_config("coop", "adapt"))
+        return score_vectors(learned_prompts(loaded, train, seen, config, draw), test.vectors)
+    if method == "probe":
+        return fit_probe(train.vectors, seen, train.patients, seed=draw).scores(test.vectors)
+    towards = towards_prompts(loaded, train.names)
+    return fit_towards(train.vectors, seen, train.patients, towards, seed=draw).scores(test.vectors)
 
 
 def parameters(folder: Path) -> Figures:

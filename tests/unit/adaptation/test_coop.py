@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ctclip.adaptation.coop import CoopConfig, fit_contexts, initial_contexts
+from ctclip.adaptation.shrinkage import Towards, fit_towards
 from ctclip.config import ModelConfig, TextConfig
 from ctclip.errors import CheckpointError, ConfigError
 from ctclip.heads.contexts import ContextHead, directions, nearest_words, prompts_in_words, with_vectors
@@ -107,12 +108,12 @@ def test_what_was_learned_is_saved_and_scores_alike(tmp_path: Path) -> None:
     config = CoopConfig(steps=30, learning_rate=0.3, anchor=0.1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     begun = initial_contexts(model, NAMES, PROMPTS, config)
-    learned = fit_contexts(model, begun, embeddings, labels, config, "embeddings")
+    patients = np.arange(40).astype(str)
+    learned = fit_contexts(model, begun, embeddings, labels, patients, config, "embeddings")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "encoders are frozen"
     assert any(parameter.requires_grad for parameter in model.parameters())
-    held = fit_contexts(
-        model, begun, embeddings, labels, CoopConfig(steps=30, learning_rate=0.3, anchor=100.0), "embeddings"
-    )
+    close = CoopConfig(steps=30, learning_rate=0.3, anchor=100.0)
+    held = fit_contexts(model, begun, embeddings, labels, patients, close, "embeddings")
     with torch.no_grad():
         start, free, kept = (directions(model, one, 2, "embeddings") for one in (begun, learned, held))
     assert (kept - start).norm() < 0.5 * (free - start).norm(), "the anchor holds"
@@ -125,6 +126,38 @@ def test_what_was_learned_is_saved_and_scores_alike(tmp_path: Path) -> None:
     assert again.identity() == head.identity()
     with pytest.raises(CheckpointError, match="do not fit 3 labels"):
         ContextHead(model, (*NAMES, "third"), learned)
+
+
+def test_words_come_to_the_directions_that_the_labels_ask_for_and_a_label_without_a_choice_keeps_its_prompts() -> None:
+    model = dual_encoder().eval()
+    random = np.random.default_rng(2)
+    embeddings = random.normal(size=(60, 12)).astype("f4")
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    labels = np.full((60, 2), np.nan)
+    labels[:, 0] = embeddings[:, 3] > 0
+    labels[[0, 1], 1] = [0, 1]
+    patients = np.arange(60).astype(str)
+    config = CoopConfig(steps=80, learning_rate=0.3)
+    begun = initial_contexts(model, NAMES, PROMPTS, config)
+    learned = fit_contexts(model, begun, embeddings, labels, patients, config, "embeddings")
+    with torch.no_grad():
+        start, now = (directions(model, one, 2, "embeddings") for one in (begun, learned))
+    assert torch.equal(now[1], start[1]), "one shot: too few patients to choose by"
+    free = fit_towards(embeddings, labels, patients, Towards(start.numpy(), float(model.similarity.scale())))
+    asked = torch.from_numpy(free.weight[0]).float()
+    before, after = (torch.cosine_similarity(one[0], asked, dim=0) for one in (start, now))
+    assert after > 0.9 > before
+
+
+def test_shared_words_stay_for_labels_that_keep_their_prompts() -> None:
+    model = dual_encoder().eval()
+    embeddings = np.eye(12, dtype="f4")[np.arange(24) % 12]
+    labels = np.full((24, 2), np.nan)
+    labels[:2, 0] = [0, 1]
+    config = CoopConfig(contexts="unified", positive="There is {x}.", negative="There is no {x}.", steps=3)
+    begun = initial_contexts(model, NAMES, PROMPTS, config)
+    learned = fit_contexts(model, begun, embeddings, labels, np.arange(24).astype(str), config, "embeddings")
+    assert torch.equal(learned.vectors, begun.vectors)
 
 
 def test_nearest_words_of_word_vectors_are_the_words() -> None:
