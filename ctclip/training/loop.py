@@ -23,7 +23,8 @@ from ctclip.data.sampler import ScanSampler, rarity_weights
 from ctclip.data.shared_memory import usable_workers
 from ctclip.errors import CtclipError, DataError, TrainingError
 from ctclip.inference.drift import summarise
-from ctclip.models.folder import check_output
+from ctclip.models.dual_encoder import DualEncoder
+from ctclip.models.folder import SUMMARY, check_output
 from ctclip.objectives.objective import Context, columns_needed
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.outputs import claim_folder
@@ -146,9 +147,18 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
         validation = Validation(config, engine, labels, prompts) if config.training.validate_every else None
         Run(config, output, engine, checkpoints, signals, validation).train(data, sampler, steps)
     learned_state = engine.parameters()
-    distributed.on_main(lambda: save_run_model(output / "model", config, output, model, learned_state))
-    distributed.on_main(lambda: _summarise(config, output / "model", data.store, device))
+    distributed.on_main(lambda: _save(config, output, model, learned_state, data.store, device))
     return output / "model"
+
+
+def _save(
+    config: Config, output: Path, model: DualEncoder, learned: dict[str, torch.Tensor], store: VolumeStore,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Write the model folder and the summary of its training scans, unless they are there: a finished run returns at once."""
+    written = save_run_model(output / "model", config, output, model, learned)
+    if written or not (output / "model" / SUMMARY).is_file():
+        _summarise(config, output / "model", store, device)
 
 
 def _summarise(config: Config, model: Path, store: VolumeStore, device: torch.device) -> None:

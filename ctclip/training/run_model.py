@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ctclip import distributed
 from ctclip.config import Config, ModelConfig
@@ -178,14 +180,17 @@ def keep_prompts(output: Path, prompts: PromptSet) -> None:
     write_text(output / PROMPTS, dump_config(prompts))
 
 
-def save_run_model(folder: Path, config: Config, run: Path, model: DualEncoder, state: dict[str, torch.Tensor]) -> None:
-    """A model folder of a checkpoint's state (names under ``state/model.``); the rest is in the run folder."""
+def save_run_model(folder: Path, config: Config, run: Path, model: DualEncoder, state: dict[str, torch.Tensor]) -> bool:
+    """A model folder of a checkpoint's state (names under ``state/model.``); the rest is in the run folder. One that has these
+    weights already is left alone, with the heads and calibrations that were added to it; returns whether it was written."""
     prefix = "state/model."
     tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     expected = {name: value.shape for name, value in model.state_dict().items()}
     trained_on = validated(TrainedOn, read_mapping(run / TRAINED_ON), str(run / TRAINED_ON))
     labels = load_labels(run / ARCHITECTURE / LABELS)
     _check_state(tensors, expected, run)
+    if _has_weights(folder, tensors):
+        return False
     known = None if labels.name == NO_LABELS else labels
     # Runs of earlier versions kept no prompts.
     prompts = load_prompts(run / PROMPTS) if (run / PROMPTS).is_file() else run_prompts(config, known)
@@ -194,6 +199,19 @@ def save_run_model(folder: Path, config: Config, run: Path, model: DualEncoder, 
         folder, model, labels, trained_on=trained_on, card=_card(config, trained_on), state=tensors,
         write_more=lambda partial: write_prompt_head(partial, prompts, names) if names else None,
     )  # fmt: skip
+    return True
+
+
+def _has_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether a model folder has just these weights. A damaged one has not."""
+    try:
+        kept = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError):
+        return False
+    whole = (folder / "config.yaml").is_file()
+    return (
+        whole and kept.keys() == tensors.keys() and all(torch.equal(kept[name], tensors[name].cpu()) for name in kept)
+    )
 
 
 def _check_state(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Size], run: Path) -> None:
