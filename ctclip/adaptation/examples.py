@@ -83,17 +83,22 @@ def read_labelled(
         raise DataError(
             f"{len(twice)} patients, the first {twice[0]!r}, are in both the training and the test split; split by patient"
         )
-    both = (train.labels == 1).any(axis=0) & (train.labels == 0).any(axis=0)
+    both = with_both_classes(train, labels or store.path)
     left_out = [name for name, has_both in zip(train.names, both, strict=True) if not has_both]
-    if not both.any():
-        raise DataError(
-            f"{labels or store.path}: every label has only one class among the training patients; label more of them"
-        )
     if left_out:
         print(
             f"note: labels left out, because the training patients have only one class of them: {', '.join(left_out)}"
         )
     return train.only(both), test.only(both)
+
+
+def with_both_classes(train: Labelled, source: Path) -> np.ndarray:
+    """(L,) bool: the labels with positives and negatives among the training volumes. Raises DataError, which names the
+    ``source`` of the labels, if there is none."""
+    both = (train.labels == 1).any(axis=0) & (train.labels == 0).any(axis=0)
+    if not both.any():
+        raise DataError(f"{source}: every label has only one class among the training patients; label more of them")
+    return np.asarray(both)
 
 
 def embedded(

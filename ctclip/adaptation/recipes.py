@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from ctclip import distributed
-from ctclip.adaptation.examples import Labelled, labelled_volumes
+from ctclip.adaptation.examples import Labelled, labelled_volumes, with_both_classes
 from ctclip.adaptation.protocol import Draw, Setting
 from ctclip.config import Config, ModelConfig
 from ctclip.config_files import find_config, load_config, read_mapping
@@ -100,6 +100,7 @@ def configured(recipe: Recipe, path: Path, output: Path) -> tuple[Config, list[s
         table = store.cohort[store.cohort["split"] == recipe.split]
         return _config(source, given, recipe.overrides), sorted(set(table["patient"].astype(str)))
     labelled = labelled_volumes(store, recipe.split, own)
+    with_both_classes(labelled, recipe.labels or store.path)
     draw = Draw(recipe.setting, recipe.seed, recipe.setting.draw(labelled, recipe.seed))
     if recipe.labels is not None or recipe.setting != Setting("fraction", 100.0):
         given["data.label_table"] = str(output / DRAW)

@@ -130,7 +130,10 @@ def test_merged_adapters_score_as_they_did_apart(tmp_path: Path) -> None:
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(clinic: Clinic, tmp_path: Path) -> None:
     output = tmp_path / "run"
+    one_class = tmp_path / "one.csv"
+    one_class.write_text("volume,Gallstones\n" + "".join(f"v{number:02d},1\n" for number in range(80)))
     cases: list[tuple[Recipe, str]] = [
+        (Recipe("vocabfine", str(clinic.model), clinic.store, labels=one_class), r"one\.csv: every label has only one class"),
         (Recipe("full", str(clinic.model), clinic.store, setting=Setting("shots", 4)), "full reads no label"),
         (Recipe("vocabfine", str(clinic.model), clinic.store, setting=Setting("shots", 99)), "fewer than the 99 shots asked for"),
         (Recipe("vocabfine", str(clinic.model), clinic.store, split="tset"), "no stored volume of split 'tset'"),
