@@ -35,6 +35,7 @@ from ctclip.heads.folder import PROMPTS
 from ctclip.heads.prompts import PromptHead
 from ctclip.inference.model import usable_head
 from ctclip.inference.run import VOLUME
+from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import ModelFolder, load_model
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.store import VolumeStore
@@ -169,7 +170,7 @@ def measure(
     _, test = load(adapted, demo, "train", output / CACHE, held_out_only=True)
     scores = zero_shot_scores(adapted, test)
     assert scores is not None
-    return figures_of(aurocs(test, scores), test.names, seconds) | parameters(folder / "model")
+    return figures_of(aurocs(test, scores), test.names, seconds) | parameters(folder / "model", loaded.model)
 
 
 def fitted(
@@ -185,11 +186,15 @@ def fitted(
     return fit_towards(train.vectors, seen, train.patients, towards, seed=draw).scores(test.vectors)
 
 
-def parameters(folder: Path) -> Figures:
-    """The share of a model's parameters that are in low-rank adapters."""
-    model = load_model(folder).model
+def parameters(folder: Path, before: DualEncoder) -> Figures:
+    """The share of a model's parameters that were trained: low-rank adapters, and whatever differs from the model before."""
+    model, old = load_model(folder).model, dict(before.named_parameters())
     sizes = {name: value.numel() for name, value in model.named_parameters()}
-    return {"adapters": sum(size for name, size in sizes.items() if "lora_" in name) / sum(sizes.values())}
+    trained = {
+        name for name, value in model.named_parameters()
+        if "lora_" in name or not torch.equal(value, old[name.replace(".base_layer", "")])
+    }  # fmt: skip
+    return {"trained": sum(sizes[name] for name in trained) / sum(sizes.values())}
 
 
 def ctclip(*arguments: object) -> None:
