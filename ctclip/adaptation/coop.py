@@ -196,7 +196,7 @@ def fit_contexts(
         with torch.no_grad():
             first = directions(model, contexts, count, ensemble)
         first = first if written is None else torch.from_numpy(written).to(first)
-        towards = Towards(first.cpu().numpy(), float(model.similarity.scale()))
+        towards = Towards(first.cpu().numpy(), float(model.similarity.scale().detach()))
         free = fit_towards(embeddings, labels, patients, towards, anchor=config.anchor, seed=seed)
         return _learn(model, contexts, embeddings, labels, config, ensemble, first, free)
     finally:
@@ -219,7 +219,11 @@ def _learn(
     target = torch.from_numpy(labels[seen]).float().to(model.device)
     bias = torch.from_numpy(free.bias).float().to(model.device)
     # Next to a mean over labels that are known: the more labels, the less the anchor counts.
-    unit = embedding_unit(embeddings) * float(model.similarity.scale()) ** 2 / (2 * float((~np.isnan(labels)).sum()))
+    unit = (
+        embedding_unit(embeddings)
+        * float(model.similarity.scale().detach()) ** 2
+        / (2 * float((~np.isnan(labels)).sum()))
+    )
     held = torch.from_numpy(np.where(kept, STAY, free.strengths) * unit).to(first)
     spread = float(word_embedding(model.text_encoder.bert).weight.detach().float().std())
     moved = torch.zeros_like(contexts.vectors, requires_grad=True)

@@ -118,7 +118,7 @@ def learned_prompts(
 def towards_prompts(loaded: ModelFolder, names: Sequence[str]) -> Towards:
     """The directions of the model's own prompts for labels ``names``."""
     positive, negative = pair_vectors(loaded.model, own_prompts(loaded), prompt_names(loaded, names))
-    return Towards((positive - negative).float().cpu().numpy(), float(loaded.model.similarity.scale()))
+    return Towards((positive - negative).float().cpu().numpy(), float(loaded.model.similarity.scale().detach()))
 
 
 def prompt_names(loaded: ModelFolder, names: Sequence[str]) -> list[str]:

@@ -143,7 +143,7 @@ def test_words_come_to_the_directions_that_the_labels_ask_for_and_a_label_withou
     with torch.no_grad():
         start, now = (directions(model, one, 2, "embeddings") for one in (begun, learned))
     assert torch.equal(now[1], start[1]), "one shot: too few patients to choose by"
-    free = fit_towards(embeddings, labels, patients, Towards(start.numpy(), float(model.similarity.scale())))
+    free = fit_towards(embeddings, labels, patients, Towards(start.numpy(), float(model.similarity.scale().detach())))
     asked = torch.from_numpy(free.weight[0]).float()
     before, after = (torch.cosine_similarity(one[0], asked, dim=0) for one in (start, now))
     assert after > 0.9 > before
