@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +12,18 @@ import pandas as pd
 
 from ctclip.data.dataset import label_array, stored_volumes
 from ctclip.data.label_table import read_label_table
-from ctclip.errors import DataError
+from ctclip.errors import DataError, EvaluationError
 from ctclip.evaluation.tables import read_embeddings
 from ctclip.inference.embed import embed_scans
 from ctclip.inference.run import VOLUME, run_key
 from ctclip.inference.scans import StoredScans
 from ctclip.labels import store_labels
 from ctclip.models.folder import ModelFolder
+from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.store import VolumeStore
+
+# Embeddings to a file, and the beginning of the names of such files.
+TOGETHER, PART = 512, "part-"
 
 
 @dataclass(frozen=True)
@@ -117,17 +122,56 @@ def embedded(
 
 
 def cached_embeddings(loaded: ModelFolder, scans: StoredScans, cache: Path, batch: int) -> dict[str, np.ndarray]:
-    """Unit vectors (dim,) float32 by volume. ``cache``: a folder with one file per model, store and choice of volumes.
-    Volumes that cannot be read are left out, with a note."""
-    key = run_key(loaded.hash, loaded.spec.hash, list(scans.table["volume"]), scans.origin())
-    path = cache / f"{key}.parquet"
-    if not path.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        refused: dict[str, str] = {}
-        embed_scans(loaded, scans, path, batch, refused)
-        for reason in refused.values():
-            print(f"refused: {reason}")
-    arrays = read_embeddings(path)
+    """Unit vectors (dim,) float32 by volume. Volumes that cannot be read are left out, with a note. Raises DataError if
+    none can be read.
+
+    ``cache``: a folder that commands, models and stores may share. Only volumes that it lacks, or that have been stored
+    anew since, are embedded, ``TOGETHER`` to a file, so that an interrupted command resumes.
+    """
+    folder = cache / run_key(loaded.hash, loaded.spec.hash, loaded.model.precision, scans.origin())
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = list(map(str, scans.table["volume"]))
+    vectors: dict[str, np.ndarray] = {}
+    for path in sorted(folder.glob(f"{PART}*.parquet")):
+        vectors |= _read_part(path, scans.store)
+    missing = scans.table[~scans.table["volume"].isin(list(vectors))]
+    refused: dict[str, str] = {}
+    for first in range(0, len(missing), TOGETHER):
+        before = len(refused)
+        scans_of_part = copy(scans)
+        scans_of_part.table = missing.iloc[first : first + TOGETHER].reset_index(drop=True)
+        waiting = folder / f"{run_key(list(scans_of_part.table['volume']))}.parquet"
+        try:
+            embed_scans(loaded, scans_of_part, waiting, batch, refused, force=True)
+        except DataError:
+            # Every volume of this part was refused; another part may be readable.
+            if len(refused) - before == len(scans_of_part.table):
+                continue
+            raise
+        arrays = read_embeddings(waiting)
+        waiting.replace(folder / _part_name(arrays["volume"], scans.store))
+        vectors |= dict(zip(arrays["volume"].tolist(), arrays[VOLUME], strict=True))
+    for reason in refused.values():
+        print(f"refused: {reason}")
+    kept = {name: vectors[name] for name in wanted if name in vectors}
+    if not kept:
+        raise DataError(next(iter(refused.values()), f"{scans.store.path}: no volume to embed"))
+    return kept
+
+
+def _part_name(volumes: Sequence[str], store: VolumeStore) -> str:
+    """The name of a file of embeddings, which tells whether its volumes are still those that were embedded."""
+    return f"{PART}{run_key(list(map(str, volumes)), [store.checksums(str(name)) for name in volumes])}.parquet"
+
+
+def _read_part(path: Path, store: VolumeStore) -> dict[str, np.ndarray]:
+    """Vectors by volume; none of a file that cannot be read or whose volumes have changed."""
+    try:
+        arrays = read_embeddings(path)
+        if path.name != _part_name(arrays["volume"], store):
+            return {}
+    except (EvaluationError, PreprocessingError):
+        return {}
     return dict(zip(arrays["volume"].tolist(), arrays[VOLUME], strict=True))
 
 

@@ -23,6 +23,8 @@ from ctclip.preprocessing.store import VolumeStore
 
 TABLES = ("analysis.json", "analysis.html")
 COMMAND = "analyze"
+# Of an axis of AUROC.
+LEAST_SPAN = 0.05
 MOST_PICTURES, MOST_POINTS = 9, 3000
 COLOURS = ("#2f6f9f", "#c07830", "#4b8b3b", "#8c4a9e", "#b03a48", "#6b6b6b", "#1f9e9e", "#a89020")
 WORDS = (
@@ -39,6 +41,7 @@ def write_analysis(
     device: torch.device,
     *,
     split: str | None = "valid",
+    embeddings: Path | None = None,
     batch: int = 8,
     force: bool = False,
 ) -> list[Analysis]:
@@ -48,7 +51,7 @@ def write_analysis(
         analyses = []
         for model in models:
             for name, loaded, head in models_of(model, device):
-                pairs = embed_pairs(loaded, store, split, output / "embeddings", batch)
+                pairs = embed_pairs(loaded, store, split, embeddings or output / "embeddings", batch)
                 analyses.append(analyse(name, loaded, head, pairs))
         facts = {"store": store.path.name, "split": split, "models": [analysis.facts for analysis in analyses]}
         write_text(output / "analysis.json", json.dumps(_plain(facts), indent=1, allow_nan=False))
@@ -61,7 +64,7 @@ def _write_page(path: Path, store: VolumeStore, split: str | None, analyses: Seq
     with scratch_folder("ctclip-audit-") as scratch:
         folder = scratch
         sections: list[dict[str, Any]] = [
-            {"title": "How embeddings lie", "words": WORDS, "table": numbers_table([one.facts for one in analyses])},
+            {"title": "How embeddings lie", "words": WORDS, "table": _columns(numbers_table([one.facts for one in analyses]))},
             _shift_section(folder, analyses),
             {
                 "title": "Neighbours", "table": neighbours_table(last.facts),
@@ -95,8 +98,9 @@ def _plain(value: Any) -> Any:
 
 def numbers_table(models: Sequence[dict[str, Any]]) -> list[list[str]]:
     """A row a model."""
-    head = ["model", "gap", "cosine of pairs", "of strangers", "of volumes", "of reports", "alignment", "uniformity, volumes",
-            "uniformity, reports", "rank, volumes", "90 %", "rank, reports", "90 %", "1 / temperature"]  # fmt: skip
+    head = ["model", "modality gap", "cosine of pairs", "cosine of strangers", "cosine of volumes", "cosine of reports",
+            "alignment", "uniformity of volumes", "uniformity of reports", "effective rank of volumes",
+            "dimensions of 90 %, volumes", "effective rank of reports", "dimensions of 90 %, reports", "inverse temperature"]  # fmt: skip
     rows = [head]
     for one in models:
         v, r = one["volumes"], one["reports"]
@@ -105,6 +109,11 @@ def numbers_table(models: Sequence[dict[str, Any]]) -> list[list[str]]:
         ranks = [f"{v['effective_rank']:.1f}", str(v["dimensions_of_90_percent"]), f"{r['effective_rank']:.1f}", str(r["dimensions_of_90_percent"])]  # fmt: skip
         rows.append([one["name"], *[number(value, 3) for value in values], *ranks, f"{one['inverse_temperature']:.1f}"])
     return rows
+
+
+def _columns(rows: list[list[str]]) -> list[list[str]]:
+    """A column a model, which a narrow page holds."""
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 def neighbours_table(facts: dict[str, Any]) -> list[list[str]]:
@@ -129,6 +138,10 @@ def _shift_section(folder: Path, analyses: Sequence[Analysis]) -> dict[str, Any]
     for (name, points), colour in zip(curves, COLOURS * len(curves), strict=False):
         axis.plot([p["share"] for p in points], [p["mean_auroc"] for p in points], "o-", ms=3, color=colour, label=name)
     axis.axvline(0, color="#999", lw=0.8)
+    low, high = axis.get_ylim()
+    # A difference that does not matter is not to look like one that does.
+    margin = max(0.0, LEAST_SPAN - (high - low)) / 2
+    axis.set_ylim(low - margin, high + margin)
     axis.set(xlabel="share of the gap that is closed", ylabel="mean AUROC")
     axis.legend(fontsize=7)
     _save(figure, folder / "shift.png")

@@ -44,31 +44,29 @@ def differences(values: np.ndarray, member: np.ndarray, patients: np.ndarray) ->
     from scipy.stats import t as student
 
     sides = [_patient_means(values[side], patients[side]) for side in (member, ~member)]
-    results: list[Difference | None] = []
-    for column in range(values.shape[1]):
-        one, other = (side[~np.isnan(side[:, column]), column] for side in sides)
-        if min(len(one), len(other)) < FEWEST_PATIENTS:
-            results.append(None)
-            continue
-        variances = [side.var(ddof=1) / len(side) for side in (one, other)]
-        pooled = np.sqrt(
-            (one.var(ddof=1) * (len(one) - 1) + other.var(ddof=1) * (len(other) - 1)) / (len(one) + len(other) - 2)
-        )
-        error = np.sqrt(sum(variances))
-        if not pooled > 1e-9 or not error > 1e-12:
-            results.append(None)
-            continue
-        freedom = error**4 / sum(v**2 / (len(side) - 1) for v, side in zip(variances, (one, other), strict=True))
-        difference = one.mean() - other.mean()
-        p = 2 * student.sf(abs(difference) / error, freedom)
+    counts = np.array([np.sum(~np.isnan(side), axis=0) for side in sides])
+    usable = counts.min(axis=0) >= FEWEST_PATIENTS
+    results: list[Difference | None] = [None] * values.shape[1]
+    if not usable.any():
+        return results
+    counts = counts[:, usable].astype(float)
+    means = np.array([np.nanmean(side[:, usable], axis=0) for side in sides])
+    variances = np.array([np.nanvar(side[:, usable], axis=0, ddof=1) for side in sides])
+    pooled = np.sqrt((variances * (counts - 1)).sum(axis=0) / (counts.sum(axis=0) - 2))
+    squares = variances / counts
+    error = np.sqrt(squares.sum(axis=0))
+    varies = (pooled > 1e-9) & (error > 1e-12)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        freedom = error**4 / (squares**2 / (counts - 1)).sum(axis=0)
+        difference = means[0] - means[1]
+        p = np.maximum(2 * student.sf(np.abs(difference) / error, freedom), 1e-300)
         half = student.ppf((1 + LEVEL) / 2, freedom) * error
-        low, high = difference - half, difference + half
-        results.append(
-            Difference(
-                float(difference / pooled), float(low / pooled), float(high / pooled), float(max(p, 1e-300)),
-                (len(one), len(other)), float(error / pooled),
-            )
-        )  # fmt: skip
+        scaled = np.array([difference, difference - half, difference + half, error]) / pooled
+    for place, column in enumerate(np.flatnonzero(usable)):
+        if varies[place]:
+            value, low, high, own_error = map(float, scaled[:, place])
+            patients_ = (int(counts[0, place]), int(counts[1, place]))
+            results[column] = Difference(value, low, high, float(p[place]), patients_, own_error)
     return results
 
 

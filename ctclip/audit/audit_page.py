@@ -11,13 +11,13 @@ import pandas as pd
 
 from ctclip.adaptation.examples import cached_embeddings
 from ctclip.audit.concepts import Concepts, concept_scores
-from ctclip.audit.data_audit import Sheet, audit_data
+from ctclip.audit.data_audit import DIFFERENCE, SHORTCUT, Sheet, audit_data
 from ctclip.audit.doubles_page import slices_of
 from ctclip.audit.measures import MEASURES, measures
 from ctclip.audit.model_audit import audit_errors, errors, fairness, shortcuts
 from ctclip.data.dataset import label_array
 from ctclip.errors import DataError
-from ctclip.evaluation.pages import write_page
+from ctclip.evaluation.pages import interval_words, number, write_page
 from ctclip.heads.head import Head
 from ctclip.inference.run import run_key
 from ctclip.inference.scans import StoredScans
@@ -43,13 +43,14 @@ def write_data_audit(
     concepts: Concepts,
     *,
     splits: Sequence[str] = ("train", "valid"),
+    embeddings: Path | None = None,
     batch: int = 8,
     force: bool = False,
 ) -> pd.DataFrame:
     """Compare concepts between the groups of a store and write ``DATA_TABLES`` into ``output``; see ``audit_data``."""
     key = run_key(loaded.hash, str(store.path.resolve()), concepts.model_dump(mode="json"), list(splits))
     with claimed_folder(output, "audit data", key, DATA_TABLES, lambda folder: made_by_us(folder), force=force):
-        sheet, _ = concept_sheet(loaded, store, None, output, concepts, batch)
+        sheet, _ = concept_sheet(loaded, store, None, output, embeddings, concepts, batch)
         for name in splits:
             if name not in set(sheet.table["split"]):
                 print(f"note: {store.path} has no volume of split {name!r}: labels are not compared between splits")
@@ -70,6 +71,7 @@ def write_model_audit(
     concepts: Concepts,
     *,
     split: str = "valid",
+    embeddings: Path | None = None,
     batch: int = 8,
     force: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -79,7 +81,7 @@ def write_model_audit(
     """
     key = run_key(loaded.hash, head.identity(), str(store.path.resolve()), concepts.model_dump(mode="json"), split)
     with claimed_folder(output, "audit model", key, MODEL_TABLES, lambda folder: made_by_us(folder), force=force):
-        sheet, vectors = concept_sheet(loaded, store, split, output, concepts, batch)
+        sheet, vectors = concept_sheet(loaded, store, split, output, embeddings, concepts, batch)
         labels, margins = labels_and_margins(loaded, head, store, sheet.table, vectors)
         histograms = np.stack([_histogram(store, name) for name in sheet.table["volume"]])
         tables = (
@@ -94,11 +96,18 @@ def write_model_audit(
 
 
 def concept_sheet(
-    loaded: ModelFolder, store: VolumeStore, split: str | None, cache: Path, concepts: Concepts, batch: int
+    loaded: ModelFolder,
+    store: VolumeStore,
+    split: str | None,
+    cache: Path,
+    embeddings: Path | None,
+    concepts: Concepts,
+    batch: int,
 ) -> tuple[Sheet, np.ndarray]:
-    """Concepts in words and in the picture of every volume that can be read, and embeddings (n, dim)."""
+    """Concepts in words and in the picture of every volume that can be read, and embeddings (n, dim). ``cache``: a folder
+    for measures, and for embeddings unless they are in ``embeddings``."""
     scans = StoredScans(store, split, loaded.spec, loaded.path)
-    vectors = cached_embeddings(loaded, scans, cache / "embeddings", batch)
+    vectors = cached_embeddings(loaded, scans, embeddings or cache / "embeddings", batch)
     table = scans.table[scans.table["volume"].isin(list(vectors))].reset_index(drop=True)
     volumes = np.stack([vectors[name] for name in table["volume"]])
     told = concept_scores(loaded.model, concepts, volumes)
@@ -138,53 +147,70 @@ def _histogram(store: VolumeStore, name: str) -> np.ndarray:
 
 
 def _data_page(path: Path, store: VolumeStore, sheet: Sheet, lines: pd.DataFrame) -> None:
-    significant = int(lines["significant"].sum())
+    shortcuts, others = (lines[lines["family"] == family] for family in (SHORTCUT, DIFFERENCE))
+    significant = [int(part["significant"].sum()) for part in (shortcuts, others)]
     with scratch_folder("ctclip-audit-") as scratch:
         sections: list[dict[str, Any]] = [
             {
-                "title": "What goes with what", "table": _rows(lines),
-                "words": "Concepts in words (margins of prompts), measures of the picture, and the table's own columns, between "
-                "groups of patients, the strongest evidence first. Differences are in standard deviations of normal scores, with "
-                "95 % intervals; p is adjusted for all lines (Benjamini & Hochberg 1995). Labels are compared only with what tells "
-                "of the technique, and between splits.",
+                "title": "Possible shortcuts", "table": _comparisons(shortcuts),
+                "words": f"{_found(significant[0], len(shortcuts))} What differs between splits, or goes with a label without being "
+                "of the finding: technique and acquisition with a label, and anything that goes with a label in one split more than "
+                "in the other. A model can learn it instead of the finding. The strongest evidence stands first.",
+            },
+            {
+                "title": "Differences between groups", "table": _comparisons(others) if len(others) else None,
+                "words": f"{_found(significant[1], len(others))} Scanners, kernels, sexes and ages differ by nature; what matters is "
+                "whether a label or a split goes with them (above)." if len(others)
+                else "No column of the cohort table groups the volumes.",
             },
             *[_examples(scratch, store, sheet, str(name)) for name in _pictured(sheet, lines)],
         ]  # fmt: skip
         headline = [
-            (f"{len(lines):,}", "comparisons"), (f"{significant:,}", "significant after correction"),
+            (f"{significant[0]:,}", f"possible shortcuts (of {len(shortcuts):,} comparisons)"),
+            (f"{significant[1]:,}", f"differences between groups (of {len(others):,})"),
             (f"{len(sheet.table):,}", "volumes"), (f"{len(sheet.names)}", "concepts and measures"),
         ]  # fmt: skip
         write_page(path, title="Audit of a cohort", subtitle=store.path.name, headline=headline, sections=sections)
+
+
+def _found(significant: int, lines: int) -> str:
+    """A sentence on how many lines are significant."""
+    if not significant:
+        return f"None of {lines:,} comparisons is significant after correction."
+    return f"{significant:,} of {lines:,} comparisons are significant after correction (Benjamini & Hochberg 1995), marked *."
 
 
 def _model_page(
     path: Path, store: VolumeStore, split: str, sheet: Sheet, tables: tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
 ) -> None:
     wrong, fair, short = tables
+    significant = int(wrong["significant"].sum())
     with scratch_folder("ctclip-audit-") as scratch:
         sections: list[dict[str, Any]] = [
             {
-                "title": "Where it errs", "table": _rows(wrong),
-                "words": "Difference of the error (cross-entropy, mean over labels, in standard deviations) between volumes that "
-                "show a concept more than half of them do, and the others.",
+                "title": "Where it errs", "table": _comparisons(wrong),
+                "words": f"{_found(significant, len(wrong))} Difference of the error (cross-entropy, mean over labels) between volumes "
+                "that show a concept more than half of them do, and the others.",
             },
             {
-                "title": "Groups", "table": _rows(fair) if len(fair) else None,
+                "title": "Groups", "table": _fairness_rows(fair) if len(fair) else None,
                 "words": "Mean AUROC over labels in each group and its difference to everyone else, the worst first; 95 % intervals "
                 "by bootstrap of patients." if len(fair) else "No column of the cohort table groups the patients.",
             },
             {
-                "title": "Shortcuts", "table": _rows(short) if len(short) else None,
+                "title": "Shortcuts", "table": _shortcut_rows(short) if len(short) else None,
                 "words": "How well a linear probe tells each group from embeddings and from histograms of HU: balanced accuracy on "
                 "held-out patients. Embeddings that know it better than a histogram have learned it.",
             },
             *[_examples(scratch, store, sheet, str(name)) for name in _pictured(sheet, wrong)],
         ]  # fmt: skip
-        headline = [
-            (f"{int(wrong['significant'].sum())}", "concepts with other errors"),
-            (f"{fair['difference'].min():+.3f}" if len(fair) else "none", "AUROC of the worst group, to the others"),
-            (f"{short['embeddings'].max():.2f}" if len(short) else "none", "best told from embeddings"),
-        ]  # fmt: skip
+        headline = [(f"{significant}", f"concepts with other errors (of {len(wrong)})")]
+        if len(fair):
+            worst = fair.iloc[0]
+            headline.append((f"{worst['difference']:+.3f}", f"AUROC of {worst['group']} {worst['value']} to the others, the worst group"))  # fmt: skip
+        if len(short):
+            best = short.iloc[0]
+            headline.append((f"{best['embeddings']:.2f}", f"accuracy of {best['group']} from embeddings (chance {best['chance']:.2f})"))  # fmt: skip
         subtitle = f"{len(sheet.table):,} volumes of {store.path.name}, split {split}"
         write_page(path, title="Audit of a model", subtitle=subtitle, headline=headline, sections=sections)
 
@@ -208,11 +234,39 @@ def _examples(scratch: Path, store: VolumeStore, sheet: Sheet, name: str) -> dic
     return {"title": f"Examples: {name}", "figures": figures, "beside": True}
 
 
-def _rows(table: pd.DataFrame) -> list[list[str]]:
-    def cell(value: Any) -> str:
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _comparisons(lines: pd.DataFrame) -> list[list[str]]:
+    """Lines of either audit as they stand on the page."""
+    is_data = "group" in lines
+    rows = [["concept", *["between"] * is_data, "difference in SD", "95 % interval", "adjusted p", "patients"]]
+    for line in lines.head(SHOWN).itertuples():
+        between = [f"{line.group}, {line.where}".removesuffix(", all")] if is_data else []
+        rows.append(
+            ["* " * int(line.significant) + f"{line.concept} ({line.kind})", *between, f"{line.difference:+.2f}",
+             f"{line.lower:+.2f} to {line.upper:+.2f}",
+             "<0.001" if line.adjusted_p < 0.001 else number(line.adjusted_p), str(line.patients)]
+        )  # fmt: skip
+    return rows
 
-    return [[name.replace("_", " ") for name in table.columns], *([cell(v) for v in row] for row in table.head(SHOWN).itertuples(index=False))]  # fmt: skip
+
+def _fairness_rows(fair: pd.DataFrame) -> list[list[str]]:
+    rows = [["group", "patients", "mean AUROC", "95 % interval", "difference to the others", "95 % interval"]]
+    for line in fair.head(SHOWN).itertuples():
+        rows.append(
+            [f"{line.group}: {line.value}", f"{line.patients:,}", number(line.mean_auroc),
+             interval_words(line.lower, line.upper), f"{line.difference:+.3f}",
+             f"{line.difference_lower:+.3f} to {line.difference_upper:+.3f}"]
+        )  # fmt: skip
+    return rows
+
+
+def _shortcut_rows(short: pd.DataFrame) -> list[list[str]]:
+    rows = [["group", "values", "volumes", "from embeddings", "from histograms", "by chance"]]
+    for line in short.head(SHOWN).itertuples():
+        rows.append(
+            [str(line.group), str(line.values), f"{line.volumes:,}",
+             *(number(value, 2) for value in (line.embeddings, line.histogram, line.chance))]
+        )  # fmt: skip
+    return rows
 
 
 def _write_csv(path: Path, table: pd.DataFrame) -> None:

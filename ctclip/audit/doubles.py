@@ -64,19 +64,22 @@ def find_doubles(
     likeness = compare(prints, ordered)
     near_enough = np.flatnonzero(likeness[:, 0] >= ALIKE)
     ordered = [ordered[index] for index in near_enough]
-    likeness = compare_closely(store, [(names[one], names[other]) for one, other in ordered])
+    orders = likeness[near_enough, 1].astype(bool).tolist()
+    likeness = compare_closely(store, [(names[one], names[other]) for one, other in ordered], orders)
     return Doubles(_pairs(table, ordered, likeness, least), _reports(table), len(table), len(near))
 
 
-def compare_closely(store: VolumeStore, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-    """(pairs, 2): correlation of two stored volumes at 4 mm, and 1 where slices are reversed."""
+def compare_closely(store: VolumeStore, pairs: Sequence[tuple[str, str]], orders: Sequence[bool]) -> np.ndarray:
+    """(pairs, 2): correlation of two stored volumes at 4 mm, and 1 where slices are reversed, which ``orders`` tells of each
+    pair."""
 
-    def closely(pair: tuple[str, str]) -> tuple[float, bool]:
+    def closely(pair: tuple[str, str], is_reversed: bool) -> tuple[float, bool]:
         one, other = (fingerprint(store.read(name), store.spec, FINE_MM) for name in pair)
-        return correlation(one, other)
+        return correlation(one, other, [is_reversed])
 
     with ThreadPoolExecutor(2) as pool:
-        return np.array(list(track(pool.map(closely, pairs), len(pairs), "comparing", "pairs"))).reshape(-1, 2)
+        likeness = pool.map(closely, pairs, orders)
+        return np.array(list(track(likeness, len(pairs), "comparing", "pairs"))).reshape(-1, 2)
 
 
 def fingerprints(store: VolumeStore, volumes: Sequence[str], cache: Path) -> np.ndarray:

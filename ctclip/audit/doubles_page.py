@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from ctclip.audit.doubles import Doubles, find_doubles
 from ctclip.evaluation.pages import write_page
@@ -22,6 +22,8 @@ TABLES = ("doubles.csv", "recurring_reports.csv", "doubles.html")
 COMMAND = "audit doubles"
 SHOWN_PAIRS, SHOWN_ROWS = 12, 200
 WINDOW = (-1000.0, 400.0)
+# Height in pixels of the words above a picture.
+BANNER = 18
 
 
 def write_doubles(
@@ -29,14 +31,13 @@ def write_doubles(
     output: Path,
     *,
     split: str | None = None,
-    embed: Callable[[Path], dict[str, np.ndarray]] | None = None,
+    embed: Callable[[], dict[str, np.ndarray]] | None = None,
     force: bool = False,
 ) -> Doubles:
-    """Look for doubles in a store and write ``TABLES`` into ``output``. ``embed``: gives the unit vector of each volume, which
-    it may keep in the folder that it is called with."""
+    """Look for doubles in a store and write ``TABLES`` into ``output``. ``embed``: gives the unit vector of each volume."""
     key = run_key(str(store.path.resolve()), split, embed is not None)
     with claimed_folder(output, COMMAND, key, TABLES, lambda folder: made_by_us(folder), force=force):
-        embeddings = embed(output / "embeddings") if embed is not None else None
+        embeddings = embed() if embed is not None else None
         doubles = find_doubles(store, output / "fingerprints", split=split, embeddings=embeddings)
         for name, table in (("doubles.csv", doubles.pairs), ("recurring_reports.csv", doubles.reports)):
             with written_beside(output / name) as partial:
@@ -88,15 +89,35 @@ def _picture(store: VolumeStore, first: str, second: str, is_reversed: bool) -> 
 
 
 def slices_of(store: VolumeStore, name: str, *, is_reversed: bool = False) -> Image.Image:
-    """Middle coronal (head up) and axial slice of a stored volume, the patient's right on the left."""
+    """Middle coronal (head up) and axial slice of a stored volume, the patient's right on the left, each with its number, R
+    and L."""
     hu = store.read(name)
     if store.spec.published_geometry:
         hu = hu.transpose(0, 2, 1)
     hu = hu[::-1] if is_reversed else hu
     depth, height, _ = hu.shape
     dz, dy, dx = store.spec.spacing
-    planes = [(hu[::-1, height // 2], dz / dx), (hu[depth // 2], dy / dx)]
-    return Image.fromarray(np.concatenate([_grey(plane, aspect) for plane, aspect in planes], axis=1))
+    number = depth - 1 - depth // 2 if is_reversed else depth // 2
+    planes = [
+        (hu[::-1, height // 2], dz / dx, f"coronal, row {height // 2 + 1} of {height}"),
+        (hu[depth // 2], dy / dx, f"axial, slice {number + 1} of {depth}"),
+    ]
+    return Image.fromarray(
+        np.concatenate([_marked(_grey(plane, aspect), words) for plane, aspect, words in planes], axis=1)
+    )
+
+
+def _marked(grey: np.ndarray, words: str) -> np.ndarray:
+    """The picture with a line of words above it and its sides named."""
+    height, width = grey.shape
+    picture = Image.new("L", (width, height + BANNER))
+    picture.paste(Image.fromarray(grey), (0, BANNER))
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(13)
+    draw.text((4, 2), words, fill=255, font=font)
+    for letter, x, anchor in (("R", 4, "lm"), ("L", width - 4, "rm")):
+        draw.text((x, BANNER + height // 2), letter, fill=255, font=font, anchor=anchor, stroke_width=1, stroke_fill=0)
+    return np.asarray(picture)
 
 
 def _grey(plane: np.ndarray, aspect: float, size: int = 240) -> np.ndarray:

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from ctclip.adaptation.examples import cached_embeddings
-from ctclip.audit.pairs import FEWEST_PAIRS, match_scores, side_scores, worse_share
-from ctclip.audit.sides import exchange_sides, mirrored
+from ctclip.audit.pairs import FEWEST_PAIRS, match_scores, pair_scores, side_scores, worse_share
+from ctclip.audit.sides import mirrored, signed_sentences
 from ctclip.data.pair_scores import write_pair_scores
 from ctclip.errors import DataError
 from ctclip.evaluation.pages import write_page
@@ -48,6 +48,7 @@ def filter_pairs(
     split: str = "train",
     sides: bool = True,
     keep: bool = False,
+    embeddings: Path | None = None,
     batch: int = 8,
     seed: int = 0,
     force: bool = False,
@@ -61,7 +62,9 @@ def filter_pairs(
         raise DataError(f"{store.path}: cannot be written into, and --keep saves the scores there; leave it out")
     key = run_key(loaded.hash, str(store.path.resolve()), split, sides, seed)
     with claimed_folder(output, COMMAND, key, TABLES, lambda folder: made_by_us(folder), force=force):
-        pairs = score_pairs(loaded, store, split, output / "embeddings", sides=sides, batch=batch, seed=seed)
+        pairs = score_pairs(
+            loaded, store, split, embeddings or output / "embeddings", sides=sides, batch=batch, seed=seed
+        )
         with written_beside(output / "pairs.csv") as partial:
             write_csv(partial, pairs.drop(columns="text"), float_format="%.5g")
         _write_page(output / "pairs.html", store, split, pairs)
@@ -83,7 +86,7 @@ def score_pairs(
 ) -> pd.DataFrame:
     """``COLUMNS`` and the report's text of every stored volume of ``split``, the worst first.
 
-    score: match plus side, in nats; -inf without a report. Raises DataError for fewer than ``FEWEST_PAIRS`` pairs.
+    score, match, side: log odds that a pair is right, -inf without a report; side: NaN if it names none. Raises DataError for fewer than ``FEWEST_PAIRS`` pairs.
     """
     scans = StoredScans(store, split, loaded.spec, loaded.path)
     vectors = cached_embeddings(loaded, scans, cache, batch)
@@ -97,22 +100,21 @@ def score_pairs(
     volumes = np.stack([vectors[name] for name in table["volume"]])
     reports = report_embeddings(loaded.model, texts)
     patients = table["patient"].to_numpy(dtype=str)
-    match, side = np.full(len(table), -np.inf), np.zeros(len(table))
+    match, side = np.full(len(table), -np.inf), np.full(len(table), np.nan)
     match[known] = match_scores(volumes[known], reports[known], patients[known], seed=seed)
     if sides:
-        exchanged = [exchange_sides(text) for text in texts]
-        sided = np.array([one != other for one, other in zip(texts, exchanged, strict=True)])
+        said = signed_sentences(loaded.model, texts)
+        sided = said.any(axis=1)
         if sided.sum() >= FEWEST_PAIRS:
             images = MirroredScans(store, split, loaded.spec, loaded.path)
-            images.table = table
+            images.table = table[sided].reset_index(drop=True)
             mirror = cached_embeddings(loaded, images, cache, batch)
             sided &= table["volume"].isin(list(mirror)).to_numpy()
             there = np.flatnonzero(sided)
             turned = np.stack([mirror[table["volume"].iloc[row]] for row in there])
-            other = report_embeddings(loaded.model, [exchanged[row] for row in there])
-            side[there] = side_scores(volumes[there] - turned, reports[there] - other, patients[there], seed=seed)
+            side[there] = side_scores(volumes[there] - turned, said[there], patients[there], seed=seed)
     scored = table[["volume", "patient", "scan"]].assign(
-        score=match + side, match=match, side=side, note=np.where(known, "", "no report"), text=texts
+        score=pair_scores(match, side), match=match, side=side, note=np.where(known, "", "no report"), text=texts
     )
     scored["worse_share"] = worse_share(scored["score"].to_numpy())
     return scored.sort_values(["score", "volume"], ignore_index=True)[[*COLUMNS, "text"]]
@@ -122,16 +124,24 @@ def _write_page(path: Path, store: VolumeStore, split: str, pairs: pd.DataFrame)
     scored = pairs[pairs["note"] == ""]
     head = ["volume", "score", "of the match", "of the sides", "report"]
     rows = [
-        [str(row.volume), f"{row.score:.1f}", f"{row.match:.1f}", f"{row.side:.1f}", str(row.text)[:400]]
+        [
+            str(row.volume),
+            f"{row.score:.1f}",
+            f"{row.match:.1f}",
+            "" if np.isnan(row.side) else f"{row.side:.1f}",
+            str(row.text)[:400],
+        ]
         for row in scored.head(SHOWN).itertuples()
     ]
     sections: list[dict[str, Any]] = [{
         "title": "Pairs that fit least", "table": [head, *rows],
-        "words": "Nats by which a report fits its volume better than any volume, and better than with left and right exchanged, "
-        "from embeddings and the pairs of other patients. Below 0, read the report beside the volume.",
+        "words": "Log odds that a report belongs to its volume rather than to another (of the match), and with left and right as "
+        "they are rather than exchanged (of the sides, where it names one), from embeddings and the pairs of other patients. Below "
+        "0, read the report beside the volume.",
     }]  # fmt: skip
     headline = [
-        (f"{len(scored):,}", "pairs"), (f"{int((scored['score'] < 0).sum()):,}", "fit worse than chance"),
+        (f"{len(scored):,}", "pairs"), (f"{int((scored['match'] < 0).sum()):,}", "fit another volume as well"),
+        (f"{int((scored['side'] < 0).sum()):,}", f"fit better with sides exchanged (of {int(scored['side'].notna().sum()):,} that name one)"),
         (f"{len(pairs) - len(scored):,}", "without a report"),
     ]  # fmt: skip
     write_page(path, title="Pairs of volume and report", subtitle=f"{store.path.name}, split {split}", headline=headline, sections=sections)  # fmt: skip

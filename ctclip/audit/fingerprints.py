@@ -125,9 +125,9 @@ def _spread(indices: np.ndarray, most: int) -> np.ndarray:
     return indices[np.unique(np.linspace(0, len(indices) - 1, min(most, len(indices))).round().astype(int))]
 
 
-def correlation(one: np.ndarray, other: np.ndarray) -> tuple[float, bool]:
+def correlation(one: np.ndarray, other: np.ndarray, orders: Sequence[bool] = (False, True)) -> tuple[float, bool]:
     """The correlation of two fingerprints laid over each other where they fit best, and whether it is with reversed slices;
-    0 where they overlap by less than ``LEAST_OVERLAP``."""
+    0 where they overlap by less than ``LEAST_OVERLAP``. ``orders``: whether to reverse, to be tried."""
     from scipy import fft
 
     (a, box), (b, other_box) = detail(one), detail(other)
@@ -135,7 +135,7 @@ def correlation(one: np.ndarray, other: np.ndarray) -> tuple[float, bool]:
     shape = [fft.next_fast_len(n, real=True) for n in a.shape]
     spectrum = fft.rfftn(a, shape)
     best = (0.0, False)
-    for is_reversed in (False, True):
+    for is_reversed in orders:
         volume, ends = b, other_box
         if is_reversed:
             volume, ends = b[::-1], [(len(b) - other_box[0][1], len(b) - other_box[0][0]), *other_box[1:]]

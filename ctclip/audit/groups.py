@@ -12,6 +12,8 @@ from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
 
 # A column of more values than this is no group, and a value of fewer volumes is left out.
 MOST_VALUES, FEWEST_VOLUMES = 12, 10
+# Columns that describe a patient, with or without "patient" before them.
+PATIENT = ("age", "sex", "gender", "ethnicity", "ethnicgroup", "race", "size", "weight", "bmi")
 AGES = (0, 40, 60, 75, 200)
 
 
@@ -26,13 +28,18 @@ def group_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
     own = {*COLUMNS, *GEOMETRY_COLUMNS, "no_chest", *labels}
     for name in [str(column) for column in table.columns if column not in own]:
         values = table[name].fillna("").astype(str).str.strip().to_numpy()
-        groups[name] = _ages(values) if name.casefold() in ("age", "patientage") else values
+        groups[name] = _ages(values) if _field(name) == "age" else values
     if "z_spacing" in table:
         numbers = pd.to_numeric(table["z_spacing"], errors="coerce").round(1)
         groups["slice spacing"] = numbers.map(lambda value: f"{value:g} mm" if value == value else "").to_numpy(
             dtype=str
         )
     return {name: kept for name, values in groups.items() if (kept := _usual(values)) is not None}
+
+
+def is_of_patient(group: str) -> bool:
+    """Whether a column tells of the patient, not of the acquisition: findings may well go with it."""
+    return _field(group) in PATIENT
 
 
 def label_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -43,6 +50,11 @@ def label_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
         for name, values in columns.items()
         if min((values == 1).sum(), (values == 0).sum()) >= FEWEST_VOLUMES
     }
+
+
+def _field(name: str) -> str:
+    """PatientAge, patient_age and Age are one."""
+    return re.sub(r"[\W_]", "", name.casefold()).removeprefix("patient")
 
 
 def _usual(values: np.ndarray) -> np.ndarray | None:

@@ -51,14 +51,16 @@ def measure(hu: np.ndarray, spec: PreprocessingSpec, source: Source | None) -> n
     body = _body(fine)
     columns = np.flatnonzero(body.any(axis=(0, 1)))
     rows = np.flatnonzero(body.any(axis=(0, 2)))
-    lung = (fine > -950) & (fine < -600) & _inside(body)
+    inside = _inside(body)
+    lung = (fine > -950) & (fine < -600) & inside
     even = (fine > EVEN[0]) & (fine < EVEN[1])
     along, lag = _texture(fine, even, 2)
     across, _ = _texture(fine, even, 0)
     table = _below(fine, body, BELOW_MM / dy)
     millilitres = dz * dy * dx / 1000
     facts = source.facts if source is not None else np.full(6, np.nan)
-    air = fine[(fine < -940) & (fine > -1020) & ~body]
+    # Not that of emphysema, which is no matter of technique.
+    air = fine[(fine < -940) & (fine > -1020) & ~inside]
     values = {
         "table: density below the body": table.mean(),
         "table: density below the body, middle": table[1],

@@ -63,7 +63,8 @@ def audit_errors(sheet: Sheet, loss: np.ndarray) -> pd.DataFrame:
         known = ~np.isnan(values) & ~np.isnan(loss)
         if not known.any():
             continue
-        member = values > (0.5 if kind == "metadata" else np.median(values[known]))
+        is_indicator = column >= len(sheet.names)
+        member = values > (0.5 if is_indicator else np.median(values[known]))
         (result,) = differences(ranked[known], member[known], patients[known])
         if result is not None:
             rows.append((name, kind, result.value, result.lower, result.upper, result.p, np.nan, 0, f"{result.patients[0]} and {result.patients[1]}"))  # fmt: skip

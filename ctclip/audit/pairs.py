@@ -1,8 +1,8 @@
 """Which reports do not belong to their volume: a likelihood ratio from embeddings, without a label.
 
 Volumes and reports are taken as jointly normal, with the canonical correlations (Hotelling 1936) of the pairs of other
-patients. The score of a pair is log p(report | volume) - log p(report), in nats: below 0, the report fits any other
-volume as well as this one. Fitted twice, the second time without the worst pairs of the first, as a small filtering model
+patients. The score of a pair is log p(report | volume) - log p(report), calibrated with pairs that are known to be wrong:
+below 0, the report fits another volume as well as this one. Fitted twice, the second time without the worst pairs of the first, as a small filtering model
 trained on a cleaner part (Fang et al. 2023, "Data filtering networks").
 """
 
@@ -15,8 +15,9 @@ import numpy as np
 FOLDS = 5
 # Of the pairs of the first fit that the second leaves out.
 DOUBTED = 0.15
-# Axes of either side: more than a tenth of the pairs would fit noise.
-MOST_AXES = 64
+# Axes of either side, of whole reports and of what they say of left and right: more than a tenth of the pairs would fit
+# noise.
+MOST_AXES, MOST_AXES_OF_SIDES = 64, 24
 FEWEST_PAIRS = 50
 
 
@@ -32,7 +33,7 @@ class Joint:
     def fit(cls, volumes: np.ndarray, reports: np.ndarray, *, centred: bool = False) -> Joint:
         """volumes (n, d), reports (n, e). ``centred``: the means are known to be 0."""
         whitened, means, axes = [], [], []
-        most = max(2, min(MOST_AXES, len(volumes) // 10))
+        most = max(2, min(MOST_AXES_OF_SIDES if centred else MOST_AXES, len(volumes) // 10))
         for side in (volumes, reports):
             mean = np.zeros(side.shape[1]) if centred else side.mean(axis=0)
             values, vectors = np.linalg.eigh((side - mean).T @ (side - mean) / len(side))
@@ -68,38 +69,62 @@ class Joint:
 
 
 def match_scores(volumes: np.ndarray, reports: np.ndarray, patients: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """(n,) nats by which a report fits its volume better than any other, from the pairs of other patients.
+    """(n,) log odds that a report belongs to its volume rather than to another, from the pairs of other patients.
 
     volumes (n, d), reports (n, e) embeddings; patients (n,).
     """
-    return _cross_fitted(volumes, reports, patients, seed, centred=False)
+    return _calibrated(*_cross_fitted(volumes, reports, patients, seed, centred=False), symmetric=False)
 
 
-def side_scores(volumes: np.ndarray, reports: np.ndarray, patients: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """(n,) nats by which a report fits better than the same report with left and right exchanged.
+def side_scores(asymmetry: np.ndarray, sides: np.ndarray, patients: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """(n,) log odds that a report belongs to its volume rather than to the volume's mirror image.
 
-    volumes: embedding of each volume less that of its mirror image; reports: likewise, less that with sides exchanged. Only
-    pairs whose report names a side.
+    asymmetry (n, d): embedding of each volume less that of its mirror image; sides (n, e): what the report says of the left
+    less what it says of the right (``sides.signed_sentences``). Only pairs whose report names a side.
     """
-    return _cross_fitted(volumes, reports, patients, seed, centred=True)
+    return _calibrated(*_cross_fitted(asymmetry, sides, patients, seed, centred=True), symmetric=True)
+
+
+def pair_scores(match: np.ndarray, side: np.ndarray) -> np.ndarray:
+    """(n,) log odds that a pair is right rather than swapped or with sides exchanged, either as likely as the other; side (n,)
+    is NaN where the report names none, and then only match counts."""
+    return np.where(np.isnan(side), match, -np.logaddexp(-match, -np.nan_to_num(side)))
 
 
 def _cross_fitted(
     volumes: np.ndarray, reports: np.ndarray, patients: np.ndarray, seed: int, *, centred: bool
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) scores of the pairs, and of as many that are wrong: with another report of the fold, or mirrored."""
     names, member = np.unique(patients, return_inverse=True)
     fold = (np.random.default_rng(seed).permutation(len(names)) % FOLDS)[member]
     volumes, reports = volumes.astype(float), reports.astype(float)
-    scores = np.zeros(len(volumes))
+    scores, wrong = np.zeros(len(volumes)), np.zeros(len(volumes))
     kept = np.ones(len(volumes), bool)
     for _ in range(2):
         for number in range(FOLDS):
-            own = fold == number
-            joint = Joint.fit(volumes[kept & ~own], reports[kept & ~own], centred=centred)
-            ratio = joint.log_odds_of_sign if centred else joint.log_ratio
-            scores[own] = ratio(volumes[own], reports[own])
+            own = np.flatnonzero(fold == number)
+            fitted = kept & (fold != number)
+            joint = Joint.fit(volumes[fitted], reports[fitted], centred=centred)
+            if centred:
+                scores[own] = joint.log_odds_of_sign(volumes[own], reports[own])
+                wrong[own] = -scores[own]
+            else:
+                scores[own] = joint.log_ratio(volumes[own], reports[own])
+                wrong[own] = joint.log_ratio(volumes[own], reports[np.roll(own, len(own) // 2)])
         kept = scores >= np.quantile(scores, DOUBTED)
-    return scores
+    return scores, wrong
+
+
+def _calibrated(scores: np.ndarray, wrong: np.ndarray, *, symmetric: bool) -> np.ndarray:
+    """Log odds by logistic regression (Platt 1999) of scores of pairs against those of wrong pairs: a normal that is fitted to
+    few pairs is too sure of itself, the more so the farther out a pair lies. The order of the scores stays."""
+    from sklearn.linear_model import LogisticRegression
+
+    compressed = [np.sign(side) * np.log1p(np.abs(side)) for side in (scores, wrong)]
+    truth = np.repeat([1, 0], [len(scores), len(wrong)])
+    line = LogisticRegression(C=1e3, fit_intercept=not symmetric).fit(np.concatenate(compressed)[:, None], truth)
+    slope = max(0.0, float(line.coef_[0, 0]))
+    return np.asarray(slope * compressed[0] + float(line.intercept_[0] if not symmetric else 0.0))
 
 
 def worse_share(scores: np.ndarray) -> np.ndarray:

@@ -18,6 +18,9 @@ def analyze(
     store: Path = typer.Option(..., help="A store written by `ctclip preprocess` with reports."),
     split: str = typer.Option("valid", help="Split to embed, with the first volume of each scan."),
     output: Path = typer.Option(Path("analysis"), "--output", "-o", help="Folder for analysis.json and analysis.html."),
+    embeddings: Path = typer.Option(
+        None, help="Folder of embeddings that commands share. Default: the folder embeddings in the output."
+    ),
     batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
     force: bool = typer.Option(False, "--force", help="Overwrite the analysis of another run."),
 ) -> None:
@@ -34,7 +37,14 @@ def analyze(
 
     check_folder(output, made_by_us, "output of `ctclip analyze`")
     analyses = write_analysis(
-        model, VolumeStore(store), output, distributed.device(), split=split, batch=batch, force=force
+        model,
+        VolumeStore(store),
+        output,
+        distributed.device(),
+        split=split,
+        embeddings=embeddings,
+        batch=batch,
+        force=force,
     )
     for analysis in analyses:
         head, row = numbers_table([analysis.facts])

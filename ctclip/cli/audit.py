@@ -21,6 +21,10 @@ def doubles(
     output: Path = typer.Option(
         Path("doubles"), "--output", "-o", help="Folder for doubles.csv, recurring_reports.csv and doubles.html."
     ),
+    embeddings: Path = typer.Option(
+        None,
+        help="With --model: folder of embeddings that commands share. Default: the folder embeddings in the output.",
+    ),
     batch: int = typer.Option(8, min=1, help="With --model: number of volumes in a batch."),
     force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
 ) -> None:
@@ -46,7 +50,7 @@ def doubles(
     if model is not None:
         loaded = load_model(model, distributed.device())
         scans = StoredScans(opened, split, loaded.spec, loaded.path)
-        embed = partial(cached_embeddings, loaded, scans, batch=batch)
+        embed = partial(cached_embeddings, loaded, scans, embeddings or output / "embeddings", batch)
     result = write_doubles(opened, output, split=split, embed=embed, force=force)
     pairs = result.pairs
     for pair in pairs.head(10).itertuples():
@@ -68,6 +72,9 @@ def data(
     output: Path = typer.Option(
         Path("audit"), "--output", "-o", help="Folder for data_audit.csv, concepts.csv and data_audit.html."
     ),
+    embeddings: Path = typer.Option(
+        None, help="Folder of embeddings that commands share. Default: the folder embeddings in the output."
+    ),
     batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
     force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
 ) -> None:
@@ -86,7 +93,9 @@ def data(
     chosen = load_concepts(concepts)
     loaded = load_model(model, distributed.device())
     pair = [name.strip() for name in splits.split(",") if name.strip()]
-    lines = write_data_audit(loaded, VolumeStore(store), output, chosen, splits=pair, batch=batch, force=force)
+    lines = write_data_audit(
+        loaded, VolumeStore(store), output, chosen, splits=pair, embeddings=embeddings, batch=batch, force=force
+    )
     for line in lines.head(10).itertuples():
         mark = "*" if line.significant else " "
         print(f"{mark} {line.concept} | {line.group} | {line.where}: {line.difference:+.2f} ({line.lower:+.2f} to {line.upper:+.2f}), adjusted p {line.adjusted_p:.2g}")  # fmt: skip
@@ -103,6 +112,9 @@ def model_(
     head: str = typer.Option("prompts", help="Head of the model that is audited."),
     output: Path = typer.Option(
         Path("model_audit"), "--output", "-o", help="Folder for errors.csv, fairness.csv, shortcuts.csv and the page."
+    ),
+    embeddings: Path = typer.Option(
+        None, help="Folder of embeddings that commands share. Default: the folder embeddings in the output."
     ),
     batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
     force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
@@ -123,7 +135,15 @@ def model_(
     chosen = load_concepts(concepts)
     loaded = load_model(model, distributed.device())
     wrong, fair, short = write_model_audit(
-        loaded, usable_head(loaded, head), VolumeStore(store), output, chosen, split=split, batch=batch, force=force
+        loaded,
+        usable_head(loaded, head),
+        VolumeStore(store),
+        output,
+        chosen,
+        split=split,
+        embeddings=embeddings,
+        batch=batch,
+        force=force,
     )
     for line in wrong.head(5).itertuples():
         print(f"{'*' if line.significant else ' '} errors with {line.concept}: {line.difference:+.2f} ({line.lower:+.2f} to {line.upper:+.2f})")  # fmt: skip

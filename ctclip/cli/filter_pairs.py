@@ -18,6 +18,9 @@ def filter_pairs(
     keep: bool = typer.Option(
         False, "--keep", help="Save the scores in the store, for data.min_pair_score and data.best_pairs."
     ),
+    embeddings: Path = typer.Option(
+        None, help="Folder of embeddings that commands share. Default: the folder embeddings in the output."
+    ),
     batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
     seed: int = typer.Option(0, min=0, help="Seed of the folds of patients."),
     force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
@@ -38,11 +41,21 @@ def filter_pairs(
     check_folder(output, made_by_us, "output of `ctclip filter-pairs`")
     loaded = load_model(model, distributed.device())
     pairs = run(
-        loaded, VolumeStore(store), output, split=split, sides=sides, keep=keep, batch=batch, seed=seed, force=force
+        loaded,
+        VolumeStore(store),
+        output,
+        split=split,
+        sides=sides,
+        keep=keep,
+        embeddings=embeddings,
+        batch=batch,
+        seed=seed,
+        force=force,
     )
     for pair in pairs[pairs["note"] == ""].head(10).itertuples():
-        print(f"{pair.volume}: score {pair.score:.1f} (match {pair.match:.1f}, sides {pair.side:.1f})")
-    print(f"{len(pairs)} pairs, {int((pairs['score'] < 0).sum())} of them fit worse than chance")
+        sides_words = f", sides {pair.side:.1f}" if pair.side == pair.side else ""
+        print(f"{pair.volume}: score {pair.score:.1f} (match {pair.match:.1f}{sides_words})")
+    print(f"{len(pairs)} pairs, {int((pairs['score'] < 0).sum())} of them with a score below 0")
     if keep:
         print(f"kept in {store}: `ctclip train data.best_pairs=0.9` leaves out the worst tenth")
     print(f"table and page: {output} ({', '.join(TABLES)})")

@@ -17,7 +17,7 @@ UNTRUSTED = " (!)"
 UNTRUSTED_MEANS = "(!): fewer than ten positive or negative patients; the interval is not to be trusted"
 # Cells that stand in columns of numbers, and are set to the right.
 FIGURES = re.compile(
-    r"[-+\d.,%\s]*|(undefined|[-+]?[\d.]+) to (undefined|[-+]?[\d.]+)( \(!\))?|undefined|[+-]?\d+ of \d+"
+    r"[-+<\d.,%\s]*|(undefined|[-+]?[\d.]+) to (undefined|[-+]?[\d.]+)( \(!\))?|undefined|[+-]?\d+ (of|and) \d+"
 )
 
 # Marks pages of this kind, which may be replaced.
@@ -58,7 +58,7 @@ for (const head of document.querySelectorAll("thead th")) {
   if (body.rows.length < 3) continue;
   button.type = "button"; button.textContent = head.textContent; head.replaceChildren(button);
   button.onclick = () => {
-    const down = head.getAttribute("aria-sort") !== "descending", number = (row) => parseFloat(row.cells[column].textContent.replace(/,/g, ""));
+    const down = head.getAttribute("aria-sort") !== "descending", number = (row) => parseFloat(row.cells[column].textContent.replace(/[,<]/g, ""));
     const rows = [...body.rows].sort((a, b) => {
       const [x, y] = [number(a), number(b)];
       const order = isNaN(x) || isNaN(y) ? (isNaN(x) - isNaN(y)) * (down ? 1 : -1) || b.cells[column].textContent.localeCompare(a.cells[column].textContent) : y - x;

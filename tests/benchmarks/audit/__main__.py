@@ -21,13 +21,17 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="folder of `ctclip demo`")
     parser.add_argument("--model", type=Path, help="model folder; default: that of the demo")
     parser.add_argument("--only", choices=PARTS, help="one part alone")
-    parser.add_argument("--few", type=int, help="with drift: phantoms of each kind; with doubles: volumes of the store")
+    parser.add_argument(
+        "--few",
+        type=int,
+        help="with drift: phantoms of each kind; with doubles: volumes of the store; with pairs: scans of a split",
+    )
     chosen = parser.parse_args()
     print(f"{date.today():%-d %B %Y}, {machine()}\n")
     for part in PARTS:
         if chosen.only in (None, part):
             show = import_module(f"tests.benchmarks.audit.{part}").show
-            few = (chosen.few,) if chosen.few and part in ("drift", "doubles") else ()
+            few = (chosen.few,) if chosen.few and part != "confounders" else ()
             print(show(chosen.demo, chosen.model or chosen.demo / "train" / "model", *few), flush=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 
@@ -11,57 +12,89 @@ from scipy import ndimage
 
 from tests.benchmarks.common import table
 
+EMBEDDINGS, CACHE = Path("runs/embeddings"), Path("runs/audit_cache")
 SEEDS, VOLUMES, LABEL = 20, 700, "Cardiomegaly"
 # HU and mm of what is planted: a box of metal under the skin with a wire, a step in the table, a smoother kernel.
 METAL, STEP_HU, SMOOTH = 3000, 250, 0.5
 
 
 def show(demo: Path, model: Path) -> str:
-    import torch
-
     from ctclip.audit.audit_page import concept_sheet
-    from ctclip.audit.concepts import concept_scores, load_concepts
-    from ctclip.audit.data_audit import Sheet, audit_data
-    from ctclip.audit.measures import measure
-    from ctclip.drift.facts import Source
+    from ctclip.audit.concepts import load_concepts
+    from ctclip.audit.data_audit import SHORTCUT, Sheet, audit_data
     from ctclip.models.folder import load_model
     from ctclip.preprocessing.store import VolumeStore
 
     loaded, store, concepts = load_model(model), VolumeStore(demo / "store"), load_concepts()
-    whole, _ = concept_sheet(loaded, store, None, Path("runs/audit_cache"), concepts, 8)
+    # Scans that the model was not trained on; which of them are called train is drawn below.
+    whole, _ = concept_sheet(loaded, store, "valid", CACHE, EMBEDDINGS, concepts, 8)
     first = whole.table.groupby("scan", sort=False).head(1).index
     chosen = np.sort(np.random.default_rng(0).permutation(first.to_numpy())[:VOLUMES])
     base = Sheet(whole.table.iloc[chosen].reset_index(drop=True), whole.values[chosen], whole.names, whole.kinds)
-    spoilt: dict[str, np.ndarray] = {}
-    for name, spoil in SPOIL.items():
-        cache = Path("runs/audit_cache") / f"{name}-{loaded.hash}-{len(chosen)}.npy"
-        if not cache.is_file():
-            rows = []
-            for volume in base.table["volume"]:
-                hu = spoil(store.read(volume).astype(np.float32), store.spec.spacing)
-                with torch.inference_mode():
-                    vector = loaded.model.encode_volume(
-                        torch.from_numpy(store.spec.normalise(np.rint(hu).astype(np.int16)))[None, None]
-                    )
-                told = concept_scores(loaded.model, concepts, vector.numpy())
-                rows.append(np.concatenate([told[0], measure(hu, store.spec, Source.of_notes(store.notes(volume)))]))
-            np.save(cache, np.stack(rows))
-        spoilt[name] = np.load(cache)
+    positive = base.table[LABEL].to_numpy(dtype=float, na_value=0) == 1
+    needed = {"device": positive, "kernel": np.ones(len(positive), bool), "table": positive}
+    spoilt = {name: _spoilt(name, needed[name], base, loaded, store, concepts) for name in SPOIL}
     rows = []
     for name in (*PLANS, "nothing"):
-        found, called, seconds = 0, 0, 0.0
+        found, called, significant, seconds, places = 0, 0, 0, 0.0, []
         for seed in range(SEEDS):
             sheet, is_planted = _planted(base, spoilt, name, seed)
             began = time.process_time()
             lines = audit_data(sheet)
             seconds += time.process_time() - began
+            lines = lines[lines["family"] == SHORTCUT]
             called += bool(lines["significant"].any())
-            found += any(is_planted(line) for line in lines.head(3).itertuples())
-        what = f"{found} of {SEEDS}" if name != "nothing" else ""
-        rows.append([name, what, f"{called} of {SEEDS}", f"{len(lines):,}", f"{seconds / SEEDS:.1f}"])
-    title = f"Confounders planted in {VOLUMES} phantoms, {SEEDS} seeds"
-    head = ["planted", "in the first three lines", "any line significant", "lines", "processor seconds"]
+            significant += int(lines["significant"].sum())
+            mine = [place for place, line in enumerate(lines.itertuples(), 1) if is_planted(line)]
+            places.append(mine[0] if mine else len(lines) + 1)
+        found = sum(place <= 3 for place in places)
+        what = [f"{found} of {SEEDS}", f"{max(places)}"] if name != "nothing" else ["", ""]
+        rows.append(
+            [
+                name,
+                *what,
+                f"{called} of {SEEDS}",
+                f"{significant / SEEDS:.1f}",
+                f"{len(lines):,}",
+                f"{seconds / SEEDS:.1f}",
+            ]
+        )
+        print(
+            rows[-1],
+            lines.head(3)[["concept", "group", "where", "p", "adjusted_p"]].to_string(),
+            file=sys.stderr,
+            flush=True,
+        )
+    title = f"Confounders planted in {len(base.table)} phantoms, {SEEDS} seeds"
+    head = ["planted", "in the first three lines", "its first line, at worst", "seeds with a significant line",
+            "significant lines, mean", "lines", "processor seconds"]  # fmt: skip
     return table(title, head, rows)
+
+
+def _spoilt(name: str, needed: np.ndarray, base, loaded, store, concepts) -> np.ndarray:  # type: ignore[no-untyped-def]
+    """(n, names) values of the volumes that are needed, spoilt; NaN elsewhere. Kept between runs."""
+    import torch
+
+    from ctclip.audit.concepts import concept_scores
+    from ctclip.audit.measures import measure
+    from ctclip.drift.facts import Source
+    from ctclip.inference.run import run_key
+
+    volumes = [str(volume) for volume in base.table["volume"][needed]]
+    cache = CACHE / f"{name}-{run_key(loaded.hash, volumes, str(store.path))}.npy"
+    if not cache.is_file():
+        vectors, measured = [], []
+        for volume in volumes:
+            hu = SPOIL[name](store.read(volume).astype(np.float32), store.spec.spacing)
+            voxels = torch.from_numpy(store.spec.normalise(np.rint(hu).astype(np.int16)))
+            with torch.inference_mode():
+                vectors.append(loaded.model.encode_volume(voxels[None, None]).numpy()[0])
+            measured.append(measure(hu, store.spec, Source.of_notes(store.notes(volume))))
+        told = concept_scores(loaded.model, concepts, np.stack(vectors))
+        np.save(cache, np.concatenate([told, np.stack(measured)], axis=1))
+    values = np.full(base.values.shape, np.nan)
+    values[needed] = np.load(cache)
+    return values
 
 
 def _planted(base, spoilt, name: str, seed: int):  # type: ignore[no-untyped-def]

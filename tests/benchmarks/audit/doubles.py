@@ -44,7 +44,8 @@ def show(demo: Path, model: Path, volumes: int | None = None) -> str:
     patients = np.concatenate([np.unique(cohort["patient"], return_inverse=True)[1], -1 - np.arange(COPIES)])
     began = time.process_time()
     pairs = candidates(slice_vectors(every), scans, NEAREST)
-    likeness = compare(every, pairs)[:, 0]
+    coarse = compare(every, pairs)
+    likeness = coarse[:, 0]
 
     def fine(index: int) -> np.ndarray:
         return (
@@ -56,8 +57,8 @@ def show(demo: Path, model: Path, volumes: int | None = None) -> str:
     alike = likeness >= ALIKE
     likeness = np.array(
         [
-            correlation(fine(one), fine(other))[0] if near else 0.0
-            for (one, other), near in zip(pairs, alike, strict=True)
+            correlation(fine(one), fine(other), [bool(order)])[0] if near else 0.0
+            for (one, other), near, order in zip(pairs, alike, coarse[:, 1], strict=True)
         ]
     )
     seconds = time.process_time() - began
@@ -79,7 +80,10 @@ def show(demo: Path, model: Path, volumes: int | None = None) -> str:
     false = int((called & ~same).sum())
     total = len(every) * (len(every) - 1) // 2
     others = likeness[~same]
-    rows.append(["all copies", f"{found} of {COPIES}", ""])
+    at_once = coarse[[index for index, pair in enumerate(pairs) if pair in planted], 0]
+    rows.append(["all copies", f"{found} of {COPIES}", f"at 9 mm at least {at_once.min():.2f}"])
+    strangers = np.quantile(coarse[~same, 0], [0.5, 0.9, 0.99, 1])
+    rows.append(["pairs of different patients that were compared", "", f"at 9 mm: median {strangers[0]:.2f}, 90 % {strangers[1]:.2f}, 99 % {strangers[2]:.2f}, most {strangers[3]:.2f}"])  # fmt: skip
     rows.append(["pairs of different patients called copies", f"{false} of {total:,} pairs ({1e4 * false / total:.3f} in 10,000)", f"at most {others.max():.2f}"])  # fmt: skip
     title = (
         f"Doubles: {COPIES} changed copies among {len(names):,} phantoms (processor time: fingerprints {reading:.0f} s, "

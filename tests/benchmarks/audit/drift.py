@@ -162,6 +162,12 @@ def _thick(hu: np.ndarray, spacing: tuple[float, float, float]) -> Image:
     return smooth[np.rint(places).astype(int)], (8.0, *spacing[1:])
 
 
+def _thick_but_resampled(hu: np.ndarray, spacing: tuple[float, float, float]) -> Image:
+    """The same, interpolated back to the spacing it had, so that no header tells of it."""
+    thick, _ = _thick(hu, spacing)
+    return ndimage.zoom(thick, (8 / spacing[0], 1, 1), order=1), spacing
+
+
 def _part(axis: int, first: bool) -> Callable[[np.ndarray, tuple[float, float, float]], Image]:
     def cut(hu: np.ndarray, spacing: tuple[float, float, float]) -> Image:
         middle = hu.shape[axis] // 2
@@ -180,6 +186,7 @@ def _blank(hu: np.ndarray, spacing: tuple[float, float, float]) -> Image:
 KINDS: dict[str, Callable[[], Iterator[Image]]] = {
     "new phantoms as they are (false alarms)": lambda: chests(_as_it_is),
     "slices of 8 mm": lambda: chests(_thick),
+    "slices of 8 mm, resampled to what they were": lambda: chests(_thick_but_resampled),
     "lower half of a chest": lambda: chests(_part(0, True)),
     "upper half": lambda: chests(_part(0, False)),
     "right half": lambda: chests(_part(2, True)),

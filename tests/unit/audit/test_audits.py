@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import norm, ttest_ind
+from scipy.ndimage import label
+from scipy.stats import false_discovery_control, norm, ttest_ind
 from sklearn.metrics import log_loss, roc_auc_score
 
 from ctclip.audit.associations import differences, false_discovery, interaction, normal_scores
@@ -66,6 +67,31 @@ def test_a_planted_confounder_stands_in_the_first_lines(plant: str, line: tuple[
         first = lines.head(3)[["concept", "group", "where"]].itertuples(index=False, name=None)
         assert line in list(first)
         assert lines["significant"].iloc[0]
+
+
+def test_scanners_that_differ_do_not_bury_a_shortcut() -> None:
+    made = sheet(0)
+    random = np.random.default_rng(1)
+    sharp, old = random.random(PATIENTS) < 0.5, random.random(PATIENTS) < 0.5
+    values = made.values.copy()
+    values[:, 2] += 5 * sharp
+    table = made.table.assign(
+        kernel=np.where(sharp, "sharp", "soft"),
+        age=np.where(old, "080Y", "030Y"),
+        Nodule=pd.array(np.where(old & (random.random(PATIENTS) < 0.8), 1, made.table["Nodule"]), dtype="Int8"),
+        Cardiomegaly=pd.array(np.where(random.random(PATIENTS) < 0.5, sharp, made.table["Cardiomegaly"]), dtype="Int8"),
+    )
+    lines = audit_data(Sheet(table, values, made.names, made.kinds))
+    shortcuts, others = (lines[lines["family"] == family] for family in ("shortcut", "difference"))
+    assert lines["family"].tolist() == ["shortcut"] * len(shortcuts) + ["difference"] * len(others)
+    # The label that goes with the kernel, by its column and by its noise; not the label that goes with age.
+    assert set(shortcuts.head(2)["concept"]) == {"kernel", "kernel: sharp"}
+    assert set(shortcuts.head(2)["group"]) == {"Cardiomegaly"}
+    assert not (shortcuts["concept"] == "kernel: soft").any()
+    of_labels = shortcuts[(shortcuts["where"] == "all") & ~shortcuts["group"].str.startswith("split")]
+    assert not of_labels["concept"].str.startswith(("age", "sex")).any()
+    assert shortcuts["adjusted_p"].to_numpy() == pytest.approx(false_discovery_control(shortcuts["p"]))
+    assert others.iloc[0][["concept", "group"]].tolist() == ["kernel", "kernel: sharp against soft"]
 
 
 def test_without_a_confounder_hardly_anything_is_significant() -> None:
@@ -173,3 +199,10 @@ def test_measures_of_a_phantom() -> None:
     raised[:, min(body + 3, hu.shape[1] - 2) :, 45:67] += 300
     tabled = dict(zip(MEASURES, measure(raised, spec, source), strict=True))
     assert tabled["table: curvature (middle less sides)"] > values["table: curvature (middle less sides)"] + 20
+    # Air within the lungs, as of emphysema, tells nothing of the scanner.
+    bullous = hu.copy()
+    regions, _ = label((hu > -950) & (hu < -600))
+    lung = regions == np.bincount(regions.ravel())[1:].argmax() + 1
+    bullous[lung] = np.random.default_rng(0).uniform(-1010, -950, int(lung.sum()))
+    blown = dict(zip(MEASURES, measure(bullous, spec, source), strict=True))
+    assert blown["noise in the air"] == pytest.approx(values["noise in the air"], rel=0.02)

@@ -9,12 +9,16 @@ import pandas as pd
 import pytest
 from scipy.stats import multivariate_normal
 
-from ctclip.audit.pairs import Joint, match_scores, side_scores, worse_share
-from ctclip.audit.sides import exchange_sides, mirrored
+from ctclip.audit.pairs import Joint, match_scores, pair_scores, side_scores, worse_share
+from ctclip.audit.sides import exchange_sides, mirrored, side_of, signed_sentences
 from ctclip.data.pair_scores import good_pairs, read_pair_scores, write_pair_scores
 from ctclip.errors import DataError
+from ctclip.models.folder import load_model
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
+from tests.unit.adaptation.conftest import Clinic, clinic, clinic_files
+
+__all__ = ["clinic", "clinic_files"]
 
 
 def pairs(count: int, seed: int = 0, noise: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
@@ -63,6 +67,58 @@ def test_exchanged_sides_are_the_worst() -> None:
     reports[turned] *= -1
     scores = side_scores(volumes, reports, np.arange(600).astype(str))
     assert (worse_share(scores)[turned] < 0.1).mean() > 0.6
+
+
+def test_either_fault_lowers_the_score() -> None:
+    match, side = np.array([4.0, 4.0, -3.0, 4.0, -np.inf]), np.array([4.0, np.nan, 4.0, -3.0, np.nan])
+    scores = pair_scores(match, side)
+    # Right, swapped and exchanged are taken as equally likely before anything is known of the pair.
+    assert scores[0] == pytest.approx(-np.log(2 * np.exp(-4)))
+    assert scores[1] == 4
+    assert scores[2] == pytest.approx(scores[3])
+    assert scores[2] == pytest.approx(-3, abs=0.01)
+    assert scores[4] == -np.inf
+
+
+def test_scores_are_calibrated_log_odds() -> None:
+    # One cause and its noisy echo: log p(x, y) / p(x) p(y) is known, and a fit with 16 dimensions of noise is too sure.
+    random = np.random.default_rng(3)
+    cause, noise = random.normal(0, 1, 4000), random.normal(0, 1, 4000)
+    echo = 0.8 * cause + 0.6 * noise
+    patients = np.arange(4000).astype(str)
+    volumes, reports = (np.column_stack([side, random.normal(0, 1, (4000, 16))]) for side in (cause, echo))
+    wrong = np.roll(np.arange(4000), 2000)
+    scores = match_scores(volumes, reports, patients)
+    mixed = reports.copy()
+    swapped = random.choice(4000, 400, replace=False)
+    mixed[swapped] = reports[wrong[swapped]]
+    odds = match_scores(volumes, mixed, patients)
+    assert -np.log(1 / (1 + np.exp(-scores))).mean() < np.log(2)
+    # At odds of 9 to 1, this share of pairs is wrong among those with scores below 0.
+    chances = 1 / (1 + 9 * np.exp(odds))
+    assert chances.sum() == pytest.approx(400, rel=0.25)
+
+
+def test_what_is_said_of_either_side(clinic: Clinic) -> None:
+    assert [side_of(text) for text in ("Left effusion.", "RLL nodule.", "Left and right nodules.", "No nodule.")] == [
+        1,
+        -1,
+        0,
+        0,
+    ]
+    assert side_of("Two left nodules and one on the left, one right.") == 1
+    model = load_model(clinic.model).model
+    texts = [
+        "Left effusion. Right nodule. Heart normal.",
+        "Right effusion. Left nodule.",
+        "Effusion.",
+        "Left effusion.",
+    ]
+    said = signed_sentences(model, texts)
+    np.testing.assert_allclose(said[1], -said[0], atol=1e-5)
+    assert not said[2].any()
+    assert np.linalg.norm(said, axis=1) == pytest.approx([1, 1, 0, 1])
+    assert not np.allclose(said[3], said[0])
 
 
 def test_sides_of_texts_and_volumes() -> None:
