@@ -170,7 +170,7 @@ class DataConfig(Section):
         None,
         ge=-(10**9),
         le=10**9,
-        description="lowest score (nats) of the pairs of volume and report to train on, see `ctclip filter-pairs --keep`; "
+        description="lowest score (log odds) of the pairs of volume and report to train on, see `ctclip filter-pairs --keep`; "
         "null: no limit",
     )
     best_pairs: float | None = Field(
