@@ -1,15 +1,14 @@
-"""Train a caption head on a trained model, whose encoders stay as they are: volumes are encoded once, and a decoder learns
-to write their reports from the tokens.
+"""Train a caption head on a trained model, whose encoders stay as they are: volumes are encoded once, a plan learns which
+findings their reports state and on which side, and a decoder learns to write the reports from the tokens.
 
-In a share of the examples the decoder is told the findings that the report states, as read by the rules, so that it can
-write about those of a detector later; in the others it is told none (the prompt dropout of DCP-PD, arXiv 2604.10437).
+In most examples the decoder is told the findings that the report states, as read by the rules, so that it writes about
+those of the plan or a detector later; in the others it is told none (the prompt dropout of DCP-PD, arXiv 2604.10437).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +18,27 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ctclip.adaptation.caption_texts import Examples, read_reports
 from ctclip.adaptation.keep import add_head, check_head_name
+from ctclip.adaptation.plan import fit_plan
 from ctclip.data.dataset import with_report
 from ctclip.errors import DataError
 from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.tables import write_predictions
-from ctclip.heads.caption import CaptionHead, ReportTokens
+from ctclip.heads.caption import CaptionHead
+from ctclip.heads.plan import plan_features
 from ctclip.inference.run import batches, run_key
 from ctclip.inference.scans import StoredScans
 from ctclip.models.encoded import Encoded
 from ctclip.models.folder import ModelFolder
 from ctclip.objectives.words import LONGEST, WordDecoder
-from ctclip.preprocessing.no_report import report_text
 from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.scratch import scratch_folder
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.prompts import PromptSet, load_prompts
-from ctclip.report_reading.reader import Options, Status
+from ctclip.report_reading.findings import Cleaner
+from ctclip.report_reading.reader import Options
 from ctclip.report_reading.rules import RulesReader
 from ctclip.schema import Section
 
@@ -55,7 +57,17 @@ class CaptionConfig(Section):
         LONGEST, ge=16, le=10**5, description="maximum number of tokens of a report; longer ones are cut"
     )
     told: float = Field(
-        0.5, ge=0, le=1, description="share of the examples in which the decoder is told the findings of the report"
+        0.9, ge=0, le=1, description="share of the examples in which the decoder is told the findings of the report"
+    )
+    quiet: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the findings it is told whose side is left out, there and in the report, so that it can write "
+        "without a side",
+    )
+    places: bool = Field(
+        True, description="attend to finer grids too where the encoder has them, and to where tokens lie"
     )
     epochs: float = Field(20.0, gt=0, le=10**6, description="passes over the training scans")
     batch: int = Field(16, ge=1, le=10**5, description="number of volumes in a batch")
@@ -63,15 +75,6 @@ class CaptionConfig(Section):
     warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps with a rising learning rate")
     weight_decay: float = Field(0.05, ge=0, le=100, description="AdamW's weight decay")
     language: str = Field("english", description="of the reports: a YAML file, or the name of one in configs/languages")
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Reports as tokens. For each report two sequences, told nothing and told its findings: ids, and the length of the
-    prefix that is not learned."""
-
-    plain: list[tuple[list[int], int]]
-    told: list[tuple[list[int], int]]
 
 
 def run_caption(
@@ -95,19 +98,24 @@ def run_caption(
     scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
     scans.table = with_report(scans.table, SECTIONS, f"{store}: split {split!r}")
     key = run_key(loaded.hash, scans.origin(), list(scans.table["volume"]), config.model_dump_json(), f"{head} {seed}")
-    torch.manual_seed(seed)
-    decoder = _decoder(loaded, config)
-    caption = CaptionHead(
-        loaded.model, decoder, prompts_of(loaded), loaded.labels.names, SECTIONS, prompted=config.told > 0
-    )
     with (
         claimed_folder(output, "adapt", key, (LOSSES,), made_by_us, force=force),
         scratch_folder(".tokens.", ".partial", output) as scratch,
     ):
-        encoded, indices = _encoded(loaded, scans, scratch, config.batch)
+        encoded, features, indices = _encoded(loaded, scans, scratch, config.batch)
         table = scans.table.iloc[indices]
-        texts = _texts(caption.tokens, table, loaded, config)
-        losses = _fit(decoder, encoded, texts, config, loaded.model.device, seed)
+        reader = RulesReader.build(loaded.labels, Options(language=config.language))
+        reports = read_reports(Cleaner(reader), table, SECTIONS)
+        names = loaded.labels.names
+        stated = torch.from_numpy(np.stack([report.stated(names) for report in reports]))
+        plan = fit_plan(names, features, stated, table["patient"].to_numpy(str), seed) if config.told > 0 else None
+        torch.manual_seed(seed)
+        decoder = _decoder(loaded, encoded, config)
+        caption = CaptionHead(
+            loaded.model, decoder, prompts_of(loaded), names, SECTIONS, prompted=config.told > 0, plan=plan
+        )
+        examples = Examples(caption.tokens, reports, names, config.told, config.quiet)
+        losses = _fit(decoder, encoded, examples, config, loaded.model.device, seed)
         words = f"{len(table)} volumes of {table['patient'].nunique()} patients, split {split}"
         caption.adaptation = Adaptation.to(METHOD, words, loaded.hash, table["patient"].astype(str))
         folder = add_head(loaded.path, head, caption, f"a decoder of reports, fitted to reports of {words}")
@@ -115,11 +123,12 @@ def run_caption(
     return folder
 
 
-def _decoder(loaded: ModelFolder, config: CaptionConfig) -> WordDecoder:
+def _decoder(loaded: ModelFolder, encoded: Encoded, config: CaptionConfig) -> WordDecoder:
     text, volume = loaded.model.text_encoder, loaded.model.volume_encoder
+    local = encoded.local.shape[2] if config.places and encoded.local is not None else 0
     return WordDecoder(
         text.bert.config.vocab_size, volume.token_width, text.width, depth=config.depth, heads=config.heads,
-        length=config.length,
+        length=config.length, local_width=local, places=config.places,
     )  # fmt: skip
 
 
@@ -128,53 +137,43 @@ def prompts_of(loaded: ModelFolder) -> PromptSet:
     return load_prompts(loaded.labels.prompts or "generic")
 
 
-def _encoded(loaded: ModelFolder, scans: StoredScans, scratch: Path, batch: int) -> tuple[Encoded, list[int]]:
-    """Tokens of all volumes, on the host (float16, in a file that is mapped into memory), and their indices."""
-    tokens: np.memmap | None = None
-    real: list[np.ndarray] = []
+def _encoded(loaded: ModelFolder, scans: StoredScans, scratch: Path, batch: int) -> tuple[Encoded, Tensor, list[int]]:
+    """Tokens of all volumes, on the host (float16, in files that are mapped into memory), what the plan is made from (n, D),
+    and their indices."""
+    kept: dict[str, np.memmap] = {}
+    features, real = list[Tensor](), list[Tensor]()
     indices: list[int] = []
     refused: dict[str, str] = {}
     one: Encoded | None = None
+    lateral = 1 if loaded.spec.published_geometry else 2
     for members, voxels, _ in batches(scans, list(range(len(scans.table))), batch, refused, "encoding"):
         with torch.inference_mode():
             one = loaded.model.encode(torch.from_numpy(voxels).to(loaded.model.device))
-        values = one.tokens.float().cpu().numpy().astype(np.float16)
-        if tokens is None:
-            shape = (len(scans.table), *values.shape[1:])
-            tokens = np.memmap(scratch / "tokens", np.float16, "w+", shape=shape)
-        tokens[len(indices) : len(indices) + len(members)] = values
+            features.append(plan_features(one, lateral).cpu())
+        for name, part in (("tokens", one.tokens), ("local", one.local)):
+            if part is not None:
+                shape = (len(scans.table), *part.shape[1:])
+                if name not in kept:
+                    kept[name] = np.memmap(scratch / name, np.float16, "w+", shape=shape)
+                kept[name][len(indices) : len(indices) + len(members)] = part.float().cpu().numpy()
         if one.real is not None:
-            real.append(one.real.cpu().numpy())
+            real.append(one.real.cpu())
         indices += members
     for reason in refused.values():
         print(f"refused: {reason}")
-    if tokens is None or one is None:
+    if one is None:
         raise DataError(next(iter(refused.values()), f"{scans.store.path}: no volume to learn from"))
-    mask = torch.from_numpy(np.concatenate(real)) if real else None
-    return one._replace(tokens=torch.from_numpy(tokens), real=mask, embedding=None), indices
-
-
-def _texts(tokens: ReportTokens, table: pd.DataFrame, loaded: ModelFolder, config: CaptionConfig) -> Texts:
-    """The reports as tokens; what they state is read by rules, and no label of a volume is read."""
-    reader = RulesReader.build(loaded.labels, Options(language=config.language))
-    reports = [[report_text(row.get(section, "")) for section in SECTIONS] for row in table.to_dict("records")]
-    readings = reader.read(["\n".join(parts) for parts in reports])
-    stated = [
-        [name for name in loaded.labels.names if name in reading and reading[name].status is Status.present]
-        for reading in readings
-    ]
-    return Texts(
-        [tokens.whole(parts, None) for parts in reports],
-        [tokens.whole(parts, names) for parts, names in zip(reports, stated, strict=True)],
-    )
+    parts = {name: torch.from_numpy(values) for name, values in kept.items()}
+    mask = torch.cat(real) if real else None
+    return one._replace(**parts, real=mask, embedding=None), torch.cat(features).clone(), indices
 
 
 def _fit(
-    decoder: WordDecoder, encoded: Encoded, texts: Texts, config: CaptionConfig, device: torch.device, seed: int
+    decoder: WordDecoder, encoded: Encoded, examples: Examples, config: CaptionConfig, device: torch.device, seed: int
 ) -> list[float]:
     """Train the decoder; returns the mean loss (nats a token) of each epoch."""
     decoder.to(device).train().requires_grad_(True)
-    count = len(texts.plain)
+    count = len(examples)
     batch = min(config.batch, count)
     each = count // batch
     steps = max(1, round(config.epochs * each))
@@ -183,14 +182,10 @@ def _fit(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup))
     losses: list[float] = []
-    for rows, told in track(_draws(count, batch, steps, config.told, seed), steps, "caption head", "steps"):
-        ids, mask, learned = _padded(
-            [(texts.told if own else texts.plain)[row] for row, own in zip(rows, told, strict=True)]
-        )
-        one = Encoded(
-            encoded.tokens[torch.from_numpy(rows)].float().to(device), encoded.grid, encoded.pooled, encoded.affine,
-            None if encoded.real is None else encoded.real[torch.from_numpy(rows)].to(device),
-        )  # fmt: skip
+    random = np.random.default_rng([seed, 29])
+    for rows in track(_draws(count, batch, steps, random), steps, "caption head", "steps"):
+        ids, mask, learned = _padded([examples.draw(row, random) for row in rows])
+        one = _some(encoded, torch.from_numpy(rows), device)
         scores = decoder(ids[:, :-1].to(device), mask[:, :-1].to(device), one).float()
         target = ids.masked_fill(~learned, -100)[:, 1:].to(device)
         loss = F.cross_entropy(scores.flatten(0, 1), target.flatten(), ignore_index=-100)
@@ -204,15 +199,24 @@ def _fit(
     return [float(np.mean(losses[start : start + each])) for start in range(0, len(losses), each)]
 
 
-def _draws(count: int, batch: int, steps: int, told: float, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The rows of each step, every row once an epoch, and whether each is told its findings."""
-    random = np.random.default_rng([seed, 29])
+def _some(encoded: Encoded, rows: Tensor, device: torch.device) -> Encoded:
+    """Some of the volumes, in float32 on a device."""
+    parts = {
+        name: None if value is None else value[rows].float().to(device)
+        for name, value in (("tokens", encoded.tokens), ("local", encoded.local))
+    }
+    real = None if encoded.real is None else encoded.real[rows].to(device)
+    return encoded._replace(**parts, real=real)
+
+
+def _draws(count: int, batch: int, steps: int, random: np.random.Generator) -> Iterator[np.ndarray]:
+    """The rows of each step, every row once an epoch."""
     order: np.ndarray = np.empty(0, np.int64)
     for _ in range(steps):
         if len(order) < batch:
             order = random.permutation(count)
         rows, order = order[:batch], order[batch:]
-        yield rows, random.random(batch) < told
+        yield rows
 
 
 def _padded(texts: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,16 +39,10 @@ def draft_store(
     for indices, voxels, _ in batches(scans, places, batch, refused, "drafting"):
         with torch.inference_mode():
             encoded = loaded.model.encode(torch.from_numpy(voxels).to(loaded.model.device))
-        for number, detected in enumerate(Detected.by(detector, encoded)):
-            one = encoded._replace(
-                tokens=encoded.tokens[number : number + 1], pooled=encoded.pooled[number : number + 1],
-                real=None if encoded.real is None else encoded.real[number : number + 1],
-                embedding=None if encoded.embedding is None else encoded.embedding[number : number + 1],
-            )  # fmt: skip
-            identity = scans.table.iloc[indices[number]][["volume", "patient", "scan"]]
-            rows.append(
-                [*identity, *_texts(writer.write(one, detected)), "; ".join(detected.findings()), method, loaded.hash]
-            )
+        every = Detected.by(detector, encoded)
+        for number, written, detected in zip(indices, writer.write_all(encoded, every), every, strict=True):
+            identity = scans.table.iloc[number][["volume", "patient", "scan"]]
+            rows.append([*identity, *_texts(written), "; ".join(detected.findings()), method, loaded.hash])
     if not rows:
         raise DataError(next(iter(refused.values()), f"{scans.store.path}: no volume to draft"))
     return pd.DataFrame(rows, columns=list(COLUMNS))

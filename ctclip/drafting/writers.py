@@ -61,6 +61,10 @@ class Writer(ABC):
     def write(self, encoded: Encoded, detected: Detected) -> dict[str, str]:
         """The text of each of ``SECTIONS``. encoded: one volume."""
 
+    def write_all(self, encoded: Encoded, detected: Sequence[Detected]) -> list[dict[str, str]]:
+        """As ``write``, for several volumes."""
+        return [self.write(encoded.one(number), each) for number, each in enumerate(detected)]
+
 
 class TemplateWriter(Writer):
     """A sentence for each finding of the detector: present ones first, then those that it denies.
@@ -111,7 +115,7 @@ class RetrievalWriter(Writer):
 
 
 class CaptionWriter(Writer):
-    """A caption head, told the detector's findings if ``prompted``."""
+    """A caption head, told the detector's findings if ``prompted``, else what it reads off the volume itself."""
 
     def __init__(self, head: CaptionHead, decoding: Decoding, *, prompted: bool = False) -> None:
         """Raises DataError if ``prompted`` and the head was not trained to be told findings."""
@@ -123,7 +127,10 @@ class CaptionWriter(Writer):
         self.head, self.decoding, self.prompted = head, decoding, prompted
 
     def write(self, encoded: Encoded, detected: Detected) -> dict[str, str]:
-        return self.head.generate(encoded, self.decoding, detected.findings() if self.prompted else None)
+        return self.write_all(encoded, [detected])[0]
+
+    def write_all(self, encoded: Encoded, detected: Sequence[Detected]) -> list[dict[str, str]]:
+        return self.head.write(encoded, self.decoding, [one.findings() for one in detected] if self.prompted else None)
 
 
 def known_prompts(folder: ModelFolder, detector: Head) -> list[PromptSet]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ctclip.errors import CheckpointError
 from ctclip.heads.head import Head
+from ctclip.heads.plan import Plan, plan_features
 from ctclip.heads.prompts import PromptHead, read_names
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
@@ -30,6 +31,7 @@ from ctclip.sentences import sentences
 SIZE, WEIGHTS, WRITES = "decoder.yaml", "decoder.safetensors", "report.yaml"
 # In a state_dict under two names: word vectors are shared by the input and the output of the decoder.
 TIED = "language.lm_head.weight"
+PLAN = "plan."
 
 
 # What WordPiece leaves inside words and numbers: "effu ##sion", "ground - glass", "2. 5".
@@ -94,11 +96,16 @@ class CaptionHead(Head):
         sections: Sequence[str] = ("findings",),
         *,
         prompted: bool = False,
+        plan: Plan | None = None,
     ) -> None:
         """``decoder``: trained by ``Captioning`` together with ``model``, or by `ctclip adapt --method caption` after it;
         ``names``: the findings, named in ``prompts`` or not; ``sections``: what it writes, in order (a decoder of
-        ``Captioning`` writes one text); ``prompted``: whether it was trained to be told findings."""
+        ``Captioning`` writes one text); ``prompted``: whether it was trained to be told findings; ``plan``: what it
+        tells itself."""
         super().__init__(model)
+        self.plan = None if plan is None else plan.to(model.device).eval().requires_grad_(False)
+        # The axis of the grid along which left and right lie.
+        self.lateral = 1 if model.spec.published_geometry else 2
         self.sections, self.prompted = tuple(sections), prompted
         self.decoder = decoder.to(model.device).eval().requires_grad_(False)
         self.prompts, self.names = prompts, tuple(names)
@@ -106,30 +113,60 @@ class CaptionHead(Head):
         self.tokens = ReportTokens(model.text_encoder, decoder.size["length"], prompted=prompted)
 
     @torch.inference_mode()
+    def told(self, encoded: Encoded, findings: Sequence[Sequence[str]] | None = None) -> list[list[str]] | None:
+        """What it is told to write about each volume: ``findings`` (names, for each volume), or those of its plan, with the
+        sides of which its plan is certain. None without either."""
+        if self.plan is None:
+            return None if findings is None else [list(names) for names in findings]
+        logits = self.plan(plan_features(encoded, self.lateral))
+        findings = self.plan.findings(logits) if findings is None else findings
+        sides = self.plan.sides(logits)
+        return [
+            [statement(name, known.get(name, "")) for name in names]
+            for names, known in zip(findings, sides, strict=True)
+        ]
+
     def generate(self, encoded: Encoded, decoding: Decoding, told: Sequence[str] | None = None) -> dict[str, str]:
         """Write each section of the report of one volume. ``told``: names of findings to write about, for a head that is
-        ``prompted``. An incomplete last sentence is left out."""
+        ``prompted``; None: those of its plan, if it has one. An incomplete last sentence is left out."""
+        return self.write(encoded, decoding, None if told is None else [told])[0]
+
+    @torch.inference_mode()
+    def write(
+        self, encoded: Encoded, decoding: Decoding, findings: Sequence[Sequence[str]] | None = None
+    ) -> list[dict[str, str]]:
+        """As ``generate``, for several volumes. ``findings``: those of each volume."""
         given = self.decoder.attended(encoded)
-        ids = self.tokens.prefix(told)
-        texts = dict.fromkeys(self.sections, "")
+        told = self.told(encoded, findings)
+        rows = [self.tokens.prefix(None if told is None else told[row]) for row in range(len(encoded.tokens))]
+        texts = [dict.fromkeys(self.sections, "") for _ in rows]
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(decoding.seed)
             for section in self.sections:
-                room = self.tokens.length - len(ids)
-                if room < 2:
+                longest = max(map(len, rows))
+                if self.tokens.length - longest < 2:
                     break
-                start = torch.tensor([ids], device=self.model.device)
-                language: Any = self.decoder.language
-                written = language.generate(
-                    input_ids=start, attention_mask=torch.ones_like(start), max_new_tokens=room, use_cache=True,
-                    eos_token_id=self.tokens.end, pad_token_id=self.tokens.end, **given, **decoding.arguments(),
-                )[0, len(ids) :].tolist()  # fmt: skip
-                ended = self.tokens.end in written
-                body = written[: written.index(self.tokens.end)] if ended else written
-                ids = [*ids, *body, self.tokens.end]
-                texts[section] = self._text(body, ended)
+                for row, text, body in zip(rows, texts, self._continued(rows, longest, given, decoding), strict=True):
+                    ended = self.tokens.end in body
+                    words = body[: body.index(self.tokens.end)] if ended else body
+                    row += [*words, self.tokens.end]
+                    text[section] = self._text(words, ended)
         return texts
+
+    def _continued(
+        self, rows: Sequence[list[int]], longest: int, given: dict[str, Tensor], decoding: Decoding
+    ) -> list[list[int]]:
+        """The tokens that follow each of ``rows``, which are padded on the left to ``longest``."""
+        ids = [[self.tokens.end] * (longest - len(row)) + row for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        start, seen = (torch.tensor(part, device=self.model.device) for part in (ids, mask))
+        language: Any = self.decoder.language
+        written: list[list[int]] = language.generate(
+            input_ids=start, attention_mask=seen, max_new_tokens=self.tokens.length - longest, use_cache=True,
+            eos_token_id=self.tokens.end, pad_token_id=self.tokens.end, **given, **decoding.arguments(),
+        )[:, longest:].tolist()  # fmt: skip
+        return written
 
     def _text(self, ids: Sequence[int], ended: bool) -> str:
         text = str(
@@ -174,30 +211,32 @@ class CaptionHead(Head):
         return torch.stack(columns, dim=1)
 
     def fingerprint(self, probe: Tensor) -> bytes:
-        state = self.decoder.state_dict()
+        state = self._state()
         return b"".join(state[name].double().sum().cpu().numpy().tobytes() for name in sorted(state))
 
+    def _state(self) -> dict[str, Tensor]:
+        state = dict(self.decoder.state_dict())
+        return (
+            state
+            if self.plan is None
+            else state | {PLAN + name: value for name, value in self.plan.state_dict().items()}
+        )
+
     def save(self, folder: Path) -> None:
-        self.write(folder, self.decoder.size, self.decoder.state_dict(), self.prompts, self.names)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self._state().items() if name != TIED}
+        save_file(tensors, folder / WEIGHTS)
+        (folder / SIZE).write_text(yaml.safe_dump(self.decoder.size, sort_keys=False), encoding="utf-8")
+        PromptHead.write(folder, self.prompts, self.names)
         writes = {"sections": list(self.sections), "prompted": self.prompted}
         (folder / WRITES).write_text(yaml.safe_dump(writes, sort_keys=False), encoding="utf-8")
-
-    @staticmethod
-    def write(
-        folder: Path, size: dict[str, Any], state: dict[str, Tensor], prompts: PromptSet, names: Sequence[str]
-    ) -> None:
-        """Write what ``save`` writes, from a decoder's ``size`` and state: in training its weights may be sharded over
-        ranks."""
-        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items() if name != TIED}
-        save_file(tensors, folder / WEIGHTS)
-        (folder / SIZE).write_text(yaml.safe_dump(size, sort_keys=False), encoding="utf-8")
-        PromptHead.write(folder, prompts, names)
 
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> CaptionHead:
         try:
             size = read_yaml(folder / SIZE)
             tensors = load_file(folder / WEIGHTS)
+            plan = _plan_of(tensors, read_names(folder))
+            tensors = {name: value for name, value in tensors.items() if not name.startswith(PLAN)}
             _check_size(size, tensors)
             decoder = WordDecoder(**size)
             # Heads of before drafting write one text.
@@ -215,13 +254,28 @@ class CaptionHead(Head):
             raise CheckpointError(
                 f"{folder}: its caption head is missing or damaged; copy the model folder again"
             ) from error
-        if decoder.memory.in_features != model.volume_encoder.token_width:
+        if decoder.size["token_width"] != model.volume_encoder.token_width:
             raise CheckpointError(
-                f"{folder}: its decoder expects tokens of width {decoder.memory.in_features}, but those of the model have "
+                f"{folder}: its decoder expects tokens of width {decoder.size['token_width']}, but those of the model have "
                 f"{model.volume_encoder.token_width}: it belongs to another model"
             )
         prompts = load_prompts(folder / "prompts.yaml")
-        return cls(model, decoder, prompts, read_names(folder), sections, prompted=prompted)
+        return cls(model, decoder, prompts, read_names(folder), sections, prompted=prompted, plan=plan)
+
+
+def statement(finding: str, side: str) -> str:
+    """A finding as the decoder is told of it, with its side if that is known."""
+    return f"{finding} {side}".rstrip()
+
+
+def _plan_of(tensors: dict[str, Tensor], names: Sequence[str]) -> Plan | None:
+    """Raises KeyError or RuntimeError for weights that do not fit."""
+    weights = {name.removeprefix(PLAN): value for name, value in tensors.items() if name.startswith(PLAN)}
+    if not weights:
+        return None
+    plan = Plan(names, weights["linear.weight"].shape[1])
+    plan.load_state_dict(weights)
+    return plan
 
 
 def _check_size(size: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -229,5 +283,6 @@ def _check_size(size: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     layers = {name.split(".")[3] for name in tensors if name.startswith("language.transformer.h.")}
     words, places = (tensors[f"language.transformer.{name}.weight"] for name in ("wte", "wpe"))
     there = (*words.shape, tensors["memory.weight"].shape[1], len(places), len(layers))
-    if tuple(size[name] for name in ("vocabulary", "width", "token_width", "length", "depth")) != there:
+    stated = tuple(size[name] for name in ("vocabulary", "width", "token_width", "length", "depth"))
+    if (*stated[:2], stated[2] + size.get("local_width", 0), *stated[3:]) != there:
         raise ValueError("sizes and weights do not agree")

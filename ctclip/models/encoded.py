@@ -24,7 +24,9 @@ class Encoded(NamedTuple):
     float64, on the host: from token index (d, h, w, 1) to millimetres in the prepared volume, along its axes from the
     centre of its first voxel; ``Prepared.token_affine`` converts it to the scan's own space. For convolutions it is
     the centre of a token's receptive field. real (B, N) bool: which tokens are real, None for all; the others are
-    zeros. embedding (B, dim): unit vectors in the shared space if this is the output of a dual encoder, else None.
+    zeros. embedding (B, dim): unit vectors in the shared space if this is the output of a dual encoder, else None. local
+    (B, N, C2): what finer grids show at the place of each token (mean and maximum of each channel), before tokens attend to
+    each other; None for an encoder that pools no finer grid, and in training.
     """
 
     tokens: Tensor
@@ -33,6 +35,16 @@ class Encoded(NamedTuple):
     affine: np.ndarray
     real: Tensor | None = None
     embedding: Tensor | None = None
+    local: Tensor | None = None
+
+    def one(self, number: int) -> Encoded:
+        """The volume of this number alone, as a batch of one."""
+        parts = {
+            name: None if value is None else value[number : number + 1]
+            for name, value in self._asdict().items()
+            if name not in ("grid", "affine")
+        }
+        return self._replace(**parts)
 
 
 class Level(NamedTuple):

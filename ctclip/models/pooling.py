@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,3 +31,12 @@ def largest_token(tokens: Tensor, real: Tensor | None) -> Tensor:
     candidates = tokens if real is None else tokens.masked_fill(~real[..., None], float("-inf"))
     # Not amax, whose gradient compares every token with the largest.
     return candidates.max(dim=1).values
+
+
+def at_tokens(levels: Sequence[Tensor], grid: tuple[int, int, int]) -> Tensor:
+    """Finer grids (B, C, d, h, w) each -> (B, N, 2 * sum of C): the mean and the largest of each channel at the place of
+    each token of ``grid``, in slice, row, column order."""
+    parts = [
+        part for cells in levels for part in (F.adaptive_avg_pool3d(cells, grid), F.adaptive_max_pool3d(cells, grid))
+    ]
+    return torch.cat(parts, dim=1).flatten(2).transpose(1, 2)

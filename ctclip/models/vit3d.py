@@ -36,7 +36,7 @@ from ctclip.models.encoded import (
     beside,
     check_shape,
 )
-from ctclip.models.pooling import air_where_padded, largest_token, mean_token, real_cells
+from ctclip.models.pooling import air_where_padded, at_tokens, largest_token, mean_token, real_cells
 from ctclip.models.windows import Windows, cut, means, to_tokens, within
 from ctclip.preprocessing.spec import PreprocessingSpec
 
@@ -164,8 +164,11 @@ class ViT3D(VolumeEncoder):
         """``stages``: filled with the cells of each stage of the stem that are pooled."""
         self._check(volume)
         volume = air_where_padded(volume, mask)
+        if stages is None and not self.training:
+            stages = []
         cells, pooled_stem = self.stem(volume, mask, stages)
         grid = (cells.shape[2], cells.shape[3], cells.shape[4])
+        local = at_tokens(stages, grid) if stages else None
         tokens = rearrange(cells, "b c d h w -> b (d h w) c")
         keep = self._kept(volume, mask, body)
         positions = self._positions(grid, tokens.device)
@@ -174,7 +177,7 @@ class ViT3D(VolumeEncoder):
             flat = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
             encoded = self._transform(tokens, positions[None], flat, None, grid)
             pooled = torch.cat([self._pool(encoded, None), *pooled_stem], dim=1)
-            return Encoded(encoded, grid, pooled, affine)
+            return Encoded(encoded, grid, pooled, affine, local=local)
         places, is_real = _compact(keep)
         device = tokens.device
         order, valid = (torch.from_numpy(part).to(device, non_blocking=True) for part in (places, is_real))
@@ -183,7 +186,7 @@ class ViT3D(VolumeEncoder):
         pooled = torch.cat([self._pool(encoded, valid), *pooled_stem], dim=1)
         full = torch.zeros_like(tokens).scatter(1, order[..., None].expand_as(encoded), encoded)
         real = torch.from_numpy(keep).to(device, non_blocking=True)
-        return Encoded(full, grid, pooled, affine, real)
+        return Encoded(full, grid, pooled, affine, real, local=None if local is None else local * real[..., None])
 
     def layers(self) -> Sequence[Sequence[nn.Module | nn.Parameter]]:
         """The stem with the registers, then each block."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -12,6 +15,10 @@ from ctclip.models.encoded import Encoded
 
 # Tokens of a report that are looked at; the phantom's have some 150, real ones 291 in the median.
 LONGEST = 256
+
+
+# Waves along each axis by which the decoder is told places, the longest twice the volume.
+WAVES = 4
 
 
 class WordsConfig(ObjectiveConfig):
@@ -38,8 +45,11 @@ class WordDecoder(nn.Module):
         depth: int = 2,
         heads: int | None = None,
         length: int = LONGEST,
+        local_width: int = 0,
+        places: bool = False,
     ) -> None:
-        """length: the maximum number of tokens of a text, with the marks around it."""
+        """length: the maximum number of tokens of a text, with the marks around it; local_width: channels of
+        ``Encoded.local``, which are attended to beside the tokens; places: whether it is told where each token is."""
         super().__init__()
         if heads is None:
             heads = max(number for number in range(1, max(1, width // 64) + 1) if width % number == 0)
@@ -53,8 +63,13 @@ class WordDecoder(nn.Module):
             "depth": depth,
             "heads": heads,
             "length": length,
+            "local_width": local_width,
+            "places": places,
         }
-        self.memory = nn.Linear(token_width, width)
+        self.memory = nn.Linear(token_width + local_width, width)
+        # Channels of finer grids have scales of their own.
+        self.memory_norm = nn.LayerNorm(token_width + local_width) if local_width else nn.Identity()
+        self.places = nn.Linear(6 * WAVES, width) if places else None
         self.language = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=vocabulary, n_positions=length, n_embd=width, n_layer=depth, n_head=heads,
@@ -79,8 +94,25 @@ class WordDecoder(nn.Module):
 
     def attended(self, encoded: Encoded) -> dict[str, Tensor]:
         """What ``language`` is given of B volumes, by the names of its arguments."""
-        tokens = self.memory(encoded.tokens)
+        tokens = encoded.tokens
+        if local_width := self.size["local_width"]:
+            if encoded.local is None or encoded.local.shape[2] != local_width:
+                raise ValueError(
+                    f"the decoder expects {local_width} channels of finer grids, which this encoding lacks"
+                )
+            tokens = torch.cat([tokens, encoded.local], dim=2)
+        tokens = self.memory(self.memory_norm(tokens))
+        if self.places is not None:
+            tokens = tokens + self.places(grid_waves(encoded.grid).to(tokens))
         given = {"encoder_hidden_states": tokens}
         if encoded.real is not None:
             given["encoder_attention_mask"] = encoded.real[:, None, None, :]
         return given
+
+
+def grid_waves(grid: tuple[int, int, int]) -> Tensor:
+    """(N, 6 * WAVES) float32: sines and cosines of the place of each token along each axis, in slice, row, column order."""
+    axes = [(torch.arange(extent) + 0.5) / extent for extent in grid]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3, 1)
+    angles = (places * math.pi * 2.0 ** torch.arange(WAVES)).flatten(1)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,0 +1,135 @@
+"""Training reports as a caption head learns them: sentence by sentence, with what each states.
+
+Sizes are taken out, which nobody measures for the decoder; so are sides of findings that it is told without a side. It
+thereby learns to write no more of either than it is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from ctclip.heads.caption import ReportTokens, statement
+from ctclip.heads.plan import PARTS, SIDES
+from ctclip.preprocessing.no_report import report_text
+from ctclip.report_reading.findings import BOTH, Cleaner
+from ctclip.report_reading.reader import Status
+from ctclip.report_reading.reduce import Reducer
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """``text`` without sizes; ``unsided``: without sides too, None if it cannot do without; ``present``: the findings that it
+    states to be present, with the sides of each."""
+
+    text: str
+    unsided: str | None
+    present: dict[str, frozenset[str]]
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """``sections``: sentences by section; ``present``: the findings that the whole report states, each with its side, or "";
+    ``doubtful``: those in doubt."""
+
+    sections: tuple[tuple[Sentence, ...], ...]
+    present: dict[str, str]
+    doubtful: frozenset[str]
+
+    def stated(self, names: Sequence[str]) -> np.ndarray:
+        """(names, PARTS) float32 of 0 and 1: what a plan learns; NaN for a finding in doubt."""
+        values = np.zeros((len(names), PARTS), np.float32)
+        for row, name in zip(values, names, strict=True):
+            if name in self.present:
+                row[:] = [1, *(self.present[name] == side for side in SIDES)]
+            elif name in self.doubtful:
+                row[:] = np.nan
+        return values
+
+
+class Examples:
+    """Draws reports as tokens, told their findings or not."""
+
+    def __init__(
+        self, tokens: ReportTokens, reports: Sequence[TrainingReport], names: Sequence[str], told: float, quiet: float
+    ) -> None:
+        """told, quiet: see ``CaptionConfig``."""
+        self.tokens, self.reports, self.names = tokens, reports, tuple(names)
+        self.told, self.quiet = told, quiet
+
+    def __len__(self) -> int:
+        return len(self.reports)
+
+    def draw(self, row: int, random: np.random.Generator) -> tuple[list[int], int]:
+        """The tokens of a report, and how many of them are the prefix."""
+        report = self.reports[row]
+        if random.random() >= self.told:
+            return self.tokens.whole(_texts(report.sections), None)
+        quiet = {name for name in report.present if random.random() < self.quiet}
+        shortened = [[_without(one, quiet) for one in part] for part in report.sections]
+        sections = [[one for one in part if one is not None] for part in shortened]
+        kept = {name for part in sections for one in part for name in one.present}
+        told = [statement(name, "" if name in quiet else report.present[name]) for name in self.names if name in kept]
+        return self.tokens.whole(_texts(sections), told)
+
+
+def read_reports(cleaner: Cleaner, table: pd.DataFrame, sections: Sequence[str]) -> list[TrainingReport]:
+    """The reports of a table as their sentences; what they state is read by rules, and no label of a volume is read."""
+    reducer = Reducer(cleaner)
+    known: dict[str, Sentence | None] = {}
+    reports = []
+    for row in table.to_dict("records"):
+        parts, sides, doubtful = [], dict[str, set[str]](), set[str]()
+        for section in sections:
+            kept = []
+            for one in cleaner.clean(report_text(row.get(section, ""))):
+                for finding in one.findings:
+                    if finding.status is Status.present:
+                        sides.setdefault(finding.label, set()).update({finding.side} - {""})
+                    elif finding.status is Status.uncertain:
+                        doubtful.add(finding.label)
+                if one.text not in known:
+                    known[one.text] = _sentence(one.text, cleaner, reducer)
+                sentence = known[one.text]
+                if sentence is not None:
+                    kept.append(sentence)
+            parts.append(tuple(kept))
+        present = {name: BOTH if len(each) > 1 else next(iter(each), "") for name, each in sides.items()}
+        reports.append(TrainingReport(tuple(parts), present, frozenset(doubtful)))
+    return reports
+
+
+def _sentence(text: str, cleaner: Cleaner, reducer: Reducer) -> Sentence | None:
+    """None for a sentence that is about a size, and for one that compares with an earlier scan."""
+    (one,) = cleaner.clean(text)[:1] or [None]
+    if one is None or one.comparison:
+        return None
+    without = reducer.without_sizes(one)
+    if without is None:
+        return None
+    unsided = reducer.without_sides(without)
+    present: dict[str, frozenset[str]] = {}
+    for finding in without.findings:
+        if finding.status is Status.present:
+            present[finding.label] = present.get(finding.label, frozenset()) | ({finding.side} - {""})
+    return Sentence(without.text, None if unsided is None else unsided.text, present)
+
+
+def _without(sentence: Sentence, quiet: set[str]) -> Sentence | None:
+    """The sentence, without sides if it states one of a finding that is ``quiet``; None if it cannot do without."""
+    if not any(sides and name in quiet for name, sides in sentence.present.items()):
+        return sentence
+    if sentence.unsided is None:
+        return None
+    return Sentence(sentence.unsided, sentence.unsided, {name: frozenset() for name in sentence.present})
+
+
+def _texts(sections: Sequence[Sequence[Sentence]]) -> list[str]:
+    """The text of each section, up to the last that is not empty: that a report has no impression is not to be learned."""
+    texts = [" ".join(one.text for one in part) for part in sections]
+    while len(texts) > 1 and not texts[-1]:
+        texts.pop()
+    return texts

@@ -1,0 +1,99 @@
+"""Fit the plan of a caption head to the statements of reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ctclip.heads.plan import NEVER, PARTS, Plan, side_shares
+
+# Penalties on standardised features, per target and mean cross-entropy; the best on held-out patients is kept.
+PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+HELD_OUT = 5
+# Sides are told where at most this share of them is wrong on held-out patients.
+WRONG, FEWEST_SIDES, LEAST_SHARE = 0.03, 15, 0.5
+# Held-out reports that state a finding, for a threshold of its own.
+FEWEST = 5
+STEPS = 60
+
+
+def fit_plan(names: Sequence[str], features: Tensor, stated: Tensor, patients: np.ndarray, seed: int = 0) -> Plan:
+    """features (n, D); stated (n, names, PARTS) of 0, 1 and NaN (not used), see ``PARTS``; patients (n,).
+
+    A fifth of the patients chooses each target's penalty, the threshold of each finding (that of the largest F1) and the
+    certainty of its sides; the weights are then fitted to all."""
+    plan = Plan(names, features.shape[1])
+    plan.mean, plan.spread = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+    inputs, targets = (features - plan.mean) / plan.spread, stated.flatten(1)
+    people = np.unique(patients)
+    held_people = np.random.default_rng([seed, 31]).permutation(people)[: max(1, len(people) // HELD_OUT)]
+    held = torch.from_numpy(np.isin(patients, held_people))
+    if held.all() or not held.any():
+        held = torch.arange(len(inputs)) % HELD_OUT == 0
+    fits = [_regression(inputs[~held], targets[~held], torch.full((targets.shape[1],), each)) for each in PENALTIES]
+    logits = torch.stack([inputs[held] @ weight.T + bias for weight, bias in fits])
+    losses = torch.stack([_losses(one, targets[held]) for one in logits])
+    best = losses.argmin(dim=0)
+    seen = logits.gather(0, best[None, None].expand(1, logits.shape[1], -1))[0].unflatten(1, (len(names), PARTS))
+    plan.thresholds = torch.tensor([_best_f1(seen[:, i, 0], stated[held, i, 0]) for i in range(len(names))])
+    plan.certain = torch.tensor(_certain(seen, stated[held]))
+    weight, bias = _regression(inputs, targets, torch.tensor(PENALTIES)[best])
+    with torch.no_grad():
+        plan.linear.weight.copy_(weight)
+        plan.linear.bias.copy_(bias)
+    return plan.eval().requires_grad_(False)
+
+
+def _regression(inputs: Tensor, targets: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
+    """Logistic regressions of every target at once: weight (T, D), bias (T,)."""
+    weight = torch.zeros(targets.shape[1], inputs.shape[1], requires_grad=True)
+    share = targets.nanmean(dim=0).nan_to_num(0.0).clamp(1e-4, 1 - 1e-4)
+    bias = torch.logit(share).requires_grad_(True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=STEPS, history_size=10, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = _losses(inputs @ weight.T + bias, targets).sum() + (penalty[:, None] * weight.square()).sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)  # type: ignore[arg-type, no-untyped-call]
+    return weight.detach(), bias.detach()
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of each target over the volumes where it is known."""
+    known = ~targets.isnan()
+    every = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num(0.0), reduction="none") * known
+    return every.sum(dim=0) / known.sum(dim=0).clamp(min=1)
+
+
+def _best_f1(logits: Tensor, truth: Tensor) -> float:
+    """The threshold with the largest F1; a probability of 0.5 of a finding that few held-out reports state."""
+    known = ~truth.isnan()
+    order = logits[known].argsort(descending=True)
+    right = truth[known][order].cumsum(0)
+    if not len(right) or right[-1] < FEWEST:
+        return 0.0
+    f1 = 2 * right / (torch.arange(1, len(right) + 1) + right[-1])
+    return float(logits[known][order][f1.argmax()])
+
+
+def _certain(logits: Tensor, stated: Tensor) -> list[float]:
+    """The smallest share from which on the likeliest side is hardly ever wrong, of each finding."""
+    shares, best = side_shares(logits)
+    certain = []
+    for i in range(shares.shape[1]):
+        sided = (stated[:, i, 0] == 1) & (stated[:, i, 1:].nansum(dim=1) == 1)
+        share, right = shares[sided, i], best[sided, i] == stated[sided, i, 1:].argmax(dim=1)
+        order = share.argsort(descending=True)
+        number = torch.arange(1, len(order) + 1)
+        wrong = (~right[order]).cumsum(0)
+        fits = (wrong <= WRONG * number) & (number >= FEWEST_SIDES) & (share[order] >= LEAST_SHARE)
+        certain.append(float(share[order][fits.nonzero()[-1]]) if fits.any() else NEVER)
+    return certain
