@@ -82,11 +82,20 @@ def mine(
         None,
         help="The prompt set to borrow from where no report states, or denies, a label. Default: the prompts of the label set.",
     ),
+    model: str = typer.Option(
+        None,
+        "--model",
+        "-m",
+        help="Keep the phrasings of --others for each label whose mined ones do not tell the reports of --judge apart better, in the eyes of this model.",
+    ),
+    judge: str = typer.Option("calibration", help="The split whose reports --model judges by."),
     force: bool = typer.Option(False, "--force", help="Overwrite an existing prompt set."),
 ) -> None:
     """Make prompts from training reports: the sentences that state each label, and those that deny it.
 
     `ctclip prompts mine --store store --output mined.yaml`
+
+    `ctclip prompts mine --store store --model model --output mined.yaml`
 
     `ctclip zero-shot --model model --store store --split valid --prompts mined.yaml`
 
@@ -97,7 +106,7 @@ def mine(
     from ctclip.preprocessing.outputs import check_file, file_holds
     from ctclip.preprocessing.store import VolumeStore
     from ctclip.prompts import load_prompts
-    from ctclip.report_reading.mine import mine_prompts, save_prompts
+    from ctclip.report_reading.mine import SECTIONS, mine_prompts, save_prompts
     from ctclip.report_reading.reader import Options
     from ctclip.report_reading.run import build_reader
 
@@ -107,11 +116,29 @@ def mine(
     if labels is None:
         raise DataError(f"{store}: keeps no label set; name one with --label-set")
     options = Options(terms=terms, language=language, model=reader_model)
+    built, written = build_reader(reader, labels, options), load_prompts(others or labels.prompts or "generic")
+    if model is not None and judge == split:
+        raise DataError(f"--judge {judge}: name another split than --split, whose reports are mined")
     mined = mine_prompts(
-        opened, labels, build_reader(reader, labels, options), load_prompts(others or labels.prompts or "generic"),
-        split=split, name=output.stem, most=max_phrasings, least=min_scans,
-    )  # fmt: skip
-    save_prompts(mined.prompts, output)
+        opened, labels, built, written, split=split, name=output.stem, most=max_phrasings, least=min_scans
+    )
+    chosen = mined.prompts
+    if model is not None:
+        from ctclip.data.dataset import stored_volumes, with_report
+        from ctclip.data.reports import reports_of
+        from ctclip.inference.choose_prompts import choose_prompts
+        from ctclip.models.folder import load_model
+
+        table = stored_volumes(opened, judge).drop_duplicates("scan")
+        texts = [
+            report.text() for report in reports_of(with_report(table, SECTIONS, f"{store}: split {judge!r}"), SECTIONS)
+        ]
+        choice = choose_prompts(load_model(model).model, chosen, written, texts, built, f"split {judge}")
+        chosen = choice.prompts
+        for name, (ours, theirs) in choice.auroc.items():
+            kept = "mined" if name in choice.mined else "written"
+            print(f"{name}: {kept} (AUROC on {len(texts)} reports: written {ours:.3f}, mined {theirs:.3f})")
+    save_prompts(chosen, output)
     for name, (present, absent) in mined.kept.items():
         print(f"{name}: {present} present, {absent} absent")
     for side in mined.borrowed:

@@ -83,4 +83,4 @@ def side_shares(logits: Tensor) -> tuple[Tensor, Tensor]:
     """(B, names, PARTS) -> the probability of the likeliest side over that of the finding (B, names), and which side."""
     probabilities = logits.sigmoid()
     likeliest, best = probabilities[:, :, 1:].max(dim=2)
-    return likeliest / probabilities[:, :, 0].clamp(min=1e-6), best
+    return (likeliest / probabilities[:, :, 0].clamp(min=1e-6)).clamp(max=1), best

@@ -38,10 +38,28 @@ def test_a_caption_head_is_trained_kept_and_loaded_again(clinic: Clinic, tmp_pat
     assert (head.sections, head.prompted) == (("findings", "impression"), True)
     store = VolumeStore(clinic.store)
     without, encoded = (model.encode(torch.from_numpy(store.voxels(name))[None, None]) for name in ("v00", "v01"))
-    for scan, told, number in ((encoded, ["Nodule"], 1), (encoded, None, 1), (without, [], 0), (without, None, 0)):
+    # Of a few reports no side is sure, so none is written.
+    unsided = tuple(text.replace(" on the left", "").lower() for text in report(1))
+    cases = (
+        (encoded, ["Nodule"], unsided),
+        (encoded, None, unsided),
+        (without, [], report(0)),
+        (without, None, report(0)),
+    )
+    for scan, told, expected in cases:
         written = head.generate(scan, Decoding(), told)
-        assert tuple(text.lower() for text in written.values()) == tuple(text.lower() for text in report(number))
+        assert tuple(text.lower() for text in written.values()) == tuple(text.lower() for text in expected)
+    for side in ("left", "right"):
+        assert (
+            f"nodule is seen on the {side}"
+            in head.generate(encoded, Decoding(), [f"Nodule {side}"])["findings"].lower()
+        )
     assert head.generate(without, Decoding(), ["Nodule"]) != head.generate(without, Decoding(), []), "told is heard"
+    both = encoded._replace(
+        tokens=torch.cat([encoded.tokens, without.tokens]), pooled=torch.cat([encoded.pooled, without.pooled])
+    )
+    each = [head.generate(encoded, Decoding(), ["Nodule left"]), head.generate(without, Decoding(), [])]
+    assert head.write(both, Decoding(), [["Nodule left"], []]) == each, "texts do not depend on their batch"
     for decoding in (Decoding(beams=2), Decoding(nucleus=0.9, seed=3)):
         assert head.generate(encoded, decoding, []) == head.generate(encoded, decoding, [])
     assert head.score(encoded).shape == (1, 2)

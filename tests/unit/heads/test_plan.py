@@ -1,0 +1,58 @@
+"""The plan of a caption head finds what is stated, and tells a side only where it is sure."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ctclip.adaptation.plan import fit_plan
+from ctclip.heads.plan import PARTS, Plan, plan_features
+from ctclip.models.encoded import Encoded
+
+NAMES = ("Effusion", "Nodule")
+
+
+@pytest.fixture(scope="module")
+def fitted() -> tuple[Plan, torch.Tensor, torch.Tensor]:
+    """Effusion shows itself and its side in two features; a nodule shows itself, and nothing of its side."""
+    random = torch.Generator().manual_seed(0)
+    left, right, nodule, guess = (torch.rand(600, generator=random) < 0.4 for _ in range(4))
+    stated = torch.zeros(600, len(NAMES), PARTS)
+    stated[:, 0, 0] = (left | right).float()
+    stated[:, 0, 1:] = torch.stack([left & ~right, right & ~left, left & right], dim=1).float()
+    stated[:, 1, 0] = nodule.float()
+    stated[:, 1, 1:3] = torch.stack([nodule & guess, nodule & ~guess], dim=1).float()
+    stated[:7, 1] = float("nan")
+    noise = 0.2 * torch.randn(600, 8, generator=random)
+    features = noise + torch.nn.functional.pad(torch.stack([left, right, left & right, nodule], dim=1).float(), (0, 4))
+    return fit_plan(NAMES, features, stated, np.arange(600).astype(str)), features, stated
+
+
+def test_findings_and_their_sides(fitted: tuple[Plan, torch.Tensor, torch.Tensor]) -> None:
+    plan, features, stated = fitted
+    logits = plan(features)
+    there = [{NAMES[i] for i in range(2) if row[i, 0] == 1} for row in stated]
+    found = [set(each) for each in plan.findings(logits)]
+    assert np.mean([a == b for a, b in zip(there[7:], found[7:], strict=True)]) > 0.95
+    sides = plan.sides(logits)
+    told = [
+        (row, side) for row, known in enumerate(sides) if (side := known.get("Effusion")) and "Effusion" in there[row]
+    ]
+    assert len(told) > 300
+    truth = {"left": 1, "right": 2, "both": 3}
+    assert np.mean([stated[row, 0, truth[side]] == 1 for row, side in told]) > 0.96
+    assert not any("Nodule" in known for known in sides), "which side a nodule is on was a guess"
+
+
+def test_features_keep_the_halves_apart() -> None:
+    tokens = torch.zeros(1, 2 * 3 * 5, 4)
+    tokens.view(1, 2, 3, 5, 4)[0, 1, 2, 4] = 1.0
+    encoded = Encoded(tokens, (2, 3, 5), torch.zeros(1, 4), np.eye(4))
+    pooled, low_mean, low_largest, high_mean, high_largest = plan_features(encoded, 2).unflatten(1, (5, 4))[0]
+    assert not pooled.any()
+    assert not low_mean.any()
+    assert not low_largest.any()
+    assert high_mean.tolist() == pytest.approx([1 / 18] * 4)
+    assert high_largest.tolist() == [1.0] * 4
+    assert plan_features(encoded._replace(local=tokens.repeat(1, 1, 2)), 2).shape == (1, 4 + 4 * 12)
