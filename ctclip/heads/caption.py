@@ -118,7 +118,13 @@ class CaptionHead(Head):
         sides of which its plan is certain. None without either."""
         if self.plan is None:
             return None if findings is None else [list(names) for names in findings]
-        logits = self.plan(plan_features(encoded, self.lateral))
+        features = plan_features(encoded, self.lateral)
+        if features.shape[1] != self.plan.linear.in_features:
+            raise CheckpointError(
+                f"the plan of this caption head reads {self.plan.linear.in_features} features, but the encoder gives "
+                f"{features.shape[1]}: it belongs to another model"
+            )
+        logits = self.plan(features)
         findings = self.plan.findings(logits) if findings is None else findings
         sides = self.plan.sides(logits)
         return [

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ctclip.config import ObjectiveConfig
-from ctclip.errors import ConfigError
+from ctclip.errors import CheckpointError, ConfigError
 from ctclip.models.encoded import Encoded
 
 # Tokens of a report that are looked at; the phantom's have some 150, real ones 291 in the median.
@@ -97,8 +97,9 @@ class WordDecoder(nn.Module):
         tokens = encoded.tokens
         if local_width := self.size["local_width"]:
             if encoded.local is None or encoded.local.shape[2] != local_width:
-                raise ValueError(
-                    f"the decoder expects {local_width} channels of finer grids, which this encoding lacks"
+                raise CheckpointError(
+                    f"this caption head expects {local_width} channels of finer grids, which the encoder does not give: it "
+                    f"belongs to another model"
                 )
             tokens = torch.cat([tokens, encoded.local], dim=2)
         tokens = self.memory(self.memory_norm(tokens))

@@ -9,6 +9,7 @@ import torch
 from ctclip.adaptation.plan import fit_plan
 from ctclip.heads.plan import PARTS, Plan, plan_features
 from ctclip.models.encoded import Encoded
+from ctclip.models.pooling import at_tokens
 
 NAMES = ("Effusion", "Nodule")
 
@@ -43,6 +44,17 @@ def test_findings_and_their_sides(fitted: tuple[Plan, torch.Tensor, torch.Tensor
     truth = {"left": 1, "right": 2, "both": 3}
     assert np.mean([stated[row, 0, truth[side]] == 1 for row, side in told]) > 0.96
     assert not any("Nodule" in known for known in sides), "which side a nodule is on was a guess"
+
+
+def test_finer_cells_are_pooled_at_the_place_of_their_token() -> None:
+    cells = torch.rand(2, 3, 4, 6, 8, generator=torch.Generator().manual_seed(1))
+    pooled = at_tokens([cells, cells[:, :1]], (2, 3, 4))
+    assert pooled.shape == (2, 24, 8)
+    block = cells.numpy()[1, :, 2:4, 4:6, 2:4].reshape(3, -1)
+    token = 1 * 12 + 2 * 4 + 1
+    assert pooled[1, token].tolist() == pytest.approx(
+        [*block.mean(axis=1), *block.max(axis=1), block[0].mean(), block[0].max()], rel=1e-6
+    )
 
 
 def test_features_keep_the_halves_apart() -> None:
