@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ctclip.drafting.agree import agree
 from ctclip.errors import DataError
 from ctclip.heads.caption import CaptionHead, Decoding
 from ctclip.heads.folder import FOLDER, list_heads
@@ -117,20 +118,37 @@ class RetrievalWriter(Writer):
 class CaptionWriter(Writer):
     """A caption head, told the detector's findings if ``prompted``, else what it reads off the volume itself."""
 
-    def __init__(self, head: CaptionHead, decoding: Decoding, *, prompted: bool = False) -> None:
-        """Raises DataError if ``prompted`` and the head was not trained to be told findings."""
+    def __init__(
+        self,
+        head: CaptionHead,
+        decoding: Decoding,
+        template: TemplateWriter,
+        cleaner: Cleaner,
+        *,
+        prompted: bool = False,
+    ) -> None:
+        """``template``: completes what the decoder leaves out. Raises DataError if ``prompted`` and the head was not trained to be told findings."""
         if prompted and not head.prompted:
             raise DataError(
                 "this caption head was not trained with findings to write about; leave out --prompted, or train one with "
                 "`ctclip adapt --method caption`"
             )
         self.head, self.decoding, self.prompted = head, decoding, prompted
+        self.template, self.cleaner = template, cleaner
 
     def write(self, encoded: Encoded, detected: Detected) -> dict[str, str]:
         return self.write_all(encoded, [detected])[0]
 
     def write_all(self, encoded: Encoded, detected: Sequence[Detected]) -> list[dict[str, str]]:
-        return self.head.write(encoded, self.decoding, [one.findings() for one in detected] if self.prompted else None)
+        findings: list[list[str]] | None = [one.findings() for one in detected] if self.prompted else None
+        written = self.head.write(encoded, self.decoding, findings)
+        planned = self.head.planned(encoded)
+        if planned is None:
+            return written
+        return [
+            agree(text, stated if own is None else own, sides, self.cleaner, self.template.sentences)
+            for text, own, (stated, sides) in zip(written, findings or [None] * len(written), planned, strict=True)
+        ]
 
 
 def known_prompts(folder: ModelFolder, detector: Head) -> list[PromptSet]:

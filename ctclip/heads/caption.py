@@ -116,8 +116,21 @@ class CaptionHead(Head):
     def told(self, encoded: Encoded, findings: Sequence[Sequence[str]] | None = None) -> list[list[str]] | None:
         """What it is told to write about each volume: ``findings`` (names, for each volume), or those of its plan, with the
         sides of which its plan is certain. None without either."""
-        if self.plan is None:
+        planned = self.planned(encoded)
+        if planned is None:
             return None if findings is None else [list(names) for names in findings]
+        chosen = [stated for stated, _ in planned] if findings is None else findings
+        return [
+            [statement(name, sides.get(name, "")) for name in names]
+            for names, (_, sides) in zip(chosen, planned, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def planned(self, encoded: Encoded) -> list[tuple[list[str], dict[str, str]]] | None:
+        """Of each volume, the findings to state, and the side of every finding whose side is certain if it is there; None
+        without a plan. Raises CheckpointError for a plan of another model."""
+        if self.plan is None:
+            return None
         features = plan_features(encoded, self.lateral)
         if features.shape[1] != self.plan.linear.in_features:
             raise CheckpointError(
@@ -125,12 +138,7 @@ class CaptionHead(Head):
                 f"{features.shape[1]}: it belongs to another model"
             )
         logits = self.plan(features)
-        findings = self.plan.findings(logits) if findings is None else findings
-        sides = self.plan.sides(logits)
-        return [
-            [statement(name, known.get(name, "")) for name in names]
-            for names, known in zip(findings, sides, strict=True)
-        ]
+        return list(zip(self.plan.findings(logits), self.plan.sides(logits), strict=True))
 
     def generate(self, encoded: Encoded, decoding: Decoding, told: Sequence[str] | None = None) -> dict[str, str]:
         """Write each section of the report of one volume. ``told``: names of findings to write about, for a head that is

@@ -1,0 +1,40 @@
+"""Make a decoder's text agree with what it was told to write.
+
+A small decoder does not heed all that it is told. Sentences that claim something else are left out, and findings that no
+sentence states are added by a phrasing that claims nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ctclip.report_reading.findings import Cleaner, CleanSentence
+from ctclip.report_reading.reader import Status
+
+
+def agree(
+    sections: Mapping[str, str],
+    findings: Sequence[str],
+    sides: Mapping[str, str],
+    cleaner: Cleaner,
+    phrasings: Mapping[tuple[str, bool, str], str],
+) -> dict[str, str]:
+    """``findings``: those to state, and no others; ``sides``: of those whose side is known; ``phrasings``: the sentence of each
+    finding, present or not, and section. A sentence is written once."""
+    texts = {}
+    for section, text in sections.items():
+        kept = [one for one in cleaner.clean(text) if _fits(one, findings, sides)]
+        stated = {finding.label for one in kept for finding in one.findings if finding.status is Status.present}
+        missing = [phrasings[name, True, section] for name in findings if name not in stated]
+        texts[section] = " ".join(dict.fromkeys([*(one.text for one in kept), *missing]))
+    return texts
+
+
+def _fits(sentence: CleanSentence, findings: Sequence[str], sides: Mapping[str, str]) -> bool:
+    """Whether a sentence claims presence only of ``findings``, with no side but a known one, and absence only of others."""
+    for one in sentence.findings:
+        if (one.status is not Status.absent) is not (one.label in findings):
+            return False
+        if one.side and one.status is not Status.absent and sides.get(one.label) != one.side:
+            return False
+    return True
