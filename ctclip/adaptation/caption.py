@@ -163,9 +163,10 @@ def _encoded(loaded: ModelFolder, scans: StoredScans, scratch: Path, batch: int)
         print(f"refused: {reason}")
     if one is None:
         raise DataError(next(iter(refused.values()), f"{scans.store.path}: no volume to learn from"))
-    parts = {name: torch.from_numpy(values) for name, values in kept.items()}
     mask = torch.cat(real) if real else None
-    return one._replace(**parts, real=mask, embedding=None), torch.cat(features).clone(), indices
+    local = torch.from_numpy(kept["local"]) if "local" in kept else None
+    every = Encoded(torch.from_numpy(kept["tokens"]), one.grid, one.pooled, one.affine, mask, local=local)
+    return every, torch.cat(features).clone(), indices
 
 
 def _fit(
@@ -201,12 +202,10 @@ def _fit(
 
 def _some(encoded: Encoded, rows: Tensor, device: torch.device) -> Encoded:
     """Some of the volumes, in float32 on a device."""
-    parts = {
-        name: None if value is None else value[rows].float().to(device)
-        for name, value in (("tokens", encoded.tokens), ("local", encoded.local))
-    }
+    tokens = encoded.tokens[rows].float().to(device)
+    local = None if encoded.local is None else encoded.local[rows].float().to(device)
     real = None if encoded.real is None else encoded.real[rows].to(device)
-    return encoded._replace(**parts, real=real)
+    return Encoded(tokens, encoded.grid, encoded.pooled, encoded.affine, real, local=local)
 
 
 def _draws(count: int, batch: int, steps: int, random: np.random.Generator) -> Iterator[np.ndarray]:

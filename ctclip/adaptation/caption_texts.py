@@ -104,9 +104,10 @@ def read_reports(cleaner: Cleaner, table: pd.DataFrame, sections: Sequence[str])
 
 def _sentence(text: str, cleaner: Cleaner, reducer: Reducer) -> Sentence | None:
     """None for a sentence that is about a size, and for one that compares with an earlier scan."""
-    (one,) = cleaner.clean(text)[:1] or [None]
-    if one is None or one.comparison:
+    cleaned = cleaner.clean(text)
+    if not cleaned or cleaned[0].comparison:
         return None
+    one = cleaned[0]
     without = reducer.without_sizes(one)
     if without is None:
         return None

@@ -39,12 +39,11 @@ class Encoded(NamedTuple):
 
     def one(self, number: int) -> Encoded:
         """The volume of this number alone, as a batch of one."""
-        parts = {
-            name: None if value is None else value[number : number + 1]
-            for name, value in self._asdict().items()
-            if name not in ("grid", "affine")
-        }
-        return self._replace(**parts)
+        chosen = slice(number, number + 1)
+        real, embedding, local = (
+            None if part is None else part[chosen] for part in (self.real, self.embedding, self.local)
+        )
+        return Encoded(self.tokens[chosen], self.grid, self.pooled[chosen], self.affine, real, embedding, local)
 
 
 class Level(NamedTuple):

@@ -7,6 +7,7 @@ again: it is used only if it states the same findings, and no side (or size) any
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 
 from ctclip.language import Language
 from ctclip.report_reading.findings import Cleaner, CleanSentence, Finding
@@ -38,7 +39,7 @@ class Reducer:
         return self._reduced(sentence, self.sides, kept)
 
     def _reduced(
-        self, sentence: CleanSentence, patterns: tuple[re.Pattern[str], ...], kept: list[tuple[object, ...]]
+        self, sentence: CleanSentence, patterns: tuple[re.Pattern[str], ...], kept: Sequence[tuple[object, ...]]
     ) -> CleanSentence | None:
         text = sentence.text
         for pattern in patterns:
@@ -46,7 +47,7 @@ class Reducer:
         text = SPACES.sub(lambda match: "" if match.end() < len(text) and text[match.end()] in ".,;:" else " ", text)
         text = text.strip(" ,;")
         again = self.cleaner.clean(text[:1].upper() + text[1:])
-        if len(again) != 1 or [_facts(one) for one in again[0].findings] != kept:
+        if len(again) != 1 or [_facts(one) for one in again[0].findings] != list(kept):
             return None
         return again[0]
 
@@ -83,10 +84,10 @@ def _size_patterns(language: Language) -> tuple[re.Pattern[str], ...]:
     return re.compile(led, re.IGNORECASE), re.compile(alone, re.IGNORECASE)
 
 
-def _choices(phrases: object) -> str:
+def _choices(phrases: Iterable[str]) -> str:
     """A pattern of any of the phrases, the longest first; "a|b" within a phrase is either word."""
     every: list[str] = []
-    for phrase in phrases:  # type: ignore[attr-defined]
+    for phrase in phrases:
         options = [[re.escape(word) for word in choice.split("|")] for choice in phrase.replace("-", " ").split()]
         every.append(r"[\s-]+".join(f"(?:{'|'.join(each)})" if len(each) > 1 else each[0] for each in options))
     return "|".join(sorted(every, key=len, reverse=True))
