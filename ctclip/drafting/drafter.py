@@ -104,9 +104,9 @@ class Drafter:
         if self.method is Method.retrieval:
             return RetrievalWriter(Index.load(check_index(drafting.index), self.folder.hash))
         assert caption is not None
-        names = tuple(dict.fromkeys((*caption.names, *self.detector.names)))
-        template = TemplateWriter(names, known_prompts(self.folder, self.detector), self.cleaner)
-        return CaptionWriter(caption, drafting.decoding, template, self.cleaner, prompted=drafting.prompted)
+        return CaptionWriter.of(
+            self.folder, self.detector, caption, drafting.decoding, self.cleaner, prompted=drafting.prompted
+        )
 
 
 def caption_heads(folder: ModelFolder) -> list[str]:

@@ -136,6 +136,22 @@ class CaptionWriter(Writer):
         self.head, self.decoding, self.prompted = head, decoding, prompted
         self.template, self.cleaner = template, cleaner
 
+    @classmethod
+    def of(
+        cls,
+        folder: ModelFolder,
+        detector: Head,
+        head: CaptionHead,
+        decoding: Decoding,
+        cleaner: Cleaner,
+        *,
+        prompted: bool = False,
+    ) -> CaptionWriter:
+        """With a template in the prompts of the model."""
+        names = tuple(dict.fromkeys((*head.names, *detector.names)))
+        template = TemplateWriter(names, known_prompts(folder, detector), cleaner)
+        return cls(head, decoding, template, cleaner, prompted=prompted)
+
     def write(self, encoded: Encoded, detected: Detected) -> dict[str, str]:
         return self.write_all(encoded, [detected])[0]
 

@@ -46,7 +46,7 @@ class Drafts:
         if self.heads:
             head = self.model.head(self.heads[0])
             assert isinstance(head, CaptionHead)
-            return CaptionWriter(head, Decoding())
+            return CaptionWriter.of(self.model.folder, self.detector, head, Decoding(), self._cleaner)
         if self.index is None:
             raise CtclipError(
                 "no draft: the model has no caption head (`ctclip adapt --method caption` trains one), and the service was "
