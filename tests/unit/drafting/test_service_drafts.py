@@ -29,7 +29,7 @@ def check_caption_drafts(model: Model, store: VolumeStore) -> None:
         " on the left", ""
     ), "of 8 reports no side is sure"
     nodule, effusion = (sentence["claims"][0] for sentence in answer["findings"])
-    assert (nodule["finding"], nodule["status"], nodule["side"]) == ("Nodule", "present", "left")
+    assert (nodule["finding"], nodule["status"], nodule["side"]) == ("Nodule", "present", None)
     assert nodule["probability"] == pytest.approx(detected.probabilities["Nodule"], abs=1e-4)
     assert nodule["denied"] is not detected.present["Nodule"]
     assert effusion["probability"] == pytest.approx(1 - detected.probabilities["Effusion"], abs=1e-4)
