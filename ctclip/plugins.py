@@ -42,6 +42,7 @@ OURS: dict[Kind, dict[str, str]] = {
         "caption": "ctclip.heads.caption:CaptionHead",
         "contexts": "ctclip.heads.contexts:ContextHead",
         "prior": "ctclip.heads.prior:PriorHead",
+        "locate": "ctclip.heads.locator:LocateHead",
     },
     "reader": {
         "rules": "ctclip.report_reading.rules:RulesReader",

@@ -14,6 +14,7 @@ class AdaptMethod(StrEnum):
     coop = "coop"
     caption = "caption"
     prior = "prior"
+    locate = "locate"
     vocabfine = "vocabfine"
     classfine = "classfine"
     lora = "lora"
@@ -29,14 +30,14 @@ def adapt(
     method: AdaptMethod = typer.Option(
         ...,
         help="coop: learn prompts, in seconds to minutes. caption: learn to write reports. prior: learn which "
-        "volumes a text describes. The other methods train encoders; see above.",
+        "volumes a text describes. locate: learn where in a volume a text is about. The other methods train encoders; see above.",
     ),
     model: str = typer.Option(
         ..., "--model", "-m", help="The model folder to start from; an imported checkpoint is one too."
     ),
     store: Path = typer.Option(..., help="A store written by `ctclip preprocess` with the model's spec."),
     output: Path = typer.Option(
-        ..., "--output", "-o", help="The run folder; with coop, caption and prior, the folder for tables."
+        ..., "--output", "-o", help="The run folder; with coop, caption, prior and locate, the folder for tables."
     ),
     labels: Path = LABEL_TABLE,
     config: str = typer.Option(
@@ -51,7 +52,7 @@ def adapt(
     percent: float = typer.Option(100.0, help="Percentage of the training patients whose labels are used."),
     head: str = typer.Option(
         None,
-        help="coop, caption, prior: the name under which the head is saved in the model folder. Default: the method's.",
+        help="coop, caption, prior, locate: the name under which the head is saved in the model folder. Default: the method's.",
     ),
     draws: int = typer.Option(
         1, min=1, help="coop: number of random draws of patients; the head of the first draw is saved."
@@ -84,6 +85,9 @@ def adapt(
     prior learns, on frozen embeddings, the embeddings of the volumes that a text describes, and saves this map as a head; it reads no
     labels.
 
+    locate learns, on frozen features, which cells of a volume the sentences of its report are about, and saves a locator as a
+    head, with which `ctclip explain` and `ctclip find` draw their maps; it reads no labels and no masks.
+
     The other methods train, write a new model folder, and resume as `ctclip train` does: vocabfine fits the scores of the
     prompts to labels; classfine fits a linear layer; lora and last-layers do what vocabfine does with fewer parameters; full
     continues the contrastive training on pairs of volumes and reports.
@@ -94,7 +98,7 @@ def adapt(
     if method is AdaptMethod.coop:
         _coop(overrides or [], model, store, output, labels, config, setting, head or "coop", draws, (train_split, test_split), seed, force)  # fmt: skip
         return
-    if method in (AdaptMethod.caption, AdaptMethod.prior):
+    if method in (AdaptMethod.caption, AdaptMethod.prior, AdaptMethod.locate):
         _unlabelled(
             method, overrides or [], model, store, output, labels, config, setting, head, train_split, seed, force
         )
@@ -156,7 +160,7 @@ def _unlabelled(
 ) -> None:  # fmt: skip
     """Heads that learn from reports alone."""
     from ctclip import distributed
-    from ctclip.adaptation import caption, prior
+    from ctclip.adaptation import caption, locate, prior
     from ctclip.adaptation.protocol import Setting
     from ctclip.config_files import find_config, load_section
     from ctclip.errors import ConfigError
@@ -171,6 +175,13 @@ def _unlabelled(
         folder = caption.run_caption(loaded, store, output, decoding, head=name, split=split, seed=seed, force=force)
         print(f"losses: {output / caption.LOSSES}")
         print(f"head: {folder} (`ctclip draft --head {name}` uses it)")
+        return
+    if method is AdaptMethod.locate:
+        learning = load_section(locate.LocateConfig, path, overrides)
+        loaded = load_model(model, distributed.device())
+        folder = locate.run_locate(loaded, store, output, learning, head=name, split=split, seed=seed, force=force)
+        print(f"losses: {output / locate.LOSSES}")
+        print(f"head: {folder} (`ctclip explain` uses it: --method learned)")
         return
     chosen = load_section(prior.PriorConfig, path, overrides)
     loaded = load_model(model, distributed.device())

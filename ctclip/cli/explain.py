@@ -17,6 +17,7 @@ class By(StrEnum):
     gradcam = "gradcam"
     attention = "attention"
     counterfactual = "counterfactual"
+    learned = "learned"
 
 
 def explain(
@@ -30,8 +31,9 @@ def explain(
     ),
     head: str = typer.Option(None, help="The head of the model to explain. Default: prompts."),
     method: By = typer.Option(
-        By.similarity,
-        help="similarity: the score of each place alone; contribution: what a place adds to the score; "
+        None,
+        help="Default: learned if the model has a locator, else similarity. learned: what a locator trained with `ctclip adapt "
+        "--method locate` says of each place; similarity: the score of each place alone; contribution: what a place adds to the score; "
         "occlusion: how much the score falls when a place is hidden (slow, works with every model); gradcam; attention: for "
         "transformers; counterfactual: the smallest smooth change of the scan that moves the score across its threshold (slow).",
     ),
@@ -79,7 +81,9 @@ def explain(
     if dicom:
         # Before the maps, which may take minutes.
         source_images(ready)
-    result = loaded.explain(ready, abnormality or None, head=head, method=method.value, level=level, budget=budget)
+    result = loaded.explain(
+        ready, abnormality or None, head=head, method=method and method.value, level=level, budget=budget
+    )
     page = result.save(output)
     print(result)
     if dicom:

@@ -18,9 +18,7 @@ def find(
         Path("found"), "--output", "-o", help="Folder for the map, the regions' mask, findings.json and page.html."
     ),
     count: int = typer.Option(5, "--count", "-k", min=1, help="Maximum number of regions."),
-    method: By = typer.Option(
-        By.similarity, help="How the map is computed; `ctclip explain --help` describes the methods."
-    ),
+    method: By = typer.Option(None, help="How the map is computed; `ctclip explain --help` describes the methods."),
     level: float = typer.Option(
         0.5, min=0.01, max=0.99, help="Fraction of the peak of the map down to which a region extends."
     ),
@@ -45,7 +43,7 @@ def find(
     check_output(output)
     loaded = load(model, distributed.device())
     place = loaded.find(
-        scan, text, method=method.value, level=level, most=count, budget=budget,
+        scan, text, method=method and method.value, level=level, most=count, budget=budget,
         **reading_of(hu, geometry, expect, series, largest_gb),
     )  # fmt: skip
     page = place.save(output, refined=refine)

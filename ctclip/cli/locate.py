@@ -18,9 +18,7 @@ def locate(
     ),
     split: str = typer.Option(None, help="Only this split of the cohort."),
     head: str = typer.Option(None, help="The head of the model to explain. Default: prompts."),
-    method: By = typer.Option(
-        By.similarity, help="How maps are computed; `ctclip explain --help` describes the methods."
-    ),
+    method: By = typer.Option(None, help="How maps are computed; `ctclip explain --help` describes the methods."),
     budget: int = typer.Option(600, min=8, help="Occlusion: maximum number of encodings per scan."),
     count: int = typer.Option(None, "--count", "-k", min=2, help="Number of scans to draw at random. Default: all."),
     seed: int = typer.Option(0, help="Seed of the draw, the controls and the bootstrap."),
@@ -44,7 +42,15 @@ def locate(
     scans = read_cohort(cohort)
     volumes = chosen_volumes(scans, drawn, split, count, seed)
     result = locate_cohort(
-        loaded.dual, loaded.head(head or "prompts"), scans, drawn, volumes, by=method.value, budget=budget, seed=seed
+        loaded.dual,
+        loaded.head(head or "prompts"),
+        scans,
+        drawn,
+        volumes,
+        by=method.value if method else loaded.method(),
+        budget=budget,
+        locator=loaded.locator(),
+        seed=seed,
     )
     write_result(output, result)
     print(f"{'finding':<36} scans  pointing (95 % interval)   AUROC   Dice")

@@ -25,6 +25,7 @@ from ctclip.explanation.method import Maps, Subject, method
 from ctclip.explanation.picture import draw
 from ctclip.explanation.place import LEVEL, Place, locate
 from ctclip.heads.head import Head
+from ctclip.heads.locator import Locator
 from ctclip.labels import named
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.preprocessing import plain_json
@@ -163,13 +164,15 @@ def explain(
     by: str = "similarity",
     level: float = LEVEL,
     budget: int = 600,
+    locator: Locator | None = None,
     warnings: Sequence[str] = (),
 ) -> Explanation:
     """Locate findings in one prepared scan.
 
     ``findings``: names that ``head`` scores; by default, those at or above their threshold. ``by``: the method, see
     ``ctclip.explanation.method``. ``level``: a region extends down to this fraction of the peak of its map. ``budget``:
-    the maximum number of encodings, for occlusion of all findings, for a counterfactual of each. Raises ExplanationError.
+    the maximum number of encodings, for occlusion of all findings, for a counterfactual of each. ``locator``: for the
+    method ``learned``. Raises ExplanationError.
     """
     _check_numbers(level, budget)
     began = time.perf_counter()
@@ -181,7 +184,7 @@ def explain(
     # Not in inference mode: methods need gradients.
     places = {}
     relevance = (
-        method(by).maps(Subject(model, head, chosen, volume, budget))
+        method(by).maps(Subject(model, head, chosen, volume, budget, locator))
         if chosen
         else Maps(np.zeros((0, 1, 1, 1)), np.eye(4))
     )

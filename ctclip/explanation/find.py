@@ -23,6 +23,7 @@ from ctclip.explanation.explain import FACTS, MASK, NOTE, Explanation, explain, 
 from ctclip.explanation.place import LEVEL, Region, regions_of
 from ctclip.explanation.space import in_scan
 from ctclip.heads.head import Head
+from ctclip.heads.locator import Locator
 from ctclip.heads.prompts import PromptHead
 from ctclip.heads.text import TextHead
 from ctclip.models.dual_encoder import DualEncoder
@@ -196,6 +197,7 @@ def find(
     level: float = LEVEL,
     most: int = 5,
     budget: int = 600,
+    locator: Locator | None = None,
     warnings: Sequence[str] = (),
 ) -> Found:
     """Find what ``text`` describes in a prepared scan; ``others``: texts to contrast it with. See ``explain``."""
@@ -206,7 +208,8 @@ def find(
     wanted, limit = size_limit(text)
     head = TextHead(model, [wanted], others)
     explained = explain(
-        model, head, prepared, [wanted], scan=scan, model_hash=model_hash, by=by, level=level, budget=budget, warnings=warnings
+        model, head, prepared, [wanted], scan=scan, model_hash=model_hash, by=by, level=level, budget=budget,
+        locator=locator, warnings=warnings,
     )  # fmt: skip
     place = explained[wanted]
     return Found(text, limit, proposals(place.values, place.affine, prepared, level, limit, most), explained)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ctclip.errors import ExplanationError
 from ctclip.heads.head import Head
+from ctclip.heads.locator import Locator
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded, Evidence
 
@@ -25,6 +26,7 @@ METHODS = {
     "gradcam": "GradCAM",
     "attention": "Attention",
     "counterfactual": "Counterfactual",
+    "learned": "Learned",
 }
 # Methods that encode a scan many times.
 SLOW = ("occlusion", "counterfactual")
@@ -42,13 +44,15 @@ class Maps(NamedTuple):
 @dataclass(frozen=True)
 class Subject:
     """What to explain: the scores of ``findings`` (indices into ``head.names``) for one volume (1, 1, D, H, W) in [-1,
-    1] on the model's device. ``budget``: the maximum number of encodings."""
+    1] on the model's device. ``budget``: the maximum number of encodings. ``locator``: what `ctclip adapt --method locate`
+    trained for the model, if it has one."""
 
     model: DualEncoder
     head: Head
     findings: Sequence[int]
     volume: Tensor
     budget: int = 600
+    locator: Locator | None = None
 
     def evidence(self) -> Evidence:
         """The encoded volume, with the features that were pooled."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from ctclip.errors import CheckpointError
 from ctclip.heads.head import Head
 from ctclip.heads.plan import Plan, plan_features
-from ctclip.heads.prompts import PromptHead, read_names
+from ctclip.heads.prompts import PromptHead, pair_vectors, read_names
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
 from ctclip.models.text import TextEncoder
@@ -223,6 +223,9 @@ class CaptionHead(Head):
             losses = F.cross_entropy(scores.transpose(1, 2), given[0][:, 1:], reduction="none")
             columns.append(-(losses * given[1][:, 1:]).sum(dim=1))
         return torch.stack(columns, dim=1)
+
+    def texts(self) -> Tensor:
+        return pair_vectors(self.model, self.prompts, self.names)[0]
 
     def fingerprint(self, probe: Tensor) -> bytes:
         state = self._state()

@@ -43,6 +43,11 @@ class Head(ABC):
         Should be differentiable if possible, because most explanations need its gradient.
         """
 
+    @torch.no_grad()
+    def texts(self) -> Tensor:
+        """(names, dim): an embedding of each finding, of any length; as it stands, of its name."""
+        return self.model.encode_text(self.names)
+
     def values(self, encoded: Encoded) -> Tensor:
         """(B, values_of): the size of each finding that has one, in its unit."""
         return encoded.pooled.new_zeros(len(encoded.pooled), 0)

@@ -183,6 +183,9 @@ class PriorHead(Head):
             raise ValueError("these volumes were encoded without their embedding; call DualEncoder.encode")
         return self.model.logits(encoded.embedding, self.direction)
 
+    def texts(self) -> Tensor:
+        return pair_vectors(self.model, self.prompts, self.names)[0]
+
     def fingerprint(self, probe: Tensor) -> bytes:
         return self.direction.float().cpu().numpy().tobytes()
 

@@ -47,6 +47,9 @@ class PromptHead(Head):
         """Unit vectors (n, dim) of volumes -> (n, names)."""
         return self.model.logits(embeddings, self.positive - self.negative)
 
+    def texts(self) -> Tensor:
+        return self.positive
+
     @torch.inference_mode()
     def values(self, encoded: Encoded) -> Tensor:
         """The mean of a finding's values, weighted by the softmax over their prompts: EchoCLIP's regression by prompts

@@ -29,11 +29,15 @@ class TextHead(Head):
             vectors = model.encode_prompts([*texts, *others])
             asked, known = vectors[: len(texts)], vectors[len(texts) :]
             reference = known.mean(dim=0) if len(others) else torch.zeros_like(asked[0])
+            self.vectors = asked
             self.directions = torch.nn.functional.normalize(asked - reference, dim=-1)
 
     def score(self, encoded: Encoded) -> Tensor:
         assert encoded.embedding is not None
         return self.model.logits(encoded.embedding, self.directions)
+
+    def texts(self) -> Tensor:
+        return self.vectors
 
     def fingerprint(self, probe: Tensor) -> bytes:
         return self.directions.float().cpu().numpy().tobytes()

@@ -21,6 +21,7 @@ from ctclip.explanation.method import Maps, Subject, method
 from ctclip.explanation.place import inside_scan, peak_of
 from ctclip.explanation.space import in_scan
 from ctclip.heads.head import Head
+from ctclip.heads.locator import Locator
 from ctclip.heads.text import TextHead
 from ctclip.inference.scans import prefetch
 from ctclip.models.dual_encoder import DualEncoder
@@ -68,6 +69,7 @@ def locate_cohort(
     *,
     by: str = "similarity",
     budget: int = 600,
+    locator: Locator | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Score the maps of ``by`` on every finding that the head scores and a mask shows; of masks of sentences, on every
@@ -82,7 +84,8 @@ def locate_cohort(
     for volume, prepared in _prepared(cohort, volumes, model.spec, "mapping"):
         scorer, findings = asked[volume].head, range(len(asked[volume].head.names))
         chosen = [number for number in findings if scorer.names[number] in asked[volume].group]
-        subject = Subject(model, scorer, chosen, torch.from_numpy(prepared.voxels)[None, None].to(model.device), budget)
+        voxels = torch.from_numpy(prepared.voxels)[None, None].to(model.device)
+        subject = Subject(model, scorer, chosen, voxels, budget, locator)
         kept[volume] = looking.maps(subject)
     means = _means(kept, asked)
 

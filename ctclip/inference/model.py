@@ -29,6 +29,7 @@ from ctclip.explanation.place import LEVEL
 from ctclip.heads.caption import CaptionHead, Decoding
 from ctclip.heads.folder import PROMPTS, HeadFacts, list_heads, load_head
 from ctclip.heads.head import Head
+from ctclip.heads.locator import LocateHead, Locator
 from ctclip.heads.prompts import PromptHead
 from ctclip.inference.drift import drift_warnings, usable_summary
 from ctclip.inference.precision import Asked, set_precision
@@ -189,7 +190,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         abnormalities: str | Sequence[str] | None = None,
         *,
         head: str | None = None,
-        method: str = "similarity",
+        method: str | None = None,
         level: float = LEVEL,
         budget: int = 600,
         **reading: Unpack[Reading],
@@ -197,8 +198,8 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         """Where the model sees findings in one scan: maps on the scan's own grid, peaks, sizes, sides.
 
         ``abnormalities``: one or more names; default: findings at or above their threshold. ``head``, ``reading``: as
-        in ``detect``. ``method``, ``level`` and ``budget``: see ``ctclip.explanation.explain``. Raises
-        PreprocessingError or ExplanationError.
+        in ``detect``. ``method``: by default ``learned`` if the model has a locator, else ``similarity``. ``level`` and
+        ``budget``: see ``ctclip.explanation.explain``. Raises PreprocessingError or ExplanationError.
         """
         name = head or PROMPTS
         scorer = self.head(name)
@@ -210,15 +211,26 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         ready = self._ready(scan, **reading)
         return explain(
             self.dual, scorer, ready, names, scan=_name(ready), model_hash=self.folder.hash,
-            model_name=self.folder.path.name, by=method, level=level, budget=budget, warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
+            model_name=self.folder.path.name, by=method or self.method(), level=level, budget=budget,
+            locator=self.locator(), warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
         )  # fmt: skip
+
+    def method(self) -> str:
+        """The method of explanation that is used if none is named."""
+        return "similarity" if self.locator() is None else "learned"
+
+    def locator(self) -> Locator | None:
+        """What `ctclip adapt --method locate` trained for this model; None if it has none."""
+        name = next((head.name for head in self.heads if head.kind == LocateHead.kind), None)
+        head = None if name is None else self.head(name)
+        return head.locator if isinstance(head, LocateHead) else None
 
     def find(
         self,
         scan: str | os.PathLike[str] | Prepared,
         text: str,
         *,
-        method: str = "similarity",
+        method: str | None = None,
         level: float = LEVEL,
         most: int = 5,
         budget: int = 600,
@@ -229,8 +241,8 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         others = told_from(self.head(PROMPTS))
         ready = self._ready(scan, **reading)
         return find(
-            self.dual, ready, text, others, scan=_name(ready), model_hash=self.folder.hash, by=method, level=level,
-            most=most, budget=budget, warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
+            self.dual, ready, text, others, scan=_name(ready), model_hash=self.folder.hash, by=method or self.method(),
+            level=level, most=most, budget=budget, locator=self.locator(), warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
         )  # fmt: skip
 
     def draft(

@@ -24,7 +24,7 @@ from ctclip.serve.service import ENDED, Scan, Service
 from ctclip.serve.settings import Settings
 from ctclip.serve.uploads import BadUpload, TooLarge, receive
 
-Method = Literal["similarity", "gradcam", "attention", "occlusion"]
+Method = Literal["learned", "similarity", "gradcam", "attention", "occlusion"]
 Words = Annotated[str, Query(max_length=500)]
 Several = Annotated[list[Words] | None, Query(max_length=100)]
 STATIC = Path(__file__).with_name("static")
@@ -193,8 +193,9 @@ def _add_scans(app: FastAPI, service: Service) -> None:
         return answer
 
     @app.get("/v1/scans/{name}/explain")
-    async def explain(name: str, finding: str, method: Method = "similarity") -> dict[str, Any]:
-        """Where a finding, or any text, is seen: peak and size in mm, side. Afterwards the map is at `map.nii.gz`."""
+    async def explain(name: str, finding: str, method: Method | None = None) -> dict[str, Any]:
+        """Where a finding, or any text, is seen: peak and size in mm, side. Afterwards the map is at `map.nii.gz`. Without a method: `learned` if
+        the model has a locator, else `similarity`."""
         scan = service.get(name)
         answer: dict[str, Any] = await service.ask(scan, "explain", finding=finding[:500], method=method, map=str(scan.map_of(finding)))  # fmt: skip
         return answer
@@ -248,7 +249,7 @@ def _add_one_call(app: FastAPI, service: Service) -> None:
             given: dict[str, dict[str, Any]] = {
                 "text": {"text": fields.get("text")},
                 "similar": {"count": _count(fields)},
-                "explain": {"finding": fields.get("finding", ""), "method": "similarity", "map": str(scan.map_of(""))},
+                "explain": {"finding": fields.get("finding", ""), "method": None, "map": str(scan.map_of(""))},
             }
             reply: dict[str, Any] = await service.ask(scan, question, **given.get(question, {}))
             return reply

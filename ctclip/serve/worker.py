@@ -148,7 +148,7 @@ class Worker:
             learned=f"Learned from: {facts.words()}.",
         )
 
-    def _explained(self, request: Request, findings: list[str], by: str = "similarity") -> Explanation:
+    def _explained(self, request: Request, findings: list[str], by: str | None = None) -> Explanation:
         """``findings``: names that the head scores, none, or one text of any words."""
         asked = next((name for name in findings if name not in self.head.names), None)
         head = self.head if asked is None else self._head_for(asked)
@@ -156,7 +156,8 @@ class Worker:
             raise CtclipError(f"{asked[:60]!r}: no finding of this model; words of one's own are located one at a time")
         return explain(
             self.model.dual, head, self._scan(request).prepared, findings if asked is None else head.names[:1], scan="the scan",
-            model_hash=self.model.folder.hash, model_name=self.model.folder.path.name, by=by,
+            model_hash=self.model.folder.hash, model_name=self.model.folder.path.name,
+            by=by or self.model.method(), locator=self.model.locator(),
         )  # fmt: skip
 
     def _head_for(self, words: str) -> Head:

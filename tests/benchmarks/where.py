@@ -40,7 +40,7 @@ def cost(model: Model, scan: Path, by: str) -> tuple[float, float]:
         model.encode(volume)
     encoding = (time.process_time() - began) / 3
     began = time.process_time()
-    method(by).maps(Subject(model.dual, head, range(len(head.names)), volume))
+    method(by).maps(Subject(model.dual, head, range(len(head.names)), volume, locator=model.locator()))
     return encoding, time.process_time() - began
 
 
@@ -71,7 +71,7 @@ def main() -> None:
         volumes = chosen_volumes(cohort, masks, "valid", count, 0)
         try:
             encoding, seconds = cost(model, cohort.files[volumes[0]], by)
-            result = locate_cohort(model.dual, model.head(), cohort, masks, volumes, by=by)
+            result = locate_cohort(model.dual, model.head(), cohort, masks, volumes, by=by, locator=model.locator())
         except ExplanationError as error:
             print(f"{by}: {error}")
             continue

@@ -37,7 +37,13 @@ def deep(clinic: Clinic, tmp_path: Path) -> Clinic:
 
 
 def test_every_method_has_a_recipe() -> None:
-    assert {path.stem for path in (configs_folder() / "adapt").glob("*.yaml")} == {*METHODS, "coop", "caption", "prior"}
+    assert {path.stem for path in (configs_folder() / "adapt").glob("*.yaml")} == {
+        *METHODS,
+        "coop",
+        "caption",
+        "prior",
+        "locate",
+    }
 
 
 def test_shots_are_what_the_run_sees(clinic: Clinic, tmp_path: Path) -> None:

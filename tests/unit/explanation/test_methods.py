@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from ctclip.errors import ExplanationError
 from ctclip.explanation.attention import _back
 from ctclip.explanation.method import METHODS, Subject, method
 from ctclip.heads.linear import LinearHead
+from ctclip.heads.locator import Locator, levels_of
 from ctclip.models.attention import Attention, Seen
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded, VolumeEncoder, axis_shape
@@ -41,7 +43,17 @@ def subject(name: str, folder: Path) -> Subject:
     random = torch.Generator().manual_seed(0)
     head = LinearHead(model, ["A", "B"], torch.randn(2, model.config.dim, generator=random), torch.zeros(2))
     volume = torch.rand(1, 1, *axis_shape(spec), generator=random) * 2 - 1
-    return Subject(model, head, [1, 0], volume, budget=20)
+    return Subject(model, head, [1, 0], volume, budget=20, locator=locator_of(model, volume, head.texts()))
+
+
+def locator_of(model: DualEncoder, volume: torch.Tensor, texts: torch.Tensor) -> Locator:
+    """With random weights, whose maps are above 0."""
+    with torch.no_grad():
+        levels = levels_of(model.volume_encoder, volume, tokens=False, halves=True)
+    locator = Locator([level.features.shape[2] for level in levels], model.config.dim, features=8, halves=True)
+    locator.weight.normal_()
+    locator.bias.copy_(100 * locator.centred(texts).sum(dim=0))
+    return locator
 
 
 @pytest.mark.parametrize("name", [*CASES, "pooled stem"])
@@ -103,7 +115,7 @@ def test_every_method_on_every_encoder(name: str, by: str, tmp_path: Path) -> No
     assert maps.values.dtype == np.float32
     assert len(maps.values) == 2
     assert np.isfinite(maps.values).all()
-    swapped = method(by).maps(Subject(given.model, given.head, [0, 1], given.volume, budget=20))
+    swapped = method(by).maps(dataclasses.replace(given, findings=[0, 1]))
     np.testing.assert_allclose(maps.values[0], swapped.values[1], rtol=1e-4, atol=1e-5)
     assert np.ptp(maps.values) > 0
     assert not any(layer.seen is not None for layer in given.model.modules() if isinstance(layer, Attention))

@@ -16,6 +16,7 @@ from ctclip.heads.caption import CaptionHead
 from ctclip.heads.folder import calibration_file, list_heads, load_head, save_head, write_prompt_head
 from ctclip.heads.head import Head
 from ctclip.heads.linear import LinearHead
+from ctclip.heads.locator import LocateHead, Locator
 from ctclip.heads.prior import Prior, PriorHead
 from ctclip.heads.prompts import PromptHead
 from ctclip.heads.text import TextHead
@@ -53,6 +54,7 @@ def heads_of(model: DualEncoder) -> dict[str, Head]:
         "probe-2": LinearHead(model, LABELS.names, torch.randn(2, 12), torch.randn(2)),
         "captions": CaptionHead(model, decoder_of(model), load_prompts("generic"), LABELS.names),
         "prior": PriorHead(model, Prior("mlp", 12, width=16), load_prompts("generic"), LABELS.names),
+        "locator": LocateHead(model, Locator([8, 4], 12, features=16), load_prompts("graded"), LABELS.names),
         "texts": TextHead(model, LABELS.names, ["Normal lungs."]),
     }
 
@@ -87,6 +89,7 @@ def test_heads_are_written_listed_and_read_again(tmp_path: Path, model: DualEnco
     assert facts == {
         "captions": ("caption", "none", True),
         "linear": ("linear", "label-supervised", True),
+        "locator": ("locate", "none", True),
         "prior": ("prior", "none", True),
         "probe-2": ("linear", "label-supervised", False),
         "prompts": ("prompts", "none", True),
@@ -180,7 +183,7 @@ BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
 
 
 @pytest.mark.parametrize("content", [BOMB, "[" * 50000, "\x80\x81", "kind: mlp\ndim: 12\nwidth: 100000000\ndepth: 2\n"])
-@pytest.mark.parametrize("name", ["prompts", "linear", "captions", "prior", "texts"])
+@pytest.mark.parametrize("name", ["prompts", "linear", "captions", "locator", "prior", "texts"])
 def test_a_head_of_a_stranger_is_read_as_bounded_data(
     name: str, content: str, tmp_path: Path, model: DualEncoder
 ) -> None:
@@ -197,6 +200,7 @@ def test_a_head_of_a_stranger_is_read_as_bounded_data(
 
 SIZES = [("captions", key) for key in ("vocabulary", "width", "token_width", "length", "depth")]
 SIZES += [("prior", key) for key in ("dim", "width", "depth")]
+SIZES += [("locator", key) for key in ("widths", "text", "features", "waves")]
 
 
 @pytest.mark.parametrize(("name", "key"), SIZES)
@@ -205,9 +209,9 @@ def test_a_head_is_built_with_the_sizes_of_its_weights_alone(
 ) -> None:
     """Otherwise a line of a stranger's file would take all memory."""
     folder = save_head(tmp_path, name, heads_of(model)[name])
-    path = folder / {"captions": "decoder.yaml", "prior": "prior.yaml"}[name]
+    path = folder / {"captions": "decoder.yaml", "prior": "prior.yaml", "locator": "locator.yaml"}[name]
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), key: 4000}))
-    for built in ("caption.WordDecoder", "prior.Prior"):
+    for built in ("caption.WordDecoder", "prior.Prior", "locator.Locator"):
         monkeypatch.setattr(f"ctclip.heads.{built}", lambda *_, **__: pytest.fail("built"))
     with pytest.raises(CheckpointError, match="missing or damaged"):
         load_head(tmp_path, name, model)

@@ -1,0 +1,320 @@
+"""Train a locator on a trained model, whose encoders stay as they are: which cells of a volume a sentence is about.
+
+Nothing tells where a finding is. Each cell of a volume stands for its report: a ridge regression from features of cells to
+what the reports of their volumes state is high only for cells that other volumes do not have. Volumes are encoded once, and
+some cells of each are drawn, half of them by how unusual they are: a draw that looks at no report does not change what is
+expected of a cell.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ctclip.adaptation.caption import prompts_of
+from ctclip.adaptation.keep import add_head, check_head_name
+from ctclip.data.dataset import some_scans, with_report
+from ctclip.data.reports import reports_of
+from ctclip.errors import DataError
+from ctclip.evaluation.adapted import Adaptation
+from ctclip.evaluation.tables import write_predictions
+from ctclip.heads.locator import Cells, LocateHead, Locator, levels_of
+from ctclip.inference.run import batches, report_embeddings, run_key
+from ctclip.inference.scans import StoredScans
+from ctclip.language import load_language
+from ctclip.models.encoded import Level
+from ctclip.models.folder import ModelFolder
+from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
+from ctclip.preprocessing.store import VolumeStore
+from ctclip.schema import Section
+from ctclip.sentences import sentences
+
+METHOD, LOSSES = "locate", "locate.csv"
+# Volumes encoded at once, and the first volumes, from which means and spreads are known.
+BATCH, FIRST = 4, 64
+# A sentence that fewer, or more, reports state is not learned.
+RAREST, COMMONEST = 0.004, 0.9
+# Strengths of the ridge, in shares of the mean variance of a feature.
+RIDGES = tuple(10.0**power for power in range(-6, 2))
+
+
+class LocateConfig(Section):
+    """How a locator is trained."""
+
+    cells: int = Field(192, ge=8, le=10**5, description="cells drawn from each volume")
+    volumes: int | None = Field(None, ge=3, description="number of training volumes to use; null: all")
+    sentences: int = Field(
+        2000, ge=2, le=10**5, description="number of distinct sentences of the reports that are learned, the commonest"
+    )
+    same: float = Field(
+        0.55, gt=-1, le=1, description="cosine of two sentences, centred, from which they say the same of a volume"
+    )
+    other: float = Field(
+        0.42, ge=-1, lt=1, description="cosine of two sentences, centred, below which they say different things"
+    )
+    features: int = Field(512, ge=8, le=10**5, description="number of random features of a cell")
+    waves: int = Field(4, ge=0, le=64, description="waves that describe a position along each axis; 0: no position")
+    tokens: bool = Field(
+        False,
+        description="also look at the tokens of an encoder that pools finer grids: they have seen each other, and so see a "
+        "finding from anywhere",
+    )
+    halves: bool = Field(
+        False,
+        description="also look at the voxels of half cells: maps of twice the resolution, which take longer",
+    )
+    held_out: float = Field(
+        0.1, gt=0, lt=0.9, description="share of the training patients on which the strength of the ridge is chosen"
+    )
+    language: str = Field("english", description="of the reports: a YAML file, or the name of one in configs/languages")
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What reports state. sentences (q, dim): unit vectors of those that are learned; says (n, q) int8: 1 stated, 0 not, -1
+    unclear; mean (dim,): of the embeddings of all sentences."""
+
+    sentences: Tensor
+    says: Tensor
+    mean: Tensor
+
+    def targets(self, same: float) -> Tensor:
+        """(n, dim): vectors whose dot product with a sentence is nearest to how unusual it is that the report states it, in
+        standard deviations; each meaning counts once, however many sentences have it."""
+        rate = (self.says == 1).float().mean(dim=0)
+        stated = torch.where(self.says < 0, rate, self.says.float())
+        unusual = (stated - rate) / (rate * (1 - rate)).sqrt()
+        alike = (self.sentences @ self.sentences.T >= same).sum(dim=1)
+        weighted = self.sentences / alike[:, None]
+        gram = (weighted.T @ self.sentences).double() + 0.05 * torch.eye(self.sentences.shape[1], dtype=torch.float64)
+        return torch.linalg.solve(gram, (unusual @ weighted).T.double()).T.float()
+
+
+@dataclass
+class Sums:
+    """Sums over cells that a ridge regression needs, in float64: of features (K,), of targets (dim,), of products of features
+    (K, K), of features and targets (K, dim), of squared targets, and the number of cells."""
+
+    features: Tensor
+    targets: Tensor
+    products: Tensor
+    both: Tensor
+    squares: float = 0.0
+    count: int = 0
+
+    @classmethod
+    def of(cls, width: int, dim: int) -> Sums:
+        return cls(
+            *(torch.zeros(*shape, dtype=torch.float64) for shape in ((width,), (dim,), (width, width), (width, dim)))
+        )
+
+    def add(self, features: Tensor, target: Tensor) -> None:
+        """features (cells, K) of one volume and its target (dim,)."""
+        total = features.sum(dim=0).double().cpu()
+        self.features += total
+        self.targets += target.double() * len(features)
+        self.products += (features.T @ features).double().cpu()
+        self.both += total[:, None] * target.double()
+        self.squares += float(target.double().square().sum()) * len(features)
+        self.count += len(features)
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """Mean squared error of features @ weight (K, dim) + bias (dim,)."""
+        if not self.count:
+            return float("nan")
+        crossed = (weight * self.both).sum() + bias @ self.targets
+        squared = (
+            (weight * (self.products @ weight)).sum() + 2 * (self.features @ weight) @ bias + self.count * bias @ bias
+        )
+        return float(squared - 2 * crossed + self.squares) / self.count
+
+
+def run_locate(
+    loaded: ModelFolder,
+    store: Path,
+    output: Path,
+    config: LocateConfig,
+    *,
+    head: str = METHOD,
+    split: str = "train",
+    seed: int = 0,
+    force: bool = False,
+) -> Path:
+    """Train a locator on the volumes and reports of a split and save it in the model folder; returns its folder.
+
+    ``output`` gets ``locate.csv``, the errors. Raises DataError or PreprocessingError, and saves nothing, if the store has no
+    report, too few patients, or the output cannot be used.
+    """
+    check_folder(output, made_by_us, "output of `ctclip adapt --method locate`")
+    check_head_name(loaded, head, LocateHead.kind)
+    scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
+    where = f"{store}: split {split!r}"
+    scans.table = with_report(scans.table, loaded.trained_on.sections, where)
+    if config.volumes is not None:
+        scans.table = some_scans(scans.table, config.volumes, seed)
+    if scans.table["patient"].nunique() < 3:
+        raise DataError(f"{where}: fewer than 3 patients with a report; a locator cannot be learned from them")
+    key = run_key(loaded.hash, scans.origin(), list(scans.table["volume"]), config.model_dump_json(), f"{head} {seed}")
+    with claimed_folder(output, "adapt", key, (LOSSES,), made_by_us, force=force):
+        stated = stated_sentences(loaded, scans.table, config, where)
+        patients = scans.table["patient"].astype(str).to_numpy()
+        names = np.unique(patients)
+        drawn = np.random.default_rng([seed, 43]).permutation(names)[: max(1, round(config.held_out * len(names)))]
+        refused: dict[str, str] = {}
+        locator, losses = fit_locator(
+            _drawn(loaded, scans, config, seed, refused), stated, np.isin(patients, drawn), config, seed
+        )
+        for reason in refused.values():
+            print(f"refused: {reason}")
+        located = LocateHead(loaded.model, locator, prompts_of(loaded), loaded.labels.names)
+        words = f"{len(scans.table) - len(refused)} volumes of {len(names)} patients, split {split}"
+        located.adaptation = Adaptation.to(METHOD, words, loaded.hash, scans.table["patient"].astype(str))
+        card = f"a locator of what sentences describe, fitted to reports of {words}"
+        folder = add_head(loaded.path, head, located, card)
+        write_predictions(output / LOSSES, losses)
+    return folder
+
+
+def stated_sentences(loaded: ModelFolder, table: pd.DataFrame, config: LocateConfig, where: str) -> Stated:
+    """Which sentences each report states, by their embeddings: a sentence is stated by a report that has one of the same
+    meaning. Sentences that say that something is absent or normal state nothing."""
+    language = load_language(config.language)
+    reports = [list(dict.fromkeys(sentences(one.text()))) for one in reports_of(table, loaded.trained_on.sections)]
+    count: dict[str, int] = {}
+    for report in reports:
+        for sentence in report:
+            count[sentence] = count.get(sentence, 0) + 1
+    with torch.inference_mode():
+        every = torch.from_numpy(report_embeddings(loaded.model, list(count))).float()
+    mean = every.mean(dim=0)
+    texts = [sentence for sentence in count if not language.negates(sentence)]
+    if len(texts) < 2:
+        raise DataError(f"{where}: the reports state nothing but absence; a locator cannot be learned from them")
+    number = {sentence: index for index, sentence in enumerate(count)}
+    vectors = F.normalize(every[[number[text] for text in texts]] - mean, dim=-1)
+    place = {text: index for index, text in enumerate(texts)}
+    learned = vectors[sorted(range(len(texts)), key=lambda index: -count[texts[index]])[: config.sentences]]
+    says = torch.zeros(len(reports), len(learned), dtype=torch.int8)
+    for row, report in enumerate(reports):
+        own = [place[sentence] for sentence in report if sentence in place]
+        if own:
+            nearest = (learned @ vectors[own].T).amax(dim=1)
+            says[row][nearest >= config.other] = -1
+            says[row][nearest >= config.same] = 1
+    rate = (says == 1).float().mean(dim=0)
+    used = (rate >= RAREST) & (rate <= COMMONEST)
+    if not used.any():
+        raise DataError(f"{where}: no sentence is stated by some of the reports and not by the others")
+    return Stated(learned[used], says[:, used], mean)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Cells drawn from one volume: parts, (cells, C) of each grid; position (cells, 3); row: of the cohort table."""
+
+    parts: list[Tensor]
+    position: Tensor
+    row: int
+
+
+def _drawn(
+    loaded: ModelFolder, scans: StoredScans, config: LocateConfig, seed: int, refused: dict[str, str]
+) -> Iterator[Drawn]:
+    """Encode every volume once and draw cells of it. Volumes that cannot be read are left out, and named in ``refused``."""
+    encoder, device = loaded.model.volume_encoder, loaded.model.device
+    random = np.random.default_rng([seed, 41])
+    order = random.permutation(len(scans.table)).tolist()
+    for members, voxels, _ in batches(scans, order, BATCH, refused, "encoding"):
+        with torch.inference_mode():
+            volumes = torch.from_numpy(voxels).to(device)
+            levels = levels_of(encoder, volumes, tokens=config.tokens, halves=config.halves)
+        cells = Cells(levels, loaded.spec)
+        weights = sum(_unusual(level)[:, within.to(device)] for level, within in zip(levels, cells.within, strict=True))
+        assert isinstance(weights, Tensor)
+        if cells.real is not None:
+            weights = weights * cells.real
+        for one, row in enumerate(members):
+            chosen = torch.from_numpy(_draw(weights[one].double().cpu().numpy(), config.cells, random))
+            parts = [
+                level.features[one][within[chosen].to(device)]
+                for level, within in zip(levels, cells.within, strict=True)
+            ]
+            yield Drawn(parts, cells.position[chosen].to(device), row)
+
+
+def _unusual(level: Level) -> Tensor:
+    """(B, N): squared mean distance of a cell from the mean of its volumes, in units of each channel's spread."""
+    features = level.features.float()
+    spread, mean = torch.std_mean(features.flatten(0, 1), dim=0)
+    return ((features - mean).abs() / spread.clamp(min=1e-6)).mean(dim=2) ** 2
+
+
+def _draw(weights: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """(count,) sorted indices, without replacement, half by ``weights`` (N,), half evenly among those above 0; as many as
+    there are, where they are fewer."""
+    there = weights > 0
+    if not there.any():
+        there = np.ones(len(weights), bool)
+    share = there / there.sum() + weights / max(weights.sum(), 1e-12)
+    return np.sort(random.choice(len(weights), min(count, int(there.sum())), replace=False, p=share / share.sum()))
+
+
+@torch.no_grad()
+def fit_locator(
+    drawn: Iterable[Drawn], stated: Stated, held_out: np.ndarray, config: LocateConfig, seed: int
+) -> tuple[Locator, pd.DataFrame]:
+    """The ridge regression from features of cells to the targets of their volumes, at the strength that is best on the
+    volumes of ``held_out`` (n,) bool, and the errors of all strengths. Raises DataError if there is no cell."""
+    targets = stated.targets(config.same)
+    stream = iter(drawn)
+    first = list(itertools.islice(stream, FIRST))
+    if not first:
+        raise DataError("no volume can be read")
+    locator = _new_locator(first, stated, config, seed)
+    sums = [Sums.of(locator.width, targets.shape[1]) for _ in range(2)]
+    for volume in itertools.chain(first, stream):
+        sums[int(held_out[volume.row])].add(locator.features(volume.parts, volume.position), targets[volume.row])
+    train, test = sums
+    if not train.count:
+        raise DataError("all volumes that can be read are of patients that were held out")
+    centre, level = train.features / train.count, train.targets / train.count
+    values, axes = torch.linalg.eigh(train.products - train.count * torch.outer(centre, centre))
+    toward = axes.T @ (train.both - train.count * torch.outer(centre, level))
+    best, errors = np.inf, []
+    for strength in RIDGES:
+        weight = axes @ (toward / (values.clamp(min=0) + strength * values.clamp(min=0).mean())[:, None])
+        bias = level - centre @ weight
+        error = test.error(weight, bias)
+        errors.append((strength, train.error(weight, bias), error))
+        if len(errors) == 1 or error < best:
+            best = error
+            locator.weight.copy_(weight)
+            locator.bias.copy_(bias)
+    return locator, pd.DataFrame(errors, columns=["ridge", "loss", "held_out_loss"])
+
+
+def _new_locator(first: Sequence[Drawn], stated: Stated, config: LocateConfig, seed: int) -> Locator:
+    """A locator before training, which knows the means and spreads of what it will see."""
+    widths = [part.shape[1] for part in first[0].parts]
+    devices = [first[0].position.device] if first[0].position.is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        locator = Locator(
+            widths, stated.sentences.shape[1], features=config.features, waves=config.waves, tokens=config.tokens,
+            halves=config.halves,
+        )  # fmt: skip
+    locator.text_mean.copy_(stated.mean)
+    for number in range(len(widths)):
+        spread, mean = torch.std_mean(torch.cat([volume.parts[number] for volume in first]).float(), dim=0)
+        locator.means[number].copy_(mean)
+        locator.scales[number].copy_(spread.clamp(min=1e-4))
+    return locator.to(first[0].position.device)

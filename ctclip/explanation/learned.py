@@ -1,0 +1,37 @@
+"""What a learned locator says of each cell: how much likelier it is where a report states the finding.
+
+See ``ctclip.heads.locator``. The text of a finding is its positive prompts, or the text that is looked for. Values are
+standard deviations; cells that make the finding less likely than usual are 0.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ctclip.errors import ExplanationError
+from ctclip.explanation.method import Maps, Method, Subject
+from ctclip.heads.locator import levels_of
+
+
+class Learned(Method):
+    """Encodes once; all findings are read from the same cells."""
+
+    name = "learned"
+
+    def maps(self, subject: Subject) -> Maps:
+        locator = subject.locator
+        if locator is None:
+            raise ExplanationError(
+                "the model has no locator: train one with `ctclip adapt --method locate`, or use --method similarity"
+            )
+        encoder = subject.model.volume_encoder
+        with torch.no_grad():
+            levels = levels_of(encoder, subject.volume, tokens=locator.tokens, halves=locator.halves)
+            try:
+                values, cells = locator.maps(levels, encoder.spec, subject.head.texts()[list(subject.findings)])
+            except ValueError as error:
+                raise ExplanationError(f"the locator is of another model: {error}") from error
+            values = values.clamp(min=0)
+            if cells.real is not None:
+                values = values * cells.real[0].to(values.device)
+        return Maps(values.unflatten(1, cells.grid).cpu().numpy(), cells.affine)

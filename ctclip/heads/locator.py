@@ -1,0 +1,229 @@
+"""A locator: which cells of a volume a text is about, read from the grids of an encoder that does not change.
+
+It is learned from volumes and reports alone (`ctclip adapt --method locate`). Each cell stands for its volume (the simplest
+multiple-instance learning: Dietterich et al. 1997; Ray and Craven 2005), so that the regression gives the mean of what the
+reports of volumes with such a cell state: high only for cells that volumes without the finding do not have. Features are
+random (Rahimi and Recht 2007), the rest has a closed form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ctclip.errors import CheckpointError
+from ctclip.heads.prompts import PromptHead, read_names
+from ctclip.models.dual_encoder import DualEncoder
+from ctclip.models.encoded import Level, VolumeEncoder, axis_shape, axis_spacing
+from ctclip.preprocessing.plain_yaml import read_yaml
+from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.prompts import PromptSet, load_prompts
+
+SIZE, WEIGHTS = "locator.yaml", "locator.safetensors"
+# Cells whose features are in the processor's cache at once, and the largest feature, in standard deviations.
+AT_ONCE, LARGEST = 2**11, 8.0
+# HU windows of the lung and of soft tissue, whose means are features of a half cell.
+LUNG, SOFT = (-1000.0, -500.0), (-160.0, 240.0)
+
+
+class Cells:
+    """The cells of the finest of several grids, each with the cells of the other grids that it lies in.
+
+    ``within``: for each grid the (N,) index of the cell whose centre is nearest; ``position`` (N, 3): centres, from -1 to 1
+    over the volume; ``grid`` and ``affine``: of the finest grid, as in ``Level``; ``real`` (B, N) bool, None for all.
+    """
+
+    def __init__(self, levels: Sequence[Level], spec: PreprocessingSpec) -> None:
+        finest = max(levels, key=lambda level: math.prod(level.grid))
+        self.grid, self.affine = finest.grid, finest.affine
+        index = np.stack(np.meshgrid(*map(np.arange, finest.grid), indexing="ij"), axis=-1).reshape(-1, 3)
+        mm = index @ finest.affine[:3, :3].T + finest.affine[:3, 3]
+        self.within = [torch.from_numpy(_nearest(mm, level)) for level in levels]
+        last = (np.array(axis_shape(spec)) - 1) * np.array(axis_spacing(spec))
+        self.position = torch.from_numpy(2 * mm / np.maximum(last, 1e-6) - 1).float()
+        self.real: Tensor | None = None
+        for level, within in zip(levels, self.within, strict=True):
+            if level.real is not None:
+                real = level.real[:, within.to(level.real.device)]
+                self.real = real if self.real is None else self.real & real
+
+
+def _nearest(mm: np.ndarray, level: Level) -> np.ndarray:
+    """(N,) index of the cell of ``level`` whose centre is nearest to each of mm (N, 3)."""
+    leads = np.linalg.inv(level.affine)
+    cell = np.rint(mm @ leads[:3, :3].T + leads[:3, 3] - 1e-9).astype(int)
+    return np.ravel_multi_index(np.clip(cell, 0, np.array(level.grid) - 1).T, level.grid)
+
+
+def levels_of(encoder: VolumeEncoder, volume: Tensor, *, tokens: bool, halves: bool) -> list[Level]:
+    """The grids of a volume (B, 1, D, H, W) that an encoder pools. ``tokens``: also the tokens of one that pools finer grids
+    too; of any other they are the only grid. ``halves``: also a grid of half the finest cell, of voxels (see ``_halves``)."""
+    try:
+        levels = encoder.evidence(volume).levels
+    except ValueError:  # it does not say how it pools
+        encoded = encoder(volume)
+        levels = (Level(encoded.tokens, encoded.grid, encoded.affine, encoded.real),)
+    chosen = list(levels if tokens or len(levels) == 1 else levels[1:])
+    return [*chosen, _halves(encoder, volume, chosen)] if halves else chosen
+
+
+def _halves(encoder: VolumeEncoder, volume: Tensor, levels: Sequence[Level]) -> Level:
+    """Cells of half the size of the finest cell along each axis: mean, smallest and largest voxel, and the
+    means in the windows of lung and soft tissue, (B, N, 5)."""
+    finest = max(levels, key=lambda level: math.prod(level.grid))
+    block = [max(1, extent // count // 2) for extent, count in zip(volume.shape[2:], finest.grid, strict=True)]
+    low, high = encoder.spec.hu_window
+    parts = [F.avg_pool3d(volume, block), -F.max_pool3d(-volume, block), F.max_pool3d(volume, block)]
+    for bottom, top in (LUNG, SOFT):
+        first, last = ((value - low) / (high - low) * 2 - 1 for value in (bottom, top))
+        parts.append(F.avg_pool3d(volume.clamp(first, last), block) * (2 / (last - first)))
+    cells = torch.cat(parts, dim=1)
+    grid = (cells.shape[2], cells.shape[3], cells.shape[4])
+    affine = encoder.affine(block, [(extent - 1) / 2 for extent in block])
+    return Level(cells.flatten(2).transpose(1, 2), grid, affine)
+
+
+class Locator(nn.Module):
+    """Random features of a cell on every grid and of its position, and a linear map of them to the space of texts.
+
+    ``widths``: channels of each grid, see ``levels_of``, as are ``tokens`` and ``halves``; ``text``: dimension of text
+    embeddings; ``features``: how many are random; ``waves``: sines and cosines that describe a position along each axis.
+    """
+
+    text_mean: Tensor
+
+    def __init__(
+        self, widths: Sequence[int], text: int, *, features: int = 512, waves: int = 4, tokens: bool = False,
+        halves: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.size: dict[str, Any] = {
+            "widths": [int(one) for one in widths], "text": text, "features": features, "waves": waves, "tokens": tokens,
+            "halves": halves,
+        }  # fmt: skip
+        self.waves, self.tokens, self.halves = waves, tokens, halves
+        inputs = [*self.size["widths"], 6 * waves]
+        self.width = features + sum(inputs)
+        # Each grid, and the position, has the same share in a feature.
+        self.random = nn.ParameterList(
+            nn.Parameter(torch.randn(one, features) / math.sqrt(max(one, 1)), requires_grad=False) for one in inputs
+        )
+        self.means = nn.ParameterList(nn.Parameter(torch.zeros(one), requires_grad=False) for one in widths)
+        self.scales = nn.ParameterList(nn.Parameter(torch.ones(one), requires_grad=False) for one in widths)
+        self.register_buffer("offset", torch.rand(features) * 3 - 1.5)
+        self.register_buffer("weight", torch.zeros(self.width, text))
+        self.register_buffer("bias", torch.zeros(text))
+        self.register_buffer("text_mean", torch.zeros(text))
+
+    offset: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def inputs(self, parts: Sequence[Tensor], position: Tensor) -> list[Tensor]:
+        """Features (..., C) of each grid and positions (..., 3) in [-1, 1], as the locator sees them."""
+        seen = [
+            ((part.float() - mean) / scale).clamp(-LARGEST, LARGEST)
+            for part, mean, scale in zip(parts, self.means, self.scales, strict=True)
+        ]
+        angles = position[..., None] * torch.arange(1, self.waves + 1, device=position.device) * (math.pi / 2)
+        return [*seen, torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)]
+
+    def features(self, parts: Sequence[Tensor], position: Tensor) -> Tensor:
+        """-> (..., width): what the linear map is of."""
+        seen = self.inputs(parts, position)
+        mixed = sum((one @ random for one, random in zip(seen, self.random, strict=True)), self.offset)
+        return torch.cat([F.relu(mixed), *seen], dim=-1)
+
+    def centred(self, texts: Tensor) -> Tensor:
+        """Embeddings (T, text) of any length -> unit vectors, seen from the mean sentence."""
+        return F.normalize(F.normalize(texts.float(), dim=-1) - self.text_mean, dim=-1)
+
+    @torch.no_grad()
+    def maps(self, levels: Sequence[Level], spec: PreprocessingSpec, texts: Tensor) -> tuple[Tensor, Cells]:
+        """The grids of one volume and embeddings (T, text) -> (T, N) float32 over the cells of the finest grid: how much
+        likelier than usual its report is to state each text, in standard deviations. Raises ValueError if the grids are not
+        those that were learned from."""
+        widths = [level.features.shape[2] for level in levels]
+        if widths != self.size["widths"]:
+            raise ValueError(f"grids of {widths} channels, learned from {self.size['widths']}")
+        cells, texts = Cells(levels, spec), self.centred(texts)
+        weight, constant = self.weight @ texts.T, self.bias @ texts.T
+        count, device = self.size["features"], texts.device
+        seen = self.inputs([level.features[0] for level in levels], cells.position.to(device))
+        parts = weight[count:].split([one.shape[1] for one in seen])
+        within = [index.to(device) for index in cells.within] + [torch.arange(len(cells.position), device=device)]
+        # Of a coarse grid once, not of each of the finest cells in it.
+        coarse = [
+            (one @ random, one @ part) if len(one) < len(within[-1]) else None
+            for one, random, part in zip(seen, self.random, parts, strict=True)
+        ]
+        values = []
+        for first in range(0, len(cells.position), AT_ONCE):
+            mixed, linear = self.offset, constant
+            for number, index in enumerate(within):
+                chosen, known = index[first : first + AT_ONCE], coarse[number]
+                if known is None:
+                    one = seen[number][chosen]
+                    mixed, linear = mixed + one @ self.random[number], linear + one @ parts[number]
+                else:
+                    mixed, linear = mixed + known[0][chosen], linear + known[1][chosen]
+            values.append(torch.addmm(linear, F.relu(mixed), weight[:count]).T)
+        return torch.cat(values, dim=1), cells
+
+
+class LocateHead(PromptHead):
+    """Scores findings by its prompts as the model does; its locator draws the maps of `ctclip explain`."""
+
+    kind = "locate"
+
+    def __init__(self, model: DualEncoder, locator: Locator, prompts: PromptSet, names: Sequence[str] | None) -> None:
+        super().__init__(model, prompts, names)
+        self.locator = locator.to(model.device).eval()
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        tensors = {name: value.cpu().contiguous() for name, value in self.locator.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS)
+        (folder / SIZE).write_text(yaml.safe_dump(self.locator.size, sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, model: DualEncoder) -> LocateHead:
+        try:
+            size, tensors = read_yaml(folder / SIZE), load_file(folder / WEIGHTS)
+            _check_size(size, tensors)
+            locator = Locator(**size)
+            locator.load_state_dict(tensors)
+        except (
+            OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError, RuntimeError, yaml.YAMLError
+        ) as error:  # fmt: skip
+            raise CheckpointError(
+                f"{folder}: its locator is missing or damaged; copy the model folder again"
+            ) from error
+        if locator.size["text"] != model.config.dim:
+            raise CheckpointError(
+                f"{folder}: its locator compares cells with texts of {locator.size['text']} dimensions, but those of the "
+                f"model have {model.config.dim}: it belongs to another model"
+            )
+        return cls(model, locator, load_prompts(folder / "prompts.yaml"), read_names(folder))
+
+
+def _check_size(size: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError unless a stranger's sizes are those of the weights beside them: memory is taken for no others."""
+    grids = sum(name.startswith("means.") for name in tensors)
+    there = {
+        "widths": [len(tensors[f"means.{number}"]) for number in range(grids)], "text": len(tensors["bias"]),
+        "features": len(tensors["offset"]), "waves": len(tensors[f"random.{grids}"]) // 6,
+        "tokens": bool(size["tokens"]), "halves": bool(size["halves"]),
+    }  # fmt: skip
+    if not grids or size != there:
+        raise ValueError("sizes and weights do not agree")

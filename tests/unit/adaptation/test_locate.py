@@ -1,0 +1,207 @@
+"""The locator: it finds planted cells of held-out volumes without being told where they are, for every encoder, and is kept,
+loaded and used by explanations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import Ridge
+
+import ctclip
+from ctclip.adaptation.locate import Drawn, LocateConfig, Stated, _draw, fit_locator, run_locate, stated_sentences
+from ctclip.cli import main
+from ctclip.errors import CheckpointError, ExplanationError
+from ctclip.explanation.method import Subject, method
+from ctclip.heads.folder import list_heads, load_head
+from ctclip.heads.locator import SIZE, WEIGHTS, Cells, Locator, levels_of
+from ctclip.models.encoded import Level
+from ctclip.models.folder import load_model
+from tests.unit.drafting.conftest import Clinic, clinic, clinic_files  # noqa: F401
+from tests.unit.explanation.known import SPEC as KNOWN
+from tests.unit.explanation.known import known_model
+from tests.unit.small import spec_of
+
+GRID, SPEC, AFFINE = (4, 4, 4), spec_of((8, 8, 8), (2.0, 2.0, 2.0)), np.diag([4.0, 4.0, 4.0, 1.0])
+
+
+def planted(count: int, random: np.random.Generator) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    """Volumes of 64 cells with two findings, each in half of them at a place of its own: features (count, 64, 6), present
+    (count, 2) bool, place (count, 2)."""
+    cells = random.normal(0, 0.3, (count, 64, 6)).astype(np.float32)
+    present = random.random((count, 2)) < 0.5
+    place = np.stack([random.permutation(64)[:2] for _ in range(count)])
+    for volume in range(count):
+        for finding in np.flatnonzero(present[volume]):
+            # Neither channel is unusual by itself: the first finding is both of them, the second one without the other.
+            cells[volume, place[volume, finding], :2] += (2, 2) if finding == 0 else (2, -2)
+    return torch.from_numpy(cells), present, place
+
+
+def learned(count: int, config: LocateConfig, held: np.ndarray) -> tuple[Locator, pd.DataFrame, torch.Tensor, Stated]:
+    cells, present, _ = planted(300, np.random.default_rng(0))
+    position = Cells([Level(cells, GRID, AFFINE)], SPEC).position
+    texts = F.normalize(torch.tensor([[1.0, 0.1, 0.2], [-0.2, 1.0, 0.1]]), dim=-1)
+    stated = Stated(texts, torch.from_numpy(present[:count].astype(np.int8)), torch.zeros(3))
+    drawn = [Drawn([cells[row]], position, row) for row in range(count)]
+    return *fit_locator(drawn, stated, held, config, 0), texts, stated
+
+
+def test_planted_cells_are_found_in_volumes_that_were_not_learned() -> None:
+    locator, losses, texts, _ = learned(240, LocateConfig(features=64, waves=1), np.arange(240) % 10 == 0)
+    cells, present, place = planted(300, np.random.default_rng(0))
+    assert losses["held_out_loss"].min() < losses["held_out_loss"].max()
+    found, highest = [], []
+    for volume in range(240, 300):
+        # Texts of any length, as prompts of a model that standardises are.
+        maps, _ = locator.maps([Level(cells[volume : volume + 1], GRID, AFFINE)], SPEC, 3 * texts)
+        for finding in np.flatnonzero(present[volume]):
+            found.append(int(maps[finding].argmax()) == place[volume, finding])
+        highest.append(maps.amax(dim=1).numpy())
+    assert np.mean(found) > 0.9
+    seen = np.array(highest)
+    assert seen[present[240:]].mean() > 2 * seen[~present[240:]].mean()
+
+
+def test_the_regression_is_scikit_learns_at_the_best_strength_of_held_out_volumes() -> None:
+    held = np.arange(120) % 10 == 0
+    locator, losses, _, stated = learned(120, LocateConfig(features=16, waves=1), held)
+    cells, _, _ = planted(300, np.random.default_rng(0))
+    position = Cells([Level(cells, GRID, AFFINE)], SPEC).position
+    features = torch.stack([locator.features([cells[row]], position) for row in range(120)]).double().numpy()
+    targets = stated.targets(0.55).double().numpy()[:, None].repeat(64, axis=1)
+    train = features[~held].reshape(-1, locator.width), targets[~held].reshape(-1, 3)
+    scale = len(train[0]) * np.cov(train[0].T, bias=True).trace() / locator.width
+    fitted = [Ridge(alpha=strength * scale).fit(*train) for strength in losses["ridge"]]
+    expected = [
+        np.square(one.predict(features[held].reshape(-1, locator.width)) - targets[held].reshape(-1, 3)).sum(1).mean()
+        for one in fitted
+    ]
+    np.testing.assert_allclose(losses["held_out_loss"], expected, rtol=1e-4)
+    best = fitted[int(np.argmin(expected))]
+    np.testing.assert_allclose(locator.weight, best.coef_.T, atol=1e-3)
+    # A map, which is reckoned grid by grid, is this regression of each cell.
+    maps, _ = locator.maps([Level(cells[:1], GRID, AFFINE)], SPEC, torch.eye(3))
+    np.testing.assert_allclose(maps.T, best.predict(features[0]), atol=2e-3)
+
+
+def test_a_draw_prefers_what_is_unusual_and_leaves_out_what_is_not_real() -> None:
+    weights = np.ones(100)
+    weights[7], weights[50:] = 40.0, 0.0
+    drawn = np.concatenate([_draw(weights, 10, np.random.default_rng(seed)) for seed in range(200)])
+    count = np.bincount(drawn, minlength=100)
+    assert count[50:].sum() == 0
+    assert count[7] > 3 * count[:50].mean()
+    assert count[:50].min() > 0
+    assert list(_draw(np.eye(1, 9)[0], 4, np.random.default_rng(0))) == [0]
+
+
+def test_a_locator_of_another_model_and_none_are_one_line() -> None:
+    model, head = known_model(KNOWN)
+    volume = torch.zeros(1, 1, *KNOWN.shape)
+    other = Locator([5], model.config.dim, features=8)
+    with pytest.raises(ExplanationError, match="of another model"):
+        method("learned").maps(Subject(model, head, [0], volume, locator=other))
+    with pytest.raises(ExplanationError, match="ctclip adapt --method locate"):
+        method("learned").maps(Subject(model, head, [0], volume))
+
+
+def test_a_half_cell_holds_its_voxels() -> None:
+    model, _ = known_model(KNOWN)
+    hu = np.random.default_rng(0).uniform(-1000, 1000, (24, 36, 40)).astype(np.float32)
+    volume = torch.from_numpy(hu / 1000)[None, None]
+    # Cells of the known encoder are 4 x 6 x 5 voxels.
+    halves = levels_of(model.volume_encoder, volume, tokens=False, halves=True)[-1]
+    blocks = hu.reshape(12, 2, 12, 3, 20, 2).transpose(0, 2, 4, 1, 3, 5).reshape(12 * 12 * 20, -1)
+    lung, soft = np.interp(blocks, [-1000, -500], [-1, 1]), np.interp(blocks, [-160, 240], [-1, 1])
+    expected = [blocks.mean(1) / 1000, blocks.min(1) / 1000, blocks.max(1) / 1000]
+    np.testing.assert_allclose(halves.features[0, :, :3].T, expected, atol=1e-5)
+    for channel, window in ((3, lung), (4, soft)):
+        difference = halves.features[0, :, channel].numpy() - window.mean(1)
+        assert difference.std() < 1e-4, "a window's mean, up to a constant that is standardised away"
+    np.testing.assert_allclose(halves.affine @ [0, 0, 0, 1], [2.0, 2.5, 1.5, 1.0])
+
+
+def test_each_fine_cell_lies_in_the_coarse_cell_around_it() -> None:
+    fine = Level(torch.zeros(1, 64, 2), GRID, np.array([[4.0, 0, 0, 1], [0, 4, 0, 1], [0, 0, 4, 1], [0, 0, 0, 1]]))
+    coarse = Level(
+        torch.zeros(1, 8, 3), (2, 2, 2), np.array([[8.0, 0, 0, 3], [0, 8, 0, 3], [0, 0, 8, 3], [0, 0, 0, 1]])
+    )
+    within = Cells([coarse, fine], SPEC).within
+    assert torch.equal(within[1], torch.arange(64))
+    expected = np.arange(8).reshape(2, 2, 2).repeat(2, 0).repeat(2, 1).repeat(2, 2).ravel()
+    np.testing.assert_array_equal(within[0], expected)
+
+
+def test_a_sentence_of_the_same_meaning_is_stated_and_an_absence_states_nothing(clinic: Clinic) -> None:  # noqa: F811
+    loaded = load_model(clinic.model)
+    table = pd.DataFrame({
+        "findings": ["Nodule here. No effusion.", "No nodule. No effusion.", "nodule here.", "A wide effusion."],
+        "impression": [""] * 4,
+    })  # fmt: skip
+    stated = stated_sentences(loaded, table, LocateConfig(same=0.999, other=0.998), "the store")
+    # "Nodule here." and "nodule here." have one embedding.
+    assert sorted(map(tuple, stated.says.T.tolist())) == [(0, 0, 0, 1), (1, 0, 1, 0), (1, 0, 1, 0)]
+    targets = stated.targets(0.9)
+    fits = targets @ stated.sentences.T
+    assert (fits[stated.says.bool()].min() > fits[~stated.says.bool()].max()).item()
+
+
+def test_a_locator_is_trained_kept_loaded_and_used(clinic: Clinic, tmp_path: Path) -> None:  # noqa: F811
+    with pytest.raises(ExplanationError, match="no locator"):
+        ctclip.load(clinic.model).explain(clinic.scan, "Nodule", method="learned", hu="trust-file")
+    weights = load_file(clinic.model / "model.safetensors")
+    config = LocateConfig(cells=8, features=8, same=0.9, other=0.8)
+    folder = run_locate(load_model(clinic.model), clinic.store, tmp_path / "out", config)
+    again = load_file(clinic.model / "model.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in weights.items()), "the encoders must not change"
+    assert list(pd.read_csv(tmp_path / "out" / "locate.csv").columns) == ["ridge", "loss", "held_out_loss"]
+    assert {head.name: head.kind for head in list_heads(clinic.model)}["locate"] == "locate"
+    model = ctclip.load(clinic.model)
+    assert model.method() == "learned"
+    assert model.explain(clinic.scan, "Nodule", hu="trust-file").method == "learned"
+    assert model.find(clinic.scan, "a nodule", hu="trust-file").explanation.method == "learned"
+    assert model.explain(clinic.scan, "Nodule", method="similarity", hu="trust-file").method == "similarity"
+    one = model.detect(clinic.scan, head="locate", hu="trust-file").probabilities
+    assert one == model.detect(clinic.scan, hu="trust-file").probabilities, "scores are those of the prompts"
+    kept = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(b"no")
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        load_head(clinic.model, "locate", model.dual)
+    (folder / WEIGHTS).write_bytes(kept)
+    (folder / SIZE).write_text((folder / SIZE).read_text().replace("features: 8", "features: 800000"))
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        load_head(clinic.model, "locate", model.dual)
+    other = Locator([3], 5, features=8)
+    save_file(other.state_dict(), folder / WEIGHTS)
+    (folder / SIZE).write_text(json.dumps(other.size))
+    with pytest.raises(CheckpointError, match="it belongs to another model"):
+        load_head(clinic.model, "locate", model.dual)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--shots", "3"), "--method locate reads no labels"),
+        (("cells=1",), "cells"),
+        (("--train-split", "calibration"), "calibration"),
+    ],
+)
+def test_bad_options_are_one_line(
+    words: tuple[str, ...],
+    message: str,
+    clinic: Clinic,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    given = ["adapt", "--method", "locate", "--model", str(clinic.model), "--store", str(clinic.store)]
+    assert main([*given, "--output", str(tmp_path / "out"), *words]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
