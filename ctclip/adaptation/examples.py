@@ -159,7 +159,7 @@ def cached_embeddings(loaded: ModelFolder, scans: StoredScans, cache: Path, batc
     return kept
 
 
-def _part_name(volumes: Sequence[str], store: VolumeStore) -> str:
+def _part_name(volumes: Sequence[str] | np.ndarray, store: VolumeStore) -> str:
     """The name of a file of embeddings, which tells whether its volumes are still those that were embedded."""
     return f"{PART}{run_key(list(map(str, volumes)), [store.checksums(str(name)) for name in volumes])}.parquet"
 

@@ -113,9 +113,10 @@ class Sums:
 
     @classmethod
     def of(cls, width: int, dim: int) -> Sums:
-        return cls(
-            *(torch.zeros(*shape, dtype=torch.float64) for shape in ((width,), (dim,), (width, width), (width, dim)))
+        features, targets, products, both = (
+            torch.zeros(*shape, dtype=torch.float64) for shape in ((width,), (dim,), (width, width), (width, dim))
         )
+        return cls(features, targets, products, both)
 
     def add(self, features: Tensor, target: Tensor) -> None:
         """features (cells, K) of one volume and its target (dim,)."""

@@ -238,6 +238,7 @@ def _comparisons(lines: pd.DataFrame) -> list[list[str]]:
     """Lines of either audit as they stand on the page."""
     is_data = "group" in lines
     rows = [["concept", *["between"] * is_data, "difference in SD", "95 % interval", "adjusted p", "patients"]]
+    line: Any
     for line in lines.head(SHOWN).itertuples():
         between = [f"{line.group}, {line.where}".removesuffix(", all")] if is_data else []
         rows.append(
@@ -250,6 +251,7 @@ def _comparisons(lines: pd.DataFrame) -> list[list[str]]:
 
 def _fairness_rows(fair: pd.DataFrame) -> list[list[str]]:
     rows = [["group", "patients", "mean AUROC", "95 % interval", "difference to the others", "95 % interval"]]
+    line: Any
     for line in fair.head(SHOWN).itertuples():
         rows.append(
             [f"{line.group}: {line.value}", f"{line.patients:,}", number(line.mean_auroc),
@@ -261,6 +263,7 @@ def _fairness_rows(fair: pd.DataFrame) -> list[list[str]]:
 
 def _shortcut_rows(short: pd.DataFrame) -> list[list[str]]:
     rows = [["group", "values", "volumes", "from embeddings", "from histograms", "by chance"]]
+    line: Any
     for line in short.head(SHOWN).itertuples():
         rows.append(
             [str(line.group), str(line.values), f"{line.volumes:,}",

@@ -107,7 +107,7 @@ def score_pairs(
         sided = said.any(axis=1)
         if sided.sum() >= FEWEST_PAIRS:
             images = MirroredScans(store, split, loaded.spec, loaded.path)
-            images.table = table[sided].reset_index(drop=True)
+            images.table = table.loc[sided].reset_index(drop=True)
             mirror = cached_embeddings(loaded, images, cache, batch)
             sided &= table["volume"].isin(list(mirror)).to_numpy()
             there = np.flatnonzero(sided)
@@ -128,7 +128,7 @@ def _write_page(path: Path, store: VolumeStore, split: str, pairs: pd.DataFrame)
             str(row.volume),
             f"{row.score:.1f}",
             f"{row.match:.1f}",
-            "" if np.isnan(row.side) else f"{row.side:.1f}",
+            "" if pd.isna(row.side) else f"{row.side:.1f}",
             str(row.text)[:400],
         ]
         for row in scored.head(SHOWN).itertuples()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -52,6 +53,7 @@ def filter_pairs(
         seed=seed,
         force=force,
     )
+    pair: Any
     for pair in pairs[pairs["note"] == ""].head(10).itertuples():
         sides_words = f", sides {pair.side:.1f}" if pair.side == pair.side else ""
         print(f"{pair.volume}: score {pair.score:.1f} (match {pair.match:.1f}{sides_words})")

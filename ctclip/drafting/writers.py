@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -163,7 +164,7 @@ class CaptionWriter(Writer):
             return written
         return [
             agree(text, stated if own is None else own, sides, self.cleaner, self.template.sentences)
-            for text, own, (stated, sides) in zip(written, findings or [None] * len(written), planned, strict=True)
+            for text, own, (stated, sides) in zip(written, findings or repeat(None, len(written)), planned, strict=True)
         ]
 
 
