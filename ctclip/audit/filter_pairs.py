@@ -107,7 +107,7 @@ def score_pairs(
         sided = said.any(axis=1)
         if sided.sum() >= FEWEST_PAIRS:
             images = MirroredScans(store, split, loaded.spec, loaded.path)
-            images.table = table.loc[sided].reset_index(drop=True)
+            images.table = table.iloc[np.flatnonzero(sided)].reset_index(drop=True)
             mirror = cached_embeddings(loaded, images, cache, batch)
             sided &= table["volume"].isin(list(mirror)).to_numpy()
             there = np.flatnonzero(sided)
@@ -123,15 +123,10 @@ def score_pairs(
 def _write_page(path: Path, store: VolumeStore, split: str, pairs: pd.DataFrame) -> None:
     scored = pairs[pairs["note"] == ""]
     head = ["volume", "score", "of the match", "of the sides", "report"]
+    columns = (scored[name].head(SHOWN) for name in ("volume", "score", "match", "side", "text"))
     rows = [
-        [
-            str(row.volume),
-            f"{row.score:.1f}",
-            f"{row.match:.1f}",
-            "" if pd.isna(row.side) else f"{row.side:.1f}",
-            str(row.text)[:400],
-        ]
-        for row in scored.head(SHOWN).itertuples()
+        [str(volume), f"{score:.1f}", f"{match:.1f}", "" if np.isnan(side) else f"{side:.1f}", str(text)[:400]]
+        for volume, score, match, side, text in zip(*columns, strict=True)
     ]
     sections: list[dict[str, Any]] = [{
         "title": "Pairs that fit least", "table": [head, *rows],
