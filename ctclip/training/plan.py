@@ -367,7 +367,7 @@ def describe(config: Config, plan: Plan, card: str, volumes: int) -> str:
         mark = " <- configured" if stage.stage == config.training.zero.stage else ""
         lines.append(f"{stage.stage:<4}  {columns}  {plan.largest_share(stage, memory):>19}{mark}")
     lines.append(
-        f"each GPU also holds about {CONTEXT / GIB:.1f} GiB of CUDA and NCCL, which the last column subtracts, and cuDNN workspaces,  "
+        f"each GPU also holds about {CONTEXT / GIB:.1f} GiB of CUDA and NCCL, which the last column subtracts, and cuDNN workspaces, "
         f"which it does not: {MEASURED}"
         if card in CARDS
         else PROCESS
