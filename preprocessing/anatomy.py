@@ -20,6 +20,8 @@ SHORTEST_LUNG_MM = 100.0
 THINNEST_LUNG_MM = 45.0
 # Lungs destroyed by emphysema are at -960 HU, the air around a patient near -1000.
 AIR_NOT_LUNG = -975.0
+# Between the air around a patient and skin, at 6 mm.
+AIR_OUTSIDE = -500.0
 # The other lung, where no airway joins the two at this resolution: of a fifth of the first one's volume, thicker than the
 # foam of a table, and for half of its height beside the first.
 OTHER_LUNG, OTHER_LUNG_MM, BESIDE = 0.2, 35.0, 0.5
@@ -64,6 +66,18 @@ class Lungs:
         """The middle of the lungs along an axis, as a voxel index of the scan."""
         first, end = self.box[axis]
         return (first + end) / 2 * self.step[axis] - 0.5
+
+    def midline(self) -> float:
+        """The middle of the body from right to left beside the lungs, as a voxel index of the scan: the median over rows of
+        the middle between the first and the last voxel of the body. One lung full of fluid, or not recognised, does not shift
+        it, as it shifts ``middle(2)``."""
+        (low, high), (front, back) = self.box[0], self.box[1]
+        body = self.coarse[low:high, front:back] > AIR_OUTSIDE
+        rows = body.any(axis=2)
+        if not rows.any():
+            return self.middle(2)
+        first, last = body.argmax(axis=2)[rows], body.shape[2] - 1 - body[:, :, ::-1].argmax(axis=2)[rows]
+        return float(np.median(first + last) / 2 + 0.5) * self.step[2] - 0.5
 
     def share_within(self, bounds: list[tuple[float, float]]) -> float:
         """The share of lung between two voxel indices of the scan along each axis."""

@@ -122,10 +122,10 @@ def inside_scan(shape: tuple[int, ...], affine: np.ndarray, prepared: Prepared) 
 
 
 def side_of(lps: np.ndarray, prepared: Prepared) -> str:
-    """The side of the body: right, left or midline (within 15 mm of the middle of the lungs); "" if no lungs are seen."""
+    """The side of the body: right, left or midline (within 15 mm of the body's middle); "" if no lungs are seen."""
     if not prepared.lungs.is_chest:
         return ""
-    middle = prepared.scan.affine[0, 3] + prepared.scan.affine[0, 2] * prepared.lungs.middle(2)
+    middle = prepared.scan.affine[0, 3] + prepared.scan.affine[0, 2] * prepared.lungs.midline()
     # Columns of an oriented scan run to the patient's left, as x does in LPS.
     offset = float(lps[0] - middle)
     return "midline" if abs(offset) <= MIDLINE_MM else "left" if offset > 0 else "right"

@@ -96,6 +96,21 @@ def test_lungs_are_kept_in_the_grid(
         assert corner.min() - 1 <= ready.hu[tuple(grid[:3])] <= corner.max() + 1
 
 
+def test_a_lung_full_of_fluid_does_not_move_the_midline(made: Volume) -> None:
+    middle = find_lungs(made).midline()
+    array = made.array.copy()
+    body = array.shape[2] // 2
+    lung = (array[:, :, body:] > -990) & (array[:, :, body:] < -500)
+    array[:, :, body:][lung] = 20
+    drowned = find_lungs(Volume(array, made.affine, "one lung"))
+    mm = made.spacing[2]
+    assert abs(drowned.middle(2) - middle) * mm > 40
+    assert abs(drowned.midline() - middle) * mm < 6
+    # The phantom's own middle lies at x = 0 of its frame.
+    truth = -make_scan(3, 1, scale=6.0).reconstructions[0].acquisition.grid.origin[2] / mm
+    assert abs(middle - truth) * mm < 6
+
+
 def test_the_published_geometry_keeps_its_centre_and_warns(tmp_path: Path, made: Volume) -> None:
     spec = PreprocessingSpec("published", GRID.spacing, GRID.shape, published_geometry=True)
     path = saved(tmp_path / "a.nii", made, tall(made, 0, 90))
