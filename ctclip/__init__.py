@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ctclip.inference.model import Model
     from ctclip.inference.precision import Asked
 
-__version__ = "0.2.0"
+__version__ = "1.0.0"
 
 # Before numba or matplotlib are imported, which read these variables at import.
 use_writable_caches()

@@ -59,7 +59,7 @@ def test_a_model_is_not_published_onto_itself(trained: Path, tmp_path: Path) -> 
     shutil.copytree(trained / "model", tmp_path / "model")
     (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
     for output in (tmp_path / "model", tmp_path / "link" / "model"):
-        with pytest.raises(CheckpointError, match="is the model itself"):
+        with pytest.raises(CheckpointError, match="is the model folder itself"):
             publish(tmp_path / "model", output, licence="other")
     assert not (tmp_path / "model" / "README.md").exists()
 

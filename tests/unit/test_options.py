@@ -21,7 +21,7 @@ PACKAGE = Path(ctclip.__file__).parent
 SAME_NAME = {
     "--batch", "--budget", "--calibration", "--config", "--count", "--draws", "--expect", "--force", "--geometry", "--head",
     "--hu", "--index", "--label-set", "--labels", "--language", "--largest-gb", "--level", "--linkage", "--method", "--model",
-    "--concepts", "--masks", "--output",
+    "--concepts", "--embeddings", "--masks", "--output",
     "--precision", "--processes", "--prompts", "--reader", "--reader-model", "--reports", "--seed", "--series", "--spec", "--split",
     "--store", "--terms", "--test-split", "--train-split", "--workers", "--abnormality", "--against", "--shots", "--percent",
 }  # fmt: skip
