@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 
@@ -165,26 +166,19 @@ def _unlabelled(
     from ctclip.config_files import find_config, load_section
     from ctclip.errors import ConfigError
     from ctclip.models.folder import load_model
+    from ctclip.schema import Section
 
     if labels is not None or setting != Setting("fraction", 100.0):
         raise ConfigError(f"--method {method.value} reads no labels: leave out --labels, --shots and --percent")
     path, name = find_config(config or method.value, "adapt"), head or method.value
-    if method is AdaptMethod.caption:
-        decoding = load_section(caption.CaptionConfig, path, overrides)
-        loaded = load_model(model, distributed.device())
-        folder = caption.run_caption(loaded, store, output, decoding, head=name, split=split, seed=seed, force=force)
-        print(f"losses: {output / caption.LOSSES}")
-        print(f"head: {folder} (`ctclip draft --head {name}` uses it)")
-        return
-    if method is AdaptMethod.locate:
-        learning = load_section(locate.LocateConfig, path, overrides)
-        loaded = load_model(model, distributed.device())
-        folder = locate.run_locate(loaded, store, output, learning, head=name, split=split, seed=seed, force=force)
-        print(f"losses: {output / locate.LOSSES}")
-        print(f"head: {folder} (`ctclip explain` uses it: --method learned)")
-        return
-    chosen = load_section(prior.PriorConfig, path, overrides)
+    kinds: dict[AdaptMethod, tuple[type[Section], Callable[..., Path], str, str]] = {
+        AdaptMethod.caption: (caption.CaptionConfig, caption.run_caption, caption.LOSSES, f"`ctclip draft --head {name}` uses it"),
+        AdaptMethod.locate: (locate.LocateConfig, locate.run_locate, locate.LOSSES, "`ctclip explain` uses it: --method learned"),
+        AdaptMethod.prior: (prior.PriorConfig, prior.run_prior, prior.LOSSES, f"`ctclip zero-shot --head {name}` scores with it"),
+    }  # fmt: skip
+    section, run, losses, use = kinds[method]
+    chosen = load_section(section, path, overrides)
     loaded = load_model(model, distributed.device())
-    folder = prior.run_prior(loaded, store, output, chosen, head=name, split=split, seed=seed, force=force)
-    print(f"losses: {output / prior.LOSSES}")
-    print(f"head: {folder} (`ctclip zero-shot --head {name}` scores with it)")
+    folder = run(loaded, store, output, chosen, head=name, split=split, seed=seed, force=force)
+    print(f"losses: {output / losses}")
+    print(f"head: {folder} ({use})")

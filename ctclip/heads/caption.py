@@ -12,12 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctclip.errors import CheckpointError
-from ctclip.heads.head import Head
+from ctclip.heads.head import Head, reading
 from ctclip.heads.plan import Plan, plan_features
 from ctclip.heads.prompts import PromptHead, pair_vectors, read_names
 from ctclip.models.dual_encoder import DualEncoder
@@ -249,7 +248,7 @@ class CaptionHead(Head):
 
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> CaptionHead:
-        try:
+        with reading(folder, "its caption head is"):
             size = read_yaml(folder / SIZE)
             tensors = load_file(folder / WEIGHTS)
             plan = _plan_of(tensors, read_names(folder))
@@ -265,12 +264,6 @@ class CaptionHead(Head):
                 bool(writes.get("prompted", False)),
             )
             decoder.load_state_dict(tensors | {TIED: tensors["language.transformer.wte.weight"]})
-        except (
-            OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, yaml.YAMLError
-        ) as error:  # fmt: skip
-            raise CheckpointError(
-                f"{folder}: its caption head is missing or damaged; copy the model folder again"
-            ) from error
         if decoder.size["token_width"] != model.volume_encoder.token_width:
             raise CheckpointError(
                 f"{folder}: its decoder expects tokens of width {decoder.size['token_width']}, but those of the model have "

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ctclip.errors import CheckpointError, ConfigError
-from ctclip.heads.head import Head
+from ctclip.heads.head import Head, reading
 from ctclip.heads.prompts import shares_length, unit_pair
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
@@ -79,15 +78,11 @@ class ContextHead(Head):
 
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> ContextHead:
-        try:
+        with reading(folder, "its learned prompts are"):
             facts = read_yaml(folder / "contexts.yaml")
             tensors = load_file(folder / "contexts.safetensors")
             contexts = Contexts(**{part.name: tensors[part.name] for part in fields(Contexts)})
             names, ensemble = [str(name) for name in facts["names"]], str(facts["ensemble"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise CheckpointError(
-                f"{folder}: its learned prompts are missing or damaged; copy the model folder again"
-            ) from error
         return cls(model, names, contexts, ensemble)
 
 

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
 import torch
+import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 
+from ctclip.errors import CheckpointError
 from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.calibration import Calibration
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
+
+# What comes of files that are missing, damaged, or made by somebody else for something else.
+DAMAGED = (
+    OSError, SafetensorError, yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RuntimeError
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def reading(folder: Path, what: str) -> Iterator[None]:
+    """Around the reading of the files of a head: raises CheckpointError, naming ``folder`` and ``what``, for any error."""
+    try:
+        yield
+    except DAMAGED as error:
+        raise CheckpointError(f"{folder}: {what} missing or damaged; copy the model folder again") from error
 
 
 class Head(ABC):

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctclip.errors import CheckpointError
-from ctclip.heads.head import Head
+from ctclip.heads.head import Head, reading
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
 from ctclip.preprocessing.plain_yaml import read_yaml
@@ -61,7 +60,7 @@ class LinearHead(Head):
 
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> LinearHead:
-        try:
+        with reading(folder, "its linear head is"):
             facts = read_yaml(folder / "linear.yaml")
             tensors = load_file(folder / "linear.safetensors")
             return cls(
@@ -71,7 +70,3 @@ class LinearHead(Head):
                 tensors["bias"],
                 relu=bool(facts["relu"]),
             )
-        except (OSError, SafetensorError, KeyError, TypeError, yaml.YAMLError) as error:
-            raise CheckpointError(
-                f"{folder}: its linear head is missing or damaged; copy the model folder again"
-            ) from error

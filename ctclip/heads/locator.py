@@ -17,11 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ctclip.errors import CheckpointError
+from ctclip.heads.head import reading
 from ctclip.heads.prompts import PromptHead, read_names
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Level, VolumeEncoder, axis_shape, axis_spacing
@@ -198,17 +198,11 @@ class LocateHead(PromptHead):
 
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> LocateHead:
-        try:
+        with reading(folder, "its locator is"):
             size, tensors = read_yaml(folder / SIZE), load_file(folder / WEIGHTS)
             _check_size(size, tensors)
             locator = Locator(**size)
             locator.load_state_dict(tensors)
-        except (
-            OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError, RuntimeError, yaml.YAMLError
-        ) as error:  # fmt: skip
-            raise CheckpointError(
-                f"{folder}: its locator is missing or damaged; copy the model folder again"
-            ) from error
         if locator.size["text"] != model.config.dim:
             raise CheckpointError(
                 f"{folder}: its locator compares cells with texts of {locator.size['text']} dimensions, but those of the "

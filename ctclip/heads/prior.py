@@ -11,12 +11,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ctclip.errors import CheckpointError
-from ctclip.heads.head import Head
+from ctclip.heads.head import Head, reading
 from ctclip.heads.prompts import PromptHead, pair_vectors, read_names
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
@@ -196,13 +195,11 @@ class PriorHead(Head):
 
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> PriorHead:
-        try:
+        with reading(folder, "its prior is"):
             size, tensors = read_yaml(folder / SIZE), load_file(folder / WEIGHTS)
             _check_size(size, tensors)
             prior = Prior(**size)
             prior.load_state_dict(tensors)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{folder}: its prior is missing or damaged; copy the model folder again") from error
         if prior.size["dim"] != model.config.dim:
             raise CheckpointError(
                 f"{folder}: its prior maps embeddings of {prior.size['dim']} dimensions, but those of the model have "

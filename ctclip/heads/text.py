@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from ctclip.errors import CheckpointError
-from ctclip.heads.head import Head
+from ctclip.heads.head import Head, reading
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
 from ctclip.preprocessing.plain_yaml import read_yaml
@@ -48,11 +48,9 @@ class TextHead(Head):
 
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> TextHead:
-        try:
+        with reading(folder, "its texts are"):
             facts = read_yaml(folder / "texts.yaml")
             texts, others = ([str(text) for text in facts[side]] for side in ("texts", "others"))
-        except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{folder}: its texts are missing or damaged; copy the model folder again") from error
         if not texts:
             raise CheckpointError(f"{folder}: has no text to score; copy the model folder again")
         return cls(model, texts, others)

@@ -16,7 +16,6 @@ from sklearn.linear_model import Ridge
 
 import ctclip
 from ctclip.adaptation.locate import Drawn, LocateConfig, Stated, _draw, fit_locator, run_locate, stated_sentences
-from ctclip.cli import main
 from ctclip.errors import CheckpointError, ExplanationError
 from ctclip.explanation.method import Subject, method
 from ctclip.heads.folder import list_heads, load_head
@@ -183,25 +182,3 @@ def test_a_locator_is_trained_kept_loaded_and_used(clinic: Clinic, tmp_path: Pat
     (folder / SIZE).write_text(json.dumps(other.size))
     with pytest.raises(CheckpointError, match="it belongs to another model"):
         load_head(clinic.model, "locate", model.dual)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--shots", "3"), "--method locate reads no labels"),
-        (("cells=1",), "cells"),
-        (("--train-split", "calibration"), "calibration"),
-    ],
-)
-def test_bad_options_are_one_line(
-    words: tuple[str, ...],
-    message: str,
-    clinic: Clinic,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    given = ["adapt", "--method", "locate", "--model", str(clinic.model), "--store", str(clinic.store)]
-    assert main([*given, "--output", str(tmp_path / "out"), *words]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert message in lines[0]

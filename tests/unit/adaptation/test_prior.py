@@ -14,7 +14,6 @@ from sklearn.linear_model import Ridge
 
 import ctclip
 from ctclip.adaptation.prior import RIDGES, PriorConfig, TextPairs, fit_prior, run_prior
-from ctclip.cli import main
 from ctclip.errors import CheckpointError
 from ctclip.heads.folder import list_heads, load_head
 from ctclip.heads.prior import SIZE, WEIGHTS, Prior, PriorHead, signal_and_noise
@@ -115,26 +114,3 @@ def test_a_prior_is_trained_kept_and_loaded_again(clinic: Clinic, tmp_path: Path
     (folder / SIZE).write_text("{kind: ridge, dim: 5}")
     with pytest.raises(CheckpointError, match="it belongs to another model"):
         load_head(clinic.model, "prior", model.dual)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--shots", "3"), "--method prior reads no labels"),
-        (("--head", "prompts"), "has a head 'prompts' of its own"),
-        (("kind=spline",), "kind"),
-        (("--train-split", "calibration"), "calibration"),
-    ],
-)
-def test_bad_options_are_one_line(
-    words: tuple[str, ...],
-    message: str,
-    clinic: Clinic,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    given = ["adapt", "--method", "prior", "--model", str(clinic.model), "--store", str(clinic.store)]
-    assert main([*given, "--output", str(tmp_path / "out"), *words]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert message in lines[0]
