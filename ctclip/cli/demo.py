@@ -23,7 +23,7 @@ def demo(
     ),
     size: Chosen = typer.Option(
         Chosen.default,
-        help="default: half an hour, detects most abnormalities; quick: eight or nine minutes, detects large ones; "
+        help="default: half an hour, detects most abnormalities; quick: twelve minutes, detects large ones; "
         "smoke: two minutes, runs every stage but learns nothing.",
     ),
     seed: int = typer.Option(0, min=0, help="Seed of the cohort and of the training."),
