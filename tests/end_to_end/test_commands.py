@@ -9,11 +9,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from ctclip import __version__
+
 from .conftest import TINY, run, typed
 
 
 def test_version_and_help() -> None:
-    assert typed("ctclip", "--version").stdout.startswith("ctclip 0.")
+    assert typed("ctclip", "--version").stdout.startswith(f"ctclip {__version__}")
     for command in ("phantom", "preprocess", "train", "zero-shot", "evaluate", "demo", "calibrate", "report", "embed",
                     "index", "similar", "import-checkpoint"):  # fmt: skip
         shown = run(command, "--help")
