@@ -3,6 +3,10 @@ PYTHON ?= python3
 SIZE ?= default
 OUTPUT ?= runs/$(if $(filter default,$(SIZE)),demo,$(SIZE))
 
+# Modules are compiled when they are first imported, not during the installation. The results are kept even where this
+# variable forbids it: otherwise each of hundreds of processes would compile torch again.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test pytest integration-test install-test lint style types docs package venv clean
 
 demo: .venv/demo
