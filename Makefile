@@ -31,12 +31,15 @@ integration-test: .venv/installed
 install-test: .venv/installed
 	.venv/bin/python -m pytest tests/install
 
+PROSE = README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md $(shell find docs -name '*.md')
+
 lint: style types
 
 style: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/codespell
+	.venv/bin/proselint --config .proselintrc.json check $(PROSE)
 
 types: .venv/installed
 	.venv/bin/mypy
