@@ -1,4 +1,4 @@
-"""The phrases that the style page of CONTRIBUTING.md replaces are nowhere else."""
+"""Phrases that the style page of CONTRIBUTING.md replaces do not come back, and no merge was left unfinished."""
 
 from __future__ import annotations
 
@@ -29,3 +29,10 @@ def test_what_was_replaced_does_not_come_back() -> None:
         f"{file.relative_to(ROOT)}: {phrase}" for file, text in texts.items() for phrase in before if phrase in text
     ]
     assert not again
+
+
+def test_no_merge_was_left_unfinished() -> None:
+    marks = subprocess.run(
+        ["git", "-C", ROOT, "grep", "-nE", "^(<{7}|>{7}) ", "--", "."], capture_output=True, text=True
+    )
+    assert marks.returncode == 1, marks.stdout
