@@ -45,6 +45,13 @@ def explain(
         min=8,
         help="Occlusion: maximum number of encodings; more give finer maps. Counterfactual: for each finding.",
     ),
+    shifts: int = typer.Option(
+        None,
+        min=1,
+        max=8,
+        help="Number of positions of the cells along each axis: more give finer maps and take its cube of the time. "
+        "Default: 2 for the method learned, else 1.",
+    ),
     dicom: bool = typer.Option(
         False,
         "--dicom",
@@ -82,7 +89,13 @@ def explain(
         # Before the maps, which may take minutes.
         source_images(ready)
     result = loaded.explain(
-        ready, abnormality or None, head=head, method=method and method.value, level=level, budget=budget
+        ready,
+        abnormality or None,
+        head=head,
+        method=method and method.value,
+        level=level,
+        budget=budget,
+        shifts=shifts,
     )
     page = result.save(output)
     print(result)

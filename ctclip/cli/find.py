@@ -24,6 +24,13 @@ def find(
     ),
     refine: bool = typer.Option(False, "--refine", help="Grow the regions of the mask to edges of HU (watershed)."),
     budget: int = typer.Option(600, min=8, help="Occlusion: maximum number of encodings."),
+    shifts: int = typer.Option(
+        None,
+        min=1,
+        max=8,
+        help="Number of positions of the cells along each axis: more give finer maps and take its cube of the time. "
+        "Default: 2 for the method learned, else 1.",
+    ),
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
     expect: Expected = EXPECT,
@@ -43,7 +50,7 @@ def find(
     check_output(output)
     loaded = load(model, distributed.device())
     place = loaded.find(
-        scan, text, method=method and method.value, level=level, most=count, budget=budget,
+        scan, text, method=method and method.value, level=level, most=count, budget=budget, shifts=shifts,
         **reading_of(hu, geometry, expect, series, largest_gb),
     )  # fmt: skip
     page = place.save(output, refined=refine)

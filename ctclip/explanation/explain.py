@@ -24,6 +24,7 @@ from ctclip.explanation.dicom.save import holds_only_ours
 from ctclip.explanation.method import Maps, Subject, method
 from ctclip.explanation.picture import draw
 from ctclip.explanation.place import LEVEL, Place, locate
+from ctclip.explanation.shifts import check_shifts, maps_of
 from ctclip.heads.head import Head
 from ctclip.heads.locator import Locator
 from ctclip.labels import named
@@ -164,6 +165,7 @@ def explain(
     by: str = "similarity",
     level: float = LEVEL,
     budget: int = 600,
+    shifts: int | None = None,
     locator: Locator | None = None,
     warnings: Sequence[str] = (),
 ) -> Explanation:
@@ -172,9 +174,10 @@ def explain(
     ``findings``: names that ``head`` scores; by default, those at or above their threshold. ``by``: the method, see
     ``ctclip.explanation.method``. ``level``: a region extends down to this fraction of the peak of its map. ``budget``:
     the maximum number of encodings, for occlusion of all findings, for a counterfactual of each. ``locator``: for the
-    method ``learned``. Raises ExplanationError.
+    method ``learned``. ``shifts``: see ``ctclip.explanation.shifts``. Raises ExplanationError.
     """
     _check_numbers(level, budget)
+    check_shifts(shifts)
     began = time.perf_counter()
     volume = torch.from_numpy(prepared.voxels)[None, None].to(model.device)
     with torch.inference_mode():
@@ -184,7 +187,7 @@ def explain(
     # Not in inference mode: methods need gradients.
     places = {}
     relevance = (
-        method(by).maps(Subject(model, head, chosen, volume, budget, locator))
+        maps_of(method(by), Subject(model, head, chosen, volume, budget, locator), shifts)
         if chosen
         else Maps(np.zeros((0, 1, 1, 1)), np.eye(4))
     )

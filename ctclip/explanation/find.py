@@ -197,6 +197,7 @@ def find(
     level: float = LEVEL,
     most: int = 5,
     budget: int = 600,
+    shifts: int | None = None,
     locator: Locator | None = None,
     warnings: Sequence[str] = (),
 ) -> Found:
@@ -209,7 +210,7 @@ def find(
     head = TextHead(model, [wanted], others)
     explained = explain(
         model, head, prepared, [wanted], scan=scan, model_hash=model_hash, by=by, level=level, budget=budget,
-        locator=locator, warnings=warnings,
+        shifts=shifts, locator=locator, warnings=warnings,
     )  # fmt: skip
     place = explained[wanted]
     return Found(text, limit, proposals(place.values, place.affine, prepared, level, limit, most), explained)

@@ -14,9 +14,10 @@ from ctclip.heads.locator import levels_of
 
 
 class Learned(Method):
-    """Encodes once; all findings are read from the same cells."""
+    """Encodes once for each position of the cells; all findings are read from the same cells."""
 
     name = "learned"
+    shifts = 2
 
     def maps(self, subject: Subject) -> Maps:
         locator = subject.locator

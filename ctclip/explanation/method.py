@@ -74,6 +74,8 @@ class Method(ABC):
     """A method that computes maps of a subject."""
 
     name: ClassVar[str]
+    # Positions of the cells along each axis, see ``ctclip.explanation.shifts``.
+    shifts: ClassVar[int] = 1
 
     @abstractmethod
     def maps(self, subject: Subject) -> Maps:

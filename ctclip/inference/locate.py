@@ -19,6 +19,7 @@ from ctclip.explanation.find import told_from
 from ctclip.explanation.masks import Masks
 from ctclip.explanation.method import Maps, Subject, method
 from ctclip.explanation.place import inside_scan, peak_of
+from ctclip.explanation.shifts import maps_of
 from ctclip.explanation.space import in_scan
 from ctclip.heads.head import Head
 from ctclip.heads.locator import Locator
@@ -69,6 +70,7 @@ def locate_cohort(
     *,
     by: str = "similarity",
     budget: int = 600,
+    shifts: int | None = None,
     locator: Locator | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def locate_cohort(
         chosen = [number for number in findings if scorer.names[number] in asked[volume].group]
         voxels = torch.from_numpy(prepared.voxels)[None, None].to(model.device)
         subject = Subject(model, scorer, chosen, voxels, budget, locator)
-        kept[volume] = looking.maps(subject)
+        kept[volume] = maps_of(looking, subject, shifts)
     means = _means(kept, asked)
 
     random, tallies = np.random.default_rng(seed), defaultdict[str, Tally](Tally)

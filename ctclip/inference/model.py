@@ -193,13 +193,14 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         method: str | None = None,
         level: float = LEVEL,
         budget: int = 600,
+        shifts: int | None = None,
         **reading: Unpack[Reading],
     ) -> Explanation:
         """Where the model sees findings in one scan: maps on the scan's own grid, peaks, sizes, sides.
 
         ``abnormalities``: one or more names; default: findings at or above their threshold. ``head``, ``reading``: as
-        in ``detect``. ``method``: by default ``learned`` if the model has a locator, else ``similarity``. ``level`` and
-        ``budget``: see ``ctclip.explanation.explain``. Raises PreprocessingError or ExplanationError.
+        in ``detect``. ``method``: by default ``learned`` if the model has a locator, else ``similarity``. ``level``,
+        ``budget`` and ``shifts``: see ``ctclip.explanation.explain``. Raises PreprocessingError or ExplanationError.
         """
         name = head or PROMPTS
         scorer = self.head(name)
@@ -212,7 +213,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         return explain(
             self.dual, scorer, ready, names, scan=_name(ready), model_hash=self.folder.hash,
             model_name=self.folder.path.name, by=method or self.method(), level=level, budget=budget,
-            locator=self.locator(), warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
+            shifts=shifts, locator=self.locator(), warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
         )  # fmt: skip
 
     def method(self) -> str:
@@ -234,6 +235,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         level: float = LEVEL,
         most: int = 5,
         budget: int = 600,
+        shifts: int | None = None,
         **reading: Unpack[Reading],
     ) -> Found:
         """Regions of one scan that any text describes, at most ``most``, with positions and sizes. A size in the text
@@ -242,7 +244,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         ready = self._ready(scan, **reading)
         return find(
             self.dual, ready, text, others, scan=_name(ready), model_hash=self.folder.hash, by=method or self.method(),
-            level=level, most=most, budget=budget, locator=self.locator(), warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
+            level=level, most=most, budget=budget, shifts=shifts, locator=self.locator(), warnings=(*ready.warnings, *self.folder.trained_on.caveats()),
         )  # fmt: skip
 
     def draft(

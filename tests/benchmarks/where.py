@@ -20,6 +20,7 @@ from ctclip.errors import ExplanationError
 from ctclip.evaluation.pages import number
 from ctclip.explanation.masks import Masks, load_layout
 from ctclip.explanation.method import METHODS, SLOW, Subject, method
+from ctclip.explanation.shifts import maps_of
 from ctclip.inference.locate import CONTROLS, chosen_volumes, locate_cohort
 from ctclip.inference.model import Model
 from ctclip.preprocessing import prepare
@@ -29,7 +30,7 @@ from tests.benchmarks.common import machine, table
 GOOD = 0.9
 
 
-def cost(model: Model, scan: Path, by: str) -> tuple[float, float]:
+def cost(model: Model, scan: Path, by: str, shifts: int | None) -> tuple[float, float]:
     """Processor seconds of one encoding, and of the maps of all findings."""
     ready = prepare(scan, model.spec)
     volume = torch.from_numpy(ready.voxels)[None, None]
@@ -40,7 +41,8 @@ def cost(model: Model, scan: Path, by: str) -> tuple[float, float]:
         model.encode(volume)
     encoding = (time.process_time() - began) / 3
     began = time.process_time()
-    method(by).maps(Subject(model.dual, head, range(len(head.names)), volume, locator=model.locator()))
+    subject = Subject(model.dual, head, range(len(head.names)), volume, locator=model.locator())
+    maps_of(method(by), subject, None if by in SLOW else shifts)
     return encoding, time.process_time() - began
 
 
@@ -61,6 +63,9 @@ def main() -> None:
     parser.add_argument("--scans", type=int, default=200)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--slow-scans", type=int, default=20, help="number of scans for occlusion and counterfactual")
+    parser.add_argument(
+        "--shifts", type=int, help="positions of the cells along each axis, for methods that are not slow"
+    )
     given = parser.parse_args()
     model = ctclip.load(given.model or given.demo / "train" / "model")
     cohort = read_cohort(given.demo / "cohort")
@@ -69,9 +74,12 @@ def main() -> None:
     for by in given.methods:
         count = given.slow_scans if by in SLOW else given.scans
         volumes = chosen_volumes(cohort, masks, "valid", count, 0)
+        shifts = None if by in SLOW else given.shifts
         try:
-            encoding, seconds = cost(model, cohort.files[volumes[0]], by)
-            result = locate_cohort(model.dual, model.head(), cohort, masks, volumes, by=by, locator=model.locator())
+            encoding, seconds = cost(model, cohort.files[volumes[0]], by, shifts)
+            result = locate_cohort(
+                model.dual, model.head(), cohort, masks, volumes, by=by, shifts=shifts, locator=model.locator()
+            )
         except ExplanationError as error:
             print(f"{by}: {error}")
             continue

@@ -23,7 +23,7 @@ SAME_NAME = {
     "--hu", "--index", "--label-set", "--labels", "--language", "--largest-gb", "--level", "--linkage", "--method", "--model",
     "--concepts", "--embeddings", "--masks", "--output",
     "--precision", "--processes", "--prompts", "--reader", "--reader-model", "--reports", "--seed", "--series", "--spec", "--split",
-    "--store", "--terms", "--test-split", "--train-split", "--workers", "--abnormality", "--against", "--shots", "--percent",
+    "--shifts", "--store", "--terms", "--test-split", "--train-split", "--workers", "--abnormality", "--against", "--shots", "--percent",
 }  # fmt: skip
 # Of the same name, one takes a list where another takes one value.
 LISTS = {"--shots", "--percent"}

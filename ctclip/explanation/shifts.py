@@ -1,0 +1,76 @@
+"""Finer maps by shifting the volume: an encoder's cells are moved by parts of their size, and the maps are put together.
+
+Shift-and-stitch (Long, Shelhamer and Darrell 2015, "Fully Convolutional Networks for Semantic Segmentation", section 3.2).
+Nothing is trained for it. A place gets the mean of all the cells that cover it, so that a structure smaller than a cell lies
+where the cells that contain it overlap.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from ctclip.errors import ExplanationError
+from ctclip.explanation.method import SLOW, Maps, Method, Subject
+from ctclip.models.encoded import axis_spacing
+
+
+def maps_of(looking: Method, subject: Subject, shifts: int | None = None) -> Maps:
+    """The maps of a method, with ``shifts`` positions of the cells along each axis (by default the method's own number):
+    ``shifts`` cubed times the encodings, for cells of a ``shifts``-th of the size along each axis.
+
+    Along an axis where the voxels of a cell cannot be divided like this, the next smaller number of positions is taken.
+    Raises ExplanationError if the method does not support the encoder or the head, or encodes many times by itself.
+    """
+    count = looking.shifts if shifts is None else shifts
+    if count > 1 and looking.name in SLOW:
+        raise ExplanationError(
+            f"--shifts {count}: {looking.name} encodes a scan many times by itself; leave out --shifts"
+        )
+    first = looking.maps(subject)
+    if count == 1:
+        return first
+    spacing = np.array(axis_spacing(subject.model.volume_encoder.spec))
+    voxels = [round(float(mm)) for mm in np.diag(first.affine)[:3] / spacing]
+    parts = [max(n for n in range(1, count + 1) if cell % n == 0) for cell in voxels]
+    steps = [cell // n for cell, n in zip(voxels, parts, strict=True)]
+    shape = [extent * n for extent, n in zip(first.values.shape[1:], parts, strict=True)]
+    stitched = np.empty((len(first.values), *shape), np.float32)
+    for place in itertools.product(*map(range, parts)):
+        shift = [number * step for number, step in zip(place, steps, strict=True)]
+        moved = first if not any(shift) else looking.maps(replace(subject, volume=_shifted(subject.volume, shift)))
+        z, y, x = (slice(number, None, n) for number, n in zip(place, parts, strict=True))
+        stitched[:, z, y, x] = moved.values
+    return Maps(*_means(stitched, first.affine, parts), first.notes)
+
+
+def _shifted(volume: Tensor, shift: Sequence[int]) -> Tensor:
+    """The volume (1, 1, D, H, W) that begins ``shift`` voxels later along each axis; its last voxels are repeated."""
+    z, y, x = shift
+    return F.pad(volume, (0, x, 0, y, 0, z), mode="replicate")[:, :, z:, y:, x:]
+
+
+def _means(stitched: np.ndarray, affine: np.ndarray, parts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Values (F, d, h, w) of overlapping cells, one at each of ``parts`` positions in a cell, and the affine of the cells ->
+    the mean of the cells that cover each part of a cell, and the affine of these parts."""
+    from scipy import ndimage
+
+    means = ndimage.uniform_filter(stitched, size=(1, *parts), mode="nearest")
+    fine = affine.copy()
+    for axis, count in enumerate(parts):
+        fine[:3, axis] /= count
+    # Of an even number of cells the filter gives the mean half a step before the middle one.
+    half = [0.5 * (count % 2 == 0) for count in parts]
+    fine[:3, 3] -= fine[:3, :3] @ half
+    return means, fine
+
+
+def check_shifts(shifts: object) -> None:
+    """Raise ExplanationError unless ``shifts`` is None or a whole number from 1 to 8."""
+    if shifts is not None and (isinstance(shifts, bool) or not isinstance(shifts, int) or not 1 <= shifts <= 8):
+        raise ExplanationError(f"shifts={str(shifts)[:40]}: give a whole number from 1 to 8")
