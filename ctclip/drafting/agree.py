@@ -1,7 +1,7 @@
 """Make a decoder's text agree with what it was told to write.
 
-A small decoder does not heed all that it is told. Sentences that claim something else are left out, and findings that no
-sentence states are added by a phrasing that claims nothing else.
+A small decoder does not follow all of its instructions. Sentences with other claims are left out; findings that no sentence
+states are added, in a phrasing that makes no other claim.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class Draft:
 def draft(
     encoded: Encoded, detected: Detected, writer: Writer, cleaner: Cleaner
 ) -> dict[str, tuple[DraftSentence, ...]]:
-    """The sections that ``writer`` writes of one encoded volume, with the detector's word on each claim."""
+    """The sections that ``writer`` writes of one encoded volume, with the detector's verdict on each claim."""
     written = writer.write(encoded, detected)
     return {
         section: tuple(

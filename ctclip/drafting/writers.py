@@ -26,7 +26,7 @@ from ctclip.report_reading.reader import Status
 
 SECTIONS = ("findings", "impression")
 NOTHING = "No finding reaches its threshold."
-# Nearest scans that are looked through for one with a report.
+# Number of nearest scans that are searched for one with a report.
 DEPTH = 20
 
 

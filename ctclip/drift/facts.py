@@ -20,7 +20,7 @@ AXES = ("from feet to head", "from front to back", "from right to left")
 COARSE_MM, FINE_MM = 8.0, 3.0
 # Noise is measured where soft tissue is even.
 EVEN = (-60.0, 130.0)
-# So many lines along each of the other axes are looked at.
+# Number of lines along each of the other axes in which noise is measured.
 LINES = 40
 SIDES = ("slice", "row", "column")
 # The bin of each whole HU.

@@ -24,11 +24,11 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 
 VERSION = 1
 RATE = 0.01
-# With fewer held-out patients no limit keeps even this rate, and nothing is said of any scan.
+# With fewer held-out patients no limit keeps even this rate, and no scan is flagged.
 WORST_RATE = 0.05
 FEWEST = 20
 FOLDS = 5
-# A spacing or an extent so many times beyond every one of the training scans' counts as much as a distance at its limit.
+# A spacing or extent this many times beyond all training scans counts as much as a distance at its limit.
 BEYOND = 1.2
 SOURCE, EMBEDDING = "acquisition", "embedding"
 NAMED_FACTS = 3

@@ -1,4 +1,4 @@
-"""What a learned locator says of each cell: how much likelier it is where a report states the finding.
+"""The maps of a learned locator: for each cell, how much likelier than usual a report states the finding.
 
 See ``ctclip.heads.locator``. The text of a finding is its positive prompts, or the text that is looked for. Values are
 standard deviations; cells that make the finding less likely than usual are 0.

@@ -75,7 +75,7 @@ class Prior(nn.Module):
         return denoised
 
     def scaled(self, texts: Tensor) -> Tensor:
-        """Unit vectors as a network likes them: coordinates of unit size."""
+        """Unit vectors rescaled for a network: coordinates of unit size."""
         return texts * math.sqrt(texts.shape[1])
 
     @torch.no_grad()
