@@ -187,7 +187,7 @@ def explain(
     # Not in inference mode: methods need gradients.
     places = {}
     relevance = (
-        maps_of(method(by), Subject(model, head, chosen, volume, budget, locator), shifts)
+        maps_of(method(by), Subject(model, head, chosen, volume, budget, locator), shifts, progress=True)
         if chosen
         else Maps(np.zeros((0, 1, 1, 1)), np.eye(4))
     )

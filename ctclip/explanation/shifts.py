@@ -8,7 +8,9 @@ where the cells that contain it overlap.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,13 +20,18 @@ from torch import Tensor
 from ctclip.errors import ExplanationError
 from ctclip.explanation.method import SLOW, Maps, Method, Subject
 from ctclip.models.encoded import axis_spacing
+from ctclip.preprocessing.progress import track
+
+# Maps that take longer show their progress.
+LONG_SECONDS = 10.0
 
 
-def maps_of(looking: Method, subject: Subject, shifts: int | None = None) -> Maps:
+def maps_of(looking: Method, subject: Subject, shifts: int | None = None, *, progress: bool = False) -> Maps:
     """The maps of a method, with ``shifts`` positions of the cells along each axis (by default the method's own number):
     ``shifts`` cubed times the encodings, for cells of a ``shifts``-th of the size along each axis.
 
     Along an axis where the voxels of a cell cannot be divided like this, the next smaller number of positions is taken.
+    ``progress``: show it where the maps take long.
     Raises ExplanationError if the method does not support the encoder or the head, or encodes many times by itself.
     """
     count = looking.shifts if shifts is None else shifts
@@ -32,18 +39,23 @@ def maps_of(looking: Method, subject: Subject, shifts: int | None = None) -> Map
         raise ExplanationError(
             f"--shifts {count}: {looking.name} encodes a scan many times by itself; leave out --shifts"
         )
+    began = time.perf_counter()
     first = looking.maps(subject)
     if count == 1:
         return first
+    seconds = time.perf_counter() - began
     spacing = np.array(axis_spacing(subject.model.volume_encoder.spec))
     voxels = [round(float(mm)) for mm in np.diag(first.affine)[:3] / spacing]
     parts = [max(n for n in range(1, count + 1) if cell % n == 0) for cell in voxels]
     steps = [cell // n for cell, n in zip(voxels, parts, strict=True)]
     shape = [extent * n for extent, n in zip(first.values.shape[1:], parts, strict=True)]
     stitched = np.empty((len(first.values), *shape), np.float32)
-    for place in itertools.product(*map(range, parts)):
+    places: Iterable[tuple[int, ...]] = itertools.product(*map(range, parts))
+    if progress and seconds * math.prod(parts) > LONG_SECONDS:
+        places = track(places, math.prod(parts), "mapping", "encodings")
+    for place in places:
         shift = [number * step for number, step in zip(place, steps, strict=True)]
-        moved = first if not any(shift) else looking.maps(replace(subject, volume=_shifted(subject.volume, shift)))
+        moved = looking.maps(replace(subject, volume=_shifted(subject.volume, shift))) if any(shift) else first
         z, y, x = (slice(number, None, n) for number, n in zip(place, parts, strict=True))
         stitched[:, z, y, x] = moved.values
     return Maps(*_means(stitched, first.affine, parts), first.notes)
