@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,14 +22,14 @@ from ctclip.serve.guards import Guards
 from ctclip.serve.pacs import checked
 from ctclip.serve.service import ENDED, Scan, Service
 from ctclip.serve.settings import Settings
-from ctclip.serve.uploads import BadUpload, TooLarge, receive
+from ctclip.serve.uploads import BadUpload, TooLarge, TooSlow, receive
 
 Method = Literal["learned", "similarity", "gradcam", "attention", "occlusion"]
 Words = Annotated[str, Query(max_length=500)]
 Several = Annotated[list[Words] | None, Query(max_length=100)]
 STATIC = Path(__file__).with_name("static")
 STATUS: dict[type[Exception], int] = {
-    Refused: 422, Unavailable: 503, Unknown: 404, BadUpload: 400, TooLarge: 413, extras.MissingExtra: 501,
+    Refused: 422, Unavailable: 503, Unknown: 404, BadUpload: 400, TooLarge: 413, TooSlow: 408, extras.MissingExtra: 501,
 }  # fmt: skip
 UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
     "type": "object",
@@ -78,7 +78,7 @@ def make_app(settings: Settings) -> FastAPI:
 
 async def _one_line(_: Request, error: Exception) -> Response:
     status = STATUS[type(error)]
-    headers = {"retry-after": "5"} if status == 503 else {"connection": "close"} if status == 413 else None
+    headers = {"retry-after": "5"} if status == 503 else {"connection": "close"} if status in (408, 413) else None
     return JSONResponse({"detail": str(error)}, status, headers)
 
 
@@ -87,7 +87,7 @@ async def _too_long(_: Request, error: Exception) -> Response:
 
 
 async def _upload(request: Request, service: Service) -> tuple[Scan, dict[str, str]]:
-    """Queue the scan of a multipart body; return it with the other fields."""
+    """Store the scan of a multipart body; return it with the other fields."""
     scan = service.new()
     try:
         fields = await receive(
@@ -99,11 +99,32 @@ async def _upload(request: Request, service: Service) -> tuple[Scan, dict[str, s
             scan.remote = checked(fields.get("study", "")), checked(fields.get("series", ""))
         elif scan.volume is None and not any(scan.files.iterdir()):
             raise BadUpload("no file in the upload: curl -F scan=@scan.nii.gz")
+    except OSError as error:
+        service.remove(scan)
+        raise Unavailable(f"the upload cannot be stored ({error.strerror})") from error
     except BaseException:
         service.remove(scan)
         raise
-    service.begin(scan)
     return scan, fields
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """The result of ``work``, which is cancelled when the caller, whose body has been read, hangs up."""
+
+    async def until_gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, gone = asyncio.create_task(work), asyncio.create_task(until_gone())
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Unavailable("the caller has hung up")
+        return working.result()
+    finally:
+        gone.cancel()
+        working.cancel()
+        await asyncio.wait({working})
 
 
 def _add_page(app: FastAPI) -> None:
@@ -121,6 +142,7 @@ def _add_scans(app: FastAPI, service: Service) -> None:
     async def send(request: Request) -> dict[str, Any]:
         """Send a scan, or name a volume of the store. Its progress is at `/v1/scans/{scan}/events`."""
         scan, _ = await _upload(request, service)
+        service.begin(scan)
         return scan.facts()
 
     @app.get("/v1/scans/{name}")
@@ -242,19 +264,26 @@ def _add_one_call(app: FastAPI, service: Service) -> None:
     async def answer(request: Request, task: str) -> dict[str, Any]:
         scan, fields = await _upload(request, service)
         try:
-            await service.wait(scan)
             if task == "detect" and "text" not in fields:
-                return scan.facts()
-            question = "text" if task == "detect" else task
-            given: dict[str, dict[str, Any]] = {
-                "text": {"text": fields.get("text")},
-                "similar": {"count": _count(fields)},
-                "explain": {"finding": fields.get("finding", ""), "method": None, "map": str(scan.map_of(""))},
-            }
-            reply: dict[str, Any] = await service.ask(scan, question, **given.get(question, {}))
-            return reply
+                return await _while_connected(request, scored(scan))
+            return await _while_connected(request, asked(scan, "text" if task == "detect" else task, fields))
         finally:
             service.remove(scan)
+
+    async def scored(scan: Scan) -> dict[str, Any]:
+        service.begin(scan, "scored")
+        return (await service.wait(scan)).facts()
+
+    async def asked(scan: Scan, question: str, fields: dict[str, str]) -> dict[str, Any]:
+        given: dict[str, dict[str, Any]] = {
+            "text": {"text": fields.get("text")},
+            "similar": {"count": _count(fields)},
+            "explain": {"finding": fields.get("finding", ""), "method": None, "map": str(scan.map_of(""))},
+        }
+        async with service.questions:
+            service.begin(scan, "answered")
+            reply: dict[str, Any] = await service.ask(scan, question, **given.get(question, {}))
+        return reply
 
     @app.post("/v1/detect", openapi_extra=UPLOAD)
     async def detect(request: Request) -> dict[str, Any]:

@@ -25,6 +25,9 @@ HEADERS = {
 }
 # Paths that need no token: the health check, and the page, which asks for the token.
 OPEN = ("/", "/healthz", "/favicon.ico")
+# Paths whose body is a scan, written to disk as it arrives. Of all others it is read into memory.
+UPLOADS = ("/v1/scans", "/v1/detect", "/v1/explain", "/v1/similar", "/v1/embed", "/v1/draft")
+LONGEST_BODY = 64_000
 
 
 class Guards:
@@ -60,7 +63,7 @@ class Guards:
 
     def _refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
         host = headers.get("host", "")
-        if _host_name(host) not in self.settings.hosts and "*" not in self.settings.hosts:
+        if _host_name(host) not in [name.lower() for name in self.settings.hosts] and "*" not in self.settings.hosts:
             return 421, "this host name is not allowed; start the service with --host-name to allow it"
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
@@ -68,6 +71,10 @@ class Guards:
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > self.settings.largest_bytes:
             return 413, f"the upload is larger than {self.settings.largest_gb:g} GB; --largest-gb raises the limit"
+        if path not in UPLOADS and int(length) > LONGEST_BODY:
+            return 413, f"the body of this request is limited to {LONGEST_BODY} bytes"
+        if path not in UPLOADS and "transfer-encoding" in headers:
+            return 411, "state the length of the body (Content-Length)"
         token = self.settings.token
         if token and path not in OPEN and not path.startswith("/static/"):
             given = headers.get("authorization", "").removeprefix("Bearer ")

@@ -24,22 +24,29 @@ from ctclip.preprocessing.scratch import scratch_folder
 from ctclip.serve import metrics
 from ctclip.serve.errors import Refused, Unavailable, Unknown
 from ctclip.serve.pacs import Pacs
-from ctclip.serve.settings import Settings
+from ctclip.serve.settings import Lifetime, Settings
 
 ENDED = ("done", "refused", "cancelled")
-# Upper limit of the scans remembered; larger than the number of scans in use.
+# Upper limit of the scans remembered that have ended; more than the worker keeps.
 KEPT = 64
+# Results of a scan that are kept on disk: maps, pages, DICOM objects.
+KEPT_RESULTS = 32
+# Requests to the worker that have not been answered.
+MOST_QUESTIONS = 1000
+# Deaths of the worker, one after the other, before it has loaded the model.
+MOST_DEATHS = 3
 
 
 @dataclass
 class Scan:
     """One scan of a user. ``stage``: receiving, queued, fetching, reading, encoding, done, refused or cancelled.
-    ``remote``: UIDs of the study and the series to fetch from the PACS, or None."""
+    ``remote``: UIDs of the study and the series to fetch from the PACS, or None; ``lifetime``: see ``settings``."""
 
     id: str
     folder: Path
     volume: str | None = None
     remote: tuple[str, str] | None = None
+    lifetime: Lifetime = "room"
     stage: str = "receiving"
     result: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
@@ -63,6 +70,13 @@ class Scan:
     def map_of(self, finding: str) -> Path:
         """The file of the map of a finding; its name does not reveal the finding."""
         return self.made_of([finding], "map.nii.gz")
+
+    def remove_old_results(self) -> None:
+        """Delete all but the newest results, so that questions without end do not fill the disk."""
+        with contextlib.suppress(OSError):
+            results = sorted(self.folder.glob("*-*"), key=lambda path: path.stat().st_mtime)
+            for old in results[: max(0, len(results) - KEPT_RESULTS)]:
+                old.unlink()
 
     def facts(self) -> dict[str, Any]:
         """The scan as JSON."""
@@ -90,6 +104,7 @@ class Client:
         self.pipe: Connection | None = None
         self.started = asyncio.Event()
         self.stopping = False
+        self.deaths = 0
         self.when_failed: Callable[[], None] = lambda: None
 
     def start(self) -> None:
@@ -159,23 +174,32 @@ class Client:
 
     def _deliver(self, message: dict[str, Any]) -> None:
         if "ready" in message:
-            self.facts = message["ready"]
+            self.facts, self.deaths = message["ready"], 0
             self.started.set()
         elif "failed" in message:
-            self.failed = message["failed"]
-            self.started.set()
-            self.when_failed()
+            self._fail(message["failed"])
         elif message["request"] in self.waiting:
             self.waiting[message["request"]].put_nowait(message)
 
     def _ended(self) -> None:
         if self.stopping or self.failed:
             return
-        metrics.RESTARTS.inc()
-        self.started.clear()
         for messages in self.waiting.values():
             messages.put_nowait({"died": True})
+        self.deaths += not self.started.is_set()
+        if self.deaths == MOST_DEATHS:
+            self._fail(
+                f"the model's process ended {MOST_DEATHS} times while it loaded the model; is there enough memory?"
+            )
+            return
+        metrics.RESTARTS.inc()
+        self.started.clear()
         self.start()
+
+    def _fail(self, reason: str) -> None:
+        self.failed = reason
+        self.started.set()
+        self.when_failed()
 
 
 def result_of(message: dict[str, Any]) -> Any:
@@ -196,6 +220,8 @@ class Service:
         self.client = Client(settings)
         self.folder = Path()
         self._open = contextlib.ExitStack()
+        # Scans of one question each that are in the worker at once; further ones wait on disk.
+        self.questions = asyncio.Semaphore(max(1, settings.keep // 2))
         self.pacs = Pacs(settings.dicomweb, settings.dicomweb_token) if settings.dicomweb else None
 
     async def start(self) -> None:
@@ -225,7 +251,8 @@ class Service:
         scan = Scan(name, self.folder / name, volume)
         scan.files.mkdir(parents=True, mode=0o700)
         self.scans[name] = scan
-        for old in [old for old in self.scans.values() if old.stage in ENDED][: max(0, len(self.scans) - KEPT)]:
+        ended = [old for old in self.scans.values() if old.stage in ENDED]
+        for old in ended[: max(0, len(ended) - max(KEPT, self.settings.keep))]:
             self.remove(old)
         return scan
 
@@ -245,8 +272,9 @@ class Service:
         if scan.stage not in ENDED:
             scan.move("cancelled")
 
-    def begin(self, scan: Scan) -> None:
+    def begin(self, scan: Scan, lifetime: Lifetime = "room") -> None:
         """Read and encode a scan; ``stage`` and ``changed`` report its progress."""
+        scan.lifetime = lifetime
         scan.move("queued")
         scan.task = asyncio.create_task(self._work(scan))
 
@@ -261,6 +289,9 @@ class Service:
     async def ask(self, scan: Scan, task: str, **request: Any) -> Any:
         """Ask about an encoded scan."""
         await self.wait(scan)
+        if len(self.client.waiting) > MOST_QUESTIONS:
+            raise Unavailable("too many questions are waiting; try again later")
+        scan.remove_old_results()
         return await asyncio.wait_for(self.client.ask(task=task, scan=scan.id, **request), self.settings.seconds)
 
     async def _work(self, scan: Scan) -> None:
@@ -274,7 +305,12 @@ class Service:
             async with (
                 asyncio.timeout(self.settings.seconds),
                 self.client.request(
-                    task="encode", scan=scan.id, folder=str(scan.files), view=str(scan.view), **source
+                    task="encode",
+                    scan=scan.id,
+                    lifetime=scan.lifetime,
+                    folder=str(scan.files),
+                    view=str(scan.view),
+                    **source,
                 ) as messages,
             ):
                 while "stage" in (message := await messages.get()):
@@ -289,6 +325,9 @@ class Service:
             scan.move("refused", str(error))
         except CtclipError as error:
             scan.move("refused", str(error))
+        except Exception as error:
+            # Whatever it is, nobody waits for it in vain.
+            scan.move("refused", f"an unexpected fault ({type(error).__name__})")
         finally:
             metrics.SCANS.labels(scan.stage).inc()
             metrics.SECONDS.observe(time.monotonic() - started)

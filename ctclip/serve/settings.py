@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ctclip.inference.precision import Asked
 from ctclip.preprocessing.pipeline import Reading
 
 GB = 1e9
+# How long the worker keeps an encoded scan: not beyond its scores; until the one question that came with it is answered; or
+# as long as there is room.
+Lifetime = Literal["scored", "answered", "room"]
 
 
 @dataclass(frozen=True)

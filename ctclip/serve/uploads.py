@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -13,6 +15,9 @@ from python_multipart.multipart import parse_options_header
 from ctclip.errors import CtclipError
 
 MOST_FILES = 20_000
+MOST_FIELDS = 20
+# A sender that is slower holds a place in the queue and gives nothing for it.
+IDLE_SECONDS, GRACE_SECONDS, LEAST_BYTES_A_SECOND = 30, 60, 50_000
 LONGEST_FIELD = 4096
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -25,8 +30,12 @@ class TooLarge(CtclipError):
     """The body is over the limit."""
 
 
+class TooSlow(CtclipError):
+    """The body arrives too slowly."""
+
+
 async def receive(content_type: str, body: AsyncIterator[bytes], folder: Path, largest: int) -> dict[str, str]:
-    """Write the files of a multipart body into ``folder``; returns its other fields. Raises BadUpload, TooLarge."""
+    """Write the files of a multipart body into ``folder``; returns its other fields. Raises BadUpload, TooLarge, TooSlow."""
     kind, options = parse_options_header(content_type)
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise BadUpload("send the scan as multipart/form-data: curl -F scan=@scan.nii.gz")
@@ -34,7 +43,7 @@ async def receive(content_type: str, body: AsyncIterator[bytes], folder: Path, l
     parser = MultipartParser(options[b"boundary"], parts.callbacks())
     received = 0
     try:
-        async for chunk in body:
+        async for chunk in _fast_enough(body):
             received += len(chunk)
             if received > largest:
                 raise TooLarge(f"the upload is larger than {largest / 1e9:g} GB; --largest-gb raises the limit")
@@ -47,6 +56,23 @@ async def receive(content_type: str, body: AsyncIterator[bytes], folder: Path, l
     finally:
         parts.close()
     return parts.fields
+
+
+async def _fast_enough(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The chunks of ``body``. Raises TooSlow."""
+    chunks, began, received = aiter(body), time.monotonic(), 0
+    while True:
+        try:
+            chunk = await asyncio.wait_for(anext(chunks), IDLE_SECONDS)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise TooSlow(f"nothing of the upload arrived for {IDLE_SECONDS} seconds") from None
+        received += len(chunk)
+        elapsed = time.monotonic() - began
+        if elapsed > GRACE_SECONDS and received < LEAST_BYTES_A_SECOND * elapsed:
+            raise TooSlow(f"the upload is slower than {LEAST_BYTES_A_SECOND / 1000:.0f} kB a second")
+        yield chunk
 
 
 class _Parts:
@@ -113,6 +139,8 @@ class _Parts:
 
     def _part_end(self) -> None:
         if self._file is None and self._field:
+            if len(self.fields) == MOST_FIELDS:
+                raise BadUpload(f"more than {MOST_FIELDS} fields")
             self.fields[self._field] = self._text.decode("utf-8", "replace")
         self.close()
 

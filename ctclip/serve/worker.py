@@ -5,9 +5,9 @@ It exchanges plain dictionaries with the service over a pipe; ``Client`` in ``se
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from isal import igzip
+from torch import Tensor
 
 from ctclip.drift.facts import Source
 from ctclip.errors import CtclipError
@@ -36,19 +37,13 @@ from ctclip.preprocessing.volume import FileGrid, Volume
 from ctclip.serve.drafts import Drafts
 from ctclip.serve.exports import write_dicom, write_sheet
 from ctclip.serve.findings import of_detection, of_model
+from ctclip.serve.memory import EncodedScan, Memory
 from ctclip.serve.settings import Settings
 
 Request = dict[str, Any]
 READERS = 2
-
-
-@dataclass
-class Scan:
-    """A scan in memory: encoded, and prepared. ``volume``: its name in the store, if it is from there."""
-
-    encoded: Encoded
-    prepared: Prepared
-    volume: str | None = None
+# Questions that are answered in milliseconds.
+QUICK = ("text", "similar", "embed")
 
 
 @dataclass
@@ -61,8 +56,8 @@ class Ready:
 
 
 class Worker:
-    """Reads in ``READERS`` threads, encodes in one thread and answers in another, so that questions do not wait for
-    scans."""
+    """Reads in ``READERS`` threads, encodes in one thread, and answers in two others, so that questions do not wait for
+    scans, nor quick ones for slow ones."""
 
     def __init__(self, pipe: Connection, settings: Settings) -> None:
         self.pipe, self.settings = pipe, settings
@@ -72,8 +67,9 @@ class Worker:
         self.index = Index.load(settings.index, self.model.folder.hash) if settings.index else None
         self.head = self.model.head()
         self.drafts = Drafts(self.model, self.head, self.index)
-        self.scans: OrderedDict[str, Scan] = OrderedDict()
-        self.cancelled: set[str] = set()
+        self.scans = Memory(settings.keep)
+        # Held by what uses the layers of the volume encoder in a way that would disturb others.
+        self.encoding = threading.Lock()
         self.ready: queue.Queue[Ready] = queue.Queue(maxsize=2 * settings.batch)
         self.answers: dict[str, Callable[[Request], Any]] = {
             "text": self.text, "similar": self.similar, "embed": self.embed, "explain": self.explain,
@@ -89,7 +85,11 @@ class Worker:
             "draft": self.drafts.method,
         }
         self.send(0, ready=facts)
-        with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as answering:
+        with (
+            ThreadPoolExecutor(READERS) as readers,
+            ThreadPoolExecutor(1) as quick,
+            ThreadPoolExecutor(1) as slow,
+        ):
             while True:
                 try:
                     request = self.pipe.recv()
@@ -97,11 +97,12 @@ class Worker:
                     readers.shutdown(wait=False, cancel_futures=True)
                     return
                 if request["task"] == "forget":
-                    self.cancelled.add(request["scan"])
-                    self.scans.pop(request["scan"], None)
+                    self.scans.forget(request["scan"])
                 elif request["task"] == "encode":
+                    self.scans.begin(request["scan"])
                     readers.submit(self._guarded, self._read, request)
                 else:
+                    answering = quick if request["task"] in QUICK else slow
                     answering.submit(self._guarded, self._answer, request)
 
     def send(self, number: int, **message: Any) -> None:
@@ -111,7 +112,7 @@ class Worker:
 
     def text(self, request: Request) -> dict[str, Any]:
         """The score of a text."""
-        detection = self.model.detection(self._scan(request).encoded, self._head_for(request["text"]), "")
+        detection = self.model.detection(self.scans.get(request["scan"]).encoded, self._head_for(request["text"]), "")
         return of_detection(detection)["findings"][0]  # type: ignore[no-any-return]
 
     def explain(self, request: Request) -> dict[str, Any]:
@@ -127,7 +128,7 @@ class Worker:
 
     def dicom(self, request: Request) -> None:
         """A zip of DICOM objects on the series that was sent: of ``findings``, or of those at or above their threshold."""
-        encoded = self._scan(request).encoded
+        encoded = self.scans.get(request["scan"]).encoded
         with torch.inference_mode():
             probabilities = self.head.probabilities(self.head.score(encoded).float())[0].tolist()
         thresholds = self.head.thresholds()
@@ -136,7 +137,7 @@ class Worker:
 
     def sheet(self, request: Request) -> None:
         """One page as PDF, with the place of ``finding``, if one is given."""
-        scan, facts = self._scan(request), self.model.folder.trained_on
+        scan, facts = self.scans.get(request["scan"]), self.model.folder.trained_on
         detection = self.model.detection(scan.encoded, self.head, "", scan.prepared.warnings)
         finding = request["finding"]
         place = next(iter(self._explained(request, [finding]).places.values())) if finding else None
@@ -152,13 +153,15 @@ class Worker:
         """``findings``: names that the head scores, none, or one text of any words."""
         asked = next((name for name in findings if name not in self.head.names), None)
         head = self.head if asked is None else self._head_for(asked)
+        method = by or self.model.method()
         if asked is not None and len(findings) > 1:
             raise CtclipError(f"{asked[:60]!r}: no finding of this model; words of one's own are located one at a time")
-        return explain(
-            self.model.dual, head, self._scan(request).prepared, findings if asked is None else head.names[:1], scan="the scan",
-            model_hash=self.model.folder.hash, model_name=self.model.folder.path.name,
-            by=by or self.model.method(), locator=self.model.locator(),
-        )  # fmt: skip
+        # Attention is read from the layers while they compute: not while they encode another scan.
+        with self.encoding if method == "attention" else contextlib.nullcontext():
+            return explain(
+                self.model.dual, head, self.scans.get(request["scan"]).prepared, findings if asked is None else head.names[:1], scan="the scan",
+                model_hash=self.model.folder.hash, model_name=self.model.folder.path.name, by=method, locator=self.model.locator(),
+            )  # fmt: skip
 
     def _head_for(self, words: str) -> Head:
         """A head that scores ``words`` by templates of the model's prompts."""
@@ -172,7 +175,7 @@ class Worker:
         if self.index is None:
             raise CtclipError("the service was started without an index: start it with --index")
         vector = self._embedding(request)
-        patient = self._patient(self._scan(request))
+        patient = self._patient(self.scans.get(request["scan"]))
         every = {}
         for kind, reports in {"scans": False, "reports": True}.items():
             hits = self.index.similar(vector, request["count"], reports=reports)
@@ -182,7 +185,7 @@ class Worker:
 
     def draft(self, request: Request) -> dict[str, Any]:
         """The draft of a report. The reports of the patient of a stored volume are not copied."""
-        scan = self._scan(request)
+        scan = self.scans.get(request["scan"])
         return self.drafts.of(scan.encoded, self._patient(scan))
 
     def embed(self, request: Request) -> dict[str, Any]:
@@ -190,20 +193,12 @@ class Worker:
         return {"embedding": self._embedding(request).tolist(), "model": self.model.folder.hash}
 
     def _embedding(self, request: Request) -> np.ndarray:
-        embedding = self._scan(request).encoded.embedding
+        embedding = self.scans.get(request["scan"]).encoded.embedding
         assert embedding is not None
         vector: np.ndarray = embedding[0].float().cpu().numpy()
         return vector
 
-    def _scan(self, request: Request) -> Scan:
-        try:
-            return self.scans[request["scan"]]
-        except KeyError:
-            raise CtclipError(
-                f"the scan is no longer in memory (the service keeps {self.settings.keep}); send it again"
-            ) from None
-
-    def _patient(self, scan: Scan) -> str | None:
+    def _patient(self, scan: EncodedScan) -> str | None:
         """The patient of a volume of the store; of a scan that was sent, nothing is known."""
         if self.store is None or scan.volume is None:
             return None
@@ -214,7 +209,7 @@ class Worker:
         self.send(request["request"], result=self.answers[request["task"]](request))
 
     def _read(self, request: Request) -> None:
-        if request["scan"] in self.cancelled:
+        if self._is_cancelled(request):
             return
         self.send(request["request"], stage="reading")
         if "volume" in request:
@@ -247,30 +242,43 @@ class Worker:
             several = [self.ready.get()]
             while len(several) < self.settings.batch and not self.ready.empty():
                 several.append(self.ready.get())
-            several = [one for one in several if one.request["scan"] not in self.cancelled]
+            several = [one for one in several if not self._is_cancelled(one.request)]
             if several:
-                self._guarded_encoding(several)
-
-    def _guarded_encoding(self, several: list[Ready]) -> None:
-        try:
-            self._encode(several)
-        except Exception as error:
-            for one in several:
-                self._fail(one.request, error)
+                self._encode(several)
 
     def _encode(self, several: list[Ready]) -> None:
-        voxels = torch.from_numpy(np.stack([one.prepared.voxels for one in several]))[:, None]
-        together = self.model.encode(voxels)
+        try:
+            voxels = torch.from_numpy(np.stack([one.prepared.voxels for one in several]))[:, None]
+            with self.encoding:
+                together = self.model.encode(voxels)
+        except Exception as error:
+            if len(several) == 1:
+                self._fail(several[0].request, error)
+                return
+            # The fault of one scan is not that of the others.
+            for one in several:
+                self._encode([one])
+            return
         for number, one in enumerate(several):
-            encoded = alone(together, number)
-            scan = one.request["scan"]
-            self.scans[scan] = Scan(encoded, one.prepared, one.request.get("volume"))
-            while len(self.scans) > self.settings.keep:
-                self.scans.popitem(last=False)
-            far = self.model.drift(one.prepared, encoded, one.source)
-            detection = self.model.detection(encoded, self.head, "", [*one.prepared.warnings, *far])
-            result = of_detection(detection) | {"dicom": bool(one.prepared.headers)}
-            self.send(one.request["request"], result=result)
+            try:
+                self._score(one, alone(together, number))
+            except Exception as error:
+                self._fail(one.request, error)
+
+    def _score(self, one: Ready, encoded: Encoded) -> None:
+        request, prepared = one.request, one.prepared
+        far = self.model.drift(prepared, encoded, one.source)
+        detection = self.model.detection(encoded, self.head, "", [*prepared.warnings, *far])
+        result = of_detection(detection) | {"dicom": bool(prepared.headers)}
+        self.scans.add(request["scan"], EncodedScan(encoded, prepared, request.get("volume"), request["lifetime"]))
+        self.send(request["request"], result=result)
+        self.scans.finish(request["scan"])
+
+    def _is_cancelled(self, request: Request) -> bool:
+        cancelled = self.scans.cancelled(request["scan"])
+        if cancelled:
+            self.scans.finish(request["scan"])
+        return cancelled
 
     def _guarded(self, deed: Callable[[Request], None], request: Request) -> None:
         try:
@@ -279,22 +287,21 @@ class Worker:
             self._fail(request, error)
 
     def _fail(self, request: Request, error: Exception) -> None:
-        known = isinstance(error, CtclipError | PreprocessingError | OSError)
-        line = " ".join(str(error).split()) if known else f"an unexpected fault ({type(error).__name__})"
+        if isinstance(error, CtclipError | PreprocessingError):
+            line = " ".join(str(error).split())
+        else:
+            # The text of another error may name a path of the service.
+            line = f"an unexpected fault ({getattr(error, 'strerror', None) or type(error).__name__})"
         # Do not reveal the folder of the upload.
         line = line.replace(f"{request.get('folder', '')}/", "") if request.get("folder") else line
         self.send(request["request"], refused=line[:500])
+        if request["task"] == "encode":
+            self.scans.finish(request["scan"])
 
 
 def alone(together: Encoded, number: int) -> Encoded:
-    """One volume of an encoded batch."""
-    part = slice(number, number + 1)
-    return together._replace(
-        tokens=together.tokens[part],
-        pooled=together.pooled[part],
-        real=None if together.real is None else together.real[part],
-        embedding=None if together.embedding is None else together.embedding[part],
-    )
+    """One volume of an encoded batch, in memory of its own: a view would hold the whole batch."""
+    return Encoded(*[part.clone() if isinstance(part, Tensor) else part for part in together.one(number)])
 
 
 def stored(store: VolumeStore, name: str) -> Prepared:

@@ -10,8 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from ctclip.serve import uploads
 from ctclip.serve.service import scan_in
-from ctclip.serve.uploads import BadUpload, TooLarge, receive, safe_name
+from ctclip.serve.uploads import BadUpload, TooLarge, TooSlow, receive, safe_name
 
 
 def body_of(files: list[tuple[str, bytes]], fields: dict[str, str] | None = None) -> tuple[str, bytes]:
@@ -94,3 +95,27 @@ def test_the_scan_among_its_files(tmp_path: Path, names: list[str], scan: str) -
     for name in names:
         (tmp_path / name).touch()
     assert scan_in(tmp_path) == tmp_path / scan
+
+
+def test_fields_without_end_are_refused(tmp_path: Path) -> None:
+    kind, body = body_of([("a", b"x")], {f"field {number}": "x" for number in range(30)})
+    with pytest.raises(BadUpload, match="more than 20 fields"):
+        received(kind, body, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason"), [("IDLE_SECONDS", "nothing of the upload"), ("GRACE_SECONDS", "slower than 50 kB")]
+)
+def test_a_sender_that_keeps_the_service_waiting_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, reason: str
+) -> None:
+    kind, body = body_of([("a.nii", bytes(5000))])
+    monkeypatch.setattr(uploads, limit, 0.05)
+
+    async def slow() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 500):
+            await asyncio.sleep(0.02 if limit == "GRACE_SECONDS" else 1)
+            yield body[start : start + 500]
+
+    with pytest.raises(TooSlow, match=reason):
+        asyncio.run(receive(kind, slow(), tmp_path, 10**9))
