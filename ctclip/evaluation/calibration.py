@@ -8,11 +8,12 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from ctclip.errors import EvaluationError
+from ctclip.evaluation.calibration_interval import Covariance, checked_covariance, line_covariance, probability_limits
 from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import write_text
 
@@ -23,13 +24,19 @@ FALLING = "the margins of the calibration split do not rise with the label"
 
 @dataclass(frozen=True)
 class Line:
-    """probability = sigmoid(slope * margin + intercept); ``threshold`` on that probability."""
+    """probability = sigmoid(slope * margin + intercept); ``threshold`` on that probability; ``covariance`` of slope and
+    intercept (see ``line_covariance``), None in files before 1.1 and for a slope that labels share."""
 
     slope: float
     intercept: float
     threshold: float
     positives: int
     n: int
+    covariance: Covariance | None = None
+
+    def limits(self, margins: np.ndarray) -> np.ndarray:
+        """margins (n,) -> (n, 2): 95 % interval of their probabilities, NaN without a covariance."""
+        return probability_limits(margins, self.slope, self.intercept, self.covariance)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,14 @@ class Calibration:
         intercepts = [0.0 if line is None else line.intercept for line in lines]
         return np.array(slopes, "f4"), np.array(intercepts, "f4")
 
+    def limits(self, names: Sequence[str], margins: np.ndarray) -> np.ndarray:
+        """margins (n, names) -> (n, names, 2): 95 % intervals of the probabilities, NaN where none is known."""
+        limits = np.full((*margins.shape, 2), np.nan)
+        for index, name in enumerate(names):
+            if name in self.lines:
+                limits[:, index] = self.lines[name].limits(margins[:, index])
+        return limits
+
     def covers(self, names: Sequence[str]) -> bool:
         """Whether every one of ``names`` was fitted."""
         return all(name in self.lines for name in names)
@@ -81,10 +96,7 @@ class Calibration:
         """
         try:
             values = plain_json.loads(path.read_text(encoding="utf-8"))
-            lines = {str(name): Line(**line) for name, line in values.pop("lines").items()}
-            numbers = [value for line in lines.values() for value in (line.slope, line.intercept, line.threshold)]
-            if not np.isfinite(np.array(numbers, dtype=float)).all():
-                raise ValueError("a slope, intercept or threshold is not a finite number")
+            lines = {str(name): _line(facts) for name, facts in values.pop("lines").items()}
             uncalibrated = dict(values.pop("uncalibrated", {}))
             patients = tuple(values.pop("patients", ()))
             uncalibrated |= {name: FALLING for name, line in lines.items() if line.slope <= 0}
@@ -94,6 +106,15 @@ class Calibration:
             return cls(**values, lines=rising, patients=patients, uncalibrated=uncalibrated)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise EvaluationError(f"{path}: not a calibration file ({error}); `ctclip calibrate` writes one") from error
+
+
+def _line(facts: dict[str, Any]) -> Line:
+    """A line of a file. Raises ValueError, TypeError or AttributeError for one that is damaged."""
+    covariance = facts.get("covariance")
+    line = Line(**facts | {"covariance": None if covariance is None else checked_covariance(covariance)})
+    if not np.isfinite(np.array([line.slope, line.intercept, line.threshold], dtype=float)).all():
+        raise ValueError("a slope, intercept or threshold is not a finite number")
+    return line
 
 
 def digest(patient: str, salt: str = "") -> str:
@@ -147,7 +168,9 @@ def fit_calibration(
             uncalibrated[name] = FALLING
             continue
         threshold = best_threshold(truth, expit(slope * margin + intercept))
-        lines[name] = Line(slope, intercept, threshold, int(truth.sum()), len(truth))
+        # A slope that labels share says nothing of how far off one label's probabilities are.
+        covariance = None if shared else line_covariance(margin, truth, people[known[:, index]], slope, intercept)
+        lines[name] = Line(slope, intercept, threshold, int(truth.sum()), len(truth), covariance)
     if not lines:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(uncalibrated.items())[:3])
         raise EvaluationError(f"no label can be calibrated ({reasons}): take a larger calibration split")

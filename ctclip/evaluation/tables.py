@@ -1,7 +1,7 @@
 """The prediction table and the embedding table, the only coupling between inference and evaluation.
 
 One row a volume each. A prediction table holds a probability a finding, its margin (positive minus negative logit,
-before calibration), graded findings as ``value:name [unit]``, and the model (with its training data), preprocessing
+before calibration), the limits of the probability's 95 % interval if it is calibrated, graded findings as ``value:name [unit]``, and the model (with its training data), preprocessing
 spec and prompts that they come from.
 """
 
@@ -31,12 +31,14 @@ ID_COLUMNS = ("volume", "VolumeName", "NoteAcc_DEID")
 IDS = (*IDENTITY, *ID_COLUMNS[1:])
 MARGIN = "margin:"
 VALUE = "value:"
+LIMITS = ("lower:", "upper:")
+NUMBERS = (MARGIN, VALUE, *LIMITS)
 
 
 def check_names(names: Sequence[str]) -> None:
     """Raise EvaluationError if a finding has the name of another column of a prediction table."""
     for name in names:
-        if name in (*IDENTITY, *PROVENANCE) or name.startswith((MARGIN, VALUE)):
+        if name in (*IDENTITY, *PROVENANCE) or name.startswith(NUMBERS):
             raise EvaluationError(f"{name!r} cannot name a finding: prediction tables have a column of that name")
 
 
@@ -47,6 +49,7 @@ def prediction_table(
     margins: np.ndarray,
     values: dict[str, np.ndarray],
     *,
+    intervals: np.ndarray | None = None,
     model: str,
     spec: str,
     supervision: str = "",
@@ -56,12 +59,19 @@ def prediction_table(
     precision: str = "",
     adapted_on: np.ndarray | None = None,
 ) -> pd.DataFrame:
-    """identity: columns volume, patient, scan, warnings; probabilities, margins (volumes, names); values: graded
-    findings, "name [unit]" to (volumes,); adapted_on (volumes,): 1 where model or head were fitted to labels of the
+    """identity: columns volume, patient, scan, warnings; probabilities, margins (volumes, names); intervals (volumes,
+    names, 2) of the probabilities, NaN for names without one; values: graded findings, "name [unit]" to (volumes,); adapted_on (volumes,): 1 where model or head were fitted to labels of the
     volume's patient, None where nothing was fitted."""
     table = identity.loc[:, list(IDENTITY)].reset_index(drop=True)
     scores = pd.DataFrame(probabilities, columns=names)
     logits = pd.DataFrame(margins, columns=[f"{MARGIN}{name}" for name in names])
+    known = (
+        [] if intervals is None else [index for index in range(len(names)) if np.isfinite(intervals[:, index]).all()]
+    )
+    limits = pd.DataFrame(
+        {f"{limit}{names[index]}": intervals[:, index, side] for index in known for side, limit in enumerate(LIMITS)},
+        index=table.index,
+    )
     graded = pd.DataFrame({f"{VALUE}{name}": column for name, column in values.items()}, index=table.index)
     provenance = pd.DataFrame({
         "model": model, "supervision": supervision, "trained_on": trained_on, "spec": spec, "prompts": prompts,
@@ -69,7 +79,7 @@ def prediction_table(
     })  # fmt: skip
     if adapted_on is not None:
         provenance.insert(len(provenance.columns) - 1, "adapted_on", adapted_on.astype(int))
-    return pd.concat([table, scores, logits, graded, provenance], axis=1)
+    return pd.concat([table, scores, logits, limits, graded, provenance], axis=1)
 
 
 def embedding_table(volumes: list[str], **embeddings: np.ndarray) -> pa.Table:
@@ -118,16 +128,14 @@ def read_predictions(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[s
             raise EvaluationError(f"{path}: column {name!r} is missing; `ctclip zero-shot` writes prediction tables")
         if (table[name] == "").any():
             raise EvaluationError(f"{path}: column {name!r} is empty in places; every row needs {', '.join(IDENTITY)}")
-    names = [
-        str(c) for c in table.columns if c not in (*IDENTITY, *PROVENANCE) and not str(c).startswith((MARGIN, VALUE))
-    ]
+    names = [str(c) for c in table.columns if c not in (*IDENTITY, *PROVENANCE) and not str(c).startswith(NUMBERS)]
     if not names:
         raise EvaluationError(f"{path}: has no column of scores")
     table["volume"] = table["volume"].map(without_suffix)
     if table["volume"].duplicated().any():
         twice = table["volume"][table["volume"].duplicated()].iloc[0]
         raise EvaluationError(f"{path}: volume {twice!r} is listed twice; keep one row per volume")
-    for name in table.columns[table.columns.str.startswith((MARGIN, VALUE)) | table.columns.isin(names)]:
+    for name in table.columns[table.columns.str.startswith(NUMBERS) | table.columns.isin(names)]:
         table[name] = _numbers(path, table[name])
     scores = table[names]
     if ((scores < 0) | (scores > 1)).any().any():

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
@@ -86,6 +87,13 @@ class Head(ABC):
             return scores.sigmoid()
         slope, intercept = self.calibration.of(self.names)
         return (scores * torch.as_tensor(slope).to(scores) + torch.as_tensor(intercept).to(scores)).sigmoid()
+
+    def intervals(self, scores: Tensor) -> np.ndarray:
+        """Scores (n, names) -> (n, names, 2) float64: 95 % intervals of the calibrated probabilities, NaN where there is none."""
+        margins = scores.detach().double().cpu().numpy()
+        if self.calibration is None:
+            return np.full((*margins.shape, 2), np.nan)
+        return self.calibration.limits(self.names, margins)
 
     def thresholds(self) -> dict[str, float]:
         """The decision threshold on the probability of each calibrated name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -177,6 +178,11 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             margins=dict(zip(names, scores[0].tolist(), strict=True)),
             values=dict(zip(scorer.values_of, values[0].tolist(), strict=True)),
             thresholds=scorer.thresholds(),
+            intervals={
+                name: (low, high)
+                for name, (low, high) in zip(names, scorer.intervals(scores)[0].tolist(), strict=True)
+                if math.isfinite(low)
+            },
             calibrated=calibrated(scorer),
             model=self.folder.hash,
             spec=self.spec.hash,

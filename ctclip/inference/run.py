@@ -229,7 +229,7 @@ def _scored(
     identity = scans.table.iloc[indices].loc[:, ["volume", "patient", "scan"]].assign(warnings=warnings)
     table = prediction_table(
         identity, list(head.names), probabilities.cpu().numpy(), scores.cpu().numpy(),
-        dict(zip(head.values_of, values.cpu().numpy().T, strict=True)), **provenance(loaded, head),
+        dict(zip(head.values_of, values.cpu().numpy().T, strict=True)), intervals=head.intervals(scores), **provenance(loaded, head),
         adapted_on=adapted_on(adaptations(loaded, head), identity["patient"]),
     )  # fmt: skip
     if reports:

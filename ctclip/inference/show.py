@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from ctclip.evaluation.tables import LIMITS
 from ctclip.labels import named
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 NOTE = "zero-shot, not for diagnosis"
 ABOVE = "* at or above the threshold of the calibration split"
+INTERVAL = "95% interval"
 APART = "not calibrated, not comparable with those above:"
 MOST_SCANS = 6
 
@@ -22,7 +24,7 @@ MOST_SCANS = 6
 @dataclass(frozen=True)
 class Detection:
     """The result for one scan: ``probabilities`` and ``margins`` by abnormality, graded ``values`` (the size of a
-    finding if it is present), ``thresholds`` of calibrated findings, warnings, hashes of model and spec, and the
+    finding if it is present), ``thresholds`` and 95 % ``intervals`` of calibrated findings, warnings, hashes of model and spec, and the
     model's training data (``trained_on``).
 
     Prints as a table, and shows as one in a notebook.
@@ -38,6 +40,7 @@ class Detection:
     thresholds: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     trained_on: str = ""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def ranked(self) -> list[tuple[str, float]]:
         """Abnormalities, the most likely first. Uncalibrated ones follow the calibrated ones, because their
@@ -45,11 +48,20 @@ class Detection:
         return sorted(self.probabilities.items(), key=lambda item: (item[0] not in self.thresholds, -item[1]))
 
     def frame(self) -> pd.DataFrame:
-        """A table of probability, margin and threshold (NaN if unknown), one row per abnormality, the most likely
-        first."""
-        names = [name for name, _ in self.ranked()]
-        rows = {n: [self.probabilities[n], self.margins[n], self.thresholds.get(n, float("nan"))] for n in names}
-        return pd.DataFrame.from_dict(rows, orient="index", columns=["probability", "margin", "threshold"])
+        """A table of probability, its 95 % interval (``lower``, ``upper``), margin and threshold (NaN if unknown), one row per
+        abnormality, the most likely first."""
+        unknown = float("nan")
+        rows = {
+            name: [
+                p,
+                *self.intervals.get(name, (unknown, unknown)),
+                self.margins[name],
+                self.thresholds.get(name, unknown),
+            ]
+            for name, p in self.ranked()
+        }
+        columns = ["probability", "lower", "upper", "margin", "threshold"]
+        return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
     def above(self, name: str) -> bool:
         """Whether an abnormality, by its name in any case and spacing, is calibrated and its probability reaches the
@@ -59,13 +71,14 @@ class Detection:
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.probabilities)
-        lines = [self._title(), f"{'':<{width}}  probability   margin"]
+        spread = f"{INTERVAL:>16}  " if self.intervals else ""
+        lines = [self._title(), f"{'':<{width}}  probability  {spread} margin"]
         for number, (name, p) in enumerate(self.ranked()):
             mark = "*" if self.above(name) else " "
             if number == len(self.thresholds) > 0:
                 lines.append(APART)
             lines.append(
-                f"{name:<{width}}  {p:>11.1%}{mark}{self.margins[name]:>+8.2f}  {'█' * round(20 * p)}".rstrip()
+                f"{name:<{width}}  {p:>11.1%}{mark} {self._interval(name):>{len(spread)}}{self.margins[name]:>+7.2f}  {'█' * round(20 * p)}".rstrip()
             )
         lines += [f"{name}: {value:.1f} if present" for name, value in self.values.items()]
         lines += [ABOVE] if self.thresholds else []
@@ -77,11 +90,11 @@ class Detection:
 
     def _repr_html_(self) -> str:
         bar = "<div style='background:#2f6f9f;height:.7em;width:{:.0f}px'></div>"
-        apart = f"<tr><td colspan='4' style='text-align:left'><i>{APART}</i></td></tr>"
+        apart = f"<tr><td colspan='5' style='text-align:left'><i>{APART}</i></td></tr>"
         rows = "".join(
             f"{apart if number == len(self.thresholds) > 0 else ''}"
             f"<tr><td style='text-align:left'>{escape(name)}</td><td>{p:.1%}{' *' if self.above(name) else ''}</td>"
-            f"<td>{self.margins[name]:+.2f}</td><td style='text-align:left'>{bar.format(120 * p)}</td></tr>"
+            f"<td>{self._interval(name)}</td><td>{self.margins[name]:+.2f}</td><td style='text-align:left'>{bar.format(120 * p)}</td></tr>"
             for number, (name, p) in enumerate(self.ranked())
         )
         notes = [f"{name}: {value:.1f} if present" for name, value in self.values.items()]
@@ -90,11 +103,19 @@ class Detection:
         notes += [f"Warning: {text}" for text in self.warnings]
         return (
             f"<b>{escape(self._title())}</b><table><tr><th style='text-align:left'>abnormality</th><th>probability</th>"
-            f"<th>margin</th><th></th></tr>{rows}</table>{''.join(f'<p>{escape(note)}</p>' for note in notes)}"
+            f"<th>{INTERVAL if self.intervals else ''}</th><th>margin</th><th></th></tr>{rows}</table>{''.join(f'<p>{escape(note)}</p>' for note in notes)}"
         )
+
+    def _interval(self, name: str) -> str:
+        return interval_words(*self.intervals[name]) if name in self.intervals else ""
 
     def _title(self) -> str:
         return f"{self.scan} ({self.calibrated}; {NOTE})"
+
+
+def interval_words(low: float, high: float) -> str:
+    """Limits of a probability as text."""
+    return f"{low:.1%} to {high:.1%}"
 
 
 def calibrated(head: Head) -> str:
@@ -123,6 +144,7 @@ def table_of(table: pd.DataFrame, head: Head, volumes: int) -> None:
     for name in scans["volume"]:
         grid.add_column(plain(str(name)), justify="right", overflow="fold")
     if len(scans) == 1:
+        grid.add_column(INTERVAL, justify="right")
         grid.add_column("margin", justify="right")
     known = head.thresholds()
     for number, name in enumerate(
@@ -133,6 +155,8 @@ def table_of(table: pd.DataFrame, head: Head, volumes: int) -> None:
             grid.add_row(f"[italic]{APART}[/italic]")
         cells = [f"{value:.2f}{'*' if value >= known.get(name, 2) else ' '}" for value in scans[name]]
         if len(scans) == 1:
+            limits = [f"{limit}{name}" for limit in LIMITS]
+            cells.append(interval_words(*scans[limits].iloc[0]) if limits[0] in scans else "")
             cells.append(f"{scans[f'margin:{name}'].iloc[0]:+.2f}")
         grid.add_row(plain(name), *cells)
     for name in [name for name in scans.columns if name.startswith("value:")]:

@@ -26,9 +26,9 @@ def table(result: dict[str, Any]) -> str:
     """The findings of a scan as CSV, safe to open in a spreadsheet."""
     lines = io.StringIO()
     writer = csv.writer(lines)
-    writer.writerow(["finding", "probability", "margin", "threshold", "model"])
+    writer.writerow(["finding", "probability", "lower", "upper", "margin", "threshold", "model"])
     for entry in result["findings"]:
-        numbers = [entry["probability"], entry["margin"], entry["threshold"]]
+        numbers = [entry["probability"], *(entry["interval"] or ("", "")), entry["margin"], entry["threshold"]]
         writer.writerow([guarded(entry["name"]), *numbers, result["model"]])
     return lines.getvalue()
 
@@ -80,8 +80,8 @@ def _findings(figure: Any, result: dict[str, Any], top: float) -> float:
     every = result["findings"]
     entries = every[:MOST_FINDINGS]
     step = min(0.021, (top - 0.2) / (len(entries) + 2))
-    columns = (0.07, 0.52, 0.66, 0.80)
-    for x, head in zip(columns, ("finding", "probability", "threshold", ""), strict=True):
+    columns = (0.07, 0.45, 0.56, 0.71, 0.82)
+    for x, head in zip(columns, ("finding", "probability", "95 % interval", "threshold", ""), strict=True):
         figure.text(x, top - step, head, fontsize=8.5, color="#444444")
     y = top - step
     for entry in entries:
@@ -91,6 +91,7 @@ def _findings(figure: Any, result: dict[str, Any], top: float) -> float:
         cells = (
             entry["name"][:60],
             f"{100 * entry['probability']:.1f} %",
+            "{:.1f} to {:.1f} %".format(*(100 * limit for limit in entry["interval"])) if entry["interval"] else "",
             threshold,
             "above threshold" if entry["above"] else "",
         )

@@ -52,6 +52,7 @@ def _finding(detection: Detection, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "probability": detection.probabilities[name],
+        "interval": detection.intervals.get(name),
         "margin": detection.margins[name],
         "threshold": detection.thresholds.get(name),
         "distance": _distance(detection, name),

@@ -8,6 +8,8 @@ let turn = 0;         // counts the scans that were chosen: what arrives late fo
 let sending = null;   // the request that sends one
 let started = null;   // the viewer, created on first use
 let caveats = [];     // what the top of the page says already
+// The calibration's own uncertainty, and no more than that.
+const INTERVAL = " Below each probability (on the scale: the line) is its 95 % confidence interval: how exactly it is known from the patients that the model was calibrated on. It holds for patients like them.";
 let mapped = null;    // the finding whose map lies over the scan
 
 async function call(path, options = {}) {
@@ -74,7 +76,8 @@ function send(form) {
     if (token) request.setRequestHeader("authorization", `Bearer ${token}`);
     request.upload.onprogress = (event) => say(`sending: ${Math.round(event.loaded / 1e6)} of ${Math.round(event.total / 1e6)} MB`, event.loaded / event.total);
     request.onload = () => {
-      const answer = JSON.parse(request.responseText || "{}");
+      let answer = {};
+      try { answer = JSON.parse(request.responseText); } catch { /* a proxy's page, say */ }
       if (request.status === 202) done(answer); else failed(new Error(answer.detail || `the service answered ${request.status}`));
     };
     request.onerror = () => failed(new Error("the upload failed: it may be too large, or the service has stopped"));
@@ -143,7 +146,7 @@ function show(facts) {
   $("deposited").textContent = "";
   $("warnings").replaceChildren(...facts.warnings.filter((text) => !caveats.includes(text)).map((text) => element("li", sentenceOf(text, ""))));
   $("calibrated").textContent = facts.findings.some((finding) => finding.threshold !== null)
-    ? "Ordered by the distance from the decision threshold (the mark on the scale); bold: at or above it."
+    ? `Ordered by the distance from the decision threshold (the mark on the scale); bold: at or above it.${facts.findings.some((finding) => finding.interval) ? INTERVAL : ""}`
     : "Not calibrated: probabilities of different findings cannot be compared, and there are no thresholds.";
   const rows = [];
   facts.findings.forEach((finding, number) => {
@@ -167,10 +170,13 @@ function row(finding) {
   const scale = element("div", undefined, { class: "scale", "aria-hidden": "true" }), bar = element("i");
   bar.style.width = `${100 * finding.probability}%`;
   scale.append(bar);
+  if (finding.interval) { const spread = element("u"); spread.style.left = `${100 * finding.interval[0]}%`; spread.style.right = `${100 - 100 * finding.interval[1]}%`; scale.append(spread); }
   if (finding.threshold !== null) { const mark = element("b"); mark.style.left = `${100 * finding.threshold}%`; scale.append(mark); }
   first.append(name, scale);
   for (const [what, value] of Object.entries(finding.values || {})) first.append(element("div", `${what}: ${value.toFixed(1)} if present`, { class: "note" }));
-  line.append(first, element("td", `${(100 * finding.probability).toFixed(1)} %`), element("td", finding.threshold === null ? "none" : `${(100 * finding.threshold).toFixed(1)} %`));
+  const percent = (share) => (100 * share).toFixed(1), probability = element("td", `${percent(finding.probability)} %`);
+  if (finding.interval) probability.append(element("div", `${finding.interval.map(percent).join(" to ")} %`, { class: "note" }));
+  line.append(first, probability, element("td", finding.threshold === null ? "none" : `${percent(finding.threshold)} %`));
   return line;
 }
 
