@@ -319,7 +319,7 @@ def _count(fields: dict[str, str]) -> int:
 def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The model, what it learned from, and the volumes of the store."""
+        """The model, what it was trained and calibrated on, and the volumes of the store."""
         await service.client.started.wait()
         if service.client.failed:
             raise Unavailable(service.client.failed)

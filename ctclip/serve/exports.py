@@ -46,9 +46,9 @@ def write_dicom(explanation: Explanation, path: Path) -> None:
             archive.write(dicom_file, dicom_file.name)
 
 
-def write_sheet(path: Path, result: dict[str, Any], place: Place | None, *, name: str, learned: str) -> None:
+def write_sheet(path: Path, result: dict[str, Any], place: Place | None, *, name: str, trained_on: str) -> None:
     """One A4 page as PDF: the findings, three slices through the peak of ``place`` with its map, what the model is and
-    learned from (``learned``), and that it is research. ``name``: what to call the scan, if anything."""
+    was trained on (``trained_on``), and that it is research. ``name``: what to call the scan, if anything."""
     from matplotlib.backends.backend_pdf import FigureCanvasPdf
     from matplotlib.figure import Figure
 
@@ -66,7 +66,7 @@ def write_sheet(path: Path, result: dict[str, Any], place: Place | None, *, name
         top -= high + 0.02
     top = _findings(figure, result, top)
     made_by = f"Model {result['model']}, spec {result['spec']}, ctclip {__version__}, {date.today()}."
-    words = [*(f"{warning[:1].upper()}{warning[1:]}." for warning in result["warnings"]), learned, made_by]
+    words = [*(f"{warning[:1].upper()}{warning[1:]}." for warning in result["warnings"]), trained_on, made_by]
     lines = [line for one in words for line in textwrap.wrap(one, 120)]
     figure.text(0.07, 0.04, "\n".join(lines), fontsize=7.5, color="#444444", va="bottom", linespacing=1.35)
     with written_beside(path, suffix=".pdf") as partial:

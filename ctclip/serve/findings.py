@@ -24,8 +24,8 @@ def of_detection(detection: Detection) -> dict[str, Any]:
 
 
 def of_model(model: Model) -> dict[str, Any]:
-    """A model and what it learned from, without its path."""
-    trained_on = model.folder.trained_on
+    """A model and what it was trained and calibrated on, without its path."""
+    trained_on, calibration = model.folder.trained_on, model.head().calibration
     return {
         "model": model.folder.hash,
         "name": model.folder.path.name,
@@ -33,7 +33,9 @@ def of_model(model: Model) -> dict[str, Any]:
         "spec": {"name": model.spec.name, "hash": model.spec.hash, "spacing": model.spec.spacing, "shape": model.spec.shape},
         "labels": {"name": model.labels.name, "names": model.labels.names},
         "heads": [{"name": head.name, "kind": head.kind, "supervision": head.supervision} for head in model.heads],
-        "trained_on": trained_on.model_dump(mode="json"),
+        "trained_on": trained_on.model_dump(mode="json") | {"words": trained_on.words()},
+        # The rest of the line may be a path.
+        "calibrated_on": None if calibration is None else calibration.fitted_on.partition(",")[0],
         "caveats": trained_on.caveats(),
         "notice": NOTICE,
     }  # fmt: skip

@@ -146,7 +146,7 @@ class Worker:
             of_detection(detection),
             place,
             name=request["name"],
-            learned=f"Learned from: {facts.words()}.",
+            trained_on=f"The model was trained on: {facts.words()}.",
         )
 
     def _explained(self, request: Request, findings: list[str], by: str | None = None) -> Explanation:

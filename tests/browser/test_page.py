@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -88,6 +89,36 @@ def test_keys_move_and_windows_change(page: Any, scan: Path) -> None:
     assert bright_pixels(page) != lung
     page.keyboard.press("a")
     assert page.get_attribute("[data-plane=axial]", "aria-pressed") == "true"
+
+
+def test_distances_are_those_between_the_points(page: Any, scan: Path) -> None:
+    """With the mouse and with the keyboard, against the positions that the viewer gives for both ends; afterwards a click
+    moves again."""
+    send(page, scan)
+    page.click("[data-plane=axial]")
+    page.click("#ruler")
+    box = page.locator("#canvas").bounding_box()
+    ends = [(box["x"] + share * box["width"], box["y"] + 0.5 * box["height"]) for share in (0.4, 0.6)]
+    page.mouse.move(*ends[0])
+    page.mouse.down()
+    page.mouse.move(*ends[1], steps=3)
+    page.mouse.up()
+    page.wait_for_selector("#distance:has-text('measured')", timeout=WAIT)
+    measured = float(page.inner_text("#distance").split(" mm")[0])
+    page.click("#ruler")
+    assert page.inner_text("#distance") == ""
+    places = []
+    for end in ends:
+        page.mouse.click(*end)
+        page.wait_for_timeout(100)
+        places.append(page.evaluate("viewer.at()"))
+    assert measured > 30
+    assert math.dist(*places) == pytest.approx(measured, abs=0.2)
+    page.keyboard.press("x")
+    page.evaluate(f"viewer.to({places[0]})")
+    assert float(page.inner_text("#distance").split(" mm")[0]) == pytest.approx(measured, abs=0.2)
+    page.keyboard.press("x")
+    assert page.inner_text("#distance") == ""
 
 
 def test_the_position_is_that_of_the_scan(page: Any, scan: Path) -> None:

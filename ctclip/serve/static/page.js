@@ -10,6 +10,7 @@ let started = null;   // the viewer, created on first use
 let caveats = [];     // what the top of the page says already
 // The calibration's own uncertainty, and no more than that.
 const INTERVAL = " Below each probability (on the scale: the line) is its 95 % confidence interval: how exactly it is known from the patients that the model was calibrated on. It holds for patients like them.";
+let mark = null;      // where a distance is measured from with the keyboard, in mm
 let mapped = null;    // the finding whose map lies over the scan
 
 async function call(path, options = {}) {
@@ -54,11 +55,10 @@ function refuse(error) {
 async function describeModel() {
   const facts = await (await call("/v1/models")).json();
   $("model").textContent = `${facts.name} · ${facts.encoder} · ${facts.labels.name} (${facts.labels.names.length} findings)`;
-  const on = facts.trained_on;
-  const parts = [on.cohort, on.volumes && `${on.volumes} volumes`, on.patients && `${on.patients} patients`, on.supervision && `supervision: ${on.supervision}`];
   caveats = facts.caveats;
   const sentences = caveats.map((caveat) => sentenceOf(caveat));
-  $("learned").textContent = [`The model learned from ${parts.filter(Boolean).join(", ") || "data that it does not state"}.`, ...sentences].join(" ");
+  const calibrated = facts.calibrated_on ? [`Its probabilities were calibrated on ${facts.calibrated_on}.`] : [];
+  $("trained").textContent = [`The model was trained on: ${facts.trained_on.words} (supervision: ${facts.trained_on.supervision}).`, ...calibrated, ...sentences].join(" ");
   $("notice").textContent = [facts.notice, ...sentences].join(" ");
   $("neighbours").dataset.there = facts.index ? "yes" : "";
   offerDraft(facts.draft);
@@ -184,8 +184,10 @@ async function showScan(id) {
   const buffer = await (await call(`/v1/scans/${id}/view.nii.gz`)).arrayBuffer();
   if (id !== scan) return;
   $("viewer").hidden = false;
-  started ??= viewer.start($("canvas"), place);
+  started ??= viewer.start($("canvas"), place, (distance) => { $("distance").textContent = `${distance.toFixed(1)} mm measured.`; });
   await started;
+  mark = null;
+  $("distance").textContent = "";
   $("clear").click();
   await viewer.show(buffer, ...limits());
 }
@@ -194,6 +196,7 @@ function place({ mm, hu }) {
   // RAS: towards the right, the front, the head.
   const sides = [["R", "L"], ["A", "P"], ["S", "I"]];
   const words = mm.map((value, axis) => `${sides[axis][value < 0 ? 1 : 0]} ${Math.abs(value).toFixed(1)}`);
+  if (mark) $("distance").textContent = `${Math.hypot(...mm.map((value, axis) => value - mark[axis])).toFixed(1)} mm from the mark; x removes it.`;
   $("place").textContent = `${hu === undefined ? "" : `${Math.round(hu)} HU at `}${words.join(", ")} mm${ofStore ? " from the middle of the stored grid" : ""}`;
 }
 
@@ -213,6 +216,7 @@ async function where(name, button) {
     $("mapped").textContent = `${facts.finding}: ${facts.side ? `${facts.side}, ` : ""}region of ${across} mm around the peak. A map shows what influenced the score, which need not be the finding.`;
     cover(name);
     $("canvas").focus();
+    $("frame").scrollIntoView({ block: "nearest" });
     return facts;
   } catch (error) { if (asked === scan) refuse(error); return null; } finally { button.disabled = false; }
 }
@@ -303,7 +307,7 @@ $("cancel").onclick = forget;
 // A page that is closed takes its scan along; one that may come back keeps it.
 window.addEventListener("pagehide", (event) => { if (!event.persisted) forget(); });
 $("window").onchange = setWindow;
-$("ruler").onclick = () => { const on = $("ruler").getAttribute("aria-pressed") !== "true"; $("ruler").setAttribute("aria-pressed", on); viewer.ruler(on); };
+$("ruler").onclick = () => { const on = $("ruler").getAttribute("aria-pressed") !== "true"; $("ruler").setAttribute("aria-pressed", on); viewer.ruler(on); if (!on) $("distance").textContent = ""; };
 $("clear").onclick = () => { viewer.overlay(null); cover(null); $("mapped").textContent = ""; };
 $("remove").onclick = forget;
 for (const button of document.querySelectorAll("[data-save]")) {
@@ -329,6 +333,7 @@ $("ask").onsubmit = async (event) => {
 };
 $("canvas").onkeydown = (event) => {
   const moves = { ArrowLeft: [-1, 0, 0], ArrowRight: [1, 0, 0], ArrowUp: [0, 1, 0], ArrowDown: [0, -1, 0], PageUp: [0, 0, 1], PageDown: [0, 0, -1] };
+  if (event.key === "x") { mark = mark ? null : viewer.at(); $("distance").textContent = mark ? "Mark set: move to measure from it; x removes it." : ""; }
   if (moves[event.key]) { event.preventDefault(); viewer.step(...moves[event.key]); }
 };
 document.onkeydown = (event) => {

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.special import logit
 from sklearn.linear_model import LogisticRegression
@@ -13,6 +14,9 @@ from sklearn.linear_model import LogisticRegression
 from ctclip.errors import EvaluationError
 from ctclip.evaluation.calibration import Calibration, Line, fit_calibration, fit_line
 from ctclip.evaluation.calibration_interval import QUANTILE, line_covariance, probability_limits
+from ctclip.evaluation.tables import check_names, prediction_table, read_predictions, write_predictions
+from ctclip.inference.show import Detection
+from ctclip.serve.findings import of_detection
 
 SHARES = np.array([0.02, 0.1, 0.3, 0.5, 0.7, 0.9])
 
@@ -117,3 +121,33 @@ def test_files_without_a_covariance_still_load_and_damaged_ones_are_named(tmp_pa
         path.write_text(json.dumps({**facts, "lines": {"A": line | {"covariance": wrong}}}))
         with pytest.raises(EvaluationError, match=r"calibration\.json: not a calibration file"):
             Calibration.load(path)
+
+
+def test_a_table_of_predictions_keeps_the_limits_of_calibrated_findings_alone(tmp_path: Path) -> None:
+    margins = np.array([[0.5, 1.0], [-2.0, 0.0]])
+    limits = fitted().limits(["A", "B"], margins)
+    identity = pd.DataFrame({"volume": ["v", "w"], "patient": ["p", "q"], "scan": ["v", "w"], "warnings": ""})
+    table = prediction_table(identity, ["A", "B"], np.full((2, 2), 0.5), margins, {}, intervals=limits, model="m", spec="s")  # fmt: skip
+    write_predictions(tmp_path / "predictions.csv", table)
+    again, names = read_predictions(tmp_path / "predictions.csv")
+    assert names == ["A", "B"]
+    np.testing.assert_allclose(again[["lower:A", "upper:A"]], limits[:, 0], rtol=1e-6)
+    assert not {"lower:B", "upper:B"} & set(again.columns)
+    with pytest.raises(EvaluationError, match="cannot name a finding"):
+        check_names(["upper:A"])
+
+
+def test_a_detection_shows_the_intervals_it_has() -> None:
+    shares = {"probabilities": {"A": 0.62, "B": 0.4}, "margins": {"A": 1.0, "B": -1.0}, "values": {}}
+    facts = {"scan": "s", "calibrated": "calibrated, except B", "model": "m", "spec": "s", **shares}
+    detection = Detection(**facts, thresholds={"A": 0.5}, intervals={"A": (0.41, 0.793)})
+    line_a, line_b = [line for line in str(detection).splitlines() if line[:1] in "AB" and line[1:2] == " "][:2]
+    assert "62.0%*" in line_a
+    assert "41.0% to 79.3%" in line_a
+    assert " to " not in line_b
+    assert line_a.index("+1.00") == line_b.index("-1.00")
+    assert "41.0% to 79.3%" in detection._repr_html_()
+    assert list(detection.frame().loc["A"]) == [0.62, 0.41, 0.793, 1.0, 0.5]
+    assert detection.frame().loc["B"].isna().sum() == 3
+    assert [one["interval"] for one in of_detection(detection)["findings"]] == [(0.41, 0.793), None]
+    assert "interval" not in str(Detection(**facts))
