@@ -1,4 +1,4 @@
-"""A quality-control page of a store: middle slices, HU histogram, spacing and warnings, to look through quickly."""
+"""A quality-control page of a store: slices, HU histogram, spacing and warnings, to look through quickly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.volume import Volume
 
-HEIGHT = 170
+# Pixels of a slice on the page. It opens as large as it was drawn, which depends on how many volumes share the page.
+SHOWN, LARGEST, SMALLEST = 170, 420, 100
+# Of a page, so that it can be sent by mail.
+MOST_BYTES = 2_900_000
+# Of a volume, besides its slices.
+WORDS_BYTES = 3_000
+QUALITY, LEAST_QUALITY = 60, 20
+GAP = 6
 WINDOWS = {"lung window": (-1350.0, 150.0), "soft-tissue window": (-160.0, 240.0)}
 BINS = np.arange(-1050, 1051, 50)
 
@@ -37,12 +44,12 @@ body { font: 13px/1.4 system-ui, sans-serif; margin: 1rem; color: #222; backgrou
 .scan button { border: 0; padding: 0; background: none; cursor: zoom-in; display: block } :focus-visible { outline: 3px solid #3b82c4; outline-offset: 1px }
 dialog { padding: 0; border: 0; background: #111; max-width: 100vw; max-height: 100vh; cursor: zoom-out } dialog img { display: block; width: min(96vw, 150vh) } dialog::backdrop { background: #000c }
 .sheet { display: flex; flex-wrap: wrap; gap: 10px } .scan { background: #111; color: #ddd; padding: 6px; width: {{ width + 12 }}px; max-width: 100%; box-sizing: border-box }
-.scan.warned { outline: 3px solid #d08020 } .scan img { display: block; max-width: 100%; height: auto } .scan p { margin: .2rem 0 }
+.scan.warned { outline: 3px solid #d08020 } .scan img { display: block; width: {{ width }}px; max-width: 100%; height: auto } .scan p { margin: .2rem 0 }
 .scan b { color: #fff } .warning { color: #ffb95e } .note { color: #999 } svg { background: #1c1c1c; display: block }
 </style></head><body><h1>{{ title }}</h1><p>{{ subtitle }}</p>
 {% if refused %}<h2>Refused</h2><ul>{% for name, reason in refused %}<li><b>{{ name }}</b>: {{ reason }}</li>{% endfor %}</ul>{% endif %}
 <div class="sheet">{% for s in scans %}<div class="scan{% if s.warnings %} warned{% endif %}">
-<p><b>{{ s.volume }}</b> {{ s.split }}</p><button type="button" title="Enlarge"><img alt="{{ s.volume }}: middle axial, coronal and sagittal slice; {{ windows }}" src="data:image/webp;base64,{{ s.picture }}"></button>
+<p><b>{{ s.volume }}</b> {{ s.split }}</p><button type="button" title="Enlarge"><img alt="{{ s.volume }}: axial and coronal slice through the middle, sagittal slice through the left lung; {{ windows }}" src="data:image/webp;base64,{{ s.picture }}"></button>
 <p>{% if s.spacing %}scan {{ s.shape }} voxels of {{ s.spacing }} mm{% endif %}</p>
 <svg role="img" aria-label="Histogram of HU" width="100%" height="44" viewBox="0 0 {{ bins }} 44" preserveAspectRatio="none">{% for h in s.bars %}<rect x="{{ loop.index0 }}" y="{{ 44 - h }}" width="1" height="{{ h }}" fill="#7fb2d9"/>{% endfor %}</svg>
 <p>HU -1050 to 1050; {{ s.range }}</p>{% if s.note %}<p class="note">{{ s.note }}</p>{% endif %}{% for w in s.warnings %}<p class="warning">{{ w }}</p>{% endfor %}</div>{% endfor %}</div>
@@ -92,8 +99,11 @@ def quality_page(
     outcomes = read_outcomes(store)
     refused = _refused(store)
 
+    # Base64 makes four bytes of three.
+    most = 3 * (MOST_BYTES // max(1, len(page_names)) - WORDS_BYTES) // 4
+
     def card(name: str) -> Card:
-        return _card(store, name, str(cohort.at[name, "split"]), outcomes.get(name), expect, windows)
+        return _card(store, name, str(cohort.at[name, "split"]), outcomes.get(name), expect, windows, most)
 
     with ThreadPoolExecutor() as pool:
         cards = list(track(pool.map(card, page_names), len(page_names), "drawing"))
@@ -114,7 +124,7 @@ def quality_page(
                 subtitle=subtitle,
                 scans=cards,
                 refused=refused,
-                width=3 * HEIGHT,
+                width=3 * SHOWN,
                 bins=len(BINS) - 1,
                 windows=drawn,
             ),
@@ -140,6 +150,7 @@ def _card(
     outcome: Outcome | None,
     expect: Expect,
     windows: Mapping[str, tuple[float, float]],
+    most: int,
 ) -> Card:
     hu = store.read(name)
     if store.spec.published_geometry:
@@ -156,15 +167,33 @@ def _card(
     counted = np.histogram(hu, BINS)[0]
     bars = np.sqrt(counted / max(1, counted.max())) * 42
     return Card(
-        volume=name, split=split, picture=_picture(hu, store.spec.spacing, windows), shape=outcome.source_shape if outcome else "",
+        volume=name, split=split, picture=_picture(hu, store.spec.spacing, windows, most), shape=outcome.source_shape if outcome else "",
         spacing=outcome.source_spacing if outcome else "", bars=[round(float(h), 1) for h in bars],
         range=f"{hu.min()} to {hu.max()}", warnings=warnings, note=ALREADY_HU if ALREADY_HU in recorded else "",
     )  # fmt: skip
 
 
-def _picture(hu: np.ndarray, spacing: tuple[float, float, float], windows: Mapping[str, tuple[float, float]]) -> str:
-    """Middle axial, coronal and sagittal slices, a row a window, as one base64 WebP; each says which slice it is, and where the
-    patient's sides are."""
+def _picture(
+    hu: np.ndarray, spacing: tuple[float, float, float], windows: Mapping[str, tuple[float, float]], most: int
+) -> str:
+    """Slices as one base64 WebP of at most ``most`` bytes if that can be, drawn as large as they allow."""
+    # Where slices of a phantom fit; noise needs more, and several tries.
+    height = min(LARGEST, round(SHOWN * (most / 11_000) ** 0.5))
+    while True:
+        stream = io.BytesIO()
+        height = max(height, SMALLEST)
+        _slices(hu, spacing, windows, height).save(stream, "WEBP", quality=QUALITY if height > SMALLEST else LEAST_QUALITY)
+        if stream.tell() <= most or height == SMALLEST:
+            return base64.b64encode(stream.getvalue()).decode()
+        # The size grows a little less than with the area.
+        height = min(round(height * (most / stream.tell()) ** 0.55), round(0.95 * height))
+
+
+def _slices(
+    hu: np.ndarray, spacing: tuple[float, float, float], windows: Mapping[str, tuple[float, float]], height: int
+) -> Image.Image:
+    """Axial and coronal slices through the middle and a sagittal one through the left lung, a row a window; each says which
+    slice it is, its window, and where the patient's sides are."""
     dz, dy, dx = spacing
     d, h, w = hu.shape
     z, y, x = d // 2, h // 2, int(w * 0.66)
@@ -173,30 +202,27 @@ def _picture(hu: np.ndarray, spacing: tuple[float, float, float], windows: Mappi
         (hu[::-1, y], dz / dx, "RL", f"coronal {y + 1} of {h}"),
         (hu[::-1, :, x], dz / dy, "AP", f"sagittal {x + 1} of {w}"),
     )
-    rows = []
-    for low, high in windows.values():
-        planes = []
-        for plane, aspect, sides, words in views:
+    sheet = Image.new("L", (3 * height + 2 * GAP, len(windows) * (height + GAP) - GAP))
+    for row, (low, high) in enumerate(windows.values()):
+        for column, (plane, aspect, sides, words) in enumerate(views):
             grey = np.clip((plane.astype(np.float32) - low) * (255 / (high - low)), 0, 255).astype(np.uint8)
             tall = grey.shape[0] * aspect
-            scale = HEIGHT / max(tall, grey.shape[1])
+            scale = height / max(tall, grey.shape[1])
             size = (max(1, round(grey.shape[1] * scale)), max(1, round(tall * scale)))
-            canvas = Image.new("L", (HEIGHT, HEIGHT))
+            canvas = Image.new("L", (height, height))
             resized = Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR)
-            canvas.paste(resized, ((HEIGHT - size[0]) // 2, (HEIGHT - size[1]) // 2))
-            _write_on(canvas, sides, words)
-            planes.append(np.asarray(canvas))
-        rows.append(np.concatenate(planes, axis=1))
-    stream = io.BytesIO()
-    Image.fromarray(np.concatenate(rows)).save(stream, "WEBP", quality=60)
-    return base64.b64encode(stream.getvalue()).decode()
+            canvas.paste(resized, ((height - size[0]) // 2, (height - size[1]) // 2))
+            _write_on(canvas, sides, words, f"{low:.0f} to {high:.0f} HU")
+            sheet.paste(canvas, (column * (height + GAP), row * (height + GAP)))
+    return sheet
 
 
-def _write_on(canvas: Image.Image, sides: str, words: str) -> None:
-    """The letters of both sides and, below, which slice it is, to be read on air and on bone."""
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
-    middle = HEIGHT // 2
+def _write_on(canvas: Image.Image, sides: str, words: str, window: str) -> None:
+    """The letters of both sides, above the window and, below, which slice it is, to be read on air and on bone."""
+    size = canvas.width
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size * 11 / SHOWN)
     for text, place, anchor in (
-        (sides[0], (3, middle), "lm"), (sides[1], (HEIGHT - 3, middle), "rm"), (words, (middle, HEIGHT - 2), "mb"),
+        (sides[0], (3, size // 2), "lm"), (sides[1], (size - 3, size // 2), "rm"),
+        (window, (size // 2, 2), "mt"), (words, (size // 2, size - 2), "mb"),
     ):  # fmt: skip
-        draw.text(place, text, fill=255, font=font, anchor=anchor, stroke_width=2, stroke_fill=0)
+        draw.text(place, text, fill=255, font=font, anchor=anchor, stroke_width=round(size * 2 / SHOWN), stroke_fill=0)

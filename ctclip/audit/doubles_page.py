@@ -89,8 +89,8 @@ def _picture(store: VolumeStore, first: str, second: str, is_reversed: bool) -> 
 
 
 def slices_of(store: VolumeStore, name: str, *, is_reversed: bool = False) -> Image.Image:
-    """Middle coronal (head up) and axial slice of a stored volume, the patient's right on the left, each with its number, R
-    and L."""
+    """Middle coronal (head up) and axial slice of a stored volume, the patient's right on the left, each with its number,
+    window, R and L."""
     hu = store.read(name)
     if store.spec.published_geometry:
         hu = hu.transpose(0, 2, 1)
@@ -98,9 +98,10 @@ def slices_of(store: VolumeStore, name: str, *, is_reversed: bool = False) -> Im
     depth, height, _ = hu.shape
     dz, dy, dx = store.spec.spacing
     number = depth - 1 - depth // 2 if is_reversed else depth // 2
+    window = "{:.0f} to {:.0f} HU".format(*WINDOW)
     planes = [
-        (hu[::-1, height // 2], dz / dx, f"coronal, row {height // 2 + 1} of {height}"),
-        (hu[depth // 2], dy / dx, f"axial, slice {number + 1} of {depth}"),
+        (hu[::-1, height // 2], dz / dx, f"coronal {height // 2 + 1} of {height}, {window}"),
+        (hu[depth // 2], dy / dx, f"axial {number + 1} of {depth}, {window}"),
     ]
     return Image.fromarray(
         np.concatenate([_marked(_grey(plane, aspect), words) for plane, aspect, words in planes], axis=1)

@@ -55,7 +55,7 @@ td.words + td.words { font-size: .82rem; line-height: 1.35; min-width: 12rem } t
 <script>
 for (const head of document.querySelectorAll("thead th")) {
   const body = head.closest("table").tBodies[0], column = head.cellIndex, button = document.createElement("button");
-  if (body.rows.length < 3) continue;
+  if (body.rows.length < 3 || !head.textContent.trim()) continue;
   button.type = "button"; button.textContent = head.textContent; head.replaceChildren(button);
   button.onclick = () => {
     const down = head.getAttribute("aria-sort") !== "descending", number = (row) => parseFloat(row.cells[column].textContent.replace(/[,<]/g, ""));

@@ -187,7 +187,7 @@ def _protocol(metrics: dict[str, Any]) -> str:
 
 def _protocol_differences(names: list[str], first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """What differs between two evaluations, with both values."""
-    rows = [["", *names]]
+    rows = [["what", *names]]
     for key in first["protocol"]:
         pair = [metrics["protocol"].get(key) for metrics in (first, second)]
         if pair[0] == pair[1]:
@@ -199,7 +199,7 @@ def _protocol_differences(names: list[str], first: dict[str, Any], second: dict[
     for key in ("volumes", "patients", "supervision", "trained_on", "model", "spec", "prompts"):
         pair = [metrics.get(key) for metrics in (first, second)]
         if pair[0] != pair[1]:
-            rows.append([key, *(str(value or "not stated") for value in pair)])
+            rows.append([key.replace("_", " "), *(str(value or "not stated") for value in pair)])
     decisive = [row[0] for row in rows[1:] if row[0].startswith("protocol") or row[0] in ("volumes", "patients")]
     words = "Both were evaluated by the same protocol, on the same number of volumes and patients."
     if decisive:
@@ -222,7 +222,7 @@ def _paired_section(paired: dict[str, Any]) -> dict[str, Any]:
 
 
 def _threshold_section(output: Path, zero: dict[str, Any], pictures: Pictures) -> dict[str, Any]:
-    rows = [["", "mean over labels", "95 % interval"]]
+    rows = [["metric", "mean over labels", "95 % interval"]]
     for metric, entry in zero["means"].items():
         limits = f"{number(entry['interval'][0])} to {number(entry['interval'][1])}"
         rows.append([METRICS.get(metric, metric.replace("_", " ")), number(entry["value"]), limits])
@@ -292,7 +292,7 @@ def _retrieval(directions: dict[str, Any]) -> dict[str, Any]:
         for direction in list(directions.values())[:1]
         if "relevant" in direction
     ]
-    rows = [["", *[name.replace("_", " ") for name in directions]]]
+    rows = [["measure", *[name.replace("_", " ") for name in directions]]]
     for key in dict.fromkeys(key for direction in directions.values() for key in direction):
         values = [direction.get(key) for direction in directions.values()]
         if any(isinstance(value, str) for value in values):

@@ -24,7 +24,7 @@ from ctclip.preprocessing import PreprocessingError, PreprocessingSpec, prepare
 from ctclip.preprocessing.anatomy import find_lungs, no_chest
 from ctclip.preprocessing.cohort_run import merge_shards, preprocess_cohort
 from ctclip.preprocessing.cohorts import hold_out, identity, read_cohort
-from ctclip.preprocessing.quality import HEIGHT, quality_page
+from ctclip.preprocessing.quality import GAP, LARGEST, WINDOWS, _picture, quality_page
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.volume import Volume
 from tests.unit.preprocessing.test_dicom import write_series
@@ -200,6 +200,15 @@ def test_a_cd_of_dicom_series_is_its_series(tmp_path: Path, hu: np.ndarray) -> N
     assert sorted(read_cohort(tmp_path / "cd").table["path"]) == ["DICOM/S1", "DICOM/S1/scan.nii.gz", "DICOM/S2"]
 
 
+@pytest.mark.parametrize("most", [12_000, 60_000])
+def test_slices_are_as_large_as_the_page_allows(most: int) -> None:
+    """Of a noisy volume, which compresses badly."""
+    noise = np.random.default_rng(0).normal(-400, 300, (40, 64, 64)).astype(np.int16)
+    data = base64.b64decode(_picture(noise, (5.0, 3.0, 3.0), WINDOWS, most))
+    assert len(data) <= most
+    assert len(data) > 0.5 * most
+
+
 def test_the_quality_page_shows_every_volume_and_every_refusal(tmp_path: Path, hu: np.ndarray) -> None:
     scans = tmp_path / "scans"
     scans.mkdir()
@@ -212,12 +221,11 @@ def test_the_quality_page_shows_every_volume_and_every_refusal(tmp_path: Path, h
     assert len(pictures) == 1
     # Two windows, three planes each; the letters are white on black strokes.
     picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[0]))).convert("L"))
-    assert picture.shape == (2 * HEIGHT, 3 * HEIGHT)
+    assert picture.shape == (2 * LARGEST + GAP, 3 * LARGEST + 2 * GAP)
     for row in range(2):
         for left in (0, 1, 2):
-            letter = picture[
-                row * HEIGHT + HEIGHT // 2 - 8 : row * HEIGHT + HEIGHT // 2 + 8, left * HEIGHT : left * HEIGHT + 14
-            ]
+            middle, edge = row * (LARGEST + GAP) + LARGEST // 2, left * (LARGEST + GAP)
+            letter = picture[middle - 18 : middle + 18, edge : edge + 35]
             assert letter.max() > 220
             assert letter.min() < 40
     assert "lung window (-1350 to 150 HU)" in page
