@@ -25,7 +25,7 @@ FALLING = "the margins of the calibration split do not rise with the label"
 @dataclass(frozen=True)
 class Line:
     """probability = sigmoid(slope * margin + intercept); ``threshold`` on that probability; ``covariance`` of slope and
-    intercept (see ``line_covariance``), None in files before 1.1 and for a slope that labels share."""
+    intercept (see ``line_covariance``), None in files of 1.0 and for a slope that labels share."""
 
     slope: float
     intercept: float

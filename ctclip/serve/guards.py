@@ -23,6 +23,8 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
+# The page itself may be kept by the browser, which asks each time whether it is still the same.
+STATIC = {**HEADERS, "cache-control": "no-cache"}
 # Paths that need no token: the health check, and the page, which asks for the token.
 OPEN = ("/", "/healthz", "/favicon.ico")
 # Paths whose body is a scan, written to disk as it arrives. Of all others it is read into memory.
@@ -48,7 +50,8 @@ class Guards:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                mine = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                fixed = STATIC if scope["path"].startswith("/static/") else HEADERS
+                mine = [(name.encode(), value.encode()) for name, value in fixed.items()]
                 message = {**message, "headers": [*message.get("headers", []), *mine]}
             await send(message)
 

@@ -218,18 +218,24 @@ def test_figures_and_description(served: Served) -> None:
 
 
 def test_many_at_once_are_each_answered_with_their_own(served: Served, model: Path, scans: list[Path]) -> None:
+    """Findings and, of more scans than the service keeps, answers to a question."""
     loaded = ctclip.load(model)
-    few = scans[:6]
+    few, words = scans[:5], "a cyst in the left kidney"
     expected = [loaded.detect(path).probabilities for path in few]
+    asked = [loaded.detect(path, words).probabilities[words] for path in few]
 
     async def all_of_them() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=served.address, timeout=300) as client:
-            return await asyncio.gather(*(client.post("/v1/detect", files=sent(few[n % 6])) for n in range(40)))
+            bodies = [{"files": sent(few[n % 5]), "data": {"text": words} if n % 2 else None} for n in range(40)]
+            return await asyncio.gather(*(client.post("/v1/detect", **body) for body in bodies))
 
     for number, answer in enumerate(asyncio.run(all_of_them())):
         assert answer.status_code == 200, answer.text
+        if number % 2:
+            assert answer.json()["probability"] == pytest.approx(asked[number % 5], abs=1e-5)
+            continue
         probabilities = {entry["name"]: entry["probability"] for entry in answer.json()["findings"]}
-        assert probabilities == pytest.approx(expected[number % 6], abs=1e-5)
+        assert probabilities == pytest.approx(expected[number % 5], abs=1e-5)
     assert served.uploads() == []
 
 

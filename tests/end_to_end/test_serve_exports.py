@@ -52,11 +52,11 @@ def series(served: Served, scan: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def test_cells_that_a_spreadsheet_would_compute() -> None:
     names = ["=HYPERLINK(1)", "+SUM(A1)", "-A1", "@SUM(A1)", 'a "quoted", one', "Lung nodule"]
-    entry = {"probability": 0.5, "margin": -1.0, "threshold": None}
+    entry = {"probability": 0.5, "interval": None, "margin": -1.0, "threshold": None}
     written = table({"findings": [{"name": name, **entry} for name in names], "model": "m"})
     lines = list(csv.reader(io.StringIO(written)))[1:]
     assert [line[0] for line in lines] == [*(f"'{name}" for name in names[:4]), *names[4:]]
-    assert {line[2] for line in lines} == {"-1.0"}
+    assert {(line[2], line[4]) for line in lines} == {("", "-1.0")}
 
 
 def test_dicom_objects_of_a_series(served: Served, series: str, scan: Path, tmp_path: Path) -> None:

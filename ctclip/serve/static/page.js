@@ -185,7 +185,7 @@ async function showScan(id) {
   if (id !== scan) return;
   $("viewer").hidden = false;
   started ??= viewer.start($("canvas"), place, (distance) => { $("distance").textContent = `${distance.toFixed(1)} mm measured.`; });
-  await started;
+  try { await started; } catch (error) { started = null; throw error; }
   mark = null;
   $("distance").textContent = "";
   $("clear").click();
@@ -343,3 +343,4 @@ document.onkeydown = (event) => {
   if ("1234".includes(event.key)) { $("window").selectedIndex = Number(event.key) - 1; setWindow(); }
 };
 describeModel().catch(refuse);
+window.addEventListener("load", () => setTimeout(() => viewer.load().catch(() => {})));

@@ -5,8 +5,22 @@ const viewer = (() => {
   let nv = null;
   let told = () => {}, measured = () => {};
   const planes = {};
+  let library = null;
+
+  // NiiVue is large: the page is drawn before it is read.
+  function load() {
+    library ??= new Promise((done, failed) => {
+      const script = document.createElement("script");
+      script.src = "/static/niivue.umd.js";
+      script.onload = done;
+      script.onerror = () => { library = null; failed(new Error("the viewer could not be loaded; try again")); };
+      document.head.append(script);
+    });
+    return library;
+  }
 
   async function start(canvas, onPlace, onDistance) {
+    await load();
     [told, measured] = [onPlace, onDistance];
     nv = new niivue.Niivue({
       backColor: [0, 0, 0, 1], show3Dcrosshair: true, crosshairColor: [1, 0.85, 0, 0.8], crosshairWidth: 1, crosshairWidthUnit: "mm", crosshairGap: 8,
@@ -56,5 +70,5 @@ const viewer = (() => {
   function step(x, y, z) { nv.moveCrosshairInVox(x, y, z); }
   function picture() { nv.drawScene(); return nv.canvas.toDataURL("image/png"); }
 
-  return { start, show, overlay, view, range, ruler, to, at, step, picture };
+  return { load, start, show, overlay, view, range, ruler, to, at, step, picture };
 })();
