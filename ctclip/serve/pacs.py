@@ -72,7 +72,7 @@ class Pacs:
             objects = [dcmread(BytesIO(packed.read(name))) for name in packed.namelist()]
         answer = self._asked(lambda client: client.store_instances(objects))
         if failed := len(answer.get("FailedSOPSequence", [])):
-            raise Refused(f"the PACS did not take {failed} of {len(objects)} objects")
+            raise Refused(f"the PACS did not accept {failed} of {len(objects)} objects")
         return len(objects)
 
     def _asked(self, question: Callable[[Any], Any]) -> Any:
@@ -93,11 +93,11 @@ class Pacs:
                     "the PACS has no such study or series" if status == 404 else f"the PACS answered {status}"
                 ) from None
             except requests.TooManyRedirects:
-                raise Refused("the PACS leads to another address, which is not followed") from None
+                raise Refused("the PACS redirects to another address, which is not followed") from None
             except (requests.RequestException, OSError):
                 raise Unavailable("the PACS cannot be reached, or did not answer in time") from None
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise Refused(f"the PACS gave an answer that is no DICOM ({type(error).__name__})") from None
+                raise Refused(f"the answer of the PACS is not DICOM ({type(error).__name__})") from None
 
 
 def checked(uid: str) -> str:

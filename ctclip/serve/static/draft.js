@@ -63,7 +63,7 @@ function claimOf(claim) {
   const button = element("button", text, { type: "button", class: "claim", title: "Show where" });
   button.onclick = async () => {
     const place = await where(claim.finding, button);
-    if (place && [claim.side, place.side].sort().join() === "left,right") $("mapped").textContent += ` The sentence says ${claim.side}, the peak is on the ${place.side}.`;
+    if (place && [claim.side, place.side].sort().join() === "left,right") $("mapped").textContent += ` The sentence says ${claim.side}, but the peak is on the ${place.side}.`;
   };
   return button;
 }

@@ -9,7 +9,7 @@ let sending = null;   // the request that sends one
 let started = null;   // the viewer, created on first use
 let caveats = [];     // what the top of the page says already
 // The calibration's own uncertainty, and no more than that.
-const INTERVAL = " Below each probability (on the scale: the line) is its 95 % confidence interval: how exactly it is known from the patients that the model was calibrated on. It holds for patients like them.";
+const INTERVAL = " Below each probability, and as a line on the scale, is its 95 % confidence interval, which depends on how many patients the model was calibrated on. It holds for patients like them.";
 let mark = null;      // where a distance is measured from with the keyboard, in mm
 let mapped = null;    // the finding whose map lies over the scan
 
@@ -146,13 +146,13 @@ function show(facts) {
   $("deposited").textContent = "";
   $("warnings").replaceChildren(...facts.warnings.filter((text) => !caveats.includes(text)).map((text) => element("li", sentenceOf(text, ""))));
   $("calibrated").textContent = facts.findings.some((finding) => finding.threshold !== null)
-    ? `Ordered by the distance from the decision threshold (the mark on the scale); bold: at or above it.${facts.findings.some((finding) => finding.interval) ? INTERVAL : ""}`
-    : "Not calibrated: probabilities of different findings cannot be compared, and there are no thresholds.";
+    ? `Findings are ordered by their distance from the decision threshold (the mark on the scale); those at or above it are bold.${facts.findings.some((finding) => finding.interval) ? INTERVAL : ""}`
+    : "The model is not calibrated: there are no thresholds, and the probabilities of different findings cannot be compared.";
   const rows = [];
   facts.findings.forEach((finding, number) => {
     if (number && finding.threshold === null && facts.findings[number - 1].threshold !== null) {
       const apart = element("tr", undefined, { class: "apart" });
-      apart.append(element("td", "not calibrated: do not compare with the findings above", { colspan: 3 }));
+      apart.append(element("td", "not calibrated: not comparable with the findings above", { colspan: 3 }));
       rows.push(apart);
     }
     rows.push(row(finding));
