@@ -193,7 +193,7 @@ def test_redirections_are_not_followed(tmp_path: Path) -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     Elsewhere.visits.clear()
     pacs = Pacs(f"http://127.0.0.1:{server.server_address[1]}/dicom-web", "secret")
-    with pytest.raises(Refused, match="leads to another address"):
+    with pytest.raises(Refused, match="redirects to another address"):
         pacs.fetch("1.2.3", "1.2.4", tmp_path, 10**9, threading.Event())
     assert Elsewhere.visits == ["/dicom-web/studies/1.2.3/series/1.2.4 Bearer secret"]
     server.shutdown()
