@@ -143,8 +143,10 @@ def table_of(table: pd.DataFrame, head: Head, volumes: int) -> None:
     grid.add_column("abnormality", no_wrap=True)
     for name in scans["volume"]:
         grid.add_column(plain(str(name)), justify="right", overflow="fold")
-    if len(scans) == 1:
+    with_intervals = len(scans) == 1 and any(str(name).startswith(LIMITS) for name in scans.columns)
+    if with_intervals:
         grid.add_column(INTERVAL, justify="right")
+    if len(scans) == 1:
         grid.add_column("margin", justify="right")
     known = head.thresholds()
     for number, name in enumerate(
@@ -154,9 +156,10 @@ def table_of(table: pd.DataFrame, head: Head, volumes: int) -> None:
             grid.add_section()
             grid.add_row(f"[italic]{APART}[/italic]")
         cells = [f"{value:.2f}{'*' if value >= known.get(name, 2) else ' '}" for value in scans[name]]
-        if len(scans) == 1:
+        if with_intervals:
             limits = [f"{limit}{name}" for limit in LIMITS]
             cells.append(interval_words(*scans[limits].iloc[0]) if limits[0] in scans else "")
+        if len(scans) == 1:
             cells.append(f"{scans[f'margin:{name}'].iloc[0]:+.2f}")
         grid.add_row(plain(name), *cells)
     for name in [name for name in scans.columns if name.startswith("value:")]:
