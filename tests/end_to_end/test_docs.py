@@ -206,7 +206,7 @@ def test_columns_are_those_of_the_files(workplace: Path) -> None:
         "metrics.csv": [re.sub("_(lower|upper)$", "", c) for c in pd.read_csv(answers / "evaluation" / "metrics.csv")],
     }
     for name, columns in written.items():
-        names = {re.sub("^margin:.*", "margin:<label>", column) for column in columns}
+        names = {re.sub("^(margin|lower|upper):.*", r"\1:<label>", column) for column in columns}
         generic = {"<label>" if column in labels else column for column in names}
         assert not generic - described[name], f"docs/files.yaml does not explain these columns of {name}"
     optional = {
