@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from isal import igzip
@@ -76,8 +77,15 @@ class Worker:
             "dicom": self.dicom, "sheet": self.sheet, "draft": self.draft,
         }  # fmt: skip
 
+    def _read_first(self) -> None:
+        """Read one volume of the store, which takes seconds the first time, before anybody waits for one."""
+        if self.store is not None and (names := self._stored()):
+            with contextlib.suppress(CtclipError, PreprocessingError, OSError):
+                stored(self.store.store, names[0])
+
     def run(self) -> None:
         """Run until the pipe closes."""
+        self._read_first()
         threading.Thread(target=self._encode_for_ever, daemon=True).start()
         facts = of_model(self.model) | {
             "stored": self._stored(),
@@ -319,8 +327,6 @@ def stored(store: VolumeStore, name: str) -> Prepared:
 
 def write_view(hu: np.ndarray, affine: np.ndarray, path: Path) -> None:
     """Write int16 HU [slice, row, column] with its affine to LPS mm as NIfTI for a viewer: columns first, RAS."""
-    import nibabel as nib
-
     ras = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     whole = np.clip(np.rint(hu), -32768, 32767).astype(np.int16)
     image = nib.Nifti1Image(whole.transpose(2, 1, 0), ras[:, [2, 1, 0, 3]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,11 @@ def scan(cohort: Path) -> Path:
 
 def send(page: Any, scan: Path) -> None:
     page.set_input_files("#files", scan)
+    arrived(page)
+
+
+def arrived(page: Any) -> None:
+    """Wait until the findings and the scan are on the page."""
     page.wait_for_selector("#findings tbody tr", timeout=WAIT)
     page.wait_for_selector("#viewer:not([hidden])", timeout=WAIT)
     page.wait_for_selector("#work", state="hidden", timeout=WAIT)
@@ -230,10 +236,26 @@ def test_a_stored_volume_and_its_neighbours(page: Any, looked_at: Served) -> Non
     assert page.locator("#reports li").count() > 0
 
 
-def test_findings_are_saved(page: Any, scan: Path, tmp_path: Path) -> None:
-    send(page, scan)
+def test_a_scan_is_sent_shown_and_saved_with_the_keyboard_alone(page: Any, scan: Path, tmp_path: Path) -> None:
+    def tab_to(selector: str) -> None:
+        for _ in range(100):
+            page.keyboard.press("Tab")
+            if page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
+                return
+        raise AssertionError(f"the Tab key does not lead to {selector}")
+
+    # Not by expect_file_chooser, which at times begins to listen after the key.
+    page.on("filechooser", lambda chooser: chooser.set_files(scan))
+    tab_to("#files")
+    page.keyboard.press("Enter")
+    arrived(page)
+    tab_to("#findings .name")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#clear:not([hidden])", timeout=WAIT)
+    assert page.evaluate("document.activeElement.id") == "canvas"
+    tab_to("[data-save='findings.csv']")
     with page.expect_download() as download:
-        page.click("[data-save='findings.csv']")
+        page.keyboard.press("Enter")
     download.value.save_as(tmp_path / "findings.csv")
     lines = (tmp_path / "findings.csv").read_text().strip().splitlines()
     assert lines[0].startswith("finding,probability")
@@ -264,6 +286,30 @@ def test_a_page_a_map_and_dicom_objects_are_saved(page: Any, scan: Path, tmp_pat
     assert nib.load(tmp_path / "map.nii.gz").shape == nib.load(scan).shape
     page.click("#clear")
     assert page.is_hidden("[data-save='map.nii.gz']")
+    assert page.faults == []
+
+
+def drop(page: Any, path: Path) -> None:
+    """Drop a file or folder as a file manager does."""
+    session, box = page.context.new_cdp_session(page), page.locator("#drop").bounding_box()
+    for kind in ("dragEnter", "dragOver", "drop"):
+        at = {"x": box["x"] + 20, "y": box["y"] + 20}
+        data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+        session.send("Input.dispatchDragEvent", {"type": kind, **at, "data": data})
+
+
+def test_a_folder_and_a_zip_are_dropped(page: Any, scan: Path, tmp_path: Path) -> None:
+    from tests.phantom_dicom import write_series
+
+    write_series(scan, tmp_path / "series")
+    packed = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "series")
+    drop(page, tmp_path / "series")
+    arrived(page)
+    of_folder = page.inner_text("#findings tbody")
+    page.click("#remove")
+    drop(page, Path(packed))
+    arrived(page)
+    assert page.inner_text("#findings tbody") == of_folder
     assert page.faults == []
 
 

@@ -300,8 +300,14 @@ $("drop").ondrop = async (event) => {
   event.preventDefault();
   $("drop").classList.remove("over");
   const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
-  const files = (await Promise.all(entries.map(filesOf))).flat();
-  if (files.length) look(formOf(files));
+  // What another program gives, a mail's attachment say, is no entry.
+  const plain = [...event.dataTransfer.files];
+  say("reading the folder");
+  try {
+    const files = entries.length ? (await Promise.all(entries.map(filesOf))).flat() : plain;
+    if (!files.length) throw new Error("no file was dropped");
+    look(formOf(files));
+  } catch (error) { refuse(error); }
 };
 $("cancel").onclick = forget;
 // A page that is closed takes its scan along; one that may come back keeps it.
