@@ -64,7 +64,8 @@ async function describeModel() {
   offerDraft(facts.draft);
   $("stored").hidden = !facts.stored.length;
   $("pacs").hidden = !facts.dicomweb;
-  $("volumes").replaceChildren(...facts.stored.slice(0, 5000).map((name) => element("option", undefined, { value: name })));
+  // Thousands of options: not before somebody looks for one.
+  $("volume").addEventListener("focus", () => $("volumes").replaceChildren(...facts.stored.slice(0, 5000).map((name) => element("option", undefined, { value: name }))), { once: true });
 }
 
 // fetch cannot report the progress of an upload.
@@ -349,4 +350,5 @@ document.onkeydown = (event) => {
   if ("1234".includes(event.key)) { $("window").selectedIndex = Number(event.key) - 1; setWindow(); }
 };
 describeModel().catch(refuse);
-window.addEventListener("load", () => setTimeout(() => viewer.load().catch(() => {})));
+// After the first frame has been drawn.
+requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(() => viewer.load().catch(() => {}), 100)));
