@@ -1,8 +1,8 @@
 """The prediction table and the embedding table, the only coupling between inference and evaluation.
 
 One row a volume each. A prediction table holds a probability a finding, its margin (positive minus negative logit,
-before calibration), the limits of the probability's 95 % interval if it is calibrated, graded findings as ``value:name [unit]``, and the model (with its training data), preprocessing
-spec and prompts that they come from.
+before calibration), the limits of the probability's 95 % interval if it is calibrated, graded findings as
+``value:name [unit]``, and the model (with its training data), preprocessing spec and prompts that they come from.
 """
 
 from __future__ import annotations
@@ -60,18 +60,13 @@ def prediction_table(
     adapted_on: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """identity: columns volume, patient, scan, warnings; probabilities, margins (volumes, names); intervals (volumes,
-    names, 2) of the probabilities, NaN for names without one; values: graded findings, "name [unit]" to (volumes,); adapted_on (volumes,): 1 where model or head were fitted to labels of the
-    volume's patient, None where nothing was fitted."""
+    names, 2) of the probabilities, NaN for names without one; values: graded findings, "name [unit]" to (volumes,);
+    adapted_on (volumes,): 1 where model or head were fitted to labels of the volume's patient, None where nothing was
+    fitted."""
     table = identity.loc[:, list(IDENTITY)].reset_index(drop=True)
     scores = pd.DataFrame(probabilities, columns=names)
     logits = pd.DataFrame(margins, columns=[f"{MARGIN}{name}" for name in names])
-    known = (
-        [] if intervals is None else [index for index in range(len(names)) if np.isfinite(intervals[:, index]).all()]
-    )
-    limits = pd.DataFrame(
-        {f"{limit}{names[index]}": intervals[:, index, side] for index in known for side, limit in enumerate(LIMITS)},
-        index=table.index,
-    )
+    limits = pd.DataFrame(_limits(names, intervals), index=table.index)
     graded = pd.DataFrame({f"{VALUE}{name}": column for name, column in values.items()}, index=table.index)
     provenance = pd.DataFrame({
         "model": model, "supervision": supervision, "trained_on": trained_on, "spec": spec, "prompts": prompts,
@@ -80,6 +75,14 @@ def prediction_table(
     if adapted_on is not None:
         provenance.insert(len(provenance.columns) - 1, "adapted_on", adapted_on.astype(int))
     return pd.concat([table, scores, logits, limits, graded, provenance], axis=1)
+
+
+def _limits(names: Sequence[str], intervals: np.ndarray | None) -> dict[str, np.ndarray]:
+    """The columns of the limits that are known."""
+    if intervals is None:
+        return {}
+    known = [index for index in range(len(names)) if np.isfinite(intervals[:, index]).all()]
+    return {f"{limit}{names[index]}": intervals[:, index, side] for index in known for side, limit in enumerate(LIMITS)}
 
 
 def embedding_table(volumes: list[str], **embeddings: np.ndarray) -> pa.Table:
