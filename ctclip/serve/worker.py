@@ -309,7 +309,14 @@ class Worker:
 
 def alone(together: Encoded, number: int) -> Encoded:
     """One volume of an encoded batch, in memory of its own: a view would hold the whole batch."""
-    return Encoded(*[part.clone() if isinstance(part, Tensor) else part for part in together.one(number)])
+
+    def own(part: Tensor | None) -> Tensor | None:
+        return None if part is None else part.clone()
+
+    one = together.one(number)
+    return one._replace(
+        tokens=one.tokens.clone(), pooled=one.pooled.clone(), real=own(one.real), embedding=own(one.embedding), local=own(one.local),
+    )  # fmt: skip
 
 
 def stored(store: VolumeStore, name: str) -> Prepared:
