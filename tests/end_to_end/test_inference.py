@@ -204,7 +204,7 @@ def test_a_notebook_gets_a_result_that_shows_itself(model: Path, cohort: Path) -
     assert found.ranked()[0][1] == max(found.probabilities.values())
     assert "Cardiomegaly" in str(found)
     assert "<table>" in found._repr_html_()
-    assert list(found.frame().columns) == ["probability", "margin", "threshold"]
+    assert list(found.frame().columns) == ["probability", "lower", "upper", "margin", "threshold"]
     assert "not calibrated" in str(found)
     assert list(loaded.detect(scan, ["pneumothorax"]).probabilities) == ["pneumothorax"]
     vector = loaded.encode_text(["No pleural effusion."])
