@@ -16,6 +16,7 @@ class AdaptMethod(StrEnum):
     caption = "caption"
     prior = "prior"
     locate = "locate"
+    decode = "decode"
     vocabfine = "vocabfine"
     classfine = "classfine"
     lora = "lora"
@@ -31,14 +32,18 @@ def adapt(
     method: AdaptMethod = typer.Option(
         ...,
         help="coop: learn prompts, in seconds to minutes. caption: learn to write reports. prior: learn which "
-        "volumes a text describes. locate: learn where in a volume a text is about. The other methods train encoders; see above.",
+        "volumes a text describes. locate: learn where in a volume a text is about. decode: learn to draw volumes from texts. The other "
+        "methods train encoders; see above.",
     ),
     model: str = typer.Option(
         ..., "--model", "-m", help="The model folder to start from; an imported checkpoint is one too."
     ),
     store: Path = typer.Option(..., help="A store written by `ctclip preprocess` with the model's spec."),
     output: Path = typer.Option(
-        ..., "--output", "-o", help="The run folder; with coop, caption, prior and locate, the folder for tables."
+        ...,
+        "--output",
+        "-o",
+        help="The run folder; with coop, caption, prior, locate and decode, the folder for tables.",
     ),
     labels: Path = LABEL_TABLE,
     config: str = typer.Option(
@@ -53,7 +58,7 @@ def adapt(
     percent: float = typer.Option(100.0, help="Percentage of the training patients whose labels are used."),
     head: str = typer.Option(
         None,
-        help="coop, caption, prior, locate: the name under which the head is saved in the model folder. Default: the method's.",
+        help="coop, caption, prior, locate, decode: the name under which the head is saved in the model folder. Default: the method's.",
     ),
     draws: int = typer.Option(
         1, min=1, help="coop: number of random draws of patients; the head of the first draw is saved."
@@ -89,6 +94,9 @@ def adapt(
     locate learns, on frozen features, which cells of a volume the sentences of its report are about, and saves a locator as a
     head, with which `ctclip explain` and `ctclip find` draw their maps; it reads no labels and no masks.
 
+    decode trains a decoder from texts to volumes, told the embeddings of a model that stays as it is, and saves it as a head, with which
+    `ctclip imagine` draws volumes; it reads no labels. A run that was stopped resumes.
+
     The other methods train, write a new model folder, and resume as `ctclip train` does: vocabfine fits the scores of the
     prompts to labels; classfine fits a linear layer; lora and last-layers do what vocabfine does with fewer parameters; full
     continues the contrastive training on pairs of volumes and reports.
@@ -99,7 +107,7 @@ def adapt(
     if method is AdaptMethod.coop:
         _coop(overrides or [], model, store, output, labels, config, setting, head or "coop", draws, (train_split, test_split), seed, force)  # fmt: skip
         return
-    if method in (AdaptMethod.caption, AdaptMethod.prior, AdaptMethod.locate):
+    if method in (AdaptMethod.caption, AdaptMethod.prior, AdaptMethod.locate, AdaptMethod.decode):
         _unlabelled(
             method, overrides or [], model, store, output, labels, config, setting, head, train_split, seed, force
         )
@@ -161,7 +169,7 @@ def _unlabelled(
 ) -> None:  # fmt: skip
     """Heads that learn from reports alone."""
     from ctclip import distributed
-    from ctclip.adaptation import caption, locate, prior
+    from ctclip.adaptation import caption, decode, locate, prior
     from ctclip.adaptation.protocol import Setting
     from ctclip.config_files import find_config, load_section
     from ctclip.errors import ConfigError
@@ -174,6 +182,7 @@ def _unlabelled(
     kinds: dict[AdaptMethod, tuple[type[Section], Callable[..., Path], str, str]] = {
         AdaptMethod.caption: (caption.CaptionConfig, caption.run_caption, caption.LOSSES, f"`ctclip draft --head {name}` uses it"),
         AdaptMethod.locate: (locate.LocateConfig, locate.run_locate, locate.LOSSES, "`ctclip explain` uses it: --method learned"),
+        AdaptMethod.decode: (decode.DecodeConfig, decode.run_decode, decode.LOSSES, "`ctclip imagine` draws with it"),
         AdaptMethod.prior: (prior.PriorConfig, prior.run_prior, prior.LOSSES, f"`ctclip zero-shot --head {name}` scores with it"),
     }  # fmt: skip
     section, run, losses, use = kinds[method]

@@ -1,4 +1,4 @@
-"""`ctclip imagine`: a volume in which a model reads a text."""
+"""`ctclip imagine`: a volume that a text describes, to a model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 
 class ImagineMethod(StrEnum):
+    decoder = "decoder"
     dream = "dream"
 
 
@@ -21,12 +22,25 @@ def imagine(
         ..., "--output", "-o", help="A NIfTI file, .nii.gz or .nii; the word synthetic is added to its name."
     ),
     method: ImagineMethod = typer.Option(
-        ImagineMethod.dream, help="dream: change a volume step by step until its embedding matches the text."
+        None,
+        help="decoder: draw a volume from noise, by what `ctclip adapt --method decode` has trained. dream: change a volume step "
+        "by step until its embedding matches the text. Default: decoder if the model has one, else dream.",
     ),
-    store: Path = typer.Option(None, help="Begin with the mean volume of this store. Default: begin with noise."),
+    store: Path = typer.Option(
+        None, help="dream: begin with the mean volume of this store. Default: begin with noise."
+    ),
     split: str = typer.Option("train", help="The split of --store."),
     number: int = typer.Option(1, "--number", "-n", min=1, max=10_000, help="Number of volumes for each text."),
-    steps: int = typer.Option(100, min=1, help="Number of steps for each volume."),
+    steps: int = typer.Option(
+        None, min=1, max=1000, help="Number of steps for each volume. Default: 25 for decoder, 100 for dream."
+    ),
+    guidance: float = typer.Option(
+        None,
+        min=0,
+        max=100,
+        help="decoder: how strongly it heeds the text; 1 as it learned, more exaggerates. Default: 2.",
+    ),
+    decoder: str = typer.Option(None, help="decoder: the name of its head. Default: the first decoder of the model."),
     seed: int = typer.Option(
         0, min=0, help="Seed of the first volume of each text; further volumes use the numbers that follow."
     ),
@@ -40,11 +54,12 @@ def imagine(
 
     `ctclip imagine "Moderate effusion on the left." --model runs/demo/train/model --store runs/demo/store --output x.nii.gz`
 
-    The volumes are NIfTI in HU on the grid of the model, and marked as synthetic in name, header and page. A
-    dream shows what raises the score of the model, which need not look like a scan. For research only.
+    The volumes are NIfTI in HU on the grid of the model, and marked as synthetic in name, header and page. A decoder draws
+    what volumes with such a text look like in its training data; a dream shows what raises the score of the model, which need
+    not look like a scan. For research only.
     """
     from ctclip import distributed
-    from ctclip.imagining.imagine import Imagining, check_texts
+    from ctclip.imagining.imagine import Imagining, check_texts, method_of
     from ctclip.imagining.imagine import imagine as imagined
     from ctclip.imagining.synthetic import check_output, write_volumes
     from ctclip.inference.model import load
@@ -52,8 +67,12 @@ def imagine(
     check_output(output, len(texts) * number, force=force)
     loaded = load(model, distributed.device())
     detector = loaded.head(head)
+    given = Imagining(
+        number, seed, steps, store, split, language, None if method is None else method.value, guidance, decoder
+    )
     check_texts(loaded.folder, texts, language)
-    volumes = imagined(loaded.folder, detector, texts, Imagining(number, seed, steps, store, split, language))
+    method_of(loaded.folder, given)
+    volumes = imagined(loaded.folder, detector, texts, given)
     paths, page = write_volumes(output, volumes, loaded.spec, force=force)
     for path, one in zip(paths, volumes, strict=True):
         print(f"synthetic: {path} ({one.text} {one.words})")

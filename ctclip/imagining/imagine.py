@@ -3,9 +3,10 @@ detector."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from ctclip.errors import DataError
 from ctclip.explanation.find import told_from
+from ctclip.heads.decoder import DecodeHead, Decoder
+from ctclip.heads.folder import list_heads, load_head
 from ctclip.heads.head import Head
 from ctclip.heads.text import TextHead
 from ctclip.imagining.dream import dream, noise_volume
@@ -28,40 +31,108 @@ from ctclip.report_reading.rules import RulesReader
 MEAN_OF = 200
 
 
+MethodName = Literal["decoder", "dream"]
+# Steps of each method where none are given: of the flow, and of the optimisation.
+STEPS: dict[MethodName, int] = {"decoder": 25, "dream": 100}
+GUIDANCE = 2.0
+
+
 @dataclass(frozen=True)
 class Imagining:
-    """How volumes are made. number: of each text; steps: of the optimisation; store and split: of the mean volume that a
-    dream begins with, else it begins with noise; language: of the texts."""
+    """How volumes are made. method: None for the decoder where the model has one, else a dream; number: of each text; steps:
+    of the method; guidance: how strongly the decoder heeds the text; decoder: the name of its head; store and split: of the
+    mean volume that a dream begins with, else it begins with noise; language: of the texts."""
 
     number: int = 1
     seed: int = 0
-    steps: int = 100
+    steps: int | None = None
     store: Path | None = None
     split: str = "train"
     language: str = "english"
+    method: MethodName | None = None
+    guidance: float | None = None
+    decoder: str | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One volume (D, H, W) in [-1, 1], its text and seed, and how it was made in words."""
+
+    voxels: np.ndarray
+    text: str
+    seed: int
+    words: str
 
 
 def imagine(folder: ModelFolder, detector: Head, texts: Sequence[str], given: Imagining) -> list[Synthetic]:
-    """``number`` volumes of each text, by `dream`. Raises DataError for a text that names no finding, or a store of
-    another spec."""
+    """``number`` volumes of each text. Raises DataError for a text that names no finding, a store of another spec, a model
+    without a decoder that is asked for one, or options of the other method."""
     check_texts(folder, texts, given.language)
+    method = method_of(folder, given)
+    steps = given.steps or STEPS[method]
+    drawn = (
+        _decoded(folder, texts, given, steps) if method == "decoder" else _dreamt(folder, detector, texts, given, steps)
+    )
+    return [
+        Synthetic(
+            to_hu(one.voxels, folder.spec), one.text, method, folder.hash, one.seed, one.words,
+            _detected(folder, detector, one.voxels),
+        )
+        for one in drawn
+    ]  # fmt: skip
+
+
+def method_of(folder: ModelFolder, given: Imagining) -> MethodName:
+    """The method that ``given`` asks for. Raises DataError if the model cannot follow it, or an option is of the other
+    method."""
+    decoders = [head.name for head in list_heads(folder.path) if head.kind == DecodeHead.kind]
+    method = given.method or ("decoder" if decoders or given.decoder else "dream")
+    if method == "decoder":
+        if not decoders:
+            raise DataError(
+                f"{folder.path}: has no decoder; train one with `ctclip adapt --method decode --model {folder.path}`, or use "
+                f"--method dream"
+            )
+        if given.decoder is not None and given.decoder not in decoders:
+            raise DataError(f"{folder.path}: no decoder {given.decoder!r} (it has: {', '.join(decoders)})")
+        if given.store is not None:
+            raise DataError("--store is what a dream begins with, but the model has a decoder: add --method dream")
+    elif given.guidance is not None or given.decoder is not None:
+        raise DataError("--guidance and --decoder are of --method decoder")
+    return method
+
+
+def decoder_of(folder: ModelFolder, name: str | None = None) -> Decoder:
+    """The decoder of a model, by the name of its head, or its first. Raises CheckpointError."""
+    names = [head.name for head in list_heads(folder.path) if head.kind == DecodeHead.kind]
+    head = load_head(folder.path, name or names[0], folder.model)
+    assert isinstance(head, DecodeHead)
+    return head.decoder
+
+
+def _decoded(folder: ModelFolder, texts: Sequence[str], given: Imagining, steps: int) -> Iterator[Drawn]:
+    """By the decoder, told the embedding of each text."""
+    decoder = decoder_of(folder, given.decoder)
+    guidance = GUIDANCE if given.guidance is None else given.guidance
+    with torch.inference_mode():
+        conditions = decoder.condition(texts=folder.model.encode_text(list(texts)).float())
+    wanted = [(index, given.seed + number) for index in range(len(texts)) for number in range(given.number)]
+    for index, seed in track(wanted, len(wanted), "imagining", "volumes"):
+        volume = decoder.sample(conditions[index : index + 1], [seed], steps=steps, guidance=guidance)
+        yield Drawn(volume[0, 0].float().cpu().numpy(), texts[index], seed, f"{steps} steps, guidance {guidance:g}")
+
+
+def _dreamt(folder: ModelFolder, detector: Head, texts: Sequence[str], given: Imagining, steps: int) -> Iterator[Drawn]:
+    """By `dream`, from the mean volume of a split or from noise."""
     mean = None if given.store is None else mean_volume(folder, given.store, given.split)
     wanted = TextHead(folder.model, list(texts), told_from(detector)).directions
-    volumes = []
+    origin = "noise" if mean is None else f"the mean of the split {given.split}"
     for text, direction in zip(texts, wanted, strict=True):
-        for number in range(given.number):
-            seed = given.seed + number
+        for seed in range(given.seed, given.seed + given.number):
             begin = noise_volume(folder.model, seed) if mean is None else mean
-            made = dream(folder.model, direction, begin, steps=given.steps, seed=seed, everywhere=mean is None)
-            origin = "noise" if mean is None else f"the mean of the split {given.split}"
-            words = f"{given.steps} steps from {origin}, cosine with the text {made.before:.2f} to {made.after:.2f}"
-            volumes.append(
-                Synthetic(
-                    to_hu(made.voxels, folder.spec), text, "dream", folder.hash, seed, words,
-                    _detected(folder, detector, made.voxels),
-                )
-            )  # fmt: skip
-    return volumes
+            made = dream(folder.model, direction, begin, steps=steps, seed=seed, everywhere=mean is None)
+            words = f"{steps} steps from {origin}, cosine with the text {made.before:.2f} to {made.after:.2f}"
+            yield Drawn(made.voxels, text, seed, words)
 
 
 def check_texts(folder: ModelFolder, texts: Sequence[str], language: str = "english") -> None:

@@ -1,0 +1,359 @@
+"""Train a decoder on a trained model, whose encoders stay as they are: an autoencoder on the volumes of a store, then, on their
+latents, a flow that is told the embeddings of volumes, or of reports and excerpts of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ctclip.adaptation.caption import prompts_of
+from ctclip.adaptation.examples import cached_embeddings
+from ctclip.adaptation.keep import add_head, check_head_name
+from ctclip.adaptation.prior import VIEWS
+from ctclip.adaptation.resumable import Schedule, rows_of, train_resumably
+from ctclip.data.dataset import some_scans, with_report
+from ctclip.data.reports import ReportViews, reports_of
+from ctclip.errors import ConfigError, DataError
+from ctclip.evaluation.adapted import Adaptation
+from ctclip.evaluation.tables import write_predictions
+from ctclip.heads.decoder import BINS, DecodeHead, Decoder, Networks, intensity_bin
+from ctclip.inference.run import report_embeddings, run_key
+from ctclip.inference.scans import StoredScans, prefetch
+from ctclip.language import load_language
+from ctclip.models.encoded import axis_shape
+from ctclip.models.folder import ModelFolder
+from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
+from ctclip.preprocessing.progress import duration, track
+from ctclip.preprocessing.store import VolumeStore
+from ctclip.schema import Section
+
+METHOD, LOSSES = "decode", "decode.csv"
+# HU windows in which differences count too, so that lungs and soft tissue are not lost between air and bone.
+WINDOWS = ((-1000.0, -500.0), (-160.0, 240.0))
+# Volumes whose noise is measured, and latents to a file.
+MEASURED, TOGETHER = 32, 256
+# Volumes whose loss is averaged in the table of losses, and days that a processor may take.
+AVERAGED, DAYS = 100, 3.0
+
+
+class Stage(Section):
+    """How one of the two networks is trained."""
+
+    steps: int = Field(20_000, ge=1, le=10**8, description="number of steps of AdamW")
+    batch: int = Field(8, ge=1, le=10**5, description="number of volumes, or latents, in a batch")
+    learning_rate: float = Field(2e-4, gt=0, le=10, description="peak learning rate of AdamW")
+    average: float = Field(
+        0.999, ge=0, lt=1, description="decay of the running mean of the weights that is kept; 0: the last weights"
+    )
+
+
+class DecodeConfig(Section):
+    """How a decoder is trained."""
+
+    networks: Networks = Field(Networks(), description="sizes of the networks")  # type: ignore[call-arg]
+    autoencoder: Stage = Field(Stage(), description="training of the autoencoder")  # type: ignore[call-arg]
+    flow: Stage = Field(Stage(steps=50_000, batch=32), description="training of the flow network")  # type: ignore[call-arg]
+    volumes: int | None = Field(None, ge=1, description="number of training volumes to use; null: all")
+    crop: int | None = Field(
+        None,
+        ge=8,
+        le=4096,
+        description="side in voxels of the cubes on which the autoencoder learns; null: whole volumes",
+    )
+    windows: float = Field(
+        0.2,
+        ge=0,
+        le=100,
+        description="weight of differences in the windows of lung and soft tissue against those in HU",
+    )
+    kl: float = Field(
+        1e-6, ge=0, le=1, description="weight of the autoencoder's KL divergence, summed over the latents of a volume"
+    )
+    excerpts: int = Field(
+        3,
+        ge=0,
+        le=100,
+        description="excerpts of each report that the flow is told besides the whole; prompts are short",
+    )
+    text: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the examples that are told a text, instead of the embedding of the volume",
+    )
+    untold: float = Field(0.1, ge=0, lt=1, description="share of the examples that are told nothing, for guidance")
+    language: str = Field("english", description="of the reports: a YAML file, or the name of one in configs/languages")
+
+
+@dataclass(frozen=True)
+class Told:
+    """Embeddings by row of the cohort table: volumes (n, dim), texts (n, 1 + excerpts, dim)."""
+
+    volumes: Tensor
+    texts: Tensor
+
+
+def run_decode(
+    loaded: ModelFolder,
+    store: Path,
+    output: Path,
+    config: DecodeConfig,
+    *,
+    head: str = METHOD,
+    split: str = "train",
+    seed: int = 0,
+    force: bool = False,
+) -> Path:
+    """Train a decoder on the volumes and reports of a split and save it in the model folder; returns its folder.
+
+    ``output`` gets ``decode.csv``, the losses, and the embeddings, latents and states of training: a run that was
+    stopped in any way resumes and ends with the same bytes. Raises ConfigError if a processor would take days, DataError
+    or PreprocessingError, and saves nothing, if the store has no report or the output cannot be used.
+    """
+    check_folder(output, made_by_us, "output of `ctclip adapt --method decode`")
+    check_head_name(loaded, head, DecodeHead.kind)
+    scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
+    scans.table = with_report(scans.table, loaded.trained_on.sections, f"{store}: split {split!r}")
+    if config.volumes is not None:
+        scans.table = some_scans(scans.table, config.volumes, seed)
+    decoder = new_decoder(loaded, config, seed)
+    if loaded.model.device.type == "cpu":
+        print(f"note: no card is used; training takes about {duration(estimate(decoder, config))} on this processor")
+    key = run_key(loaded.hash, scans.origin(), list(scans.table["volume"]), config.model_dump_json(), f"{head} {seed}")
+    with claimed_folder(output, "adapt", key, (LOSSES,), made_by_us, force=force):
+        vectors = cached_embeddings(loaded, scans, output / "embeddings", 8)
+        scans.table = scans.table[scans.table["volume"].isin(vectors)].reset_index(drop=True)
+        told = _told(loaded, scans.table, vectors, config, seed)
+        losses = {"autoencoder": _fit_autoencoder(decoder, scans, config, output, key, seed)}
+        latents = _latents(decoder, scans, output / "latents", key)
+        decoder.noise.copy_(measured_noise(decoder, scans, seed))
+        flat = latents.float()
+        decoder.mean.copy_(flat.mean(dim=(0, 2, 3, 4)))
+        decoder.scale.copy_(flat.std(dim=(0, 2, 3, 4)).clamp(min=1e-6))
+        losses["flow"] = _fit_flow(decoder, latents, told, config, output, key, seed)
+        made = DecodeHead(loaded.model, decoder, prompts_of(loaded), loaded.labels.names)
+        words = f"{len(scans.table)} volumes of {scans.table['patient'].nunique()} patients, split {split}"
+        made.adaptation = Adaptation.to(METHOD, words, loaded.hash, scans.table["patient"].astype(str))
+        folder = add_head(loaded.path, head, made, f"a decoder from texts to volumes, fitted to {words}")
+        write_predictions(output / LOSSES, _losses(losses))
+    return folder
+
+
+def new_decoder(loaded: ModelFolder, config: DecodeConfig, seed: int) -> Decoder:
+    """A decoder before training, on the model's device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = Decoder(axis_shape(loaded.spec), loaded.model.config.dim, config.networks)
+    return decoder.to(loaded.model.device)
+
+
+def estimate(decoder: Decoder, config: DecodeConfig) -> float:
+    """Seconds of training on this device, from a step of each network on one cell of its coarsest grid and more. Raises
+    ConfigError if that is longer than a processor should be asked for."""
+    step = decoder.networks.step
+    cube = -(-32 // step) * step
+    volume = decoder.mean.new_zeros(1, 1, cube, cube, cube)
+    learned = math.prod(min(config.crop or extent, extent) for extent in decoder.shape) / cube**3
+    latents = decoder.mean.new_zeros(1, decoder.networks.latent, *(min(extent, 32) for extent in decoder.grid))
+    share = math.prod(decoder.grid) / math.prod(latents.shape[2:])
+    first = _timed(lambda: autoencoder_loss(decoder, volume, config, (-1000.0, 1000.0)))
+    second = _timed(lambda: decoder.flow_loss(latents, decoder.condition()))
+    seconds = config.autoencoder.steps * config.autoencoder.batch * learned * first
+    seconds += config.flow.steps * config.flow.batch * share * second
+    if decoder.mean.device.type == "cpu" and seconds > DAYS * 86_400:
+        raise ConfigError(
+            f"--method decode needs a card: on this processor it would take about {duration(seconds)}; lower autoencoder.steps "
+            f"and flow.steps, or give --config phantom_imagine, which is sized for a processor"
+        )
+    return seconds
+
+
+def _timed(loss: Callable[[], Tensor]) -> float:
+    """Seconds of a step; the first one, which prepares, does not count."""
+    with torch.random.fork_rng(devices=[]):
+        loss().backward()
+        begin = time.perf_counter()
+        loss().backward()
+        return time.perf_counter() - begin
+
+
+def autoencoder_loss(decoder: Decoder, volumes: Tensor, config: DecodeConfig, window: tuple[float, float]) -> Tensor:
+    """Mean absolute differences, in ``window`` (the HU of -1 and 1) and in those of lung and soft tissue, and the KL divergence
+    of the latents (Rombach et al. 2022, section 3.1). volumes (B, 1, D, H, W). Draws from torch's generator."""
+    volumes = decoder.padded(volumes)
+    mean, deviation = decoder.encode(volumes)
+    again = decoder.decode(mean + deviation * torch.randn_like(deviation))
+    loss = (again - volumes).abs().mean()
+    low, high = window
+    for bottom, top in WINDOWS:
+        first, last = ((value - low) / (high - low) * 2 - 1 for value in (bottom, top))
+        part = (again.clamp(first, last) - volumes.clamp(first, last)).abs().mean()
+        loss = loss + config.windows * 2 / (last - first) * part
+    variance = deviation.square()
+    divergence = 0.5 * (mean.square() + variance - 1 - variance.clamp(min=1e-12).log())
+    return loss + config.kl * divergence.flatten(1).sum(dim=1).mean()
+
+
+def _fit_autoencoder(
+    decoder: Decoder, scans: StoredScans, config: DecodeConfig, output: Path, key: str, seed: int
+) -> list[float]:
+    stage, device = config.autoencoder, decoder.mean.device
+    count = len(scans.table)
+    batch = min(stage.batch, count)
+
+    def batches(begin: int) -> Iterator[Tensor]:
+        rows = [row for step in range(begin, stage.steps) for row in rows_of(step, count, batch, seed).tolist()]
+        ready = prefetch(scans.voxels, rows)
+        for step in range(begin, stage.steps):
+            random = np.random.default_rng([seed, 59, step])
+            yield torch.stack([_crop(next(ready)()[0], config.crop, random) for _ in range(batch)])[:, None]
+
+    return train_resumably(
+        decoder.autoencoder,
+        lambda volumes: autoencoder_loss(decoder, volumes.to(device), config, scans.spec.hu_window),
+        batches,
+        Schedule(stage.steps, stage.learning_rate, average=stage.average),
+        output / "autoencoder.safetensors",
+        key=key,
+        seed=seed,
+        what="autoencoder",
+    )
+
+
+def _crop(voxels: np.ndarray, side: int | None, random: np.random.Generator | None = None) -> Tensor:
+    """A random cube of a volume (D, H, W), or all of it."""
+    if side is None or random is None:
+        return torch.from_numpy(np.array(voxels))
+    begins = [int(random.integers(0, max(extent - side, 0) + 1)) for extent in voxels.shape]
+    d, h, w = (slice(begin, begin + side) for begin in begins)
+    return torch.from_numpy(np.ascontiguousarray(voxels[d, h, w]))
+
+
+@torch.inference_mode()
+def _latents(decoder: Decoder, scans: StoredScans, folder: Path, key: str) -> Tensor:
+    """(n, latent, d, h, w) float16: the means of the latents of every volume. ``TOGETHER`` of them to a file of ``folder``, so
+    that an interrupted run resumes."""
+    folder.mkdir(exist_ok=True)
+    count, parts = len(scans.table), []
+    starts = range(0, count, TOGETHER)
+    for start in track(starts, len(starts), "latents", f"files of {TOGETHER}"):
+        path = folder / f"{start:08d}.safetensors"
+        part = _kept(path, key)
+        if part is None:
+            rows = range(start, min(start + TOGETHER, count))
+            encoded = []
+            for ready in prefetch(scans.voxels, rows):
+                volume = _crop(ready()[0], None)[None, None].to(decoder.mean.device)
+                encoded.append(decoder.encode(volume)[0].half().cpu())
+            part = torch.cat(encoded)
+            with written_beside(path) as partial:
+                save_file({"latents": part}, partial, {"key": key})
+        parts.append(part)
+    return torch.cat(parts).clone()
+
+
+def _kept(path: Path, key: str) -> Tensor | None:
+    """The latents of a file of this run."""
+    try:
+        with safe_open(path, "pt") as part:
+            if (part.metadata() or {}).get("key") != key:
+                return None
+            latents: Tensor = part.get_tensor("latents")
+            return latents
+    except (OSError, SafetensorError):
+        return None
+
+
+@torch.inference_mode()
+def measured_noise(decoder: Decoder, scans: StoredScans, seed: int) -> Tensor:
+    """(BINS,): the standard deviation of what the autoencoder leaves out of a volume, at each intensity that it gives; by the
+    median absolute deviation, so that edges do not count."""
+    count = len(scans.table)
+    rows = np.random.default_rng([seed, 61]).permutation(count)[:MEASURED].tolist()
+    bins, left = list[np.ndarray](), list[np.ndarray]()
+    for ready in prefetch(scans.voxels, rows):
+        volume = _crop(ready()[0], None)[None, None].to(decoder.mean.device)
+        again = decoder.decode(decoder.encode(volume)[0])[tuple(slice(extent) for extent in (1, 1, *volume.shape[2:]))]
+        # Every seventh voxel is enough, and no plane of the volume.
+        bins.append(intensity_bin(again).flatten()[::7].cpu().numpy())
+        left.append((volume - again).flatten()[::7].cpu().numpy())
+    table = pd.DataFrame({"bin": np.concatenate(bins), "left": np.concatenate(left)})
+    deviation = table.groupby("bin")["left"].agg(lambda each: 1.4826 * float((each - each.median()).abs().median()))
+    return torch.from_numpy(deviation.reindex(range(BINS)).fillna(0.0).to_numpy(np.float32))
+
+
+def _told(
+    loaded: ModelFolder, table: pd.DataFrame, vectors: dict[str, np.ndarray], config: DecodeConfig, seed: int
+) -> Told:
+    """What the flow may be told of each row of ``table``. Raises DataError if there is none."""
+    if table.empty:
+        raise DataError("no volume with a report to learn from")
+    random = np.random.default_rng([seed, 67])
+    views = ReportViews(VIEWS, load_language(config.language))
+    reports = reports_of(table, loaded.trained_on.sections)
+    texts = [[report.text(), *(views.draw(report, random) for _ in range(config.excerpts))] for report in reports]
+    with torch.inference_mode():
+        encoded = report_embeddings(loaded.model, [text for each in texts for text in each])
+    volumes = torch.from_numpy(np.stack([vectors[name] for name in table["volume"]])).float()
+    return Told(volumes, torch.from_numpy(encoded).float().unflatten(0, (len(table), 1 + config.excerpts)))
+
+
+def _fit_flow(
+    decoder: Decoder, latents: Tensor, told: Told, config: DecodeConfig, output: Path, key: str, seed: int
+) -> list[float]:
+    stage, device = config.flow, decoder.mean.device
+    batch = min(stage.batch, len(latents))
+
+    def loss(rows: Tensor) -> Tensor:
+        conditions = drawn_conditions(decoder, told, rows, config)
+        return decoder.flow_loss(decoder.standard(latents[rows].float().to(device)), conditions)
+
+    def batches(begin: int) -> Iterator[Tensor]:
+        for step in range(begin, stage.steps):
+            yield torch.from_numpy(rows_of(step, len(latents), batch, seed))
+
+    return train_resumably(
+        decoder.flow,
+        loss,
+        batches,
+        Schedule(stage.steps, stage.learning_rate, weight_decay=0.01, average=stage.average),
+        output / "flow.safetensors",
+        key=key,
+        seed=seed + 1,
+        what="flow",
+    )
+
+
+def drawn_conditions(decoder: Decoder, told: Told, rows: Tensor, config: DecodeConfig) -> Tensor:
+    """(B, 2 * dim + 2): of each row a text, the volume, or nothing, by the shares of ``config``. Draws from torch's
+    generator."""
+    device = decoder.mean.device
+    kind, text = torch.rand(len(rows)), torch.randint(told.texts.shape[1], (len(rows),))
+    volumes = decoder.condition(volumes=told.volumes[rows].to(device))
+    texts = decoder.condition(texts=told.texts[rows, text].to(device))
+    none = decoder.condition(count=len(rows))
+    is_text = (kind < config.text * (1 - config.untold))[:, None].to(device)
+    is_none = (kind >= 1 - config.untold)[:, None].to(device)
+    return torch.where(is_none, none, torch.where(is_text, texts, volumes))
+
+
+def _losses(losses: dict[str, list[float]]) -> pd.DataFrame:
+    """A row for every ``AVERAGED`` steps of each network: the mean loss of these steps."""
+    rows = [
+        (network, min(start + AVERAGED, len(values)), float(np.mean(values[start : start + AVERAGED])))
+        for network, values in losses.items()
+        for start in range(0, len(values), AVERAGED)
+    ]
+    return pd.DataFrame(rows, columns=["network", "step", "loss"])

@@ -1,0 +1,165 @@
+"""A training loop of one process that a kill does not change: its state is written atomically, and every step draws from its
+own number, so that a resumed run ends with the same bytes."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ctclip.errors import CheckpointError
+from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.progress import track
+
+T = TypeVar("T")
+
+SAVE_EVERY_SECONDS = 60.0
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """steps; the peak learning_rate of AdamW, which rises for a share ``warmup`` of the steps and falls to 0 along a cosine;
+    average: decay of the mean of the weights that is kept in the end (Polyak & Juditsky 1992), 0 for the last weights."""
+
+    steps: int
+    learning_rate: float
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    average: float = 0.0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        rising = self.warmup * self.steps
+        if step < rising:
+            return self.learning_rate * (step + 1) / (rising + 1)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(self.steps - rising, 1)))
+
+
+def train_resumably(
+    module: nn.Module,
+    loss_of: Callable[[T], Tensor],
+    examples: Callable[[int], Iterable[T]],
+    schedule: Schedule,
+    state: Path,
+    *,
+    key: str,
+    seed: int,
+    what: str,
+) -> list[float]:
+    """Train ``module`` in place and return the loss of each step.
+
+    examples: the batches from a step on; loss_of: of one batch, may draw from torch's generator. ``state``: a file that is
+    written every minute and at the end, and read again by a run with the same ``key``; a run with another starts anew.
+    Raises CheckpointError if the file is damaged.
+    """
+    parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.AdamW(
+        parameters.values(), schedule.learning_rate, betas=(0.9, 0.99), weight_decay=schedule.weight_decay
+    )
+    averaged = {name: value.detach().clone() for name, value in parameters.items()}
+    losses = _resume(state, key, parameters, averaged, optimizer)
+    begin, saved = len(losses), time.monotonic()
+    module.train()
+    todo = range(begin, schedule.steps)
+    shown = track(zip(todo, examples(begin), strict=False), len(todo), what, "steps", lambda: _last(losses))
+    for step, batch in shown:
+        torch.manual_seed(_seed(seed, step))
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(step)
+        loss = loss_of(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        # A short memory at first, when the weights change most.
+        decay = min(schedule.average, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for name, value in parameters.items():
+                averaged[name].lerp_(value, 1 - decay)
+        if time.monotonic() - saved > SAVE_EVERY_SECONDS or step + 1 == schedule.steps:
+            _save(state, key, parameters, averaged, optimizer, losses)
+            saved = time.monotonic()
+    if schedule.average:
+        with torch.no_grad():
+            for name, value in parameters.items():
+                value.copy_(averaged[name])
+    module.eval()
+    return losses
+
+
+def rows_of(step: int, count: int, batch: int, seed: int) -> np.ndarray:
+    """The rows of a step: every one of ``count`` once an epoch, in an order that only the seed and the epoch decide."""
+    places = np.arange(step * batch, (step + 1) * batch)
+    return np.array([_order(int(place // count), count, seed)[place % count] for place in places])
+
+
+@functools.lru_cache(maxsize=4)
+def _order(epoch: int, count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, 47, epoch]).permutation(count)
+
+
+def _seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, 53, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _last(losses: list[float]) -> str:
+    return f"loss {np.mean(losses[-50:]):.4f}" if losses else ""
+
+
+def _save(
+    path: Path,
+    key: str,
+    parameters: dict[str, nn.Parameter],
+    averaged: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    losses: list[float],
+) -> None:
+    tensors = {f"weight.{name}": value.detach() for name, value in parameters.items()}
+    tensors |= {f"average.{name}": value for name, value in averaged.items()}
+    for moment in MOMENTS:
+        # A parameter that no step has used has no moments.
+        there = {name: optimizer.state[value][moment] for name, value in parameters.items() if value in optimizer.state}
+        tensors |= {f"{moment}.{name}": value for name, value in there.items()}
+    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
+    with written_beside(path) as partial:
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, {"key": key})
+
+
+def _resume(
+    path: Path,
+    key: str,
+    parameters: dict[str, nn.Parameter],
+    averaged: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> list[float]:
+    """Load a state of this run; returns the losses of its steps, none if there is no such state."""
+    if not path.is_file():
+        return []
+    try:
+        with safe_open(path, "pt") as state:
+            if (state.metadata() or {}).get("key") != key:
+                return []
+            names = set(state.keys())
+            losses: list[float] = state.get_tensor("losses").tolist()
+            with torch.no_grad():
+                for name, value in parameters.items():
+                    value.copy_(state.get_tensor(f"weight.{name}"))
+                    averaged[name].copy_(state.get_tensor(f"average.{name}"))
+                    if f"{MOMENTS[0]}.{name}" in names:
+                        moments = {moment: state.get_tensor(f"{moment}.{name}").to(value) for moment in MOMENTS}
+                        optimizer.state[value] = {"step": torch.tensor(float(len(losses))), **moments}
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: damaged; delete it, and start the same command again") from error
+    return losses

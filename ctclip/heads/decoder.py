@@ -1,0 +1,272 @@
+"""A decoder: from the embedding of a text or a volume to volumes that it could describe (latent diffusion, Rombach et al. 2022,
+with a rectified flow, Liu et al. 2023, and the networks of MONAI, as its MAISI application has them; Guo et al. 2024).
+
+An autoencoder turns volumes into latents, a sixty-fourth or less of their size. A flow network turns noise into latents, told
+an embedding. Both are kept as a head, which scores findings as the model does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from pydantic import Field, field_validator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ctclip.errors import CheckpointError
+from ctclip.heads.head import reading
+from ctclip.heads.prompts import PromptHead, read_names
+from ctclip.models.dual_encoder import DualEncoder
+from ctclip.models.encoded import axis_shape
+from ctclip.preprocessing.plain_yaml import read_yaml
+from ctclip.prompts import PromptSet, load_prompts
+from ctclip.schema import Section, validated
+
+SIZE, WEIGHTS = "decoder.yaml", "decoder.safetensors"
+# Channels are normalised in groups of 8, and attend in heads of 32.
+GROUPS, HEAD = 8, 32
+# Times of the flow, and bins of [-1, 1] for which the noise is known.
+TIMES, BINS = 1000, 20
+AIR = -1.0
+
+
+class Networks(Section):
+    """Sizes of a decoder's networks."""
+
+    fold: int = Field(
+        2, ge=1, le=8, description="voxels along each axis that the autoencoder takes together, as channels"
+    )
+    channels: tuple[int, ...] = Field(
+        (32, 64, 128), min_length=1, max_length=6, description="channels of the autoencoder; each level halves the grid"
+    )
+    blocks: int = Field(1, ge=1, le=8, description="residual blocks of each level of the autoencoder")
+    latent: int = Field(4, ge=1, le=256, description="channels of the latents")
+    patch: int = Field(
+        2, ge=1, le=8, description="latents along each axis that the flow network takes together, as channels"
+    )
+    width: tuple[int, ...] = Field(
+        (128, 256),
+        min_length=1,
+        max_length=6,
+        description="channels of the flow network; each level halves the grid, the last one attends",
+    )
+    depth: int = Field(2, ge=1, le=16, description="residual blocks of each level of the flow network")
+
+    @field_validator("channels", "width")
+    @classmethod
+    def _even(cls, values: tuple[int, ...], given: Any) -> tuple[int, ...]:
+        step = HEAD if given.field_name == "width" else GROUPS
+        if any(value < step or value > 4096 or value % step for value in values):
+            raise ValueError(f"each must be a multiple of {step} and at most 4096")
+        return values
+
+    @property
+    def step(self) -> int:
+        """Voxels along each axis in a cell of the flow network's coarsest level."""
+        return self.fold * 2 ** (len(self.channels) - 1) * self.patch * 2 ** (len(self.width) - 1)
+
+
+class Decoder(nn.Module):
+    """shape (D, H, W): of the volumes; dim: of the embeddings.
+
+    Volumes are (B, 1, D, H, W) in [-1, 1], latents (B, latent, d, h, w), conditions (B, 2 * dim + 2).
+    """
+
+    mean: Tensor
+    scale: Tensor
+    noise: Tensor
+
+    def __init__(self, shape: Sequence[int], dim: int, networks: Networks) -> None:
+        super().__init__()
+        from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
+
+        self.shape, self.dim, self.networks = (shape[0], shape[1], shape[2]), dim, networks
+        folded, levels = networks.fold**3, len(networks.channels)
+        self.autoencoder = AutoencoderKL(
+            3, folded, folded, (networks.blocks,) * levels, networks.channels, (False,) * levels, networks.latent,
+            norm_num_groups=GROUPS, with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False,
+        )  # fmt: skip
+        patched, levels = networks.latent * networks.patch**3, len(networks.width)
+        self.flow = DiffusionModelUNet(
+            3, patched + 3, patched, (networks.depth,) * levels, networks.width, (*(False,) * (levels - 1), True),
+            norm_num_groups=GROUPS, num_head_channels=HEAD, num_class_embeds=1,
+        )  # fmt: skip
+        # In place of a class, an embedding is added to the time: it scales no attention and costs nothing.
+        hidden = 4 * networks.width[0]
+        self.flow.class_embedding = nn.Sequential(nn.Linear(2 * dim + 2, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.register_buffer("mean", torch.zeros(networks.latent))
+        self.register_buffer("scale", torch.ones(networks.latent))
+        self.register_buffer("noise", torch.zeros(BINS))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The arguments of the constructor, plain."""
+        return {"shape": list(self.shape), "dim": self.dim, "networks": self.networks.model_dump(mode="json")}
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Of the latents, which cover the volume and what is padded to whole cells."""
+        step, cell = self.networks.step, self.networks.fold * 2 ** (len(self.networks.channels) - 1)
+        d, h, w = (-(-extent // step) * step // cell for extent in self.shape)
+        return d, h, w
+
+    def padded(self, volumes: Tensor) -> Tensor:
+        """With air behind, to whole cells."""
+        step, sizes = self.networks.step, volumes.shape[2:]
+        last = [side for extent in reversed(sizes) for side in (0, -extent % step)]
+        return F.pad(volumes, last, value=AIR) if any(last) else volumes
+
+    def encode(self, volumes: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and standard deviations of the latents. Of volumes of any shape."""
+        mean, deviation = self.autoencoder.encode(fold(self.padded(volumes), self.networks.fold))
+        return mean, deviation
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The volumes, with the padding."""
+        return unfold(self.autoencoder.decode(latents), self.networks.fold)
+
+    def standard(self, latents: Tensor) -> Tensor:
+        """With zero mean and unit variance over the training volumes, of each channel."""
+        return (latents - self.mean[:, None, None, None]) / self.scale[:, None, None, None]
+
+    def condition(self, volumes: Tensor | None = None, texts: Tensor | None = None, count: int = 1) -> Tensor:
+        """Unit vectors (B, dim) of volumes or texts -> (B, 2 * dim + 2); ``count`` times nothing without either."""
+        given = volumes if volumes is not None else texts
+        rows = count if given is None else len(given)
+        parts = []
+        for vectors in (volumes, texts):
+            there = self.mean.new_ones(rows, 1) if vectors is not None else self.mean.new_zeros(rows, 1)
+            # Coordinates of unit size, as a network likes them.
+            scaled = self.mean.new_zeros(rows, self.dim) if vectors is None else vectors * math.sqrt(self.dim)
+            parts += [scaled, there]
+        return torch.cat(parts, dim=1)
+
+    def velocity(self, noisy: Tensor, times: Tensor, conditions: Tensor) -> Tensor:
+        """noisy (B, latent, d, h, w), times (B,) from 0 to 1000 -> of the flow, from noise to latents."""
+        patched = fold(noisy, self.networks.patch)
+        places = _places(patched.shape[2:]).to(patched).expand(len(patched), -1, -1, -1, -1)
+        moved = self.flow(torch.cat([patched, places], dim=1), times, class_labels=conditions)
+        return unfold(moved, self.networks.patch)
+
+    def flow_loss(self, latents: Tensor, conditions: Tensor) -> Tensor:
+        """Mean squared error of the velocity at random times (Liu et al. 2023, eq. 1; times as Esser et al. 2024 draw
+        them). latents (B, latent, d, h, w), standard. Draws from torch's generator."""
+        scheduler = _scheduler()
+        noise = torch.randn_like(latents)
+        times = scheduler.sample_timesteps(latents)
+        noisy = scheduler.add_noise(latents, noise, times)
+        return F.mse_loss(self.velocity(noisy, times, conditions), latents - noise)
+
+    @torch.inference_mode()
+    def sample(self, conditions: Tensor, seeds: Sequence[int], *, steps: int = 25, guidance: float = 2.0) -> Tensor:
+        """conditions (B, 2 * dim + 2), a seed each -> volumes (B, 1, D, H, W) in [-1, 1]. Euler's steps along the flow, with
+        classifier-free guidance (Ho & Salimans 2022, eq. 6). Each volume is drawn by itself, so that it depends on
+        nothing but its condition and seed."""
+        volumes = []
+        for condition, seed in zip(conditions, seeds, strict=True):
+            random = torch.Generator().manual_seed(seed)
+            latents = torch.randn(1, self.networks.latent, *self.grid, generator=random).to(self.mean)
+            latents = self._flowed(latents, condition[None], steps, guidance)
+            volumes.append(self.volume(latents, random))
+        return torch.cat(volumes)
+
+    def _flowed(self, latents: Tensor, condition: Tensor, steps: int, guidance: float) -> Tensor:
+        scheduler, guided = _scheduler(), guidance != 1
+        scheduler.set_timesteps(steps)
+        both = torch.cat([condition, self.condition()]) if guided else condition
+        times = scheduler.timesteps.tolist()
+        for now, following in zip(times, [*times[1:], 0], strict=True):
+            moment = torch.full((len(both),), float(now), device=latents.device)
+            velocity = self.velocity(latents.expand(len(both), -1, -1, -1, -1), moment, both)
+            if guided:
+                velocity = velocity[1:] + guidance * (velocity[:1] - velocity[1:])
+            latents, _ = scheduler.step(velocity, now, latents, following)
+        return latents
+
+    def volume(self, latents: Tensor, random: torch.Generator) -> Tensor:
+        """Standard latents (1, latent, d, h, w) -> a volume (1, 1, D, H, W) in [-1, 1]. The autoencoder gives the mean of the
+        volumes with these latents; noise is added, of the deviation that it had at that intensity in training."""
+        decoded = self.decode(latents * self.scale[:, None, None, None] + self.mean[:, None, None, None])
+        d, h, w = self.shape
+        decoded = decoded[:, :, :d, :h, :w]
+        drawn = torch.randn(decoded.shape, generator=random).to(decoded)
+        return (decoded + drawn * self.noise[intensity_bin(decoded)]).clamp(-1, 1)
+
+
+def intensity_bin(volumes: Tensor) -> Tensor:
+    """The bin of [-1, 1] in which each voxel lies."""
+    return ((volumes + 1) / 2 * BINS).long().clamp(0, BINS - 1)
+
+
+def fold(values: Tensor, by: int) -> Tensor:
+    """(B, C, D, H, W) -> (B, C * by^3, D / by, H / by, W / by): blocks become channels."""
+    b, c, d, h, w = values.shape
+    blocks = values.reshape(b, c, d // by, by, h // by, by, w // by, by)
+    return blocks.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, c * by**3, d // by, h // by, w // by)
+
+
+def unfold(values: Tensor, by: int) -> Tensor:
+    """The inverse of ``fold``."""
+    b, c, d, h, w = values.shape
+    blocks = values.reshape(b, c // by**3, by, by, by, d, h, w)
+    return blocks.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, c // by**3, d * by, h * by, w * by)
+
+
+def _places(grid: Sequence[int]) -> Tensor:
+    """(1, 3, d, h, w): where each cell lies, from -1 to 1 along each axis."""
+    axes = [torch.linspace(-1, 1, extent) if extent > 1 else torch.zeros(1) for extent in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
+
+
+def _scheduler() -> Any:
+    from monai.networks.schedulers import RFlowScheduler
+
+    return RFlowScheduler(TIMES, use_discrete_timesteps=True, sample_method="logit-normal")
+
+
+class DecodeHead(PromptHead):
+    """Scores findings by its prompts as the model does; its decoder draws the volumes of `ctclip imagine`."""
+
+    kind = "decode"
+
+    def __init__(self, model: DualEncoder, decoder: Decoder, prompts: PromptSet, names: Sequence[str] | None) -> None:
+        super().__init__(model, prompts, names)
+        self.decoder = decoder.to(model.device).eval().requires_grad_(False)
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        tensors = {name: value.cpu().contiguous() for name, value in self.decoder.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS)
+        (folder / SIZE).write_text(yaml.safe_dump(self.decoder.facts, sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, model: DualEncoder) -> DecodeHead:
+        with reading(folder, "its decoder is"):
+            facts, tensors = read_yaml(folder / SIZE), load_file(folder / WEIGHTS)
+            shape, dim = tuple(int(extent) for extent in facts["shape"]), int(facts["dim"])
+        if shape != axis_shape(model.spec) or dim != model.config.dim:
+            raise CheckpointError(
+                f"{folder}: its decoder draws volumes of {' x '.join(map(str, shape))} voxels from embeddings of {dim} "
+                f"dimensions, but the model has {' x '.join(map(str, axis_shape(model.spec)))} and {model.config.dim}: it "
+                f"belongs to another model; train one with `ctclip adapt --method decode`"
+            )
+        with reading(folder, "its decoder is"):
+            decoder = built(shape, dim, validated(Networks, facts["networks"], str(folder / SIZE)), tensors)
+        return cls(model, decoder, load_prompts(folder / "prompts.yaml"), read_names(folder))
+
+
+def built(shape: Sequence[int], dim: int, networks: Networks, tensors: dict[str, Tensor]) -> Decoder:
+    """A decoder with these weights. Raises ValueError unless a stranger's sizes are those of the weights beside them: memory
+    is taken for no others, because it is built without any first."""
+    with torch.device("meta"):
+        decoder = Decoder(shape, dim, networks)
+    there = {name: (value.shape, value.dtype) for name, value in tensors.items()}
+    if there != {name: (value.shape, value.dtype) for name, value in decoder.state_dict().items()}:
+        raise ValueError("sizes and weights do not agree")
+    decoder.load_state_dict(tensors, assign=True)
+    return decoder

@@ -1,0 +1,287 @@
+"""The decoder: a flow draws what it is told, a run that was killed ends with the same bytes, and the head is kept, drawn from and
+refused where it does not belong."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ctclip.adaptation import decode, resumable
+from ctclip.adaptation.decode import DecodeConfig, autoencoder_loss, estimate, measured_noise
+from ctclip.adaptation.resumable import Schedule, rows_of, train_resumably
+from ctclip.cli import main
+from ctclip.errors import CheckpointError, ConfigError
+from ctclip.heads.decoder import BINS, SIZE, WEIGHTS, Decoder, Networks, fold, unfold
+from ctclip.heads.folder import load_head
+from ctclip.imagining.synthetic import is_synthetic
+from ctclip.models.folder import load_model
+from tests.unit.drafting.conftest import Clinic, clinic, clinic_files  # noqa: F401
+
+TINY = {"fold": 2, "channels": (8,), "latent": 2, "patch": 2, "width": (32,), "depth": 1}
+WORDS = [
+    "networks.channels=[8]", "networks.latent=2", "networks.width=[32]", "networks.depth=1", "autoencoder.steps=3",
+    "autoencoder.batch=2", "flow.steps=3", "flow.batch=2", "excerpts=1", "crop=null",
+]  # fmt: skip
+TEXT = "A nodule is seen on the left."
+
+
+def tiny(shape: tuple[int, int, int] = (8, 8, 8), dim: int = 4) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(shape, dim, Networks(**TINY))
+
+
+def test_folding_takes_blocks_as_channels_and_gives_them_back() -> None:
+    values = torch.randn(2, 3, 4, 6, 8)
+    folded = fold(values, 2)
+    assert folded.shape == (2, 24, 2, 3, 4)
+    torch.testing.assert_close(folded[:, 8], values[:, 1, ::2, ::2, ::2])
+    flat = torch.randn(1, 3, 1, 6, 8)
+    torch.testing.assert_close(fold(flat.expand(-1, -1, 2, -1, -1), 2)[:, :, 0].unflatten(1, (3, 2, 4))[:, :, 0].flatten(1, 2), F.pixel_unshuffle(flat[:, :, 0], 2))  # fmt: skip
+    torch.testing.assert_close(unfold(folded, 2), values)
+
+
+def test_a_volume_of_any_shape_is_padded_and_cut() -> None:
+    decoder = tiny((7, 9, 5)).eval()
+    assert decoder.grid == (4, 6, 4)
+    latents, _ = decoder.encode(torch.zeros(1, 1, 7, 9, 5))
+    assert latents.shape == (1, 2, 4, 6, 4)
+    volumes = decoder.sample(decoder.condition(count=2), [0, 1], steps=2)
+    assert volumes.shape == (2, 1, 7, 9, 5)
+    assert volumes.abs().max() <= 1
+
+
+def test_a_flow_draws_what_it_is_told_and_nothing_without_guidance() -> None:
+    decoder = tiny()
+    texts = F.normalize(torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]]), dim=-1)
+    optimizer = torch.optim.Adam(decoder.flow.parameters(), 4e-3)
+    torch.manual_seed(0)
+    for _ in range(60):
+        # Latents of 1 for the one text and of -1 for the other.
+        side = (torch.rand(16) < 0.5).long()
+        latents = (1.0 - 2 * side)[:, None, None, None, None].expand(-1, 2, *decoder.grid)
+        given = decoder.condition(texts=texts[side])
+        told = torch.where(torch.rand(16, 1) < 0.2, decoder.condition(count=16), given)
+        loss = decoder.flow_loss(latents, told)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    decoder.eval()
+    decoder.volume = lambda latents, random: latents  # type: ignore[method-assign]
+    conditions = decoder.condition(texts=texts)
+    one, other = (decoder.sample(conditions[[side]], [3], steps=8).mean() for side in (0, 1))
+    assert one > 0.6
+    assert other < -0.6
+    unheard = [decoder.sample(conditions[[side]], [3], steps=2, guidance=0) for side in (0, 1)]
+    torch.testing.assert_close(*unheard)
+    both = decoder.sample(conditions, [3, 4], steps=2)
+    torch.testing.assert_close(
+        both[1:], decoder.sample(conditions[1:], [4], steps=2), msg="a volume is drawn by itself"
+    )
+
+
+class Scans:
+    def __init__(self, volumes: list[np.ndarray]) -> None:
+        self.volumes, self.table = volumes, pd.DataFrame({"volume": range(len(volumes))})
+
+    def voxels(self, index: int) -> tuple[np.ndarray, str]:
+        return self.volumes[index], ""
+
+
+def test_noise_is_that_of_the_volumes_at_each_intensity() -> None:
+    random = np.random.default_rng(0)
+    quiet, loud = (
+        random.normal(mean, spread, (16, 16, 16)).astype(np.float32) for mean, spread in ((-0.55, 0.02), (0.55, 0.1))
+    )
+    decoder = tiny((16, 16, 16)).eval()
+    # Decoded volumes are their mean.
+    decoder.encode = lambda volumes: (volumes.mean().expand(1, 1, 16, 16, 16), volumes)  # type: ignore[method-assign]
+    decoder.decode = lambda latents: latents  # type: ignore[method-assign]
+    noise = measured_noise(decoder, Scans([quiet, loud]), 0)  # type: ignore[arg-type]
+    assert noise[4] == pytest.approx(0.02, rel=0.15)
+    assert noise[15] == pytest.approx(0.1, rel=0.15)
+    assert (noise > 0).sum() == 2
+    assert len(noise) == BINS
+
+
+def test_the_autoencoders_loss_is_what_it_says() -> None:
+    decoder = tiny()
+    volumes = torch.full((2, 1, 8, 8, 8), 0.0)
+    decoder.encode = lambda given: (torch.full((2, 3), 2.0), torch.full((2, 3), 1.0))  # type: ignore[method-assign]
+    decoder.decode = lambda latents: volumes - 0.1  # type: ignore[method-assign]
+    config = DecodeConfig(windows=0.5, kl=0.01)
+    # 0.1 is 100 HU: all of it in HU, and in the window of soft tissue, of 400 HU, which has 5 times the contrast. The KL
+    # divergence of N(2, 1) from N(0, 1) is 2.
+    expected = 0.1 + 0.5 * 5 * 0.1 + 0.01 * 3 * 2
+    assert float(autoencoder_loss(decoder, volumes, config, (-1000.0, 1000.0))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_killed_training_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resumable, "SAVE_EVERY_SECONDS", 0.0)
+    inputs = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+
+    def train(state: Path, key: str = "a", stop: int | None = None) -> list[float]:
+        torch.manual_seed(1)
+        network = nn.Linear(3, 1)
+        calls = iter(range(1000))
+
+        def loss(rows: torch.Tensor) -> torch.Tensor:
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+            return (network(inputs[rows] + 0.1 * torch.randn(len(rows), 3)) - inputs[rows, :1]).square().mean()
+
+        def batches(begin: int) -> list[torch.Tensor]:
+            return [torch.from_numpy(rows_of(step, 20, 6, 0)) for step in range(begin, 12)]
+
+        schedule = Schedule(12, 0.1, 0.01, average=0.9)
+        losses = train_resumably(network, loss, batches, schedule, state, key=key, seed=0, what="test")
+        save_file(network.state_dict(), state.with_suffix(".end"))
+        return losses
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", stop=7)
+    assert len(load_file(tmp_path / "killed")["losses"]) == 7
+    assert train(tmp_path / "killed") == whole
+    for suffix in ("", ".end"):
+        assert (tmp_path / f"killed{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+    assert train(tmp_path / "killed", stop=0) == whole, "a run that has ended is not repeated"
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", key="b", stop=0)
+    (tmp_path / "killed").write_bytes(b"no")
+    with pytest.raises(CheckpointError, match="damaged; delete it"):
+        train(tmp_path / "killed")
+
+
+def test_every_volume_is_learned_once_an_epoch() -> None:
+    rows = np.concatenate([rows_of(step, 10, 4, 0) for step in range(5)])
+    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
+    assert rows[:10].tolist() != rows[10:].tolist()
+
+
+def test_a_training_of_days_asks_for_a_card() -> None:
+    config = DecodeConfig.model_validate({"networks": TINY, "flow": {"steps": 10**8, "batch": 10**4}})
+    with pytest.raises(ConfigError, match=r"needs a card: on this processor it would take about \d+ days"):
+        estimate(tiny(), config)
+    assert (
+        0
+        < estimate(
+            tiny(), DecodeConfig.model_validate({"networks": TINY, "flow": {"steps": 1}, "autoencoder": {"steps": 1}})
+        )
+        < 60
+    )
+
+
+@pytest.fixture(scope="module")
+def decoded(clinic_files: Clinic, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A model with a decoder, trained by the command."""
+    folder = tmp_path_factory.mktemp("decoded")
+    shutil.copytree(clinic_files.model, folder / "model")
+    assert (
+        main(["adapt", "--method", "decode", *WORDS, *given(folder / "model", clinic_files.store, folder / "out")]) == 0
+    )
+    return folder
+
+
+def given(model: Path, store: Path, output: Path) -> list[str]:
+    return ["--model", str(model), "--store", str(store), "--output", str(output)]
+
+
+def test_a_killed_command_ends_with_the_same_decoder(
+    decoded: Path,
+    clinic: Clinic,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses = pd.read_csv(decoded / "out" / "decode.csv")
+    assert losses.columns.tolist() == ["network", "step", "loss"]
+    assert losses["network"].tolist() == ["autoencoder", "flow"]
+    loss, calls = Decoder.flow_loss, iter(range(100))
+
+    def killed(*words: object) -> torch.Tensor:
+        # The first two calls are those of the estimate.
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return loss(*words)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(resumable, "SAVE_EVERY_SECONDS", 0.0)
+    words = ["adapt", "--method", "decode", *WORDS, *given(clinic.model, clinic.store, tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "flow_loss", killed)
+        main(words)
+    assert not (clinic.model / "heads" / "decode").exists()
+    monkeypatch.setattr(decode, "autoencoder_loss", None)  # what was learned is not learned again
+    monkeypatch.setattr(decode, "estimate", lambda *_: 0.0)
+    assert main(words) == 0
+    for name in (WEIGHTS, SIZE):
+        again = (clinic.model / "heads" / "decode" / name).read_bytes()
+        assert again == (decoded / "model" / "heads" / "decode" / name).read_bytes()
+
+
+def test_volumes_of_texts_are_drawn_and_seeds_decide(
+    decoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["imagine", TEXT, "No nodule is seen.", "--model", str(decoded / "model"), "--steps", "2"]
+    assert main([*words, "--number", "2", "--output", str(tmp_path / "x.nii.gz")]) == 0
+    assert "2 steps, guidance 2" in capsys.readouterr().out
+    paths = sorted(tmp_path.glob("x_synthetic_*.nii.gz"))
+    assert len(paths) == 4
+    assert all(is_synthetic(path) for path in paths)
+    volumes = [nib.load(path).get_fdata() for path in paths]
+    assert volumes[0].shape == (8, 8, 8)
+    assert not np.array_equal(volumes[0], volumes[1])
+    assert main([*words, "--seed", "1", "--output", str(tmp_path / "y.nii.gz")]) == 0
+    np.testing.assert_array_equal(nib.load(tmp_path / "y_synthetic_1.nii.gz").get_fdata(), volumes[1])
+    assert main([*words, "--method", "dream", "--output", str(tmp_path / "z.nii.gz")]) == 0
+    assert "from noise" in capsys.readouterr().out
+
+
+def test_a_decoder_of_another_model_or_a_stranger_is_refused(decoded: Path, tmp_path: Path) -> None:
+    shutil.copytree(decoded / "model", tmp_path / "model")
+    folder, dual = tmp_path / "model" / "heads" / "decode", load_model(tmp_path / "model").model
+    size, weights = (folder / SIZE).read_text(), (folder / WEIGHTS).read_bytes()
+    for before, after, message in (
+        ("- 8\n- 8\n- 8\n", "- 8\n- 8\n- 16\n", "draws volumes of 8 x 8 x 16 voxels .* the model has 8 x 8 x 8"),
+        ("dim: ", "dim: 1", "it belongs to another model"),
+        ("latent: 2", "latent: 3", "missing or damaged"),
+        ("- 32\n", "- 4096\n", "missing or damaged"),
+        ("depth: 1", "depth: 1000000", "depth"),
+        ("shape", "form", "missing or damaged"),
+    ):
+        assert before in size
+        (folder / SIZE).write_text(size.replace(before, after))
+        with pytest.raises((CheckpointError, ConfigError), match=message):
+            load_head(tmp_path / "model", "decode", dual)
+    (folder / SIZE).write_text(size)
+    (folder / WEIGHTS).write_bytes(weights[:-40])
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        load_head(tmp_path / "model", "decode", dual)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model", "PLAIN", "--method", "decoder"), "has no decoder; train one with `ctclip adapt --method decode"),
+        (("--model", "PLAIN", "--guidance", "3"), "--guidance and --decoder are of --method decoder"),
+        (("--model", "DECODED", "--decoder", "other"), "no decoder 'other' (it has: decode)"),
+        (("--model", "DECODED", "--store", "store"), "add --method dream"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: tuple[str, ...], message: str, decoded: Path, clinic_files: Clinic, tmp_path: Path, capsys: pytest.CaptureFixture  # noqa: F811
+) -> None:  # fmt: skip
+    models = {"PLAIN": str(clinic_files.model), "DECODED": str(decoded / "model")}
+    filled = [models.get(word, word) for word in words]
+    assert main(["imagine", TEXT, *filled, "--output", str(tmp_path / "x.nii.gz")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not list(tmp_path.iterdir())
