@@ -132,12 +132,13 @@ def run_decode(
     if loaded.model.device.type == "cpu":
         print(f"note: no card is used; training takes about {duration(estimate(decoder, config))} on this processor")
     key = run_key(loaded.hash, scans.origin(), list(scans.table["volume"]), config.model_dump_json(), f"{head} {seed}")
+    first = _autoencoder_key(scans, config, seed)
     with claimed_folder(output, "adapt", key, (LOSSES,), made_by_us, force=force):
         vectors = cached_embeddings(loaded, scans, output / "embeddings", 8)
         scans.table = scans.table[scans.table["volume"].isin(vectors)].reset_index(drop=True)
         told = _told(loaded, scans.table, vectors, config, seed)
-        losses = {"autoencoder": _fit_autoencoder(decoder, scans, config, output, key, seed)}
-        latents = _latents(decoder, scans, output / "latents", key)
+        losses = {"autoencoder": _fit_autoencoder(decoder, scans, config, output, first, seed)}
+        latents = _latents(decoder, scans, output / "latents", first)
         decoder.noise.copy_(measured_noise(decoder, scans, seed))
         flat = latents.float()
         decoder.mean.copy_(flat.mean(dim=(0, 2, 3, 4)))
@@ -149,6 +150,13 @@ def run_decode(
         folder = add_head(loaded.path, head, made, f"a decoder from texts to volumes, fitted to {words}")
         write_predictions(output / LOSSES, _losses(losses))
     return folder
+
+
+def _autoencoder_key(scans: StoredScans, config: DecodeConfig, seed: int) -> str:
+    """Of the part of a run that the flow does not change: with other settings of it (and --force) it is not repeated."""
+    networks = config.networks.model_dump(exclude={"width", "depth"}) | {"step": config.networks.step}
+    settings = config.model_dump(mode="json", include={"autoencoder", "crop", "windows", "kl"})
+    return run_key(scans.origin(), list(scans.table["volume"]), networks, settings, seed)
 
 
 def new_decoder(loaded: ModelFolder, config: DecodeConfig, seed: int) -> Decoder:
@@ -291,7 +299,7 @@ def measured_noise(decoder: Decoder, scans: StoredScans, seed: int) -> Tensor:
         left.append((volume - again).flatten()[::7].cpu().numpy())
     table = pd.DataFrame({"bin": np.concatenate(bins), "left": np.concatenate(left)})
     deviation = table.groupby("bin")["left"].agg(lambda each: 1.4826 * float((each - each.median()).abs().median()))
-    return torch.from_numpy(deviation.reindex(range(BINS)).fillna(0.0).to_numpy(np.float32))
+    return torch.from_numpy(deviation.reindex(range(BINS)).fillna(0.0).to_numpy(np.float32).copy())
 
 
 def _told(

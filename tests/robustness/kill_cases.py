@@ -30,6 +30,7 @@ SPECS = {
 }
 SECONDS = 600
 ADAPTED = ["training.epochs=1", "training.batch=8", "training.checkpoint_every=1", "training.keep_checkpoints=4", "training.log_every=1", "data.workers=0"]  # fmt: skip
+DECODER = ["networks.channels=[8]", "networks.latent=2", "networks.width=[32]", "networks.depth=1", "crop=null", "autoencoder.steps=60", "autoencoder.batch=2", "flow.steps=60", "flow.batch=4"]  # fmt: skip
 
 
 @dataclass
@@ -162,6 +163,8 @@ def cases(work: Path) -> list[Case]:
         case("adapt --method prior", "--model", "OUT/model", "--store", many, "--output", "OUT/a", "kind=diffusion", "epochs=100", "width=64", "batch=32",
              given={"model": small_model},
              other=["--model", "OUT/model", "--store", many, "--output", "OUT/a", "kind=ridge"]),
+        case("adapt --method decode", "--model", "OUT/model", "--store", many, "--output", "OUT/a", *DECODER, given={"model": small_model},
+             other=["--model", "OUT/model", "--store", many, "--output", "OUT/a", *DECODER, "--seed", 1]),
         case("adapt --method vocabfine", *compared, "--output", "OUT/a", *ADAPTED, other=[*compared, "--output", "OUT/a", *ADAPTED, "--seed", 1]),
         case("soup", *parts, "--store", many, "--split", "valid", "--output", "OUT/s"),
         case("locate", cohort, "--masks", cohort / "masks", "--model", model, "--split", "valid", "--output", "OUT/l.json",

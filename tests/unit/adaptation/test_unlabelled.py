@@ -20,6 +20,8 @@ from tests.unit.drafting.conftest import Clinic, clinic, clinic_files  # noqa: F
         ("locate", ("--shots", "3"), "--method locate reads no labels"),
         ("locate", ("cells=1",), "cells"),
         ("locate", ("--train-split", "calibration"), "calibration"),
+        ("decode", ("--shots", "3"), "--method decode reads no labels"),
+        ("decode", ("networks.width=[48]",), "multiple of 32"),
     ],
 )
 def test_bad_options_are_one_line(

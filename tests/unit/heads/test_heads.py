@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from ctclip.config import objective_configs
 from ctclip.errors import CheckpointError, ConfigError, CtclipError
 from ctclip.evaluation.calibration import Calibration, Line
 from ctclip.heads.caption import CaptionHead
+from ctclip.heads.decoder import DecodeHead, Decoder, Networks
 from ctclip.heads.folder import calibration_file, list_heads, load_head, save_head, write_prompt_head
 from ctclip.heads.head import Head
 from ctclip.heads.linear import LinearHead
@@ -46,6 +48,10 @@ def volumes() -> torch.Tensor:
     return torch.rand(3, 1, *SPEC.shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
 
 
+# Of a decoder's networks.
+TINY: dict[str, Any] = {"channels": (8,), "latent": 2, "width": (32,), "depth": 1}
+
+
 def heads_of(model: DualEncoder) -> dict[str, Head]:
     torch.manual_seed(1)
     return {
@@ -55,6 +61,7 @@ def heads_of(model: DualEncoder) -> dict[str, Head]:
         "captions": CaptionHead(model, decoder_of(model), load_prompts("generic"), LABELS.names),
         "prior": PriorHead(model, Prior("mlp", 12, width=16), load_prompts("generic"), LABELS.names),
         "locator": LocateHead(model, Locator([8, 4], 12, features=16), load_prompts("graded"), LABELS.names),
+        "volumes": DecodeHead(model, Decoder(SPEC.shape, 12, Networks(**TINY)), load_prompts("graded"), LABELS.names),
         "texts": TextHead(model, LABELS.names, ["Normal lungs."]),
     }
 
@@ -94,6 +101,7 @@ def test_heads_are_written_listed_and_read_again(tmp_path: Path, model: DualEnco
         "probe-2": ("linear", "label-supervised", False),
         "prompts": ("prompts", "none", True),
         "texts": ("text", "none", True),
+        "volumes": ("decode", "none", True),
     }
     loaded = load_model(tmp_path / "model")
     for name, head in written.items():
