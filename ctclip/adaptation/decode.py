@@ -79,7 +79,7 @@ class DecodeConfig(Section):
         description="weight of differences in the windows of lung and soft tissue against those in HU",
     )
     kl: float = Field(
-        1e-6, ge=0, le=1, description="weight of the autoencoder's KL divergence, summed over the latents of a volume"
+        1e-7, ge=0, le=1, description="weight of the autoencoder's KL divergence, summed over the latents of a volume"
     )
     excerpts: int = Field(
         3,

@@ -33,6 +33,8 @@ GROUPS, HEAD = 8, 32
 # Times of the flow, and bins of [-1, 1] for which the noise is known.
 TIMES, BINS = 1000, 20
 AIR = -1.0
+# The logarithm of the latents' variance before training.
+START = -6.0
 
 
 class Networks(Section):
@@ -91,6 +93,10 @@ class Decoder(nn.Module):
             3, folded, folded, (networks.blocks,) * levels, networks.channels, (False,) * levels, networks.latent,
             norm_num_groups=GROUPS, with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False,
         )  # fmt: skip
+        # Nearly without noise at first: with the noise of a common start little is learned for hundreds of steps.
+        spread = self.autoencoder.quant_conv_log_sigma.conv
+        nn.init.zeros_(spread.weight)
+        nn.init.constant_(spread.bias, START)
         patched, levels = networks.latent * networks.patch**3, len(networks.width)
         self.flow = DiffusionModelUNet(
             3, patched + 3, patched, (networks.depth,) * levels, networks.width, (*(False,) * (levels - 1), True),
@@ -146,21 +152,23 @@ class Decoder(nn.Module):
             parts += [scaled, there]
         return torch.cat(parts, dim=1)
 
-    def velocity(self, noisy: Tensor, times: Tensor, conditions: Tensor) -> Tensor:
-        """noisy (B, latent, d, h, w), times (B,) from 0 to 1000 -> of the flow, from noise to latents."""
+    def denoise(self, noisy: Tensor, times: Tensor, conditions: Tensor) -> Tensor:
+        """noisy (B, latent, d, h, w), times (B,) from 0 (clean) to 1000 (noise) -> the clean latents.
+
+        These are predicted, not the velocity: fewer channels than those of the patched latents suffice (Li & He 2025).
+        """
         patched = fold(noisy, self.networks.patch)
         places = _places(patched.shape[2:]).to(patched).expand(len(patched), -1, -1, -1, -1)
-        moved = self.flow(torch.cat([patched, places], dim=1), times, class_labels=conditions)
-        return unfold(moved, self.networks.patch)
+        clean = self.flow(torch.cat([patched, places], dim=1), times, class_labels=conditions)
+        return unfold(clean, self.networks.patch)
 
     def flow_loss(self, latents: Tensor, conditions: Tensor) -> Tensor:
-        """Mean squared error of the velocity at random times (Liu et al. 2023, eq. 1; times as Esser et al. 2024 draw
-        them). latents (B, latent, d, h, w), standard. Draws from torch's generator."""
+        """Mean squared error of the clean latents at random times, which are drawn as Esser et al. 2024 draw them. latents
+        (B, latent, d, h, w), standard. Draws from torch's generator."""
         scheduler = _scheduler()
-        noise = torch.randn_like(latents)
         times = scheduler.sample_timesteps(latents)
-        noisy = scheduler.add_noise(latents, noise, times)
-        return F.mse_loss(self.velocity(noisy, times, conditions), latents - noise)
+        noisy = scheduler.add_noise(latents, torch.randn_like(latents), times)
+        return F.mse_loss(self.denoise(noisy, times, conditions), latents)
 
     @torch.inference_mode()
     def sample(self, conditions: Tensor, seeds: Sequence[int], *, steps: int = 25, guidance: float = 2.0) -> Tensor:
@@ -182,10 +190,11 @@ class Decoder(nn.Module):
         times = scheduler.timesteps.tolist()
         for now, following in zip(times, [*times[1:], 0], strict=True):
             moment = torch.full((len(both),), float(now), device=latents.device)
-            velocity = self.velocity(latents.expand(len(both), -1, -1, -1, -1), moment, both)
+            clean = self.denoise(latents.expand(len(both), -1, -1, -1, -1), moment, both)
             if guided:
-                velocity = velocity[1:] + guidance * (velocity[:1] - velocity[1:])
-            latents, _ = scheduler.step(velocity, now, latents, following)
+                clean = clean[1:] + guidance * (clean[:1] - clean[1:])
+            # The velocity of the straight line from noise to the clean latents (Liu et al. 2023, eq. 1).
+            latents, _ = scheduler.step((clean - latents) * (TIMES / now), now, latents, following)
         return latents
 
     def volume(self, latents: Tensor, random: torch.Generator) -> Tensor:

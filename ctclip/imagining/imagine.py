@@ -15,11 +15,12 @@ from torch import Tensor
 from ctclip.errors import DataError
 from ctclip.explanation.find import told_from
 from ctclip.heads.decoder import DecodeHead, Decoder
-from ctclip.heads.folder import list_heads, load_head
+from ctclip.heads.folder import list_heads
 from ctclip.heads.head import Head
 from ctclip.heads.text import TextHead
 from ctclip.imagining.dream import dream, noise_volume
 from ctclip.imagining.synthetic import Synthetic, to_hu
+from ctclip.inference.model import usable_head
 from ctclip.inference.scans import StoredScans
 from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing.progress import track
@@ -103,9 +104,10 @@ def method_of(folder: ModelFolder, given: Imagining) -> MethodName:
 
 
 def decoder_of(folder: ModelFolder, name: str | None = None) -> Decoder:
-    """The decoder of a model, by the name of its head, or its first. Raises CheckpointError."""
+    """The decoder of a model, by the name of its head, or its first. Raises CheckpointError, also for one that
+    was trained for another model."""
     names = [head.name for head in list_heads(folder.path) if head.kind == DecodeHead.kind]
-    head = load_head(folder.path, name or names[0], folder.model)
+    head = usable_head(folder, name or names[0])
     assert isinstance(head, DecodeHead)
     return head.decoder
 
@@ -115,7 +117,8 @@ def _decoded(folder: ModelFolder, texts: Sequence[str], given: Imagining, steps:
     decoder = decoder_of(folder, given.decoder)
     guidance = GUIDANCE if given.guidance is None else given.guidance
     with torch.inference_mode():
-        conditions = decoder.condition(texts=folder.model.encode_text(list(texts)).float())
+        # One by one: a batch changes the last bits of an embedding, and so what a seed draws.
+        conditions = decoder.condition(texts=torch.cat([folder.model.encode_text([text]) for text in texts]).float())
     wanted = [(index, given.seed + number) for index in range(len(texts)) for number in range(given.number)]
     for index, seed in track(wanted, len(wanted), "imagining", "volumes"):
         volume = decoder.sample(conditions[index : index + 1], [seed], steps=steps, guidance=guidance)

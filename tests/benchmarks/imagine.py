@@ -29,7 +29,7 @@ from scipy.stats import wasserstein_distance
 from sklearn.metrics import roc_auc_score
 
 import ctclip
-from ctclip.adaptation.examples import embedded, labelled_volumes
+from ctclip.adaptation.examples import store_label_array
 from ctclip.adaptation.prior import PriorConfig, fit_prior, run_prior, text_pairs
 from ctclip.adaptation.probe import fit_probe
 from ctclip.audit.geometry import modality_gap
@@ -215,7 +215,7 @@ def decoder_figures(given: argparse.Namespace) -> dict[str, Any]:
     real = [store.read(str(name)).astype(np.float32) for name in rows["volume"]]
     detectors = {"the model itself, by its prompts": own_detector(loaded)}
     if given.other is not None:
-        detectors["probe of another encoder"] = other_detector(given.other, loaded.spec, given.work)
+        detectors["probe of another encoder"] = other_detector(given.other, loaded.spec)
     return {
         "volumes": int(sum(len(one.hu) for one in asked)), "held_out": len(real),
         "detection": {name: detection(score, asked, real, rows) for name, score in detectors.items()},
@@ -269,13 +269,14 @@ def own_detector(loaded: ctclip.Model) -> Detector:
     return score
 
 
-def other_detector(demo: Path, spec: PreprocessingSpec, work: Path) -> Detector:
-    """A supervised linear probe on the encoder of another demo, which has another grid and has seen other phantoms."""
-    loaded = load_model(demo / "train" / "model")
-    store = VolumeStore(demo / "store")
-    labelled = labelled_volumes(store, "train", None)
-    train, _ = embedded(loaded, store, labelled, work / "other")
-    probe = fit_probe(train.vectors, train.labels, train.patients, seed=0)
+def other_detector(demo: Path, spec: PreprocessingSpec) -> Detector:
+    """A supervised linear probe on the encoder of another demo, which has another grid and has seen other phantoms; it is fitted
+    to the labels of that demo's held-out volumes, whose embeddings are there."""
+    loaded, store = load_model(demo / "train" / "model"), VolumeStore(demo / "store")
+    arrays = read_embeddings(demo / "predictions" / "embeddings.parquet")
+    rows = store.cohort.set_index("volume", drop=False).loc[arrays["volume"]].reset_index(drop=True)
+    names, labels = store_label_array(rows, store)
+    probe = fit_probe(arrays[VOLUME], labels, rows["patient"].to_numpy(str), seed=0)
 
     def score(hu: np.ndarray) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
@@ -284,7 +285,7 @@ def other_detector(demo: Path, spec: PreprocessingSpec, work: Path) -> Detector:
             ready = prepare(path, loaded.spec, expect="any")
         with torch.inference_mode():
             vector = loaded.model.encode_volume(torch.from_numpy(np.array(ready.voxels))[None, None])[0].numpy()
-        return dict(zip(train.names, (probe.weight @ vector + probe.bias).tolist(), strict=True))
+        return dict(zip(names, (probe.weight @ vector + probe.bias).tolist(), strict=True))
 
     return score
 

@@ -23,7 +23,7 @@ from ctclip.cli import main
 from ctclip.errors import CheckpointError, ConfigError
 from ctclip.heads.decoder import BINS, SIZE, WEIGHTS, Decoder, Networks, fold, unfold
 from ctclip.heads.folder import load_head
-from ctclip.imagining.imagine import Imagining, imagine
+from ctclip.imagining.imagine import Imagining, decoder_of, imagine
 from ctclip.imagining.synthetic import is_synthetic
 from ctclip.models.folder import load_model
 from tests.unit.drafting.conftest import Clinic, clinic, clinic_files  # noqa: F401
@@ -265,6 +265,10 @@ def test_a_decoder_of_another_model_or_a_stranger_is_refused(decoded: Path, tmp_
         with pytest.raises((CheckpointError, ConfigError), match=message):
             load_head(tmp_path / "model", "decode", dual)
     (folder / SIZE).write_text(size)
+    record = (folder / "adaptation.json").read_text()
+    (folder / "adaptation.json").write_text(record.replace(load_model(tmp_path / "model").hash, "0" * 12))
+    with pytest.raises(CheckpointError, match="'decode' was fitted to another model"):
+        decoder_of(load_model(tmp_path / "model"))
     (folder / WEIGHTS).write_bytes(weights[:-40])
     with pytest.raises(CheckpointError, match="missing or damaged"):
         load_head(tmp_path / "model", "decode", dual)
