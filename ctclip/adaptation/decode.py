@@ -44,7 +44,7 @@ METHOD, LOSSES = "decode", "decode.csv"
 WINDOWS = ((-1000.0, -500.0), (-160.0, 240.0))
 # Volumes whose noise is measured, and latents to a file.
 MEASURED, TOGETHER = 32, 256
-# Volumes whose loss is averaged in the table of losses, and days that a processor may take.
+# Steps whose loss is averaged in the table of losses, and days that a processor may take.
 AVERAGED, DAYS = 100, 3.0
 
 

@@ -213,12 +213,13 @@ def decoder_figures(given: argparse.Namespace) -> dict[str, Any]:
     asked = drawn(loaded, findings, given.each, given.work)
     rows = store.cohort[store.cohort["split"] == given.held_out].drop_duplicates("scan").head(given.held)
     real = [store.read(str(name)).astype(np.float32) for name in rows["volume"]]
+    again = [reconstructed(loaded, hu, seed) for seed, hu in enumerate(real)]
     detectors = {"the model itself, by its prompts": own_detector(loaded)}
     if given.other is not None:
         detectors["probe of another encoder"] = other_detector(given.other, loaded.spec)
     return {
         "volumes": int(sum(len(one.hu) for one in asked)), "held_out": len(real),
-        "detection": {name: detection(score, asked, real, rows) for name, score in detectors.items()},
+        "detection": {name: detection(score, asked, real, again, rows) for name, score in detectors.items()},
         "sides": sides(asked, real, rows),
         "ranges": ranges(asked, real, loaded.spec),
         "copies": copies(loaded, asked, real, store, given.trained_on),
@@ -290,22 +291,32 @@ def other_detector(demo: Path, spec: PreprocessingSpec) -> Detector:
     return score
 
 
+def reconstructed(loaded: ctclip.Model, hu: np.ndarray, seed: int) -> np.ndarray:
+    """A volume in HU, through the autoencoder and back: what a perfect flow could draw of it."""
+    decoder = decoder_of(loaded.folder)
+    voxels = torch.from_numpy(loaded.spec.normalise(hu).astype(np.float32))[None, None]
+    with torch.inference_mode():
+        latents = decoder.standard(decoder.encode(voxels)[0])
+        return to_hu(decoder.volume(latents, torch.Generator().manual_seed(seed))[0, 0].numpy(), loaded.spec)
+
+
+KINDS_OF_VOLUMES = ("asked or not", "held out", "held out, through the autoencoder")
+
+
 def detection(
-    score: Detector, asked: list[Asked], real: list[np.ndarray], rows: pd.DataFrame
+    score: Detector, asked: list[Asked], real: list[np.ndarray], again: list[np.ndarray], rows: pd.DataFrame
 ) -> dict[str, dict[str, float]]:
-    """By finding: the AUROC of volumes that were asked for it against those that were asked for nothing, and, as a control,
-    that of real held-out volumes with the finding against those without."""
-    none = [score(hu) for hu in asked[0].hu]
-    known = [score(hu) for hu in real]
+    """By finding: the AUROC of volumes that were asked for it against those that were asked for nothing, and, as controls, that
+    of real held-out volumes with the finding against those without, as they are and through the autoencoder."""
+    none, known, passed = ([score(hu) for hu in volumes] for volumes in (asked[0].hu, real, again))
     result = {}
     for finding in dict.fromkeys(one.finding for one in asked[1:]):
         prompted = [score(hu)[finding] for one in asked[1:] if one.finding == finding for hu in one.hu]
         unprompted = [one[finding] for one in none]
         truth = rows[finding].to_numpy(int)
-        result[finding] = {
-            "synthetic": float(roc_auc_score([1] * len(prompted) + [0] * len(unprompted), prompted + unprompted)),
-            "held_out": float(roc_auc_score(truth, [one[finding] for one in known])) if len(set(truth)) > 1 else np.nan,
-        }
+        controls = [float(roc_auc_score(truth, [one[finding] for one in scores])) for scores in (known, passed)]
+        values = float(roc_auc_score([1] * len(prompted) + [0] * len(unprompted), prompted + unprompted))
+        result[finding] = dict(zip(KINDS_OF_VOLUMES, (values, *controls), strict=True))
         print(finding, result[finding], flush=True)
     return result
 
@@ -407,21 +418,17 @@ def show_decoder(result: dict[str, Any]) -> str:
     rows = [
         [
             finding,
-            *(
-                f"{result['detection'][name][finding][kind]:.2f}"
-                for name in names
-                for kind in ("synthetic", "held_out")
-            ),
+            *(f"{result['detection'][name][finding][kind]:.2f}" for name in names for kind in KINDS_OF_VOLUMES),
         ]
         for finding in findings
     ]
     means = [
         np.mean([result["detection"][name][finding][kind] for finding in findings])
         for name in names
-        for kind in ("synthetic", "held_out")
+        for kind in KINDS_OF_VOLUMES
     ]
     rows.append(["mean", *(f"{mean:.3f}" for mean in means)])
-    head = ["finding", *(f"{name}: {kind}" for name in names for kind in ("asked or not", "held-out volumes"))]
+    head = ["finding", *(f"{name}: {kind}" for name in names for kind in KINDS_OF_VOLUMES)]
     texts = [
         table(f"Detected: {result['volumes']} synthetic, {result['held_out']} held-out volumes (AUROC)", head, rows)
     ]
