@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctclip.adaptation.caption import prompts_of
 from ctclip.adaptation.examples import cached_embeddings
@@ -27,7 +27,7 @@ from ctclip.data.reports import ReportViews, reports_of
 from ctclip.errors import ConfigError, DataError
 from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.tables import write_predictions
-from ctclip.heads.decoder import BINS, DecodeHead, Decoder, Networks, intensity_bin
+from ctclip.heads.decoder import BINS, DecodeHead, Decoder, Networks, fold, intensity_bin
 from ctclip.inference.run import report_embeddings, run_key
 from ctclip.inference.scans import StoredScans, prefetch
 from ctclip.language import load_language
@@ -44,6 +44,8 @@ METHOD, LOSSES = "decode", "decode.csv"
 WINDOWS = ((-1000.0, -500.0), (-160.0, 240.0))
 # Volumes whose noise is measured, and latents to a file.
 MEASURED, TOGETHER = 32, 256
+# Volumes by which the autoencoder begins.
+FIRST = 16
 # Steps whose loss is averaged in the table of losses, and days that a processor may take.
 AVERAGED, DAYS = 100, 3.0
 
@@ -220,6 +222,10 @@ def _fit_autoencoder(
     stage, device = config.autoencoder, decoder.mean.device
     count = len(scans.table)
     batch = min(stage.batch, count)
+    first = torch.stack(
+        [_crop(scans.voxels(row)[0], None) for row in rows_of(0, count, min(FIRST, count), seed).tolist()]
+    )
+    begin_with_components(decoder, first[:, None].to(device))
 
     def batches(begin: int) -> Iterator[Tensor]:
         rows = [row for step in range(begin, stage.steps) for row in rows_of(step, count, batch, seed).tolist()]
@@ -238,6 +244,47 @@ def _fit_autoencoder(
         seed=seed,
         what="autoencoder",
     )
+
+
+@torch.no_grad()
+def begin_with_components(decoder: Decoder, volumes: Tensor) -> None:
+    """Set an autoencoder of one level so that its latents are the principal components of the blocks of ``volumes``
+    (B, 1, D, H, W), which saves it thousands of steps. One of several levels is left as it is."""
+    network, networks = decoder.autoencoder, decoder.networks
+    width = networks.channels[0]
+    if len(networks.channels) > 1 or width > networks.fold**3 or networks.latent > width:
+        return
+    blocks = fold(decoder.padded(volumes), networks.fold).movedim(1, -1).flatten(0, -2).double()
+    mean = blocks.mean(dim=0)
+    values, axes = torch.linalg.eigh(torch.cov(blocks.T))
+    axes = axes.flip(1)[:, :width]
+    # With unit variance and no mean the group norms before the latents and before the volume change hardly anything.
+    spread = values.flip(0)[:width].clamp(min=1e-6).sqrt()
+    inward, outward = axes.T / spread[:, None], axes * spread
+    for part, weight, bias in (
+        (network.encoder.blocks[0], inward, -(inward @ mean)),
+        (network.encoder.blocks[-1], torch.eye(networks.latent, width), None),
+        (network.quant_conv_mu, torch.eye(networks.latent), None),
+        (network.post_quant_conv, torch.eye(networks.latent), None),
+        (network.decoder.blocks[0], torch.eye(width, networks.latent), None),
+        (network.decoder.blocks[-1], outward, mean),
+    ):
+        _set_middle(part.conv, weight, bias)
+    for block in (*network.encoder.blocks[1:-2], *network.decoder.blocks[1:-2]):
+        nn.init.zeros_(block.conv2.conv.weight)
+        nn.init.zeros_(block.conv2.conv.bias)
+
+
+def _set_middle(convolution: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Make a convolution a linear map (out, in) of each cell alone."""
+    kernel = convolution.weight
+    assert isinstance(kernel, Tensor)
+    nn.init.zeros_(kernel)
+    nn.init.zeros_(convolution.bias)
+    middle = kernel.shape[-1] // 2
+    kernel[:, :, middle, middle, middle] = weight.to(kernel)
+    if bias is not None:
+        convolution.bias.copy_(bias)
 
 
 def _crop(voxels: np.ndarray, side: int | None, random: np.random.Generator | None = None) -> Tensor:

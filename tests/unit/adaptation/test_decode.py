@@ -13,11 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from sklearn.decomposition import PCA
 from torch import nn
 
 import ctclip
 from ctclip.adaptation import decode, resumable
-from ctclip.adaptation.decode import DecodeConfig, autoencoder_loss, estimate, measured_noise
+from ctclip.adaptation.decode import DecodeConfig, autoencoder_loss, begin_with_components, estimate, measured_noise
 from ctclip.adaptation.resumable import Schedule, rows_of, train_resumably
 from ctclip.cli import main
 from ctclip.errors import CheckpointError, ConfigError
@@ -124,6 +125,23 @@ def test_the_autoencoders_loss_is_what_it_says() -> None:
     # divergence of N(2, 1) from N(0, 1) is 2.
     expected = 0.1 + 0.5 * 5 * 0.1 + 0.01 * 3 * 2
     assert float(autoencoder_loss(decoder, volumes, config, (-1000.0, 1000.0))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_autoencoder_begins_as_the_principal_components_of_blocks() -> None:
+    torch.manual_seed(0)
+    # Blocks of 2 x 2 x 2 voxels that two patterns explain, beside scikit-learn.
+    patterns, shares = torch.randn(2, 8), torch.randn(3, 4, 4, 4, 2) * torch.tensor([1.0, 0.4])
+    volumes = unfold((shares @ patterns + 0.3).movedim(-1, 1), 2)
+    decoder = Decoder((8, 8, 8), 4, Networks(**{**TINY, "channels": (8,)})).eval()
+    begin_with_components(decoder, volumes)
+    with torch.no_grad():
+        latents, _ = decoder.encode(volumes)
+        again = decoder.decode(latents)
+    components = PCA(2, whiten=True).fit_transform(fold(volumes, 2).movedim(1, -1).flatten(0, -2).numpy())
+    mine = latents.movedim(1, -1).flatten(0, -2).numpy()
+    # Each volume is normalised by itself, so they agree but for its own mean and spread; signs are free.
+    assert np.abs(np.corrcoef(components.T, mine.T)[:2, 2:]).diagonal().min() > 0.9
+    assert (again - volumes).square().mean() < 0.05 * volumes.var()
 
 
 def test_a_killed_training_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
