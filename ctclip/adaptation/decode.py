@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -250,7 +251,8 @@ def _fit_autoencoder(
 def begin_with_components(decoder: Decoder, volumes: Tensor) -> None:
     """Set an autoencoder of one level so that its latents are the principal components of the blocks of ``volumes``
     (B, 1, D, H, W), which saves it thousands of steps. One of several levels is left as it is."""
-    network, networks = decoder.autoencoder, decoder.networks
+    network: Any = decoder.autoencoder
+    networks = decoder.networks
     width = networks.channels[0]
     if len(networks.channels) > 1 or width > networks.fold**3 or networks.latent > width:
         return
@@ -275,16 +277,16 @@ def begin_with_components(decoder: Decoder, volumes: Tensor) -> None:
         nn.init.zeros_(block.conv2.conv.bias)
 
 
-def _set_middle(convolution: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+def _set_middle(convolution: nn.Conv3d, weight: Tensor, bias: Tensor | None) -> None:
     """Make a convolution a linear map (out, in) of each cell alone."""
-    kernel = convolution.weight
-    assert isinstance(kernel, Tensor)
+    kernel, constant = convolution.weight, convolution.bias
+    assert constant is not None
     nn.init.zeros_(kernel)
-    nn.init.zeros_(convolution.bias)
+    nn.init.zeros_(constant)
     middle = kernel.shape[-1] // 2
     kernel[:, :, middle, middle, middle] = weight.to(kernel)
     if bias is not None:
-        convolution.bias.copy_(bias)
+        constant.copy_(bias)
 
 
 def _crop(voxels: np.ndarray, side: int | None, random: np.random.Generator | None = None) -> Tensor:

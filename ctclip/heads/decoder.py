@@ -94,7 +94,7 @@ class Decoder(nn.Module):
             norm_num_groups=GROUPS, with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False,
         )  # fmt: skip
         # Nearly without noise at first: with the noise of a common start little is learned for hundreds of steps.
-        spread = self.autoencoder.quant_conv_log_sigma.conv
+        spread: Any = self.autoencoder.quant_conv_log_sigma.conv
         nn.init.zeros_(spread.weight)
         nn.init.constant_(spread.bias, START)
         patched, levels = networks.latent * networks.patch**3, len(networks.width)
@@ -102,9 +102,10 @@ class Decoder(nn.Module):
             3, patched + 3, patched, (networks.depth,) * levels, networks.width, (*(False,) * (levels - 1), True),
             norm_num_groups=GROUPS, num_head_channels=HEAD, num_class_embeds=1,
         )  # fmt: skip
-        # In place of a class, an embedding is added to the time: it scales no attention and costs nothing.
+        # In place of the embedding of a class, that of the condition is added to that of the time.
         hidden = 4 * networks.width[0]
-        self.flow.class_embedding = nn.Sequential(nn.Linear(2 * dim + 2, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        told = nn.Sequential(nn.Linear(2 * dim + 2, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.flow.class_embedding = told  # type: ignore[assignment]
         self.register_buffer("mean", torch.zeros(networks.latent))
         self.register_buffer("scale", torch.ones(networks.latent))
         self.register_buffer("noise", torch.zeros(BINS))

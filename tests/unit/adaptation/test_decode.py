@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -118,8 +119,8 @@ def test_noise_is_that_of_the_volumes_at_each_intensity() -> None:
 def test_the_autoencoders_loss_is_what_it_says() -> None:
     decoder = tiny()
     volumes = torch.full((2, 1, 8, 8, 8), 0.0)
-    decoder.encode = lambda given: (torch.full((2, 3), 2.0), torch.full((2, 3), 1.0))  # type: ignore[method-assign]
-    decoder.decode = lambda latents: volumes - 0.1  # type: ignore[method-assign]
+    decoder.encode = lambda volumes: (torch.full((2, 3), 2.0), torch.full((2, 3), 1.0))  # type: ignore[method-assign]
+    decoder.decode = lambda latents: torch.full((2, 1, 8, 8, 8), -0.1)  # type: ignore[method-assign]
     config = DecodeConfig(windows=0.5, kl=0.01)
     # 0.1 is 100 HU: all of it in HU, and in the window of soft tissue, of 400 HU, which has 5 times the contrast. The KL
     # divergence of N(2, 1) from N(0, 1) is 2.
@@ -255,7 +256,8 @@ def test_volumes_of_texts_are_drawn_and_seeds_decide(
     paths = sorted(tmp_path.glob("x_synthetic_*.nii.gz"))
     assert len(paths) == 2
     assert all(is_synthetic(path) for path in paths)
-    volumes = [nib.load(path).get_fdata().transpose(2, 1, 0) for path in paths]
+    images: list[Any] = [nib.load(path) for path in paths]
+    volumes = [image.get_fdata().transpose(2, 1, 0) for image in images]
     assert volumes[0].shape == (8, 8, 8)
     assert not np.array_equal(volumes[0], volumes[1])
     loaded = ctclip.load(decoded / "model")
