@@ -1,7 +1,7 @@
 """A decoder: from the embedding of a text or a volume to volumes that it could describe (latent diffusion, Rombach et al. 2022,
 with a rectified flow, Liu et al. 2023, and the networks of MONAI, as its MAISI application has them; Guo et al. 2024).
 
-An autoencoder turns volumes into latents, a sixty-fourth or less of their size. A flow network turns noise into latents, told
+An autoencoder turns volumes into latents, about a thirtieth or less of their size. A flow network turns noise into latents, told
 an embedding. Both are kept as a head, which scores findings as the model does."""
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from ctclip.adaptation import decode, resumable
 from ctclip.adaptation.decode import DecodeConfig, autoencoder_loss, begin_with_components, estimate, measured_noise
 from ctclip.adaptation.resumable import Schedule, rows_of, train_resumably
 from ctclip.cli import main
+from ctclip.config_files import find_config, load_section
 from ctclip.errors import CheckpointError, ConfigError
 from ctclip.heads.decoder import BINS, SIZE, WEIGHTS, Decoder, Networks, fold, unfold
 from ctclip.heads.folder import load_head
@@ -199,6 +200,12 @@ def test_a_training_of_days_asks_for_a_card() -> None:
         )
         < 60
     )
+
+
+@pytest.mark.parametrize("name", ["decode", "phantom_imagine"])
+def test_the_recipes_are_read(name: str) -> None:
+    config = load_section(DecodeConfig, find_config(name, "adapt"), [])
+    assert config.flow.steps > 1000
 
 
 @pytest.fixture(scope="module")
