@@ -335,8 +335,9 @@ def _kept(path: Path, key: str) -> Tensor | None:
 
 @torch.inference_mode()
 def measured_noise(decoder: Decoder, scans: StoredScans, seed: int) -> Tensor:
-    """(BINS,): the standard deviation of what the autoencoder leaves out of a volume, at each intensity that it gives; by the
-    median absolute deviation, so that edges do not count."""
+    """(BINS,): the standard deviation of the noise that the autoencoder leaves out of a volume, at each intensity that it gives:
+    by differences of neighbours, so that structures that it lost do not count, and their median absolute deviation, so
+    that edges do not."""
     count = len(scans.table)
     rows = np.random.default_rng([seed, 61]).permutation(count)[:MEASURED].tolist()
     bins, left = list[np.ndarray](), list[np.ndarray]()
@@ -344,8 +345,8 @@ def measured_noise(decoder: Decoder, scans: StoredScans, seed: int) -> Tensor:
         volume = _crop(ready()[0], None)[None, None].to(decoder.mean.device)
         again = decoder.decode(decoder.encode(volume)[0])[tuple(slice(extent) for extent in (1, 1, *volume.shape[2:]))]
         # Every seventh voxel is enough, and no plane of the volume.
-        bins.append(intensity_bin(again).flatten()[::7].cpu().numpy())
-        left.append((volume - again).flatten()[::7].cpu().numpy())
+        bins.append(intensity_bin(again[..., 1:]).flatten()[::7].cpu().numpy())
+        left.append(((volume - again).diff(dim=-1) / math.sqrt(2)).flatten()[::7].cpu().numpy())
     table = pd.DataFrame({"bin": np.concatenate(bins), "left": np.concatenate(left)})
     deviation = table.groupby("bin")["left"].agg(lambda each: 1.4826 * float((each - each.median()).abs().median()))
     return torch.from_numpy(deviation.reindex(range(BINS)).fillna(0.0).to_numpy(np.float32).copy())

@@ -200,7 +200,7 @@ class Decoder(nn.Module):
 
     def volume(self, latents: Tensor, random: torch.Generator) -> Tensor:
         """Standard latents (1, latent, d, h, w) -> a volume (1, 1, D, H, W) in [-1, 1]. The autoencoder gives the mean of the
-        volumes with these latents; noise is added, of the deviation that it had at that intensity in training."""
+        volumes with these latents; white noise is added, as strong as that of training volumes at each intensity."""
         decoded = self.decode(latents * self.scale[:, None, None, None] + self.mean[:, None, None, None])
         d, h, w = self.shape
         decoded = decoded[:, :, :d, :h, :w]
