@@ -210,7 +210,7 @@ def decoder_figures(given: argparse.Namespace) -> dict[str, Any]:
     decoder has not seen)."""
     loaded = ctclip.load(given.decoder)
     store, findings = VolumeStore(given.demo / "store"), given.findings or good_findings(given.demo)
-    asked = drawn(loaded, findings, given.each, given.work)
+    asked = drawn(loaded, findings, given.each, given.guidance, given.work)
     rows = store.cohort[store.cohort["split"] == given.held_out].drop_duplicates("scan").head(given.held)
     real = [store.read(str(name)).astype(np.float32) for name in rows["volume"]]
     again = [reconstructed(loaded, hu, seed) for seed, hu in enumerate(real)]
@@ -226,7 +226,7 @@ def decoder_figures(given: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def drawn(loaded: ctclip.Model, findings: list[str], each: int, work: Path) -> list[Asked]:
+def drawn(loaded: ctclip.Model, findings: list[str], each: int, guidance: float, work: Path) -> list[Asked]:
     """``each`` volumes of every text, and three times as many of none; kept in ``work``. Sided texts ask for both sides with
     the same seeds."""
     decoder, prompts = decoder_of(loaded.folder), load_prompts(loaded.folder.labels.prompts or "generic")
@@ -246,7 +246,7 @@ def drawn(loaded: ctclip.Model, findings: list[str], each: int, work: Path) -> l
                 )
             count = each if text else 3 * each
             volumes = [
-                decoder.sample(condition, [1000 + seed], steps=STEPS["decoder"], guidance=GUIDANCE)[0, 0]
+                decoder.sample(condition, [1000 + seed], steps=STEPS["decoder"], guidance=guidance)[0, 0]
                 for seed in range(count)
             ]
             np.save(path, to_hu(torch.stack(volumes).cpu().numpy(), loaded.spec).round().astype(np.int16))
@@ -483,6 +483,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["similarity", "contribution", "counterfactual"])
     parser.add_argument("--decoder", type=Path, help="decoder: the model folder with it; default: that of the demo")
     parser.add_argument("--other", type=Path, help="decoder: another demo, whose encoder and labels make a detector")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="decoder: how strongly it heeds a text")
     parser.add_argument("--trained-on", default="train", help="decoder: the split that it was trained on")
     parser.add_argument("--held-out", default="valid", help="decoder: a split that it has not seen")
     parser.add_argument("--held", type=int, default=200, help="decoder: volumes of --held-out")
