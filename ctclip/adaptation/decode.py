@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,9 +15,10 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ctclip.adaptation.caption import prompts_of
+from ctclip.adaptation.components import begin_with_components
 from ctclip.adaptation.examples import cached_embeddings
 from ctclip.adaptation.keep import add_head, check_head_name
 from ctclip.adaptation.prior import VIEWS
@@ -28,7 +28,7 @@ from ctclip.data.reports import ReportViews, reports_of
 from ctclip.errors import ConfigError, DataError
 from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.tables import write_predictions
-from ctclip.heads.decoder import BINS, DecodeHead, Decoder, Networks, fold, intensity_bin
+from ctclip.heads.decoder import BINS, DecodeHead, Decoder, Networks, intensity_bin
 from ctclip.inference.run import report_embeddings, run_key
 from ctclip.inference.scans import StoredScans, prefetch
 from ctclip.language import load_language
@@ -245,48 +245,6 @@ def _fit_autoencoder(
         seed=seed,
         what="autoencoder",
     )
-
-
-@torch.no_grad()
-def begin_with_components(decoder: Decoder, volumes: Tensor) -> None:
-    """Set an autoencoder of one level so that its latents are the principal components of the blocks of ``volumes``
-    (B, 1, D, H, W), which saves it thousands of steps. One of several levels is left as it is."""
-    network: Any = decoder.autoencoder
-    networks = decoder.networks
-    width = networks.channels[0]
-    if len(networks.channels) > 1 or width > networks.fold**3 or networks.latent > width:
-        return
-    blocks = fold(decoder.padded(volumes), networks.fold).movedim(1, -1).flatten(0, -2).double()
-    mean = blocks.mean(dim=0)
-    values, axes = torch.linalg.eigh(torch.cov(blocks.T))
-    axes = axes.flip(1)[:, :width]
-    # With unit variance and no mean the group norms before the latents and before the volume change hardly anything.
-    spread = values.flip(0)[:width].clamp(min=1e-6).sqrt()
-    inward, outward = axes.T / spread[:, None], axes * spread
-    for part, weight, bias in (
-        (network.encoder.blocks[0], inward, -(inward @ mean)),
-        (network.encoder.blocks[-1], torch.eye(networks.latent, width), None),
-        (network.quant_conv_mu, torch.eye(networks.latent), None),
-        (network.post_quant_conv, torch.eye(networks.latent), None),
-        (network.decoder.blocks[0], torch.eye(width, networks.latent), None),
-        (network.decoder.blocks[-1], outward, mean),
-    ):
-        _set_middle(part.conv, weight, bias)
-    for block in (*network.encoder.blocks[1:-2], *network.decoder.blocks[1:-2]):
-        nn.init.zeros_(block.conv2.conv.weight)
-        nn.init.zeros_(block.conv2.conv.bias)
-
-
-def _set_middle(convolution: nn.Conv3d, weight: Tensor, bias: Tensor | None) -> None:
-    """Make a convolution a linear map (out, in) of each cell alone."""
-    kernel, constant = convolution.weight, convolution.bias
-    assert constant is not None
-    nn.init.zeros_(kernel)
-    nn.init.zeros_(constant)
-    middle = kernel.shape[-1] // 2
-    kernel[:, :, middle, middle, middle] = weight.to(kernel)
-    if bias is not None:
-        constant.copy_(bias)
 
 
 def _crop(voxels: np.ndarray, side: int | None, random: np.random.Generator | None = None) -> Tensor:

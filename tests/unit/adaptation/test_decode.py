@@ -19,7 +19,8 @@ from torch import nn
 
 import ctclip
 from ctclip.adaptation import decode, resumable
-from ctclip.adaptation.decode import DecodeConfig, autoencoder_loss, begin_with_components, estimate, measured_noise
+from ctclip.adaptation.components import begin_with_components
+from ctclip.adaptation.decode import DecodeConfig, autoencoder_loss, estimate, measured_noise
 from ctclip.adaptation.resumable import Schedule, rows_of, train_resumably
 from ctclip.cli import main
 from ctclip.config_files import find_config, load_section
