@@ -39,7 +39,9 @@ def test_each_place_has_the_mean_of_the_cells_that_cover_it(shifts: int, parts: 
     steps = np.array(TOKEN) / np.array(parts)
     random = np.random.default_rng(1)
     for _ in range(40):
-        index = np.array([random.integers(n, extent - 2 * n) for n, extent in zip(parts, values.shape[1:], strict=True)])
+        index = np.array(
+            [random.integers(n, extent - 2 * n) for n, extent in zip(parts, values.shape[1:], strict=True)]
+        )
         centre = (affine @ [*index, 1])[:3] / np.array(SPEC.spacing)
         per_axis = []
         for axis in range(3):
