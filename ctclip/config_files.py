@@ -15,6 +15,7 @@ import yaml
 from ctclip.config import Config, ModelConfig
 from ctclip.errors import ConfigError
 from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.files import text_of
 from ctclip.preprocessing.named_files import find_file, installed_folder
 from ctclip.preprocessing.plain_yaml import load_yaml
 from ctclip.schema import Section, Typed, read_typed, validated
@@ -114,7 +115,7 @@ def load_size(name: str) -> ModelConfig:
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping a YAML file holds; anything else is refused."""
     try:
-        values = load_yaml(path.read_text(encoding="utf-8"))
+        values = load_yaml(text_of(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):

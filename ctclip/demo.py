@@ -83,7 +83,7 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
     ]  # fmt: skip
     _claim(output, {"size": size, "seed": seed})
     book = output / "seconds.json"
-    seconds: dict[str, float] = plain_json.loads(book.read_text()) if book.is_file() else {}
+    seconds: dict[str, float] = plain_json.read(book) if book.is_file() else {}
     for number, (name, arguments, done) in enumerate(stages):
         left = minutes_left(chosen.minutes, seconds, [stage for stage, _, _ in stages[:number]])
         print(f"\n[stage {number + 1} of {len(stages)}, about {max(1, round(left))} min left in all]")
@@ -118,7 +118,7 @@ def minutes_left(usual: Sequence[float], seconds: Mapping[str, float], past: Seq
 def finish(output: Path, seconds: dict[str, float]) -> dict:  # type: ignore[type-arg]
     """Write the stages' times into ``metrics.json`` and return it."""
     path = output / "metrics.json"
-    metrics = plain_json.loads(path.read_text(encoding="utf-8"))
+    metrics = plain_json.read(path)
     metrics["seconds"] = {**seconds, "total": sum(seconds.values())}
     write_text(path, json.dumps(metrics, indent=2))
     predictions = (output / "predictions" / "predictions.csv").read_text(encoding="utf-8")
@@ -140,7 +140,7 @@ def _claim(output: Path, options: dict[str, object]) -> None:
     check_folder(output, lambda folder: made_by_us(folder, {path.name: b'"size"'}), "demo")
     if path.is_file():
         try:
-            earlier = plain_json.loads(path.read_text(encoding="utf-8"))
+            earlier = plain_json.read(path)
         except ValueError as error:
             raise CtclipError(f"{path}: damaged; choose another --output, or delete this folder") from error
         if earlier != options:

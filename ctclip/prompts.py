@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from ctclip.config_files import find_config, read_mapping
 from ctclip.errors import ConfigError, PromptError
+from ctclip.preprocessing.files import text_of
 from ctclip.schema import Section, validated
 
 Phrasings = dict[str, tuple[str, ...]]
@@ -168,7 +169,7 @@ def load_prompts(source: str | Path | dict[str, Any]) -> PromptSet:
         if isinstance(source, dict):
             return validated(PromptSet, source, "the model's prompts.yaml")
         path = find_config(str(source), "prompts")
-        if not path.read_text(encoding="utf-8").strip():
+        if not text_of(path).strip():
             raise PromptError(f"{path}: the prompt set is empty: give abnormalities, or templates with {{x}}")
         return validated(PromptSet, read_mapping(path), str(path))
     except (ConfigError, UnicodeDecodeError) as error:

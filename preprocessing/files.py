@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -29,6 +30,20 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return next((words for test, words in KINDS if test(mode)), "a special file")
+
+
+def regular(path: Path) -> Path:
+    """``path``, if it is a regular file or leads to one. Raises OSError otherwise: a FIFO or a terminal would be waited for."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        what = next((words for test, words in KINDS if test(mode)), "a special file")
+        raise OSError(errno.EINVAL, f"is {what}, not a file", str(path))
+    return path
+
+
+def text_of(path: Path) -> str:
+    """The UTF-8 text of a regular file, with line feeds alone. Raises OSError and UnicodeDecodeError."""
+    return regular(path).read_text(encoding="utf-8")
 
 
 def as_path(path: object, what: str) -> Path:

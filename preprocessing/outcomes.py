@@ -9,9 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from ctclip.preprocessing.csv_files import read_csv, write_csv
+from ctclip.preprocessing.csv_files import write_csv
+from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.store import VolumeStore
+from ctclip.preprocessing.tables import read_table
 
 OUTCOME_COLUMNS = ("volume", "outcome", "reason", "source_spacing", "source_shape")
 
@@ -74,6 +76,14 @@ def read_outcomes(store: VolumeStore) -> dict[str, Outcome]:
 
 
 def outcome_table(path: Path) -> pd.DataFrame:
-    """The rows of an ``outcomes*.csv`` as strings."""
-    table = read_csv(path, dtype=str)
+    """The rows of an ``outcomes*.csv`` as strings. Raises PreprocessingError if it is damaged."""
+    try:
+        table = read_table(path)
+    except PreprocessingError as error:
+        raise PreprocessingError(f"{error}; or delete it, and run `ctclip preprocess` on this store again") from error
+    for name in ("volume", "outcome"):
+        if name not in table:
+            raise PreprocessingError(
+                f"{path}: column {name!r} is missing; delete it, and run `ctclip preprocess` on this store again"
+            )
     return table.reindex(columns=list(OUTCOME_COLUMNS), fill_value="")

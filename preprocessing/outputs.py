@@ -229,7 +229,7 @@ def _runs(folder: Path) -> dict[str, Any]:
     if kind_of(path) != "a file" or path.stat().st_size > SEEN_BYTES:
         return {}
     try:
-        values = plain_json.loads(path.read_text(encoding="utf-8"))
+        values = plain_json.read(path)
     except (OSError, ValueError):
         return {}
     runs = values.get("runs") if isinstance(values, dict) else None

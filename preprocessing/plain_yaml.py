@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from ctclip.preprocessing.files import regular
+
 # Limits on characters and levels of nesting; our own files have some thousands, and six.
 LONGEST = 1 << 22
 DEEPEST = 100
@@ -27,7 +29,7 @@ def load_yaml(text: str) -> Any:
 
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file (UTF-8). Raises OSError, and yaml.YAMLError as ``load_yaml`` does."""
-    with path.open("rb") as stream:
+    with regular(path).open("rb") as stream:
         content = stream.read(4 * LONGEST + 1)
     try:
         return load_yaml(content.decode("utf-8"))

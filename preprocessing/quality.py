@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ctclip.preprocessing.anatomy import NOT_A_CHEST, find_lungs, no_chest
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.hounsfield import ALREADY_HU
-from ctclip.preprocessing.outcomes import Outcome, read_outcomes
+from ctclip.preprocessing.outcomes import Outcome, outcome_table, read_outcomes
 from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
 from ctclip.preprocessing.pipeline import Expect
 from ctclip.preprocessing.progress import track
@@ -133,12 +133,10 @@ def quality_page(
 
 
 def _refused(store: VolumeStore) -> list[tuple[str, str]]:
-    import pandas as pd
-
     path = store.path / "outcomes.csv"
-    if not path.is_file():
+    if not path.exists():
         return []
-    table = pd.read_csv(path.absolute(), dtype=str, keep_default_na=False)
+    table = outcome_table(path)
     rows = table[table["outcome"] == "refused"]
     return list(zip(rows["volume"], rows["reason"], strict=True))
 

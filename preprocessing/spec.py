@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from ctclip.preprocessing.errors import PreprocessingError
-from ctclip.preprocessing.files import write_text
+from ctclip.preprocessing.files import text_of, write_text
 from ctclip.preprocessing.named_files import find_file
 from ctclip.preprocessing.plain_yaml import load_yaml
 
@@ -120,7 +120,7 @@ class PreprocessingSpec:
         ``save`` wrote, which states every value: if one is missing, the file is damaged and is refused."""
         path = find_file(source, "preprocessing")
         try:
-            values = load_yaml(path.read_text(encoding="utf-8"))
+            values = load_yaml(text_of(path))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise PreprocessingError(f"{path}: not a preprocessing spec ({' '.join(str(error).split())})") from error
         known = [field.name for field in dataclasses.fields(cls)]

@@ -30,6 +30,7 @@ from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import check_folder
 from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.tables import read_own_parquet
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # LZ4, measured against ZSTD: a whole volume in half the time, for a third to a half more disk. Chunks are whole slices:
@@ -81,7 +82,8 @@ class VolumeStore:
         path = self.path / "cohort.parquet"
         if not path.is_file():
             raise PreprocessingError(f"{path}: missing; run `ctclip preprocess` on this store until it is complete")
-        return check_table(pd.read_parquet(path.absolute()), path)
+        remedy = "run `ctclip preprocess` on this store again"
+        return check_table(read_own_parquet(path, remedy), path)
 
     @property
     def volumes(self) -> list[str]:

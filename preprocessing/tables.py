@@ -13,6 +13,7 @@ import pandas as pd
 
 from ctclip.preprocessing.csv_files import unguarded
 from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.files import regular
 
 VOLUME_SUFFIXES = (
     ".nii.gz", ".nii", ".hdr.gz", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz", ".zip", ".tar.gz", ".tar.bz2", ".tgz",
@@ -57,7 +58,7 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def _decoded(path: Path) -> str:
-    content = path.read_bytes()
+    content = regular(path).read_bytes()
     for signature, what in SIGNATURES:
         if content.startswith(signature):
             raise PreprocessingError(f"{path}: is {what}, whatever its name says; save it as CSV in UTF-8")
@@ -132,6 +133,28 @@ def _from_parquet(path: Path) -> pd.DataFrame:
     frame = pd.DataFrame(columns, index=pd.RangeIndex(1, len(table) + 1, name="row"), dtype=str)
     frame.columns = pd.Index([stripped(str(name)) for name in table.columns])
     return _named(path, frame)
+
+
+def read_own_parquet(
+    path: Path, remedy: str, *, texts: Iterable[str] = (), numbers: Iterable[str] = ()
+) -> pd.DataFrame:
+    """A Parquet table that a command wrote, with its types. Raises PreprocessingError, with the ``remedy``, if it is damaged or
+    lacks one of the columns of ``texts`` and ``numbers``."""
+    try:
+        table = pd.read_parquet(regular(path).absolute())
+    except Exception as error:
+        # The library parses untrusted bytes, which can make it raise any exception.
+        raise PreprocessingError(f"{path}: cannot be read as Parquet ({type(error).__name__}); {remedy}") from error
+    twice = table.columns[table.columns.duplicated()]
+    if len(twice):
+        raise PreprocessingError(f"{path}: has two columns called {twice[0]!r}; {remedy}")
+    for name in (*texts, *numbers):
+        if name not in table.columns:
+            raise PreprocessingError(f"{path}: column {name!r} is missing; {remedy}")
+        odd = name in texts and any(not isinstance(value, str) for value in table[name])
+        if odd or (name in numbers and not pd.api.types.is_numeric_dtype(table[name])):
+            raise PreprocessingError(f"{path}: column {name!r} holds no {'text' if odd else 'numbers'}; {remedy}")
+    return table
 
 
 def cell_text(value: object) -> str:

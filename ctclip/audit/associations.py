@@ -21,7 +21,6 @@ class Difference:
     upper: float
     p: float
     patients: tuple[int, int]
-    error: float
 
 
 def normal_scores(values: np.ndarray) -> np.ndarray:
@@ -61,23 +60,13 @@ def differences(values: np.ndarray, member: np.ndarray, patients: np.ndarray) ->
         difference = means[0] - means[1]
         p = np.maximum(2 * student.sf(np.abs(difference) / error, freedom), 1e-300)
         half = student.ppf((1 + LEVEL) / 2, freedom) * error
-        scaled = np.array([difference, difference - half, difference + half, error]) / pooled
+        scaled = np.array([difference, difference - half, difference + half]) / pooled
     for place, column in enumerate(np.flatnonzero(usable)):
         if varies[place]:
-            value, low, high, own_error = map(float, scaled[:, place])
+            value, low, high = map(float, scaled[:, place])
             patients_ = (int(counts[0, place]), int(counts[1, place]))
-            results[column] = Difference(value, low, high, float(p[place]), patients_, own_error)
+            results[column] = Difference(value, low, high, float(p[place]), patients_)
     return results
-
-
-def interaction(one: Difference, other: Difference) -> Difference:
-    """How much larger a difference is in one part of a cohort than in another, of other patients."""
-    from scipy.special import ndtr, ndtri
-
-    value, error = one.value - other.value, float(np.hypot(one.error, other.error))
-    half = float(ndtri((1 + LEVEL) / 2)) * error
-    p = float(max(2 * ndtr(-abs(value) / error), 1e-300))
-    return Difference(value, value - half, value + half, p, (sum(one.patients), sum(other.patients)), error)
 
 
 def false_discovery(p: np.ndarray) -> np.ndarray:
@@ -87,11 +76,16 @@ def false_discovery(p: np.ndarray) -> np.ndarray:
     return np.asarray(false_discovery_control(p)) if len(p) else p
 
 
-def _patient_means(values: np.ndarray, patients: np.ndarray) -> np.ndarray:
-    """(n, m) -> (patients, m), NaN left out."""
-    names, member = np.unique(patients, return_inverse=True)
+def group_means(values: np.ndarray, member: np.ndarray, groups: int) -> np.ndarray:
+    """(n, m) and the group's number of each row (n,) -> (groups, m), NaN left out, and where there is nothing else."""
     known = ~np.isnan(values)
-    total, count = np.zeros((len(names), values.shape[1])), np.zeros((len(names), values.shape[1]))
+    total, count = np.zeros((groups, values.shape[1])), np.zeros((groups, values.shape[1]))
     np.add.at(total, member, np.where(known, values, 0))
     np.add.at(count, member, known)
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
+def _patient_means(values: np.ndarray, patients: np.ndarray) -> np.ndarray:
+    """(n, m) -> (patients, m), NaN left out."""
+    names, member = np.unique(patients, return_inverse=True)
+    return group_means(values, member, len(names))

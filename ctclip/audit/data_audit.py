@@ -1,20 +1,21 @@
 """What goes with what in a cohort: concepts against splits, labels and scanners, the strongest evidence first.
 
-Two families of comparisons, each corrected for its own number: possible shortcuts (what differs between splits, or goes
-with a label without being of it), and plain differences between scanners, kernels, sexes and the like. The second are to be
-expected, and would bury the first.
+Two families of comparisons: possible shortcuts (what differs between splits, or goes with a label without being of it), of
+which none is to be called by chance, and plain differences between scanners, kernels, sexes and the like. The second are to
+be expected, and would bury the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from ctclip.audit.associations import Difference, differences, false_discovery, interaction, normal_scores
+from ctclip.audit.associations import Difference, differences, false_discovery, group_means, normal_scores
 from ctclip.audit.groups import group_columns, is_of_patient, label_columns
+from ctclip.audit.permutations import PERMUTATIONS, Moments, Standardised, compare, family_wise, shuffled
 
 SIGNIFICANT = 0.05
 SHORTCUT, DIFFERENCE = "shortcut", "difference"
@@ -61,70 +62,143 @@ class Sheet:
                     kinds.append("patient" if is_of_patient(group) else "metadata")
         return Sheet(self.table, np.concatenate(columns, axis=1), tuple(names), tuple(kinds))
 
-
-def audit_data(sheet: Sheet, splits: Sequence[str] = ("train", "valid")) -> pd.DataFrame:
-    """Every comparison (``COLUMNS``), possible shortcuts first and then the strongest evidence; adjusted by family.
-
-    Shortcuts:
-
-    * Splits: each concept between a split and all others.
-    * Labels: what tells of the technique alone (a table, a kernel, metadata of the acquisition) between volumes with and
-      without the label. It should not differ; findings, age and sex may, and are not compared.
-    * Labels in ``splits``: whether any concept but a finding goes with the label in one split more than in the other. What
-      the model confuses, it confuses in both.
-
-    Differences: each concept between a value of the metadata and all others.
-
-    Differences are in standard deviations of the concept's normal scores.
-    """
-    whole = sheet.with_metadata()
-    table, kinds, names = whole.table, np.array(whole.kinds), np.array(whole.names)
-    scores = normal_scores(whole.values)
-    patients, split = table["patient"].to_numpy(dtype=str), table["split"].to_numpy(dtype=str)
-    lines: list[Line] = []
-
-    def compare(family: str, member: np.ndarray, known: np.ndarray, columns: np.ndarray, group: str) -> None:
-        results = differences(scores[np.ix_(known, columns)], member[known], patients[known])
-        lines.extend(
-            (family, str(names[column]), str(kinds[column]), group, "all", result)
+    def lines(
+        self, family: str, columns: np.ndarray, group: str, where: str, results: Sequence[Difference | None]
+    ) -> list[Line]:
+        """The comparisons of some columns that could be made."""
+        return [
+            (family, self.names[column], self.kinds[column], group, where, result)
             for column, result in zip(columns, results, strict=True)
             if result is not None
-        )
-
-    for group, values in group_columns(table).items():
-        levels = np.unique(values[values != ""])
-        # Metadata are compared between splits, and not with each other.
-        columns = np.arange(len(names) if group == "split" else len(sheet.names))
-        for value in levels[:1] if len(levels) == 2 else levels:
-            against = f"{value} against {levels[1]}" if len(levels) == 2 else f"{value} against others"
-            family = SHORTCUT if group == "split" else DIFFERENCE
-            compare(family, values == value, values != "", columns, f"{group}: {against}")
-    technique = np.flatnonzero(np.isin(kinds, ["technique", "metadata"]))
-    shortcuts = np.flatnonzero(kinds != "finding")
-    parts = [part for part in splits if (split == part).any()]
-    for label, present in label_columns(table).items():
-        known = ~np.isnan(present)
-        compare(SHORTCUT, present == 1, known, technique, label)
-        if len(parts) == 2:
-            both = [
-                differences(scores[np.ix_(own, shortcuts)], present[own] == 1, patients[own])
-                for own in (known & (split == part) for part in parts)
-            ]
-            for column, one, other in zip(shortcuts, *both, strict=True):
-                if one is not None and other is not None:
-                    lines.append((SHORTCUT, str(names[column]), str(kinds[column]), label, f"{parts[0]} more than {parts[1]}", interaction(one, other)))  # fmt: skip
-    return _table(lines)
+        ]
 
 
-def _table(lines: list[Line]) -> pd.DataFrame:
+def audit_data(sheet: Sheet, splits: Sequence[str] = ("train", "valid"), *, seed: int = 0) -> pd.DataFrame:
+    """Every comparison (``COLUMNS``), possible shortcuts first and then the strongest evidence.
+
+    Shortcuts, of which any is called significant by chance in 5 % of cohorts (``permutations``; ``seed``: theirs):
+
+    * Splits: each concept between a split and all others. Permuted: the splits of the patients.
+    * Labels: what tells of the technique alone (a table, a kernel, metadata of the acquisition) between volumes with and
+      without the label. It should not differ; findings, age and sex may, and are not compared. Permuted: which of them have
+      the label.
+    * Labels in ``splits``: whether any concept but a finding goes with the label in one split more than in the other. What
+      the model confuses, it confuses in both. Permuted: the splits.
+
+    Differences: each concept between a value of the metadata and all others; adjusted for the false discovery rate.
+
+    Differences are in standard deviations of the concept's normal scores. A patient counts once a side.
+    """
+    whole = sheet.with_metadata()
+    scores = normal_scores(whole.values)
+    shortcuts = _Shortcuts(whole, scores, splits, np.random.default_rng(seed))
+    lines = shortcuts.lines()
+    patients = whole.table["patient"].to_numpy(dtype=str)
+    columns = np.arange(len(sheet.names))
+    for group, values in group_columns(whole.table).items():
+        if group == "split":
+            continue
+        known = values != ""
+        for level, words in _levels(values):
+            results = differences(scores[np.ix_(known, columns)], (values == level)[known], patients[known])
+            lines += whole.lines(DIFFERENCE, columns, f"{group}: {words}", "all", results)
+    return _table(lines, family_wise(np.array(shortcuts.statistics), shortcuts.largest))
+
+
+class _Shortcuts:
+    """The comparisons of the first family, with the statistic of each line and the largest in each permutation."""
+
+    def __init__(self, whole: Sheet, scores: np.ndarray, splits: Sequence[str], random: np.random.Generator) -> None:
+        self.whole, self.scores, self.random = whole, scores, random
+        split = whole.table["split"].to_numpy(dtype=str)
+        # Patients; one in two splits counts as two.
+        of_split = np.char.add(np.char.add(whole.table["patient"].to_numpy(dtype=str), "\n"), split)
+        names, first, self.patient = np.unique(of_split, return_index=True, return_inverse=True)
+        self.patients = len(names)
+        self.splits = shuffled(split[first], random)
+        self.parts = [part for part in splits if (split == part).any()]
+        self.statistics: list[float] = []
+        self.largest = np.zeros(PERMUTATIONS)
+
+    def lines(self) -> list[Line]:
+        kinds = np.array(self.whole.kinds)
+        technique = np.flatnonzero(np.isin(kinds, ["technique", "metadata"]))
+        not_findings = np.flatnonzero(kinds != "finding")
+        lines = self._of_splits()
+        for label, present in label_columns(self.whole.table).items():
+            lines += self._of_label(label, present, technique)
+            if len(self.parts) == 2:
+                lines += self._of_label_by_split(label, present, not_findings)
+        return lines
+
+    def _of_splits(self) -> list[Line]:
+        values = group_columns(self.whole.table).get("split", np.array([]))
+        columns = np.arange(len(self.whole.names))
+        means = self._means(np.ones(len(self.patient), bool), columns)
+        usual = np.unique(values[values != ""])
+        lines: list[Line] = []
+        for level, words in _levels(values):
+            others = usual[usual != level]
+
+            def differ(splits: np.ndarray, level: str = level, others: np.ndarray = others) -> Standardised:
+                return Standardised.between(
+                    Moments.of(splits == level, means), Moments.of(np.isin(splits, others), means)
+                )
+
+            lines += self._tested(columns, f"split: {words}", "all", self.splits, differ)
+        return lines
+
+    def _of_label(self, label: str, present: np.ndarray, columns: np.ndarray) -> list[Line]:
+        sides = [self._means(present == value, columns) for value in (1, 0)]
+        values = np.concatenate([side[~np.isnan(side).all(axis=1)] for side in sides])
+        has_label = np.arange(len(values)) < int((~np.isnan(sides[0]).all(axis=1)).sum())
+        return self._tested(
+            columns, label, "all", shuffled(has_label, self.random),
+            lambda member: Standardised.between(Moments.of(member, values), Moments.of(~member, values)),
+        )  # fmt: skip
+
+    def _of_label_by_split(self, label: str, present: np.ndarray, columns: np.ndarray) -> list[Line]:
+        sides = [self._means(present == value, columns) for value in (1, 0)]
+
+        def differ(splits: np.ndarray) -> Standardised:
+            one, other = (
+                Standardised.between(*(Moments.of(splits == part, side) for side in sides)) for part in self.parts
+            )
+            return one.less(other)
+
+        return self._tested(columns, label, f"{self.parts[0]} more than {self.parts[1]}", self.splits, differ)
+
+    def _tested(
+        self, columns: np.ndarray, group: str, where: str, assignments: np.ndarray, differ: Callable[[np.ndarray], Standardised]
+    ) -> list[Line]:  # fmt: skip
+        results, statistics, largest = compare(assignments, differ)
+        self.statistics += [statistic for statistic, result in zip(statistics, results, strict=True) if result]
+        self.largest = np.maximum(self.largest, largest)
+        return self.whole.lines(SHORTCUT, columns, group, where, results)
+
+    def _means(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """(patients, columns): means of each patient's volumes among ``rows``, NaN where there are none."""
+        return group_means(self.scores[np.ix_(rows, columns)], self.patient[rows], self.patients)
+
+
+def _levels(values: np.ndarray) -> list[tuple[str, str]]:
+    """Each value that is compared, with words for the comparison. Of two values, one tells the other."""
+    levels = np.unique(values[values != ""])
+    if len(levels) == 2:
+        return [(str(levels[0]), f"{levels[0]} against {levels[1]}")]
+    return [(str(level), f"{level} against others") for level in levels]
+
+
+def _table(lines: list[Line], family_wise_p: np.ndarray) -> pd.DataFrame:
+    """``family_wise_p``: of the shortcuts, which come first."""
     rows = [
         (*words, d.value, d.lower, d.upper, d.p, np.nan, 0, f"{d.patients[0]} and {d.patients[1]}")
         for *words, d in lines
     ]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    for family in (SHORTCUT, DIFFERENCE):
-        own = table["family"] == family
-        table.loc[own, "adjusted_p"] = false_discovery(table.loc[own, "p"].to_numpy())
+    others = table["family"] == DIFFERENCE
+    table.loc[~others, "adjusted_p"] = family_wise_p
+    table.loc[others, "adjusted_p"] = false_discovery(table.loc[others, "p"].to_numpy())
     table["significant"] = (table["adjusted_p"] < SIGNIFICANT).astype(int)
-    order = np.lexsort((-table["difference"].abs(), table["p"], table["family"] == DIFFERENCE))
+    order = np.lexsort((-table["difference"].abs(), table["p"], others))
     return table.iloc[order].reset_index(drop=True)

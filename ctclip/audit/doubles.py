@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ctclip.audit.fingerprints import FINE_MM, candidates, compare, correlation, fingerprint, slice_vectors
+from ctclip.audit.fingerprints import candidates, compare, compare_whole, fingerprint, slice_vectors
 from ctclip.data.dataset import stored_volumes
 from ctclip.inference.run import run_key
 from ctclip.preprocessing.doubles import recurring_reports
@@ -65,21 +65,18 @@ def find_doubles(
     near_enough = np.flatnonzero(likeness[:, 0] >= ALIKE)
     ordered = [ordered[index] for index in near_enough]
     orders = likeness[near_enough, 1].astype(bool).tolist()
-    likeness = compare_closely(store, [(names[one], names[other]) for one, other in ordered], orders)
-    return Doubles(_pairs(table, ordered, likeness, least), _reports(table), len(table), len(near))
+    correlations = compare_closely(store, [(names[one], names[other]) for one, other in ordered], orders)
+    return Doubles(_pairs(table, ordered, orders, correlations, least), _reports(table), len(table), len(near))
 
 
 def compare_closely(store: VolumeStore, pairs: Sequence[tuple[str, str]], orders: Sequence[bool]) -> np.ndarray:
-    """(pairs, 2): correlation of two stored volumes at 4 mm, and 1 where slices are reversed, which ``orders`` tells of each
-    pair."""
+    """(pairs,) correlation of two stored volumes at 4 mm; ``orders``: whether the slices of a pair's second are reversed."""
 
-    def closely(pair: tuple[str, str], is_reversed: bool) -> tuple[float, bool]:
-        one, other = (fingerprint(store.read(name), store.spec, FINE_MM) for name in pair)
-        return correlation(one, other, [is_reversed])
+    def closely(pair: tuple[str, str], is_reversed: bool) -> float:
+        return compare_whole(store.read(pair[0]), store.read(pair[1]), store.spec, is_reversed)
 
     with ThreadPoolExecutor(2) as pool:
-        likeness = pool.map(closely, pairs, orders)
-        return np.array(list(track(likeness, len(pairs), "comparing", "pairs"))).reshape(-1, 2)
+        return np.array(list(track(pool.map(closely, pairs, orders), len(pairs), "comparing", "pairs")))
 
 
 def fingerprints(store: VolumeStore, volumes: Sequence[str], cache: Path) -> np.ndarray:
@@ -124,9 +121,15 @@ def _nearest_embeddings(
     return pairs
 
 
-def _pairs(table: pd.DataFrame, ordered: Sequence[tuple[int, int]], likeness: np.ndarray, least: float) -> pd.DataFrame:
+def _pairs(
+    table: pd.DataFrame,
+    ordered: Sequence[tuple[int, int]],
+    orders: Sequence[bool],
+    correlations: np.ndarray,
+    least: float,
+) -> pd.DataFrame:
     rows = []
-    for (one, other), (value, is_reversed) in zip(ordered, likeness, strict=True):
+    for (one, other), is_reversed, value in zip(ordered, orders, correlations, strict=True):
         if value < least:
             continue
         first, second = table.iloc[one], table.iloc[other]

@@ -19,6 +19,8 @@ DOUBTED = 0.15
 # noise.
 MOST_AXES, MOST_AXES_OF_SIDES = 64, 24
 FEWEST_PAIRS = 50
+# Of the estimate of how many pairs are wrong, which is never taken as less than ``RAREST``.
+ITERATIONS, RAREST = 100, 1e-3
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,24 @@ def side_scores(asymmetry: np.ndarray, sides: np.ndarray, patients: np.ndarray, 
 
 
 def pair_scores(match: np.ndarray, side: np.ndarray) -> np.ndarray:
-    """(n,) log odds that a pair is right rather than swapped or with sides exchanged, either as likely as the other; side (n,)
-    is NaN where the report names none, and then only match counts."""
-    return np.where(np.isnan(side), match, -np.logaddexp(-match, -np.nan_to_num(side)))
+    """(n,) log odds that a pair is right rather than swapped or with sides exchanged, each as frequent as the pairs themselves
+    suggest: where hardly any side is exchanged, what is told of the sides must not hide a swapped pair. side (n,) is NaN where
+    the report names none, and then only match counts."""
+    sided = ~np.isnan(side)
+    swapped = _prior(match[np.isfinite(match)]) - match
+    exchanged = np.where(sided, _prior(side[sided]) - side, -np.inf)
+    return np.asarray(-np.logaddexp(swapped, exchanged))
+
+
+def _prior(scores: np.ndarray) -> float:
+    """Log odds of a pair to be wrong before its score is seen, from scores (n,) that take right and wrong as equally likely: by
+    expectation maximisation (Saerens et al. 2002, "Adjusting the outputs of a classifier to new a priori probabilities")."""
+    from scipy.special import expit, logit
+
+    prior = 0.0
+    for _ in range(ITERATIONS if len(scores) else 0):
+        prior = float(logit(np.clip(expit(prior - scores).mean(), RAREST, 0.5)))
+    return prior
 
 
 def _cross_fitted(

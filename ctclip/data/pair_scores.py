@@ -7,6 +7,7 @@ import pandas as pd
 from ctclip.errors import DataError
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.store import VolumeStore
+from ctclip.preprocessing.tables import read_own_parquet
 
 FILE = "pair_scores.parquet"
 
@@ -22,15 +23,13 @@ def write_pair_scores(store: VolumeStore, scores: pd.DataFrame) -> None:
 
 
 def read_pair_scores(store: VolumeStore) -> pd.DataFrame:
-    """The table that ``write_pair_scores`` saved. Raises DataError if there is none."""
+    """The table that ``write_pair_scores`` saved. Raises DataError if there is none, and
+    PreprocessingError if it is damaged."""
     path = store.path / FILE
     if not path.is_file():
         raise DataError(f"{store.path}: its pairs have no scores yet; `ctclip filter-pairs --keep` writes them")
-    table = pd.read_parquet(path)
-    missing = [name for name in ("volume", "score", "worse_share") if name not in table.columns]
-    if missing:
-        raise DataError(f"{path}: column {missing[0]!r} is missing; run `ctclip filter-pairs --keep` again")
-    return table
+    remedy = "delete it, and run `ctclip filter-pairs --keep` again"
+    return read_own_parquet(path, remedy, texts=("volume",), numbers=("score", "worse_share"))
 
 
 def good_pairs(table: pd.DataFrame, store: VolumeStore, least: float | None, best_share: float | None) -> pd.DataFrame:

@@ -55,7 +55,7 @@ class Adaptation:
     def load(cls, path: Path) -> Adaptation:
         """Raises EvaluationError if the file is not one."""
         try:
-            values = plain_json.loads(path.read_text(encoding="utf-8"))
+            values = plain_json.read(path)
             kept = cls(**(values | {"patients": tuple(values.get("patients", ()))}))
             if not all(isinstance(part, str) for part in (kept.method, kept.fitted_on, kept.model, kept.salt)):
                 raise ValueError("a value is not a text")

@@ -95,7 +95,7 @@ class Calibration:
         the model's scores.
         """
         try:
-            values = plain_json.loads(path.read_text(encoding="utf-8"))
+            values = plain_json.read(path)
             lines = {str(name): _line(facts) for name, facts in values.pop("lines").items()}
             uncalibrated = dict(values.pop("uncalibrated", {}))
             patients = tuple(values.pop("patients", ()))

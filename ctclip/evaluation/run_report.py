@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from ctclip.errors import EvaluationError
 from ctclip.evaluation import figures
@@ -86,7 +88,8 @@ def write_report(
     sections.append(_threshold_section(output, zero, pictures))
     sections += _picture_sections(output, metrics, pictures)
     if run is not None and (run / "metrics.jsonl").is_file():
-        sections += _run_sections(output, run)
+        with _figures_of(run / "metrics.jsonl", run / "config.yaml", command="train"):
+            sections += _run_sections(output, run)
     sections.append(_published_section(metrics))
     seconds = metrics.get("seconds")
     if seconds:
@@ -101,24 +104,52 @@ def compare_reports(first: Path, second: Path | None, output: Path) -> Path:
     evaluations = [_metrics_of(folder) for folder in (first, second) if folder is not None]
     names = _names([folder for folder, _ in evaluations])
     with scratch_folder("ctclip-report-") as scratch:
-        sections = (
-            _side_by_side(names, [one for _, one in evaluations], scratch / "pair.png") if len(evaluations) == 2 else []
-        )
-        for file, title in (("auroc.png", "AUROC per abnormality"), ("reliability.png", "Reliability"), ("loss.png", "Training loss")):  # fmt: skip
-            images = [(name, folder / file) for name, (folder, _) in zip(names, evaluations, strict=True) if (folder / file).is_file()]  # fmt: skip
-            if images and not (len(evaluations) == 2 and file == "auroc.png"):
-                sections.append({"title": title, "figures": images, "beside": len(images) == 2 and file == "loss.png"})
-        for name, (_, one) in zip(names, evaluations, strict=True):
-            histogram = one.get("controls", {}).get("histogram_auroc")
-            words = f"{_protocol(one)}. {_subtitle(one)} Thresholds: {one['zero_shot']['thresholds']}."
-            sections.append({"title": name, "words": words, "table": label_table(one["zero_shot"]["auroc"], histogram)})
-            if one.get("retrieval"):
-                sections.append({"title": f"Retrieval: {name}", **_retrieval(one["retrieval"])})
-            sections.append(_published_section(one) | {"title": f"Published figures beside {name}"})
-        headline = [(value, f"{words}: {name}") for name, (_, one) in zip(names, evaluations, strict=True) for value, words in _headline(one)]  # fmt: skip
-        with claimed_file(output):
+        sections, headline = [], []
+        for name, (folder, one) in zip(names, evaluations, strict=True):
+            with _figures_of(folder / "metrics.json"):
+                sections += _own_sections(name, one)
+                headline += [(value, f"{words}: {name}") for value, words in _headline(one)]
+        sections = _pictures(names, [folder for folder, _ in evaluations]) + sections
+        if len(evaluations) == 2:
+            with _figures_of(*(folder / "metrics.json" for folder, _ in evaluations)):
+                sections = _side_by_side(names, [one for _, one in evaluations], scratch / "pair.png") + sections
+        with claimed_file(output), _figures_of(*(folder / "metrics.json" for folder, _ in evaluations)):
             write_page(output, title=" against ".join(names), headline=headline, sections=sections, subtitle="Research only; not a medical device.")  # fmt: skip
     return output
+
+
+def _own_sections(name: str, one: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tables of one of the evaluations of a page."""
+    words = f"{_protocol(one)}. {_subtitle(one)} Thresholds: {one['zero_shot']['thresholds']}."
+    table = label_table(one["zero_shot"]["auroc"], one.get("controls", {}).get("histogram_auroc"))
+    sections: list[dict[str, Any]] = [{"title": name, "words": words, "table": table}]
+    if one.get("retrieval"):
+        sections.append({"title": f"Retrieval: {name}", **_retrieval(one["retrieval"])})
+    return [*sections, _published_section(one) | {"title": f"Published figures beside {name}"}]
+
+
+def _pictures(names: list[str], folders: list[Path]) -> list[dict[str, Any]]:
+    """The pictures that lie beside the figures; of two evaluations their AUROC is drawn in one."""
+    sections = []
+    for file, title in (("auroc.png", "AUROC per abnormality"), ("reliability.png", "Reliability"), ("loss.png", "Training loss")):  # fmt: skip
+        images = [(name, folder / file) for name, folder in zip(names, folders, strict=True) if (folder / file).is_file()]  # fmt: skip
+        if images and not (len(folders) == 2 and file == "auroc.png"):
+            sections.append({"title": title, "figures": images, "beside": len(images) == 2 and file == "loss.png"})
+    return sections
+
+
+@contextlib.contextmanager
+def _figures_of(*paths: Path, command: str = "evaluate") -> Iterator[None]:
+    """Around what is made of files that may be damaged: raises EvaluationError, naming them, where a value is missing or of
+    another kind."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, yaml.YAMLError) as error:
+        names = " or ".join(map(str, paths))
+        raise EvaluationError(
+            f"{names}: does not hold what `ctclip {command}` writes ({type(error).__name__}: {' '.join(str(error).split())[:100]}); "
+            f"run it again"
+        ) from error
 
 
 def _side_by_side(names: list[str], pair: list[dict[str, Any]], picture: Path) -> list[dict[str, Any]]:
@@ -147,10 +178,10 @@ def _metrics_of(folder: Path) -> tuple[Path, dict[str, Any]]:
     for place in (folder, folder / "evaluation"):
         if (place / "metrics.json").is_file():
             try:
-                metrics: dict[str, Any] = plain_json.loads((place / "metrics.json").read_text(encoding="utf-8"))
+                metrics: dict[str, Any] = plain_json.read(place / "metrics.json")
             except ValueError as error:
                 raise EvaluationError(f"{place / 'metrics.json'}: is not JSON ({error}); run `ctclip evaluate` again") from error  # fmt: skip
-            if "zero_shot" in metrics:
+            if isinstance(metrics, dict) and "zero_shot" in metrics:
                 return place, metrics
     raise EvaluationError(f"{folder}: no metrics.json of an evaluation in it; `ctclip evaluate --output {folder}` writes one")  # fmt: skip
 

@@ -227,7 +227,7 @@ def is_explanation_folder(folder: Path) -> bool:
     if not file_holds(KIND)(folder / FACTS):
         return False
     try:
-        kept = plain_json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        kept = plain_json.read(folder / FACTS)
         maps = [str(entry["map"]) for entry in kept["findings"]]
     except (OSError, ValueError, LookupError, TypeError):
         return False

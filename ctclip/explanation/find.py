@@ -180,7 +180,7 @@ class Found:
         grid = self._place.prepared.file_grid
         names = {str(number): f"region {number}" for number in range(1, len(self.regions) + 1)}
         write_nifti(folder / MASK, self.mask(refined), grid, {"labels": names})
-        kept = plain_json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        kept = plain_json.read(folder / FACTS)
         facts = {**kept, "text": self.text, "refined": refined, "regions": self.facts()}
         write_text(folder / FACTS, json.dumps(facts, indent=2, ensure_ascii=False))
 

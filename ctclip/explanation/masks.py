@@ -131,7 +131,7 @@ class Masks:
         if path is None:
             raise ExplanationError(f"{self.folder}: there is no {self.layout.sentences} in this folder or beside it")
         try:
-            kept = plain_json.loads(path.read_text(encoding="utf-8"))
+            kept = plain_json.read(path)
             records = [one for part in kept.values() for one in part] if isinstance(kept, dict) else list(kept)
             for record in records:
                 volume = str(record["name"]).removesuffix(".nii.gz")

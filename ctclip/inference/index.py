@@ -17,8 +17,9 @@ from ctclip.inference.run import batches, check_count, report_embeddings, report
 from ctclip.inference.scans import StoredScans
 from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing import plain_json
-from ctclip.preprocessing.files import write_text, written_beside
+from ctclip.preprocessing.files import regular, write_text, written_beside
 from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
+from ctclip.preprocessing.tables import read_own_parquet
 
 FILES = ("volumes.faiss", "reports.faiss", "rows.parquet", "index.json")
 ROWS = ("volume", "patient", "scan", "findings", "impression")
@@ -64,14 +65,19 @@ class Index:
         faiss = extras.require("faiss")
         facts = index_facts(folder)
         try:
-            rows = pd.read_parquet((folder / "rows.parquet").absolute())
-            volumes = faiss.read_index(str(folder / "volumes.faiss"))
+            rows = read_own_parquet(folder / "rows.parquet", "run `ctclip index` again", texts=ROWS)
+            volumes = faiss.read_index(str(regular(folder / "volumes.faiss")))
             path = folder / "reports.faiss"
-            reports = faiss.read_index(str(path)) if path.is_file() else None
+            reports = faiss.read_index(str(regular(path))) if path.exists() else None
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"{folder}: not a readable index; `ctclip index` writes one") from error
         if facts["model"] != model:
             raise DataError(f"{folder}: made with model {facts['model']}, not {model}: run `ctclip index` again")
+        ids = faiss.vector_to_array(reports.id_map) if hasattr(reports, "id_map") else np.array([], dtype=int)
+        if reports is not None and (
+            reports.d != volumes.d or len(ids) != reports.ntotal or not np.isin(ids, np.arange(len(rows))).all()
+        ):
+            raise DataError(f"{folder}: reports.faiss does not fit the other files: run `ctclip index` again")
         if volumes.ntotal != len(rows):
             raise DataError(f"{folder}: {volumes.ntotal} vectors for {len(rows)} rows: run `ctclip index` again")
         return cls(rows, volumes, reports, model, str(facts.get("path", "")))
@@ -85,6 +91,8 @@ class Index:
         index = self.reports if reports else self.volumes
         if index is None:
             return self.rows.head(0).assign(similarity=[])
+        if index.d != len(query):
+            raise DataError(f"the index holds vectors of {index.d} numbers, not {len(query)}: run `ctclip index` again")
         by = ["findings", "impression"] if reports else ["scan"]
         depth = count
         while True:
@@ -128,7 +136,7 @@ def check_output(folder: Path) -> None:
 def index_facts(folder: Path) -> dict[str, Any]:
     """``model`` (hash), ``path`` of the model folder, ``volumes``."""
     try:
-        facts: dict[str, Any] = plain_json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        facts: dict[str, Any] = plain_json.read(folder / "index.json")
         return facts | {"model": str(facts["model"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: not a readable index; `ctclip index` writes one") from error

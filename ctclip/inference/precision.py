@@ -140,7 +140,7 @@ def _fastest(loaded: ModelFolder) -> Precision:
 def _kept(loaded: ModelFolder) -> dict[str, Any]:
     """Checks by device, of these weights."""
     try:
-        values = plain_json.loads((loaded.path / PRECISION).read_text(encoding="utf-8"))
+        values = plain_json.read(loaded.path / PRECISION)
     except (OSError, ValueError):
         return {}
     devices = values.get("devices") if isinstance(values, dict) and values.get("weights") == loaded.hash else None

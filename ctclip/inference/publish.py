@@ -49,7 +49,7 @@ def read_figures(evaluation: Path, model: Model) -> dict[str, Any]:
     model."""
     path = evaluation / "metrics.json"
     try:
-        figures: dict[str, Any] = plain_json.loads(path.read_text(encoding="utf-8"))
+        figures: dict[str, Any] = plain_json.read(path)
         of = figures["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(f"{path}: no evaluation could be read; give a folder of `ctclip evaluate`") from error

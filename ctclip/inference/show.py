@@ -10,6 +10,7 @@ import pandas as pd
 
 from ctclip.evaluation.tables import LIMITS
 from ctclip.labels import named
+from ctclip.preprocessing.errors import printable
 
 if TYPE_CHECKING:
     from ctclip.heads.head import Head
@@ -187,5 +188,5 @@ def neighbours(title: str, hits: pd.DataFrame) -> None:
     for hit in hits.itertuples():
         conclusion = str(hit.impression) or str(hit.findings)
         excerpt = conclusion if len(conclusion) <= 160 else conclusion[:157] + "..."
-        grid.add_row(f"{hit.similarity:.3f}", plain(str(hit.volume)), plain(excerpt))
+        grid.add_row(f"{hit.similarity:.3f}", *(plain(printable(text)) for text in (str(hit.volume), excerpt)))
     Console().print(grid)

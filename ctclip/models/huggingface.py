@@ -44,7 +44,7 @@ FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 def read_settings(path: Path) -> dict[str, Any]:
     """The JSON object a file holds. Raises CheckpointError naming the file."""
     try:
-        values = plain_json.loads(path.read_text(encoding="utf-8"))
+        values = plain_json.read(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({_reason(error)})") from error
     if not isinstance(values, dict):

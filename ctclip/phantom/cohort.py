@@ -105,7 +105,7 @@ def _claim(root: Path, options: Options) -> None:
     wanted = {"version": __version__, **dataclasses.asdict(options)}
     if path.is_file():
         try:
-            kept = dict(plain_json.loads(path.read_text(encoding="utf-8")))
+            kept = dict(plain_json.read(path))
         except (ValueError, TypeError) as error:
             raise PhantomError(f"{path}: damaged; choose another folder, or delete this one") from error
         # Earlier cohorts do not name an option that has been added since: they have its default.
@@ -190,9 +190,7 @@ def _metadata(name: str, acquisition: Acquisition, scan: Scan) -> dict[str, Any]
 
 def _write_tables(root: Path, tasks: list[Task]) -> None:
     for split, long in (("train", "train"), ("valid", "validation")):
-        facts = [
-            plain_json.loads(_sidecar(root, task).read_text(encoding="utf-8")) for task in tasks if task.split == split
-        ]
+        facts = [plain_json.read(_sidecar(root, task)) for task in tasks if task.split == split]
         metadata = [row for fact in facts for row in fact["metadata"]]
         reports = [{"VolumeName": row["VolumeName"], **fact["report"]} for fact in facts for row in fact["metadata"]]
         labels = [

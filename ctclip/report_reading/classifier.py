@@ -135,7 +135,7 @@ class _Published(nn.Module):
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = plain_json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = plain_json.read(folder / "config.json")
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: no readable config.json; --reader-model takes a local model folder"

@@ -111,7 +111,7 @@ class Checkpoints:
             path = self.folder / f"step_{step:08d}"
             fault = distributed.broadcast_json(_fault(path) if distributed.is_main() else None)
             if fault is None:
-                learned = plain_json.loads((path / "checkpoint.json").read_text()).get("spec", self.spec)
+                learned = plain_json.read(path / "checkpoint.json").get("spec", self.spec)
                 if learned != self.spec:
                     raise CheckpointError(
                         f"{path}: was trained on volumes of spec {learned}, but this store holds {self.spec}; name the store of "
@@ -143,7 +143,7 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 
 def _valid_loss(path: Path) -> float | None:
     try:
-        value = plain_json.loads((path / "checkpoint.json").read_text()).get("valid_loss")
+        value = plain_json.read(path / "checkpoint.json").get("valid_loss")
     except (OSError, ValueError, AttributeError):
         return None
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
@@ -152,7 +152,7 @@ def _valid_loss(path: Path) -> float | None:
 def _fault(path: Path) -> str | None:
     state = path / "state.safetensors"
     try:
-        facts = plain_json.loads((path / "checkpoint.json").read_text())
+        facts = plain_json.read(path / "checkpoint.json")
         if facts["crc32"] != _crc32(state):
             return "its checksum does not match"
         load_file(state)

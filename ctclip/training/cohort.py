@@ -76,7 +76,7 @@ def _read(path: Path) -> Cohort | None:
     if not path.is_file():
         return None
     try:
-        cohort = Cohort(**plain_json.loads(path.read_text(encoding="utf-8")))
+        cohort = Cohort(**plain_json.read(path))
         _ = (cohort.volumes.items(), sorted([*cohort.seen, *cohort.patients]))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise TrainingError(f"{path}: cannot be read ({error}); delete it to resume with the store's data") from error

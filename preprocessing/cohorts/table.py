@@ -24,6 +24,8 @@ COLUMNS = (
 # ``no_chest``: whether the cohort lists the volume among those that show no chest.
 METADATA_COLUMNS = ("no_chest", *GEOMETRY_COLUMNS)
 SECTIONS = ("clinical_information", "technique", "findings", "impression")
+IDS = ("volume", "patient", "scan", "split")
+TEXTS = (*IDS, "path", *SECTIONS)
 FILES = VOLUME_SUFFIXES
 DEFAULTS = {
     "reconstruction": 1, "split": "all", "clinical_information": "", "technique": "", "findings": "", "impression": "",
@@ -77,10 +79,14 @@ def label_names(table: pd.DataFrame) -> list[str]:
 
 
 def check_table(table: pd.DataFrame, source: Path) -> pd.DataFrame:
-    """Return the table if it has every column of ``COLUMNS`` and no duplicate id."""
+    """Return the table if it has every column of ``COLUMNS``, text in those of text, and no empty or duplicate id."""
     for name in COLUMNS:
         if name not in table.columns:
             raise PreprocessingError(f"{source}: column {name!r} is missing; `ctclip preprocess` writes this table")
+        odd = [value for value in table[name] if not isinstance(value, str)] if name in TEXTS else []
+        if odd or (name in IDS and (table[name] == "").any()):
+            what = f"holds {type(odd[0]).__name__}" if odd else "is empty in places"
+            raise PreprocessingError(f"{source}: column {name!r} {what}; `ctclip preprocess` writes text there")
     twice = table["volume"][table["volume"].duplicated()]
     if len(twice):
         raise PreprocessingError(f"{source}: volume {twice.iloc[0]!r} is listed twice")

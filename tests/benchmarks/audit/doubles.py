@@ -18,7 +18,7 @@ def show(demo: Path, model: Path, volumes: int | None = None) -> str:
     import nibabel as nib
 
     from ctclip.audit.doubles import ALIKE, COPY, NEAREST, fingerprints
-    from ctclip.audit.fingerprints import FINE_MM, candidates, compare, correlation, fingerprint, slice_vectors
+    from ctclip.audit.fingerprints import candidates, compare, compare_whole, fingerprint, slice_vectors
     from ctclip.preprocessing.pipeline import prepare
     from ctclip.preprocessing.store import VolumeStore
 
@@ -38,7 +38,7 @@ def show(demo: Path, model: Path, volumes: int | None = None) -> str:
             nib.save(_changed(image, number, random), path)
             hu = prepare(path, store.spec).hu
             copies.append(fingerprint(hu, store.spec))
-            close.append(fingerprint(hu, store.spec, FINE_MM))
+            close.append(hu)
     every = np.concatenate([prints, np.stack(copies)])
     scans = np.concatenate([np.unique(cohort["scan"], return_inverse=True)[1], -1 - np.arange(COPIES)])
     patients = np.concatenate([np.unique(cohort["patient"], return_inverse=True)[1], -1 - np.arange(COPIES)])
@@ -47,17 +47,13 @@ def show(demo: Path, model: Path, volumes: int | None = None) -> str:
     coarse = compare(every, pairs)
     likeness = coarse[:, 0]
 
-    def fine(index: int) -> np.ndarray:
-        return (
-            close[index - len(names)]
-            if index >= len(names)
-            else fingerprint(store.read(names[index]), store.spec, FINE_MM)
-        )
+    def whole(index: int) -> np.ndarray:
+        return close[index - len(names)] if index >= len(names) else store.read(names[index])
 
     alike = likeness >= ALIKE
     likeness = np.array(
         [
-            correlation(fine(one), fine(other), [bool(order)])[0] if near else 0.0
+            compare_whole(whole(one), whole(other), store.spec, bool(order)) if near else 0.0
             for (one, other), near, order in zip(pairs, alike, coarse[:, 1], strict=True)
         ]
     )

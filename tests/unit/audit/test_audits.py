@@ -6,15 +6,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.ndimage import label
-from scipy.stats import false_discovery_control, norm, ttest_ind
+from scipy.stats import false_discovery_control, norm, t, ttest_ind
 from sklearn.metrics import log_loss, roc_auc_score
 
-from ctclip.audit.associations import differences, false_discovery, interaction, normal_scores
+from ctclip.audit.associations import differences, false_discovery, normal_scores
 from ctclip.audit.concepts import load_concepts
 from ctclip.audit.data_audit import Sheet, audit_data
 from ctclip.audit.groups import group_columns
 from ctclip.audit.measures import MEASURES, measure
 from ctclip.audit.model_audit import audit_errors, errors, fairness, shortcuts
+from ctclip.audit.permutations import Moments, Standardised, compare, family_wise, shuffled
 from ctclip.drift.facts import Source
 from ctclip.phantom.scan import make_scan
 from ctclip.preprocessing.geometry import resample
@@ -90,13 +91,71 @@ def test_scanners_that_differ_do_not_bury_a_shortcut() -> None:
     assert not (shortcuts["concept"] == "kernel: soft").any()
     of_labels = shortcuts[(shortcuts["where"] == "all") & ~shortcuts["group"].str.startswith("split")]
     assert not of_labels["concept"].str.startswith(("age", "sex")).any()
-    assert shortcuts["adjusted_p"].to_numpy() == pytest.approx(false_discovery_control(shortcuts["p"]))
+    assert others["adjusted_p"].to_numpy() == pytest.approx(false_discovery_control(others["p"]))
     assert others.iloc[0][["concept", "group"]].tolist() == ["kernel", "kernel: sharp against soft"]
 
 
 def test_without_a_confounder_hardly_anything_is_significant() -> None:
-    alarms = [audit_data(sheet(seed))["significant"].any() for seed in range(40)]
+    """With few patients and rare scanners too, whose comparisons have small p values by chance."""
+    alarms = []
+    for seed in range(40):
+        made, random = sheet(seed), np.random.default_rng([seed, 1])
+        rare = random.choice(["a", "b", "c", "d"], PATIENTS, p=[0.85, 0.05, 0.05, 0.05])
+        values = np.exp(2 * made.values)
+        table = made.table.assign(Nodule=pd.array(random.random(PATIENTS) < 0.08, dtype="Int8"), scanner=rare)
+        some = np.sort(random.choice(PATIENTS, 250, replace=False))
+        lines = audit_data(Sheet(table.iloc[some].reset_index(drop=True), values[some], made.names, made.kinds))
+        alarms.append(lines.loc[lines["family"] == "shortcut", "significant"].any())
     assert np.mean(alarms) <= 0.125
+
+
+def test_permuted_differences_are_students() -> None:
+    random = np.random.default_rng(0)
+    values = random.normal(0, 1, (60, 3))
+    values[4, 1] = np.nan
+    values[:, 2] = 1.0
+    member = np.arange(60) < 25
+    members = np.stack([member, random.permutation(member), np.arange(60) < 9])
+    tested = Standardised.between(Moments.of(members, values), Moments.of(~members, values))
+    for row in (0, 1):
+        for column, result in enumerate(tested.differences(row)[:2]):
+            sides = [values[side, column][~np.isnan(values[side, column])] for side in (members[row], ~members[row])]
+            expected = ttest_ind(*sides)
+            assert result is not None
+            assert result.p == pytest.approx(expected.pvalue)
+            assert result.value / tested.error[row, column] == pytest.approx(expected.statistic)
+            assert result.lower / result.value == pytest.approx(
+                expected.confidence_interval().low / (sides[0].mean() - sides[1].mean())
+            )
+            assert result.patients == (len(sides[0]), len(sides[1]))
+            normal = norm.isf(t.sf(abs(expected.statistic), expected.df))
+            assert tested.normal()[row, column] == pytest.approx(normal, rel=0.01)
+    # What does not vary, and groups of nine, are not compared.
+    assert tested.differences()[2] is None
+    assert tested.differences(2) == [None] * 3
+    assert not tested.normal()[2].any()
+    less = tested.less(Standardised.between(*(Moments.of(one, values[::-1]) for one in (members, ~members))))
+    assert less.error[0, 0] == pytest.approx(np.sqrt(2) * tested.error[0, 0])
+    assert less.freedom[0, 0] == pytest.approx(2 * 58)
+
+
+def test_p_is_the_share_of_permutations_with_a_line_as_large() -> None:
+    random = np.random.default_rng(0)
+    values = random.normal(0, 1, (60, 30))
+    assignments = shuffled(np.arange(60) < 25, random, 450)
+    assert (assignments.sum(axis=1) == 25).all()
+    assert len(np.unique(assignments, axis=0)) == 451
+
+    def differ(members: np.ndarray) -> Standardised:
+        return Standardised.between(Moments.of(members, values), Moments.of(~members, values))
+
+    results, statistics, largest = compare(assignments, differ)
+    every = differ(assignments).normal()
+    assert [result.value for result in results if result] == pytest.approx(differ(assignments[:1]).value[0].tolist())
+    assert largest == pytest.approx(every[1:].max(axis=1))
+    line = int(statistics.argmax())
+    expected = (1 + (every[1:].max(axis=1) >= every[0, line]).sum()) / 451
+    assert family_wise(statistics, largest)[line] == pytest.approx(expected)
 
 
 def test_differences_are_welchs_by_patient() -> None:
@@ -116,9 +175,6 @@ def test_differences_are_welchs_by_patient() -> None:
         )
         assert result.patients == (20, 25)
     assert differences(values, np.arange(90) < 10, patients) == [None, None]
-    one, other = differences(values, member, patients)
-    both = interaction(one, other)  # type: ignore[arg-type]
-    assert both.p == pytest.approx(2 * norm.sf(abs(both.value) / both.error))
 
 
 def test_scores_and_correction() -> None:

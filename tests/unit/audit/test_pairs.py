@@ -69,15 +69,28 @@ def test_exchanged_sides_are_the_worst() -> None:
     assert (worse_share(scores)[turned] < 0.1).mean() > 0.6
 
 
-def test_either_fault_lowers_the_score() -> None:
-    match, side = np.array([4.0, 4.0, -3.0, 4.0, -np.inf]), np.array([4.0, np.nan, 4.0, -3.0, np.nan])
+def test_either_fault_lowers_the_score_as_often_as_it_occurs() -> None:
+    """Log odds drawn as those of two normal distributions two apart, of which a twentieth, or none, are wrong."""
+    random = np.random.default_rng(0)
+
+    def log_odds(share: float) -> tuple[np.ndarray, np.ndarray]:
+        wrong = random.random(4000) < share
+        return 2 * random.normal(np.where(wrong, -1, 1), 1), wrong
+
+    (match, swapped), (side, _) = log_odds(0.05), log_odds(0)
+    side[::4], match[1] = np.nan, -np.inf
     scores = pair_scores(match, side)
-    # Right, swapped and exchanged are taken as equally likely before anything is known of the pair.
-    assert scores[0] == pytest.approx(-np.log(2 * np.exp(-4)))
-    assert scores[1] == 4
-    assert scores[2] == pytest.approx(scores[3])
-    assert scores[2] == pytest.approx(-3, abs=0.01)
-    assert scores[4] == -np.inf
+    by_match, by_score = ((worse_share(values)[swapped] < 0.1).mean() for values in (match, scores))
+    assert by_score > by_match - 0.03
+    # Log odds with what is frequent in mind: so many pairs are wrong.
+    assert (1 / (1 + np.exp(scores))).sum() == pytest.approx(swapped.sum(), rel=0.2)
+    assert scores[1] == -np.inf
+    # The other way round, exchanged sides come first.
+    (match, _), (side, exchanged) = log_odds(0), log_odds(0.05)
+    by_side, by_score = ((worse_share(values)[exchanged] < 0.1).mean() for values in (side, pair_scores(match, side)))
+    assert by_score > by_side - 0.03
+    # Without a side named, only the match counts.
+    assert np.argsort(pair_scores(match, np.full(4000, np.nan))).tolist() == np.argsort(match).tolist()
 
 
 def test_scores_are_calibrated_log_odds() -> None:
