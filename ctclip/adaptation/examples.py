@@ -168,7 +168,7 @@ def _read_part(path: Path, store: VolumeStore) -> dict[str, np.ndarray]:
     """Vectors by volume; none of a file that cannot be read or whose volumes have changed."""
     try:
         arrays = read_embeddings(path)
-        if path.name != _part_name(arrays["volume"], store):
+        if VOLUME not in arrays or path.name != _part_name(arrays["volume"], store):
             return {}
     except (EvaluationError, PreprocessingError):
         return {}

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from ctclip.audit.fingerprints import candidates, compare, compare_whole, fingerprint, slice_vectors
+from ctclip.audit.measures import keep_array, kept_array
 from ctclip.data.dataset import stored_volumes
 from ctclip.inference.run import run_key
 from ctclip.preprocessing.doubles import recurring_reports
-from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
 
@@ -84,26 +84,24 @@ def fingerprints(store: VolumeStore, volumes: Sequence[str], cache: Path) -> np.
     cache.mkdir(parents=True, exist_ok=True)
     checksums = [store.checksums(volume) for volume in volumes]
     whole = cache / f"{run_key(list(volumes), checksums, store.spec.hash)}.npy"
-    if not whole.is_file():
-        parts = []
-        with ThreadPoolExecutor(2) as pool:
-            for first in track(range(0, len(volumes), TOGETHER), -(-len(volumes) // TOGETHER), "fingerprints", "parts"):
-                names, sums = volumes[first : first + TOGETHER], checksums[first : first + TOGETHER]
-                part = cache / f"part-{run_key(list(names), sums, store.spec.hash)}.npy"
-                if not part.is_file():
-                    arrays = pool.map(lambda name: fingerprint(store.read(name), store.spec), names)
-                    _save(part, np.stack(list(arrays)))
-                parts.append(part)
-        _save(whole, np.concatenate([np.load(part) for part in parts]))
-        for part in parts:
-            part.unlink()
+    kept = kept_array(whole, mapped=True)
+    if kept is not None:
+        return kept
+    parts, arrays = [], []
+    with ThreadPoolExecutor(2) as pool:
+        for first in track(range(0, len(volumes), TOGETHER), -(-len(volumes) // TOGETHER), "fingerprints", "parts"):
+            names, sums = volumes[first : first + TOGETHER], checksums[first : first + TOGETHER]
+            parts.append(cache / f"part-{run_key(list(names), sums, store.spec.hash)}.npy")
+            array = kept_array(parts[-1], mapped=True)
+            if array is None:
+                array = np.stack(list(pool.map(lambda name: fingerprint(store.read(name), store.spec), names)))
+                keep_array(parts[-1], array)
+            arrays.append(array)
+    keep_array(whole, np.concatenate(arrays))
+    for part in parts:
+        part.unlink(missing_ok=True)
     loaded: np.ndarray = np.load(whole, mmap_mode="r")
     return loaded
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    with written_beside(path) as partial, partial.open("wb") as stream:
-        np.save(stream, array)
 
 
 def _nearest_embeddings(

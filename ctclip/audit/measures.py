@@ -10,7 +10,7 @@ import numpy as np
 
 from ctclip.drift.facts import EVEN, Source
 from ctclip.inference.run import run_key
-from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.files import regular, written_beside
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
@@ -92,12 +92,27 @@ def measures(store: VolumeStore, volumes: Sequence[str], cache: Path) -> np.ndar
         for first in track(range(0, len(volumes), CHUNK), -(-len(volumes) // CHUNK), "measuring", "parts"):
             names = list(volumes[first : first + CHUNK])
             path = cache / f"{run_key(names, [store.checksums(name) for name in names], list(MEASURES))}.npy"
-            if not path.is_file():
+            measured = kept_array(path)
+            if measured is None:
                 measured = np.stack(list(pool.map(lambda name: _of_store(store, name), names)))
-                with written_beside(path) as partial, partial.open("wb") as stream:
-                    np.save(stream, measured)
-            parts.append(np.load(path))
+                keep_array(path, measured)
+            parts.append(measured)
     return np.concatenate(parts)
+
+
+def keep_array(path: Path, array: np.ndarray) -> None:
+    """Write an array that ``kept_array`` reads."""
+    with written_beside(path) as partial, partial.open("wb") as stream:
+        np.save(stream, array)
+
+
+def kept_array(path: Path, *, mapped: bool = False) -> np.ndarray | None:
+    """An array that was kept, mapped into memory if asked; None if it is missing or damaged, and is to be made again."""
+    try:
+        array: np.ndarray = np.load(regular(path), mmap_mode="r" if mapped else None)
+    except (OSError, ValueError, EOFError):
+        return None
+    return array
 
 
 def _of_store(store: VolumeStore, name: str) -> np.ndarray:

@@ -227,6 +227,8 @@ def _embeddings(path: Path, table: pd.DataFrame) -> dict[str, np.ndarray] | None
     if not path.is_file():
         return None
     arrays = read_embeddings(path)
+    if not np.isfinite(arrays.get("volume_embedding", np.array(np.nan))).all():
+        raise EvaluationError(f"{path}: a volume has no embedding; run `ctclip zero-shot` again")
     row = {name: index for index, name in enumerate(arrays["volume"])}
     if not set(table["volume"]) <= set(row):
         raise EvaluationError(

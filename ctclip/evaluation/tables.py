@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from ctclip.errors import EvaluationError
 from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.errors import PreprocessingError
-from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.files import regular, written_beside
 from ctclip.preprocessing.label_columns import Columns, label_columns, zeros_and_ones
 from ctclip.preprocessing.tables import VOLUME_SUFFIXES, read_table
 
@@ -96,22 +96,32 @@ def embedding_table(volumes: list[str], **embeddings: np.ndarray) -> pa.Table:
 
 def read_embeddings(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """``volume`` (n,) and each column of vectors (n, dim) float32 of a file that ``ctclip embed`` or ``zero-shot``
-    wrote."""
+    wrote; NaN where a volume has no report. Raises EvaluationError if it is damaged."""
     try:
-        table = pq.read_table(Path(path).absolute())
-    except (OSError, pa.ArrowException) as error:
+        table = pq.read_table(regular(Path(path)).absolute())
+        arrays = {name: _vectors(name, table[name]) for name in table.column_names if name != "volume"}
+        names = table["volume"].to_pylist()
+        if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise ValueError("column 'volume' does not hold a name a volume")
+        if len({vectors.shape[1] for vectors in arrays.values()}) != 1:
+            raise ValueError("it has no columns of vectors of one length")
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         raise EvaluationError(
             f"{path}: cannot be read as embeddings ({' '.join(str(error).split())[:160]}); `ctclip embed` writes them"
         ) from error
-    if "volume" not in table.column_names or len(table.column_names) < 2:
-        raise EvaluationError(f"{path}: has no embedding columns; `ctclip embed` writes them")
-    arrays: dict[str, np.ndarray] = {"volume": table["volume"].to_numpy(zero_copy_only=False).astype(str)}
-    for name in table.column_names:
-        if pa.types.is_fixed_size_list(table[name].type):
-            column = table[name].combine_chunks()
-            flat = column.flatten().to_numpy(zero_copy_only=False)
-            arrays[name] = flat.reshape(len(table), column.type.list_size)
-    return arrays
+    return {"volume": np.array(names, dtype=str), **arrays}
+
+
+def _vectors(name: str, column: pa.ChunkedArray) -> np.ndarray:
+    """(n, dim) of a column of vectors; ValueError for another column."""
+    kind = column.type
+    if not pa.types.is_fixed_size_list(kind) or not pa.types.is_floating(kind.value_type) or column.null_count:
+        raise ValueError(f"column {name!r} does not hold a vector a volume")
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    vectors = np.asarray(flat, dtype=np.float32).reshape(len(column), kind.list_size)
+    if np.isinf(vectors).any():
+        raise ValueError(f"column {name!r} holds infinite numbers")
+    return vectors
 
 
 def write_predictions(path: str | os.PathLike[str], table: pd.DataFrame) -> None:
