@@ -104,6 +104,9 @@ def _explanation(schema: type[Section], fault: Any, path: str) -> str:
     if fault["type"] == "string_type":
         # A date, a number or a truth value of YAML, where text is meant.
         message += "; write it in quotes"
+    if fault["type"] == "missing":
+        # What was found is the whole section around it.
+        return f"{key}: {message}"
     # The message of our own rule for a whole section is complete.
     return (
         f"{key}: {message} (found {FOUND.repr(fault.get('input'))})"

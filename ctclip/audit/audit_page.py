@@ -153,13 +153,13 @@ def _data_page(path: Path, store: VolumeStore, sheet: Sheet, lines: pd.DataFrame
         sections: list[dict[str, Any]] = [
             {
                 "title": "Possible shortcuts", "table": _comparisons(shortcuts),
-                "words": f"{_found(significant[0], len(shortcuts))} What differs between splits, or goes with a label without being "
+                "words": f"{_found(significant[0], len(shortcuts), BY_PERMUTATION)} What differs between splits, or goes with a label without being "
                 "of the finding: technique and acquisition with a label, and anything that goes with a label in one split more than "
                 "in the other. A model can learn it instead of the finding. The strongest evidence stands first.",
             },
             {
                 "title": "Differences between groups", "table": _comparisons(others) if len(others) else None,
-                "words": f"{_found(significant[1], len(others))} Scanners, kernels, sexes and ages differ by nature; what matters is "
+                "words": f"{_found(significant[1], len(others), BY_DISCOVERY)} Scanners, kernels, sexes and ages differ by nature; what matters is "
                 "whether a label or a split goes with them (above)." if len(others)
                 else "No column of the cohort table groups the volumes.",
             },
@@ -173,11 +173,15 @@ def _data_page(path: Path, store: VolumeStore, sheet: Sheet, lines: pd.DataFrame
         write_page(path, title="Audit of a cohort", subtitle=store.path.name, headline=headline, sections=sections)
 
 
-def _found(significant: int, lines: int) -> str:
+BY_PERMUTATION = "the strongest line of permuted patients, Westfall & Young 1993"
+BY_DISCOVERY = "false discovery rate, Benjamini & Hochberg 1995"
+
+
+def _found(significant: int, lines: int, corrected: str) -> str:
     """A sentence on how many lines are significant."""
     if not significant:
-        return f"None of {lines:,} comparisons is significant after correction."
-    return f"{significant:,} of {lines:,} comparisons are significant after correction (Benjamini & Hochberg 1995), marked *."
+        return f"None of {lines:,} comparisons is significant after correction ({corrected})."
+    return f"{significant:,} of {lines:,} comparisons are significant after correction ({corrected}), marked *."
 
 
 def _model_page(
@@ -189,7 +193,7 @@ def _model_page(
         sections: list[dict[str, Any]] = [
             {
                 "title": "Where it errs", "table": _comparisons(wrong),
-                "words": f"{_found(significant, len(wrong))} Difference of the error (cross-entropy, mean over labels) between volumes "
+                "words": f"{_found(significant, len(wrong), BY_DISCOVERY)} Difference of the error (cross-entropy, mean over labels) between volumes "
                 "that show a concept more than half of them do, and the others.",
             },
             {
@@ -244,7 +248,7 @@ def _comparisons(lines: pd.DataFrame) -> list[list[str]]:
         rows.append(
             ["* " * int(line.significant) + f"{line.concept} ({line.kind})", *between, f"{line.difference:+.2f}",
              f"{line.lower:+.2f} to {line.upper:+.2f}",
-             "<0.001" if line.adjusted_p < 0.001 else number(line.adjusted_p), str(line.patients)]
+             "<0.001" if line.adjusted_p < 0.0005 else number(line.adjusted_p), str(line.patients)]
         )  # fmt: skip
     return rows
 

@@ -86,7 +86,8 @@ def score_pairs(
 ) -> pd.DataFrame:
     """``COLUMNS`` and the report's text of every stored volume of ``split``, the worst first.
 
-    score, match, side: log odds that a pair is right, -inf without a report; side: NaN if it names none. Raises DataError for fewer than ``FEWEST_PAIRS`` pairs.
+    score, match, side: log odds that a pair is right (of match and side, if right and wrong are equally frequent; of the score, as
+    frequent as they seem), -inf without a report; side: NaN if it names none. Raises DataError for fewer than ``FEWEST_PAIRS`` pairs.
     """
     scans = StoredScans(store, split, loaded.spec, loaded.path)
     vectors = cached_embeddings(loaded, scans, cache, batch)

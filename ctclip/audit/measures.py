@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -110,7 +111,7 @@ def kept_array(path: Path, *, mapped: bool = False) -> np.ndarray | None:
     """An array that was kept, mapped into memory if asked; None if it is missing or damaged, and is to be made again."""
     try:
         array: np.ndarray = np.load(regular(path), mmap_mode="r" if mapped else None)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, BadZipFile):
         return None
     return array
 

@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line in this Python process, a notebook's for example, and return its exit code: 2 after an error
     that the user can act on, which is printed in one line."""
     from ctclip.errors import CtclipError
-    from ctclip.preprocessing.errors import PreprocessingError
+    from ctclip.preprocessing.errors import PreprocessingError, printable
 
     words = sys.argv[1:] if arguments is None else list(arguments)
     first, rest = _options_first(words)
@@ -143,7 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (CtclipError, PreprocessingError, OSError) as error:
         if "--debug" in first:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        # Of a file's content, a message may quote anything.
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = 2
     finally:
         COMMAND.reset(outer)

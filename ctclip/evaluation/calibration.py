@@ -101,8 +101,9 @@ class Calibration:
             patients = tuple(values.pop("patients", ()))
             uncalibrated |= {name: FALLING for name, line in lines.items() if line.slope <= 0}
             rising = {name: line for name, line in lines.items() if line.slope > 0}
-            if not isinstance(values.get("salt", ""), str):
-                raise ValueError("the salt is not a string")
+            texts = [*values.values(), *patients, *uncalibrated.values()]
+            if odd := [value for value in texts if not isinstance(value, str)]:
+                raise ValueError(f"{type(odd[0]).__name__} where text is expected")
             return cls(**values, lines=rising, patients=patients, uncalibrated=uncalibrated)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise EvaluationError(f"{path}: not a calibration file ({error}); `ctclip calibrate` writes one") from error

@@ -32,8 +32,8 @@ def paired_test(
     (with one added to both, Davison & Hinkley 1997, eq. 4.11) whose difference is as large; in each exchange, a random
     half of the patients swap the two models' ranks. With few positives its rate of false alarms is nominal, unlike the
     bootstrap's, if the scores of both models have similar distributions; otherwise a small p says that the models
-    differ, not which has the higher AUROC (``python -m tests.benchmarks.coverage``). Both tables must score the same
-    volumes.
+    differ, not which has the higher AUROC (``python -m tests.benchmarks.coverage``; dividing by the standard deviation in
+    each exchange does not mend that). Both tables must score the same volumes.
     """
     unpaired = set(first["volume"]) ^ set(second["volume"])
     if unpaired:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from ctclip import plugins
 from ctclip.config import ModelConfig
 from ctclip.config_files import dump_config, read_mapping
-from ctclip.errors import CheckpointError
+from ctclip.errors import CheckpointError, ConfigError
 from ctclip.labels import FILE as LABELS
 from ctclip.labels import LabelSet, expected, load_labels
 from ctclip.models.dual_encoder import DualEncoder, build_volume_encoder
@@ -206,7 +206,11 @@ def read_architecture(
     config = config if change is None else change(config)
     geometry = geometry if spec is None else spec
     tokenizer = load_tokenizer(path / "tokenizer")
-    text = text_encoder_of(read_settings(path / "text_config.json"), tokenizer, config.text, path / "text_config.json")
+    settings = path / "text_config.json"
+    try:
+        text = text_encoder_of(read_settings(settings), tokenizer, config.text, settings)
+    except ConfigError as error:
+        raise CheckpointError(f"{settings}: {str(error).removeprefix(f'{settings}: ')}") from error
     model = DualEncoder(build_volume_encoder(config.volume, geometry, **_vision_of(path, config)), text, config)
     return Architecture(model, own, _labels_of(path))
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from ctclip import distributed
 from ctclip.errors import CheckpointError
 from ctclip.preprocessing import plain_json
-from ctclip.preprocessing.files import flush
+from ctclip.preprocessing.files import flush, regular
 
 NAME = re.compile(r"step_(\d{8})")
 
@@ -163,7 +163,7 @@ def _fault(path: Path) -> str | None:
 
 def _crc32(path: Path) -> int:
     value = 0
-    with path.open("rb") as stream:
+    with regular(path).open("rb") as stream:
         while block := stream.read(1 << 22):
             value = zlib.crc32(block, value)
     return value

@@ -203,7 +203,7 @@ def test_a_falling_line_of_an_older_file_is_left_out(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     line = {"slope": 1.0, "intercept": 0.0, "threshold": 0.5, "positives": 5, "n": 9}
-    for text in ("", "[]", "{}", '{"lines": {"A": {}}}', '{"lines": {}, "method": "platt"}', json.dumps({"method": "platt", "fitted_on": "x", "model": "m", "lines": {"A": line | {"slope": float("nan")}}})):  # fmt: skip
+    for text in ("", "[]", "{}", '{"lines": {"A": {}}}', '{"lines": {}, "method": "platt"}', json.dumps({"method": "platt", "fitted_on": "x", "model": "m", "lines": {"A": line | {"slope": float("nan")}}}), json.dumps({"method": "platt", "fitted_on": "x", "model": "m", "lines": {"A": line}, "prompts": []})):  # fmt: skip
         path.write_text(text)
         with pytest.raises(EvaluationError, match=r"calibration\.json: not a calibration file"):
             Calibration.load(path)

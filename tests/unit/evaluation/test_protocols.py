@@ -213,6 +213,13 @@ def test_two_evaluations_on_one_page_and_their_protocols_told_apart(tmp_path: Pa
     assert "http" not in page.replace("http-equiv", "")
     with pytest.raises(EvaluationError, match=r"no metrics\.json"):
         compare_reports(tmp_path, None, tmp_path / "x.html")
+    file = tmp_path / "two" / "metrics.json"
+    whole = json.loads(file.read_text())
+    for change in ({"protocol": {}}, {"volumes": None}, {"zero_shot": []}, {"zero_shot": {"auroc": {"a": 3}}}, {"retrieval": "x"}):  # fmt: skip
+        file.write_text(json.dumps(whole | change))
+        with pytest.raises(EvaluationError, match=r"two/metrics\.json: does not hold what `ctclip evaluate` writes"):
+            compare_reports(tmp_path / "one", tmp_path / "two", tmp_path / "damaged.html")
+    assert not (tmp_path / "damaged.html").exists()
 
 
 def test_bad_tables_are_named(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ctclip.errors import EvaluationError
@@ -11,7 +13,9 @@ from ctclip.evaluation.evaluate import evaluate
 from ctclip.evaluation.protocol import Protocol
 from ctclip.evaluation.tables import (
     binary_columns,
+    embedding_table,
     prediction_table,
+    read_embeddings,
     read_labels,
     read_predictions,
     write_predictions,
@@ -114,3 +118,30 @@ def test_a_scan_may_be_called_as_missing_values_are(tmp_path) -> None:
     for name in ("p.csv", "p.parquet"):
         write_predictions(tmp_path / name, table().assign(volume=names, patient=names, scan=names))
         assert read_predictions(tmp_path / name)[0]["volume"].tolist() == names
+
+
+def test_embeddings_that_are_damaged_are_told(tmp_path) -> None:
+    path = tmp_path / "embeddings.parquet"
+    good = embedding_table(["a", "b"], volume_embedding=np.eye(2), report_embedding=np.full((2, 2), np.nan))
+    pq.write_table(good, path)
+    arrays = read_embeddings(path)
+    assert arrays["volume"].tolist() == ["a", "b"]
+    assert arrays["volume_embedding"] == pytest.approx(np.eye(2))
+    infinite = embedding_table(["a", "b"], volume_embedding=np.full((2, 2), np.inf))
+    for table, what in (
+        (good.drop_columns("volume"), "volume"),
+        (good.set_column(0, "volume", pa.array(["a", "a"])), "does not hold a name a volume"),
+        (good.set_column(0, "volume", pa.array([None, "b"])), "does not hold a name a volume"),
+        (good.set_column(0, "volume", pa.array([1, 2])), "does not hold a name a volume"),
+        (good.set_column(2, "report_embedding", pa.array([[1.0], []])), "'report_embedding' does not hold a vector"),
+        (good.set_column(1, "volume_embedding", pa.array([None, [0.0, 1.0]], pa.list_(pa.float32(), 2))), "'volume_embedding' does not hold a vector"),
+        (good.append_column("wide", pa.array([[0.0] * 3] * 2, pa.list_(pa.float32(), 3))), "vectors of one length"),
+        (good.select(["volume"]), "vectors of one length"),
+        (infinite, "'volume_embedding' holds infinite numbers"),
+    ):  # fmt: skip
+        pq.write_table(table, path)
+        with pytest.raises(EvaluationError, match=rf"embeddings\.parquet: cannot be read as embeddings.*{what}"):
+            read_embeddings(path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(EvaluationError, match=r"cannot be read as embeddings"):
+        read_embeddings(path)

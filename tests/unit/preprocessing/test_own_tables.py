@@ -1,0 +1,103 @@
+"""Damaged files that our own commands wrote are told in one line that names the file and the remedy."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ctclip.audit.measures import keep_array, kept_array
+from ctclip.config_files import read_mapping
+from ctclip.data.pair_scores import FILE, read_pair_scores
+from ctclip.errors import ConfigError
+from ctclip.preprocessing import plain_json
+from ctclip.preprocessing.cohorts import check_table
+from ctclip.preprocessing.cohorts.table import cohort_table
+from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.outcomes import read_outcomes
+from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.store import VolumeStore
+from ctclip.preprocessing.tables import read_own_parquet
+
+GOOD = pd.DataFrame({"volume": ["a", "b"], "score": [0.1, 0.2], "worse_share": [0.25, 0.75]})
+
+
+def store(folder: Path) -> VolumeStore:
+    return VolumeStore.create(folder, PreprocessingSpec("tiny", spacing=(1.0, 1.0, 1.0), shape=(2, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("table", "what"),
+    [
+        (GOOD.drop(columns="score"), "column 'score' is missing"),
+        (GOOD.assign(score=["x", "y"]), "column 'score' holds no numbers"),
+        (GOOD.assign(volume=[1, 2]), "column 'volume' holds no text"),
+        (GOOD.assign(volume=[None, "b"]), "column 'volume' holds no text"),
+        (b"", "cannot be read as Parquet"),
+        (b"PAR1 and no more", "cannot be read as Parquet"),
+    ],
+)
+def test_scores_of_pairs(tmp_path: Path, table: pd.DataFrame | bytes, what: str) -> None:
+    kept = store(tmp_path)
+    if isinstance(table, bytes):
+        (kept.path / FILE).write_bytes(table)
+    else:
+        table.to_parquet(kept.path / FILE, index=False)
+    with pytest.raises(PreprocessingError, match=rf"{FILE}: {what}.*; delete it, and run `ctclip filter-pairs --keep`"):
+        read_pair_scores(kept)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"volume,outcome\n\"a,done\n", b"volume,outcome\na,done,1,2,3\n", b"\xff\xfev\0", b"<html>", b"volume;x"]
+)  # fmt: skip
+def test_outcomes(tmp_path: Path, content: bytes) -> None:
+    kept = store(tmp_path)
+    (kept.path / "outcomes.csv").write_bytes(content)
+    with pytest.raises(
+        PreprocessingError, match=r"outcomes\.csv: .* delete it, and run `ctclip preprocess` on this store"
+    ):
+        read_outcomes(kept)
+
+
+def test_a_cohort_table_holds_text(tmp_path: Path) -> None:
+    table = cohort_table([{"volume": name, "path": f"{name}.nii.gz"} for name in "ab"])
+    assert len(check_table(table, tmp_path)) == 2
+    for change, what in (
+        ({"patient": [1, 2]}, "'patient' holds int"), ({"findings": ["", None]}, "'findings' holds NoneType"),
+        ({"scan": ["a", ""]}, "'scan' is empty in places"),
+    ):  # fmt: skip
+        with pytest.raises(PreprocessingError, match=f"column {what}; `ctclip preprocess` writes text there"):
+            check_table(
+                table.assign(**{name: pd.Series(values, dtype=object) for name, values in change.items()}), tmp_path
+            )
+    path = tmp_path / "cohort.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(PreprocessingError, match=r"cohort\.parquet: cannot be read as Parquet"):
+        _ = store(tmp_path).cohort
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo.json"
+    os.mkfifo(fifo)
+    with pytest.raises(OSError, match="is a FIFO, not a file"):
+        plain_json.read(fifo)
+    with pytest.raises(ConfigError, match=r"fifo\.json: cannot be read as YAML .*is a FIFO"):
+        read_mapping(fifo)
+    with pytest.raises(PreprocessingError, match="cannot be read as Parquet"):
+        read_own_parquet(fifo, "copy it again")
+    with pytest.raises(OSError, match="is a device"):
+        plain_json.read(Path("/dev/null"))
+    assert kept_array(fifo) is None
+
+
+def test_a_damaged_array_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "kept.npy"
+    assert kept_array(path) is None
+    keep_array(path, np.arange(6.0))
+    assert kept_array(path, mapped=True) == pytest.approx(np.arange(6.0))
+    for content in (b"", path.read_bytes()[:-3], b"\x93NUMPY\x01\0\xff\xff", b"PK\x03\x04"):
+        path.write_bytes(content)
+        assert kept_array(path) is None
