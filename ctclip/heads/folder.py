@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ctclip import plugins
-from ctclip.errors import CheckpointError
+from ctclip.errors import CheckpointError, ConfigError
 from ctclip.evaluation.adapted import FILE as ADAPTATION
 from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.calibration import Calibration
@@ -107,7 +107,11 @@ def load_head(model_folder: Path, name: str, model: DualEncoder) -> Head:
         raise CheckpointError(f"{model_folder}: no head {name!r} (it has: {known})")
     kind = str(_facts(folder)["kind"])
     plugins.refuse_unknown_code("head", kind, str(folder))
-    head: Head = plugins.find("head", kind).load(folder, model)
+    try:
+        found = plugins.find("head", kind)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / 'head.yaml'}: {error}") from error
+    head: Head = found.load(folder, model)
     if (folder / "calibration.json").is_file():
         head.calibration = Calibration.load(folder / "calibration.json")
     if (folder / ADAPTATION).is_file():

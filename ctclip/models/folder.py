@@ -209,7 +209,7 @@ def read_architecture(
     settings = path / "text_config.json"
     try:
         text = text_encoder_of(read_settings(settings), tokenizer, config.text, settings)
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         raise CheckpointError(f"{settings}: {str(error).removeprefix(f'{settings}: ')}") from error
     model = DualEncoder(build_volume_encoder(config.volume, geometry, **_vision_of(path, config)), text, config)
     return Architecture(model, own, _labels_of(path))

@@ -268,6 +268,11 @@ def text_encoder_of(values: dict[str, Any], tokenizer: Any, config: TextConfig, 
     """The encoder of a model folder, its weights still to be loaded. ``values``: what ``text_config.json`` holds, as
     ``TextEncoder.bert.config`` wrote it; ``source`` is named in errors."""
     bert = text_model_of(values, source)
+    known = word_vectors(bert)
+    # Padding is never looked up.
+    largest = max(number for token, number in tokenizer.get_vocab().items() if token != tokenizer.pad_token)
+    if known is not None and largest >= known:
+        raise ConfigError(f"{source}: knows {known} tokens, but the tokenizer beside it has one of number {largest}")
     return TextEncoder(with_lora(bert, config) if config.tuning == "lora" else bert, tokenizer, config)
 
 

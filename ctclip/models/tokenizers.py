@@ -56,6 +56,8 @@ def load_tokenizer(source: str | Path) -> Any:
     try:
         tokenizer = _tokenizer(folder, settings)
         words = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+        # A setting of another type fails only where it is used.
+        tokenizer("a")
     except Exception as error:  # untrusted files can make Transformers and its optional libraries raise anything
         raise CheckpointError(
             f"{folder}: no tokenizer could be loaded ({' '.join(str(error).split())[:160]}). Put tokenizer.json, or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,20 @@ def test_a_padding_token_that_was_added_needs_no_vector(tmp_path: Path) -> None:
     tokenizer.save_pretrained(folder)
     text = encoder(folder, tuning="frozen")
     assert torch.equal(text(**text.tokenise(TEXTS)), before(**before.tokenise(TEXTS)))
+
+
+def test_a_damaged_tokenizer_is_told_when_it_is_loaded(tmp_path: Path) -> None:
+    model = dual_encoder(family_folder("bert", tmp_path / "bert"))
+    save_model(tmp_path / "model", model, LABELS)
+    path = tmp_path / "model" / "tokenizer" / "tokenizer_config.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"model_max_length": [None]}))
+    with pytest.raises(CheckpointError, match="tokenizer: no tokenizer could be loaded"):
+        load_model(tmp_path / "model")
+    # A token that the encoder has no vector for would end in an index error at the first text that holds it.
+    path.write_text(json.dumps(whole | {"sep_token": "another"}))
+    with pytest.raises(CheckpointError, match=r"text_config\.json: knows \d+ tokens, but the tokenizer beside it"):
+        load_model(tmp_path / "model")
 
 
 def test_a_tokenizer_without_a_fast_form_works(tmp_path: Path) -> None:

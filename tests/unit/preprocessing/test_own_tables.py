@@ -73,10 +73,10 @@ def test_a_cohort_table_holds_text(tmp_path: Path) -> None:
             check_table(
                 table.assign(**{name: pd.Series(values, dtype=object) for name, values in change.items()}), tmp_path
             )
-    path = tmp_path / "cohort.parquet"
-    path.write_bytes(b"PAR1")
+    damaged = store(tmp_path / "store")
+    (damaged.path / "cohort.parquet").write_bytes(b"PAR1")
     with pytest.raises(PreprocessingError, match=r"cohort\.parquet: cannot be read as Parquet"):
-        _ = store(tmp_path).cohort
+        _ = damaged.cohort
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
