@@ -73,10 +73,12 @@ class Sheet:
         ]
 
 
-def audit_data(sheet: Sheet, splits: Sequence[str] = ("train", "valid"), *, seed: int = 0) -> pd.DataFrame:
+def audit_data(
+    sheet: Sheet, splits: Sequence[str] = ("train", "valid"), *, seed: int = 0, permutations: int = PERMUTATIONS
+) -> pd.DataFrame:
     """Every comparison (``COLUMNS``), possible shortcuts first and then the strongest evidence.
 
-    Shortcuts, of which any is called significant by chance in 5 % of cohorts (``permutations``; ``seed``: theirs):
+    Shortcuts, of which any is called significant by chance in 5 % of cohorts (``permutations`` of patients, drawn with ``seed``):
 
     * Splits: each concept between a split and all others. Permuted: the splits of the patients.
     * Labels: what tells of the technique alone (a table, a kernel, metadata of the acquisition) between volumes with and
@@ -91,7 +93,7 @@ def audit_data(sheet: Sheet, splits: Sequence[str] = ("train", "valid"), *, seed
     """
     whole = sheet.with_metadata()
     scores = normal_scores(whole.values)
-    shortcuts = _Shortcuts(whole, scores, splits, np.random.default_rng(seed))
+    shortcuts = _Shortcuts(whole, scores, splits, permutations, np.random.default_rng(seed))
     lines = shortcuts.lines()
     patients = whole.table["patient"].to_numpy(dtype=str)
     columns = np.arange(len(sheet.names))
@@ -108,17 +110,19 @@ def audit_data(sheet: Sheet, splits: Sequence[str] = ("train", "valid"), *, seed
 class _Shortcuts:
     """The comparisons of the first family, with the statistic of each line and the largest in each permutation."""
 
-    def __init__(self, whole: Sheet, scores: np.ndarray, splits: Sequence[str], random: np.random.Generator) -> None:
+    def __init__(
+        self, whole: Sheet, scores: np.ndarray, splits: Sequence[str], permutations: int, random: np.random.Generator
+    ) -> None:
         self.whole, self.scores, self.random = whole, scores, random
         split = whole.table["split"].to_numpy(dtype=str)
         # Patients; one in two splits counts as two.
         of_split = np.char.add(np.char.add(whole.table["patient"].to_numpy(dtype=str), "\n"), split)
         names, first, self.patient = np.unique(of_split, return_index=True, return_inverse=True)
         self.patients = len(names)
-        self.splits = shuffled(split[first], random)
+        self.splits = shuffled(split[first], random, permutations)
         self.parts = [part for part in splits if (split == part).any()]
         self.statistics: list[float] = []
-        self.largest = np.zeros(PERMUTATIONS)
+        self.largest = np.zeros(permutations)
 
     def lines(self) -> list[Line]:
         kinds = np.array(self.whole.kinds)
@@ -153,7 +157,7 @@ class _Shortcuts:
         values = np.concatenate([side[~np.isnan(side).all(axis=1)] for side in sides])
         has_label = np.arange(len(values)) < int((~np.isnan(sides[0]).all(axis=1)).sum())
         return self._tested(
-            columns, label, "all", shuffled(has_label, self.random),
+            columns, label, "all", shuffled(has_label, self.random, len(self.largest)),
             lambda member: Standardised.between(Moments.of(member, values), Moments.of(~member, values)),
         )  # fmt: skip
 
