@@ -102,7 +102,8 @@ def score_pairs(
     reports = report_embeddings(loaded.model, texts)
     patients = table["patient"].to_numpy(dtype=str)
     match, side = np.full(len(table), -np.inf), np.full(len(table), np.nan)
-    match[known] = match_scores(volumes[known], reports[known], patients[known], seed=seed)
+    match[known], swapped = match_scores(volumes[known], reports[known], patients[known], seed=seed)
+    exchanged = 0.5
     if sides:
         said = signed_sentences(loaded.model, texts)
         sided = said.any(axis=1)
@@ -113,9 +114,13 @@ def score_pairs(
             sided &= table["volume"].isin(list(mirror)).to_numpy()
             there = np.flatnonzero(sided)
             turned = np.stack([mirror[table["volume"].iloc[row]] for row in there])
-            side[there] = side_scores(volumes[there] - turned, said[there], patients[there], seed=seed)
+            side[there], exchanged = side_scores(volumes[there] - turned, said[there], patients[there], seed=seed)
     scored = table[["volume", "patient", "scan"]].assign(
-        score=pair_scores(match, side), match=match, side=side, note=np.where(known, "", "no report"), text=texts
+        score=pair_scores(match, side, swapped, exchanged),
+        match=match,
+        side=side,
+        note=np.where(known, "", "no report"),
+        text=texts,
     )
     scored["worse_share"] = worse_share(scored["score"].to_numpy())
     return scored.sort_values(["score", "volume"], ignore_index=True)[[*COLUMNS, "text"]]

@@ -179,7 +179,7 @@ def compare_whole(one: np.ndarray, other: np.ndarray, spec: PreprocessingSpec, i
     middles = [fingerprint(_middle(hu), spec, FINE_MM) for hu in (one, other)]
     if min(middles[0].shape) >= FEWEST and correlation(middles[0], middles[1], [is_reversed])[0] < MAYBE:
         return 0.0
-    return correlation(*(fingerprint(hu, spec, FINE_MM) for hu in (one, other)), [is_reversed])[0]
+    return correlation(fingerprint(one, spec, FINE_MM), fingerprint(other, spec, FINE_MM), [is_reversed])[0]
 
 
 def _middle(hu: np.ndarray) -> np.ndarray:

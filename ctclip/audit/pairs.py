@@ -19,8 +19,8 @@ DOUBTED = 0.15
 # noise.
 MOST_AXES, MOST_AXES_OF_SIDES = 64, 24
 FEWEST_PAIRS = 50
-# Of the estimate of how many pairs are wrong, which is never taken as less than ``RAREST``.
-ITERATIONS, RAREST = 100, 1e-3
+# Quantiles of the scores of wrong pairs at which pairs are counted.
+PLACES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 @dataclass(frozen=True)
@@ -70,42 +70,47 @@ class Joint:
         return (volumes - self.means[0]) @ self.axes[0], (reports - self.means[1]) @ self.axes[1]
 
 
-def match_scores(volumes: np.ndarray, reports: np.ndarray, patients: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """(n,) log odds that a report belongs to its volume rather than to another, from the pairs of other patients.
+def match_scores(
+    volumes: np.ndarray, reports: np.ndarray, patients: np.ndarray, *, seed: int = 0
+) -> tuple[np.ndarray, float]:
+    """(n,) log odds that a report belongs to its volume rather than to another, from the pairs of other patients, and the
+    share of pairs that seem to be swapped.
 
     volumes (n, d), reports (n, e) embeddings; patients (n,).
     """
-    return _calibrated(*_cross_fitted(volumes, reports, patients, seed, centred=False), symmetric=False)
+    scores, wrong = _cross_fitted(volumes, reports, patients, seed, centred=False)
+    return _calibrated(scores, wrong, symmetric=False), share_wrong(scores, wrong)
 
 
-def side_scores(asymmetry: np.ndarray, sides: np.ndarray, patients: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """(n,) log odds that a report belongs to its volume rather than to the volume's mirror image.
+def side_scores(
+    asymmetry: np.ndarray, sides: np.ndarray, patients: np.ndarray, *, seed: int = 0
+) -> tuple[np.ndarray, float]:
+    """(n,) log odds that a report belongs to its volume rather than to the volume's mirror image, and the share of pairs whose
+    sides seem to be exchanged.
 
     asymmetry (n, d): embedding of each volume less that of its mirror image; sides (n, e): what the report says of the left
     less what it says of the right (``sides.signed_sentences``). Only pairs whose report names a side.
     """
-    return _calibrated(*_cross_fitted(asymmetry, sides, patients, seed, centred=True), symmetric=True)
+    scores, wrong = _cross_fitted(asymmetry, sides, patients, seed, centred=True)
+    return _calibrated(scores, wrong, symmetric=True), share_wrong(scores, wrong)
 
 
-def pair_scores(match: np.ndarray, side: np.ndarray) -> np.ndarray:
-    """(n,) log odds that a pair is right rather than swapped or with sides exchanged, each as frequent as the pairs themselves
-    suggest: where hardly any side is exchanged, what is told of the sides must not hide a swapped pair. side (n,) is NaN where
-    the report names none, and then only match counts."""
-    sided = ~np.isnan(side)
-    swapped = _prior(match[np.isfinite(match)]) - match
-    exchanged = np.where(sided, _prior(side[sided]) - side, -np.inf)
-    return np.asarray(-np.logaddexp(swapped, exchanged))
+def pair_scores(match: np.ndarray, side: np.ndarray, swapped: float, exchanged: float) -> np.ndarray:
+    """(n,) log odds that a pair is right rather than swapped or with sides exchanged, which the shares ``swapped`` and
+    ``exchanged`` of the pairs are: where hardly any side is exchanged, what is told of the sides must not hide a swapped pair.
+    side (n,) is NaN where the report names none, and then only match counts."""
+    of_sides = np.where(np.isnan(side), -np.inf, np.log(exchanged) - side)
+    return np.asarray(-np.logaddexp(np.log(swapped) - match, of_sides))
 
 
-def _prior(scores: np.ndarray) -> float:
-    """Log odds of a pair to be wrong before its score is seen, from scores (n,) that take right and wrong as equally likely: by
-    expectation maximisation (Saerens et al. 2002, "Adjusting the outputs of a classifier to new a priori probabilities")."""
-    from scipy.special import expit, logit
+def share_wrong(scores: np.ndarray, wrong: np.ndarray) -> float:
+    """The share of wrong pairs among those with ``scores`` (n,), from the scores of pairs that are known to be ``wrong``.
 
-    prior = 0.0
-    for _ in range(ITERATIONS if len(scores) else 0):
-        prior = float(logit(np.clip(expit(prior - scores).mean(), RAREST, 0.5)))
-    return prior
+    If it were larger, more of the pairs would score as little as the wrong ones do (Scott 2015, "A rate of convergence for
+    mixture proportion estimation"): the least ratio of both shares, at several places, is the most that it can be.
+    """
+    below = [float((scores < limit).mean()) + 1 / len(scores) for limit in np.quantile(wrong, PLACES)]
+    return float(min(1.0, *(share / place for share, place in zip(below, PLACES, strict=True))))
 
 
 def _cross_fitted(

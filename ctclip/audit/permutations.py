@@ -56,15 +56,16 @@ class Standardised:
             enough = (np.minimum(one.count, other.count) >= FEWEST_PATIENTS) & (pooled > 1e-6)
             value = (one.total / one.count - other.total / other.count) / pooled
             error = np.sqrt(1 / one.count + 1 / other.count)
-        return cls(*(np.where(enough, values, np.nan) for values in (value, error, freedom)), (one.count, other.count))
+        value, error, freedom = (np.where(enough, values, np.nan) for values in (value, error, freedom))
+        return cls(value, error, freedom, (one.count, other.count))
 
     def less(self, other: Standardised) -> Standardised:
         """How much larger these differences are than ``other``, of other patients (Welch 1947)."""
         squares = [side.error**2 for side in (self, other)]
         error = np.sqrt(squares[0] + squares[1])
         freedom = error**4 / (squares[0] ** 2 / self.freedom + squares[1] ** 2 / other.freedom)
-        counts = tuple(sum(side.counts) for side in (self, other))
-        return Standardised(self.value - other.value, error, freedom, (counts[0], counts[1]))
+        counts = (self.counts[0] + self.counts[1], other.counts[0] + other.counts[1])
+        return Standardised(self.value - other.value, error, freedom, counts)
 
     def normal(self) -> np.ndarray:
         """|t| as the quantile of a normal distribution (Wallace 1959), so that small groups do not stand out; 0 where NaN."""

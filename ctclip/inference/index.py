@@ -73,10 +73,10 @@ class Index:
             raise DataError(f"{folder}: not a readable index; `ctclip index` writes one") from error
         if facts["model"] != model:
             raise DataError(f"{folder}: made with model {facts['model']}, not {model}: run `ctclip index` again")
-        ids = faiss.vector_to_array(reports.id_map) if hasattr(reports, "id_map") else np.array([], dtype=int)
-        if reports is not None and (
-            reports.d != volumes.d or len(ids) != reports.ntotal or not np.isin(ids, np.arange(len(rows))).all()
-        ):
+        if reports is not None and not (
+            reports.d == volumes.d and hasattr(reports, "id_map")
+            and np.isin(faiss.vector_to_array(reports.id_map), np.arange(len(rows))).all()
+        ):  # fmt: skip
             raise DataError(f"{folder}: reports.faiss does not fit the other files: run `ctclip index` again")
         if volumes.ntotal != len(rows):
             raise DataError(f"{folder}: {volumes.ntotal} vectors for {len(rows)} rows: run `ctclip index` again")

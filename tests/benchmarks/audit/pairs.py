@@ -77,10 +77,10 @@ def _worst(
     """Add to ``shares`` how many of the wrong pairs lie in the worst tenth, by each score."""
     from ctclip.audit.pairs import match_scores, pair_scores, side_scores, worse_share
 
-    match, side = match_scores(volumes, reports, patients), np.full(len(volumes), np.nan)
+    (match, swapped), side = match_scores(volumes, reports, patients), np.full(len(volumes), np.nan)
     sided = sides.any(axis=1)
-    side[sided] = side_scores(asymmetry[sided], sides[sided], patients[sided])
-    by = {"match": match, "side": np.where(sided, side, np.inf), "score": pair_scores(match, side)}
+    side[sided], exchanged = side_scores(asymmetry[sided], sides[sided], patients[sided])
+    by = {"match": match, "side": np.where(sided, side, np.inf), "score": pair_scores(match, side, swapped, exchanged)}
     for name, scores in by.items():
         shares.setdefault(f"{what}, by {name}", []).append(float((worse_share(scores)[wrong] < 0.1).mean()))
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy.stats import multivariate_normal
 
-from ctclip.audit.pairs import Joint, match_scores, pair_scores, side_scores, worse_share
+from ctclip.audit.pairs import Joint, match_scores, pair_scores, share_wrong, side_scores, worse_share
 from ctclip.audit.sides import exchange_sides, mirrored, side_of, signed_sentences
 from ctclip.data.pair_scores import good_pairs, read_pair_scores, write_pair_scores
 from ctclip.errors import DataError
@@ -47,7 +47,7 @@ def test_exchanged_pairs_are_the_worst() -> None:
     patients = np.arange(1000).astype(str)
     swapped = np.random.default_rng(1).choice(1000, 50, replace=False)
     reports[swapped] = reports[np.roll(swapped, 1)]
-    share = worse_share(match_scores(volumes, reports, patients))
+    share = worse_share(match_scores(volumes, reports, patients)[0])
     assert (share[swapped] < 0.1).mean() > 0.95
     assert share.min() == pytest.approx(0.0005)
 
@@ -55,7 +55,7 @@ def test_exchanged_pairs_are_the_worst() -> None:
 def test_pairs_without_any_relation_score_nothing() -> None:
     volumes, _ = pairs(600)
     _, others = pairs(600, seed=5)
-    scores = match_scores(volumes, others, np.arange(600).astype(str))
+    scores, _ = match_scores(volumes, others, np.arange(600).astype(str))
     assert abs(scores.mean()) < 1
 
 
@@ -65,32 +65,26 @@ def test_exchanged_sides_are_the_worst() -> None:
     volumes, reports = (sides @ random.normal(0, 1, (1, 12)) + random.normal(0, 1, (600, 12)) for _ in range(2))
     turned = random.choice(600, 30, replace=False)
     reports[turned] *= -1
-    scores = side_scores(volumes, reports, np.arange(600).astype(str))
+    scores, _ = side_scores(volumes, reports, np.arange(600).astype(str))
     assert (worse_share(scores)[turned] < 0.1).mean() > 0.6
 
 
 def test_either_fault_lowers_the_score_as_often_as_it_occurs() -> None:
-    """Log odds drawn as those of two normal distributions two apart, of which a twentieth, or none, are wrong."""
+    match, side = np.array([4.0, 4.0, -3.0, 4.0, -np.inf]), np.array([4.0, np.nan, 4.0, -3.0, np.nan])
+    scores = pair_scores(match, side, 0.1, 0.02)
+    assert scores[0] == pytest.approx(-np.log(0.12 * np.exp(-4)))
+    assert scores[1] == pytest.approx(4 - np.log(0.1))
+    # Where fewer sides are exchanged than reports are swapped, the same doubt weighs less.
+    assert scores[2] < scores[3] < scores[0]
+    assert scores[4] == -np.inf
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.2])
+def test_the_share_of_wrong_pairs_is_seen(share: float) -> None:
     random = np.random.default_rng(0)
-
-    def log_odds(share: float) -> tuple[np.ndarray, np.ndarray]:
-        wrong = random.random(4000) < share
-        return 2 * random.normal(np.where(wrong, -1, 1), 1), wrong
-
-    (match, swapped), (side, _) = log_odds(0.05), log_odds(0)
-    side[::4], match[1] = np.nan, -np.inf
-    scores = pair_scores(match, side)
-    by_match, by_score = ((worse_share(values)[swapped] < 0.1).mean() for values in (match, scores))
-    assert by_score > by_match - 0.03
-    # Log odds with what is frequent in mind: so many pairs are wrong.
-    assert (1 / (1 + np.exp(scores))).sum() == pytest.approx(swapped.sum(), rel=0.2)
-    assert scores[1] == -np.inf
-    # The other way round, exchanged sides come first.
-    (match, _), (side, exchanged) = log_odds(0), log_odds(0.05)
-    by_side, by_score = ((worse_share(values)[exchanged] < 0.1).mean() for values in (side, pair_scores(match, side)))
-    assert by_score > by_side - 0.03
-    # Without a side named, only the match counts.
-    assert np.argsort(pair_scores(match, np.full(4000, np.nan))).tolist() == np.argsort(match).tolist()
+    is_wrong = random.random(3000) < share
+    scores, wrong = 2 * random.normal(np.where(is_wrong, -1, 1.5), 1), 2 * random.normal(-1, 1, 3000)
+    assert share_wrong(scores, wrong) == pytest.approx(share, abs=0.01 + 0.2 * share)
 
 
 def test_scores_are_calibrated_log_odds() -> None:
@@ -101,11 +95,11 @@ def test_scores_are_calibrated_log_odds() -> None:
     patients = np.arange(4000).astype(str)
     volumes, reports = (np.column_stack([side, random.normal(0, 1, (4000, 16))]) for side in (cause, echo))
     wrong = np.roll(np.arange(4000), 2000)
-    scores = match_scores(volumes, reports, patients)
+    scores, _ = match_scores(volumes, reports, patients)
     mixed = reports.copy()
     swapped = random.choice(4000, 400, replace=False)
     mixed[swapped] = reports[wrong[swapped]]
-    odds = match_scores(volumes, mixed, patients)
+    odds, _ = match_scores(volumes, mixed, patients)
     assert -np.log(1 / (1 + np.exp(-scores))).mean() < np.log(2)
     # At odds of 9 to 1, this share of pairs is wrong among those with scores below 0.
     chances = 1 / (1 + 9 * np.exp(odds))
