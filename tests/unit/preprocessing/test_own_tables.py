@@ -12,7 +12,8 @@ import pytest
 from ctclip.audit.measures import keep_array, kept_array
 from ctclip.config_files import read_mapping
 from ctclip.data.pair_scores import FILE, read_pair_scores
-from ctclip.errors import ConfigError
+from ctclip.errors import ConfigError, DataError
+from ctclip.inference.index import ROWS, Index
 from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.cohorts import check_table
 from ctclip.preprocessing.cohorts.table import cohort_table
@@ -77,6 +78,26 @@ def test_a_cohort_table_holds_text(tmp_path: Path) -> None:
     (damaged.path / "cohort.parquet").write_bytes(b"PAR1")
     with pytest.raises(PreprocessingError, match=r"cohort\.parquet: cannot be read as Parquet"):
         _ = damaged.cohort
+
+
+def test_an_index_whose_files_do_not_fit(tmp_path: Path) -> None:
+    rows = pd.DataFrame({name: ["a", "b", "c"] for name in ROWS})
+    vectors = np.eye(3, 4, dtype=np.float32)
+    Index.build(rows, vectors, vectors, "m").save(tmp_path)
+    opened = Index.load(tmp_path, "m")
+    assert opened.similar(vectors[1], 1)["volume"].tolist() == ["b"]
+    with pytest.raises(DataError, match="vectors of 4 numbers, not 3"):
+        opened.similar(vectors[1, :3], 1)
+    for table, what in (
+        (rows.drop(columns="scan"), "column 'scan' is missing"), (rows.assign(findings=None), "'findings' holds no text"),
+    ):  # fmt: skip
+        table.to_parquet(tmp_path / "rows.parquet", index=False)
+        with pytest.raises(PreprocessingError, match=rf"rows\.parquet: .*{what}; run `ctclip index` again"):
+            Index.load(tmp_path, "m")
+    # Reports of a fourth volume, which the other files do not know.
+    rows.head(2).to_parquet(tmp_path / "rows.parquet", index=False)
+    with pytest.raises(DataError, match=r"reports\.faiss does not fit the other files"):
+        Index.load(tmp_path, "m")
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
