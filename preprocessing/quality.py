@@ -180,7 +180,9 @@ def _picture(
     while True:
         stream = io.BytesIO()
         height = max(height, SMALLEST)
-        _slices(hu, spacing, windows, height).save(stream, "WEBP", quality=QUALITY if height > SMALLEST else LEAST_QUALITY)
+        _slices(hu, spacing, windows, height).save(
+            stream, "WEBP", quality=QUALITY if height > SMALLEST else LEAST_QUALITY
+        )
         if stream.tell() <= most or height == SMALLEST:
             return base64.b64encode(stream.getvalue()).decode()
         # The size grows a little less than with the area.
