@@ -137,14 +137,17 @@ def statements_file(labels: Path) -> Path:
 
 
 def load_statements(path: Path) -> dict[str, dict[str, Statement]]:
-    """The statements of each report, as ``write_readings`` wrote them."""
+    """The statements of each report, as ``write_readings`` wrote them. Raises DataError if the file is damaged."""
     statements = {}
-    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-        record = plain_json.loads(line)
-        statements[record["id"]] = {
-            name: Statement(Status(entry["status"]), entry.get("sentence", ""), entry.get("probability"))
-            for name, entry in record["labels"].items()
-        }
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+            record = plain_json.loads(line)
+            statements[str(record["id"])] = {
+                name: Statement(Status(entry["status"]), entry.get("sentence", ""), entry.get("probability"))
+                for name, entry in record["labels"].items()
+            }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: damaged; write it again with `ctclip read-reports`, or delete it") from error
     return statements
 
 

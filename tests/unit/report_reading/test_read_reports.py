@@ -86,6 +86,16 @@ def test_each_label_comes_with_its_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "line", ["{", "[]", '{"id": "v1"}', '{"id": "v1", "labels": {"Emphysema": {"status": "perhaps"}}}', "\xff"]
+)
+def test_damaged_statements_are_told_in_one_line(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "labels.statements.jsonl"
+    path.write_bytes(b"{}\n" + line.encode("latin-1") + b"\n")
+    with pytest.raises(DataError, match=r"labels\.statements\.jsonl: damaged; write it again"):
+        load_statements(path)
+
+
+@pytest.mark.parametrize(
     ("options", "values"),
     [((), (0, None)), (("--uncertain", "1"), (0, 1)), (("--not-mentioned", "empty"), (None, None))],
 )
