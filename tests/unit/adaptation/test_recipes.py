@@ -43,6 +43,9 @@ def test_every_method_has_a_recipe() -> None:
         "caption",
         "prior",
         "locate",
+        "decode",
+        # Settings of `decode` for a whole training on phantoms.
+        "phantom_imagine",
     }
 
 
