@@ -40,8 +40,8 @@ SIZES = {
     "default": Size(5200, (), 1000, 0.08, (5.1, 1.4, 21.0, 0.4, 0.1, 0.7, 0.4)),
     # Enough to learn large findings, on the coarsest voxels that show them.
     "quick": Size(
-        1800,
-        ("training.epochs=7", "training.text_warmup.steps=100", "training.summary_patients=100"),
+        1640,
+        ("training.epochs=7", "training.text_warmup.steps=80", "training.summary_patients=100"),
         200,
         0.1,
         (1.9, 1.3, 6.4, 0.5, 0.3, 0.8, 0.8),
