@@ -44,7 +44,7 @@ SIZES = {
         ("training.epochs=7", "training.text_warmup.steps=80", "training.summary_patients=100"),
         200,
         0.1,
-        (1.9, 1.3, 6.4, 0.5, 0.3, 0.8, 0.8),
+        (1.3, 1.0, 5.2, 0.3, 0.2, 0.4, 0.6),
         scale=5.5,
         spec="phantom_coarse",
         reconstructions=1,
