@@ -139,7 +139,7 @@ def _shift_section(folder: Path, analyses: Sequence[Analysis]) -> dict[str, Any]
         axis.plot([p["share"] for p in points], [p["mean_auroc"] for p in points], "o-", ms=3, color=colour, label=name)
     axis.axvline(0, color="#999", lw=0.8)
     low, high = axis.get_ylim()
-    # A difference that does not matter is not to look like one that does.
+    # The axis has a minimum height, so that small differences do not look large.
     margin = max(0.0, LEAST_SPAN - (high - low)) / 2
     axis.set_ylim(low - margin, high + margin)
     axis.set(xlabel="share of the gap that is closed", ylabel="mean AUROC")

@@ -16,7 +16,7 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 COARSE_MM, FINE_MM = 9.0, 4.0
 # Denser than this is bone or metal, which would outweigh all else.
 WINDOW = (-1000.0, 300.0)
-# Voxels above this hold something; padding is air of one value.
+# Voxels above this belong to the patient or the table; padding is air of one value.
 CONTENT = -990.0
 # Width in voxels of the shading that is taken away, and of the rim of a scan that does not count: a cropped one has edges
 # of its own there.
@@ -25,7 +25,7 @@ SHADING, RIM = 2.0, 3
 LEAST_OVERLAP = 0.4
 # Frequencies of a slice that are compared, per axis.
 FREQUENCIES = 8
-# A slice of air tells nothing.
+# A slice of air does not identify a volume.
 LEAST_CONTENT = 0.25
 SLICE_VALUES = 32
 # The share of a volume's slices that must be found again in a copy of it, which may be cropped.

@@ -38,7 +38,7 @@ MEASURES = {
     "air around the body": False,
 }
 FINE_MM = 3.0
-# What stands below the body, in mm.
+# Height in mm of the space below the body that is measured.
 BELOW_MM = 45.0
 CHUNK = 256
 
@@ -60,7 +60,7 @@ def measure(hu: np.ndarray, spec: PreprocessingSpec, source: Source | None) -> n
     table = _below(fine, body, BELOW_MM / dy)
     millilitres = dz * dy * dx / 1000
     facts = source.facts if source is not None else np.full(6, np.nan)
-    # Not that of emphysema, which is no matter of technique.
+    # Only outside the body: the air of emphysema does not depend on the technique.
     air = fine[(fine < -940) & (fine > -1020) & ~inside]
     values = {
         "table: density below the body": table.mean(),

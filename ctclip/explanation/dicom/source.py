@@ -32,7 +32,7 @@ def source_images(prepared: Prepared) -> list[Dataset]:
     """The slices of the series that a scan was read from, as data sets without pixels, in the order of ``file_grid``. The
     frames of a multi-frame image stand in as images of their own; see ``refer_to_frames``. Raises ExplanationError where the scan is no DICOM series, or
     its images cannot be referred to."""
-    # Where an upload lies is nobody's business.
+    # The message does not name the folder of an upload.
     name = Path(prepared.scan.source).name
     if not prepared.headers:
         raise ExplanationError(
@@ -161,6 +161,6 @@ def _valid(keyword: str, value: Any) -> Any:
         return ""
     try:
         validate_value(dictionary_VR(keyword), text, RAISE)
-    except Exception:  # whatever pydicom raises
+    except Exception:  # pydicom raises many kinds of error
         return ""
     return text
