@@ -20,6 +20,15 @@ class By(StrEnum):
     learned = "learned"
 
 
+SHIFTS = typer.Option(
+    None,
+    min=1,
+    max=8,
+    help="Number of positions of the cells along each axis. More give finer maps; the time grows with the cube of the number. "
+    "Default: 2 for the method learned, else 1.",
+)
+
+
 def explain(
     scan: Path = typer.Argument(..., help="A volume file, a DICOM folder, or an archive of one of these."),
     model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
@@ -45,13 +54,7 @@ def explain(
         min=8,
         help="Occlusion: maximum number of encodings; more give finer maps. Counterfactual: for each finding.",
     ),
-    shifts: int = typer.Option(
-        None,
-        min=1,
-        max=8,
-        help="Number of positions of the cells along each axis: more give finer maps and take its cube of the time. "
-        "Default: 2 for the method learned, else 1.",
-    ),
+    shifts: int = SHIFTS,
     dicom: bool = typer.Option(
         False,
         "--dicom",

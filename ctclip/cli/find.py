@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from ctclip.cli.explain import By
+from ctclip.cli.explain import SHIFTS, By
 from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted, reading_of
 
 
@@ -24,13 +24,7 @@ def find(
     ),
     refine: bool = typer.Option(False, "--refine", help="Grow the regions of the mask to edges of HU (watershed)."),
     budget: int = typer.Option(600, min=8, help="Occlusion: maximum number of encodings."),
-    shifts: int = typer.Option(
-        None,
-        min=1,
-        max=8,
-        help="Number of positions of the cells along each axis: more give finer maps and take its cube of the time. "
-        "Default: 2 for the method learned, else 1.",
-    ),
+    shifts: int = SHIFTS,
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
     expect: Expected = EXPECT,

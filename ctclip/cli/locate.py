@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from ctclip.cli.explain import By
+from ctclip.cli.explain import SHIFTS, By
 
 
 def locate(
@@ -20,13 +20,7 @@ def locate(
     head: str = typer.Option(None, help="The head of the model to explain. Default: prompts."),
     method: By = typer.Option(None, help="How maps are computed; `ctclip explain --help` describes the methods."),
     budget: int = typer.Option(600, min=8, help="Occlusion: maximum number of encodings per scan."),
-    shifts: int = typer.Option(
-        None,
-        min=1,
-        max=8,
-        help="Number of positions of the cells along each axis: more give finer maps and take its cube of the time. "
-        "Default: 2 for the method learned, else 1.",
-    ),
+    shifts: int = SHIFTS,
     count: int = typer.Option(None, "--count", "-k", min=2, help="Number of scans to draw at random. Default: all."),
     seed: int = typer.Option(0, help="Seed of the draw, the controls and the bootstrap."),
     output: Path = typer.Option(Path("locate.json"), "--output", "-o", help="The JSON file to write."),
