@@ -59,9 +59,9 @@ def imagine(
     not look like a scan. For research only.
     """
     from ctclip import distributed
-    from ctclip.imagining.imagine import Imagining, check_texts, method_of
+    from ctclip.imagining.imagine import Imagining
     from ctclip.imagining.imagine import imagine as imagined
-    from ctclip.imagining.synthetic import check_output, write_volumes
+    from ctclip.imagining.synthetic import check_output, page_file, write_volumes
     from ctclip.inference.model import load
 
     check_output(output, len(texts) * number, force=force)
@@ -70,12 +70,9 @@ def imagine(
     given = Imagining(
         number, seed, steps, store, split, language, None if method is None else method.value, guidance, decoder
     )
-    check_texts(loaded.folder, texts, language)
-    method_of(loaded.folder, given)
     volumes = imagined(loaded.folder, detector, texts, given)
-    paths, page = write_volumes(output, volumes, loaded.spec, force=force)
-    for path, one in zip(paths, volumes, strict=True):
+    for path, one in write_volumes(output, volumes, len(texts) * number, loaded.spec, force=force):
         print(f"synthetic: {path} ({one.text} {one.words})")
-    print(f"page: {page}")
+    print(f"page: {page_file(output)}")
     for caveat in loaded.folder.trained_on.caveats():
         print(f"warning: {caveat}")

@@ -65,22 +65,23 @@ class Drawn:
     words: str
 
 
-def imagine(folder: ModelFolder, detector: Head, texts: Sequence[str], given: Imagining) -> list[Synthetic]:
-    """``number`` volumes of each text. Raises DataError for a text that names no finding, a store of another spec, a model
-    without a decoder that is asked for one, or options of the other method."""
+def imagine(folder: ModelFolder, detector: Head, texts: Sequence[str], given: Imagining) -> Iterator[Synthetic]:
+    """``number`` volumes of each text, generated one at a time as they are asked for. Raises DataError at once for a text that
+    names no finding, a model without a decoder that is asked for one, or options of the other method; when the first volume
+    is asked for, for a store of another spec."""
     check_texts(folder, texts, given.language)
     method = method_of(folder, given)
     steps = given.steps or STEPS[method]
     drawn = (
         _decoded(folder, texts, given, steps) if method == "decoder" else _dreamt(folder, detector, texts, given, steps)
     )
-    return [
+    return (
         Synthetic(
             to_hu(one.voxels, folder.spec), one.text, method, folder.hash, one.seed, one.words,
             _detected(folder, detector, one.voxels),
         )
         for one in drawn
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 def method_of(folder: ModelFolder, given: Imagining) -> MethodName:

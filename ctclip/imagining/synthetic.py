@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,30 +115,30 @@ def write_volume(path: Path, synthetic: Synthetic, spec: PreprocessingSpec) -> N
 
 
 def write_volumes(
-    output: Path, volumes: Sequence[Synthetic], spec: PreprocessingSpec, *, force: bool = False
-) -> tuple[list[Path], Path]:
-    """Write every volume and one page of their slices; returns the files and the page."""
-    paths, page = volume_files(output, len(volumes)), page_file(output)
-    # Of all files together: those of two commands would be mixed.
+    output: Path, volumes: Iterable[Synthetic], count: int, spec: PreprocessingSpec, *, force: bool = False
+) -> Iterator[tuple[Path, Synthetic]]:
+    """Write each of ``count`` volumes as it comes, so that one at a time is in memory, and yield its file; at the end, write one
+    page of their slices (``page_file``)."""
+    page = page_file(output)
+    # One lock for all files: those of two commands would be mixed.
     with claimed_file(page), scratch_folder("ctclip-synthetic-") as folder:
         # Again: another command may have ended in between.
-        check_output(output, len(volumes), force=force)
-        for path, one in zip(paths, volumes, strict=True):
+        check_output(output, count, force=force)
+        sections, about = [], ""
+        for number, (path, one) in enumerate(zip(volume_files(output, count), volumes, strict=True)):
             write_volume(path, one, spec)
-        sections = []
-        for number, (path, one) in enumerate(zip(paths, volumes, strict=True)):
             picture = folder / f"{number}.png"
             _draw(picture, one, spec)
             likeliest = sorted(one.probabilities.items(), key=lambda item: -item[1])[:5]
             words = "; ".join(f"{name} {value:.0%}" for name, value in likeliest)
             caption = f"{one.words}. The model itself says: {words}." if words else one.words
             sections.append({"title": f"{path.name}: {one.text}", "figures": [(caption, picture)]})
-        first = volumes[0]
+            about = f"model {one.model}, method {one.method}"
+            yield path, one
         write_page(
-            page, title="Synthetic volumes", subtitle=f"{KIND}: {NOTE}; model {first.model}, method {first.method}",
-            headline=[(str(len(volumes)), "synthetic volumes")], sections=sections,
+            page, title="Synthetic volumes", subtitle=f"{KIND}: {NOTE}; {about}",
+            headline=[(str(count), "synthetic volumes")], sections=sections,
         )  # fmt: skip
-    return paths, page
 
 
 def _draw(path: Path, one: Synthetic, spec: PreprocessingSpec) -> None:

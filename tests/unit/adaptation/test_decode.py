@@ -271,11 +271,11 @@ def test_volumes_of_texts_are_drawn_and_seeds_decide(
     assert volumes[0].shape == (8, 8, 8)
     assert not np.array_equal(volumes[0], volumes[1])
     loaded = ctclip.load(decoded / "model")
-    again = imagine(loaded.folder, loaded.head(), ["No nodule is seen.", TEXT], Imagining(seed=1, steps=2))
+    again = list(imagine(loaded.folder, loaded.head(), ["No nodule is seen.", TEXT], Imagining(seed=1, steps=2)))
     np.testing.assert_array_equal(np.rint(again[1].hu), volumes[1])
     assert [one.method for one in again] == ["decoder", "decoder"]
-    dreamt = imagine(loaded.folder, loaded.head(), [TEXT], Imagining(steps=1, method="dream"))
-    assert "from noise" in dreamt[0].words
+    dreamt = next(imagine(loaded.folder, loaded.head(), [TEXT], Imagining(steps=1, method="dream")))
+    assert "from noise" in dreamt.words
 
 
 def test_a_decoder_of_another_model_or_a_stranger_is_refused(decoded: Path, tmp_path: Path) -> None:
