@@ -7,6 +7,7 @@ same kind exceeds it with the stated rate.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -197,7 +198,7 @@ class TrainingSummary:
             "patients": self.patients, "held_out": self.held_out,
         }  # fmt: skip
         with written_beside(folder / FILE) as partial:
-            save_file(tensors, partial, {"summary": json.dumps(facts, sort_keys=True)})
+            save_file(tensors, partial, {"summary": json.dumps(facts, sort_keys=True), "sha256": _sha256(tensors)})
 
     @classmethod
     def load(cls, folder: Path) -> TrainingSummary | None:
@@ -209,8 +210,12 @@ class TrainingSummary:
             return None
         try:
             with safe_open(path, "np") as stream:
-                facts = plain_json.loads((stream.metadata() or {})["summary"])
-                tensors = {name: stream.get_tensor(name).astype(float) for name in stream.keys()}  # noqa: SIM118
+                metadata = stream.metadata() or {}
+                facts = plain_json.loads(metadata["summary"])
+                stored = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            if metadata.get("sha256", "") not in ("", _sha256(stored)):
+                raise ValueError("damaged: its numbers do not have the SHA-256 that it states")
+            tensors = {name: values.astype(float) for name, values in stored.items()}
             if facts["version"] != VERSION:
                 raise ValueError(f"version {facts['version']}")
             names = list(Normal.__dataclass_fields__)
@@ -224,6 +229,14 @@ class TrainingSummary:
             raise CheckpointError(
                 f"{path}: cannot be used ({' '.join(str(error).split())[:120]}); `ctclip summarise` writes it anew"
             ) from error
+
+
+def _sha256(tensors: dict[str, np.ndarray]) -> str:
+    """The SHA-256 of named arrays, in hex."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + np.ascontiguousarray(tensors[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _check(normals: dict[str, Normal], facts: dict[str, object]) -> None:

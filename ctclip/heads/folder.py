@@ -21,6 +21,7 @@ from ctclip.heads.head import Head
 from ctclip.heads.linear import LinearHead
 from ctclip.heads.prompts import PromptHead
 from ctclip.labels import load_labels
+from ctclip.models.checksums import checked_sha256, write_checksums
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import LABELS_BEFORE, is_head_folder
 from ctclip.preprocessing.files import write_text
@@ -69,6 +70,7 @@ def save_head(model: Path, name: str, head: Head) -> Path:
     # Not in heads/, where an unfinished head could be read.
     with scratch_folder(f".{name[:60]}.", ".partial", model) as partial:
         head.save(partial)
+        write_checksums(partial)
         facts = {"kind": head.kind, "supervision": head.supervision, "names": list(head.names)}
         write_text(partial / "head.yaml", yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
         if head.calibration is not None:
@@ -111,6 +113,8 @@ def load_head(model_folder: Path, name: str, model: DualEncoder) -> Head:
         found = plugins.find("head", kind)
     except ConfigError as error:
         raise CheckpointError(f"{folder / 'head.yaml'}: {error}") from error
+    for weights in sorted(folder.glob("*.safetensors")):
+        checked_sha256(weights)
     head: Head = found.load(folder, model)
     if (folder / "calibration.json").is_file():
         head.calibration = Calibration.load(folder / "calibration.json")

@@ -2,14 +2,13 @@
 
 ``config.yaml`` (architecture), ``model.safetensors``, ``tokenizer/``, ``text_config.json`` (the text encoder's shape;
 for a slice encoder ``vision_config.json`` too), ``preprocessing.yaml`` (the spec its volumes must have),
-``labels.yaml``, ``trained_on.yaml`` (its training data), ``model_card.md``, and ``heads/``
+``labels.yaml``, ``trained_on.yaml`` (its training data), ``SHA256SUMS`` (of the weights), ``model_card.md``, and ``heads/``
 (``ctclip/heads/folder.py``). It contains no code, and nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -30,6 +29,8 @@ from ctclip.config_files import dump_config, read_mapping
 from ctclip.errors import CheckpointError, ConfigError
 from ctclip.labels import FILE as LABELS
 from ctclip.labels import LabelSet, expected, load_labels
+from ctclip.models.checksums import FILE as CHECKSUMS
+from ctclip.models.checksums import checked_sha256, sha256, write_checksums
 from ctclip.models.dual_encoder import DualEncoder, build_volume_encoder
 from ctclip.models.hub import model_folder
 from ctclip.models.huggingface import read_settings, vision_model_of
@@ -55,9 +56,11 @@ SUMMARY = "training_summary.safetensors"
 # Of ``ctclip.inference.precision``.
 PRECISION = "precision.json"
 KIND = "model folder of ours alone"
+# Hex digits of a SHA-256 by which a model is known.
+HASH = 12
 # All files of a model folder: ours, those of 0.2, and those that the hub adds.
 PARTS = {
-    *REQUIRED, LABELS, TRAINED_ON, SUMMARY, PRECISION, "model_card.md", "heads", "vision_config.json",
+    *REQUIRED, LABELS, TRAINED_ON, SUMMARY, PRECISION, CHECKSUMS, "model_card.md", "heads", "vision_config.json",
     "adaptation.json", "prompts.yaml", "calibration.json", "classifier.safetensors", "README.md", ".gitattributes", ".cache",
 }  # fmt: skip
 TOKENIZER = {
@@ -159,6 +162,7 @@ def save_model(
                 {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
                 partial / "model.safetensors",
             )
+            write_checksums(partial)
             write_architecture(partial, model, labels)
             facts = (trained_on or TrainedOn()).model_dump(mode="json")
             write_text(partial / TRAINED_ON, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
@@ -242,9 +246,10 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def is_head_folder(folder: Path) -> bool:
-    """Whether a folder contains only the settings and tensors of a head."""
+    """Whether a folder contains only the settings and tensors of a head, and their checksums."""
     return (folder / "head.yaml").is_file() and all(
-        path.suffix in (".yaml", ".json", ".safetensors") and path.is_file() for path in folder.iterdir()
+        (path.suffix in (".yaml", ".json", ".safetensors") or path.name == CHECKSUMS) and path.is_file()
+        for path in folder.iterdir()
     )
 
 
@@ -263,6 +268,7 @@ def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu
     built = read_architecture(path)
     model = built.model
     weights = path / "model.safetensors"
+    digest = checked_sha256(weights)
     try:
         model.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError, OSError) as error:
@@ -270,9 +276,7 @@ def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu
             f"{weights}: does not fit config.yaml or is damaged ({' '.join(str(error).split())[:300]}); "
             f"copy the folder again from where it was made"
         ) from error
-    return ModelFolder(
-        model.to(device).eval(), built.spec, built.labels, path, file_hash(weights), read_trained_on(path)
-    )
+    return ModelFolder(model.to(device).eval(), built.spec, built.labels, path, digest[:HASH], read_trained_on(path))
 
 
 def _config_of(path: Path, spec: PreprocessingSpec) -> tuple[ModelConfig, PreprocessingSpec]:
@@ -325,8 +329,7 @@ def read_trained_on(path: Path) -> TrainedOn:
 
 def file_hash(path: Path) -> str:
     """The first 12 hex digits of a file's SHA-256."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
+    return sha256(path)[:HASH]
 
 
 def _vision_of(path: Path, config: ModelConfig) -> dict[str, Any]:
@@ -343,6 +346,7 @@ def local_folder(source: str) -> Path:
     """The folder ``source`` names: one here, or a snapshot of a hub repository. Raises CheckpointError."""
     patterns = [
         SUMMARY,
+        CHECKSUMS,
         "classifier.safetensors",
         "tokenizer/*",
         "heads/*",

@@ -29,6 +29,7 @@ from ctclip.heads.decoder import BINS, SIZE, WEIGHTS, Decoder, Networks, fold, u
 from ctclip.heads.folder import load_head
 from ctclip.imagining.imagine import Imagining, decoder_of, imagine
 from ctclip.imagining.synthetic import is_synthetic
+from ctclip.models.checksums import write_checksums
 from ctclip.models.folder import load_model
 from tests.unit.drafting.conftest import Clinic, clinic, clinic_files  # noqa: F401
 
@@ -300,6 +301,7 @@ def test_a_decoder_of_another_model_or_a_stranger_is_refused(decoded: Path, tmp_
     with pytest.raises(CheckpointError, match="'decode' was fitted to another model"):
         decoder_of(load_model(tmp_path / "model"))
     (folder / WEIGHTS).write_bytes(weights[:-40])
+    write_checksums(folder)
     with pytest.raises(CheckpointError, match="missing or damaged"):
         load_head(tmp_path / "model", "decode", dual)
 
