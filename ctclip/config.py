@@ -38,6 +38,16 @@ class EncoderConfig(Section):
         "full", description="full: train all weights; lora: train low-rank adapters and freeze the weights"
     )
     lora_rank: int = Field(8, ge=1, le=4096, description="rank of the low-rank adapters")
+    lora_projection: bool = Field(
+        False,
+        description="lora: also train an adapter instead of all weights of the projection to the shared embedding",
+    )
+
+    @model_validator(mode="after")
+    def _projection_has_adapters(self) -> EncoderConfig:
+        if self.lora_projection and self.tuning != "lora":
+            raise ValueError("lora_projection=true needs tuning=lora")
+        return self
 
 
 def encoder_config(given: Any) -> Any:

@@ -183,7 +183,9 @@ def merge_adapters(folder: Path) -> None:
 
 def _without_adapters(config: ModelConfig) -> ModelConfig:
     sides = {
-        side: getattr(config, side).model_copy(update={"tuning": "full"})
+        side: getattr(config, side).model_copy(
+            update={"tuning": "full"} | ({"lora_projection": False} if side == "volume" else {})
+        )
         for side in ("volume", "text")
         if getattr(config, side).tuning == "lora"
     }

@@ -25,6 +25,20 @@ def add_lora(module: nn.Module, targets: Sequence[str], rank: int) -> None:
         )
     peft = extras.require("peft")
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), module)
+    _train_adapters_alone(module)
+
+
+def with_lora(layer: nn.Module, rank: int) -> nn.Module:
+    """A linear layer, or a sequence of layers, with adapters of ``rank`` beside each linear map, as ``add_lora`` adds them."""
+    holder = nn.ModuleDict({"layer": layer})
+    linear = [name for name, part in holder.named_modules() if isinstance(part, nn.Linear)]
+    peft = extras.require("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), holder)
+    _train_adapters_alone(holder)
+    return holder["layer"]
+
+
+def _train_adapters_alone(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(is_adapter(name))
 

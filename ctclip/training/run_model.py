@@ -119,7 +119,10 @@ def raise_if_needs_tokenizer(config: ModelConfig) -> None:
 def _merged(own: ModelConfig, asked: ModelConfig) -> ModelConfig:
     """The architecture of a folder with the settings of a run that do not change its weights' shapes."""
     both = asked.init_sides == "both"
-    tuning = {name: getattr(asked.volume, name) for name in ("activation_checkpointing", "tuning", "lora_rank")}
+    tuning = {
+        name: getattr(asked.volume, name)
+        for name in ("activation_checkpointing", "tuning", "lora_rank", "lora_projection")
+    }
     volume = own.volume.model_copy(update=tuning) if asked.init_sides != "text" else asked.volume
     adapted = {name: getattr(asked.text, name) for name in ("tuning", "lora_rank")}
     text = own.text.model_copy(update=adapted) if asked.init_sides != "volume" else asked.text
