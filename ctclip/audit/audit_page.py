@@ -1,4 +1,4 @@
-"""`ctclip audit data` and `ctclip audit model`: what is looked at, tables and pages."""
+"""Write the tables and pages of `ctclip audit data` and `ctclip audit model`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_data_audit(
     batch: int = 8,
     force: bool = False,
 ) -> pd.DataFrame:
-    """Compare concepts between the groups of a store and write ``DATA_TABLES`` into ``output``; see ``audit_data``."""
+    """Compare concepts between the groups of a store and write ``DATA_TABLES`` to ``output``; see ``audit_data``."""
     key = run_key(loaded.hash, str(store.path.resolve()), concepts.model_dump(mode="json"), list(splits))
     with claimed_folder(output, "audit data", key, DATA_TABLES, lambda folder: made_by_us(folder), force=force):
         sheet, _ = concept_sheet(loaded, store, None, output, embeddings, concepts, batch)
@@ -75,7 +75,8 @@ def write_model_audit(
     batch: int = 8,
     force: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Where the model errs, whether it serves groups alike and what it knows of scanners: ``MODEL_TABLES`` in ``output``.
+    """Write where the model errs, how accurate it is in each group and what its embeddings reveal about scanners:
+    ``MODEL_TABLES`` in ``output``.
 
     ``head`` must score from embeddings (``score_embeddings``). Raises DataError if the store has none of its labels.
     """
@@ -104,8 +105,8 @@ def concept_sheet(
     concepts: Concepts,
     batch: int,
 ) -> tuple[Sheet, np.ndarray]:
-    """Concepts in words and in the picture of every volume that can be read, and embeddings (n, dim). ``cache``: a folder
-    for measures, and for embeddings unless they are in ``embeddings``."""
+    """Compute concept scores and image measures of every readable volume, and its embedding (n, dim). ``cache``: a
+    folder for measures, and for embeddings unless ``embeddings`` holds them."""
     scans = StoredScans(store, split, loaded.spec, loaded.path)
     vectors = cached_embeddings(loaded, scans, embeddings or cache / "embeddings", batch)
     table = scans.table[scans.table["volume"].isin(list(vectors))].reset_index(drop=True)
@@ -123,7 +124,7 @@ def concept_sheet(
 def labels_and_margins(
     loaded: ModelFolder, head: Head, store: VolumeStore, table: pd.DataFrame, vectors: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(n, L) of the labels that both the head and the store know."""
+    """Labels and margins (n, L each) of the labels that both the head and the store have."""
     import torch
 
     score = getattr(head, "score_embeddings", None)
@@ -132,7 +133,8 @@ def labels_and_margins(
     known = [name for name in head.names if name in label_names(table)]
     if not known:
         raise DataError(
-            f"{store.path}: its cohort table has none of the labels that the head scores ({', '.join(head.names[:3])}, ...)"
+            f"{store.path}: its cohort table has none of the labels that the head scores ({', '.join(head.names[:3])}, "
+            f"...)"
         )
     with torch.inference_mode():
         margins = score(torch.from_numpy(vectors).to(loaded.model.device)).float().cpu().numpy()
@@ -153,14 +155,17 @@ def _data_page(path: Path, store: VolumeStore, sheet: Sheet, lines: pd.DataFrame
         sections: list[dict[str, Any]] = [
             {
                 "title": "Possible shortcuts", "table": _comparisons(shortcuts),
-                "words": f"{_found(significant[0], len(shortcuts), BY_PERMUTATION)} What differs between splits, or goes with a label without being "
-                "of the finding: technique and acquisition with a label, and anything that goes with a label in one split more than "
-                "in the other. A model can learn it instead of the finding. The strongest evidence stands first.",
+                "words": f"{_found(significant[0], len(shortcuts), BY_PERMUTATION)} A possible shortcut is anything "
+                         f"that differs between splits, or is associated with a label without being part of the "
+                         f"finding: technique and acquisition, and anything whose association with a label differs "
+                         f"between the splits. A model can learn it instead of the finding. Sorted by the strength of "
+                         f"the evidence.",
             },
             {
                 "title": "Differences between groups", "table": _comparisons(others) if len(others) else None,
-                "words": f"{_found(significant[1], len(others), BY_DISCOVERY)} Scanners, kernels, sexes and ages differ by nature; what matters is "
-                "whether a label or a split goes with them (above)." if len(others)
+                "words": f"{_found(significant[1], len(others), BY_DISCOVERY)} Scanners, kernels, sexes and ages are "
+                         f"expected to differ; it matters only if a label or a split is associated with them (table "
+                         f"above)." if len(others)
                 else "No column of the cohort table groups the volumes.",
             },
             *[_examples(scratch, store, sheet, str(name)) for name in _pictured(sheet, lines)],
@@ -173,12 +178,12 @@ def _data_page(path: Path, store: VolumeStore, sheet: Sheet, lines: pd.DataFrame
         write_page(path, title="Audit of a cohort", subtitle=store.path.name, headline=headline, sections=sections)
 
 
-BY_PERMUTATION = "the strongest line of permuted patients, Westfall & Young 1993"
+BY_PERMUTATION = "permutation of patients, max-T, Westfall & Young 1993"
 BY_DISCOVERY = "false discovery rate, Benjamini & Hochberg 1995"
 
 
 def _found(significant: int, lines: int, corrected: str) -> str:
-    """A sentence on how many lines are significant."""
+    """State how many comparisons are significant."""
     if not significant:
         return f"None of {lines:,} comparisons is significant after correction ({corrected})."
     return f"{significant:,} of {lines:,} comparisons are significant after correction ({corrected}), marked *."
@@ -193,39 +198,44 @@ def _model_page(
         sections: list[dict[str, Any]] = [
             {
                 "title": "Where it errs", "table": _comparisons(wrong),
-                "words": f"{_found(significant, len(wrong), BY_DISCOVERY)} Difference of the error (cross-entropy, mean over labels) between volumes "
-                "that show a concept more than half of them do, and the others.",
+                "words": f"{_found(significant, len(wrong), BY_DISCOVERY)} Difference in error (cross-entropy, mean "
+                         f"over labels) between volumes whose concept score is above the median and the others.",
             },
             {
                 "title": "Groups", "table": _fairness_rows(fair) if len(fair) else None,
-                "words": "Mean AUROC over labels in each group and its difference to everyone else, the worst first; 95 % intervals "
-                "by bootstrap of patients." if len(fair) else "No column of the cohort table groups the patients.",
+                "words": "Mean AUROC over labels in each group and its difference from all other patients, the worst "
+                         "first; 95 % intervals by bootstrap over patients." if len(fair) else "No column of the "
+                                                                                               "cohort table groups "
+                                                                                               "the patients.",
             },
             {
                 "title": "Shortcuts", "table": _shortcut_rows(short) if len(short) else None,
-                "words": "How well a linear probe tells each group from embeddings and from histograms of HU: balanced accuracy on "
-                "held-out patients. Embeddings that know it better than a histogram have learned it.",
+                "words": "Balanced accuracy, on held-out patients, of a linear probe that predicts the group from "
+                         "embeddings and from HU histograms. If embeddings predict it better than histograms, the "
+                         "model has learned it.",
             },
             *[_examples(scratch, store, sheet, str(name)) for name in _pictured(sheet, wrong)],
         ]  # fmt: skip
-        headline = [(f"{significant}", f"concepts with other errors (of {len(wrong)})")]
+        headline = [(f"{significant}", f"concepts associated with errors (of {len(wrong)})")]
         if len(fair):
             worst = fair.iloc[0]
-            headline.append((f"{worst['difference']:+.3f}", f"AUROC of {worst['group']} {worst['value']} to the others, the worst group"))  # fmt: skip
+            headline.append((f"{worst['difference']:+.3f}", f"AUROC of {worst['group']} {worst['value']} minus all "
+                                                            f"others, the worst group"))  # fmt: skip
         if len(short):
             best = short.iloc[0]
-            headline.append((f"{best['embeddings']:.2f}", f"accuracy of {best['group']} from embeddings (chance {best['chance']:.2f})"))  # fmt: skip
+            headline.append((f"{best['embeddings']:.2f}", f"accuracy of predicting {best['group']} from embeddings "
+                                                          f"(chance {best['chance']:.2f})"))  # fmt: skip
         subtitle = f"{len(sheet.table):,} volumes of {store.path.name}, split {split}"
         write_page(path, title="Audit of a model", subtitle=subtitle, headline=headline, sections=sections)
 
 
 def _pictured(sheet: Sheet, lines: pd.DataFrame) -> list[str]:
-    """The first few concepts of the lines that volumes can be ranked by."""
+    """The concepts of the first few comparisons by which volumes can be ranked."""
     return [name for name in lines["concept"].drop_duplicates() if name in sheet.names][:PICTURED]
 
 
 def _examples(scratch: Path, store: VolumeStore, sheet: Sheet, name: str) -> dict[str, Any]:
-    """Slices of the volumes with the most and the least of a concept."""
+    """Draw slices of the volumes with the highest and the lowest values of a concept."""
     values = sheet.values[:, sheet.names.index(name)]
     order = [row for row in np.argsort(values, kind="stable") if np.isfinite(values[row])]
     figures = []
@@ -239,7 +249,7 @@ def _examples(scratch: Path, store: VolumeStore, sheet: Sheet, name: str) -> dic
 
 
 def _comparisons(lines: pd.DataFrame) -> list[list[str]]:
-    """Lines of either audit as they stand on the page."""
+    """The comparisons of either audit as a table for the page."""
     is_data = "group" in lines
     rows = [["concept", *["between"] * is_data, "difference in SD", "95 % interval", "adjusted p", "patients"]]
     line: Any
@@ -254,7 +264,7 @@ def _comparisons(lines: pd.DataFrame) -> list[list[str]]:
 
 
 def _fairness_rows(fair: pd.DataFrame) -> list[list[str]]:
-    rows = [["group", "patients", "mean AUROC", "95 % interval", "difference to the others", "95 % interval"]]
+    rows = [["group", "patients", "mean AUROC", "95 % interval", "difference from the others", "95 % interval"]]
     line: Any
     for line in fair.head(SHOWN).itertuples():
         rows.append(

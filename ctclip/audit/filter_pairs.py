@@ -1,4 +1,4 @@
-"""Every pair of volume and report of a split with its score, the worst first, as tables and a page."""
+"""Score every pair of volume and report in a split; write tables and a page, the worst pairs first."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHOWN = 60
 
 
 class MirroredScans(StoredScans):
-    """Volumes of a store with left and right exchanged."""
+    """The volumes of a store with left and right exchanged."""
 
     def origin(self) -> str:
         return f"mirrored {super().origin()}"
@@ -53,13 +53,14 @@ def filter_pairs(
     seed: int = 0,
     force: bool = False,
 ) -> pd.DataFrame:
-    """Score the pairs of ``split``, write ``TABLES`` into ``output`` and return the table (``COLUMNS``), the worst first.
+    """Score the pairs of ``split``, write ``TABLES`` to ``output`` and return the table (``COLUMNS``), the worst pairs
+    first.
 
-    ``sides``: encode mirror images too, to see reports with left and right exchanged; ``keep``: keep the scores in the
-    store, where ``data.min_pair_score`` and ``data.best_pairs`` read them.
+    ``sides``: also encode mirror images, to detect reports with left and right exchanged; ``keep``: save the scores in
+    the store, where ``data.min_pair_score`` and ``data.best_pairs`` read them.
     """
     if keep and not os.access(store.path, os.W_OK | os.X_OK):
-        raise DataError(f"{store.path}: cannot be written into, and --keep saves the scores there; leave it out")
+        raise DataError(f"{store.path}: cannot be written into, and --keep saves the scores there; leave out --keep")
     key = run_key(loaded.hash, str(store.path.resolve()), split, sides, seed)
     with claimed_folder(output, COMMAND, key, TABLES, lambda folder: made_by_us(folder), force=force):
         pairs = score_pairs(
@@ -84,10 +85,11 @@ def score_pairs(
     batch: int = 8,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """``COLUMNS`` and the report's text of every stored volume of ``split``, the worst first.
+    """A table with ``COLUMNS`` and the report's text for every stored volume of ``split``, the worst pairs first.
 
-    score, match, side: log odds that a pair is right (of match and side, if right and wrong are equally frequent; of the score, as
-    frequent as they seem), -inf without a report; side: NaN if it names none. Raises DataError for fewer than ``FEWEST_PAIRS`` pairs.
+    ``score``, ``match`` and ``side`` are log odds that a pair is right; -inf without a report. ``match`` and ``side``
+    assume that right and wrong pairs are equally frequent; ``score`` uses their estimated frequency. ``side`` is NaN if
+    the report names no side. Raises DataError for fewer than ``FEWEST_PAIRS`` pairs.
     """
     scans = StoredScans(store, split, loaded.spec, loaded.path)
     vectors = cached_embeddings(loaded, scans, cache, batch)
@@ -128,21 +130,22 @@ def score_pairs(
 
 def _write_page(path: Path, store: VolumeStore, split: str, pairs: pd.DataFrame) -> None:
     scored = pairs[pairs["note"] == ""]
-    head = ["volume", "score", "of the match", "of the sides", "report"]
+    head = ["volume", "score", "match", "sides", "report"]
     columns = (scored[name].head(SHOWN) for name in ("volume", "score", "match", "side", "text"))
     rows = [
         [str(volume), f"{score:.1f}", f"{match:.1f}", "" if np.isnan(side) else f"{side:.1f}", str(text)[:400]]
         for volume, score, match, side, text in zip(*columns, strict=True)
     ]
     sections: list[dict[str, Any]] = [{
-        "title": "Pairs that fit least", "table": [head, *rows],
-        "words": "Log odds that a report belongs to its volume rather than to another (of the match), and with left and right as "
-        "they are rather than exchanged (of the sides, where it names one), from embeddings and the pairs of other patients. Below "
-        "0, read the report beside the volume.",
+        "title": "Least plausible pairs", "table": [head, *rows],
+        "words": "Match: log odds that a report belongs to its volume rather than to another. Sides: log odds that "
+                 "left and right are correct rather than exchanged, where the report names a side. Both are estimated "
+                 "from embeddings and the pairs of other patients. Below 0, compare the report with the volume.",
     }]  # fmt: skip
     headline = [
         (f"{len(scored):,}", "pairs"), (f"{int((scored['match'] < 0).sum()):,}", "fit another volume as well"),
-        (f"{int((scored['side'] < 0).sum()):,}", f"fit better with sides exchanged (of {int(scored['side'].notna().sum()):,} that name one)"),
+        (f"{int((scored['side'] < 0).sum()):,}", f"fit better with sides exchanged (of "
+                                                 f"{int(scored['side'].notna().sum()):,} whose report names a side)"),
         (f"{len(pairs) - len(scored):,}", "without a report"),
     ]  # fmt: skip
     write_page(path, title="Pairs of volume and report", subtitle=f"{store.path.name}, split {split}", headline=headline, sections=sections)  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the volumes of a store can be grouped by: labels, and columns of the cohort table with few values."""
+"""Groups of the volumes of a store: labels, and columns of the cohort table with few distinct values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 from ctclip.preprocessing.cohorts import COLUMNS, label_names
 from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
 
-# A column of more values than this is no group, and a value of fewer volumes is left out.
+# A column with more distinct values than this does not group volumes, and a value with fewer volumes is ignored.
 MOST_VALUES, FEWEST_VOLUMES = 12, 10
 # Columns that describe a patient, with or without "patient" before them.
 PATIENT = ("age", "sex", "gender", "ethnicity", "ethnicgroup", "race", "size", "weight", "bmi")
@@ -18,10 +18,10 @@ AGES = (0, 40, 60, 75, 200)
 
 
 def group_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Text values (n,) of each column that groups volumes, "" where unknown: the cohort's own words for scanner, kernel,
-    hospital, sex and the like; age in four classes, slice spacing in mm, and the split.
+    """Text values (n,) of each column that groups volumes, "" where unknown: scanner, kernel, hospital, sex and similar
+    columns as the cohort names them; age in four classes, slice spacing in mm, and the split.
 
-    table: rows of a cohort table.
+    ``table``: rows of a cohort table.
     """
     groups = {"split": table["split"].astype(str).to_numpy()}
     labels = set(label_names(table))
@@ -38,12 +38,12 @@ def group_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def is_of_patient(group: str) -> bool:
-    """Whether a column tells of the patient, not of the acquisition: findings may well go with it."""
+    """Whether a column describes the patient rather than the acquisition. Findings may legitimately depend on it."""
     return _field(group) in PATIENT
 
 
 def label_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
-    """1, 0 and NaN (n,) of each label of the table that has both classes."""
+    """Values 1, 0 or NaN (n,) of each label of the table that has both classes."""
     columns = {name: table[name].to_numpy(dtype=float, na_value=np.nan) for name in label_names(table)}
     return {
         name: values
@@ -53,12 +53,12 @@ def label_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def _field(name: str) -> str:
-    """PatientAge, patient_age and Age are one."""
+    """A normalised column name: PatientAge, patient_age and Age are the same."""
     return re.sub(r"[\W_]", "", name.casefold()).removeprefix("patient")
 
 
 def _usual(values: np.ndarray) -> np.ndarray | None:
-    """Values with the rare ones made ""; None where fewer than two are left, or there are too many."""
+    """The values with rare ones replaced by ""; None if fewer than two values remain, or too many."""
     names, counts = np.unique(values[values != ""], return_counts=True)
     kept = names[counts >= FEWEST_VOLUMES]
     if not 2 <= len(kept) <= MOST_VALUES:
@@ -67,7 +67,7 @@ def _usual(values: np.ndarray) -> np.ndarray | None:
 
 
 def _ages(values: np.ndarray) -> np.ndarray:
-    """Classes of age; DICOM writes 063Y, tables 63 or 63.0."""
+    """Age classes. DICOM writes 063Y; tables write 63 or 63.0."""
 
     def word(value: str) -> str:
         match = re.fullmatch(r"0*(\d{1,3})(\.0+)?\s*Y?", value, re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Concepts that are measured in the picture, where no report would name them: noise, kernel, table, position, contrast."""
+"""Properties measured in the image that reports do not mention: noise, kernel, table, position, contrast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 
-# Name and whether it tells of the technique alone; the others follow from the patient too.
+# Name, and whether the measure depends on the technique alone; the others also depend on the patient.
 MEASURES = {
     "table: density below the body": True,
     "table: density below the body, middle": True,
@@ -38,13 +38,14 @@ MEASURES = {
     "air around the body": False,
 }
 FINE_MM = 3.0
-# Height in mm of the space below the body that is measured.
+# Height in mm of the measured region below the body.
 BELOW_MM = 45.0
 CHUNK = 256
 
 
 def measure(hu: np.ndarray, spec: PreprocessingSpec, source: Source | None) -> np.ndarray:
-    """(MEASURES,) of one volume, HU [slice, row, column] LPS+ of the spec's spacing; NaN where it cannot be told."""
+    """The measures (MEASURES,) of one volume, HU [slice, row, column] LPS+ with the spec's spacing; NaN if a measure is
+    undefined."""
     steps = [max(1, round(FINE_MM / step)) for step in spec.spacing]
     dz, dy, dx = (step * mm for step, mm in zip(steps, spec.spacing, strict=True))
     fine = hu[tuple(slice(None, None, step) for step in steps)].astype(np.float32)
@@ -86,7 +87,8 @@ def measure(hu: np.ndarray, spec: PreprocessingSpec, source: Source | None) -> n
 
 
 def measures(store: VolumeStore, volumes: Sequence[str], cache: Path) -> np.ndarray:
-    """(n, MEASURES) of stored volumes; kept in ``cache`` by parts, so that an interrupted command resumes."""
+    """The measures (n, MEASURES) of stored volumes, cached in ``cache`` in parts, so that an interrupted command
+    resumes."""
     cache.mkdir(parents=True, exist_ok=True)
     parts = []
     with ThreadPoolExecutor(2) as pool:
@@ -102,13 +104,14 @@ def measures(store: VolumeStore, volumes: Sequence[str], cache: Path) -> np.ndar
 
 
 def keep_array(path: Path, array: np.ndarray) -> None:
-    """Write an array that ``kept_array`` reads."""
+    """Write an array that ``kept_array`` can read."""
     with written_beside(path) as partial, partial.open("wb") as stream:
         np.save(stream, array)
 
 
 def kept_array(path: Path, *, mapped: bool = False) -> np.ndarray | None:
-    """An array that was kept, mapped into memory if asked; None if it is missing or damaged, and is to be made again."""
+    """Read a cached array, as a memory map if ``mapped``; None if it is missing or damaged and must be computed
+    again."""
     try:
         array: np.ndarray = np.load(regular(path), mmap_mode="r" if mapped else None)
     except (OSError, ValueError, EOFError, BadZipFile):
@@ -123,7 +126,7 @@ def _of_store(store: VolumeStore, name: str) -> np.ndarray:
 
 
 def _body(fine: np.ndarray) -> np.ndarray:
-    """The largest connected space denser than -400 HU, slices seen together."""
+    """The largest 3-D connected component above -400 HU."""
     from scipy import ndimage
 
     regions, count = ndimage.label(ndimage.binary_opening(fine > -400, iterations=1))
@@ -136,7 +139,7 @@ def _body(fine: np.ndarray) -> np.ndarray:
 
 
 def _inside(body: np.ndarray) -> np.ndarray:
-    """Between the first and the last voxel of the body of each row."""
+    """In each row, all voxels between the first and the last voxel of the body."""
     inside: np.ndarray = (
         np.logical_or.accumulate(body, axis=2) & np.logical_or.accumulate(body[..., ::-1], axis=2)[..., ::-1]
     )
@@ -144,8 +147,8 @@ def _inside(body: np.ndarray) -> np.ndarray:
 
 
 def _texture(fine: np.ndarray, even: np.ndarray, axis: int) -> tuple[float, float]:
-    """Robust spread of differences of neighbours in even tissue along an axis (HU), and that of direct neighbours by that of
-    next but one: 1 for white noise, less for a soft kernel."""
+    """Robust standard deviation (HU) of the differences between adjacent voxels in homogeneous tissue along an axis,
+    and its ratio to that of voxels two apart: 1 for white noise, less for a soft kernel."""
     line, mask = np.moveaxis(fine, axis, 0), np.moveaxis(even, axis, 0)
     if len(line) < 3:
         return float("nan"), float("nan")
@@ -158,12 +161,13 @@ def _texture(fine: np.ndarray, even: np.ndarray, axis: int) -> tuple[float, floa
 
 
 def _below(fine: np.ndarray, body: np.ndarray, rows: float) -> np.ndarray:
-    """(3,) mean HU of what lies up to so many rows below the lowest row of the body, in three parts from right to left."""
+    """Mean HU (3,) of the region up to ``rows`` rows below the lowest row of the body, in three parts from right to
+    left."""
     used = np.flatnonzero(body.any(axis=(0, 2)))
     columns = np.flatnonzero(body.any(axis=(0, 1)))
     if not len(used) or used[-1] + 2 >= fine.shape[1]:
         return np.full(3, np.nan)
     region = fine[:, used[-1] + 1 : used[-1] + 1 + max(1, round(rows)), columns[0] : columns[-1] + 1]
-    # Padding above and below the scan is no table.
+    # Leave out padding slices above and below the scan.
     scanned = body.any(axis=(1, 2))
     return np.array([part.mean() for part in np.array_split(region[scanned], 3, axis=2)])
