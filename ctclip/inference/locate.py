@@ -15,7 +15,7 @@ import torch
 from ctclip.errors import ExplanationError
 from ctclip.evaluation.evaluate import plain
 from ctclip.evaluation.localisation import Candidate, Pair, free_response, histograms, mean_over, summary
-from ctclip.explanation.find import told_from
+from ctclip.explanation.find import contrast_texts
 from ctclip.explanation.masks import Masks
 from ctclip.explanation.method import Maps, Subject, method
 from ctclip.explanation.place import inside_scan, peak_of
@@ -137,7 +137,7 @@ def _asked(model: DualEncoder, head: Head, masks: Masks, volume: str) -> Asked:
     if not texts:
         raise ExplanationError(f"{masks.folder}: {masks.layout.sentences} names no sentence of {volume}")
     group = dict(zip(texts, masks.categories[volume], strict=True))
-    return Asked(TextHead(model, list(group), told_from(head)), group)
+    return Asked(TextHead(model, list(group), contrast_texts(head)), group)
 
 
 def _means(kept: dict[str, Maps], asked: dict[str, Asked]) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ from ctclip.evaluation.adapted import FILE as ADAPTATION
 from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.calibration import Calibration
 from ctclip.explanation.explain import Explanation, explain
-from ctclip.explanation.find import Found, find, told_from
+from ctclip.explanation.find import Found, contrast_texts, find
 from ctclip.explanation.place import LEVEL
 from ctclip.heads.caption import CaptionHead, Decoding
 from ctclip.heads.folder import PROMPTS, HeadFacts, list_heads, load_head
@@ -246,7 +246,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
     ) -> Found:
         """Regions of one scan that any text describes, at most ``most``, with positions and sizes. A size in the text
         ("larger than 10 mm") selects regions. Other arguments as in ``explain``."""
-        others = told_from(self.head(PROMPTS))
+        others = contrast_texts(self.head(PROMPTS))
         ready = self._ready(scan, **reading)
         return find(
             self.dual, ready, text, others, scan=_name(ready), model_hash=self.folder.hash, by=method or self.method(),

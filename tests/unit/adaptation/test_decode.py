@@ -195,7 +195,7 @@ def test_every_volume_is_learned_once_an_epoch() -> None:
 
 def test_a_training_of_days_asks_for_a_card() -> None:
     config = DecodeConfig.model_validate({"networks": TINY, "flow": {"steps": 10**8, "batch": 10**4}})
-    with pytest.raises(ConfigError, match=r"needs a card: on this processor it would take about \d+ days"):
+    with pytest.raises(ConfigError, match=r"needs a GPU: on this CPU it would take about \d+ days"):
         estimate(tiny(), config)
     assert (
         0
@@ -310,7 +310,7 @@ def test_a_decoder_of_another_model_or_a_stranger_is_refused(decoded: Path, tmp_
     ("words", "message"),
     [
         (("--model", "PLAIN", "--method", "decoder"), "has no decoder; train one with `ctclip adapt --method decode"),
-        (("--model", "PLAIN", "--guidance", "3"), "--guidance and --decoder are of --method decoder"),
+        (("--model", "PLAIN", "--guidance", "3"), "--guidance and --decoder apply only to --method decoder"),
         (("--model", "DECODED", "--decoder", "other"), "no decoder 'other' (it has: decode)"),
         (("--model", "DECODED", "--store", "store"), "add --method dream"),
     ],
