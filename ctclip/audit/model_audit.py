@@ -115,9 +115,11 @@ def shortcuts(table: pd.DataFrame, volumes: np.ndarray, histograms: np.ndarray, 
         known = values != ""
         if group == "split" or len(np.unique(patients[known])) < 2 * PROBE_FOLDS:
             continue
-        told = [_told(side[known], values[known], patients[known], seed) for side in (volumes, histograms)]
+        accuracies = [
+            _probe_accuracy(side[known], values[known], patients[known], seed) for side in (volumes, histograms)
+        ]
         count = len(np.unique(values[known]))
-        rows.append((group, count, int(known.sum()), *told, 1 / count))
+        rows.append((group, count, int(known.sum()), *accuracies, 1 / count))
     frame = pd.DataFrame(rows, columns=list(SHORTCUTS))
     return frame.sort_values("embeddings", ascending=False, ignore_index=True)
 
@@ -134,7 +136,7 @@ def _areas(labels: np.ndarray, margins: np.ndarray, weights: np.ndarray) -> np.n
     return np.stack(columns, axis=1)
 
 
-def _told(inputs: np.ndarray, values: np.ndarray, patients: np.ndarray, seed: int) -> float:
+def _probe_accuracy(inputs: np.ndarray, values: np.ndarray, patients: np.ndarray, seed: int) -> float:
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
     from sklearn.model_selection import GroupKFold, cross_val_predict

@@ -1,5 +1,5 @@
-"""Heads of a model folder: ``heads/<name>/`` with what a head wrote, ``head.yaml`` (its kind), ``calibration.json``,
-and ``adaptation.json`` of one that was fitted to labels."""
+"""Heads of a model folder: ``heads/<name>/`` holds the files of the head, ``head.yaml`` (its kind),
+``calibration.json``, and, for heads fitted to labels, ``adaptation.json``."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def save_head(model: Path, name: str, head: Head) -> Path:
     folder = model / FOLDER / name
     check_replaceable(folder, is_head_folder, "head")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Not in heads/, where an unfinished head could be read.
+    # Written outside heads/, so that an unfinished head is never read.
     with scratch_folder(f".{name[:60]}.", ".partial", model) as partial:
         head.save(partial)
         write_checksums(partial)
@@ -100,7 +100,7 @@ def calibration_file(model: Path, name: str) -> Path:
 
 
 def load_head(model_folder: Path, name: str, model: DualEncoder) -> Head:
-    """The head ``name`` of a model folder, with its calibration as it is kept. Raises CheckpointError."""
+    """The head ``name`` of a model folder, with its calibration. Raises CheckpointError."""
     folder = model_folder / FOLDER / name
     if not (model_folder / FOLDER).is_dir():
         return _head_before(model_folder, name, model)
