@@ -124,7 +124,8 @@ def load_head(model_folder: Path, name: str, model: DualEncoder) -> Head:
 
 
 def _head_before(model_folder: Path, name: str, model: DualEncoder) -> Head:
-    """A head of a folder written by 0.2, which had its prompts, classifier and calibration at the top."""
+    """A head of a model folder written by version 0.2, which kept prompts, classifier and calibration at the top
+    level."""
     calibration = model_folder / "calibration.json"
     names = load_labels(installed_file(LABELS_BEFORE, "labels")).names
     if name == PROMPTS:

@@ -29,7 +29,7 @@ DAMAGED = (
 
 @contextlib.contextmanager
 def reading(folder: Path, what: str) -> Iterator[None]:
-    """Context manager for reading the files of a head: turns any of ``ERRORS`` into a CheckpointError that names
+    """Context manager for reading the files of a head: turns any of ``DAMAGED`` into a CheckpointError that names
     ``folder`` and ``what``."""
     try:
         yield
