@@ -85,7 +85,7 @@ def check_table(table: pd.DataFrame, source: Path) -> pd.DataFrame:
             raise PreprocessingError(f"{source}: column {name!r} is missing; `ctclip preprocess` writes this table")
         odd = [value for value in table[name] if not isinstance(value, str)] if name in TEXTS else []
         if odd or (name in IDS and (table[name] == "").any()):
-            what = f"holds {type(odd[0]).__name__}" if odd else "is empty in places"
+            what = f"holds {type(odd[0]).__name__}" if odd else "has empty cells"
             raise PreprocessingError(f"{source}: column {name!r} {what}; `ctclip preprocess` writes text there")
     twice = table["volume"][table["volume"].duplicated()]
     if len(twice):

@@ -68,7 +68,7 @@ def test_a_cohort_table_holds_text(tmp_path: Path) -> None:
     assert len(check_table(table, tmp_path)) == 2
     for change, what in (
         ({"patient": [1, 2]}, "'patient' holds int"), ({"findings": ["", None]}, "'findings' holds NoneType"),
-        ({"scan": ["a", ""]}, "'scan' is empty in places"),
+        ({"scan": ["a", ""]}, "'scan' has empty cells"),
     ):  # fmt: skip
         with pytest.raises(PreprocessingError, match=f"column {what}; `ctclip preprocess` writes text there"):
             check_table(
