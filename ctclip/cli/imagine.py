@@ -1,4 +1,4 @@
-"""`ctclip imagine`: a volume that a text describes, to a model."""
+"""`ctclip imagine`: generate synthetic volumes from texts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ def imagine(
     ),
     method: ImagineMethod = typer.Option(
         None,
-        help="decoder: draw a volume from noise, by what `ctclip adapt --method decode` has trained. dream: change a volume step "
-        "by step until its embedding matches the text. Default: decoder if the model has one, else dream.",
+        help="decoder: generate a volume from noise with the decoder trained by `ctclip adapt --method decode`. dream: "
+        "change a volume step by step until its embedding matches the text. Default: decoder if the model has "
+        "one, else dream.",
     ),
     store: Path = typer.Option(
-        None, help="dream: begin with the mean volume of this store. Default: begin with noise."
+        None, help="dream: start from the mean volume of this store. Default: start from noise."
     ),
     split: str = typer.Option("train", help="The split of --store."),
     number: int = typer.Option(1, "--number", "-n", min=1, max=10_000, help="Number of volumes for each text."),
@@ -38,7 +39,8 @@ def imagine(
         None,
         min=0,
         max=100,
-        help="decoder: how strongly it heeds the text; 1 as it learned, more exaggerates. Default: 2.",
+        help="decoder: strength of the guidance by the text; 1 is the strength in training, higher values exaggerate. "
+        "Default: 2.",
     ),
     decoder: str = typer.Option(None, help="decoder: the name of its head. Default: the first decoder of the model."),
     seed: int = typer.Option(
@@ -50,13 +52,13 @@ def imagine(
     ),
     force: bool = typer.Option(False, "--force", help="Overwrite files that are not synthetic volumes."),
 ) -> None:
-    """Generate synthetic volumes that match a text, to show what a model takes the text to mean.
+    """Generate synthetic volumes that match a text, to show what a model associates with the text.
 
     `ctclip imagine "Moderate effusion on the left." --model runs/demo/train/model --store runs/demo/store --output x.nii.gz`
 
-    The volumes are NIfTI in HU on the grid of the model, and marked as synthetic in name, header and page. A decoder draws
-    what volumes with such a text look like in its training data; a dream shows what raises the score of the model, which need
-    not look like a scan. For research only.
+    The volumes are NIfTI in HU on the grid of the model, and marked as synthetic in name, header and page. A decoder
+    generates volumes like those in its training data with such a text; a dream shows what raises the score of the
+    model, which need not look like a scan. For research only.
     """
     from ctclip import distributed
     from ctclip.imagining.imagine import Imagining

@@ -51,9 +51,9 @@ if TYPE_CHECKING:
 ARCHITECTURE = ("config.yaml", "tokenizer", "text_config.json", "preprocessing.yaml")
 REQUIRED = (*ARCHITECTURE, "model.safetensors")
 TRAINED_ON = "trained_on.yaml"
-# Of ``ctclip.drift.summary``.
+# File of ``ctclip.drift.summary``.
 SUMMARY = "training_summary.safetensors"
-# Of ``ctclip.inference.precision``.
+# File of ``ctclip.inference.precision``.
 PRECISION = "precision.json"
 KIND = "model folder of ours alone"
 # Hex digits of a SHA-256 by which a model is known.
@@ -67,9 +67,9 @@ TOKENIZER = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
     "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja",
 }  # fmt: skip
-# Assumed for folders of 0.2, which have no label set.
+# Assumed for folders of version 0.2, which have no label set.
 LABELS_BEFORE = "ct_rate_18"
-# Keys of an encoder that 0.2 stated beside the spec, and what they repeat of it.
+# Encoder settings that version 0.2 stated in addition to the spec, and the spec values that they repeat.
 REPEATED = ("spacing", "hu_window", "shape")
 
 
@@ -90,7 +90,7 @@ class TrainedOn(Section):
     @field_validator("supervision", "label_source", "cohort", "body_part", "init")
     @classmethod
     def _printable(cls, text: str) -> str:
-        """A folder may be a stranger's, and these are printed: no terminal obeys them."""
+        """Remove control characters, because the folder may come from a stranger and these texts are printed."""
         return printable(text)
 
     def words(self) -> str:
@@ -129,7 +129,7 @@ class ModelFolder:
     trained_on: TrainedOn = field(default_factory=TrainedOn)
 
     def reading(self, given: Reading) -> Reading:
-        """``given``, without the look for a chest where the model learned from another part of the body."""
+        """``given``, without the check for a chest if the model was trained on another body part."""
         return {
             **given,
             "expect": expected(self.trained_on.body_part or self.labels.body_part, given.get("expect", "auto")),
@@ -146,8 +146,8 @@ def save_model(
     state: dict[str, torch.Tensor] | None = None,
     write_more: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write a complete model folder atomically; an existing model folder is replaced, and any other folder that is not
-    empty is refused.
+    """Write a complete model folder atomically; an existing model folder is replaced, and any other non-empty folder is
+    refused.
 
     ``state`` replaces the model's own tensors if they are sharded over ranks. ``write_more`` is called with the folder
     before it is moved into place, to add heads.
@@ -197,8 +197,9 @@ def write_architecture(folder: Path, model: DualEncoder, labels: LabelSet) -> No
 def read_architecture(
     path: Path, change: Callable[[ModelConfig], ModelConfig] | None = None, spec: PreprocessingSpec | None = None
 ) -> Architecture:
-    """The model that ``write_architecture`` described, freshly initialised; ``change``: of its configuration before it is
-    built; ``spec``: another geometry than its own. Raises CheckpointError naming what is missing."""
+    """The model that ``write_architecture`` described, freshly initialised; ``change``: a function that changes its
+    configuration before it is built; ``spec``: a geometry to use instead of its own. Raises CheckpointError naming what
+    is missing."""
     for name in ARCHITECTURE:
         if not (path / name).exists():
             raise CheckpointError(
@@ -220,15 +221,15 @@ def read_architecture(
 
 
 def check_output(folder: str | os.PathLike[str]) -> None:
-    """Raise PreprocessingError unless a model folder may be written at ``folder``: to be called before hours of work."""
+    """Raise PreprocessingError unless a model folder may be written at ``folder``. Call this before hours of work."""
     check_replaceable(folder, is_model_folder, KIND)
 
 
 def check_addition(folder: Path, what: str) -> None:
-    """Raise CheckpointError if ``what`` cannot be kept in a model folder: to be called before hours of work."""
+    """Raise CheckpointError if ``what`` cannot be saved in a model folder. Call this before hours of work."""
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CheckpointError(
-            f"{folder}: cannot be written into, and {what} would be kept there; copy the model folder"
+            f"{folder}: cannot be written into, and {what} would be saved there; copy the model folder"
         )
 
 
@@ -256,7 +257,7 @@ def is_head_folder(folder: Path) -> bool:
 def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> ModelFolder:
     """Load a model folder, or a hub repository that holds one, in evaluation mode.
 
-    A folder written by 0.2 can be opened too; missing parts are filled in, with a note on stderr. Raises
+    A folder written by version 0.2 can also be opened; missing parts are filled in, with a note on stderr. Raises
     CheckpointError naming what is missing or damaged.
     """
     path = local_folder(str(source))
@@ -274,14 +275,14 @@ def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu
     except (SafetensorError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"{weights}: does not fit config.yaml or is damaged ({' '.join(str(error).split())[:300]}); "
-            f"copy the folder again from where it was made"
+            f"copy the folder again from its source"
         ) from error
     return ModelFolder(model.to(device).eval(), built.spec, built.labels, path, digest[:HASH], read_trained_on(path))
 
 
 def _config_of(path: Path, spec: PreprocessingSpec) -> tuple[ModelConfig, PreprocessingSpec]:
-    """The architecture of a folder, and the geometry its encoder was built for: the spec's, but for a 0.2 folder whose
-    configuration said otherwise."""
+    """The architecture of a folder, and the geometry its encoder was built for: that of the spec, unless the
+    configuration of a 0.2 folder differs."""
     values = read_mapping(path / "config.yaml")
     volume = values.get("volume")
     geometry = spec
@@ -333,17 +334,17 @@ def file_hash(path: Path) -> str:
 
 
 def _vision_of(path: Path, config: ModelConfig) -> dict[str, Any]:
-    """A slice encoder's 2-D model (``vision``), built from the folder alone; nothing for other encoders."""
+    """The 2-D model (``vision``) of a slice encoder, built from the folder alone; empty for other encoders."""
     if not isinstance(config.volume, SlicesConfig):
         return {}
     shape = path / "vision_config.json"
     if not shape.is_file():
-        raise CheckpointError(f"{path}: vision_config.json is missing; copy the folder again from where it was made")
+        raise CheckpointError(f"{path}: vision_config.json is missing; copy the folder again from its source")
     return {"vision": vision_model_of(read_settings(shape), shape)}
 
 
 def local_folder(source: str) -> Path:
-    """The folder ``source`` names: one here, or a snapshot of a hub repository. Raises CheckpointError."""
+    """The folder that ``source`` names: a local one, or a snapshot of a hub repository. Raises CheckpointError."""
     patterns = [
         SUMMARY,
         CHECKSUMS,

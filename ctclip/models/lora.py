@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) beside the weights of an encoder, which are frozen."""
+"""Low-rank adapters (LoRA, Hu et al. 2021) for the frozen weights of an encoder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from ctclip.errors import ConfigError
 
 
 def add_lora(module: nn.Module, targets: Sequence[str], rank: int) -> None:
-    """Put adapters of ``rank`` beside every linear map (or convolution) of ``module`` whose name ends in one of
-    ``targets``, in place. Adapters begin at zero, so the output does not change. From then on only the adapters are
-    trained.
+    """Add adapters of ``rank`` in place to every linear map (or convolution) of ``module`` whose name ends in one of
+    ``targets``. Adapters are initialised to zero, so the output does not change. All other parameters are frozen.
 
     Raises ConfigError if ``module`` has none of the targets.
     """
@@ -49,14 +48,14 @@ def is_adapter(name: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """The name that a weight beneath an adapter has in a model without adapters."""
+    """The name that a weight with an adapter has in a model without adapters."""
     return name.replace(".base_layer.", ".").replace(".base_model.model.", ".")
 
 
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of ``model`` with its adapters added to the weights they stand beside, by the names of a model without
-    adapters; ``model`` itself is not changed."""
+    """The state of ``model`` with its adapters merged into the weights, under the names of a model without adapters;
+    ``model`` itself is not changed."""
     weights = {
         plain_name(f"{name}.weight"): module.get_base_layer().weight + module.get_delta_weight("default")
         for name, module in model.named_modules()

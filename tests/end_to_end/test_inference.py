@@ -168,7 +168,7 @@ def test_several_scans_a_pattern_and_a_refused_one(model: Path, cohort: Path, tm
     ("arguments", "said"),
     [
         ([], "give either scans or --store"),
-        (["x.nii.gz", "--split", "valid"], "--split goes with --store"),
+        (["x.nii.gz", "--split", "valid"], "--split needs --store"),
         (["x.nii.gz"], "x.nii.gz"),
         (["x*.nii.gz"], "no file matches this pattern"),
         (["x.nii.gz", "--prompts", "nothing"], "report_style"),

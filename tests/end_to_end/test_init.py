@@ -234,7 +234,7 @@ def test_a_store_of_a_larger_plane_begins_with_a_new_projection_and_says_so(
     preprocess_cohort(cohort, tmp_path / "store", wide, workers=1)
     after, said = tuned(tmp_path, published, tmp_path / "store", "preprocessing=chest_60")
     assert after["volume_projection.weight"].shape == (24, 6 * 6 * 48)
-    assert "1 of another shape in the source, initialised at random: volume_projection.weight" in said
+    assert "1 with another shape in the source, initialised at random: volume_projection.weight" in said
 
 
 def test_a_store_whose_voxels_the_patches_do_not_divide_is_refused(

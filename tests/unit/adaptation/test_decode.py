@@ -284,7 +284,7 @@ def test_a_decoder_of_another_model_or_a_stranger_is_refused(decoded: Path, tmp_
     folder, dual = tmp_path / "model" / "heads" / "decode", load_model(tmp_path / "model").model
     size, weights = (folder / SIZE).read_text(), (folder / WEIGHTS).read_bytes()
     for before, after, message in (
-        ("- 8\n- 8\n- 8\n", "- 8\n- 8\n- 16\n", "draws volumes of 8 x 8 x 16 voxels .* the model has 8 x 8 x 8"),
+        ("- 8\n- 8\n- 8\n", "- 8\n- 8\n- 16\n", "generates volumes of 8 x 8 x 16 voxels .* the model has 8 x 8 x 8"),
         ("dim: ", "dim: 1", "it belongs to another model"),
         ("latent: 2", "latent: 3", "missing or damaged"),
         ("- 32\n", "- 4096\n", "missing or damaged"),

@@ -67,7 +67,7 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     one.iloc[::-1].assign(x=[0.8, 0.6], supervision="label-supervised", adapted_on=0).to_csv(
         tmp_path / "two.csv", index=False
     )
-    with pytest.raises(DataError, match="scores other findings"):
+    with pytest.raises(DataError, match="scores different findings"):
         average_predictions([tmp_path / "one.csv", tmp_path / "other_names.csv"], tmp_path / "mean.csv")
     with pytest.raises(DataError, match="holds other volumes"):
         average_predictions([tmp_path / "one.csv", tmp_path / "other_scans.csv"], tmp_path / "mean.csv")

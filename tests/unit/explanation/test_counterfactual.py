@@ -88,7 +88,7 @@ def test_a_head_without_a_gradient_is_refused_in_one_line() -> None:
     weight = torch.ones(1, requires_grad=True)
     for factor in (torch.ones(1), weight):  # without any gradient; with one that does not lead to the voxels
         asked.head.score = lambda encoded, by=factor: by * encoded.tokens.detach().amax(dim=(1, 2))[:, None]  # type: ignore[method-assign, misc]
-        with pytest.raises(ExplanationError, match="no gradient from the score of 'Blob'"):
+        with pytest.raises(ExplanationError, match="the score of 'Blob' has no gradient"):
             Counterfactual().maps(asked)
 
 

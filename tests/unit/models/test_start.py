@@ -101,7 +101,7 @@ def test_what_does_not_fit_begins_at_random_and_is_said() -> None:
     assert lines[0] == f"from there: {len(result.taken)} tensors taken"
     assert lines[1:] == [
         f"  {len(result.new)} new, initialised at random: volume_encoder.blocks.3",
-        "  1 of another shape in the source, initialised at random: volume_encoder.stem.embed",
+        "  1 with another shape in the source, initialised at random: volume_encoder.stem.embed",
     ]
     shallower = take_weights(dual(seed=2, depth=1), source.state_dict(), "both", "there")
     assert {name.split(".")[2] for name in shallower.unused} == {"1", "2"}
@@ -113,7 +113,7 @@ def test_what_does_not_fit_begins_at_random_and_is_said() -> None:
 def test_a_side_of_which_nothing_fits_is_refused() -> None:
     source = dual("resnet3d", seed=1).state_dict()
     for sides in ("both", "volume"):
-        with pytest.raises(ConfigError, match=r"model\.init=there: nothing of its volume encoder fits") as refused:
+        with pytest.raises(ConfigError, match=r"model\.init=there: no tensor of its volume encoder fits") as refused:
             take_weights(dual(seed=2), source, sides, "there")
         assert "\n" not in str(refused.value)
     assert take_weights(dual(seed=2), source, "text", "there").taken
