@@ -202,8 +202,8 @@ class Layer(nn.Module):
         return rows + self._feed_forward(self.mlp_norm(rows))
 
     def _convolve(self, rows: Tensor, grid: tuple[int, ...]) -> Tensor:
-        # Quirk of the published code: temporal layers order rows as (b h w) t, but reshape them as (b t h w). Causal
-        # along slabs: two before, none after.
+        # Quirk of the published code: temporal layers order rows as (b h w) t, but reshape them as (b t h w). The
+        # convolution is causal along slabs: it reads the two slabs before and none after.
         return by_hand.depthwise(rows.reshape(*grid, rows.shape[-1]), self.convolution).reshape(rows.shape)
 
     def _feed_forward(self, rows: Tensor) -> Tensor:

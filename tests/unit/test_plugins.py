@@ -72,7 +72,7 @@ def test_a_whole_class_is_found() -> None:
         ("head", "function", "not a head; derive a class from ctclip.heads.head.Head"),
         ("head", "number", "not a head"),
         ("head", "missing", "the module 'someones_own' has no 'missing'"),
-        ("head", "", "write a class of your own as module:Name"),
+        ("head", "", "write your own class as module:Name"),
     ],
 )
 def test_what_is_no_whole_class_of_its_kind_is_one_line(kind: plugins.Kind, name: str, reason: str) -> None:
