@@ -27,10 +27,10 @@ class Pair(Section):
     positive: Phrasings
     negative: Phrasings
     positive_weights: Weights = Field(
-        default_factory=dict, description="weights weights of the phrasings, by section; equal if not given"
+        default_factory=dict, description="weights of the phrasings, by section; equal if not given"
     )
     negative_weights: Weights = Field(
-        default_factory=dict, description="weights weights of the phrasings, by section; equal if not given"
+        default_factory=dict, description="weights of the phrasings, by section; equal if not given"
     )
 
     @model_validator(mode="after")
