@@ -1,4 +1,4 @@
-"""The error class of this package. Every message names the file, what is wrong with it and what to do."""
+"""The error class of this package. Every message names the file, the fault and the remedy."""
 
 
 class PreprocessingError(Exception):

@@ -105,8 +105,8 @@ def test_a_fault_of_the_module_itself_is_left_as_it_is(module: str, fault: type[
         ("someones_own:number", "is int, not a function"),
         ("someones_own:missing", "has no attribute 'missing'"),
         ("no_such_module:read", "No module named"),
-        (":read", "write a reader of your own as module:function"),
-        ("someones_own:", "write a reader of your own as module:function"),
+        (":read", "write your own reader as module:function"),
+        ("someones_own:", "write your own reader as module:function"),
     ],
 )
 def test_a_cohort_reader_that_is_none_is_one_line(name: str, reason: str, tmp_path: Path) -> None:

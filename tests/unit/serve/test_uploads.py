@@ -104,7 +104,7 @@ def test_fields_without_end_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "reason"), [("IDLE_SECONDS", "nothing of the upload"), ("GRACE_SECONDS", "slower than 50 kB")]
+    ("limit", "reason"), [("IDLE_SECONDS", "no data of the upload"), ("GRACE_SECONDS", "slower than 50 kB")]
 )
 def test_a_sender_that_keeps_the_service_waiting_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, reason: str
