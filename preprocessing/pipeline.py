@@ -229,7 +229,7 @@ def _about_the_lungs(volume: Volume, lungs: Lungs, spec: PreprocessingSpec) -> t
         volume.warnings.append(f"{1 - kept:.0%} of the lungs lie outside the grid, which is too small for them")
         return None, kept
     volume.warnings.append(
-        f"{1 - kept:.0%} of the lungs would lie outside a grid centred on the scan: it is centred on the lungs instead, of which "
-        f"{better:.0%} are in it"
+        f"{1 - kept:.0%} of the lungs would lie outside a grid centred on the scan: it is centred on the lungs "
+        f"instead, and contains {better:.0%} of them"
     )
     return centre, better
