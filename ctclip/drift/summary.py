@@ -216,7 +216,7 @@ class TrainingSummary:
                 facts = plain_json.loads(metadata["summary"])
                 stored = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
             if metadata.get("sha256", "") not in ("", _sha256(stored)):
-                raise ValueError("damaged: its numbers do not have the SHA-256 that it states")
+                raise ValueError("damaged: its numbers do not match its SHA-256")
             tensors = {name: values.astype(float) for name, values in stored.items()}
             if facts["version"] != VERSION:
                 raise ValueError(f"version {facts['version']}")

@@ -67,9 +67,9 @@ class Drawn:
 
 
 def imagine(folder: ModelFolder, detector: Head, texts: Sequence[str], given: Imagining) -> Iterator[Synthetic]:
-    """``number`` volumes of each text, generated one at a time as they are asked for. Raises DataError at once for a text that
-    names no finding, a model without a decoder that is asked for one, or options of the other method; when the first volume
-    is asked for, for a store of another spec."""
+    """Generate ``number`` volumes from each text lazily, one at a time. Raises DataError at once for a text that names
+    no finding, the method decoder without a decoder, or options of the other method; with the first volume, for a store
+    of another spec."""
     check_texts(folder, texts, given.language)
     method = method_of(folder, given)
     steps = given.steps or STEPS[method]

@@ -118,12 +118,12 @@ def write_volume(path: Path, synthetic: Synthetic, spec: PreprocessingSpec) -> N
 def write_volumes(
     output: Path, volumes: Iterable[Synthetic], count: int, spec: PreprocessingSpec, *, force: bool = False
 ) -> Iterator[tuple[Path, Synthetic]]:
-    """Write each of ``count`` volumes as it comes, so that one at a time is in memory, and yield its file; at the end, write one
-    page of their slices (``page_file``)."""
+    """Write each of ``count`` volumes as soon as it is generated, so that only one is in memory, and yield its file; at
+    the end, write one page with their slices (``page_file``)."""
     page = page_file(output)
-    # One lock for all files: those of two commands would be mixed.
+    # One lock for all files, so that the files of two commands are not mixed.
     with claimed_file(page), scratch_folder("ctclip-synthetic-") as folder:
-        # Again: another command may have ended in between.
+        # Check again: another command may have finished in the meantime.
         check_output(output, count, force=force)
         sections, about = [], ""
         for number, (path, one) in enumerate(zip(volume_files(output, count), volumes, strict=True)):

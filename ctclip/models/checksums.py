@@ -1,6 +1,6 @@
-"""SHA-256 of the weights in a folder, in ``SHA256SUMS`` beside them, which ``sha256sum --check`` reads too.
+"""SHA-256 of the weights in a folder, in ``SHA256SUMS`` beside them, which ``sha256sum --check`` also reads.
 
-A safetensors file says nothing of its own bytes: a flipped bit in a weight would be loaded and change the scores.
+A safetensors file has no checksum of its own: a flipped bit in a weight would be loaded and change the scores.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def write_checksums(folder: Path) -> None:
 
 
 def checked_sha256(path: Path) -> str:
-    """The SHA-256 of a weights file, in hex. Raises CheckpointError if the folder's checksums give another for it; a file that
-    has none is taken as it is, as are folders of before 1.1."""
+    """The SHA-256 of a weights file, in hex. Raises CheckpointError if the folder's checksums list another for it.
+    Files without a checksum, such as those of versions before 1.1, are accepted."""
     sums = path.with_name(FILE)
     try:
         own = sha256(regular(path))
@@ -41,7 +41,7 @@ def checked_sha256(path: Path) -> str:
         expected, _, name = line.partition("  ")
         if name == path.name and expected != own:
             raise CheckpointError(
-                f"{path}: damaged: its SHA-256 is {own[:12]}..., and {FILE} gives {printable(expected)[:12]}...; copy it again "
-                f"from where it was made, or delete {FILE} if you changed the weights yourself"
+                f"{path}: damaged: its SHA-256 is {own[:12]}..., but {FILE} lists {printable(expected)[:12]}...; copy "
+                f"it again from its source, or delete {FILE} if you changed the weights yourself"
             )
     return own

@@ -56,9 +56,9 @@ SUMMARY = "training_summary.safetensors"
 # File of ``ctclip.inference.precision``.
 PRECISION = "precision.json"
 KIND = "model folder of ours alone"
-# Hex digits of a SHA-256 by which a model is known.
+# Number of hex digits of the SHA-256 that identify a model.
 HASH = 12
-# All files of a model folder: ours, those of 0.2, and those that the hub adds.
+# All files of a model folder: ours, those of version 0.2, and those that the hub adds.
 PARTS = {
     *REQUIRED, LABELS, TRAINED_ON, SUMMARY, PRECISION, CHECKSUMS, "model_card.md", "heads", "vision_config.json",
     "adaptation.json", "prompts.yaml", "calibration.json", "classifier.safetensors", "README.md", ".gitattributes", ".cache",

@@ -28,7 +28,7 @@ def add_lora(module: nn.Module, targets: Sequence[str], rank: int) -> None:
 
 
 def with_lora(layer: nn.Module, rank: int) -> nn.Module:
-    """A linear layer, or a sequence of layers, with adapters of ``rank`` beside each linear map, as ``add_lora`` adds them."""
+    """Add adapters of ``rank`` to each linear map of a layer, or of a sequence of layers, like ``add_lora``."""
     holder = nn.ModuleDict({"layer": layer})
     linear = [name for name, part in holder.named_modules() if isinstance(part, nn.Linear)]
     peft = extras.require("peft")
