@@ -40,8 +40,8 @@ def find_config(name: str, folder: str = "") -> Path:
 def load_config(
     name: str, overrides: list[str] | tuple[str, ...] = (), values_set: Mapping[str, Any] | None = None
 ) -> Config:
-    """Read a YAML configuration, set ``values_set`` (by the path of their key, as they are), and apply ``key.path=value``
-    overrides: text for keys that hold text, YAML for all others.
+    """Read a YAML configuration, set ``values_set`` (unparsed values, by the path of their key), and apply
+    ``key.path=value`` overrides: text for keys that hold text, YAML for all others.
 
     Raises ConfigError naming the file, the path of the key, and the nearest valid name.
     """

@@ -2,7 +2,7 @@
 
 
 class PreprocessingError(Exception):
-    """A scan, a table or a store that cannot be trusted as it is. Its message is one printable line."""
+    """A scan, a table or a store that cannot be trusted. Its message is one printable line."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))

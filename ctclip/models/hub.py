@@ -105,7 +105,7 @@ def _fetched_before(name: str, cached: dict[str, list[str]], ignored: str | None
 
 
 class _Unreachable(Exception):
-    """The hub did not answer; the message says why."""
+    """The hub did not answer; the message states the reason."""
 
 
 def _files(name: str, key: str) -> set[str]:

@@ -106,7 +106,7 @@ class TextEncoder(nn.Module):
         owner: Tensor | None = None,
     ) -> Tensor:
         """input_ids, attention_mask (n, L) int: n distinct chunks. chunk, owner (m,): text ``owner[i]`` holds chunk
-        ``chunk[i]``; None for one chunk a text. Returns (texts, width). Inputs should be on the host, as ``tokenise``
+        ``chunk[i]``; None for one chunk per text. Returns (texts, width). Inputs should be on the host, as ``tokenise``
         returns them, so that nothing waits for the device."""
         texts = 0 if owner is None else int(owner[-1]) + 1
         device = next(self.bert.parameters()).device

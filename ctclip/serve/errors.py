@@ -10,7 +10,7 @@ class Unavailable(CtclipError):
 
 
 class Refused(CtclipError):
-    """The scan, or the question, cannot be answered; the message says why."""
+    """The scan, or the question, cannot be answered; the message states the reason."""
 
 
 class Unknown(CtclipError):

@@ -110,7 +110,7 @@ def distinct_pairs(reports: list[Report]) -> list[Report]:
 
 
 def _ends(report: Report) -> tuple[str, str]:
-    """The first and the last section of a report; empty strings where it has fewer than two."""
+    """The first and the last section of a report; empty strings if it has fewer than two."""
     texts = [text.strip() for text in report.sections.values()]
     return (texts[0], texts[-1]) if len(texts) > 1 else ("", "")
 
