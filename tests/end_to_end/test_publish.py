@@ -1,4 +1,4 @@
-"""A model folder that is given away: its card, what is left out, and what happens without a network."""
+"""A published model folder: its card, the files left out, and the behaviour without a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are killed, run out of disk, are stopped or get bad data lose nothing, and one line says what to do."""
+"""Runs that are killed, run out of disk, are stopped or get bad data lose nothing, and one line states the remedy."""
 
 from __future__ import annotations
 

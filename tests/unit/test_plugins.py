@@ -1,4 +1,4 @@
-"""Classes and modules of somebody's own: found, or refused in one line that says what is wrong with them."""
+"""Classes and modules of users: found, or refused in one line that names the fault."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The decoder: a flow draws what it is told, a run that was killed ends with the same bytes, and the head is kept, drawn from and
-refused where it does not belong."""
+"""The decoder: a flow follows its condition, a killed run produces identical files, and the head is saved, sampled, and
+refused with another model."""
 
 from __future__ import annotations
 

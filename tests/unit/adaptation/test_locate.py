@@ -1,5 +1,5 @@
-"""The locator: it finds planted cells of held-out volumes without being told where they are, for every encoder, and is kept,
-loaded and used by explanations."""
+"""The locator: it finds planted cells of held-out volumes without knowing their positions, for every encoder, and is
+saved, loaded and used by explanations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The prior: a ridge equals scikit-learn's, a diffusion draws both volumes of a text, and the head is kept and loaded again."""
+"""The prior: a ridge equals scikit-learn's, a diffusion samples both volumes of a text, and the head is saved and
+loaded."""
 
 from __future__ import annotations
 

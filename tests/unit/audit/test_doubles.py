@@ -1,4 +1,4 @@
-"""Copies that were changed are found among volumes that are alike, and reports that recur."""
+"""Altered copies are found among similar volumes, and so are recurring reports."""
 
 from __future__ import annotations
 

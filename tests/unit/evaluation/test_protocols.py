@@ -1,4 +1,4 @@
-"""Declared protocols, calibration, paired tests and retrieval, each against something written another way."""
+"""Declared protocols, calibration, paired tests and retrieval, each compared with an independent implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prediction and label tables: what is read back, and what is refused by name."""
+"""Prediction and label tables: what is read back, and what is refused."""
 
 from __future__ import annotations
 

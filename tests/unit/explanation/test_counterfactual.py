@@ -1,4 +1,5 @@
-"""A counterfactual turns the score, changes little, stays in the body and the HU window, and lies where the cause is."""
+"""A counterfactual changes the decision with a small edit, within the body and the HU window, at the cause of the
+score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks as others lay them out, and a model whose maps are known scored against them."""
+"""Mask folders in other layouts, and a model with known maps scored against them."""
 
 from __future__ import annotations
 

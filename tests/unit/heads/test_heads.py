@@ -1,4 +1,4 @@
-"""Heads: written, listed and read again with a model; folders of 0.2 still open."""
+"""Heads are saved, listed and loaded with a model; folders of version 0.2 still open."""
 
 from __future__ import annotations
 

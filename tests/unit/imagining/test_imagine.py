@@ -1,5 +1,5 @@
-"""`ctclip imagine`: a dream raises what it is asked for, its file lies where it says, and says in every place that it is
-synthetic."""
+"""`ctclip imagine`: a dream raises the score of its text, its file has the stated geometry, and is marked as synthetic
+everywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting from a model: what is taken, what stays frozen, how rates fall towards the input, adapters beside weights."""
+"""Starting from a model: copied weights, frozen layers, learning rates that decrease towards the input, adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lungs of a scan: kept in the grid, told from masks and fillings, and known when they stand on their head."""
+"""Lungs of a scan: kept in the grid, distinguished from masks and fillings, and recognised upside down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several acquisitions, reconstructions or patients in one series: one of them makes the volume, aloud."""
+"""Several acquisitions, reconstructions or patients in one series: one of them becomes the volume, with a warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which series of a folder is read, and slices that it should have and has not."""
+"""The choice of the series in a folder, and missing slices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bits and bytes of pixels, and the padding that scanners put where nothing was measured."""
+"""Bits and bytes of pixels, and the padding of scanners outside the measured region."""
 
 from __future__ import annotations
 

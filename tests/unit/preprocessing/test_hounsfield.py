@@ -1,4 +1,4 @@
-"""Where each rule of the decision on Hounsfield units begins and ends, on values placed just inside and outside of it."""
+"""The limits of each rule for Hounsfield units, tested with values just inside and outside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MetaImage files as strangers bring them: one row a situation."""
+"""MetaImage files of strangers: one row per situation."""
 
 from __future__ import annotations
 

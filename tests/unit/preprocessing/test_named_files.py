@@ -1,4 +1,4 @@
-"""A name stands for a user's own file first, then for one that is installed."""
+"""A name refers to a user's own file first, then to an installed one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged files that our own commands wrote are told in one line that names the file and the remedy."""
+"""Damaged files of our own commands are reported in one line that names the file and the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stored volume is kept only while it is of the scan that the cohort lists under its name."""
+"""A stored volume is kept only if it comes from the scan that the cohort lists under its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The service's bookkeeping without a model: what is kept, for how long, and what becomes of what goes wrong."""
+"""The service without a model: what is kept, for how long, and the handling of errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uploads are written within their folder and their limit, and as they were sent."""
+"""Uploads are written unchanged, within their folder and limit."""
 
 from __future__ import annotations
 
