@@ -1,4 +1,4 @@
-"""SHA-256 of the weights in a folder, in ``SHA256SUMS`` beside them, which ``sha256sum --check`` also reads.
+"""SHA-256 of the weights in a folder, in ``SHA256SUMS`` beside them, which ``sha256sum -c`` also reads.
 
 A safetensors file has no checksum of its own: a flipped bit in a weight would be loaded and change the scores.
 """
