@@ -29,12 +29,12 @@ from ctclip.prompts import PromptSet, load_prompts
 from ctclip.schema import Section, validated
 
 SIZE, WEIGHTS = "decoder.yaml", "decoder.safetensors"
-# Channels per normalisation group and per attention head are multiples of these.
+# Number of normalisation groups, and number of channels per attention head.
 GROUPS, HEAD = 8, 32
 # Number of time steps of the flow, and number of intensity bins of [-1, 1] with a measured noise level.
 TIMES, BINS = 1000, 20
 AIR = -1.0
-# Initial log standard deviation of the latents.
+# Initial log variance of the latents.
 START = -6.0
 
 

@@ -217,6 +217,7 @@ def _by_planes(cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _padded(cells: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, t, h, w, C) -> (B, t + 2, h, w, C): pads the slabs; PyTorch pads the plane itself, without a copy."""
+    """The convolution with two slabs of padding at both ends, (B, t, h, w, C) -> (B, t + 2, h, w, C); conv3d pads
+    without a copy."""
     result = F.conv3d(cells.permute(0, 4, 1, 2, 3), weight, bias, padding=(2, 1, 1), groups=len(weight))
     return result.permute(0, 2, 3, 4, 1)

@@ -131,7 +131,7 @@ class DualEncoder(nn.Module):
 
 
 class Similarity(nn.Module):
-    """From features to unit vectors, and the temperature.
+    """Maps features to unit vectors, and holds the temperature.
 
     ``standardise`` centres and scales each dimension over the global batch before normalising. Encoders trained from
     scratch begin with nearly parallel embeddings, whose differences carry almost no gradient; this removes the common
