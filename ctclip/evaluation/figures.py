@@ -64,7 +64,7 @@ def example(
             axis.imshow(plane, cmap="gray", vmin=low, vmax=high, aspect=down / across, interpolation="bilinear")
             if outline.any():
                 axis.contour(outline.astype(float), levels=[0.5], colors=[MARKED], linewidths=0.9)
-            axis.set_title(f"{view}, {where}\n{name}, {low:.0f} to {high:.0f} HU", fontsize=7.5, color=INK)
+            axis.set_title(f"{view}, {where}\n{name}, {low:.0f} to {high:.0f} HU", fontsize=8.5, color=INK)
             _letters(axis, view)
             axis.axis("off")
     lines = textwrap.wrap(report, 58)
@@ -124,29 +124,6 @@ def auroc_bars(
     axis.set_yticks(rows, [f"{name}  ({defined[name]['positives']})" for name in names], fontsize=8)
     axis.set_xlim(min([0.45, *(value - 0.02), *(low[np.isfinite(low)] - 0.02)]), 1.01)
     axis.set_xlabel("AUROC on held-out patients (positives in brackets)")
-    axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
-
-
-def auroc_pair(path: Path, names: Sequence[str], sides: Sequence[dict[str, Any]]) -> None:
-    """Plot the AUROC of each label in two evaluations with intervals, sorted by the first."""
-    labels = [name for name in sides[0] if name in sides[1] and None not in (sides[0][name]["value"], sides[1][name]["value"])]  # fmt: skip
-    labels.sort(key=lambda name: sides[0][name]["value"])
-    figure, axes = _canvas(1, 1, (8.6, 0.4 * len(labels) + 1.4))
-    axis = axes[0][0]
-    for name, side, colour, mark, shift in zip(names, sides, (BAR, CONTROL), "os", (0.13, -0.13), strict=True):
-        rows = np.arange(len(labels)) + shift
-        low, value, high = (
-            np.array([side[label][key] for label in labels], dtype=float) for key in ("lower", "value", "upper")
-        )
-        axis.hlines(rows, low, high, color=colour, alpha=0.45, linewidth=4)
-        axis.plot(value, rows, mark, color=colour, ms=5, label=f"{name}, 95 % interval")
-    axis.axvline(0.5, color="0.6", lw=0.8)
-    axis.set_yticks(range(len(labels)), labels, fontsize=8)
-    lowest = [side[label][key] for side in sides for label in labels for key in ("lower", "value")]
-    axis.set_xlim(min([0.45, *(value - 0.02 for value in lowest if value is not None)]), 1.01)
-    axis.set_xlabel("AUROC on held-out patients")
     axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)

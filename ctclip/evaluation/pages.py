@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment
 
+from ctclip.evaluation import charts
 from ctclip.preprocessing.files import write_text
 
 UNTRUSTED = " (!)"
@@ -22,7 +23,8 @@ FIGURES = re.compile(
 
 # Marks pages of this kind, which may be replaced.
 MARK = b'<div class="headline">'
-TEMPLATE = """<!doctype html>
+TEMPLATE = (
+    """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>{{ title }}</title>
 <style>
@@ -31,7 +33,7 @@ TEMPLATE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line) }
 figure { margin: 1rem 0 } figure button { border: 0; padding: 0; background: #fff; cursor: zoom-in; max-width: 100% } img { max-width: 100%; height: auto; display: block } figcaption { color: var(--dim); font-size: .87rem }
-dialog { padding: 0; border: 0; max-width: 100vw; max-height: 100vh; background: #fff; overflow: auto; cursor: zoom-out } dialog img { max-width: none } dialog::backdrop { background: #000c }
+dialog { padding: 0; border: 0; max-width: 100vw; max-height: 100vh; background: #fff; overflow: auto; cursor: zoom-out } dialog img { max-width: none; min-width: min(100%, 60rem) } dialog::backdrop { background: #000c }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem } td, th { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0; cursor: pointer } th button::after { content: " \\2195"; color: var(--dim) } th[aria-sort=ascending] button::after { content: " \\2191" } th[aria-sort=descending] button::after { content: " \\2193" }
 :focus-visible { outline: 3px solid #3b82c4; outline-offset: 1px }
@@ -41,13 +43,17 @@ td:first-child, th:first-child, td.words, th.words { text-align: left; white-spa
 td.words + td.words { font-size: .82rem; line-height: 1.35; min-width: 12rem } td { vertical-align: top }
 .beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem }
 .note { color: var(--dim); font-size: .87rem }
-@media print { th button::after { content: "" } }
+"""
+    + charts.STYLE
+    + """@media print { th button::after { content: "" } }
 </style></head><body>
 <h1>{{ title }}</h1>
 <p class="note">{{ subtitle }}</p>
 <div class="headline">{% for value, words in headline %}<div><b>{{ value }}</b>{{ words }}</div>{% endfor %}</div>
 {% for section in sections %}<h2>{{ section.title }}</h2>{% if section.words %}<p>{{ section.words }}</p>{% endif %}
-{% if section.beside %}<div class="beside">{% endif %}{% for caption, data in section.figures %}<figure><button type="button" title="Enlarge"><img alt="{{ caption }}" src="data:image/png;base64,{{ data }}"></button><figcaption>{{ caption }}</figcaption></figure>{% endfor %}{% if section.beside %}</div>{% endif %}
+{% if section.chart %}{% set chart = section.chart %}"""
+    + charts.TEMPLATE
+    + """{% endif %}{% if section.beside %}<div class="beside">{% endif %}{% for caption, data in section.figures %}<figure><button type="button" title="Enlarge"><img alt="{{ caption }}" src="data:image/png;base64,{{ data }}"></button><figcaption>{{ caption }}</figcaption></figure>{% endfor %}{% if section.beside %}</div>{% endif %}
 {% if section.table %}<div class="scroll" tabindex="0" role="region" aria-label="{{ section.title }}"><table><thead><tr>{% for head in section.table[0] %}<th scope="col"{% if section.table[1:] and section.table[1][loop.index0] is words %} class="words"{% endif %}>{{ head }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in section.table[1:] %}<tr>{% for cell in row %}<td{% if cell is words %} class="words"{% endif %}>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endif %}
 {% if section.pre %}<pre tabindex="0">{{ section.pre }}</pre>{% endif %}{% endfor %}
@@ -74,19 +80,23 @@ dialog.onclick = () => dialog.close();
 </script>
 </body></html>
 """
+)
 
 
 def write_page(
     path: Path, *, title: str, subtitle: str, headline: list[tuple[str, str]], sections: list[dict[str, Any]]
 ) -> None:
-    """Write one page. A section has a ``title`` and optionally ``words``, ``figures`` [(caption, png path)] (in two
-    columns if ``beside``), ``table`` (rows, the first is the header) and ``pre`` (preformatted text)."""
+    """Write one page. A section has a ``title`` and optionally ``words``, ``chart`` (see ``charts``), ``figures``
+    [(caption, png path)] (in two columns if ``beside``), ``table`` (rows, the first is the header) and ``pre``
+    (preformatted text)."""
     ready = []
     for section in sections:
         figures = [
             (caption, base64.b64encode(Path(png).read_bytes()).decode()) for caption, png in section.get("figures", [])
         ]
-        ready.append({"words": "", "table": None, "pre": "", "beside": False, **section, "figures": figures})
+        ready.append(
+            {"words": "", "chart": None, "table": None, "pre": "", "beside": False, **section, "figures": figures}
+        )
     environment = Environment(autoescape=True)
     environment.tests["words"] = lambda cell: not FIGURES.fullmatch(str(cell))
     page = environment.from_string(TEMPLATE)

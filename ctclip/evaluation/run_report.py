@@ -14,6 +14,7 @@ import yaml
 
 from ctclip.errors import EvaluationError
 from ctclip.evaluation import figures
+from ctclip.evaluation.charts import Series, auroc_chart
 from ctclip.evaluation.pages import (
     MARK,
     UNTRUSTED_MEANS,
@@ -28,7 +29,6 @@ from ctclip.evaluation.published import published_table
 from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
 from ctclip.preprocessing.plain_yaml import read_yaml
-from ctclip.preprocessing.scratch import scratch_folder
 
 INTERVALS = (
     "Volumes are ranked by their margins before calibration. Intervals are by patient: for the AUROC of an abnormality "
@@ -80,7 +80,7 @@ def write_report(
     figures.auroc_bars(bars, zero["auroc"], zero["mean_auroc"], histogram, controls.get("histogram_mean_auroc"))
     sections: list[dict[str, Any]] = [{
         "title": "Zero-shot detection", "words": f"{_protocol(metrics)}. {INTERVALS}.",
-        "figures": [("AUROC per abnormality", bars)], "table": label_table(zero["auroc"], histogram),
+        "chart": _chart(zero["auroc"], histogram), "table": label_table(zero["auroc"], histogram),
     }]  # fmt: skip
     if metrics.get("paired"):
         sections.append(_paired_section(metrics["paired"]))
@@ -102,37 +102,48 @@ def compare_reports(first: Path, second: Path | None, output: Path) -> Path:
     check_file(output, file_holds(MARK))
     evaluations = [_metrics_of(folder) for folder in (first, second) if folder is not None]
     names = _names([folder for folder, _ in evaluations])
-    with scratch_folder("ctclip-report-") as scratch:
-        sections, headline = [], []
-        for name, (folder, one) in zip(names, evaluations, strict=True):
-            with _figures_of(folder / "metrics.json"):
-                sections += _own_sections(name, one)
-                headline += [(value, f"{words}: {name}") for value, words in _headline(one)]
-        sections = _pictures(names, [folder for folder, _ in evaluations]) + sections
+    sections: list[dict[str, Any]] = []
+    headline = []
+    for name, (folder, one) in zip(names, evaluations, strict=True):
+        with _figures_of(folder / "metrics.json"):
+            sections += _own_sections(name, one, len(evaluations) == 1)
+            headline += [(value, f"{words}: {name}") for value, words in _headline(one)]
+    pictures = _pictures(names, [folder for folder, _ in evaluations])
+    sections = sections + pictures if len(evaluations) == 1 else pictures + sections
+    with _figures_of(*(folder / "metrics.json" for folder, _ in evaluations)):
         if len(evaluations) == 2:
-            with _figures_of(*(folder / "metrics.json" for folder, _ in evaluations)):
-                sections = _side_by_side(names, [one for _, one in evaluations], scratch / "pair.png") + sections
-        with claimed_file(output), _figures_of(*(folder / "metrics.json" for folder, _ in evaluations)):
+            sections = _side_by_side(names, [one for _, one in evaluations]) + sections
+        with claimed_file(output):
             write_page(output, title=" against ".join(names), headline=headline, sections=sections, subtitle="Research only; not a medical device.")  # fmt: skip
     return output
 
 
-def _own_sections(name: str, one: dict[str, Any]) -> list[dict[str, Any]]:
-    """The tables of one of the evaluations of a page."""
+def _chart(per_label: dict[str, Any], histogram: dict[str, float | None] | None) -> dict[str, Any]:
+    """AUROC of each label, and the histogram classifier's."""
+    control = Series("HU-histogram classifier (supervised)", {name: {"value": value} for name, value in (histogram or {}).items()})  # fmt: skip
+    counts = {name: str(entry["positives"]) for name, entry in per_label.items()}
+    return auroc_chart(Series("zero-shot, 95 % interval (positives in brackets)", per_label), control if histogram else None, counts)  # fmt: skip
+
+
+def _own_sections(name: str, one: dict[str, Any], alone: bool) -> list[dict[str, Any]]:
+    """The tables of one of the evaluations of a page, with its chart if it is ``alone``."""
     words = f"{_protocol(one)}. {_subtitle(one)} Thresholds: {one['zero_shot']['thresholds']}."
-    table = label_table(one["zero_shot"]["auroc"], one.get("controls", {}).get("histogram_auroc"))
-    sections: list[dict[str, Any]] = [{"title": name, "words": words, "table": table}]
+    per_label, histogram = one["zero_shot"]["auroc"], one.get("controls", {}).get("histogram_auroc")
+    table = label_table(per_label, histogram)
+    sections: list[dict[str, Any]] = [
+        {"title": name, "words": words, "chart": _chart(per_label, histogram) if alone else None, "table": table}
+    ]
     if one.get("retrieval"):
         sections.append({"title": f"Retrieval: {name}", **_retrieval(one["retrieval"])})
     return [*sections, _published_section(one) | {"title": f"Published figures beside {name}"}]
 
 
 def _pictures(names: list[str], folders: list[Path]) -> list[dict[str, Any]]:
-    """The images saved with the metrics; for two evaluations, their AUROC is drawn in one figure."""
+    """The images saved with the metrics."""
     sections = []
-    for file, title in (("auroc.png", "AUROC per abnormality"), ("reliability.png", "Reliability"), ("loss.png", "Training loss")):  # fmt: skip
+    for file, title in (("reliability.png", "Reliability"), ("loss.png", "Training loss")):
         images = [(name, folder / file) for name, folder in zip(names, folders, strict=True) if (folder / file).is_file()]  # fmt: skip
-        if images and not (len(folders) == 2 and file == "auroc.png"):
+        if images:
             sections.append({"title": title, "figures": images, "beside": len(images) == 2 and file == "loss.png"})
     return sections
 
@@ -151,15 +162,15 @@ def _figures_of(*paths: Path, command: str = "evaluate") -> Iterator[None]:
         ) from error
 
 
-def _side_by_side(names: list[str], pair: list[dict[str, Any]], picture: Path) -> list[dict[str, Any]]:
+def _side_by_side(names: list[str], pair: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The differences between the protocols of two evaluations, then their AUROC for each label."""
     ours, theirs = (one["zero_shot"] for one in pair)
-    figures.auroc_pair(picture, names, [ours["auroc"], theirs["auroc"]])
+    chart = auroc_chart(*(Series(f"{name}, 95 % interval", side["auroc"]) for name, side in zip(names, (ours, theirs), strict=True)))  # fmt: skip
     table = comparison_table(names[0], ours, names[1], theirs)
     words = "Intervals of each; for an interval of the difference, paired by patient: ctclip evaluate ... --against ..."
     return [
         _protocol_differences(names, *pair),
-        {"title": "Side by side", "words": words, "figures": [("AUROC per abnormality", picture)], "table": table},
+        {"title": "Side by side", "words": words, "chart": chart, "table": table},
     ]
 
 

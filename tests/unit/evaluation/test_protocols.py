@@ -23,6 +23,7 @@ from sklearn.metrics import (
 from ctclip.config_files import configs_folder
 from ctclip.errors import ConfigError, EvaluationError
 from ctclip.evaluation.calibration import Calibration
+from ctclip.evaluation.charts import Series, auroc_chart
 from ctclip.evaluation.evaluate import evaluate
 from ctclip.evaluation.pages import label_table
 from ctclip.evaluation.protocol import Protocol, default_protocol, load_protocol
@@ -302,3 +303,21 @@ def test_without_a_protocol_the_label_set_says_what_is_scored() -> None:
     assert default_protocol(None, "", ["x", "Stones"], ["Stones", "y"]).labels == ("Stones",)
     with pytest.raises(EvaluationError, match=r"none of the predicted names \(y \.\.\.\) has a column"):
         default_protocol(None, "", ["x"], ["y"])
+
+
+def test_a_chart_has_every_value_where_it_belongs() -> None:
+    """From 0.4, the tenth below the lowest limit, to 1; a label without a value has no row."""
+    per_label = {
+        "Nodule": {"value": 0.7, "lower": 0.46, "upper": 0.85},
+        "Effusion": {"value": 1.0, "lower": float("nan"), "upper": None},
+        "Hernia": {"value": None, "lower": None, "upper": None},
+    }
+    chart = auroc_chart(Series("ours", per_label), Series("control", {"Nodule": {"value": 0.55}}), {"Nodule": "12"})
+    assert [row["name"] for row in chart["rows"]] == ["Effusion", "Nodule (12)"]
+    assert chart["rows"][0]["marks"] == [{"kind": "first", "left": 100.0, "start": 0, "width": None}]
+    assert chart["rows"][1]["marks"] == [
+        {"kind": "first", "left": 50.0, "start": 10.0, "width": 65.0},
+        {"kind": "second hollow", "left": 25.0, "start": 0, "width": None},
+    ]
+    assert chart["rows"][1]["words"] == "Nodule: ours 0.700 (0.460 to 0.850); control 0.550"
+    assert [tick["value"] for tick in chart["ticks"]] == [0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
