@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,10 @@ QUALITY, LEAST_QUALITY = 60, 20
 GAP = 6
 WINDOWS = {"lung window": (-1350.0, 150.0), "soft-tissue window": (-160.0, 240.0)}
 BINS = np.arange(-1050, 1051, 50)
+MIDDLE = "axial and coronal slice through the middle, sagittal slice through the left lung"
+
+# What slices go through, and its voxel [slice, row, column] of the stored volume as `VolumeStore.read` returns it.
+Place = tuple[str, tuple[int, int, int]]
 
 # Marks pages of this kind, which may be replaced.
 MARK = b"<title>Quality control: "
@@ -43,15 +47,15 @@ TEMPLATE = """<!doctype html>
 body { font: 13px/1.4 system-ui, sans-serif; margin: 1rem; color: #222; background: #fff } h1 { font-size: 1.2rem }
 @media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #15181b } }
 .scan button { border: 0; padding: 0; background: none; cursor: zoom-in; display: block } :focus-visible { outline: 3px solid #3b82c4; outline-offset: 1px }
-dialog { padding: 0; border: 0; background: #111; max-width: 100vw; max-height: 100vh; cursor: zoom-out } dialog img { display: block; width: min(96vw, 150vh) } dialog::backdrop { background: #000c }
+dialog { padding: 0; border: 0; background: #111; max-width: 100vw; max-height: 100vh; cursor: zoom-out } dialog { overflow: auto } dialog img { display: block; width: max(min(96vw, 150vh), 50rem) } dialog::backdrop { background: #000c }
 .sheet { display: flex; flex-wrap: wrap; gap: 10px } .scan { background: #111; color: #ddd; padding: 6px; width: {{ width + 12 }}px; max-width: 100%; box-sizing: border-box }
 .scan.warned { outline: 3px solid #d08020 } .scan img { display: block; width: {{ width }}px; max-width: 100%; height: auto } .scan p { margin: .2rem 0 }
 .scan b { color: #fff } .warning { color: #ffb95e } .note { color: #999 } svg { background: #1c1c1c; display: block }
 </style></head><body><h1>{{ title }}</h1><p>{{ subtitle }}</p>
 {% if refused %}<h2>Refused</h2><ul>{% for name, reason in refused %}<li><b>{{ name }}</b>: {{ reason }}</li>{% endfor %}</ul>{% endif %}
 <div class="sheet">{% for s in scans %}<div class="scan{% if s.warnings %} warned{% endif %}">
-<p><b>{{ s.volume }}</b> {{ s.split }}</p><button type="button" title="Enlarge"><img alt="{{ s.volume }}: axial and coronal slice through the middle, sagittal slice through the left lung; {{ windows }}" src="data:image/webp;base64,{{ s.picture }}"></button>
-<p>{% if s.spacing %}scan {{ s.shape }} voxels of {{ s.spacing }} mm{% endif %}</p>
+<p><b>{{ s.volume }}</b> {{ s.split }}</p><button type="button" title="Enlarge"><img alt="{{ s.volume }}: {{ s.slices }}; {{ windows }}" src="data:image/webp;base64,{{ s.picture }}"></button>
+{% if s.place %}<p>Slices through: {{ s.place }}</p>{% endif %}<p>{% if s.spacing %}scan {{ s.shape }} voxels of {{ s.spacing }} mm{% endif %}</p>
 <svg role="img" aria-label="Histogram of HU" width="100%" height="44" viewBox="0 0 {{ bins }} 44" preserveAspectRatio="none">{% for h in s.bars %}<rect x="{{ loop.index0 }}" y="{{ 44 - h }}" width="1" height="{{ h }}" fill="#7fb2d9"/>{% endfor %}</svg>
 <p>HU -1050 to 1050; {{ s.range }}</p>{% if s.note %}<p class="note">{{ s.note }}</p>{% endif %}{% for w in s.warnings %}<p class="warning">{{ w }}</p>{% endfor %}</div>{% endfor %}</div>
 <dialog aria-label="Slices"><img alt=""></dialog><script>
@@ -75,6 +79,12 @@ class Card:
     range: str
     warnings: list[str]
     note: str
+    place: str
+
+    @property
+    def slices(self) -> str:
+        """Where the slices lie, in words."""
+        return f"axial, coronal and sagittal slice through {self.place.lower()}" if self.place else MIDDLE
 
 
 def quality_page(
@@ -86,11 +96,13 @@ def quality_page(
     count: int = 150,
     expect: Expect = "any",
     windows: Mapping[str, tuple[float, float]] | None = None,
+    place_of: Callable[[str], Place | None] = lambda _: None,
 ) -> int:
     """Write the page of ``count`` stored volumes, starting at ``first``; return the number of volumes with warnings.
 
     ``windows``: HU windows by name, one row of slices each; by default two for a chest. ``expect``: ``chest`` warns of
-    volumes that show no chest.
+    volumes that show no chest. ``place_of``: the finding that the slices of a volume pass through, or None for slices
+    through the middle.
     """
     check_file(output, file_holds(MARK))
     windows = windows or WINDOWS
@@ -104,7 +116,9 @@ def quality_page(
     most = 3 * (MOST_BYTES // max(1, len(page_names)) - WORDS_BYTES) // 4
 
     def card(name: str) -> Card:
-        return _card(store, name, str(cohort.at[name, "split"]), outcomes.get(name), expect, windows, most)
+        return _card(
+            store, name, str(cohort.at[name, "split"]), outcomes.get(name), expect, windows, most, place_of(name)
+        )
 
     with ThreadPoolExecutor() as pool:
         cards = list(track(pool.map(card, page_names), len(page_names), "drawing"))
@@ -115,7 +129,7 @@ def quality_page(
     subtitle = (
         f"Volumes {first + 1} to {first + len(cards)} of {len(names)}, spec {store.spec.name} "
         f"({' x '.join(f'{s:g}' for s in store.spec.spacing)} mm). Rows from top to bottom: {drawn}; the patient's "
-        f"right is on the left. {warned} have warnings."
+        f"right is on the left. {_places(cards)} {warned} have warnings."
     )
     with claimed_file(output):
         write_text(
@@ -131,6 +145,14 @@ def quality_page(
             ),
         )
     return warned
+
+
+def _places(cards: list[Card]) -> str:
+    named = sum(bool(card.place) for card in cards)
+    if not named:
+        return f"Each {MIDDLE}."
+    rest = f"; of the other {len(cards) - named}: {MIDDLE}" if named < len(cards) else ""
+    return f"Of {named} volumes slices through the smallest finding that a mask shows, at the ticks{rest}."
 
 
 def _refused(store: VolumeStore) -> list[tuple[str, str]]:
@@ -150,6 +172,7 @@ def _card(
     expect: Expect,
     windows: Mapping[str, tuple[float, float]],
     most: int,
+    place: Place | None,
 ) -> Card:
     hu = store.read(name)
     if store.spec.published_geometry:
@@ -166,14 +189,19 @@ def _card(
     counted = np.histogram(hu, BINS)[0]
     bars = np.sqrt(counted / max(1, counted.max())) * 42
     return Card(
-        volume=name, split=split, picture=_picture(hu, store.spec.spacing, windows, most), shape=outcome.source_shape if outcome else "",
+        volume=name, split=split, picture=_picture(hu, store.spec.spacing, windows, most, place[1] if place else None), shape=outcome.source_shape if outcome else "",
         spacing=outcome.source_spacing if outcome else "", bars=[round(float(h), 1) for h in bars],
         range=f"{hu.min()} to {hu.max()}", warnings=warnings, note=ALREADY_HU if ALREADY_HU in recorded else "",
+        place=place[0] if place else "",
     )  # fmt: skip
 
 
 def _picture(
-    hu: np.ndarray, spacing: tuple[float, float, float], windows: Mapping[str, tuple[float, float]], most: int
+    hu: np.ndarray,
+    spacing: tuple[float, float, float],
+    windows: Mapping[str, tuple[float, float]],
+    most: int,
+    at: tuple[int, int, int] | None,
 ) -> str:
     """Slices as one base64 WebP, as large as ``most`` bytes allow."""
     # A size at which slices of a phantom fit; noisy slices need more bytes, and several attempts.
@@ -181,7 +209,7 @@ def _picture(
     while True:
         stream = io.BytesIO()
         height = max(height, SMALLEST)
-        _slices(hu, spacing, windows, height).save(
+        _slices(hu, spacing, windows, height, at).save(
             stream, "WEBP", quality=QUALITY if height > SMALLEST else LEAST_QUALITY
         )
         if stream.tell() <= most or height == SMALLEST:
@@ -191,31 +219,47 @@ def _picture(
 
 
 def _slices(
-    hu: np.ndarray, spacing: tuple[float, float, float], windows: Mapping[str, tuple[float, float]], height: int
+    hu: np.ndarray,
+    spacing: tuple[float, float, float],
+    windows: Mapping[str, tuple[float, float]],
+    height: int,
+    at: tuple[int, int, int] | None = None,
 ) -> Image.Image:
-    """Axial and coronal slices through the middle and a sagittal one through the left lung, one row per window. Each is
-    labelled with its slice number, window and sides."""
+    """Axial, coronal and sagittal slices through the voxel ``at``, marked by four lines around it, or else through the
+    middle and the left lung, one row per window. Each is labelled with its slice number, window and sides."""
     dz, dy, dx = spacing
     d, h, w = hu.shape
-    z, y, x = d // 2, h // 2, int(w * 0.66)
+    z, y, x = at or (d // 2, h // 2, int(w * 0.66))
     views = (
-        (hu[z], dy / dx, "RL", f"axial {z + 1} of {d}"),
-        (hu[::-1, y], dz / dx, "RL", f"coronal {y + 1} of {h}"),
-        (hu[::-1, :, x], dz / dy, "AP", f"sagittal {x + 1} of {w}"),
+        (hu[z], dy / dx, "RL", f"axial {z + 1} of {d}", (x, y)),
+        (hu[::-1, y], dz / dx, "RL", f"coronal {y + 1} of {h}", (x, d - 1 - z)),
+        (hu[::-1, :, x], dz / dy, "AP", f"sagittal {x + 1} of {w}", (y, d - 1 - z)),
     )
     sheet = Image.new("L", (3 * height + 2 * GAP, len(windows) * (height + GAP) - GAP))
     for row, (low, high) in enumerate(windows.values()):
-        for column, (plane, aspect, sides, words) in enumerate(views):
+        for column, (plane, aspect, sides, words, (across, down)) in enumerate(views):
             grey = np.clip((plane.astype(np.float32) - low) * (255 / (high - low)), 0, 255).astype(np.uint8)
             tall = grey.shape[0] * aspect
             scale = height / max(tall, grey.shape[1])
             size = (max(1, round(grey.shape[1] * scale)), max(1, round(tall * scale)))
             canvas = Image.new("L", (height, height))
             resized = Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR)
-            canvas.paste(resized, ((height - size[0]) // 2, (height - size[1]) // 2))
+            left, top = (height - size[0]) // 2, (height - size[1]) // 2
+            canvas.paste(resized, (left, top))
+            if at is not None:
+                _tick(canvas, (left + (across + 0.5) * scale, top + (down + 0.5) * aspect * scale))
             _write_on(canvas, sides, words, f"{low:.0f} to {high:.0f} HU")
             sheet.paste(canvas, (column * (height + GAP), row * (height + GAP)))
     return sheet
+
+
+def _tick(canvas: Image.Image, place: tuple[float, float]) -> None:
+    """Four lines towards a place that end before it."""
+    draw, (x, y), gap, length = ImageDraw.Draw(canvas), place, canvas.width * 0.06, canvas.width * 0.07
+    for step_x, step_y in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+        line = [(x + step_x * reach, y + step_y * reach) for reach in (gap, gap + length)]
+        draw.line(line, fill=0, width=max(3, canvas.width // 70))
+        draw.line(line, fill=255, width=max(1, canvas.width // 170))
 
 
 def _write_on(canvas: Image.Image, sides: str, words: str, window: str) -> None:

@@ -38,8 +38,25 @@ def smallest_finding(
         for finding, mask in drawn.of(volume, ready.file_grid):
             share = resample(mask.astype(np.float32), ready.file_grid.affine, shape, ready.affine)
             inside = share >= min(FILLED, float(share.max()) / 2) if share.max() > 0 else np.zeros(shape, bool)
+            if spec.published_geometry:
+                # CT-CLIP indexes its volumes [slice, column, row].
+                inside = inside.transpose(0, 2, 1)
             if inside.any():
                 candidates.append(Focus(finding, inside))
         return min(candidates, key=lambda focus: int(focus.mask.sum()), default=None)
+
+    return of
+
+
+def finding_place(
+    cohort: Path, masks: Path, spec: PreprocessingSpec
+) -> Callable[[str], tuple[str, tuple[int, int, int]] | None]:
+    """A function from a volume's id to the name of its smallest finding and a voxel of that, [slice, row, column]; see
+    ``smallest_finding``."""
+    focus_of = smallest_finding(cohort, masks, spec)
+
+    def of(volume: str) -> tuple[str, tuple[int, int, int]] | None:
+        focus = focus_of(volume)
+        return None if focus is None else (focus.finding, focus.at)
 
     return of

@@ -19,7 +19,7 @@ from ctclip.cli import app
 PACKAGE = Path(ctclip.__file__).parent
 # Options whose name says all, although the command says what of: a method of what, a seed of which draws.
 SAME_NAME = {
-    "--batch", "--budget", "--calibration", "--config", "--count", "--draws", "--expect", "--force", "--geometry", "--head",
+    "--batch", "--budget", "--calibration", "--cohort", "--config", "--count", "--draws", "--expect", "--force", "--geometry", "--head",
     "--hu", "--index", "--label-set", "--labels", "--language", "--largest-gb", "--level", "--linkage", "--method", "--model",
     "--concepts", "--embeddings", "--masks", "--output",
     "--precision", "--processes", "--prompts", "--reader", "--reader-model", "--reports", "--seed", "--series", "--spec", "--split",

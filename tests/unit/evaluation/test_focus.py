@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -20,8 +21,14 @@ from ctclip.preprocessing.store import VolumeStore
 NAMES = load_labels("ct_rate_18").names
 
 
-def test_a_focus_lies_in_its_mask(cohort: Path) -> None:
-    spec = PreprocessingSpec.load("phantom")
+@pytest.mark.parametrize("published", [False, True])
+def test_a_focus_lies_in_its_mask(cohort: Path, published: bool) -> None:
+    """For both orders of indices of stored volumes."""
+    spec = replace(
+        PreprocessingSpec.load("phantom"),
+        published_geometry=published,
+        interpolation="linear" if published else "antialiased",
+    )
     of = smallest_finding(cohort, cohort / "masks", spec)
     looked_at = 0
     for path in sorted((cohort / "masks").rglob("*_findings.nii.gz"))[:6]:
@@ -35,8 +42,10 @@ def test_a_focus_lies_in_its_mask(cohort: Path) -> None:
             continue
         scan = next((cohort / "dataset").rglob(f"{volume}.nii.gz"))
         ready = prepare(scan, spec)
-        assert focus.mask.shape == ready.stored.shape
-        lps = (ready.affine @ [*focus.at, 1])[:3]
+        # The mask is [slice, row, column]; a published volume [slice, column, row].
+        order = [0, 2, 1] if published else [0, 1, 2]
+        assert focus.mask.transpose(order).shape == ready.stored.shape
+        lps = (ready.affine @ [*np.array(focus.at)[order], 1])[:3]
         voxel = np.rint(np.linalg.inv(mask.affine) @ [-lps[0], -lps[1], lps[2], 1])[:3].astype(int)
         # Within a voxel of it: the grids are not the same.
         low = np.maximum(voxel - 1, 0)

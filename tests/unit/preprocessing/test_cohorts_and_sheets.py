@@ -24,7 +24,7 @@ from ctclip.preprocessing import PreprocessingError, PreprocessingSpec, prepare
 from ctclip.preprocessing.anatomy import find_lungs, no_chest
 from ctclip.preprocessing.cohort_run import merge_shards, preprocess_cohort
 from ctclip.preprocessing.cohorts import hold_out, identity, read_cohort
-from ctclip.preprocessing.quality import GAP, LARGEST, WINDOWS, _picture, quality_page
+from ctclip.preprocessing.quality import GAP, LARGEST, WINDOWS, _picture, _slices, quality_page
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.volume import Volume
 from tests.unit.preprocessing.test_dicom import write_series
@@ -204,7 +204,7 @@ def test_a_cd_of_dicom_series_is_its_series(tmp_path: Path, hu: np.ndarray) -> N
 def test_slices_are_as_large_as_the_page_allows(most: int) -> None:
     """Of a noisy volume, which compresses badly."""
     noise = np.random.default_rng(0).normal(-400, 300, (40, 64, 64)).astype(np.int16)
-    data = base64.b64decode(_picture(noise, (5.0, 3.0, 3.0), WINDOWS, most))
+    data = base64.b64decode(_picture(noise, (5.0, 3.0, 3.0), WINDOWS, most, None))
     assert len(data) <= most
     assert len(data) > 0.5 * most
 
@@ -232,6 +232,40 @@ def test_the_quality_page_shows_every_volume_and_every_refusal(tmp_path: Path, h
     assert "broken" in page
     assert "cut short" in page
     assert "5.00 x 4.00 x 4.00" in page
+
+
+def test_slices_go_through_a_place_and_its_ticks_point_there() -> None:
+    """One bright voxel lies between the ticks of all three planes; slices through the middle do not show it."""
+    hu = np.full((20, 24, 28), -1000, np.int16)
+    hu[4, 6, 5] = 100
+    at = np.asarray(_slices(hu, (3.0, 1.0, 1.0), {"lung": (-1000.0, 100.0)}, 280, (4, 6, 5)))
+    # Pixels of the voxel: of a slice of 28 x 24 columns and rows 10 a voxel; of 20 slices of 3 mm, 280 / 60 a mm.
+    mm = 280 / 60
+    axial = (20 + 6.5 * 10, 5.5 * 10)
+    coronal = (15.5 * 3 * mm, 280 + GAP + (280 - 28 * mm) / 2 + 5.5 * mm)
+    sagittal = (15.5 * 3 * mm, 2 * (280 + GAP) + (280 - 24 * mm) / 2 + 6.5 * mm)
+    for row, column in (axial, coronal, sagittal):
+        assert at[round(row), round(column)] > 150
+        for step in (-1, 1):
+            # White in the middle of a tick, on black strokes or air.
+            assert at[round(row) + step * 27, round(column) - 1 : round(column) + 2].max() == 255
+            assert at[round(row) - 1 : round(row) + 2, round(column) + step * 27].max() == 255
+    middle = np.asarray(_slices(hu, (3.0, 1.0, 1.0), {"lung": (-1000.0, 100.0)}, 280))
+    assert middle[round(axial[0]), round(axial[1])] == 0
+
+
+def test_the_quality_page_names_what_its_slices_go_through(tmp_path: Path, hu: np.ndarray) -> None:
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    _nifti(scans, hu)
+    preprocess_cohort(scans, tmp_path / "store", PreprocessingSpec.load("phantom"), workers=1)
+    store = VolumeStore(tmp_path / "store")
+    quality_page(store, tmp_path / "q.html")
+    assert "Each axial and coronal slice through the middle" in (tmp_path / "q.html").read_text()
+    quality_page(store, tmp_path / "q.html", place_of=lambda volume: ("Lung nodule", (4, 6, 5)))
+    page = (tmp_path / "q.html").read_text()
+    assert "Slices through: Lung nodule" in page
+    assert "axial, coronal and sagittal slice through lung nodule" in page
 
 
 def test_what_is_no_chest_is_told(shared: Path) -> None:
