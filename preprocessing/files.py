@@ -82,7 +82,7 @@ def written_beside(
     try:
         yield partial
         flush(partial)
-        os.chmod(partial, 0o666 & ~_umask() if mode is None else mode)
+        os.chmod(partial, permissions() if mode is None else mode)
         # Check again: the caller may have taken hours, and renaming would replace a link or a device.
         refuse_special(Path(path))
         if once:
@@ -196,8 +196,9 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _umask() -> int:
+def permissions() -> int:
+    """The permissions of a new file by the user's umask."""
     # The umask can be read only by setting it; mkstemp has made the file private to its owner.
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    return 0o666 & ~mask

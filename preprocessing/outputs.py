@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.errors import PreprocessingError
-from ctclip.preprocessing.files import kind_of, refuse_special, sweep, write_text
+from ctclip.preprocessing.files import kind_of, permissions, refuse_special, sweep, write_text
 
 LOCK, RUN = ".lock", "run.json"
 HOLDER = b"process "
@@ -74,7 +74,8 @@ def check_replaceable(path: str | os.PathLike[str], is_ours: Recognised, what: s
 
 
 def put_in_place(partial: Path, final: Path, is_ours: Recognised, what: str) -> None:
-    """Rename the folder ``partial`` to ``final``; an existing ``final`` is replaced if ``is_ours``.
+    """Rename the folder ``partial`` to ``final``; an existing ``final`` is replaced if ``is_ours``. Its files get the
+    permissions of the user's umask: safetensors, for one, writes for the owner alone.
 
     A folder cannot be renamed over another, so the old one is first renamed to a random name, and restored if the new
     one cannot be moved.
@@ -85,6 +86,9 @@ def put_in_place(partial: Path, final: Path, is_ours: Recognised, what: str) -> 
         if kind_of(final) is not None:
             aside = Path(tempfile.mkdtemp(prefix=f".{final.name[:60]}.", suffix=".replaced", dir=final.parent))
             final.rename(aside / final.name)
+        for path in partial.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                path.chmod(permissions())
         partial.rename(final)
     except OSError as error:
         if aside is not None:

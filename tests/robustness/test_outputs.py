@@ -505,6 +505,17 @@ def test_a_folder_that_another_command_puts_in_place_stays(
     assert not list(tmp_path.glob("*.replaced/final"))
 
 
+def test_files_of_a_folder_in_its_place_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    """Though a library, as safetensors does, wrote one for its owner alone."""
+    (tmp_path / "partial" / "heads").mkdir(parents=True)
+    (tmp_path / "mine").touch()
+    for name in ("weights", "heads/weights"):
+        (tmp_path / "partial" / name).touch(0o600)
+    put_in_place(tmp_path / "partial", tmp_path / "final", lambda _: True, "folder")
+    for name in ("weights", "heads/weights"):
+        assert (tmp_path / "final" / name).stat().st_mode == (tmp_path / "mine").stat().st_mode
+
+
 def test_what_a_killed_command_left_is_removed_by_who_holds_the_lock(tmp_path: Path) -> None:
     left = [tmp_path / ".e.parquet.a1b2c3d_.partial", tmp_path / ".run.json.12345678.partial"]
     mine = [
