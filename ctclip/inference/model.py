@@ -408,17 +408,28 @@ def asking(
 ) -> PromptHead:
     """A head that scores ``names`` with ``prompts``; names are resolved by the model's label set, so that aliases work.
     ``known``: a head whose calibration is used for the names it shares, if its prompts are the same. Raises PromptError
-    if ``names`` is empty or contains anything but names."""
+    if ``names`` is empty or contains anything but names, or only words outside the model's vocabulary."""
     prompt_set = load_prompts(prompts) if isinstance(prompts, str) else prompts
     findings = None if names is None else list(dict.fromkeys(folder.labels.resolve(n) or n for n in _checked(names)))
     if findings is None and not prompt_set.names():
         findings = list(folder.labels.names)
+    for name in set(findings or ()) - set(folder.labels.names) - set(prompt_set.names()):
+        _check_readable(folder.model.text_encoder.tokenizer, name)
     head = PromptHead(folder.model, prompt_set, findings)
     if known is not None and known.source == head.source:
         head.calibration = known.calibration
     elif known is not None and known.calibration is not None:
         _unused(f"the calibration of {folder.path} was fitted to {known.source}, not to {head.source}")
     return head
+
+
+def _check_readable(tokenizer: Any, text: str) -> None:
+    """Of a text of unknown tokens alone, in another script say, every score would be the same and mean nothing."""
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if all(token == tokenizer.unk_token_id for token in tokens):
+        raise PromptError(
+            f"{text[:60]!r}: the model knows none of these words; use the language of its training reports"
+        )
 
 
 def _checked(names: str | Sequence[str]) -> list[str]:
@@ -431,7 +442,7 @@ def _checked(names: str | Sequence[str]) -> list[str]:
         (repr(name) for name in every if not isinstance(name, str) or not name.strip() or CONTROL.search(name)), None
     )
     if wrong is not None or not every:
-        raise PromptError(f"expected names of abnormalities, found {'none' if wrong is None else wrong[:60]}")
+        raise PromptError(f"expected a finding in words, found {'none' if wrong is None else wrong[:60]}")
     return [" ".join(name.split()) for name in every]
 
 

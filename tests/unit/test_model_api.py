@@ -79,8 +79,14 @@ def test_a_model_says_what_it_is(folder: Path) -> None:
 
 @pytest.mark.parametrize("names", [[], "", " ", ["Mass", ""], ["Mass", None], 5, b"Mass", "Mass\x1b[31m", [["Mass"]]])
 def test_names_that_are_none_are_refused(folder: Path, scan: Path, names: Any) -> None:
-    with pytest.raises(PromptError, match="expected names of abnormalities"):
+    with pytest.raises(PromptError, match="expected a finding in words"):
         ctclip.load(folder).detect(scan, names)
+
+
+@pytest.mark.parametrize("text", ["左肾囊肿", "كيس في الكلية", "a" * 500])
+def test_words_that_the_model_cannot_read_are_not_scored(folder: Path, scan: Path, text: str) -> None:
+    with pytest.raises(PromptError, match="knows none of these words"):
+        ctclip.load(folder).detect(scan, text)
 
 
 def test_a_prepared_scan_is_detected_and_embedded_as_the_scan_is(folder: Path, scan: Path) -> None:
