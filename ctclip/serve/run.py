@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from pathlib import Path
 
 import uvicorn
@@ -16,8 +17,8 @@ from ctclip.serve.settings import Settings
 
 
 def run(settings: Settings, host: str, port: int, certificate: Path | None, key: Path | None) -> None:
-    """Serve until SIGINT or SIGTERM. Raises DataError if the address is in use, and CtclipError if the model, store or
-    index is missing."""
+    """Serve until SIGINT or SIGTERM. Raises DataError if the address is in use or the certificate cannot be used, and
+    CtclipError if the model, store or index is missing."""
     # Check what can be checked before the model is loaded.
     if settings.store is not None:
         VolumeStore(settings.store)
@@ -27,6 +28,8 @@ def run(settings: Settings, host: str, port: int, certificate: Path | None, key:
         raise DataError(
             f"{settings.model}: not a model folder; training, `ctclip export` and `import-checkpoint` make one"
         )
+    if certificate is not None and key is not None:
+        _check_tls(certificate, key)
     listening = _socket(host, port)
     scheme = "https" if certificate else "http"
     print(
@@ -43,6 +46,20 @@ def run(settings: Settings, host: str, port: int, certificate: Path | None, key:
     server.run(sockets=[listening])
     if client.failed:
         raise DataError(client.failed)
+
+
+def _check_tls(certificate: Path, key: Path) -> None:
+    for path in (certificate, key):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; give the certificate and its private key as PEM files")
+    try:
+        # An empty password, so that nobody is asked for one.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except OSError as error:
+        raise DataError(
+            f"{certificate}, {key}: not a certificate and its private key, as PEM files without a password "
+            f"({getattr(error, 'reason', None) or error.strerror})"
+        ) from error
 
 
 def _socket(host: str, port: int) -> socket.socket:

@@ -302,7 +302,8 @@ class Worker:
             # The message of other errors may contain a path of the service.
             line = f"an unexpected fault ({getattr(error, 'strerror', None) or type(error).__name__})"
         # Do not reveal the folder of the upload.
-        line = line.replace(f"{request.get('folder', '')}/", "") if request.get("folder") else line
+        if folder := request.get("folder"):
+            line = line.replace(f"{folder}/", "").replace(folder, "the upload")
         self.send(request["request"], refused=line[:500])
         if request["task"] == "encode":
             self.scans.finish(request["scan"])

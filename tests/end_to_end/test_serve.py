@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -40,7 +42,7 @@ def scans(cohort: Path) -> list[Path]:
 class Served:
     """A service in a process of its own."""
 
-    def __init__(self, *arguments: object, folder: Path) -> None:
+    def __init__(self, *arguments: object, folder: Path, verify: ssl.SSLContext | bool = True) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
@@ -52,7 +54,7 @@ class Served:
         line = self.process.stdout.readline()
         assert "serving on" in line, line + self.process.stdout.read()
         self.address = line.split()[2]
-        self.client = httpx.Client(base_url=self.address, timeout=120)
+        self.client = httpx.Client(base_url=self.address, timeout=120, verify=verify)
         self.wait()
 
     def wait(self) -> None:
@@ -183,6 +185,11 @@ def test_bad_scans_are_one_line(served: Served, tmp_path: Path) -> None:
     detail = answer.json()["detail"]
     assert "\n" not in detail
     assert str(served.folder) not in detail
+    # Of several files, the folder is what is wrong.
+    several = [("scan", (f"{number}.dcm", b"no slice")) for number in range(3)]
+    answer = served.client.post("/v1/detect", files=several)
+    assert answer.status_code == 422
+    assert str(served.folder) not in answer.text
     assert served.client.post("/v1/detect", data={"x": "y"}).status_code == 400
     assert served.client.post("/v1/detect", json={"scan": "x"}).status_code == 400
     assert served.uploads() == []
@@ -279,9 +286,24 @@ def test_a_killed_service_leaves_no_process_and_the_next_removes_its_uploads(ser
     assert served.uploads() == []
 
 
-def test_a_token_is_asked_for_and_nothing_is_left_or_logged(model: Path, scans: list[Path], tmp_path: Path) -> None:
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_with_tls_a_token_is_asked_for_and_nothing_is_left_or_logged(
+    model: Path, scans: list[Path], tmp_path: Path
+) -> None:
+    """The certificate is one of OpenSSL; a client that does not know it, and one without TLS, gets nothing."""
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
     (tmp_path / "token").write_text("secret\n")
-    service = Served("--model", model, "--token-file", tmp_path / "token", folder=tmp_path / "tmp")
+    arguments = ("--token-file", tmp_path / "token", "--tls-certificate", certificate, "--tls-key", key)
+    known = ssl.create_default_context(cafile=str(certificate))
+    service = Served("--model", model, *arguments, folder=tmp_path / "tmp", verify=known)
+    assert service.address.startswith("https://")
+    with pytest.raises(httpx.ConnectError, match="certificate verify failed"):
+        httpx.get(f"{service.address}/healthz")
+    with pytest.raises(httpx.RemoteProtocolError):
+        httpx.get(f"{service.address}/healthz".replace("https", "http"))
     path = tmp_path / "Doe^Jane.nii.gz"
     path.write_bytes(scans[0].read_bytes())
     assert service.client.get("/v1/models").status_code == 401
@@ -300,6 +322,8 @@ def test_a_token_is_asked_for_and_nothing_is_left_or_logged(model: Path, scans: 
         (["--model", "MODEL", "--store", "nowhere"], "not a volume store"),
         (["--model", "MODEL", "--index", "nowhere"], "nowhere"),
         (["--model", "MODEL", "--tls-key", "key.pem"], "go together"),
+        (["--model", "MODEL", "--tls-certificate", "no.pem", "--tls-key", "no.pem"], "no.pem"),
+        (["--model", "MODEL", "--tls-certificate", __file__, "--tls-key", __file__], "certificate"),
     ],
 )
 def test_bad_arguments_are_one_line(model: Path, arguments: list[str], reason: str) -> None:
