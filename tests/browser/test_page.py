@@ -95,6 +95,19 @@ def test_keys_move_and_windows_change(page: Any, scan: Path) -> None:
     assert bright_pixels(page) != lung
     page.keyboard.press("a")
     assert page.get_attribute("[data-plane=axial]", "aria-pressed") == "true"
+    page.keyboard.press("+")
+    assert page.is_visible("#whole")
+    page.keyboard.press("0")
+    assert page.is_hidden("#whole")
+    # A window chosen with the right mouse button is not called by the name of another.
+    box = page.locator("#canvas").bounding_box()
+    page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.4 * box["height"])
+    page.mouse.down(button="right")
+    page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.6 * box["height"], steps=3)
+    page.mouse.up(button="right")
+    page.wait_for_timeout(200)
+    chosen = page.evaluate("document.getElementById('window').selectedOptions[0].textContent")
+    assert re.match(r"by hand \(W \d+, L -?\d+\)", chosen)
 
 
 def test_distances_are_those_between_the_points(page: Any, scan: Path) -> None:
@@ -350,6 +363,78 @@ def test_a_phone(browser: Any, looked_at: Served, scan: Path, scheme: str) -> No
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     brightness = sum(map(int, re.findall(r"\d+", background)[:3])) / 3
     assert (brightness > 200) == (scheme == "light")
+    context.close()
+
+
+class Fingers:
+    """Touches of a page, as Chromium gets them from a screen; places are those of the canvas."""
+
+    def __init__(self, page: Any) -> None:
+        page.locator("#canvas").scroll_into_view_if_needed()
+        box = page.locator("#canvas").bounding_box()
+        self.left, self.top, self.height = box["x"], box["y"], box["height"]
+        self.page, self.session = page, page.context.new_cdp_session(page)
+
+    def move(self, *paths: tuple[tuple[float, float], tuple[float, float]], steps: int = 10) -> None:
+        """Each finger goes from the first to the second place of its path."""
+        for step in range(steps + 1):
+            points = [
+                {"id": finger, "x": self.left + x + (to_x - x) * step / max(steps, 1), "y": self.top + y + (to_y - y) * step / max(steps, 1)}
+                for finger, ((x, y), (to_x, to_y)) in enumerate(paths)
+            ]  # fmt: skip
+            self.send("touchMove" if step else "touchStart", points)
+        self.send("touchEnd", [])
+        self.page.wait_for_timeout(200)
+
+    def send(self, kind: str, points: list[dict[str, float]]) -> None:
+        self.session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+
+def test_touch(browser: Any, looked_at: Served, scan: Path) -> None:
+    """A tap and a drag move the crosshair, two fingers scroll or zoom, a finding is tapped; the page itself still scrolls."""
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto(looked_at.address)
+    send(page, scan)
+
+    def place() -> list[float]:
+        return page.evaluate("viewer.at()")
+
+    fingers = Fingers(page)
+    middle, window = place(), page.input_value("#window")
+    fingers.move(((150, 70), (150, 70)), steps=0)
+    tapped = place()
+    assert math.dist(tapped, middle) > 10
+    fingers.move(((150, 70), (190, 90)))
+    dragged = place()
+    # In the plane that is touched, to the patient's left and back.
+    assert dragged[0] < tapped[0] - 10
+    assert dragged[1] < tapped[1] - 5
+    assert dragged[2] == pytest.approx(tapped[2], abs=1e-3)
+    fingers.move(((150, 100), (150, 40)), ((190, 100), (190, 40)))
+    scrolled = place()
+    assert abs(scrolled[2] - dragged[2]) > 5
+    assert page.is_hidden("#whole")
+    plain = page.evaluate("viewer.picture()")
+    fingers.move(((150, 70), (110, 70)), ((190, 70), (230, 70)))
+    assert place() == pytest.approx(scrolled, abs=1e-3)
+    assert page.evaluate("viewer.picture()") != plain
+    assert page.evaluate("visualViewport.scale") == 1
+    page.tap("#whole")
+    assert page.evaluate("viewer.picture()") == plain
+    assert page.input_value("#window") == window
+
+    page.evaluate("scrollTo(0, 0)")
+    fingers.left, fingers.top = 0, 0
+    fingers.move(((200, 250), (200, 20)), steps=20)
+    assert page.evaluate("scrollY") > 100
+    name, finding = page.evaluate("scan"), page.inner_text("#findings .name >> nth=2")
+    page.tap("#findings .name >> nth=2")
+    page.wait_for_selector("#clear:not([hidden])", timeout=WAIT)
+    peak = looked_at.client.get(f"/v1/scans/{name}/explain", params={"finding": finding}).json()["peak_mm_ras"]
+    assert place() == pytest.approx(peak, abs=8)
+    box = page.locator("#canvas").bounding_box()
+    assert -1 <= box["y"] < 844 - box["height"] + 1
     context.close()
 
 

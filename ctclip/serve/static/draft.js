@@ -43,11 +43,16 @@ function list(sentences) {
   const lines = element("ul", undefined, { class: "sentences" });
   for (const sentence of sentences) {
     const line = element("li", sentence.text, sentence.denied ? { class: "denied" } : {});
-    const claims = sentence.claims.length ? sentence.claims.map((claim) => claimOf(claim)) : [element("span", "not checked", { class: "claim", title: "It states no finding that the model knows." })];
+    // Two words for one finding are two claims of the same.
+    const claims = sentence.claims.length ? sentence.claims.filter((claim, number, all) => all.findIndex((other) => same(claim, other)) === number).map((claim) => claimOf(claim)) : [element("span", "not checked", { class: "claim", title: "It states no finding that the model knows." })];
     line.append(" ", ...claims);
     lines.append(line);
   }
   return lines;
+}
+
+function same(claim, other) {
+  return ["finding", "status", "side", "denied"].every((key) => claim[key] === other[key]);
 }
 
 // For a denied claim, show the probability of the finding, as in the table, because the threshold need not be 50 %.
@@ -57,7 +62,7 @@ function denial(claim, percent) {
 }
 
 function claimOf(claim) {
-  const percent = (share) => `${(100 * share).toFixed(1)} %`;
+  const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`;
   const text = claim.probability === null ? `${claim.finding}: not scored` : claim.denied ? denial(claim, percent) : `${claim.finding} ${claim.status} ${percent(claim.probability)}`;
   if (claim.probability === null || claim.status !== "present") return element("span", text, { class: "claim" });
   const button = element("button", text, { type: "button", class: "claim", title: "Show where" });

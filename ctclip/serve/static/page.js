@@ -7,9 +7,12 @@ let ofStore = false;  // whether it is a volume of the store, whose position in 
 let turn = 0;         // counts the chosen scans: late answers for an earlier one are dropped
 let sending = null;   // the request that uploads a scan
 let started = null;   // the viewer, created on first use
+const MATCHES = 100;  // stored volumes suggested at a time
 let caveats = [];     // warnings that the top of the page already shows
 // The interval covers only the uncertainty of the calibration.
 const INTERVAL = " Below each probability, and as a line on the scale, is its 95 % confidence interval, which depends on the number of patients used for calibration. It holds for patients like them.";
+let chosen = null;    // the stored volume that was picked
+let stored = [];      // names of the volumes of the store
 let mark = null;      // starting point for measuring with the keyboard, in mm
 let mapped = null;    // the finding whose map lies over the scan
 
@@ -50,6 +53,8 @@ function refuse(error) {
   say("");
   $("reason").textContent = error.message || String(error);
   $("reason").hidden = false;
+  // What was asked may be far below.
+  $("reason").scrollIntoView({ block: "nearest" });
 }
 
 async function describeModel() {
@@ -62,10 +67,13 @@ async function describeModel() {
   $("notice").textContent = [facts.notice, ...sentences].join(" ");
   $("neighbours").dataset.there = facts.index ? "yes" : "";
   offerDraft(facts.draft);
+  const window = facts.spec.hu_window;
+  $("own").value = window.join();
+  $("own").textContent = `the model's ${windowWords(...window)}`;
   $("stored").hidden = !facts.stored.length;
   $("pacs").hidden = !facts.dicomweb;
-  // Thousands of options: created only when the field is used.
-  $("volume").addEventListener("focus", () => $("volumes").replaceChildren(...facts.stored.slice(0, 5000).map((name) => element("option", undefined, { value: name }))), { once: true });
+  stored = facts.stored;
+  $("volume").placeholder = `${stored.length.toLocaleString("en")} volumes: type to search`;
 }
 
 // fetch cannot report the progress of an upload.
@@ -108,7 +116,10 @@ async function follow(id, seen) {
 }
 
 async function look(form) {
+  const name = form.get("volume");
   forget();
+  chosen = name;
+  if (!name) $("volume").value = "";
   ofStore = form.has("volume");
   const mine = turn;
   say("sending", 0);
@@ -132,16 +143,19 @@ async function look(form) {
 // Remove the scan from the page and the service, and abort an upload in progress.
 function forget() {
   turn++;
+  chosen = null;
   if (sending) sending.abort();
   if (scan) call(`/v1/scans/${scan}`, { method: "DELETE", keepalive: true }).catch(() => {});
   scan = sending = null;
   say("");
   $("reason").hidden = $("results").hidden = $("viewer").hidden = true;
+  $("invite").hidden = false;
   $("warnings").replaceChildren();
 }
 
 function show(facts) {
   $("results").hidden = false;
+  $("invite").hidden = true;
   document.querySelector("[data-save='dicom.zip']").hidden = !facts.dicom;
   $("deposit").hidden = !facts.dicom || $("pacs").hidden;
   $("deposited").textContent = "";
@@ -175,18 +189,26 @@ function row(finding) {
   if (finding.threshold !== null) { const mark = element("b"); mark.style.left = `${100 * finding.threshold}%`; scale.append(mark); }
   first.append(name, scale);
   for (const [what, value] of Object.entries(finding.values || {})) first.append(element("div", `${what}: ${value.toFixed(1)} if present`, { class: "note" }));
-  const percent = (share) => (100 * share).toFixed(1), probability = element("td", `${percent(finding.probability)} %`);
-  if (finding.interval) probability.append(element("div", `${finding.interval.map(percent).join(" to ")} %`, { class: "note" }));
-  line.append(first, probability, element("td", finding.threshold === null ? "none" : `${percent(finding.threshold)} %`));
+  const percent = (share) => (100 * share).toFixed(1), probability = element("td", `${percent(finding.probability)}\u00a0%`);
+  if (finding.interval) probability.append(element("div", `${finding.interval.map(percent).join(" to ")}\u00a0%`, { class: "note" }));
+  line.append(first, probability, element("td", finding.threshold === null ? "none" : `${percent(finding.threshold)}\u00a0%`));
   return line;
+}
+
+function openViewer() {
+  started ??= viewer.start($("canvas"), {
+    place, window: nameWindow,
+    distance: (mm) => { $("distance").textContent = `${mm.toFixed(1)} mm measured.`; },
+    zoom: (factor) => { $("whole").hidden = factor === 1; },
+  }).catch((error) => { started = null; throw error; });
+  return started;
 }
 
 async function showScan(id) {
   const buffer = await (await call(`/v1/scans/${id}/view.nii.gz`)).arrayBuffer();
   if (id !== scan) return;
   $("viewer").hidden = false;
-  started ??= viewer.start($("canvas"), place, (distance) => { $("distance").textContent = `${distance.toFixed(1)} mm measured.`; });
-  try { await started; } catch (error) { started = null; throw error; }
+  await openViewer();
   mark = null;
   $("distance").textContent = "";
   $("clear").click();
@@ -203,11 +225,22 @@ function place({ mm, hu }) {
 
 const limits = () => $("window").value.split(",").map(Number);
 const setWindow = () => viewer.range(...limits());
+const windowWords = (low, high) => `(W ${Math.round(high - low)}, L ${Math.round((low + high) / 2)})`;
+
+function nameWindow(low, high) {
+  const value = `${low},${high}`, known = [...$("window").options].filter((option) => !option.hidden);
+  if (!known.some((option) => option.value === value)) {
+    $("hand").value = value;
+    $("hand").textContent = `by hand ${windowWords(low, high)}`;
+  }
+  $("window").value = value;
+}
 
 async function where(name, button) {
   const asked = scan;
   try {
     button.disabled = true;
+    $("reason").hidden = true;
     const facts = await (await call(`/v1/scans/${asked}/explain?finding=${encodeURIComponent(name)}`)).json();
     const map = await (await call(`/v1/scans/${asked}/map.nii.gz?finding=${encodeURIComponent(name)}`)).arrayBuffer();
     if (asked !== scan) return null;
@@ -272,7 +305,29 @@ for (const id of ["files", "folder"]) {
   // Clear the field, so that the same file can be chosen again.
   $(id).onchange = () => { if ($(id).files.length) { look(formOf($(id).files)); $(id).value = ""; } };
 }
-$("volume").onchange = () => { if (!$("volume").value) return; const form = new FormData(); form.append("volume", $("volume").value); look(form); };
+// Few of many options: a browser draws each.
+function suggest() {
+  const words = $("volume").value.trim().toLowerCase();
+  const matches = stored.filter((name) => name.toLowerCase().includes(words)).slice(0, MATCHES);
+  $("volumes").replaceChildren(...matches.map((name) => element("option", undefined, { value: name })));
+}
+
+function choose() {
+  const name = $("volume").value.trim();
+  if (!name || name === chosen) return;
+  chosen = name;
+  const form = new FormData();
+  form.append("volume", name);
+  look(form);
+}
+
+$("volume").onfocus = suggest;
+$("volume").oninput = (event) => {
+  suggest();
+  // An option that was picked, which is no change yet for some browsers.
+  if ((!event.inputType || event.inputType === "insertReplacementText") && stored.includes($("volume").value)) choose();
+};
+$("volume").onchange = choose;
 $("pacs").onsubmit = async (event) => {
   event.preventDefault();
   $("reason").hidden = true;
@@ -315,6 +370,7 @@ $("cancel").onclick = forget;
 window.addEventListener("pagehide", (event) => { if (!event.persisted) forget(); });
 $("window").onchange = setWindow;
 $("ruler").onclick = () => { const on = $("ruler").getAttribute("aria-pressed") !== "true"; $("ruler").setAttribute("aria-pressed", on); viewer.ruler(on); if (!on) $("distance").textContent = ""; };
+$("whole").onclick = () => viewer.whole();
 $("clear").onclick = () => { viewer.overlay(null); cover(null); $("mapped").textContent = ""; };
 $("remove").onclick = forget;
 for (const button of document.querySelectorAll("[data-save]")) {
@@ -331,6 +387,7 @@ for (const button of document.querySelectorAll("[data-plane]")) {
 $("ask").onsubmit = async (event) => {
   event.preventDefault();
   const asked = scan;
+  $("reason").hidden = true;
   try {
     const finding = await (await call(`/v1/scans/${asked}/text`, {
       method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ text: $("text").value }),
@@ -342,6 +399,8 @@ $("canvas").onkeydown = (event) => {
   const moves = { ArrowLeft: [-1, 0, 0], ArrowRight: [1, 0, 0], ArrowUp: [0, 1, 0], ArrowDown: [0, -1, 0], PageUp: [0, 0, 1], PageDown: [0, 0, -1] };
   if (event.key === "x") { mark = mark ? null : viewer.at(); $("distance").textContent = mark ? "Mark set: move to measure from it; x removes it." : ""; }
   if (moves[event.key]) { event.preventDefault(); viewer.step(...moves[event.key]); }
+  const factor = { "+": 1.25, "-": 0.8, 0: 0 }[event.key];
+  if (factor !== undefined && !event.ctrlKey && !event.metaKey) viewer.zoom(factor);
 };
 document.onkeydown = (event) => {
   if ($("viewer").hidden || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName) || event.ctrlKey || event.metaKey || event.altKey) return;
@@ -350,5 +409,5 @@ document.onkeydown = (event) => {
   if ("1234".includes(event.key)) { $("window").selectedIndex = Number(event.key) - 1; setWindow(); }
 };
 describeModel().catch(refuse);
-// After the first frame has been drawn.
-requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(() => viewer.load().catch(() => {}), 100)));
+// After the first frame has been drawn; compiling the viewer's shaders takes a second where there is no GPU.
+requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(() => openViewer().catch(() => {}), 100)));
