@@ -14,8 +14,7 @@ COPY preprocessing preprocessing
 COPY ctclip ctclip
 RUN python -m venv /opt/ctclip \
     && /opt/ctclip/bin/pip install torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
-    && /opt/ctclip/bin/pip install --constraint constraints.txt ".[serve,index,dicom]" \
-    && find /opt/ctclip -name '__pycache__' -prune -exec rm -rf {} +
+    && /opt/ctclip/bin/pip install --constraint constraints.txt ".[serve,index,dicom]"
 
 FROM python:3.11.14-slim-bookworm
 COPY --from=build /opt/ctclip /opt/ctclip
@@ -23,7 +22,7 @@ RUN useradd --system --uid 10001 --no-create-home ctclip
 USER 10001
 ENV PATH=/opt/ctclip/bin:$PATH PYTHONDONTWRITEBYTECODE=1 TMPDIR=/tmp
 EXPOSE 8000
-HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
+HEALTHCHECK --interval=30s --timeout=5s --start-period=120s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
 ENTRYPOINT ["ctclip"]
 CMD ["serve", "--model", "/model", "--host", "0.0.0.0"]
