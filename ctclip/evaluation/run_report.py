@@ -165,7 +165,8 @@ def _figures_of(*paths: Path, command: str = "evaluate") -> Iterator[None]:
 def _side_by_side(names: list[str], pair: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The differences between the protocols of two evaluations, then their AUROC for each label."""
     ours, theirs = (one["zero_shot"] for one in pair)
-    chart = auroc_chart(*(Series(f"{name}, 95 % interval", side["auroc"]) for name, side in zip(names, (ours, theirs), strict=True)))  # fmt: skip
+    first, second = (Series(f"{name}, 95 % interval", side["auroc"]) for name, side in zip(names, (ours, theirs), strict=True))  # fmt: skip
+    chart = auroc_chart(first, second)
     table = comparison_table(names[0], ours, names[1], theirs)
     words = "Intervals of each; for an interval of the difference, paired by patient: ctclip evaluate ... --against ..."
     return [
