@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,27 @@ from ctclip.inference.run import report_embeddings, report_texts, run_key
 from ctclip.inference.scans import StoredScans
 from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing.csv_files import write_csv
-from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.files import write_text, written_beside
 from ctclip.preprocessing.outputs import claimed_folder, made_by_us
 from ctclip.preprocessing.store import VolumeStore
 
-TABLES = ("pairs.csv", "pairs.html")
+TABLES = ("pairs.csv", "pairs.json", "pairs.html")
 COMMAND = "filter-pairs"
 COLUMNS = ("volume", "patient", "scan", "score", "worse_share", "match", "side", "note")
 SHOWN = 60
+
+
+@dataclass(frozen=True)
+class WrongPairs:
+    """Estimated shares of the pairs with a report: whose report is another's, and whose report exchanges left and right.
+    ``exchanged`` is 0 if sides were not looked at."""
+
+    swapped: float
+    exchanged: float
+
+    @property
+    def wrong(self) -> float:
+        return min(1.0, self.swapped + self.exchanged)
 
 
 class MirroredScans(StoredScans):
@@ -52,8 +67,9 @@ def filter_pairs(
     batch: int = 8,
     seed: int = 0,
     force: bool = False,
-) -> pd.DataFrame:
-    """Score the pairs of ``split``, write ``TABLES`` into ``output`` and return the table (``COLUMNS``), the worst first.
+) -> tuple[pd.DataFrame, WrongPairs]:
+    """Score the pairs of ``split``, write ``TABLES`` into ``output`` and return the table (``COLUMNS``), the worst first,
+    and how many of the pairs seem to be wrong.
 
     ``sides``: encode mirror images too, to see reports with left and right exchanged; ``keep``: keep the scores in the
     store, where ``data.min_pair_score`` and ``data.best_pairs`` read them.
@@ -62,16 +78,17 @@ def filter_pairs(
         raise DataError(f"{store.path}: cannot be written into, and --keep saves the scores there; leave it out")
     key = run_key(loaded.hash, str(store.path.resolve()), split, sides, seed)
     with claimed_folder(output, COMMAND, key, TABLES, lambda folder: made_by_us(folder), force=force):
-        pairs = score_pairs(
+        pairs, wrong = score_pairs(
             loaded, store, split, embeddings or output / "embeddings", sides=sides, batch=batch, seed=seed
         )
         with written_beside(output / "pairs.csv") as partial:
             write_csv(partial, pairs.drop(columns="text"), float_format="%.5g")
-        _write_page(output / "pairs.html", store, split, pairs)
+        write_text(output / "pairs.json", json.dumps({"pairs": len(pairs), **asdict(wrong), "wrong": wrong.wrong}, indent=2))
+        _write_page(output / "pairs.html", store, split, pairs, wrong)
     pairs = pairs.drop(columns="text")
     if keep:
         write_pair_scores(store, pairs[["volume", "score", "worse_share"]].assign(model=loaded.hash))
-    return pairs
+    return pairs, wrong
 
 
 def score_pairs(
@@ -83,8 +100,8 @@ def score_pairs(
     sides: bool = True,
     batch: int = 8,
     seed: int = 0,
-) -> pd.DataFrame:
-    """``COLUMNS`` and the report's text of every stored volume of ``split``, the worst first.
+) -> tuple[pd.DataFrame, WrongPairs]:
+    """``COLUMNS`` and the report's text of every stored volume of ``split``, the worst first, and how many seem wrong.
 
     score, match, side: log odds that a pair is right (of match and side, if right and wrong are equally frequent; of the score, as
     frequent as they seem), -inf without a report; side: NaN if it names none. Raises DataError for fewer than ``FEWEST_PAIRS`` pairs.
@@ -103,7 +120,7 @@ def score_pairs(
     patients = table["patient"].to_numpy(dtype=str)
     match, side = np.full(len(table), -np.inf), np.full(len(table), np.nan)
     match[known], swapped = match_scores(volumes[known], reports[known], patients[known], seed=seed)
-    exchanged = 0.5
+    exchanged, sided = 0.5, np.zeros(len(table), bool)
     if sides:
         said = signed_sentences(loaded.model, texts)
         sided = said.any(axis=1)
@@ -123,10 +140,11 @@ def score_pairs(
         text=texts,
     )
     scored["worse_share"] = worse_share(scored["score"].to_numpy())
-    return scored.sort_values(["score", "volume"], ignore_index=True)[[*COLUMNS, "text"]]
+    wrong = WrongPairs(swapped, exchanged * float(np.isfinite(side).sum() / known.sum()))
+    return scored.sort_values(["score", "volume"], ignore_index=True)[[*COLUMNS, "text"]], wrong
 
 
-def _write_page(path: Path, store: VolumeStore, split: str, pairs: pd.DataFrame) -> None:
+def _write_page(path: Path, store: VolumeStore, split: str, pairs: pd.DataFrame, wrong: WrongPairs) -> None:
     scored = pairs[pairs["note"] == ""]
     head = ["volume", "score", "of the match", "of the sides", "report"]
     columns = (scored[name].head(SHOWN) for name in ("volume", "score", "match", "side", "text"))
@@ -141,8 +159,9 @@ def _write_page(path: Path, store: VolumeStore, split: str, pairs: pd.DataFrame)
         "0, read the report beside the volume.",
     }]  # fmt: skip
     headline = [
-        (f"{len(scored):,}", "pairs"), (f"{int((scored['match'] < 0).sum()):,}", "fit another volume as well"),
-        (f"{int((scored['side'] < 0).sum()):,}", f"fit better with sides exchanged (of {int(scored['side'].notna().sum()):,} that name one)"),
+        (f"{wrong.swapped:.0%}", "of the reports seem to belong to another volume"),
+        (f"{wrong.exchanged:.0%}", f"seem to exchange left and right ({int(scored['side'].notna().sum()):,} name a side)"),
+        (f"{len(scored):,}", "pairs"),
         (f"{len(pairs) - len(scored):,}", "without a report"),
     ]  # fmt: skip
     write_page(path, title="Pairs of volume and report", subtitle=f"{store.path.name}, split {split}", headline=headline, sections=sections)  # fmt: skip
