@@ -83,7 +83,9 @@ def filter_pairs(
         )
         with written_beside(output / "pairs.csv") as partial:
             write_csv(partial, pairs.drop(columns="text"), float_format="%.5g")
-        write_text(output / "pairs.json", json.dumps({"pairs": len(pairs), **asdict(wrong), "wrong": wrong.wrong}, indent=2))
+        write_text(
+            output / "pairs.json", json.dumps({"pairs": len(pairs), **asdict(wrong), "wrong": wrong.wrong}, indent=2)
+        )
         _write_page(output / "pairs.html", store, split, pairs, wrong)
     pairs = pairs.drop(columns="text")
     if keep:

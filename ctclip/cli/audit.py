@@ -23,7 +23,7 @@ def doubles(
     ),
     embeddings: Path = typer.Option(
         None,
-        help="With --model: folder of embeddings that commands share. Default: the folder embeddings in the output.",
+        help="Folder of embeddings and measures that commands share. Default: the folder embeddings in the output.",
     ),
     batch: int = typer.Option(8, min=1, help="With --model: number of volumes in a batch."),
     force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
@@ -51,7 +51,7 @@ def doubles(
         loaded = load_model(model, distributed.device())
         scans = StoredScans(opened, split, loaded.spec, loaded.path)
         embed = partial(cached_embeddings, loaded, scans, embeddings or output / "embeddings", batch)
-    result = write_doubles(opened, output, split=split, embed=embed, force=force)
+    result = write_doubles(opened, output, split=split, embed=embed, cache=embeddings, force=force)
     pairs = result.pairs
     for pair in pairs.head(10).itertuples():
         print(f"{pair.first} and {pair.second}: {pair[9]}, correlation {pair.correlation:.2f}")
@@ -73,7 +73,8 @@ def data(
         Path("audit"), "--output", "-o", help="Folder for data_audit.csv, concepts.csv and data_audit.html."
     ),
     embeddings: Path = typer.Option(
-        None, help="Folder of embeddings that commands share. Default: the folder embeddings in the output."
+        None,
+        help="Folder of embeddings and measures that commands share. Default: the folder embeddings in the output.",
     ),
     batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
     force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
@@ -114,7 +115,8 @@ def model_(
         Path("model_audit"), "--output", "-o", help="Folder for errors.csv, fairness.csv, shortcuts.csv and the page."
     ),
     embeddings: Path = typer.Option(
-        None, help="Folder of embeddings that commands share. Default: the folder embeddings in the output."
+        None,
+        help="Folder of embeddings and measures that commands share. Default: the folder embeddings in the output.",
     ),
     batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
     force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
