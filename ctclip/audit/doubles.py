@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ctclip.audit.fingerprints import candidates, compare, compare_whole, middles_differ, slice_vectors
+from ctclip.audit.fingerprints import (
+    candidates,
+    compare,
+    compare_whole,
+    correlation,
+    fingerprint,
+    middles_differ,
+    slice_vectors,
+)
 from ctclip.audit.pictures import pictures
 from ctclip.data.dataset import stored_volumes
 from ctclip.preprocessing.doubles import recurring_reports
@@ -84,6 +92,28 @@ def compare_closely(
 
     with ThreadPoolExecutor(2) as pool:
         return np.array(list(track(pool.map(closely, pairs, orders), len(pairs), "comparing", "pairs")))
+
+
+def copied_pairs(store: VolumeStore, table: pd.DataFrame, vectors: np.ndarray) -> dict[str, str]:
+    """Scans whose report is another patient's, word for word, and whose volume is a copy of that patient's, with the scan that
+    comes first.
+
+    table: rows of a cohort table; vectors (n, dim): unit vectors of the volumes. Compared are each volume and its nearest among
+    those with the same report.
+    """
+    rows = {scan: row for row, scan in reversed(list(enumerate(table["scan"])))}
+    copies: dict[str, str] = {}
+    for group in recurring_reports(table):
+        of_group = np.array(sorted(rows[scan] for scan in group))
+        names = dict(enumerate(table["volume"].iloc[of_group]))
+        near = _nearest_embeddings(list(names.values()), dict(zip(names.values(), vectors[of_group], strict=True)), np.arange(len(of_group)))  # fmt: skip
+        for one, other in sorted(set(near)):
+            first, second = (store.read(names[place]) for place in (one, other))
+            _, is_reversed = correlation(fingerprint(first, store.spec), fingerprint(second, store.spec))
+            if compare_whole(first, second, store.spec, is_reversed) >= COPY:
+                scans = [str(table["scan"].iloc[of_group[place]]) for place in (one, other)]
+                copies.setdefault(scans[1], copies.get(scans[0], scans[0]))
+    return copies
 
 
 def _nearest_embeddings(

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ctclip.adaptation.examples import cached_embeddings
+from ctclip.audit.doubles import copied_pairs
 from ctclip.audit.pairs import FEWEST_PAIRS, match_scores, pair_scores, side_scores, worse_share
 from ctclip.audit.sides import mirrored, signed_sentences
 from ctclip.data.pair_scores import write_pair_scores
@@ -106,7 +107,7 @@ def score_pairs(
     """``COLUMNS`` and the report's text of every stored volume of ``split``, the worst first, and how many seem wrong.
 
     score, match, side: log odds that a pair is right (of match and side, if right and wrong are equally frequent; of the score, as
-    frequent as they seem), -inf without a report; side: NaN if it names none. Raises DataError for fewer than ``FEWEST_PAIRS`` pairs.
+    frequent as they seem), -inf without a report, and for the score of a copy of another pair; side: NaN if it names none. Raises DataError for fewer than ``FEWEST_PAIRS`` pairs.
     """
     scans = StoredScans(store, split, loaded.spec, loaded.path)
     vectors = cached_embeddings(loaded, scans, cache, batch)
@@ -134,11 +135,15 @@ def score_pairs(
             there = np.flatnonzero(sided)
             turned = np.stack([mirror[table["volume"].iloc[row]] for row in there])
             side[there], exchanged = side_scores(volumes[there] - turned, said[there], patients[there], seed=seed)
+    copies = copied_pairs(store, table, volumes)
+    first = [copies.get(scan) for scan in table["scan"]]
     scored = table[["volume", "patient", "scan"]].assign(
-        score=pair_scores(match, side, swapped, exchanged),
+        score=np.where(pd.isna(first), pair_scores(match, side, swapped, exchanged), -np.inf),
         match=match,
         side=side,
-        note=np.where(known, "", "no report"),
+        note=[
+            f"copy of {scan}" if scan else "" if told else "no report" for scan, told in zip(first, known, strict=True)
+        ],
         text=texts,
     )
     scored["worse_share"] = worse_share(scored["score"].to_numpy())

@@ -57,7 +57,7 @@ def seed_result(store: Path, folder: Path, recipe: Recipe, seed: int) -> dict[st
     if not (pairs / "pairs.csv").is_file():
         ctclip("filter-pairs", "--model", swapped / "train" / "model", "--store", swapped / "store", "--keep", "--output", pairs)  # fmt: skip
     scored = pd.read_csv(pairs / "pairs.csv")
-    kept = round(1 - json.loads((pairs / "pairs.json").read_text())["swapped"], 2)
+    kept = round(1 - json.loads((pairs / "pairs.json").read_text())["wrong"], 2)
     left_out = scored["worse_share"] < 1 - kept
     result["dropped"], result["precision"] = float(left_out.mean()), float(scored["volume"][left_out].isin(wrong).mean())  # fmt: skip
     result["filtered"] = trained(swapped / "store", folder / "filtered", recipe, seed, kept)

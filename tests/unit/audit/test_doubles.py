@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from ctclip.audit.doubles import find_doubles
+from ctclip.audit.doubles import copied_pairs, find_doubles
 from ctclip.audit.doubles_page import write_doubles
 from ctclip.audit.fingerprints import candidates, correlation, detail, fingerprint, slice_vectors
 from ctclip.audit.pictures import pictures
@@ -76,6 +76,16 @@ def test_the_correlation_is_pearsons_where_they_overlap() -> None:
     expected = np.corrcoef(one[inside].ravel(), other[inside].ravel())[0, 1]
     assert correlation(hu, hu + noise)[0] == pytest.approx(expected, abs=1e-4)
     assert correlation(hu, texture(1))[0] < 0.6
+
+
+def test_a_copied_pair_is_told_from_a_report_that_recurs(textures: VolumeStore) -> None:
+    # Volumes 5 and 7 have the report of 3 and 29, but other voxels.
+    table = textures.cohort.copy()
+    report = table["findings"][table["volume"] == "volume_3"].item()
+    table.loc[table["volume"].isin(["volume_5", "volume_7"]), "findings"] = report
+    vectors = np.random.default_rng(0).normal(0, 1, (len(table), 8))
+    assert copied_pairs(textures, table, vectors) in ({"volume_3": "volume_29"}, {"volume_29": "volume_3"})
+    assert copied_pairs(textures, textures.cohort.assign(findings="Normal."), vectors) == {}
 
 
 def test_volumes_of_one_scan_are_not_compared() -> None:
