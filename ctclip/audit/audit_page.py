@@ -138,6 +138,8 @@ def labels_and_margins(
     with torch.inference_mode():
         margins = score(torch.from_numpy(vectors).to(loaded.model.device)).float().cpu().numpy()
     labels = label_array(table, labels_of_columns("audited", known)).astype(float)
+    if np.isnan(labels).all():
+        raise DataError(f"{store.path}: no volume that is audited has a label; errors cannot be counted without")
     return labels, margins[:, [head.names.index(name) for name in known]]
 
 

@@ -30,15 +30,19 @@ TABLES = ("pairs.csv", "pairs.json", "pairs.html")
 COMMAND = "filter-pairs"
 COLUMNS = ("volume", "patient", "scan", "score", "worse_share", "match", "side", "note")
 SHOWN = 60
+# A model whose surest tenth of the pairs has log odds below this does not tell reports apart.
+SURE = 1.0
 
 
 @dataclass(frozen=True)
 class WrongPairs:
     """Estimated shares of the pairs with a report: whose report is another's, and whose report exchanges left and right.
-    ``exchanged`` is 0 if sides were not looked at."""
+    ``exchanged`` is 0 if sides were not looked at. ``told``: whether the model tells reports apart at all; without, the shares
+    mean nothing."""
 
     swapped: float
     exchanged: float
+    told: bool
 
     @property
     def wrong(self) -> float:
@@ -122,7 +126,8 @@ def score_pairs(
     reports = report_embeddings(loaded.model, texts)
     patients = table["patient"].to_numpy(dtype=str)
     match, side = np.full(len(table), -np.inf), np.full(len(table), np.nan)
-    match[known], swapped = match_scores(volumes[known], reports[known], patients[known], seed=seed)
+    scale = float(loaded.model.similarity.scale().detach())
+    match[known], swapped = match_scores(volumes[known], reports[known], patients[known], scale=scale, seed=seed)
     exchanged, sided = 0.5, np.zeros(len(table), bool)
     if sides:
         said = signed_sentences(loaded.model, texts)
@@ -147,7 +152,8 @@ def score_pairs(
         text=texts,
     )
     scored["worse_share"] = worse_share(scored["score"].to_numpy())
-    wrong = WrongPairs(swapped, exchanged * float(np.isfinite(side).sum() / known.sum()))
+    told = bool(np.quantile(match[known], 0.9) >= SURE)
+    wrong = WrongPairs(swapped, exchanged * float(np.isfinite(side).sum() / known.sum()), told)
     return scored.sort_values(["score", "volume"], ignore_index=True)[[*COLUMNS, "text"]], wrong
 
 
@@ -166,8 +172,14 @@ def _write_page(path: Path, store: VolumeStore, split: str, pairs: pd.DataFrame,
         "0, read the report beside the volume.",
     }]  # fmt: skip
     headline = [
-        (f"{wrong.swapped:.0%}", "of the reports seem to belong to another volume"),
-        (f"{wrong.exchanged:.0%}", f"seem to exchange left and right ({int(scored['side'].notna().sum()):,} name a side)"),
+        *(
+            [
+                (f"{wrong.swapped:.0%}", "of the reports seem to belong to another volume"),
+                (f"{wrong.exchanged:.0%}", f"seem to exchange left and right ({int(scored['side'].notna().sum()):,} name a side)"),
+            ]
+            if wrong.told
+            else [("unknown", "how many are wrong: the model does not tell these reports apart")]
+        ),
         (f"{len(scored):,}", "pairs"),
         (f"{len(pairs) - len(scored):,}", "without a report"),
     ]  # fmt: skip

@@ -2,12 +2,14 @@
 
 Volumes and reports are taken as jointly normal, with the canonical correlations (Hotelling 1936) of the pairs of other
 patients. The score of a pair is log p(report | volume) - log p(report), calibrated with pairs that are known to be wrong:
-below 0, the report fits another volume as well as this one. Fitted twice, the second time without the worst pairs of the first, as a small filtering model
+below 0, the report fits another volume as well as this one. The similarity that the model itself was trained for is evidence
+too, and joins in the calibration. Fitted twice, the second time without the worst pairs of the first, as a small filtering model
 trained on a cleaner part (Fang et al. 2023, "Data filtering networks").
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,8 @@ DOUBTED = 0.15
 # noise.
 MOST_AXES, MOST_AXES_OF_SIDES = 64, 24
 FEWEST_PAIRS = 50
+# Volumes at a time that are compared with all reports, which bounds memory.
+TOGETHER = 512
 # Quantiles of the scores of wrong pairs at which pairs are counted.
 PLACES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
@@ -71,15 +75,17 @@ class Joint:
 
 
 def match_scores(
-    volumes: np.ndarray, reports: np.ndarray, patients: np.ndarray, *, seed: int = 0
+    volumes: np.ndarray, reports: np.ndarray, patients: np.ndarray, *, scale: float, seed: int = 0
 ) -> tuple[np.ndarray, float]:
-    """(n,) log odds that a report belongs to its volume rather than to another, from the pairs of other patients, and the
-    share of pairs that seem to be swapped.
+    """(n,) log odds that a report belongs to its volume rather than to another, from the pairs of other patients and from the
+    model's own similarity, and the share of pairs that seem to be swapped.
 
-    volumes (n, d), reports (n, e) embeddings; patients (n,).
+    volumes, reports (n, d) embeddings; patients (n,); scale: the model's inverse temperature.
     """
-    scores, wrong = _cross_fitted(volumes, reports, patients, seed, centred=False)
-    return _calibrated(scores, wrong, symmetric=False), share_wrong(scores, wrong)
+    scores, wrong, partner = _cross_fitted(volumes, reports, patients, seed, centred=False)
+    both = (scores, wrong), contrasts(volumes, reports, partner, scale)
+    right, others = _calibrated([kind[0] for kind in both], [kind[1] for kind in both], symmetric=False)
+    return right, share_wrong(right, others)
 
 
 def side_scores(
@@ -91,8 +97,28 @@ def side_scores(
     asymmetry (n, d): embedding of each volume less that of its mirror image; sides (n, e): what the report says of the left
     less what it says of the right (``sides.signed_sentences``). Only pairs whose report names a side.
     """
-    scores, wrong = _cross_fitted(asymmetry, sides, patients, seed, centred=True)
-    return _calibrated(scores, wrong, symmetric=True), share_wrong(scores, wrong)
+    scores, wrong, _ = _cross_fitted(asymmetry, sides, patients, seed, centred=True)
+    return _calibrated([scores], [wrong], symmetric=True)[0], share_wrong(scores, wrong)
+
+
+def contrasts(
+    volumes: np.ndarray, reports: np.ndarray, partner: np.ndarray, scale: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) how much more similar each volume and its report are than either is to those of other pairs, as the contrastive loss
+    counts it: the sum of both log softmaxes. And the same of each volume with the report of its ``partner`` (n,)."""
+    from scipy.special import logsumexp
+
+    of_volumes, of_reports = np.empty(len(volumes)), np.full(len(volumes), -np.inf)
+    for first in range(0, len(volumes), TOGETHER):
+        part = slice(first, first + TOGETHER)
+        similarity = scale * volumes[part] @ reports.T
+        of_volumes[part] = logsumexp(similarity, axis=1)
+        of_reports = np.logaddexp(of_reports, logsumexp(similarity, axis=0))
+    own, other = (
+        2 * scale * np.sum(volumes * reports[row], axis=1) - of_volumes - of_reports[row]
+        for row in (np.arange(len(volumes)), partner)
+    )
+    return own, other
 
 
 def pair_scores(match: np.ndarray, side: np.ndarray, swapped: float, exchanged: float) -> np.ndarray:
@@ -115,12 +141,17 @@ def share_wrong(scores: np.ndarray, wrong: np.ndarray) -> float:
 
 def _cross_fitted(
     volumes: np.ndarray, reports: np.ndarray, patients: np.ndarray, seed: int, *, centred: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) scores of the pairs, and of as many that are wrong: with another report of the fold, or mirrored."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(n,) scores of the pairs, and of as many that are wrong: with the report of another pair of the fold, whose number is the
+    third, or mirrored."""
     names, member = np.unique(patients, return_inverse=True)
     fold = (np.random.default_rng(seed).permutation(len(names)) % FOLDS)[member]
     volumes, reports = volumes.astype(float), reports.astype(float)
     scores, wrong = np.zeros(len(volumes)), np.zeros(len(volumes))
+    partner = np.arange(len(volumes))
+    for number in range(FOLDS):
+        own = np.flatnonzero(fold == number)
+        partner[own] = np.roll(own, len(own) // 2)
     kept = np.ones(len(volumes), bool)
     for _ in range(2):
         for number in range(FOLDS):
@@ -132,21 +163,29 @@ def _cross_fitted(
                 wrong[own] = -scores[own]
             else:
                 scores[own] = joint.log_ratio(volumes[own], reports[own])
-                wrong[own] = joint.log_ratio(volumes[own], reports[np.roll(own, len(own) // 2)])
+                wrong[own] = joint.log_ratio(volumes[own], reports[partner[own]])
         kept = scores >= np.quantile(scores, DOUBTED)
-    return scores, wrong
+    return scores, wrong, partner
 
 
-def _calibrated(scores: np.ndarray, wrong: np.ndarray, *, symmetric: bool) -> np.ndarray:
-    """Log odds by logistic regression (Platt 1999) of scores of pairs against those of wrong pairs: a normal that is fitted to
-    few pairs is too sure of itself, the more so the farther out a pair lies. The order of the scores stays."""
+def _calibrated(
+    scores: Sequence[np.ndarray], wrong: Sequence[np.ndarray], *, symmetric: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) log odds of the pairs and of the wrong pairs, by logistic regression (Platt 1999) of one or more scores of either: a
+    normal that is fitted to few pairs is too sure of itself, the more so the farther out a pair lies. A score that would count
+    against a pair is left out."""
     from sklearn.linear_model import LogisticRegression
 
-    compressed = [np.sign(side) * np.log1p(np.abs(side)) for side in (scores, wrong)]
-    truth = np.repeat([1, 0], [len(scores), len(wrong)])
-    line = LogisticRegression(C=1e3, fit_intercept=not symmetric).fit(np.concatenate(compressed)[:, None], truth)
-    slope = max(0.0, float(line.coef_[0, 0]))
-    return np.asarray(slope * compressed[0] + float(line.intercept_[0] if not symmetric else 0.0))
+    both = [np.concatenate(kind) for kind in zip(scores, wrong, strict=True)]
+    inputs = np.column_stack([np.sign(values) * np.log1p(np.abs(values)) for values in both])
+    if not symmetric:
+        inputs = (inputs - inputs.mean(axis=0)) / np.maximum(inputs.std(axis=0), 1e-12)
+    truth = np.repeat([1, 0], len(inputs) // 2)
+    for _ in range(len(both)):
+        line = LogisticRegression(C=1e3, fit_intercept=not symmetric).fit(inputs, truth)
+        inputs = np.where(line.coef_[0] > 0, inputs, 0.0)
+    odds = inputs @ np.maximum(line.coef_[0], 0) + (float(line.intercept_[0]) if not symmetric else 0.0)
+    return odds[: len(odds) // 2], odds[len(odds) // 2 :]
 
 
 def worse_share(scores: np.ndarray) -> np.ndarray:

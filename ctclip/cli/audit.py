@@ -84,6 +84,7 @@ def data(
     `ctclip audit data --model runs/demo/train/model --store store --output audit`
     """
     from ctclip import distributed
+    from ctclip.audit.associations import FEWEST_PATIENTS
     from ctclip.audit.audit_page import DATA_TABLES, write_data_audit
     from ctclip.audit.concepts import load_concepts
     from ctclip.models.folder import load_model
@@ -100,6 +101,8 @@ def data(
     for line in lines.head(10).itertuples():
         mark = "*" if line.significant else " "
         print(f"{mark} {line.concept} | {line.group} | {line.where}: {line.difference:+.2f} ({line.lower:+.2f} to {line.upper:+.2f}), adjusted p {line.adjusted_p:.2g}")  # fmt: skip
+    if lines.empty:
+        print(f"note: nothing could be compared: every comparison needs {FEWEST_PATIENTS} patients on each side")
     print(f"{len(lines)} comparisons, {int(lines['significant'].sum())} significant after correction (*)")
     print(f"tables and page: {output} ({', '.join(DATA_TABLES)})")
 
@@ -126,6 +129,7 @@ def model_(
     `ctclip audit model --model runs/demo/train/model --store store --split valid --output model_audit`
     """
     from ctclip import distributed
+    from ctclip.audit.associations import FEWEST_PATIENTS
     from ctclip.audit.audit_page import MODEL_TABLES, write_model_audit
     from ctclip.audit.concepts import load_concepts
     from ctclip.inference.model import usable_head
@@ -147,6 +151,8 @@ def model_(
         batch=batch,
         force=force,
     )
+    if wrong.empty and fair.empty and short.empty:
+        print(f"note: nothing could be compared: every comparison needs {FEWEST_PATIENTS} patients on each side")
     for line in wrong.head(5).itertuples():
         print(f"{'*' if line.significant else ' '} errors with {line.concept}: {line.difference:+.2f} ({line.lower:+.2f} to {line.upper:+.2f})")  # fmt: skip
     for line in fair.head(3).itertuples():

@@ -57,11 +57,15 @@ def filter_pairs(
     for pair in pairs[pairs["note"] == ""].head(10).itertuples():
         sides_words = f", sides {pair.side:.1f}" if pair.side == pair.side else ""
         print(f"{pair.volume}: score {pair.score:.1f} (match {pair.match:.1f}{sides_words})")
-    print(
-        f"{len(pairs)} pairs: about {wrong.swapped:.0%} of the reports seem to belong to another volume, "
-        f"{wrong.exchanged:.0%} to exchange left and right"
-    )
-    if keep:
+    counts = f"{len(pairs)} pairs, {int((pairs['note'] != '').sum())} of them without a report or copies of another"
+    if wrong.told:
+        print(
+            f"{counts}; about {wrong.swapped:.0%} of the reports seem to belong to another volume, {wrong.exchanged:.0%} to "
+            f"exchange left and right"
+        )
+    else:
+        print(f"{counts}; this model does not tell their reports apart, and its scores say nothing")
+    if keep and wrong.told:
         best = 1 - wrong.wrong
         print(f"kept in {store}: `ctclip train data.best_pairs={best:.2f}` leaves out as many, those that fit least")
     print(f"table and page: {output} ({', '.join(TABLES)})")
