@@ -190,8 +190,8 @@ def _model_page(
         sections: list[dict[str, Any]] = [
             {
                 "title": "Where it errs", "table": _comparisons(wrong),
-                "words": f"{_found(significant, len(wrong), BY_DISCOVERY)} Difference of the error (cross-entropy, mean over labels) between volumes "
-                "that show a concept more than half of them do, and the others.",
+                "words": f"{_found(significant, len(wrong), BY_DISCOVERY)} Difference of the error (cross-entropy beyond that of volumes with "
+                "the same labels, mean over labels) between volumes that show a concept more than half of them do, and the others.",
             },
             {
                 "title": "Groups", "table": _fairness_rows(fair) if len(fair) else None,
@@ -205,10 +205,11 @@ def _model_page(
             },
             *[_examples(scratch, store, sheet, str(name)) for name in _pictured(sheet, wrong)],
         ]  # fmt: skip
-        headline = [(f"{significant}", f"concepts with other errors (of {len(wrong)})")]
+        headline = [(f"{significant}", f"concepts with larger or smaller errors (of {len(wrong)})")]
         if len(fair):
             worst = fair.iloc[0]
-            headline.append((f"{worst['difference']:+.3f}", f"AUROC of {worst['group']} {worst['value']} to the others, the worst group"))  # fmt: skip
+            interval = f"95 % interval {worst['difference_lower']:+.3f} to {worst['difference_upper']:+.3f}"
+            headline.append((f"{worst['difference']:+.3f}", f"AUROC of {worst['group']} {worst['value']} to the others, the worst group ({interval})"))  # fmt: skip
         if len(short):
             best = short.iloc[0]
             headline.append((f"{best['embeddings']:.2f}", f"accuracy of {best['group']} from embeddings (chance {best['chance']:.2f})"))  # fmt: skip
@@ -222,16 +223,19 @@ def _pictured(sheet: Sheet, lines: pd.DataFrame) -> list[str]:
 
 
 def _examples(scratch: Path, store: VolumeStore, sheet: Sheet, name: str) -> dict[str, Any]:
-    """Slices of the volumes with the most and the least of a concept."""
+    """Slices of the volumes with the most and the least of a concept, beside each other."""
     values = sheet.values[:, sheet.names.index(name)]
     order = [row for row in np.argsort(values, kind="stable") if np.isfinite(values[row])]
+    most, least = order[::-1][:EXAMPLES], order[:EXAMPLES]
     figures = []
-    for words, rows in (("most", order[::-1][:EXAMPLES]), ("least", order[:EXAMPLES])):
-        for row in rows:
-            volume = str(sheet.table["volume"].iloc[row])
-            png = scratch / f"{len(list(scratch.iterdir()))}.png"
-            slices_of(store, volume).save(png)
-            figures.append((f"{words}: {volume} ({values[row]:.3g})", png))
+    # In turn, so that each has a column of the page.
+    for words, row in [
+        pair for rows in zip(most, least, strict=True) for pair in zip(("most", "least"), rows, strict=True)
+    ]:
+        volume = str(sheet.table["volume"].iloc[row])
+        png = scratch / f"{len(list(scratch.iterdir()))}.png"
+        slices_of(store, volume).save(png)
+        figures.append((f"{words}: {volume} ({values[row]:.3g})", png))
     return {"title": f"Examples: {name}", "figures": figures, "beside": True}
 
 

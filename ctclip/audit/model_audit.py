@@ -29,10 +29,12 @@ SHORTCUTS = ("group", "values", "volumes", "embeddings", "histogram", "chance")
 
 
 def errors(labels: np.ndarray, margins: np.ndarray) -> np.ndarray:
-    """(n,) cross-entropy of each volume, the mean over its known labels, in nats.
+    """(n,) cross-entropy of each volume, the mean over its known labels, in nats, beyond that of volumes with the same labels.
 
     labels (n, L) of 0, 1 and NaN; margins (n, L). Each label's margins are first fitted to its labels by a line (Platt
-    1999), so that an uncalibrated label does not drown the others. NaN for a volume without a known label.
+    1999), so that an uncalibrated label does not drown the others. The rarer class has the larger error, so that whatever goes
+    with many findings would seem to go with errors: both classes are set to the label's mean. NaN for a volume without a
+    known label.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -45,7 +47,9 @@ def errors(labels: np.ndarray, margins: np.ndarray) -> np.ndarray:
         scores = margins[known, column : column + 1]
         spread = scores.std() or 1.0
         logits = LogisticRegression(C=1e3).fit(scores / spread, truth).decision_function(scores / spread)
-        losses[known, column] = np.logaddexp(0, logits) - truth * logits
+        loss = np.logaddexp(0, logits) - truth * logits
+        of_class = np.array([loss[truth == value].mean() for value in (0, 1)])
+        losses[known, column] = loss - of_class[truth.astype(int)] + loss.mean()
     counted = ~np.isnan(losses)
     total = np.where(counted, losses, 0).sum(axis=1)
     return np.divide(total, counted.sum(axis=1), out=np.full(len(labels), np.nan), where=counted.any(axis=1))

@@ -197,6 +197,9 @@ def test_errors_and_fairness() -> None:
     loss = errors(labels, margins)
     assert np.isnan(loss[0])
     assert loss[1:].mean() < log_loss(labels[1:, 0], np.full(PATIENTS - 1, labels[1:, 0].mean()))
+    # Each class of a label has the same mean error, however rare it is.
+    one = errors(labels[:, :1], margins[:, :1])
+    assert np.nanmean(one[labels[:, 0] == 1]) == pytest.approx(np.nanmean(one[labels[:, 0] == 0]))
     lines = audit_errors(made, loss)
     by_sex = lines[lines["concept"] == "sex: F"].iloc[0]
     assert by_sex["significant"]
