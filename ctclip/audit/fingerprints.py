@@ -33,7 +33,7 @@ SLICE_VALUES = 32
 # The share of a volume's slices that must be found again in a copy of it, which may be cropped.
 SHARED = 0.6
 # Two volumes whose middles, this share of each axis, correlate less at 4 mm are no copies, and are not compared as a whole.
-MIDDLE, MAYBE = 0.6, 0.6
+MIDDLE, MAYBE = 0.6, 0.7
 # HU a step in which the detail of a middle is kept, of one byte a voxel.
 STEP = 4.0
 # A middle of fewer voxels along an axis tells too little.
