@@ -174,13 +174,13 @@ def _write_page(path: Path, store: VolumeStore, split: str, pairs: pd.DataFrame,
     headline = [
         *(
             [
-                (f"{wrong.swapped:.0%}", "of the reports seem to belong to another volume"),
-                (f"{wrong.exchanged:.0%}", f"seem to exchange left and right ({int(scored['side'].notna().sum()):,} name a side)"),
+                (f"{wrong.swapped:.1%}", "of the reports seem to belong to another volume"),
+                (f"{wrong.exchanged:.1%}", f"seem to exchange left and right ({int(scored['side'].notna().sum()):,} name a side)"),
             ]
             if wrong.told
             else [("unknown", "how many are wrong: the model does not tell these reports apart")]
         ),
         (f"{len(scored):,}", "pairs"),
-        (f"{len(pairs) - len(scored):,}", "without a report"),
+        (f"{len(pairs) - len(scored):,}", "without a report, or copies of another"),
     ]  # fmt: skip
     write_page(path, title="Pairs of volume and report", subtitle=f"{store.path.name}, split {split}", headline=headline, sections=sections)  # fmt: skip
