@@ -13,7 +13,7 @@ import pandas as pd
 
 from ctclip.adaptation.examples import cached_embeddings
 from ctclip.audit.doubles import copied_pairs
-from ctclip.audit.pairs import FEWEST_PAIRS, match_scores, pair_scores, side_scores, worse_share
+from ctclip.audit.pairs import FEWEST_PAIRS, exchanged_alone, match_scores, pair_scores, side_scores, worse_share
 from ctclip.audit.sides import mirrored, signed_sentences
 from ctclip.data.pair_scores import write_pair_scores
 from ctclip.errors import DataError
@@ -140,6 +140,7 @@ def score_pairs(
             there = np.flatnonzero(sided)
             turned = np.stack([mirror[table["volume"].iloc[row]] for row in there])
             side[there], exchanged = side_scores(volumes[there] - turned, said[there], patients[there], seed=seed)
+            exchanged = exchanged_alone(exchanged, swapped, len(there))
     copies = copied_pairs(store, table, volumes)
     first = [copies.get(scan) for scan in table["scan"]]
     scored = table[["volume", "patient", "scan"]].assign(

@@ -129,6 +129,12 @@ def pair_scores(match: np.ndarray, side: np.ndarray, swapped: float, exchanged: 
     return np.asarray(-np.logaddexp(np.log(swapped) - match, of_sides))
 
 
+def exchanged_alone(exchanged: float, swapped: float, pairs: int) -> float:
+    """The share of ``pairs`` whose sides are exchanged, of those that seem to be: of swapped pairs, half have sides that do not
+    fit. At least the share of one pair."""
+    return max(exchanged - swapped / 2, 1 / pairs)
+
+
 def share_wrong(scores: np.ndarray, wrong: np.ndarray) -> float:
     """The share of wrong pairs among those with ``scores`` (n,), from the scores of pairs that are known to be ``wrong``.
 

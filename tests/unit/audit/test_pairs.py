@@ -10,7 +10,16 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 
-from ctclip.audit.pairs import Joint, contrasts, match_scores, pair_scores, share_wrong, side_scores, worse_share
+from ctclip.audit.pairs import (
+    Joint,
+    contrasts,
+    exchanged_alone,
+    match_scores,
+    pair_scores,
+    share_wrong,
+    side_scores,
+    worse_share,
+)
 from ctclip.audit.sides import exchange_sides, mirrored, side_of, signed_sentences
 from ctclip.data.pair_scores import good_pairs, read_pair_scores, write_pair_scores
 from ctclip.errors import DataError
@@ -89,6 +98,12 @@ def test_either_fault_lowers_the_score_as_often_as_it_occurs() -> None:
     # Where fewer sides are exchanged than reports are swapped, the same doubt weighs less.
     assert scores[2] < scores[3] < scores[0]
     assert scores[4] == -np.inf
+
+
+def test_half_of_the_swapped_do_not_count_as_exchanged() -> None:
+    assert exchanged_alone(0.06, 0.1, 500) == pytest.approx(0.01)
+    assert exchanged_alone(0.06, 0.0, 500) == 0.06
+    assert exchanged_alone(0.02, 0.1, 500) == 0.002
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.2])
