@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FOLDS = 5
+FOLDS = 10
 # Of the pairs of the first fit that the second leaves out.
 DOUBTED = 0.15
 # Axes of either side, of whole reports and of what they say of left and right: more than a tenth of the pairs would fit

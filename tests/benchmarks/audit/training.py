@@ -27,8 +27,8 @@ REPORT = ["clinical_information", "technique", "findings", "impression"]
 class Recipe:
     """What is trained: ``pairs`` of train, one reconstruction each, seen ``epochs`` times."""
 
-    pairs: int = 2800
-    epochs: float = 4
+    pairs: int = 2700
+    epochs: float = 7
     warmup: int = 80
 
 
