@@ -23,7 +23,7 @@ use_writable_caches()
 def load(source: str | os.PathLike[str], device: str | torch.device = "cpu", *, precision: Asked = "auto") -> Model:
     """Load a model from a model folder, or a name on the Hugging Face hub, in evaluation mode.
 
-    ``precision`` of the volume encoder: ``"fp32"``, ``"tf32"`` (NVIDIA cards), ``"bf16"``, or ``"auto"``: the fastest
+    ``precision`` of the volume encoder: ``"fp32"``, ``"tf32"`` (NVIDIA GPUs), ``"bf16"``, or ``"auto"``: the fastest
     whose scores agree with float32, as measured by `ctclip check-precision` on this device; float32 if it was not run.
 
     The model detects findings (``detect("scan.nii.gz")``) and encodes: ``encode_volume`` takes (B, 1, D, H, W) in [-1,

@@ -1,4 +1,4 @@
-"""What launchers call: ``deepspeed --module ctclip.adapt``, ``torchrun -m ctclip.adapt``."""
+"""Entry point for launchers: ``deepspeed --module ctclip.adapt``, ``torchrun -m ctclip.adapt``."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""Cache folders of the libraries we use, for machines on which the usual place is not writable.
+"""Set cache folders of libraries on machines where the usual location is not writable.
 
-A container that is read-only, or runs as a user without a home, has neither the ``__pycache__`` of this package nor
-``~/.cache``: numba would refuse to start, matplotlib would rebuild its list of fonts in every process. They are given
-a private folder in TMPDIR instead. Variables that are already set are not changed.
+In a container that is read-only, or runs as a user without a home, neither the ``__pycache__`` of this package nor
+``~/.cache`` is writable: numba would refuse to start, and matplotlib would rebuild its list of fonts in every process.
+They get a private folder in TMPDIR instead. Variables that are already set are not changed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ PACKAGE = Path(__file__).parent
 
 
 def use_writable_caches() -> None:
-    """Set the cache variables whose usual place is not writable; child processes inherit them."""
-    # Without HOME and without an entry in /etc/passwd this stays "~", which libraries would create as a folder.
+    """Set the cache variables whose usual location is not writable; child processes inherit them."""
+    # Without HOME and an entry in /etc/passwd, this remains "~", which libraries would create as a folder.
     home = Path.home() if os.path.isabs(os.path.expanduser("~")) else None
     usual = {
         "MPLCONFIGDIR": home and home / ".config" / "matplotlib",
@@ -31,7 +31,7 @@ def use_writable_caches() -> None:
     if any(not _writable(folder / "__pycache__") for folder in (PACKAGE, *_subpackages())):
         unset.add("NUMBA_CACHE_DIR")
     unset = {name for name in unset if name not in os.environ}
-    # Models fetched earlier are read from there even if it is not writable.
+    # Models downloaded earlier are read from there even if it is not writable.
     if home is not None and os.path.isdir(home / ".cache" / "huggingface"):
         unset.discard("HF_HOME")
     if not unset:
@@ -39,7 +39,7 @@ def use_writable_caches() -> None:
     try:
         folder = _private_folder()
     except OSError:
-        # No writable folder at all: each library reports this when it is used.
+        # There is no writable folder; each library reports this when it is used.
         return
     for name in unset:
         os.environ[name] = str(folder / name.partition("_")[0].lower())
@@ -50,8 +50,8 @@ def _subpackages() -> list[Path]:
 
 
 def _writable(folder: Path) -> bool:
-    """Whether ``folder`` can be written, or made where it does not exist."""
-    # pathlib's own `exists` raises for a folder inside one that may not be entered, as root's home is to other users.
+    """Whether ``folder`` is writable, or can be created."""
+    # pathlib's `exists` raises for a folder inside one that may not be entered, such as root's home.
     while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
     return os.access(folder, os.W_OK | os.X_OK)

@@ -1,6 +1,6 @@
 """The configuration schema: frozen, typed, validated; nothing is read from the environment and nothing is global.
 
-Encoders and objectives keep their own sections beside their code; they are looked up by name (``ctclip/plugins.py``).
+Encoders and objectives define their own sections beside their code; they are looked up by name (``ctclip/plugins.py``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Count = Annotated[int, Field(ge=1, le=4096)]
 
 def _in_order(window: tuple[float, float]) -> tuple[float, float]:
     if window[0] >= window[1]:
-        raise ValueError("the lower end of a HU window must lie below its upper end")
+        raise ValueError("the lower limit of a HU window must be below its upper limit")
     return window
 
 
@@ -30,7 +30,7 @@ HuWindow = Annotated[tuple[float, float], AfterValidator(_in_order)]
 class EncoderConfig(Section):
     """Settings that every volume encoder has; each adds its own."""
 
-    kind: str = Field(description="which encoder: vit3d, ctvit, resnet3d, slices, or module:Name of your own")
+    kind: str = Field(description="encoder: vit3d, ctvit, resnet3d, slices, or your own as module:Name")
     activation_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass to save memory"
     )
@@ -38,10 +38,20 @@ class EncoderConfig(Section):
         "full", description="full: train all weights; lora: train low-rank adapters and freeze the weights"
     )
     lora_rank: int = Field(8, ge=1, le=4096, description="rank of the low-rank adapters")
+    lora_projection: bool = Field(
+        False,
+        description="lora: also train an adapter instead of all weights of the projection to the shared embedding",
+    )
+
+    @model_validator(mode="after")
+    def _projection_has_adapters(self) -> EncoderConfig:
+        if self.lora_projection and self.tuning != "lora":
+            raise ValueError("lora_projection=true needs tuning=lora")
+        return self
 
 
 def encoder_config(given: Any) -> Any:
-    """The section of the encoder that ``given`` names; ``kind: module:Name`` takes a class of the user's own."""
+    """The section of the encoder that ``given`` names; ``kind: module:Name`` uses the user's own class."""
     if not isinstance(given, dict):
         return given
     values = {"kind": "vit3d", **given}
@@ -52,7 +62,8 @@ VolumeEncoderConfig = Annotated[SerializeAsAny[EncoderConfig], BeforeValidator(e
 
 
 class TextConfig(Section):
-    """A text encoder: a small BERT trained from scratch, or any of Hugging Face (BERT's kind, CLIP's, T5's, decoders)."""
+    """A text encoder: a small BERT trained from scratch, or any model of Hugging Face (BERT and similar models, CLIP,
+    T5, decoders)."""
 
     pretrained: str | None = Field(
         None, description="folder, or name on the Hugging Face Hub; null: train a small BERT from scratch"
@@ -61,12 +72,20 @@ class TextConfig(Section):
         "pretrained",
         description="random: take only the architecture and tokenizer of `pretrained`",
     )
-    vocabulary: int = Field(2000, ge=64, le=10**6, description="WordPiece tokens learned from the training reports")
-    width: int = Field(192, ge=1, le=2**16, description="channels of a token, in the BERT from scratch")
-    depth: int = Field(3, ge=1, le=512, description="transformer layers of the BERT from scratch")
-    heads: int = Field(6, ge=1, le=1024, description="attention heads of the BERT from scratch; they divide its width")
+    vocabulary: int = Field(
+        2000, ge=64, le=10**6, description="number of WordPiece tokens learned from the training reports"
+    )
+    width: int = Field(192, ge=1, le=2**16, description="number of channels of a token, in the BERT from scratch")
+    depth: int = Field(3, ge=1, le=512, description="number of transformer layers of the BERT from scratch")
+    heads: int = Field(
+        6, ge=1, le=1024, description="number of attention heads of the BERT from scratch; it must divide the width"
+    )
     max_tokens: int = Field(
-        512, ge=3, le=10**6, description="longer reports are cut into chunks at sentence ends and averaged"
+        512,
+        ge=3,
+        le=10**6,
+        description="maximum number of tokens of a chunk; longer reports are cut into chunks at "
+        "sentence ends, whose vectors are averaged",
     )
     chunks: Literal["full", "sentence"] = Field(
         "full",
@@ -98,15 +117,13 @@ class ModelConfig(Section):
     dim: int = Field(128, ge=1, le=2**16, description="width of the shared embedding")
     projection: Literal["linear", "mlp"] = Field(
         "linear",
-        description="from an encoder's vector to the shared embedding: one layer, or two with a GELU between them",
+        description="map from an encoder's vector to the shared embedding: one layer, or two with a GELU between them",
     )
     standardise: bool = Field(
         False, description="centre and scale the embeddings over the global batch before normalising"
     )
     logit_scale: float = Field(10.0, gt=0, le=10**4, description="initial inverse temperature")
-    logit_scale_max: float = Field(
-        100.0, gt=0, le=10**4, description="the inverse temperature is learned up to this value"
-    )
+    logit_scale_max: float = Field(100.0, gt=0, le=10**4, description="upper limit of the learned inverse temperature")
     init: str | None = Field(
         None,
         description="model folder, or name on the Hugging Face Hub, whose weights training starts from; null: from "
@@ -124,7 +141,7 @@ class ModelConfig(Section):
 class AugmentConfig(Section):
     """Random changes of a training volume; amplitudes of 0 switch them off.
 
-    There are no flips, because reports say left and right.
+    There are no flips, because reports state left and right.
     """
 
     shift_voxels: int = Field(0, ge=0, le=512, description="maximum shift along each axis, in voxels")
@@ -132,14 +149,14 @@ class AugmentConfig(Section):
     noise_hu: float = Field(0.0, ge=0, le=1000, description="standard deviation of added noise, HU")
     rotate_degrees: float = Field(0.0, ge=0, le=45, description="maximum rotation about each axis, in degrees")
     zoom: float = Field(0.0, ge=0, lt=0.5, description="maximum relative change of size")
-    window_hu: float = Field(0.0, ge=0, lt=500, description="maximum shift of each end of the HU window, in HU")
+    window_hu: float = Field(0.0, ge=0, lt=500, description="maximum shift of each limit of the HU window, in HU")
     crop: float = Field(
-        0.0, ge=0, lt=1, description="maximum fraction of each axis that is cut off, as in a smaller scan"
+        0.0, ge=0, lt=1, description="maximum fraction of each axis that is cropped, as in a smaller scan"
     )
 
 
 class DataConfig(Section):
-    """Which data are read, and how they are presented to the model."""
+    """The data, and how they are presented to the model."""
 
     store: str | None = Field(None, description="folder written by `ctclip preprocess`")
     train_split: str = Field("train", description="split of the cohort table to train on")
@@ -154,15 +171,17 @@ class DataConfig(Section):
         description="table of your own labels (a CSV of volumes and 0 or 1), used instead of the store's; only volumes with a label are trained on",
     )
     language: str = Field(
-        "english", description="language of the reports: a YAML file, or the name of one in configs/languages"
+        "english", description="language of the reports: a YAML file, or its name in configs/languages"
     )
     views: dict[str, Annotated[float, Field(ge=0, le=10**6)]] = Field(
         {"report": 1.0},
-        description="how often each view of a report is drawn (weights): report (all sections), a section by its name, "
-        "sentence (one), sentences (a few, in random order), positive (those without a word of negation)",
+        description="sampling weight of each view of a report: report (all sections), a section by its name, sentence "
+        "(one), sentences (a few, in random order), positive (sentences without a negation)",
     )
-    views_per_volume: int = Field(1, ge=1, le=64, description="report views contrasted with each volume in a step")
-    shuffle_sentences: bool = Field(False, description="put the sentences of a report in random order each time")
+    views_per_volume: int = Field(
+        1, ge=1, le=64, description="number of report views contrasted with each volume in a step"
+    )
+    shuffle_sentences: bool = Field(False, description="shuffle the sentences of a report each time")
     volumes: int | None = Field(
         None, ge=2, le=10**9, description="number of volumes to train on; null: all of the split"
     )
@@ -170,21 +189,23 @@ class DataConfig(Section):
         None,
         ge=-(10**9),
         le=10**9,
-        description="lowest score (log odds) of the pairs of volume and report to train on, see `ctclip filter-pairs --keep`; "
+        description="minimum score (log odds) of the pairs of volume and report to train on, see `ctclip filter-pairs "
+        "--keep`; "
         "null: no limit",
     )
     best_pairs: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="share of the pairs to train on, those with the best scores of `ctclip filter-pairs --keep`; null: all",
+        description="fraction of the pairs to train on, those with the best scores of `ctclip filter-pairs --keep`; "
+        "null: all",
     )
     rarity: float = Field(
         0.0,
         ge=0,
         le=10,
-        description="exponent with which scans with rare labels are drawn more often; 0: all equally often. A value above 0 "
-        "uses labels",
+        description="exponent by which scans with rare labels are sampled more often; 0: all scans equally often. A "
+        "value above 0 uses labels",
     )
     augment: AugmentConfig = AugmentConfig()
     workers: int = Field(2, ge=0, le=256, description="number of reading processes per rank")
@@ -260,13 +281,15 @@ class ZeroConfig(Section):
 class TextWarmupConfig(Section):
     """Training of the text encoder on reports alone (matching their sections) before the first volume; 0 steps: none."""
 
-    steps: int = Field(0, ge=0, le=10**8, description="steps of text training before the first volume; 0: none")
-    batch: int = Field(128, ge=2, le=10**6, description="reports in the global batch")
+    steps: int = Field(
+        0, ge=0, le=10**8, description="number of steps of text training before the first volume; 0: none"
+    )
+    batch: int = Field(128, ge=2, le=10**6, description="number of reports in the global batch")
     learning_rate: float = Field(2e-3, gt=0, le=10, description="peak learning rate of the warm-up")
     keep: float = Field(
-        0.7, gt=0, le=1, description="fraction of the sentences of the findings that the text encoder is given"
+        0.7, gt=0, le=1, description="fraction of the sentences of the findings section that the text encoder gets"
     )
-    lock: bool = Field(False, description="freeze the text encoder afterwards, so that volumes are fitted to it")
+    lock: bool = Field(False, description="freeze the text encoder after the warm-up, so that volumes are fitted to it")
 
     @property
     def locks(self) -> bool:
@@ -292,7 +315,7 @@ class FreezeConfig(Section):
 class TrainingConfig(Section):
     """The optimisation."""
 
-    batch: int = Field(32, ge=2, le=10**6, description="volumes in the global batch, over all ranks")
+    batch: int = Field(32, ge=2, le=10**6, description="number of volumes in the global batch, over all ranks")
     micro_batch: int | None = Field(
         None,
         ge=1,
@@ -300,7 +323,9 @@ class TrainingConfig(Section):
         description="number of volumes that a rank encodes at once; if it is below the rank's share of the batch, gradients "
         "take two passes (GradCache)",
     )
-    epochs: float = Field(10.0, gt=0, le=10**6, description="passes over the training scans; fractions are allowed")
+    epochs: float = Field(
+        10.0, gt=0, le=10**6, description="number of passes over the training scans; fractions are allowed"
+    )
     learning_rate: float = Field(
         1e-3, gt=0, le=10, description="peak learning rate of AdamW; it falls to 0 along a cosine"
     )
@@ -322,7 +347,8 @@ class TrainingConfig(Section):
         description="factor between the learning rates of successive encoder layers, from the last to the first",
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="arithmetic of the encoders; bf16 needs a GPU that supports it (losses stay in fp32)"
+        "fp32",
+        description="numerical precision of the encoders; bf16 needs a GPU that supports it (losses stay in fp32)",
     )
     compile: bool = Field(False, description="compile the volume encoder with torch.compile; needs a C++ compiler")
     zero: ZeroConfig = ZeroConfig()
@@ -349,7 +375,9 @@ class Config(Section):
     """One training run."""
 
     name: str = Field("run", description="name of the run, kept in its records")
-    seed: int = Field(0, ge=0, lt=2**32, description="the same seed on the same data gives the same weights")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="random seed; the same seed on the same data gives the same weights"
+    )
     preprocessing: str = Field("ct_224", description="preprocessing spec of the volumes")
     labels: str | None = Field(
         None, description="label set: a YAML file, or the name of one in configs/labels; null: the store's"
@@ -365,12 +393,12 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
 
     def reads(self, column: str) -> bool:
-        """Whether an objective of the run asks for ``column`` (``labels``, ``masks``, ...)."""
+        """Whether an objective of the run needs ``column`` (``labels``, ``masks``, ...)."""
         return any(column in plugins.find("objective", name).needs for name in self.objectives)
 
     @property
     def reads_labels(self) -> bool:
-        """Whether the run uses labels in any way; if it does, all its results say so."""
+        """Whether the run uses labels in any way, which all its results then state."""
         return self.reads("labels") or self.data.rarity > 0
 
     @model_validator(mode="after")

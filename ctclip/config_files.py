@@ -1,4 +1,5 @@
-"""Configurations as files: found by name, overridden by ``key=value``, validated with errors that name the remedy, written.
+"""Configuration files: find them by name, override them with ``key=value``, validate them with errors that name the
+remedy, and write them.
 
 A key that does not exist is refused with its full path and the nearest valid name. The sections themselves, with their
 defaults and meanings, are in ``config.py``.
@@ -39,8 +40,8 @@ def find_config(name: str, folder: str = "") -> Path:
 def load_config(
     name: str, overrides: list[str] | tuple[str, ...] = (), values_set: Mapping[str, Any] | None = None
 ) -> Config:
-    """Read a YAML configuration, set ``values_set`` (by the path of their key, as they are), and apply ``key.path=value``
-    overrides: text for keys that hold text, YAML for all others.
+    """Read a YAML configuration, set ``values_set`` (unparsed values, by the path of their key), and apply
+    ``key.path=value`` overrides: text for keys that hold text, YAML for all others.
 
     Raises ConfigError naming the file, the path of the key, and the nearest valid name.
     """
@@ -85,7 +86,7 @@ def _override(values: dict[str, Any], overrides: Sequence[str], origins: dict[st
 
 
 def _use_size(name: str, origins: dict[str, str]) -> dict[str, Any]:
-    """The model section that a named size stands for; ``origins`` are told so."""
+    """Replace a named size by its model section, and record this in ``origins``."""
     path = find_config(name, "models")
     size = read_mapping(path)
     for key in [key for key in origins if key == "model" or key.startswith("model.")]:
@@ -95,7 +96,7 @@ def _use_size(name: str, origins: dict[str, str]) -> dict[str, Any]:
 
 
 def _shown(path: Path) -> str:
-    """An installed file by its place in ``configs``, any other by its path."""
+    """The path of an installed file within ``configs``, or the path of another file."""
     folder = configs_folder()
     return f"configs/{path.relative_to(folder)}" if path.is_relative_to(folder) else str(path)
 
@@ -113,7 +114,7 @@ def load_size(name: str) -> ModelConfig:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping a YAML file holds; anything else is refused."""
+    """Read a mapping from a YAML file; refuse anything else."""
     try:
         values = load_yaml(text_of(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -129,7 +130,7 @@ def build_config(values: dict[str, Any], source: str) -> Config:
 
 
 def dump_config(config: Section) -> str:
-    """YAML of a configuration, every default spelled out."""
+    """YAML of a configuration, including all defaults."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 

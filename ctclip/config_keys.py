@@ -1,4 +1,4 @@
-"""Every key of a configuration with its type, default and meaning, and where a value came from.
+"""Every key of a configuration with its type, default and meaning, and the origin of its value.
 
 The meanings are written beside the fields (``description=``) of ``config.py`` and of each encoder and objective; `ctclip config`
 and the documentation's reference both read them here.
@@ -23,7 +23,7 @@ from ctclip.schema import Section
 VOLUME = "model.volume"
 DEFAULT_ENCODER = "vit3d"
 OBJECTIVES = "objectives"
-# Bounds of a field, as annotated-types names them.
+# Names of the bounds of a field in annotated-types.
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -91,7 +91,7 @@ def _section_of(annotation: Any) -> type[Section] | None:
 
 
 def default_in_yaml(field: FieldInfo) -> str:
-    """A field's default as it would be written in a file; "required" if it has none."""
+    """A field's default in YAML; "required" if it has none."""
     if field.default is PydanticUndefined and field.default_factory is None:
         return "required"
     value = field.get_default(call_default_factory=True, validated_data={})
@@ -149,12 +149,12 @@ def _words(annotation: Any) -> str:
 def values_with_origins(config: Config, origins: dict[str, str]) -> list[tuple[str, str, str]]:
     """(path, value in YAML, origin) of every value of a configuration; origin: a file, "command line" or "default".
 
-    ``origins``: as ``config_files.read_config`` returns them.
+    ``origins`` come from ``config_files.read_config``.
     """
     lines = []
     for path, value in _leaves(config):
         parts = path.split(".")
-        # A value may have been given with the section around it, as a mapping or a word.
+        # A value may have been given with its section, as a mapping or a word.
         above = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
         lines.append((path, in_yaml(value), next((origins[one] for one in above if one in origins), "default")))
     return lines

@@ -38,7 +38,7 @@ class Size:
 
 SIZES = {
     "default": Size(5200, (), 1000, 0.08, (5.1, 1.4, 21.0, 0.4, 0.1, 0.7, 0.4)),
-    # Enough to learn large findings, on the coarsest voxels that show them.
+    # Large enough to learn large findings, with the coarsest voxels that show them.
     "quick": Size(
         1640,
         ("training.epochs=7", "training.text_warmup.steps=80", "training.summary_patients=100"),
@@ -49,7 +49,7 @@ SIZES = {
         spec="phantom_coarse",
         reconstructions=1,
     ),
-    # Shows that every stage runs; far too small to learn from.
+    # Runs every stage, but is far too small to learn from.
     "smoke": Size(
         60,
         (
@@ -60,7 +60,7 @@ SIZES = {
             "model.text.vocabulary=600",
         ),
         100,
-        # A third of so few patients; otherwise no label has enough positives and negatives.
+        # With so few patients, a third is needed for any label to have enough positives and negatives.
         0.35,
         (0.1, 0.1, 0.5, 0.2, 0.1, 0.2, 0.3),
     ),
@@ -68,7 +68,7 @@ SIZES = {
 
 
 def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]:
-    """Run all stages into ``output``; returns the seconds each took. Raises CtclipError if one fails."""
+    """Run all stages and write to ``output``; return the seconds of each stage. Raises CtclipError if one fails."""
     chosen = SIZES[size]
     cohort, store, run, predictions = output / "cohort", output / "store", output / "train", output / "predictions"
     model, calibration = run / "model", output / "calibration"
@@ -104,10 +104,11 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
 
 
 def minutes_left(usual: Sequence[float], seconds: Mapping[str, float], past: Sequence[str]) -> float:
-    """Minutes until the end: the usual time of the remaining stages, scaled by how much longer the ``past`` stages
-    took than usual.
+    """Minutes until the end: the usual time of the remaining stages, scaled by how much longer than usual the ``past``
+    stages took.
 
-    ``usual``: of each stage; ``seconds`` that stages took, by name; ``past``: names of those that are done, in order.
+    ``usual``: usual time of each stage; ``seconds``: time of finished stages, by name; ``past``: names of finished
+    stages, in order.
     """
     taken, expected = sum(seconds[name] for name in past) / 60, sum(usual[: len(past)])
     # Short first stages are a poor basis for the estimate.
@@ -127,7 +128,7 @@ def finish(output: Path, seconds: dict[str, float]) -> dict:  # type: ignore[typ
 
 
 def default_processes() -> int:
-    """All GPUs; without any, two processes where there are two cores."""
+    """One process per GPU; without GPUs, two processes if there are two cores."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Process groups: joining, collective operations, leaving. ``launchers.py`` reads who launched the ranks."""
+"""Join and leave process groups, and collective operations. ``launchers.py`` detects the launcher."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ctclip.launchers import prepare_environment as prepare_environment
 from ctclip.launchers import say_unused_tasks as say_unused_tasks
 from ctclip.preprocessing.scratch import scratch_folder
 
-# Where ranks that `launch` started meet: a file of their own.
+# Rendezvous file of ranks started by `launch`.
 RENDEZVOUS = "CTCLIP_RENDEZVOUS"
 
 
@@ -58,7 +58,7 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
     the terminal reach them as SIGTERM, and a second Ctrl-C ends them at once. Returns the launcher's exit code, or 128
     + the signal if a signal killed the ranks.
     """
-    # Ranks of one machine meet in a private file, and talk over the loopback interface alone.
+    # Ranks on one machine use a private rendezvous file, and communicate only over the loopback interface.
     with scratch_folder("ctclip-ranks-") as rendezvous:
         return _run_ranks(processes, module, arguments, rendezvous / "store")
 
@@ -69,7 +69,7 @@ def _run_ranks(processes: int, module: str, arguments: Sequence[str], rendezvous
     environment = dict(os.environ)
     if not cuda:
         environment["DS_ACCELERATOR"] = "cpu"
-        # Ranks share the cores; without this each would start a thread for every core of the machine.
+        # Ranks share the cores; otherwise each would start one thread per core.
         cores = len(os.sched_getaffinity(0))
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     count = ["--num_gpus" if cuda else "--num_accelerators", str(processes)]
@@ -79,8 +79,8 @@ def _run_ranks(processes: int, module: str, arguments: Sequence[str], rendezvous
     environment[RENDEZVOUS] = str(rendezvous)
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         environment.setdefault(variable, "lo")
-    # A process group of its own: a terminal's Ctrl-C goes to every process of the group in front, and DeepSpeed's launcher
-    # would end the ranks before they have written a checkpoint.
+    # Start a new process group. A terminal sends Ctrl-C to the whole foreground group, and DeepSpeed's launcher would
+    # end the ranks before they have written a checkpoint.
     process = subprocess.Popen([*command, "--module", module, *arguments], env=environment, process_group=0)
     received: list[int] = []
 
@@ -94,17 +94,17 @@ def _run_ranks(processes: int, module: str, arguments: Sequence[str], rendezvous
             with contextlib.suppress(psutil.Error):
                 if again:
                     child.kill()
-                # To the ranks alone: the launcher would end at once, and they with it.
+                # Signal only the ranks; the launcher would end at once, and the ranks with it.
                 elif any(word.startswith("--local_rank") for word in child.cmdline()):
                     child.send_signal(number if number == signal.SIGUSR1 else signal.SIGTERM)
         if again:
             process.kill()
 
     before = {}
-    # Only the main thread of a process may handle its signals.
+    # Only the main thread of a process may set signal handlers.
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
-            # nohup has a process ignore the end of its terminal.
+            # Under nohup, the process ignores SIGHUP.
             if signal.getsignal(number) != signal.SIG_IGN:
                 before[number] = signal.signal(number, pass_on)
     try:
@@ -112,7 +112,7 @@ def _run_ranks(processes: int, module: str, arguments: Sequence[str], rendezvous
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-    # DeepSpeed's launcher ends with minus the signal that ended a rank, which a shell sees as 256 less it.
+    # DeepSpeed's launcher exits with minus the signal that ended a rank, which a shell reports as 256 minus the signal.
     ended_by_signal = code < 0 or 256 - signal.NSIG < code < 256
     return 128 + received[0] if received and ended_by_signal else code
 
@@ -120,13 +120,13 @@ def _run_ranks(processes: int, module: str, arguments: Sequence[str], rendezvous
 def initialise() -> torch.device:
     """Join the process group and return the device of this rank."""
     prepare_environment()
-    # DeepSpeed calls functions that torch has renamed, and every rank would warn of each.
+    # DeepSpeed calls functions that torch has renamed, and every rank would warn about each.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed = extras.require("deepspeed")
     cuda = torch.cuda.is_available()
     if not cuda:
-        # Gloo's own collectives do as well as an extension that needs a compiler, takes half a minute to build, and for
-        # which every later process waits without end if the one that builds it is killed.
+        # Gloo's collectives suffice. DeepSpeed's extension needs a compiler and half a minute to build, and later
+        # processes wait forever if the building process is killed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device = torch.device("cpu")
     if cuda:
@@ -139,8 +139,8 @@ def initialise() -> torch.device:
 
 
 def _join_without_listening(backend: str) -> None:
-    """Form the group of a process that runs alone, or of ranks that ``launch`` started, without a server that listens on
-    every interface, as torch's own rendezvous does. Ranks of other launchers are left to those."""
+    """Form the group of a single process, or of ranks started by ``launch``, without a server that listens on every
+    interface, as torch's rendezvous does. Ranks of other launchers use torch's rendezvous."""
     environment = os.environ
     rank, ranks = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     if dist.is_initialized() or (ranks > 1 and RENDEZVOUS not in environment):
@@ -164,8 +164,8 @@ def process_group() -> Iterator[torch.device]:
 
 
 def _destroy_groups() -> None:
-    """End the process group. DeepSpeed must forget it too, or a second run of this Python process (a notebook's) would
-    find groups there that are no longer known to torch."""
+    """End the process group. DeepSpeed's references must be removed too, or a second run in this Python process (a
+    notebook) would use groups that torch no longer knows."""
     deepspeed = extras.require("deepspeed")
     if deepspeed.comm.is_initialized():
         deepspeed.comm.destroy_process_group()
@@ -177,9 +177,10 @@ def _destroy_groups() -> None:
 def leave(code: int) -> None:
     """End this process with ``code`` if it has been in a process group; return if not.
 
-    DeepSpeed keeps references to its groups, so their threads outlive ``destroy_process_group``, and one that wakes
-    while Python shuts down aborts the process: a successful run would exit with -6 instead of 0 or the code that makes
-    Slurm restart it. Therefore this function does the work of a normal exit and ends the process without a shutdown.
+    DeepSpeed keeps references to its groups, so their threads outlive ``destroy_process_group``, and a thread that
+    wakes during Python's shutdown aborts the process: a successful run would exit with -6 instead of 0 or the code that
+    makes Slurm restart it. Therefore this function performs the steps of a normal exit and ends the process without a
+    shutdown.
     """
     if "deepspeed" not in sys.modules or not launched():
         return

@@ -10,11 +10,11 @@ class ConfigError(CtclipError):
 
 
 class DataError(CtclipError):
-    """A cohort, report or label table that does not hold what the next step needs."""
+    """A cohort, report or label table that lacks data for the next step."""
 
 
 class PhantomError(CtclipError):
-    """A synthetic cohort that cannot be made as asked."""
+    """A synthetic cohort that cannot be generated with the given options."""
 
 
 class CheckpointError(CtclipError):
@@ -34,4 +34,4 @@ class EvaluationError(CtclipError):
 
 
 class ExplanationError(CtclipError):
-    """A finding that cannot be located as asked: the method, the encoder or the head does not allow it."""
+    """A finding that cannot be located, because the method, the encoder or the head does not support it."""

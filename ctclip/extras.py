@@ -1,6 +1,6 @@
 """Packages that only some commands need, installed as extras: ``pip install "ctclip[train]"``.
 
-Reading a scan, preparing it, detecting, embedding and evaluating need none of them.
+Reading, preprocessing, detection, embedding and evaluation need none of them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ EXTRAS = {
 
 
 class MissingExtra(CtclipError):
-    """A package of an extra is not installed; the message says which extra brings it."""
+    """A package of an extra is not installed; the message names the extra."""
 
 
 def require(module: str) -> Any:
-    """Import ``module``, which an extra brings. Raises MissingExtra where the extra is not installed."""
+    """Import ``module``, which belongs to an extra. Raises MissingExtra if the extra is not installed."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

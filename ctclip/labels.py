@@ -1,7 +1,7 @@
 """Label sets: the findings for which a cohort has labels and which a model scores. They are data, not code.
 
-A label set is a YAML file (in ``configs/labels``, or the user's own). It is named in a configuration; kept in the
-store and the model folder and stated in every prediction table; and compared when two of them are used together.
+A label set is a YAML file (in ``configs/labels``, or the user's own). It is named in a configuration, saved in the
+store and the model folder, and stated in every prediction table. Label sets that are used together are compared.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ TABLES = (".csv", ".tsv", ".txt", ".parquet")
 
 
 def folded(name: str) -> str:
-    """A name without its case and spacing, as which names are compared."""
+    """A name normalised in case and spacing, for comparison."""
     return " ".join(name.split()).casefold()
 
 
 def named(known: Iterable[str], name: object) -> str:
-    """The one of ``known`` that ``name`` is, in any case and spacing. Raises KeyError that lists them."""
+    """The entry of ``known`` that equals ``name`` up to case and spacing. Raises KeyError that lists them."""
     names = list(known)
     if name in names:
         return str(name)
@@ -51,7 +51,7 @@ def named(known: Iterable[str], name: object) -> str:
 class Label(Section):
     """One finding."""
 
-    name: str = Field(min_length=1, description="as tables and pages show it")
+    name: str = Field(min_length=1, description="name of the label in tables and on pages")
     aliases: tuple[str, ...] = Field((), description="other names of the label, in tables and in text")
     columns: dict[str, tuple[str, ...]] = Field(
         default_factory=dict,
@@ -65,18 +65,20 @@ class Label(Section):
 
 
 class LabelSet(Section):
-    """A YAML file of label names with what belongs to them."""
+    """A YAML file of labels and related settings."""
 
-    name: str = Field(description="name of the label set, kept with everything made from it")
+    name: str = Field(description="name of the label set, saved with everything derived from it")
     description: str = Field("", description="one-line description")
     body_part: BodyPart = Field("any", description="body part that the scans show")
-    prompts: str | None = Field(None, description="prompt set that asks for these labels")
+    prompts: str | None = Field(None, description="prompt set for these labels")
     protocol: str | None = Field(None, description="default evaluation protocol")
     windows: dict[str, tuple[float, float]] = Field(
         default={"lung window": (-1350.0, 150.0), "soft-tissue window": (-160.0, 240.0)},
-        description="HU windows for pictures of scans, by name",
+        description="HU windows for images of scans, by name",
     )
-    labels: tuple[Label, ...] = Field(min_length=1, description="names, or mappings of name, aliases and columns")
+    labels: tuple[Label, ...] = Field(
+        min_length=1, description="label names, or mappings with name, aliases and columns"
+    )
 
     @field_validator("labels")
     @classmethod
@@ -100,7 +102,7 @@ class LabelSet(Section):
 
     @property
     def identity(self) -> str:
-        """Name and a digest of the labels' names, as tables state it."""
+        """Name and a digest of the label names, as stated in tables."""
         return f"{self.name} {hashlib.sha256(chr(10).join(self.names).encode()).hexdigest()[:8]}"
 
     def resolve(self, word: str) -> str | None:
@@ -113,8 +115,8 @@ class LabelSet(Section):
     def columns(self, table: Iterable[str], cohort: str = "") -> dict[str, tuple[str, ...]]:
         """For each label, the columns of a table whose union is the label; labels without a column are left out.
 
-        ``table``: names of the table's columns; ``cohort``: whose columns to look for first. Without an entry for the
-        cohort a column is found by the label's name, in any case and spacing, then by its aliases.
+        ``table``: names of the table's columns; ``cohort``: the cohort whose columns are tried first. Without an entry
+        for the cohort a column is found by the label's name, in any case and spacing, then by its aliases.
         """
         present = {folded(str(column)): str(column) for column in ([table] if isinstance(table, str) else table)}
         columns: dict[str, tuple[str, ...]] = {}
@@ -129,7 +131,7 @@ class LabelSet(Section):
         return columns
 
     def text(self) -> str:
-        """As YAML."""
+        """The label set as YAML."""
         values = self.model_dump(mode="json", exclude_defaults=True)
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -138,7 +140,7 @@ class LabelSet(Section):
 
 
 def load_labels(source: str | Path | dict[str, Any]) -> LabelSet:
-    """A label set from a file, the name of one in ``configs/labels``, or a mapping. Raises ConfigError in one line."""
+    """Load a label set from a file, by its name in ``configs/labels``, or from a mapping. Raises ConfigError."""
     if isinstance(source, dict):
         return validated(LabelSet, source, "label set")
     path = find_config(str(source), "labels")
@@ -146,8 +148,8 @@ def load_labels(source: str | Path | dict[str, Any]) -> LabelSet:
 
 
 def expected(body_part: str, asked: Expect) -> Expect:
-    """Whether scans should show a chest: not if they are known to show another part of the body, unless the user asks
-    for it."""
+    """The value of --expect: chests are not checked for if the scans show another part of the body, unless the user
+    requests it."""
     return "any" if asked == "auto" and body_part in ("abdomen", "head") else asked
 
 
@@ -159,7 +161,7 @@ def labels_of_columns(name: str, columns: Sequence[str], body_part: BodyPart = "
 
 
 def require_same(ours: LabelSet | str, theirs: LabelSet | str, where: str) -> None:
-    """Raise ConfigError unless two label sets (or identities of such) are the same; an empty identity is any."""
+    """Raise ConfigError unless two label sets (or their identities) are the same; an empty identity matches any."""
     mine, other = (value if isinstance(value, str) else value.identity for value in (ours, theirs))
     if mine and other and mine != other:
         raise ConfigError(f"{where}: has the label set {other!r}, not {mine!r}")
@@ -171,7 +173,7 @@ def installed_sets() -> list[LabelSet]:
 
 
 def store_labels(store: VolumeStore) -> LabelSet | None:
-    """The label set kept in a store; in a store of version 0.2, the set that its label columns form; None if it has no
+    """The label set saved in a store; in a store of version 0.2, the set formed by its label columns; None if it has no
     labels."""
     path = store.path / FILE
     if path.is_file():
@@ -181,13 +183,13 @@ def store_labels(store: VolumeStore) -> LabelSet | None:
 
 
 def labels_that_are(name: str, columns: Sequence[str]) -> LabelSet:
-    """The installed label set whose names are ``columns``, or one made of them and called ``name``."""
+    """The installed label set whose names are ``columns``, or a new one called ``name`` with these labels."""
     known = (labels for labels in installed_sets() if set(labels.names) == set(columns))
     return next(known, None) or labels_of_columns(name, columns)
 
 
 def label_columns_of(cohort: Path, labels: LabelSet) -> list[str] | None:
-    """Columns of a cohort's table that hold the labels of a set; None where the cohort is a folder, whose layout knows
+    """Columns of a cohort's table that hold the labels of a set; None if the cohort is a folder, whose layout defines
     them. Raises DataError if the table has none of them."""
     if not cohort.is_file() or cohort.suffix.lower() not in TABLES:
         return None

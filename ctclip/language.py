@@ -1,6 +1,6 @@
-"""Languages of reports: the words with which a sentence states that something is absent, uncertain or past.
+"""Languages of reports: the words that mark a statement as absent, uncertain or past.
 
-They are data: a file in ``configs/languages``, or the user's own. ``negations`` alone suffice for views of reports;
+A language is a file in ``configs/languages``, or the user's own. ``negations`` alone suffice for views of reports;
 reading labels also needs ``scopes``, and ``common`` words identify reports in another language.
 """
 
@@ -15,15 +15,16 @@ from pydantic import Field
 from ctclip.config_files import find_config, read_mapping
 from ctclip.schema import Section, validated
 
-# English reports have a third of their words or more from the list; Dutch ones, the nearest, a fifth. Terms are Latin in many
-# languages.
+# In English reports, at least a third of the words are in the list; in Dutch ones, the most similar, a fifth. Terms are
+# Latin in many languages.
 COMMON, KNOWN, FEW_LETTERS = 0.25, 0.4, 20
 
 
 class Scopes(Section):
-    """Phrases (see ``ctclip.report_reading.patterns``) that decide what a sentence says of a finding it mentions.
+    """Phrases (see ``ctclip.report_reading.patterns``) that determine the status of a finding in a sentence.
 
-    ``before``: they stand before what they are about; ``after``: behind it. The longest of phrases that overlap counts.
+    ``before``: phrases that precede the finding; ``after``: phrases that follow it. Of overlapping phrases, the longest
+    counts.
     """
 
     absent_before: tuple[str, ...] = Field(min_length=1, description="no, without, no evidence of")
@@ -41,23 +42,24 @@ class Scopes(Section):
 
 
 class Wording(Section):
-    """What reports are cleaned with: words that are compared in any case."""
+    """Words and phrases for cleaning reports, in any case."""
 
-    headings: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="of each section, its headings")
+    headings: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="headings of each section")
     sides: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="phrases of left, right and both")
     lobes: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="phrases of upper, middle and lower")
-    place_words: tuple[str, ...] = Field((), description="in the, on: what leads to a place that names a side")
-    regions: tuple[str, ...] = Field((), description="lung, pleural space: what stands behind a side")
-    size_words: tuple[str, ...] = Field((), description="measuring, up to: what leads to a size")
-    size_follows: tuple[str, ...] = Field((), description="in diameter: what follows a size")
-    articles: tuple[str, ...] = Field((), description="a, the: a size stands behind one too")
+    place_words: tuple[str, ...] = Field((), description="in the, on: words before a location with a side")
+    regions: tuple[str, ...] = Field((), description="lung, pleural space: words after a side")
+    size_words: tuple[str, ...] = Field((), description="measuring, up to: words before a size")
+    size_follows: tuple[str, ...] = Field((), description="in diameter: words after a size")
+    articles: tuple[str, ...] = Field((), description="a, the: articles, which may also precede a size")
     comparison: tuple[str, ...] = Field((), description="phrases of comparison with an earlier examination")
     boilerplate: tuple[str, ...] = Field((), description="phrases of sentences that do not describe the scan")
     typos: dict[str, str] = Field(default_factory=dict, description="misspelt words and their corrections")
 
 
 class Questions(Section):
-    """How closed questions are asked and answered. Answers are prompts: {x} stands for the finding, {value} for a size."""
+    """Phrases of closed questions, and their answers. Answers are prompts: {x} is replaced by the finding, {value} by a
+    size."""
 
     side: tuple[str, ...] = Field((), description="phrases that ask for a side")
     lobe: tuple[str, ...] = Field((), description="phrases that ask for a lobe")
@@ -81,12 +83,13 @@ class Language(Section):
     questions: Questions = Field(Questions(), description="phrases used to answer questions")
 
     def negates(self, sentence: str) -> bool:
-        """Whether a sentence states, by its wording, that something is absent or normal."""
+        """Whether the wording of a sentence states that something is absent or normal."""
         return self._pattern(self.negations).search(sentence) is not None
 
     def is_foreign(self, words: Sequence[str], knows: Callable[[str], bool] = lambda word: False) -> bool:
-        """Whether a text of these ``words`` (in lower case) is of another language: few are among the common words, and few
-        are terms that it ``knows``, of which telegrams consist. Of a few words, or without a list of common ones, False."""
+        """Whether a text of these ``words`` (in lower case) is in another language: few of them are common words, and
+        few are terms that it ``knows`` (telegraphic reports consist of terms). False for very short texts, or without a
+        list of common words."""
         if not self.common or sum(map(len, words)) < FEW_LETTERS:
             return False
         common = frozenset(self.common)
@@ -102,6 +105,6 @@ class Language(Section):
 
 
 def load_language(name: str) -> Language:
-    """A language from a file, or the name of one in ``configs/languages``."""
+    """Load a language from a file, or by its name in ``configs/languages``."""
     path = find_config(name, "languages")
     return validated(Language, read_mapping(path), str(path))

@@ -1,7 +1,7 @@
-"""Whether this process was started alone or by a launcher as one of several ranks.
+"""Detect whether this process was started alone or by a launcher as one of several ranks.
 
-The same command runs under ``deepspeed``, ``torchrun``, ``srun`` and ``mpirun``: each leaves the ranks in the environment
-under names of its own, and this file is where they are read. They become torch's names.
+The same command runs under ``deepspeed``, ``torchrun``, ``srun`` and ``mpirun``. Each sets environment variables with
+names of its own, which are converted here to torch's names.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from ctclip.errors import TrainingError
 
 LOOPBACK = "127.0.0.1"
-# What launchers call rank, ranks, rank and ranks of this machine; MPI first: mpirun may have started its own helpers as
-# tasks of a Slurm step.
+# Each launcher's variables for rank, world size, local rank and local world size. MPI comes first, because mpirun may
+# have started its helpers as tasks of a Slurm step.
 LAUNCHERS = {
     "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     "mpirun (MVAPICH)": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
     "mpirun": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }  # fmt: skip
-# What all ranks of one mpirun, and no others, have in common.
+# Variables that are equal for all ranks of one mpirun and unique to it.
 MPI_JOB = (
     "PMIX_NAMESPACE",
     "OMPI_MCA_ess_base_jobid",
@@ -35,7 +35,7 @@ MPI_JOB = (
     "HYDI_CONTROL_FD",
     "SLURM_JOB_ID",
 )
-# Slurm numbers the steps that srun starts from 0; a batch script, an interactive shell and the like have numbers up here.
+# Slurm numbers srun steps from 0; batch scripts and interactive shells have special step ids above this value.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
@@ -63,7 +63,7 @@ def launched() -> bool:
 
 
 def say_unused_tasks() -> None:
-    """One line on stderr where this process runs alone in a Slurm allocation of several tasks."""
+    """Print a warning if this process runs alone in a Slurm allocation with several tasks."""
     tasks = _allocated(os.environ)
     if tasks > 1:
         print(
@@ -75,7 +75,7 @@ def say_unused_tasks() -> None:
 
 
 def _check_ranks(environment: Mapping[str, str]) -> None:
-    """A launcher that speaks torch's language sets all of these; a RANK left over from elsewhere does not."""
+    """Check that all variables of torch's launchers are set, which is not so for a leftover RANK."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         if name not in environment:
             raise TrainingError(
@@ -93,7 +93,7 @@ def _of_mpi(environment: Mapping[str, str]) -> dict[str, str] | None:
         if ranks is None or ranks < 2:
             continue
         if local_rank not in environment and _is_task(environment, _number(environment, rank), ranks):
-            # srun itself, which speaks MPI's language with --mpi=pmi2, but for the ranks of a machine.
+            # srun itself, which sets MPI's variables with --mpi=pmi2, except the local ones.
             continue
         if _number(environment, rank) is None:
             raise TrainingError(
@@ -120,7 +120,7 @@ def _of_mpi(environment: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def _is_task(environment: Mapping[str, str], rank: int | None, ranks: int) -> bool:
-    """Whether this rank of so many is the task of a Slurm step of as many."""
+    """Whether this rank is a task of a Slurm step with the same number of tasks."""
     task = _of_slurm(environment)
     return task is not None and (task["RANK"], task["WORLD_SIZE"]) == (str(rank), str(ranks))
 
@@ -128,14 +128,14 @@ def _is_task(environment: Mapping[str, str], rank: int | None, ranks: int) -> bo
 def _of_slurm(environment: Mapping[str, str]) -> dict[str, str] | None:
     """torch's variables for a task of a step that srun started with several; None elsewhere.
 
-    An allocation alone (salloc, an interactive shell, the batch script itself) has the number of tasks too, but runs
-    this process once.
+    An allocation alone (salloc, an interactive shell, the batch script itself) also states the number of tasks, but
+    runs this process once.
     """
     step, task = _number(environment, "SLURM_STEP_ID"), _number(environment, "SLURM_PROCID")
     tasks = _number(environment, "SLURM_STEP_NUM_TASKS") or _number(environment, "SLURM_NTASKS") or 1
     if step is None or step >= FIRST_SPECIAL_STEP or task is None or task >= tasks or tasks < 2:
         return None
-    # srun --pty gives a terminal to one task: a shell there is not one of several of this program.
+    # srun --pty gives a terminal to one task; a shell there is not a rank of this program.
     if "SLURM_PTY_PORT" in environment and environment.get("SLURM_TASK_PID") != str(os.getpid()):
         return None
     return {
@@ -143,7 +143,7 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str] | None:
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
         "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", LOOPBACK)),
-        # Two jobs of one user on one node must not meet: the port follows the job.
+        # The port depends on the job id, so that two jobs on one node do not collide.
         "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000),
     }
 
@@ -160,7 +160,7 @@ def _alone() -> dict[str, str]:
 
 
 def _allocated(environment: Mapping[str, str]) -> int:
-    """Tasks of the Slurm allocation this process runs in; 1 where there is none, or in a step of one task."""
+    """Number of tasks of the current Slurm allocation; 1 without an allocation, or in a step with one task."""
     step = _number(environment, "SLURM_STEP_ID")
     if step is not None and step < FIRST_SPECIAL_STEP and "SLURM_PTY_PORT" not in environment:
         return _number(environment, "SLURM_STEP_NUM_TASKS") or 1

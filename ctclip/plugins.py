@@ -1,4 +1,4 @@
-"""Extensions that need no change of ctclip: encoders, objectives, heads and readers of reports, found by name.
+"""Find encoders, objectives, heads and report readers by name, including extensions outside ctclip.
 
 A name is one of ctclip's (the table below), one that an installed package declares as an entry point of the group
 ``ctclip.encoders``, ``ctclip.objectives``, ``ctclip.heads`` or ``ctclip.readers``, or ``module:Name``, a class in a
@@ -17,7 +17,7 @@ from ctclip.errors import ConfigError
 
 Kind = Literal["encoder", "objective", "head", "reader"]
 
-# One line registers each class of ctclip.
+# Each class of ctclip is registered with one line.
 OURS: dict[Kind, dict[str, str]] = {
     "encoder": {
         "vit3d": "ctclip.models.vit3d:ViT3D",
@@ -63,7 +63,7 @@ BASES: dict[Kind, str] = {
 
 
 def find(kind: Kind, name: str) -> Any:
-    """The class called ``name``. Raises ConfigError listing the names there are."""
+    """The class called ``name``. Raises ConfigError that lists the known names."""
     address = OURS[kind].get(name)
     if address is not None:
         return _imported(address, name)
@@ -89,7 +89,8 @@ def refuse_unknown_code(kind: Kind, name: str, source: str) -> None:
     if ":" in name and name.partition(":")[0] not in sys.modules:
         module = name.partition(":")[0]
         raise ConfigError(
-            f"{source}: names the {kind} {name!r}, code of the model's author; if you trust it, import {module} "
+            f"{source}: names the {kind} {name!r}, which is code of the model's author; if you trust it, import "
+            f"{module} "
             "first (on "
             f"the command line: `ctclip --plugin {module} ...`)"
         )
@@ -112,7 +113,7 @@ def import_own(module: str, name: str) -> Any:
 def _imported(address: str, name: str) -> Any:
     module, _, attribute = address.partition(":")
     if not module or not attribute:
-        raise ConfigError(f"{name!r}: write a class of your own as module:Name")
+        raise ConfigError(f"{name!r}: write your own class as module:Name")
     imported = import_own(module, repr(name))
     try:
         return getattr(imported, attribute)
@@ -121,7 +122,7 @@ def _imported(address: str, name: str) -> Any:
 
 
 def _whole(candidate: Any, kind: Kind, name: str) -> Any:
-    """``candidate``, if it is a class derived from the base of its kind and has every method that the base asks for."""
+    """``candidate``, if it is a class derived from the base class of its kind and implements its abstract methods."""
     module, _, attribute = BASES[kind].partition(":")
     base = getattr(importlib.import_module(module), attribute)
     if not (isinstance(candidate, type) and issubclass(candidate, base)):

@@ -17,20 +17,20 @@ from ctclip.schema import Section, validated
 
 Phrasings = dict[str, tuple[str, ...]]
 Weights = dict[str, tuple[float, ...]]
-# Left out of an identity where they say nothing, so that sets without them keep the one they had.
+# Fields excluded from the identity if empty, so that the identity of older sets does not change.
 LATER = ("positive_weights", "negative_weights", "provenance")
 
 
 class Pair(Section):
-    """Both sides of one abnormality."""
+    """The positive and negative phrasings of one abnormality."""
 
     positive: Phrasings
     negative: Phrasings
     positive_weights: Weights = Field(
-        default_factory=dict, description="of the phrasings, by section; equal if not given"
+        default_factory=dict, description="weights of the phrasings, by section; equal if not given"
     )
     negative_weights: Weights = Field(
-        default_factory=dict, description="of the phrasings, by section; equal if not given"
+        default_factory=dict, description="weights of the phrasings, by section; equal if not given"
     )
 
     @model_validator(mode="after")
@@ -74,14 +74,15 @@ class Graded(Section):
 
 
 class PromptSet(Section):
-    """A prompt file. ``templates`` make the pair of every abnormality that is not spelled out, {x} its name."""
+    """A prompt file. ``templates`` give the prompts of abnormalities that are not listed; {x} is replaced by the
+    name."""
 
     name: str = Field(description="name of the prompt set, as stated in prediction tables")
     ensemble: Literal["embeddings", "logits"] = Field(
-        "embeddings", description="what is averaged over phrasings: text embeddings, or logits"
+        "embeddings", description="the quantity averaged over phrasings: text embeddings, or logits"
     )
     average: Literal["phrasing", "section"] = Field(
-        "phrasing", description="whether every phrasing, or every section, weighs the same"
+        "phrasing", description="whether every phrasing, or every section, has the same weight"
     )
     sections: tuple[str, ...] = Field(
         ("findings", "impression"), min_length=1, description="sections whose phrasings are used"
@@ -94,7 +95,7 @@ class PromptSet(Section):
         default_factory=dict, description="findings with a size: templates with {value}, and the values"
     )
     provenance: dict[str, str] = Field(
-        default_factory=dict, description="for a mined prompt set: its source, and how it was made"
+        default_factory=dict, description="for a mined prompt set: its source and how it was mined"
     )
 
     @model_validator(mode="after")
@@ -117,13 +118,13 @@ class PromptSet(Section):
         return self
 
     def identity(self) -> str:
-        """Name and digest of everything in it."""
+        """Name and digest of the contents."""
         values = _without_later(self.model_dump(mode="json"))
         text = json.dumps(values, separators=(",", ":"), ensure_ascii=False)
         return f"{self.name} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def pair(self, abnormality: str) -> Pair:
-        """The phrasings of ``abnormality``, listed or not: unlisted names get the templates."""
+        """The phrasings of ``abnormality``; names that are not listed use the templates."""
         if abnormality in self.abnormalities:
             return self.abnormalities[abnormality]
         template = self.templates or FREE_TEXT
@@ -147,7 +148,7 @@ class PromptSet(Section):
         return [text for texts in self.groups(abnormality, positive) for text in texts]
 
     def names(self) -> tuple[str, ...]:
-        """Abnormalities that are spelled out; none where the set has templates alone."""
+        """The listed abnormalities; none if the set has only templates."""
         return tuple(self.abnormalities)
 
 
@@ -164,7 +165,7 @@ FREE_TEXT = Pair(
 
 
 def load_prompts(source: str | Path | dict[str, Any]) -> PromptSet:
-    """A prompt set from a file, the name of one in ``configs/prompts``, or a mapping (a model's own)."""
+    """Load a prompt set from a file, by its name in ``configs/prompts``, or from a mapping (a model's own)."""
     try:
         if isinstance(source, dict):
             return validated(PromptSet, source, "the model's prompts.yaml")

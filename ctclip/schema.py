@@ -22,8 +22,8 @@ FOUND.maxlevel, FOUND.maxstring, FOUND.maxother = 3, 120, 120
 
 
 class Typed(str):
-    """The value of an override ``key=value``, as it was typed. The field it is meant for decides whether it is taken as
-    text or read as YAML, so a folder named 2024-01-05 stays a folder and does not become a date."""
+    """The value of an override ``key=value``, as typed. The type of the field determines whether it is used as text or
+    parsed as YAML, so a folder named 2024-01-05 does not become a date."""
 
     override: str
 
@@ -34,7 +34,7 @@ class Typed(str):
 
 
 def read_typed(value: Any) -> Any:
-    """A typed value read as YAML; any other value as it is. Raises ConfigError where it is not YAML."""
+    """Parse a typed value as YAML; return any other value unchanged. Raises ConfigError for invalid YAML."""
     if not isinstance(value, Typed):
         return value
     try:
@@ -63,9 +63,8 @@ class Section(BaseModel):
 
 
 def _of_field(field: FieldInfo, value: Any) -> Any:
-    """A typed value for ``field``: unchanged if the field holds text, else read as YAML. An optional text is unset by
-    the word null or by an empty value; true and false are not accepted as numbers, although Python would accept
-    them."""
+    """Convert a typed value for ``field``: unchanged if the field holds text, else parsed as YAML. The word null or an
+    empty value unsets an optional text. true and false are not accepted as numbers, although Python accepts them."""
     kinds = set(get_args(field.annotation)) or {field.annotation}
     if isinstance(value, Typed):
         if field.annotation is str:
@@ -77,9 +76,9 @@ def _of_field(field: FieldInfo, value: Any) -> Any:
 
 
 def validated(schema: type[S], values: Any, source: str = "", path: str = "") -> S:
-    """``schema`` built from ``values``; the first fault becomes one line.
+    """Build ``schema`` from ``values``; the first error is reported in one line.
 
-    ``source``: the file the values come from; ``path``: where in it they stand, for example ``model.volume``. Raises
+    ``source``: the file with the values; ``path``: their position in it, for example ``model.volume``. Raises
     ConfigError naming both, and for an unknown key the nearest valid name.
     """
     try:
@@ -87,7 +86,7 @@ def validated(schema: type[S], values: Any, source: str = "", path: str = "") ->
     except ValidationError as error:
         message = _explanation(schema, error.errors()[0], path)
     except ConfigError as error:
-        # A section that was looked up by name (an encoder, an objective) has its own message.
+        # A section found by name (an encoder, an objective) has its own message.
         message = str(error)
     raise ConfigError(f"{source}: {message}" if source else message)
 
@@ -102,12 +101,12 @@ def _explanation(schema: type[Section], fault: Any, path: str) -> str:
         return f"unknown key {key!r}; did you mean {'.'.join([*parents, *location[:-1], *near])!r}?"
     message = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "string_type":
-        # A date, a number or a truth value of YAML, where text is meant.
+        # YAML parsed a date, a number or a boolean where text was meant.
         message += "; write it in quotes"
     if fault["type"] == "missing":
-        # What was found is the whole section around it.
+        # The reported value is the whole section.
         return f"{key}: {message}"
-    # The message of our own rule for a whole section is complete.
+    # Our own message for a whole section is complete.
     return (
         f"{key}: {message} (found {FOUND.repr(fault.get('input'))})"
         if location
@@ -120,7 +119,7 @@ def _explanation(schema: type[Section], fault: Any, path: str) -> str:
 def _valid_names(schema: type[Section], parents: list[str]) -> list[str]:
     sections: list[type[Section]] = [schema]
     for parent in parents:
-        # An index of a list, or a key of a mapping, leads to the same sections.
+        # List indices and mapping keys lead to the same sections.
         if any(parent in section.model_fields for section in sections):
             sections = [inner for section in sections for inner in _inner(section, parent)]
     return [name for section in sections for name in section.model_fields]

@@ -1,4 +1,4 @@
-"""Splitting reports into sentences.
+"""Split reports into sentences.
 
 Reports are dictated, typed and exported: lists, lines without full stops, wrapped lines, missing spaces,
 abbreviations. Libraries for prose (pysbd) take 20 ms per report of CT-RATE's length, and split "approx. 5 mm".
@@ -9,20 +9,20 @@ from __future__ import annotations
 import re
 
 STOP = re.compile(r"[.!?…]+([\"'”’)\]]*)|[。．｡！？।؟]+")
-# Behind a stop whose space was forgotten: a word.
+# A word after a full stop with a missing space.
 WORD_AFTER = re.compile(r"[^\W\d_]{2}")
-# What an item of a list begins with: a dash or dot, "1.", "(2)", "[3]", "#4", "5 -", "6:", "b)", "C.", "iv)", "IV.".
+# The beginning of a list item: a dash or dot, "1.", "(2)", "[3]", "#4", "5 -", "6:", "b)", "C.", "iv)", "IV.".
 MARKER = re.compile(
     r"(?:[-–—•*·▪■●○◦‣⁃➢►→✓]+(?=\s|[^\W\d_])|[+>](?=\s)|[①-⑳]|\(\d{1,2}\)|\[\d{1,2}\]|#\d{1,2}[.):]?(?=\s)"
     r"|\d{1,2}[.)．、）](?=\s|[^\W\d_])|\d{1,2}\s?[-–:](?=\s+[^\W\d_])|\(?[a-h]\)(?=\s)|\(?[ivx]{1,4}\)(?=\s)"
     r"|(?:[A-H]|I{1,3}|I?V|VI{1,3}|I?X)[.)](?=\s+[A-ZÀ-ÖØ-ÞĞİŞŒ]))\s*"
 )
-# A sign that begins an item wherever it stands; a dash does so where the first item has one.
+# A sign that always begins an item; a dash does so only if the first item has one.
 BULLET = re.compile(r"(?<=\s)[•·▪■●○◦‣⁃➢►](?=\s*[^\W\d_])|(?<=\S)\s*[①-⑳](?=\s*[^\W\d_])")
 DASHED = re.compile(r"(?<=\s)-(?=[^\W\d_])")
-# A list in one line, by numbers or letters.
+# A list in one line, with numbers or letters.
 NUMBERED = re.compile(r"(?<![^\W_])(\d{1,2}|[A-Ha-h])([.)．、])\s*(?=[^\W\d_])")
-# After these a stop ends nothing; after the others only where a capital follows.
+# A full stop after these never ends a sentence; after the others, only before a capital letter.
 NEVER = frozenset({
     "dr", "mr", "mrs", "ms", "prof", "approx", "e.g", "i.e", "eg", "ie", "i.v", "i.m", "s.c", "p.o", "iv", "vs", "cf", "fig", "figs",
     "incl", "excl", "resp", "z.b", "bzw", "ggf", "v.a", "z.n", "st.p", "u.a", "d.h", "www",
@@ -56,33 +56,33 @@ BEFORE_NUMBER = frozenset(
         "vert",
     }
 )
-# A number with a stop before these is an ordinal, as in "the 4. rib".
+# A number with a full stop before these is an ordinal, as in "the 4. rib".
 ORDINAL = re.compile(
     r"(?:ribs?|costa|kosta|vertebra|segments?|intercostal|thoracic|lumbar|cervical|metacarpal|day)\b", re.I
 )
-# A number behind these belongs to them, and is no item of a list.
+# A number after these belongs to them, and does not begin a list item.
 COUNTED = re.compile(
     r"(?:segments?|ribs?|lobes?|grade|stage|type|levels?|stations?|category|series|image|figure|and|or|of|[,x&+/-])$",
     re.I,
 )
 TITLED = re.compile(r"\b(?:Dr|Prof|Mr|Mrs|Ms)\.\s*(?:[A-Z]\.\s*)*[A-Z]$")
 WORD = re.compile(r"(?:[^\W\d_]\.)*[^\W\d_]+$")
-# No sentences begin behind these stops: "image.dcm", "example.com".
+# No sentence begins after these full stops: "image.dcm", "example.com".
 FILE_ENDING = re.compile(r"(?:dcm|nii|nrrd|mha|gz|zip|csv|txt|pdf|jpe?g|png|com|org|net|edu)\b")
-# Characters on either side of a stop that are looked at.
+# Number of characters considered on either side of a full stop.
 NEAR = 40
-# Lines are wrapped where the longest has so many characters, and those that were cut by it are nearly as long.
+# A text is wrapped if its longest line has at least this many characters; lines that were wrapped are nearly as long.
 WRAPPED, FULL = 50, 0.75
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a section, without empty ones, and of lists without their numbers and dashes."""
+    """The non-empty sentences of a section; list items lose their numbers and dashes."""
     parts = (_unmarked(part) for item in _items(text) for piece in _numbered(item) for part in _stopped(piece))
     return [part for part in parts if any(character.isalnum() for character in part)]
 
 
 def _items(text: str) -> list[str]:
-    """Lines, of which wrapped ones are joined again."""
+    """Lines, with wrapped lines joined."""
     lines = [" ".join(line.split()) for line in BULLET.sub(lambda sign: f"\n{sign[0].strip()}", text).splitlines()]
     lines = [
         part
@@ -104,7 +104,7 @@ def _items(text: str) -> list[str]:
 
 
 def _continues(line: str, following: str, longest: int) -> bool:
-    """Whether ``following`` goes on with the sentence of ``line``: nothing ended, or the line was full."""
+    """Whether ``following`` continues the sentence of ``line``, because no sentence ended or the line was full."""
     if line[-1] in ".!?:,;":
         return True
     full = longest >= WRAPPED and len(line) >= FULL * longest
@@ -112,7 +112,7 @@ def _continues(line: str, following: str, longest: int) -> bool:
 
 
 def _numbered(item: str) -> list[str]:
-    """A list in one line ("1) Nodule 2) Effusion") cut into its points, without their numbers."""
+    """Split a list in one line ("1) Nodule 2) Effusion") into its items, without their numbers."""
     begins = NUMBERED.match(item)
     if begins is None:
         return [item]
@@ -122,7 +122,7 @@ def _numbered(item: str) -> list[str]:
     for marker in NUMBERED.finditer(item, start):
         before = item[start : marker.start()]
         apart = before.endswith(" ") and (style in ")、" or item[marker.end()].isupper())
-        # "1) Nodule, 2) effusion" is a list; "segments 1, 2) ..." has no item between.
+        # "1) Nodule, 2) effusion" is a list; in "segments 1, 2) ..." there is no item between the numbers.
         counted = COUNTED.search(before.rstrip().rstrip(",") if style == ")" else before.rstrip())
         if _place(marker[1]) == number + 1 and marker[2] == style and apart and not counted:
             parts.append(before.strip().rstrip(",;"))
@@ -131,12 +131,12 @@ def _numbered(item: str) -> list[str]:
 
 
 def _place(mark: str) -> int:
-    """The number of a list's item, of letters their place in the alphabet."""
+    """The number of a list item; for letters, their position in the alphabet."""
     return int(mark) if mark.isdecimal() else ord(mark.lower()) - ord("a") + 1
 
 
 def _stopped(item: str) -> list[str]:
-    """An item cut at its stops."""
+    """Split an item at its full stops."""
     pieces, start = [], 0
     for stop in STOP.finditer(item):
         if _ends(item, start, stop):
@@ -148,25 +148,25 @@ def _stopped(item: str) -> list[str]:
 def _ends(item: str, start: int, stop: re.Match[str]) -> bool:
     """Whether the sentence that began at ``start`` ends at ``stop``."""
     after = item[stop.end() : stop.end() + NEAR]
-    # What stands before, as far back as an abbreviation or a title reaches.
+    # The preceding text, as far as the longest abbreviation or title.
     before = item[max(start, stop.start() - NEAR) : stop.start()]
     if not after or stop[0][0] in "。｡！？।؟":
         return True
     if stop[0][0] == "．":
-        # In a number, or behind that of an item, it ends nothing.
+        # A full stop in a number, or after an item number, ends no sentence.
         return not before[-1:].isdecimal()
     if not after[0].isspace():
         return not stop[1] and (stop[0] == "." or after[0].isupper()) and _space_forgotten(before, after)
     following = after.lstrip()
     if stop[1]:
-        # "(mediastinitis?) in both" goes on.
+        # "(mediastinitis?) in both" continues.
         return "?" not in stop[0] and not following[:1].islower()
     return stop[0] != "." or not _abbreviated(before.strip(), following)
 
 
 def _space_forgotten(before: str, after: str) -> bool:
-    """Whether a sentence ends at a stop that no space follows: between two words, of which the second has a capital or the
-    first is none of the known abbreviations; and between a number, a bracket and a word with a capital."""
+    """Whether a sentence ends at a full stop without a following space: between two words, if the second has a capital
+    or the first is not a known abbreviation; and between a number or bracket and a word with a capital."""
     if WORD_AFTER.match(after) is None:
         return False
     if len(before) > 1 and before[-2:].isalpha():
@@ -175,7 +175,7 @@ def _space_forgotten(before: str, after: str) -> bool:
 
 
 def _abbreviated(before: str, following: str) -> bool:
-    """Whether a full stop between the two belongs to a number or an abbreviation."""
+    """Whether the full stop between the two belongs to a number or an abbreviation."""
     marker = MARKER.match(f"{before}. {following}")
     if marker is not None and marker.end() == len(before) + 2:
         return True

@@ -1,4 +1,5 @@
-"""For launchers: ``deepspeed --module ctclip.train``, ``torchrun -m ctclip.train``, ``srun python -m ctclip.train``."""
+"""Entry point for launchers: ``deepspeed --module ctclip.train``, ``torchrun -m ctclip.train``, ``srun python -m
+ctclip.train``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Versions and revision of the code that made a result, and the command that ran it."""
+"""Versions and revision of the code that produced a result, and the command."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ctclip import __version__
 
-# The words that `ctclip.cli.main` was given, with "ctclip" in front; None in Python code that calls no command. Not
-# ``sys.argv``: in a notebook that is the command line of its kernel.
+# The arguments of `ctclip.cli.main`, preceded by "ctclip"; None in Python code that calls no command. ``sys.argv`` is
+# not used, because in a notebook it is the command line of the kernel.
 COMMAND: ContextVar[list[str] | None] = ContextVar("command", default=None)
 PACKAGES = (
     "torch",
@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> str:
-    """The git revision of this code, or "unknown" where it was installed without its history."""
+    """The git revision of this code, or "unknown" if it was installed without its history."""
     folder = Path(__file__).resolve().parents[1]
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

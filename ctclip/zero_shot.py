@@ -1,4 +1,5 @@
-"""For sbatch files: ``python -m ctclip.zero_shot --model runs/first/model --store store --output predictions``."""
+"""Entry point for sbatch files: ``python -m ctclip.zero_shot --model runs/first/model --store store --output
+predictions``."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Pages of the reference that are made while the documentation is built: commands, configuration, files and columns.
+"""Generate the pages of the reference when the documentation is built: commands, configuration, files and columns.
 
-A hook of MkDocs (see ``mkdocs.yml``). Nothing here is written by hand twice: commands explain themselves, the configuration's
-schema holds its meanings, and ``docs/files.yaml`` holds those of columns, which a test compares with what the commands write.
+A hook of MkDocs (see ``mkdocs.yml``). Each description is written once: in the help of a command, in the schema of the
+configuration, or in ``docs/files.yaml``, which a test compares with the files that commands write.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import yaml
 
 INTRODUCTION = {
     "commands": "# Commands\n\nGenerated from the help of each command, which `ctclip COMMAND --help` prints.\n\n"
-    "Exit codes: 0 done; 2 failed, with one line that says why and what to do; 3 done, but some scans were refused; 75 a training "
+    "Exit codes: 0 done; 2 failed, with one line that gives the reason and the remedy; 3 done, but some scans were "
+    "refused; 75 a training "
     "run stopped after writing a checkpoint; 130 interrupted.\n\n`--debug` shows the traceback of an error; `--plugin MODULE` imports a "
     "module first. Both may be given anywhere.\n",
     "configuration": "# Configuration\n\nEvery key of a training recipe, with its default and meaning; `ctclip config explain KEY` "
@@ -51,7 +52,8 @@ def _leaves(nav: Any) -> Iterator[str]:
 
 def pages() -> dict[str, str]:
     """Markdown of each generated page, by its name."""
-    # This checkout's ctclip, whatever else is installed. MkDocs undoes what a hook does to the path while it is loaded.
+    # Import ctclip from this checkout, whatever else is installed. MkDocs reverts changes of the path made while a hook
+    # is loaded.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     made = {"commands": commands(), "configuration": configuration(), "files": written_files()}
     return {name: f"{INTRODUCTION[name]}\n{text}" for name, text in made.items()}
@@ -108,7 +110,7 @@ def _kind(parameter: Any) -> str:
 
 def _default(parameter: Any) -> str:
     value = parameter.default
-    # 0 is a default to show; false of a flag, and nothing, are not.
+    # Show 0 as a default, but not false for flags or missing defaults.
     if value is None or value is False or value in ("", ()) or callable(value):
         return ""
     return f"`{getattr(value, 'value', value)}`"
@@ -140,7 +142,7 @@ def configuration() -> str:
 
 
 def written_files() -> str:
-    """What ``docs/files.yaml`` says of every file."""
+    """The description of every file in ``docs/files.yaml``."""
     parts = []
     for name, file in files().items():
         parts += [f"## {name}", "", f"Written by `{file['by']}`; version {file['version']}. {file['is']}", ""]

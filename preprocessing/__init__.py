@@ -1,4 +1,4 @@
-"""From a CT file on disk to model-ready voxels; independent of models."""
+"""Convert CT files to model-ready voxels, independently of models."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The position of the lungs in an oriented CT in HU: whether the scan shows a chest, and whether it is upside down.
 
-All steps work at about 6 mm, where edges between air and tissue do not look like lung.
+All steps work at a resolution of about 6 mm, at which edges between air and tissue do not look like lung.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ SHORTEST_LUNG_MM = 100.0
 THINNEST_LUNG_MM = 45.0
 # Lungs destroyed by emphysema are at -960 HU, the air around a patient near -1000.
 AIR_NOT_LUNG = -975.0
-# Between the air around a patient and skin, at 6 mm.
+# HU between the air around a patient and skin, at 6 mm.
 AIR_OUTSIDE = -500.0
-# The other lung, where no airway joins the two at this resolution: of a fifth of the first one's volume, thicker than the
-# foam of a table, and for half of its height beside the first.
+# Criteria for the second lung, if no airway joins the two at this resolution: at least a fifth of the volume of the
+# first, thicker than the foam of a table, and beside the first over half of its height.
 OTHER_LUNG, OTHER_LUNG_MM, BESIDE = 0.2, 35.0, 0.5
 LARGEST_SPACES, LARGEST_SLICES = 8, 8
-# Scores run from -1 to 1. Bars lie well below the least of 300 phantoms (see ``orientation_doubt``).
+# Scores range from -1 to 1. The limits are well below the minimum of 300 phantoms (see ``orientation_doubt``).
 SPINE_BAR, UPRIGHT_BAR = -0.3, -0.15
 HEART_BAR, LUNGS_BAR, LIVER_BAR = -0.25, -0.05, -0.05
 
 
 @dataclass(frozen=True)
 class Lungs:
-    """``mask`` (d, h, w) of both lungs on ``coarse`` HU; a coarse voxel measures ``size`` mm and stands for ``step``
-    voxels of the scan. Millilitres, height and thickness (mm) are those of the largest connected space of lung."""
+    """``mask`` (d, h, w) of both lungs on ``coarse`` HU; a coarse voxel measures ``size`` mm and covers ``step`` voxels
+    of the scan. ``millilitres``, ``height`` and ``thickness`` (mm) are those of the largest connected lung region."""
 
     coarse: np.ndarray
     mask: np.ndarray
@@ -46,8 +46,9 @@ class Lungs:
 
     @property
     def is_chest(self) -> bool:
-        """Whether the largest space of lung holds 150 ml, is 100 mm high and, in one axial slice, holds a disc of 45 mm:
-        the lung bases of an abdomen are too low, the foam of a table or around a head is too thin."""
+        """Whether the largest lung region has at least 150 ml, is at least 100 mm high and contains a disc of 45 mm in
+        one axial slice. The lung bases of an abdominal scan are not high enough; the foam of a table or head rest is
+        too thin."""
         return (
             self.millilitres >= SMALLEST_LUNG_ML
             and self.height >= SHORTEST_LUNG_MM
@@ -58,19 +59,19 @@ class Lungs:
     def box(self) -> list[tuple[int, int]]:
         """First and last + 1 coarse voxel of lung along each axis."""
         counts = (self.mask.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3))
-        # One or two stray voxels do not mark the end of a lung.
+        # Ignore one or two stray voxels at the end of a lung.
         planes = (np.flatnonzero(count > min(2, count.max() - 1)) for count in counts)
         return [(int(where[0]), int(where[-1]) + 1) for where in planes]
 
     def middle(self, axis: int) -> float:
-        """The middle of the lungs along an axis, as a voxel index of the scan."""
+        """The centre of the lungs along an axis, as a voxel index of the scan."""
         first, end = self.box[axis]
         return (first + end) / 2 * self.step[axis] - 0.5
 
     def midline(self) -> float:
-        """The middle of the body from right to left beside the lungs, as a voxel index of the scan: the median over rows of
-        the middle between the first and the last voxel of the body. One lung full of fluid, or not recognised, does not shift
-        it, as it shifts ``middle(2)``."""
+        """The midline of the body at the level of the lungs, as a column index of the scan: the median over rows of the
+        centre between the first and the last voxel of the body. Unlike ``middle(2)``, it is not shifted by a lung that
+        is full of fluid or not recognised."""
         (low, high), (front, back) = self.box[0], self.box[1]
         body = self.coarse[low:high, front:back] > AIR_OUTSIDE
         rows = body.any(axis=2)
@@ -80,7 +81,7 @@ class Lungs:
         return float(np.median(first + last) / 2 + 0.5) * self.step[2] - 0.5
 
     def share_within(self, bounds: list[tuple[float, float]]) -> float:
-        """The share of lung between two voxel indices of the scan along each axis."""
+        """The fraction of the lungs between two voxel indices of the scan along each axis."""
         inside = []
         for axis, (low, high) in enumerate(bounds):
             place = (np.arange(self.mask.shape[axis]) + 0.5) * self.step[axis] - 0.5
@@ -89,7 +90,7 @@ class Lungs:
 
 
 def find_lungs(volume: Volume) -> Lungs:
-    """Find the lungs of an oriented volume in HU, or the space most similar to lungs."""
+    """Find the lungs of an oriented volume in HU, or the region most similar to lungs."""
     # A volume thinner than 6 mm is one coarse voxel thick.
     sides = zip(volume.spacing, volume.array.shape, strict=True)
     step = tuple(max(1, min(round(COARSE_MM / spacing), count)) for spacing, count in sides)
@@ -97,7 +98,8 @@ def find_lungs(volume: Volume) -> Lungs:
     size = tuple(spacing * s for spacing, s in zip(volume.spacing, step, strict=True))
     nothing = Lungs(coarse, np.zeros(coarse.shape, bool), step, size)
     best = nothing
-    # Healthy lung is denser than air; lung destroyed by emphysema is not, and is recognised by its separation from outside air.
+    # Healthy lung is denser than air. Lung destroyed by emphysema is not; it is recognised by its separation from the
+    # outside air.
     for mask in ((coarse > -950) & (coarse < -550), coarse < -550):
         best = _spaces(nothing, mask)
         if best.is_chest:
@@ -110,15 +112,15 @@ def no_chest(lungs: Lungs) -> str | None:
     if lungs.is_chest:
         return None
     return (
-        f"its largest space of lung density measures {lungs.millilitres:.0f} ml, {lungs.height:.0f} mm high, "
+        f"its largest region of lung density measures {lungs.millilitres:.0f} ml, {lungs.height:.0f} mm high, "
         f"{lungs.thickness:.0f} mm thick: {NOT_A_CHEST}"
     )
 
 
 @numba.njit(cache=True, fastmath=True, nogil=True)
 def _coarse(array, i, j, k):  # type: ignore[no-untyped-def]
-    """Means of blocks of (i, j, k) voxels; what does not fill a block is left off. Every third row and slice is enough:
-    their noise averages out, and most of the memory is not read."""
+    """Means over blocks of (i, j, k) voxels; incomplete blocks are dropped. Every third row and slice is enough,
+    because noise averages out, and most of the memory is not read."""
     d, h, w = array.shape[0] // i, array.shape[1] // j, array.shape[2] // k
     coarse = np.zeros((d, h, w), np.float32)
     for a in range(d):
@@ -138,16 +140,16 @@ def _coarse(array, i, j, k):  # type: ignore[no-untyped-def]
 
 
 def _spaces(scan: Lungs, mask: np.ndarray) -> Lungs:
-    """The largest connected space of a mask that is not air by its median, and the other lung beside it."""
+    """The largest connected region of a mask whose median is not air, and the other lung beside it."""
     from scipy import ndimage
 
-    # As scipy's erosion by a square of 2 x 2: bridges of one voxel between lungs and the air around them go.
+    # Erosion by a 2 x 2 square (as in scipy) removes bridges of one voxel between lungs and outside air.
     eroded = np.zeros_like(mask)
     eroded[:, 1:, 1:] = mask[:, 1:, 1:] & mask[:, :-1, 1:] & mask[:, 1:, :-1] & mask[:, :-1, :-1]
     regions, _ = ndimage.label(eroded)
     counts = np.bincount(regions.ravel())
     order = [int(label) for label in np.argsort(counts)[::-1] if label > 0 and counts[label] > 0]
-    # With the mask of emphysema, the air around the patient is a space too, and the largest.
+    # In the mask of emphysema, the air around the patient is the largest region.
     spaces: list[np.ndarray] = []
     least = 0.0
     for n in order[:LARGEST_SPACES]:
@@ -160,7 +162,7 @@ def _spaces(scan: Lungs, mask: np.ndarray) -> Lungs:
     if not spaces:
         return scan
     measured = [_measured(scan, space) for space in spaces]
-    # The foam of a table runs to the sides of the image, and may be larger than a lung.
+    # The foam of a table extends to the sides of the image, and may be larger than a lung.
     inner = (one for one in measured if one.is_chest and not _at_sides(one.mask))
     first = next(inner, measured[0])
     both = first.mask.copy()
@@ -188,7 +190,7 @@ def _at_sides(space: np.ndarray) -> bool:
 
 
 def _thickness(space: np.ndarray, size: tuple[float, ...]) -> float:
-    """Diameter in mm of the largest disc in the largest axial slices of a space."""
+    """Diameter in mm of the largest disc in the largest axial slices of a region."""
     from scipy import ndimage
 
     widest = np.argsort(space.sum(axis=(1, 2)))[-LARGEST_SLICES:]
@@ -198,11 +200,11 @@ def _thickness(space: np.ndarray, size: tuple[float, ...]) -> float:
 def orientation_doubt(lungs: Lungs) -> str | None:
     """A warning if the anatomy contradicts the axes of an oriented volume, or None.
 
-    The spine lies behind the lungs; lungs are pointed above and hollow below, the trachea lies between their upper
-    parts; the heart takes space from the left lung and the liver lies below the right. A header that is wrong by 180
-    degrees reverses two of the three. The heart alone is weak evidence (a collapsed lung pulls it over): it counts
-    only if lungs and liver agree. There is no warning for scans that do not show a chest, or that cut off the lungs in
-    front, behind or at the sides.
+    The spine lies behind the lungs; lungs are pointed at the top and concave at the bottom; the trachea lies between
+    their upper parts; the heart takes space from the left lung, and the liver lies below the right. A header that is
+    wrong by 180 degrees reverses two of the three. The heart alone is weak evidence, because a collapsed lung displaces
+    it: it counts only if lungs and liver agree. There is no warning for scans that do not show a chest, or that cut off
+    the lungs in front, behind or at the sides.
     """
     (_, _), (front, back), (right, left) = lungs.box if lungs.is_chest else [(0, 0)] * 3
     _, height, width = lungs.mask.shape
@@ -212,16 +214,17 @@ def orientation_doubt(lungs: Lungs) -> str | None:
     if _spine_behind(lungs) < SPINE_BAR:
         faults.append("the spine lies in front of the lungs")
     if _upright(lungs) < UPRIGHT_BAR:
-        faults.append("the lungs' tips and the trachea lie below, the domes of the diaphragm above")
+        faults.append("the lung apices and the trachea lie below, the domes of the diaphragm above")
     if not faults and _heart_left(lungs):
         faults.append("the heart lies on the right and the liver on the left (a mirrored header, or situs inversus)")
     return f"orientation doubtful: {', and '.join(faults)}" if faults else None
 
 
 def _spine_behind(lungs: Lungs) -> float:
-    """1 where bone in the middle lies behind the lungs, in most slices and in sum; -1 where it lies before them.
+    """1 if midline bone lies behind the lungs, in most slices and in total; -1 if it lies in front of them.
 
-    It is looked for where lungs end, not between them, where contrast medium is as dense as bone."""
+    Bone is searched behind and in front of the lungs, not between them, where contrast medium is as dense as bone.
+    """
     (_, _), (front, back), (right, left) = lungs.box
     reach = max(1, round(30 / lungs.size[2]))
     middle = (right + left - 1) / 2
@@ -236,7 +239,8 @@ def _spine_behind(lungs: Lungs) -> float:
 
 
 def _upright(lungs: Lungs) -> float:
-    """1 where the lungs taper upwards and air (the trachea) lies between their upper parts, -1 where it is below."""
+    """1 if the lungs taper upwards and air (the trachea) lies between their upper parts, -1 if it is the other way
+    round."""
     from scipy import ndimage
 
     (low, high), (front, back), (right, left) = lungs.box
@@ -247,7 +251,7 @@ def _upright(lungs: Lungs) -> float:
     bottom, top = mask.argmax(axis=0), depth - 1 - mask[::-1].argmax(axis=0)
     if not core.any() or not rim.any():
         return 0.0
-    # A dome from below lifts the middle of the bottom; a tip lifts the middle of the top.
+    # The dome of the diaphragm raises the centre of the lower surface; the apex raises the centre of the upper surface.
     taper = sum(surface[core].mean() - surface[rim].mean() for surface in (bottom, top)) / (high - low)
     reach = max(1, round(25 / lungs.size[2]))
     middle = (right + left - 1) / 2
@@ -261,7 +265,7 @@ def _upright(lungs: Lungs) -> float:
 
 
 def _heart_left(lungs: Lungs) -> bool:
-    """Whether heart, lungs and liver all lie on the other side of the spine than they should."""
+    """Whether heart, lungs and liver all indicate exchanged sides."""
     (low, high), (front, back), (right, left) = lungs.box
     depth, height, _ = lungs.mask.shape
     reach = max(1, round(30 / lungs.size[2]))

@@ -1,4 +1,4 @@
-"""Decoding in a child process: a library that crashes on damaged bytes crashes only the child.
+"""Decode in a child process, so that a library that crashes on damaged bytes crashes only the child.
 
 One child is kept and reused. It has limits on memory and time and returns arrays in anonymous shared memory. If it
 dies, a PreprocessingError is raised, and the next call starts a new child. Nothing that it returns is unpickled, so a
@@ -36,9 +36,9 @@ def decode_in_child(
 ) -> tuple[np.ndarray, Any]:
     """Call ``function`` ("package.module:name") with ``args`` (picklable) in the child.
 
-    The function returns an array, or an array and something that JSON can hold; both come back, the latter None if
-    there is none. ``memory_gb`` bounds the child's address space, and ``seconds`` one call. A PreprocessingError of
-    the function is raised here unchanged; any other failure becomes one that names ``source``.
+    The function returns an array, or an array and a JSON value; both are returned, the latter None if there is none.
+    ``memory_gb`` bounds the child's address space, and ``seconds`` one call. A PreprocessingError of the function is
+    raised here unchanged; any other failure becomes one that names ``source``.
     """
     with _LOCK:
         child = _child(memory_gb)
@@ -59,13 +59,13 @@ def decode_in_child(
                 raise PreprocessingError(failure.reason) from None
             raise PreprocessingError(f"{source}: cannot be decoded ({failure.reason}); it is damaged") from None
         except BaseException:
-            # Interrupted between request and answer: the next call must not receive this answer.
+            # Interrupted between request and answer; the next call must not receive this answer.
             child.end()
             raise
 
 
 class _FailedError(Exception):
-    """The function raised in the child; ``clear`` if its message is fit to be shown as it is."""
+    """The function raised in the child; ``clear``: its message can be shown unchanged."""
 
     def __init__(self, reason: str, clear: bool) -> None:
         super().__init__(reason)
@@ -73,16 +73,16 @@ class _FailedError(Exception):
 
 
 class _Child:
-    """The process, and the socket that leads to it."""
+    """The child process and its socket."""
 
     def __init__(self, memory_gb: float) -> None:
         self.memory_gb, self.owner = memory_gb, os.getpid()
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Nothing is ever written to this pipe: it closes when this process ends.
+        # Nothing is written to this pipe; it closes when this process ends.
         watched, kept = os.pipe()
         self.lifeline = os.fdopen(kept, "wb")
         with theirs, os.fdopen(watched, "rb"):
-            # A new program, not a fork: it inherits no locks or threads and does not run the main module again.
+            # A new program instead of a fork inherits no locks or threads, and does not run the main module again.
             paths = [path or os.getcwd() for path in sys.path]
             start = f"import sys; sys.path[:] = {paths!r}; from {__package__}.child import main; "
             # -P: do not import from the working directory, which may contain untrusted files.
@@ -91,13 +91,13 @@ class _Child:
                 pass_fds=[theirs.fileno(), watched],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                # Libraries write complaints there that quote their input.
+                # Libraries write messages to stderr that quote their input.
                 stderr=subprocess.DEVNULL,
             )
 
     @property
     def alive(self) -> bool:
-        # After a fork this process is not the child's parent, and its socket is another's too.
+        # After a fork, this process is not the child's parent and shares its socket.
         return self.owner == os.getpid() and self.process.poll() is None
 
     def call(self, function: str, args: tuple[Any, ...], seconds: float) -> tuple[np.ndarray, Any]:
@@ -143,7 +143,7 @@ def _end() -> None:
 
 
 def _forked() -> None:
-    # The parent's child stays the parent's: let go of its socket, or it would not see the parent's end.
+    # The child belongs to the parent: close the socket here, or the child would not notice the parent's end.
     global _LOCK
     _LOCK = threading.Lock()
     _end()
@@ -201,7 +201,7 @@ def _bytes(connection: socket.socket, length: int, until: float | None) -> bytes
 
 
 def _answer(connection: socket.socket, question: bytes) -> None:
-    """Call what is asked for and send the array, or why there is none."""
+    """Call the requested function and send the array, or the reason for a failure."""
     function, args = pickle.loads(question)
     try:
         module, _, name = function.partition(":")
@@ -228,7 +228,7 @@ def _answer(connection: socket.socket, question: bytes) -> None:
 
 
 def _end_with_parent(watched: int) -> None:
-    """Let the system end this process when the pipe ``watched`` closes: a decoder that is busy notices nothing itself."""
+    """Let the system end this process when the pipe ``watched`` closes, because a busy decoder would not notice."""
     import fcntl
     import select
     import signal
@@ -237,7 +237,7 @@ def _end_with_parent(watched: int) -> None:
     fcntl.fcntl(watched, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(watched, fcntl.F_SETFL, fcntl.fcntl(watched, fcntl.F_GETFL) | os.O_ASYNC)
     if select.select([watched], [], [], 0)[0]:
-        # The parent ended before.
+        # The parent has already ended.
         os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Preprocessing of a cohort: every volume into a store, in parallel, resumed after an interruption."""
+"""Preprocess a cohort into a store, in parallel, and resume after an interruption."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ctclip.preprocessing.store import VolumeStore, check_store_folder
 from ctclip.preprocessing.workers import worker_pool
 
 Task = tuple[str, Path, TableFacts, str | None]
-# The note of a stored volume that says what it was made from.
+# Note of a stored volume that identifies its source and options.
 SOURCE = "source"
 
 
@@ -61,14 +61,14 @@ def preprocess_cohort(
     labels: Sequence[str] | None = None,
     linkage: str | os.PathLike[str] | None = None,
 ) -> Report:
-    """Bring every volume of a cohort into a store.
+    """Preprocess every volume of a cohort into a store.
 
-    Volumes that are stored already are kept, so a run that was interrupted continues. ``shard`` (i, n) takes
-    every n-th volume from the i-th on: shards may run at once on one store. ``calibration`` of the training patients
-    become a split of that name, which training never sees. Volumes without a report and reports without a volume are
-    refused unless ``partial``: then the former are kept without text, the latter left out. ``keep_no_chest`` and ``labels``:
-    see ``read_cohort``. ``linkage``: where to write the table that leads from ids to paths and studies; see
-    ``ctclip.preprocessing.linkage``.
+    Volumes that are already stored are kept, so that an interrupted run resumes. ``shard`` (i, n) processes every n-th
+    volume, starting with the i-th; shards may run at the same time on one store. The fraction ``calibration`` of the
+    training patients becomes a split of that name, which is never used in training. Volumes without a report and
+    reports without a volume are refused unless ``partial``: then the former are kept without text, the latter left out.
+    ``keep_no_chest`` and ``labels``: see ``read_cohort``. ``linkage``: path of the table that links ids to paths and
+    studies; see ``ctclip.preprocessing.linkage``.
     """
     reading = reading or Reading()
     check_reading(**reading)
@@ -102,8 +102,8 @@ def preprocess_cohort(
     kept, changed = _kept(store, tasks, reading)
     if changed:
         print(
-            f"warning: {output}: {len(changed)} stored volumes (first: {changed[0]}) were made from other files, table entries "
-            f"or options than those of this run: they are made again"
+            f"warning: {output}: {len(changed)} stored volumes (first: {changed[0]}) come from other files, table "
+            f"entries or options than those of this run: they are processed again"
         )
     outcomes = [*kept, *_not_read(cohort, set(mine["volume"]))]
     names = {outcome.volume for outcome in kept}
@@ -111,14 +111,14 @@ def preprocess_cohort(
     fresh = _all(due, store.path, reading, workers or len(os.sched_getaffinity(0)))
     outcomes += track(fresh, len(due), "preprocessing")
     write_outcomes(store, outcomes, shard)
-    # Of shards, once they are merged: each would look at the whole store.
+    # For shards, only after merging, because each would check the whole store.
     doubles = double_notes(store, table) if shard == (1, 1) else []
     return Report(outcomes, [*cohort.notes, *doubles], dict(cohort.unused))
 
 
 def _kept(store: VolumeStore, tasks: Sequence[Task], reading: Reading) -> tuple[list[Outcome], list[str]]:
-    """Outcomes of volumes that are stored already, by what is kept with them, and the names of those that were made from
-    something else. Stores of earlier versions do not tell, and have only ``outcomes.csv``."""
+    """Outcomes of stored volumes from their notes, and the names of volumes with another source. Stores of earlier
+    versions have no such notes, only ``outcomes.csv``."""
     before, stored = read_outcomes(store), set(store.volumes)
     tasks = [task for task in tasks if task[0] in stored]
 
@@ -141,18 +141,18 @@ def _kept(store: VolumeStore, tasks: Sequence[Task], reading: Reading) -> tuple[
 
 
 def _asked(reading: Reading, series: str | None) -> Reading:
-    """The series asked for, else the one that the table names."""
+    """The requested series, else the one in the table."""
     return {**reading, "series": reading.get("series") or series}
 
 
 def _not_read(cohort: Cohort, mine: set[str]) -> list[Outcome]:
-    """Outcomes of what is known beforehand: volumes that the cohort lists as none to take, or that cannot be one."""
+    """Outcomes known without reading: volumes that the cohort lists as left out or refused."""
     refused = [Outcome(name, reason) for name, reason in cohort.refused.items() if name in mine]
     return refused + [Outcome(name, None, left_out=reason) for name, reason in cohort.left_out.items()]
 
 
 def quarantine_damaged(path: str | os.PathLike[str]) -> list[str]:
-    """Check every stored volume; damaged ones are moved to ``quarantine/``. Returns their ids."""
+    """Check every stored volume and move damaged ones to ``quarantine/``; return their ids."""
     store = VolumeStore(path)
     names = store.volumes
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -161,20 +161,21 @@ def quarantine_damaged(path: str | os.PathLike[str]) -> list[str]:
     for name in damaged:
         aside = store.path / "quarantine"
         aside.mkdir(exist_ok=True)
-        # Another shard may have set it aside in the meantime.
+        # Another shard may have moved it in the meantime.
         with contextlib.suppress(FileNotFoundError):
             os.replace(store.file(name), aside / store.file(name).name)
     return damaged
 
 
 def write_table(store: VolumeStore, table: pd.DataFrame) -> None:
-    """The cohort table of a store, whole or not at all."""
+    """Write the cohort table of a store atomically."""
     with written_beside(store.path / "cohort.parquet") as partial:
         table.to_parquet(partial, index=False)
 
 
 def merge_shards(path: str | os.PathLike[str]) -> list[Outcome]:
-    """One ``outcomes.csv`` of the shards' own; no volume is read. Refuses while a shard has not finished."""
+    """Merge the outcome tables of shards into ``outcomes.csv``, without reading volumes. Raises PreprocessingError if a
+    shard has not finished."""
     store = VolumeStore(path)
     parts = sorted(store.path.glob("outcomes-*-of-*.csv"))
     totals = {path.stem.rpartition("-")[2] for path in parts}
@@ -199,7 +200,7 @@ def merge_shards(path: str | os.PathLike[str]) -> list[Outcome]:
 
 
 def _all(due: list[Task], store: Path, reading: Reading, workers: int) -> Iterator[Outcome]:
-    """Outcomes in the order in which they end. A scan that kills its process is refused; the others go on."""
+    """Outcomes in order of completion. A scan that kills its process is refused; the others continue."""
     if workers == 1 or len(due) < 2:
         for task in due:
             yield _one(task, store, reading)
@@ -211,7 +212,7 @@ def _all(due: list[Task], store: Path, reading: Reading, workers: int) -> Iterat
                 del left[task]
                 yield outcome
         except BrokenProcessPool:
-            # One of the first that are left: workers take tasks in order, and hold few ahead.
+            # It is one of the first remaining tasks: workers take tasks in order and prefetch few.
             suspects = list(left)[: 2 * workers + 1]
             for task in suspects:
                 try:
@@ -231,7 +232,7 @@ def _in_parallel(due: list[Task], store: Path, reading: Reading, workers: int) -
         for future in as_completed(futures):
             yield futures[future], future.result()
     finally:
-        # A full disk or Ctrl-C must not wait for tens of thousands of tasks that are queued.
+        # After a full disk or Ctrl-C, do not wait for tens of thousands of queued tasks.
         pool.shutdown(cancel_futures=True)
 
 
@@ -244,12 +245,12 @@ def _one(task: Task, store: Path, reading: Reading) -> Outcome:
     except PreprocessingError as error:
         return Outcome(name, str(error))
     except Exception as error:
-        # A fault of ours in one scan must not end a run of fifty thousand; what libraries say may quote its header.
+        # A bug of ours in one scan must not end a run of fifty thousand. Messages of libraries may quote the header.
         return Outcome(name, f"{name}: could not be prepared ({type(error).__name__}); please report this as a fault")
     spacing = " x ".join(f"{step:.2f}" for step in ready.source_spacing)
     done = Outcome(name, None, tuple(ready.warnings), spacing, " x ".join(map(str, ready.source_shape)))
     try:
-        # A run that is killed writes no outcomes.csv: what became of a volume lies with it.
+        # A killed run writes no outcomes.csv, so the outcome of a volume is saved with it.
         target.write(name, ready.stored, {**done.row(), SOURCE: source_digest(path, table, chosen)})
     except PreprocessingError as error:
         return Outcome(name, str(error))

@@ -10,17 +10,18 @@ from typing import IO, Any
 
 import pandas as pd
 
-# The full-width forms too, which some spreadsheets compute.
+# Including full-width forms, which some spreadsheets evaluate.
 FORMULA = re.compile(r"[=+\-@\t\r＝＋－＠]")
-# Signed numbers compute to themselves.
+# Signed numbers are harmless.
 NUMBER = re.compile(r"[-+]?\d[\d.,]*([eE][-+]?\d+)?|[-+]")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def write_csv(target: Path | IO[str], table: pd.DataFrame, **options: Any) -> None:
-    """``table.to_csv`` with cells and names of strings ``guarded``; without its index unless an ``index_label`` is given.
+    """``table.to_csv`` with ``guarded`` strings in cells and names; without the index unless an ``index_label`` is
+    given.
 
-    ``options``: those of pandas.
+    ``options``: options of pandas.
     """
     safe = table.rename(columns=_cell)
     for number, dtype in enumerate(safe.dtypes):
@@ -32,7 +33,8 @@ def write_csv(target: Path | IO[str], table: pd.DataFrame, **options: Any) -> No
 
 
 def read_csv(path: str | os.PathLike[str], **options: Any) -> pd.DataFrame:
-    """Read what ``write_csv`` wrote; ``options``: those of pandas. Empty cells of strings are empty strings."""
+    """Read a file written by ``write_csv``; ``options``: options of pandas. Empty cells in text columns become empty
+    strings."""
     table = pd.read_csv(Path(path).absolute(), keep_default_na=False, **options).rename(columns=_bare)
     for number, dtype in enumerate(table.dtypes):
         if not pd.api.types.is_numeric_dtype(dtype):

@@ -1,4 +1,4 @@
-"""Volumes and reports that occur twice in a cohort, found without comparing images."""
+"""Find volumes and reports that occur twice in a cohort, without comparing images."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def same_voxels(store: VolumeStore, volumes: Iterable[str]) -> list[list[str]]:
 
 
 def recurring_reports(table: pd.DataFrame) -> list[list[str]]:
-    """Groups of scans of different patients whose findings and impression are the same, word for word, the largest first.
+    """Groups of scans of different patients whose findings and impression are identical, the largest groups first.
 
-    table: a cohort table. Reports of fewer than ``FEWEST_WORDS`` words are left out.
+    ``table``: a cohort table. Reports of fewer than ``FEWEST_WORDS`` words are left out.
     """
     scans = table.drop_duplicates("scan")
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
@@ -64,7 +64,7 @@ def double_notes(store: VolumeStore, table: pd.DataFrame) -> list[str]:
     notes = []
     if copies:
         notes.append(
-            f"{sum(map(len, copies))} volumes of different scans hold the same voxels (the first: {copies[0][0]} and "
+            f"{sum(map(len, copies))} volumes of different scans have the same voxels (the first: {copies[0][0]} and "
             f"{copies[0][1]}); `ctclip audit doubles` lists these and altered copies"
         )
     if reports:

@@ -1,8 +1,8 @@
-"""The error class of this package. Every message names the file, what is wrong with it and what to do."""
+"""The error class of this package. Every message names the file, the fault and the remedy."""
 
 
 class PreprocessingError(Exception):
-    """A scan, a table or a store that cannot be trusted as it is. Its message is one printable line."""
+    """A scan, a table or a store that cannot be trusted. Its message is one printable line."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))

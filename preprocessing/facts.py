@@ -1,4 +1,4 @@
-"""Facts of a metadata table about a volume: slope, intercept, and the geometry if the header has none."""
+"""Values of a metadata table for a volume: slope, intercept, and the geometry if the header has none."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ GEOMETRY_COLUMNS = {
     "image_orientation": "ImageOrientationPatient",
     "image_position": "ImagePositionPatient",
 }
-# How far lengths and the right angle of stated directions may be off by rounding.
+# Tolerance for rounding of lengths and the right angle of stated directions.
 ROUNDING = 0.01
 
 
 @dataclass(frozen=True)
 class TableFacts:
-    """``slope`` and ``intercept`` lead to HU. ``spacing`` (x, y, z) mm, ``orientation`` (6,) direction cosines of a file's
-    first and second axis and ``position`` (3,) mm of its first voxel, all in LPS+, are None where the table lacks them."""
+    """``slope`` and ``intercept`` convert values to HU. ``spacing`` (x, y, z) mm, ``orientation`` (6,) direction
+    cosines of a file's first and second axis and ``position`` (3,) mm of its first voxel, all in LPS+, are None where
+    the table lacks them."""
 
     slope: float = 1.0
     intercept: float = 0.0
@@ -37,9 +38,9 @@ class TableFacts:
 
     @property
     def affine(self) -> np.ndarray | None:
-        """(4, 4) from voxel (i, j, k), as they follow each other in the file, to LPS+ mm; None unless all of it is stated.
+        """The affine (4, 4) from voxel (i, j, k), in file order, to LPS+ mm; None unless all of it is stated.
 
-        As CT-RATE's own repair script sets it: slices follow each other along the normal of the first two axes.
+        As in CT-RATE's own repair script, slices are stacked along the normal of the first two axes.
         """
         if self.spacing is None or self.orientation is None or self.position is None:
             return None
@@ -93,7 +94,7 @@ def placed(volume: Volume, facts: TableFacts | None, choice: Geometry = "auto") 
     """
     if facts is None or not facts.state_geometry or volume.fixed_geometry or choice not in ("auto", "table"):
         return settle(volume, None, choice)
-    # The table counts the axes of a file from the fastest on.
+    # The table lists the axes of a file from the fastest.
     order = [0, 1, 2, 3] if volume.columns_first else [2, 1, 0, 3]
     affine = facts.affine
     if affine is not None:
@@ -112,7 +113,7 @@ def placed(volume: Volume, facts: TableFacts | None, choice: Geometry = "auto") 
     if facts.spacing is None:
         return settle(volume, None, choice)
     spacing = np.array(facts.spacing)[order[:3]]
-    # A header that was reoriented keeps its spacings, on other axes.
+    # A reoriented header keeps its spacings, but on other axes.
     if np.allclose(np.sort(spacing), np.sort(volume.spacing), rtol=0.01):
         return settle(volume, None, choice)
     turned = volume.affine.copy()
@@ -121,15 +122,15 @@ def placed(volume: Volume, facts: TableFacts | None, choice: Geometry = "auto") 
 
 
 def _same_box(volume: Volume, table: np.ndarray) -> bool:
-    """Whether header and table place the voxels in the same box along different axes: the file was reoriented later,
-    and its header is right."""
+    """Whether header and table describe the same box with different axes: then the file was reoriented later, and its
+    header is right."""
     if not differ(volume.affine, table):
         return False
     if not np.allclose(np.sort(volume.spacing), np.sort(np.linalg.norm(table[:3, :3], axis=0)), rtol=0.01):
         return False
     shape = np.array(volume.array.shape)
     steps = np.linalg.norm(table[:3, :3], axis=0)
-    # The table speaks of the axes as they were: each of its axes had the length of the header's axis along it.
+    # The table describes the original axes: each had the length of the header's axis along it.
     along = np.abs((table[:3, :3] / steps).T @ (volume.affine[:3, :3] / np.array(volume.spacing))).argmax(axis=1)
     if len(set(along)) < 3:
         return False
@@ -138,6 +139,6 @@ def _same_box(volume: Volume, table: np.ndarray) -> bool:
 
 
 def _corners(affine: np.ndarray, shape: np.ndarray) -> np.ndarray:
-    """(8, 3): the middles of the corner voxels in mm."""
+    """The centres (8, 3) of the corner voxels in mm."""
     ends = np.array(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij")).reshape(3, -1)
     return (affine[:3, :3] @ ends + affine[:3, 3:]).T

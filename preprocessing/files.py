@@ -23,8 +23,8 @@ KINDS = (
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
-    """The kind of file at ``path`` itself, in words ("a symbolic link", "a folder", "a file", ...); None if nothing
-    does."""
+    """The kind of file at ``path`` itself, in words ("a symbolic link", "a folder", "a file", ...); None if there is
+    nothing."""
     try:
         mode = os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -33,7 +33,8 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def regular(path: Path) -> Path:
-    """``path``, if it is a regular file or leads to one. Raises OSError otherwise: a FIFO or a terminal would be waited for."""
+    """``path``, if it is a regular file or a link to one. Raises OSError otherwise, because reading a FIFO or a
+    terminal would block."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         what = next((words for test, words in KINDS if test(mode)), "a special file")
@@ -42,13 +43,14 @@ def regular(path: Path) -> Path:
 
 
 def text_of(path: Path) -> str:
-    """The UTF-8 text of a regular file, with line feeds alone. Raises OSError and UnicodeDecodeError."""
+    """The UTF-8 text of a regular file, with line ends converted to line feeds. Raises OSError and
+    UnicodeDecodeError."""
     return regular(path).read_text(encoding="utf-8")
 
 
 def as_path(path: object, what: str) -> Path:
-    """``path`` as it was given from Python: text, bytes or path-like. Raises PreprocessingError for anything else, and for
-    nothing, which would be the current folder; ``what`` says what was expected."""
+    """Convert a path given from Python: text, bytes or path-like. Raises PreprocessingError for anything else, and for
+    an empty path, which would mean the current folder; ``what`` describes the expected value."""
     if isinstance(path, bytes):
         path = os.fsdecode(path)
     if not isinstance(path, str | os.PathLike):
@@ -65,10 +67,10 @@ def written_beside(
     """Yield a temporary path in the folder of ``path``; flush it to disk and rename it over ``path`` on success.
 
     ``suffix`` is appended to the temporary name for writers that read the format off the name (``.nii.gz``). ``mode``:
-    the file's permissions; by default those of the user's umask. ``once``: a file that another process has written in
-    the meantime is kept. On any exception the temporary file is removed and ``path`` is unchanged; temporary files
-    that killed processes left beside ``path`` are removed first. Raises PreprocessingError if ``path`` is anything but
-    a regular file or a new name.
+    the file's permissions; by default those of the user's umask. ``once``: keep a file that another process has written
+    in the meantime. On any exception the temporary file is removed and ``path`` is unchanged; temporary files that
+    killed processes left beside ``path`` are removed first. Raises PreprocessingError if ``path`` is anything but a
+    regular file or a new name.
     """
     refuse_special(Path(path))
     # Absolute, because pandas and pyarrow expand a path that begins with ~.
@@ -81,7 +83,7 @@ def written_beside(
         yield partial
         flush(partial)
         os.chmod(partial, 0o666 & ~_umask() if mode is None else mode)
-        # Again: the caller may have taken hours, and a rename would replace a link or a device.
+        # Check again: the caller may have taken hours, and renaming would replace a link or a device.
         refuse_special(Path(path))
         if once:
             _put_once(partial, final)
@@ -93,7 +95,7 @@ def written_beside(
 
 
 def _new_partial(final: Path, suffix: str) -> tuple[int, Path]:
-    """A new temporary file beside ``final``, and the open descriptor that holds it."""
+    """A new temporary file beside ``final``, and the open descriptor that locks it."""
     while True:
         descriptor, name = tempfile.mkstemp(prefix=f".{final.name[:60]}.", suffix=f".partial{suffix}", dir=final.parent)
         if hold(descriptor, Path(name)):
@@ -106,7 +108,7 @@ def hold(descriptor: int, path: Path) -> bool:
 
     Returns False if another process removed it as abandoned before it was locked.
     """
-    # A file system without locks, where no file can be recognised as abandoned.
+    # On a file system without locks, no file can be recognised as abandoned.
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     return path.exists()
@@ -114,10 +116,10 @@ def hold(descriptor: int, path: Path) -> bool:
 
 @contextlib.contextmanager
 def in_turn(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold ``folder`` for the moment of a change to it; another process that asks for it waits."""
+    """Lock ``folder`` during a change to it; other processes wait."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        # A file system without locks: then nobody waits.
+        # On a file system without locks, nobody waits.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -150,7 +152,7 @@ def sweep(path: str | os.PathLike[str]) -> None:
 
 @cache
 def _partials(folder: Path) -> tuple[str, ...]:
-    """Names of temporary files in a folder. Asked once of each: a store holds tens of thousands of files."""
+    """Names of temporary files in a folder, cached because a store holds tens of thousands of files."""
     return tuple(name for name in os.listdir(folder) if ".partial" in name)
 
 

@@ -1,4 +1,4 @@
-"""Orientation, resampling, crop and pad; separable, in float32, computing only the voxels that are kept."""
+"""Orient, resample, crop and pad; separable, in float32, computing only the voxels that are kept."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LPS = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
 
 
 def orient(volume: Volume) -> Volume:
-    """Permute and flip axes so that slices run up, rows to the back and columns to the left.
+    """Permute and flip axes so that slices run to the head, rows to the back and columns to the patient's left.
 
-    Oblique volumes are resampled onto the axis-aligned grid that holds them.
+    Oblique volumes are resampled onto an axis-aligned grid that contains them.
     """
     direction = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
     if not np.isfinite(direction).all() or abs(np.linalg.det(direction)) < 0.5:
@@ -46,7 +46,7 @@ def orient(volume: Volume) -> Volume:
 
 
 def _nearest_axes(direction: np.ndarray) -> np.ndarray:
-    """For each array axis the world axis (0 x, 1 y, 2 z) it runs along, each world axis once."""
+    """For each array axis, the world axis (0 x, 1 y, 2 z) along it; each world axis occurs once."""
     from itertools import permutations
 
     best = max(permutations(range(3)), key=lambda world: sum(abs(direction[w, a]) for a, w in enumerate(world)))
@@ -54,7 +54,7 @@ def _nearest_axes(direction: np.ndarray) -> np.ndarray:
 
 
 def straighten(volume: Volume, degrees: float) -> Volume:
-    """Resample an oblique volume onto an axis-aligned grid of the same spacing that holds all of it."""
+    """Resample an oblique volume onto an axis-aligned grid with the same spacing that contains all of it."""
     from scipy.ndimage import affine_transform
 
     corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in volume.array.shape], indexing="ij")).reshape(3, -1)
@@ -68,7 +68,7 @@ def straighten(volume: Volume, degrees: float) -> Volume:
     affine = np.eye(4)
     affine[:3, :3] = np.diag(step)[:, ::-1]
     affine[:3, 3] = origin
-    # ITK's resampler is not used: its decomposition of some small rotations fails, and every voxel is then fill.
+    # ITK's resampler is not used, because its decomposition of some small rotations fails and fills every voxel.
     to_source = np.linalg.inv(volume.affine) @ affine
     moved = affine_transform(
         # Padding below air would be interpolated into neighbouring voxels.
@@ -83,8 +83,8 @@ Centre = tuple[float, float, float]
 
 
 def bounds(volume: Volume, spec: PreprocessingSpec, centre: Centre | None = None) -> list[tuple[float, float]]:
-    """The range of voxel indices of an oriented volume that the grid covers along each axis, to the outer faces of its
-    voxels."""
+    """The range of voxel indices of an oriented volume that the grid covers along each axis, measured to the outer
+    faces of its voxels."""
     ends = []
     for positions, target, spacing in zip(
         source_positions(volume, spec, centre), spec.spacing, volume.spacing, strict=True
@@ -106,8 +106,8 @@ def resampled_affine(volume: Volume, spec: PreprocessingSpec, centre: Centre | N
 
 
 def grid_affine(spec: PreprocessingSpec) -> np.ndarray:
-    """(4, 4) from [slice, row, column] of the grid of ``spec`` to LPS+ mm about the grid's middle: where the voxels of a
-    stored volume lie to each other, as its place in the scan is not stored."""
+    """(4, 4) from [slice, row, column] of the grid of ``spec`` to LPS+ mm relative to the grid's centre. It gives the
+    relative positions of the voxels of a stored volume, whose position in the scan is not stored."""
     affine = np.eye(4)
     # Columns run to the patient's left, rows to the back, slices to the head.
     affine[:3, :3] = np.diag(spec.spacing)[:, ::-1].T
@@ -116,10 +116,10 @@ def grid_affine(spec: PreprocessingSpec) -> np.ndarray:
 
 
 def resample(volume: Volume, spec: PreprocessingSpec, kind: Kind = "hu", centre: Centre | None = None) -> np.ndarray:
-    """An oriented volume in HU on the grid of ``spec``, about the volume's middle or the voxel index ``centre``: float32 HU
-    of ``spec.shape``; or ``stored``, int16 HU; or ``voxels``, float32 in [-1, 1].
+    """An oriented volume in HU on the grid of ``spec``, centred on the volume or on the voxel index ``centre``: float32
+    HU of ``spec.shape``; or ``stored``, int16 HU; or ``voxels``, float32 in [-1, 1].
 
-    Each is written once, as it will be used: at the published size, touching fresh memory is half of the work.
+    Each is written once in its final form, because at the published size, touching new memory is half of the work.
     """
     clip = spec.hu_window if spec.published_geometry else (AIR, METAL)
     array = volume.array if volume.array.dtype in (np.int16, np.float32) else volume.array.astype(np.float32)
@@ -129,7 +129,7 @@ def resample(volume: Volume, spec: PreprocessingSpec, kind: Kind = "hu", centre:
         inside = _inside(positions, array.shape[axis])
         first, weights = _taps(positions[inside], array.shape[axis], width)
         if array.strides[axis] < 0:
-            # The axis was only reversed: read it as stored, from its other end.
+            # The axis is only reversed: read it as stored, from the other end.
             first, weights = array.shape[axis] - first - weights.shape[1], weights[:, ::-1]
         taps.append((np.ascontiguousarray(first), np.ascontiguousarray(weights)))
         kept.append((inside.start, inside.stop))
@@ -155,8 +155,8 @@ def _float32(values: tuple[float, ...]) -> tuple[np.float32, ...]:
 
 
 def source_positions(volume: Volume, spec: PreprocessingSpec, centre: Centre | None = None) -> list[np.ndarray]:
-    """Source index (float) of each output voxel, along each axis. The published geometry knows no other centre than the
-    volume's middle."""
+    """Source index (float) of each output voxel, along each axis. The published geometry is always centred on the
+    volume."""
     positions = []
     sides = zip(volume.array.shape, volume.spacing, spec.spacing, spec.shape, strict=True)
     for axis, (size, spacing, target, count) in enumerate(sides):
@@ -179,7 +179,7 @@ def _inside(positions: np.ndarray, size: int) -> slice:
     """The output voxels that lie inside the source."""
     inside = np.flatnonzero((positions > -0.5 - 1e-6) & (positions < size - 0.5 + 1e-6))
     if len(inside) == 0:
-        raise PreprocessingError("the volume does not meet the grid of the spec")
+        raise PreprocessingError("the volume does not overlap the grid of the spec")
     return slice(int(inside[0]), int(inside[-1]) + 1)
 
 
@@ -193,8 +193,8 @@ def _taps(positions: np.ndarray, size: int, width: float) -> tuple[np.ndarray, n
     weights = np.maximum(0.0, 1 - np.abs(index - centre[:, None]) / width)
     weights /= weights.sum(axis=1, keepdims=True)
     if width > 1:
-        # A sampled triangle's centroid strays from its centre; a + b * distance brings it back, so that a ramp
-        # stays a ramp. At the border, where part of the filter lies outside, its weights are left as they are.
+        # The centroid of a sampled triangle deviates from its centre; weights a + b * distance correct this, so that a
+        # ramp stays a ramp. At the border, where part of the filter lies outside, weights are not corrected.
         distance = index - centre[:, None]
         first_moment, second_moment = (weights * distance).sum(axis=1), (weights * distance**2).sum(axis=1)
         whole = (centre - width >= 0) & (centre + width <= size - 1)
@@ -209,9 +209,9 @@ def _separable(source, z, y, x, clip, window, rounded, turned, fill, placed, kep
     """Weighted sums along the three axes; ``z``, ``y``, ``x`` are (first index, weights) of each.
 
     ``source`` (n, H, W) of HU; ``placed`` (slices, rows, columns), or (slices, columns, rows) if ``turned``, is written
-    once from end to end: ``fill`` outside of ``kept`` (begin, end along each axis), inside of it through ``window`` (low,
-    high, middle, gain), ``rounded`` if it is whole-numbered. One slice at a time, so that what lies between the passes
-    stays in cache; along z first where that leaves fewer slices, else last.
+    once, in order: ``fill`` outside ``kept`` (begin, end along each axis), and inside it values mapped through
+    ``window`` (low, high, middle, gain), ``rounded`` for integers. One slice is processed at a time, so that
+    intermediate results stay in cache; z comes first if that leaves fewer slices, else last.
     """
     z_first, z_weights = z
     low, high, middle, gain = window
@@ -222,7 +222,7 @@ def _separable(source, z, y, x, clip, window, rounded, turned, fill, placed, kep
     planes = np.empty((count, behind - before, end - begin), np.float32)
     cached = np.full(count, -1)
     line = np.empty(end - begin, np.float32)
-    # Rows of an odd number of cache lines: a column of them must not fall into one set of the cache.
+    # Rows have an odd number of cache lines, so that a column does not map to a single cache set.
     lines = np.empty((len(y[0]), (source.shape[2] // 16 | 1) * 16 + 16), np.float32)
     placed[:above] = fill
     for k in range(below - above):

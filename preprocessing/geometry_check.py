@@ -1,4 +1,4 @@
-"""Whether a volume's geometry can be trusted: the check that every volume, of any format, passes after reading.
+"""Check whether a volume's geometry can be trusted. Every volume, of any format, passes this check after reading.
 
 A reader never refuses a geometry. It returns the best interpretation of the header, and the reason to doubt it in
 ``Volume.geometry_doubt``. Here the doubt is resolved by a metadata table, by an option of the user, or by refusing the
@@ -18,12 +18,12 @@ from ctclip.preprocessing.volume import Volume
 Geometry = Literal["auto", "sform", "qform", "header", "table"]
 TOLERANCE = 0.01
 SMALLEST_MM, LARGEST_MM = 0.1, 20.0
-# Scanners and converters write directions in single precision, gantry tilt shears them by up to 30 degrees.
+# Scanners and converters write directions in single precision, and gantry tilt shears them by up to 30 degrees.
 LEAST_INDEPENDENT = 0.5
 
 
 def settle(volume: Volume, table: np.ndarray | None = None, choice: Geometry = "auto") -> Volume:
-    """The volume with a trusted geometry. Raises PreprocessingError with one line on what is wrong with it.
+    """The volume with a trusted geometry. Raises PreprocessingError that names the fault.
 
     ``table`` (4, 4) is the geometry of a metadata table: from index along the axes of ``volume.array`` to LPS+ mm.
     With ``auto`` the header's geometry is kept, unless it is in doubt, differs from the table by more than 1 % or
@@ -34,8 +34,8 @@ def settle(volume: Volume, table: np.ndarray | None = None, choice: Geometry = "
         volume = _by_table(volume, table, choice)
     elif choice == "table":
         raise PreprocessingError(
-            f"{volume.source}: --geometry table, but no metadata table states its geometry; use --geometry header to take "
-            f"the header's"
+            f"{volume.source}: --geometry table, but no metadata table states its geometry; use --geometry header to "
+            f"use the header's geometry"
         )
     elif volume.geometry_doubt is not None:
         if choice == "auto":
@@ -51,15 +51,15 @@ def settle(volume: Volume, table: np.ndarray | None = None, choice: Geometry = "
 
 
 def unusable(affine: np.ndarray) -> str | None:
-    """The reason why a CT cannot have this geometry, or None."""
+    """The reason why this geometry is impossible for a CT, or None."""
     steps = affine[:3, :3]
     if not np.isfinite(affine).all() or np.abs(affine).max() > 1e6:
         return "its header's geometry holds values that are not finite or far too large"
     spacing = np.linalg.norm(steps, axis=0)
     if spacing.min() < SMALLEST_MM or spacing.max() > LARGEST_MM:
         return (
-            f"its header says voxels of {millimetres(affine)}, and a CT's measure {SMALLEST_MM:g} to {LARGEST_MM:g} mm "
-            f"a side (another unit?)"
+            f"its header states voxels of {millimetres(affine)}, but those of a CT measure {SMALLEST_MM:g} to "
+            f"{LARGEST_MM:g} mm (another unit?)"
         )
     if abs(np.linalg.det(steps / spacing)) < LEAST_INDEPENDENT:
         return "its header's orientation is degenerate (its axes do not span a volume)"
@@ -67,7 +67,8 @@ def unusable(affine: np.ndarray) -> str | None:
 
 
 def differ(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether the steps of two affines differ by more than 1 % of a step, in length or in direction; origins may."""
+    """Whether the steps of two affines differ by more than 1 % of a step, in length or in direction; origins may
+    differ."""
     steps, others = one[:3, :3], other[:3, :3]
     scale = np.maximum(np.linalg.norm(steps, axis=0), np.linalg.norm(others, axis=0))
     distance = np.linalg.norm(steps - others, axis=0)
@@ -120,5 +121,5 @@ def _by_table(volume: Volume, table: np.ndarray, choice: Geometry) -> Volume:
 
 
 def _remedy(volume: Volume) -> str:
-    # A doubt that names the two readings of a NIfTI header can be settled by naming one of them.
+    # If the two geometries of a NIfTI header differ, the user can select one.
     return "sform|qform|header" if "qform" in str(volume.geometry_doubt) else "header"

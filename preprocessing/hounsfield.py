@@ -1,7 +1,7 @@
-"""Deciding whether values are Hounsfield units, and rescaling or refusing them.
+"""Decide whether values are Hounsfield units, and rescale or refuse them.
 
 CT-RATE's first release needs slope and intercept of its metadata table; in the second they are already applied, and
-applying them again moves water to -1024. The values themselves show which is the case.
+applying them again would move water to -1024. The values themselves show which is the case.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ctclip.preprocessing.volume import Volume
 Trust = Literal["auto", "trust-file", "trust-table"]
 
 OUTSIDE_FIELD_OF_VIEW = -1024
-# Worth a note, but true of every volume of CT-RATE's second release.
+# A note instead of a warning, because it is true of every volume of CT-RATE's second release.
 ALREADY_HU = "already in HU: slope and intercept of the metadata table not applied again"
 SAMPLE_STEP, SAMPLED_VOXELS = 3, 500_000
 NARROWEST_HU = 200.0
-# One exact value, denser than air, in more than this share of the voxels was filled in.
+# If more than this fraction of the voxels has exactly the same value, denser than air, the volume was filled.
 DENSEST_AIR, MOST_ALIKE = -950, 0.2
 
 
@@ -32,10 +32,10 @@ def to_hu(volume: Volume, table: TableFacts | None = None, trust: Trust = "auto"
     volume, with both interpretations in the message.
     """
     sample = _sample(volume)
-    # The least and greatest of all voxels: one NaN or infinity among them shows there.
+    # Minimum and maximum over all voxels, which reveal any NaN or infinity.
     extremes = (volume.array.min(), volume.array.max()) if volume.array.dtype.kind == "f" else (0, 0)
     if not np.isfinite(extremes).all():
-        raise PreprocessingError(f"{volume.source}: holds NaN or infinite values; convert it from DICOM again")
+        raise PreprocessingError(f"{volume.source}: contains NaN or infinite values; convert it from DICOM again")
     array, warnings = volume.array, list(volume.warnings)
     if (low := sample.min()) == sample.max() and not (volume.array != low).any():
         raise PreprocessingError(f"{volume.source}: every voxel is {low:g}: an empty volume; copy or export it again")
@@ -55,7 +55,7 @@ def to_hu(volume: Volume, table: TableFacts | None = None, trust: Trust = "auto"
                 remedy = "--hu trust-file or --hu trust-table" if due else "--hu trust-file"
                 raise PreprocessingError(
                     f"{volume.source}: not a CT in Hounsfield units. As stored: {as_is}. With the table: {as_table}. "
-                    f"If you know better, use {remedy}"
+                    f"If the values are right, use {remedy}"
                 )
             array = _applied(array, table)
             warnings.append("slope and intercept of the metadata table applied")
@@ -71,7 +71,8 @@ def to_hu(volume: Volume, table: TableFacts | None = None, trust: Trust = "auto"
 def filled(array: np.ndarray) -> str | None:
     """The warning for a volume that is masked or filled with one value that is not air, or None.
 
-    Voxels outside of a mask set to 0 HU are water to a model. Air and padding below -950 HU may well be constant.
+    To a model, voxels outside a mask that are set to 0 HU look like water. Air and padding below -950 HU may be
+    constant.
     """
     step = max(1, round((array.size / 50_000) ** (1 / 3)))
     few = array[::step, ::step, ::step].ravel()
@@ -88,17 +89,17 @@ def not_hu(sample: np.ndarray) -> str | None:
     """The reason why values cannot be a CT in HU, or None: water and fat near 0, air near -1000, padding below."""
     low, high = float(sample.min()), float(sample.max())
     values = f"values in [{low:g}, {high:g}]"
-    # A constant value below the scale is padding; other values across the volume are evidence.
+    # A constant value below the HU scale is padding; various values there are evidence against HU.
     inside = sample[sample > OUTSIDE_FIELD_OF_VIEW + 4]
     if len(np.unique(inside[:: max(1, len(inside) // 20000)])) < 16:
         return f"only a few distinct values in [{low:g}, {high:g}] (a mask?)"
     least, most = float(inside.min()), float(inside.max())
     if least >= 0 and most <= 255:
-        return f"{values} (an 8-bit picture?)"
+        return f"{values} (an 8-bit image?)"
     if most - least < NARROWEST_HU:
         return f"{values}, a range smaller than from air to tissue (already scaled?)"
     tissue, air = _share(inside, -200, 250), _share(inside, -1150, -500)
-    # Raw detector numbers with water at 1024: air lies where soft tissue should, and soft tissue at 1024.
+    # Raw values with water at 1024: air lies in the range of soft tissue, and soft tissue at 1024.
     if air < 0.005 and _share(inside, 850, 1300) > 0.05:
         return f"{values} with tissue near 1024 (intercept of -1024 not yet applied?)"
     if tissue < 0.02:
@@ -126,7 +127,7 @@ def _applied(array: np.ndarray, table: TableFacts | None) -> np.ndarray:
 
 
 def _sample(volume: Volume) -> np.ndarray:
-    # Every third voxel along each axis decides as well as all of them, at a twenty-seventh of the cost; of a large volume
-    # fewer will do.
+    # Every third voxel along each axis is as reliable as all voxels, at a twenty-seventh of the cost; fewer suffice for
+    # a large volume.
     step = max(SAMPLE_STEP, round((volume.array.size / SAMPLED_VOXELS) ** (1 / 3)))
     return volume.array[::step, ::step, ::step].ravel()

@@ -1,8 +1,8 @@
-"""Keep patient identifiers of DICOM headers, and their repetitions in folder names, out of messages and stores.
+"""Keep patient identifiers from DICOM headers and folder names out of messages and stores.
 
-Exports of hospital archives name folders after the patient. A volume's id, the paths in tables and the messages come
-from those names, so they are compared with the headers and what they share with them is replaced by ``***``: whatever
-the case, the separators, the order, the accents (composed, decomposed, written out or dropped) or the script.
+Exports of hospital archives name folders after the patient. Volume ids, paths in tables, and messages contain these
+names, so they are compared with the headers, and matches are replaced by ``***``, regardless of case, separators,
+order, accents (composed, decomposed, written out or dropped) and script.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NAMES = (
     "RequestingPhysician", "ConsultingPhysicianName", "OperatorsName", "ScheduledPerformingPhysicianName",
 )  # fmt: skip
 NUMBERS = ("PatientID", "OtherPatientIDs", "AccessionNumber", "IssuerOfPatientID", "AdmissionID")
-# Short ones are counts and codes, not identifiers.
+# Short values are counts and codes, not identifiers.
 CODES = (
     "StudyID", "DeviceSerialNumber", "StationName", "PatientTelephoneNumbers", "ReferringPhysicianTelephoneNumbers",
     "MedicalRecordLocator", "RequestedProcedureID", "PerformedProcedureStepID", "ScheduledProcedureStepID",
@@ -125,12 +125,12 @@ def series_header(path: Path, uid: str | None) -> Any:
 
 
 def masked(text: str, header: Any) -> str:
-    """``text`` with every identifier of a header, or of a list of headers, in it replaced by ``***``."""
+    """``text`` with every identifier of a header, or of a list of headers, replaced by ``***``."""
     return Mask(header if isinstance(header, list) else [header])(text)
 
 
 def anonymous_id(header: Any, place: str) -> str:
-    """An id computed from the series alone: the same in every run, and no name can be recovered from it."""
+    """An id computed from the series alone. It is the same in every run and does not reveal the name."""
     first = next(iter(header), None) if isinstance(header, list) else header
     uid = "" if first is None else first.get("SeriesInstanceUID", "")
     return "scan-" + hashlib.sha256(f"{uid} {place}".encode()).hexdigest()[:12]
@@ -139,7 +139,7 @@ def anonymous_id(header: Any, place: str) -> str:
 def _headers(path: Path) -> Iterator[Any]:
     headers: Iterator[Any]
     if path.is_dir():
-        # A series may lie any number of folders below the one that a user names.
+        # A series may be any number of levels below the given folder.
         headers = (read_header(file, TAGS) for file in islice(files_below(path), MOST_FILES))
     elif path.suffix.lower() == ".zip":
         headers = _zipped_headers(path)
@@ -168,7 +168,7 @@ def _zipped_headers(path: Path) -> Iterator[Any]:
 
 
 def _unpacked_headers(path: Path) -> Iterator[Any]:
-    """The headers in an archive that cannot be read in its place; none where reading it as a scan is refused too."""
+    """The headers in an archive that must be unpacked; none if the archive is refused as a scan."""
     with (
         contextlib.suppress(PreprocessingError),
         archive.unpacked(path, str(path), int(archive.LARGEST_GB * 1e9)) as scan,
@@ -184,7 +184,8 @@ def _texts(value: Any) -> list[str]:
 
 
 def _spellings(folded: str, shortest: int, name: bool) -> Iterator[str]:
-    """Patterns of a value: all of it with any separators or none, names also in other orders, and each long word."""
+    """Patterns of a value: the whole value with any or no separators, names also in other orders, and each long
+    word."""
     words = [word for word in re.split(r"[\W_]+", folded) if len(word) >= shortest]
     if len(words) > 1:
         every = [word for word in re.split(r"[\W_]+", folded) if word]
@@ -194,13 +195,13 @@ def _spellings(folded: str, shortest: int, name: bool) -> Iterator[str]:
     for word in words:
         for spelling in {word, word.lstrip("0"), re.sub("([aou])e", r"\1", word) if name else word}:
             if len(spelling) >= max(shortest, 4 if spelling != word else 0):
-                # Short words occur inside others by chance, so they count only as whole words.
+                # Short words may occur inside others by chance, so only whole words match.
                 yield re.escape(spelling) if len(spelling) >= 4 else rf"(?<![^\W_]){re.escape(spelling)}(?![^\W_])"
 
 
 def _date(value: str) -> Iterator[str]:
-    """Patterns of a date (YYYYMMDD, or YYYY.MM.DD as before DICOM 3, and what follows) in the orders, separators and words
-    people write."""
+    """Patterns of a date (YYYYMMDD, or YYYY.MM.DD as before DICOM 3, and following characters) in all common orders,
+    separators and month names."""
     date = re.match(r"(\d{4})\W?(\d{2})\W?(\d{2})", value)
     if date is None or date[1] == "0000":
         return
@@ -208,7 +209,7 @@ def _date(value: str) -> Iterator[str]:
     short = year[2:]
     for order in ((year, month, day), (day, month, year), (month, day, year)):
         yield r"[\W_]?".join(order)
-    # Without leading zeros only between separators or a few letters (2023y3m5d), and where no other digits follow.
+    # Without leading zeros, only between separators or a few letters (2023y3m5d), and not before further digits.
     m, d = (rf"0?{number.lstrip('0')}" for number in (month, day))
     for between, orders in (
         (r"[\W_]?", ((short, month, day), (day, month, short), (month, day, short))),
@@ -225,7 +226,8 @@ def _date(value: str) -> Iterator[str]:
 
 
 def _folded(text: str, write_out: bool) -> tuple[str, list[int]]:
-    """Small letters without accents, in Latin script, and the place in ``text`` of each; ``write_out`` as ä to ae."""
+    """``text`` in lower case without accents, in Latin script, and the position in ``text`` of each letter;
+    ``write_out``: write ä as ae."""
     if text.isascii():
         return text.lower(), list(range(len(text)))
     from anyascii import anyascii

@@ -1,4 +1,4 @@
-"""Which columns of a user's table are labels, and their values as 0, 1 or empty."""
+"""Find the label columns of a user's table, and read their values as 0, 1 or empty."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ctclip.preprocessing.tables import MISSING, cell_text
 
 YES, NO = frozenset(["1", "true", "t", "yes", "y"]), frozenset(["0", "false", "f", "no", "n"])
 # Columns of 0 and 1 that describe the patient, the scan or the study are not findings. They are recognised by the whole
-# name, without filler words, or by single words anywhere in the name.
+# name without filler words, or by single words in the name.
 METADATA = frozenset(
     ["male", "female", "birth year", "year", "weight", "height", "smoke", "pack years", "contrast", "iv contrast",
      "contrast agent", "contrast medium", "gated", "split", "fold", "group", "set", "subset", "dataset", "cohort", "batch", "train",
@@ -34,8 +34,8 @@ FILLERS = frozenset(
 
 
 def zeros_and_ones(column: pd.Series, what: str) -> pd.Series:
-    """A label column as nullable Int8: 0 and 1, their words (``true``, ``no``), and nothing; else the first bad cell is
-    quoted with where it stands."""
+    """A label column as nullable Int8: 0 and 1, their words (``true``, ``no``), and empty cells. Otherwise the error
+    quotes the first invalid cell and its location."""
     values = [_label(cell) for cell in column]
     for place, cell, value in zip(column.index, column, values, strict=True):
         if value is NotALabel:
@@ -61,7 +61,7 @@ def _label(cell: object) -> object:
 
 
 class Columns(NamedTuple):
-    """Names of the columns that are labels, and of those that are metadata, each with why."""
+    """Names of label columns, and of metadata columns with reasons."""
 
     labels: list[str]
     metadata: dict[str, str]
@@ -100,15 +100,15 @@ def label_columns(table: pd.DataFrame, names: Sequence[str] | None = None) -> Co
 
 
 def mostly_binary(column: pd.Series) -> bool:
-    """Whether more than half of what a column holds is 0 or 1: it is meant as a label."""
+    """Whether more than half of the values of a column are 0 or 1, so that it is meant as a label."""
     cells = column.str.casefold()
     stated = cells[~cells.isin(MISSING)]
     return len(stated) > 0 and bool(stated.isin(YES | NO | {"0.0", "1.0"}).mean() > 0.5)
 
 
 def _describes(name: str) -> bool:
-    """Whether a column is called like a property of the patient, the scan or the study: ``PatientSex``, ``age>65``,
-    ``with contrast``."""
+    """Whether the name of a column describes a property of the patient, the scan or the study: ``PatientSex``,
+    ``age>65``, ``with contrast``."""
     words = [word.casefold() for word in re.findall(r"[^\W\d_]+", re.sub(r"(?<=[^\W\d_A-Z])(?=[A-Z])", " ", name))]
     if "indeterminate" in words:  # "age-indeterminate fracture"
         return False

@@ -30,7 +30,7 @@ def check_linkage(path: str | os.PathLike[str], output: str | os.PathLike[str]) 
 def write_linkage(
     path: str | os.PathLike[str], files: Mapping[str, Path], series: Mapping[str, str] | None = None
 ) -> None:
-    """Write a row for each volume: its id, the absolute path it is read from, and what its DICOM header says of the study.
+    """Write one row per volume: its id, its absolute path, and the study attributes of its DICOM header.
 
     ``series`` names the DICOM series (SeriesInstanceUID) of volumes that share their folder with others. The file
     identifies patients and can be read only by its owner.

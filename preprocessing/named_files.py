@@ -1,4 +1,4 @@
-"""Files given by name: first a user's own file, then one that is installed with ctclip.
+"""Find files by name: first the user's own, then those installed with ctclip.
 
 Configurations, model sizes, preprocessing specs, prompt sets and protocols are all found here.
 """
@@ -26,7 +26,7 @@ KINDS = {
 
 
 def installed_folder() -> Path:
-    """The YAML files that come with ctclip, in a checkout and in an installation alike."""
+    """The folder of YAML files of ctclip, in a checkout or an installation."""
     return Path(__file__).parents[1] / "configs"
 
 
@@ -36,12 +36,12 @@ def installed_names(folder: str = "") -> list[str]:
 
 
 def installed_file(name: str, folder: str = "") -> Path:
-    """An installed file, regardless of files in the working directory: for defaults of commands."""
+    """An installed file, regardless of files in the working directory, for defaults of commands."""
     return installed_folder() / folder / f"{name}.yaml"
 
 
 def find_file(name: str | os.PathLike[str], folder: str = "") -> Path:
-    """The YAML file that ``name`` stands for.
+    """The YAML file called ``name``.
 
     In this order: the path itself, ``name.yaml`` or ``name.yml`` as a path (so that a file of the working directory comes
     before an installed one of the same name), and ``configs/<folder>/name.yaml`` of the installation. Raises
@@ -49,11 +49,11 @@ def find_file(name: str | os.PathLike[str], folder: str = "") -> Path:
     """
     text = os.fspath(name)
     for candidate in (text, *(text + suffix for suffix in SUFFIXES if text)):
-        # Unlike Path.is_file, this treats a name that is too long as one that does not exist.
+        # Unlike Path.is_file, this treats names that are too long as missing files.
         if os.path.isfile(candidate):
             return Path(candidate)
     names = installed_names(folder)
-    # Only a bare name is looked up: a path that does not exist must not become another file.
+    # Only bare names are looked up; a path that does not exist must not become another file.
     if text in names:
         return installed_file(text, folder)
     kind = KINDS.get(folder, folder)

@@ -1,4 +1,4 @@
-"""Placeholder sections: the words and sentences with which tables state that there is no report."""
+"""Recognise placeholder sections: words and sentences that state that there is no report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from ctclip.preprocessing.tables import MISSING, cell_text, stripped
 
-# A section of a report that says nothing: the whole of it, but for case, spaces, full stops and what stands around it.
+# Sections without content, ignoring case, spaces, full stops and surrounding punctuation.
 NO_REPORT = MISSING | frozenset(
     ["not dictated", "no report", "no text", "no data", "no information", "no comment", "no comments", "no impression", "empty",
      "blank", "omitted", "deleted", "removed", "redacted", "ditto", "idem", "same", "same as above", "to follow", "pending", "x",
@@ -14,7 +14,7 @@ NO_REPORT = MISSING | frozenset(
      "ka", "keine angabe", "keine angaben", "siehe oben", "so", "non renseigné", "voir ci-dessus", "sin datos", "no consta",
      "ver arriba", "belirtilmemiş", "bilgi yok", "无", "暂无", "无报告", "未提供", "见上", "同上", "記載なし"]
 )  # fmt: skip
-# The same as a sentence: "clinical information not given", "no report is available", "please see findings above".
+# The same in sentences: "clinical information not given", "no report is available", "please see findings above".
 ABSENT = re.compile(
     r"(?:(?:the )?(?:clinical |patient )?(?:information|indication|history|technique|comparison|report|text|data|comments?|"
     r"findings?|impressions?|conclusion)(?: is| are| was| were)? )?(?:not|none) (?:yet )?(?:is |was |are |were )?(?:available|given|provided|stated|"

@@ -60,13 +60,13 @@ def write_outcomes(store: VolumeStore, outcomes: Iterable[Outcome], shard: tuple
     with written_beside(store.path / outcomes_name(shard)) as partial:
         write_csv(partial, pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)))
     if shard[1] == 1:
-        # All outcomes are now in one table: those of earlier shards are removed, so that later merges ignore them.
+        # All outcomes are now in one table; tables of earlier shards are removed, so that later merges ignore them.
         for part in store.path.glob("outcomes-*-of-*.csv"):
             part.unlink(missing_ok=True)
 
 
 def read_outcomes(store: VolumeStore) -> dict[str, Outcome]:
-    """The outcomes of done volumes that earlier runs and shards wrote."""
+    """Read the outcomes of finished volumes of earlier runs and shards."""
     outcomes: dict[str, Outcome] = {}
     for path in sorted(store.path.glob("outcomes*.csv")):
         table = outcome_table(path)

@@ -1,6 +1,6 @@
-"""Where commands may write: one rule for all of them.
+"""The rule for where commands may write.
 
-A command writes into a folder only if it is new, empty, or recognisably written by this package; existing output is
+A command writes to a folder only if it is new, empty, or recognisably written by this package; existing output is
 replaced only if it is from the same run or the user gives ``--force``. Nothing is written through a symbolic link.
 While a command writes, it holds a lock, so that two commands cannot mix their tables.
 """
@@ -34,7 +34,8 @@ Recognised = Callable[[Path], bool]
 
 
 def check_file(path: str | os.PathLike[str], is_ours: Recognised, *, force: bool = False) -> None:
-    """Raise PreprocessingError unless a file may be written at ``path``: a new name, or a file that ``is_ours``.
+    """Raise PreprocessingError unless a file may be written at ``path``: a new name, or a file that ``is_ours``
+    recognises.
 
     ``force`` replaces any regular file, but never a link, a folder, a device or a FIFO.
     """
@@ -48,12 +49,12 @@ def check_file(path: str | os.PathLike[str], is_ours: Recognised, *, force: bool
 
 
 def check_folder(path: str | os.PathLike[str], is_ours: Recognised, what: str) -> None:
-    """Raise PreprocessingError unless a command may write into the folder ``path``: a new name, an empty folder, or one
-    that ``is_ours``; ``what`` names what it should hold."""
+    """Raise PreprocessingError unless a command may write to the folder ``path``: a new name, an empty folder, or one
+    that ``is_ours`` recognises; ``what`` describes its expected contents."""
     folder = Path(os.path.abspath(path))
     kind = kind_of(folder)
     if kind == "a symbolic link":
-        raise PreprocessingError(f"{path}: is a symbolic link; name the folder that it leads to")
+        raise PreprocessingError(f"{path}: is a symbolic link; give the folder that it points to")
     if kind not in (None, "a folder"):
         raise PreprocessingError(f"{path}: is {kind}, not a folder; give another --output")
     _check_writable(folder, path)
@@ -62,12 +63,12 @@ def check_folder(path: str | os.PathLike[str], is_ours: Recognised, what: str) -
 
 
 def check_replaceable(path: str | os.PathLike[str], is_ours: Recognised, what: str) -> None:
-    """``check_folder`` for a folder that will be replaced as a whole, which the current folder cannot be."""
+    """``check_folder`` for a folder that will be replaced as a whole, which is impossible for the current folder."""
     check_folder(path, is_ours, what)
     final, here = os.path.abspath(path), os.getcwd()
     if here == final or here.startswith(final.rstrip("/") + "/"):
         raise PreprocessingError(
-            f"{path}: is the current folder or contains it, and cannot be replaced; name another one"
+            f"{path}: is the current folder or contains it, and cannot be replaced; give another one"
         )
     _check_writable(Path(final).parent, path)
 
@@ -87,7 +88,7 @@ def put_in_place(partial: Path, final: Path, is_ours: Recognised, what: str) -> 
         partial.rename(final)
     except OSError as error:
         if aside is not None:
-            # Not if another command has written its own in the meantime.
+            # Do not replace output that another command has written in the meantime.
             with contextlib.suppress(OSError):
                 (aside / final.name).rename(final)
         raise PreprocessingError(
@@ -99,8 +100,8 @@ def put_in_place(partial: Path, final: Path, is_ours: Recognised, what: str) -> 
 
 
 def made_by_us(folder: Path, marks: Mapping[str, bytes] | None = None) -> bool:
-    """Whether this package has written into ``folder``: its lock or its ``run.json`` lies there, or one of ``marks``, a
-    file that holds the given bytes."""
+    """Whether this package has written to ``folder``: it contains its lock file, its ``run.json``, or one of ``marks``
+    (a file that contains the given bytes)."""
     return (
         _holds(folder / LOCK, HOLDER, 200) or bool(_runs(folder))
         or any(_holds(folder / name, content) for name, content in (marks or {}).items())
@@ -110,8 +111,8 @@ def made_by_us(folder: Path, marks: Mapping[str, bytes] | None = None) -> bool:
 def claim_folder(folder: Path) -> IO[bytes]:
     """Create and lock ``folder`` until the returned file is closed or this process ends in any way.
 
-    The caller must have checked the folder. The lock file remains, and is harmless. Raises PreprocessingError if
-    another process holds it.
+    The caller must have checked the folder. The lock file remains; it is harmless. Raises PreprocessingError if another
+    process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     return _lock(
@@ -124,14 +125,14 @@ def claim_folder(folder: Path) -> IO[bytes]:
 def claimed_folder(
     folder: Path, command: str, key: str, tables: Sequence[str], is_ours: Recognised, *, force: bool = False
 ) -> Iterator[None]:
-    """Check ``folder`` and hold it while ``command`` writes its ``tables`` (file names) there.
+    """Check ``folder`` and lock it while ``command`` writes its ``tables`` (file names) there.
 
-    ``key`` is kept in ``run.json``. Tables with another key are from another run and are refused unless ``force``; the
-    same run may be resumed or repeated. Raises PreprocessingError in one line.
+    ``key`` is saved in ``run.json``. Tables with another key belong to another run and are refused unless ``force``;
+    the same run may be resumed or repeated. Raises PreprocessingError.
     """
     check_run(folder, command, key, tables, is_ours, force=force)
     with contextlib.closing(claim_folder(folder)):
-        # Again: another command may have ended in between.
+        # Check again: another command may have finished in the meantime.
         check_run(folder, command, key, tables, is_ours, force=force)
         for name in (*tables, RUN):
             sweep(folder / name)
@@ -142,21 +143,22 @@ def claimed_folder(
 def check_run(
     folder: Path, command: str, key: str, tables: Sequence[str], is_ours: Recognised, *, force: bool = False
 ) -> None:
-    """Raise PreprocessingError where ``claimed_folder`` would, but for a lock that is held."""
+    """Raise PreprocessingError in the same cases as ``claimed_folder``, except for a lock that is held."""
     check_folder(folder, is_ours, f"output of `ctclip {command}`")
     for name in (*tables, RUN):
         refuse_special(folder / name)
     existing = [name for name in tables if (folder / name).exists()]
     if existing and _runs(folder).get(command) != key and not force:
         raise PreprocessingError(
-            f"{folder}: {existing[0]} is of another run of `ctclip {command}` (other scans, model or options); give another "
+            f"{folder}: {existing[0]} belongs to another run of `ctclip {command}` (other scans, model or options); "
+            f"give another "
             f"--output, or replace it with --force"
         )
 
 
 @contextlib.contextmanager
 def claimed_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the file ``path`` while it is written, by a lock beside it that is removed at the end.
+    """Lock the file ``path`` while it is written, with a lock file beside it that is removed at the end.
 
     Raises PreprocessingError if another process is writing it.
     """
@@ -173,8 +175,8 @@ def claimed_file(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _lock(path: Path, busy: str) -> IO[bytes]:
-    """An exclusive lock on ``path``, which is made if need be and never followed; ``busy``: the error, with a place for
-    who holds it."""
+    """An exclusive lock on ``path``, which is created if missing; links are not followed. ``busy``: the error, with a
+    placeholder for the holder."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -209,7 +211,7 @@ def _lock(path: Path, busy: str) -> IO[bytes]:
             if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                 break
         stream.close()
-    # Overwritten in place, so that another command never finds it empty.
+    # Overwritten in place, so that it is never empty.
     stream.seek(0)
     stream.write(HOLDER + f"{os.getpid()} on {socket.gethostname()}".encode())
     stream.truncate()
@@ -218,13 +220,13 @@ def _lock(path: Path, busy: str) -> IO[bytes]:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether nothing is in a folder but a lock that another command is just making."""
+    """Whether a folder is empty, apart from a lock file that another command has just created."""
     names = [path.name for path in folder.iterdir()]
     return not names or (names == [LOCK] and kind_of(folder / LOCK) == "a file" and not (folder / LOCK).stat().st_size)
 
 
 def _runs(folder: Path) -> dict[str, Any]:
-    """The key of each command that has written into ``folder``, by ``run.json``; empty if there is none of ours."""
+    """The key of each command that has written to ``folder``, from ``run.json``; empty if there is none."""
     path = folder / RUN
     if kind_of(path) != "a file" or path.stat().st_size > SEEN_BYTES:
         return {}
@@ -248,7 +250,7 @@ def _holds(path: Path, content: bytes, most: int = SEEN_BYTES) -> bool:
 
 
 def file_holds(content: bytes) -> Recognised:
-    """Recognises files that have ``content`` near their beginning."""
+    """A function that recognises files with ``content`` near their beginning."""
     return lambda path: _holds(path, content)
 
 

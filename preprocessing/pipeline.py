@@ -22,13 +22,13 @@ from ctclip.preprocessing.readers import LARGEST_GB, read
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.volume import FileGrid, Volume
 
-# ``chest`` refuses what shows none, ``auto`` warns of it, ``any`` does not look.
+# ``chest`` refuses scans without a chest, ``auto`` warns of them, ``any`` does not check.
 Expect = Literal["auto", "chest", "any"]
-# Slices so many times further apart than the spec's leave out what a model has learned to see.
+# Slices this many times further apart than those of the spec lose structures that a model has learned.
 COARSER = 2.5
-# Less than this of the lungs outside of the grid is the thickness of its edge.
+# A smaller fraction of the lungs outside the grid is within the precision of its edge.
 LUNG_CUT = 0.01
-# Under ``--expect chest``.
+# Minimum fraction of the lungs in the grid with ``--expect chest``.
 LEAST_LUNG = 0.9
 
 
@@ -36,11 +36,11 @@ LEAST_LUNG = 0.9
 class Prepared:
     """One scan, ready for a model of ``spec``.
 
-    ``scan`` is what was read and checked, oriented and in HU, on its own grid. ``affine`` (4, 4) leads from voxel index
-    (of ``voxels`` and ``hu``) to LPS+ mm of the scan's own space. ``centre``: the voxel index of the scan that the grid is
-    laid about, where that is not its middle. ``file_grid``: the grid of the file itself, before it was oriented.
-    ``headers``: those of the images of a DICOM series, in the order of slices of ``file_grid``, if ``prepare`` was asked for
-    them.
+    ``scan``: the scan after reading, checks and orientation, in HU on its own grid. ``affine`` (4, 4): from voxel index
+    (of ``voxels`` and ``hu``) to LPS+ mm of the scan's own space. ``centre``: the voxel index of the scan at the centre
+    of the grid, if that is not the centre of the scan. ``file_grid``: the grid of the file itself, before orientation.
+    ``headers``: headers of the images of a DICOM series, in the slice order of ``file_grid``, if ``prepare`` was called
+    with ``headers``.
     """
 
     scan: Volume
@@ -52,7 +52,7 @@ class Prepared:
 
     @cached_property
     def voxels(self) -> np.ndarray:
-        """What a model is given: float32 in [-1, 1], of the spec's shape."""
+        """The input of a model: float32 in [-1, 1], with the spec's shape."""
         return resample(self.scan, self.spec, "voxels", self.centre)
 
     @cached_property
@@ -62,27 +62,27 @@ class Prepared:
 
     @cached_property
     def lungs(self) -> Lungs:
-        """The lungs of the oriented scan, or what comes nearest to them."""
+        """The lungs of the oriented scan, or the region most similar to lungs."""
         return find_lungs(self.scan)
 
     @property
     def stored(self) -> np.ndarray:
-        """The same grid in HU, int16, as a store keeps it."""
+        """The same grid in HU, int16, as saved in a store."""
         return resample(self.scan, self.spec, "stored", self.centre)
 
     @property
     def affine_lps(self) -> np.ndarray:
-        """``affine`` by its convention's name: voxel index to LPS+ mm, as DICOM and SimpleITK count."""
+        """``affine`` under its convention's name: voxel index to LPS+ mm, as in DICOM and SimpleITK."""
         return self.affine
 
     @property
     def affine_ras(self) -> np.ndarray:
-        """(4, 4) from voxel index to RAS+ mm, as NIfTI and nibabel count."""
+        """The affine (4, 4) from voxel index to RAS+ mm, as in NIfTI and nibabel."""
         ras: np.ndarray = np.diag([-1.0, -1.0, 1.0, 1.0]) @ self.affine
         return ras
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ``hu`` as NIfTI (int16) that lies where the scan lies: it opens over the scan in any viewer.
+        """Write ``hu`` as NIfTI (int16) in the space of the scan, so that viewers overlay it on the scan.
 
         Raises PreprocessingError unless the name ends in .nii or .nii.gz.
         """
@@ -91,7 +91,7 @@ class Prepared:
         name = str(path)
         if not name.endswith((".nii", ".nii.gz")):
             raise PreprocessingError(f"{path}: end the name in .nii.gz (or .nii)")
-        # Files count columns first.
+        # NIfTI files store columns first.
         image = nib.Nifti1Image(self.stored.transpose(2, 1, 0), self.affine_ras[:, [2, 1, 0, 3]])
         image.header.set_xyzt_units("mm")
         image.set_qform(image.affine, 1)
@@ -114,7 +114,7 @@ class Prepared:
 
     @property
     def source_spacing(self) -> tuple[float, float, float]:
-        """mm along [slice, row, column] of the scan itself."""
+        """Spacing in mm along [slice, row, column] of the original scan."""
         return self.scan.spacing
 
     @property
@@ -123,10 +123,10 @@ class Prepared:
 
 
 class Reading(TypedDict, total=False):
-    """How scans are read, as the options of the command line: ``hu``, where Hounsfield units come from; what to ``expect`` of
-    scans; which ``series`` (UID) of a DICOM folder; which ``geometry`` if statements contradict each other; ``largest_gb`` of
-    voxels, or of the contents of an archive.
-    ``headers``: keep the headers of a DICOM series' images, which identify the patient.
+    """Options for reading scans, as on the command line: ``hu``: source of Hounsfield units; ``expect``: expected body
+    part; ``series``: UID of a series in a DICOM folder; ``geometry``: geometry to use if statements contradict each
+    other; ``largest_gb``: limit of voxels, or of the contents of an archive. ``headers``: keep the headers of a DICOM
+    series' images, which identify the patient.
     """
 
     hu: Trust
@@ -149,11 +149,11 @@ def prepare(
     largest_gb: float = LARGEST_GB,
     headers: bool = False,
 ) -> Prepared:
-    """Read one scan and bring it to ``spec``: exactly what made the training set.
+    """Read one scan and resample it to ``spec``, exactly as for the training set.
 
-    ``table``: what a metadata table states of it; the other options are those of ``Reading``. The grid is laid about the
-    scan's middle, or where that would cut lung, about the lungs (never under the published geometry, which only warns). Raises PreprocessingError with one line that
-    names the file, what is wrong and what to do.
+    ``table``: values of a metadata table for the scan; the other options are those of ``Reading``. The grid is centred
+    on the scan or, if that would cut off lung, on the lungs (except in the published geometry, which only warns).
+    Raises PreprocessingError with one line that names the file, the fault and the remedy.
     """
     check_reading(hu=hu, expect=expect, geometry=geometry, series=series, largest_gb=largest_gb)
     path = as_path(path, "the path of one scan")
@@ -166,19 +166,19 @@ def prepare(
     if reason := no_chest(lungs) if expect != "any" else None:
         if expect == "chest":
             raise PreprocessingError(f"{volume.source}: {reason}; --expect any accepts it")
-        volume.warnings.append(f"{reason}: what a model of chests says of it means nothing")
+        volume.warnings.append(f"{reason}: scores of a chest model are meaningless for it")
     apart, step = max(zip(volume.spacing, spec.spacing, strict=True), key=lambda pair: pair[0] / pair[1])
     if apart > COARSER * step:
         volume.warnings.append(
-            f"slices {apart:.1f} mm apart, for a grid of {step:g} mm: what is smaller may not be seen"
+            f"slices are {apart:.1f} mm apart, for a grid of {step:g} mm: smaller structures may be missed"
         )
     if doubt := orientation_doubt(lungs):
         volume.warnings.append(doubt)
     centre, kept = _about_the_lungs(volume, lungs, spec)
     if expect == "chest" and kept < LEAST_LUNG:
         raise PreprocessingError(
-            f"{volume.source}: only {kept:.0%} of the lungs fit into the grid of spec {spec.name!r}; --expect any takes it "
-            f"all the same"
+            f"{volume.source}: only {kept:.0%} of the lungs fit into the grid of spec {spec.name!r}; --expect any "
+            f"accepts it"
         )
     kept_headers = raw.headers if headers else []
     return Prepared(volume, spec, resampled_affine(volume, spec, centre), file_grid, centre, kept_headers)
@@ -193,7 +193,7 @@ def check_reading(
     largest_gb: object = LARGEST_GB,
     headers: object = False,
 ) -> None:
-    """Raise PreprocessingError for a value that is none of an option's (see ``Reading``): it would be taken for the
+    """Raise PreprocessingError for an invalid value of an option (see ``Reading``), which would otherwise act like the
     default."""
     for name, value, choices in (
         ("hu", hu, get_args(Trust)), ("expect", expect, get_args(Expect)), ("geometry", geometry, get_args(Geometry)),
@@ -207,7 +207,8 @@ def check_reading(
 
 
 def _about_the_lungs(volume: Volume, lungs: Lungs, spec: PreprocessingSpec) -> tuple[Centre | None, float]:
-    """Where to lay the grid, if not about the scan's middle, and the share of the lungs in it; warns where lung is cut."""
+    """The centre of the grid, if not that of the scan, and the fraction of the lungs in it; warns if lung is cut
+    off."""
     if not lungs.is_chest:
         return None, 1.0
     ends = bounds(volume, spec)
@@ -228,7 +229,7 @@ def _about_the_lungs(volume: Volume, lungs: Lungs, spec: PreprocessingSpec) -> t
         volume.warnings.append(f"{1 - kept:.0%} of the lungs lie outside the grid, which is too small for them")
         return None, kept
     volume.warnings.append(
-        f"{1 - kept:.0%} of the lungs would lie outside a grid centred on the scan: it is centred on the lungs instead, of which "
-        f"{better:.0%} are in it"
+        f"{1 - kept:.0%} of the lungs would lie outside a grid centred on the scan: it is centred on the lungs "
+        f"instead, and contains {better:.0%} of them"
     )
     return centre, better

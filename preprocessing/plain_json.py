@@ -1,4 +1,4 @@
-"""Untrusted JSON files: one nested too deeply for the parser counts as damaged."""
+"""Read untrusted JSON files; files nested too deeply for the parser count as damaged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ctclip.preprocessing.files import text_of
 
 
 def loads(text: str | bytes) -> Any:
-    """``json.loads``; raises ValueError also where it would raise RecursionError."""
+    """``json.loads``, but raises ValueError instead of RecursionError."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -18,5 +18,6 @@ def loads(text: str | bytes) -> Any:
 
 
 def read(path: Path) -> Any:
-    """The content of a JSON file (UTF-8). Raises OSError where it is missing or no file, and ValueError where it is damaged."""
+    """The content of a JSON file (UTF-8). Raises OSError if it is missing or not a file, and ValueError if it is
+    damaged."""
     return loads(text_of(path))

@@ -1,4 +1,4 @@
-"""YAML as data of limited size, for untrusted files: nothing in them may expand."""
+"""Read untrusted YAML files as data of limited size, without expansion of aliases."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 from ctclip.preprocessing.files import regular
 
-# Limits on characters and levels of nesting; our own files have some thousands, and six.
+# Maximum number of characters and nesting depth; our own files have some thousand characters and a depth of six.
 LONGEST = 1 << 22
 DEEPEST = 100
 
@@ -19,11 +19,11 @@ def load_yaml(text: str) -> Any:
     than ``LONGEST``, nests deeper than ``DEEPEST`` levels, or uses aliases: a few lines of aliases can expand to a
     billion values."""
     if len(text) > LONGEST:
-        raise yaml.YAMLError(f"{len(text) / 1e6:.0f} MB, more than any such file has")
+        raise yaml.YAMLError(f"{len(text) / 1e6:.0f} MB, too large for such a file")
     try:
         return yaml.load(text, Loader=_PlainLoader)
     except (ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
-        # Raised by PyYAML for impossible dates and numbers, and for a tag that does not fit its value.
+        # Raised by PyYAML for impossible dates and numbers, and for tags that do not fit their values.
         raise yaml.YAMLError(f"a value cannot be read: {error}") from error
 
 

@@ -39,7 +39,7 @@ def duration(seconds: float) -> str:
 
 
 def speed(done: int, seconds: float) -> str:
-    """How fast items are done: ``2.5 a second``, or ``17 s each`` if one takes long."""
+    """The rate in words: ``2.5 a second``, or ``17 s each`` if one item takes long."""
     return f"{duration(seconds / done)} each" if seconds > 10 * done else f"{done / max(seconds, 1e-9):.1f} a second"
 
 

@@ -1,4 +1,4 @@
-"""A quality-control page of a store: slices, HU histogram, spacing and warnings, to look through quickly."""
+"""Write a quality-control page of a store with slices, HU histogram, spacing and warnings."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.volume import Volume
 
-# Pixels of a slice on the page. It opens as large as it was drawn, which depends on how many volumes share the page.
+# Size of a slice on the page in pixels. Enlarged, it has the size at which it was drawn, which depends on the number of
+# volumes.
 SHOWN, LARGEST, SMALLEST = 170, 420, 100
-# Of a page, so that it can be sent by mail.
+# Maximum size of a page, so that it can be sent by mail.
 MOST_BYTES = 2_900_000
-# Of a volume, besides its slices.
+# Size of the text and histogram of a volume.
 WORDS_BYTES = 3_000
 QUALITY, LEAST_QUALITY = 60, 20
 GAP = 6
@@ -86,10 +87,10 @@ def quality_page(
     expect: Expect = "any",
     windows: Mapping[str, tuple[float, float]] | None = None,
 ) -> int:
-    """Write the page of ``count`` stored volumes from the ``first`` on; returns how many have warnings.
+    """Write the page of ``count`` stored volumes, starting at ``first``; return the number of volumes with warnings.
 
-    ``windows``: HU windows in which slices are drawn, by name, a row each; two for a chest if not given. ``expect``:
-    ``chest`` warns of volumes that show no chest.
+    ``windows``: HU windows by name, one row of slices each; by default two for a chest. ``expect``: ``chest`` warns of
+    volumes that show no chest.
     """
     check_file(output, file_holds(MARK))
     windows = windows or WINDOWS
@@ -99,7 +100,7 @@ def quality_page(
     outcomes = read_outcomes(store)
     refused = _refused(store)
 
-    # Base64 makes four bytes of three.
+    # Base64 encodes three bytes as four.
     most = 3 * (MOST_BYTES // max(1, len(page_names)) - WORDS_BYTES) // 4
 
     def card(name: str) -> Card:
@@ -113,8 +114,8 @@ def quality_page(
     drawn = ", ".join(f"{name} ({low:.0f} to {high:.0f} HU)" for name, (low, high) in windows.items())
     subtitle = (
         f"Volumes {first + 1} to {first + len(cards)} of {len(names)}, spec {store.spec.name} "
-        f"({' x '.join(f'{s:g}' for s in store.spec.spacing)} mm). Rows from above: {drawn}; the "
-        f"patient's right on the left. {warned} have warnings."
+        f"({' x '.join(f'{s:g}' for s in store.spec.spacing)} mm). Rows from top to bottom: {drawn}; the patient's "
+        f"right is on the left. {warned} have warnings."
     )
     with claimed_file(output):
         write_text(
@@ -156,12 +157,12 @@ def _card(
     recorded = outcome.warnings if outcome else ()
     warnings = [warning for warning in recorded if warning != ALREADY_HU]
     affine = np.diag([*store.spec.spacing, 1.0])
-    # Said of the scan itself already, but for stores of earlier versions.
+    # The warnings of the scan include this, except in stores of earlier versions.
     asked = expect == "chest" and not any(NOT_A_CHEST in warning for warning in recorded)
     if asked and (reason := no_chest(find_lungs(Volume(hu, affine, name)))):
         warnings.append(reason)
     if hu.max() < 100:
-        warnings.append(f"nothing above {hu.max()} HU: is there bone in it?")
+        warnings.append(f"no voxel above {hu.max()} HU: does it contain bone?")
     counted = np.histogram(hu, BINS)[0]
     bars = np.sqrt(counted / max(1, counted.max())) * 42
     return Card(
@@ -174,8 +175,8 @@ def _card(
 def _picture(
     hu: np.ndarray, spacing: tuple[float, float, float], windows: Mapping[str, tuple[float, float]], most: int
 ) -> str:
-    """Slices as one base64 WebP of at most ``most`` bytes if that can be, drawn as large as they allow."""
-    # Where slices of a phantom fit; noise needs more, and several tries.
+    """Slices as one base64 WebP, as large as ``most`` bytes allow."""
+    # A size at which slices of a phantom fit; noisy slices need more bytes, and several attempts.
     height = min(LARGEST, round(SHOWN * (most / 11_000) ** 0.5))
     while True:
         stream = io.BytesIO()
@@ -185,15 +186,15 @@ def _picture(
         )
         if stream.tell() <= most or height == SMALLEST:
             return base64.b64encode(stream.getvalue()).decode()
-        # The size grows a little less than with the area.
+        # The file size grows slightly more slowly than the area.
         height = min(round(height * (most / stream.tell()) ** 0.55), round(0.95 * height))
 
 
 def _slices(
     hu: np.ndarray, spacing: tuple[float, float, float], windows: Mapping[str, tuple[float, float]], height: int
 ) -> Image.Image:
-    """Axial and coronal slices through the middle and a sagittal one through the left lung, a row a window; each says which
-    slice it is, its window, and where the patient's sides are."""
+    """Axial and coronal slices through the middle and a sagittal one through the left lung, one row per window. Each is
+    labelled with its slice number, window and sides."""
     dz, dy, dx = spacing
     d, h, w = hu.shape
     z, y, x = d // 2, h // 2, int(w * 0.66)
@@ -218,7 +219,8 @@ def _slices(
 
 
 def _write_on(canvas: Image.Image, sides: str, words: str, window: str) -> None:
-    """The letters of both sides, above the window and, below, which slice it is, to be read on air and on bone."""
+    """Write the letters of both sides, the window at the top and the slice number at the bottom, legibly on air and on
+    bone."""
     size = canvas.width
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size * 11 / SHOWN)
     for text, place, anchor in (

@@ -1,4 +1,4 @@
-"""Read a Volume from a path: the format is found, by content first, and its module called."""
+"""Read a Volume from a path. The format is detected, first by content, and read by its module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ctclip.preprocessing.volume import Volume
 
 LARGEST_GB = archive.LARGEST_GB
 APPLE_DOUBLE = b"\0\5\x16\7"
-# Voxels may begin with any bytes.
+# Raw voxel files may begin with any bytes.
 VOXELS_OF_PAIRS = (".img", ".img.gz")
 
 
@@ -27,10 +27,10 @@ def read(
 ) -> Volume:
     """Read a file, a DICOM folder or an archive of one; the values are as stored, see ``hounsfield.to_hu``.
 
-    ``series`` names one series (SeriesInstanceUID) of several. ``geometry`` says which of a NIfTI header's readings is
-    taken; a doubtful geometry is described in ``Volume.geometry_doubt``, and ``geometry_check.settle`` decides on it.
-    ``largest_gb`` limits the voxels of a volume and the unpacked size of an archive, in 1e9 bytes. Raises
-    PreprocessingError with one clear line.
+    ``series`` names one series (SeriesInstanceUID) of several. ``geometry`` selects one of the geometries of a NIfTI
+    header; a doubtful geometry is described in ``Volume.geometry_doubt``, and ``geometry_check.settle`` resolves the
+    doubt. ``largest_gb`` limits the voxels of a volume and the unpacked size of an archive, in 1e9 bytes. Raises
+    PreprocessingError.
     """
     path = Path(path)
     try:
@@ -56,7 +56,7 @@ def _read(path: Path, source: str, series: str | None, geometry: Geometry, large
     if not head:
         raise PreprocessingError(f"{source}: is empty; copy it again")
     if head[:4] == APPLE_DOUBLE:
-        raise PreprocessingError(f"{source}: a metadata file of macOS, not a scan; name the scan itself")
+        raise PreprocessingError(f"{source}: a metadata file of macOS, not a scan; give the scan itself")
     if not name.endswith(VOXELS_OF_PAIRS) and (other := other_kind(head, name)):
         raise PreprocessingError(f"{source}: {other}")
     if head[:4] in archive.ZIP and name.endswith(".npz"):
@@ -81,16 +81,17 @@ def _read(path: Path, source: str, series: str | None, geometry: Geometry, large
         return npz.read(path, source, largest)
     if compression:
         raise PreprocessingError(f"{source}: is compressed ({compression}), {DECOMPRESS}")
-    # A DICOMDIR, whatever its name, stands for the files beside and below it.
+    # A DICOMDIR, whatever its name, represents the files beside and below it.
     return _dicom(path.parent, series, largest, only=None if is_directory_record(read_header(path, TAGS)) else path)
 
 
 def _dicom(
     folder: Path, series: str | None, largest: int, only: Path | None = None, name: Path | None = None
 ) -> Volume:
-    """A series of a folder and those below it: the one ``series`` names, or that holds the file ``only``, or the best.
+    """A series of a folder and its subfolders: the one called ``series``, or the one with the file ``only``, or the
+    best.
 
-    ``name`` is what messages call it. Imported here: pydicom is slow to load, and other formats do not need it.
+    ``name`` is its name in messages. Imported here: pydicom is slow to load, and other formats do not need it.
     """
     from ctclip.preprocessing.dicom import read_series
 

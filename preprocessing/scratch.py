@@ -15,9 +15,10 @@ from ctclip.preprocessing.files import hold, remove_if_abandoned
 
 @contextlib.contextmanager
 def scratch_folder(prefix: str, suffix: str = "", parent: Path | None = None) -> Iterator[Path]:
-    """A new folder of a random name in ``parent`` (default: the temporary folder), removed at the end if it is still there.
+    """A new folder with a random name in ``parent`` (default: the temporary folder), removed at the end if it still
+    exists.
 
-    Folders that killed processes left under such names are removed first.
+    Such folders of killed processes are removed first.
     """
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     left = re.compile(rf"{re.escape(prefix)}[a-z0-9_]{{8}}{re.escape(suffix)}")

@@ -1,4 +1,4 @@
-"""The scan that a stored volume was made from, so that a resumed run notices if another scan now has its name."""
+"""Identify the scan of a stored volume, so that a resumed run detects if another scan now has its name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIONS = {"hu": "auto", "series": None, "geometry": "auto"}
 def source_digest(path: Path, facts: TableFacts, reading: Mapping[str, Any]) -> str:
     """16 hexadecimal digits of a scan's name, size and some of its bytes, its ``facts``, and how it is read.
 
-    Folder and times do not count, because a cohort may be moved or copied. Empty if the scan cannot be read, for
+    Folders and times are ignored, because a cohort may be moved or copied. Empty if the scan cannot be read, for
     example after the user has deleted it.
     """
     try:
@@ -35,7 +35,8 @@ def source_digest(path: Path, facts: TableFacts, reading: Mapping[str, Any]) -> 
 
 
 def _file(path: Path) -> list[Any]:
-    """Size, and the digest of the first bytes and of some in the middle, where uncompressed scans of one shape differ."""
+    """Size, and a digest of the first bytes and of some in the middle, in which uncompressed scans of the same shape
+    differ."""
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         block = stream.read(BLOCK)

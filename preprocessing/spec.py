@@ -27,10 +27,10 @@ LARGEST_VOXELS = 2**31
 class PreprocessingSpec:
     """Spacing in mm and shape in voxels along [slice, row, column]; intensities in HU.
 
-    ``interpolation`` is linear along each axis: ``antialiased`` (the filter widens where the grid gets coarser) or plain
-    ``linear``. ``published_geometry`` reproduces CT-CLIP's loader: values clipped to the window before plain linear
-    resampling, sizes rounded down and stretched to fit, and voxels indexed [slice, column, row]. Otherwise voxels keep
-    the exact spacing, about the volume's centre.
+    ``interpolation`` is linear along each axis: ``antialiased`` (the filter widens where the grid gets coarser) or
+    plain ``linear``. ``published_geometry`` reproduces CT-CLIP's loader: values clipped to the window before plain
+    linear resampling, sizes rounded down and stretched to fit, and voxels indexed [slice, column, row]. Otherwise
+    voxels have the exact spacing and are centred on the volume.
     """
 
     name: str
@@ -44,20 +44,20 @@ class PreprocessingSpec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not isinstance(self.published_geometry, bool):
-            raise PreprocessingError("preprocessing spec: name needs text, and published_geometry true or false")
+            raise PreprocessingError("preprocessing spec: name must be text, and published_geometry true or false")
         for name in ("spacing", "shape", "hu_window"):
             object.__setattr__(self, name, _numbers(getattr(self, name), int if name == "shape" else float))
         usual = "linear" if self.published_geometry else "antialiased"
         object.__setattr__(self, "interpolation", self.interpolation or usual)
         wrong = (
-            (len(self.spacing) != 3 or min(self.spacing) <= 0, "spacing needs three positive numbers (mm)"),
+            (len(self.spacing) != 3 or min(self.spacing) <= 0, "spacing must be three positive numbers (mm)"),
             (
                 len(self.shape) != 3 or min(self.shape) <= 0 or math.prod(self.shape) > LARGEST_VOXELS,
-                "shape needs three positive whole numbers, of a grid that fits into memory",
+                "shape must be three positive whole numbers, for a grid that fits into memory",
             ),
             (
                 len(self.hu_window) != 2 or self.hu_window[0] >= self.hu_window[1],
-                "hu_window needs a low and a high HU",
+                "hu_window must be a low and a high HU",
             ),
             (
                 self.orientation != "LPS",
@@ -65,16 +65,16 @@ class PreprocessingSpec:
             ),
             (
                 self.interpolation not in ("antialiased", "linear"),
-                "interpolation is antialiased or linear",
+                "interpolation must be antialiased or linear",
             ),
             (
                 self.published_geometry and self.interpolation != "linear",
-                "the published geometry is interpolated linearly",
+                "the published geometry requires linear interpolation",
             ),
-            # Not converted, because the hashes of stores depend on it.
+            # Values are not converted, because the hashes of stores depend on them.
             (
                 not _numbers([self.fill], float) or not -32768 <= self.fill <= 32767,
-                "fill needs a value that int16 holds (HU)",
+                "fill must be a value that fits int16 (HU)",
             ),
         )
         for fault, remedy in wrong:
@@ -83,10 +83,10 @@ class PreprocessingSpec:
 
     @property
     def hash(self) -> str:
-        """Eight hex digits of everything but the name."""
+        """Eight hex digits that depend on everything except the name."""
         values = dataclasses.asdict(self) | {"name": ""}
         if values["interpolation"] == ("linear" if self.published_geometry else "antialiased"):
-            # Newer than the first stores; its default value leaves their hashes unchanged.
+            # Added after the first stores; the default value does not change their hashes.
             del values["interpolation"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -99,10 +99,10 @@ class PreprocessingSpec:
     def normalise(
         self, hu: np.ndarray, out: np.ndarray | None = None, corner: tuple[int, ...] = (0, 0, 0)
     ) -> np.ndarray:
-        """HU (D, H, W) of any dtype -> float32 in [-1, 1], the window's ends at -1 and 1.
+        """HU (D, H, W) of any dtype -> float32 in [-1, 1], with the window's limits at -1 and 1.
 
-        If ``out``, a larger C-ordered array, is given, the result is written into it from ``corner`` on, and ``out``
-        is returned.
+        If ``out``, a larger C-ordered array, is given, the result is written to it at ``corner``, and ``out`` is
+        returned.
         """
         source = hu if hu.dtype in (np.int16, np.float32) else hu.astype(np.float32)
         voxels = np.empty(hu.shape, np.float32) if out is None else out
@@ -116,15 +116,15 @@ class PreprocessingSpec:
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], *, whole: bool = False) -> PreprocessingSpec:
-        """A YAML file, or the name of one in ``configs/preprocessing``; see ``find_file``. ``whole``: one that
-        ``save`` wrote, which states every value: if one is missing, the file is damaged and is refused."""
+        """Load a spec from a YAML file, or by its name in ``configs/preprocessing``; see ``find_file``. ``whole``: the
+        file was written by ``save`` and must state every value; otherwise it is damaged and refused."""
         path = find_file(source, "preprocessing")
         try:
             values = load_yaml(text_of(path))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise PreprocessingError(f"{path}: not a preprocessing spec ({' '.join(str(error).split())})") from error
         known = [field.name for field in dataclasses.fields(cls)]
-        # The first files had no ``interpolation``.
+        # The first versions of the file had no ``interpolation``.
         needed = known[:-1] if whole else ("name", "spacing", "shape")
         due = [name for name in needed if name not in (values if isinstance(values, dict) else {})]
         if due:
@@ -140,7 +140,7 @@ class PreprocessingSpec:
 
 
 def _numbers(values: Any, kind: type[int] | type[float]) -> tuple[int | float, ...]:
-    """Finite (whole) numbers as a tuple; an empty one if there is anything else among them."""
+    """Finite (whole) numbers as a tuple; an empty tuple if there are other values."""
     several: list[Any] = list(values) if isinstance(values, list | tuple | np.ndarray) else []
     if any(isinstance(v, bool) or not isinstance(v, Real) for v in several):
         return ()
@@ -151,7 +151,7 @@ def _numbers(values: Any, kind: type[int] | type[float]) -> tuple[int | float, .
 
 @numba.njit(cache=True, nogil=True)
 def _windowed(hu, low, high, middle, gain, voxels, corner):  # type: ignore[no-untyped-def]
-    """One pass over memory, where clipping, converting and scaling one after the other take four."""
+    """Clip, convert and scale in one pass over memory instead of four."""
     z, y, x = corner
     for i in range(hu.shape[0]):
         for j in range(hu.shape[1]):

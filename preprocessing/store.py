@@ -1,4 +1,4 @@
-"""The volume store: one chunked, compressed int16 file a volume, the spec they share, and the cohort table.
+"""The volume store: one chunked, compressed int16 file per volume, their common spec, and the cohort table.
 
 ``spec.yaml``, ``cohort.parquet``, ``volumes/<id>.b2nd``. Files are written under a temporary name and renamed, so a
 volume is complete or absent. Each file contains the CRC of its voxels.
@@ -33,13 +33,13 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.tables import read_own_parquet
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# LZ4, measured against ZSTD: a whole volume in half the time, for a third to a half more disk. Chunks are whole slices:
-# they decompress straight into their place in a batch.
+# LZ4 reads a whole volume in half the time of ZSTD, for a third to a half more disk (measured). Chunks are whole
+# slices, which decompress directly into a batch.
 BLOCK_BYTES, BLOCKS = 1 << 19, 4
 SUFFIX = ".b2nd"
-# In a volume's file: the CRC of each chunk, beside that of the whole.
+# Metadata of a volume's file: the CRC of each chunk, in addition to that of the volume.
 CHUNKS = "crc32_chunks"
-# A volume that ``written_beside`` was writing.
+# A temporary file of ``written_beside``.
 PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}\.partial")
 ABANDONED_SECONDS = 1800
 # Errors of blosc2 for a damaged file.
@@ -64,8 +64,8 @@ class VolumeStore:
         folder = Path(path)
         check_store_folder(folder)
         if not (folder / "spec.yaml").is_file():
-            # The spec first: a folder that has it is a store, for shards that start at the same moment too. The first of
-            # them writes it.
+            # Write the spec first, because a folder with a spec is a store. If shards start at the same time, the first
+            # writes it.
             spec.save(folder / "spec.yaml", once=True)
         store = cls(folder)
         (folder / "volumes").mkdir(exist_ok=True)
@@ -93,7 +93,7 @@ class VolumeStore:
         )
 
     def file(self, volume: str) -> Path:
-        """The path of a volume. Ids come from untrusted tables: one that would lead out of the folder is refused."""
+        """The path of a volume. Ids come from untrusted tables; an id that would lead out of the folder is refused."""
         if not isinstance(volume, str) or not SAFE_NAME.fullmatch(volume):
             raise PreprocessingError(f"{self.path}: volume id {volume!r} is not a file name")
         return self.path / "volumes" / f"{volume}{SUFFIX}"
@@ -121,7 +121,7 @@ class VolumeStore:
         """The notes written with a volume; empty for volumes of earlier versions, or if they cannot be read."""
         try:
             packed = self._open(volume)
-            # Check the names first: older volumes have no notes, and reading them would raise an error.
+            # Check the names first, because older volumes have no notes and reading them would raise an error.
             notes = plain_json.loads(packed.schunk.vlmeta["notes"]) if "notes" in packed.schunk.vlmeta.getall() else {}
             return {str(key): str(value) for key, value in notes.items()}
         except (PreprocessingError, AttributeError, ReferenceError, *BLOSC_RAISES):
@@ -149,14 +149,14 @@ class VolumeStore:
         return out
 
     def read_into(self, volume: str, out: np.ndarray) -> None:
-        """Decompress a whole volume into its place in a batch: int16 of the spec's shape, C-ordered."""
+        """Decompress a whole volume into ``out``, such as part of a batch: int16 of the spec's shape, C-ordered."""
         for _ in self._slabs(volume, self._open(volume), out):
             pass
 
     def voxels(self, volume: str) -> np.ndarray:
         """The model's input: float32 in [-1, 1], of the spec's shape.
 
-        The window is applied chunk by chunk while a chunk is in the cache, so the int16 volume is never held whole.
+        The window is applied to each chunk while it is in the cache, so the whole int16 volume is never in memory.
         """
         packed = self._open(volume)
         voxels = np.empty(packed.shape, np.float32)
@@ -171,10 +171,10 @@ class VolumeStore:
         out: np.ndarray | None = None,
         within: tuple[int, int] | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """The first slice of each chunk and its int16 HU: in ``out``, or in memory that the next one is read into.
+        """Yield the first slice of each chunk and its int16 HU, in ``out`` or in a buffer that the next chunk reuses.
 
-        ``within``: only chunks that hold some of these slices, where each has a CRC. Voxels that are not those that were
-        written raise PreprocessingError: before their chunk is yielded, in volumes of stores before 0.3 after the last.
+        ``within``: only chunks with some of these slices, if each has a CRC. Changed voxels raise PreprocessingError
+        before their chunk is yielded; in volumes of stores before 0.3, after the last chunk.
         """
         (depth, *plane), step, block = packed.shape, packed.chunks[0], packed.blocks[0]
         first_slices = range(0, depth, step)
@@ -182,7 +182,7 @@ class VolumeStore:
             kept = packed.schunk.vlmeta.getall()
             written, of_chunks, crc = kept["crc32"], kept.get(CHUNKS), 0
             if [*packed.chunks[1:], *packed.blocks[1:]] != plane * 2 or step % block:
-                # Written by an earlier version.
+                # A volume of an earlier version.
                 whole = packed[:]
                 crc = isal_zlib.crc32(whole.data)
                 if out is not None:
@@ -210,7 +210,7 @@ class VolumeStore:
             raise self._damaged(volume)
 
     def write_column(self, name: str, volume: str, values: np.ndarray) -> None:
-        """Store an array for a volume (such as a label map of the spec's shape) under ``columns/<name>/``."""
+        """Store an array for a volume (such as a label map of the spec's shape) in ``columns/<name>/``."""
         with written_beside(self._column_file(name, volume)) as partial, partial.open("wb") as stream:
             np.savez(stream, values=values)
 
@@ -232,7 +232,7 @@ class VolumeStore:
         return self.path / "columns" / name / f"{volume}.npz"
 
     def checksums(self, volume: str) -> tuple[int, ...]:
-        """The CRC of a volume's voxels and of each of its chunks, as they were written; no voxel is read."""
+        """The CRC of a volume's voxels and of each of its chunks, as recorded in writing, without reading voxels."""
         packed = self._open(volume)
         try:
             kept = packed.schunk.vlmeta.getall()
@@ -275,7 +275,7 @@ class VolumeStore:
 
 
 def check_store_folder(path: str | os.PathLike[str]) -> None:
-    """Raise PreprocessingError unless a store may be made in, or volumes added to, the folder ``path``."""
+    """Raise PreprocessingError unless a store may be created in the folder ``path``, or volumes may be added to it."""
     check_folder(path, _is_store, "volume store")
 
 
@@ -290,9 +290,9 @@ def _is_store(folder: Path) -> bool:
 
 
 def _consistent(packed: blosc2.NDArray) -> bool:
-    """Whether the sizes that a file states, in its header and in that of each chunk, are those of its shape.
+    """Whether the sizes stated in the headers of a file and its chunks match its shape.
 
-    Decompression trusts them; nothing is decompressed before.
+    Decompression trusts these sizes, so they are checked before.
     """
     if packed.dtype != np.int16 or not all(0 < b <= c for b, c in zip(packed.blocks, packed.chunks, strict=True)):
         return False
@@ -302,7 +302,7 @@ def _consistent(packed: blosc2.NDArray) -> bool:
     schunk = packed.schunk
     if (schunk.chunksize, schunk.blocksize, schunk.nchunks) != (chunk, block, chunks):
         return False
-    # Header of a chunk: bytes, compressed bytes, bytes of a block.
+    # Chunk header: number of bytes, compressed bytes, bytes per block.
     return all(blosc2.get_cbuffer_sizes(info.lazychunk)[2] == block for info in schunk.iterchunks_info())
 
 

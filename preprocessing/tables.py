@@ -1,4 +1,4 @@
-"""Reading tables of any origin (CSV, TSV, Parquet), all in the same way, and what stands in their cells for nothing."""
+"""Read tables from any source (CSV, TSV, Parquet) in the same way, and recognise missing values in their cells."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VOLUME_SUFFIXES = (
     ".nii.gz", ".nii", ".hdr.gz", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz", ".zip", ".tar.gz", ".tar.bz2", ".tgz",
     ".tar",
 )  # fmt: skip
-# Text that programs write around and between numbers: type names and arguments, units, a multiplication sign.
+# Text around and between numbers: type names and arguments, units, a multiplication sign.
 PROGRAMS = re.compile(r"\b[A-Za-z_][\w.]*(?=\()|,\s*dtype=[\w.]+|(?<=[\d.])\s*mm\b|(?<=[\dm\s])[x×](?=\s*\d)")
 SEPARATORS = (",", "\t", ";", "|")
 LONGEST_CELL = 10_000_000
@@ -28,7 +28,7 @@ MISSING = frozenset(
     ["", "-", "--", "---", "–", "—", ".", "?", "na", "n/a", "n.a.", "n.a", "n / a", "#n/a", "nan", "<na>", "none", "null",
      "nil", "missing", "unknown", "not available", "not given", "not applicable"]
 )  # fmt: skip
-# Characters that strip() leaves at the ends of a cell: marks of direction, joiners, a byte order mark of a file that was appended.
+# Characters that strip() does not remove: direction marks, joiners, byte order marks of appended files.
 INVISIBLE = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
 SIGNATURES = (
     (b"PK\x03\x04", "a spreadsheet or an archive"), (b"\xd0\xcf\x11\xe0", "a spreadsheet"), (b"\x1f\x8b", "compressed (gzip)"),
@@ -38,10 +38,12 @@ SIGNATURES = (
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A table as stripped strings, "" where nothing stands; its index is the line (of Parquet, the row) a record begins in.
+    """Read a table as stripped strings, "" for missing values; its index is the line (in Parquet, the row) in which a
+    record begins.
 
-    The separator of a text file is the one its header has most of; text is UTF-8, with or without a byte order mark.
-    Columns without a name (``Unnamed: 0``) are dropped. Raises PreprocessingError with the file, the line and the fault.
+    The separator of a text file is the most frequent one in its header; text is UTF-8, with or without a byte order
+    mark. Columns without a name (``Unnamed: 0``) are dropped. Raises PreprocessingError with the file, the line and the
+    fault.
     """
     if path.suffix.lower() in (".parquet", ".pq"):
         return _from_parquet(path)
@@ -50,7 +52,7 @@ def read_table(path: Path) -> pd.DataFrame:
         first, _, rest = text.partition("\n")
         stated = first.strip().strip('"').lower()
         if stated.startswith("sep=") and len(stated) == 5:
-            # Excel's own declaration.
+            # Excel's separator declaration.
             return _from_text(path, rest, stated[4], lines_before=1)
         return _from_text(path, text, _separator(text))
     except OSError as error:
@@ -79,7 +81,7 @@ def _decoded(path: Path) -> str:
 
 
 def _separator(text: str) -> str:
-    """The separator that the header has most of, outside of quotes; the header is the first record that is not empty."""
+    """The most frequent separator in the header, outside quotes; the header is the first non-empty record."""
     header = re.match(r'(?:"[^"]*"|[^"\n])*', text.lstrip())
     bare = re.sub(r'"[^"]*"', "", header[0] if header else "")
     return max(SEPARATORS, key=bare.count)
@@ -121,7 +123,7 @@ def _from_parquet(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_parquet(path.absolute())
         if any(name is not None for name in table.index.names):
-            # Where a column was made the index, it holds the names.
+            # The index of a data frame may hold the names.
             table = table.reset_index()
         # Strings are decoded only here.
         columns = {n: [cell_text(value) for value in table.iloc[:, n].tolist()] for n in range(table.shape[1])}
@@ -158,7 +160,7 @@ def read_own_parquet(
 
 
 def cell_text(value: object) -> str:
-    """A value of a table as text, "" where nothing stands."""
+    """A value of a table as text, "" for a missing value."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and np.isnan(value)):
@@ -167,12 +169,12 @@ def cell_text(value: object) -> str:
 
 
 def stripped(cell: str) -> str:
-    """A cell without blanks and what cannot be seen at its ends."""
+    """A cell without spaces and invisible characters at its ends."""
     return cell.strip().strip(INVISIBLE).strip()
 
 
 def _named(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """Without columns that have no name; two of one name are refused."""
+    """Drop columns without a name; refuse duplicate names."""
     kept = [
         bool(name) and not re.fullmatch(r"Unnamed: [\d.]+(_level_\d+)?|__index_level_\d+__", name)
         for name in table.columns
@@ -185,7 +187,7 @@ def _named(path: Path, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def volume_name(text: str) -> str:
-    """A volume's id in a table or a list: its file's name without folders and without the suffix of its format."""
+    """The id of a volume in a table or a list: its file name without folders and suffix."""
     name = re.split(r"[/\\]", text.strip())[-1]
     for suffix in VOLUME_SUFFIXES:
         if name.lower().endswith(suffix):
@@ -194,7 +196,8 @@ def volume_name(text: str) -> str:
 
 
 def one_row_each(parts: Iterable[tuple[Path, pd.DataFrame]], key: str) -> pd.DataFrame:
-    """Tables stacked and indexed by the volume id in column ``key``; the column ``at`` says where each row stands.
+    """Concatenate tables and index them by the volume id in column ``key``; the column ``at`` states file and line of
+    each row.
 
     Rows that repeat another are dropped; rows of one volume that contradict each other are refused.
     """
@@ -212,16 +215,14 @@ def one_row_each(parts: Iterable[tuple[Path, pd.DataFrame]], key: str) -> pd.Dat
             values = rows[column].drop_duplicates()
             if len(values) > 1:
                 first, second = (rows["at"].iloc[(rows[column] == value).to_numpy().argmax()] for value in values[:2])
-                raise PreprocessingError(
-                    f"{first}: {name} has another {column} than in {second}; keep the row that is right"
-                )
+                raise PreprocessingError(f"{first}: {name} has another {column} than in {second}; keep the correct row")
     return whole[~whole.index.duplicated()]
 
 
 def numbers(text: object, count: int) -> list[float] | None:
-    """``count`` finite numbers of a cell: ``[0.7, 0.7]``, ``(0.7; 0.7)``, ``['0.7', '0.7']``, ``0.7\\\\0.7``, ``0,7; 0,7``,
-    ``0.7``, ``0.7 x 0.7 mm``, ``array([0.7, 0.7])``, ``[np.float64(0.7), ...]``; None if it holds another number of them or
-    anything else, or can be read in two ways (``-1,024``)."""
+    """``count`` finite numbers of a cell: ``[0.7, 0.7]``, ``(0.7; 0.7)``, ``['0.7', '0.7']``, ``0.7\\\\0.7``, ``0,7;
+    0,7``, ``0.7``, ``0.7 x 0.7 mm``, ``array([0.7, 0.7])``, ``[np.float64(0.7), ...]``; None if the cell has a
+    different count of numbers or other text, or is ambiguous (``-1,024``)."""
     cell = PROGRAMS.sub(" ", cell_text(text)).strip()
     bare = re.sub(r"[\[\](){}'\"]", " ", cell).strip()
     if bare.casefold() in MISSING or (count == 1 and re.fullmatch(r"[+-]?[1-9]\d{0,2}(,\d{3})+", bare)):

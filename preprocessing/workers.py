@@ -11,10 +11,10 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 
 
 def worker_pool(workers: int) -> Executor:
-    """``workers`` processes; threads, and a warning, where /dev/shm is missing or not writable.
+    """A pool of ``workers`` processes, or of threads, with a warning, if /dev/shm is missing or not writable.
 
-    Processes need semaphores, which Linux keeps there. Threads do the same work more slowly. The processes end with this
-    one, however that ends.
+    Processes need semaphores, which Linux keeps there; threads are slower. The processes end when this one ends,
+    however it ends.
     """
     try:
         return ProcessPoolExecutor(workers, initializer=end_with_parent)
@@ -28,7 +28,7 @@ def worker_pool(workers: int) -> Executor:
 
 
 def end_with_parent() -> None:
-    """End this child process as soon as its parent is gone: a worker would wait for work for ever, and hold the parent's
+    """End this child process as soon as its parent is gone; otherwise a worker would wait forever and hold the parent's
     locks."""
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -1,4 +1,4 @@
-"""Reports as the phantom writes them, and their truth, without drawing a voxel."""
+"""Phantom reports with their true findings, without drawing volumes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Situations of public reports and of how tables, folders and machines are found: where each comes from, what is given, what
-is right, and the test that shows it.
+"""Situations in reports, tables, folders and machines: the source of each, the input, the right result, and its test.
 
 ``python -m tests.situations`` prints the table; with ``--run`` the fast ones are run (2 minutes), with ``--run --all`` those
 that train, too. ``tests/unit/test_situations.py`` holds the table to the tests that there are.

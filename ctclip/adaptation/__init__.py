@@ -1,1 +1,1 @@
-"""Adapting a model with labels: linear probes, learned prompts, and recipes that continue its training."""
+"""Adapt a trained model: linear probes, learned prompts, heads, and recipes that continue training."""

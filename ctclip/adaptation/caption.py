@@ -1,8 +1,9 @@
-"""Train a caption head on a trained model, whose encoders stay as they are: volumes are encoded once, a plan learns which
-findings their reports state and on which side, and a decoder learns to write the reports from the tokens.
+"""Train a caption head on a trained model with frozen encoders. Volumes are encoded once; a plan learns which findings
+their reports state and on which side, and a decoder learns to write the reports from the tokens.
 
-In most examples the decoder is told the findings that the report states, as read by the rules, so that it writes about
-those of the plan or a detector later; in the others it is told none (the prompt dropout of DCP-PD, arXiv 2604.10437).
+In most training examples the decoder is prompted with the findings that the report states, as read by rules, so that it
+can later write about the findings of the plan or a detector. In the other examples it gets no findings (prompt dropout
+as in DCP-PD, arXiv 2604.10437).
 """
 
 from __future__ import annotations
@@ -49,32 +50,42 @@ SECTIONS = ("findings", "impression")
 class CaptionConfig(Section):
     """How a caption head is trained."""
 
-    depth: int = Field(4, ge=1, le=512, description="layers of the decoder; its width is the text encoder's")
+    depth: int = Field(
+        4, ge=1, le=512, description="number of layers of the decoder; its width is that of the text encoder"
+    )
     heads: int | None = Field(
-        None, ge=1, le=1024, description="attention heads of the decoder; null: one for every 64 of its width"
+        None,
+        ge=1,
+        le=1024,
+        description="number of attention heads of the decoder; null: one per 64 channels of its width",
     )
     length: int = Field(
         LONGEST, ge=16, le=10**5, description="maximum number of tokens of a report; longer ones are cut"
     )
     told: float = Field(
-        0.9, ge=0, le=1, description="share of the examples in which the decoder is told the findings of the report"
+        0.9,
+        ge=0,
+        le=1,
+        description="fraction of the examples in which the decoder is prompted with the findings of the report",
     )
     quiet: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="share of the findings it is told whose side is left out, there and in the report, so that it can write "
-        "without a side",
+        description="fraction of the prompted findings whose side is left out of the prompt and the report, so that "
+        "the decoder can write without a side",
     )
     places: bool = Field(
-        True, description="attend to finer grids too where the encoder has them, and to where tokens lie"
+        True, description="also attend to finer grids, if the encoder has them, and to token positions"
     )
-    epochs: float = Field(20.0, gt=0, le=10**6, description="passes over the training scans")
+    epochs: float = Field(20.0, gt=0, le=10**6, description="number of passes over the training scans")
     batch: int = Field(16, ge=1, le=10**5, description="number of volumes in a batch")
     learning_rate: float = Field(1e-3, gt=0, le=10, description="peak learning rate of AdamW")
     warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps with a rising learning rate")
     weight_decay: float = Field(0.05, ge=0, le=100, description="AdamW's weight decay")
-    language: str = Field("english", description="of the reports: a YAML file, or the name of one in configs/languages")
+    language: str = Field(
+        "english", description="language of the reports: a YAML file, or its name in configs/languages"
+    )
 
 
 def run_caption(
@@ -90,8 +101,9 @@ def run_caption(
 ) -> Path:
     """Train a caption head on the reports of a split and save it in the model folder; returns its folder.
 
-    ``output`` gets ``caption.csv``, the loss of each epoch, and, while training, the volumes' tokens (float16). Raises
-    DataError or PreprocessingError, and saves nothing, if the store has no report or the output cannot be used.
+    Writes ``caption.csv`` with the loss of each epoch to ``output`` and, during training, the volumes' tokens
+    (float16). Raises DataError or PreprocessingError, and saves nothing, if the store has no report or the output
+    cannot be used.
     """
     check_folder(output, made_by_us, "output of `ctclip adapt --method caption`")
     check_head_name(loaded, head, CaptionHead.kind)
@@ -133,13 +145,13 @@ def _decoder(loaded: ModelFolder, encoded: Encoded, config: CaptionConfig) -> Wo
 
 
 def prompts_of(loaded: ModelFolder) -> PromptSet:
-    """The prompts by which a head that is trained here scores the findings of the label set."""
+    """The prompts with which a new head scores the findings of the label set."""
     return load_prompts(loaded.labels.prompts or "generic")
 
 
 def _encoded(loaded: ModelFolder, scans: StoredScans, scratch: Path, batch: int) -> tuple[Encoded, Tensor, list[int]]:
-    """Tokens of all volumes, on the host (float16, in files that are mapped into memory), what the plan is made from (n, D),
-    and their indices."""
+    """Tokens of all volumes in host memory (float16, memory-mapped files), the features of the plan (n, D), and the row
+    indices."""
     kept: dict[str, np.memmap] = {}
     features, real = list[Tensor](), list[Tensor]()
     indices: list[int] = []
@@ -172,7 +184,7 @@ def _encoded(loaded: ModelFolder, scans: StoredScans, scratch: Path, batch: int)
 def _fit(
     decoder: WordDecoder, encoded: Encoded, examples: Examples, config: CaptionConfig, device: torch.device, seed: int
 ) -> list[float]:
-    """Train the decoder; returns the mean loss (nats a token) of each epoch."""
+    """Train the decoder; return the mean loss (nats per token) of each epoch."""
     decoder.to(device).train().requires_grad_(True)
     count = len(examples)
     batch = min(config.batch, count)
@@ -201,7 +213,7 @@ def _fit(
 
 
 def _some(encoded: Encoded, rows: Tensor, device: torch.device) -> Encoded:
-    """Some of the volumes, in float32 on a device."""
+    """The tokens of the volumes in ``rows``, float32 on ``device``."""
     tokens = encoded.tokens[rows].float().to(device)
     local = None if encoded.local is None else encoded.local[rows].float().to(device)
     real = None if encoded.real is None else encoded.real[rows].to(device)
@@ -209,7 +221,7 @@ def _some(encoded: Encoded, rows: Tensor, device: torch.device) -> Encoded:
 
 
 def _draws(count: int, batch: int, steps: int, random: np.random.Generator) -> Iterator[np.ndarray]:
-    """The rows of each step, every row once an epoch."""
+    """The rows of each step; every row occurs once per epoch."""
     order: np.ndarray = np.empty(0, np.int64)
     for _ in range(steps):
         if len(order) < batch:
@@ -219,7 +231,8 @@ def _draws(count: int, batch: int, steps: int, random: np.random.Generator) -> I
 
 
 def _padded(texts: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """ids (B, L), mask (B, L) 1 where there is a token, and which tokens are learned (B, L) bool."""
+    """Token ids (B, L), a mask (B, L) that is 1 for tokens and 0 for padding, and a bool mask (B, L) of the tokens that
+    count in the loss."""
     length = max(len(ids) for ids, _ in texts)
     ids = torch.tensor([[*row, *[0] * (length - len(row))] for row, _ in texts])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row, _ in texts])

@@ -1,7 +1,7 @@
-"""Training reports as a caption head learns them: sentence by sentence, with what each states.
+"""Training reports for a caption head: sentences, with the findings that each states.
 
-Sizes are taken out, which nobody measures for the decoder; so are sides of findings that it is told without a side. It
-thereby learns to write no more of either than it is told.
+Sizes are removed, because nothing measures them for the decoder. Sides are removed if the finding is prompted without a
+side. The decoder thus learns not to invent sizes or sides.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ctclip.report_reading.reduce import Reducer
 
 @dataclass(frozen=True)
 class Sentence:
-    """``text`` without sizes; ``unsided``: without sides too, None if it cannot do without; ``present``: the findings that it
-    states to be present, with the sides of each."""
+    """``text``: the sentence without sizes; ``unsided``: also without sides, None if it makes no sense without them;
+    ``present``: the findings that it states to be present, with the sides of each."""
 
     text: str
     unsided: str | None
@@ -32,15 +32,15 @@ class Sentence:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """``sections``: sentences by section; ``present``: the findings that the whole report states, each with its side, or "";
-    ``doubtful``: those in doubt."""
+    """``sections``: sentences by section; ``present``: the findings that the whole report states, each with its side or
+    ""; ``doubtful``: the uncertain findings."""
 
     sections: tuple[tuple[Sentence, ...], ...]
     present: dict[str, str]
     doubtful: frozenset[str]
 
     def stated(self, names: Sequence[str]) -> np.ndarray:
-        """(names, PARTS) float32 of 0 and 1: what a plan learns; NaN for a finding in doubt."""
+        """The targets of a plan, (names, PARTS) float32 of 0 and 1; NaN for uncertain findings."""
         values = np.zeros((len(names), PARTS), np.float32)
         for row, name in zip(values, names, strict=True):
             if name in self.present:
@@ -51,12 +51,12 @@ class TrainingReport:
 
 
 class Examples:
-    """Draws reports as tokens, told their findings or not."""
+    """Draws reports as tokens, with or without a prompt of their findings."""
 
     def __init__(
         self, tokens: ReportTokens, reports: Sequence[TrainingReport], names: Sequence[str], told: float, quiet: float
     ) -> None:
-        """told, quiet: see ``CaptionConfig``."""
+        """``told``, ``quiet``: the fractions described in ``CaptionConfig``."""
         self.tokens, self.reports, self.names = tokens, reports, tuple(names)
         self.told, self.quiet = told, quiet
 
@@ -64,7 +64,7 @@ class Examples:
         return len(self.reports)
 
     def draw(self, row: int, random: np.random.Generator) -> tuple[list[int], int]:
-        """The tokens of a report, and how many of them are the prefix."""
+        """The tokens of a report, and the length of the prefix."""
         report = self.reports[row]
         if random.random() >= self.told:
             return self.tokens.whole(_texts(report.sections), None)
@@ -77,7 +77,7 @@ class Examples:
 
 
 def read_reports(cleaner: Cleaner, table: pd.DataFrame, sections: Sequence[str]) -> list[TrainingReport]:
-    """The reports of a table as their sentences; what they state is read by rules, and no label of a volume is read."""
+    """The reports of a table as sentences. Rules read what they state; the labels of the volumes are not used."""
     reducer = Reducer(cleaner)
     known: dict[str, Sentence | None] = {}
     reports = []
@@ -103,7 +103,7 @@ def read_reports(cleaner: Cleaner, table: pd.DataFrame, sections: Sequence[str])
 
 
 def _sentence(text: str, cleaner: Cleaner, reducer: Reducer) -> Sentence | None:
-    """None for a sentence that is about a size, and for one that compares with an earlier scan."""
+    """None for a sentence about a size, or one that compares with an earlier scan."""
     cleaned = cleaner.clean(text)
     if not cleaned or cleaned[0].comparison:
         return None
@@ -120,7 +120,8 @@ def _sentence(text: str, cleaner: Cleaner, reducer: Reducer) -> Sentence | None:
 
 
 def _without(sentence: Sentence, quiet: set[str]) -> Sentence | None:
-    """The sentence, without sides if it states one of a finding that is ``quiet``; None if it cannot do without."""
+    """The sentence, without sides if it states the side of a finding in ``quiet``; None if it makes no sense without
+    them."""
     if not any(sides and name in quiet for name, sides in sentence.present.items()):
         return sentence
     if sentence.unsided is None:
@@ -129,7 +130,8 @@ def _without(sentence: Sentence, quiet: set[str]) -> Sentence | None:
 
 
 def _texts(sections: Sequence[Sequence[Sentence]]) -> list[str]:
-    """The text of each section, up to the last that is not empty: that a report has no impression is not to be learned."""
+    """The text of each section up to the last non-empty one, so that the decoder does not learn to write empty
+    sections."""
     texts = [" ".join(one.text for one in part) for part in sections]
     while len(texts) > 1 and not texts[-1]:
         texts.pop()

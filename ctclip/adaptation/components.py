@@ -1,4 +1,4 @@
-"""A beginning for the autoencoder of a decoder: the principal components of blocks of voxels."""
+"""Initialise the autoencoder of a decoder with the principal components of blocks of voxels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from ctclip.heads.decoder import Decoder, fold
 
 @torch.no_grad()
 def begin_with_components(decoder: Decoder, volumes: Tensor) -> None:
-    """Set an autoencoder of one level so that its latents are the principal components of the blocks of ``volumes``
-    (B, 1, D, H, W), which saves it thousands of steps. One of several levels is left as it is."""
+    """Initialise an autoencoder with one level so that its latents are the principal components of the blocks of
+    ``volumes`` (B, 1, D, H, W), which saves thousands of training steps. An autoencoder with several levels is not
+    changed."""
     network: Any = decoder.autoencoder
     networks = decoder.networks
     width = networks.channels[0]
@@ -23,7 +24,7 @@ def begin_with_components(decoder: Decoder, volumes: Tensor) -> None:
     mean = blocks.mean(dim=0)
     values, axes = torch.linalg.eigh(torch.cov(blocks.T))
     axes = axes.flip(1)[:, :width]
-    # With unit variance and no mean the group norms before the latents and before the volume change hardly anything.
+    # With zero mean and unit variance, the group norms before the latents and before the volume have almost no effect.
     spread = values.flip(0)[:width].clamp(min=1e-6).sqrt()
     inward, outward = axes.T / spread[:, None], axes * spread
     for part, weight, bias in (
@@ -41,7 +42,7 @@ def begin_with_components(decoder: Decoder, volumes: Tensor) -> None:
 
 
 def _set_middle(convolution: nn.Conv3d, weight: Tensor, bias: Tensor | None) -> None:
-    """Make a convolution a linear map (out, in) of each cell alone."""
+    """Set a convolution to a linear map (out, in) of each cell by itself."""
     kernel, constant = convolution.weight, convolution.bias
     assert constant is not None
     nn.init.zeros_(kernel)

@@ -1,4 +1,4 @@
-"""Learn the words of prompts from a few labels, on cached embeddings of volumes. Neither encoder is changed."""
+"""Learn prompt vectors from a few labels, on cached embeddings of volumes. Both encoders are frozen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ctclip.objectives.labels import multi_label
 from ctclip.prompts import Pair, PromptSet
 from ctclip.schema import Section
 
-# The anchor of labels that are to keep their prompts, where contexts are shared.
+# Anchor weight of labels that keep their written prompts when contexts are shared.
 STAY = 10 * max(anchor for anchor in ANCHORS if np.isfinite(anchor))
 
 
@@ -28,19 +28,21 @@ class CoopConfig(Section):
     """How prompts are learned."""
 
     contexts: Literal["class-specific", "unified"] = Field(
-        "class-specific", description="class-specific: a context for each label; unified: one for all labels"
+        "class-specific", description="class-specific: one context per label; unified: one context for all labels"
     )
     positive: str | None = Field(
         None, description="written prompt to start from, with {x} for the label's name; null: the prompts of the model"
     )
-    negative: str | None = Field(None, description="the same for the absent finding")
+    negative: str | None = Field(None, description="written prompt for the absent finding, in the same form")
     vectors: int = Field(0, ge=0, le=64, description="start from this many random vectors instead of a written prompt")
     place: Literal["front", "middle", "after"] = Field(
         "front",
         description="position of random vectors: in front of the name, half on either side (middle), or after it",
     )
     steps: int = Field(50, ge=1)
-    learning_rate: float = Field(0.1, gt=0, description="in standard deviations of the word vectors")
+    learning_rate: float = Field(
+        0.1, gt=0, description="scale of random vectors, in standard deviations of the word vectors"
+    )
     anchor: float | None = Field(
         None,
         ge=0,
@@ -115,7 +117,7 @@ class _Builder:
         ids, _ = _tokens(self.encoder.tokenizer, name, name)
         ids = ids[: max(1, self.room - count)]
         words = word_embedding(self.encoder.bert).weight
-        # Any token can hold the place of a vector; a token of the name is never padding.
+        # Any token can be the placeholder of a vector; a token of the name is never padding.
         front = {"front": count, "middle": (count + 1) // 2, "after": 0}[place]
         slots = []
         for index in range(count):
@@ -185,9 +187,9 @@ def fit_contexts(
 ) -> Contexts:
     """Fit contexts to ``labels`` (n, L) of 0, 1 and NaN (not used), by cross-entropy over the whole set.
 
-    embeddings (n, dim): unit vectors of volumes, with patients (n,). written (L, dim): the directions of the written prompts to
-    stay close to; None: those of ``contexts``. The model is not changed. How close each label stays, and its bias
-    while it is learned, are those of ``fit_towards``, of which this is the same problem in words.
+    embeddings (n, dim): unit vectors of volumes, with patients (n,). written (L, dim): the directions of the written
+    prompts to stay close to; None: those of ``contexts``. The model is not changed. The anchor of each label, and its
+    bias during training, are those of ``fit_towards``, which solves the same problem for directions instead of words.
     """
     count = labels.shape[1]
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -208,8 +210,8 @@ def _learn(
     model: DualEncoder, contexts: Contexts, embeddings: np.ndarray, labels: np.ndarray, config: CoopConfig, ensemble: str,
     first: Tensor, free: Probe,
 ) -> Contexts:  # fmt: skip
-    """Contexts after ``config.steps`` steps of Adam. A label that is to keep its prompts (strength inf) has no
-    cross-entropy, and the strongest anchor: contexts of its own do not move, shared ones are held back."""
+    """Contexts after ``config.steps`` steps of Adam. A label that keeps its prompts (strength inf) contributes no
+    cross-entropy and the strongest anchor: its own context does not move, a shared context moves less."""
     kept = np.isinf(free.strengths)
     labels = np.where(kept, np.nan, labels)
     if np.isnan(labels).all():
@@ -218,7 +220,7 @@ def _learn(
     volumes = torch.from_numpy(embeddings[seen]).float().to(model.device)
     target = torch.from_numpy(labels[seen]).float().to(model.device)
     bias = torch.from_numpy(free.bias).float().to(model.device)
-    # Next to a mean over labels that are known: the more labels, the less the anchor counts.
+    # The cross-entropy is a mean over known labels, so the weight of the anchor decreases with their number.
     unit = (
         embedding_unit(embeddings)
         * float(model.similarity.scale().detach()) ** 2

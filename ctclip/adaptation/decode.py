@@ -1,5 +1,5 @@
-"""Train a decoder on a trained model, whose encoders stay as they are: an autoencoder on the volumes of a store, then, on their
-latents, a flow that is told the embeddings of volumes, or of reports and excerpts of them."""
+"""Train a decoder on a trained model with frozen encoders: first an autoencoder on the volumes of a store, then, on
+their latents, a flow conditioned on embeddings of volumes, reports or excerpts of reports."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from ctclip.preprocessing.store import VolumeStore
 from ctclip.schema import Section
 
 METHOD, LOSSES = "decode", "decode.csv"
-# HU windows in which differences count too, so that lungs and soft tissue are not lost between air and bone.
+# HU windows with loss terms of their own, because lung and soft tissue have little contrast between air and bone.
 WINDOWS = ((-1000.0, -500.0), (-160.0, 240.0))
-# Volumes whose noise is measured, and latents to a file.
+# Number of volumes whose noise is measured, and number of latents per file.
 MEASURED, TOGETHER = 32, 256
-# Volumes by which the autoencoder begins.
+# Number of volumes that initialise the autoencoder.
 FIRST = 16
-# Steps whose loss is averaged in the table of losses, and days that a processor may take.
+# Number of steps per row in the table of losses, and the longest training on a CPU, in days.
 AVERAGED, DAYS = 100, 3.0
 
 
@@ -58,7 +58,10 @@ class Stage(Section):
     batch: int = Field(8, ge=1, le=10**5, description="number of volumes, or latents, in a batch")
     learning_rate: float = Field(2e-4, gt=0, le=10, description="peak learning rate of AdamW")
     average: float = Field(
-        0.999, ge=0, lt=1, description="decay of the running mean of the weights that is kept; 0: the last weights"
+        0.999,
+        ge=0,
+        lt=1,
+        description="decay of the exponential moving average of the weights that is saved; 0: save the last weights",
     )
 
 
@@ -73,13 +76,14 @@ class DecodeConfig(Section):
         None,
         ge=8,
         le=4096,
-        description="side in voxels of the cubes on which the autoencoder learns; null: whole volumes",
+        description="side in voxels of the cubes on which the autoencoder is trained; null: whole volumes",
     )
     windows: float = Field(
         0.2,
         ge=0,
         le=100,
-        description="weight of differences in the windows of lung and soft tissue against those in HU",
+        description="weight of differences in the lung and soft tissue windows relative to differences in the full HU "
+        "window",
     )
     kl: float = Field(
         1e-7, ge=0, le=1, description="weight of the autoencoder's KL divergence, summed over the latents of a volume"
@@ -88,21 +92,28 @@ class DecodeConfig(Section):
         3,
         ge=0,
         le=100,
-        description="excerpts of each report that the flow is told besides the whole; prompts are short",
+        description="number of excerpts of each report that condition the flow in addition to the whole report, "
+        "because prompts are short",
     )
     text: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="share of the examples that are told a text, instead of the embedding of the volume",
+        description="fraction of the conditioned examples whose condition is a text instead of the embedding of the "
+        "volume",
     )
-    untold: float = Field(0.1, ge=0, lt=1, description="share of the examples that are told nothing, for guidance")
-    language: str = Field("english", description="of the reports: a YAML file, or the name of one in configs/languages")
+    untold: float = Field(
+        0.1, ge=0, lt=1, description="fraction of the examples without a condition, for classifier-free guidance"
+    )
+    language: str = Field(
+        "english", description="language of the reports: a YAML file, or its name in configs/languages"
+    )
 
 
 @dataclass(frozen=True)
-class Told:
-    """Embeddings by row of the cohort table: volumes (n, dim), texts (n, 1 + excerpts, dim)."""
+class Conditions:
+    """Embeddings that condition the flow, by row of the cohort table: ``volumes`` (n, dim), ``texts`` (n, 1 + excerpts,
+    dim)."""
 
     volumes: Tensor
     texts: Tensor
@@ -121,9 +132,9 @@ def run_decode(
 ) -> Path:
     """Train a decoder on the volumes and reports of a split and save it in the model folder; returns its folder.
 
-    ``output`` gets ``decode.csv``, the losses, and the embeddings, latents and states of training: a run that was
-    stopped in any way resumes and ends with the same bytes. Raises ConfigError if a processor would take days, DataError
-    or PreprocessingError, and saves nothing, if the store has no report or the output cannot be used.
+    Writes ``decode.csv`` with the losses to ``output``, and the embeddings, latents and states of training: an
+    interrupted run resumes and produces identical files. Raises ConfigError if training on a CPU would take days,
+    DataError or PreprocessingError, and saves nothing, if the store has no report or the output cannot be used.
     """
     check_folder(output, made_by_us, "output of `ctclip adapt --method decode`")
     check_head_name(loaded, head, DecodeHead.kind)
@@ -133,20 +144,20 @@ def run_decode(
         scans.table = some_scans(scans.table, config.volumes, seed)
     decoder = new_decoder(loaded, config, seed)
     if loaded.model.device.type == "cpu":
-        print(f"note: no card is used; training takes about {duration(estimate(decoder, config))} on this processor")
+        print(f"note: no GPU is used; training takes about {duration(estimate(decoder, config))} on this CPU")
     key = run_key(loaded.hash, scans.origin(), list(scans.table["volume"]), config.model_dump_json(), f"{head} {seed}")
     first = _autoencoder_key(scans, config, seed)
     with claimed_folder(output, "adapt", key, (LOSSES,), made_by_us, force=force):
         vectors = cached_embeddings(loaded, scans, output / "embeddings", 8)
         scans.table = scans.table[scans.table["volume"].isin(vectors)].reset_index(drop=True)
-        told = _told(loaded, scans.table, vectors, config, seed)
+        given = _conditions(loaded, scans.table, vectors, config, seed)
         losses = {"autoencoder": _fit_autoencoder(decoder, scans, config, output, first, seed)}
         latents = _latents(decoder, scans, output / "latents", first)
         decoder.noise.copy_(measured_noise(decoder, scans, seed))
         flat = latents.float()
         decoder.mean.copy_(flat.mean(dim=(0, 2, 3, 4)))
         decoder.scale.copy_(flat.std(dim=(0, 2, 3, 4)).clamp(min=1e-6))
-        losses["flow"] = _fit_flow(decoder, latents, told, config, output, key, seed)
+        losses["flow"] = _fit_flow(decoder, latents, given, config, output, key, seed)
         made = DecodeHead(loaded.model, decoder, prompts_of(loaded), loaded.labels.names)
         words = f"{len(scans.table)} volumes of {scans.table['patient'].nunique()} patients, split {split}"
         made.adaptation = Adaptation.to(METHOD, words, loaded.hash, scans.table["patient"].astype(str))
@@ -156,7 +167,8 @@ def run_decode(
 
 
 def _autoencoder_key(scans: StoredScans, config: DecodeConfig, seed: int) -> str:
-    """Of the part of a run that the flow does not change: with other settings of it (and --force) it is not repeated."""
+    """The key of the autoencoder, which does not depend on the settings of the flow: if only those change (with
+    --force), the autoencoder is not trained again."""
     networks = config.networks.model_dump(exclude={"width", "depth"}) | {"step": config.networks.step}
     settings = config.model_dump(mode="json", include={"autoencoder", "crop", "windows", "kl"})
     return run_key(scans.origin(), list(scans.table["volume"]), networks, settings, seed)
@@ -171,8 +183,8 @@ def new_decoder(loaded: ModelFolder, config: DecodeConfig, seed: int) -> Decoder
 
 
 def estimate(decoder: Decoder, config: DecodeConfig) -> float:
-    """Seconds of training on this device, from a step of each network on one cell of its coarsest grid and more. Raises
-    ConfigError if that is longer than a processor should be asked for."""
+    """Estimate the seconds of training on this device from one timed step of each network on a small grid. Raises
+    ConfigError if training on a CPU would take longer than ``DAYS``."""
     step = decoder.networks.step
     cube = -(-32 // step) * step
     volume = decoder.mean.new_zeros(1, 1, cube, cube, cube)
@@ -185,14 +197,14 @@ def estimate(decoder: Decoder, config: DecodeConfig) -> float:
     seconds += config.flow.steps * config.flow.batch * share * second
     if decoder.mean.device.type == "cpu" and seconds > DAYS * 86_400:
         raise ConfigError(
-            f"--method decode needs a card: on this processor it would take about {duration(seconds)}; lower autoencoder.steps "
-            f"and flow.steps, or give --config phantom_imagine, which is sized for a processor"
+            f"--method decode needs a GPU: on this CPU it would take about {duration(seconds)}; lower "
+            f"autoencoder.steps and flow.steps, or give --config phantom_imagine, which is sized for a CPU"
         )
     return seconds
 
 
 def _timed(loss: Callable[[], Tensor]) -> float:
-    """Seconds of a step; the first one, which prepares, does not count."""
+    """Seconds of one training step, after one step to warm up."""
     with torch.random.fork_rng(devices=[]):
         loss().backward()
         begin = time.perf_counter()
@@ -201,8 +213,9 @@ def _timed(loss: Callable[[], Tensor]) -> float:
 
 
 def autoencoder_loss(decoder: Decoder, volumes: Tensor, config: DecodeConfig, window: tuple[float, float]) -> Tensor:
-    """Mean absolute differences, in ``window`` (the HU of -1 and 1) and in those of lung and soft tissue, and the KL divergence
-    of the latents (Rombach et al. 2022, section 3.1). volumes (B, 1, D, H, W). Draws from torch's generator."""
+    """Mean absolute differences in ``window`` (the HU of -1 and 1) and in the windows of lung and soft tissue, plus the
+    KL divergence of the latents (Rombach et al. 2022, section 3.1). ``volumes`` (B, 1, D, H, W). Uses torch's random
+    generator."""
     volumes = decoder.padded(volumes)
     mean, deviation = decoder.encode(volumes)
     again = decoder.decode(mean + deviation * torch.randn_like(deviation))
@@ -248,7 +261,7 @@ def _fit_autoencoder(
 
 
 def _crop(voxels: np.ndarray, side: int | None, random: np.random.Generator | None = None) -> Tensor:
-    """A random cube of a volume (D, H, W), or all of it."""
+    """A random cube of a volume (D, H, W), or the whole volume if ``side`` is None."""
     if side is None or random is None:
         return torch.from_numpy(np.array(voxels))
     begins = [int(random.integers(0, max(extent - side, 0) + 1)) for extent in voxels.shape]
@@ -258,8 +271,8 @@ def _crop(voxels: np.ndarray, side: int | None, random: np.random.Generator | No
 
 @torch.inference_mode()
 def _latents(decoder: Decoder, scans: StoredScans, folder: Path, key: str) -> Tensor:
-    """(n, latent, d, h, w) float16: the means of the latents of every volume. ``TOGETHER`` of them to a file of ``folder``, so
-    that an interrupted run resumes."""
+    """The means (n, latent, d, h, w), float16, of the latents of every volume. They are cached in ``folder``,
+    ``TOGETHER`` per file, so that an interrupted run resumes."""
     folder.mkdir(exist_ok=True)
     count, parts = len(scans.table), []
     starts = range(0, count, TOGETHER)
@@ -280,7 +293,7 @@ def _latents(decoder: Decoder, scans: StoredScans, folder: Path, key: str) -> Te
 
 
 def _kept(path: Path, key: str) -> Tensor | None:
-    """The latents of a file of this run."""
+    """The latents cached in a file by this run; None if there are none."""
     try:
         with safe_open(path, "pt") as part:
             if (part.metadata() or {}).get("key") != key:
@@ -293,16 +306,16 @@ def _kept(path: Path, key: str) -> Tensor | None:
 
 @torch.inference_mode()
 def measured_noise(decoder: Decoder, scans: StoredScans, seed: int) -> Tensor:
-    """(BINS,): the standard deviation of the noise that the autoencoder leaves out of a volume, at each intensity that it gives:
-    by differences of neighbours, so that structures that it lost do not count, and their median absolute deviation, so
-    that edges do not."""
+    """The standard deviation (BINS,) of the noise that the autoencoder removes, at each reconstructed intensity. It is
+    estimated from differences of neighbouring voxels, which ignores lost structures, by their median absolute
+    deviation, which ignores edges."""
     count = len(scans.table)
     rows = np.random.default_rng([seed, 61]).permutation(count)[:MEASURED].tolist()
     bins, left = list[np.ndarray](), list[np.ndarray]()
     for ready in prefetch(scans.voxels, rows):
         volume = _crop(ready()[0], None)[None, None].to(decoder.mean.device)
         again = decoder.decode(decoder.encode(volume)[0])[tuple(slice(extent) for extent in (1, 1, *volume.shape[2:]))]
-        # Every seventh voxel is enough, and no plane of the volume.
+        # Every seventh voxel is enough; a stride of 7 does not select whole planes of the volume.
         bins.append(intensity_bin(again[..., 1:]).flatten()[::7].cpu().numpy())
         left.append(((volume - again).diff(dim=-1) / math.sqrt(2)).flatten()[::7].cpu().numpy())
     table = pd.DataFrame({"bin": np.concatenate(bins), "left": np.concatenate(left)})
@@ -310,10 +323,10 @@ def measured_noise(decoder: Decoder, scans: StoredScans, seed: int) -> Tensor:
     return torch.from_numpy(deviation.reindex(range(BINS)).fillna(0.0).to_numpy(np.float32).copy())
 
 
-def _told(
+def _conditions(
     loaded: ModelFolder, table: pd.DataFrame, vectors: dict[str, np.ndarray], config: DecodeConfig, seed: int
-) -> Told:
-    """What the flow may be told of each row of ``table``. Raises DataError if there is none."""
+) -> Conditions:
+    """The conditions of the flow for each row of ``table``. Raises DataError if the table is empty."""
     if table.empty:
         raise DataError("no volume with a report to learn from")
     random = np.random.default_rng([seed, 67])
@@ -323,17 +336,17 @@ def _told(
     with torch.inference_mode():
         encoded = report_embeddings(loaded.model, [text for each in texts for text in each])
     volumes = torch.from_numpy(np.stack([vectors[name] for name in table["volume"]])).float()
-    return Told(volumes, torch.from_numpy(encoded).float().unflatten(0, (len(table), 1 + config.excerpts)))
+    return Conditions(volumes, torch.from_numpy(encoded).float().unflatten(0, (len(table), 1 + config.excerpts)))
 
 
 def _fit_flow(
-    decoder: Decoder, latents: Tensor, told: Told, config: DecodeConfig, output: Path, key: str, seed: int
+    decoder: Decoder, latents: Tensor, given: Conditions, config: DecodeConfig, output: Path, key: str, seed: int
 ) -> list[float]:
     stage, device = config.flow, decoder.mean.device
     batch = min(stage.batch, len(latents))
 
     def loss(rows: Tensor) -> Tensor:
-        conditions = drawn_conditions(decoder, told, rows, config)
+        conditions = drawn_conditions(decoder, given, rows, config)
         return decoder.flow_loss(decoder.standard(latents[rows].float().to(device)), conditions)
 
     def batches(begin: int) -> Iterator[Tensor]:
@@ -352,13 +365,13 @@ def _fit_flow(
     )
 
 
-def drawn_conditions(decoder: Decoder, told: Told, rows: Tensor, config: DecodeConfig) -> Tensor:
-    """(B, 2 * dim + 2): of each row a text, the volume, or nothing, by the shares of ``config``. Draws from torch's
-    generator."""
+def drawn_conditions(decoder: Decoder, given: Conditions, rows: Tensor, config: DecodeConfig) -> Tensor:
+    """Draw a condition (B, 2 * dim + 2) for each row: a text, the volume, or nothing, with the fractions of ``config``.
+    Uses torch's random generator."""
     device = decoder.mean.device
-    kind, text = torch.rand(len(rows)), torch.randint(told.texts.shape[1], (len(rows),))
-    volumes = decoder.condition(volumes=told.volumes[rows].to(device))
-    texts = decoder.condition(texts=told.texts[rows, text].to(device))
+    kind, text = torch.rand(len(rows)), torch.randint(given.texts.shape[1], (len(rows),))
+    volumes = decoder.condition(volumes=given.volumes[rows].to(device))
+    texts = decoder.condition(texts=given.texts[rows, text].to(device))
     none = decoder.condition(count=len(rows))
     is_text = (kind < config.text * (1 - config.untold))[:, None].to(device)
     is_none = (kind >= 1 - config.untold)[:, None].to(device)
@@ -366,7 +379,7 @@ def drawn_conditions(decoder: Decoder, told: Told, rows: Tensor, config: DecodeC
 
 
 def _losses(losses: dict[str, list[float]]) -> pd.DataFrame:
-    """A row for every ``AVERAGED`` steps of each network: the mean loss of these steps."""
+    """One row per ``AVERAGED`` steps of each network, with their mean loss."""
     rows = [
         (network, min(start + AVERAGED, len(values)), float(np.mean(values[start : start + AVERAGED])))
         for network, values in losses.items()

@@ -1,7 +1,7 @@
-"""Draw the labels to fit to: a percentage of the patients (ConVIRT, Zhang et al. 2022, section 4.1), or a number per
-label.
+"""Draw training labels: a percentage of the patients (ConVIRT, Zhang et al. 2022, section 4.1), or a number of patients
+per label.
 
-A draw is the label matrix with NaN for labels that are not used, so it can be used like any other labels.
+A draw is the label matrix with NaN for labels that are not used.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def fraction_draw(
 
 def shot_draw(labels: np.ndarray, patients: np.ndarray, shots: int, names: Sequence[str], seed: int) -> np.ndarray:
     """labels (n, L), patients (n,) -> the labels of ``shots`` positive and ``shots`` negative patients for each label,
-    with one volume per patient, drawn separately for each label. Labels with one class are left out. Raises DataError
-    if there are too few."""
+    with one volume per patient, drawn separately for each label. Labels with only one class are left out. Raises
+    DataError if there are too few."""
     drawn = np.full(labels.shape, np.nan)
     for label, name in enumerate(names):
         if not _both(labels[:, [label]])[0]:

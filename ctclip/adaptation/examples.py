@@ -22,7 +22,7 @@ from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.store import VolumeStore
 
-# Embeddings to a file, and the beginning of the names of such files.
+# Number of embeddings per file, and the prefix of the file names.
 TOGETHER, PART = 512, "part-"
 
 
@@ -45,18 +45,18 @@ class Labelled:
 
     @property
     def patients(self) -> np.ndarray:
-        """(n,) ids."""
+        """Patient ids (n,)."""
         return self.table["patient"].to_numpy(dtype=str)
 
     def only(self, chosen: np.ndarray) -> Labelled:
-        """The same volumes with a choice of labels; chosen (L,) bool."""
+        """The same volumes with only the labels in ``chosen`` (L,) bool."""
         names = tuple(name for name, kept in zip(self.names, chosen, strict=True) if kept)
         return Labelled(self.table, self.labels[:, chosen], names)
 
 
 @dataclass(frozen=True)
 class Examples(Labelled):
-    """With their embeddings: vectors (n, dim) float32 unit vectors."""
+    """Labelled volumes with their embeddings: ``vectors`` (n, dim) float32 unit vectors."""
 
     vectors: np.ndarray
 
@@ -98,7 +98,7 @@ def read_labelled(
 
 
 def with_both_classes(train: Labelled, source: Path) -> np.ndarray:
-    """(L,) bool: the labels with positives and negatives among the training volumes. Raises DataError, which names the
+    """Which labels (L,) bool have positives and negatives among the training volumes. Raises DataError, naming the
     ``source`` of the labels, if there is none."""
     both = (train.labels == 1).any(axis=0) & (train.labels == 0).any(axis=0)
     if not both.any():
@@ -125,8 +125,8 @@ def cached_embeddings(loaded: ModelFolder, scans: StoredScans, cache: Path, batc
     """Unit vectors (dim,) float32 by volume. Volumes that cannot be read are left out, with a note. Raises DataError if
     none can be read.
 
-    ``cache``: a folder that commands, models and stores may share. Only volumes that it lacks, or that have been stored
-    anew since, are embedded, ``TOGETHER`` to a file, so that an interrupted command resumes.
+    ``cache``: a folder that commands, models and stores may share. Only volumes that are missing there, or were stored
+    again since, are embedded, ``TOGETHER`` per file, so that an interrupted command resumes.
     """
     folder = cache / run_key(loaded.hash, loaded.spec.hash, loaded.model.precision, scans.origin())
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,12 +160,12 @@ def cached_embeddings(loaded: ModelFolder, scans: StoredScans, cache: Path, batc
 
 
 def _part_name(volumes: Sequence[str] | np.ndarray, store: VolumeStore) -> str:
-    """The name of a file of embeddings, which tells whether its volumes are still those that were embedded."""
+    """The name of a file of embeddings, which depends on the checksums of its volumes."""
     return f"{PART}{run_key(list(map(str, volumes)), [store.checksums(str(name)) for name in volumes])}.parquet"
 
 
 def _read_part(path: Path, store: VolumeStore) -> dict[str, np.ndarray]:
-    """Vectors by volume; none of a file that cannot be read or whose volumes have changed."""
+    """Vectors by volume; empty if the file cannot be read or its volumes have changed."""
     try:
         arrays = read_embeddings(path)
         if VOLUME not in arrays or path.name != _part_name(arrays["volume"], store):
@@ -176,7 +176,7 @@ def _read_part(path: Path, store: VolumeStore) -> dict[str, np.ndarray]:
 
 
 def store_label_array(table: pd.DataFrame, store: VolumeStore) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names and labels (n, L) of a store's own label set."""
+    """Names and labels (n, L) of the store's own label set."""
     label_set = store_labels(store)
     if label_set is None:
         raise DataError(f"{store.path}: its cohort table has no labels; give a table of labels with --labels")

@@ -38,8 +38,9 @@ Fit = Callable[[Examples, np.ndarray, int], Head]
 
 @dataclass(frozen=True)
 class Options:
-    """labels: a table of the user, or None for the labels of the store; head: the name to save it under; draws: number
-    per setting; towards_prompts: whether a probe is shrunk towards the model's prompts, instead of towards 0."""
+    """``labels``: a label table, or None for the labels of the store; ``head``: name of the saved head; ``draws``:
+    number of draws per setting; ``towards_prompts``: shrink a probe towards the model's prompts instead of towards
+    0."""
 
     labels: Path | None = None
     splits: Splits = field(default_factory=Splits)
@@ -99,7 +100,7 @@ def learned_prompts(
     """Prompts learned from the labels ``seen`` (n, L; NaN: not used) of the training volumes, near the model's own."""
     prompts, asked = own_prompts(loaded), prompt_names(loaded, train.names)
     contexts = initial_contexts(loaded.model, asked, prompts, config, seed)
-    # Prompts of the configuration are their own prior; random vectors have that of the model's prompts.
+    # Written prompts are their own prior; random vectors use the model's prompts as prior.
     written = towards_prompts(loaded, train.names).directions if config.vectors else None
     learned = fit_contexts(
         loaded.model,
@@ -122,12 +123,12 @@ def towards_prompts(loaded: ModelFolder, names: Sequence[str]) -> Towards:
 
 
 def prompt_names(loaded: ModelFolder, names: Sequence[str]) -> list[str]:
-    """Labels as the prompts call them: by the names of the model's label set, where it has them."""
+    """The names of labels in the prompts: those of the model's label set, if it has the label."""
     return [loaded.labels.resolve(name) or name for name in names]
 
 
 def check_output(folder: Path, command: str) -> None:
-    """Raise PreprocessingError unless ``command`` may write its tables into ``folder``."""
+    """Raise PreprocessingError unless ``command`` may write its tables to ``folder``."""
     check_folder(folder, is_output, f"output of `ctclip {command}`")
 
 

@@ -17,7 +17,7 @@ from ctclip.preprocessing.files import in_turn, write_text
 
 def check_head_name(loaded: ModelFolder, name: str, kind: str) -> None:
     """Raise DataError unless a head of ``kind`` may be saved as ``name``: the name is new, or belongs to such a head
-    fitted here. Raise CheckpointError if the model folder cannot be written into."""
+    fitted here. Raise CheckpointError if the model folder is not writable."""
     if not NAME.fullmatch(name):
         raise DataError(f"{name!r} is not a valid name for a head: use letters, digits, - and _")
     for folder in (loaded.path, loaded.path / FOLDER):
@@ -46,8 +46,8 @@ def keep_head(
 
 
 def add_head(model: Path, name: str, head: Head, words: str) -> Path:
-    """Save a head in a model folder and say so in its card; returns the head's folder. Commands that add heads to one model
-    at once, of one name even, do so one after the other."""
+    """Save a head in a model folder and list it in the model card; return the head's folder. A lock serialises commands
+    that add heads to the same model at the same time."""
     with in_turn(model):
         folder = save_head(model, name, head)
         _say_in_card(model / "model_card.md", name, words)
@@ -65,7 +65,7 @@ def _say_in_card(card: Path, name: str, words: str) -> None:
 def record(
     method: str, loaded: ModelFolder, train: Examples, splits: Splits, used: np.ndarray | None = None
 ) -> Adaptation:
-    """The record of the fit. ``used`` (n,) bool: the volumes with labels that were used; None: all."""
+    """The record of the fit. ``used`` (n,) bool: the volumes whose labels were used; None: all."""
     patients = train.patients if used is None else train.patients[used]
     words = f"{len(patients)} volumes of {len(np.unique(patients))} patients, split {splits.train}"
     return Adaptation.to(method, words, loaded.hash, patients)

@@ -1,9 +1,9 @@
-"""Train a locator on a trained model, whose encoders stay as they are: which cells of a volume a sentence is about.
+"""Train a locator on a trained model with frozen encoders: it learns which cells of a volume a sentence describes.
 
-Nothing tells where a finding is. Each cell of a volume stands for its report: a ridge regression from features of cells to
-what the reports of their volumes state is high only for cells that other volumes do not have. Volumes are encoded once, and
-some cells of each are drawn, half of them by how unusual they are: a draw that looks at no report does not change what is
-expected of a cell.
+Training needs no positions of findings. Each cell of a volume gets the volume's report as its target. A ridge
+regression from the features of cells to these targets is high only for cells that occur mainly in volumes whose reports
+state the finding. Volumes are encoded once, and some cells of each are sampled, half of them weighted by how unusual
+they are; sampling that does not depend on the report does not bias the regression.
 """
 
 from __future__ import annotations
@@ -39,57 +39,65 @@ from ctclip.schema import Section
 from ctclip.sentences import sentences
 
 METHOD, LOSSES = "locate", "locate.csv"
-# Volumes encoded at once, and the first volumes, from which means and spreads are known.
+# Number of volumes encoded at a time, and number of first volumes that give the means and standard deviations.
 BATCH, FIRST = 4, 64
-# A sentence that fewer, or more, reports state is not learned.
+# Sentences stated by fewer or more reports are not used.
 RAREST, COMMONEST = 0.004, 0.9
-# Strengths of the ridge, in shares of the mean variance of a feature.
+# Ridge penalties, as multiples of the mean variance of a feature.
 RIDGES = tuple(10.0**power for power in range(-6, 2))
 
 
 class LocateConfig(Section):
     """How a locator is trained."""
 
-    cells: int = Field(192, ge=8, le=10**5, description="cells drawn from each volume")
+    cells: int = Field(192, ge=8, le=10**5, description="number of cells sampled from each volume")
     volumes: int | None = Field(None, ge=3, description="number of training volumes to use; null: all")
     sentences: int = Field(
-        2000, ge=2, le=10**5, description="number of distinct sentences of the reports that are learned, the commonest"
+        2000, ge=2, le=10**5, description="number of distinct report sentences used for training, the most frequent"
     )
     same: float = Field(
-        0.55, gt=-1, le=1, description="cosine of two sentences, centred, from which they say the same of a volume"
+        0.55, gt=-1, le=1, description="minimum cosine of two centred sentence embeddings with the same meaning"
     )
     other: float = Field(
-        0.42, ge=-1, lt=1, description="cosine of two sentences, centred, below which they say different things"
+        0.42, ge=-1, lt=1, description="cosine of two centred sentence embeddings below which their meanings differ"
     )
     features: int = Field(512, ge=8, le=10**5, description="number of random features of a cell")
-    waves: int = Field(4, ge=0, le=64, description="waves that describe a position along each axis; 0: no position")
+    waves: int = Field(
+        4,
+        ge=0,
+        le=64,
+        description="number of sine and cosine waves that encode the position along each axis; 0: no position",
+    )
     tokens: bool = Field(
         False,
-        description="also look at the tokens of an encoder that pools finer grids: they have seen each other, and so see a "
-        "finding from anywhere",
+        description="also use the tokens of an encoder that pools finer grids; through attention, a token may respond "
+        "to a finding elsewhere",
     )
     halves: bool = Field(
         False,
-        description="also look at the voxels of half cells: maps of twice the resolution, which take longer",
+        description="also use the voxels of half cells: maps have twice the resolution and take longer",
     )
     held_out: float = Field(
-        0.1, gt=0, lt=0.9, description="share of the training patients on which the strength of the ridge is chosen"
+        0.1, gt=0, lt=0.9, description="fraction of the training patients held out to choose the ridge penalty"
     )
-    language: str = Field("english", description="of the reports: a YAML file, or the name of one in configs/languages")
+    language: str = Field(
+        "english", description="language of the reports: a YAML file, or its name in configs/languages"
+    )
 
 
 @dataclass(frozen=True)
 class Stated:
-    """What reports state. sentences (q, dim): unit vectors of those that are learned; says (n, q) int8: 1 stated, 0 not, -1
-    unclear; mean (dim,): of the embeddings of all sentences."""
+    """What reports state. ``sentences`` (q, dim): unit vectors of the sentences used; ``says`` (n, q) int8: 1 stated, 0
+    not stated, -1 unclear; ``mean`` (dim,): mean embedding of all sentences."""
 
     sentences: Tensor
     says: Tensor
     mean: Tensor
 
     def targets(self, same: float) -> Tensor:
-        """(n, dim): vectors whose dot product with a sentence is nearest to how unusual it is that the report states it, in
-        standard deviations; each meaning counts once, however many sentences have it."""
+        """Regression targets (n, dim): vectors whose dot product with a sentence approximates, in standard deviations,
+        how unusual it is that the report states it. Each meaning has the same weight, however many sentences express
+        it."""
         rate = (self.says == 1).float().mean(dim=0)
         stated = torch.where(self.says < 0, rate, self.says.float())
         unusual = (stated - rate) / (rate * (1 - rate)).sqrt()
@@ -101,8 +109,9 @@ class Stated:
 
 @dataclass
 class Sums:
-    """Sums over cells that a ridge regression needs, in float64: of features (K,), of targets (dim,), of products of features
-    (K, K), of features and targets (K, dim), of squared targets, and the number of cells."""
+    """Sufficient statistics of a ridge regression over cells, in float64: sums of features (K,), of targets (dim,), of
+    products of features (K, K), of products of features and targets (K, dim), of squared targets, and the number of
+    cells."""
 
     features: Tensor
     targets: Tensor
@@ -119,7 +128,7 @@ class Sums:
         return cls(features, targets, products, both)
 
     def add(self, features: Tensor, target: Tensor) -> None:
-        """features (cells, K) of one volume and its target (dim,)."""
+        """Add the features (cells, K) of one volume and its target (dim,)."""
         total = features.sum(dim=0).double().cpu()
         self.features += total
         self.targets += target.double() * len(features)
@@ -152,8 +161,8 @@ def run_locate(
 ) -> Path:
     """Train a locator on the volumes and reports of a split and save it in the model folder; returns its folder.
 
-    ``output`` gets ``locate.csv``, the errors. Raises DataError or PreprocessingError, and saves nothing, if the store has no
-    report, too few patients, or the output cannot be used.
+    Writes ``locate.csv`` with the errors to ``output``. Raises DataError or PreprocessingError, and saves nothing, if
+    the store has no report, too few patients, or the output cannot be used.
     """
     check_folder(output, made_by_us, "output of `ctclip adapt --method locate`")
     check_head_name(loaded, head, LocateHead.kind)
@@ -186,8 +195,8 @@ def run_locate(
 
 
 def stated_sentences(loaded: ModelFolder, table: pd.DataFrame, config: LocateConfig, where: str) -> Stated:
-    """Which sentences each report states, by their embeddings: a sentence is stated by a report that has one of the same
-    meaning. Sentences that say that something is absent or normal state nothing."""
+    """Determine which sentences each report states: a report states a sentence if it contains one with the same
+    meaning, judged by their embeddings. Sentences that report absence or normality are not used."""
     language = load_language(config.language)
     reports = [list(dict.fromkeys(sentences(one.text()))) for one in reports_of(table, loaded.trained_on.sections)]
     count: dict[str, int] = {}
@@ -199,7 +208,9 @@ def stated_sentences(loaded: ModelFolder, table: pd.DataFrame, config: LocateCon
     mean = every.mean(dim=0)
     texts = [sentence for sentence in count if not language.negates(sentence)]
     if len(texts) < 2:
-        raise DataError(f"{where}: the reports state nothing but absence; a locator cannot be learned from them")
+        raise DataError(
+            f"{where}: the reports state only that findings are absent; a locator cannot be learned from them"
+        )
     number = {sentence: index for index, sentence in enumerate(count)}
     vectors = F.normalize(every[[number[text] for text in texts]] - mean, dim=-1)
     place = {text: index for index, text in enumerate(texts)}
@@ -214,13 +225,14 @@ def stated_sentences(loaded: ModelFolder, table: pd.DataFrame, config: LocateCon
     rate = (says == 1).float().mean(dim=0)
     used = (rate >= RAREST) & (rate <= COMMONEST)
     if not used.any():
-        raise DataError(f"{where}: no sentence is stated by some of the reports and not by the others")
+        raise DataError(f"{where}: every sentence is stated by too few or too many of the reports; use more scans")
     return Stated(learned[used], says[:, used], mean)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Cells drawn from one volume: parts, (cells, C) of each grid; position (cells, 3); row: of the cohort table."""
+    """Cells sampled from one volume: ``parts`` (cells, C) for each grid; ``position`` (cells, 3); ``row`` of the cohort
+    table."""
 
     parts: list[Tensor]
     position: Tensor
@@ -230,7 +242,8 @@ class Drawn:
 def _drawn(
     loaded: ModelFolder, scans: StoredScans, config: LocateConfig, seed: int, refused: dict[str, str]
 ) -> Iterator[Drawn]:
-    """Encode every volume once and draw cells of it. Volumes that cannot be read are left out, and named in ``refused``."""
+    """Encode every volume once and sample its cells. Volumes that cannot be read are skipped and added to
+    ``refused``."""
     encoder, device = loaded.model.volume_encoder, loaded.model.device
     random = np.random.default_rng([seed, 41])
     order = random.permutation(len(scans.table)).tolist()
@@ -253,15 +266,16 @@ def _drawn(
 
 
 def _unusual(level: Level) -> Tensor:
-    """(B, N): squared mean distance of a cell from the mean of its volumes, in units of each channel's spread."""
+    """Squared mean distance (B, N) of each cell from the mean over the batch, in standard deviations of each
+    channel."""
     features = level.features.float()
     spread, mean = torch.std_mean(features.flatten(0, 1), dim=0)
     return ((features - mean).abs() / spread.clamp(min=1e-6)).mean(dim=2) ** 2
 
 
 def _draw(weights: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
-    """(count,) sorted indices, without replacement, half by ``weights`` (N,), half evenly among those above 0; as many as
-    there are, where they are fewer."""
+    """Draw ``count`` sorted indices without replacement, half with probability proportional to ``weights`` (N,), half
+    uniformly among those above 0; fewer indices if fewer are above 0."""
     there = weights > 0
     if not there.any():
         there = np.ones(len(weights), bool)
@@ -273,8 +287,9 @@ def _draw(weights: np.ndarray, count: int, random: np.random.Generator) -> np.nd
 def fit_locator(
     drawn: Iterable[Drawn], stated: Stated, held_out: np.ndarray, config: LocateConfig, seed: int
 ) -> tuple[Locator, pd.DataFrame]:
-    """The ridge regression from features of cells to the targets of their volumes, at the strength that is best on the
-    volumes of ``held_out`` (n,) bool, and the errors of all strengths. Raises DataError if there is no cell."""
+    """Fit the ridge regression from the features of cells to the targets of their volumes, with the penalty that is
+    best on the volumes of ``held_out`` (n,) bool; also return the errors for all penalties. Raises DataError if there
+    is no cell."""
     targets = stated.targets(config.same)
     stream = iter(drawn)
     first = list(itertools.islice(stream, FIRST))
@@ -286,7 +301,7 @@ def fit_locator(
         sums[int(held_out[volume.row])].add(locator.features(volume.parts, volume.position), targets[volume.row])
     train, test = sums
     if not train.count:
-        raise DataError("all volumes that can be read are of patients that were held out")
+        raise DataError("all readable volumes belong to held-out patients")
     centre, level = train.features / train.count, train.targets / train.count
     values, axes = torch.linalg.eigh(train.products - train.count * torch.outer(centre, centre))
     toward = axes.T @ (train.both - train.count * torch.outer(centre, level))
@@ -304,7 +319,7 @@ def fit_locator(
 
 
 def _new_locator(first: Sequence[Drawn], stated: Stated, config: LocateConfig, seed: int) -> Locator:
-    """A locator before training, which knows the means and spreads of what it will see."""
+    """An untrained locator, initialised with the means and standard deviations of its inputs."""
     widths = [part.shape[1] for part in first[0].parts]
     devices = [first[0].position.device] if first[0].position.is_cuda else []
     with torch.random.fork_rng(devices=devices):

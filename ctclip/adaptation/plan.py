@@ -1,4 +1,4 @@
-"""Fit the plan of a caption head to the statements of reports."""
+"""Fit the plan of a caption head to the findings that reports state."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from torch import Tensor
 
 from ctclip.heads.plan import NEVER, PARTS, Plan, side_shares
 
-# Penalties on standardised features, per target and mean cross-entropy; the best on held-out patients is kept.
+# Penalties on standardised features, relative to the mean cross-entropy; the best on held-out patients is chosen for
+# each target.
 PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 HELD_OUT = 5
-# Sides are told where at most this share of them is wrong on held-out patients.
+# A side is stated only if at most this fraction of sides is wrong on held-out patients.
 WRONG, FEWEST_SIDES, LEAST_SHARE = 0.03, 15, 0.5
-# Held-out reports that state a finding, for a threshold of its own.
+# Minimum number of held-out reports that state a finding for it to get its own threshold.
 FEWEST = 5
 STEPS = 60
 
 
 def fit_plan(names: Sequence[str], features: Tensor, stated: Tensor, patients: np.ndarray, seed: int = 0) -> Plan:
-    """features (n, D); stated (n, names, PARTS) of 0, 1 and NaN (not used), see ``PARTS``; patients (n,).
+    """Fit a plan to ``features`` (n, D), ``stated`` (n, names, PARTS) of 0, 1 and NaN (not used), and ``patients``
+    (n,).
 
-    A fifth of the patients chooses each target's penalty, the threshold of each finding (that of the largest F1) and the
-    certainty of its sides; the weights are then fitted to all."""
+    A held-out fifth of the patients is used to choose each target's penalty, the threshold of each finding (the one
+    with the largest F1) and the certainty required for its sides; the weights are then fitted to all patients.
+    """
     plan = Plan(names, features.shape[1])
     plan.mean, plan.spread = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     inputs, targets = (features - plan.mean) / plan.spread, stated.flatten(1)
@@ -49,7 +52,7 @@ def fit_plan(names: Sequence[str], features: Tensor, stated: Tensor, patients: n
 
 
 def _regression(inputs: Tensor, targets: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
-    """Logistic regressions of every target at once: weight (T, D), bias (T,)."""
+    """Fit the logistic regressions of all targets at once: weight (T, D), bias (T,)."""
     weight = torch.zeros(targets.shape[1], inputs.shape[1], requires_grad=True)
     share = targets.nanmean(dim=0).nan_to_num(0.0).clamp(1e-4, 1 - 1e-4)
     bias = torch.logit(share).requires_grad_(True)
@@ -67,14 +70,15 @@ def _regression(inputs: Tensor, targets: Tensor, penalty: Tensor) -> tuple[Tenso
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of each target over the volumes where it is known."""
+    """Mean cross-entropy of each target over the volumes with a known target."""
     known = ~targets.isnan()
     every = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num(0.0), reduction="none") * known
     return every.sum(dim=0) / known.sum(dim=0).clamp(min=1)
 
 
 def _best_f1(logits: Tensor, truth: Tensor) -> float:
-    """The threshold with the largest F1; a probability of 0.5 of a finding that few held-out reports state."""
+    """The logit threshold with the largest F1; 0 (a probability of 0.5) for a finding that few held-out reports
+    state."""
     known = ~truth.isnan()
     order = logits[known].argsort(descending=True)
     right = truth[known][order].cumsum(0)
@@ -85,7 +89,7 @@ def _best_f1(logits: Tensor, truth: Tensor) -> float:
 
 
 def _certain(logits: Tensor, stated: Tensor) -> list[float]:
-    """The smallest share from which on the likeliest side is hardly ever wrong, of each finding."""
+    """For each finding, the smallest share of the likelier side above which that side is hardly ever wrong."""
     shares, best = side_shares(logits)
     certain = []
     for i in range(shares.shape[1]):

@@ -1,5 +1,5 @@
-"""Train a prior on a trained model, whose encoders stay as they are: from the embeddings of a store's reports to those of
-their volumes."""
+"""Train a prior on a trained model with frozen encoders: it maps the embeddings of a store's reports to those of their
+volumes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ctclip.schema import Section
 
 METHOD, LOSSES = "prior", "prior.csv"
 RIDGES = tuple(10.0**power for power in range(-3, 4))
-# What is drawn of a report besides the whole: prompts are short.
+# Excerpts drawn from a report in addition to the whole, because prompts are short.
 VIEWS = {"sentence": 1.0, "sentences": 1.0, "positive": 1.0}
 
 
@@ -44,18 +44,24 @@ class PriorConfig(Section):
 
     kind: Literal["ridge", "mlp", "diffusion"] = Field(
         "ridge",
-        description="ridge, mlp: regression, linear or with a network; diffusion: draws different volumes of one text",
+        description="ridge, mlp: linear regression, or regression with a network; diffusion: samples different volume "
+        "embeddings for one text",
     )
     excerpts: int = Field(
-        2, ge=0, le=100, description="excerpts of each report that are learned besides the whole; prompts are short"
+        2,
+        ge=0,
+        le=100,
+        description="number of excerpts of each report used in addition to the whole report, because prompts are short",
     )
     width: int = Field(512, ge=8, le=10**5, description="mlp, diffusion: width of the network")
     depth: int = Field(2, ge=1, le=100, description="mlp, diffusion: residual blocks of the network")
     dropout: float = Field(0.1, ge=0, lt=1, description="mlp, diffusion: dropout in the blocks")
     no_text: float = Field(
-        0.1, ge=0, lt=1, description="diffusion: share of the examples without their text, for guidance"
+        0.1, ge=0, lt=1, description="diffusion: fraction of the examples without a text, for classifier-free guidance"
     )
-    epochs: float = Field(60.0, gt=0, le=10**6, description="mlp, diffusion: passes over the training reports")
+    epochs: float = Field(
+        60.0, gt=0, le=10**6, description="mlp, diffusion: number of passes over the training reports"
+    )
     batch: int = Field(256, ge=1, le=10**6, description="mlp, diffusion: number of texts in a batch")
     learning_rate: float = Field(5e-4, gt=0, le=10, description="mlp, diffusion: peak learning rate of AdamW")
     weight_decay: float = Field(0.05, ge=0, le=100, description="mlp, diffusion: AdamW's weight decay")
@@ -63,15 +69,18 @@ class PriorConfig(Section):
         0.1,
         gt=0,
         lt=0.9,
-        description="share of the training patients on which the strength of the ridge, or the epoch of the network, is chosen",
+        description="fraction of the training patients held out to choose the ridge penalty, or the epoch of the "
+        "network",
     )
-    language: str = Field("english", description="of the reports: a YAML file, or the name of one in configs/languages")
+    language: str = Field(
+        "english", description="language of the reports: a YAML file, or its name in configs/languages"
+    )
 
 
 @dataclass(frozen=True)
 class TextPairs:
-    """Texts and volumes of one store: texts (n, dim), volumes (n, dim) unit vectors, and which pairs are held out (n,)
-    bool."""
+    """Texts and volumes of one store: ``texts`` and ``volumes`` (n, dim) unit vectors, and which pairs (n,) bool are
+    held out."""
 
     texts: Tensor
     volumes: Tensor
@@ -91,8 +100,8 @@ def run_prior(
 ) -> Path:
     """Train a prior on the reports and volumes of a split and save it in the model folder; returns its folder.
 
-    ``output`` gets ``prior.csv``, the losses, and the embeddings of the volumes. Raises DataError or PreprocessingError,
-    and saves nothing, if the store has no report or the output cannot be used.
+    Writes ``prior.csv`` with the losses, and the embeddings of the volumes, to ``output``. Raises DataError or
+    PreprocessingError, and saves nothing, if the store has no report or the output cannot be used.
     """
     check_folder(output, made_by_us, "output of `ctclip adapt --method prior`")
     check_head_name(loaded, head, PriorHead.kind)
@@ -116,7 +125,7 @@ def run_prior(
 def text_pairs(
     loaded: ModelFolder, table: pd.DataFrame, vectors: dict[str, np.ndarray], config: PriorConfig, seed: int
 ) -> TextPairs:
-    """Every report, and excerpts of it, beside its volume. table: a row for each volume of ``vectors``."""
+    """Pair every report, and excerpts of it, with its volume. ``table``: one row for each volume of ``vectors``."""
     random = np.random.default_rng([seed, 31])
     views = ReportViews(VIEWS, load_language(config.language))
     reports = reports_of(table, loaded.trained_on.sections)
@@ -135,8 +144,8 @@ def text_pairs(
 
 
 def fit_prior(pairs: TextPairs, config: PriorConfig, device: torch.device, seed: int) -> tuple[Prior, pd.DataFrame]:
-    """The prior, and its losses: of each epoch, or of each strength of the ridge; ``held_out_loss`` is of held-out
-    patients."""
+    """Fit a prior; return it with its losses for each epoch or each ridge penalty. ``held_out_loss`` is the loss on
+    held-out patients."""
     torch.manual_seed(seed)
     prior = Prior(config.kind, pairs.texts.shape[1], config.width, config.depth, config.dropout)
     learned = pairs.volumes[~pairs.held_out]
@@ -149,7 +158,7 @@ def fit_prior(pairs: TextPairs, config: PriorConfig, device: torch.device, seed:
 
 
 def _fit_ridge(prior: Prior, pairs: TextPairs) -> pd.DataFrame:
-    """The closed form of a ridge regression, at the strength that is best on the held-out patients."""
+    """Solve a ridge regression in closed form, with the penalty that is best on the held-out patients."""
     targets = prior.target(pairs.volumes).double()
     texts, train = pairs.texts.double(), ~pairs.held_out
     centre = texts[train].mean(dim=0)
@@ -194,7 +203,7 @@ def _fit_network(prior: Prior, pairs: TextPairs, config: PriorConfig, seed: int)
             total += float(loss.detach()) / each
         prior.eval()
         with torch.no_grad():
-            # The same noise each time, so that epochs can be compared.
+            # The same noise in every epoch, so that losses are comparable.
             same = torch.Generator().manual_seed(seed + 1)
             value = float(_loss(prior, pairs.texts[held].to(device), pairs.volumes[held].to(device), 0.0, same))
         losses.append((epoch + 1, total, value))
@@ -211,7 +220,7 @@ def _batches(rows: Tensor, batch: int, random: torch.Generator) -> Iterator[Tens
 
 
 def _loss(prior: Prior, texts: Tensor, volumes: Tensor, no_text: float, random: torch.Generator) -> Tensor:
-    """Mean squared error of the target: of a regression, or of x0 at a random time (unCLIP, eq. 2)."""
+    """Mean squared error of the regression target, or of x0 at a random time (unCLIP, eq. 2)."""
     target = prior.target(volumes)
     if prior.kind != "diffusion":
         return F.mse_loss(prior.regress(texts), target)

@@ -10,7 +10,7 @@ import numpy as np
 
 # scikit-learn's C on standardised embeddings; smaller is a stronger penalty.
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
-# If there are too few patients to choose by.
+# Used if there are too few patients for cross-validation.
 DEFAULT = 1e-2
 FOLDS = 5
 
@@ -64,8 +64,8 @@ def choose_strength(inputs: np.ndarray, truth: np.ndarray, patients: np.ndarray,
 
 
 def patient_folds(truth: np.ndarray, patients: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Indices to fit to and to test on, of up to ``FOLDS`` folds of patients with both classes to fit to; none if a class
-    has fewer than two patients."""
+    """Indices for fitting and for testing in up to ``FOLDS`` folds of patients, each with both classes in its fitting
+    part; no fold if a class has fewer than two patients."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     folds = min(FOLDS, *(len(np.unique(patients[truth == value])) for value in (0, 1)))
@@ -79,7 +79,7 @@ def patient_folds(truth: np.ndarray, patients: np.ndarray, seed: int) -> list[tu
 
 
 def cross_entropy(logits: np.ndarray, truth: np.ndarray) -> float:
-    """Sum over examples; logits (n,), truth (n,) of 0 and 1."""
+    """Cross-entropy summed over examples; ``logits`` (n,), ``truth`` (n,) of 0 and 1."""
     return float(np.sum(np.logaddexp(0, logits) - truth * logits))
 
 

@@ -1,4 +1,5 @@
-"""Performance by number of labels: settings, draws of each setting, and mean AUROC on held-out patients."""
+"""Performance as a function of the number of labels: settings, draws of each setting, and mean AUROC on held-out
+patients."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ class Draw:
 
 
 def settings_of(fractions: str, shots: str) -> list[Setting]:
-    """The settings of lists such as ``1,10,100`` and ``1,4,16``. Raises DataError."""
+    """Parse lists such as ``1,10,100`` and ``1,4,16`` into settings. Raises DataError."""
     wanted = [Setting("fraction", value) for value in _numbers(fractions, "--percent")]
     for setting in wanted:
         if not 0 < setting.amount <= 100:
@@ -75,8 +76,8 @@ def _numbers(text: str, option: str) -> list[float]:
 
 
 def draws_of(settings: Sequence[Setting], train: Labelled, count: int) -> list[Draw]:
-    """``count`` draws of each setting. All are made before anything is read or fitted, so that an impossible one is
-    refused at once (DataError)."""
+    """``count`` draws of each setting. All are drawn before anything is read or fitted, so that an impossible setting
+    fails at once with DataError."""
     return [
         Draw(setting, number, setting.draw(train, number))
         for setting in settings

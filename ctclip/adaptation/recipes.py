@@ -1,4 +1,4 @@
-"""Methods that train: a recipe of `configs/adapt`, the model to start from, and the training engine of `ctclip train`."""
+"""Methods that train: a recipe from `configs/adapt`, an initial model, and the training engine of `ctclip train`."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ FEWEST_STEPS = 60
 
 @dataclass(frozen=True)
 class Recipe:
-    """method: a file of ``configs/adapt``, unless ``config`` replaces it; labels: a table of the user; setting: how
-    many labels to use."""
+    """``method``: a file in ``configs/adapt``, unless ``config`` replaces it; ``labels``: a label table; ``setting``:
+    how many labels to use."""
 
     method: str
     model: str
@@ -57,7 +57,7 @@ class Recipe:
 
 
 def run_recipe(recipe: Recipe, output: Path, *, force: bool = False) -> Path:
-    """Train by the recipe and return the model folder; called again, it resumes. Called by every rank.
+    """Train with the recipe and return the model folder; a second call resumes. Every rank calls it.
 
     Raises CtclipError or PreprocessingError before training starts.
     """
@@ -67,7 +67,7 @@ def run_recipe(recipe: Recipe, output: Path, *, force: bool = False) -> Path:
     path = local_folder(recipe.model)
     config, patients = configured(recipe, path, output)
     folder = train(config, output, force=force)
-    # The process group has ended by now.
+    # The process group no longer exists here.
     if distributed.launched_rank() == 0:
         _finish(recipe, path, folder, patients)
     return folder
@@ -123,7 +123,7 @@ def _fitted_to(config: Config, volumes: int, path: Path, recipe: Recipe) -> dict
     changes: dict[str, Any] = {}
     batch = config.training.batch
     if volumes < batch and "training.batch" not in asked:
-        # Shared by one, two or four ranks.
+        # The batch size divides among one, two or four ranks.
         batch = volumes // 4 * 4 or 2
         changes["training.batch"] = batch
     steps = config.training.epochs * max(1, volumes // batch)
@@ -146,7 +146,7 @@ def _write_draw(output: Path, labelled: Labelled, draw: Draw) -> None:
     volumes = labelled.table.loc[draw.used, "volume"]
     values = pd.DataFrame(draw.labels[draw.used], columns=list(labelled.names), index=volumes).astype("Int8")
     if not (output / "run.json").is_file():
-        # Marks the folder as a run; the training overwrites this file.
+        # This file marks the folder as a run; training overwrites it.
         write_text(output / "run.json", '{"revision": ""}')
     with written_beside(output / DRAW) as partial:
         write_csv(partial, values, index_label="volume")
@@ -183,7 +183,9 @@ def merge_adapters(folder: Path) -> None:
 
 def _without_adapters(config: ModelConfig) -> ModelConfig:
     sides = {
-        side: getattr(config, side).model_copy(update={"tuning": "full"})
+        side: getattr(config, side).model_copy(
+            update={"tuning": "full"} | ({"lora_projection": False} if side == "volume" else {})
+        )
         for side in ("volume", "text")
         if getattr(config, side).tuning == "lora"
     }

@@ -1,5 +1,5 @@
-"""A training loop of one process that a kill does not change: its state is written atomically, and every step draws from its
-own number, so that a resumed run ends with the same bytes."""
+"""A single-process training loop that can be killed at any time: its state is written atomically, and every step seeds
+its random numbers with its own number, so that a resumed run produces identical files."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Schedule:
-    """steps; the peak learning_rate of AdamW, which rises for a share ``warmup`` of the steps and falls to 0 along a cosine;
-    average: decay of the mean of the weights that is kept in the end (Polyak & Juditsky 1992), 0 for the last weights."""
+    """Number of ``steps``; peak ``learning_rate`` of AdamW, which rises during the fraction ``warmup`` of the steps and
+    then falls to 0 along a cosine; ``average``: decay of the moving average of the weights that is saved (Polyak &
+    Juditsky 1992), 0 for the last weights."""
 
     steps: int
     learning_rate: float
@@ -59,9 +60,9 @@ def train_resumably(
 ) -> list[float]:
     """Train ``module`` in place and return the loss of each step.
 
-    examples: the batches from a step on; loss_of: of one batch, may draw from torch's generator. ``state``: a file that is
-    written every minute and at the end, and read again by a run with the same ``key``; a run with another starts anew.
-    Raises CheckpointError if the file is damaged.
+    ``examples``: yields the batches from a given step; ``loss_of``: the loss of one batch, may use torch's random
+    generator. ``state``: a file that is written every minute and at the end. A run with the same ``key`` resumes from
+    it; a run with another key starts from the beginning. Raises CheckpointError if the file is damaged.
     """
     parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -83,7 +84,7 @@ def train_resumably(
         torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
-        # A short memory at first, when the weights change most.
+        # The average forgets quickly at first, when the weights change most.
         decay = min(schedule.average, (1 + step) / (10 + step))
         with torch.no_grad():
             for name, value in parameters.items():
@@ -100,7 +101,8 @@ def train_resumably(
 
 
 def rows_of(step: int, count: int, batch: int, seed: int) -> np.ndarray:
-    """The rows of a step: every one of ``count`` once an epoch, in an order that only the seed and the epoch decide."""
+    """The rows of a step. Each of the ``count`` rows occurs once per epoch, in an order that depends only on the seed
+    and the epoch."""
     places = np.arange(step * batch, (step + 1) * batch)
     return np.array([_order(int(place // count), count, seed)[place % count] for place in places])
 
@@ -129,7 +131,7 @@ def _save(
     tensors = {f"weight.{name}": value.detach() for name, value in parameters.items()}
     tensors |= {f"average.{name}": value for name, value in averaged.items()}
     for moment in MOMENTS:
-        # A parameter that no step has used has no moments.
+        # A parameter that has not been used in any step has no moments.
         there = {name: optimizer.state[value][moment] for name, value in parameters.items() if value in optimizer.state}
         tensors |= {f"{moment}.{name}": value for name, value in there.items()}
     tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
@@ -144,7 +146,7 @@ def _resume(
     averaged: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> list[float]:
-    """Load a state of this run; returns the losses of its steps, none if there is no such state."""
+    """Load the state of this run; return the losses of its steps, empty if there is no state."""
     if not path.is_file():
         return []
     try:
@@ -161,5 +163,5 @@ def _resume(
                         moments = {moment: state.get_tensor(f"{moment}.{name}").to(value) for moment in MOMENTS}
                         optimizer.state[value] = {"step": torch.tensor(float(len(losses))), **moments}
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: damaged; delete it, and start the same command again") from error
+        raise CheckpointError(f"{path}: damaged; delete it and run the same command again") from error
     return losses

@@ -13,14 +13,14 @@ import numpy as np
 
 from ctclip.adaptation.probe import Probe, cross_entropy, patient_folds
 
-# Weights of the squared change of the direction; inf: the prompts' direction is kept.
+# Penalties on the squared change of the direction; inf keeps the prompts' direction.
 ANCHORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, float("inf"))
 
 
 @dataclass(frozen=True)
 class Towards:
-    """The prior. directions (L, dim): from the negative to the positive side of each label's prompts; scale: the model's
-    logit scale."""
+    """The prior. ``directions`` (L, dim): from the negative to the positive prompts of each label; ``scale``: the
+    model's logit scale."""
 
     directions: np.ndarray
     scale: float
@@ -57,7 +57,8 @@ def fit_towards(
 
 
 def embedding_unit(vectors: np.ndarray) -> float:
-    """Mean variance of the dimensions of embeddings (n, dim): in this unit a strength means the same for any model."""
+    """Mean variance of the dimensions of embeddings (n, dim): in this unit a penalty has the same meaning for every
+    model."""
     return float(vectors.astype(float).var(axis=0).mean()) or 1.0
 
 

@@ -125,7 +125,7 @@ def _state(folder: ModelFolder) -> dict[str, Tensor]:
 
 
 def _check_unseen(folders: Sequence[ModelFolder], names: Sequence[str], store: VolumeStore, split: str) -> None:
-    """Raise DataError if a model was adapted to patients of the split to choose by."""
+    """Raise DataError if a model was adapted to patients of the split used for selection."""
     patients = sorted(set(store.cohort.loc[store.cohort["split"] == split, "patient"].astype(str)))
     for name, folder in zip(names, folders, strict=True):
         for record in _records(folder):
@@ -159,7 +159,7 @@ def _save(
 
     def write_more(folder: Path) -> None:
         write_prompt_head(folder, prompts, labels.names)
-        # Before the folder is in its place: no model is ever without the record of its patients.
+        # Written before the folder is moved to its final place, so that every model has a record of its patients.
         if records:
             people = sorted(set(store.cohort["patient"].astype(str)))
             seen = {person for record in records for person in record.saw(people)}

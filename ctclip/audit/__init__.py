@@ -1,1 +1,1 @@
-"""Looking inside data and models: doubles, geometry of embeddings, concepts, pairs that do not belong together."""
+"""Audits of data and models: duplicates, geometry of embeddings, concepts, mismatched pairs of volume and report."""

@@ -1,4 +1,5 @@
-"""What one model makes of a split: numbers on how its embeddings lie, and their relation to its accuracy."""
+"""Describe the embeddings that a model computes for a split: their geometry, and how it relates to the model's
+accuracy."""
 
 from __future__ import annotations
 
@@ -30,14 +31,15 @@ from ctclip.training.checkpoints import Checkpoints
 from ctclip.training.export import export_checkpoint
 from ctclip.training.run_model import ARCHITECTURE, PROMPTS
 
-# Shares of the gap by which both sides are moved towards each other.
+# Fractions of the modality gap by which volumes and reports are moved towards each other.
 SHIFTS = (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 FEWEST = 20
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """One volume a scan, with its report: table (n rows of the cohort table), volumes and reports (n, dim) unit vectors."""
+    """One volume per scan and its report: ``table`` (n rows of the cohort table), ``volumes`` and ``reports`` (n, dim)
+    unit vectors."""
 
     table: pd.DataFrame
     volumes: np.ndarray
@@ -46,7 +48,8 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Analysis:
-    """facts: what goes into the JSON; embedded: what it was computed from, for pictures."""
+    """``facts``: the contents of the JSON file; ``embedded``: the embeddings they were computed from, for the
+    figures."""
 
     name: str
     facts: dict[str, Any]
@@ -54,8 +57,8 @@ class Analysis:
 
 
 def embed_pairs(loaded: ModelFolder, store: VolumeStore, split: str | None, cache: Path, batch: int = 8) -> Embedded:
-    """The first volume of each scan that has a report, embedded with it; kept in ``cache``. Raises DataError for fewer than
-    ``FEWEST`` of them."""
+    """Embed the first volume and the report of each scan that has a report, and cache the embeddings in ``cache``.
+    Raises DataError for fewer than ``FEWEST`` scans."""
     scans = StoredScans(store, split, loaded.spec, loaded.path)
     table = stored_volumes(store, split).drop_duplicates("scan").reset_index(drop=True)
     texts = report_texts(table, loaded.trained_on.sections)
@@ -71,7 +74,8 @@ def embed_pairs(loaded: ModelFolder, store: VolumeStore, split: str | None, cach
 
 
 def analyse(name: str, loaded: ModelFolder, head: PromptHead | None, embedded: Embedded) -> Analysis:
-    """All numbers of one model; ``head``: whose AUROC is related to the gap, None if the model has no prompts."""
+    """Compute all numbers for one model. ``head``: the head whose AUROC is compared with the gap; None if the model has
+    no prompts."""
     table, volumes, reports = embedded.table, embedded.volumes, embedded.reports
     patients = table["patient"].to_numpy(dtype=str)
     facts: dict[str, Any] = {
@@ -94,8 +98,8 @@ def analyse(name: str, loaded: ModelFolder, head: PromptHead | None, embedded: E
 
 
 def shifted_auroc(head: PromptHead, embedded: Embedded) -> list[dict[str, float]]:
-    """Zero-shot AUROC, the mean over labels, with the gap closed by each of ``SHIFTS``; none where no label of the head has
-    both classes."""
+    """Mean zero-shot AUROC over labels after closing each fraction in ``SHIFTS`` of the gap; empty if no label of the
+    head has both classes."""
     labels = label_columns(embedded.table)
     names = [name for name in head.names if name in labels]
     if not names:
@@ -116,7 +120,8 @@ def shifted_auroc(head: PromptHead, embedded: Embedded) -> list[dict[str, float]
 
 
 def models_of(model: str, device: torch.device) -> Iterator[tuple[str, ModelFolder, PromptHead | None]]:
-    """A model folder alone; of a run folder of `ctclip train` the untrained model, each kept checkpoint and the model."""
+    """The models to analyse: a model folder itself, or, for a run folder of `ctclip train`, the untrained model, each
+    kept checkpoint and the final model."""
     run = Path(model)
     if not (run / ARCHITECTURE).is_dir():
         loaded = load_model(model, device)
@@ -162,7 +167,7 @@ def _side(vectors: np.ndarray) -> dict[str, Any]:
 
 
 def _strangers(volumes: np.ndarray, reports: np.ndarray) -> float:
-    """Mean cosine of a volume and another scan's report."""
+    """Mean cosine between a volume and the report of another scan."""
     count = len(volumes)
     total = float(volumes.sum(axis=0, dtype=float) @ reports.sum(axis=0, dtype=float))
     return (total - float(np.sum(volumes * reports))) / (count * (count - 1))

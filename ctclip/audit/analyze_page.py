@@ -1,4 +1,4 @@
-"""The page and the JSON of `ctclip analyze`."""
+"""Write the page and the JSON file of `ctclip analyze`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from ctclip.preprocessing.store import VolumeStore
 
 TABLES = ("analysis.json", "analysis.html")
 COMMAND = "analyze"
-# Of an axis of AUROC.
+# Minimum range of an AUROC axis.
 LEAST_SPAN = 0.05
 MOST_PICTURES, MOST_POINTS = 9, 3000
 COLOURS = ("#2f6f9f", "#c07830", "#4b8b3b", "#8c4a9e", "#b03a48", "#6b6b6b", "#1f9e9e", "#a89020")
 WORDS = (
-    "Gap: distance of the two centroids. Cosines: of a volume and its own report, of a volume and another's, and of two "
-    "volumes or two reports (near 1: a narrow cone). Effective rank: exp of the entropy of the singular values; below it, the "
-    "dimensions that hold 90 % of the variance. Uniformity: the lower, the more evenly spread."
+    "Gap: distance between the centroids of volumes and reports. Cosines: between a volume and its own report, a "
+    "volume and the report of another scan, two volumes, and two reports (near 1: a narrow cone). Effective rank: exp "
+    "of the entropy of the singular values; below it, the number of dimensions that hold 90 % of the variance. "
+    "Uniformity: lower values mean more evenly spread embeddings."
 )
 
 
@@ -45,7 +46,8 @@ def write_analysis(
     batch: int = 8,
     force: bool = False,
 ) -> list[Analysis]:
-    """Analyse every model (a model folder, or a run folder with all its checkpoints) and write ``TABLES`` into ``output``."""
+    """Analyse every model (a model folder, or a run folder with all its checkpoints) and write ``TABLES`` to
+    ``output``."""
     key = run_key([str(Path(model)) for model in models], str(store.path.resolve()), split)
     with claimed_folder(output, COMMAND, key, TABLES, lambda folder: made_by_us(folder), force=force):
         analyses = []
@@ -64,16 +66,18 @@ def _write_page(path: Path, store: VolumeStore, split: str | None, analyses: Seq
     with scratch_folder("ctclip-audit-") as scratch:
         folder = scratch
         sections: list[dict[str, Any]] = [
-            {"title": "How embeddings lie", "words": WORDS, "table": _columns(numbers_table([one.facts for one in analyses]))},
+            {"title": "Geometry of the embeddings", "words": WORDS, "table": _columns(numbers_table([one.facts for one in analyses]))},
             _shift_section(folder, analyses),
             {
                 "title": "Neighbours", "table": neighbours_table(last.facts),
-                "words": f"Share of a volume's {geometry.NEIGHBOURS} nearest neighbours of other patients that have its value, "
-                f"and what chance gives ({last.name}). A scanner or kernel well above chance is a shortcut that a label may take.",
+                "words": f"Fraction of a volume's {geometry.NEIGHBOURS} nearest neighbours from other patients that "
+                         f"share its value, and the fraction expected by chance ({last.name}). A scanner or kernel "
+                         f"well above chance is a possible shortcut.",
             },
             {
                 "title": "Principal axes", "beside": True, "figures": _pictures(folder, last),
-                "words": f"The first two principal axes of {last.name}: of volumes and reports together, then of volumes alone.",
+                "words": f"The first two principal axes of {last.name}: for volumes and reports together, then for "
+                         f"volumes alone.",
             },
         ]  # fmt: skip
         facts = last.facts
@@ -88,7 +92,7 @@ def _write_page(path: Path, store: VolumeStore, split: str | None, analyses: Seq
 
 
 def _plain(value: Any) -> Any:
-    """The same with null where a number is undefined, which JSON has no word for."""
+    """Replace undefined numbers with null, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -112,15 +116,15 @@ def numbers_table(models: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def _columns(rows: list[list[str]]) -> list[list[str]]:
-    """A column a model, which a narrow page holds."""
+    """Transpose to one column per model, which fits a narrow page."""
     return [list(column) for column in zip(*rows, strict=True)]
 
 
 def neighbours_table(facts: dict[str, Any]) -> list[list[str]]:
-    """A row a group, the farthest above chance first."""
+    """One row per group, sorted by the difference from chance, largest first."""
     rows = sorted(facts["neighbours"].items(), key=lambda item: item[1]["chance"] - item[1]["share"])
     return [
-        ["group", "neighbours of the same value", "by chance", "above chance"],
+        ["group", "neighbours with the same value", "by chance", "above chance"],
         *[[name, number(p["share"]), number(p["chance"]), f"{p['share'] - p['chance']:+.3f}"] for name, p in rows if p["share"] == p["share"]],
     ]  # fmt: skip
 
@@ -128,8 +132,8 @@ def neighbours_table(facts: dict[str, Any]) -> list[list[str]]:
 def _shift_section(folder: Path, analyses: Sequence[Analysis]) -> dict[str, Any]:
     curves = [(one.name, one.facts["shift"]) for one in analyses if one.facts.get("shift")]
     words = (
-        "Both sides are moved towards each other by a share of the gap and back onto the sphere (Liang et al. 2022): 0 leaves "
-        "them as they are, 1 closes the gap. Zero-shot AUROC, the mean over labels."
+        "Volumes and reports are moved towards each other by a fraction of the gap and normalised again (Liang et al. "
+        "2022): 0 leaves them unchanged, 1 closes the gap. The figure shows zero-shot AUROC, averaged over labels."
     )
     section: dict[str, Any] = {"title": "Gap and accuracy", "words": words}
     if not curves:
@@ -139,19 +143,20 @@ def _shift_section(folder: Path, analyses: Sequence[Analysis]) -> dict[str, Any]
         axis.plot([p["share"] for p in points], [p["mean_auroc"] for p in points], "o-", ms=3, color=colour, label=name)
     axis.axvline(0, color="#999", lw=0.8)
     low, high = axis.get_ylim()
-    # The axis has a minimum height, so that small differences do not look large.
+    # The axis has a minimum range, so that small differences do not look large.
     margin = max(0.0, LEAST_SPAN - (high - low)) / 2
     axis.set_ylim(low - margin, high + margin)
-    axis.set(xlabel="share of the gap that is closed", ylabel="mean AUROC")
+    axis.set(xlabel="fraction of the gap closed", ylabel="mean AUROC")
     axis.legend(fontsize=7)
     _save(figure, folder / "shift.png")
     rows = [["share closed", *[f"{point['share']:g}" for point in curves[0][1]]]]
     rows += [[name, *[number(point["mean_auroc"]) for point in points]] for name, points in curves]
-    return {**section, "figures": [("Zero-shot AUROC against the share of the gap that is closed", folder / "shift.png")], "table": rows}  # fmt: skip
+    return {**section, "figures": [("Zero-shot AUROC against the fraction of the gap closed", folder / "shift.png")], "table": rows}  # fmt: skip
 
 
 def _pictures(folder: Path, analysis: Analysis) -> list[tuple[str, Path]]:
-    """Volumes and reports together, then volumes coloured by each group and by the labels with most neighbours alike."""
+    """Plot volumes and reports together, then volumes coloured by each group and by the labels whose neighbours agree
+    most."""
     table, volumes, reports = analysis.embedded.table, analysis.embedded.volumes, analysis.embedded.reports
     rows = np.sort(np.random.default_rng(0).permutation(len(volumes))[:MOST_POINTS])
     both = np.concatenate([volumes[rows], reports[rows]])
@@ -182,7 +187,7 @@ def _scatter(folder: Path, name: str, vectors: np.ndarray, values: np.ndarray) -
 
 
 def _canvas(size: tuple[float, float]) -> tuple[Any, Any]:
-    # The object interface, not pyplot: no global state, no display.
+    # matplotlib's object interface instead of pyplot needs no global state and no display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")

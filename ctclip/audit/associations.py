@@ -1,4 +1,4 @@
-"""Differences of concepts between groups of patients, with intervals, corrected for how many were looked at."""
+"""Differences in concepts between groups of patients, with intervals, corrected for multiple comparisons."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# A group of fewer patients is not compared.
+# Groups with fewer patients are not compared.
 FEWEST_PATIENTS = 10
 LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One comparison: standardised difference of means (in standard deviations) with its interval, p before and after
-    correction, and the number of patients on both sides."""
+    """One comparison: the standardised difference of means (in standard deviations) with its interval, the uncorrected
+    p value, and the number of patients in each group."""
 
     value: float
     lower: float
@@ -24,7 +24,8 @@ class Difference:
 
 
 def normal_scores(values: np.ndarray) -> np.ndarray:
-    """Each column (n, m) by the normal quantiles of its ranks (van der Waerden 1952): no outlier or unit counts. NaN stays."""
+    """Replace each column of (n, m) with the normal quantiles of its ranks (van der Waerden 1952), which removes units
+    and the influence of outliers. NaN stays NaN."""
     from scipy.special import ndtri
     from scipy.stats import rankdata
 
@@ -34,11 +35,12 @@ def normal_scores(values: np.ndarray) -> np.ndarray:
 
 
 def differences(values: np.ndarray, member: np.ndarray, patients: np.ndarray) -> list[Difference | None]:
-    """For each column of values (n, m) the difference between volumes where ``member`` (n,) is True and where it is False.
+    """For each column of ``values`` (n, m), the difference between volumes with ``member`` (n,) True and those with
+    ``member`` False.
 
-    A patient counts once a side, by the mean of the volumes there. Welch's t test (1947); the interval is of the
-    difference divided by the pooled standard deviation. None where a side has fewer than ``FEWEST_PATIENTS`` patients, or
-    a column does not vary.
+    A patient counts once in each group, by the mean of the volumes in that group. The test is Welch's t test (1947);
+    the interval is that of the difference divided by the pooled standard deviation. None if a group has fewer than
+    ``FEWEST_PATIENTS`` patients or the column is constant.
     """
     from scipy.stats import t as student
 
@@ -77,7 +79,8 @@ def false_discovery(p: np.ndarray) -> np.ndarray:
 
 
 def group_means(values: np.ndarray, member: np.ndarray, groups: int) -> np.ndarray:
-    """(n, m) and the group's number of each row (n,) -> (groups, m), NaN left out, and where there is nothing else."""
+    """Values (n, m) and the group index of each row (n,) -> means (groups, m), ignoring NaN; NaN if a group has no
+    other value."""
     known = ~np.isnan(values)
     total, count = np.zeros((groups, values.shape[1])), np.zeros((groups, values.shape[1]))
     np.add.at(total, member, np.where(known, values, 0))
@@ -86,6 +89,6 @@ def group_means(values: np.ndarray, member: np.ndarray, groups: int) -> np.ndarr
 
 
 def _patient_means(values: np.ndarray, patients: np.ndarray) -> np.ndarray:
-    """(n, m) -> (patients, m), NaN left out."""
+    """Values (n, m) -> means (patients, m), ignoring NaN."""
     names, member = np.unique(patients, return_inverse=True)
     return group_means(values, member, len(names))

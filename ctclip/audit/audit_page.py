@@ -1,4 +1,4 @@
-"""`ctclip audit data` and `ctclip audit model`: what is looked at, tables and pages."""
+"""Write the tables and pages of `ctclip audit data` and `ctclip audit model`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_data_audit(
     batch: int = 8,
     force: bool = False,
 ) -> pd.DataFrame:
-    """Compare concepts between the groups of a store and write ``DATA_TABLES`` into ``output``; see ``audit_data``."""
+    """Compare concepts between the groups of a store and write ``DATA_TABLES`` to ``output``; see ``audit_data``."""
     key = run_key(loaded.hash, str(store.path.resolve()), concepts.model_dump(mode="json"), list(splits))
     with claimed_folder(output, "audit data", key, DATA_TABLES, lambda folder: made_by_us(folder), force=force):
         sheet, _, _ = concept_sheet(loaded, store, None, embeddings or output / "embeddings", concepts, batch)
@@ -75,7 +75,8 @@ def write_model_audit(
     batch: int = 8,
     force: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Where the model errs, whether it serves groups alike and what it knows of scanners: ``MODEL_TABLES`` in ``output``.
+    """Write where the model errs, how accurate it is in each group and what its embeddings reveal about scanners:
+    ``MODEL_TABLES`` in ``output``.
 
     ``head`` must score from embeddings (``score_embeddings``). Raises DataError if the store has none of its labels.
     """
@@ -124,7 +125,7 @@ def concept_sheet(
 def labels_and_margins(
     loaded: ModelFolder, head: Head, store: VolumeStore, table: pd.DataFrame, vectors: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(n, L) of the labels that both the head and the store know."""
+    """Labels and margins (n, L each) of the labels that both the head and the store have."""
     import torch
 
     score = getattr(head, "score_embeddings", None)
@@ -133,7 +134,8 @@ def labels_and_margins(
     known = [name for name in head.names if name in label_names(table)]
     if not known:
         raise DataError(
-            f"{store.path}: its cohort table has none of the labels that the head scores ({', '.join(head.names[:3])}, ...)"
+            f"{store.path}: its cohort table has none of the labels that the head scores ({', '.join(head.names[:3])}, "
+            f"...)"
         )
     with torch.inference_mode():
         margins = score(torch.from_numpy(vectors).to(loaded.model.device)).float().cpu().numpy()
@@ -150,14 +152,17 @@ def _data_page(path: Path, store: VolumeStore, sheet: Sheet, lines: pd.DataFrame
         sections: list[dict[str, Any]] = [
             {
                 "title": "Possible shortcuts", "table": _comparisons(shortcuts),
-                "words": f"{_found(significant[0], len(shortcuts), BY_PERMUTATION)} What differs between splits, or goes with a label without being "
-                "of the finding: technique and acquisition with a label, and anything that goes with a label in one split more than "
-                "in the other. A model can learn it instead of the finding. The strongest evidence stands first.",
+                "words": f"{_found(significant[0], len(shortcuts), BY_PERMUTATION)} A possible shortcut is anything "
+                         f"that differs between splits, or is associated with a label without being part of the "
+                         f"finding: technique and acquisition, and anything whose association with a label differs "
+                         f"between the splits. A model can learn it instead of the finding. Sorted by the strength of "
+                         f"the evidence.",
             },
             {
                 "title": "Differences between groups", "table": _comparisons(others) if len(others) else None,
-                "words": f"{_found(significant[1], len(others), BY_DISCOVERY)} Scanners, kernels, sexes and ages differ by nature; what matters is "
-                "whether a label or a split goes with them (above)." if len(others)
+                "words": f"{_found(significant[1], len(others), BY_DISCOVERY)} Scanners, kernels, sexes and ages are "
+                         f"expected to differ; it matters only if a label or a split is associated with them (table "
+                         f"above)." if len(others)
                 else "No column of the cohort table groups the volumes.",
             },
             *[_examples(scratch, store, sheet, str(name)) for name in _pictured(sheet, lines)],
@@ -170,12 +175,12 @@ def _data_page(path: Path, store: VolumeStore, sheet: Sheet, lines: pd.DataFrame
         write_page(path, title="Audit of a cohort", subtitle=store.path.name, headline=headline, sections=sections)
 
 
-BY_PERMUTATION = "the strongest line of permuted patients, Westfall & Young 1993"
+BY_PERMUTATION = "permutation of patients, max-T, Westfall & Young 1993"
 BY_DISCOVERY = "false discovery rate, Benjamini & Hochberg 1995"
 
 
 def _found(significant: int, lines: int, corrected: str) -> str:
-    """A sentence on how many lines are significant."""
+    """State how many comparisons are significant."""
     if not significant:
         return f"None of {lines:,} comparisons is significant after correction ({corrected})."
     return f"{significant:,} of {lines:,} comparisons are significant after correction ({corrected}), marked *."
@@ -195,13 +200,16 @@ def _model_page(
             },
             {
                 "title": "Groups", "table": _fairness_rows(fair) if len(fair) else None,
-                "words": "Mean AUROC over labels in each group and its difference to everyone else, the worst first; 95 % intervals "
-                "by bootstrap of patients." if len(fair) else "No column of the cohort table groups the patients.",
+                "words": "Mean AUROC over labels in each group and its difference from all other patients, the worst "
+                         "first; 95 % intervals by bootstrap over patients." if len(fair) else "No column of the "
+                                                                                               "cohort table groups "
+                                                                                               "the patients.",
             },
             {
                 "title": "Shortcuts", "table": _shortcut_rows(short) if len(short) else None,
-                "words": "How well a linear probe tells each group from embeddings and from histograms of HU: balanced accuracy on "
-                "held-out patients. Embeddings that know it better than a histogram have learned it.",
+                "words": "Balanced accuracy, on held-out patients, of a linear probe that predicts the group from "
+                         "embeddings and from HU histograms. If embeddings predict it better than histograms, the "
+                         "model has learned it.",
             },
             *[_examples(scratch, store, sheet, str(name)) for name in _pictured(sheet, wrong)],
         ]  # fmt: skip
@@ -212,13 +220,14 @@ def _model_page(
             headline.append((f"{worst['difference']:+.3f}", f"AUROC of {worst['group']} {worst['value']} to the others, the worst group ({interval})"))  # fmt: skip
         if len(short):
             best = short.iloc[0]
-            headline.append((f"{best['embeddings']:.2f}", f"accuracy of {best['group']} from embeddings (chance {best['chance']:.2f})"))  # fmt: skip
+            headline.append((f"{best['embeddings']:.2f}", f"accuracy of predicting {best['group']} from embeddings "
+                                                          f"(chance {best['chance']:.2f})"))  # fmt: skip
         subtitle = f"{len(sheet.table):,} volumes of {store.path.name}, split {split}"
         write_page(path, title="Audit of a model", subtitle=subtitle, headline=headline, sections=sections)
 
 
 def _pictured(sheet: Sheet, lines: pd.DataFrame) -> list[str]:
-    """The first few concepts of the lines that volumes can be ranked by."""
+    """The concepts of the first few comparisons by which volumes can be ranked."""
     return [name for name in lines["concept"].drop_duplicates() if name in sheet.names][:PICTURED]
 
 
@@ -240,7 +249,7 @@ def _examples(scratch: Path, store: VolumeStore, sheet: Sheet, name: str) -> dic
 
 
 def _comparisons(lines: pd.DataFrame) -> list[list[str]]:
-    """Lines of either audit as they stand on the page."""
+    """The comparisons of either audit as a table for the page."""
     is_data = "group" in lines
     rows = [["concept", *["between"] * is_data, "difference in SD", "95 % interval", "adjusted p", "patients"]]
     line: Any
@@ -255,7 +264,7 @@ def _comparisons(lines: pd.DataFrame) -> list[list[str]]:
 
 
 def _fairness_rows(fair: pd.DataFrame) -> list[list[str]]:
-    rows = [["group", "patients", "mean AUROC", "95 % interval", "difference to the others", "95 % interval"]]
+    rows = [["group", "patients", "mean AUROC", "95 % interval", "difference from the others", "95 % interval"]]
     line: Any
     for line in fair.head(SHOWN).itertuples():
         rows.append(

@@ -1,6 +1,5 @@
-"""Concepts in words: how much each volume looks like what a prompt says, by the model's own embeddings.
-
-As MONET annotates pictures with concepts (Kim et al. 2024): the score of a concept is the margin of its prompts.
+"""Concepts given by prompts: score how well each volume matches them in the model's embedding space. The score of a
+concept is the margin of its prompts, as in MONET (Kim et al. 2024), which annotates images with concepts.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ DEFAULT = "chest"
 class Concept(Section):
     """One concept."""
 
-    kind: Kind = Field(description="what it is about; findings are not compared with labels")
-    present: tuple[str, ...] = Field((), description="phrasings that state it; empty: made of its name")
-    absent: tuple[str, ...] = Field((), description="phrasings that exclude it; empty: made of its name")
+    kind: Kind = Field(description="kind of the concept; findings are not compared with labels")
+    present: tuple[str, ...] = Field((), description="prompts that state the concept; empty: derived from its name")
+    absent: tuple[str, ...] = Field((), description="prompts that exclude the concept; empty: derived from its name")
 
 
 class Concepts(Section):
@@ -35,7 +34,7 @@ class Concepts(Section):
     concepts: dict[str, Concept] = Field(min_length=1, description="concepts by name")
 
     def prompts(self) -> PromptSet:
-        """The same as a prompt set."""
+        """The concepts as a prompt set."""
         pairs = {}
         for name, concept in self.concepts.items():
             sides = [
@@ -47,13 +46,13 @@ class Concepts(Section):
 
 
 def load_concepts(name: str = DEFAULT) -> Concepts:
-    """A list of concepts from a file, or the name of one in ``configs/concepts``. Raises ConfigError."""
+    """Load a list of concepts from a file, or by its name in ``configs/concepts``. Raises ConfigError."""
     path = find_config(name, "concepts")
     return validated(Concepts, read_mapping(path), str(path))
 
 
 def concept_scores(model: DualEncoder, concepts: Concepts, volumes: np.ndarray) -> np.ndarray:
-    """(n, concepts) float32 margins of unit vectors (n, dim), in logits; for comparing volumes, not concepts."""
+    """Margins (n, concepts) float32 of unit vectors (n, dim), in logits. They compare volumes, not concepts."""
     positive, negative = pair_vectors(model, concepts.prompts(), list(concepts.concepts))
     scale = float(model.similarity.scale().detach())
     margins: np.ndarray = scale * volumes @ (positive - negative).float().cpu().numpy().T

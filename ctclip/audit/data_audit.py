@@ -1,8 +1,8 @@
-"""What goes with what in a cohort: concepts against splits, labels and scanners, the strongest evidence first.
+"""Associations of concepts with splits, labels and scanners in a cohort.
 
-Two families of comparisons: possible shortcuts (what differs between splits, or goes with a label without being of it), of
-which none is to be called by chance, and plain differences between scanners, kernels, sexes and the like. The second are to
-be expected, and would bury the first.
+There are two families of comparisons. Possible shortcuts differ between splits, or are associated with a label without
+being part of it; their family-wise error rate is controlled. Plain differences between scanners, kernels, sexes and the
+like are expected, and are listed apart so that they do not hide the shortcuts.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ COLUMNS = (
 )
 
 
-# Family, concept, its kind, group, where, and the difference.
+# Family, concept, kind of the concept, group, split, and the difference.
 Line = tuple[str, str, str, str, str, Difference]
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """Concepts of volumes: values (n, m) with a name and a kind each (those of ``concepts.Concept``, "technique", "picture",
-    "metadata" of the acquisition or "patient"); table: the n rows of the cohort table."""
+    """Concepts of volumes: ``values`` (n, m), each column with a name and a kind (those of ``concepts.Concept``,
+    "technique", "picture", "metadata" of the acquisition, or "patient"); ``table``: the n rows of the cohort table."""
 
     table: pd.DataFrame
     values: np.ndarray
@@ -50,12 +50,12 @@ class Sheet:
     kinds: tuple[str, ...]
 
     def with_metadata(self) -> Sheet:
-        """With an indicator of each value of the table's columns that group volumes, but for the split."""
+        """Add an indicator for each value of the table's grouping columns, except the split."""
         columns, names, kinds = [self.values], list(self.names), list(self.kinds)
         for group, values in group_columns(self.table).items():
             if group != "split":
                 levels = np.unique(values[values != ""])
-                # Of two values, one tells the other.
+                # With two values, one indicator determines the other.
                 for value in levels[:1] if len(levels) == 2 else levels:
                     columns.append(np.where(values == "", np.nan, values == value)[:, None].astype(float))
                     names.append(f"{group}: {value}")
@@ -65,7 +65,7 @@ class Sheet:
     def lines(
         self, family: str, columns: np.ndarray, group: str, where: str, results: Sequence[Difference | None]
     ) -> list[Line]:
-        """The comparisons of some columns that could be made."""
+        """Lines for the columns that could be compared."""
         return [
             (family, self.names[column], self.kinds[column], group, where, result)
             for column, result in zip(columns, results, strict=True)
@@ -76,20 +76,23 @@ class Sheet:
 def audit_data(
     sheet: Sheet, splits: Sequence[str] = ("train", "valid"), *, seed: int = 0, permutations: int = PERMUTATIONS
 ) -> pd.DataFrame:
-    """Every comparison (``COLUMNS``), possible shortcuts first and then the strongest evidence.
+    """Every comparison as a table (``COLUMNS``): possible shortcuts first, each family sorted by the strength of the
+    evidence.
 
-    Shortcuts, of which any is called significant by chance in 5 % of cohorts (``permutations`` of patients, drawn with ``seed``):
+    Shortcuts have a family-wise error rate of 5 % (``permutations`` of patients, drawn with ``seed``):
 
-    * Splits: each concept between a split and all others. Permuted: the splits of the patients.
-    * Labels: what tells of the technique alone (a table, a kernel, metadata of the acquisition) between volumes with and
-      without the label. It should not differ; findings, age and sex may, and are not compared. Permuted: which of them have
-      the label.
-    * Labels in ``splits``: whether any concept but a finding goes with the label in one split more than in the other. What
-      the model confuses, it confuses in both. Permuted: the splits.
+    * Splits: each concept is compared between a split and all others. The splits of patients are permuted.
+    * Labels: concepts that depend on technique alone (table, kernel, metadata of the acquisition) are compared between
+      volumes with and without the label. They should not differ; findings, age and sex may differ and are not compared.
+      The label is permuted.
+    * Labels in ``splits``: for every concept that is not a finding, its association with the label is compared between
+      the two splits. Concepts that the model confuses with a finding are confused in both splits. The splits are
+      permuted.
 
-    Differences: each concept between a value of the metadata and all others; adjusted for the false discovery rate.
+    Differences: each concept is compared between one value of the metadata and all others; p values are adjusted for
+    the false discovery rate.
 
-    Differences are in standard deviations of the concept's normal scores. A patient counts once a side.
+    Differences are in standard deviations of the concept's normal scores. A patient counts once in each group.
     """
     whole = sheet.with_metadata()
     scores = normal_scores(whole.values)
@@ -108,14 +111,15 @@ def audit_data(
 
 
 class _Shortcuts:
-    """The comparisons of the first family, with the statistic of each line and the largest in each permutation."""
+    """The comparisons of possible shortcuts, with the statistic of each line and the largest statistic in each
+    permutation."""
 
     def __init__(
         self, whole: Sheet, scores: np.ndarray, splits: Sequence[str], permutations: int, random: np.random.Generator
     ) -> None:
         self.whole, self.scores, self.random = whole, scores, random
         split = whole.table["split"].to_numpy(dtype=str)
-        # Patients; one in two splits counts as two.
+        # A patient in two splits counts as two patients.
         of_split = np.char.add(np.char.add(whole.table["patient"].to_numpy(dtype=str), "\n"), split)
         names, first, self.patient = np.unique(of_split, return_index=True, return_inverse=True)
         self.patients = len(names)
@@ -181,12 +185,12 @@ class _Shortcuts:
         return self.whole.lines(SHORTCUT, columns, group, where, results)
 
     def _means(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """(patients, columns): means of each patient's volumes among ``rows``, NaN where there are none."""
+        """Means (patients, columns) over each patient's volumes among ``rows``; NaN for a patient without any."""
         return group_means(self.scores[np.ix_(rows, columns)], self.patient[rows], self.patients)
 
 
 def _levels(values: np.ndarray) -> list[tuple[str, str]]:
-    """Each value that is compared, with words for the comparison. Of two values, one tells the other."""
+    """Each value to compare, with a description of the comparison. With two values, one comparison is enough."""
     levels = np.unique(values[values != ""])
     if len(levels) == 2:
         return [(str(levels[0]), f"{levels[0]} against {levels[1]}")]
@@ -194,7 +198,7 @@ def _levels(values: np.ndarray) -> list[tuple[str, str]]:
 
 
 def _table(lines: list[Line], family_wise_p: np.ndarray) -> pd.DataFrame:
-    """``family_wise_p``: of the shortcuts, which come first."""
+    """The lines as a table. ``family_wise_p``: p values of the shortcuts, which are the first lines."""
     rows = [
         (*words, d.value, d.lower, d.upper, d.p, np.nan, 0, f"{d.patients[0]} and {d.patients[1]}")
         for *words, d in lines

@@ -1,4 +1,4 @@
-"""Volumes, patients and reports that are in a cohort twice, copies that were changed included."""
+"""Find duplicate volumes, patients and reports in a cohort, including volumes that were altered after copying."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from ctclip.preprocessing.doubles import recurring_reports
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
 
-# Correlation at 4 mm from which two volumes are of one scan, and that at 9 mm from which they are compared at 4 mm. The
-# measured distributions stand in tests/benchmarks/RESULTS.md.
+# Minimum correlation at 4 mm of two copies, and minimum correlation at 9 mm for a comparison at 4 mm. The measured
+# distributions are in tests/benchmarks/RESULTS.md.
 COPY, ALIKE = 0.8, 0.5
 NEAREST = 2
 COLUMNS = (
@@ -36,8 +36,9 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Doubles:
-    """pairs: a row a pair of volumes (``COLUMNS``), the most alike first; reports: a row a report that recurs under another
-    patient (scans, patients, splits); volumes, compared: how many there were, and how many pairs were compared closely."""
+    """``pairs``: one row per pair of volumes (``COLUMNS``), the most similar first; ``reports``: one row per report
+    that also occurs under another patient (scans, patients, splits); ``volumes``: number of volumes; ``compared``:
+    number of pairs compared at 4 mm."""
 
     pairs: pd.DataFrame
     reports: pd.DataFrame
@@ -53,7 +54,8 @@ def find_doubles(
     embeddings: dict[str, np.ndarray] | None = None,
     least: float = COPY,
 ) -> Doubles:
-    """Pairs of volumes of different scans that are copies of each other, and reports that recur.
+    """Find pairs of volumes from different scans that are copies of each other, and reports that occur under several
+    patients.
 
     Reconstructions of one scan are alike by nature and not compared. ``cache``: a folder of `pictures`; ``embeddings``:
     unit vectors (dim,) by volume, whose nearest neighbours are compared too; ``least``: the correlation of a copy.
@@ -119,7 +121,7 @@ def copied_pairs(store: VolumeStore, table: pd.DataFrame, vectors: np.ndarray) -
 def _nearest_embeddings(
     volumes: Sequence[str], embeddings: dict[str, np.ndarray], scans: np.ndarray
 ) -> list[tuple[int, int]]:
-    """For each volume that has an embedding, its nearest neighbours of another scan."""
+    """For each volume with an embedding, pairs with its nearest neighbours from other scans."""
     rows = np.array([row for row, name in enumerate(volumes) if name in embeddings])
     vectors = np.stack([embeddings[volumes[row]] for row in rows])
     pairs = []
@@ -145,14 +147,14 @@ def _pairs(
         first, second = table.iloc[one], table.iloc[other]
         rows.append(
             (first["volume"], second["volume"], round(float(value), 4), int(is_reversed), first["patient"],
-             second["patient"], first["split"], second["split"], _what(first, second))
+             second["patient"], first["split"], second["split"], _fault(first, second))
         )  # fmt: skip
     pairs = pd.DataFrame(rows, columns=list(COLUMNS))
     return pairs.sort_values(["correlation", "first", "second"], ascending=[False, True, True], ignore_index=True)
 
 
-def _what(first: pd.Series, second: pd.Series) -> str:
-    """What a pair of copies does wrong, the worst first."""
+def _fault(first: pd.Series, second: pd.Series) -> str:
+    """Describe the error that a pair of copies causes, the most serious first."""
     faults = []
     if first["split"] != second["split"]:
         faults.append("two splits")

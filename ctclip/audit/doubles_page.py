@@ -1,4 +1,4 @@
-"""The page and the tables of a search for doubles."""
+"""Write the page and the tables of a search for duplicates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TABLES = ("doubles.csv", "recurring_reports.csv", "doubles.html")
 COMMAND = "audit doubles"
 SHOWN_PAIRS, SHOWN_ROWS = 12, 200
 WINDOW = (-1000.0, 400.0)
-# Height in pixels of the words above a picture.
+# Height in pixels of the caption above an image.
 BANNER = 18
 
 
@@ -63,17 +63,19 @@ def _write_page(path: Path, store: VolumeStore, doubles: Doubles) -> None:
         sections: list[dict[str, Any]] = [
             {
                 "title": "Copies", "figures": figures, "beside": True,
-                "words": "Pairs of volumes of different scans whose fingerprints correlate, whatever their spacing, noise, "
-                "cropping and order of slices. Middle coronal and axial slices of each pair.",
+                "words": "Pairs of volumes from different scans whose fingerprints correlate, despite differences in "
+                         "spacing, noise, cropping or slice order. The middle coronal and axial slices of each pair "
+                         "are shown.",
                 "table": _table(pairs) if len(pairs) else None,
             },
             {
-                "title": "Reports that recur", "words": "Word for word under different patients; templates recur without harm.",
+                "title": "Reports that recur", "words": "Identical reports under different patients. Template reports "
+                                                        "that recur are harmless.",
                 "table": _table(reports) if len(reports) else None,
             },
         ]  # fmt: skip
         headline = [
-            (f"{len(pairs):,}", "pairs of copies"), (f"{across:,}", "of them across splits"),
+            (f"{len(pairs):,}", "pairs of copies"), (f"{across:,}", "pairs across splits"),
             (f"{names:,}", "under two patients"), (f"{len(reports):,}", "reports that recur"),
         ]  # fmt: skip
         subtitle = f"{doubles.volumes:,} volumes of {store.path.name}; {doubles.compared:,} pairs compared closely"
@@ -86,14 +88,14 @@ def _table(table: Any) -> list[list[str]]:
 
 
 def _picture(store: VolumeStore, first: str, second: str, is_reversed: bool) -> Image.Image:
-    """Two volumes, one below the other; the second's order of slices set right."""
+    """Draw two volumes, one below the other; reversed slices of the second are put in order."""
     rows = [slices_of(store, first), slices_of(store, second, is_reversed=is_reversed)]
     return Image.fromarray(np.concatenate([np.asarray(row) for row in rows]))
 
 
 def slices_of(store: VolumeStore, name: str, *, is_reversed: bool = False) -> Image.Image:
-    """Middle coronal (head up) and axial slice of a stored volume, the patient's right on the left, each with its number,
-    window, R and L."""
+    """Draw the middle coronal (head up) and axial slices of a stored volume, the patient's right on the left, each
+    marked with its slice number, window, R and L."""
     hu = store.read(name)
     if store.spec.published_geometry:
         hu = hu.transpose(0, 2, 1)
@@ -112,7 +114,7 @@ def slices_of(store: VolumeStore, name: str, *, is_reversed: bool = False) -> Im
 
 
 def _marked(grey: np.ndarray, words: str) -> np.ndarray:
-    """The picture with a line of words above it and its sides named."""
+    """Add a caption above an image and the letters R and L at its sides."""
     height, width = grey.shape
     picture = Image.new("L", (width, height + BANNER))
     picture.paste(Image.fromarray(grey), (0, BANNER))

@@ -1,4 +1,4 @@
-"""Every pair of volume and report of a split with its score, the worst first, as tables and a page."""
+"""Score every pair of volume and report in a split; write tables and a page, the worst pairs first."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class WrongPairs:
 
 
 class MirroredScans(StoredScans):
-    """Volumes of a store with left and right exchanged."""
+    """The volumes of a store with left and right exchanged."""
 
     def origin(self) -> str:
         return f"mirrored {super().origin()}"
@@ -76,11 +76,11 @@ def filter_pairs(
     """Score the pairs of ``split``, write ``TABLES`` into ``output`` and return the table (``COLUMNS``), the worst first,
     and how many of the pairs seem to be wrong.
 
-    ``sides``: encode mirror images too, to see reports with left and right exchanged; ``keep``: keep the scores in the
-    store, where ``data.min_pair_score`` and ``data.best_pairs`` read them.
+    ``sides``: also encode mirror images, to detect reports with left and right exchanged; ``keep``: save the scores in
+    the store, where ``data.min_pair_score`` and ``data.best_pairs`` read them.
     """
     if keep and not os.access(store.path, os.W_OK | os.X_OK):
-        raise DataError(f"{store.path}: cannot be written into, and --keep saves the scores there; leave it out")
+        raise DataError(f"{store.path}: cannot be written into, and --keep saves the scores there; leave out --keep")
     key = run_key(loaded.hash, str(store.path.resolve()), split, sides, seed)
     with claimed_folder(output, COMMAND, key, TABLES, lambda folder: made_by_us(folder), force=force):
         pairs, wrong = score_pairs(
@@ -160,17 +160,17 @@ def score_pairs(
 
 def _write_page(path: Path, store: VolumeStore, split: str, pairs: pd.DataFrame, wrong: WrongPairs) -> None:
     scored = pairs[pairs["note"] == ""]
-    head = ["volume", "score", "of the match", "of the sides", "report"]
+    head = ["volume", "score", "match", "sides", "report"]
     columns = (scored[name].head(SHOWN) for name in ("volume", "score", "match", "side", "text"))
     rows = [
         [str(volume), f"{score:.1f}", f"{match:.1f}", "" if np.isnan(side) else f"{side:.1f}", str(text)[:400]]
         for volume, score, match, side, text in zip(*columns, strict=True)
     ]
     sections: list[dict[str, Any]] = [{
-        "title": "Pairs that fit least", "table": [head, *rows],
-        "words": "Log odds that a report belongs to its volume rather than to another (of the match), and with left and right as "
-        "they are rather than exchanged (of the sides, where it names one), from embeddings and the pairs of other patients. Below "
-        "0, read the report beside the volume.",
+        "title": "Least plausible pairs", "table": [head, *rows],
+        "words": "Match: log odds that a report belongs to its volume rather than to another. Sides: log odds that "
+                 "left and right are correct rather than exchanged, where the report names a side. Both are estimated "
+                 "from embeddings and the pairs of other patients. Below 0, compare the report with the volume.",
     }]  # fmt: skip
     headline = [
         *(

@@ -1,8 +1,8 @@
 """Fingerprints of volumes that survive resampling, noise, cropping and reversed slices.
 
-A fingerprint is the volume at about 9 mm. Its slices find candidates; two candidates are laid over each other where they
-correlate most, with the slices in their order and reversed, first at 9 mm and, if they are alike there, at 4 mm, where
-ribs, vessels and vertebrae differ between patients as they do not between copies.
+A fingerprint is the volume at about 9 mm. Pairs with similar slices become candidates. Two candidates are registered by
+the shift with the highest cross-correlation, with their slices in order and reversed, first at 9 mm and, if they
+correlate there, at 4 mm, where ribs, vessels and vertebrae differ between patients but not between copies.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import numpy as np
 from ctclip.preprocessing.spec import PreprocessingSpec
 
 COARSE_MM, FINE_MM = 9.0, 4.0
-# Denser than this is bone or metal, which would outweigh all else.
+# HU are clipped to this window, because bone and metal would otherwise dominate the correlation.
 WINDOW = (-1000.0, 300.0)
-# Voxels above this belong to the patient or the table; padding is air of one value.
+# Voxels above this belong to the scanned region; padding is below it.
 CONTENT = -990.0
-# Width in voxels of the shading that is taken away, and of the rim of a scan that does not count: a cropped one has edges
-# of its own there.
+# Standard deviation in voxels of the smoothing that is subtracted, and width of the ignored rim of a scan, where
+# cropping creates new edges.
 SHADING, RIM = 2.0, 3
-# Of the smaller scan, along each axis.
+# Minimum overlap along each axis, as a fraction of the smaller scan.
 LEAST_OVERLAP = 0.4
-# Frequencies of a slice that are compared, per axis.
+# Number of frequencies of a slice that are compared along each axis.
 FREQUENCIES = 8
 # A slice of air does not identify a volume.
 LEAST_CONTENT = 0.25
 SLICE_VALUES = 32
-# The share of a volume's slices that must be found again in a copy of it, which may be cropped.
+# Fraction of a volume's slices that must also be in a copy, which may be cropped.
 SHARED = 0.6
 # Two volumes whose middles, this share of each axis, correlate less at 4 mm are no copies, and are not compared as a whole.
 MIDDLE, MAYBE = 0.6, 0.7
@@ -38,12 +38,13 @@ MIDDLE, MAYBE = 0.6, 0.7
 STEP = 4.0
 # A middle of fewer voxels along an axis tells too little.
 FEWEST = 24
-# Slices of a volume that are looked for in others, and volumes that are compared at a time.
+# Number of slices of a volume that are searched for in others, and number of volumes compared at a time.
 QUERIES, TOGETHER = 12, 16
 
 
 def fingerprint(hu: np.ndarray, spec: PreprocessingSpec, millimetres: float = COARSE_MM) -> np.ndarray:
-    """HU [slice, row, column] of the spec's spacing -> float16 HU in ``WINDOW`` of about ``millimetres`` a voxel."""
+    """HU [slice, row, column] with the spec's spacing -> float16 HU clipped to ``WINDOW``, with voxels of about
+    ``millimetres``."""
     sides = [min(max(1, round(millimetres / step)), count) for step, count in zip(spec.spacing, hu.shape, strict=True)]
     shape = [count // side for count, side in zip(hu.shape, sides, strict=True)]
     low, high = (hu.dtype.type(limit) for limit in WINDOW)
@@ -59,8 +60,8 @@ def fingerprint(hu: np.ndarray, spec: PreprocessingSpec, millimetres: float = CO
 
 
 def detail(print_: np.ndarray, rim: int = RIM) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """A fingerprint without its shading (float32), 0 in the rim of what was scanned and outside of it, and the box along each
-    axis where it is not."""
+    """High-pass filter a fingerprint (float32). Returns the filtered fingerprint, which is 0 in the rim of the scanned
+    region and outside it, and the bounds along each axis of the part that is kept."""
     from scipy.ndimage import gaussian_filter
 
     volume = print_.astype(np.float32)
@@ -78,8 +79,8 @@ def detail(print_: np.ndarray, rim: int = RIM) -> tuple[np.ndarray, list[tuple[i
 def slice_vectors(prints: Iterable[np.ndarray]) -> np.ndarray:
     """Fingerprints (n, d, h, w) -> (n, d, SLICE_VALUES) float32 unit vectors of their slices, 0 for those that show nothing.
 
-    They are the same wherever in the plane the patient lies: magnitudes of the slice's spectrum, whitened, so that what all
-    slices have in common does not count.
+    The vectors do not depend on the patient's position in the plane: they are the magnitudes of the slice's spectrum,
+    whitened to remove what all slices have in common.
     """
     spectra = []
     energies = []
@@ -105,11 +106,11 @@ def slice_vectors(prints: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def candidates(vectors: np.ndarray, groups: np.ndarray, most: int = 3) -> list[tuple[int, int]]:
-    """Pairs of volumes whose slices are alike: for each volume its ``most`` nearest ones of another group.
+    """Pairs of volumes with similar slices: each volume with its ``most`` nearest volumes of other groups.
 
-    A volume's likeness to another is the mean, over the ``SHARED`` of its slices that fit best, of each one's largest
-    similarity to a slice of the other, in any order. vectors (n, d, v) of ``slice_vectors``; groups (n,): volumes of one
-    group (a scan's reconstructions) are not compared.
+    Each slice of a volume is matched with the most similar slice of the other volume, in any order. The similarity of
+    two volumes is the mean over the best-matching fraction ``SHARED`` of these slices. ``vectors`` (n, d, v) come from
+    ``slice_vectors``; ``groups`` (n,): volumes of the same group (reconstructions of one scan) are not compared.
     """
     asked = [_spread(np.flatnonzero(volume.any(axis=1)), QUERIES) for volume in vectors]
     by_slice = np.ascontiguousarray(vectors.transpose(1, 2, 0))
@@ -135,7 +136,7 @@ def candidates(vectors: np.ndarray, groups: np.ndarray, most: int = 3) -> list[t
 
 
 def _spread(indices: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of them, evenly spread."""
+    """At most ``most`` of the indices, evenly spaced."""
     return indices[np.unique(np.linspace(0, len(indices) - 1, min(most, len(indices))).round().astype(int))]
 
 

@@ -1,6 +1,6 @@
-"""How embeddings lie on the sphere: the gap between volumes and reports, cones, spread, dimensions, neighbours.
+"""Geometry of embeddings on the unit sphere: gap between volumes and reports, cones, spread, dimensions, neighbours.
 
-All functions take unit vectors (n, dim), a row a volume or a report, and return plain numbers.
+All functions take unit vectors (n, dim), one row per volume or report, and return plain numbers.
 """
 
 from __future__ import annotations
@@ -11,40 +11,41 @@ NEIGHBOURS = 10
 
 
 def modality_gap(volumes: np.ndarray, reports: np.ndarray) -> float:
-    """Distance of the two centroids (Liang et al. 2022, section 2)."""
+    """Distance between the centroids of volumes and reports (Liang et al. 2022, section 2)."""
     return float(np.linalg.norm(volumes.mean(axis=0) - reports.mean(axis=0)))
 
 
 def mean_cosine(vectors: np.ndarray) -> float:
-    """Mean cosine of two different vectors: near 1 in a narrow cone, near 0 on the whole sphere (Liang et al. 2022)."""
+    """Mean cosine between different vectors: near 1 in a narrow cone, near 0 on the whole sphere (Liang et al.
+    2022)."""
     count = len(vectors)
     total = vectors.sum(axis=0, dtype=float)
     return float((total @ total - np.sum(vectors.astype(float) ** 2)) / (count * (count - 1)))
 
 
 def shift_gap(volumes: np.ndarray, reports: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Both sides moved towards each other by ``share`` of the gap, and back onto the sphere (Liang et al. 2022, section 4.2);
-    0 leaves them as they are, 1 closes the gap, below 0 widens it."""
+    """Move volumes and reports towards each other by the fraction ``share`` of the gap and normalise them again (Liang
+    et al. 2022, section 4.2); 0 leaves them unchanged, 1 closes the gap, a negative fraction widens it."""
     gap = volumes.mean(axis=0) - reports.mean(axis=0)
     return _unit(volumes - share / 2 * gap), _unit(reports + share / 2 * gap)
 
 
 def shift_prompts(prompts: np.ndarray, gap: np.ndarray, share: float) -> np.ndarray:
-    """Prompts (n, dim) of any length moved as ``shift_gap`` moves reports; each keeps its length. gap (dim,): centroid of
-    volumes less centroid of reports."""
+    """Move prompts (n, dim) of any norm as ``shift_gap`` moves reports, keeping each norm. ``gap`` (dim,): centroid of
+    volumes minus centroid of reports."""
     length = np.linalg.norm(prompts, axis=1, keepdims=True)
     moved: np.ndarray = length * _unit(prompts / length + share / 2 * gap)
     return moved
 
 
 def alignment(volumes: np.ndarray, reports: np.ndarray) -> float:
-    """Mean squared distance of a volume and its own report (Wang & Isola 2020): 0 is best."""
+    """Mean squared distance between a volume and its own report (Wang & Isola 2020): 0 is best."""
     return float(np.mean(np.sum((volumes - reports) ** 2, axis=1)))
 
 
 def uniformity(vectors: np.ndarray) -> float:
-    """log of the mean of exp(-2 |x - y|^2) over different vectors (Wang & Isola 2020): the lower, the more evenly spread;
-    -4 at least, in many dimensions."""
+    """log of the mean of exp(-2 |x - y|^2) over pairs of different vectors (Wang & Isola 2020). Lower values mean more
+    evenly spread vectors; in high dimensions the minimum is about -4."""
     total, count = 0.0, len(vectors)
     for first in range(0, count, 512):
         cosines = np.clip(vectors[first : first + 512] @ vectors.T, -1, 1)
@@ -53,7 +54,7 @@ def uniformity(vectors: np.ndarray) -> float:
 
 
 def spectrum(vectors: np.ndarray) -> np.ndarray:
-    """(dim,) shares of the variance along the principal axes, the largest first; they add up to 1."""
+    """Fractions (dim,) of the variance along the principal axes, the largest first; their sum is 1."""
     centred = vectors - vectors.mean(axis=0)
     values = np.linalg.svd(centred, compute_uv=False) ** 2
     total = values.sum()
@@ -69,16 +70,18 @@ def effective_rank(vectors: np.ndarray) -> float:
 
 
 def dimensions_of(vectors: np.ndarray, share: float = 0.9) -> int:
-    """How many principal axes hold ``share`` of the variance."""
+    """Number of principal axes that hold the fraction ``share`` of the variance."""
     return int(np.searchsorted(np.cumsum(spectrum(vectors)), share - 1e-12) + 1)
 
 
 def neighbour_purity(
     vectors: np.ndarray, values: np.ndarray, patients: np.ndarray, count: int = NEIGHBOURS
 ) -> tuple[float, float]:
-    """Share of a volume's ``count`` nearest neighbours of other patients that have its value, and what chance would give.
+    """Fraction of a volume's ``count`` nearest neighbours from other patients that share its value, and the fraction
+    expected by chance.
 
-    values, patients (n,). Both NaN where every volume has one value, or there is one patient.
+    ``values`` and ``patients`` (n,). Both fractions are NaN if all volumes have the same value, or there is only one
+    patient.
     """
     if len(np.unique(values)) < 2 or len(np.unique(patients)) < 2:
         return float("nan"), float("nan")

@@ -1,4 +1,4 @@
-"""What the volumes of a store can be grouped by: labels, and columns of the cohort table with few values."""
+"""Groups of the volumes of a store: labels, and columns of the cohort table with few distinct values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def group_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
     hospital, sex and the like; dates by year, ages in four classes, other numbers of many values in thirds, slice spacing in mm,
     and the split.
 
-    table: rows of a cohort table.
+    ``table``: rows of a cohort table.
     """
     groups = {"split": table["split"].astype(str).to_numpy()}
     labels = set(label_names(table))
@@ -43,12 +43,12 @@ def group_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def is_of_patient(group: str) -> bool:
-    """Whether a column tells of the patient, not of the acquisition: findings may well go with it."""
+    """Whether a column describes the patient rather than the acquisition. Findings may legitimately depend on it."""
     return _field(group) in PATIENT
 
 
 def label_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
-    """1, 0 and NaN (n,) of each label of the table that has both classes."""
+    """Values 1, 0 or NaN (n,) of each label of the table that has both classes."""
     columns = {name: table[name].to_numpy(dtype=float, na_value=np.nan) for name in label_names(table)}
     return {
         name: values
@@ -58,7 +58,7 @@ def label_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def _field(name: str) -> str:
-    """PatientAge, patient_age and Age are one."""
+    """A normalised column name: PatientAge, patient_age and Age are the same."""
     return re.sub(r"[\W_]", "", name.casefold()).removeprefix("patient")
 
 
@@ -100,7 +100,7 @@ def _spaced(name: str) -> str:
 
 
 def _ages(values: np.ndarray) -> np.ndarray:
-    """Classes of age; DICOM writes 063Y, tables 63 or 63.0."""
+    """Age classes. DICOM writes 063Y; tables write 63 or 63.0."""
 
     def word(value: str) -> str:
         match = re.fullmatch(r"0*(\d{1,3})(\.0+)?\s*Y?", value, re.IGNORECASE)

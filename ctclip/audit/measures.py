@@ -1,4 +1,4 @@
-"""Concepts that are measured in the picture, where no report would name them: noise, kernel, table, position, contrast."""
+"""Properties measured in the image that reports do not mention: noise, kernel, table, position, contrast."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from ctclip.drift.facts import EVEN, Source
 from ctclip.preprocessing.spec import PreprocessingSpec
 
-# Name and whether it tells of the technique alone; the others follow from the patient too.
+# Name, and whether the measure depends on the technique alone; the others also depend on the patient.
 MEASURES = {
     "table: density below the body": True,
     "table: density below the body, middle": True,
@@ -36,7 +36,8 @@ BELOW_MM = 45.0
 
 
 def measure(hu: np.ndarray, spec: PreprocessingSpec, source: Source | None) -> np.ndarray:
-    """(MEASURES,) of one volume, HU [slice, row, column] LPS+ of the spec's spacing; NaN where it cannot be told."""
+    """The measures (MEASURES,) of one volume, HU [slice, row, column] LPS+ with the spec's spacing; NaN if a measure is
+    undefined."""
     steps = [max(1, round(FINE_MM / step)) for step in spec.spacing]
     dz, dy, dx = (step * mm for step, mm in zip(steps, spec.spacing, strict=True))
     fine = hu[tuple(slice(None, None, step) for step in steps)].astype(np.float32)
@@ -79,7 +80,7 @@ def measure(hu: np.ndarray, spec: PreprocessingSpec, source: Source | None) -> n
 
 
 def _body(fine: np.ndarray) -> np.ndarray:
-    """The largest connected space denser than -400 HU, slices seen together."""
+    """The largest 3-D connected component above -400 HU."""
     from scipy import ndimage
 
     regions, count = ndimage.label(_opened(fine > -400))
@@ -105,7 +106,7 @@ def _opened(mask: np.ndarray) -> np.ndarray:
 
 
 def _inside(body: np.ndarray) -> np.ndarray:
-    """Between the first and the last voxel of the body of each row."""
+    """In each row, all voxels between the first and the last voxel of the body."""
     inside: np.ndarray = (
         np.logical_or.accumulate(body, axis=2) & np.logical_or.accumulate(body[..., ::-1], axis=2)[..., ::-1]
     )
@@ -129,12 +130,13 @@ def _texture(fine: np.ndarray, axis: int) -> tuple[float, float]:
 
 
 def _below(fine: np.ndarray, body: np.ndarray, rows: float) -> np.ndarray:
-    """(3,) mean HU of what lies up to so many rows below the lowest row of the body, in three parts from right to left."""
+    """Mean HU (3,) of the region up to ``rows`` rows below the lowest row of the body, in three parts from right to
+    left."""
     used = np.flatnonzero(body.any(axis=(0, 2)))
     columns = np.flatnonzero(body.any(axis=(0, 1)))
     if not len(used) or used[-1] + 2 >= fine.shape[1]:
         return np.full(3, np.nan)
     region = fine[:, used[-1] + 1 : used[-1] + 1 + max(1, round(rows)), columns[0] : columns[-1] + 1]
-    # Padding above and below the scan is no table.
+    # Leave out padding slices above and below the scan.
     scanned = body.any(axis=(1, 2))
     return np.array([part.mean() for part in np.array_split(region[scanned], 3, axis=2)])

@@ -1,4 +1,5 @@
-"""Where a model errs more, whether it serves groups alike, and what its embeddings know of the scanner."""
+"""Audit of a model: concepts associated with errors, accuracy in each group, and what embeddings reveal about the
+scanner."""
 
 from __future__ import annotations
 
@@ -56,8 +57,8 @@ def errors(labels: np.ndarray, margins: np.ndarray) -> np.ndarray:
 
 
 def audit_errors(sheet: Sheet, loss: np.ndarray) -> pd.DataFrame:
-    """How much larger the error (n,) is in the volumes that show a concept more than half of them do, or that have a value of
-    the metadata (``ERRORS``); the strongest evidence first, adjusted for all."""
+    """The difference in error (n,) between volumes whose concept score is above the median, or that have a value of the
+    metadata, and the others (``ERRORS``); the strongest evidence first, with p values adjusted for all comparisons."""
     whole = sheet.with_metadata()
     patients = whole.table["patient"].to_numpy(dtype=str)
     ranked = normal_scores(loss[:, None])
@@ -81,8 +82,9 @@ def audit_errors(sheet: Sheet, loss: np.ndarray) -> pd.DataFrame:
 def fairness(
     table: pd.DataFrame, labels: np.ndarray, margins: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> pd.DataFrame:
-    """Mean AUROC over labels in each group, and its difference to everyone else, with 95 % intervals by patient
-    (``FAIRNESS``). labels, margins (n, L). The mean is over labels that are defined on both sides."""
+    """Mean AUROC over labels in each group, and its difference from all other patients, with 95 % intervals by
+    bootstrap over patients (``FAIRNESS``). ``labels`` and ``margins`` (n, L). The mean is over labels whose AUROC is
+    defined in both."""
     patients = table["patient"].to_numpy(dtype=str)
     weights = np.concatenate([np.ones((1, len(table))), bootstrap_weights(patients, resamples, seed)])
     rows = []
@@ -107,24 +109,26 @@ def fairness(
 
 
 def shortcuts(table: pd.DataFrame, volumes: np.ndarray, histograms: np.ndarray, *, seed: int = 0) -> pd.DataFrame:
-    """How well scanner, kernel, hospital and the like are told from embeddings (n, dim) and from histograms of HU (n, bins):
-    balanced accuracy on held-out patients (``SHORTCUTS``). Embeddings that know much more than a histogram have learned
-    it."""
+    """Balanced accuracy, on held-out patients, of predicting scanner, kernel, hospital and similar groups from
+    embeddings (n, dim) and from HU histograms (n, bins) (``SHORTCUTS``). If embeddings predict a group much better than
+    histograms, the model has learned it."""
     rows = []
     patients = table["patient"].to_numpy(dtype=str)
     for group, values in group_columns(table).items():
         known = values != ""
         if group == "split" or len(np.unique(patients[known])) < 2 * PROBE_FOLDS:
             continue
-        told = [_told(side[known], values[known], patients[known], seed) for side in (volumes, histograms)]
+        accuracies = [
+            _probe_accuracy(side[known], values[known], patients[known], seed) for side in (volumes, histograms)
+        ]
         count = len(np.unique(values[known]))
-        rows.append((group, count, int(known.sum()), *told, 1 / count))
+        rows.append((group, count, int(known.sum()), *accuracies, 1 / count))
     frame = pd.DataFrame(rows, columns=list(SHORTCUTS))
     return frame.sort_values("embeddings", ascending=False, ignore_index=True)
 
 
 def _areas(labels: np.ndarray, margins: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(resamples, L) AUROC; NaN where undefined."""
+    """AUROC (resamples, L); NaN where undefined."""
     columns = []
     for column in range(labels.shape[1]):
         known = ~np.isnan(labels[:, column])
@@ -135,7 +139,7 @@ def _areas(labels: np.ndarray, margins: np.ndarray, weights: np.ndarray) -> np.n
     return np.stack(columns, axis=1)
 
 
-def _told(inputs: np.ndarray, values: np.ndarray, patients: np.ndarray, seed: int) -> float:
+def _probe_accuracy(inputs: np.ndarray, values: np.ndarray, patients: np.ndarray, seed: int) -> float:
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
     from sklearn.model_selection import GroupKFold, cross_val_predict

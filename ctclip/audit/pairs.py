@@ -1,4 +1,4 @@
-"""Which reports do not belong to their volume: a likelihood ratio from embeddings, without a label.
+"""Detect reports that do not belong to their volume, by a likelihood ratio of embeddings and without labels.
 
 Volumes and reports are taken as jointly normal, with the canonical correlations (Hotelling 1936) of the pairs of other
 patients. The score of a pair is log p(report | volume) - log p(report), calibrated with pairs that are known to be wrong:
@@ -17,8 +17,8 @@ import numpy as np
 FOLDS = 10
 # Of the pairs of the first fit that the second leaves out.
 DOUBTED = 0.15
-# Axes of either side, of whole reports and of what they say of left and right: more than a tenth of the pairs would fit
-# noise.
+# Maximum number of axes of volumes and of reports, for matches and for sides. More than a tenth of the number of pairs
+# would fit noise.
 MOST_AXES, MOST_AXES_OF_SIDES = 64, 24
 FEWEST_PAIRS = 50
 # Volumes at a time that are compared with all reports, which bounds memory.
@@ -29,7 +29,8 @@ PLACES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 @dataclass(frozen=True)
 class Joint:
-    """Two sides as pairs of correlated standard normals. Each side: mean (dim,) and axes (dim, k); correlations (k,)."""
+    """Volumes and reports as pairs of correlated standard normals: the mean (dim,) and axes (dim, k) of each, and the
+    correlations (k,)."""
 
     means: tuple[np.ndarray, np.ndarray]
     axes: tuple[np.ndarray, np.ndarray]
@@ -50,7 +51,7 @@ class Joint:
             axes.append(axis)
         left, correlations, right = np.linalg.svd(whitened[0].T @ whitened[1] / len(volumes), full_matrices=False)
         count = len(correlations)
-        # What canonical correlations have by chance alone, taken off their squares.
+        # Subtract from the squared canonical correlations what chance alone contributes.
         squares = np.clip((correlations**2 - count / len(volumes)) / (1 - min(0.9, count / len(volumes))), 0, 0.98)
         used = squares > 0
         return cls(
@@ -60,13 +61,13 @@ class Joint:
         )
 
     def log_ratio(self, volumes: np.ndarray, reports: np.ndarray) -> np.ndarray:
-        """(n,) log p(volume, report) - log p(volume) p(report)."""
+        """log p(volume, report) - log p(volume) p(report): (n,)."""
         x, y, r = *self._scores(volumes, reports), self.correlations
         terms = -0.5 * np.log1p(-(r**2)) + (r * x * y - r**2 * (x**2 + y**2) / 2) / (1 - r**2)
         return np.asarray(terms.sum(axis=1))
 
     def log_odds_of_sign(self, volumes: np.ndarray, reports: np.ndarray) -> np.ndarray:
-        """(n,) log p(volume, report) - log p(volume, -report)."""
+        """log p(volume, report) - log p(volume, -report): (n,)."""
         x, y, r = *self._scores(volumes, reports), self.correlations
         return np.asarray((2 * r * x * y / (1 - r**2)).sum(axis=1))
 
@@ -91,11 +92,12 @@ def match_scores(
 def side_scores(
     asymmetry: np.ndarray, sides: np.ndarray, patients: np.ndarray, *, seed: int = 0
 ) -> tuple[np.ndarray, float]:
-    """(n,) log odds that a report belongs to its volume rather than to the volume's mirror image, and the share of pairs whose
-    sides seem to be exchanged.
+    """Log odds (n,) that a report belongs to its volume rather than to the volume's mirror image, and the estimated
+    fraction of pairs with left and right exchanged.
 
-    asymmetry (n, d): embedding of each volume less that of its mirror image; sides (n, e): what the report says of the left
-    less what it says of the right (``sides.signed_sentences``). Only pairs whose report names a side.
+    ``asymmetry`` (n, d): embedding of each volume minus that of its mirror image; ``sides`` (n, e): what the report
+    states about the left minus what it states about the right (``sides.signed_sentences``). Give only pairs whose
+    report names a side.
     """
     scores, wrong, _ = _cross_fitted(asymmetry, sides, patients, seed, centred=True)
     return _calibrated([scores], [wrong], symmetric=True)[0], share_wrong(scores, wrong)
@@ -122,9 +124,9 @@ def contrasts(
 
 
 def pair_scores(match: np.ndarray, side: np.ndarray, swapped: float, exchanged: float) -> np.ndarray:
-    """(n,) log odds that a pair is right rather than swapped or with sides exchanged, which the shares ``swapped`` and
-    ``exchanged`` of the pairs are: where hardly any side is exchanged, what is told of the sides must not hide a swapped pair.
-    side (n,) is NaN where the report names none, and then only match counts."""
+    """Log odds (n,) that a pair is right rather than swapped or with exchanged sides. ``swapped`` and ``exchanged`` are
+    the fractions of such pairs: if sides are rarely exchanged, evidence from the sides must not hide a swapped pair.
+    ``side`` (n,) is NaN if the report names no side; then only ``match`` is used."""
     of_sides = np.where(np.isnan(side), -np.inf, np.log(exchanged) - side)
     return np.asarray(-np.logaddexp(np.log(swapped) - match, of_sides))
 
@@ -136,10 +138,12 @@ def exchanged_alone(exchanged: float, swapped: float, pairs: int) -> float:
 
 
 def share_wrong(scores: np.ndarray, wrong: np.ndarray) -> float:
-    """The share of wrong pairs among those with ``scores`` (n,), from the scores of pairs that are known to be ``wrong``.
+    """Estimate the fraction of wrong pairs among those with ``scores`` (n,), given the scores of pairs that are known
+    to be ``wrong``.
 
-    If it were larger, more of the pairs would score as little as the wrong ones do (Scott 2015, "A rate of convergence for
-    mixture proportion estimation"): the least ratio of both shares, at several places, is the most that it can be.
+    A larger fraction would imply more low scores than there are (Scott 2015, "A rate of convergence for mixture
+    proportion estimation"): the smallest ratio of the two cumulative distributions, taken at several quantiles, is an
+    upper bound.
     """
     below = [float((scores < limit).mean()) + 1 / len(scores) for limit in np.quantile(wrong, PLACES)]
     return float(min(1.0, *(share / place for share, place in zip(below, PLACES, strict=True))))
@@ -195,7 +199,7 @@ def _calibrated(
 
 
 def worse_share(scores: np.ndarray) -> np.ndarray:
-    """(n,) share of pairs that score less, ties counted half: 0 for the worst, near 1 for the best."""
+    """Fraction (n,) of pairs with a lower score, ties counted half: 0 for the worst, near 1 for the best."""
     from scipy.stats import rankdata
 
     return np.asarray((rankdata(scores) - 0.5) / len(scores))

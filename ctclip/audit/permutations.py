@@ -1,8 +1,8 @@
-"""Differences between two groups of patients, for one assignment to groups and for many permuted ones.
+"""Permutation tests of differences between two groups of patients.
 
-The largest statistic of all comparisons in each permutation tells how large one must be to be more than chance anywhere
-(Westfall & Young 1993, "Resampling-based multiple testing", single-step max-T): the family-wise error rate is kept, whatever
-the distributions of the values and however the comparisons depend on each other.
+The largest statistic of all comparisons in each permutation gives the null distribution (Westfall & Young 1993,
+"Resampling-based multiple testing", single-step max-T). This controls the family-wise error rate for any distribution
+of the values and any dependence between comparisons.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import numpy as np
 
 from ctclip.audit.associations import FEWEST_PATIENTS, LEVEL, Difference
 
-# 999 would show no p value below 0.001; more take longer and call hardly more.
+# The smallest p value of 999 permutations is 0.001; more permutations take longer and find hardly more.
 PERMUTATIONS = 999
-# Permutations at a time, which bounds memory: 16 MB of weights for 10,000 patients.
+# Permutations computed at a time, to bound memory: 16 MB of weights for 10,000 patients.
 TOGETHER = 200
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Number, sum and sum of squares of known values: (assignments, columns) each."""
+    """Number, sum and sum of squares of the known values, (assignments, columns) each."""
 
     count: np.ndarray
     total: np.ndarray
@@ -38,8 +38,9 @@ class Moments:
 
 @dataclass(frozen=True)
 class Standardised:
-    """Differences of means in pooled standard deviations with their standard error and degrees of freedom, (assignments,
-    columns) each; NaN where a side has fewer than ``FEWEST_PATIENTS``, or nothing varies. counts: the numbers of both sides."""
+    """Differences of means in pooled standard deviations, with standard errors and degrees of freedom, (assignments,
+    columns) each; NaN if a group has fewer than ``FEWEST_PATIENTS`` patients or the column is constant. ``counts``: the
+    size of each group."""
 
     value: np.ndarray
     error: np.ndarray
@@ -48,7 +49,7 @@ class Standardised:
 
     @classmethod
     def between(cls, one: Moments, other: Moments) -> Standardised:
-        """Student's t test with pooled variance, which is right where the groups do not differ."""
+        """Student's t test with pooled variance, which is valid under the null hypothesis of equal groups."""
         with np.errstate(divide="ignore", invalid="ignore"):
             within = sum(side.squares - side.total**2 / side.count for side in (one, other))
             freedom = one.count + other.count - 2
@@ -60,7 +61,7 @@ class Standardised:
         return cls(value, error, freedom, (one.count, other.count))
 
     def less(self, other: Standardised) -> Standardised:
-        """How much larger these differences are than ``other``, of other patients (Welch 1947)."""
+        """These differences minus those of ``other``, which come from other patients (Welch 1947)."""
         squares = [side.error**2 for side in (self, other)]
         error = np.sqrt(squares[0] + squares[1])
         freedom = error**4 / (squares[0] ** 2 / self.freedom + squares[1] ** 2 / other.freedom)
@@ -68,7 +69,8 @@ class Standardised:
         return Standardised(self.value - other.value, error, freedom, counts)
 
     def normal(self) -> np.ndarray:
-        """|t| as the quantile of a normal distribution (Wallace 1959), so that small groups do not stand out; 0 where NaN."""
+        """|t| as the equivalent quantile of a normal distribution (Wallace 1959), so that small groups are not
+        overrated; 0 where NaN."""
         squared = (self.value / self.error) ** 2
         scores = (
             (8 * self.freedom + 1) / (8 * self.freedom + 3) * np.sqrt(self.freedom * np.log1p(squared / self.freedom))
@@ -76,7 +78,7 @@ class Standardised:
         return np.nan_to_num(scores)
 
     def differences(self, row: int = 0) -> list[Difference | None]:
-        """One assignment's comparisons, with intervals and uncorrected p values."""
+        """The comparisons of one assignment, with intervals and uncorrected p values."""
         from scipy.stats import t as student
 
         value, error, freedom = self.value[row], self.error[row], self.freedom[row]
@@ -91,8 +93,8 @@ class Standardised:
 
 
 def family_wise(observed: np.ndarray, largest: np.ndarray) -> np.ndarray:
-    """(n,) p values of the statistics (n,) from the largest statistic in each permutation, one added to both (Phipson & Smyth
-    2010)."""
+    """Family-wise p values (n,) of the statistics (n,), from the largest statistic in each permutation; one is added to
+    numerator and denominator (Phipson & Smyth 2010)."""
     ordered = np.sort(largest)
     larger = len(ordered) - np.searchsorted(ordered, observed - 1e-9, "left")
     return np.asarray((larger + 1) / (len(ordered) + 1))
@@ -101,13 +103,13 @@ def family_wise(observed: np.ndarray, largest: np.ndarray) -> np.ndarray:
 def compare(
     assignments: np.ndarray, differ: Callable[[np.ndarray], Standardised]
 ) -> tuple[list[Difference | None], np.ndarray, np.ndarray]:
-    """The comparisons of the first of the ``assignments`` (1 + permutations, n), their statistics (columns,), and the largest
-    statistic in each permutation. ``differ``: the differences of some assignments."""
+    """The comparisons of the first row of ``assignments`` (1 + permutations, n), their statistics (columns,), and the
+    largest statistic in each permutation. ``differ`` computes the differences for given assignments."""
     first = differ(assignments[:1])
     parts = [differ(assignments[start : start + TOGETHER]).normal() for start in range(1, len(assignments), TOGETHER)]
     return first.differences(), first.normal()[0], np.concatenate(parts).max(axis=1, initial=0)
 
 
 def shuffled(member: np.ndarray, random: np.random.Generator, permutations: int = PERMUTATIONS) -> np.ndarray:
-    """(1 + permutations, n): the assignment (n,), as it is and permuted."""
+    """The assignment (n,) followed by its permutations: (1 + permutations, n)."""
     return np.concatenate([member[None], random.permuted(np.tile(member, (permutations, 1)), axis=1)])

@@ -1,4 +1,4 @@
-"""Left and right: a report with its sides exchanged, and a volume's mirror image."""
+"""Exchange left and right in a report, and mirror a volume."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ctclip.models.dual_encoder import DualEncoder
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.sentences import sentences
 
-# Longest first; abbreviations of lobes have their side in them. The lingula and the middle lobe have no counterpart.
+# Longest first; abbreviations of lobes include the side. The lingula and the middle lobe have no counterpart.
 PAIRS = (
     ("left-sided", "right-sided"), ("left", "right"), ("LUL", "RUL"), ("LLL", "RLL"),
 )  # fmt: skip
@@ -22,7 +22,7 @@ _WORDS = re.compile(rf"\b({'|'.join(map(re.escape, _OTHER))})\b", re.IGNORECASE)
 
 
 def exchange_sides(text: str) -> str:
-    """The text with left and right exchanged; the same text if it names no side."""
+    """Exchange left and right in a text; a text that names no side is unchanged."""
 
     def other(match: re.Match[str]) -> str:
         word = match[0]
@@ -35,16 +35,18 @@ def exchange_sides(text: str) -> str:
 
 
 def side_of(sentence: str) -> int:
-    """1 for a sentence on the left, -1 on the right, 0 on neither or both alike."""
+    """1 for a sentence about the left, -1 about the right, 0 about neither or both equally."""
     words = [match[0].casefold() for match in _WORDS.finditer(sentence)]
     return int(np.sign(sum(-1 if word in _OF_RIGHT else 1 for word in words)))
 
 
 def signed_sentences(model: DualEncoder, texts: Sequence[str]) -> np.ndarray:
-    """(n, dim) what each text says of the left less what it says of the right, as a unit vector; 0 for one that names no side.
+    """Unit vectors (n, dim) of what each text states about the left minus what it states about the right; 0 for a text
+    that names no side.
 
-    The sum over its sentences of side times content, where the content is the mean embedding of the sentence and of the same
-    with sides exchanged. The embedding of a whole report tells that something is left, but hardly what.
+    The vector is the sum over sentences of side times content; content is the mean embedding of the sentence and of the
+    same sentence with sides exchanged. The embedding of a whole report encodes that something is on the left, but
+    hardly what.
     """
     sided = [[(sentence, side_of(sentence)) for sentence in sentences(text)] for text in texts]
     distinct = sorted({sentence for text in sided for sentence, side in text if side})
@@ -62,6 +64,6 @@ def signed_sentences(model: DualEncoder, texts: Sequence[str]) -> np.ndarray:
 
 
 def mirrored(voxels: np.ndarray, spec: PreprocessingSpec) -> np.ndarray:
-    """Volumes (..., slice, row, column), or (..., slice, column, row) in the published geometry, with left and right
-    exchanged."""
+    """Exchange left and right in volumes (..., slice, row, column), or (..., slice, column, row) in the published
+    geometry."""
     return np.ascontiguousarray(np.flip(voxels, axis=-2 if spec.published_geometry else -1))

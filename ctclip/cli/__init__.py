@@ -50,7 +50,7 @@ from ctclip.cli.train import train
 from ctclip.cli.zero_shot import zero_shot
 from ctclip.versions import COMMAND
 
-# The exit code that shells expect after Ctrl-C; Typer ends commands with it.
+# The exit code that shells expect after Ctrl-C, which Typer uses too.
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -118,7 +118,7 @@ def options(
         help="Import this module before the command runs, so that a model can use its classes. May be repeated.",
     ),
 ) -> None:
-    """Options that stand before the command."""
+    """Options that precede the command."""
     if plugin:
         from ctclip.plugins import import_own
 
@@ -136,19 +136,19 @@ def main(arguments: list[str] | None = None) -> int:
     first, rest = _options_first(words)
     code, outer = 0, COMMAND.set(["ctclip", *words])
     try:
-        # Commands that start ranks of themselves pass on what they were given, without their own name.
+        # Commands that start ranks of themselves pass on their arguments, without the program name.
         app([*first, *rest], obj=[*first, *rest[1:]])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except (CtclipError, PreprocessingError, OSError) as error:
         if "--debug" in first:
             raise
-        # Of a file's content, a message may quote anything.
+        # A message may quote any part of a file.
         print(f"error: {printable(str(error))}", file=sys.stderr)
         code = 2
     finally:
         COMMAND.reset(outer)
-    # If this module (and torch, which takes seconds) was not loaded, this process was never one of several.
+    # If this module (which imports torch, for seconds) is not loaded, this process is not a rank.
     distributed = sys.modules.get("ctclip.distributed")
     if code == INTERRUPTED and (distributed is None or distributed.launched_rank() == 0):
         print("interrupted", file=sys.stderr, flush=True)
@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def command(arguments: list[str] | None = None) -> NoReturn:
-    """What a shell calls: run the command line, and end this process with its exit code."""
+    """Entry point of the console script: run the command line, and exit with its code."""
     code = main(arguments)
     distributed = sys.modules.get("ctclip.distributed")
     if distributed is not None:
@@ -165,8 +165,8 @@ def command(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _options_first(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """``--debug`` and ``--plugin MODULE``, which go in front of the command, and the rest: under a launcher, users of
-    `ctclip.train` cannot put them there."""
+    """Split ``--debug`` and ``--plugin MODULE``, which must precede the command, from the other arguments; under a
+    launcher, users of `ctclip.train` cannot put them first."""
     first: list[str] = []
     rest: list[str] = []
     words = iter(arguments)

@@ -31,12 +31,12 @@ def adapt(
     ),
     method: AdaptMethod = typer.Option(
         ...,
-        help="coop: learn prompts, in seconds to minutes. caption: learn to write reports. prior: learn which "
-        "volumes a text describes. locate: learn where in a volume a text is about. decode: learn to draw volumes from texts. The other "
-        "methods train encoders; see above.",
+        help="coop: learn prompts, in seconds to minutes. caption: learn to write reports. prior: learn to map texts "
+        "to volume embeddings. locate: learn which part of a volume a text describes. decode: learn to generate "
+        "volumes from texts. The other methods train encoders; see above.",
     ),
     model: str = typer.Option(
-        ..., "--model", "-m", help="The model folder to start from; an imported checkpoint is one too."
+        ..., "--model", "-m", help="The model folder to start from, which may be an imported checkpoint."
     ),
     store: Path = typer.Option(..., help="A store written by `ctclip preprocess` with the model's spec."),
     output: Path = typer.Option(
@@ -83,23 +83,23 @@ def adapt(
 
     `ctclip adapt --method vocabfine --model M --store store --output runs/vocabfine`
 
-    coop learns the words of prompts, on frozen embeddings, and saves them in the model folder as a head.
+    coop learns prompts on frozen embeddings, and saves them in the model folder as a head.
 
     caption trains a decoder that writes reports, on frozen tokens of the volumes, and saves it as a head for `ctclip draft`; it
     reads no labels.
 
-    prior learns, on frozen embeddings, the embeddings of the volumes that a text describes, and saves this map as a head; it reads no
-    labels.
+    prior learns, on frozen embeddings, a map from the embedding of a text to embeddings of matching volumes, and saves
+    it as a head; it reads no labels.
 
-    locate learns, on frozen features, which cells of a volume the sentences of its report are about, and saves a locator as a
-    head, with which `ctclip explain` and `ctclip find` draw their maps; it reads no labels and no masks.
+    locate learns, on frozen features, which cells of a volume the sentences of its report describe, and saves a locator
+    as a head, which `ctclip explain` and `ctclip find` use for their maps; it reads no labels and no masks.
 
-    decode trains a decoder from texts to volumes, told the embeddings of a model that stays as it is, and saves it as a head, with which
-    `ctclip imagine` draws volumes; it reads no labels. A run that was stopped resumes.
+    decode trains a decoder that generates volumes from the embeddings of the frozen model, and saves it as a head for
+    `ctclip imagine`; it reads no labels. A run that was stopped resumes.
 
-    The other methods train, write a new model folder, and resume as `ctclip train` does: vocabfine fits the scores of the
-    prompts to labels; classfine fits a linear layer; lora and last-layers do what vocabfine does with fewer parameters; full
-    continues the contrastive training on pairs of volumes and reports.
+    The other methods train, write a new model folder, and resume as `ctclip train` does: vocabfine fits the scores of
+    the prompts to labels; classfine fits a linear layer; lora and last-layers train like vocabfine with fewer
+    parameters; full continues the contrastive training on pairs of volumes and reports.
     """
     from ctclip.adaptation.protocol import Setting
 
@@ -182,7 +182,8 @@ def _unlabelled(
     kinds: dict[AdaptMethod, tuple[type[Section], Callable[..., Path], str, str]] = {
         AdaptMethod.caption: (caption.CaptionConfig, caption.run_caption, caption.LOSSES, f"`ctclip draft --head {name}` uses it"),
         AdaptMethod.locate: (locate.LocateConfig, locate.run_locate, locate.LOSSES, "`ctclip explain` uses it: --method learned"),
-        AdaptMethod.decode: (decode.DecodeConfig, decode.run_decode, decode.LOSSES, "`ctclip imagine` draws with it"),
+        AdaptMethod.decode: (decode.DecodeConfig, decode.run_decode, decode.LOSSES, "`ctclip imagine` generates "
+                                                                                    "volumes with it"),
         AdaptMethod.prior: (prior.PriorConfig, prior.run_prior, prior.LOSSES, f"`ctclip zero-shot --head {name}` scores with it"),
     }  # fmt: skip
     section, run, losses, use = kinds[method]

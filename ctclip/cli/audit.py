@@ -156,7 +156,8 @@ def model_(
     for line in wrong.head(5).itertuples():
         print(f"{'*' if line.significant else ' '} errors with {line.concept}: {line.difference:+.2f} ({line.lower:+.2f} to {line.upper:+.2f})")  # fmt: skip
     for line in fair.head(3).itertuples():
-        print(f"  {line.group} {line.value}: mean AUROC {line.mean_auroc:.3f}, {line.difference:+.3f} to the others ({line.difference_lower:+.3f} to {line.difference_upper:+.3f})")  # fmt: skip
+        print(f"  {line.group} {line.value}: mean AUROC {line.mean_auroc:.3f}, {line.difference:+.3f} from the others "
+              f"({line.difference_lower:+.3f} to {line.difference_upper:+.3f})")  # fmt: skip
     for line in short.head(3).itertuples():
         print(f"  {line.group} from embeddings {line.embeddings:.2f}, from histograms {line.histogram:.2f}, by chance {line.chance:.2f}")  # fmt: skip
     print(f"tables and page: {output} ({', '.join(MODEL_TABLES)})")

@@ -20,7 +20,7 @@ def calibrate(
     ),
     labels: Path = typer.Option(None, help="A CSV of labels or a cohort table. Default: the labels in the store."),
     store: Path = typer.Option(None, help="The store that the predicted volumes come from."),
-    head: str = typer.Option("prompts", help="The head that made the predictions."),
+    head: str = typer.Option("prompts", help="The head that computed the predictions."),
     method: Kind = typer.Option(
         Kind.platt, help="platt: slope and offset for each label; temperature: one slope for all labels."
     ),

@@ -12,7 +12,7 @@ def check_precision(
     store: Path = typer.Option(..., help="The store with the volumes to compare."),
     split: str = typer.Option(None, help="Only this split of the cohort."),
     count: int = typer.Option(64, "--count", "-k", min=16, help="Number of volumes to compare."),
-    head: str = typer.Option("prompts", help="The head that gives the scores."),
+    head: str = typer.Option("prompts", help="The head that computes the scores."),
     batch: int = typer.Option(4, min=1, help="Number of volumes in a batch."),
 ) -> None:
     """Compare the scores at each numerical precision with those in float32, and save the result with the model.
@@ -39,7 +39,7 @@ def check_precision(
     scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
     refused: dict[str, str] = {}
     stored = len(scans.table)
-    # Spread over the cohort, whose first volumes may be of one kind.
+    # Spread over the cohort, because its first volumes may be similar.
     chosen = sorted({round(step * (stored - 1) / max(1, count - 1)) for step in range(count)}) if stored else []
     read = (torch.from_numpy(voxels) for _, voxels, _ in batches(scans, chosen, batch, refused, "comparing"))
     results, checked = check_precision(loaded, usable_head(loaded, head), read)
@@ -50,4 +50,4 @@ def check_precision(
             f"{result.precision:<12}{1000 * result.seconds:>14.1f}{result.change:>16.5f}{result.correlation:>25.6f}  "
             f"{'yes' if result.agrees else 'no'}"
         )
-    print(f"`ctclip zero-shot --precision auto` uses {fastest(results)}; kept: {keep(loaded, results, checked)}")
+    print(f"`ctclip zero-shot --precision auto` uses {fastest(results)}; saved: {keep(loaded, results, checked)}")

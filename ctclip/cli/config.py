@@ -1,4 +1,4 @@
-"""`ctclip config`: the keys of a configuration, their meaning, and where a value comes from."""
+"""`ctclip config`: the keys of a configuration, their meaning, and the origin of a value."""
 
 from __future__ import annotations
 

@@ -27,7 +27,9 @@ def draft(
         "given, else template.",
     ),
     head: str = typer.Option(None, help="caption: the name of the caption head. Default: the first one of the model."),
-    prompted: bool = typer.Option(False, "--prompted", help="caption: tell the decoder the findings of the detector."),
+    prompted: bool = typer.Option(
+        False, "--prompted", help="caption: prompt the decoder with the findings of the detector."
+    ),
     beams: int = typer.Option(
         1, min=1, max=64, help="caption: number of beams; 1 takes the most likely word at each step."
     ),

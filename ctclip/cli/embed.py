@@ -70,7 +70,7 @@ def embed(
     if output.suffix not in (".parquet", ".npy"):
         raise DataError(f"{output}: end the name in .parquet or .npy")
     if linkage is not None and not scans:
-        raise DataError("--linkage goes with scans; for a store, `ctclip preprocess --linkage` writes it")
+        raise DataError("--linkage needs scans; for a store, `ctclip preprocess --linkage` writes it")
     check_embeddings(output, force=force)
     if linkage is not None:
         check_linkage(linkage, output)

@@ -33,7 +33,8 @@ def evaluate(
     ),
     cohort: Path = typer.Option(
         None,
-        help="With --store and --masks: the cohort that the store was made from. Example slices of the report then go "
+        help="With --store and --masks: the cohort that the store was preprocessed from. Example slices of the report "
+        "then go "
         "through the smallest finding of each.",
     ),
     masks: Path = typer.Option(None, help="Masks of the cohort, in the layout of `ctclip phantom`."),
@@ -47,11 +48,11 @@ def evaluate(
     ),
     thresholds: Thresholds = typer.Option(
         None,
-        help="Where decision thresholds come from. calibration: the calibration split; published: the evaluated "
-        "volumes themselves, as CT-CLIP does. Default: as the protocol says.",
+        help="Origin of the decision thresholds. calibration: the calibration split; published: the evaluated "
+        "volumes themselves, as CT-CLIP does. Default: set by the protocol.",
     ),
     bootstrap: int = typer.Option(
-        None, min=10, help="Number of bootstrap resamples of patients. Default: as the protocol says."
+        None, min=10, help="Number of bootstrap resamples of patients. Default: set by the protocol."
     ),
     label_set: str = typer.Option(
         None, help="With --reports: the findings to read. Default: the label set of the store."
@@ -96,7 +97,7 @@ def evaluate(
     zero, controls = result["zero_shot"], result["controls"]
     if result["patients"] == 1:
         print(
-            "note: there is only one patient: intervals cannot be computed, and the metrics say nothing about other "
+            "note: there is only one patient: intervals cannot be computed, and the metrics may not apply to other "
             "patients"
         )
     if zero["mean_auroc"] is None:
@@ -115,7 +116,7 @@ def evaluate(
         untrusted, fewest = zero["intervals_not_trusted"], result["intervals"]["trusted_from_patients"]
         if untrusted:
             names = ", ".join(untrusted) if len(untrusted) < len(zero["auroc"]) else "every label"
-            print(f"intervals not to be trusted (fewer than {fewest} positive or negative patients): {names}")
+            print(f"unreliable intervals (fewer than {fewest} positive or negative patients): {names}")
     error = zero["means"]["calibration_error"]["value"]
     if error is not None:
         print(

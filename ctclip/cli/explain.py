@@ -41,9 +41,10 @@ def explain(
     head: str = typer.Option(None, help="The head of the model to explain. Default: prompts."),
     method: By = typer.Option(
         None,
-        help="Default: learned if the model has a locator, else similarity. learned: what a locator trained with `ctclip adapt "
-        "--method locate` says of each place; similarity: the score of each place alone; contribution: what a place adds to the score; "
-        "occlusion: how much the score falls when a place is hidden (slow, works with every model); gradcam; attention: for "
+        help="Default: learned if the model has a locator, else similarity. learned: the output of a locator trained "
+        "with `ctclip adapt --method locate`; similarity: the score of each location by itself; contribution: "
+        "what a location adds to the score; occlusion: how much the score falls when a location is hidden (slow, "
+        "works with every model); gradcam; attention: for "
         "transformers; counterfactual: the smallest smooth change of the scan that moves the score across its threshold (slow).",
     ),
     level: float = typer.Option(
@@ -58,8 +59,8 @@ def explain(
     dicom: bool = typer.Option(
         False,
         "--dicom",
-        help="Of a DICOM series: also write a DICOM segmentation, a structured report and pictures into "
-        "OUTPUT/dicom. They name the patient, as the series does.",
+        help="For a DICOM series: also write a DICOM segmentation, a structured report and images to OUTPUT/dicom. "
+        "They contain the patient's name, as the series does.",
     ),
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
@@ -89,7 +90,7 @@ def explain(
     reading["headers"] = dicom
     ready = loaded.prepare(scan, **reading)
     if dicom:
-        # Before the maps, which may take minutes.
+        # Check before the maps, which may take minutes.
         source_images(ready)
     result = loaded.explain(
         ready,

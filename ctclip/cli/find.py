@@ -12,7 +12,7 @@ from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expecte
 
 def find(
     scan: Path = typer.Argument(..., help="A volume file, a DICOM folder, or an archive of one of these."),
-    text: str = typer.Argument(..., help="What to look for, in your own words."),
+    text: str = typer.Argument(..., help="What to find, in your own words."),
     model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
     output: Path = typer.Option(
         Path("found"), "--output", "-o", help="Folder for the map, the regions' mask, findings.json and page.html."
@@ -22,7 +22,9 @@ def find(
     level: float = typer.Option(
         0.5, min=0.01, max=0.99, help="Fraction of the peak of the map down to which a region extends."
     ),
-    refine: bool = typer.Option(False, "--refine", help="Grow the regions of the mask to edges of HU (watershed)."),
+    refine: bool = typer.Option(
+        False, "--refine", help="Grow the regions of the mask to edges in the image (watershed on HU)."
+    ),
     budget: int = typer.Option(600, min=8, help="Occlusion: maximum number of encodings."),
     shifts: int = SHIFTS,
     hu: Trusted = HU,

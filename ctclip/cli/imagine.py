@@ -1,4 +1,4 @@
-"""`ctclip imagine`: a volume that a text describes, to a model."""
+"""`ctclip imagine`: generate synthetic volumes from texts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ def imagine(
     ),
     method: ImagineMethod = typer.Option(
         None,
-        help="decoder: draw a volume from noise, by what `ctclip adapt --method decode` has trained. dream: change a volume step "
-        "by step until its embedding matches the text. Default: decoder if the model has one, else dream.",
+        help="decoder: generate a volume from noise with the decoder trained by `ctclip adapt --method decode`. dream: "
+        "change a volume step by step until its embedding matches the text. Default: decoder if the model has "
+        "one, else dream.",
     ),
     store: Path = typer.Option(
-        None, help="dream: begin with the mean volume of this store. Default: begin with noise."
+        None, help="dream: start from the mean volume of this store. Default: start from noise."
     ),
     split: str = typer.Option("train", help="The split of --store."),
     number: int = typer.Option(1, "--number", "-n", min=1, max=10_000, help="Number of volumes for each text."),
@@ -38,7 +39,8 @@ def imagine(
         None,
         min=0,
         max=100,
-        help="decoder: how strongly it heeds the text; 1 as it learned, more exaggerates. Default: 2.",
+        help="decoder: strength of the guidance by the text; 1 is the strength in training, higher values exaggerate. "
+        "Default: 2.",
     ),
     decoder: str = typer.Option(None, help="decoder: the name of its head. Default: the first decoder of the model."),
     seed: int = typer.Option(
@@ -50,18 +52,18 @@ def imagine(
     ),
     force: bool = typer.Option(False, "--force", help="Overwrite files that are not synthetic volumes."),
 ) -> None:
-    """Generate synthetic volumes that match a text, to show what a model takes the text to mean.
+    """Generate synthetic volumes that match a text, to show what a model associates with the text.
 
     `ctclip imagine "Moderate effusion on the left." --model runs/demo/train/model --store runs/demo/store --output x.nii.gz`
 
-    The volumes are NIfTI in HU on the grid of the model, and marked as synthetic in name, header and page. A decoder draws
-    what volumes with such a text look like in its training data; a dream shows what raises the score of the model, which need
-    not look like a scan. For research only.
+    The volumes are NIfTI in HU on the grid of the model, and marked as synthetic in name, header and page. A decoder
+    generates volumes like those in its training data with such a text; a dream shows what raises the score of the
+    model, which need not look like a scan. For research only.
     """
     from ctclip import distributed
-    from ctclip.imagining.imagine import Imagining, check_texts, method_of
+    from ctclip.imagining.imagine import Imagining
     from ctclip.imagining.imagine import imagine as imagined
-    from ctclip.imagining.synthetic import check_output, write_volumes
+    from ctclip.imagining.synthetic import check_output, page_file, write_volumes
     from ctclip.inference.model import load
 
     check_output(output, len(texts) * number, force=force)
@@ -70,12 +72,9 @@ def imagine(
     given = Imagining(
         number, seed, steps, store, split, language, None if method is None else method.value, guidance, decoder
     )
-    check_texts(loaded.folder, texts, language)
-    method_of(loaded.folder, given)
     volumes = imagined(loaded.folder, detector, texts, given)
-    paths, page = write_volumes(output, volumes, loaded.spec, force=force)
-    for path, one in zip(paths, volumes, strict=True):
+    for path, one in write_volumes(output, volumes, len(texts) * number, loaded.spec, force=force):
         print(f"synthetic: {path} ({one.text} {one.words})")
-    print(f"page: {page}")
+    print(f"page: {page_file(output)}")
     for caveat in loaded.folder.trained_on.caveats():
         print(f"warning: {caveat}")

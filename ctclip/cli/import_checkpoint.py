@@ -36,7 +36,7 @@ def import_checkpoint(
 
     from ctclip.inference.import_published import import_published
 
-    # That the hub cannot be reached is reported once, at the end.
+    # Report only once, at the end, that the hub cannot be reached.
     logging.set_verbosity_error()
     folder = import_published(file, output, text_encoder, ignore or [], text_config=text_config, spec=spec)
     print(f"model: {folder}")

@@ -65,7 +65,7 @@ def similar(
     minus: list[str] = typer.Option(None, help="Find scans like this one, but without this finding. May be repeated."),
     weight: float = typer.Option(1.0, min=0.0, help="Weight of --plus and --minus relative to the scan."),
     model: str = typer.Option(
-        None, "--model", "-m", help="The model that made the index. Needed only if its folder has moved."
+        None, "--model", "-m", help="The model that the index was built with. Needed only if its folder has moved."
     ),
     index: Path = typer.Option(..., help="The folder written by `ctclip index`."),
     count: int = typer.Option(5, "--count", "-k", min=1, help="Number of scans and of reports to show."),
@@ -99,7 +99,7 @@ def similar(
     if (scan is None) == (text is None):
         raise DataError("give either a scan or --text")
     if scan is None and (plus or minus):
-        raise DataError("--plus and --minus go with a scan")
+        raise DataError("--plus and --minus need a scan")
     model_path = str(index_facts(index).get("path", ""))
     if model is None and not Path(model_path).is_dir():
         raise DataError(

@@ -1,4 +1,4 @@
-"""`ctclip labels`: show label sets, or make one from a table."""
+"""`ctclip labels`: show label sets, or create one from a table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-labels = typer.Typer(help="List label sets, show one, or make one from a table.", no_args_is_help=True)
+labels = typer.Typer(help="List label sets, show one, or create one from a table.", no_args_is_help=True)
 
 
 @labels.command("list")
@@ -37,7 +37,7 @@ def show_set(name: str = typer.Argument(..., help="A YAML file, or the name of o
 
 @labels.command("from-csv")
 def from_csv(
-    table: Path = typer.Argument(..., help="A CSV, TSV or Parquet file whose label columns hold 0, 1 or nothing."),
+    table: Path = typer.Argument(..., help="A CSV, TSV or Parquet file whose label columns hold 0, 1 or empty cells."),
     output: Path = typer.Option(..., "--output", "-o", help="The YAML file to write."),
     name: str = typer.Option(None, help="Name of the label set. Default: the name of the output file."),
     column: list[str] = typer.Option(
@@ -47,7 +47,7 @@ def from_csv(
     ),
     body_part: str = typer.Option("any", help="The body part that the scans show: chest, abdomen, head or any."),
 ) -> None:
-    """Make a label set from the binary columns of a table. Edit the YAML file to add aliases and prompts.
+    """Create a label set from the binary columns of a table. Edit the YAML file to add aliases and prompts.
 
     `ctclip labels from-csv abdomen.csv --output abdomen.yaml --body-part abdomen`
     """
@@ -59,10 +59,10 @@ def from_csv(
     chosen = binary_columns(table, column or None)
     columns = chosen.labels
     label_set = labels_of_columns(name or output.stem, columns, body_part)  # type: ignore[arg-type]
-    # Any other file may have been edited since.
+    # A different file may have been edited since.
     check_file(output, lambda path: path.read_bytes() == label_set.text().encode())
     label_set.save(output)
     if not column and chosen.metadata:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in chosen.metadata.items())
-        print(f"note: not taken as labels: {reasons}; name a label column with --column")
+        print(f"note: not used as labels: {reasons}; name a label column with --column")
     print(f"label set: {output} ({len(columns)} labels: {', '.join(columns[:5])}{' ...' if len(columns) > 5 else ''})")

@@ -12,7 +12,7 @@ def models(
         None, help="Names of sizes in configs/models, or YAML files. Default: all of configs/models."
     ),
     spec: str = typer.Option("ct_224", help="Preprocessing spec that gives the size of the volumes."),
-    model: Path = typer.Option(None, "--model", "-m", help="Describe this model folder and its heads instead."),
+    model: Path = typer.Option(None, "--model", "-m", help="Instead, describe this model folder and its heads."),
 ) -> None:
     """Show the parameters and operations of each model size, or describe one model folder.
 
@@ -32,7 +32,7 @@ def models(
 
     sizes = names or ["tiny", "small", "base", "large", "ct_clip"]
     table = Table(title=f"models of {configs_folder() / 'models'}" if not names else None)
-    for head in ("model", "encoder", "voxels", "tokens", "volume side", "text side", "GFLOP a volume"):
+    for head in ("model", "encoder", "voxels", "tokens", "volume side", "text side", "GFLOP per volume"):
         table.add_column(head, justify="left" if head in ("model", "encoder") else "right", no_wrap=True)
     for name in sizes:
         size = measure(load_size(name), PreprocessingSpec.load("ct_clip" if name == "ct_clip" else spec))

@@ -41,8 +41,7 @@ def preprocess(
     workers: int = typer.Option(None, help="Number of worker processes. Default: one per core."),
     layout: str = typer.Option(
         "auto",
-        help="Layout of the cohort on disk: auto, ct-rate, rad-chestct, folder, or a reader of your own as "
-        "module:function.",
+        help="Layout of the cohort on disk: auto, ct-rate, rad-chestct, folder, or your own reader as module:function.",
     ),
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
@@ -52,8 +51,8 @@ def preprocess(
     linkage: Path = LINKAGE,
     label_set: str = typer.Option(
         None,
-        help="A label set: a YAML file, or the name of one in configs/labels. Default: made from the label columns of "
-        "the cohort.",
+        help="A label set: a YAML file, or the name of one in configs/labels. Default: created from the label columns "
+        "of the cohort.",
     ),
     shard: str = typer.Option("1/1", help="i/n: process every n-th volume, starting with the i-th. For job arrays."),
     merge: bool = typer.Option(False, "--merge", help="Join the outcome tables of all shards. No volume is read."),
@@ -90,7 +89,7 @@ def preprocess(
     from ctclip.preprocessing.spec import PreprocessingSpec
     from ctclip.preprocessing.store import VolumeStore
 
-    # A bad label set is refused before hours of work.
+    # Refuse a bad label set before hours of work.
     labels = load_labels(label_set) if label_set is not None else None
     columns = label_columns_of(cohort, labels) if labels is not None else None
     reading = reading_of(hu, geometry, expect, series, largest_gb)
@@ -142,7 +141,7 @@ def _tell(report: Report, table: Path) -> None:
 
 
 def _warned(outcomes: list[Outcome]) -> dict[str, list[str]]:
-    """Warnings by volume; that values are in HU already, as CT-RATE's second release is, is none."""
+    """Warnings by volume. Values that are already in HU, as in CT-RATE's second release, cause no warning."""
     from ctclip.preprocessing.hounsfield import ALREADY_HU
 
     warnings = {o.volume: [warning for warning in o.warnings if warning != ALREADY_HU] for o in outcomes}
@@ -150,7 +149,7 @@ def _warned(outcomes: list[Outcome]) -> dict[str, list[str]]:
 
 
 def _summary(outcomes: list[Outcome], unused: dict[str, int], table: Path) -> str:
-    """The last line: how many volumes became what, and how many files were not used."""
+    """The last line: counts of volumes by outcome, and of unused files."""
     counts = {word: sum(outcome.word == word for outcome in outcomes) for word in ("done", "refused", "left out")}
     words = [f"{counts['done']} done", f"{counts['refused']} refused"]
     if counts["left out"]:

@@ -40,7 +40,7 @@ def lint(
         0.95, help="Warn if the positive and negative prompts of a finding have a cosine similarity above this."
     ),
 ) -> None:
-    """Warn of prompts that a model cannot tell apart. Exit code 3: there are warnings.
+    """Warn of prompts that a model cannot distinguish. Exit code 3: there are warnings.
 
     `ctclip prompts lint report_style --model runs/demo/train/model`
     """
@@ -86,12 +86,13 @@ def mine(
         None,
         "--model",
         "-m",
-        help="Keep the phrasings of --others for each label whose mined ones do not tell the reports of --judge apart better, in the eyes of this model.",
+        help="Keep the phrasings of --others for each label whose mined phrasings do not separate the reports of "
+        "--judge better with this model.",
     ),
-    judge: str = typer.Option("calibration", help="The split whose reports --model judges by."),
+    judge: str = typer.Option("calibration", help="The split whose reports are used with --model."),
     force: bool = typer.Option(False, "--force", help="Overwrite an existing prompt set."),
 ) -> None:
-    """Make prompts from training reports: the sentences that state each label, and those that deny it.
+    """Mine prompts from training reports: sentences that state each label, and sentences that deny it.
 
     `ctclip prompts mine --store store --output mined.yaml`
 
@@ -114,7 +115,7 @@ def mine(
     opened = VolumeStore(store)
     labels = load_labels(label_set) if label_set is not None else store_labels(opened)
     if labels is None:
-        raise DataError(f"{store}: keeps no label set; name one with --label-set")
+        raise DataError(f"{store}: has no label set; name one with --label-set")
     options = Options(terms=terms, language=language, model=reader_model)
     built, written = build_reader(reader, labels, options), load_prompts(others or labels.prompts or "generic")
     if model is not None and judge == split:

@@ -18,7 +18,7 @@ def publish(
         "other.",
     ),
     evaluation: Path = typer.Option(
-        None, help="A folder of `ctclip evaluate` for this model; its results go on the card."
+        None, help="A folder of `ctclip evaluate` for this model; its results are added to the card."
     ),
     repository: str = typer.Option(
         None, help="Repository on the Hugging Face Hub, owner/name. Default: nothing is uploaded."

@@ -1,4 +1,5 @@
-"""Options that several commands share: how scan files are read, where labels come from, and at which precision volumes are encoded."""
+"""Options that several commands share: how scan files are read, the source of labels, and the precision at which
+volumes are encoded."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ PRECISION = typer.Option(
 )
 HU = typer.Option(
     Trusted.auto,
-    help="Where Hounsfield units come from if the file and the metadata table disagree; auto decides from the voxel values.",
+    help="Source of the conversion to Hounsfield units if the file and the metadata table disagree; auto decides from "
+    "the voxel values.",
 )
 GEOMETRY = typer.Option(
     Geometry.auto,
@@ -58,7 +60,7 @@ EXPECT = typer.Option(
 )
 SERIES = typer.Option(
     None,
-    help="SeriesInstanceUID of the series to read from a DICOM folder that holds several. Default: the original axial series "
+    help="SeriesInstanceUID of the series to read, if a DICOM folder holds several. Default: the original axial series "
     "with the most slices.",
 )
 LINKAGE = typer.Option(
@@ -72,12 +74,12 @@ LABEL_TABLE = typer.Option(
     help="Your own labels: a CSV with a column 'volume' and columns of 0 and 1. Default: the labels in the store.",
 )
 LARGEST_GB = typer.Option(
-    4.0, min=0.001, help="Refuse scans whose voxels take more than this many GB, and archives whose contents do."
+    4.0, min=0.001, help="Refuse scans and archives that need more than this many GB when decompressed."
 )
 
 
 def reading_of(hu: Trusted, geometry: Geometry, expect: Expected, series: str | None, largest_gb: float) -> Reading:
-    """The options as ``ctclip.preprocessing.prepare`` takes them."""
+    """The options as arguments of ``ctclip.preprocessing.prepare``."""
     return {
         "hu": hu.value, "geometry": geometry.value, "expect": expect.value, "series": series, "largest_gb": largest_gb,
     }  # fmt: skip

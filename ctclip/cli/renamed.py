@@ -1,4 +1,4 @@
-"""Option names of earlier versions, which commands still accept but no longer list in their help."""
+"""Earlier option names, which commands still accept but do not list in their help."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typer.core import TyperCommand
 
 
 class Renamed(TyperCommand):
-    """A command some of whose options had other names; see ``renamed``."""
+    """A command with renamed options; see ``renamed``."""
 
     earlier: ClassVar[dict[str, str]] = {}
 
@@ -21,5 +21,5 @@ class Renamed(TyperCommand):
 
 
 def renamed(earlier: dict[str, str]) -> type[Renamed]:
-    """The class of a command that takes the options of ``earlier`` (earlier name: present name) under both names."""
+    """A command class that accepts the options of ``earlier`` (earlier name: current name) under both names."""
     return type("Renamed", (Renamed,), {"earlier": earlier})

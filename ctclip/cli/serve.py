@@ -1,4 +1,4 @@
-"""`ctclip serve`: a page for looking at scans, and an HTTP interface."""
+"""`ctclip serve`: a web page for viewing scans, and an HTTP interface."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def serve(
     series: str = SERIES,
     largest_gb: float = LARGEST_GB,
 ) -> None:
-    """Look at scans in a browser, or send them over HTTP.
+    """View scans in a browser, or send them over HTTP.
 
     `ctclip serve --model runs/demo/train/model --store runs/demo/store`, then open <http://127.0.0.1:8000>
 

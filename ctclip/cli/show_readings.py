@@ -15,7 +15,7 @@ EXAMPLES = 5
 
 
 def show_counts(result: Readings) -> None:
-    """How many reports say what of each label."""
+    """Print the number of reports with each status, by label."""
     width = max(map(len, result.labels.names))
     print(f"{'':{width}}" + "".join(f"{status.value:>15}" for status in Status))
     for name, counts in result.counts().items():
@@ -23,7 +23,8 @@ def show_counts(result: Readings) -> None:
 
 
 def show_agreement(agreements: list[Agreement], disagreements: list[Disagreement], output: Path) -> None:
-    """Agreement by label, some sentences that are read differently; all of them go to a JSON file beside ``output``."""
+    """Print the agreement by label and some sentences that are read differently; write all of these to a JSON file
+    beside ``output``."""
     width = max(len(agreement.label) for agreement in agreements)
     print(f"\n{'compared':{width}}   reports  agreement    kappa       F1     ours   theirs")
     for a in agreements:

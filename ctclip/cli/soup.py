@@ -9,8 +9,8 @@ import typer
 
 def soup(
     runs: list[Path] = typer.Argument(..., help="Run folders of one recipe, or their model folders."),
-    store: Path = typer.Option(..., help="The store that holds the patients to choose by."),
-    split: str = typer.Option("calibration", help="Split to choose by. Never use the split that you test on."),
+    store: Path = typer.Option(..., help="The store with the patients used for selection."),
+    split: str = typer.Option("calibration", help="Split used for selection. Never use the split that you test on."),
     output: Path = typer.Option(..., "--output", "-o", help="The model folder to write, if the mean is better."),
     batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
 ) -> None:

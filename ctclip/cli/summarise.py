@@ -13,7 +13,7 @@ def summarise(
     split: str = typer.Option("train", help="The split that the model was trained on."),
     held_out: str = typer.Option(
         None,
-        help="A split of patients that the model has not seen; the limit is taken from it. Default: calibration, if the "
+        help="A split of patients that the model has not seen, which sets the limit. Default: calibration, if the "
         "store has it; else folds of the training patients.",
     ),
     rate: float = typer.Option(
@@ -47,7 +47,7 @@ def summarise(
     )
     if summary is None:
         raise DataError(
-            f"{store}: fewer than {FEWEST} patients of a split can be read, which is too few to describe the training scans"
+            f"{store}: fewer than {FEWEST} patients of a split can be read, too few to describe the training scans"
         )
     held = f", limit from {summary.held_out} held-out patients" if summary.held_out else ", limit by cross-validation"
     print(f"summary of {summary.patients} patients{held}; {summary.rate:.1%} of such scans exceed it")

@@ -70,7 +70,8 @@ def print_report_scores(result: dict[str, Any]) -> None:
     print(f"macro F1 {number(ours['macro_f1']['value'])} ({number(low)} to {number(high)})")
     sides = result["results"]["drafts"]["sides"]
     print(
-        f"sides: {sides['named']} sentences name one, {sides['compared']} of them can be compared, {sides['wrong']} name the "
+        f"sides: {sides['named']} sentences name a side, {sides['compared']} of them can be compared, {sides['wrong']} "
+        f"name the "
         "wrong side"
     )
     if result["without_report"]:
@@ -82,4 +83,4 @@ def print_report_scores(result: dict[str, Any]) -> None:
     elif ours["meteor"]["value"] is None:
         print("note: METEOR is not computed: it needs NLTK's WordNet (`python -m nltk.downloader wordnet`)")
     if not result["trusted"]:
-        print("note: there are too few patients for intervals to be trusted")
+        print("note: there are too few patients for reliable intervals")

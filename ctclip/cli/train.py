@@ -53,7 +53,7 @@ def train(
     from ctclip.config_files import load_config
     from ctclip.errors import ConfigError
 
-    # A path is a path, whatever YAML would make of it.
+    # Quote the path, because YAML might parse it as another type.
     given = {"data.store": str(store)} if store is not None else {}
     if plan:
         from ctclip.training.plan import CARDS, describe, make_plan

@@ -54,7 +54,8 @@ def zero_shot(
     ),
     head: str = typer.Option(
         None,
-        help="The head of the model that gives the scores; `ctclip models --model MODEL` lists them. Default: prompts.",
+        help="The head of the model that computes the scores; `ctclip models --model MODEL` lists them. Default: "
+        "prompts.",
     ),
     embed_reports: bool = typer.Option(
         False, "--embed-reports", help="With --store: also embed the reports, for retrieval."
@@ -92,9 +93,9 @@ def zero_shot(
     if bool(scans) == (store is not None):
         raise DataError("give either scans or --store")
     if store is not None and linkage is not None:
-        raise DataError("--linkage goes with scans; for a store, `ctclip preprocess --linkage` writes it")
+        raise DataError("--linkage needs scans; for a store, `ctclip preprocess --linkage` writes it")
     if store is None and (split is not None or embed_reports):
-        raise DataError(f"{'--split' if split is not None else '--embed-reports'} goes with --store")
+        raise DataError(f"{'--split' if split is not None else '--embed-reports'} needs --store")
     if head is not None and (prompts or abnormality):
         raise DataError("--head scores its own findings: leave out --prompts and --abnormality")
     check_output(output)

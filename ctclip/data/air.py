@@ -1,4 +1,4 @@
-"""Tokens that hold only air outside the body, which an encoder may leave out.
+"""Find tokens that contain only air outside the body, which an encoder may leave out.
 
 They are found on the CPU, in the reading processes, so that nothing waits for the GPU.
 """
@@ -16,9 +16,10 @@ from torch import Tensor
 from ctclip.data.augment import Change, augment, rotate
 from ctclip.preprocessing.spec import PreprocessingSpec
 
-# Lung is emphysema below -950 HU (Gevenois et al. 1995); the air around a patient is -1000 with some noise.
+# Lung below -950 HU is emphysema (Gevenois et al. 1995); the air around a patient is at -1000 HU with some noise.
 AIR_HU = -950.0
-# Where a volume is turned, cells are interpolated instead of its voxels, which thins out an edge: nearer to air.
+# If a volume is rotated, cells are interpolated instead of voxels, which blurs edges; the limit is therefore closer to
+# air.
 AIR_TURNED_HU = -980.0
 
 
@@ -31,11 +32,11 @@ class BodyTokens:
     spec: PreprocessingSpec
 
     def of_hu(self, hu: np.ndarray, change: Change | None = None) -> np.ndarray:
-        """HU (D, H, W) int16 as stored -> (N,) bool, the volume changed by ``change`` as training will change it."""
+        """HU (D, H, W) int16 as stored -> (N,) bool, after the same ``change`` as in training."""
         low, high, middle, gain = self.spec.window
         volume = torch.from_numpy(hu).float().clamp_(low, high).sub_(middle).mul_(gain)
         if change is not None and not change.turns:
-            # Noise and contrast do not change air, and would have to be drawn as on the device.
+            # Noise and contrast do not turn tissue into air, and would have to be drawn as on the device.
             augment(volume, change._replace(contrast=1.0, noise_hu=0.0, window_hu=(0.0, 0.0)), self.spec)
         cells = F.avg_pool3d(volume[None, None], self._half)[0, 0]
         if change is not None and change.turns:
@@ -54,8 +55,8 @@ class BodyTokens:
     def _body(self, cells: Tensor, air_hu: float = AIR_HU) -> np.ndarray:
         """Mean of each eighth of a token (B, 1, ...) -> (B, N) bool.
 
-        A token is air if each of its eighths is below ``air_hu``, and outside if such tokens connect it to the edge of
-        its axial slab: lungs, even emphysematous ones, lie within the body wall and are not reached.
+        A token is air if each of its eighths is below ``air_hu``, and it is outside if such tokens connect it to the
+        edge of its axial slab. Lungs, even emphysematous ones, lie within the body wall and are not connected.
         """
         _, _, middle, gain = self.spec.window
         eighths = tuple(extent // half for extent, half in zip(self.size, self._half, strict=True))
@@ -67,7 +68,7 @@ class BodyTokens:
         return ~outside.reshape(len(outside), -1)
 
     def _moved(self, cells: Tensor, change: Change) -> Tensor:
-        """Cells turned, moved and cut as ``ctclip.data.augment`` does it to the voxels: a hundredth of the work."""
+        """Rotate, shift and crop cells as ``ctclip.data.augment`` does with voxels, at a hundredth of the cost."""
         spacing = [mm * half for mm, half in zip(self.spec.spacing, self._half, strict=True)]
         cells = rotate(cells, change.angles, change.zoom, spacing)
         if any(change.offset):

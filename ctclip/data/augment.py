@@ -18,8 +18,8 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 
 
 class Change(NamedTuple):
-    """The change of one volume: rotation about the slice, row and column axis (rad), size, shift (voxels), contrast,
-    noise (HU), shift of the window's ends (HU), and the fraction of each axis cut off at both ends."""
+    """The change of one volume: rotation about the slice, row and column axes (rad), scale, shift (voxels), contrast,
+    noise (HU), shift of the limits of the HU window, and the fraction of each axis cut off at both ends."""
 
     angles: tuple[float, ...]
     zoom: float
@@ -37,7 +37,7 @@ class Change(NamedTuple):
 
 
 def draw_change(config: AugmentConfig, random: np.random.Generator) -> Change:
-    """A change within the amplitudes of ``config``; one of amplitude 0 draws nothing."""
+    """Draw a change within the amplitudes of ``config``; components with amplitude 0 draw no random numbers."""
     angles, zoom, offset, contrast, noise, seed = [0.0] * 3, 1.0, [0] * 3, 1.0, 0.0, 0
     window: tuple[float, ...] = (0.0, 0.0)
     crop: tuple[tuple[float, float], ...] = ()
@@ -67,11 +67,11 @@ def augment(volume: Tensor, change: Change, spec: PreprocessingSpec) -> None:
         volume.copy_(shift(volume, change.offset))
     low, high = spec.hu_window
     if any(change.window_hu):
-        # The moved ends in the units of the volume become its -1 and 1.
+        # Map the shifted window limits, in the units of the volume, to -1 and 1.
         bottom, top = (end + 2 * moved / (high - low) for end, moved in zip((-1, 1), change.window_hu, strict=True))
         volume.sub_(bottom).mul_(2 / (top - bottom)).sub_(1)
     if change.contrast != 1:
-        # Contrast changes about air, whose value is the one thing every scanner agrees on.
+        # Contrast is scaled about air, whose value is the same on every scanner.
         volume.add_(1).mul_(change.contrast).sub_(1)
     if change.noise_hu:
         random = torch.Generator(volume.device).manual_seed(change.seed)
@@ -80,7 +80,7 @@ def augment(volume: Tensor, change: Change, spec: PreprocessingSpec) -> None:
     if any(change.window_hu) or change.contrast != 1 or change.noise_hu:
         volume.clamp_(-1, 1)
     for axis, ends in enumerate(change.crop):
-        # As outside a scanner's field of view: no noise either.
+        # Filled with air without noise, like outside a scanner's field of view.
         length = volume.shape[axis]
         first, last = (int(share * length) for share in ends)
         volume.narrow(axis, 0, first).fill_(-1)
@@ -88,7 +88,8 @@ def augment(volume: Tensor, change: Change, spec: PreprocessingSpec) -> None:
 
 
 def augment_map(labels: Tensor, change: Change, spec: PreprocessingSpec) -> Tensor:
-    """A label map (D, H, W) of any dtype moved as ``augment`` moves its volume: nearest voxel, 0 from outside."""
+    """Apply the geometric part of ``change`` to a label map (D, H, W) of any dtype, with nearest-neighbour
+    interpolation and 0 outside."""
     moved = labels
     if change.turns:
         moved = rotate(labels.float(), change.angles, change.zoom, spec.spacing, fill=0.0, mode="nearest").to(
@@ -105,13 +106,13 @@ def rotate(
     fill: float = -1.0,
     mode: str = "bilinear",
 ) -> Tensor:
-    """``volume`` (D, H, W) turned about its centre by ``angles`` (rad, about the slice, row and column axis) in the
-    patient's millimetres and magnified by ``zoom``: MONAI's Affine, trilinear unless ``mode`` is nearest."""
+    """``volume`` (D, H, W) rotated in mm about its centre by ``angles`` (rad, about the slice, row and column axes) and
+    magnified by ``zoom``, with MONAI's Affine; trilinear unless ``mode`` is nearest."""
     from monai.transforms import Affine
     from monai.transforms.utils import create_rotate
 
     millimetres = np.diag([*spacing, 1.0])
-    # Where each voxel of the result comes from, in voxels from the centre.
+    # The source position of each voxel of the result, in voxels from the centre.
     matrix = np.linalg.inv(millimetres) @ create_rotate(3, list(angles)) @ millimetres / zoom
     matrix[3, 3] = 1.0
     turn = Affine(

@@ -1,4 +1,4 @@
-"""A batch of volumes and texts, as it is read and as a training step receives it."""
+"""A batch of volumes and texts, as read from the store and as used in a training step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ Tokens = dict[str, Tensor]
 class Batch:
     """What a training step receives.
 
-    volumes (B, 1, D, H, W) float32 in [-1, 1]; tokens: for each micro-batch the ids of its texts, views of a volume
-    beside each other (``TextEncoder.tokenise``), on the host; words: likewise ids and mask of whole reports, or None;
-    scans (B,) and text_identities (B * views,): equal numbers are the same scan, the same wording; body (B, N) bool, on
-    the host: which tokens hold anything of the body, or None; columns: what objectives asked for, by name, a row a volume.
+    volumes (B, 1, D, H, W) float32 in [-1, 1]; tokens: for each micro-batch the ids of its texts, with the views of a
+    volume adjacent (``TextEncoder.tokenise``), on the host; words: likewise ids and mask of whole reports, or None;
+    scans (B,) and text_identities (B * views,): equal numbers mean the same scan or the same wording; body (B, N) bool,
+    on the host: which tokens contain part of the body, or None; columns: the columns that objectives requested, by
+    name, one row per volume.
     """
 
     volumes: Tensor
@@ -34,13 +35,14 @@ class Batch:
 
     @property
     def views(self) -> int:
-        """Texts of each volume."""
+        """Number of texts per volume."""
         return len(self.text_identities) // len(self.volumes)
 
 
 @dataclass
 class StoredBatch:
-    """A batch as stored: hu (B, 1, D, H, W) int16, and the change of each volume; the rest as in Batch."""
+    """A batch as stored: ``hu`` (B, 1, D, H, W) int16, and the change of each volume; the other fields are those of
+    Batch."""
 
     hu: Tensor
     changes: list[Change]
@@ -74,7 +76,7 @@ class StoredBatch:
         )
 
     def _moved(self, column: Tensor, spec: PreprocessingSpec) -> Tensor:
-        """A column of label maps (B, D, H, W) moves with its volumes; others are left alone."""
+        """Apply the changes of the volumes to a column of label maps (B, D, H, W); return other columns unchanged."""
         if column.shape[1:] != self.hu.shape[2:]:
             return column
         return torch.stack([augment_map(one, change, spec) for one, change in zip(column, self.changes, strict=True)])

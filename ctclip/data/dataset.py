@@ -1,8 +1,8 @@
-"""Volumes of a store with their reports, read into batches.
+"""Read volumes of a store with their reports into batches.
 
-Each voxel is written once: the store decompresses int16 HU into the batch, and the training device does the rest
-(``normalise.py``, ``augment.py``). Labels and other columns are read only if requested: a run that trains on reports
-alone never reads them.
+Each voxel is written once: the store decompresses int16 HU directly into the batch, and the training device normalises
+and augments it (``normalise.py``, ``augment.py``). Labels and other columns are read only if requested; a run that
+trains on reports alone never reads them.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from ctclip.preprocessing.store import VolumeStore
 
 @dataclass(frozen=True)
 class Tokenisers:
-    """How texts become ids in the reading processes: ``texts`` for the text encoder, ``words`` (whole reports) for
-    objectives on words, None where there are none; ``parts``: number of micro-batches per batch."""
+    """Tokenisers for the reading processes: ``texts`` for the text encoder, ``words`` (whole reports) for objectives on
+    words, or None; ``parts``: number of micro-batches per batch."""
 
     texts: Callable[[Sequence[str]], Tokens]
     words: Callable[[Sequence[str]], Tokens] | None = None
@@ -57,8 +57,8 @@ class StoredVolumes(Dataset):
         columns: Iterable[str] = (),
         labels: LabelSet | None = None,
     ) -> None:
-        """``columns``: inputs of objectives besides volumes and texts; of these ``labels`` are the columns of the
-        label set, any other one is a column of the store (``VolumeStore.read_column``)."""
+        """``columns``: inputs of objectives besides volumes and texts; ``labels`` stands for the columns of the label
+        set, any other name is a column of the store (``VolumeStore.read_column``)."""
         if config.store is None:
             raise DataError("data.store is not set: name the folder that `ctclip preprocess` wrote")
         self.store = VolumeStore(Path(config.store))
@@ -77,7 +77,7 @@ class StoredVolumes(Dataset):
         self.labels = label_array(self.table, labels) if labels is not None else None
         self.columns = tuple(columns)
         if "labels" in self.columns and self.labels is None:
-            raise DataError(f"{self.store.path}: an objective asks for labels, but no label set is named")
+            raise DataError(f"{self.store.path}: an objective needs labels, but no label set is named")
         self.tokenisers: Tokenisers | None = None
         self.body: BodyTokens | None = None
 
@@ -114,7 +114,7 @@ class StoredVolumes(Dataset):
             columns={name: self._column(name, rows) for name in self.columns},
         )
 
-    # DataLoader asks for a whole batch by this name.
+    # DataLoader calls this method for a whole batch.
     __getitems__ = batch
 
     def _tokens(self, texts: list[str]) -> list[Tokens]:
@@ -153,7 +153,7 @@ def as_read(batch: Any) -> StoredBatch:
 
 
 def _memory(shape: tuple[int, ...]) -> Tensor:
-    """int16, not yet written; in a worker, shared with the process that will train on it."""
+    """Uninitialised int16 memory; in a worker, it is shared with the training process."""
     if torch.utils.data.get_worker_info() is None:
         return torch.empty(shape, dtype=torch.int16)
     storage = torch.UntypedStorage._new_shared(2 * math.prod(shape))
@@ -161,7 +161,7 @@ def _memory(shape: tuple[int, ...]) -> Tensor:
 
 
 def stored_volumes(store: VolumeStore, split: str | None) -> pd.DataFrame:
-    """The part of the cohort table that is stored, of one split (or of all), in a fixed order."""
+    """The rows of the cohort table whose volumes are stored, of one split or of all, in a fixed order."""
     table = store.cohort
     stored = table[table["volume"].isin(set(store.volumes))]
     if split is not None:
@@ -173,7 +173,7 @@ def stored_volumes(store: VolumeStore, split: str | None) -> pd.DataFrame:
 
 
 def with_report(table: pd.DataFrame, sections: Sequence[str], where: str) -> pd.DataFrame:
-    """The volumes with any text in ``sections``; the others cannot be used for training."""
+    """The rows with a text in any of ``sections``; other volumes cannot be used for training."""
     written = np.array([bool(report.text()) for report in reports_of(table, sections)])
     if not written.any():
         raise DataError(f"{where} has no volume with a report; preprocess the cohort together with its reports table")
@@ -194,8 +194,8 @@ def with_own_labels(table: pd.DataFrame, labels: pd.DataFrame, training: bool) -
 
 
 def some_scans(table: pd.DataFrame, volumes: int, seed: int) -> pd.DataFrame:
-    """``volumes`` volumes of randomly drawn scans, with complete scans as far as possible. A smaller draw is part of a
-    larger one."""
+    """``volumes`` volumes of randomly drawn scans, with complete scans as far as possible. A smaller draw is a subset
+    of a larger one."""
     scans = pd.factorize(table["scan"])[0]
     place = np.random.default_rng([seed, 11]).permutation(scans.max() + 1)[scans]
     chosen = np.argsort(place, kind="stable")[:volumes]
@@ -215,7 +215,7 @@ def label_array(table: pd.DataFrame, labels: LabelSet) -> np.ndarray:
 
 
 def united(table: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
-    """(volumes,) 1 where any of ``columns`` is 1, 0 where all are 0, else NaN."""
+    """The union of label columns (volumes,): 1 where any of ``columns`` is 1, 0 where all are 0, else NaN."""
     values = table[list(columns)].to_numpy(dtype="float64", na_value=np.nan)
     present = (values == 1).any(axis=1)
     return np.where(present, 1.0, np.where(np.isnan(values).any(axis=1), np.nan, 0.0))

@@ -16,8 +16,8 @@ ID_COLUMNS = ("volume", "VolumeName", "scan", "file", "path", "NoteAcc_DEID")
 
 
 def read_label_table(path: Path, store: VolumeStore, known: Sequence[str] = ()) -> pd.DataFrame:
-    """A user's table of labels, indexed by volume: a column of volume names (``ID_COLUMNS``) and columns of 0, 1 and
-    nothing. ``known``: label names of the model, whose columns must be labels.
+    """Read a user's label table, indexed by volume: a column of volume names (``ID_COLUMNS``) and columns of 0, 1 and
+    empty cells. ``known``: label names of the model, whose columns must be valid labels.
 
     Raises PreprocessingError for a cell with any other value, and DataError if no volume is in the store.
     """
@@ -41,15 +41,15 @@ def read_label_table(path: Path, store: VolumeStore, known: Sequence[str] = ()) 
     if len(here) < len(whole):
         print(f"note: {path}: {len(whole) - len(here)} of {len(whole)} volumes are not in {store.path}: left out")
     for name in chosen:
-        # Before indexing by volume, so that the error names the line of the file.
+        # Check before indexing by volume, so that the error names the line of the file.
         zeros_and_ones(table[name], f"{path}: column {name!r}")
     labels = {name: zeros_and_ones(whole[name], f"{path}: {name!r}").astype("Float64") for name in chosen}
     return pd.DataFrame(labels, index=whole.index).astype(float)
 
 
 def _label_columns(path: Path, table: pd.DataFrame, known: Sequence[str]) -> list[str]:
-    """Columns that hold 0, 1 and nothing, and those that are meant to: of the model's names, or mostly of 0 and 1. What else
-    these hold is then refused."""
+    """Columns of 0, 1 and empty cells, and columns that are meant as labels (with a name of the model, or mostly 0 and
+    1), whose other values are then refused."""
     columns = label_columns(table)
     names = {name.casefold() for name in known}
     described = ("empty", "describes the patient or the scan")

@@ -1,4 +1,4 @@
-"""Scores of pairs of volume and report, kept in a store by `ctclip filter-pairs` and read when training."""
+"""Scores of pairs of volume and report, saved in a store by `ctclip filter-pairs` and read in training."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def read_pair_scores(store: VolumeStore) -> pd.DataFrame:
 
 
 def good_pairs(table: pd.DataFrame, store: VolumeStore, least: float | None, best_share: float | None) -> pd.DataFrame:
-    """The volumes whose pair scores at least ``least``, and is among the ``best_share`` of the pairs that were scored with
-    it; all where both are None. Raises DataError if a volume has no score, or none is left."""
+    """The volumes whose pair has a score of at least ``least`` and belongs to the best fraction ``best_share`` of the
+    pairs scored with it; all volumes if both are None. Raises DataError if a volume has no score, or none is left."""
     if least is None and best_share is None:
         return table
     scores = read_pair_scores(store).set_index("volume").reindex(table["volume"])

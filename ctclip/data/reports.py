@@ -1,4 +1,4 @@
-"""Reports: their sections as one text, and the views of them that training steps draw."""
+"""Reports: their sections as one text, and random views of them for training."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ NO_REPORT = "No report."
 
 @dataclass(frozen=True)
 class Report:
-    """The sections of a report that describe the volume, by name and in order; an absent one is the empty string."""
+    """The sections of a report that describe the volume, by name and in order; a missing section is the empty
+    string."""
 
     sections: Mapping[str, str]
 
     def text(self) -> str:
-        """All sections as one text, which is embedded in training, validation and retrieval."""
+        """All sections as one text, as embedded in training, validation and retrieval."""
         return " ".join(text.strip() for text in self.sections.values() if text.strip())
 
 
 def reports_of(table: pd.DataFrame, sections: Sequence[str]) -> list[Report]:
-    """The report of each row of a cohort table; a section that the table does not have is absent."""
+    """The report of each row of a cohort table; a section without a column is missing."""
     columns = {name: table[name].fillna("").astype(str) for name in sections if name in table.columns}
     return [Report(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)] if columns else [
         Report({}) for _ in range(len(table))
@@ -37,14 +38,15 @@ class ReportViews:
     """Draws views of reports by their weights."""
 
     def __init__(self, weights: Mapping[str, float], language: Language, shuffle: bool = False) -> None:
-        """``weights``: of ``report``, ``sentence``, ``sentences``, ``positive``, or of a section by its name."""
+        """``weights``: weight of each view: ``report``, ``sentence``, ``sentences``, ``positive``, or the name of a
+        section."""
         self.shuffle, self.language = shuffle, language
         self.names = [name for name, weight in weights.items() if weight > 0]
         values = np.array([weights[name] for name in self.names], dtype=float)
         self.probabilities = values / values.sum()
 
     def draw(self, report: Report, random: np.random.Generator) -> str:
-        """One view; where it would be empty (an absent section, say) the whole report stands in for it."""
+        """Draw one view; if it would be empty (such as a missing section), the whole report is used."""
         name = self.names[random.choice(len(self.names), p=self.probabilities)]
         chosen = self._view(name, report, random)
         if not chosen:

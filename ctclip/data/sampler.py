@@ -11,7 +11,8 @@ from ctclip.errors import DataError
 
 
 def rarity_weights(labels: np.ndarray, scans: np.ndarray, power: float) -> np.ndarray:
-    """How often to draw each scan: (volumes, L) labels of 0, 1, NaN; scans (volumes,) numbers -> (scans,), mean 1.
+    """The relative sampling rate of each scan: labels (volumes, L) of 0, 1, NaN; scans (volumes,) indices -> (scans,),
+    with mean 1.
 
     The weight of a scan is that of its rarest abnormality, prevalence ** -power; without any abnormality, that of the
     most common one.
@@ -26,10 +27,10 @@ def rarity_weights(labels: np.ndarray, scans: np.ndarray, power: float) -> np.nd
 class ScanSampler(Sampler[list[tuple[int, int]]]):
     """This rank's share of every global batch: deterministic, resumable, and aware of scans.
 
-    An epoch shows each scan once, by one of its reconstructions drawn anew each epoch, so that no batch holds two
+    An epoch shows each scan once, with one of its reconstructions, drawn again each epoch, so that no batch holds two
     reconstructions of a scan. Batches depend on (seed, step) and not on the number of ranks: rank r takes rows r *
     share to (r + 1) * share of the global batch. ``start`` resumes at a step. With ``weights`` (one per scan) every
-    batch is drawn by them, and an epoch is merely a number of steps.
+    batch is drawn with these weights, and an epoch is only a number of steps.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Space in /dev/shm for the batches that reader processes hand over; containers often limit it.
+"""Check the space in /dev/shm for the batches of reader processes, which containers often limit.
 
 Docker's default is 64 MB. A batch that does not fit kills a worker with a bus error, at the first step or hours later.
 The available space is therefore compared with what readers will need before they start.
@@ -10,12 +10,12 @@ import os
 import tempfile
 from pathlib import Path
 
-# torch's DataLoader asks each worker for this many batches ahead.
+# torch's DataLoader prefetches this many batches per worker.
 PREFETCH = 2
 
 
 def shared_memory_room(folder: Path = Path("/dev/shm")) -> int:
-    """Bytes that can be written to shared memory; 0 where it is absent or read-only."""
+    """Bytes that can be written to shared memory; 0 if it is missing or read-only."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             status = os.statvfs(folder)

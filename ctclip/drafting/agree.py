@@ -1,6 +1,6 @@
-"""Make a decoder's text agree with what it was told to write.
+"""Make a decoder's text agree with its prompt.
 
-A small decoder does not follow all of its instructions. Sentences with other claims are left out; findings that no sentence
+A small decoder does not follow its prompt exactly. Sentences with other claims are removed; findings that no sentence
 states are added, in a phrasing that makes no other claim.
 """
 
@@ -19,8 +19,9 @@ def agree(
     cleaner: Cleaner,
     phrasings: Mapping[tuple[str, bool, str], str],
 ) -> dict[str, str]:
-    """``findings``: those to state, and no others; ``sides``: of those whose side is known; ``phrasings``: the sentence of each
-    finding, present or not, and section. A sentence is written once."""
+    """Return the corrected ``sections``. ``findings``: exactly the findings to state; ``sides``: the side of each
+    finding whose side is known; ``phrasings``: a sentence for each finding, presence and section. A sentence is never
+    repeated."""
     texts = {}
     for section, text in sections.items():
         kept = [one for one in cleaner.clean(text) if _fits(one, findings, sides)]

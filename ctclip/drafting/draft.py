@@ -1,4 +1,4 @@
-"""The draft of a report: what each sentence claims, what the detector says of that, and where it is."""
+"""The draft of a report: the claims of each sentence, the detector's probability of each claim, and its location."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from ctclip.report_reading.findings import Cleaner, Finding
 from ctclip.report_reading.reader import Status
 
 KIND = "ctclip draft"
-NOTE = "for research, not for diagnosis; a draft that a radiologist has not read is no report"
+NOTE = "for research, not for diagnosis; a draft that no radiologist has reviewed is not a report"
 
 
 @dataclass(frozen=True)
 class Claim:
     """One finding that a sentence states.
 
-    ``probability``: the detector's, of what is claimed (of absence, if that is claimed); None if the detector does not
-    score the finding. ``denied``: whether the detector says the opposite. ``place``: the peak of the finding's map, for a
-    finding that is claimed to be present; ``elsewhere``: whether the sentence names the other side than the peak.
+    ``probability``: the detector's probability of the claim (the probability of absence, if absence is claimed); None
+    if the detector does not score the finding. ``denied``: whether the detector contradicts the claim. ``place``: the
+    peak of the finding's map, if the finding is claimed to be present; ``elsewhere``: whether the sentence names the
+    side opposite to the peak.
     """
 
     finding: str
@@ -72,7 +73,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class DraftSentence:
-    """A sentence of a draft, and what it claims."""
+    """A sentence of a draft, and its claims."""
 
     text: str
     claims: tuple[Claim, ...]
@@ -128,7 +129,8 @@ class Draft:
         return f"<pre>{escape(str(self))}</pre>"
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write ``.json`` or ``.txt``. Raises PreprocessingError if ``path`` is a file that is no draft."""
+        """Write ``.json`` or ``.txt``. Raises PreprocessingError if ``path`` is an existing file that is not a
+        draft."""
         path = Path(path)
         check_output(path, force=force)
         with claimed_file(path):
@@ -158,8 +160,8 @@ def with_places(
     prepared: Prepared,
     **naming: str,
 ) -> tuple[dict[str, tuple[DraftSentence, ...]], list[str]]:
-    """The sections with the place of each finding that is claimed to be present, and warnings. naming: ``scan`` and
-    ``model_hash``, see ``explain``."""
+    """Add the place of each finding that is claimed to be present; return the sections and warnings. ``naming``:
+    ``scan`` and ``model_hash``, see ``explain``."""
     claims = [claim for sentences in sections.values() for sentence in sentences for claim in sentence.claims]
     names = list(dict.fromkeys(claim.finding for claim in claims if _has_place(claim)))
     if not names:
@@ -186,7 +188,7 @@ def _claim(finding: Finding, detected: Detected) -> Claim:
     if p is None:
         return Claim(finding.label, finding.status, finding.side)
     present = finding.status is not Status.absent
-    # A sentence in doubt claims nothing that could be denied.
+    # An uncertain sentence makes no claim that could be denied.
     denied = finding.status is not Status.uncertain and detected.present[finding.label] is not present
     return Claim(finding.label, finding.status, finding.side, p if present else 1 - p, denied)
 

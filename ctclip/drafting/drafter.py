@@ -1,4 +1,4 @@
-"""A drafter of one model: the detector, the writer of the method chosen, and the reader of claims."""
+"""The drafter of a model: its detector, the writer of the chosen method, and the reader of claims."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Method(StrEnum):
 
     @classmethod
     def named(cls, name: str | None) -> Method | None:
-        """The method of a name; None for None. Raises DataError."""
+        """The method called ``name``; None for None. Raises DataError."""
         if name is not None and name not in list(cls):
             raise DataError(f"no method {name!r}: give one of {', '.join(cls)}")
         return None if name is None else cls(name)
@@ -47,8 +47,8 @@ class Method(StrEnum):
 
 @dataclass(frozen=True)
 class Drafting:
-    """What to draft with. ``method``: by default, `caption` if the model has a caption head, else `retrieval` if there is
-    an ``index``, else `template`. ``head``: the name of the caption head; by default, the first."""
+    """Settings of a draft. ``method``: by default, `caption` if the model has a caption head, else `retrieval` if there
+    is an ``index``, else `template`. ``head``: the name of the caption head; by default, the first."""
 
     method: Method | None = None
     head: str | None = None
@@ -59,7 +59,7 @@ class Drafting:
     language: str = "english"
 
     def chosen(self, folder: ModelFolder) -> Method:
-        """The method, where ``folder`` and the other settings decide it."""
+        """The method; if none is set, the default for ``folder`` and the other settings."""
         if self.method is not None:
             return self.method
         if self.head is not None or self.prompted or caption_heads(folder):
@@ -68,10 +68,10 @@ class Drafting:
 
 
 class Drafter:
-    """Drafts reports of volumes that were encoded with one model."""
+    """Drafts reports of volumes encoded with one model."""
 
     def __init__(self, folder: ModelFolder, detector: Head, caption: CaptionHead | None, drafting: Drafting) -> None:
-        """detector: scores findings; caption: the head, for the method `caption`. Raises CtclipError."""
+        """``detector``: scores findings; ``caption``: the head for the method `caption`. Raises CtclipError."""
         self.folder, self.detector, self.method = folder, detector, drafting.chosen(folder)
         self.cleaner = Cleaner(
             RulesReader.build(folder.labels, Options(terms=drafting.terms, language=drafting.language))
@@ -85,7 +85,7 @@ class Drafter:
         return f"{self.method.value}{', prompted' if prompted else ''}"
 
     def draft(self, prepared: Prepared, scan: str, warnings: tuple[str, ...] = (), *, places: bool = True) -> Draft:
-        """The draft of one scan; ``places`` takes a second encoding."""
+        """The draft of one scan; ``places`` needs a second encoding."""
         model = self.folder.model
         volume = torch.from_numpy(prepared.voxels)[None, None].to(model.device)
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Drafts of the volumes of a store, in a table that `ctclip evaluate --reports` scores."""
+"""Draft reports for the volumes of a store, in a table that `ctclip evaluate --reports` scores."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def draft_store(
     count: int | None = None,
     batch: int = 8,
 ) -> pd.DataFrame:
-    """A row for each volume of ``scans`` (at most ``count``): ``COLUMNS``; ``detected``: the findings that the detector
-    calls, joined by "; ". Volumes that cannot be read are named in ``refused``."""
+    """One row with ``COLUMNS`` for each volume of ``scans`` (at most ``count``). ``detected``: the findings that the
+    detector calls, joined by "; ". Volumes that cannot be read are added to ``refused``."""
     rows = []
     places = list(range(len(scans.table)))[:count]
     for indices, voxels, _ in batches(scans, places, batch, refused, "drafting"):

@@ -1,4 +1,5 @@
-"""Three ways to write a report: from the detector's findings, from the nearest scan's report, and with a caption head."""
+"""Three ways to write a report: from the detector's findings, by copying the report of the nearest scan, and with a
+caption head."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ DEPTH = 20
 
 @dataclass(frozen=True)
 class Detected:
-    """What a detector says of one volume: probability of each finding, and whether it reaches its threshold (0.5 without
-    a calibration)."""
+    """A detector's result for one volume: the probability of each finding, and whether it reaches its threshold (0.5
+    without a calibration)."""
 
     probabilities: Mapping[str, float]
     present: Mapping[str, bool]
@@ -41,7 +42,7 @@ class Detected:
     @classmethod
     @torch.inference_mode()
     def by(cls, detector: Head, encoded: Encoded) -> list[Detected]:
-        """One for each volume of ``encoded``."""
+        """The result for each volume of ``encoded``."""
         values = detector.probabilities(detector.score(encoded).float()).tolist()
         thresholds = detector.thresholds()
         every = []
@@ -52,7 +53,7 @@ class Detected:
         return every
 
     def findings(self) -> list[str]:
-        """Those that reach their threshold, in the order of the detector."""
+        """The findings that reach their threshold, in the order of the detector."""
         return [name for name, there in self.present.items() if there]
 
 
@@ -64,19 +65,19 @@ class Writer(ABC):
         """The text of each of ``SECTIONS``. encoded: one volume."""
 
     def write_all(self, encoded: Encoded, detected: Sequence[Detected]) -> list[dict[str, str]]:
-        """As ``write``, for several volumes."""
+        """Like ``write``, for several volumes."""
         return [self.write(encoded.one(number), each) for number, each in enumerate(detected)]
 
 
 class TemplateWriter(Writer):
-    """A sentence for each finding of the detector: present ones first, then those that it denies.
+    """Writes one sentence for each finding of the detector: present findings first, then absent ones.
 
-    A phrasing is used only if it claims nothing else: no other finding, and no side, lobe or size, which the detector does
-    not know.
+    A phrasing is used only if it makes no other claim: no other finding, and no side, lobe or size, which the detector
+    does not determine.
     """
 
     def __init__(self, names: Sequence[str], prompts: Sequence[PromptSet], cleaner: Cleaner) -> None:
-        """names: findings; prompts: sets of phrasings, those to prefer first."""
+        """``names``: findings; ``prompts``: sets of phrasings, in order of preference."""
         self.names = tuple(names)
         sets = [*prompts, load_prompts("generic")]
         self.sentences = {
@@ -96,10 +97,10 @@ class TemplateWriter(Writer):
 
 
 class RetrievalWriter(Writer):
-    """The report of the nearest scan of an index: the control that every other method must beat."""
+    """Copies the report of the nearest scan of an index: the baseline that every other method must beat."""
 
     def __init__(self, index: Index, but: str | None = None) -> None:
-        """but: a patient whose own reports are not copied."""
+        """``but``: a patient whose own reports are not copied."""
         self.index, self.but = index, but
 
     def nearest(self, encoded: Encoded) -> tuple[str, float, dict[str, str]]:
@@ -117,7 +118,8 @@ class RetrievalWriter(Writer):
 
 
 class CaptionWriter(Writer):
-    """A caption head, told the detector's findings if ``prompted``, else what it reads off the volume itself."""
+    """Writes with a caption head, which is prompted with the detector's findings if ``prompted``, else with those of
+    its plan."""
 
     def __init__(
         self,
@@ -128,7 +130,8 @@ class CaptionWriter(Writer):
         *,
         prompted: bool = False,
     ) -> None:
-        """``template``: completes what the decoder leaves out. Raises DataError if ``prompted`` and the head was not trained to be told findings."""
+        """``template`` adds findings that the decoder omits. Raises DataError if ``prompted`` and the head was not
+        trained with prompts of findings."""
         if prompted and not head.prompted:
             raise DataError(
                 "this caption head was not trained with findings to write about; leave out --prompted, or train one with "
@@ -148,7 +151,7 @@ class CaptionWriter(Writer):
         *,
         prompted: bool = False,
     ) -> CaptionWriter:
-        """With a template in the prompts of the model."""
+        """A writer whose template uses the prompts of the model."""
         names = tuple(dict.fromkeys((*head.names, *detector.names)))
         template = TemplateWriter(names, known_prompts(folder, detector), cleaner)
         return cls(head, decoding, template, cleaner, prompted=prompted)
@@ -169,7 +172,8 @@ class CaptionWriter(Writer):
 
 
 def known_prompts(folder: ModelFolder, detector: Head) -> list[PromptSet]:
-    """The prompt sets of a model, mined ones (in the words of reports) first, then the detector's and its label set's."""
+    """The prompt sets of a model: mined ones (in the words of reports) first, then those of the detector and of its
+    label set."""
     heads = [head.name for head in list_heads(folder.path) if head.kind == PromptHead.kind]
     files = [folder.path / FOLDER / name / "prompts.yaml" for name in heads]
     sets = [load_prompts(path) for path in files if path.is_file()]
@@ -181,7 +185,7 @@ def known_prompts(folder: ModelFolder, detector: Head) -> list[PromptSet]:
 
 
 def _phrasing(name: str, present: bool, section: str, sets: Sequence[PromptSet], cleaner: Cleaner) -> str:
-    """The most frequent phrasing that claims this and no more, of the first set that has one."""
+    """The most frequent phrasing that makes exactly this claim, from the first set that has one."""
     status = Status.present if present else Status.absent
     fallback = ""
     for prompts in sets:

@@ -1,1 +1,1 @@
-"""How far a scan is from those a model was trained on."""
+"""Detect scans that are far from a model's training scans."""

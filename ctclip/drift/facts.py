@@ -1,4 +1,4 @@
-"""What a prepared scan is like, in a few dozen numbers that need no model: densities, layout, noise, and how it was acquired."""
+"""Describe a prepared scan in a few dozen numbers that need no model: densities, layout, noise, and acquisition."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ import numpy as np
 
 from ctclip.preprocessing.spec import PreprocessingSpec
 
-# HU between which densities are counted: air, emphysema, lung, fat, fluid, soft tissue, contrast medium, bone, metal.
+# Bounds in HU of the density classes: air, emphysema, lung, fat, fluid, soft tissue, contrast medium, bone, metal.
 EDGES = (-1025, -980, -900, -800, -650, -450, -200, -120, -60, -10, 30, 70, 120, 200, 350, 600, 3100)
 TISSUES = {"lung": (-950.0, -500.0), "soft tissue": (-200.0, 200.0), "bone": (200.0, 4000.0)}
-# Parts along each axis [slice, row, column] in which tissues are counted.
+# Number of parts along each axis [slice, row, column] in which tissues are counted.
 PARTS = (8, 6, 6)
 AXES = ("from feet to head", "from front to back", "from right to left")
 COARSE_MM, FINE_MM = 8.0, 3.0
-# Noise is measured where soft tissue is even.
+# Noise is measured in homogeneous soft tissue within these bounds.
 EVEN = (-60.0, 130.0)
 # Number of lines along each of the other axes in which noise is measured.
 LINES = 40
 SIDES = ("slice", "row", "column")
-# The bin of each whole HU.
+# The density class of each integer HU.
 _BIN_OF = np.searchsorted(EDGES, np.arange(EDGES[0], EDGES[-1]), side="right") - 1
 
 
 @dataclass(frozen=True)
 class Source:
-    """The scan before it was resampled: spacing in mm and number of voxels along [slice, row, column]."""
+    """The scan before resampling: spacing in mm and number of voxels along [slice, row, column]."""
 
     spacing: tuple[float, ...]
     shape: tuple[int, ...]
 
     @property
     def facts(self) -> np.ndarray:
-        """(6,) spacing and extent in mm."""
+        """Spacing and extent in mm (6,)."""
         return np.array([*self.spacing, *(step * count for step, count in zip(self.spacing, self.shape, strict=True))])
 
     @classmethod
     def of_notes(cls, notes: Mapping[str, str]) -> Source | None:
-        """What a store keeps of a volume's source; None where it keeps nothing that can be read."""
+        """The source of a volume as recorded in a store; None if there is no readable record."""
         spacing, shape = (
             [float(number) for number in re.findall(r"\d+(?:\.\d+)?", notes.get(f"source_{kind}", ""))]
             for kind in ("spacing", "shape")
@@ -67,10 +67,10 @@ def fact_names() -> dict[str, list[str]]:
 
 
 def scan_facts(voxels: np.ndarray, spec: PreprocessingSpec) -> dict[str, np.ndarray]:
-    """voxels float32 [slice, row, column] in [-1, 1] as a model is given them -> a vector for each group of numbers.
+    """Voxels float32 [slice, row, column] in [-1, 1], as the model gets them -> one vector for each group of numbers.
 
-    Shares are given as their square roots, whose spread does not depend on their size (Bartlett 1936); noise is the
-    logarithm of the median absolute second difference of neighbouring voxels in HU.
+    Fractions are given as square roots, which stabilises their variance (Bartlett 1936); noise is the logarithm of the
+    median absolute second difference of neighbouring voxels in HU.
     """
     low, high = spec.hu_window
     steps = tuple(max(1, round(FINE_MM / step)) for step in spec.spacing)
@@ -98,13 +98,13 @@ def _hu(voxels: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _along(mask: np.ndarray, axis: int) -> list[float]:
-    """Share of all voxels that are of a tissue and lie in each part along an axis."""
+    """For each part along an axis, the fraction of all voxels that belong to a tissue and lie in that part."""
     counts = mask.sum(axis=tuple({0, 1, 2} - {axis}))
     return [float(part.sum()) / mask.size for part in np.array_split(counts, PARTS[axis])]
 
 
 def _blocks(array: np.ndarray, sides: tuple[int, ...]) -> np.ndarray:
-    """Means of blocks; what does not fill one is left off, but for an axis that is shorter than a block."""
+    """Means over blocks. Incomplete blocks are dropped, except along an axis that is shorter than one block."""
     sides = tuple(min(side, count) for side, count in zip(sides, array.shape, strict=True))
     whole = array[tuple(slice(0, count // side * side) for count, side in zip(array.shape, sides, strict=True))]
     d, h, w = (count // side for count, side in zip(whole.shape, sides, strict=True))
@@ -113,7 +113,8 @@ def _blocks(array: np.ndarray, sides: tuple[int, ...]) -> np.ndarray:
 
 
 def _noise(voxels: np.ndarray, axis: int, low: float, high: float) -> float:
-    """log(1 + median |a - 2 b + c|) of three neighbours along an axis in even soft tissue, in HU; 0 where there is none."""
+    """log(1 + median |a - 2 b + c|) over three neighbours along an axis in homogeneous soft tissue, in HU; 0 if there
+    is none."""
     some = tuple(
         slice(None) if own == axis else slice(None, None, max(1, n // LINES)) for own, n in enumerate(voxels.shape)
     )

@@ -1,12 +1,13 @@
-"""A summary of a model's training scans that tells whether another scan is far from them.
+"""A summary of a model's training scans, used to decide whether another scan is far from them.
 
-It holds means, covariances and ranges over some hundred patients, and nothing of any one of them. The limit is a
-conformal quantile (Vovk et al. 2005) over patients that were held out: whatever the distances are like, a scan of the
-same kind exceeds it with the stated rate.
+It holds means, covariances and ranges over some hundred patients, and no data of a single patient. The limit is a
+conformal quantile (Vovk et al. 2005) over held-out patients: for any distribution of distances, a scan of the same kind
+exceeds it at the stated rate.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -24,11 +25,11 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 
 VERSION = 1
 RATE = 0.01
-# With fewer held-out patients no limit keeps even this rate, and no scan is flagged.
+# If there are too few held-out patients for a limit with this rate, no scan is flagged.
 WORST_RATE = 0.05
 FEWEST = 20
 FOLDS = 5
-# A spacing or extent this many times beyond all training scans counts as much as a distance at its limit.
+# A spacing or extent beyond those of all training scans by this factor counts as much as a distance at the limit.
 BEYOND = 1.2
 SOURCE, EMBEDDING = "acquisition", "embedding"
 NAMED_FACTS = 3
@@ -36,7 +37,7 @@ NAMED_FACTS = 3
 
 @dataclass(frozen=True)
 class Described:
-    """What is compared of one scan: vectors by group, and its source where it is known."""
+    """The numbers of one scan that are compared: vectors by group, and its source if known."""
 
     groups: dict[str, np.ndarray]
     source: Source | None
@@ -49,8 +50,8 @@ class Described:
 
 @dataclass(frozen=True)
 class Normal:
-    """Mean, spread and inverse correlation of a group's numbers; their distance is Mahalanobis's, with the covariance
-    shrunk as Ledoit & Wolf (2004). low, high: the range of the training scans, for words."""
+    """Mean, standard deviation and inverse correlation of a group of numbers, for a Mahalanobis distance with the
+    covariance shrunk as in Ledoit & Wolf (2004). ``low``, ``high``: the range of the training scans, for messages."""
 
     mean: np.ndarray
     spread: np.ndarray
@@ -60,23 +61,23 @@ class Normal:
 
     @classmethod
     def fit(cls, vectors: np.ndarray) -> Normal:
-        """vectors (n, d), n at least 2."""
+        """Fit to ``vectors`` (n, d) with n at least 2."""
         from sklearn.covariance import ledoit_wolf
 
         mean, spread = vectors.mean(axis=0), vectors.std(axis=0)
-        # A number that is the same in all scans: any other value is far away, but not infinitely.
+        # If a number is the same in all scans, any other value is far away, but not infinitely far.
         spread = np.maximum(spread, max(1e-3 * float(spread.max()), 1e-6))
         covariance, _ = ledoit_wolf((vectors - mean) / spread, assume_centered=True)
         low, high = np.quantile(vectors, [0.01, 0.99], axis=0)
         return cls(mean, spread, np.linalg.pinv(covariance, hermitian=True), low, high)
 
     def distance(self, vector: np.ndarray) -> float:
-        """Mahalanobis distance, divided by the root of the number of dimensions."""
+        """Mahalanobis distance, divided by the square root of the number of dimensions."""
         z = (vector - self.mean) / self.spread
         return math.sqrt(max(0.0, float(z @ self.precision @ z)) / len(z))
 
     def unusual(self, vector: np.ndarray) -> list[int]:
-        """Which numbers lie outside the training scans' range, the farthest first."""
+        """Indices of numbers outside the range of the training scans, the farthest first."""
         z = np.abs(vector - self.mean) / self.spread
         outside = np.flatnonzero((vector < self.low) | (vector > self.high))
         return [int(index) for index in outside[np.argsort(-z[outside])]]
@@ -84,7 +85,8 @@ class Normal:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far a scan is from the training scans: ``ratio`` to the limit (far: above 1), and in what."""
+    """How far a scan is from the training scans: ``ratio`` of its distance to the limit (far: above 1), and the
+    reasons."""
 
     ratio: float
     reasons: tuple[str, ...]
@@ -95,7 +97,7 @@ class Verdict:
         return self.ratio > 1
 
     def warning(self) -> str:
-        """One line for whoever reads the scores."""
+        """A one-line warning for readers of the scores."""
         return (
             f"far from the scans the model was trained on ({self.ratio:.1f} times the distance that {self.rate:.0%} of such "
             f"scans exceed): {', '.join(self.reasons)}"
@@ -104,9 +106,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """``normals`` by group, ``scales``: the distance in each that counts as 1; ``source``: (2, 6) least and greatest spacing
-    and extent in mm, or None; ``limit``: of the largest scaled distance; ``rate``: how many of the training scans' kind
-    exceed it; ``model``: hash of the weights; ``patients``, ``held_out``: how many it was made of."""
+    """``normals`` by group; ``scales``: the distance in each group that counts as 1; ``source`` (2, 6): smallest and
+    largest spacing and extent in mm, or None; ``limit``: limit of the largest scaled distance; ``rate``: fraction of
+    scans of the training kind that exceed it; ``model``: hash of the weights; ``patients``, ``held_out``: numbers of
+    patients it was computed from."""
 
     normals: dict[str, Normal]
     scales: dict[str, float]
@@ -127,8 +130,8 @@ class TrainingSummary:
         rate: float = RATE,
         seed: int = 0,
     ) -> TrainingSummary | None:
-        """From one scan a patient. Without ``held_out`` patients, every fold of the training patients is held out in turn.
-        None where there are too few to keep a rate of ``WORST_RATE``."""
+        """Fit to one scan per patient. Without ``held_out`` patients, each fold of the training patients is held out in
+        turn. Returns None if there are too few patients for a rate of ``WORST_RATE``."""
         if len(training) < FEWEST or len(held_out or training) + 1 < 1 / WORST_RATE:
             return None
         fold = np.random.default_rng(seed).permutation(len(training)) % FOLDS
@@ -151,14 +154,14 @@ class TrainingSummary:
         return cls(normals, scales, source, limit, kept_rate, model, len(training), len(held_out))
 
     def judge(self, scan: Described) -> Verdict:
-        """How far ``scan`` is, and in what."""
+        """How far ``scan`` is from the training scans, and why."""
         scaled = _scaled(_distances(self.normals, self.source, scan), self.scales)
         far = sorted((group for group, score in scaled.items() if score > self.limit), key=lambda group: -scaled[group])
         reasons = tuple(reason for group in far for reason in self._reasons(group, scan))
         return Verdict(_largest(scaled) / self.limit, reasons, self.rate)
 
     def _reasons(self, group: str, scan: Described) -> list[str]:
-        """What is unlike the training scans, in words."""
+        """Describe how a scan differs from the training scans."""
         if group == SOURCE:
             assert self.source is not None
             assert scan.source is not None
@@ -197,11 +200,11 @@ class TrainingSummary:
             "patients": self.patients, "held_out": self.held_out,
         }  # fmt: skip
         with written_beside(folder / FILE) as partial:
-            save_file(tensors, partial, {"summary": json.dumps(facts, sort_keys=True)})
+            save_file(tensors, partial, {"summary": json.dumps(facts, sort_keys=True), "sha256": _sha256(tensors)})
 
     @classmethod
     def load(cls, folder: Path) -> TrainingSummary | None:
-        """The summary of a model folder; None where there is none. Raises CheckpointError if it cannot be used."""
+        """The summary of a model folder; None if it has none. Raises CheckpointError if it cannot be used."""
         from safetensors import SafetensorError, safe_open
 
         path = folder / FILE
@@ -209,8 +212,12 @@ class TrainingSummary:
             return None
         try:
             with safe_open(path, "np") as stream:
-                facts = plain_json.loads((stream.metadata() or {})["summary"])
-                tensors = {name: stream.get_tensor(name).astype(float) for name in stream.keys()}  # noqa: SIM118
+                metadata = stream.metadata() or {}
+                facts = plain_json.loads(metadata["summary"])
+                stored = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            if metadata.get("sha256", "") not in ("", _sha256(stored)):
+                raise ValueError("damaged: its numbers do not match its SHA-256")
+            tensors = {name: values.astype(float) for name, values in stored.items()}
             if facts["version"] != VERSION:
                 raise ValueError(f"version {facts['version']}")
             names = list(Normal.__dataclass_fields__)
@@ -222,12 +229,21 @@ class TrainingSummary:
             )  # fmt: skip
         except (OSError, KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
             raise CheckpointError(
-                f"{path}: cannot be used ({' '.join(str(error).split())[:120]}); `ctclip summarise` writes it anew"
+                f"{path}: cannot be used ({' '.join(str(error).split())[:120]}); run `ctclip summarise` to write it "
+                f"again"
             ) from error
 
 
+def _sha256(tensors: dict[str, np.ndarray]) -> str:
+    """The SHA-256 of named arrays, in hex."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + np.ascontiguousarray(tensors[name]).tobytes())
+    return digest.hexdigest()
+
+
 def _check(normals: dict[str, Normal], facts: dict[str, object]) -> None:
-    """Raise ValueError unless the numbers of a file fit what they are compared with."""
+    """Raise ValueError unless the sizes in a file fit the numbers they are compared with."""
     expected = {group: len(names) for group, names in fact_names().items()}
     for group, normal in normals.items():
         size = expected.get(group, len(normal.mean))

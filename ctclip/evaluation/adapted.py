@@ -1,4 +1,4 @@
-"""The patients to whose labels a head or model was adapted: kept with it, so that none of them is scored as a test
+"""Records the patients whose labels a head or model was adapted to, so that none of them is scored as a test
 patient."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import write_text
 
 FILE = "adaptation.json"
-# The column of a prediction table that says so of each volume: 1 where its patient's labels were used, else 0.
+# Column of a prediction table: 1 if the labels of the volume's patient were used for adaptation, else 0.
 COLUMN = "adapted_on"
 
 
@@ -35,12 +35,12 @@ class Adaptation:
 
     @classmethod
     def to(cls, method: str, fitted_on: str, model: str, patients: Iterable[str]) -> Adaptation:
-        """The record of an adaptation to the labels of ``patients`` (ids, each any number of times)."""
+        """The record of an adaptation to the labels of ``patients`` (ids, may repeat)."""
         salt = secrets.token_hex(16)
         return cls(method, fitted_on, model, tuple(sorted({digest(str(one), salt) for one in patients})), salt)
 
     def saw(self, patients: Iterable[str]) -> list[str]:
-        """Those of ``patients`` whose labels it was fitted to."""
+        """The ``patients`` whose labels were used."""
         seen = set(self.patients)
         return [patient for patient in patients if digest(str(patient), self.salt) in seen]
 
@@ -53,7 +53,7 @@ class Adaptation:
 
     @classmethod
     def load(cls, path: Path) -> Adaptation:
-        """Raises EvaluationError if the file is not one."""
+        """Load a record. Raises EvaluationError if the file is not one."""
         try:
             values = plain_json.read(path)
             kept = cls(**(values | {"patients": tuple(values.get("patients", ()))}))
@@ -67,8 +67,8 @@ class Adaptation:
 
 
 def refuse_adapted(table: pd.DataFrame, path: Path, use: str) -> None:
-    """Raise EvaluationError if a prediction table has volumes of patients whose labels the model or head was fitted to;
-    ``use``: what they must not be used for."""
+    """Raise EvaluationError if a prediction table has volumes of patients whose labels the model or head was fitted to.
+    ``use``: the purpose they must not serve."""
     if COLUMN not in table.columns:
         return
     seen = table["patient"][pd.to_numeric(table[COLUMN], errors="coerce") == 1].drop_duplicates()

@@ -18,7 +18,7 @@ from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import write_text
 
 Method = Literal["platt", "temperature"]
-FEWEST = 5  # patients with the finding, and without
+FEWEST = 5  # minimum number of patients with the finding, and without
 FALLING = "the margins of the calibration split do not rise with the label"
 
 
@@ -35,36 +35,36 @@ class Line:
     covariance: Covariance | None = None
 
     def limits(self, margins: np.ndarray) -> np.ndarray:
-        """margins (n,) -> (n, 2): 95 % interval of their probabilities, NaN without a covariance."""
+        """Margins (n,) -> 95 % intervals (n, 2) of their probabilities; NaN without a covariance."""
         return probability_limits(margins, self.slope, self.intercept, self.covariance)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration of one model with one prompt set: a line for each abnormality, the data it was fitted on, and
-    digests of its patients, none of whom may be in a test set. ``uncalibrated``: the abnormalities that keep their
-    plain softmax, and why. ``salt`` is part of the digests (empty in files before 0.3), so that ids cannot be looked
-    up in a precomputed table. Without digests, as in a folder from a hub, the patients are unknown."""
+    """The calibration of one model with one prompt set: a line for each abnormality, a description of the data it was
+    fitted on, and digests of the patients, none of whom may be in a test set. ``uncalibrated``: the abnormalities that
+    keep their plain softmax, with reasons. ``salt`` is part of the digests (empty in files before 0.3), so that ids
+    cannot be looked up in a precomputed table. Without digests, as in a folder from a hub, the patients are unknown."""
 
     method: Method
     fitted_on: str
     model: str
     lines: dict[str, Line]
     prompts: str = ""
-    # Not in the representation, of which a head's identity is made: they do not change a score.
+    # Excluded from repr, from which a head's identity is computed, because they do not change a score.
     patients: tuple[str, ...] = field(default=(), repr=False)
     uncalibrated: dict[str, str] = field(default_factory=dict)
     salt: str = field(default="", repr=False)
 
     def of(self, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """slope, intercept (names,) float32; an abnormality that was not fitted keeps its plain softmax."""
+        """Slopes and intercepts (names,) float32; an abnormality that was not fitted keeps its plain softmax."""
         lines = [self.lines.get(name) for name in names]
         slopes = [1.0 if line is None else line.slope for line in lines]
         intercepts = [0.0 if line is None else line.intercept for line in lines]
         return np.array(slopes, "f4"), np.array(intercepts, "f4")
 
     def limits(self, names: Sequence[str], margins: np.ndarray) -> np.ndarray:
-        """margins (n, names) -> (n, names, 2): 95 % intervals of the probabilities, NaN where none is known."""
+        """Margins (n, names) -> 95 % intervals (n, names, 2) of the probabilities; NaN if unknown."""
         limits = np.full((*margins.shape, 2), np.nan)
         for index, name in enumerate(names):
             if name in self.lines:
@@ -76,7 +76,7 @@ class Calibration:
         return all(name in self.lines for name in names)
 
     def saw(self, patients: Iterable[str]) -> list[str]:
-        """Those of ``patients`` it was fitted on."""
+        """The ``patients`` it was fitted on."""
         seen = set(self.patients)
         return [patient for patient in patients if digest(patient, self.salt) in seen]
 
@@ -89,10 +89,10 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        """Raises EvaluationError if the file is not one.
+        """Load a calibration. Raises EvaluationError if the file is not one.
 
-        A line that falls or is flat, as versions before 0.3 could fit to a few volumes, is left out: it would reverse
-        the model's scores.
+        A line with a slope of 0 or less, which versions before 0.3 could fit to a few volumes, is left out, because it
+        would reverse the model's scores.
         """
         try:
             values = plain_json.read(path)
@@ -110,7 +110,7 @@ class Calibration:
 
 
 def _line(facts: dict[str, Any]) -> Line:
-    """A line of a file. Raises ValueError, TypeError or AttributeError for one that is damaged."""
+    """Parse a line. Raises ValueError, TypeError or AttributeError if it is damaged."""
     covariance = facts.get("covariance")
     line = Line(**facts | {"covariance": None if covariance is None else checked_covariance(covariance)})
     if not np.isfinite(np.array([line.slope, line.intercept, line.threshold], dtype=float)).all():
@@ -134,15 +134,16 @@ def fit_calibration(
     prompts: str = "",
     patients: Iterable[str] | None = None,
 ) -> Calibration:
-    """labels (n, L) of 0, 1, NaN; margins (n, L), positive minus negative logit; patients (n,), or a patient a volume.
+    """Fit a calibration. ``labels`` (n, L) of 0, 1, NaN; ``margins`` (n, L), positive minus negative logit;
+    ``patients`` (n,), by default one per volume.
 
-    ``platt``: a slope and an intercept each label, with Platt's (1999) smoothed targets. ``temperature``: one slope
-    for all labels and no intercept (Guo et al. 2017). A slope is never negative. The threshold is that of the ROC
-    point nearest to perfect, on this split. Not calibrated, and listed in ``uncalibrated``, are labels with fewer than
-    five positive or negative patients, and those whose margins do not rise with the label. Raises EvaluationError if
-    no label is left.
+    ``platt``: a slope and an intercept for each label, with Platt's (1999) smoothed targets. ``temperature``: one slope
+    for all labels and no intercept (Guo et al. 2017). A slope is never negative. The threshold is that of the ROC point
+    nearest to the top left corner, on this split. Not calibrated, and listed in ``uncalibrated``, are labels with fewer
+    than five positive or negative patients, and those whose margins do not rise with the label. Raises EvaluationError
+    if no label is left.
     """
-    # Here and not above: detection reads calibrations, and need not wait for SciPy.
+    # Imported here, because detection reads calibrations and should not wait for SciPy.
     from scipy.special import expit
 
     from ctclip.evaluation.intervals import patients_by_class
@@ -169,7 +170,7 @@ def fit_calibration(
             uncalibrated[name] = FALLING
             continue
         threshold = best_threshold(truth, expit(slope * margin + intercept))
-        # A slope that labels share says nothing of how far off one label's probabilities are.
+        # A shared slope gives no interval for a single label.
         covariance = None if shared else line_covariance(margin, truth, people[known[:, index]], slope, intercept)
         lines[name] = Line(slope, intercept, threshold, int(truth.sum()), len(truth), covariance)
     if not lines:
@@ -195,14 +196,14 @@ def fit_line(margin: np.ndarray, truth: np.ndarray, *, intercept: bool) -> tuple
     centre = float(margin.mean()) if intercept else 0.0
     spread = float(np.sqrt(np.mean((margin - centre) ** 2)))
     if spread == 0:
-        return 0.0, 0.0  # margins that are all one value
+        return 0.0, 0.0  # all margins are equal
     design = np.stack([(margin - centre) / spread, np.ones_like(margin)], axis=1)[:, : 2 if intercept else 1]
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         score = design @ weights
         return float(np.mean(np.logaddexp(0, score) - target * score)), design.T @ (expit(score) - target) / len(truth)
 
-    # Without smoothed targets separable margins have no largest slope: 100 a standard deviation is a step.
+    # Without smoothed targets, separable margins have no finite slope; 100 per standard deviation is a step.
     bounds = [(0.0, 100.0), (None, None)][: design.shape[1]]
     options = {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000}
     weights = minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B", bounds=bounds, options=options).x

@@ -1,9 +1,9 @@
-"""How exactly a calibrated probability is known: a confidence interval from the patients that the line was fitted to.
+"""Confidence intervals of calibrated probabilities, from the patients of the calibration split.
 
-The interval is that of the line slope * margin + intercept, carried to the probability by the sigmoid, which keeps it
-between 0 and 1. It is about the share of scans with this margin that have the finding, among patients like those of the
-calibration split. It says nothing of other patients, nor of what the model would be with other training data. Its
-coverage is in ``tests/unit/evaluation/test_calibration_interval.py``.
+The interval is that of the line slope * margin + intercept, transformed by the sigmoid, which keeps it between 0 and 1.
+It describes the fraction of scans with this margin that have the finding, among patients like those of the calibration
+split. It does not cover other patients, nor the variation between models with other training data. Its coverage is in
+``tests/unit/evaluation/test_calibration_interval.py``.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from ctclip.evaluation.intervals import LEVEL, patients_by_class
 
 # Variance of the slope, covariance of slope and intercept, variance of the intercept.
 Covariance = tuple[float, float, float]
-QUANTILE = 1.959963984540054  # of the standard normal at (1 + LEVEL) / 2
+QUANTILE = 1.959963984540054  # standard normal quantile at (1 + LEVEL) / 2
 
 
 def line_covariance(
     margin: np.ndarray, truth: np.ndarray, patients: np.ndarray, slope: float, intercept: float
 ) -> Covariance | None:
-    """Covariance of a line that ``fit_line`` fitted with Platt's targets; None where it is not finite.
+    """Covariance of a line that ``fit_line`` fitted with Platt's targets; None if it is not finite.
 
-    margin (n,), truth (n,) of 0 and 1, patients (n,). Three parts:
+    ``margin`` (n,), ``truth`` (n,) of 0 and 1, ``patients`` (n,). It combines three parts:
 
-    * the larger, in every direction, of two estimates: the inverse information, which is right if volumes are independent,
-      and the jackknife over patients, one Newton step each (Pregibon 1981; Lipsitz et al. 1990), which allows a patient's
-      volumes to be alike but is too small with few patients of one class;
-    * the square of the shift that Platt's targets cause, one Newton step to the fit to ``truth`` itself: they pull
-      probabilities towards one half;
-    * a factor by which the quantile of the normal distribution becomes that of Student's, for the smaller number of patients
-      less one.
+    * the larger, in every direction, of two estimates: the inverse information, which is valid if volumes are
+      independent, and the jackknife over patients, one Newton step each (Pregibon 1981; Lipsitz et al. 1990), which
+      allows correlated volumes of a patient but is too small with few patients of one class;
+    * the squared bias of Platt's targets, which pull probabilities towards one half: one Newton step towards the fit to
+      ``truth`` itself;
+    * a factor that turns the normal quantile into that of Student's t with one degree of freedom less than the smaller
+      number of patients.
     """
     from scipy.special import expit
     from scipy.stats import t as student
@@ -53,7 +53,7 @@ def line_covariance(
         return None
     freedom = min(patients_by_class(truth, patients)) - 1
     covariance *= (student.ppf((1 + LEVEL) / 2, freedom) / QUANTILE) ** 2
-    # From standardised margins back to margins.
+    # Undo the standardisation of the margins.
     back = np.array([[1 / spread, 0], [-centre / spread, 1]])
     covariance = back @ covariance @ back.T
     return (
@@ -78,17 +78,17 @@ def probability_limits(
 
 
 def checked_covariance(values: object) -> Covariance:
-    """The covariance in a file. Raises ValueError or TypeError unless it is that of two numbers."""
+    """Check a covariance read from a file. Raises ValueError or TypeError unless it is that of two numbers."""
     of_slope, of_both, of_intercept = (float(value) for value in values)  # type: ignore[attr-defined]
     if not np.isfinite([of_slope, of_both, of_intercept]).all() or min(of_slope, of_intercept) < 0:
-        raise ValueError("a covariance is not one")
+        raise ValueError("a covariance is not valid")
     if of_both**2 > of_slope * of_intercept * (1 + 1e-6):
-        raise ValueError("a covariance is not one")
+        raise ValueError("a covariance is not valid")
     return of_slope, of_both, of_intercept
 
 
 def _jackknife(design: np.ndarray, residual: np.ndarray, information: np.ndarray, patients: np.ndarray) -> np.ndarray:
-    """Covariance (2, 2) from the shifts of the line when a patient is left out."""
+    """Covariance (2, 2) from the changes of the line when each patient is left out."""
     names, member = np.unique(patients, return_inverse=True)
     score, own = np.zeros((len(names), 2)), np.zeros((len(names), 2, 2))
     np.add.at(score, member, design * residual[:, None])
@@ -98,8 +98,8 @@ def _jackknife(design: np.ndarray, residual: np.ndarray, information: np.ndarray
 
 
 def _larger(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The least symmetric matrix on the axes common to ``one``, positive definite, and ``other`` that is at least as large as
-    both."""
+    """The smallest symmetric matrix, diagonal in the common axes of ``one`` (positive definite) and ``other``, that is
+    at least as large as both."""
     root = np.linalg.cholesky(one)
     back = np.linalg.inv(root)
     values, axes = np.linalg.eigh(back @ other @ back.T)

@@ -10,12 +10,12 @@ import numpy as np
 from ctclip.evaluation.metrics import auroc, mean_defined
 
 LOWEST, HIGHEST = -1100, 3100
-# Where each bin begins, HU: 20 wide where tissue and lung are, wider in bone, one for metal.
+# Lower edges of the bins in HU: 20 HU wide for lung and soft tissue, wider for bone, one bin for metal.
 BINS = np.array([LOWEST, *range(-1000, 300, 20), *range(300, 1000, 60), 1000])
 
 
 def histograms(volumes: Iterable[np.ndarray]) -> np.ndarray:
-    """Share of voxels in each HU bin: int16 volumes -> (volumes, bins). Their position is not used."""
+    """Fraction of voxels in each HU bin: int16 volumes -> (volumes, bins). Positions are not used."""
     shares = []
     for hu in volumes:
         count = np.bincount(np.clip(hu, LOWEST, HIGHEST).ravel() - LOWEST, minlength=HIGHEST - LOWEST + 1)
@@ -26,10 +26,10 @@ def histograms(volumes: Iterable[np.ndarray]) -> np.ndarray:
 def histogram_aurocs(
     train: np.ndarray, train_labels: np.ndarray, valid: np.ndarray, valid_labels: np.ndarray
 ) -> np.ndarray:
-    """AUROC on held-out volumes of a supervised classifier that sees the HU histogram alone, label by label.
+    """AUROC of each label on held-out volumes for a supervised classifier that sees only the HU histogram.
 
-    The stronger of a logistic regression and gradient boosting, as cross-validated on the training volumes. NaN for a
-    label with fewer than five positives or negatives to fit to.
+    The classifier is a logistic regression or gradient boosting, whichever is better in cross-validation on the
+    training volumes. NaN for a label with fewer than five positive or negative training volumes.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.linear_model import LogisticRegression
@@ -59,8 +59,8 @@ def shuffled_aurocs(
 ) -> np.ndarray:
     """Mean AUROC against the labels of other patients, once for each of ``times`` permutations of the patients.
 
-    labels, scores (n, L), NaN labels left out; groups (n,). Each volume gets the labels of the first volume of the
-    patient its own patient is exchanged with.
+    ``labels``, ``scores`` (n, L), NaN labels are ignored; ``groups`` (n,): patients. Each volume gets the labels of the
+    first volume of the patient that its own patient is exchanged with.
     """
     names, member = np.unique(groups, return_inverse=True)
     first = np.array([np.flatnonzero(member == index)[0] for index in range(len(names))])

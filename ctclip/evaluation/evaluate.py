@@ -1,4 +1,4 @@
-"""From predictions, labels and a protocol to one dictionary of metrics."""
+"""Compute all metrics from predictions, labels and a protocol."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ctclip.evaluation.ranking import ranking_scores
 
 INTERVALS = {
     "auroc": "|observed - area| = t sd(area), with the larger of the variances of two normals and of Obuchowski (1997)",
-    "others": "percentiles of a bootstrap by patient, which are too narrow where positives are few",
+    "others": "percentiles of a bootstrap by patient, which are too narrow with few positives",
 }
 
 
@@ -38,9 +38,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """All metrics, per label and mean, with intervals by patient, and the control with shuffled labels.
 
-    predictions as ``tables.read_predictions`` gives them, labels as ``tables.read_labels``. AUROC and average
-    precision are computed from the uncalibrated margins, the other metrics from the probabilities. Undefined values
-    and limits are None; means are over the labels whose value is defined.
+    ``predictions`` come from ``tables.read_predictions``, ``labels`` from ``tables.read_labels``. AUROC and average
+    precision are computed from the uncalibrated margins, the other metrics from the probabilities. Undefined values and
+    limits are None; means are over the labels whose value is defined.
     """
     volumes, truth, probabilities = align(predictions, labels, protocol)
     ranking = ranking_scores(volumes, protocol)
@@ -81,7 +81,7 @@ def _by_label(
     resampled: dict[str, np.ndarray],
     names: Sequence[str],
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Each label's metrics with their intervals; and each metric's values over the labels."""
+    """The metrics of each label with their intervals, and the values of each metric for all labels."""
     per_label: dict[str, Any] = {}
     points: dict[str, list[float]] = {metric: [] for metric in metrics.METRICS}
     for index, name in enumerate(names):
@@ -104,7 +104,7 @@ def _by_label(
 def _zero_shot(
     per_label: dict[str, Any], points: dict[str, list[float]], resampled: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Means over the labels that are defined, with their intervals; and the labels themselves, as ``auroc``."""
+    """Means over the labels with a defined value, with their intervals, and the values of the labels, as ``auroc``."""
     means = {
         metric: {
             "value": metrics.mean_defined(values),
@@ -126,7 +126,8 @@ def _zero_shot(
 
 
 def _pooled_calibration_error(truth: np.ndarray, probabilities: np.ndarray) -> float:
-    """Of all labels together: bins of thousands of calls, where a label of few volumes has bins of a handful."""
+    """Calibration error over all labels together: its bins hold thousands of predictions, those of a single label may
+    hold a handful."""
     known = ~np.isnan(truth)
     return metrics.calibration_error(truth[known], probabilities[known]) if known.any() else float("nan")
 
@@ -134,7 +135,7 @@ def _pooled_calibration_error(truth: np.ndarray, probabilities: np.ndarray) -> f
 def _thresholds(
     truth: np.ndarray, probabilities: np.ndarray, protocol: Protocol, calibration: Calibration | None
 ) -> tuple[np.ndarray, str]:
-    """(labels,) and where they come from."""
+    """Thresholds (labels,), and a description of their origin."""
     if protocol.thresholds == "published":
         known = ~np.isnan(truth)
         picked = [metrics.published_threshold(truth[k, i], probabilities[k, i]) for i, k in enumerate(known.T)]
@@ -155,20 +156,21 @@ def _thresholds(
 def _limits(value: float, resampled: np.ndarray, metric: str = "") -> list[float]:
     limits = percentile_interval(value, resampled)
     if metric == "calibration_error" and np.isfinite(resampled).any():
-        # A sum of distances: resampling adds noise to each and so raises it. That bias, the mean of the resamples above
-        # the value (Efron and Tibshirani 1993, section 10.2), is taken off the limits.
+        # Calibration error is a sum of distances, which noise from resampling increases. The bias, estimated as the
+        # mean of the resamples minus the value (Efron and Tibshirani 1993, section 10.2), is subtracted from the
+        # limits.
         bias = float(np.nanmean(resampled)) - value
         return [max(0.0, limits.lower - bias), max(0.0, limits.upper - bias)]
     return [limits.lower, limits.upper]
 
 
 def _means(resampled: np.ndarray) -> np.ndarray:
-    """(resamples,) mean over the labels that are defined in each."""
+    """Mean (resamples,) over the labels that are defined in each resample."""
     return np.array([metrics.mean_defined(values) for values in resampled])
 
 
 def plain(value: Any) -> Any:
-    """For JSON: NaN and infinity become None, numpy's scalars and arrays become Python's."""
+    """Convert to plain Python values for JSON: NaN and infinity become None."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):

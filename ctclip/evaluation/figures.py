@@ -1,4 +1,4 @@
-"""The pictures of a report, as a radiologist and a reviewer would want them."""
+"""Draw the figures of an evaluation report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Focus:
 
     @property
     def at(self) -> tuple[int, int, int]:
-        """The voxel of the mask that is nearest to its middle."""
+        """The voxel of the mask nearest to its centroid."""
         inside = np.argwhere(self.mask)
         z, y, x = inside[np.argmin(((inside - inside.mean(axis=0)) ** 2).sum(axis=1))]
         return int(z), int(y), int(x)
@@ -40,9 +40,9 @@ def example(
     windows: Mapping[str, tuple[float, float]],
     focus: Focus | None = None,
 ) -> None:
-    """Axial, coronal and sagittal slices in two HU windows, with the report and what was detected.
+    """Draw axial, coronal and sagittal slices in two HU windows, with the report and the detections.
 
-    hu [slice, row, column] LPS+, shown by radiological convention: the patient's right on the left of the picture, the
+    hu [slice, row, column] LPS+, shown in radiological convention: the patient's right on the left of the image, the
     head at the top. The slices go through ``focus``, whose mask is outlined, or through the middle. detections:
     (abnormality, probability, label or None) in the order shown.
     """
@@ -54,7 +54,7 @@ def example(
         ("coronal", hu[::-1, y], mask[::-1, y], dz, dx, f"slice {y + 1} of {hu.shape[1]}"),
         ("sagittal", hu[::-1, :, x], mask[::-1, :, x], dz, dy, f"slice {x + 1} of {hu.shape[2]}"),
     )
-    # Columns as wide as what they show, so that all pictures of a row are equally high.
+    # Column widths match the slices, so that all images of a row have the same height.
     widths = [plane.shape[1] * across / (plane.shape[0] * down) for _, plane, _, down, across, _ in views]
     height = max(8 / sum(widths), 2.9)
     figure, axes = _canvas(2, 4, (12.2, 2 * height + 0.5), [*widths, sum(widths) * 0.5])
@@ -72,13 +72,13 @@ def example(
     _words(axes[0][3], "Report", "\n".join(lines[:most] + (["[...]"] if len(lines) > most else [])))
     scores = [f"{p:4.0%}  {'+' if y == 1 else '-' if y == 0 else ' '}  {name}" for name, p, y in detections]
     if focus:
-        figure.suptitle(f"slices through: {focus.finding} (outlined as it was drawn)", fontsize=9, color=INK)
+        figure.suptitle(f"slices through: {focus.finding} (reference mask outlined)", fontsize=9, color=INK)
     _words(axes[1][3], "Zero-shot probability (+/- label)", "\n".join(scores), mono=True)
     _save(figure, path)
 
 
 def _letters(axis: Any, view: str) -> None:
-    """Where the patient's sides are, at the edges of a slice, to be read on air and on bone."""
+    """Label the patient's sides at the edges of a slice, legibly on air and on bone."""
     from matplotlib.patheffects import withStroke
 
     sides = ("R", "L") if view != "sagittal" else ("A", "P")
@@ -95,7 +95,7 @@ def auroc_bars(
     histogram: dict[str, float | None] | None,
     control: float | None,
 ) -> None:
-    """AUROC of each label with its interval, ordered; the histogram classifier's as an open mark."""
+    """Plot the sorted AUROC of each label with its interval; open markers show the histogram classifier."""
     defined = {name: entry for name, entry in per_label.items() if entry["value"] is not None}
     names = sorted(defined, key=lambda name: defined[name]["value"])
     figure, axes = _canvas(1, 1, (8.6, 0.34 * len(names) + 1.6))
@@ -130,7 +130,7 @@ def auroc_bars(
 
 
 def auroc_pair(path: Path, names: Sequence[str], sides: Sequence[dict[str, Any]]) -> None:
-    """AUROC of each label in two evaluations with their intervals, ordered by the first's."""
+    """Plot the AUROC of each label in two evaluations with intervals, sorted by the first."""
     labels = [name for name in sides[0] if name in sides[1] and None not in (sides[0][name]["value"], sides[1][name]["value"])]  # fmt: skip
     labels.sort(key=lambda name: sides[0][name]["value"])
     figure, axes = _canvas(1, 1, (8.6, 0.4 * len(labels) + 1.4))
@@ -153,7 +153,7 @@ def auroc_pair(path: Path, names: Sequence[str], sides: Sequence[dict[str, Any]]
 
 
 def loss_curve(path: Path, steps: list[int], losses: list[float], chance: float | None) -> None:
-    """Training loss, with the level of chance."""
+    """Plot the training loss and the chance level."""
     figure, axes = _canvas(1, 1, (6.4, 3.6))
     axis = axes[0][0]
     axis.plot(steps, losses, color=BAR, lw=1.4)
@@ -167,7 +167,8 @@ def loss_curve(path: Path, steps: list[int], losses: list[float], chance: float 
 
 
 def similarity(path: Path, matrix: np.ndarray) -> None:
-    """Cosine similarity of reports (rows) and volumes (columns) of the same scans: the diagonal should stand out."""
+    """Plot the cosine similarity of reports (rows) and volumes (columns) of the same scans; the diagonal should stand
+    out."""
     figure, axes = _canvas(1, 1, (5.2, 4.6))
     axis = axes[0][0]
     image = axis.imshow(matrix, cmap="viridis", interpolation="nearest")
@@ -178,9 +179,9 @@ def similarity(path: Path, matrix: np.ndarray) -> None:
 
 
 def reliability(path: Path, probabilities: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> None:
-    """Observed frequency against predicted probability: all labels together, then each, with 95 % intervals (Wilson
-    1927) of the frequency; the area of a point is proportional to its number of volumes. probabilities, labels (n, L),
-    NaN left out."""
+    """Plot observed frequency against predicted probability, for all labels together and for each, with 95 % intervals
+    (Wilson 1927); the area of a point is proportional to its number of volumes. ``probabilities``, ``labels`` (n, L);
+    NaN labels are ignored."""
     known = ~np.isnan(labels)
     panels = [("all labels", probabilities[known], labels[known])]
     for index, name in enumerate(names):
@@ -214,14 +215,14 @@ def reliability(path: Path, probabilities: np.ndarray, labels: np.ndarray, names
 
 
 def _wilson(share: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
-    """Limits of a binomial share of ``count``."""
+    """Confidence limits of a binomial fraction of ``count``."""
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
     return middle - half, middle + half
 
 
 def _canvas(rows: int, columns: int, size: tuple[float, float], widths: list[float] | None = None, share: bool = False):  # type: ignore[no-untyped-def]
-    # The object interface, not pyplot: no global state, no display.
+    # matplotlib's object interface instead of pyplot needs no global state and no display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")

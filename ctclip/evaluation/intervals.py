@@ -1,9 +1,9 @@
 """Confidence intervals of an AUROC that keep their nominal coverage with few positives and several volumes per
 patient.
 
-The percentile bootstrap by patient does not: with 10 positive patients and an AUROC of 0.96 its 95 % cover 0.8
-(``python -m tests.benchmarks.coverage``). There are two reasons: the quantile of the normal distribution, and a
-variance that is underestimated exactly when the estimate is too high.
+The percentile bootstrap by patient does not: with 10 positive patients and an AUROC of 0.96, the coverage of its 95 %
+interval is 0.8 (``python -m tests.benchmarks.coverage``). There are two reasons: it uses the normal quantile, and the
+variance is underestimated when the estimate is too high.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def enough_patients(labels: np.ndarray, patients: np.ndarray) -> bool:
 
 
 def placements(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """(n,): for a positive volume the share of negatives below it, for a negative the share of positives above it.
+    """For each positive volume the fraction of negatives below it, for each negative the fraction of positives above
+    it: (n,).
 
     Ties count half. The mean over either class is the AUROC; these are the structural components of DeLong et al. (1988).
     labels (n,) 0/1 with both classes; scores (n,).
@@ -52,10 +53,10 @@ def placements(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def auroc_variance(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray) -> float:
-    """Variance of the AUROC where a patient's volumes are not independent (Obuchowski 1997, eq. 3-6).
+    """Variance of the AUROC for patients with several correlated volumes (Obuchowski 1997, eq. 3-6).
 
-    labels (n,) 0/1, scores (n,), patients (n,). It is DeLong's where every patient has one volume. NaN with fewer than
-    two positive or two negative patients.
+    ``labels`` (n,) 0/1, ``scores`` (n,), ``patients`` (n,). It equals DeLong's variance if every patient has one
+    volume. NaN with fewer than two positive or two negative patients.
     """
     positives, negatives = patients_by_class(labels, patients)
     if min(positives, negatives) < 2:
@@ -75,10 +76,10 @@ def auroc_variance(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray)
 
 
 def two_normals_variance(auroc: float, positives: int, negatives: int) -> float:
-    """Variance of the AUROC of independent scores drawn from two normal distributions of one width.
+    """Variance of the AUROC of independent scores from two normal distributions with equal variance.
 
-    Bamber's (1975) formula, where the chance that one positive is above two negatives is a bivariate normal integral,
-    written with Owen's T (1956).
+    Bamber's (1975) formula, in which the probability that one positive is above two negatives is a bivariate normal
+    integral, computed with Owen's T (1956).
     """
     from scipy.special import ndtri, owens_t
 
@@ -89,13 +90,15 @@ def two_normals_variance(auroc: float, positives: int, negatives: int) -> float:
 def auroc_interval(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, *, level: float = LEVEL) -> Interval:
     """Interval of the AUROC of one label. labels (n,) 0/1, scores (n,), patients (n,).
 
-    The limits are the areas from which the observed one is just a quantile away: |observed - area| = t * sd(area),
-    with the variance a function of the area sought and not of the estimate (Wilson 1927; for the AUROC Newcombe 2006).
-    That function is ``two_normals_variance`` of as many patients as there are; where Obuchowski's variance of the
-    scores at hand is larger, it is scaled up to it. The quantile is Student's, for the smaller number of patients less
-    one. The limits are NaN with fewer than two positive or two negative patients.
+    The limits solve |observed - area| = t * sd(area), where the variance is a function of the unknown area and not of
+    the estimate (Wilson 1927; for the AUROC Newcombe 2006). That function is ``two_normals_variance`` for the given
+    numbers of patients, scaled up to Obuchowski's variance of the scores if that is larger. t is Student's quantile
+    with one degree of freedom less than the smaller number of patients. The limits are NaN with fewer than two positive
+    or two negative patients.
     """
-    from scipy.optimize import brentq  # here, for training validates by the AUROC and need not wait for SciPy
+    from scipy.optimize import (
+        brentq,
+    )  # imported here, because training computes the AUROC and should not wait for SciPy
     from scipy.stats import t as student
 
     positives, negatives = patients_by_class(labels, patients)
@@ -117,7 +120,7 @@ def auroc_interval(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray,
 
 
 def percentile_interval(value: float, resampled: np.ndarray, *, level: float = LEVEL, trusted: bool = True) -> Interval:
-    """Percentile interval (Efron 1979) of a statistic's resampled values, NaN left out."""
+    """Percentile interval (Efron 1979) of a statistic's resampled values; NaN is ignored."""
     defined = resampled[np.isfinite(resampled)]
     if len(defined) == 0 or not np.isfinite(value):
         return Interval(value, float("nan"), float("nan"), trusted=False)
@@ -126,7 +129,7 @@ def percentile_interval(value: float, resampled: np.ndarray, *, level: float = L
 
 
 def _share_below(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Share of ``reference`` below each value, ties counted half."""
+    """Fraction of ``reference`` below each value, ties counted half."""
     ordered = np.sort(reference)
     sides = np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")
     return np.asarray(sides / (2 * len(ordered)))

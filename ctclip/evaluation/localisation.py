@@ -1,7 +1,7 @@
-"""Scores of maps against masks, per finding, with intervals by patient.
+"""Score maps against masks, per finding, with intervals by patient.
 
-A map is compared with a mask voxel by voxel by two histograms, of its value inside and outside of the mask, in steps of
-1/255 of the map's peak: AUROC, average precision and Dice at every threshold follow from them.
+A map is compared with a mask by two histograms of its values, inside and outside of the mask, in steps of 1/255 of the
+map's peak. AUROC, average precision and Dice at every threshold follow from them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ctclip.evaluation.intervals import FEWEST_PATIENTS, percentile_interval
 from ctclip.evaluation.metrics import bootstrap_weights
 
 BINS = 256
-# ReXGroundingCT counts a finding as hit from this Dice on (Baharoon et al. 2025).
+# ReXGroundingCT counts a finding as a hit at this Dice or above (Baharoon et al. 2025).
 HIT_DICE = 0.1
 FALSE_POSITIVES = (0.5, 1.0, 2.0, 4.0)
 FIGURES = ("pointing", "distance_mm", "auroc", "average_precision", "dice", "hit")
@@ -24,7 +24,8 @@ FIGURES = ("pointing", "distance_mm", "auroc", "average_precision", "dice", "hit
 
 @dataclass(frozen=True)
 class Candidate:
-    """A local maximum of a map: its value, and the number of the lesion (component of the mask) it lies in; 0: none."""
+    """A local maximum of a map: its value, and the number of the lesion (component of the mask) that contains it; 0:
+    none."""
 
     value: float
     lesion: int
@@ -32,8 +33,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Pair:
-    """One map against one mask. distance_mm: from the map's peak to the nearest voxel of the mask, 0 inside; inside and
-    outside (256,): voxels of the mask and of the rest by value, from the lowest to the peak's."""
+    """One map compared with one mask. ``distance_mm``: distance from the map's peak to the nearest voxel of the mask, 0
+    inside; ``inside`` and ``outside`` (256,): histograms of the map's values in the mask and elsewhere, from 0 to the
+    peak."""
 
     patient: str
     distance_mm: float
@@ -42,7 +44,8 @@ class Pair:
 
 
 def histograms(share: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """share: the map over its peak, any shape; mask: bool of that shape -> inside and outside (256,)."""
+    """``share``: the map divided by its peak, any shape; ``mask``: bool of the same shape -> histograms ``inside`` and
+    ``outside`` (256,)."""
     steps = np.rint(np.clip(share, 0, 1) * (BINS - 1)).astype(np.uint8)
     every = np.bincount(steps.ravel(), minlength=BINS)
     inside = np.bincount(steps[mask], minlength=BINS)
@@ -68,28 +71,28 @@ def voxel_average_precision(inside: np.ndarray, outside: np.ndarray) -> float:
 
 
 def dice_at(inside: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    """(256,): Dice (1945) of the mask and the voxels at or above each value."""
+    """Dice (1945) of the mask and the voxels at or above each value: (256,)."""
     hits = np.cumsum(inside[::-1])[::-1]
     called = np.cumsum((inside + outside)[::-1])[::-1]
     return 2 * hits / np.maximum(1, inside.sum() + called)
 
 
 def thresholds_of_others(pairs: Sequence[Pair]) -> np.ndarray:
-    """(pairs,) bin from which voxels are called: for each half of the patients the one that gives the other half the best
-    mean Dice, so that no threshold was chosen on the patient it is applied to."""
+    """Threshold bins (pairs,). Each half of the patients gets the threshold with the best mean Dice in the other half,
+    so that no threshold is chosen on the patient it is applied to."""
     patients = np.array([pair.patient for pair in pairs])
     second = np.isin(patients, np.unique(patients)[1::2])
     dice = np.array([dice_at(pair.inside, pair.outside) for pair in pairs])
     chosen = np.full(len(pairs), BINS // 2)
     for half in (second, ~second):
         if half.any() and (~half).any():
-            # Bin 0 calls every voxel.
+            # Bin 0 would include every voxel.
             chosen[half] = 1 + int(dice[~half].mean(axis=0)[1:].argmax())
     return chosen
 
 
 def figures(pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
-    """Each of ``FIGURES``, one value a pair."""
+    """Each of ``FIGURES``, one value per pair."""
     chosen = thresholds_of_others(pairs)
     dice = np.array([dice_at(pair.inside, pair.outside)[at] for pair, at in zip(pairs, chosen, strict=True)])
     distance = np.array([pair.distance_mm for pair in pairs])
@@ -104,7 +107,7 @@ def figures(pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
 
 
 def summary(pairs: Sequence[Pair], *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Mean of each figure (of ``distance_mm`` the median) with the percentile interval of a bootstrap by patient."""
+    """Mean of each figure (median for ``distance_mm``) with the percentile interval of a bootstrap by patient."""
     patients = np.array([pair.patient for pair in pairs])
     weights = bootstrap_weights(patients, resamples, seed)
     trusted = len(np.unique(patients)) >= FEWEST_PATIENTS
@@ -125,9 +128,11 @@ def summary(pairs: Sequence[Pair], *, resamples: int = 1000, seed: int = 0) -> d
 def free_response(
     candidates: Sequence[Sequence[Candidate]], lesions: Sequence[int], at: Sequence[float] = FALSE_POSITIVES
 ) -> dict[str, float]:
-    """Sensitivity to lesions at so many false positives a scan (Bunch et al. 1978; ties counted against us).
+    """Sensitivity to lesions at given numbers of false positives per scan (Bunch et al. 1978; ties count against the
+    model).
 
-    candidates: of every scan, also of those without the finding; lesions: how many each has.
+    ``candidates``: those of every scan, including scans without the finding; ``lesions``: number of lesions in each
+    scan.
     """
     total = sum(lesions)
     rows = sorted(
@@ -149,6 +154,6 @@ def free_response(
 
 
 def mean_over(findings: Mapping[str, Mapping[str, Any]], figure: str) -> float:
-    """Mean of a figure over findings, those without a value left out."""
+    """Mean of a figure over the findings that have a value."""
     values = [entry[figure]["value"] for entry in findings.values() if np.isfinite(entry[figure]["value"])]
     return float(np.mean(values)) if values else float("nan")

@@ -1,6 +1,6 @@
 """Metrics of scores against labels by scikit-learn's definitions, and their values in resamples of patients.
 
-Where a label has one class only, the value is NaN ("undefined"), never 0 or 0.5. Ranking metrics (AUROC, average
+If a label has only one class, the value is NaN ("undefined"), never 0 or 0.5. Ranking metrics (AUROC, average
 precision) use the uncalibrated score; all others use the probability.
 """
 
@@ -18,8 +18,8 @@ BINS = 10
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the ROC curve, ties counted half (Hanley & McNeil 1982). labels 0/1 (n,); NaN if one class,
-    or where a score is NaN. Raises ValueError for other labels, or another number of scores.
+    """Area under the ROC curve, ties counted half (Hanley & McNeil 1982). ``labels`` 0/1 (n,). NaN if there is only one
+    class or a score is NaN. Raises ValueError for other labels, or a different number of scores.
 
     Equal to scikit-learn's ``roc_auc_score``, whose checks take 6 ms per call, too slow for the hundreds of calls of
     the shuffled control.
@@ -64,7 +64,7 @@ def bootstrap_auroc(
 ) -> np.ndarray:
     """AUROC of each label in each resample of the groups (patients), drawn with replacement.
 
-    labels, scores (n, L), NaN labels left out; groups (n,). Returns (resamples, L), NaN where undefined.
+    ``labels``, ``scores`` (n, L), NaN labels are ignored; ``groups`` (n,). Returns (resamples, L), NaN where undefined.
     """
     weights = bootstrap_weights(groups, resamples, seed)
     columns = []
@@ -86,8 +86,8 @@ def bootstrap_metrics(
 ) -> dict[str, np.ndarray]:
     """Every metric of each label in each resample of the groups (patients): name -> (resamples, L).
 
-    labels, ranking scores, probabilities (n, L), NaN labels left out; thresholds (L,). The same resamples serve every
-    metric and label.
+    ``labels``, ``ranking`` scores, ``probabilities`` (n, L), NaN labels are ignored; ``thresholds`` (L,). All metrics
+    and labels use the same resamples.
     """
     weights = bootstrap_weights(groups, resamples, seed)
     columns: dict[str, list[np.ndarray]] = {name: [] for name in METRICS}
@@ -105,7 +105,8 @@ def bootstrap_metrics(
 
 
 def bootstrap_weights(groups: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """(resamples, n): how often each volume's group was drawn. Resampling patients is weighting their volumes.
+    """How often each volume's group was drawn: (resamples, n). Resampling patients is equivalent to weighting their
+    volumes.
 
     With a single group there are no resamples (0, n), because nothing can be said about other patients.
     """
@@ -120,7 +121,7 @@ def weighted_ranking(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray
     undefined = np.full(len(weights), np.nan)
     if not np.any(labels == 1):
         return dict.fromkeys(RANKING, undefined)
-    # From the highest score down, and one step a distinct score that a positive has: at others nothing is gained.
+    # From the highest score down, one step per distinct score of a positive; other scores add no recall.
     order = np.argsort(-scores, kind="stable")
     descending, drawn = scores[order], weights[:, order]
     positive = np.flatnonzero(labels[order] == 1)
@@ -166,8 +167,8 @@ def rates(
 
     Precision is 0 if nothing was called positive, as with scikit-learn's ``zero_division=0``. Without a positive, F1,
     precision and sensitivity are NaN (undefined); without a negative, specificity is. ``weighted_f1``: F1 of "present"
-    and F1 of "absent", weighted by how many of each there are (scikit-learn's ``average="weighted"`` of one label):
-    the F1 that CT-CLIP and its successors report, larger than ``f1`` as a rule.
+    and F1 of "absent", weighted by their frequency (scikit-learn's ``average="weighted"`` for one label). This is the
+    F1 that CT-CLIP and its successors report; it is usually larger than ``f1``.
     """
     positive, negative = true_positive + false_negative, true_negative + false_positive
     wrong = false_positive + false_negative
@@ -188,7 +189,7 @@ def threshold_metrics(labels: np.ndarray, probabilities: np.ndarray, threshold: 
 
 
 def f1_averages(labels: np.ndarray, called: np.ndarray) -> dict[str, float]:
-    """Macro, micro and support-weighted F1 over labels (n, L) of 0, 1 and, left out, NaN."""
+    """Macro, micro and support-weighted F1 over ``labels`` (n, L) of 0, 1 and NaN (ignored)."""
     from sklearn.metrics import f1_score
 
     known = ~np.isnan(labels)
@@ -202,7 +203,7 @@ def f1_averages(labels: np.ndarray, called: np.ndarray) -> dict[str, float]:
 
 
 def brier(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Mean squared distance of probability and outcome (Brier 1950)."""
+    """Mean squared difference between probability and outcome (Brier 1950)."""
     return float(np.mean((probabilities - labels) ** 2))
 
 
@@ -215,7 +216,7 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int =
 def reliability(
     labels: np.ndarray, probabilities: np.ndarray, bins: int = BINS
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean probability, share of positives and number of volumes of each equal-width bin that is not empty."""
+    """Mean probability, fraction of positives and number of volumes of each non-empty equal-width bin."""
     member = _bins(probabilities, bins)
     count = np.bincount(member, minlength=bins)
     used = count > 0
@@ -224,8 +225,8 @@ def reliability(
 
 
 def best_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
-    """The threshold (called: score >= threshold) of the ROC point nearest to sensitivity 1 and specificity 1; 0.5 where
-    there is one class only."""
+    """The threshold (called: score >= threshold) of the ROC point nearest to sensitivity 1 and specificity 1; 0.5 if
+    there is only one class."""
     candidates = np.unique(scores)
     positive, negative = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
     if len(positive) == 0 or len(negative) == 0:
@@ -254,5 +255,5 @@ def _bins(probabilities: np.ndarray, bins: int) -> np.ndarray:
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray, empty: float = 0.0) -> np.ndarray:
-    """part / whole, ``empty`` where whole is 0."""
+    """``part / whole``; ``empty`` where ``whole`` is 0."""
     return np.divide(part, whole, out=np.full(np.shape(whole), empty), where=np.asarray(whole) > 0)

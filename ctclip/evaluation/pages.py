@@ -1,4 +1,4 @@
-"""A self-contained HTML page with embedded figures; it loads nothing."""
+"""Write a self-contained HTML page with embedded figures, which loads no other files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jinja2 import Environment
 from ctclip.preprocessing.files import write_text
 
 UNTRUSTED = " (!)"
-UNTRUSTED_MEANS = "(!): fewer than ten positive or negative patients; the interval is not to be trusted"
-# Cells that stand in columns of numbers, and are set to the right.
+UNTRUSTED_MEANS = "(!): fewer than ten positive or negative patients; the interval is unreliable"
+# Cells of numeric columns, which are right-aligned.
 FIGURES = re.compile(
     r"[-+<\d.,%\s]*|(undefined|[-+]?[\d.]+) to (undefined|[-+]?[\d.]+)( \(!\))?|undefined|[+-]?\d+ (of|and) \d+"
 )
@@ -79,8 +79,8 @@ dialog.onclick = () => dialog.close();
 def write_page(
     path: Path, *, title: str, subtitle: str, headline: list[tuple[str, str]], sections: list[dict[str, Any]]
 ) -> None:
-    """Write one page. A section has a title and, each optional, words, figures [(caption, png path)] (in two columns if
-    ``beside``), table (rows, the first its head), pre (text as it stands)."""
+    """Write one page. A section has a ``title`` and optionally ``words``, ``figures`` [(caption, png path)] (in two
+    columns if ``beside``), ``table`` (rows, the first is the header) and ``pre`` (preformatted text)."""
     ready = []
     for section in sections:
         figures = [
@@ -99,12 +99,12 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def interval_words(lower: float | None, upper: float | None, trusted: bool = True) -> str:
-    """The limits as text, marked if the interval is not to be trusted."""
+    """The limits as text, marked if the interval is unreliable."""
     return f"{number(lower)} to {number(upper)}" + ("" if trusted else UNTRUSTED)
 
 
 def split_note(metrics: dict[str, Any]) -> str:
-    """A sentence on the part of a split that was not scored; "" if there is none, or without a store."""
+    """A sentence about the volumes of a split that were not scored; "" if all were, or without a store."""
     split = metrics.get("split")
     if not split or not split["missing"]:
         return ""
@@ -116,7 +116,7 @@ def split_note(metrics: dict[str, Any]) -> str:
 
 
 def label_table(per_label: dict[str, Any], histogram: dict[str, float | None] | None) -> list[list[str]]:
-    """Rows of the table of abnormalities, best first."""
+    """The rows of the table of abnormalities, the highest AUROC first."""
     columns = ("average_precision", "f1", "sensitivity", "specificity", "calibration_error")
     rows = [
         [
@@ -140,8 +140,8 @@ def label_table(per_label: dict[str, Any], histogram: dict[str, float | None] | 
 
 
 def comparison_table(first: str, ours: dict[str, Any], second: str, theirs: dict[str, Any]) -> list[list[str]]:
-    """AUROC of two evaluations by label with intervals, the largest difference first; above them the mean of each, and
-    that over the labels both have."""
+    """AUROC of two evaluations by label with intervals, the largest difference first, preceded by the mean of each
+    evaluation and over the common labels."""
     sides = (ours["auroc"], theirs["auroc"])
     shared = [name for name in sides[0] if name in sides[1]]
     pairs = {name: [side[name]["value"] for side in sides] for name in shared}
@@ -160,11 +160,11 @@ def comparison_table(first: str, ours: dict[str, Any], second: str, theirs: dict
 
     means = [ours["mean_auroc"], theirs["mean_auroc"]]
     same = set(sides[0]) == set(sides[1])
-    rows.append(row("mean" if same else "mean, each of its own labels", means, [ours["mean_auroc_interval"], theirs["mean_auroc_interval"]]))  # fmt: skip
+    rows.append(row("mean" if same else "mean over each one's own labels", means, [ours["mean_auroc_interval"], theirs["mean_auroc_interval"]]))  # fmt: skip
     if not same and defined:
         over = [sum(pair[side] for pair in defined.values()) / len(defined) for side in (0, 1)]
         rows[-1][-1] = ""
-        rows.append(row(f"mean of the {len(defined)} labels of both", over, [[], []]))
+        rows.append(row(f"mean over the {len(defined)} common labels", over, [[], []]))
     for name in sorted(shared, key=lambda name: -abs(pairs[name][0] - pairs[name][1]) if name in defined else 0):
         rows.append(row(name, pairs[name], [_limits(side[name]) for side in sides]))
     return rows

@@ -1,4 +1,4 @@
-"""Whether one set of predictions is better than another on the same volumes."""
+"""Test whether one set of predictions is better than another on the same volumes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def paired_test(
     resamples: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """AUROC of ``first`` minus that of ``second``, label by label and mean, both ranked by uncalibrated scores.
+    """AUROC of ``first`` minus that of ``second``, for each label and on average, both ranked by uncalibrated scores.
 
-    Intervals: percentiles of the difference in the same resamples of patients. p, two-sided: the share of exchanges
-    (with one added to both, Davison & Hinkley 1997, eq. 4.11) whose difference is as large; in each exchange, a random
-    half of the patients swap the two models' ranks. With few positives its rate of false alarms is nominal, unlike the
-    bootstrap's, if the scores of both models have similar distributions; otherwise a small p says that the models
-    differ, not which has the higher AUROC (``python -m tests.benchmarks.coverage``; dividing by the standard deviation in
-    each exchange does not mend that). Both tables must score the same volumes.
+    Intervals: percentiles of the difference in the same resamples of patients. p, two-sided: the fraction of exchanges
+    with a difference at least as large (one is added to numerator and denominator, Davison & Hinkley 1997, eq. 4.11);
+    in each exchange, a random half of the patients swap the two models' ranks. With few positives, its false positive
+    rate is nominal, unlike the bootstrap's, if the scores of both models have similar distributions; otherwise a small
+    p shows that the models differ, but not which has the higher AUROC (``python -m tests.benchmarks.coverage``;
+    dividing by the standard deviation in each exchange does not change that). Both tables must score the same volumes.
     """
     unpaired = set(first["volume"]) ^ set(second["volume"])
     if unpaired:
@@ -73,19 +73,19 @@ def paired_test(
 def exchange_shares(
     labels: np.ndarray, first: np.ndarray, second: np.ndarray, member: np.ndarray, patients: int
 ) -> np.ndarray:
-    """(patients,): what each patient adds to the difference of two AUROCs; where a patient's scores are exchanged
-    between the models, its share changes its sign. The sum is the difference.
+    """The contribution (patients,) of each patient to the difference of two AUROCs. If a patient's scores are exchanged
+    between the models, the contribution changes sign. The sum is the difference.
 
-    labels (n,) 0/1, first and second scores (n,), member (n,) the number of each volume's patient. Scores are compared by
-    their ranks within each model. The difference after any exchange is a sum over patients because the terms that two
-    patients have together cancel (Bandos, Rockette & Gur 2005).
+    ``labels`` (n,) 0/1; ``first`` and ``second`` scores (n,); ``member`` (n,): index of each volume's patient. Scores
+    are compared by their ranks within each model. The difference after any exchange is a sum over patients, because the
+    cross terms of two patients cancel (Bandos, Rockette & Gur 2005).
     """
     ranks = [rankdata(first), rankdata(second)]
     shares = np.zeros(patients)
     for kind, direction in ((labels == 1, 1.0), (labels == 0, -1.0)):
         others = np.sort(np.concatenate([rank[~kind] for rank in ranks]))
         for rank, side in zip(ranks, (1.0, -1.0), strict=True):
-            # Share of the others, as either model ranks them, below; a tie is half.
+            # Fraction of the other class ranked below by each model; ties count half.
             below = np.searchsorted(others, rank[kind], "left") + np.searchsorted(others, rank[kind], "right")
             weights = direction * side * below / (2 * len(others)) / kind.sum()
             shares += np.bincount(member[kind], weights, patients)
@@ -96,7 +96,7 @@ def _comparison(pair: list[float], spread: np.ndarray, shares: np.ndarray, signs
     first, second = pair
     difference = first - second
     limits = percentile_interval(difference, spread)
-    # A little slack, so that an exchange that changes nothing counts as equally large whatever the rounding.
+    # A small tolerance, so that an exchange without effect counts as equally large despite rounding.
     larger = int((np.abs(signs @ shares) >= abs(difference) - 1e-12).sum())
     p = (larger + 1) / (len(signs) + 1) if np.isfinite(difference) else float("nan")
     return {

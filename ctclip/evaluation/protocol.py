@@ -1,4 +1,4 @@
-"""What an evaluation declares before any score is seen: labels, volumes and thresholds."""
+"""Evaluation protocols: labels, volumes and thresholds, declared before any score is seen."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ class Protocol(Section):
     """A file of ``configs/protocols``."""
 
     name: str = Field(description="name of the protocol, stated with every figure")
-    describes: str = Field(description="what it scores, in a sentence")
-    cohort: str = Field("", description="the cohort, as publications name it")
+    describes: str = Field(description="one sentence that describes what the protocol scores")
+    cohort: str = Field("", description="name of the cohort in publications")
     size: int | None = Field(
         None, description="number of volumes in the whole set; if fewer are scored, the report says so"
     )
-    labels: tuple[str, ...] = Field(min_length=1, description="names, or the name of a label set")
+    labels: tuple[str, ...] = Field(min_length=1, description="label names, or the name of a label set")
     without: tuple[str, ...] = Field((), description="labels of the set that are not scored")
     columns_of: str = Field(
         "", description="cohort to whose columns the label set maps its labels; labels without a column are left out"
     )
     mapping: dict[str, tuple[str, ...]] = Field(
         default_factory=dict,
-        description="columns of the label table whose union is the label; default: the column of its name",
+        description="columns of the label table whose union is the label; default: the column with the label's name",
     )
     scores: dict[str, tuple[str, ...]] = Field(
         default_factory=dict,
-        description="predicted abnormalities whose largest score is the score of the label; default: the one of its "
-        "name",
+        description="predicted abnormalities whose largest score is the score of the label; default: the abnormality "
+        "with the label's name",
     )
     volumes: Literal["all", "one-per-scan"] = Field("all", description="which reconstructions of a scan are scored")
-    bootstrap: int = Field(1000, description="resamples of patients for the intervals")
+    bootstrap: int = Field(1000, description="number of bootstrap resamples of patients for the intervals")
     thresholds: Thresholds = Field(
         "calibration",
-        description="calibration: those of the model's calibration split, or 0.5 without one; "
-        "published: picked on the test volumes themselves, as is common",
+        description="calibration: thresholds from the model's calibration split, or 0.5 without one; published: "
+        "thresholds chosen on the test volumes themselves, as in most publications",
     )
 
     @model_validator(mode="before")
@@ -72,7 +72,7 @@ class Protocol(Section):
         return self
 
     def predicted(self) -> list[str]:
-        """Abnormalities the prediction table must have."""
+        """The abnormalities that the prediction table must have."""
         return list(dict.fromkeys(column for name in self.labels for column in self.scores.get(name, (name,))))
 
     def scored(self, predictions: pd.DataFrame) -> pd.DataFrame:
@@ -84,7 +84,7 @@ class Protocol(Section):
         return scored.assign(**merged).reset_index(drop=True)
 
     def columns(self) -> list[str]:
-        """Columns the label table must have."""
+        """The columns that the label table must have."""
         return list(dict.fromkeys(column for name in self.labels for column in self.mapping.get(name, (name,))))
 
     def merged(self, table: pd.DataFrame) -> pd.DataFrame:
@@ -98,7 +98,7 @@ class Protocol(Section):
 
 
 def load_protocol(name: str) -> Protocol:
-    """A protocol by path, or by the name of one in ``configs/protocols``."""
+    """Load a protocol by path, or by its name in ``configs/protocols``."""
     path = find_config(name, "protocols")
     return validated(Protocol, read_mapping(Path(path)), str(path))
 
@@ -106,8 +106,8 @@ def load_protocol(name: str) -> Protocol:
 def default_protocol(labels: LabelSet | None, identity: str, columns: Iterable[str], predicted: list[str]) -> Protocol:
     """The protocol used by default: the label set's own, else one with those of its labels that were predicted.
 
-    ``labels``: the label set of the store, if there is one; ``identity``: of the label set that the prediction table
-    states; ``columns``: of the label table. Raises EvaluationError if no predicted name has a column.
+    ``labels``: the label set of the store, if any; ``identity``: identity of the label set in the prediction table;
+    ``columns``: columns of the label table. Raises EvaluationError if no predicted name has a column.
     """
     known = labels or next((one for one in installed_sets() if one.identity == identity), None)
     if known is not None and known.protocol is not None:
@@ -133,7 +133,7 @@ def default_protocol(labels: LabelSet | None, identity: str, columns: Iterable[s
 
 
 def unnamed_protocol(table: pd.DataFrame, predicted: list[str], labels: Path | None, store: Path | None) -> Protocol:
-    """``default_protocol`` of a prediction table and the label table, or store, that it is to be scored with."""
+    """``default_protocol`` for a prediction table and the label table or store that it is scored with."""
     label_set = store_labels(VolumeStore(store)) if store is not None else None
     columns = read_columns(label_file(labels, store))
     return default_protocol(label_set, provenance(table, "labels"), columns, predicted)

@@ -10,11 +10,11 @@ from ctclip.evaluation.tables import MARGIN
 
 
 def ranking_scores(predictions: pd.DataFrame, protocol: Protocol) -> np.ndarray:
-    """(n, labels) float: the margin of each label where the table holds it, else its probability.
+    """Scores (n, labels): the margin of each label if the table has it, else its probability.
 
-    AUROC, average precision and paired tests use these, because calibration cannot improve a ranking, and a
-    calibration fitted to few volumes may reverse one. predictions: rows that ``align`` gives. Where a protocol's label
-    is the largest of several scores, it is the largest of their margins.
+    AUROC, average precision and paired tests use these, because calibration cannot improve a ranking, and a calibration
+    fitted to few volumes may reverse one. ``predictions``: rows returned by ``align``. If a protocol defines a label as
+    the maximum of several scores, the maximum of their margins is used.
     """
     columns = []
     for name in protocol.labels:

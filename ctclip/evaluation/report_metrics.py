@@ -1,6 +1,6 @@
-"""Scores of draft reports: findings by a report reader, and words in common.
+"""Scores of drafted reports: findings as read by a report reader, and word overlap.
 
-Everything is computed from counts for each report, so that a resample of patients is a weighted sum of them.
+All scores are computed from counts per report, so that a resample of patients is a weighted sum.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Counts:
 
     @classmethod
     def of(cls, reference: np.ndarray, drafted: np.ndarray) -> Counts:
-        """reference (n, L) of 0, 1 and, left out, NaN; drafted (n, L) of 0 and 1."""
+        """``reference`` (n, L) of 0, 1 and NaN (ignored); ``drafted`` (n, L) of 0 and 1."""
         known = ~np.isnan(reference)
         positive, called = (reference == 1) & known, (drafted == 1) & known
         parts = (positive & called, ~positive & called, positive & ~called, known)
@@ -39,9 +39,10 @@ class Counts:
 def finding_scores(counts: Counts, weights: np.ndarray) -> dict[str, np.ndarray]:
     """``FINDINGS`` under each row of weights (R, n): each (R,).
 
-    Macro F1 is over the labels that at least one reference states; with none drafted, a label's F1 is 0. CRG (Hamamci et
-    al. 2025, arXiv 2505.17167): with A findings stated in T places for one, r = (T - A) / 2A and s = r TP - r FN - FP,
-    CRG = r A / (2 r A - s); it is 1 for perfect drafts, 0.5 for drafts worth nothing and 1/3 if all are missed.
+    Macro F1 is over the labels that at least one reference states; the F1 of a label that no draft states is 0. CRG
+    (Hamamci et al. 2025, arXiv 2505.17167): with A findings stated in T places for one, r = (T - A) / 2A and s = r TP -
+    r FN - FP, CRG = r A / (2 r A - s); it is 1 for perfect drafts, 0.5 for uninformative drafts and 1/3 if all findings
+    are missed.
     """
     hits, wrong, missed = (
         weights @ part for part in (counts.true_positive, counts.false_positive, counts.false_negative)
@@ -106,8 +107,8 @@ def has_word_metrics() -> bool:
 
 
 def meteor(drafts: Sequence[str], references: Sequence[str]) -> np.ndarray | None:
-    """METEOR (Banerjee & Lavie 2005) of each draft, (n,); None without NLTK's WordNet, which is data that is not installed
-    with it."""
+    """METEOR (Banerjee & Lavie 2005) of each draft, (n,); None without NLTK's WordNet, which NLTK does not install
+    itself."""
     try:
         from nltk.corpus import wordnet
         from nltk.translate.meteor_score import single_meteor_score

@@ -1,4 +1,4 @@
-"""Retrieval between reports and volumes; the pool, its size and what counts as a hit are part of the result."""
+"""Retrieval between reports and volumes. The result states the pool, its size and what counts as a hit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ LABEL_DEPTHS = (1, 5, 10, 50)
 def evaluate_retrieval(
     scans: np.ndarray, volumes: np.ndarray, reports: np.ndarray | None, labels: np.ndarray | None
 ) -> dict[str, Any]:
-    """Report to volume, volume to report, volume to volume: recall@k and median rank of the correct scan, and
-    similarity of the labels of query and retrieved scans.
+    """Retrieval from report to volume, volume to report and volume to volume: recall@k and median rank of the correct
+    scan, and similarity of the labels of query and retrieved scans.
 
-    scans (n,) ids; volumes (n, dim) unit vectors; reports likewise, NaN where a volume has none; labels (n, L) of 0, 1, NaN.
+    ``scans`` (n,) ids; ``volumes`` (n, dim) unit vectors; ``reports`` likewise, NaN where a volume has none; ``labels``
+    (n, L) of 0, 1, NaN.
     """
     result: dict[str, Any] = {}
     every = f"all {len(volumes)} volumes of {len(np.unique(scans))} scans, every reconstruction its own entry"
@@ -56,9 +57,9 @@ def retrieval(
 ) -> dict[str, Any]:
     """Recall@k and median rank of the best correct match.
 
-    queries (n, d), pool (m, d) unit vectors; a pool entry is right if its ``identity`` (m,) is the query's ``target``
-    (n,): all reconstructions of a scan are correct matches for its report. Ties count against the model. ``itself``
-    (n,): the pool entry that is the query, left out.
+    ``queries`` (n, d), ``pool`` (m, d) unit vectors; a pool entry is correct if its ``identity`` (m,) is the query's
+    ``target`` (n,): all reconstructions of a scan are correct matches for its report. Ties count against the model.
+    ``itself`` (n,): index of the query in the pool, which is excluded.
     """
     similarity = queries @ pool.T
     right = target[:, None] == identity[None, :]
@@ -91,10 +92,11 @@ def precision_by_labels(
     the query's.
 
     queries (n, d), pool (m, d) unit vectors, labels (., L) of 0, 1, NaN (unknown counts as absent), scans (.,). An
-    entry is relevant if its labels overlap with the query's by half or more (Jaccard; two scans without any label
-    are relevant to each other). ``precision@k``: the share of the first k that is relevant (ConVIRT, Zhang et al. 2022,
-    section 4.3), ``chance_precision`` that of the whole pool; average precision as in TREC, over the first k.
-    ``jaccard@k`` is what CT-CLIP's script calls MAP@k; there the query itself and, among the entries, only volumes with a finding are in the pool.
+    entry is relevant if its labels overlap with the query's by half or more (Jaccard; two scans without any label are
+    relevant to each other). ``precision@k``: the fraction of the first k that is relevant (ConVIRT, Zhang et al. 2022,
+    section 4.3); ``chance_precision``: that of the whole pool; average precision as in TREC, over the first k.
+    ``jaccard@k`` is what CT-CLIP's script calls MAP@k; its pool includes the query itself, and otherwise only volumes
+    with a finding.
     """
     query_positive, positive = query_labels == 1, pool_labels == 1
     deepest = min(max(depths), len(pool))
@@ -125,7 +127,8 @@ def precision_by_labels(
 
 
 def _relevant(labels: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positive labels (m, L) bool of entries, (L,) of a query -> which are relevant (m,), and their Jaccard index (m,)."""
+    """Positive labels (m, L) bool of the entries and (L,) of a query -> which entries (m,) are relevant, and their
+    Jaccard index (m,)."""
     shared = (labels & asked).sum(axis=1)
     union = labels.sum(axis=1) + asked.sum() - shared
     jaccard = np.where(union > 0, shared / np.maximum(union, 1), 1.0)
@@ -135,8 +138,8 @@ def _relevant(labels: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.nda
 def compose(
     query: np.ndarray, plus: Sequence[np.ndarray] = (), minus: Sequence[np.ndarray] = (), weight: float = 1.0
 ) -> np.ndarray:
-    """A scan's unit vector (..., dim) moved towards texts and away from others (unit vectors (..., dim)), as a unit vector
-    again: ALIGN's search by image and text (Jia et al. 2021, section 5.3)."""
+    """Move a scan's unit vector (..., dim) towards some texts and away from others (unit vectors (..., dim)) and
+    normalise it: ALIGN's search by image and text (Jia et al. 2021, section 5.3)."""
     moved = query + weight * (sum(plus) - sum(minus))
     return np.asarray(moved / np.linalg.norm(moved, axis=-1, keepdims=True))
 
@@ -153,10 +156,11 @@ def composed_retrieval(
     """Search for scans with one more finding, by ``scan + weight * direction of the finding``, and by the scan alone
     as a control.
 
-    volumes (n, dim) unit vectors; scans (n,); labels (n, L) of 0, 1, NaN; directions (L, dim), from the text that excludes a
-    finding to the one that states it, of unit length. Asked for each finding of each scan that is known to lack it, if the
-    pool has a scan with just the query's other findings and this one: ``found@k``, whether such a scan is among the first k
-    scans; ``precision@k``, the share of them that have the finding; ``by_itself`` likewise without the text.
+    ``volumes`` (n, dim) unit vectors; ``scans`` (n,); ``labels`` (n, L) of 0, 1, NaN; ``directions`` (L, dim) unit
+    vectors, from the text that excludes a finding to the text that states it. A query is made for each scan and each
+    finding that it is known to lack, if the pool has a scan with exactly the query's findings plus this one.
+    ``found@k``: whether such a scan is among the first k scans; ``precision@k``: the fraction of them with the finding;
+    ``by_itself``: the same without the text.
     """
     first = np.sort(np.unique(scans, return_index=True)[1])
     vectors, positive = volumes[first], labels[first] == 1
@@ -192,7 +196,7 @@ def _by_labels(
     labels: np.ndarray | None,
     scans: np.ndarray,
 ) -> dict[str, Any]:
-    """``precision_by_labels`` of (vectors, which of them) against (vectors, which of them)."""
+    """``precision_by_labels`` of queries against a pool, each given as (vectors, selected rows)."""
     if labels is None:
         return {}
     (query_vectors, asked), (pool_vectors, offered) = queries, pool

@@ -58,7 +58,7 @@ def run_calibration(
 
 
 def _fitted_on(table: pd.DataFrame, predictions: Path, store: Path | None) -> str:
-    """How many volumes and patients, and of which split; training or test splits are not for this."""
+    """Describe the volumes, patients and split; warn about training or test splits."""
     words = f"{len(table)} volumes of {table['patient'].nunique()} patients"
     if store is None:
         return f"{words}, {predictions}"

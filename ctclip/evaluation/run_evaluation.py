@@ -56,11 +56,11 @@ def run_evaluation(
     force: bool = False,
     focus: Callable[[str], Focus | None] | None = None,
 ) -> dict[str, Any]:
-    """Score a prediction file; see the command for the arguments. ``focus``: a function from the id of an example to
-    the finding that its slices should show. Returns the content of ``metrics.json``.
+    """Score a prediction file; see the command for the arguments. ``focus``: a function that returns, for the id of an
+    example, the finding that its slices should show. Returns the content of ``metrics.json``.
 
-    Raises PreprocessingError if ``output`` holds something else, another process writes there, or it is an evaluation of
-    other predictions and ``force`` is not given.
+    Raises PreprocessingError if ``output`` holds other files, another process writes there, or it holds an evaluation
+    of other predictions and ``force`` is not given.
     """
     check_folder(output, is_evaluation, "output of `ctclip evaluate`")
     table, names = read_predictions(predictions)
@@ -79,7 +79,7 @@ def run_evaluation(
     result |= {
         name: provenance(table, name) for name in ("model", "supervision", "trained_on", "spec", "prompts", "labels")
     }
-    # From here on, only the rows that the protocol scores.
+    # From here on, keep only the rows that the protocol scores.
     scored, known, scores = align(table, truth, declared)
     opened = VolumeStore(store) if store is not None else None
     if opened is not None:
@@ -114,14 +114,14 @@ def _digest(path: Path) -> str:
 
 
 def is_evaluation(folder: Path) -> bool:
-    """Whether a folder is one that an evaluation may be written into: of an evaluation, of other tables of ours, or a
-    demo's."""
+    """Whether an evaluation may be written to a folder: it holds an evaluation, other tables of ctclip, or a demo."""
     return made_by_us(folder, {"metrics.json": b'"protocol"', "demo.json": b'"size"'})
 
 
 def split_coverage(store: VolumeStore, volumes: pd.DataFrame, protocol: Protocol) -> dict[str, Any]:
-    """``split``: how many of the volumes (scans, where the protocol scores one volume a scan) of the splits that the
-    scored volumes are of were not scored, and how many of those are in the store. Empty if they are of no split."""
+    """``split``: the number of volumes in the splits of the scored volumes that were not scored, and how many of those
+    are in the store. Counts scans if the protocol scores one volume per scan. Empty if the volumes belong to no
+    split."""
     unit = "scan" if protocol.volumes == "one-per-scan" else "volume"
     cohort = store.cohort
     splits = sorted(cohort["split"][cohort["volume"].isin(volumes["volume"])].dropna().astype(str).unique())
@@ -135,7 +135,7 @@ def split_coverage(store: VolumeStore, volumes: pd.DataFrame, protocol: Protocol
 
 
 def _metrics_table(zero: dict[str, Any]) -> pd.DataFrame:
-    """A row an abnormality and one of means; each metric with the limits of its interval."""
+    """One row per abnormality and one with the means; each metric with the limits of its interval."""
     rows = {}
     for name, entry in zero["auroc"].items():
         row = {"auroc": entry["value"], "auroc_lower": entry["lower"], "auroc_upper": entry["upper"]}
@@ -157,7 +157,8 @@ def _metrics_table(zero: dict[str, Any]) -> pd.DataFrame:
 def _same_spec(store: VolumeStore, table: pd.DataFrame, path: Path) -> None:
     if provenance(table, "spec") not in ("", store.spec.hash):
         raise EvaluationError(
-            f"{path}: was made from volumes of spec {provenance(table, 'spec')}, but the store {store.path} holds {store.spec.hash}; "
+            f"{path}: was predicted from volumes of spec {provenance(table, 'spec')}, but the store {store.path} holds "
+            f"{store.spec.hash}; "
             f"give the store of those volumes"
         )
 
@@ -169,8 +170,8 @@ def _scores_all(protocol: Protocol, names: list[str], path: Path) -> None:
 
 
 def _calibrated(table: pd.DataFrame, names: list[str], fitted: Calibration, path: Path) -> pd.DataFrame:
-    """Probabilities from margins, whether the predictions were made before or after the calibration. The margins stay as
-    they are: they rank."""
+    """Compute probabilities from margins, whether the predictions were made before or after the calibration. The
+    margins are not changed, because they rank the volumes."""
     for what, fitted_to in (("model", fitted.model), ("prompts", fitted.prompts)):
         predicted_by = provenance(table, what)
         if predicted_by and fitted_to and predicted_by != fitted_to:
@@ -200,11 +201,11 @@ def _calibrated(table: pd.DataFrame, names: list[str], fitted: Calibration, path
 
 
 def histogram_control(store: VolumeStore, table: pd.DataFrame, protocol: Protocol) -> dict[str, Any]:
-    """A supervised classifier on HU histograms: fitted on the stored volumes that were not predicted."""
+    """A supervised classifier on HU histograms, fitted to the stored volumes that were not predicted."""
     cohort = store.cohort.set_index("volume")
     predicted = [name for name in table["volume"] if name in cohort.index]
     patients = set(cohort.loc[predicted, "patient"])
-    # One reconstruction a scan to fit on, and no volume of a held-out patient.
+    # Fit on one reconstruction per scan, and on no volume of a held-out patient.
     others = cohort.loc[[name for name in store.volumes if name in cohort.index]]
     others = others[~others["patient"].isin(patients)].groupby("scan").head(1)
     columns = list(protocol.labels)
@@ -254,7 +255,8 @@ def _examples(
     protocol: Protocol,
     focus: Callable[[str], Focus | None] | None,
 ) -> list[Example]:
-    """A few volumes with as many different findings as there are, most first."""
+    """Choose a few volumes that together show as many different findings as possible, those with most findings
+    first."""
     cohort = store.cohort.set_index("volume")
     order = np.argsort(-np.nan_to_num(known).sum(axis=1), kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, EXAMPLES).astype(int)] if len(order) >= EXAMPLES else order

@@ -31,8 +31,8 @@ from ctclip.preprocessing.plain_yaml import read_yaml
 from ctclip.preprocessing.scratch import scratch_folder
 
 INTERVALS = (
-    "Volumes are ranked by their margins before calibration. Intervals are by patient: for the AUROC of an "
-    "abnormality with the larger of two variances (evaluation/intervals.py), for everything else by bootstrap. "
+    "Volumes are ranked by their margins before calibration. Intervals are by patient: for the AUROC of an abnormality "
+    "from the larger of two variances (evaluation/intervals.py), for all other metrics by bootstrap. "
     f"{UNTRUSTED_MEANS}"
 )
 METRICS = {
@@ -42,8 +42,8 @@ METRICS = {
 
 @dataclass
 class Example:
-    """A volume to show: hu [slice, row, column] LPS+, spacing mm, its report, (abnormality, probability, label); ``focus``:
-    the finding that its slices go through."""
+    """An example volume: ``hu`` [slice, row, column] LPS+, ``spacing`` in mm, its report, and (abnormality,
+    probability, label); ``focus``: the finding that the slices pass through."""
 
     title: str
     hu: np.ndarray
@@ -55,15 +55,14 @@ class Example:
 
     @property
     def caption(self) -> str:
-        """What the picture shows, in words."""
+        """The caption of the image."""
         where = f"slices through {self.focus.finding.lower()}" if self.focus else "slices through the middle"
         return f"{self.title}: axial, coronal and sagittal {where}, its report and its probabilities"
 
 
 @dataclass
 class Pictures:
-    """Data for figures that metrics alone do not hold: examples, similarity of reports and volumes,
-    (probabilities, labels)."""
+    """Data for figures beyond the metrics: examples, similarity of reports and volumes, (probabilities, labels)."""
 
     examples: Sequence[Example] = ()
     matrix: np.ndarray | None = None
@@ -73,7 +72,7 @@ class Pictures:
 def write_report(
     output: Path, name: str, metrics: dict[str, Any], *, run: Path | None = None, pictures: Pictures | None = None
 ) -> Path:
-    """Write ``report.html`` and its PNGs into ``output``; ``run`` is the training run's folder."""
+    """Write ``report.html`` and its PNGs to ``output``; ``run`` is the folder of the training run."""
     pictures = pictures or Pictures()
     zero, controls = metrics["zero_shot"], metrics.get("controls", {})
     histogram = controls.get("histogram_auroc")
@@ -129,7 +128,7 @@ def _own_sections(name: str, one: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _pictures(names: list[str], folders: list[Path]) -> list[dict[str, Any]]:
-    """The pictures that lie beside the figures; of two evaluations their AUROC is drawn in one."""
+    """The images saved with the metrics; for two evaluations, their AUROC is drawn in one figure."""
     sections = []
     for file, title in (("auroc.png", "AUROC per abnormality"), ("reliability.png", "Reliability"), ("loss.png", "Training loss")):  # fmt: skip
         images = [(name, folder / file) for name, folder in zip(names, folders, strict=True) if (folder / file).is_file()]  # fmt: skip
@@ -140,8 +139,8 @@ def _pictures(names: list[str], folders: list[Path]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _figures_of(*paths: Path, command: str = "evaluate") -> Iterator[None]:
-    """Around what is made of files that may be damaged: raises EvaluationError, naming them, where a value is missing or of
-    another kind."""
+    """Context manager for using files that may be damaged: raises EvaluationError, naming them, if a value is missing
+    or has the wrong type."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, yaml.YAMLError) as error:
@@ -153,7 +152,7 @@ def _figures_of(*paths: Path, command: str = "evaluate") -> Iterator[None]:
 
 
 def _side_by_side(names: list[str], pair: list[dict[str, Any]], picture: Path) -> list[dict[str, Any]]:
-    """What differs in how two evaluations were made, then their AUROC label by label."""
+    """The differences between the protocols of two evaluations, then their AUROC for each label."""
     ours, theirs = (one["zero_shot"] for one in pair)
     figures.auroc_pair(picture, names, [ours["auroc"], theirs["auroc"]])
     table = comparison_table(names[0], ours, names[1], theirs)
@@ -165,7 +164,7 @@ def _side_by_side(names: list[str], pair: list[dict[str, Any]], picture: Path) -
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """What tells folders apart: their last parts, and as many before them as it takes."""
+    """The shortest distinct endings of folder paths."""
     for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-depth:]) for folder in folders]
         if len(set(names)) == len(names):
@@ -211,13 +210,13 @@ def _subtitle(metrics: dict[str, Any]) -> str:
 
 
 def _protocol(metrics: dict[str, Any]) -> str:
-    """What the protocol scores, at the beginning of a sentence."""
+    """The description of the protocol, capitalised."""
     describes: str = metrics["protocol"]["describes"]
     return f"{describes[:1].upper()}{describes[1:]}"
 
 
 def _protocol_differences(names: list[str], first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """What differs between two evaluations, with both values."""
+    """The differences between two evaluations, with both values."""
     rows = [["what", *names]]
     for key in first["protocol"]:
         pair = [metrics["protocol"].get(key) for metrics in (first, second)]
@@ -295,7 +294,7 @@ def _run_sections(output: Path, run: Path) -> list[dict[str, Any]]:
     path = output / "loss.png"
     chance = None
     if isinstance(clip, dict) and list(config["objectives"]) == ["clip"]:
-        # Volume to texts, and text to volumes.
+        # Volume to text, and text to volume.
         chance = clip["weight"] * (math.log(batch + clip.get("queue", 0)) + math.log(batch)) / 2
     figures.loss_curve(path, [line["step"] for line in lines], [line["loss"] for line in lines], chance)
     return [
@@ -313,7 +312,7 @@ def _published_section(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def _retrieval(directions: dict[str, Any]) -> dict[str, Any]:
-    """One column for each direction; the text above says what the pool is and what counts as a hit."""
+    """One column for each direction; the text above describes the pool and what counts as a hit."""
     words = [
         f"{name.replace('_', ' ')}: the pool is {direction['pool_is']}; {direction['duplicates']}."
         for name, direction in directions.items()
@@ -328,7 +327,7 @@ def _retrieval(directions: dict[str, Any]) -> dict[str, Any]:
         values = [direction.get(key) for direction in directions.values()]
         if any(isinstance(value, str) for value in values):
             continue
-        # Shares, and beside them counts and ranks.
+        # Fractions, followed by counts and ranks.
         form = ".3f" if "@" in key or "precision" in key else "g"
         name = key.replace("@", " at ").replace("_", " ").replace("map", "MAP").replace("jaccard", "mean Jaccard")
         rows.append([name, *["" if value is None else f"{value:{form}}" for value in values]])

@@ -114,8 +114,8 @@ class _Scorer:
         self.sides = [_sides(text, cleaner) for text in self.references]
 
     def scores(self, texts: Sequence[str]) -> dict[str, Any]:
-        """All scores of one text for each report."""
-        # A finding in doubt is claimed by a draft, and left out of the reference.
+        """All scores for one drafted text per report."""
+        # An uncertain finding counts as present in a draft, and is ignored in the reference.
         counts = Counts.of(self.truth, self._read(texts, 1.0))
         scores = self.finding_scores(counts)
         if has_word_metrics():
@@ -126,19 +126,20 @@ class _Scorer:
         return {"scores": scores, "label_f1": f1, "sides": self._sided(texts)}
 
     def finding_scores(self, counts: Counts | np.ndarray) -> dict[str, tuple[float, np.ndarray]]:
-        """Scores of findings: each with its values in the resamples. counts: or the findings (n, L) of 0 and 1."""
+        """Scores of findings, each with its values in the resamples. ``counts``: the counts, or the findings (n, L) of
+        0 and 1."""
         if isinstance(counts, np.ndarray):
             counts = Counts.of(self.truth, counts)
         one, many = finding_scores(counts, np.ones((1, len(self.truth)))), finding_scores(counts, self.weights)
         return {name: (float(one[name][0]), many[name]) for name in FINDINGS}
 
     def differences(self, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-        """Ours minus theirs, on the same patients."""
+        """Differences ``ours`` minus ``theirs`` on the same patients."""
         pairs = {name: (ours[name], theirs[name]) for name in ours if name in theirs}
         return {name: _entry(a[0] - b[0], a[1] - b[1]) for name, (a, b) in pairs.items()}
 
     def _read(self, texts: Sequence[str], uncertain: float) -> np.ndarray:
-        """(n, L): 1 present, 0 absent or not mentioned."""
+        """Findings (n, L) of texts: 1 present, 0 absent or not mentioned."""
         values = {Status.present: 1.0, Status.uncertain: uncertain}
         readings = self.reader.read(list(texts))
         return np.array([
@@ -147,8 +148,8 @@ class _Scorer:
         ])  # fmt: skip
 
     def _sided(self, texts: Sequence[str]) -> dict[str, Any]:
-        """Sentences that name the side of a finding that is present: all, those whose finding the reference places on a side
-        too, and those of them on another side."""
+        """Count sentences that name the side of a present finding: all, those whose finding also has a side in the
+        reference, and those among them that name the wrong side."""
         counts = np.array(
             [_compare_sides(text, sides, self.cleaner) for text, sides in zip(texts, self.sides, strict=True)]
         )
@@ -162,7 +163,7 @@ class _Scorer:
 
 
 def _sides(text: str, cleaner: Cleaner) -> dict[str, set[str]]:
-    """The sides on which a report places each finding that it states."""
+    """The sides that a report states for each finding."""
     sides: dict[str, set[str]] = {}
     for sentence in cleaner.clean(text):
         for finding in sentence.findings:
@@ -174,7 +175,7 @@ def _sides(text: str, cleaner: Cleaner) -> dict[str, set[str]]:
 
 
 def _compare_sides(text: str, truth: dict[str, set[str]], cleaner: Cleaner) -> tuple[int, int, int]:
-    """Sentences that name a side, those that can be compared, and those on a wrong side."""
+    """Counts of sentences that name a side, that can be compared, and that name the wrong side."""
     named = compared = wrong = 0
     for sentence in cleaner.clean(text):
         sided = [finding for finding in sentence.findings if finding.side and finding.status is Status.present]
@@ -189,7 +190,8 @@ def _compare_sides(text: str, truth: dict[str, set[str]], cleaner: Cleaner) -> t
 
 
 def _references(drafts: Path, store: VolumeStore) -> tuple[pd.DataFrame, int]:
-    """The drafted volumes whose report is in the store (volume, patient, reference), and how many have none."""
+    """The drafted volumes whose report is in the store (volume, patient, reference), and the number of drafts without
+    one."""
     names = _ids(drafts)
     cohort = store.cohort.set_index("volume")
     unknown = [name for name in names if name not in cohort.index]
@@ -236,21 +238,21 @@ def _joined(rows: pd.DataFrame) -> list[str]:
 
 
 def _most_common(store: VolumeStore, table: pd.DataFrame) -> tuple[str, int]:
-    """The commonest report of the patients that were not drafted, and how many scans have it."""
+    """The most common report of the other patients, and the number of scans that have it."""
     others = store.cohort[~store.cohort["patient"].astype(str).isin(set(table["patient"]))].drop_duplicates("scan")
     texts = Counter(text for text in _joined(others) if text)
     if not texts:
         raise EvaluationError(
             f"{store.path}: every patient with a report was drafted, so the control has no report to copy"
         )
-    # Of equally common reports, the one whose sentences are commonest.
+    # Among equally common reports, take the one with the most common sentences.
     words = Counter(line for text in texts.elements() for line in text.split(". "))
     best = max(texts, key=lambda text: (texts[text], np.mean([words[line] for line in text.split(". ")])))
     return best, texts[best]
 
 
 def _detected(path: Path, table: pd.DataFrame, labels: LabelSet) -> np.ndarray | None:
-    """The findings (n, L) that the detector called, where `ctclip draft` wrote them."""
+    """The findings (n, L) that the detector called, if `ctclip draft` recorded them."""
     from ctclip.preprocessing.tables import read_table
 
     kept = read_table(path)
@@ -300,7 +302,7 @@ def _write_page(path: Path, result: dict[str, Any]) -> None:
                 rows.append(
                     [name if rows is scores else f"drafts minus {name}", *(_cell(part.get(m)) for m in metrics)]
                 )
-    sides = [["reports", "sentences with a side", "compared", "wrong side", "share of all", "share of compared"]]
+    sides = [["reports", "sentences with a side", "compared", "wrong side", "fraction of all", "fraction of compared"]]
     for name, one in result["results"].items():
         if "sides" in one:
             s = one["sides"]

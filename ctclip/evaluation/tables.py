@@ -1,8 +1,8 @@
-"""The prediction table and the embedding table, the only coupling between inference and evaluation.
+"""The prediction table and the embedding table, the only interface between inference and evaluation.
 
-One row a volume each. A prediction table holds a probability a finding, its margin (positive minus negative logit,
-before calibration), the limits of the probability's 95 % interval if it is calibrated, graded findings as
-``value:name [unit]``, and the model (with its training data), preprocessing spec and prompts that they come from.
+Both have one row per volume. A prediction table holds for each finding a probability, its margin (positive minus
+negative logit, before calibration) and, if calibrated, the limits of the probability's 95 % interval; graded findings
+as ``value:name [unit]``; and the model (with its training data), preprocessing spec and prompts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ctclip.preprocessing.tables import VOLUME_SUFFIXES, read_table
 
 IDENTITY = ("volume", "patient", "scan")
 PROVENANCE = ("model", "supervision", "trained_on", "spec", "prompts", "labels", "precision", "adapted_on", "warnings")
-# Where a label table keeps the volumes' ids: ours, CT-RATE's, RAD-ChestCT's.
+# The id column of label tables: ours, CT-RATE's, RAD-ChestCT's.
 ID_COLUMNS = ("volume", "VolumeName", "NoteAcc_DEID")
 IDS = (*IDENTITY, *ID_COLUMNS[1:])
 MARGIN = "margin:"
@@ -59,10 +59,10 @@ def prediction_table(
     precision: str = "",
     adapted_on: np.ndarray | None = None,
 ) -> pd.DataFrame:
-    """identity: columns volume, patient, scan, warnings; probabilities, margins (volumes, names); intervals (volumes,
-    names, 2) of the probabilities, NaN for names without one; values: graded findings, "name [unit]" to (volumes,);
-    adapted_on (volumes,): 1 where model or head were fitted to labels of the volume's patient, None where nothing was
-    fitted."""
+    """Build a prediction table. ``identity``: columns volume, patient, scan, warnings; ``probabilities``, ``margins``
+    (volumes, names); ``intervals`` (volumes, names, 2) of the probabilities, NaN for names without one; ``values``:
+    graded findings, "name [unit]" to (volumes,); ``adapted_on`` (volumes,): 1 where model or head were fitted to labels
+    of the volume's patient, None if nothing was fitted."""
     table = identity.loc[:, list(IDENTITY)].reset_index(drop=True)
     scores = pd.DataFrame(probabilities, columns=names)
     logits = pd.DataFrame(margins, columns=[f"{MARGIN}{name}" for name in names])
@@ -78,7 +78,7 @@ def prediction_table(
 
 
 def _limits(names: Sequence[str], intervals: np.ndarray | None) -> dict[str, np.ndarray]:
-    """The columns of the limits that are known."""
+    """Columns for the known interval limits."""
     if intervals is None:
         return {}
     known = [index for index in range(len(names)) if np.isfinite(intervals[:, index]).all()]
@@ -102,9 +102,9 @@ def read_embeddings(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         arrays = {name: _vectors(name, table[name]) for name in table.column_names if name != "volume"}
         names = table["volume"].to_pylist()
         if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-            raise ValueError("column 'volume' does not hold a name a volume")
+            raise ValueError("column 'volume' does not hold one name per volume")
         if len({vectors.shape[1] for vectors in arrays.values()}) != 1:
-            raise ValueError("it has no columns of vectors of one length")
+            raise ValueError("it has no columns of vectors of equal length")
     except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         raise EvaluationError(
             f"{path}: cannot be read as embeddings ({' '.join(str(error).split())[:160]}); `ctclip embed` writes them"
@@ -113,10 +113,10 @@ def read_embeddings(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def _vectors(name: str, column: pa.ChunkedArray) -> np.ndarray:
-    """(n, dim) of a column of vectors; ValueError for another column."""
+    """A column of vectors as (n, dim). Raises ValueError for other columns."""
     kind = column.type
     if not pa.types.is_fixed_size_list(kind) or not pa.types.is_floating(kind.value_type) or column.null_count:
-        raise ValueError(f"column {name!r} does not hold a vector a volume")
+        raise ValueError(f"column {name!r} does not hold one vector per volume")
     flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     vectors = np.asarray(flat, dtype=np.float32).reshape(len(column), kind.list_size)
     if np.isinf(vectors).any():
@@ -125,7 +125,7 @@ def _vectors(name: str, column: pa.ChunkedArray) -> np.ndarray:
 
 
 def write_predictions(path: str | os.PathLike[str], table: pd.DataFrame) -> None:
-    """Write CSV or, if the name ends so, Parquet, atomically."""
+    """Write CSV, or Parquet if the name ends in .parquet, atomically."""
     with written_beside(path) as partial:
         if Path(path).suffix == ".parquet":
             table.to_parquet(partial, index=False)
@@ -134,13 +134,13 @@ def write_predictions(path: str | os.PathLike[str], table: pd.DataFrame) -> None
 
 
 def read_predictions(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[str]]:
-    """A checked prediction table and the names of its abnormalities."""
+    """Read and check a prediction table; return it with the names of its abnormalities."""
     table = _read_table(Path(path))
     for name in IDENTITY:
         if name not in table.columns:
             raise EvaluationError(f"{path}: column {name!r} is missing; `ctclip zero-shot` writes prediction tables")
         if (table[name] == "").any():
-            raise EvaluationError(f"{path}: column {name!r} is empty in places; every row needs {', '.join(IDENTITY)}")
+            raise EvaluationError(f"{path}: column {name!r} has empty cells; every row needs {', '.join(IDENTITY)}")
     names = [str(c) for c in table.columns if c not in (*IDENTITY, *PROVENANCE) and not str(c).startswith(NUMBERS)]
     if not names:
         raise EvaluationError(f"{path}: has no column of scores")
@@ -162,7 +162,7 @@ def read_predictions(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, list[s
 
 
 def _numbers(path: str | os.PathLike[str], column: pd.Series) -> pd.Series:
-    # Excel in much of Europe writes 0,5.
+    # Excel writes 0,5 in many European locales.
     numbers = pd.to_numeric(column.str.replace(",", "."), errors="coerce")
     wrong = ~np.isfinite(numbers.to_numpy(dtype=float))
     if wrong.any():
@@ -215,8 +215,8 @@ def _labels(path: str | os.PathLike[str], column: pd.Series) -> pd.Series:
 
 
 def without_suffix(volume: str) -> str:
-    """A volume's id without the suffix of its file format; a folder in it is kept, because it distinguishes scans of
-    the same name."""
+    """A volume's id without the file suffix. A folder in the id is kept, because it distinguishes scans with the same
+    name."""
     suffix = next((suffix for suffix in VOLUME_SUFFIXES if volume.lower().endswith(suffix)), "")
     return volume.removesuffix(volume[len(volume) - len(suffix) :])
 
@@ -234,8 +234,9 @@ def read_columns(path: str | os.PathLike[str]) -> list[str]:
 
 
 def binary_columns(path: Path, columns: list[str] | None = None) -> Columns:
-    """The label columns of a table: ``columns``, or those of 0, 1 and empty cells that do not describe the patient or the
-    scan; see ``preprocessing.label_columns``. Raises EvaluationError naming what is missing or holds another value.
+    """The label columns of a table: ``columns``, or the columns of 0, 1 and empty cells that do not describe the
+    patient or the scan; see ``preprocessing.label_columns``. Raises EvaluationError naming what is missing or holds
+    another value.
     """
     table = _read_table(path)
     try:

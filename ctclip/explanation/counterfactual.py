@@ -1,9 +1,10 @@
-"""The smallest smooth edit of a scan that turns a score: what would have to change for the model to say otherwise
-(Wachter et al. 2017, eq. 2).
+"""Counterfactual explanation: the smallest smooth edit of a scan that changes the model's decision (Wachter et al.
+2017, eq. 2).
 
-Size is the mean absolute change. Each step changes the few neighbouring cells that turn the score most for their size, which
-is the steepest descent of that norm (Boyd & Vandenberghe 2004, section 9.4.2; Papernot et al. 2016 for pictures). A descent by
-the plain gradient would change the whole scan by a few HU: it would deceive the model without explaining it.
+The size of an edit is its mean absolute change. Each step changes the few neighbouring cells with the largest effect on
+the score, which is steepest descent in that norm (Boyd & Vandenberghe 2004, section 9.4.2; Papernot et al. 2016 for
+images). Descent along the plain gradient would change the whole scan by a few HU: it would deceive the model without
+explaining it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from ctclip.explanation.method import Maps, Method, Subject
 from ctclip.models.encoded import axis_shape, axis_spacing
 
 CELL_MM = 16.0
-# The change of a cell in one step, as a share of half the HU window, and the share of the body's cells that is changed.
+# The change of a cell in one step, as a fraction of half the HU window, and the fraction of the body's cells that is
+# changed.
 STEP, CHANGED = 0.15, 0.01
-# Steps at most, and the cost of one in encodings.
+# Maximum number of steps, and the cost of one step in encodings.
 STEPS, COST = 40, 3
 BISECTIONS = 7
 
@@ -54,8 +56,8 @@ class Counterfactual(Method):
 
 @dataclass(frozen=True)
 class Edit:
-    """What was changed for one finding: change (1, 1, D, H, W) of a volume in [-1, 1], probabilities before and after, and
-    whether the score turned."""
+    """The edit for one finding: ``change`` (1, 1, D, H, W) of a volume in [-1, 1], the probabilities before and after,
+    and whether the decision changed."""
 
     finding: str
     change: Tensor
@@ -64,7 +66,7 @@ class Edit:
     turned: bool
 
     def words(self, hu: float) -> str:
-        """In one line; hu: of a change by 1."""
+        """Describe the edit in one line. ``hu``: HU per unit of change."""
         size = self.change.abs()
         most = float(size.max()) * hu
         where = self.change[size > 0.1 * size.max()]
@@ -77,7 +79,7 @@ class Edit:
 
 
 def _turned(subject: Subject, finding: int) -> Edit:
-    """The smallest edit that turns the score of ``finding``, or the one that comes closest."""
+    """The smallest edit that moves the score of ``finding`` past its turning point, or the edit that comes closest."""
     volume, spacing = subject.volume, axis_spacing(subject.model.spec)
     assert volume.shape[2:] == axis_shape(subject.model.spec)
     turning = turning_score(subject, finding)
@@ -101,10 +103,10 @@ def _turned(subject: Subject, finding: int) -> Edit:
         slope = torch.autograd.grad(side * score, grid, allow_unused=True)[0] if score.requires_grad else None
         if slope is None:
             raise ExplanationError(
-                f"no gradient from the score of {subject.head.names[finding]!r} to the voxels: use --method occlusion, which "
-                "needs none"
+                f"the score of {subject.head.names[finding]!r} has no gradient with respect to the voxels: use "
+                f"--method occlusion, which needs none"
             )
-        # Neighbours together: the edit stays smooth.
+        # Neighbouring cells change together, so that the edit stays smooth.
         slope = F.avg_pool3d(F.pad(slope, (1,) * 6), 3, stride=1).flatten()
         places = slope.abs().topk(count).indices
         with torch.no_grad():
@@ -118,7 +120,7 @@ def _turned(subject: Subject, finding: int) -> Edit:
 
 
 def _shrunk(subject: Subject, finding: int, change: Tensor, turning: float, side: float) -> Tensor:
-    """The smallest share of ``change`` that still turns the score, by bisection."""
+    """The smallest multiple (at most 1) of ``change`` that still passes the turning point, found by bisection."""
     low, high = 0.0, 1.0
     with torch.no_grad():
         for _ in range(BISECTIONS):

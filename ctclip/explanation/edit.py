@@ -1,4 +1,4 @@
-"""A smooth change of a volume: few numbers on coarse grids, interpolated to its voxels."""
+"""A smooth change of a volume: parameters on coarse grids, interpolated to the voxels."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A cell that holds nothing above this value, in [-1, 1], is air.
+# A cell whose maximum, in [-1, 1], is not above this value is air.
 AIR = -0.95
 
 
 class SmoothEdit(nn.Module):
-    """The sum of one grid for each of ``cells_mm``, interpolated linearly; 0 at first, and always where ``where`` is 0.
+    """The sum of one linearly interpolated grid for each of ``cells_mm``; initially 0, and always 0 where ``where`` is
+    0.
 
-    shape (D, H, W) and spacing (mm along each): of the volume; where (1, 1, D, H, W) in [0, 1].
+    ``shape`` (D, H, W) and ``spacing`` (mm along each axis) of the volume; ``where`` (1, 1, D, H, W) in [0, 1].
     """
 
     where: Tensor
@@ -39,13 +40,14 @@ class SmoothEdit(nn.Module):
 
 
 def grid_of(shape: Sequence[int], spacing: Sequence[float], cell_mm: float) -> tuple[int, int, int]:
-    """Cells of about ``cell_mm`` along each axis of a volume."""
+    """The number of cells of about ``cell_mm`` along each axis of a volume."""
     d, h, w = (max(1, round(extent * mm / cell_mm)) for extent, mm in zip(shape, spacing, strict=True))
     return d, h, w
 
 
 def total_variation(volume: Tensor) -> Tensor:
-    """Mean absolute difference of neighbours (Rudin, Osher & Fatemi 1992, anisotropic), summed over the axes.
+    """Mean absolute difference between neighbouring voxels (Rudin, Osher & Fatemi 1992, anisotropic), summed over the
+    axes.
 
     volume (1, 1, D, H, W).
     """
@@ -57,6 +59,7 @@ def total_variation(volume: Tensor) -> Tensor:
 
 
 def body(volume: Tensor, grid: Sequence[int]) -> Tensor:
-    """1 in the cells of ``grid`` that hold anything but air, at the voxels of ``volume`` (1, 1, D, H, W) in [-1, 1]."""
+    """1 at the voxels of ``volume`` (1, 1, D, H, W), with values in [-1, 1], whose cell of ``grid`` contains more than
+    air."""
     held = F.adaptive_max_pool3d(volume.float(), list(grid)) > AIR
     return F.interpolate(held.float(), volume.shape[2:], mode="nearest")

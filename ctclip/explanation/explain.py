@@ -47,7 +47,8 @@ COMMENT = 6
 class Explanation:
     """Where a model sees findings in one scan: ``places`` by finding, in the order of the request. Prints as a list.
 
-    ``probabilities``: of every finding that the head scores, located or not; ``thresholds``: of those that have one.
+    ``probabilities``: those of every finding that the head scores, located or not; ``thresholds``: those of calibrated
+    findings.
     """
 
     scan: str
@@ -98,7 +99,7 @@ class Explanation:
         """Write one map per finding, the mask, ``findings.json`` and ``page.html``; return the path of the page.
 
         The folder is written whole or not at all; an earlier explanation is replaced. ``write_more`` is called with the
-        folder before it is put in its place. Raises PreprocessingError for any other folder that is not empty.
+        folder before it is moved to its final place. Raises PreprocessingError for any other non-empty folder.
         """
         final = Path(os.path.abspath(folder))
         check_output(final)

@@ -39,9 +39,9 @@ SIZE = re.compile(
 SMALLER = ("smaller", "less", "shorter", "under", "below")
 
 
-def told_from(head: Head) -> list[str]:
-    """Texts to contrast a query with: a positive and a negative prompt of each finding of a prompt head; none for other
-    heads."""
+def contrast_texts(head: Head) -> list[str]:
+    """Texts to contrast a query with: one positive and one negative prompt for each finding of a prompt head; none for
+    other heads."""
     if not isinstance(head, PromptHead):
         return []
     sides = [head.prompts.groups(name, positive) for name in head.names for positive in (True, False)]
@@ -79,7 +79,7 @@ def size_limit(text: str) -> tuple[str, SizeLimit]:
 def proposals(
     values: np.ndarray, affine: np.ndarray, prepared: Prepared, level: float, limit: SizeLimit, most: int
 ) -> list[Region]:
-    """At most ``most`` regions of a map within the limits of size, the highest first."""
+    """At most ``most`` regions of a map within the size limits, sorted by their peak value, highest first."""
     return [region for region in regions_of(values, affine, prepared, level) if limit.holds(region)][:most]
 
 
@@ -97,7 +97,7 @@ def box_facts(region: Region, affine: np.ndarray, prepared: Prepared) -> dict[st
 
 
 def refine(values: np.ndarray, affine: np.ndarray, prepared: Prepared, *, inside: float = 0.8, outside: float = 0.2) -> np.ndarray:  # fmt: skip
-    """The region of a map, grown to edges of HU: bool on the model's grid.
+    """The region of a map, grown to the edges in the HU image: bool on the model's grid.
 
     Watershed on the gradient of HU (Beucher and Lantuejoul 1979) from two seeds: voxels at or above ``inside`` of the
     peak of the map, and voxels below ``outside``. MedCLIP-SAM (Koleilat et al. 2024) prompts a segmentation model with
@@ -151,7 +151,7 @@ class Found:
     def mask(self, refined: bool = False) -> np.ndarray:
         """The number of each voxel's region, 0 for none: uint8 [slice, row, column] on the file's grid.
 
-        ``refined``: grow each region to edges of HU.
+        ``refined``: grow each region to the edges in the HU image.
         """
         from scipy import ndimage
 
@@ -159,7 +159,7 @@ class Found:
         grid = place.prepared.file_grid
         if refined:
             grown = refine(place.values, place.affine, place.prepared).astype(np.float32)
-            # A mask on the model's grid is resampled as a map is; its affine leads to mm of the prepared volume.
+            # A mask on the model's grid is resampled like a map; its affine maps to mm of the prepared volume.
             spaced = np.linalg.inv(place.prepared.token_affine(np.eye(4))) @ place.prepared.affine
             share = in_scan(grown, spaced, place.prepared, grid.shape, grid.affine)
         else:

@@ -1,7 +1,7 @@
-"""The maps of a learned locator: for each cell, how much likelier than usual a report states the finding.
+"""Maps of a trained locator: for each cell, how much more likely than average it is that the report states the finding.
 
-See ``ctclip.heads.locator``. The text of a finding is its positive prompts, or the text that is looked for. Values are
-standard deviations; cells that make the finding less likely than usual are 0.
+See ``ctclip.heads.locator``. A finding is represented by its positive prompts, or by the text to find. Values are in
+standard deviations; cells that make the finding less likely than average are 0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ctclip.heads.locator import levels_of
 
 
 class Learned(Method):
-    """Encodes once for each position of the cells; all findings are read from the same cells."""
+    """Encodes the volume once for each position of the cells; the same cells serve all findings."""
 
     name = "learned"
     shifts = 2
@@ -31,7 +31,7 @@ class Learned(Method):
             try:
                 values, cells = locator.maps(levels, encoder.spec, subject.head.texts()[list(subject.findings)])
             except ValueError as error:
-                raise ExplanationError(f"the locator is of another model: {error}") from error
+                raise ExplanationError(f"the locator belongs to another model: {error}") from error
             values = values.clamp(min=0)
             if cells.real is not None:
                 values = values * cells.real[0].to(values.device)

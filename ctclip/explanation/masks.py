@@ -1,4 +1,4 @@
-"""Masks of findings drawn by others: the layout of a folder of masks, and the masks of one volume."""
+"""Reference masks of findings: the layout of a folder of masks, and the masks of one volume."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ctclip.preprocessing.readers import read
 from ctclip.preprocessing.volume import FileGrid
 from ctclip.schema import Section, validated
 
-# Two files are of different scans if they place the same voxel further apart than this (mm).
+# Two files belong to different scans if their positions of the same voxel differ by more than this (mm).
 SAME_PLACE_MM = 0.5
 
 
@@ -100,8 +100,8 @@ class Masks:
                 yield name, mask
 
     def _channels(self, volume: str, path: Path, grid: FileGrid) -> Iterator[tuple[str, np.ndarray]]:
-        """The sentences of a volume with their masks. Channels are the first or the last axis of the file, whichever leaves
-        the shape of the scan."""
+        """The sentences of a volume with their masks. Channels are the first or the last axis of the file, whichever
+        leaves an array with the shape of the scan."""
         import nibabel as nib
 
         try:
@@ -156,5 +156,6 @@ def _check_grid(path: Path, own: FileGrid, grid: FileGrid) -> None:
     if own.shape != grid.shape or away > SAME_PLACE_MM:
         raise ExplanationError(
             f"{path}: is a mask of {' x '.join(map(str, own.shape[::-1]))} voxels, {away:.1f} mm away from the scan of "
-            f"{' x '.join(map(str, grid.shape[::-1]))}: it is of another scan, or was resampled; give masks on the scan's grid"
+            f"{' x '.join(map(str, grid.shape[::-1]))}: it belongs to another scan, or was resampled; give masks on "
+            f"the scan's grid"
         )

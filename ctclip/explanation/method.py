@@ -18,7 +18,7 @@ from ctclip.heads.locator import Locator
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded, Evidence
 
-# One line registers a method; its file names the paper.
+# A method is registered with one line; its file cites the paper.
 METHODS = {
     "similarity": "Similarity",
     "contribution": "Contribution",
@@ -28,7 +28,7 @@ METHODS = {
     "counterfactual": "Counterfactual",
     "learned": "Learned",
 }
-# Methods that encode a scan many times.
+# Methods that encode the scan many times.
 SLOW = ("occlusion", "counterfactual")
 
 
@@ -64,7 +64,7 @@ class Subject:
 
     def scores(self, encoded: Encoded) -> Tensor:
         """The scores (B, F) of the findings. The norm by which features become unit vectors is held constant, so that a
-        gradient shows what a location adds, and not what it adds relative to the volume's other findings."""
+        gradient shows the contribution of a location, not its contribution relative to the volume's other findings."""
         features = self.model.similarity.volume_standard(self.model.volume_projection(encoded.pooled).float())
         embedding = features / features.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
         return self.head.score(encoded._replace(embedding=embedding))[:, list(self.findings)]
@@ -74,7 +74,7 @@ class Method(ABC):
     """A method that computes maps of a subject."""
 
     name: ClassVar[str]
-    # Positions of the cells along each axis, see ``ctclip.explanation.shifts``.
+    # Number of positions of the cells along each axis, see ``ctclip.explanation.shifts``.
     shifts: ClassVar[int] = 1
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Method(ABC):
 
 
 def method(name: str) -> Method:
-    """The method of a name. Raises ExplanationError for an unknown name."""
+    """The method called ``name``. Raises ExplanationError for an unknown name."""
     if name not in METHODS:
         raise ExplanationError(f"no method {name!r}: give one of {', '.join(METHODS)}")
     kind: type[Method] = getattr(importlib.import_module(f"ctclip.explanation.{name}"), METHODS[name])
@@ -91,7 +91,7 @@ def method(name: str) -> Method:
 
 
 def differentiable(subject: Subject) -> tuple[Evidence, list[Tensor], Tensor]:
-    """What an encoder pools, with its features as leaves of a graph, and the scores computed from them."""
+    """The features that an encoder pools, as leaves of the autograd graph, and the scores computed from them."""
     evidence = subject.evidence()
     features = [level.features.detach().clone().requires_grad_() for level in evidence.levels]
     scores = subject.scores(evidence.encoded._replace(tokens=features[0], pooled=evidence.pool(features)))

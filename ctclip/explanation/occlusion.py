@@ -1,8 +1,7 @@
 """Occlusion: how much a score falls when a block of the volume is hidden (Zeiler and Fergus 2014, section 4.2).
 
-A hidden block is not set to black, which in CT is air and would be a finding of its own; it is replaced by a blurred
-copy of the volume (Fong and Vedaldi 2017, eq. 1). Blocks overlap by half. Blocks of nothing but air are skipped. Works
-with every encoder.
+A hidden block is not set to air, which could itself look like a finding; it is replaced by a blurred copy of the volume
+(Fong and Vedaldi 2017, eq. 1). Blocks overlap by half. Blocks of nothing but air are skipped. Works with every encoder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Three slices through the peak of a map, shown by radiological convention."""
+"""Draw three slices through the peak of a map in radiological convention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LUNG, SOFT = ("lung", -1350.0, 150.0), ("soft tissue", -160.0, 240.0)
 # A voxel is in lung if most voxels within a few millimetres are below this HU value.
 AERATED, AROUND_MM = -500.0, 12.0
 COLOURS = ("#ffd23f", "#ff7b1c", "#d7263d")
-# Below this fraction of the peak no colour is drawn, so that the picture remains readable.
+# Values below this fraction of the peak are transparent, so that the anatomy remains visible.
 FAINT = 0.25
 SCALE_MM = 50.0
 
@@ -48,14 +48,14 @@ def draw(path: Path, place: Place) -> None:
 
 
 def rendered(place: Place) -> np.ndarray:
-    """The same picture as uint8 [row, column, RGB]."""
+    """The image as uint8 [row, column, RGB]."""
     figure = figure_of(place)
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
 def figure_of(place: Place) -> Any:
-    """The same picture as a figure of matplotlib."""
+    """The image as a matplotlib figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

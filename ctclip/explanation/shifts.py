@@ -1,8 +1,9 @@
-"""Finer maps by shifting the volume: an encoder's cells are moved by parts of their size, and the maps are put together.
+"""Finer maps by shifting the volume: the encoder's cells are shifted by fractions of their size, and the maps are
+combined.
 
-Shift-and-stitch (Long, Shelhamer and Darrell 2015, "Fully Convolutional Networks for Semantic Segmentation", section 3.2).
-Nothing is trained for it. A place gets the mean of all the cells that cover it, so that a structure smaller than a cell lies
-where the cells that contain it overlap.
+Shift-and-stitch (Long, Shelhamer and Darrell 2015, "Fully Convolutional Networks for Semantic Segmentation", section
+3.2). It needs no training. Each location gets the mean of all cells that cover it, so that a structure smaller than a
+cell appears where the cells that contain it overlap.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ctclip.explanation.method import SLOW, Maps, Method, Subject
 from ctclip.models.encoded import axis_spacing
 from ctclip.preprocessing.progress import track
 
-# Maps that take longer show their progress.
+# Show progress for maps that take longer than this.
 LONG_SECONDS = 10.0
 
 
@@ -30,14 +31,14 @@ def maps_of(looking: Method, subject: Subject, shifts: int | None = None, *, pro
     """The maps of a method, with ``shifts`` positions of the cells along each axis (by default the method's own number):
     ``shifts`` cubed times the encodings, for cells of a ``shifts``-th of the size along each axis.
 
-    Along an axis where the voxels of a cell cannot be divided like this, the next smaller number of positions is taken.
-    ``progress``: show it where the maps take long.
-    Raises ExplanationError if the method does not support the encoder or the head, or encodes many times by itself.
+    If the voxels of a cell cannot be divided by ``shifts`` along an axis, the next smaller divisor is used.
+    ``progress``: show progress if the maps take long. Raises ExplanationError if the method does not support the
+    encoder or the head, or already encodes the scan many times.
     """
     count = looking.shifts if shifts is None else shifts
     if count > 1 and looking.name in SLOW:
         raise ExplanationError(
-            f"--shifts {count}: {looking.name} encodes a scan many times by itself; leave out --shifts"
+            f"--shifts {count}: {looking.name} already encodes a scan many times; leave out --shifts"
         )
     began = time.perf_counter()
     first = looking.maps(subject)
@@ -62,21 +63,22 @@ def maps_of(looking: Method, subject: Subject, shifts: int | None = None, *, pro
 
 
 def _shifted(volume: Tensor, shift: Sequence[int]) -> Tensor:
-    """The volume (1, 1, D, H, W) that begins ``shift`` voxels later along each axis; its last voxels are repeated."""
+    """The volume (1, 1, D, H, W) shifted so that it begins ``shift`` voxels later along each axis; its last voxels are
+    repeated."""
     z, y, x = shift
     return F.pad(volume, (0, x, 0, y, 0, z), mode="replicate")[:, :, z:, y:, x:]
 
 
 def _means(stitched: np.ndarray, affine: np.ndarray, parts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Values (F, d, h, w) of overlapping cells, one at each of ``parts`` positions in a cell, and the affine of the cells ->
-    the mean of the cells that cover each part of a cell, and the affine of these parts."""
+    """Values (F, d, h, w) of overlapping cells, one at each of ``parts`` positions in a cell, and their affine -> for
+    each part of a cell, the mean of the cells that cover it, and the affine of the parts."""
     from scipy import ndimage
 
     means = ndimage.uniform_filter(stitched, size=(1, *parts), mode="nearest")
     fine = affine.copy()
     for axis, count in enumerate(parts):
         fine[:3, axis] /= count
-    # Of an even number of cells the filter gives the mean half a step before the middle one.
+    # For an even number of cells, the filter is centred half a step before the middle.
     half = [0.5 * (count % 2 == 0) for count in parts]
     fine[:3, 3] -= fine[:3, :3] @ half
     return means, fine

@@ -48,7 +48,7 @@ def in_scan(
 
 
 def seen(prepared: Prepared, shape: Sequence[int], onto: np.ndarray) -> np.ndarray:
-    """The voxels of a grid that lie in the volume that the model saw: bool of ``shape``."""
+    """Which voxels of a grid lie in the volume that the model saw: bool of ``shape``."""
     leads = np.linalg.inv(prepared.affine) @ onto
     inside = np.ones(tuple(shape), bool)
     given = [np.arange(extent) for extent in shape]

@@ -1,2 +1,2 @@
-"""Heads turn encoded volumes into named scores: prompts, a linear map, or a head of the user's own. They are kept
+"""Heads turn encoded volumes into named scores, by prompts, a linear map, or a user-defined method. They are stored
 with the model."""

@@ -1,5 +1,4 @@
-"""The decoder of the captioning objective as a head: it scores findings by the likelihood of their prompts, and writes
-texts."""
+"""A caption decoder as a head: it scores findings by the likelihood of their prompts, and writes reports."""
 
 from __future__ import annotations
 
@@ -28,34 +27,34 @@ from ctclip.prompts import PromptSet, load_prompts
 from ctclip.sentences import sentences
 
 SIZE, WEIGHTS, WRITES = "decoder.yaml", "decoder.safetensors", "report.yaml"
-# In a state_dict under two names: word vectors are shared by the input and the output of the decoder.
+# The state_dict holds this tensor under two names, because the decoder's input and output share word vectors.
 TIED = "language.lm_head.weight"
 PLAN = "plan."
 
 
-# What WordPiece leaves inside words and numbers: "effu ##sion", "ground - glass", "2. 5".
+# Artefacts of WordPiece inside words and numbers: "effu ##sion", "ground - glass", "2. 5".
 APART = [(re.compile(r"\s*##"), ""), (re.compile(r"(?<=\w) - (?=\w)"), "-"), (re.compile(r"(?<=\d)([.,]) (?=\d)"), r"\1"), (re.compile(r"(?<=\w) / (?=\w)"), "/")]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How words are chosen: the best of ``beams`` texts, or, with ``nucleus``, drawn from the likeliest words that share
-    this probability (Holtzman et al. 2020) with a seed."""
+    """How words are chosen: by beam search with ``beams`` beams or, with ``nucleus``, by sampling from the most likely
+    words whose probabilities add up to this value (Holtzman et al. 2020), with a seed."""
 
     beams: int = 1
     nucleus: float | None = None
     seed: int = 0
 
     def arguments(self) -> dict[str, Any]:
-        """For the ``generate`` of Transformers."""
+        """Arguments for ``generate`` of Transformers."""
         if self.nucleus is not None:
             return {"do_sample": True, "top_p": self.nucleus, "top_k": 0}
         return {"do_sample": False, "num_beams": self.beams}
 
 
 class ReportTokens:
-    """A report as the decoder's tokens: findings to write about (if it is ``prompted``), then each section, every part
-    with an end mark."""
+    """Encodes a report as tokens: the prompted findings (if ``prompted``), then each section, each part followed by an
+    end token."""
 
     def __init__(self, text_encoder: TextEncoder, length: int, *, prompted: bool) -> None:
         before, after = text_encoder.marks
@@ -63,14 +62,14 @@ class ReportTokens:
         self.text_encoder, self.length, self.prompted = text_encoder, length, prompted
 
     def prefix(self, told: Sequence[str] | None) -> list[int]:
-        """The tokens before the first section. told: names of findings; None: nothing is known of the findings."""
+        """The tokens before the first section. ``told``: the findings to prompt with; None: no prompt."""
         if not self.prompted:
             return self.before
         named = [] if told is None else self._ids("; ".join(told) + ".")
         return [*self.before, *named[: self.length // 2], self.end]
 
     def whole(self, sections: Sequence[str], told: Sequence[str] | None) -> tuple[list[int], int]:
-        """All tokens of a report, cut at ``length``, and how many of them are the prefix, which is not learned."""
+        """All tokens of a report, cut at ``length``, and the length of the prefix, which does not count in the loss."""
         prefix = self.prefix(told)
         written = [token for text in sections for token in (*self._ids(text), self.end)]
         return [*prefix, *written][: self.length], len(prefix)
@@ -97,13 +96,13 @@ class CaptionHead(Head):
         prompted: bool = False,
         plan: Plan | None = None,
     ) -> None:
-        """``decoder``: trained by ``Captioning`` together with ``model``, or by `ctclip adapt --method caption` after it;
-        ``names``: the findings, named in ``prompts`` or not; ``sections``: what it writes, in order (a decoder of
-        ``Captioning`` writes one text); ``prompted``: whether it was trained to be told findings; ``plan``: what it
-        tells itself."""
+        """``decoder``: trained by ``Captioning`` together with ``model``, or by `ctclip adapt --method caption` after
+        it; ``names``: the findings, named in ``prompts`` or not; ``sections``: the sections it writes, in order (a
+        decoder of ``Captioning`` writes one text); ``prompted``: whether it was trained with prompts of findings;
+        ``plan``: chooses the findings to prompt with."""
         super().__init__(model)
         self.plan = None if plan is None else plan.to(model.device).eval().requires_grad_(False)
-        # The axis of the grid along which left and right lie.
+        # The left-right axis of the grid.
         self.lateral = 1 if model.spec.published_geometry else 2
         self.sections, self.prompted = tuple(sections), prompted
         self.decoder = decoder.to(model.device).eval().requires_grad_(False)
@@ -113,8 +112,8 @@ class CaptionHead(Head):
 
     @torch.inference_mode()
     def told(self, encoded: Encoded, findings: Sequence[Sequence[str]] | None = None) -> list[list[str]] | None:
-        """What it is told to write about each volume: ``findings`` (names, for each volume), or those of its plan, with the
-        sides of which its plan is certain. None without either."""
+        """The prompt for each volume: ``findings`` (names, for each volume), or those of the plan, with sides where the
+        plan is certain. None without findings and plan."""
         planned = self.planned(encoded)
         if planned is None:
             return None if findings is None else [list(names) for names in findings]
@@ -126,8 +125,8 @@ class CaptionHead(Head):
 
     @torch.inference_mode()
     def planned(self, encoded: Encoded) -> list[tuple[list[str], dict[str, str]]] | None:
-        """Of each volume, the findings to state, and the side of every finding whose side is certain if it is there; None
-        without a plan. Raises CheckpointError for a plan of another model."""
+        """For each volume, the findings to state, and the side of every finding for which the plan is certain of the
+        side (if the finding is present); None without a plan. Raises CheckpointError for a plan of another model."""
         if self.plan is None:
             return None
         features = plan_features(encoded, self.lateral)
@@ -140,15 +139,15 @@ class CaptionHead(Head):
         return list(zip(self.plan.findings(logits), self.plan.sides(logits), strict=True))
 
     def generate(self, encoded: Encoded, decoding: Decoding, told: Sequence[str] | None = None) -> dict[str, str]:
-        """Write each section of the report of one volume. ``told``: names of findings to write about, for a head that is
-        ``prompted``; None: those of its plan, if it has one. An incomplete last sentence is left out."""
+        """Write each section of the report of one volume. ``told``: names of findings to write about, for a head that
+        is ``prompted``; None: those of its plan, if it has one. An incomplete last sentence is dropped."""
         return self.write(encoded, decoding, None if told is None else [told])[0]
 
     @torch.inference_mode()
     def write(
         self, encoded: Encoded, decoding: Decoding, findings: Sequence[Sequence[str]] | None = None
     ) -> list[dict[str, str]]:
-        """As ``generate``, for several volumes. ``findings``: those of each volume."""
+        """Like ``generate``, for several volumes. ``findings``: those of each volume."""
         given = self.decoder.attended(encoded)
         told = self.told(encoded, findings)
         rows = [self.tokens.prefix(None if told is None else told[row]) for row in range(len(encoded.tokens))]
@@ -170,7 +169,7 @@ class CaptionHead(Head):
     def _continued(
         self, rows: Sequence[list[int]], longest: int, given: dict[str, Tensor], decoding: Decoding
     ) -> list[list[int]]:
-        """The tokens that follow each of ``rows``, which are padded on the left to ``longest``."""
+        """Generate the tokens that follow each of ``rows``, which are left-padded to ``longest``."""
         ids = [[self.tokens.end] * (longest - len(row)) + row for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         start, seen = (torch.tensor(part, device=self.model.device) for part in (ids, mask))
@@ -188,7 +187,7 @@ class CaptionHead(Head):
         for pattern, replacement in APART:
             text = pattern.sub(replacement, text)
         written = sentences(text)
-        # A sentence that was cut off claims something else than it would have.
+        # A truncated sentence may have a different meaning.
         written = written if ended or text.rstrip().endswith((".", "!", "?")) else written[:-1]
         return " ".join(sentence[:1].upper() + sentence[1:] for sentence in written)
 
@@ -209,7 +208,7 @@ class CaptionHead(Head):
         tokens = self.model.text_encoder.whole(texts, longest)
         ids, mask = (tokens[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
         if self.prompted:
-            # The empty place of the findings to write about.
+            # The empty prompt of findings.
             first = len(self.tokens.before)
             ids, mask = (
                 torch.cat([part[:, :first], part.new_full((len(part), 1), value), part[:, first:]], dim=1)
@@ -255,7 +254,7 @@ class CaptionHead(Head):
             tensors = {name: value for name, value in tensors.items() if not name.startswith(PLAN)}
             _check_size(size, tensors)
             decoder = WordDecoder(**size)
-            # Heads of before drafting write one text.
+            # Heads saved before drafting existed write one text.
             writes = read_yaml(folder / WRITES) if (folder / WRITES).is_file() else {}
             if unknown := writes.keys() - {"sections", "prompted"}:
                 raise ValueError(f"{WRITES}: {unknown}")
@@ -274,12 +273,12 @@ class CaptionHead(Head):
 
 
 def statement(finding: str, side: str) -> str:
-    """A finding as the decoder is told of it, with its side if that is known."""
+    """A finding as it appears in the prompt, with its side if known."""
     return f"{finding} {side}".rstrip()
 
 
 def _plan_of(tensors: dict[str, Tensor], names: Sequence[str]) -> Plan | None:
-    """Raises KeyError or RuntimeError for weights that do not fit."""
+    """Load the plan from ``tensors``. Raises KeyError or RuntimeError for weights that do not fit."""
     weights = {name.removeprefix(PLAN): value for name, value in tensors.items() if name.startswith(PLAN)}
     if not weights:
         return None
@@ -289,7 +288,7 @@ def _plan_of(tensors: dict[str, Tensor], names: Sequence[str]) -> Plan | None:
 
 
 def _check_size(size: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError unless a stranger's sizes are those of the weights beside them: memory is taken for no others."""
+    """Raise ValueError unless the sizes in an untrusted file match its weights, before memory is allocated for them."""
     layers = {name.split(".")[3] for name in tensors if name.startswith("language.transformer.h.")}
     words, places = (tensors[f"language.transformer.{name}.weight"] for name in ("wte", "wpe"))
     there = (*words.shape, tensors["memory.weight"].shape[1], len(places), len(layers))

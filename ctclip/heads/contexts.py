@@ -1,5 +1,5 @@
-"""Learned prompts (CoOp, Zhou et al. 2022): vectors in place of word embeddings, encoded by the model's text encoder,
-which is not changed."""
+"""Learned prompts (CoOp, Zhou et al. 2022): vectors that replace word embeddings and are encoded by the frozen text
+encoder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from ctclip.preprocessing.plain_yaml import read_yaml
 class Contexts:
     """P prompts. ids, mask (P, L) int64: tokens for the encoder; slot (P, L): -1 for a token with its own embedding,
     else the row of ``vectors`` (V, width of the word embeddings) that replaces it; side (P,): 2 x label for a prompt
-    that states the label, 2 x label + 1 for one that denies it; weight (P,): its weight in the mean of its side."""
+    that states the label, 2 x label + 1 for one that denies it; weight (P,): weight of the prompt in the mean of its
+    side."""
 
     ids: Tensor
     mask: Tensor
@@ -103,7 +104,7 @@ def directions(model: DualEncoder, contexts: Contexts, labels: int, ensemble: st
 
 @contextlib.contextmanager
 def replaced_words(bert: Any, slot: Tensor, vectors: Tensor) -> Iterator[None]:
-    """A context in which tokens with a ``slot`` (P, L) other than -1 have that row of ``vectors`` (V, width) as
+    """Context manager in which tokens with a ``slot`` (P, L) other than -1 have that row of ``vectors`` (V, width) as
     embedding.
 
     Hooks the embedding layer instead of passing ``inputs_embeds``, which some encoders (CLIP's) do not accept and with
@@ -176,7 +177,7 @@ def prompts_in_words(head: ContextHead) -> list[str]:
 
 
 def with_vectors(contexts: Contexts, vectors: Tensor) -> Contexts:
-    """The same prompts with other vectors."""
+    """The prompts with ``vectors`` instead of their own vectors."""
     return replace(contexts, vectors=vectors)
 
 
@@ -193,5 +194,5 @@ def _check(contexts: Contexts, labels: int, model: DualEncoder) -> None:
     if not fits:
         raise CheckpointError(
             f"learned prompts of {len(contexts.vectors)} vectors of width {contexts.vectors.shape[-1]} do not fit {labels} "
-            f"labels and a text encoder of width {words.embedding_dim}: they are of another model or label set"
+            f"labels and a text encoder of width {words.embedding_dim}: they belong to another model or label set"
         )

@@ -1,8 +1,9 @@
-"""A decoder: from the embedding of a text or a volume to volumes that it could describe (latent diffusion, Rombach et al. 2022,
-with a rectified flow, Liu et al. 2023, and the networks of MONAI, as its MAISI application has them; Guo et al. 2024).
+"""A decoder that generates volumes from the embedding of a text or a volume: latent diffusion (Rombach et al. 2022)
+with a rectified flow (Liu et al. 2023) and MONAI's networks, as in MAISI (Guo et al. 2024).
 
-An autoencoder turns volumes into latents, about a thirtieth or less of their size. A flow network turns noise into latents, told
-an embedding. Both are kept as a head, which scores findings as the model does."""
+An autoencoder compresses volumes to latents with at most about a thirtieth of the size. A flow network generates
+latents from noise, conditioned on an embedding. Both are saved as a head, which scores findings with the model's
+prompts."""
 
 from __future__ import annotations
 
@@ -28,36 +29,38 @@ from ctclip.prompts import PromptSet, load_prompts
 from ctclip.schema import Section, validated
 
 SIZE, WEIGHTS = "decoder.yaml", "decoder.safetensors"
-# Channels are normalised in groups of 8, and attend in heads of 32.
+# Number of normalisation groups, and number of channels per attention head.
 GROUPS, HEAD = 8, 32
-# Times of the flow, and bins of [-1, 1] for which the noise is known.
+# Number of time steps of the flow, and number of intensity bins of [-1, 1] with a measured noise level.
 TIMES, BINS = 1000, 20
 AIR = -1.0
-# The logarithm of the latents' variance before training.
+# Initial log variance of the latents.
 START = -6.0
 
 
 class Networks(Section):
     """Sizes of a decoder's networks."""
 
-    fold: int = Field(
-        2, ge=1, le=8, description="voxels along each axis that the autoencoder takes together, as channels"
-    )
+    fold: int = Field(2, ge=1, le=8, description="side in voxels of the blocks that the autoencoder takes as channels")
     channels: tuple[int, ...] = Field(
-        (32, 64, 128), min_length=1, max_length=6, description="channels of the autoencoder; each level halves the grid"
+        (32, 64, 128),
+        min_length=1,
+        max_length=6,
+        description="number of channels of each level of the autoencoder; each further level halves the grid",
     )
-    blocks: int = Field(1, ge=1, le=8, description="residual blocks of each level of the autoencoder")
-    latent: int = Field(4, ge=1, le=256, description="channels of the latents")
+    blocks: int = Field(1, ge=1, le=8, description="number of residual blocks per level of the autoencoder")
+    latent: int = Field(4, ge=1, le=256, description="number of channels of the latents")
     patch: int = Field(
-        2, ge=1, le=8, description="latents along each axis that the flow network takes together, as channels"
+        2, ge=1, le=8, description="side in latent cells of the blocks that the flow network takes as channels"
     )
     width: tuple[int, ...] = Field(
         (128, 256),
         min_length=1,
         max_length=6,
-        description="channels of the flow network; each level halves the grid, the last one attends",
+        description="number of channels of each level of the flow network; each further level halves the grid, and the "
+        "last has attention",
     )
-    depth: int = Field(2, ge=1, le=16, description="residual blocks of each level of the flow network")
+    depth: int = Field(2, ge=1, le=16, description="number of residual blocks per level of the flow network")
 
     @field_validator("channels", "width")
     @classmethod
@@ -69,12 +72,12 @@ class Networks(Section):
 
     @property
     def step(self) -> int:
-        """Voxels along each axis in a cell of the flow network's coarsest level."""
+        """Side in voxels of a cell of the flow network's coarsest level."""
         return self.fold * 2 ** (len(self.channels) - 1) * self.patch * 2 ** (len(self.width) - 1)
 
 
 class Decoder(nn.Module):
-    """shape (D, H, W): of the volumes; dim: of the embeddings.
+    """Autoencoder and flow network. ``shape`` (D, H, W) of the volumes, ``dim`` of the embeddings.
 
     Volumes are (B, 1, D, H, W) in [-1, 1], latents (B, latent, d, h, w), conditions (B, 2 * dim + 2).
     """
@@ -93,7 +96,8 @@ class Decoder(nn.Module):
             3, folded, folded, (networks.blocks,) * levels, networks.channels, (False,) * levels, networks.latent,
             norm_num_groups=GROUPS, with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False,
         )  # fmt: skip
-        # Nearly without noise at first: with the noise of a common start little is learned for hundreds of steps.
+        # Start with almost no noise on the latents; with the usual initialisation, hundreds of steps make little
+        # progress.
         spread: Any = self.autoencoder.quant_conv_log_sigma.conv
         nn.init.zeros_(spread.weight)
         nn.init.constant_(spread.bias, START)
@@ -102,53 +106,55 @@ class Decoder(nn.Module):
             3, patched + 3, patched, (networks.depth,) * levels, networks.width, (*(False,) * (levels - 1), True),
             norm_num_groups=GROUPS, num_head_channels=HEAD, num_class_embeds=1,
         )  # fmt: skip
-        # In place of the embedding of a class, that of the condition is added to that of the time.
+        # The embedding of the condition takes the place of MONAI's class embedding, which is added to the time
+        # embedding.
         hidden = 4 * networks.width[0]
-        told = nn.Sequential(nn.Linear(2 * dim + 2, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-        self.flow.class_embedding = told  # type: ignore[assignment]
+        embed_condition = nn.Sequential(nn.Linear(2 * dim + 2, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.flow.class_embedding = embed_condition  # type: ignore[assignment]
         self.register_buffer("mean", torch.zeros(networks.latent))
         self.register_buffer("scale", torch.ones(networks.latent))
         self.register_buffer("noise", torch.zeros(BINS))
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The arguments of the constructor, plain."""
+        """The arguments of the constructor as plain values."""
         return {"shape": list(self.shape), "dim": self.dim, "networks": self.networks.model_dump(mode="json")}
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Of the latents, which cover the volume and what is padded to whole cells."""
+        """The grid of the latents, which covers the padded volume."""
         step, cell = self.networks.step, self.networks.fold * 2 ** (len(self.networks.channels) - 1)
         d, h, w = (-(-extent // step) * step // cell for extent in self.shape)
         return d, h, w
 
     def padded(self, volumes: Tensor) -> Tensor:
-        """With air behind, to whole cells."""
+        """Pad volumes with air at the end of each axis to whole cells."""
         step, sizes = self.networks.step, volumes.shape[2:]
         last = [side for extent in reversed(sizes) for side in (0, -extent % step)]
         return F.pad(volumes, last, value=AIR) if any(last) else volumes
 
     def encode(self, volumes: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and standard deviations of the latents. Of volumes of any shape."""
+        """Means and standard deviations of the latents of volumes of any shape."""
         mean, deviation = self.autoencoder.encode(fold(self.padded(volumes), self.networks.fold))
         return mean, deviation
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The volumes, with the padding."""
+        """Reconstruct the volumes, including the padding."""
         return unfold(self.autoencoder.decode(latents), self.networks.fold)
 
     def standard(self, latents: Tensor) -> Tensor:
-        """With zero mean and unit variance over the training volumes, of each channel."""
+        """Standardise each channel to zero mean and unit variance over the training volumes."""
         return (latents - self.mean[:, None, None, None]) / self.scale[:, None, None, None]
 
     def condition(self, volumes: Tensor | None = None, texts: Tensor | None = None, count: int = 1) -> Tensor:
-        """Unit vectors (B, dim) of volumes or texts -> (B, 2 * dim + 2); ``count`` times nothing without either."""
+        """Unit vectors (B, dim) of volumes or texts -> conditions (B, 2 * dim + 2); without either, ``count`` empty
+        conditions."""
         given = volumes if volumes is not None else texts
         rows = count if given is None else len(given)
         parts = []
         for vectors in (volumes, texts):
             there = self.mean.new_ones(rows, 1) if vectors is not None else self.mean.new_zeros(rows, 1)
-            # Coordinates of unit size, as a network likes them.
+            # Scale coordinates to unit variance, which suits a network.
             scaled = self.mean.new_zeros(rows, self.dim) if vectors is None else vectors * math.sqrt(self.dim)
             parts += [scaled, there]
         return torch.cat(parts, dim=1)
@@ -156,7 +162,8 @@ class Decoder(nn.Module):
     def denoise(self, noisy: Tensor, times: Tensor, conditions: Tensor) -> Tensor:
         """noisy (B, latent, d, h, w), times (B,) from 0 (clean) to 1000 (noise) -> the clean latents.
 
-        These are predicted, not the velocity: fewer channels than those of the patched latents suffice (Li & He 2025).
+        The network predicts clean latents instead of the velocity, so that it can have fewer channels than the patched
+        latents (Li & He 2025).
         """
         patched = fold(noisy, self.networks.patch)
         places = _places(patched.shape[2:]).to(patched).expand(len(patched), -1, -1, -1, -1)
@@ -164,8 +171,8 @@ class Decoder(nn.Module):
         return unfold(clean, self.networks.patch)
 
     def flow_loss(self, latents: Tensor, conditions: Tensor) -> Tensor:
-        """Mean squared error of the clean latents at random times, which are drawn as Esser et al. 2024 draw them. latents
-        (B, latent, d, h, w), standard. Draws from torch's generator."""
+        """Mean squared error of the predicted clean latents at random times, drawn as in Esser et al. 2024. ``latents``
+        (B, latent, d, h, w), standardised. Uses torch's random generator."""
         scheduler = _scheduler()
         times = scheduler.sample_timesteps(latents)
         noisy = scheduler.add_noise(latents, torch.randn_like(latents), times)
@@ -173,9 +180,9 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def sample(self, conditions: Tensor, seeds: Sequence[int], *, steps: int = 25, guidance: float = 2.0) -> Tensor:
-        """conditions (B, 2 * dim + 2), a seed each -> volumes (B, 1, D, H, W) in [-1, 1]. Euler's steps along the flow, with
-        classifier-free guidance (Ho & Salimans 2022, eq. 6). Each volume is drawn by itself, so that it depends on
-        nothing but its condition and seed."""
+        """Conditions (B, 2 * dim + 2) with one seed each -> volumes (B, 1, D, H, W) in [-1, 1], by Euler steps along
+        the flow with classifier-free guidance (Ho & Salimans 2022, eq. 6). Volumes are sampled one at a time, so that
+        each depends only on its condition and seed."""
         volumes = []
         for condition, seed in zip(conditions, seeds, strict=True):
             random = torch.Generator().manual_seed(seed)
@@ -199,8 +206,9 @@ class Decoder(nn.Module):
         return latents
 
     def volume(self, latents: Tensor, random: torch.Generator) -> Tensor:
-        """Standard latents (1, latent, d, h, w) -> a volume (1, 1, D, H, W) in [-1, 1]. The autoencoder gives the mean of the
-        volumes with these latents; white noise is added, as strong as that of training volumes at each intensity."""
+        """Standardised latents (1, latent, d, h, w) -> a volume (1, 1, D, H, W) in [-1, 1]. The autoencoder
+        reconstructs the mean of the volumes with these latents; white noise is added with the noise level of training
+        volumes at each intensity."""
         decoded = self.decode(latents * self.scale[:, None, None, None] + self.mean[:, None, None, None])
         d, h, w = self.shape
         decoded = decoded[:, :, :d, :h, :w]
@@ -209,7 +217,7 @@ class Decoder(nn.Module):
 
 
 def intensity_bin(volumes: Tensor) -> Tensor:
-    """The bin of [-1, 1] in which each voxel lies."""
+    """The intensity bin of [-1, 1] of each voxel."""
     return ((volumes + 1) / 2 * BINS).long().clamp(0, BINS - 1)
 
 
@@ -228,7 +236,7 @@ def unfold(values: Tensor, by: int) -> Tensor:
 
 
 def _places(grid: Sequence[int]) -> Tensor:
-    """(1, 3, d, h, w): where each cell lies, from -1 to 1 along each axis."""
+    """Positions (1, 3, d, h, w) of the cells, from -1 to 1 along each axis."""
     axes = [torch.linspace(-1, 1, extent) if extent > 1 else torch.zeros(1) for extent in grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
 
@@ -240,7 +248,7 @@ def _scheduler() -> Any:
 
 
 class DecodeHead(PromptHead):
-    """Scores findings by its prompts as the model does; its decoder draws the volumes of `ctclip imagine`."""
+    """Scores findings with the model's prompts; its decoder generates the volumes of `ctclip imagine`."""
 
     kind = "decode"
 
@@ -261,7 +269,8 @@ class DecodeHead(PromptHead):
             shape, dim = tuple(int(extent) for extent in facts["shape"]), int(facts["dim"])
         if shape != axis_shape(model.spec) or dim != model.config.dim:
             raise CheckpointError(
-                f"{folder}: its decoder draws volumes of {' x '.join(map(str, shape))} voxels from embeddings of {dim} "
+                f"{folder}: its decoder generates volumes of {' x '.join(map(str, shape))} voxels from embeddings of "
+                f"{dim} "
                 f"dimensions, but the model has {' x '.join(map(str, axis_shape(model.spec)))} and {model.config.dim}: it "
                 f"belongs to another model; train one with `ctclip adapt --method decode`"
             )
@@ -271,8 +280,8 @@ class DecodeHead(PromptHead):
 
 
 def built(shape: Sequence[int], dim: int, networks: Networks, tensors: dict[str, Tensor]) -> Decoder:
-    """A decoder with these weights. Raises ValueError unless a stranger's sizes are those of the weights beside them: memory
-    is taken for no others, because it is built without any first."""
+    """A decoder with these weights. Raises ValueError unless the sizes in an untrusted file match its weights; the
+    decoder is first built on the meta device, so that no memory is allocated for wrong sizes."""
     with torch.device("meta"):
         decoder = Decoder(shape, dim, networks)
     there = {name: (value.shape, value.dtype) for name, value in tensors.items()}

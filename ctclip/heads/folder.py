@@ -1,5 +1,5 @@
-"""Heads of a model folder: ``heads/<name>/`` with what a head wrote, ``head.yaml`` (its kind), ``calibration.json``,
-and ``adaptation.json`` of one that was fitted to labels."""
+"""Heads of a model folder: ``heads/<name>/`` holds the files of the head, ``head.yaml`` (its kind),
+``calibration.json``, and, for heads fitted to labels, ``adaptation.json``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from ctclip.heads.head import Head
 from ctclip.heads.linear import LinearHead
 from ctclip.heads.prompts import PromptHead
 from ctclip.labels import load_labels
+from ctclip.models.checksums import checked_sha256, write_checksums
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import LABELS_BEFORE, is_head_folder
 from ctclip.preprocessing.files import write_text
@@ -66,9 +67,10 @@ def save_head(model: Path, name: str, head: Head) -> Path:
     folder = model / FOLDER / name
     check_replaceable(folder, is_head_folder, "head")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Not in heads/, where an unfinished head could be read.
+    # Written outside heads/, so that an unfinished head is never read.
     with scratch_folder(f".{name[:60]}.", ".partial", model) as partial:
         head.save(partial)
+        write_checksums(partial)
         facts = {"kind": head.kind, "supervision": head.supervision, "names": list(head.names)}
         write_text(partial / "head.yaml", yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
         if head.calibration is not None:
@@ -98,7 +100,7 @@ def calibration_file(model: Path, name: str) -> Path:
 
 
 def load_head(model_folder: Path, name: str, model: DualEncoder) -> Head:
-    """The head ``name`` of a model folder, with its calibration as it is kept. Raises CheckpointError."""
+    """The head ``name`` of a model folder, with its calibration. Raises CheckpointError."""
     folder = model_folder / FOLDER / name
     if not (model_folder / FOLDER).is_dir():
         return _head_before(model_folder, name, model)
@@ -111,6 +113,8 @@ def load_head(model_folder: Path, name: str, model: DualEncoder) -> Head:
         found = plugins.find("head", kind)
     except ConfigError as error:
         raise CheckpointError(f"{folder / 'head.yaml'}: {error}") from error
+    for weights in sorted(folder.glob("*.safetensors")):
+        checked_sha256(weights)
     head: Head = found.load(folder, model)
     if (folder / "calibration.json").is_file():
         head.calibration = Calibration.load(folder / "calibration.json")
@@ -120,7 +124,8 @@ def load_head(model_folder: Path, name: str, model: DualEncoder) -> Head:
 
 
 def _head_before(model_folder: Path, name: str, model: DualEncoder) -> Head:
-    """A head of a folder written by 0.2, which had its prompts, classifier and calibration at the top."""
+    """A head of a model folder written by version 0.2, which kept prompts, classifier and calibration at the top
+    level."""
     calibration = model_folder / "calibration.json"
     names = load_labels(installed_file(LABELS_BEFORE, "labels")).names
     if name == PROMPTS:

@@ -21,7 +21,7 @@ from ctclip.evaluation.calibration import Calibration
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
 
-# What comes of files that are missing, damaged, or made by somebody else for something else.
+# Exceptions caused by files that are missing, damaged or unrelated.
 DAMAGED = (
     OSError, SafetensorError, yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RuntimeError
 )  # fmt: skip
@@ -29,7 +29,8 @@ DAMAGED = (
 
 @contextlib.contextmanager
 def reading(folder: Path, what: str) -> Iterator[None]:
-    """Around the reading of the files of a head: raises CheckpointError, naming ``folder`` and ``what``, for any error."""
+    """Context manager for reading the files of a head: turns any of ``DAMAGED`` into a CheckpointError that names
+    ``folder`` and ``what``."""
     try:
         yield
     except DAMAGED as error:
@@ -39,9 +40,9 @@ def reading(folder: Path, what: str) -> Iterator[None]:
 class Head(ABC):
     """Turns ``Encoded`` into a score for each of ``names``.
 
-    A subclass sets ``kind`` (its name in the configuration, or ``module:Name``), ``names``, ``supervision`` (what it
-    learned from: "none" where that is what the model learned from) and ``source`` (what it was made of, as the
-    prediction table states it), and has ``score``, ``save`` and ``load``.
+    A subclass sets ``kind`` (its name in the configuration, or ``module:Name``), ``names``, ``supervision`` (its
+    training data; "none" if it adds nothing to the model's) and ``source`` (its origin, as stated in the prediction
+    table), and implements ``score``, ``save`` and ``load``.
     """
 
     kind: ClassVar[str]
@@ -53,7 +54,7 @@ class Head(ABC):
     def __init__(self, model: DualEncoder) -> None:
         self.model = model
         self.calibration: Calibration | None = None
-        # For a head that was fitted to labels: the patients, and the model.
+        # For a head fitted to labels: the patients and the model.
         self.adaptation: Adaptation | None = None
 
     @abstractmethod
@@ -65,11 +66,11 @@ class Head(ABC):
 
     @torch.no_grad()
     def texts(self) -> Tensor:
-        """(names, dim): an embedding of each finding, of any length; as it stands, of its name."""
+        """An embedding (names, dim), of any norm, of each finding; by default that of its name."""
         return self.model.encode_text(self.names)
 
     def values(self, encoded: Encoded) -> Tensor:
-        """(B, values_of): the size of each finding that has one, in its unit."""
+        """Sizes (B, values_of) of the findings that have one, in their units."""
         return encoded.pooled.new_zeros(len(encoded.pooled), 0)
 
     @abstractmethod
@@ -107,7 +108,7 @@ class Head(ABC):
         return hashlib.sha256(facts + self.fingerprint(probe)).hexdigest()[:16]
 
     def fingerprint(self, probe: Tensor) -> bytes:
-        """Bytes that differ if scores differ; probe: a few unit vectors (n, dim) on the model's device."""
+        """Bytes that differ if scores differ. ``probe``: a few unit vectors (n, dim) on the model's device."""
         return b""
 
 

@@ -27,7 +27,7 @@ class LinearHead(Head):
     def __init__(
         self, model: DualEncoder, names: Sequence[str], weight: Tensor, bias: Tensor, *, relu: bool = False
     ) -> None:
-        """weight (names, dim), bias (names,)."""
+        """``weight`` (names, dim), ``bias`` (names,)."""
         super().__init__(model)
         self.names, self.relu = tuple(names), relu
         if weight.shape != (len(self.names), model.config.dim) or bias.shape != (len(self.names),):
@@ -36,7 +36,7 @@ class LinearHead(Head):
                 f"{model.config.dim} dimensions"
             )
         self.weight, self.bias = weight.float().to(model.device), bias.float().to(model.device)
-        # Two linear heads of one model must not use each other's calibration.
+        # The hash keeps two linear heads of one model from using each other's calibration.
         self.source = f"linear head {hashlib.sha256(self.fingerprint(self.bias)).hexdigest()[:8]}"
 
     def score(self, encoded: Encoded) -> Tensor:

@@ -1,9 +1,9 @@
-"""A locator: which cells of a volume a text is about, read from the grids of an encoder that does not change.
+"""A locator: predicts which cells of a volume a text describes, from the grids of a frozen encoder.
 
-It is learned from volumes and reports alone (`ctclip adapt --method locate`). Each cell stands for its volume (the simplest
-multiple-instance learning: Dietterich et al. 1997; Ray and Craven 2005), so that the regression gives the mean of what the
-reports of volumes with such a cell state: high only for cells that volumes without the finding do not have. Features are
-random (Rahimi and Recht 2007), the rest has a closed form.
+It is learned from volumes and reports alone (`ctclip adapt --method locate`). Each cell inherits the target of its
+volume (the simplest multiple-instance learning: Dietterich et al. 1997; Ray and Craven 2005). The regression therefore
+predicts the mean target of volumes with such a cell, which is high only for cells that volumes without the finding
+lack. Features are random (Rahimi and Recht 2007); the linear map has a closed-form solution.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.prompts import PromptSet, load_prompts
 
 SIZE, WEIGHTS = "locator.yaml", "locator.safetensors"
-# Cells whose features are in the processor's cache at once, and the largest feature, in standard deviations.
+# Number of cells processed at a time, to fit the CPU cache, and the largest feature, in standard deviations.
 AT_ONCE, LARGEST = 2**11, 8.0
-# HU windows of the lung and of soft tissue, whose means are features of a half cell.
+# HU windows of lung and soft tissue; the means in these windows are features of half cells.
 LUNG, SOFT = (-1000.0, -500.0), (-160.0, 240.0)
 
 
 class Cells:
-    """The cells of the finest of several grids, each with the cells of the other grids that it lies in.
+    """The cells of the finest of several grids, each with the cells of the other grids that contain it.
 
     ``within``: for each grid the (N,) index of the cell whose centre is nearest; ``position`` (N, 3): centres, from -1 to 1
     over the volume; ``grid`` and ``affine``: of the finest grid, as in ``Level``; ``real`` (B, N) bool, None for all.
@@ -59,18 +59,19 @@ class Cells:
 
 
 def _nearest(mm: np.ndarray, level: Level) -> np.ndarray:
-    """(N,) index of the cell of ``level`` whose centre is nearest to each of mm (N, 3)."""
+    """Index (N,) of the cell of ``level`` whose centre is nearest to each point of ``mm`` (N, 3)."""
     leads = np.linalg.inv(level.affine)
     cell = np.rint(mm @ leads[:3, :3].T + leads[:3, 3] - 1e-9).astype(int)
     return np.ravel_multi_index(np.clip(cell, 0, np.array(level.grid) - 1).T, level.grid)
 
 
 def levels_of(encoder: VolumeEncoder, volume: Tensor, *, tokens: bool, halves: bool) -> list[Level]:
-    """The grids of a volume (B, 1, D, H, W) that an encoder pools. ``tokens``: also the tokens of one that pools finer grids
-    too; of any other they are the only grid. ``halves``: also a grid of half the finest cell, of voxels (see ``_halves``)."""
+    """The grids of a volume (B, 1, D, H, W) that an encoder pools. ``tokens``: also include the tokens of an encoder
+    that pools finer grids; for other encoders, the tokens are the only grid. ``halves``: also include a grid of voxel
+    features with half the size of the finest cell (see ``_halves``)."""
     try:
         levels = encoder.evidence(volume).levels
-    except ValueError:  # it does not say how it pools
+    except ValueError:  # an encoder without ``evidence``
         encoded = encoder(volume)
         levels = (Level(encoded.tokens, encoded.grid, encoded.affine, encoded.real),)
     chosen = list(levels if tokens or len(levels) == 1 else levels[1:])
@@ -78,8 +79,8 @@ def levels_of(encoder: VolumeEncoder, volume: Tensor, *, tokens: bool, halves: b
 
 
 def _halves(encoder: VolumeEncoder, volume: Tensor, levels: Sequence[Level]) -> Level:
-    """Cells of half the size of the finest cell along each axis: mean, smallest and largest voxel, and the
-    means in the windows of lung and soft tissue, (B, N, 5)."""
+    """Cells with half the size of the finest cell along each axis. Features (B, N, 5): mean, minimum and maximum voxel,
+    and the means in the lung and soft tissue windows."""
     finest = max(levels, key=lambda level: math.prod(level.grid))
     block = [max(1, extent // count // 2) for extent, count in zip(volume.shape[2:], finest.grid, strict=True)]
     low, high = encoder.spec.hu_window
@@ -94,10 +95,11 @@ def _halves(encoder: VolumeEncoder, volume: Tensor, levels: Sequence[Level]) -> 
 
 
 class Locator(nn.Module):
-    """Random features of a cell on every grid and of its position, and a linear map of them to the space of texts.
+    """Random features of each cell, from all grids and its position, and a linear map to the space of texts.
 
-    ``widths``: channels of each grid, see ``levels_of``, as are ``tokens`` and ``halves``; ``text``: dimension of text
-    embeddings; ``features``: how many are random; ``waves``: sines and cosines that describe a position along each axis.
+    ``widths``: number of channels of each grid; ``tokens`` and ``halves``: see ``levels_of``; ``text``: dimension of
+    text embeddings; ``features``: number of random features; ``waves``: number of sines and cosines that encode the
+    position along each axis.
     """
 
     text_mean: Tensor
@@ -114,7 +116,7 @@ class Locator(nn.Module):
         self.waves, self.tokens, self.halves = waves, tokens, halves
         inputs = [*self.size["widths"], 6 * waves]
         self.width = features + sum(inputs)
-        # Each grid, and the position, has the same share in a feature.
+        # Each grid and the position contribute equally to a feature.
         self.random = nn.ParameterList(
             nn.Parameter(torch.randn(one, features) / math.sqrt(max(one, 1)), requires_grad=False) for one in inputs
         )
@@ -130,7 +132,7 @@ class Locator(nn.Module):
     bias: Tensor
 
     def inputs(self, parts: Sequence[Tensor], position: Tensor) -> list[Tensor]:
-        """Features (..., C) of each grid and positions (..., 3) in [-1, 1], as the locator sees them."""
+        """Concatenate the standardised features (..., C) of each grid and the encoded positions (..., 3) in [-1, 1]."""
         seen = [
             ((part.float() - mean) / scale).clamp(-LARGEST, LARGEST)
             for part, mean, scale in zip(parts, self.means, self.scales, strict=True)
@@ -139,30 +141,30 @@ class Locator(nn.Module):
         return [*seen, torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)]
 
     def features(self, parts: Sequence[Tensor], position: Tensor) -> Tensor:
-        """-> (..., width): what the linear map is of."""
+        """Inputs of the linear map (..., width)."""
         seen = self.inputs(parts, position)
         mixed = sum((one @ random for one, random in zip(seen, self.random, strict=True)), self.offset)
         return torch.cat([F.relu(mixed), *seen], dim=-1)
 
     def centred(self, texts: Tensor) -> Tensor:
-        """Embeddings (T, text) of any length -> unit vectors, seen from the mean sentence."""
+        """Subtract the mean sentence from embeddings (T, text) of any norm and normalise them."""
         return F.normalize(F.normalize(texts.float(), dim=-1) - self.text_mean, dim=-1)
 
     @torch.no_grad()
     def maps(self, levels: Sequence[Level], spec: PreprocessingSpec, texts: Tensor) -> tuple[Tensor, Cells]:
-        """The grids of one volume and embeddings (T, text) -> (T, N) float32 over the cells of the finest grid: how much
-        likelier than usual its report is to state each text, in standard deviations. Raises ValueError if the grids are not
-        those that were learned from."""
+        """The grids of one volume and embeddings (T, text) -> (T, N) float32 over the cells of the finest grid: how
+        much more likely than average the report states each text, in standard deviations. Raises ValueError if the
+        grids differ from those of training."""
         widths = [level.features.shape[2] for level in levels]
         if widths != self.size["widths"]:
-            raise ValueError(f"grids of {widths} channels, learned from {self.size['widths']}")
+            raise ValueError(f"grids have {widths} channels, in training they had {self.size['widths']}")
         cells, texts = Cells(levels, spec), self.centred(texts)
         weight, constant = self.weight @ texts.T, self.bias @ texts.T
         count, device = self.size["features"], texts.device
         seen = self.inputs([level.features[0] for level in levels], cells.position.to(device))
         parts = weight[count:].split([one.shape[1] for one in seen])
         within = [index.to(device) for index in cells.within] + [torch.arange(len(cells.position), device=device)]
-        # Of a coarse grid once, not of each of the finest cells in it.
+        # Project each coarse cell once, not once for each finest cell in it.
         coarse = [
             (one @ random, one @ part) if len(one) < len(within[-1]) else None
             for one, random, part in zip(seen, self.random, parts, strict=True)
@@ -182,7 +184,7 @@ class Locator(nn.Module):
 
 
 class LocateHead(PromptHead):
-    """Scores findings by its prompts as the model does; its locator draws the maps of `ctclip explain`."""
+    """Scores findings with the model's prompts; its locator computes the maps of `ctclip explain`."""
 
     kind = "locate"
 
@@ -212,7 +214,7 @@ class LocateHead(PromptHead):
 
 
 def _check_size(size: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError unless a stranger's sizes are those of the weights beside them: memory is taken for no others."""
+    """Raise ValueError unless the sizes in an untrusted file match its weights, before memory is allocated for them."""
     grids = sum(name.startswith("means.") for name in tensors)
     there = {
         "widths": [len(tensors[f"means.{number}"]) for number in range(grids)], "text": len(tensors["bias"]),

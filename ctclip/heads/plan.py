@@ -1,7 +1,8 @@
-"""What a caption head reads off a volume before it writes: which findings to state, and the side of those whose side it knows.
+"""The plan of a caption head: which findings to state, and on which side, if certain.
 
-A logistic regression on what the encoder shows, fitted to the statements of the training reports. Sides are read from
-the two halves of the volume, each pooled by itself. It decides what is written; the decoder decides how.
+The plan is a logistic regression on features of the encoder, fitted to the statements of the training reports. Sides
+are predicted from the two halves of the volume, which are pooled separately. The plan decides what the report states;
+the decoder decides how.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from ctclip.models.encoded import Encoded
 from ctclip.report_reading.findings import BOTH
 
 SIDES = ("left", "right", BOTH)
-# Of each finding: whether it is stated, and whether with each side.
+# Targets per finding: whether it is stated, and whether with each side.
 PARTS = 1 + len(SIDES)
-# No side is certain enough.
+# A share that no side reaches.
 NEVER = 2.0
 
 
 class Plan(nn.Module):
-    """``weight`` (names * PARTS, features) and ``bias`` on standardised features; a finding is stated if its logit reaches
-    ``thresholds`` (names,), with its likeliest side if that side's share of the finding's probability reaches ``certain``
-    (names,)."""
+    """``weight`` (names * PARTS, features) and ``bias`` on standardised features; a finding is stated if its logit
+    reaches ``thresholds`` (names,). The most likely side is stated too if its share of the finding's probability
+    reaches ``certain`` (names,)."""
 
     mean: Tensor
     spread: Tensor
@@ -44,19 +45,20 @@ class Plan(nn.Module):
             self.register_buffer(name, torch.ones(size))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, features) of ``plan_features`` -> (B, names, PARTS) logits."""
+        """Features (B, features) from ``plan_features`` -> logits (B, names, PARTS)."""
         logits: Tensor = self.linear((features - self.mean) / self.spread)
         return logits.unflatten(1, (len(self.names), PARTS))
 
     @torch.inference_mode()
     def findings(self, logits: Tensor) -> list[list[str]]:
-        """(B, names, PARTS) -> the findings of each volume that it states."""
+        """Logits (B, names, PARTS) -> the findings to state for each volume."""
         there = (logits[:, :, 0] >= self.thresholds).tolist()
         return [[name for name, one in zip(self.names, row, strict=True) if one] for row in there]
 
     @torch.inference_mode()
     def sides(self, logits: Tensor) -> list[dict[str, str]]:
-        """(B, names, PARTS) -> of each volume the side of every finding whose side is certain, if it is there."""
+        """Logits (B, names, PARTS) -> for each volume, the side of every finding whose side would be certain if it is
+        present."""
         shares, best = side_shares(logits)
         known = (shares >= self.certain).tolist()
         return [
@@ -66,8 +68,8 @@ class Plan(nn.Module):
 
 
 def plan_features(encoded: Encoded, lateral: int) -> Tensor:
-    """(B, features): the pooled vector, and the mean and the largest of each channel over the tokens of either half of the
-    volume along the axis ``lateral`` of the grid (a middle token belongs to both)."""
+    """Features (B, features): the pooled vector, and the mean and maximum of each channel over the tokens of each half
+    of the volume along the axis ``lateral`` of the grid (a middle token belongs to both halves)."""
     every = encoded.tokens if encoded.local is None else torch.cat([encoded.tokens, encoded.local], dim=2)
     grid = every.float().unflatten(1, encoded.grid)
     extent = encoded.grid[lateral]
@@ -80,7 +82,8 @@ def plan_features(encoded: Encoded, lateral: int) -> Tensor:
 
 
 def side_shares(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, names, PARTS) -> the probability of the likeliest side over that of the finding (B, names), and which side."""
+    """Logits (B, names, PARTS) -> the probability of the most likely side divided by that of the finding (B, names),
+    and the index of that side."""
     probabilities = logits.sigmoid()
     likeliest, best = probabilities[:, :, 1:].max(dim=2)
     return (likeliest / probabilities[:, :, 0].clamp(min=1e-6)).clamp(max=1), best

@@ -1,5 +1,5 @@
-"""A prior: from the embedding of a text to embeddings of volumes that it could describe (unCLIP, Ramesh et al. 2022,
-section 2.2). As a head it scores findings by their prompts, moved to where the volumes lie."""
+"""A prior maps the embedding of a text to embeddings of matching volumes (unCLIP, Ramesh et al. 2022, section 2.2). As
+a head, it scores findings by their prompts after mapping these to volume embeddings."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from ctclip.prompts import PromptSet, load_prompts
 
 Kind = Literal["ridge", "mlp", "diffusion"]
 SIZE, WEIGHTS = "prior.yaml", "prior.safetensors"
-# Steps of the sampler, and samples whose mean stands for the volumes of a text.
+# Number of sampler steps, and number of samples whose mean represents the volumes of a text.
 STEPS, DRAWS = 32, 16
-# Nichol & Dhariwal 2021, eq. 17; cut where x0 could no longer be told from noise.
+# Nichol & Dhariwal 2021, eq. 17; clipped where x0 would be indistinguishable from noise.
 OFFSET, LAST = 0.008, 0.999
 
 
 class Prior(nn.Module):
-    """``ridge``: a linear map; ``mlp``: the same plus a network; ``diffusion``: a network that predicts the embedding of the
-    volume (x0) from a noisy one, the time and the text.
+    """``ridge``: a linear map; ``mlp``: a linear map plus a network; ``diffusion``: a network that predicts the
+    embedding of the volume (x0) from a noisy one, the time and the text.
 
     The target is the volume's embedding, centred and scaled (``mean``, ``scale``) to unit variance over the training
     volumes.
@@ -54,12 +54,12 @@ class Prior(nn.Module):
         if kind == "mlp":
             self.network = _network(dim, dim, width, depth, dropout)
         if kind == "diffusion":
-            self.absent = nn.Parameter(torch.zeros(dim))  # stands for no text
+            self.absent = nn.Parameter(torch.zeros(dim))  # represents a missing text
             self.times = nn.Linear(2 * TIMES, width)
             self.network = _network(2 * dim + width, dim, width, depth, dropout)
 
     def target(self, volumes: Tensor) -> Tensor:
-        """Unit vectors (n, dim) of volumes -> what is learned."""
+        """Unit vectors (n, dim) of volumes -> standardised targets."""
         return (volumes - self.mean) / self.scale
 
     def regress(self, texts: Tensor) -> Tensor:
@@ -75,12 +75,12 @@ class Prior(nn.Module):
         return denoised
 
     def scaled(self, texts: Tensor) -> Tensor:
-        """Unit vectors rescaled for a network: coordinates of unit size."""
+        """Scale unit vectors to coordinates of unit variance, which suits a network."""
         return texts * math.sqrt(texts.shape[1])
 
     @torch.no_grad()
     def sample(self, texts: Tensor, draws: int = 1, *, guidance: float = 1.0, seed: int = 0) -> Tensor:
-        """Unit vectors (n, dim) of texts -> (n, draws, dim) unit vectors of volumes. A regression draws nothing: its
+        """Unit vectors (n, dim) of texts -> (n, draws, dim) unit vectors of volumes. A regression is deterministic: its
         ``draws`` are equal. Deterministic DDIM steps from noise (Song et al. 2021, eq. 12 with sigma 0), with
         classifier-free guidance (Ho & Salimans 2022, eq. 6)."""
         if self.kind != "diffusion":
@@ -88,7 +88,7 @@ class Prior(nn.Module):
             return one[:, None].expand(-1, draws, -1)
         random = torch.Generator().manual_seed(seed)
         given = self.scaled(texts).repeat_interleave(draws, dim=0)
-        # The same noise for every text, so that equal texts have equal volumes.
+        # The same noise for every text, so that equal texts give equal volumes.
         noise = torch.randn(draws, texts.shape[1], generator=random).to(texts).repeat(len(texts), 1)
         x, times = noise, torch.linspace(LAST, 0, STEPS + 1)
         absent = self.absent.expand_as(given)
@@ -106,12 +106,13 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def expected(self, texts: Tensor) -> Tensor:
-        """Unit vectors (n, dim) of texts -> (n, dim): the direction of the mean volume, of a diffusion that of ``DRAWS``."""
+        """Unit vectors (n, dim) of texts -> (n, dim): the direction of the mean volume; for a diffusion, the mean of
+        ``DRAWS`` samples."""
         return F.normalize(self.sample(texts, DRAWS if self.kind == "diffusion" else 1).mean(dim=1), dim=-1)
 
     @torch.no_grad()
     def best(self, texts: Tensor, draws: int = 2, *, guidance: float = 1.0, seed: int = 0) -> Tensor:
-        """Unit vectors (n, dim) of texts -> (n, dim): of several samples the one nearest to its text (unCLIP, section 2.2)."""
+        """Unit vectors (n, dim) of texts -> (n, dim): the sample nearest to the text (unCLIP, section 2.2)."""
         drawn = self.sample(texts, draws, guidance=guidance, seed=seed)
         nearest = torch.einsum("nkd,nd->nk", drawn, texts).argmax(dim=1)
         return drawn[torch.arange(len(texts), device=texts.device), nearest]
@@ -136,7 +137,7 @@ def _network(inside: int, outside: int, width: int, depth: int, dropout: float) 
 
 
 def _check_size(size: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError unless a stranger's sizes are those of the weights beside them: memory is taken for no others."""
+    """Raise ValueError unless the sizes in an untrusted file match its weights, before memory is allocated for them."""
     blocks = {name.split(".")[1] for name in tensors if ".inner." in name}
     agree = size["dim"] == len(tensors["mean"])
     if size["kind"] != "ridge":
@@ -158,13 +159,13 @@ class _Block(nn.Module):
 
 
 class PriorHead(Head):
-    """Scores a finding by the softmax over its positive and negative prompt, as ``PromptHead`` does, after the prior has
-    turned both into embeddings of volumes."""
+    """Scores a finding by the softmax over its positive and negative prompt, like ``PromptHead``, after the prior has
+    mapped both to volume embeddings."""
 
     kind = "prior"
 
     def __init__(self, model: DualEncoder, prior: Prior, prompts: PromptSet, names: Sequence[str]) -> None:
-        """prior: trained by `ctclip adapt --method prior`; names: the findings, named in ``prompts`` or not."""
+        """``prior``: trained by `ctclip adapt --method prior`; ``names``: the findings, named in ``prompts`` or not."""
         super().__init__(model)
         self.prior = prior.to(model.device).eval().requires_grad_(False)
         self.prompts, self.names = prompts, tuple(names)

@@ -1,4 +1,4 @@
-"""Zero-shot detection by prompts: texts are encoded once for all volumes, and a volume once for all findings."""
+"""Zero-shot detection with prompts. Texts are encoded once for all volumes, and each volume once for all findings."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class PromptHead(Head):
 
     @torch.inference_mode()
     def values(self, encoded: Encoded) -> Tensor:
-        """The mean of a finding's values, weighted by the softmax over their prompts: EchoCLIP's regression by prompts
-        (Christensen et al. 2024), with a weighted mean instead of its median."""
+        """The mean of a finding's values, weighted by the softmax over their prompts: regression by prompts as in
+        EchoCLIP (Christensen et al. 2024), with a weighted mean instead of the median."""
         embeddings = _embedding(encoded)
         columns = []
         for grade, vectors in zip(self.grades, self.graded_vectors, strict=True):
@@ -81,7 +81,7 @@ class PromptHead(Head):
 
 
 def read_names(folder: Path) -> list[str]:
-    """The findings of a head that keeps its prompts, in its order. Raises CheckpointError."""
+    """The findings of a saved head with prompts, in its order. Raises CheckpointError."""
     path = folder / NAMES
     try:
         names = read_yaml(path)
@@ -105,11 +105,12 @@ def pair_vectors(
     names: Sequence[str],
     encode: Callable[[Sequence[str]], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Positive and negative sides (names, dim): the mean of each side's phrasings by their weights, encoded together.
+    """Positive and negative vectors (names, dim): the weighted mean of the phrasings of each side. All phrasings are
+    encoded together.
 
     The mean is normalised for ``ensemble: embeddings``, but not for ``logits``, where the mean of dot products is the
     dot product with the mean. With ``average: section`` each section has the same weight, however many phrasings it
-    has. A model that standardises its features gives both sides of a pair the same length (``embeddings``; see
+    has. A model that standardises its features gives both sides of a pair the same norm (``embeddings``; see
     ``DualEncoder.encode_prompts``). ``encode``: texts to unit vectors (n, dim), in place of the model's own.
     """
     shared = encode is None and shares_length(model, prompts.ensemble)
@@ -133,7 +134,7 @@ def pair_vectors(
 
 
 def shares_length(model: DualEncoder, ensemble: str) -> bool:
-    """Whether the two sides of a pair get the same length, see ``pair_vectors``."""
+    """Whether the two sides of a pair get the same norm, see ``pair_vectors``."""
     return model.config.standardise and ensemble == "embeddings"
 
 
@@ -149,7 +150,7 @@ def unit_pair(positive: Tensor, negative: Tensor, ensemble: str, *, shared: bool
 
 @torch.inference_mode()
 def _graded_vectors(model: DualEncoder, templates: Sequence[str], values: Sequence[float]) -> Tensor:
-    """(values, dim): unit vectors, one per value, each the mean over templates."""
+    """Unit vectors (values, dim), one per value, each the mean over templates."""
     texts = [template.replace("{value}", f"{value:g}") for value in values for template in templates]
     vectors = model.encode_text(texts)
     return F.normalize(vectors.unflatten(0, (len(values), len(templates))).mean(dim=1), dim=-1)

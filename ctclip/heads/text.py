@@ -17,7 +17,7 @@ from ctclip.preprocessing.plain_yaml import read_yaml
 
 
 class TextHead(Head):
-    """Scores each of ``texts`` by how much closer a volume is to it than to the mean of ``others``."""
+    """Scores each of ``texts`` by how much closer a volume is to the text than to the mean of ``others``."""
 
     kind = "text"
     source = "text"

@@ -1,7 +1,8 @@
-"""Dream: change a volume until its embedding matches a text (DreamField, Jain et al. 2022, in voxels instead of rays).
+"""Dream: optimise a volume until its embedding matches a text (Dream Fields, Jain et al. 2022, with voxels instead of a
+radiance field).
 
-The change is smooth: a sum of coarse and finer grids, with a penalty on total variation and on its size. At every step
-the volume is shifted a little and noise is added, so that the result does not depend on single voxels.
+The change is smooth: a sum of coarse and finer grids, with penalties on total variation and size. At every step the
+volume is slightly shifted and noise is added, so that the result does not depend on single voxels.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from ctclip.models.encoded import axis_shape, axis_spacing
 from ctclip.preprocessing.progress import track
 
 CELLS_MM = (48.0, 24.0, 12.0)
-# Adam's step, as a share of half the HU window; the largest shift of a step, in mm, and its noise (standard deviation).
+# Adam's learning rate, as a fraction of half the HU window; the largest random shift in mm and the standard deviation
+# of the noise in each step.
 RATE, SHIFT_MM, NOISE = 0.02, 8.0, 0.02
-# Weights of total variation and of the mean absolute change against the cosine.
+# Weights of total variation and of the mean absolute change, relative to the cosine.
 SMOOTH, SMALL = 0.3, 0.3
-# Noise to begin with: its standard deviation about soft tissue and lung, as a share of half the HU window.
+# Initial noise: its standard deviation around soft tissue and lung, as a fraction of half the HU window.
 BEGIN_MM, BEGIN = 32.0, 0.3
 
 
 @dataclass(frozen=True)
 class Dream:
-    """A volume (D, H, W) in [-1, 1], and its cosine with what the text asks for, before and after."""
+    """A volume (D, H, W) in [-1, 1], and the cosine between its embedding and the target, before and after."""
 
     voxels: np.ndarray
     before: float
@@ -39,9 +41,9 @@ class Dream:
 def dream(
     model: DualEncoder, wanted: Tensor, begin: Tensor, *, steps: int, seed: int = 0, everywhere: bool = False
 ) -> Dream:
-    """Change ``begin`` (1, 1, D, H, W) in [-1, 1] until its embedding lies along ``wanted`` (dim,), a unit vector.
+    """Change ``begin`` (1, 1, D, H, W) in [-1, 1] until its embedding points along ``wanted`` (dim,), a unit vector.
 
-    everywhere: also where ``begin`` is air. Raises ExplanationError if the encoder has no gradient.
+    ``everywhere``: also change air. Raises ExplanationError if the encoder has no gradient.
     """
     random = torch.Generator().manual_seed(seed)
     spacing, shape = axis_spacing(model.spec), axis_shape(model.spec)
@@ -56,7 +58,7 @@ def dream(
             change, moved = edit(), edit()
             seen = _looked_at((begin + moved).clamp(-1, 1), spacing, random)
             cosine = (model.encode_volume(seen) @ wanted)[0]
-            # On its own, because the penalties have a gradient even where the encoder has none.
+            # Separate, because the penalties have a gradient even if the encoder has none.
             grids = list(edit.grids)
             slopes = torch.autograd.grad(-cosine, grids, allow_unused=True) if cosine.requires_grad else (None,)
             if slopes[0] is None:
@@ -74,7 +76,7 @@ def dream(
 
 
 def noise_volume(model: DualEncoder, seed: int) -> Tensor:
-    """Smooth noise (1, 1, D, H, W) in [-1, 1] to begin with."""
+    """Smooth initial noise (1, 1, D, H, W) in [-1, 1]."""
     random = torch.Generator().manual_seed(seed)
     shape, spacing = axis_shape(model.spec), axis_spacing(model.spec)
     where = torch.ones(1, 1, *shape)
@@ -85,7 +87,7 @@ def noise_volume(model: DualEncoder, seed: int) -> Tensor:
 
 
 def _looked_at(volume: Tensor, spacing: tuple[float, float, float], random: torch.Generator) -> Tensor:
-    """The volume shifted by a few voxels, with noise."""
+    """The volume shifted by a few voxels, with added noise."""
     shifts = []
     for mm in spacing:
         most = int(SHIFT_MM / mm)

@@ -1,4 +1,4 @@
-"""Volumes of texts by one model: checks the texts, generates each volume, and scores it with the model's own
+"""Generate volumes from texts with one model: check the texts, generate each volume, and score it with the model's own
 detector."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ctclip.errors import DataError
-from ctclip.explanation.find import told_from
+from ctclip.explanation.find import contrast_texts
 from ctclip.heads.decoder import DecodeHead, Decoder
 from ctclip.heads.folder import list_heads
 from ctclip.heads.head import Head
@@ -33,16 +33,17 @@ MEAN_OF = 200
 
 
 MethodName = Literal["decoder", "dream"]
-# Steps of each method where none are given: of the flow, and of the optimisation.
+# Default number of steps of each method: of the flow, and of the optimisation.
 STEPS: dict[MethodName, int] = {"decoder": 25, "dream": 100}
 GUIDANCE = 2.0
 
 
 @dataclass(frozen=True)
 class Imagining:
-    """How volumes are made. method: None for the decoder where the model has one, else a dream; number: of each text; steps:
-    of the method; guidance: how strongly the decoder heeds the text; decoder: the name of its head; store and split: of the
-    mean volume that a dream begins with, else it begins with noise; language: of the texts."""
+    """How volumes are generated. ``method``: None uses the decoder if the model has one, else a dream; ``number``:
+    volumes per text; ``steps``: steps of the method; ``guidance``: strength of the decoder's classifier-free guidance;
+    ``decoder``: name of its head; ``store`` and ``split``: a dream starts from the mean volume of this split, without a
+    store from noise; ``language``: language of the texts."""
 
     number: int = 1
     seed: int = 0
@@ -57,7 +58,7 @@ class Imagining:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One volume (D, H, W) in [-1, 1], its text and seed, and how it was made in words."""
+    """One volume (D, H, W) in [-1, 1], its text and seed, and a description of how it was generated."""
 
     voxels: np.ndarray
     text: str
@@ -65,27 +66,28 @@ class Drawn:
     words: str
 
 
-def imagine(folder: ModelFolder, detector: Head, texts: Sequence[str], given: Imagining) -> list[Synthetic]:
-    """``number`` volumes of each text. Raises DataError for a text that names no finding, a store of another spec, a model
-    without a decoder that is asked for one, or options of the other method."""
+def imagine(folder: ModelFolder, detector: Head, texts: Sequence[str], given: Imagining) -> Iterator[Synthetic]:
+    """Generate ``number`` volumes from each text lazily, one at a time. Raises DataError at once for a text that names
+    no finding, the method decoder without a decoder, or options of the other method; with the first volume, for a store
+    of another spec."""
     check_texts(folder, texts, given.language)
     method = method_of(folder, given)
     steps = given.steps or STEPS[method]
     drawn = (
         _decoded(folder, texts, given, steps) if method == "decoder" else _dreamt(folder, detector, texts, given, steps)
     )
-    return [
+    return (
         Synthetic(
             to_hu(one.voxels, folder.spec), one.text, method, folder.hash, one.seed, one.words,
             _detected(folder, detector, one.voxels),
         )
         for one in drawn
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 def method_of(folder: ModelFolder, given: Imagining) -> MethodName:
-    """The method that ``given`` asks for. Raises DataError if the model cannot follow it, or an option is of the other
-    method."""
+    """The method that ``given`` requests. Raises DataError if the model does not support it, or an option belongs to
+    the other method."""
     decoders = [head.name for head in list_heads(folder.path) if head.kind == DecodeHead.kind]
     method = given.method or ("decoder" if decoders or given.decoder else "dream")
     if method == "decoder":
@@ -97,15 +99,15 @@ def method_of(folder: ModelFolder, given: Imagining) -> MethodName:
         if given.decoder is not None and given.decoder not in decoders:
             raise DataError(f"{folder.path}: no decoder {given.decoder!r} (it has: {', '.join(decoders)})")
         if given.store is not None:
-            raise DataError("--store is what a dream begins with, but the model has a decoder: add --method dream")
+            raise DataError("--store gives a dream its initial volume, but the model has a decoder: add --method dream")
     elif given.guidance is not None or given.decoder is not None:
-        raise DataError("--guidance and --decoder are of --method decoder")
+        raise DataError("--guidance and --decoder apply only to --method decoder")
     return method
 
 
 def decoder_of(folder: ModelFolder, name: str | None = None) -> Decoder:
-    """The decoder of a model, by the name of its head, or its first. Raises CheckpointError, also for one that
-    was trained for another model."""
+    """The decoder with head ``name``, or the first decoder of the model. Raises CheckpointError, also if it was trained
+    for another model."""
     names = [head.name for head in list_heads(folder.path) if head.kind == DecodeHead.kind]
     head = usable_head(folder, name or names[0])
     assert isinstance(head, DecodeHead)
@@ -113,11 +115,11 @@ def decoder_of(folder: ModelFolder, name: str | None = None) -> Decoder:
 
 
 def _decoded(folder: ModelFolder, texts: Sequence[str], given: Imagining, steps: int) -> Iterator[Drawn]:
-    """By the decoder, told the embedding of each text."""
+    """Generate volumes with the decoder, conditioned on the embedding of each text."""
     decoder = decoder_of(folder, given.decoder)
     guidance = GUIDANCE if given.guidance is None else given.guidance
     with torch.inference_mode():
-        # One by one: a batch changes the last bits of an embedding, and so what a seed draws.
+        # Encode one text at a time: batching changes the last bits of an embedding, and so the result of a seed.
         conditions = decoder.condition(texts=torch.cat([folder.model.encode_text([text]) for text in texts]).float())
     wanted = [(index, given.seed + number) for index in range(len(texts)) for number in range(given.number)]
     for index, seed in track(wanted, len(wanted), "imagining", "volumes"):
@@ -126,9 +128,9 @@ def _decoded(folder: ModelFolder, texts: Sequence[str], given: Imagining, steps:
 
 
 def _dreamt(folder: ModelFolder, detector: Head, texts: Sequence[str], given: Imagining, steps: int) -> Iterator[Drawn]:
-    """By `dream`, from the mean volume of a split or from noise."""
+    """Generate volumes with `dream`, starting from the mean volume of a split or from noise."""
     mean = None if given.store is None else mean_volume(folder, given.store, given.split)
-    wanted = TextHead(folder.model, list(texts), told_from(detector)).directions
+    wanted = TextHead(folder.model, list(texts), contrast_texts(detector)).directions
     origin = "noise" if mean is None else f"the mean of the split {given.split}"
     for text, direction in zip(texts, wanted, strict=True):
         for seed in range(given.seed, given.seed + given.number):

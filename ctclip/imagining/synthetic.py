@@ -1,9 +1,9 @@
-"""Synthetic volumes as files: NIfTI in HU with geometry, marked as synthetic in name, header and page."""
+"""Write synthetic volumes as NIfTI files in HU with geometry, marked as synthetic in name, header and page."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 
 MARK, KIND = "synthetic", "ctclip synthetic volume"
 NOTE = "synthetic, not a scan of a patient; for research, not for diagnosis"
-# The name of the sequence of a NIfTI header's description holds 80 bytes.
+# The description field of a NIfTI header holds 80 bytes.
 DESCRIPTION = f"{KIND}, {NOTE}"[:79]
 COMMENT = 6  # NIFTI_ECODE_COMMENT of nifti1.h
 SUFFIXES = (".nii.gz", ".nii")
@@ -28,8 +28,8 @@ WINDOWS = (("lung window", -1350.0, 150.0), ("soft tissue window", -160.0, 240.0
 
 @dataclass(frozen=True)
 class Synthetic:
-    """One volume: hu (D, H, W) float32, along the indices that a model takes; what it was made from and how; probabilities
-    of the model's own detector, which the volume was made to please."""
+    """One volume: ``hu`` (D, H, W) float32 in the model's index order; its text and method; probabilities of the
+    model's own detector, which the volume was optimised for."""
 
     hu: np.ndarray = field(repr=False)
     text: str
@@ -40,7 +40,7 @@ class Synthetic:
     probabilities: dict[str, float] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
-        """All but the voxels, for JSON."""
+        """Everything except the voxels, for JSON."""
         return {"kind": KIND, "note": NOTE, **{k: v for k, v in asdict(self).items() if k != "hu"}}
 
 
@@ -68,20 +68,20 @@ def volume_files(output: Path, count: int) -> list[Path]:
 
 
 def page_file(output: Path) -> Path:
-    """The page of the volumes that go to ``output``."""
+    """The page that belongs to the volumes written to ``output``."""
     first = volume_files(output, 1)[0]
     return first.with_name(first.name.removesuffix(".gz").removesuffix(".nii") + ".html")
 
 
 def check_output(output: Path, count: int, *, force: bool = False) -> None:
-    """Raise unless synthetic volumes may be written: new names, or earlier synthetic volumes."""
+    """Raise unless synthetic volumes may be written: the names must be new, or belong to earlier synthetic volumes."""
     for path in volume_files(output, count):
         check_file(path, is_synthetic, force=force)
     check_file(page_file(output), lambda path: KIND in path.read_text(encoding="utf-8", errors="replace"), force=force)
 
 
 def is_synthetic(path: Path) -> bool:
-    """Whether a file is a NIfTI whose header says that it is a synthetic volume of ours."""
+    """Whether a file is a NIfTI whose header marks it as a synthetic volume of ctclip."""
     import nibabel as nib
 
     try:
@@ -92,14 +92,15 @@ def is_synthetic(path: Path) -> bool:
 
 
 def write_volume(path: Path, synthetic: Synthetic, spec: PreprocessingSpec) -> None:
-    """Write one volume as int16 HU, its centre at the origin; columns run to the left, rows to the back, slices up."""
+    """Write one volume as int16 HU with its centre at the origin; columns run to the patient's left, rows to the back,
+    slices to the head."""
     import nibabel as nib
     from isal import igzip
 
     hu = synthetic.hu.transpose(0, 2, 1) if spec.published_geometry else synthetic.hu
     array = np.rint(hu).astype(np.int16).transpose(2, 1, 0)
     dz, dy, dx = spec.spacing
-    # NIfTI counts in RAS: x and y run the other way than in LPS.
+    # NIfTI uses RAS: x and y have the opposite sign to LPS.
     affine = np.diag([-dx, -dy, dz, 1.0])
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(array.shape) - 1) / 2)
     image = nib.Nifti1Image(array, affine, dtype=np.int16)
@@ -115,34 +116,35 @@ def write_volume(path: Path, synthetic: Synthetic, spec: PreprocessingSpec) -> N
 
 
 def write_volumes(
-    output: Path, volumes: Sequence[Synthetic], spec: PreprocessingSpec, *, force: bool = False
-) -> tuple[list[Path], Path]:
-    """Write every volume and one page of their slices; returns the files and the page."""
-    paths, page = volume_files(output, len(volumes)), page_file(output)
-    # Of all files together: those of two commands would be mixed.
+    output: Path, volumes: Iterable[Synthetic], count: int, spec: PreprocessingSpec, *, force: bool = False
+) -> Iterator[tuple[Path, Synthetic]]:
+    """Write each of ``count`` volumes as soon as it is generated, so that only one is in memory, and yield its file; at
+    the end, write one page with their slices (``page_file``)."""
+    page = page_file(output)
+    # One lock for all files, so that the files of two commands are not mixed.
     with claimed_file(page), scratch_folder("ctclip-synthetic-") as folder:
-        # Again: another command may have ended in between.
-        check_output(output, len(volumes), force=force)
-        for path, one in zip(paths, volumes, strict=True):
+        # Check again: another command may have finished in the meantime.
+        check_output(output, count, force=force)
+        sections, about = [], ""
+        for number, (path, one) in enumerate(zip(volume_files(output, count), volumes, strict=True)):
             write_volume(path, one, spec)
-        sections = []
-        for number, (path, one) in enumerate(zip(paths, volumes, strict=True)):
             picture = folder / f"{number}.png"
             _draw(picture, one, spec)
             likeliest = sorted(one.probabilities.items(), key=lambda item: -item[1])[:5]
             words = "; ".join(f"{name} {value:.0%}" for name, value in likeliest)
-            caption = f"{one.words}. The model itself says: {words}." if words else one.words
+            caption = f"{one.words}. The model's own detector: {words}." if words else one.words
             sections.append({"title": f"{path.name}: {one.text}", "figures": [(caption, picture)]})
-        first = volumes[0]
+            about = f"model {one.model}, method {one.method}"
+            yield path, one
         write_page(
-            page, title="Synthetic volumes", subtitle=f"{KIND}: {NOTE}; model {first.model}, method {first.method}",
-            headline=[(str(len(volumes)), "synthetic volumes")], sections=sections,
+            page, title="Synthetic volumes", subtitle=f"{KIND}: {NOTE}; {about}",
+            headline=[(str(count), "synthetic volumes")], sections=sections,
         )  # fmt: skip
-    return paths, page
 
 
 def _draw(path: Path, one: Synthetic, spec: PreprocessingSpec) -> None:
-    """The middle slices in two windows, by radiological convention: the patient's right on the left, the head above."""
+    """Draw the middle slices in two windows in radiological convention: the patient's right on the left, the head at
+    the top."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

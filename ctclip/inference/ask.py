@@ -1,5 +1,4 @@
-"""Closed questions, answered by comparing the volume with a prompt for each answer (as for BiomedCLIP; Zhang et al.
-2023).
+"""Answer closed questions by comparing the volume with a prompt for each answer (as for BiomedCLIP; Zhang et al. 2023).
 
 The prompt pair of a finding decides whether it is present; the nearest prompts decide its side, lobe and size.
 """

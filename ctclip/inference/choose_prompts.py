@@ -1,7 +1,7 @@
-"""Choose between mined and written prompts, finding by finding, by reports that were not mined.
+"""Choose between mined and written prompts for each finding, on reports that were not mined.
 
-A model's prompts should tell its own reports apart. Where the written ones do so as well as the mined ones, nothing is to be
-gained from other words, and they are kept. What the reports state is read; no label of a volume is.
+A model's prompts should separate reports with a finding from reports without it. If the written prompts do so as well
+as the mined ones, they are kept. The statements of the reports are read by rules; the labels of volumes are not used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from ctclip.models.dual_encoder import DualEncoder
 from ctclip.prompts import PromptSet
 from ctclip.report_reading.reader import NOTHING, Reader, Status
 
-# By how much more AUROC on reports mined phrasings must win, and reports with and without the finding that this takes.
+# The gain in AUROC on reports that mined phrasings need, and the minimum number of reports with and without the
+# finding.
 MARGIN, FEWEST = 0.01, 5
 VALUES = {Status.present: 1.0, Status.uncertain: float("nan")}
 BATCH = 64
@@ -26,8 +27,8 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Chosen:
-    """``prompts``: the mined set with the written phrasings of the findings that keep them; ``auroc``: of each finding that
-    of the written and that of the mined prompts on the reports, NaN where too few state or lack it."""
+    """``prompts``: the mined set, with written phrasings for the findings that keep them; ``auroc``: for each finding,
+    the AUROC of the written and of the mined prompts on the reports; NaN if too few reports state or lack it."""
 
     prompts: PromptSet
     auroc: dict[str, tuple[float, float]]
@@ -37,7 +38,7 @@ class Chosen:
 def choose_prompts(
     model: DualEncoder, mined: PromptSet, written: PromptSet, texts: Sequence[str], reader: Reader, where: str
 ) -> Chosen:
-    """texts: reports of patients whose reports were not mined; ``where`` says which, for the provenance."""
+    """``texts``: reports of patients whose reports were not mined; ``where`` names them, for the provenance."""
     names = tuple(mined.abnormalities)
     readings = reader.read(list(texts))
     truth = np.array([[VALUES.get(each.get(name, NOTHING).status, 0.0) for name in names] for each in readings])
@@ -60,7 +61,7 @@ def choose_prompts(
     pairs = {name: mined.pair(name) if name in better else written.pair(name) for name in names}
     provenance = mined.provenance | {
         "mined": ", ".join(better) or "none",
-        "chosen": f"the others are of {written.identity()}, which tells {len(texts)} reports of {where} apart as well",
+        "chosen": f"the others are from {written.identity()}, which separates {len(texts)} reports of {where} as well",
     }
     sections = tuple(dict.fromkeys((*mined.sections, *written.sections)))
     return Chosen(

@@ -1,4 +1,4 @@
-"""A model's summary of its training scans: computed from a store, and compared with every scan that is scored."""
+"""Compute a model's summary of its training scans from a store, and compare it with every scan that is scored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 
-# Patients of either kind that a summary is made of.
+# Default numbers of training patients and held-out patients for a summary.
 MOST_PATIENTS = 300
 HELD_OUT = "calibration"
 
@@ -30,8 +30,8 @@ def usable_summary(loaded: ModelFolder) -> TrainingSummary | None:
     summary = TrainingSummary.load(loaded.path)
     if summary is not None and summary.model != loaded.hash:
         print(
-            f"warning: the summary of training scans in {loaded.path} is of other weights ({summary.model}), so it is not "
-            f"used; `ctclip summarise` makes one",
+            f"warning: the summary of training scans in {loaded.path} belongs to other weights ({summary.model}), so "
+            f"it is not used; run `ctclip summarise` to compute one",
             file=sys.stderr,
         )
         return None
@@ -47,7 +47,7 @@ def drift_warnings(
 ) -> list[str]:
     """A warning for each scan that is far from the training scans, "" for the others; all "" without a summary.
 
-    voxels: of each scan [slice, row, column] in [-1, 1]; embeddings (n, dim) unit vectors.
+    ``voxels``: those of each scan [slice, row, column] in [-1, 1]; ``embeddings`` (n, dim) unit vectors.
     """
     if summary is None:
         return [""] * len(voxels)
@@ -70,8 +70,8 @@ def summarise(
     """Summarise ``split`` of the store and save the summary in the folder of ``model``; None if there are too few
     patients.
 
-    One volume a patient, of at most ``most`` patients, chosen at random. ``held_out``: a split of patients that the
-    model was not trained on, from which the limit is taken; by default ``calibration`` if it has enough patients, else
+    Uses one volume per patient, of at most ``most`` patients, chosen at random. ``held_out``: a split of patients that
+    the model was not trained on, which sets the limit; by default ``calibration`` if it has enough patients, else
     cross-validation within ``split``.
     """
     if _patients(store, split) < FEWEST:
@@ -89,13 +89,13 @@ def summarise(
 
 
 def _patients(store: VolumeStore, split: str) -> int:
-    """How many patients have a stored volume in a split."""
+    """The number of patients with a stored volume in a split."""
     table = store.cohort[store.cohort["split"] == split]
     return int(table["patient"][table["volume"].isin(set(store.volumes))].nunique())
 
 
 def one_a_patient(table: pd.DataFrame, most: int, seed: int) -> pd.DataFrame:
-    """A volume of each of at most ``most`` patients, drawn at random."""
+    """One volume for each of at most ``most`` patients, drawn at random."""
     return table.sample(frac=1, random_state=seed).drop_duplicates("patient").head(most).sort_values("volume")
 
 
@@ -106,7 +106,7 @@ def _described(loaded: ModelFolder, store: VolumeStore, split: str, most: int, s
 
 
 def describe(loaded: ModelFolder, scans: Scans, what: str = "describing") -> list[Described]:
-    """Every scan that can be read, encoded one by one."""
+    """Describe every readable scan, encoded one at a time."""
     described = []
     indices = range(len(scans.table))
     for index, result in track(zip(indices, prefetch(scans.voxels, indices), strict=True), len(indices), what, "scans"):

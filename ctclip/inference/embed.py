@@ -23,15 +23,15 @@ from ctclip.preprocessing.progress import track
 from ctclip.report_reading.reports import load_reports
 
 CHUNK = 256
-# In a Parquet file's metadata: which model and scans it is of.
+# Key in the metadata of a Parquet file that identifies model and scans.
 KEY = b"ctclip.run"
 
 
 def embed_scans(
     loaded: ModelFolder, scans: Scans, output: Path, batch: int, refused: dict[str, str], *, force: bool = False
 ) -> int:
-    """Embed volumes into ``output``; returns how many. Refused scans are named in ``refused``. ``force``: replace
-    embeddings of another run."""
+    """Embed volumes and write them to ``output``; return their number. Refused scans are added to ``refused``.
+    ``force``: replace embeddings of another run."""
     key = run_key(loaded.hash, loaded.spec.hash, loaded.model.precision, list(scans.table["volume"]), scans.origin())
     tables = _volumes(loaded.model, scans, batch, refused)
     with claimed_file(output):
@@ -42,7 +42,7 @@ def embed_scans(
 
 
 def embed_reports(loaded: ModelFolder, source: Path, output: Path, *, force: bool = False) -> int:
-    """Embed the reports of a .txt (one a line) or a CSV into ``output``; returns how many."""
+    """Embed the reports of a .txt file (one per line) or a CSV and write them to ``output``; return their number."""
     model = loaded.model
     names, texts = read_reports(source)
     starts = range(0, len(texts), CHUNK)
@@ -81,7 +81,7 @@ def _key_of(path: Path) -> str | None:
 
 def read_reports(source: Path) -> tuple[list[str], list[str]]:
     """Names and texts of a table of reports, or of a text file with one on each line; see ``load_reports``. A
-    placeholder report becomes "". Raises DataError or PreprocessingError where the file cannot be read."""
+    placeholder report becomes "". Raises DataError or PreprocessingError if the file cannot be read."""
     reports = load_reports(source)
     sections = (
         dict(zip(reports.sections, parts, strict=True)) for parts in zip(*reports.sections.values(), strict=True)
@@ -93,8 +93,8 @@ def read_reports(source: Path) -> tuple[list[str], list[str]]:
 
 
 def write_tables(path: Path, tables: Iterator[pa.Table], refused: dict[str, str] | None = None, key: str = "") -> int:
-    """Stream tables of vectors into one file, whole or not at all; .npy gets the one column of vectors. ``key`` is kept
-    in the metadata of a Parquet file."""
+    """Stream tables of vectors into one file, atomically; a .npy file gets the single column of vectors. ``key`` is
+    stored in the metadata of a Parquet file."""
     rows = 0
     with written_beside(path) as partial:
         writer: pq.ParquetWriter | None = None

@@ -1,4 +1,4 @@
-"""An ensemble of models with one label set: their probabilities are averaged, as in CheXzero (Tiu et al. 2022)."""
+"""Ensembles of models with the same label set: probabilities are averaged, as in CheXzero (Tiu et al. 2022)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def check_same_names(names: Sequence[Sequence[str]], models: Sequence[str]) -> N
         if set(these) != set(names[0]):
             lacking = sorted(set(names[0]) ^ set(these))[0]
             raise DataError(
-                f"{model}: scores other findings than {models[0]} ({lacking!r} is in only one of them); average models with the same label set"
+                f"{model}: scores different findings than {models[0]} ({lacking!r} is in only one of them); average "
+                f"models with the same label set"
             )
 
 
@@ -36,9 +37,9 @@ def detect_together(
     folders: Sequence[ModelFolder], heads: Sequence[Head], scans: Sequence[Scans], output: Path, *,
     batch: int = 8, reports: bool = False, suffix: str = ".csv", force: bool = False,
 ) -> Summary:  # fmt: skip
-    """``detect`` with each model into a folder of ``output``, and the mean of their tables in ``output`` itself.
+    """Run ``detect`` with each model into a subfolder of ``output``, and write the mean of their tables to ``output``.
 
-    Raises as ``detect`` does, and DataError if the models score different findings.
+    Raises the errors of ``detect``, and DataError if the models score different findings.
     """
     check_same_names([head.names for head in heads], [str(folder.path) for folder in folders])
     key = run_key(
@@ -91,7 +92,7 @@ def average_predictions(parts: Sequence[Path], output: Path) -> pd.DataFrame:
 
 
 def _joined(tables: Sequence[pd.DataFrame]) -> dict[str, str]:
-    """The provenance of the tables together: one value if all agree, else all values. Labels used by one model were
+    """The joint provenance of the tables: one value if all agree, else all values. Labels used by one model count as
     used by the ensemble."""
     joined = {}
     for name in ("model", "supervision", "trained_on", "spec", "prompts", "labels"):

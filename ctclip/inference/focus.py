@@ -1,4 +1,4 @@
-"""The location of a finding in a stored volume, from masks of the scan: the place at which an example is shown."""
+"""Locate a finding in a stored volume from masks of the scan, to choose the slices of an example."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ctclip.preprocessing.facts import table_facts
 from ctclip.preprocessing.pipeline import prepare
 from ctclip.preprocessing.spec import PreprocessingSpec
 
-# Of a voxel of the store, what a mask must fill to count: small findings fill none wholly.
+# Minimum fraction of a stored voxel that the mask must cover, because small findings cover no voxel completely.
 FILLED = 0.25
 
 
 def smallest_finding(
     cohort: Path, masks: Path, spec: PreprocessingSpec, layout: str = "phantom"
 ) -> Callable[[str], Focus | None]:
-    """A function from a volume's id to the smallest finding that a mask shows in it, on the grid of ``spec`` [slice, row,
-    column]: large ones are on any slice. It returns None where there is no mask, or none of its findings is in the grid.
-    Raises ExplanationError or PreprocessingError where a mask or a scan cannot be read."""
+    """Return a function from a volume's id to its smallest finding with a mask, on the grid of ``spec`` [slice, row,
+    column]; large findings are visible on any slice. The function returns None if there is no mask, or no masked
+    finding lies in the grid. Raises ExplanationError or PreprocessingError if a mask or a scan cannot be read."""
     drawn, scans = Masks(masks, load_layout(layout)), read_cohort(cohort)
     facts = scans.table.set_index("volume")
 

@@ -1,4 +1,4 @@
-"""From a published CT-CLIP checkpoint to a model folder; no code in the file is executed."""
+"""Convert a published CT-CLIP checkpoint to a model folder; no code in the file is executed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def import_published(
     text_config: Path | None = None,
     spec: str | None = None,
 ) -> Path:
-    """Write a published checkpoint as a model folder and return it; the published prompts go with it as a head.
+    """Write a published checkpoint as a model folder and return it, with the published prompts as a head.
 
     ``text``: folder or hub name with the tokenizer and ``config.json`` of the checkpoint's BERT; ``text_config``: that
     ``config.json`` separately, with the tokenizer in ``text`` or beside it. ``spec``: the preprocessing spec of the
@@ -82,7 +82,7 @@ def import_published(
 
 
 def _spec(published: Published, file: Path, name: str | None) -> PreprocessingSpec:
-    """The geometry a checkpoint's volumes have. Raises CheckpointError where ``name`` does not fit its weights."""
+    """The preprocessing spec of a checkpoint. Raises CheckpointError if ``name`` does not fit its weights."""
     if name is not None:
         spec = PreprocessingSpec.load(name)
         if spec.shape[1:] != (published.plane, published.plane) or spec.shape[0] % published.volume.patch[0]:
@@ -94,7 +94,7 @@ def _spec(published: Published, file: Path, name: str | None) -> PreprocessingSp
     spec = PreprocessingSpec.load(installed_file(SPEC, "preprocessing"))
     if spec.shape[1:] == (published.plane, published.plane):
         return spec
-    # A model of another grid: the published geometry at its own size, as many slabs as columns of patches.
+    # A model with another grid: the published geometry at its in-plane size, with as many slabs as columns of patches.
     slices = published.plane // published.volume.patch[1] * published.volume.patch[0]
     return dataclasses.replace(spec, name=f"{SPEC}_{published.plane}", shape=(slices, published.plane, published.plane))
 

@@ -40,16 +40,16 @@ class Index:
     def build(
         cls, rows: pd.DataFrame, volumes: np.ndarray, reports: np.ndarray | None, model: str, path: str = ""
     ) -> Index:
-        """volumes (n, dim) unit vectors in the order of ``rows``; reports likewise, NaN where there is none; the hash
-        of the model that made them, and where it lies."""
+        """Build an index from ``volumes`` (n, dim), unit vectors in the order of ``rows``, ``reports`` likewise, NaN
+        where there is none, and the hash and path of the model that encoded them."""
         return cls(rows.loc[:, list(ROWS)].reset_index(drop=True), _flat(volumes), _reports(reports), model, path)
 
     def save(self, folder: Path) -> None:
-        """Write it into a folder of its own; see ``index_store`` for one that may hold something."""
+        """Write the index to a new folder; see ``index_store`` for an existing folder."""
         faiss = extras.require("faiss")
         for name, index in (("volumes", self.volumes), ("reports", self.reports)):
             if index is None:
-                # Of an index that was here before.
+                # Remove the file of an earlier index.
                 (folder / f"{name}.faiss").unlink(missing_ok=True)
                 continue
             with written_beside(folder / f"{name}.faiss") as partial:
@@ -61,7 +61,7 @@ class Index:
 
     @classmethod
     def load(cls, folder: Path, model: str) -> Index:
-        """Refuses an index made with another model than ``model``."""
+        """Load an index. Refuses an index of another model than ``model``."""
         faiss = extras.require("faiss")
         facts = index_facts(folder)
         try:
@@ -85,8 +85,8 @@ class Index:
     def similar(self, query: np.ndarray, count: int, *, reports: bool = False) -> pd.DataFrame:
         """The ``count`` scans whose volume (or whose report) is nearest to the unit vector ``query`` (dim,).
 
-        Reconstructions of one scan, and reports of one wording, are shown once. Columns of ``rows`` and
-        ``similarity``, nearest first.
+        Reconstructions of one scan, and identical reports, are listed once. Columns of ``rows`` and ``similarity``,
+        nearest first.
         """
         index = self.reports if reports else self.volumes
         if index is None:
@@ -105,7 +105,7 @@ class Index:
 
 
 def _flat(vectors: np.ndarray, ids: np.ndarray | None = None) -> Any:
-    """Exact search: 50,000 vectors of 512 take 5 ms, and no answer is missed."""
+    """Exact search: 50,000 vectors of 512 dimensions take 5 ms, and no match is missed."""
     faiss = extras.require("faiss")
     index = faiss.IndexFlatIP(vectors.shape[1])
     if ids is None:
@@ -124,12 +124,12 @@ def _reports(vectors: np.ndarray | None) -> Any:
 
 
 def is_index(folder: Path) -> bool:
-    """Whether a folder holds an index, or tables of other commands of ours."""
+    """Whether a folder holds an index, or tables of other ctclip commands."""
     return made_by_us(folder, {"index.json": b'"volumes"'})
 
 
 def check_output(folder: Path) -> None:
-    """Raise PreprocessingError unless an index may be written into ``folder``."""
+    """Raise PreprocessingError unless an index may be written to ``folder``."""
     check_folder(folder, is_index, "output of `ctclip index`")
 
 
@@ -145,8 +145,8 @@ def index_facts(folder: Path) -> dict[str, Any]:
 def index_store(
     loaded: ModelFolder, scans: StoredScans, folder: Path, batch: int, refused: dict[str, str], *, force: bool = False
 ) -> Index:
-    """``build_index`` into ``folder``. Raises PreprocessingError if it holds something else, another process writes
-    there, or it is an index of other scans or another model and ``force`` is not given."""
+    """Run ``build_index`` and write to ``folder``. Raises PreprocessingError if the folder holds other files, another
+    process writes there, or it holds an index of other scans or another model and ``force`` is not given."""
     extras.check("index")
     key = run_key(loaded.hash, loaded.spec.hash, loaded.model.precision, list(scans.table["volume"]), scans.origin())
     with claimed_folder(folder, "index", key, FILES, is_index, force=force):
@@ -156,7 +156,8 @@ def index_store(
 
 
 def build_index(loaded: ModelFolder, scans: StoredScans, batch: int, refused: dict[str, str]) -> Index:
-    """Encode the volumes and reports of a store and index them; volumes that cannot be read are named in ``refused``."""
+    """Encode the volumes and reports of a store and index them; volumes that cannot be read are added to
+    ``refused``."""
     extras.check("index")
     order, vectors = [], []
     for indices, voxels, _ in batches(scans, list(range(len(scans.table))), batch, refused, "indexing"):

@@ -1,4 +1,4 @@
-"""Checks of a prompt set with a model: pairs that it cannot tell apart, and phrasings closer to the wrong side."""
+"""Check a prompt set with a model: pairs that it cannot distinguish, and phrasings closer to the wrong side."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def check_prompts(
     for name, cosine in zip(names, cosines, strict=True):
         warnings = []
         if cosine > too_close:
-            warnings.append(f"the model hardly tells the positive prompts from the negative ones (cosine {cosine:.3f})")
+            warnings.append(
+                f"the model hardly distinguishes the positive from the negative prompts (cosine {cosine:.3f})"
+            )
         sides = [prompts.side(name, stated) for stated in (True, False)]
         vectors = model.encode_prompts([text for texts in sides for text in texts]).split([len(side) for side in sides])
         positive, negative = (side.mean(dim=0) for side in vectors)

@@ -1,4 +1,4 @@
-"""Scores maps of many scans against masks, with two controls."""
+"""Score maps of many scans against masks, with two controls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from ctclip.errors import ExplanationError
 from ctclip.evaluation.evaluate import plain
 from ctclip.evaluation.localisation import Candidate, Pair, free_response, histograms, mean_over, summary
-from ctclip.explanation.find import told_from
+from ctclip.explanation.find import contrast_texts
 from ctclip.explanation.masks import Masks
 from ctclip.explanation.method import Maps, Subject, method
 from ctclip.explanation.place import inside_scan, peak_of
@@ -32,7 +32,7 @@ from ctclip.preprocessing.pipeline import Prepared, prepare
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.spec import PreprocessingSpec
 
-# Candidates of the free-response curve: the highest local maxima of a map.
+# Number of candidates for the free-response curve: the highest local maxima of a map.
 MOST_CANDIDATES = 16
 CONTROLS = ("mean map", "other finding")
 FIGURES = ("pointing", "auroc", "average_precision", "dice", "hit")
@@ -40,7 +40,7 @@ FIGURES = ("pointing", "auroc", "average_precision", "dice", "hit")
 
 @dataclass
 class Tally:
-    """What is kept of each finding while scans go by: pairs of the maps and of the controls, candidates, lesions."""
+    """Results of each finding, accumulated over scans: pairs of the maps and of the controls, candidates, lesions."""
 
     pairs: dict[str, list[Pair]] = field(default_factory=lambda: defaultdict(list))
     candidates: list[list[Candidate]] = field(default_factory=list)
@@ -48,12 +48,12 @@ class Tally:
 
 
 def chosen_volumes(cohort: Cohort, masks: Masks, split: str | None, limit: int | None, seed: int) -> list[str]:
-    """Volumes of the cohort that have a mask, of one ``split``; ``limit`` of them, drawn."""
+    """The volumes of the cohort with a mask, in one ``split``; at most ``limit``, drawn at random."""
     table = cohort.table if split is None else cohort.table[cohort.table["split"] == split]
     names = [name for name in table["volume"] if name in masks.volumes and name in cohort.files]
     if not names:
         raise ExplanationError(
-            f"{masks.folder}: none of its {len(masks.volumes)} masks is of a volume of the cohort"
+            f"{masks.folder}: none of its {len(masks.volumes)} masks belongs to a volume of the cohort"
             + (f"'s split {split!r}" if split else "")
         )
     if limit is not None and limit < len(names):
@@ -74,8 +74,8 @@ def locate_cohort(
     locator: Locator | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Score the maps of ``by`` on every finding that the head scores and a mask shows; of masks of sentences, on every
-    sentence, by category.
+    """Score the maps of method ``by`` on every finding that the head scores and that has a mask; for masks of
+    sentences, score every sentence, by category.
 
     The controls are maps that do not depend on the scan (the mean of the finding's maps over all scans), or on the
     finding (the map of a randomly drawn other finding of the same scan). All are compared on the scan's own grid.
@@ -120,8 +120,8 @@ def locate_cohort(
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of a scan: by which head, and under which finding each of the names that are mapped is counted, in
-    the order of the head's names."""
+    """The maps to compute for a scan: the head, and the finding under which each of the head's names is counted, in
+    their order."""
 
     head: Head
     group: dict[str, str]
@@ -137,7 +137,7 @@ def _asked(model: DualEncoder, head: Head, masks: Masks, volume: str) -> Asked:
     if not texts:
         raise ExplanationError(f"{masks.folder}: {masks.layout.sentences} names no sentence of {volume}")
     group = dict(zip(texts, masks.categories[volume], strict=True))
-    return Asked(TextHead(model, list(group), told_from(head)), group)
+    return Asked(TextHead(model, list(group), contrast_texts(head)), group)
 
 
 def _means(kept: dict[str, Maps], asked: dict[str, Asked]) -> dict[str, np.ndarray]:
@@ -152,12 +152,12 @@ def _means(kept: dict[str, Maps], asked: dict[str, Asked]) -> dict[str, np.ndarr
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """``result`` as JSON, whole or not at all."""
+    """Write ``result`` as JSON, atomically."""
     write_text(path, json.dumps(result, indent=2))
 
 
 def _prepared(cohort: Cohort, volumes: Sequence[str], spec: PreprocessingSpec, what: str) -> Any:
-    """Scans one after another, the next one read while the caller works."""
+    """Prepare scans one after another; the next scan is read while the caller works."""
 
     def one(volume: str) -> Prepared:
         return prepare(cohort.files[volume], spec, series=cohort.series.get(volume))
@@ -184,14 +184,14 @@ def _pair(values: np.ndarray, affine: np.ndarray, prepared: Prepared, mask: np.n
     distance = 0.0
     if not (inside_file and mask[tuple(place)]):
         centres = np.argwhere(mask) @ grid.affine[:3, :3].T + grid.affine[:3, 3]
-        # A peak beside a voxel of the mask is not in it.
+        # A peak in a voxel next to the mask does not lie in it.
         distance = max(float(spatial.distance.cdist(lps[None], centres).min()), 1e-3)
     share = in_scan(values, affine, prepared, grid.shape, grid.affine) / max(float(values[peak]), 1e-12)
     return Pair(patient, distance, *histograms(share, mask))
 
 
 def _lesions(mask: np.ndarray | None) -> tuple[np.ndarray | None, int]:
-    """Components of a mask, touching at a corner or nearer, and how many there are."""
+    """Connected components of a mask (26-connectivity), and their number."""
     from scipy import ndimage
 
     if mask is None:
@@ -201,7 +201,7 @@ def _lesions(mask: np.ndarray | None) -> tuple[np.ndarray | None, int]:
 
 
 def _candidates(values: np.ndarray, affine: np.ndarray, prepared: Prepared, lesions: np.ndarray | None) -> list[Candidate]:  # fmt: skip
-    """The highest local maxima among the cells that lie in the scan, and the lesion each of them lies in."""
+    """The highest local maxima among the cells inside the scan, and the lesion that contains each."""
     from scipy import ndimage
 
     inside = inside_scan(values.shape, affine, prepared)

@@ -1,4 +1,4 @@
-"""A loaded model with its heads, preprocessing and calibration: the only object that a notebook needs."""
+"""A loaded model with its heads, preprocessing and calibration, the only object that a notebook needs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ctclip.evaluation.adapted import FILE as ADAPTATION
 from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.calibration import Calibration
 from ctclip.explanation.explain import Explanation, explain
-from ctclip.explanation.find import Found, find, told_from
+from ctclip.explanation.find import Found, contrast_texts, find
 from ctclip.explanation.place import LEVEL
 from ctclip.heads.caption import CaptionHead, Decoding
 from ctclip.heads.folder import PROMPTS, HeadFacts, list_heads, load_head
@@ -53,9 +53,9 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
     """
 
     def __init__(self, folder: ModelFolder) -> None:
-        # The folder holds everything; the mixin's own record of how this object was made would be a path.
+        # The folder holds everything; the mixin would record the constructor's arguments, which is a path.
         self._hub_mixin_config = None
-        # Heads are read when they are needed, when the process may be in another folder.
+        # Heads are read lazily, when the working directory may have changed.
         self.folder = replace(folder, path=Path(os.path.abspath(folder.path)))
         self.dual = folder.model
         self.spec = folder.spec
@@ -82,7 +82,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         """Save a copy for publication, without the patient digests of calibrations; see Hugging Face's
         ``ModelHubMixin`` for the other arguments. An existing copy is replaced. Raises PreprocessingError if the folder
         holds anything but a model."""
-        # Before the mixin, which would delete any config.json.
+        # Check before the mixin runs, which would delete any config.json.
         check_output(save_directory)
         return super().save_pretrained(Path(save_directory), **given)  # type: ignore[no-any-return]
 
@@ -91,9 +91,9 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         if final.resolve() == self.folder.path.resolve():
             return
         with scratch_folder(f".{final.name[:60]}.", ".partial", final.parent) as partial:
-            # Files, not a snapshot's links to them.
+            # Copy files, not a snapshot's links to them.
             shutil.copytree(self.folder.path, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
-            # Read at their source, which an error then names.
+            # Read the files at their source, so that an error names it.
             source = self.folder.path
             for path in (source / "calibration.json", *source.glob("heads/*/calibration.json")):
                 if path.is_file():
@@ -129,13 +129,13 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
     def head(self, name: str = PROMPTS) -> Head:
         """A head by name; loaded once."""
         if not isinstance(name, str):
-            raise CheckpointError(f"{self.folder.path}: {name!r} is no name of a head")
+            raise CheckpointError(f"{self.folder.path}: {name!r} is not the name of a head")
         if name not in self._heads:
             self._heads[name] = usable_head(self.folder, name)
         return self._heads[name]
 
     def prepare(self, scan: str | os.PathLike[str], **reading: Unpack[Reading]) -> Prepared:
-        """Read one scan from disk as this model needs it; see ``ctclip.preprocessing.prepare``."""
+        """Read one scan from disk and preprocess it for this model; see ``ctclip.preprocessing.prepare``."""
         return prepare(scan, self.spec, **self.folder.reading(reading))
 
     def detect(
@@ -148,10 +148,9 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
     ) -> Detection:
         """Detect findings in one scan (a volume file, a DICOM folder, a zip), or in the result of ``prepare``.
 
-        ``abnormalities``: one or more names to detect instead of the model's own findings, also names outside its
-        label set; ``head``: the head that gives the scores; ``reading``: see
-        ``ctclip.preprocessing.pipeline.Reading``. Raises PreprocessingError if the scan cannot be trusted, and
-        PromptError for names that are not text.
+        ``abnormalities``: one or more names to detect instead of the model's own findings, also names outside its label
+        set; ``head``: the head that computes the scores; ``reading``: see ``ctclip.preprocessing.pipeline.Reading``.
+        Raises PreprocessingError if the scan cannot be trusted, and PromptError for names that are not text.
         """
         ready = self._ready(scan, **reading)
         scorer = self.head(head) if abnormalities is None else self._asking(abnormalities, head)
@@ -161,7 +160,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
 
     def drift(self, ready: Prepared, encoded: Encoded, source: Source | None) -> list[str]:
         """A warning if a scan is far from the model's training scans. ``source``: spacing and shape of the scan before
-        it was prepared, None if unknown."""
+        preprocessing, None if unknown."""
         assert encoded.embedding is not None
         vectors = encoded.embedding.float().cpu().numpy()
         return [line for line in drift_warnings(self._summary, self.spec, [ready.voxels], vectors, [source]) if line]
@@ -227,7 +226,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         return "similarity" if self.locator() is None else "learned"
 
     def locator(self) -> Locator | None:
-        """What `ctclip adapt --method locate` trained for this model; None if it has none."""
+        """The locator trained by `ctclip adapt --method locate`; None if the model has none."""
         name = next((head.name for head in self.heads if head.kind == LocateHead.kind), None)
         head = None if name is None else self.head(name)
         return head.locator if isinstance(head, LocateHead) else None
@@ -246,7 +245,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
     ) -> Found:
         """Regions of one scan that any text describes, at most ``most``, with positions and sizes. A size in the text
         ("larger than 10 mm") selects regions. Other arguments as in ``explain``."""
-        others = told_from(self.head(PROMPTS))
+        others = contrast_texts(self.head(PROMPTS))
         ready = self._ready(scan, **reading)
         return find(
             self.dual, ready, text, others, scan=_name(ready), model_hash=self.folder.hash, by=method or self.method(),
@@ -271,9 +270,10 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         """The draft of a report of one scan: findings and impression, each sentence with its claims, their probability
         by ``detector`` (a head), and their location.
 
-        ``method``: caption, retrieval or template; by default, what the model and ``index`` (a folder of `ctclip index`)
-        allow. ``head``: the caption head; ``prompted``: tell it the detector's findings; ``beams``, ``nucleus``, ``seed``:
-        see ``Decoding``. Raises CtclipError or PreprocessingError in one line.
+        ``method``: caption, retrieval or template; the default depends on the heads of the model and on ``index`` (a
+        folder of `ctclip index`). ``head``: the caption head; ``prompted``: prompt it with the detector's findings;
+        ``beams``, ``nucleus``, ``seed``: see ``Decoding``. Raises CtclipError or PreprocessingError with a one-line
+        message.
         """
         settings = Drafting(
             Method.named(method), head, None if index is None else Path(index), prompted,
@@ -284,7 +284,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         return self.drafter(settings, detector).draft(ready, _name(ready), warnings, places=places)
 
     def drafter(self, settings: Drafting, detector: str = PROMPTS) -> Drafter:
-        """What drafts reports of many scans with the same settings."""
+        """A drafter that drafts reports of many scans with the same settings."""
         name = caption_head_name(self.folder, settings)
         caption = None if name is None else self.head(name)
         assert caption is None or isinstance(caption, CaptionHead)
@@ -329,7 +329,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         text, or an item is not a text."""
         if texts is not None:
             if isinstance(texts, bytes | Set | Mapping | pd.DataFrame) or not isinstance(texts, Iterable):
-                # Of a set, nobody knows which vector is whose; of the others, the keys would be read.
+                # A set has no order, and iterating over the others would give their keys.
                 raise ValueError(f"expected texts, found {type(texts).__name__}: give a list of them")
             texts = [texts] if isinstance(texts, str) else list(texts)
             wrong = next((repr(text) for text in texts if not isinstance(text, str) or not text.strip()), None)
@@ -361,7 +361,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
             if isinstance(volume, np.ma.MaskedArray) or volume.dtype.kind not in "iuf":
                 kind = "a masked array" if isinstance(volume, np.ma.MaskedArray) else f"an array of {volume.dtype}"
                 raise ValueError(f"expected numbers in [-1, 1], found {kind}")
-            # Of any byte order and strides.
+            # Accept any byte order and strides.
             volume = np.ascontiguousarray(volume, dtype=np.float32)
         tensor = torch.as_tensor(volume)
         if tensor.dtype == torch.bool or tensor.is_complex() or not tensor.numel():
@@ -370,7 +370,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         return tensor[None, None] if tensor.ndim == 3 else tensor
 
     def _asking(self, abnormalities: str | Sequence[str], head: str) -> Head:
-        """A prompt head for other names than its own, with the calibration of those it knows."""
+        """A prompt head for ``abnormalities`` instead of its own names, with the calibration of the names it knows."""
         known = self.head(head)
         if not isinstance(known, PromptHead):
             raise ValueError(f"the head {head!r} scores only {', '.join(known.names)}; prompts can ask for other names")
@@ -378,7 +378,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
 
 
 def _name(ready: Prepared) -> str:
-    """What to call a scan: its file's or folder's name, in which what its header says of the patient is masked."""
+    """The name of a scan: that of its file or folder, with patient details from its header masked."""
     return Path(ready.scan.source).name
 
 
@@ -406,9 +406,9 @@ def usable_head(folder: ModelFolder, name: str) -> Head:
 def asking(
     folder: ModelFolder, prompts: PromptSet | str, names: str | Sequence[str] | None, known: Head | None = None
 ) -> PromptHead:
-    """A head that scores ``names`` with ``prompts``; names are resolved by the model's label set, so that aliases
-    work. ``known``: a head whose calibration is used for the names it shares, if its prompts are the same. Raises
-    PromptError if ``names`` is empty or contains something else than names."""
+    """A head that scores ``names`` with ``prompts``; names are resolved by the model's label set, so that aliases work.
+    ``known``: a head whose calibration is used for the names it shares, if its prompts are the same. Raises PromptError
+    if ``names`` is empty or contains anything but names."""
     prompt_set = load_prompts(prompts) if isinstance(prompts, str) else prompts
     findings = None if names is None else list(dict.fromkeys(folder.labels.resolve(n) or n for n in _checked(names)))
     if findings is None and not prompt_set.names():
@@ -436,7 +436,8 @@ def _checked(names: str | Sequence[str]) -> list[str]:
 
 
 def _checked_ids(ids: object, mask: object, vocabulary: int | None) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask (n, L) as whole numbers. Raises ValueError for other shapes and unknown tokens."""
+    """Check input_ids and attention_mask (n, L) and return them as whole numbers. Raises ValueError for other shapes
+    and unknown tokens."""
     if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
         raise ValueError("expected input_ids (n, L), a tensor of whole numbers")
     mask = torch.ones_like(ids) if mask is None else mask
@@ -459,7 +460,7 @@ def load(source: str | os.PathLike[str], device: str | torch.device = "cpu", *, 
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise CheckpointError(
-            f"device {device!r} cannot be used here; give 'cpu', or 'cuda' where there is a card"
+            f"device {device!r} cannot be used here; give 'cpu', or 'cuda' on a machine with a GPU"
         ) from error
     folder = load_model(os.fsdecode(source) if isinstance(source, bytes) else source, device)
     set_precision(folder, precision)

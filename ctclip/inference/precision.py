@@ -25,13 +25,13 @@ from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import write_text
 
 Asked = Literal["auto", "fp32", "tf32", "bf16"]
-# At most this change of a probability, and at least this rank correlation of each finding's scores.
+# Maximum change of a probability, and minimum rank correlation of each finding's scores.
 LARGEST_CHANGE, LEAST_CORRELATION = 0.01, 0.999
 FEWEST = 16
 
 
 class PrecisionError(CtclipError):
-    """A precision that a device lacks, or a check that cannot be made."""
+    """A device lacks a precision, or a check cannot be made."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ class Agreement:
 
 
 def available(device: torch.device) -> tuple[Precision, ...]:
-    """The precisions that a device has, most exact first."""
+    """The precisions that a device supports, the most exact first."""
     every: tuple[Precision, ...] = get_args(Precision)
     return every if device.type == "cuda" else tuple(name for name in every if name != "tf32")
 
 
 def set_precision(loaded: ModelFolder, asked: Asked = "auto") -> Precision:
-    """Set the precision of ``loaded`` and return it: the requested one, or for ``auto`` the fastest that agreed on a
-    device of this name (float32 if none was checked). Raises PrecisionError for one that the device does not
-    support."""
+    """Set the precision of ``loaded`` and return it: the requested one, or for ``auto`` the fastest one that agreed
+    with float32 on a device of this name (float32 if none was checked). Raises PrecisionError for one that the device
+    does not support."""
     device = loaded.model.device
     if asked != "auto" and asked not in available(device):
         choices = ", ".join(("auto", *available(device)))
@@ -82,7 +82,7 @@ def check_precision(loaded: ModelFolder, head: Head, batches: Iterable[Tensor]) 
         for number, batch in enumerate(batches):
             for name in names:
                 loaded.model.precision = name
-                # The first pass finds the kernels, and is not timed.
+                # The first pass selects kernels, and is not timed.
                 for _ in range(2 if number == 0 else 1):
                     one = _score(loaded, head, batch)
                 scored[name].append(one)
@@ -138,7 +138,7 @@ def _fastest(loaded: ModelFolder) -> Precision:
 
 
 def _kept(loaded: ModelFolder) -> dict[str, Any]:
-    """Checks by device, of these weights."""
+    """The saved checks of these weights, by device."""
     try:
         values = plain_json.read(loaded.path / PRECISION)
     except (OSError, ValueError):
@@ -175,7 +175,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Spearman's; scores that are all equal keep their order if they stay so."""
+    """Spearman's correlation; 1 if the scores are all equal at both precisions."""
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return float(np.ptp(one) == np.ptp(other))
     value = float(stats.spearmanr(one, other).statistic)

@@ -14,7 +14,7 @@ from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import write_text
 
 CARD = "README.md"
-# The licence of CT-CLIP's weights and of CT-RATE, which weights made from them carry on.
+# The licence of CT-CLIP's weights and of CT-RATE, which also applies to weights derived from them.
 PUBLISHED_LICENCE = "cc-by-nc-sa-4.0"
 
 
@@ -30,8 +30,9 @@ def publish(
     """Copy a model folder to ``output`` with a full card and, if ``repository`` is given, upload it to the hub.
 
     ``licence``: its identifier on the hub, for example "cc-by-nc-sa-4.0"; ``evaluation``: a folder of `ctclip evaluate`
-    of this model, whose figures go on the card. Returns the page of the repository. Raises EvaluationError if the
-    figures are of another model, CheckpointError if ``output`` is the model itself or the hub cannot be reached or refuses.
+    of this model, whose figures the card shows. Returns the URL of the repository. Raises EvaluationError if the
+    figures belong to another model, CheckpointError if ``output`` is the model itself or the hub cannot be reached or
+    refuses.
     """
     loaded = load(model)
     if output.resolve() == loaded.folder.path.resolve():
@@ -45,8 +46,8 @@ def publish(
 
 
 def read_figures(evaluation: Path, model: Model) -> dict[str, Any]:
-    """The content of ``metrics.json`` of an evaluation. Raises EvaluationError if it cannot be read, or is of another
-    model."""
+    """The content of ``metrics.json`` of an evaluation. Raises EvaluationError if it cannot be read, or belongs to
+    another model."""
     path = evaluation / "metrics.json"
     try:
         figures: dict[str, Any] = plain_json.read(path)
@@ -55,13 +56,13 @@ def read_figures(evaluation: Path, model: Model) -> dict[str, Any]:
         raise EvaluationError(f"{path}: no evaluation could be read; give a folder of `ctclip evaluate`") from error
     if of != model.folder.hash:
         raise EvaluationError(
-            f"{path}: figures of the model {of}, but this one is {model.folder.hash}; evaluate this one"
+            f"{path}: holds figures of the model {of}, but this model is {model.folder.hash}; evaluate this model"
         )
     return figures
 
 
 def model_card(model: Model, licence: str, figures: dict[str, Any] | None, repository: str | None = None) -> str:
-    """The card as the hub reads it: YAML, then Markdown. ``figures``: ``metrics.json`` of its evaluation."""
+    """The model card for the hub: YAML, then Markdown. ``figures``: ``metrics.json`` of its evaluation."""
     facts = model.folder.trained_on
     head: dict[str, Any] = {
         "license": licence, "library_name": "ctclip", "pipeline_tag": "zero-shot-image-classification",
@@ -70,7 +71,8 @@ def model_card(model: Model, licence: str, figures: dict[str, Any] | None, repos
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {(repository or model.folder.path.name).rpartition('/')[2]}",
-        "A dual encoder of CT volumes and radiology reports, made with ctclip. Research use; **not a medical device**.",
+        "A dual encoder of CT volumes and radiology reports, trained with ctclip. Research use; **not a medical "
+        "device**.",
         _learned_from(model),
         "## Figures\n\n" + ("Not evaluated." if figures is None else _figures(figures)),
         _limits(model),
@@ -133,8 +135,9 @@ def _limits(model: Model) -> str:
     limits = [
         *model.folder.trained_on.caveats(),
         f"Scans unlike those that the model was trained on ({facts.body_part or 'body part not recorded'}, {model.spec.name}) have not been tested.",
-        "Probabilities rank scans; they are frequencies only where a head is calibrated, and only for patients like those of the calibration.",
-        "Findings smaller than the voxels, and names that the training reports never mention, are not detected.",
+        "Probabilities rank scans; they match observed frequencies only if a head is calibrated, and only for patients "
+        "like those of the calibration.",
+        "Findings smaller than a voxel, and findings that the training reports never mention, are not detected.",
         "It is not for diagnosis, triage or any decision about a patient.",
     ]
     return "## Limits\n\n" + "\n".join(f"- {_sentence(limit)}" for limit in limits)

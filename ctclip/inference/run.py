@@ -1,7 +1,7 @@
-"""Detection on many scans: batches in, one prediction table out. Finished parts are kept, and memory use is constant.
+"""Detection on many scans in batches, with one prediction table and constant memory use.
 
-Finished batches are kept as small Parquet files in ``parts/`` until all are done; from these an interrupted run finds
-what is left to do. Several processes share the scans, each writing its own parts.
+Finished batches are kept as small Parquet files in ``parts/`` until all are done, so that an interrupted run resumes.
+Several processes share the scans, each writing its own parts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ctclip.preprocessing.progress import track
 VOLUME, REPORT = "volume_embedding", "report_embedding"
 PART_BATCHES = 8
 EMBEDDINGS, TABLES = "embeddings.parquet", ("predictions.csv", "predictions.parquet", "embeddings.parquet")
-# How predictions of 0.2 are recognised, which had no run.json.
+# Marks predictions of version 0.2, which wrote no run.json.
 MARKS = {"predictions.csv": b"volume,patient,scan,"}
 
 
@@ -61,7 +61,7 @@ class Summary:
             return (
                 stream.read() if rows is None else pa.Table.from_batches([next(stream.iter_batches(rows))])
             ).to_pandas()
-        # No cell is empty but warnings; a scan may be called NA.
+        # Only warnings may be empty; a scan may be called NA.
         return read_csv(self.predictions, dtype=dict.fromkeys(IDENTITY, str), nrows=rows)
 
 
@@ -76,9 +76,9 @@ def detect(
     suffix: str = ".csv",
     force: bool = False,
 ) -> Summary:
-    """Write ``predictions.csv`` (or ``.parquet``) and ``embeddings.parquet`` into ``output``.
+    """Write ``predictions.csv`` (or ``.parquet``) and ``embeddings.parquet`` to ``output``.
 
-    ``reports`` embeds each volume's report too. A refused scan does not stop the others; if all are refused, DataError
+    ``reports``: also embed each volume's report. A refused scan does not stop the others; if all are refused, DataError
     is raised. Raises PreprocessingError if another process writes there, or if other scans or another model were
     predicted there before and ``force`` is not given.
     """
@@ -92,7 +92,7 @@ def detect(
 
 
 def check_output(output: Path) -> None:
-    """Raise PreprocessingError unless ``detect`` may write into ``output``."""
+    """Raise PreprocessingError unless ``detect`` may write to ``output``."""
     check_folder(output, is_output, "output of `ctclip zero-shot`")
 
 
@@ -109,10 +109,10 @@ def _detect(
         if folder.is_symlink():
             raise DataError(f"{folder}: is a symbolic link; remove it")
     parts.mkdir(parents=True, exist_ok=True)
-    # Read once for all ranks: a rank that started late would see parts finished since and divide the scans differently.
+    # Read once for all ranks; a late rank would see more finished parts and divide the scans differently.
     done = set(distributed.broadcast_json(sorted(_done(parts))))
     remaining = [index for index, name in enumerate(scans.table["volume"]) if name not in done]
-    # Neighbouring scans go to one rank, so that the joined table is in the order of the scans.
+    # Each rank gets consecutive scans, so that the joined table keeps the order of the scans.
     share = [int(index) for index in np.array_split(remaining, distributed.world_size())[distributed.rank()]]
     refused: dict[str, str] = {}
     waiting: list[pa.Table] = []
@@ -156,7 +156,7 @@ def _volumes_of(path: Path) -> set[str]:
 
 
 def _check_volumes(output: Path, volumes: set[str], expected: set[str]) -> None:
-    """A table that lacks a scan that was not refused, or has another one, is never said to be done."""
+    """Raise DataError if the table lacks a scan that was not refused, or has rows of other scans."""
     if volumes != expected:
         missing, foreign = len(expected - volumes), len(volumes - expected)
         raise DataError(
@@ -178,14 +178,14 @@ def report_embeddings(model: DualEncoder, texts: list[str], batch: int = 32) -> 
 
 
 def report_texts(table: pd.DataFrame, sections: Sequence[str]) -> list[str]:
-    """The sections of each report joined as in training."""
+    """The texts of the reports, with their sections joined as in training."""
     return [report.text() for report in reports_of(table, sections)]
 
 
 def batches(
     scans: Scans, indices: list[int], batch: int, refused: dict[str, str], what: str = "detecting"
 ) -> Iterator[tuple[list[int], np.ndarray, list[str]]]:
-    """(indices, voxels (b, 1, D, H, W) float32, warnings) of full batches; refused scans are named in ``refused``."""
+    """(indices, voxels (b, 1, D, H, W) float32, warnings) of full batches; refused scans are added to ``refused``."""
     members: list[int] = []
     voxels: list[np.ndarray] = []
     warnings: list[str] = []
@@ -243,7 +243,7 @@ def _scored(
 
 
 def provenance(loaded: ModelFolder, head: Head) -> dict[str, str]:
-    """The columns of a prediction table that state where its scores come from."""
+    """The columns of a prediction table that state the origin of its scores."""
     return {
         "model": loaded.hash, "supervision": supervision(loaded, head), "spec": loaded.spec.hash, "prompts": head.source,
         "labels": loaded.labels.identity if set(head.names) == set(loaded.labels.names) else "",
@@ -252,13 +252,13 @@ def provenance(loaded: ModelFolder, head: Head) -> dict[str, str]:
 
 
 def adaptations(loaded: ModelFolder, head: Head) -> list[Adaptation]:
-    """What the model and the head were fitted to."""
+    """The records of adaptation of the model and the head."""
     of_model = [Adaptation.load(loaded.path / ADAPTATION)] if (loaded.path / ADAPTATION).is_file() else []
     return of_model if head.adaptation is None else [*of_model, head.adaptation]
 
 
 def adapted_on(records: Sequence[Adaptation], patients: Iterable[str]) -> np.ndarray | None:
-    """(patients,) bool: whether any of ``records`` saw labels of each patient; None without records."""
+    """Whether any of ``records`` used labels of each patient: (patients,) bool; None without records."""
     if not records:
         return None
     names = [str(patient) for patient in patients]
@@ -272,7 +272,7 @@ def supervision(loaded: ModelFolder, head: Head) -> str:
 
 
 def _key(loaded: ModelFolder, head: Head, scans: Scans, reports: bool, summary: TrainingSummary | None) -> str:
-    """Parts made with another model, other prompts or another calibration, or of other scans, are not these."""
+    """The key of this run's parts; it differs for other models, prompts, calibrations or scans."""
     names = list(scans.table["volume"])
     facts = [
         loaded.hash,
@@ -311,7 +311,7 @@ def _write_part(parts: Path, waiting: list[pa.Table]) -> None:
 
 
 def _join(parts: Path, summary: Summary, order: dict[str, int]) -> None:
-    """Parts to the two final tables, one part in memory at a time, in the order of the scans as far as parts go."""
+    """Join parts into the two final tables, one part in memory at a time, in the order of the scans."""
     files = sorted(
         parts.absolute().glob("*.parquet"), key=lambda path: order.get(pq.read_table(path)["volume"][0].as_py(), 0)
     )

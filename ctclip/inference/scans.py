@@ -1,4 +1,4 @@
-"""Volumes for inference, from a store or from files. Ids come first, voxels one volume at a time."""
+"""Volumes for inference, from a store or from files. Ids are known at once, voxels are read one volume at a time."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ R = TypeVar("R")
 
 
 class Scans(Protocol):
-    """``table``: a row a volume with volume, patient, scan (and findings, impression where reports are known)."""
+    """``table``: one row per volume with volume, patient, scan (and findings and impression, if reports are known)."""
 
     table: pd.DataFrame
 
     def origin(self) -> str:
-        """A text that identifies the scans, different for different scans with the same names."""
+        """A text that identifies the scans; it differs for different scans with the same names."""
 
     def voxels(self, index: int) -> tuple[np.ndarray, str]:
         """The model's input [slice, row, column] for one row, and warnings. Raises PreprocessingError."""
@@ -46,7 +46,7 @@ class Scans(Protocol):
 
 
 class StoredScans:
-    """Volumes of a store. A store of another spec than the model's is refused."""
+    """Volumes of a store. A store with another spec than the model's is refused."""
 
     def __init__(self, store: VolumeStore, split: str | None, spec: PreprocessingSpec, model: Path) -> None:
         if store.spec.hash != spec.hash:
@@ -68,10 +68,10 @@ class StoredScans:
         return Source.of_notes(self.store.notes(str(self.table["volume"].iloc[index])))
 
     def _warnings(self, volume: str) -> tuple[str, ...]:
-        """What was said of the scan when it was stored, and kept with it (not by stores before 0.3)."""
+        """Warnings recorded when the scan was stored (since version 0.3)."""
         notes = self.store.notes(volume)
         warnings = Outcome.of_row({**dict.fromkeys(OUTCOME_COLUMNS, ""), **notes, "outcome": "done"}).warnings
-        # The note on HU already applied is not a doubt about the scan.
+        # The note that HU were already applied is no reason to doubt the scan.
         return tuple(warning for warning in warnings if warning != ALREADY_HU)
 
 
@@ -108,8 +108,8 @@ class ScanFiles:
 
 
 def prefetch(function: Callable[[T], R], items: Iterable[T], workers: int = 2) -> Iterator[Callable[[], R]]:
-    """Results of ``function`` in order, a few of them computed while the caller works; calling a result raises what the
-    function raised."""
+    """Results of ``function`` in order, a few of them computed ahead; calling a result raises the exception of the
+    function."""
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Callable[[], R]] = deque()
         for item in items:
@@ -120,7 +120,7 @@ def prefetch(function: Callable[[T], R], items: Iterable[T], workers: int = 2) -
 
 
 def _expanded(paths: Sequence[Path]) -> list[Path]:
-    """Patterns become what they match, folders the volume files and the DICOM series' folders below them."""
+    """Expand patterns to their matches, and folders to the volume files and DICOM series folders below them."""
     files: list[Path] = []
     for path in paths:
         if not path.exists() and glob.has_magic(str(path)):
@@ -140,7 +140,8 @@ def _expanded(paths: Sequence[Path]) -> list[Path]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """Volumes below a folder; the folder itself where none is recognised, so that reading it says why."""
+    """Volumes below a folder; the folder itself if none is recognised, so that reading it raises an error with the
+    reason."""
     try:
         return list(read_cohort(folder, "folder").files.values())
     except PreprocessingError:

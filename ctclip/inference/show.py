@@ -1,4 +1,4 @@
-"""Detections on a terminal and in a notebook."""
+"""Show detections on a terminal and in a notebook."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Detection:
     finding if it is present), ``thresholds`` and 95 % ``intervals`` of calibrated findings, warnings, hashes of model and spec, and the
     model's training data (``trained_on``).
 
-    Prints as a table, and shows as one in a notebook.
+    Prints as a table, also in a notebook.
     """
 
     scan: str
@@ -65,8 +65,8 @@ class Detection:
         return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
     def above(self, name: str) -> bool:
-        """Whether an abnormality, by its name in any case and spacing, is calibrated and its probability reaches the
-        threshold. Raises KeyError for one that was not scored."""
+        """Whether an abnormality is calibrated and its probability reaches the threshold. The name may have any case
+        and spacing. Raises KeyError for a name that was not scored."""
         known = named(self.probabilities, name)
         return self.probabilities[known] >= self.thresholds.get(known, float("inf"))
 
@@ -132,13 +132,14 @@ def calibrated(head: Head) -> str:
 
 
 def table_of(table: pd.DataFrame, head: Head, volumes: int) -> None:
-    """Print a table of probabilities: a row an abnormality, a column a scan (the first few of ``volumes``)."""
+    """Print a table of probabilities with one row per abnormality and one column per scan (the first few of
+    ``volumes``)."""
     from rich.console import Console
     from rich.markup import escape as plain
     from rich.table import Table
 
     console = Console()
-    # A column needs some fourteen characters to be read.
+    # A column needs about fourteen characters.
     scans = table.head(min(MOST_SCANS, max(1, (console.width - 40) // 14)))
     grid = Table(title=plain(f"Probabilities ({calibrated(head)}; {NOTE})"))
     grid.add_column("abnormality", no_wrap=True)

@@ -1,4 +1,4 @@
-"""Attention in one fused call, or written out if its probabilities are needed."""
+"""Attention in one fused call, or computed step by step if its probabilities are needed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ctclip.models import by_hand
 
 
 class Seen(NamedTuple):
-    """probabilities (S, heads, n, n) of S sequences, part of the graph; in_plane: whether they had a bias of places, as
-    those within a slab of slices have and those along slabs have not."""
+    """``probabilities`` (S, heads, n, n) of S sequences, part of the autograd graph; ``in_plane``: whether the
+    attention had a positional bias, as within a slab of slices but not along slabs."""
 
     probabilities: Tensor
     in_plane: bool
@@ -37,7 +37,8 @@ class Attention(nn.Module):
         bias: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """mask: bool, broadcast to (S, heads, n, n), true where attended to; bias (heads, n, n), with ``scale``."""
+        """``mask``: bool, broadcast to (S, heads, n, n), true where attended to; ``bias`` (heads, n, n), used with
+        ``scale``."""
         if self.seen is not None:
             return self._written_out(query, key, value, mask, bias, scale)
         if bias is not None:

@@ -1,9 +1,9 @@
 """Batch normalisation over the global batch, on any backend.
 
-Chests are similar: with normalisation over channels alone (layer or group norm), what all patients share dominates
-their differences, and a convolutional stem trained from scratch on a few thousand volumes stays at chance. Statistics
-over patients remove the common part. They are computed over the global batch, so that the result does not depend on
-the number of processes.
+Chests are similar. With normalisation over channels alone (layer or group norm), the common part of all patients
+dominates their differences, and a convolutional stem trained from scratch on a few thousand volumes stays at chance.
+Statistics over patients remove the common part. They are computed over the global batch, so that the result does not
+depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class GlobalBatchNorm3d(nn.BatchNorm3d):
 
 
 class _GlobalNorm(torch.autograd.Function):
-    """Ioffe & Szegedy 2015 with sums over ranks, its gradient in closed form: a few passes over memory, where
-    differentiating through the statistics takes a dozen."""
+    """Batch normalisation (Ioffe & Szegedy 2015) with sums over ranks. The closed-form gradient needs a few passes over
+    memory; differentiating through the statistics takes a dozen."""
 
     @staticmethod
     def forward(context: Any, cells: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
         rows = _rows(cells)
-        # Statistics in float32 whatever the cells are: a bfloat16 cannot even count them.
-        # (A vector norm would do both at once, at a quarter of the speed.)
+        # Statistics are computed in float32, because bfloat16 cannot even count the cells. (A vector norm would compute
+        # both at once, at a quarter of the speed.)
         squares = rows.float().square().sum(dim=0)
         sums = torch.cat([rows.sum(dim=0, dtype=torch.float32), squares, squares.new_full((1,), len(rows))])
         distributed.sum_over_ranks(sums)
@@ -77,5 +77,5 @@ def _innermost(cells: Tensor) -> tuple[int, ...]:
 
 
 def _rows(cells: Tensor) -> Tensor:
-    """(B, C, D, H, W) -> (B * D * H * W, C); no copy where channels lie innermost in memory."""
+    """(B, C, D, H, W) -> (B * D * H * W, C); no copy if channels are innermost in memory."""
     return cells.permute(0, 2, 3, 4, 1).reshape(-1, cells.shape[1])

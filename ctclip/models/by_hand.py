@@ -1,9 +1,9 @@
-"""Four steps of a transformer layer whose gradient PyTorch's CPU kernels compute slowly, differentiated by hand.
+"""Hand-written gradients for four operations of a transformer layer that are slow in PyTorch's CPU kernels.
 
-Each processes as many rows at a time as fit into the cache, and saves its inputs for the backward pass, not its
-intermediate results. Elsewhere (a GPU, autocast, inference, torch.compile) PyTorch's own operations are called, with
-equal results. The exception is the depthwise convolution on a GPU: the gradient of the 3-D kernel is 80 times slower
-than that of three 2-D kernels.
+Each operation processes as many rows at a time as fit into the cache, and saves its inputs for the backward pass
+instead of intermediate results. On a GPU, and under autocast, inference mode or torch.compile, PyTorch's own operations
+are used, with equal results. The exception is the depthwise convolution on a GPU: the gradient of the 3-D kernel is 80
+times slower than that of three 2-D kernels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ allowed = True
 
 @contextmanager
 def switched_off() -> Iterator[None]:
-    """Use PyTorch's own operations on a CPU too, as on a GPU."""
+    """Also use PyTorch's own operations on a CPU."""
     global allowed
     before, allowed = allowed, False
     try:
@@ -34,7 +34,7 @@ def switched_off() -> Iterator[None]:
 
 
 def gated(up_gate: Tensor) -> Tensor:
-    """(..., 2 n) -> (..., n): the first half times the GELU of the second (Shazeer 2020)."""
+    """(..., 2 n) -> (..., n): the first half multiplied by the GELU of the second (Shazeer 2020)."""
     if _by_hand(up_gate):
         result: Tensor = _Gated.apply(up_gate)  # type: ignore[no-untyped-call]
         return result
@@ -44,21 +44,22 @@ def gated(up_gate: Tensor) -> Tensor:
 
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
     """Queries, keys, values (S, heads, n, c), a bias (heads, n, n) of the scores -> (S, heads, n, c)."""
-    # PyTorch's fused attention has no gradient of a bias: asked for it, it writes all score matrices out.
+    # PyTorch's fused attention has no gradient for a bias; if one is needed, it materialises all score matrices.
     if _by_hand(query):
         return _Attention.apply(query, key, value, bias, scale)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None], scale=scale)
 
 
 def depthwise(cells: Tensor, convolution: nn.Conv3d) -> Tensor:
-    """Cells (B, t, h, w, C) -> the same, of a kernel of three that reaches two slabs back and one to each side."""
+    """Depthwise convolution of cells (B, t, h, w, C) with a kernel of three, which reaches two slabs back and one cell
+    to each side in plane."""
     run: Any = _Depthwise.apply if _by_hand(cells) else _by_planes if cells.is_cuda else _convolve
     result: Tensor = run(cells, convolution.weight, convolution.bias)
     return result
 
 
 def unit(given: Tensor, scale: Tensor) -> Tensor:
-    """(..., heads, c) of unit length, times ``scale`` (c)."""
+    """Normalise (..., heads, c) to unit length and multiply by ``scale`` (c)."""
     if _by_hand(given):
         result: Tensor = _Unit.apply(given, scale)  # type: ignore[no-untyped-call]
         return result
@@ -105,7 +106,8 @@ def _blocks(given: Tensor) -> tuple[Tensor, ...]:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-        # Detached: the fused kernel is refused to a mask that wants a gradient, even where none is recorded.
+        # Detached, because PyTorch does not use the fused kernel for a mask that requires a gradient, even if none is
+        # recorded.
         result = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.detach()[None], scale=scale)
         ctx.save_for_backward(query, key, value, bias, result)
         ctx.scale = scale
@@ -115,10 +117,10 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, result = ctx.saved_tensors
-        # In memory as a linear map of all heads side by side makes and takes them.
+        # The memory layout of a linear map of all heads.
         of_query, of_key, of_value = (torch.empty_like(query.transpose(1, 2)).transpose(1, 2) for _ in range(3))
         of_bias = torch.zeros_like(bias)
-        # The part of a score's gradient that softmax's normalisation takes away again (Dao et al. 2022, section 3.1).
+        # The part of a score's gradient that the softmax normalisation removes (Dao et al. 2022, section 3.1).
         common = (slope * result).sum(dim=-1, keepdim=True)
         weights, of_scores = torch.empty_like(bias[0]), torch.empty_like(bias[0])
         for head, row in itertools.product(range(query.shape[1]), range(len(query))):
@@ -175,7 +177,8 @@ class _Depthwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cells, weight = ctx.saved_tensors
-        # What looked back is looked at from there: the kernel turned about, the first two slabs cut off, not the last.
+        # The gradient of the input is a convolution with the flipped kernel, without the first two slabs instead of the
+        # last two.
         of_cells = _padded(slope, weight.flip(2, 3, 4), None)[:, 2:]
         of_weight = weight.new_zeros(3, 3, 3, cells.shape[-1])
         for given, above in zip(cells, slope, strict=True):
@@ -191,7 +194,7 @@ class _Depthwise(torch.autograd.Function):
 
 
 def _overlap(places: range, offset: int, length: int) -> tuple[slice, slice]:
-    """Those of ``places`` whose neighbour at ``offset`` is there, and those neighbours."""
+    """The ``places`` that have a neighbour at ``offset``, and those neighbours."""
     first, last = max(places.start, -offset), min(places.stop, length - offset)
     return slice(first, last), slice(first + offset, last + offset)
 
@@ -201,9 +204,10 @@ def _convolve(cells: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _by_planes(cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The same as the sum of three convolutions in 2-D, of the slab two back, the one back, and the slab itself."""
+    """The same convolution as the sum of three 2-D convolutions: of the slab two back, the previous slab, and the slab
+    itself."""
     slabs, total = cells.shape[1], bias
-    # A slab beside a slab, channels innermost: the order in memory that cuDNN has its fast kernels for.
+    # Slabs as a batch, channels innermost: the memory layout of cuDNN's fast kernels.
     before = F.pad(cells, (0, 0, 0, 0, 0, 0, 2, 0))
     for tap in range(3):
         planes = before[:, tap : tap + slabs].flatten(0, 1).permute(0, 3, 1, 2)
@@ -213,6 +217,7 @@ def _by_planes(cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _padded(cells: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, t, h, w, C) -> (B, t + 2, h, w, C): as PyTorch pads on the way, which copies nothing."""
+    """The convolution with two slabs of padding at both ends, (B, t, h, w, C) -> (B, t + 2, h, w, C); conv3d pads
+    without a copy."""
     result = F.conv3d(cells.permute(0, 4, 1, 2, 3), weight, bias, padding=(2, 1, 1), groups=len(weight))
     return result.permute(0, 2, 3, 4, 1)

@@ -1,4 +1,4 @@
-"""The published CT-CLIP's volume encoder (CT-ViT; Hamamci et al. 2023, 2024), to the last digit.
+"""The volume encoder of the published CT-CLIP (CT-ViT; Hamamci et al. 2023, 2024), numerically identical.
 
 Attention within each slab of slices, then across slabs; each layer begins with a depthwise convolution, and tokens are
 replaced by rows of a codebook. Quirks of the published code on which the weights depend are kept, with a comment.
@@ -37,11 +37,11 @@ class CTViTConfig(EncoderConfig):
 
     kind: Literal["ctvit"] = Field("ctvit", description="the encoder of the published CT-CLIP")
     patch: tuple[Count, Count, Count] = Field((10, 20, 20), description="voxels [slice, row, column] of one token")
-    width: int = Field(512, ge=1, le=2**16, description="channels of a token")
-    spatial_depth: int = Field(4, ge=1, le=512, description="layers that attend within a slab of slices")
-    temporal_depth: int = Field(4, ge=1, le=512, description="layers that attend from slab to slab")
+    width: int = Field(512, ge=1, le=2**16, description="number of channels of a token")
+    spatial_depth: int = Field(4, ge=1, le=512, description="number of layers that attend within a slab of slices")
+    temporal_depth: int = Field(4, ge=1, le=512, description="number of layers that attend across slabs")
     heads: int = Field(8, ge=1, le=1024, description="attention heads")
-    head_width: int = Field(32, ge=1, le=4096, description="channels of an attention head")
+    head_width: int = Field(32, ge=1, le=4096, description="number of channels of an attention head")
     codebook_size: int = Field(8192, ge=2, le=2**20, description="number of vectors in the codebook")
     quantise: bool = Field(
         True, description="replace each token by the nearest vector of the codebook, as the published model does"
@@ -84,7 +84,7 @@ class CTViT(VolumeEncoder):
         return self._encoded(volume, mask, straight_through=False)
 
     def _encoded(self, volume: Tensor, mask: Tensor | None, straight_through: bool) -> Encoded:
-        """``straight_through``: gradients pass the codebook at inference too."""
+        """``straight_through``: gradients pass through the codebook at inference too."""
         encoded = self.encode(self.patches(air_where_padded(volume, mask)))
         tokens = encoded if self.codebook is None else self.codebook(encoded)[0]
         if straight_through and self.codebook is not None:
@@ -95,7 +95,8 @@ class CTViT(VolumeEncoder):
         return Encoded(rearrange(tokens, "b t h w c -> b (t h w) c"), grid, pooled, affine)
 
     def evidence(self, volume: Tensor, mask: Tensor | None = None) -> Evidence:
-        """The weights of a token depend on its place within the slab: places are concatenated, slabs are averaged."""
+        """The pooled vector concatenates the positions within a slab and averages over slabs, so the weights of a token
+        depend on its position in the slab."""
         encoded = self._encoded(volume, mask, straight_through=torch.is_grad_enabled())
 
         def pool(features: Sequence[Tensor]) -> Tensor:
@@ -111,7 +112,7 @@ class CTViT(VolumeEncoder):
     def check_lift(self) -> None:
         raise ConfigError(
             "objectives.alignment: the tokens of the encoder ctvit have no vectors of their own in the shared embedding, "
-            "because it pools each place of a slab separately; choose another encoder"
+            "because it pools each position of a slab separately; choose another encoder"
         )
 
     def layers(self) -> Sequence[Sequence[nn.Module | nn.Parameter]]:
@@ -127,7 +128,7 @@ class CTViT(VolumeEncoder):
     def end_step(self) -> None:
         if self.codebook is None:
             return
-        # Beside weights that stay as they are (adapters alone learn, or nothing does) the codebook stays too.
+        # If the encoder's weights are frozen, apart from adapters, the codebook is not updated either.
         if any(parameter.requires_grad for name, parameter in self.named_parameters() if not is_adapter(name)):
             self.codebook.update_ema()
         else:
@@ -146,7 +147,7 @@ class CTViT(VolumeEncoder):
         rows = rearrange(volume, "b c (t pt) (h p1) (w p2) -> b t h w (c pt p1 p2)", pt=pt, p1=p1, p2=p2)
         norm: Any = self.embed[0]
         linear: Any = self.embed[1]
-        # The norm's weight and bias seen as the linear map's: no gradient need flow back to where each voxel was.
+        # Merge the norm's weight and bias into the linear map, so that no gradient with respect to voxels is needed.
         weight, bias = linear.weight * norm.weight, linear.bias + (linear.weight * norm.bias).sum(dim=1)
         embedded: Tensor = self.embed[2](
             F.linear(F.layer_norm(rows, norm.normalized_shape, eps=norm.eps), weight, bias)
@@ -158,7 +159,7 @@ class CTViT(VolumeEncoder):
         batch, slabs, height, width, _ = tokens.shape
         grid = (batch, slabs, height, width)
         bias = self.bias(height, width)
-        # Layers add to float32 under autocast; what is added is computed in bfloat16.
+        # Under autocast, the residual stream is float32; the layers compute in bfloat16.
         rows = rearrange(tokens.to(self.spatial_norm.weight.dtype), "b t h w c -> (b t) (h w) c")
         for layer in self.spatial:
             rows = self._run(layer, rows, grid, bias)
@@ -201,8 +202,8 @@ class Layer(nn.Module):
         return rows + self._feed_forward(self.mlp_norm(rows))
 
     def _convolve(self, rows: Tensor, grid: tuple[int, ...]) -> Tensor:
-        # Kept quirk: in the temporal layers rows are ordered (b h w) t, and are reshaped to (b t h w) all the same.
-        # Causal along slabs: two before, none after.
+        # Quirk of the published code: temporal layers order rows as (b h w) t, but reshape them as (b t h w). The
+        # convolution is causal along slabs: it reads the two slabs before and none after.
         return by_hand.depthwise(rows.reshape(*grid, rows.shape[-1]), self.convolution).reshape(rows.shape)
 
     def _feed_forward(self, rows: Tensor) -> Tensor:
@@ -213,7 +214,7 @@ class Layer(nn.Module):
 
     def _attend(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         query = rearrange(self.to_query(self.norm(rows)), "s n (h c) -> s n h c", h=self.heads)
-        # Kept quirk: keys and values are made from the input before the norm.
+        # Quirk of the published code: keys and values are computed from the input before the norm.
         key, value = rearrange(self.to_key_value(rows), "s n (two h c) -> two s n h c", two=2, h=self.heads)
         query = by_hand.unit(query, self.query_scale).transpose(1, 2)
         key, value = by_hand.unit(key, self.key_scale).transpose(1, 2), value.transpose(1, 2)
@@ -222,15 +223,16 @@ class Layer(nn.Module):
 
 
 def in_eights(up_gate: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """(2 n, C) and (C, n) with n a multiple of 8: of the published 1,365 a card's fast matrix products can make nothing.
-    What is added are zeros, and so is what comes of them."""
+    """Pad weights (2 n, C) and (C, n) with zeros until n is a multiple of 8, because the fast matrix products of GPUs
+    do not support the published n = 1,365. The result does not change."""
     short = -down.shape[1] % 8
     halves = F.pad(up_gate.view(2, down.shape[1], -1), (0, 0, 0, short))
     return halves.flatten(0, 1), F.pad(down, (0, short))
 
 
 class RelativeBias(nn.Module):
-    """A bias a head for each pair of places in a slab, from their offset in logarithmic steps (Liu et al. 2022)."""
+    """A bias per head for each pair of positions in a slab, from their offset in logarithmic steps (Liu et al.
+    2022)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -240,7 +242,8 @@ class RelativeBias(nn.Module):
         self.kept: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, height: int, width: int) -> Tensor:
-        """(heads, height * width, height * width). It depends on the grid alone: computed once at inference."""
+        """The bias (heads, height * width, height * width). It depends only on the grid, and is computed once at
+        inference."""
         if (
             not torch.is_grad_enabled()
             and not self.training
@@ -250,23 +253,25 @@ class RelativeBias(nn.Module):
             return self.kept[1]
         weight = next(self.net.parameters())
         device = weight.device
-        # Offsets repeat: there are (2h - 1)(2w - 1) of them, not (hw) squared.
+        # Only (2h - 1)(2w - 1) offsets are distinct, of (hw) squared pairs.
         steps = [torch.arange(1 - extent, extent, device=device, dtype=torch.float32) for extent in (height, width)]
         offsets = torch.stack(torch.meshgrid(*steps, indexing="ij"), dim=-1)
-        # Exact even under autocast, because it is cached and reused without.
+        # Exact even under autocast, because the bias is cached and reused outside of it.
         with autocast_off(weight):
             values = self.net((torch.sign(offsets) * torch.log(offsets.abs() + 1)).to(weight.dtype))
         places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), dim=-1)
         places = places.reshape(-1, 2).to(device)
         pair = places[:, None] - places[None, :]
-        # In memory as it is read: a card's fused attention takes no other, and writes all score matrices out instead.
+        # Contiguous in the order of reading; otherwise the fused attention of GPUs falls back to materialising all
+        # score matrices.
         bias = values[pair[..., 0] + height - 1, pair[..., 1] + width - 1].permute(2, 0, 1).contiguous()
         self.kept = None if torch.is_grad_enabled() or self.training else ((height, width), bias)
         return bias
 
 
 class Codebook(nn.Module):
-    """Vector quantisation by cosine similarity; in training rows move by an exponential average, once a step (``update_ema``)."""
+    """Vector quantisation by cosine similarity; in training, rows are updated by an exponential moving average once per
+    step (``update_ema``)."""
 
     rows: Tensor
     sums: Tensor
@@ -274,18 +279,19 @@ class Codebook(nn.Module):
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
         self.register_buffer("rows", F.normalize(torch.randn(size, width), dim=-1))
-        # Of the tokens that were replaced by a row since the last step.
+        # Sums and counts of the tokens assigned to each row since the last step.
         self.register_buffer("sums", torch.zeros(size, width), persistent=False)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(..., C) -> quantised tokens (..., C) and the codes' indices (...). Gradients pass straight through."""
-        # The nearest of thousands of rows is not found in bfloat16, nor need all similarities be there at once.
+        # bfloat16 is too coarse to find the nearest of thousands of rows; blocks avoid holding all similarities at
+        # once.
         with torch.no_grad(), float32_exactly(tokens):
             flat = F.normalize(tokens.detach().reshape(-1, tokens.shape[-1]).float(), dim=-1)
             rows = F.normalize(self.rows.float(), dim=-1)
             codes = torch.cat([(some @ rows.T).argmax(dim=-1) for some in flat.split(TOKENS_AT_ONCE)])
         quantised = self.rows[codes].reshape(tokens.shape).to(tokens.dtype)
-        # Without gradients nothing is learned: of two passes over a batch the second counts.
+        # Only passes with gradients count: the second of two passes over a batch.
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
                 self.sums.index_add_(0, codes, flat)
@@ -295,11 +301,11 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        """Move the rows towards the tokens of the step, of all its parts and ranks: while it lasts all see the same codes,
-        so that a batch in parts, or on many ranks, is the batch. A collective."""
+        """Update the rows with the tokens of all micro-batches and ranks of the step. The codebook is constant during a
+        step, so that splitting a batch does not change the result. A collective operation."""
         distributed.sum_over_ranks(self.sums)
         rows = self.rows.float()
         moved = F.normalize(rows * CODEBOOK_DECAY + F.normalize(self.sums, dim=-1) * (1 - CODEBOOK_DECAY), dim=-1)
-        # A sum of unit vectors is zero only if there were none.
+        # A sum of unit vectors is zero only for a row without tokens.
         self.rows.copy_(torch.where((self.sums != 0).any(dim=-1, keepdim=True), moved, rows))
         self.sums.zero_()

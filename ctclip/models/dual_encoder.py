@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ctclip import plugins
 from ctclip.config import EncoderConfig, ModelConfig
 from ctclip.models.encoded import Encoded, VolumeEncoder, check_range
-from ctclip.models.lora import add_lora
+from ctclip.models.lora import add_lora, with_lora
 from ctclip.models.precision import ExactLinear, Precision, at_precision
 from ctclip.models.text import TextEncoder, build_text_encoder
 from ctclip.preprocessing.spec import PreprocessingSpec
@@ -31,12 +31,14 @@ class DualEncoder(nn.Module):
         self.volume_encoder = volume_encoder
         self.text_encoder = text_encoder
         self.volume_projection = _projection(config.projection, int(volume_encoder.width), config.dim)
+        if config.volume.lora_projection:
+            self.volume_projection = with_lora(self.volume_projection, config.volume.lora_rank)
         self.text_projection = _projection(config.projection, text_encoder.width, config.dim)
         self.similarity = Similarity(config)
         self.text_locked = False
-        # Of ``encode``; see ``ctclip.inference.precision``.
+        # Precision of ``encode``; see ``ctclip.inference.precision``.
         self.precision: Precision = "fp32"
-        # Frozen modules, whose buffers (a codebook, statistics of a batch norm) stay as they are too.
+        # Frozen modules, whose buffers (codebook, batch norm statistics) are frozen too.
         self.frozen: list[nn.Module] = []
 
     @property
@@ -58,7 +60,7 @@ class DualEncoder(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> DualEncoder:
-        """Keeps the statistics of a frozen text encoder and of frozen layers unchanged."""
+        """Set the training mode, but keep the statistics of a frozen text encoder and of frozen layers unchanged."""
         super().train(mode)
         for module in self.frozen:
             module.eval()
@@ -67,7 +69,7 @@ class DualEncoder(nn.Module):
         return self
 
     def text_features(self, tokens: dict[str, Tensor]) -> Tensor:
-        """Token ids as ``TextEncoder.tokenise`` makes them -> (texts, dim)."""
+        """Token ids from ``TextEncoder.tokenise`` -> (texts, dim)."""
         return self.text_projection(self.text_encoder(**tokens))
 
     def volume_features(self, volume: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -111,12 +113,11 @@ class DualEncoder(nn.Module):
         return self.similarity.text(self.text_features({name: ids.to(self.device) for name, ids in tokens.items()}))
 
     def encode_prompts(self, texts: Sequence[str]) -> Tensor:
-        """Strings -> (n, dim) float32: unit vectors; for a model that standardises its features, vectors of any
-        length.
+        """Strings -> (n, dim) float32: unit vectors; for a model that standardises its features, vectors of any norm.
 
-        Relative to the mean report, all prompts share an offset, because they are single sentences. Normalising each
-        prompt would leave different fractions of it in the two prompts of a pair; without normalisation it cancels in
-        their difference.
+        Prompts are single sentences and therefore share an offset from the mean report. Normalising each prompt would
+        leave different fractions of the offset in the two prompts of a pair; without normalisation it cancels in their
+        difference.
         """
         if not self.config.standardise:
             return self.encode_text(texts)
@@ -130,7 +131,7 @@ class DualEncoder(nn.Module):
 
 
 class Similarity(nn.Module):
-    """From features to unit vectors, and the temperature.
+    """Maps features to unit vectors, and holds the temperature.
 
     ``standardise`` centres and scales each dimension over the global batch before normalising. Encoders trained from
     scratch begin with nearly parallel embeddings, whose differences carry almost no gradient; this removes the common
@@ -139,7 +140,7 @@ class Similarity(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        # Shape (1,), not (): ZeRO cannot broadcast a parameter without dimensions over gloo.
+        # Shape (1,), because ZeRO cannot broadcast a parameter of shape () over gloo.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(config.logit_scale)]))
         self.logit_bias = nn.Parameter(torch.tensor([-config.logit_scale]))
         self.largest = math.log(config.logit_scale_max)
@@ -167,7 +168,7 @@ def build_model(config: ModelConfig, spec: PreprocessingSpec, tokenizer: Any | N
 
 def build_volume_encoder(config: EncoderConfig, spec: PreprocessingSpec, **parts: Any) -> VolumeEncoder:
     """The volume encoder that ``config`` describes for volumes of ``spec``; ``parts`` go to its constructor (a slice
-    encoder's 2-D model, ``vision``, where it is not to be loaded)."""
+    encoder's 2-D model, ``vision``, if it should not be loaded)."""
     encoder: VolumeEncoder = plugins.find("encoder", config.kind)(config, spec, **parts)
     if config.tuning == "lora":
         add_lora(encoder, encoder.lora_targets, config.lora_rank)

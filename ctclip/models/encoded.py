@@ -22,11 +22,11 @@ class Encoded(NamedTuple):
 
     tokens (B, N, C) in slice, row, column order of ``grid`` (d, h, w), d * h * w = N; pooled (B, P). affine (4, 4)
     float64, on the host: from token index (d, h, w, 1) to millimetres in the prepared volume, along its axes from the
-    centre of its first voxel; ``Prepared.token_affine`` converts it to the scan's own space. For convolutions it is
-    the centre of a token's receptive field. real (B, N) bool: which tokens are real, None for all; the others are
-    zeros. embedding (B, dim): unit vectors in the shared space if this is the output of a dual encoder, else None. local
-    (B, N, C2): what finer grids show at the place of each token (mean and maximum of each channel), before tokens attend to
-    each other; None for an encoder that pools no finer grid, and in training.
+    centre of its first voxel; ``Prepared.token_affine`` converts it to the scan's own space. For convolutions it is the
+    centre of a token's receptive field. real (B, N) bool: which tokens are real, None for all; other tokens are zeros.
+    embedding (B, dim): unit vectors in the shared space if this is the output of a dual encoder, else None. local (B,
+    N, C2): features of finer grids at the position of each token (mean and maximum of each channel), before tokens
+    attend to each other; None for an encoder that pools no finer grid, and in training.
     """
 
     tokens: Tensor
@@ -38,7 +38,7 @@ class Encoded(NamedTuple):
     local: Tensor | None = None
 
     def one(self, number: int) -> Encoded:
-        """The volume of this number alone, as a batch of one."""
+        """The ``number``-th volume as a batch of one."""
         chosen = slice(number, number + 1)
         real, embedding, local = (
             None if part is None else part[chosen] for part in (self.real, self.embedding, self.local)
@@ -79,7 +79,7 @@ class VolumeEncoder(nn.Module, ABC):
     """
 
     Config: ClassVar[type[EncoderConfig]]
-    # Names of the linear maps (and convolutions) that low-rank adapters stand beside.
+    # Names of the linear maps (and convolutions) that get low-rank adapters.
     lora_targets: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, spec: PreprocessingSpec) -> None:
@@ -95,9 +95,9 @@ class VolumeEncoder(nn.Module, ABC):
         (B, N) bool on the host: tokens that contain part of the body, for an encoder with ``body_tokens``."""
 
     def evidence(self, volume: Tensor, mask: Tensor | None = None) -> Evidence:
-        """``forward``, with the features that were pooled and how. The default suits an encoder whose pooled vector is
-        the mean of its tokens; other encoders override it. Raises ValueError for an encoder that pools in another way
-        and does not."""
+        """Like ``forward``, but also returns the pooled features and the pooling. The default suits an encoder whose
+        pooled vector is the mean of its tokens; other encoders override it. Raises ValueError for an encoder that pools
+        in another way and does not override it."""
         encoded = self(volume, mask)
         level = Level(encoded.tokens, encoded.grid, encoded.affine, encoded.real)
 
@@ -128,11 +128,11 @@ class VolumeEncoder(nn.Module, ABC):
 
     def layers(self) -> Sequence[Sequence[nn.Module | nn.Parameter]]:
         """Parts of the encoder from input to output, for freezing and layer-wise learning rates; the first holds the
-        embedding. Parts in none of them (a last norm, the pooling) count as after the last."""
+        embedding. Other parts (a last norm, the pooling) count as after the last layer."""
         return []
 
     def body_tokens(self) -> BodyTokens | None:
-        """Finds the tokens that contain part of the body, for the reading processes; None: all tokens are used."""
+        """The object that finds tokens with part of the body, for the reading processes; None: all tokens are used."""
         return None
 
     def end_step(self) -> None:
@@ -149,8 +149,8 @@ class VolumeEncoder(nn.Module, ABC):
 
 
 def beside(features: Tensor, directions: Tensor) -> Tensor:
-    """``Evidence.alone`` of features (B, N, C) that k poolings side by side, (B, k * C), were made of: a token alone is its
-    own mean and its own largest. directions (F, k * C) -> (B, F, N)."""
+    """``Evidence.alone`` for features (B, N, C) that are pooled in k ways, concatenated to (B, k * C): a single token
+    is its own mean and maximum. directions (F, k * C) -> (B, F, N)."""
     summed = directions.unflatten(1, (-1, features.shape[2])).sum(dim=1)
     return torch.einsum("bnc,fc->bfn", features, summed)
 
@@ -179,7 +179,7 @@ def check_range(volume: Tensor) -> None:
     if type(volume) is not Tensor or volume.is_meta:
         return
     low, high = (float(v) for v in torch.aminmax(volume.detach()))
-    # Written so that NaN is refused too.
+    # The comparison also refuses NaN.
     if not (low >= -1.5 and high <= 1.5):
         raise ValueError(
             f"voxels range over [{low:.4g}, {high:.4g}], expected [-1, 1]: these look like unscaled Hounsfield units; "

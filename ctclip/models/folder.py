@@ -2,14 +2,13 @@
 
 ``config.yaml`` (architecture), ``model.safetensors``, ``tokenizer/``, ``text_config.json`` (the text encoder's shape;
 for a slice encoder ``vision_config.json`` too), ``preprocessing.yaml`` (the spec its volumes must have),
-``labels.yaml``, ``trained_on.yaml`` (its training data), ``model_card.md``, and ``heads/``
+``labels.yaml``, ``trained_on.yaml`` (its training data), ``SHA256SUMS`` (of the weights), ``model_card.md``, and ``heads/``
 (``ctclip/heads/folder.py``). It contains no code, and nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -30,6 +29,8 @@ from ctclip.config_files import dump_config, read_mapping
 from ctclip.errors import CheckpointError, ConfigError
 from ctclip.labels import FILE as LABELS
 from ctclip.labels import LabelSet, expected, load_labels
+from ctclip.models.checksums import FILE as CHECKSUMS
+from ctclip.models.checksums import checked_sha256, sha256, write_checksums
 from ctclip.models.dual_encoder import DualEncoder, build_volume_encoder
 from ctclip.models.hub import model_folder
 from ctclip.models.huggingface import read_settings, vision_model_of
@@ -50,23 +51,25 @@ if TYPE_CHECKING:
 ARCHITECTURE = ("config.yaml", "tokenizer", "text_config.json", "preprocessing.yaml")
 REQUIRED = (*ARCHITECTURE, "model.safetensors")
 TRAINED_ON = "trained_on.yaml"
-# Of ``ctclip.drift.summary``.
+# File of ``ctclip.drift.summary``.
 SUMMARY = "training_summary.safetensors"
-# Of ``ctclip.inference.precision``.
+# File of ``ctclip.inference.precision``.
 PRECISION = "precision.json"
 KIND = "model folder of ours alone"
-# All files of a model folder: ours, those of 0.2, and those that the hub adds.
+# Number of hex digits of the SHA-256 that identify a model.
+HASH = 12
+# All files of a model folder: ours, those of version 0.2, and those that the hub adds.
 PARTS = {
-    *REQUIRED, LABELS, TRAINED_ON, SUMMARY, PRECISION, "model_card.md", "heads", "vision_config.json",
+    *REQUIRED, LABELS, TRAINED_ON, SUMMARY, PRECISION, CHECKSUMS, "model_card.md", "heads", "vision_config.json",
     "adaptation.json", "prompts.yaml", "calibration.json", "classifier.safetensors", "README.md", ".gitattributes", ".cache",
 }  # fmt: skip
 TOKENIZER = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
     "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja",
 }  # fmt: skip
-# Assumed for folders of 0.2, which have no label set.
+# Assumed for folders of version 0.2, which have no label set.
 LABELS_BEFORE = "ct_rate_18"
-# Keys of an encoder that 0.2 stated beside the spec, and what they repeat of it.
+# Encoder settings that version 0.2 stated in addition to the spec, and the spec values that they repeat.
 REPEATED = ("spacing", "hu_window", "shape")
 
 
@@ -87,7 +90,7 @@ class TrainedOn(Section):
     @field_validator("supervision", "label_source", "cohort", "body_part", "init")
     @classmethod
     def _printable(cls, text: str) -> str:
-        """A folder may be a stranger's, and these are printed: no terminal obeys them."""
+        """Remove control characters, because the folder may come from a stranger and these texts are printed."""
         return printable(text)
 
     def words(self) -> str:
@@ -126,7 +129,7 @@ class ModelFolder:
     trained_on: TrainedOn = field(default_factory=TrainedOn)
 
     def reading(self, given: Reading) -> Reading:
-        """``given``, without the look for a chest where the model learned from another part of the body."""
+        """``given``, without the check for a chest if the model was trained on another body part."""
         return {
             **given,
             "expect": expected(self.trained_on.body_part or self.labels.body_part, given.get("expect", "auto")),
@@ -143,8 +146,8 @@ def save_model(
     state: dict[str, torch.Tensor] | None = None,
     write_more: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write a complete model folder atomically; an existing model folder is replaced, and any other folder that is not
-    empty is refused.
+    """Write a complete model folder atomically; an existing model folder is replaced, and any other non-empty folder is
+    refused.
 
     ``state`` replaces the model's own tensors if they are sharded over ranks. ``write_more`` is called with the folder
     before it is moved into place, to add heads.
@@ -159,6 +162,7 @@ def save_model(
                 {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
                 partial / "model.safetensors",
             )
+            write_checksums(partial)
             write_architecture(partial, model, labels)
             facts = (trained_on or TrainedOn()).model_dump(mode="json")
             write_text(partial / TRAINED_ON, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
@@ -193,8 +197,9 @@ def write_architecture(folder: Path, model: DualEncoder, labels: LabelSet) -> No
 def read_architecture(
     path: Path, change: Callable[[ModelConfig], ModelConfig] | None = None, spec: PreprocessingSpec | None = None
 ) -> Architecture:
-    """The model that ``write_architecture`` described, freshly initialised; ``change``: of its configuration before it is
-    built; ``spec``: another geometry than its own. Raises CheckpointError naming what is missing."""
+    """The model that ``write_architecture`` described, freshly initialised; ``change``: a function that changes its
+    configuration before it is built; ``spec``: a geometry to use instead of its own. Raises CheckpointError naming what
+    is missing."""
     for name in ARCHITECTURE:
         if not (path / name).exists():
             raise CheckpointError(
@@ -216,15 +221,15 @@ def read_architecture(
 
 
 def check_output(folder: str | os.PathLike[str]) -> None:
-    """Raise PreprocessingError unless a model folder may be written at ``folder``: to be called before hours of work."""
+    """Raise PreprocessingError unless a model folder may be written at ``folder``. Call this before hours of work."""
     check_replaceable(folder, is_model_folder, KIND)
 
 
 def check_addition(folder: Path, what: str) -> None:
-    """Raise CheckpointError if ``what`` cannot be kept in a model folder: to be called before hours of work."""
+    """Raise CheckpointError if ``what`` cannot be saved in a model folder. Call this before hours of work."""
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CheckpointError(
-            f"{folder}: cannot be written into, and {what} would be kept there; copy the model folder"
+            f"{folder}: cannot be written into, and {what} would be saved there; copy the model folder"
         )
 
 
@@ -242,16 +247,17 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def is_head_folder(folder: Path) -> bool:
-    """Whether a folder contains only the settings and tensors of a head."""
+    """Whether a folder contains only the settings and tensors of a head, and their checksums."""
     return (folder / "head.yaml").is_file() and all(
-        path.suffix in (".yaml", ".json", ".safetensors") and path.is_file() for path in folder.iterdir()
+        (path.suffix in (".yaml", ".json", ".safetensors") or path.name == CHECKSUMS) and path.is_file()
+        for path in folder.iterdir()
     )
 
 
 def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> ModelFolder:
     """Load a model folder, or a hub repository that holds one, in evaluation mode.
 
-    A folder written by 0.2 can be opened too; missing parts are filled in, with a note on stderr. Raises
+    A folder written by version 0.2 can also be opened; missing parts are filled in, with a note on stderr. Raises
     CheckpointError naming what is missing or damaged.
     """
     path = local_folder(str(source))
@@ -263,21 +269,20 @@ def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu
     built = read_architecture(path)
     model = built.model
     weights = path / "model.safetensors"
+    digest = checked_sha256(weights)
     try:
         model.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"{weights}: does not fit config.yaml or is damaged ({' '.join(str(error).split())[:300]}); "
-            f"copy the folder again from where it was made"
+            f"copy the folder again from its source"
         ) from error
-    return ModelFolder(
-        model.to(device).eval(), built.spec, built.labels, path, file_hash(weights), read_trained_on(path)
-    )
+    return ModelFolder(model.to(device).eval(), built.spec, built.labels, path, digest[:HASH], read_trained_on(path))
 
 
 def _config_of(path: Path, spec: PreprocessingSpec) -> tuple[ModelConfig, PreprocessingSpec]:
-    """The architecture of a folder, and the geometry its encoder was built for: the spec's, but for a 0.2 folder whose
-    configuration said otherwise."""
+    """The architecture of a folder, and the geometry its encoder was built for: that of the spec, unless the
+    configuration of a 0.2 folder differs."""
     values = read_mapping(path / "config.yaml")
     volume = values.get("volume")
     geometry = spec
@@ -325,24 +330,24 @@ def read_trained_on(path: Path) -> TrainedOn:
 
 def file_hash(path: Path) -> str:
     """The first 12 hex digits of a file's SHA-256."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
+    return sha256(path)[:HASH]
 
 
 def _vision_of(path: Path, config: ModelConfig) -> dict[str, Any]:
-    """A slice encoder's 2-D model (``vision``), built from the folder alone; nothing for other encoders."""
+    """The 2-D model (``vision``) of a slice encoder, built from the folder alone; empty for other encoders."""
     if not isinstance(config.volume, SlicesConfig):
         return {}
     shape = path / "vision_config.json"
     if not shape.is_file():
-        raise CheckpointError(f"{path}: vision_config.json is missing; copy the folder again from where it was made")
+        raise CheckpointError(f"{path}: vision_config.json is missing; copy the folder again from its source")
     return {"vision": vision_model_of(read_settings(shape), shape)}
 
 
 def local_folder(source: str) -> Path:
-    """The folder ``source`` names: one here, or a snapshot of a hub repository. Raises CheckpointError."""
+    """The folder that ``source`` names: a local one, or a snapshot of a hub repository. Raises CheckpointError."""
     patterns = [
         SUMMARY,
+        CHECKSUMS,
         "classifier.safetensors",
         "tokenizer/*",
         "heads/*",

@@ -13,17 +13,17 @@ from typing import Any
 
 from ctclip.errors import CheckpointError
 
-# Seconds the hub has to answer; a name server that is not there takes longer to say so.
+# Timeout of the hub in seconds; an unreachable name server would take longer.
 PATIENCE = 8.0
 DATA = ("*.json", "*.txt", "*.model")
 WEIGHTS = {"model.safetensors": ("*.safetensors",), "pytorch_model.bin": ("pytorch_model*.bin",)}
 
 
 def pretrained_folder(source: str | Path, key: str, *, weights: bool = True) -> Path:
-    """The folder that ``source`` (a path, or the name of a hub repository) stands for.
+    """The folder for ``source``, a path or the name of a hub repository.
 
     ``key``: the setting it comes from, named in errors. ``weights``: whether the weights are needed. Without a
-    connection, a repository fetched earlier is taken from the cache. The CheckpointError distinguishes a name that
+    connection, a repository downloaded earlier is used from the cache. The CheckpointError distinguishes a name that
     does not exist from a hub that cannot be reached.
     """
     folder = local_path(source)
@@ -37,8 +37,8 @@ def pretrained_folder(source: str | Path, key: str, *, weights: bool = True) -> 
 
 
 def model_folder(source: str | Path, patterns: list[str], required: str) -> Path:
-    """The model folder that ``source`` (a path, or the name of a hub repository) stands for; of a repository the files that
-    fit ``patterns`` are fetched, of which ``required`` must be there. Raises CheckpointError as ``pretrained_folder``."""
+    """The model folder for ``source``, a path or the name of a hub repository. From a repository, the files that match
+    ``patterns`` are downloaded; ``required`` must be among them. Raises CheckpointError like ``pretrained_folder``."""
     folder = local_path(source)
     if folder.is_dir():
         return folder
@@ -58,7 +58,7 @@ def local_path(source: str | Path) -> Path:
     """The path as given if it exists, else with ``~`` expanded to the home directory."""
     path = Path(source)
     if not path.exists() and str(source).startswith("~"):
-        with contextlib.suppress(RuntimeError):  # no such user, or one without a home
+        with contextlib.suppress(RuntimeError):  # unknown user, or user without a home directory
             return path.expanduser()
     return path
 
@@ -70,8 +70,8 @@ def _may_be_repository(name: str) -> bool:
 def _snapshot(
     name: str, key: str, wanted: Callable[[set[str]], list[str]], cached: dict[str, list[str]], ignored: str | None
 ) -> Path:
-    """A repository's files: those ``wanted`` of all that it has; without a connection those that were fetched before by
-    one of the lists of patterns ``cached``, each under a pattern of which a file must be there."""
+    """Download the ``wanted`` files of a repository. Without a connection, use files downloaded earlier with one of the
+    lists of patterns in ``cached``; each of its patterns must match a file."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -86,12 +86,12 @@ def _snapshot(
         return earlier
     except CheckpointError:
         raise
-    except Exception as error:  # a connection breaks in as many ways as there are libraries below
+    except Exception as error:  # the libraries below raise many kinds of connection errors
         raise CheckpointError(f"{name}: could not be fetched from the Hugging Face hub ({_reason(error)})") from error
 
 
 def _fetched_before(name: str, cached: dict[str, list[str]], ignored: str | None) -> Path | None:
-    """The repository as an earlier run left it in the cache, or None."""
+    """The cached repository of an earlier run, or None."""
     from huggingface_hub import snapshot_download
 
     for required, patterns in cached.items():
@@ -105,11 +105,11 @@ def _fetched_before(name: str, cached: dict[str, list[str]], ignored: str | None
 
 
 class _Unreachable(Exception):
-    """The hub did not answer; the message says why."""
+    """The hub did not answer; the message states the reason."""
 
 
 def _files(name: str, key: str) -> set[str]:
-    """The files of a repository. Raises _Unreachable, or CheckpointError where it may not be read."""
+    """The files of a repository. Raises _Unreachable, or CheckpointError if access is not allowed."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -121,8 +121,8 @@ def _files(name: str, key: str) -> set[str]:
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CheckpointError(
-            f"{name}: neither a folder here nor a repository of the Hugging Face hub that may be read; check the "
-            f"spelling of {key}"
+            f"{name}: neither a local folder nor a readable repository of the Hugging Face hub; check the spelling of "
+            f"{key}"
         ) from error
     except OfflineModeIsEnabled as error:
         raise _Unreachable("HF_HUB_OFFLINE is set") from error
@@ -132,7 +132,7 @@ def _files(name: str, key: str) -> set[str]:
 
 
 def _patterns(name: str, files: set[str], weights: bool) -> list[str]:
-    """What of a pretrained repository is fetched: safetensors where there are any."""
+    """The patterns of files to download from a pretrained repository; safetensors are preferred."""
     if not weights:
         return list(DATA)
     for first, patterns in WEIGHTS.items():
@@ -142,7 +142,7 @@ def _patterns(name: str, files: set[str], weights: bool) -> list[str]:
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """``call()``, waited for no longer than that: nothing bounds the time that a name server may take."""
+    """Call ``call()`` with a timeout, because a name server may take any time."""
     result: list[Any] = []
     fault: list[Exception] = []
 

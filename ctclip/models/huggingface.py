@@ -1,7 +1,7 @@
 """Models of Transformers: one constructor for pretrained weights and for our own model folders.
 
-A configuration is data: entries on code to run, libraries to fetch or number formats are ignored. Parameters are
-float32 whatever the file's type, and every weight must be in the file: a missing one is an error, not initialised at
+A configuration is data: entries that name code to run, libraries to load or number formats are ignored. Parameters are
+converted to float32, and every weight must be in the file: a missing weight is an error instead of being initialised at
 random.
 """
 
@@ -23,7 +23,7 @@ from ctclip.errors import CheckpointError
 from ctclip.models.hub import pretrained_folder
 from ctclip.preprocessing import plain_json
 
-# Architectures that have another name where their code is published, and are plain ones here.
+# Architectures published with their own code and name that are equal to one in Transformers.
 PLAIN = {"cxr-bert": "bert"}
 # Keys of a configuration that name code, files or number formats, or change what a model returns.
 LEFT_OUT = frozenset({
@@ -33,16 +33,16 @@ LEFT_OUT = frozenset({
     "dtype", "torch_dtype", "torchscript", "return_dict", "use_return_dict", "reference_compile",
     "output_attentions", "output_hidden_states", "use_cache", "gradient_checkpointing",
 })  # fmt: skip
-# Parts that a configuration may ask for so many of; the largest models there are lie well below.
+# Upper limits of sizes in a configuration, well above the largest existing models.
 MOST = {"layer": 512, "depth": 512, "block": 512, "expert": 4096}
-# Buffers that were kept with the weights once, and are computed today.
+# Buffers that older versions saved with the weights and that are now computed.
 COMPUTED = re.compile(r"(position_ids|token_type_ids|masked_bias|attn\.bias|inv_freq|relative_position_index)$")
-# What weights are kept in; the rest is for inference alone.
+# Number formats of trainable weights; others are only for inference.
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The JSON object a file holds. Raises CheckpointError naming the file."""
+    """Read a JSON object from a file. Raises CheckpointError naming the file."""
     try:
         values = plain_json.read(path)
     except (OSError, ValueError) as error:
@@ -53,7 +53,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def shape_of(values: dict[str, Any], source: str | Path) -> Any:
-    """Transformers' configuration of ``values``, as ``config.json`` holds them. ``source`` is named in errors."""
+    """The Transformers configuration for ``values``, the contents of ``config.json``. ``source`` is named in errors."""
     from transformers import CONFIG_MAPPING
 
     values = _data_alone(values)
@@ -67,7 +67,7 @@ def shape_of(values: dict[str, Any], source: str | Path) -> Any:
             f"with the checkpoint, which is never run here. Choose a model of a known architecture"
         )
     _check_parts(values, source)
-    with _told(source, "describes no model"):
+    with _one_line_errors(source, "describes no model"):
         shape = CONFIG_MAPPING[kind].from_dict(values)
     if hasattr(shape, "use_cache"):
         # Not needed without generation.
@@ -81,17 +81,17 @@ def text_model(source: str | Path, *, weights: bool = True) -> nn.Module:
 
 
 def vision_model(source: str | Path, *, weights: bool = True) -> nn.Module:
-    """The same for an encoder of 2-D images."""
+    """Like ``text_model``, for an encoder of 2-D images."""
     return _pretrained(source, "vision", weights)
 
 
 def text_model_of(values: dict[str, Any], source: str | Path) -> nn.Module:
-    """The text encoder that a configuration describes, freshly initialised, as it is built for a model folder."""
+    """The text encoder that a configuration describes, freshly initialised."""
     return _fresh(shape_of(values, source), "text", source)
 
 
 def vision_model_of(values: dict[str, Any], source: str | Path) -> nn.Module:
-    """The same of an encoder of 2-D images."""
+    """Like ``text_model_of``, for an encoder of 2-D images."""
     return _fresh(shape_of(values, source), "vision", source)
 
 
@@ -118,11 +118,12 @@ def _pretrained(source: str | Path, side: str, weights: bool) -> nn.Module:
 
 
 def _check_kinds(folder: Path) -> None:
-    """Weights of integers or of 8 bits are quantised, whether config.json says so or not; their scale is lost."""
+    """Refuse weights that are integers or have 8 bits: they are quantised, even if config.json does not say so, and
+    their scale is lost."""
     from safetensors import SafetensorError, safe_open
 
     for path in sorted(folder.glob("model*.safetensors")):
-        # What is damaged is told later.
+        # Damaged files are reported later.
         with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as weights:
             names: list[str] = weights.keys()
             kinds = {name: weights.get_slice(name).get_dtype() for name in names if name.endswith(".weight")}
@@ -136,14 +137,14 @@ def _check_kinds(folder: Path) -> None:
 
 def _trained(folder: Path, shape: Any, side: str) -> nn.Module:
     kind, shape, options = _architecture(shape, side, folder / "config.json")
-    with _quiet(), _told(folder, "the weights do not fit config.json, or a file is damaged"):
+    with _quiet(), _one_line_errors(folder, "the weights do not fit config.json, or a file is damaged"):
         model, report = kind.from_pretrained(
             str(folder), config=shape, dtype=torch.float32, local_files_only=True, trust_remote_code=False,
             output_loading_info=True, **options,
         )  # fmt: skip
     missing = set(report["missing_keys"])
     if any("pooler" in name for name in missing) and "add_pooling_layer" in options and options["add_pooling_layer"]:
-        # Saved from a task without a pooler; a random pooler must not be mixed with trained weights.
+        # The model was saved from a task without a pooler; a random pooler must not be mixed with trained weights.
         shape.add_pooling_layer = False
         return _trained(folder, shape, side)
     lacking = sorted(name for name in missing if "pooler" not in name)
@@ -163,17 +164,17 @@ def _trained(folder: Path, shape: Any, side: str) -> nn.Module:
 
 def _fresh(shape: Any, side: str, source: str | Path) -> nn.Module:
     kind, shape, options = _architecture(shape, side, source)
-    with _quiet(), _told(source, "describes no model that can be built"):
-        # `_from_config` is what AutoModel.from_config calls; the public way takes no options of the architecture.
+    with _quiet(), _one_line_errors(source, "describes no model that can be built"):
+        # AutoModel.from_config calls `_from_config`, but does not accept options of the architecture.
         model = kind._from_config(shape, dtype=torch.float32, **options)
     return _encoder(model, side)
 
 
 def _architecture(shape: Any, side: str, source: str | Path) -> tuple[Any, Any, dict[str, Any]]:
-    """The class of Transformers for one side, its configuration and the options to build it with."""
+    """The Transformers class for one side, its configuration and the constructor options."""
     from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
 
-    # Of a model of images and text (CLIP, SigLIP) the side that is asked for.
+    # The requested side of a model of images and text (CLIP, SigLIP).
     shape = getattr(shape, f"{side}_config", None) or shape
     pooled = bool(getattr(shape, "add_pooling_layer", True)) and side == "vision"
     kind: Any = None
@@ -199,14 +200,16 @@ def _encoder(model: Any, side: str) -> nn.Module:
     model = model.float()
     if side == "vision":
         return getattr(model, "vision_model", model)
-    # T5's encoder class holds its word vectors under two names; the stack inside does under one.
+    # T5's encoder class holds its word vectors under two names; the stack inside has only one.
     return model.encoder if getattr(model.config, "is_encoder_decoder", False) or hasattr(model, "shared") else model
 
 
 def freeze_unused(model: nn.Module, output: Tensor) -> None:
-    """Parameters of ``model`` that ``output`` does not depend on learn nothing, and no optimizer keeps moments of them.
+    """Freeze the parameters of ``model`` that ``output`` does not depend on, so that the optimizer keeps no moments for
+    them.
 
-    Poolers, a Longformer's global projections, mask tokens: read off the graph of ``output``, not by name.
+    Examples are poolers, a Longformer's global projections, and mask tokens. They are found in the autograd graph of
+    ``output``, not by name.
     """
     seen: set[Any] = set()
     used: set[int] = set()
@@ -225,7 +228,7 @@ def freeze_unused(model: nn.Module, output: Tensor) -> None:
 
 
 def _of_a_layer(model: nn.Module, name: str) -> bool:
-    """Whether a weight that the architecture has no place for belongs to one of its layers."""
+    """Whether an unexpected weight belongs to a layer of the architecture."""
     name = name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
     inside = name.split(".", 1)[0] in dict(model.named_children())
     return inside and re.search(r"\.\d+\.", name) is not None and COMPUTED.search(name) is None
@@ -240,7 +243,7 @@ def _data_alone(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_parts(values: dict[str, Any], source: str | Path) -> None:
-    """What is built part by part is bounded before the first is built."""
+    """Check the numbers of parts before any part is built."""
     for name, value in values.items():
         if isinstance(value, dict):
             _check_parts(value, source)
@@ -251,8 +254,8 @@ def _check_parts(values: dict[str, Any], source: str | Path) -> None:
 
 
 def _check_memory(kind: Any, shape: Any, options: dict[str, Any], source: str | Path) -> None:
-    """What is built at once must fit this machine's memory: counted on a model without any."""
-    with torch.device("meta"), _quiet(), _told(source, "describes no model that can be built"):
+    """Check that the model fits into memory, by counting its size on the meta device."""
+    with torch.device("meta"), _quiet(), _one_line_errors(source, "describes no model that can be built"):
         model = kind._from_config(copy.deepcopy(shape), dtype=torch.float32, **options)
     needed = sum(4 * p.numel() for p in model.parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -265,7 +268,7 @@ def _check_memory(kind: Any, shape: Any, options: dict[str, Any], source: str | 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Transformers' bars and reports: what matters of them is said in one line of ours."""
+    """Suppress the progress bars and reports of Transformers; relevant facts are reported in one line of ours."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -280,8 +283,9 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told(source: str | Path, fault: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes one line: files of strangers reach all of Transformers, which raises anything."""
+def _one_line_errors(source: str | Path, fault: str) -> Iterator[None]:
+    """Turn any exception into a one-line CheckpointError, because untrusted files can make Transformers raise any
+    exception."""
     try:
         yield
     except CheckpointError:

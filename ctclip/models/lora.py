@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) beside the weights of an encoder, which are frozen."""
+"""Low-rank adapters (LoRA, Hu et al. 2021) for the frozen weights of an encoder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from ctclip.errors import ConfigError
 
 
 def add_lora(module: nn.Module, targets: Sequence[str], rank: int) -> None:
-    """Put adapters of ``rank`` beside every linear map (or convolution) of ``module`` whose name ends in one of
-    ``targets``, in place. Adapters begin at zero, so the output does not change. From then on only the adapters are
-    trained.
+    """Add adapters of ``rank`` in place to every linear map (or convolution) of ``module`` whose name ends in one of
+    ``targets``. Adapters are initialised to zero, so the output does not change. All other parameters are frozen.
 
     Raises ConfigError if ``module`` has none of the targets.
     """
@@ -25,6 +24,20 @@ def add_lora(module: nn.Module, targets: Sequence[str], rank: int) -> None:
         )
     peft = extras.require("peft")
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), module)
+    _train_adapters_alone(module)
+
+
+def with_lora(layer: nn.Module, rank: int) -> nn.Module:
+    """Add adapters of ``rank`` to each linear map of a layer, or of a sequence of layers, like ``add_lora``."""
+    holder = nn.ModuleDict({"layer": layer})
+    linear = [name for name, part in holder.named_modules() if isinstance(part, nn.Linear)]
+    peft = extras.require("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), holder)
+    _train_adapters_alone(holder)
+    return holder["layer"]
+
+
+def _train_adapters_alone(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(is_adapter(name))
 
@@ -35,14 +48,14 @@ def is_adapter(name: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """The name that a weight beneath an adapter has in a model without adapters."""
+    """The name that a weight with an adapter has in a model without adapters."""
     return name.replace(".base_layer.", ".").replace(".base_model.model.", ".")
 
 
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of ``model`` with its adapters added to the weights they stand beside, by the names of a model without
-    adapters; ``model`` itself is not changed."""
+    """The state of ``model`` with its adapters merged into the weights, under the names of a model without adapters;
+    ``model`` itself is not changed."""
     weights = {
         plain_name(f"{name}.weight"): module.get_base_layer().weight + module.get_delta_weight("default")
         for name, module in model.named_modules()

@@ -27,15 +27,15 @@ def mean_token(tokens: Tensor, real: Tensor | None) -> Tensor:
 
 
 def largest_token(tokens: Tensor, real: Tensor | None) -> Tensor:
-    """As ``mean_token``, the largest of each channel."""
+    """Like ``mean_token``, with the maximum of each channel."""
     candidates = tokens if real is None else tokens.masked_fill(~real[..., None], float("-inf"))
-    # Not amax, whose gradient compares every token with the largest.
+    # max instead of amax, whose gradient compares every token with the largest.
     return candidates.max(dim=1).values
 
 
 def at_tokens(levels: Sequence[Tensor], grid: tuple[int, int, int]) -> Tensor:
-    """Finer grids (B, C, d, h, w) each -> (B, N, 2 * sum of C): the mean and the largest of each channel at the place of
-    each token of ``grid``, in slice, row, column order."""
+    """Finer grids, (B, C, d, h, w) each -> (B, N, 2 * sum of C): the mean and maximum of each channel within each token
+    of ``grid``, in slice, row, column order."""
     parts = [
         part for cells in levels for part in (F.adaptive_avg_pool3d(cells, grid), F.adaptive_max_pool3d(cells, grid))
     ]

@@ -13,15 +13,14 @@ Precision = Literal["fp32", "tf32", "bf16"]
 
 
 def autocast_off(like: Tensor) -> torch.autocast:
-    """A context in which operations keep the precision of their operands on ``like``'s device, under autocast too."""
+    """A context in which operations on ``like``'s device keep the precision of their operands, even under autocast."""
     return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)
 
 
 @contextlib.contextmanager
 def at_precision(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Matrix products and convolutions at ``precision``: ``fp32`` in float32, ``tf32`` with 10 bits of mantissa
-    (NVIDIA cards since 2020), ``bf16`` in bfloat16 by autocast. Parameters stay float32. The previous settings are
-    restored."""
+    """Matrix products and convolutions at ``precision``: ``fp32`` in float32, ``tf32`` with 10 bits of mantissa (NVIDIA
+    GPUs since 2020), ``bf16`` in bfloat16 by autocast. Parameters stay float32. The previous settings are restored."""
     if precision == "bf16":
         with torch.autocast(device.type, torch.bfloat16):
             yield
@@ -41,14 +40,14 @@ def at_precision(precision: Precision, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def float32_exactly(like: Tensor) -> Iterator[None]:
-    """Operations on float32 in float32, whatever the precision around them."""
+    """A context in which float32 operations stay in float32, whatever the surrounding precision."""
     with autocast_off(like), at_precision("fp32", like.device):
         yield
 
 
 class ExactLinear(nn.Linear):
-    """A linear layer in its parameters' precision even under autocast, because scores rounded to three digits would
-    lose their order."""
+    """A linear layer in the precision of its parameters even under autocast, because rounding scores to three digits
+    would change their order."""
 
     def forward(self, features: Tensor) -> Tensor:
         with autocast_off(features):

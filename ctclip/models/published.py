@@ -1,4 +1,4 @@
-"""Published CT-CLIP checkpoints, in all the shapes they circulate in, as our modules' state."""
+"""Convert published CT-CLIP checkpoints, in all their variants, to the state of our modules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NORM = {"gamma": "weight", "beta": "bias"}
 _SCALE = {"q_scale": "query_scale", "k_scale": "key_scale"}
 _LINEAR = {"to_q": "to_query", "to_kv": "to_key_value", "to_out": "out", "1": "up_gate", "4": "down"}
 
-# Key by key: the published name (a pattern) and ours. Details are in ctvit.py.
+# Pairs of the published name (a pattern) and ours. Details are in ctvit.py.
 LAYER = r"visual_transformer\.enc_(spatial|temporal)_transformer"
 RENAMED: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"visual_transformer\.to_patch_emb\.([123])\.(weight|bias)", lambda m: f"volume_encoder.embed.{int(m[1]) - 1}.{m[2]}"),
@@ -54,9 +54,10 @@ LARGEST_BYTES = 16 * 2**30
 
 @dataclass
 class Published:
-    """The content of a checkpoint: our configuration (without the text encoder's files) and state; the LiPro head.
+    """The content of a checkpoint: our configuration (without the files of the text encoder) and state, and the LiPro
+    head.
 
-    ``plane``: voxels of a volume's rows and columns; the number of slices cannot be inferred from the weights.
+    ``plane``: number of rows and columns of a volume; the number of slices cannot be inferred from the weights.
     """
 
     volume: CTViTConfig
@@ -143,14 +144,14 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(k, str) for k in loaded):
         raise CheckpointError(f"{path}: does not hold a dictionary of tensors")
     if set(loaded) == {"state", "param_groups"}:
-        # The published fine-tuning saves its optimizer over its last model.
+        # The published fine-tuning code overwrites its last model with the optimizer.
         raise CheckpointError(
             f"{path}: holds the state of an optimizer, not of a model; give the checkpoint of an earlier step"
         )
     tensors = {}
     for key, value in loaded.items():
         if isinstance(value, Tensor):
-            # Wrappers of wrappers leave several.
+            # Nested wrappers leave several prefixes.
             tensors[re.sub(r"^((module|trained_model|model)\.)+", "", key)] = value
     return tensors
 
@@ -161,8 +162,8 @@ def _sizes(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[CTViTC
     head_width = state["volume_encoder.spatial.0.query_scale"].shape[0]
     dim, flat = state["volume_projection.weight"].shape
     side = round((flat / width) ** 0.5)
-    # Of a patch the number of voxels is known. How many lie in plane says the embedding of a single slice, which nothing
-    # else uses; where it was stripped, the proportions are the published ones, 2 : 1 in plane to depth.
+    # The weights give the number of voxels of a patch. The otherwise unused embedding of a single slice gives its
+    # in-plane size; if it was stripped, the published ratio of in-plane size to depth, 2 : 1, is assumed.
     slice_of_patch = tensors.get("visual_transformer.to_patch_emb_first_frame.1.weight")
     patch = round((2 * inside) ** (1 / 3) if slice_of_patch is None else slice_of_patch.numel() ** 0.5)
     depth = inside // patch**2

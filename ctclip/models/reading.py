@@ -1,7 +1,7 @@
-"""The input that a text encoder needs, and whether it can be used: read from its parts, then tested.
+"""Determine the input that a text encoder needs, and whether it can be used, from its parts and by tests.
 
-Families differ in the special tokens around a text, in the positions they have, and in the direction they read. A list
-of families would become outdated; these tests apply to any family.
+Families differ in special tokens, in the number of positions, and in the direction of attention. A list of families
+would become outdated; these tests apply to any family.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from ctclip.errors import CheckpointError
 from ctclip.models.huggingface import freeze_unused
 
-# Tables of absolute positions, by the names they have in Transformers.
+# Names of absolute position tables in Transformers.
 POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "positions_embed", "wpe")
-# What padding may change of a vector, relative to its largest component; kernels round differently by a thousandth of it.
+# Allowed change of a vector by padding, relative to its largest component; kernels differ by a thousandth of that
+# limit.
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How an encoder reads. ``prefix`` and ``suffix``: ids around each text; ``positions``: the longest text with them
-    in tokens, None where nothing bounds it; ``left_to_right``: a token does not see those after it."""
+    """How an encoder reads. ``prefix`` and ``suffix``: ids around each text; ``positions``: maximum number of tokens of
+    a text including these, None if unlimited; ``left_to_right``: a token does not attend to later tokens."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
@@ -39,11 +40,11 @@ class Reading:
 
 
 def reading_of(bert: Any, tokenizer: Any) -> Reading:
-    """How ``bert`` reads what ``tokenizer`` writes; parameters that its answer never uses are frozen. None: it is given
-    ids alone, first the token that stands for a text, as BERT's are.
+    """How ``bert`` reads the ids of ``tokenizer``; parameters that do not affect its output are frozen. Without a
+    tokenizer, it gets ids alone, starting with the token that represents the text, as for BERT.
 
-    Raises CheckpointError if the two do not belong together, or if the encoder cannot serve: no vector a token, or one
-    that depends on the padding beside a text.
+    Raises CheckpointError if the two do not belong together, or if the encoder cannot serve: it does not return one
+    vector per token, or the vectors depend on padding.
     """
     if tokenizer is None:
         return Reading((), (), positions_of(bert), 0, False)
@@ -85,7 +86,7 @@ def _short_texts(tokenizer: Any) -> Iterator[str]:
 
 
 def positions_of(bert: Any) -> int | None:
-    """Tokens the longest text may have, special ones included."""
+    """Maximum number of tokens of a text, including special tokens."""
     limits = []
     declared = getattr(bert.config, "max_position_embeddings", None)
     if isinstance(declared, int) and declared > 0:
@@ -93,14 +94,14 @@ def positions_of(bert: Any) -> int | None:
     for name, table in bert.named_modules():
         weight = getattr(table, "weight", None)
         if name.rsplit(".", 1)[-1] in POSITIONS and isinstance(weight, Tensor) and weight.ndim == 2:
-            # RoBERTa's family counts from the place after the padding token's.
+            # RoBERTa and its variants count positions from the padding index + 1.
             padding = getattr(table, "padding_idx", None)
             limits.append(len(weight) - (0 if padding is None else padding + 1))
     return min(limits, default=None)
 
 
 def word_vectors(bert: Any) -> int | None:
-    """How many word vectors ``bert`` has; None where words have no table of them."""
+    """Number of word vectors of ``bert``; None if it has no table of word vectors."""
     try:
         table = bert.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -109,7 +110,7 @@ def word_vectors(bert: Any) -> int | None:
 
 
 def _tried(bert: Any, prefix: tuple[int, ...], suffix: tuple[int, ...], words: list[int], padding: int) -> bool:
-    """Whether ``bert`` reads left to right, by two texts that differ in their last word."""
+    """Test ``bert`` with two texts that differ in their last word; return whether it reads left to right."""
     one, two = words
     texts = [[*prefix, one, two, one, *suffix], [*prefix, one, two, two, *suffix], [*prefix, one, *suffix]]
     length = len(texts[0])

@@ -32,7 +32,7 @@ class ResNet3DConfig(EncoderConfig):
     norm: Literal["batch", "group"] = Field(
         "group", description="group: the result does not depend on the batch; batch: as in the original"
     )
-    width_factor: float = Field(1.0, gt=0, le=64, description="factor on the channels of every stage")
+    width_factor: float = Field(1.0, gt=0, le=64, description="factor for the number of channels of every stage")
 
     @model_validator(mode="after")
     def _counts_once(self) -> ResNet3DConfig:
@@ -73,7 +73,7 @@ class ResNet3D(VolumeEncoder):
             conv1_t_stride=config.stem_stride,  # type: ignore[arg-type]
             feed_forward=False,
         )  # fmt: skip
-        # MONAI 1.6's own ``norm`` reaches the stem alone: blocks would keep a batch norm.
+        # MONAI 1.6 applies ``norm`` only to the stem; the blocks would keep a batch norm.
         for parent in list(self.net.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, nn.BatchNorm3d):
@@ -82,8 +82,8 @@ class ResNet3D(VolumeEncoder):
         self.width = 2 * self.token_width
 
     def forward(self, volume: Tensor, mask: Tensor | None = None, body: Tensor | None = None) -> Encoded:
-        """``mask`` (B, 1, D, H, W) bool, true where voxels are real: convolutions see padding as air, and cells of
-        nothing else are not pooled."""
+        """``mask`` (B, 1, D, H, W) bool, true where voxels are real: padding is treated as air, and cells with only
+        padding are not pooled."""
         check_shape(volume)
         net = self.net
         cells = net.maxpool(net.act(net.bn1(net.conv1(air_where_padded(volume, mask)))))
@@ -96,7 +96,7 @@ class ResNet3D(VolumeEncoder):
         grid = (cells.shape[2], cells.shape[3], cells.shape[4])
         real = real_cells(mask, grid)
         pooled = torch.cat([mean_token(tokens, real), largest_token(tokens, real)], dim=1)
-        # The stem's pooling and three of the four stages halve the grid after the stem's own stride.
+        # After the stride of the stem, its pooling and three of the four stages halve the grid.
         affine = self.affine([16 * stride for stride in self.config.stem_stride], (0.0, 0.0, 0.0))
         return Encoded(tokens if real is None else tokens * real[..., None], grid, pooled, affine, real)
 

@@ -14,7 +14,7 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 
 @dataclass(frozen=True)
 class Size:
-    """``flops``: multiplications and additions of encoding one volume of ``shape`` voxels, air tokens included."""
+    """``flops``: multiplications and additions for encoding one volume of ``shape`` voxels, air tokens included."""
 
     kind: str
     shape: tuple[int, int, int]

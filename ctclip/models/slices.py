@@ -1,8 +1,8 @@
 """A 2-D vision model applied to every slice and an aggregator over slices, for users who have 2-D weights.
 
-Any vision model of Hugging Face (DINOv2, CLIP's, ViT, ConvNeXt, ResNet ...). The aggregators are CLIP4Clip's (Luo et
-al. 2022): mean pooling, LSTM, transformer, and cross-attention; the last one's query is learned where theirs is the
-text, since a volume must have one vector for all texts.
+Any Hugging Face vision model can be used (DINOv2, CLIP, ViT, ConvNeXt, ResNet ...). The aggregators are those of
+CLIP4Clip (Luo et al. 2022): mean pooling, LSTM, transformer, and cross-attention. The query of cross-attention is
+learned instead of being the text, because a volume must have one vector for all texts.
 """
 
 from __future__ import annotations
@@ -44,33 +44,33 @@ class SlicesConfig(EncoderConfig):
     aggregator: Literal["mean", "lstm", "transformer", "cross"] = Field(
         "transformer", description="how slices are pooled into one vector; cross: a learned query attends to them"
     )
-    depth: int = Field(2, ge=1, le=512, description="layers of the transformer or LSTM over slices")
-    heads: int = Field(8, ge=1, le=1024, description="attention heads over slices")
+    depth: int = Field(2, ge=1, le=512, description="number of layers of the transformer or LSTM over slices")
+    heads: int = Field(8, ge=1, le=1024, description="number of attention heads over slices")
     every: int = Field(1, ge=1, le=10**4, description="use every n-th slice")
     windows: tuple[HuWindow, ...] = Field(
         ((-1000.0, 400.0), (-160.0, 240.0), (-500.0, 1000.0)),
         min_length=1,
         description="HU windows that become the three colour channels",
     )
-    slices_at_once: int = Field(64, ge=1, le=10**6, description="number of slices of a batch that are encoded together")
+    slices_at_once: int = Field(64, ge=1, le=10**6, description="number of slices encoded together")
 
 
 class SliceEncoder(VolumeEncoder):
-    """volume (B, 1, D, H, W) in [-1, 1] -> Encoded: one token a slice, and the aggregator's vector."""
+    """volume (B, 1, D, H, W) in [-1, 1] -> Encoded: one token per slice, and the vector of the aggregator."""
 
     Config: ClassVar[type[EncoderConfig]] = SlicesConfig
     lora_targets = ("query", "key", "value", "q_proj", "k_proj", "v_proj")
     config: SlicesConfig
 
     def __init__(self, config: SlicesConfig, spec: PreprocessingSpec, vision: Any | None = None) -> None:
-        """``vision``: the vision model; loaded as ``config`` says if not given."""
+        """``vision``: the vision model; by default, it is loaded according to ``config``."""
         super().__init__(config, spec)
         self.vision: Any = load_vision(config) if vision is None else vision
         shape = self.vision.config
         self.channels = int(getattr(shape, "num_channels", 3))
         self.side = _side(shape)
         self.width = self.token_width = width_of(self.vision, self.channels, self.side)
-        # Of a model folder the colours come with the weights.
+        # In a model folder, the weights include the colour statistics.
         mean, deviation = _colour(config if vision is None else None, self.channels)
         self.mean: Tensor
         self.deviation: Tensor
@@ -123,12 +123,12 @@ class SliceEncoder(VolumeEncoder):
         bottom, top = self.spec.hu_window
         hu = (slices + 1) / 2 * (top - bottom) + bottom
         images = torch.cat([((hu - low) / (high - low)).clamp(0, 1) for low, high in self.config.windows], dim=1)
-        # Fewer windows than colours are repeated, more are cut: (n, channels, H, W).
+        # Windows are repeated or cut to the number of channels: (n, channels, H, W).
         images = repeat(images, "n c h w -> n (again c) h w", again=-(-self.channels // images.shape[1]))[
             :, : self.channels
         ]
         if images.shape[-2:] != (self.side, self.side):
-            # In float32: torch has no antialiased bfloat16 on a CPU.
+            # In float32, because torch has no antialiased bfloat16 interpolation on a CPU.
             scaled = F.interpolate(images.float(), (self.side, self.side), mode="bilinear", antialias=True)
             images = scaled.to(images.dtype)
         return _pooled(self.vision, (images - self.mean) / self.deviation)
@@ -157,7 +157,7 @@ class Aggregator(nn.Module):
         """``real`` (B, slices) bool: which slices take part; None: all."""
         if self.kind == "lstm":
             if real is not None:
-                # Padding lies at both ends of the slices: a recurrent layer must not walk through it.
+                # Padding lies at both ends of the slices, and a recurrent layer must not process it.
                 order = torch.argsort(real.to(torch.int8), dim=1, descending=True, stable=True)
                 tokens = tokens.gather(1, order[..., None].expand_as(tokens))
                 real = real.gather(1, order)
@@ -193,10 +193,10 @@ def load_vision(config: SlicesConfig) -> Any:
 
 
 def width_of(vision: Any, channels: int, side: int) -> int:
-    """Numbers that ``vision`` makes of an image; parameters that they do not depend on are frozen.
+    """The size of the vector that ``vision`` returns for an image; parameters that it does not depend on are frozen.
 
-    Found by trying. Raises CheckpointError if the model cannot serve: it takes no image, makes no vector of it, or
-    another one each time (as those do that mask at random).
+    The size is found by a test. Raises CheckpointError if the model cannot be used: it does not accept an image, does
+    not return a vector, or returns a different one each time (as with random masking).
     """
     kind = vision.config.model_type
     parameter = next(vision.parameters())
@@ -223,7 +223,7 @@ def width_of(vision: Any, channels: int, side: int) -> int:
 
 
 def _pooled(vision: Any, images: Tensor) -> Tensor:
-    """(n, channels, side, side) -> (n, width): what the model pools itself, or the mean over places."""
+    """(n, channels, side, side) -> (n, width): the model's own pooled vector, or the mean over positions."""
     output = vision(pixel_values=images)
     pooled = getattr(output, "pooler_output", None)
     if pooled is not None:
@@ -238,7 +238,8 @@ def _side(shape: Any) -> int:
 
 
 def _colour(config: SlicesConfig | None, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (1, channels, 1, 1) the model was trained with; one half each where its folder says nothing."""
+    """Mean and standard deviation (1, channels, 1, 1) of the model's training images; one half each if its folder does
+    not state them."""
     values: dict[str, Any] = {}
     if config is not None:
         folder = pretrained_folder(config.pretrained, "model.volume.pretrained", weights=False)

@@ -1,4 +1,4 @@
-"""Starting from a trained model: weights that fit, frozen layers, learning rates that decrease towards the input."""
+"""Start from a trained model: copy matching weights, freeze layers, and decrease learning rates towards the input."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SIDES = {
 
 @dataclass
 class Taken:
-    """What was taken from another model: names of ``taken`` tensors, of ``new`` ones that it does not have, of those it
-    has in another shape (``reshaped``), and of those it has and this model does not (``unused``)."""
+    """The result of copying weights from a source model: names of ``taken`` tensors, of ``new`` ones that the source
+    lacks, of those with another shape in the source (``reshaped``), and of those that this model lacks (``unused``)."""
 
     taken: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Taken:
         lines = [f"from {source}: {len(self.taken)} tensors taken"]
         for words, names in (
             ("new, initialised at random", self.new),
-            ("of another shape in the source, initialised at random", self.reshaped),
+            ("with another shape in the source, initialised at random", self.reshaped),
             ("in the source, not used here", self.unused),
         ):
             if names:
@@ -45,7 +45,7 @@ class Taken:
 
 def take_weights(model: DualEncoder, source: dict[str, Tensor], sides: str, where: str) -> Taken:
     """Copy into ``model`` the tensors of ``source`` (``lora.merged_state`` of a model) of ``sides`` (both, volume or
-    text), in place. Low-rank adapters on top of them are initialised anew.
+    text), in place. Their low-rank adapters are initialised again.
 
     Raises ConfigError if no tensor of a requested side fits.
     """
@@ -71,7 +71,7 @@ def take_weights(model: DualEncoder, source: dict[str, Tensor], sides: str, wher
     for side in SIDES if sides == "both" else (sides,):
         if not any(name.startswith(f"{side}_encoder.") for name in result.taken):
             raise ConfigError(
-                f"model.init={where}: nothing of its {side} encoder fits this configuration; give model.{side} the "
+                f"model.init={where}: no tensor of its {side} encoder fits this configuration; give model.{side} the "
                 f"architecture of {where}/config.yaml, or start only the other side from it (model.init_sides)"
             )
     return result
@@ -137,5 +137,5 @@ def _parameters(layer: Sequence[nn.Module | nn.Parameter]) -> Iterator[nn.Parame
 
 
 def _parts(names: list[str]) -> list[str]:
-    """The first three components of each name, each once."""
+    """The distinct first three components of each name."""
     return list(dict.fromkeys(".".join(name.split(".")[:3]) for name in names))

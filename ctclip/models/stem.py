@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 class Stem(nn.Module):
-    """Volume -> tokens' cells: HU windows, a linear map of each patch, then stages of convolutions.
+    """Volume -> cells of tokens: HU windows, a linear map of each patch, then stages of convolutions.
 
-    With ``extremes``, the minimum and maximum of each patch and window are additional inputs, because a fleck of
-    calcium is lost in a weighted sum of 64 voxels. Each stage mixes neighbours by 3x3x3 convolutions and ends with a
-    strided one that halves each axis. With ``pool_stem``, the mean and maximum of each channel before that convolution
-    are returned too, so that small structures need not survive up to the tokens.
+    With ``extremes``, the minimum and maximum of each patch and window are additional inputs, because a small
+    calcification is lost in a weighted sum of 64 voxels. Each stage mixes neighbours by 3x3x3 convolutions and ends
+    with a strided one that halves each axis. With ``pool_stem``, the mean and maximum of each channel before that
+    convolution are returned too, so that small structures contribute even if they are lost in the tokens.
     """
 
     def __init__(self, config: ViT3DConfig, hu_window: tuple[float, float]) -> None:
-        """``hu_window``: HU that -1 and 1 of the input stand for."""
+        """``hu_window``: the HU values of -1 and 1 in the input."""
         super().__init__()
         self.patch = config.patch
         self.hu_window, self.windows = hu_window, config.windows
@@ -46,8 +46,8 @@ class Stem(nn.Module):
     def forward(
         self, volume: Tensor, mask: Tensor | None = None, stages: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """volume and mask (B, 1, D, H, W) -> (B, C, d, h, w), and what was pooled on the way, (B, ...) each; ``stages``:
-        filled with what it was pooled from, (B, C, d, h, w) each."""
+        """volume and mask (B, 1, D, H, W) -> (B, C, d, h, w), and the pooled features of the stages, (B, ...) each;
+        ``stages``: a list to which the cells before pooling are appended, (B, C, d, h, w) each."""
         pd, ph, pw = self.patch
         patches = rearrange(volume, "b 1 (d pd) (h ph) (w pw) -> b d h w (pd ph pw)", pd=pd, ph=ph, pw=pw)
         windowed = [self._window(patches, low, high) for low, high in self.windows]
@@ -55,7 +55,7 @@ class Stem(nn.Module):
         if self.extremes is not None:
             spots = [extreme for window in windowed for extreme in (window.amin(dim=-1), window.amax(dim=-1))]
             embedded = embedded + self.extremes(torch.stack(spots, dim=-1))
-        # The channel axis stays innermost in memory: convolutions and linear maps both want it there.
+        # The channel axis stays innermost in memory, which suits both convolutions and linear maps.
         cells = rearrange(embedded, "b d h w c -> b c d h w")
         if len(self.convolutions):
             cells = F.relu(self.embed_norm(cells))
@@ -71,7 +71,7 @@ class Stem(nn.Module):
         return cells, pooled
 
     def _window(self, values: Tensor, low: float, high: float) -> Tensor:
-        """Show HU from ``low`` to ``high`` as -1 to 1, clipped; values stand for ``hu_window``."""
+        """Map HU from ``low`` to ``high`` to -1 to 1, clipped; the input is scaled to ``hu_window``."""
         bottom, top = self.hu_window
         if (low, high) == (bottom, top):
             return values
@@ -81,7 +81,7 @@ class Stem(nn.Module):
 
 
 class Convolution(nn.Module):
-    """relu(norm(conv(x))), 3x3x3; added to x where the shapes allow."""
+    """relu(norm(conv(x))), 3x3x3; added to x if the shapes match."""
 
     def __init__(self, width: int, after: int, stride: int = 1) -> None:
         super().__init__()

@@ -19,9 +19,9 @@ from ctclip.sentences import sentences
 
 __all__ = ["TextEncoder", "build_text_encoder", "load_tokenizer", "small_bert_config", "train_tokenizer"]
 
-# Vectors of a frozen text encoder that are kept: 300 MB at BERT's 768 dimensions.
+# Maximum number of cached vectors of a frozen text encoder: 300 MB at BERT's 768 dimensions.
 LARGEST_CACHE = 100_000
-# Projections of queries, keys and values, by the names they have in Transformers.
+# Names of the projections of queries, keys and values in Transformers.
 ATTENTION = frozenset(
     [
         "query",
@@ -53,9 +53,10 @@ ATTENTION = frozenset(
 
 
 class TextEncoder(nn.Module):
-    """A text model of Transformers with its tokenizer and pooling; ``bert`` is its name here, of whatever family.
+    """A text model of Transformers with its tokenizer and pooling; the attribute is called ``bert`` for any
+    architecture.
 
-    ``forward`` takes token ids and returns one vector a text; ``tokenise`` makes the ids. Texts longer than
+    ``forward`` takes token ids and returns one vector per text; ``tokenise`` returns the ids. Texts longer than
     ``max_tokens`` are cut at sentence ends into chunks whose vectors are averaged, weighted by length. With ``chunks:
     sentence`` every sentence is a chunk of equal weight: a report is the mean of its sentences, comparable with a
     prompt of one sentence, and a sentence that many reports share is encoded once.
@@ -76,7 +77,7 @@ class TextEncoder(nn.Module):
             )
         self.last = pools_last(config, self.reading, bert, tokenizer)
         self.attention = nn.Linear(self.width, 1) if config.pooling == "attention" else None
-        # Of a frozen BERT: vectors of the chunks seen so far, by their token ids.
+        # Cached vectors of chunks, by their token ids, if the encoder is frozen.
         self.known: dict[bytes, Tensor] = {}
         self.frozen = False
         if config.tuning == "frozen":
@@ -91,7 +92,7 @@ class TextEncoder(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> TextEncoder:
-        """Keeps a frozen BERT in evaluation mode, because dropout would only add noise."""
+        """Set the training mode, but keep a frozen encoder in evaluation mode, because dropout would only add noise."""
         super().train(mode)
         if self.frozen:
             self.bert.eval()
@@ -105,7 +106,7 @@ class TextEncoder(nn.Module):
         owner: Tensor | None = None,
     ) -> Tensor:
         """input_ids, attention_mask (n, L) int: n distinct chunks. chunk, owner (m,): text ``owner[i]`` holds chunk
-        ``chunk[i]``; None for one chunk a text. Returns (texts, width). Inputs should be on the host, as ``tokenise``
+        ``chunk[i]``; None for one chunk per text. Returns (texts, width). Inputs should be on the host, as ``tokenise``
         returns them, so that nothing waits for the device."""
         texts = 0 if owner is None else int(owner[-1]) + 1
         device = next(self.bert.parameters()).device
@@ -127,15 +128,15 @@ class TextEncoder(nn.Module):
         return total / weight.new_zeros(texts, 1).index_add(0, owner, weight[chunk])
 
     def _cacheable(self) -> bool:
-        """Whether a chunk's vector never changes. Attention pooling learns; and under ZeRO 3 every rank must run the
-        same modules, whatever each has seen before."""
+        """Whether the vectors of chunks are constant. They are not with attention pooling, which is trained. Under ZeRO
+        3 they are not cached, because every rank must run the same modules."""
         if not self.frozen or self.attention is not None:
             return False
         return not any(hasattr(parameter, "ds_id") for parameter in self.bert.parameters())
 
     @torch.no_grad()
     def _remembered(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(n, L) -> (n, width); only chunks never seen before go through BERT."""
+        """(n, L) -> (n, width); only new chunks are encoded."""
         keys = [
             row[kept].numpy().tobytes() for row, kept in zip(input_ids.cpu(), attention_mask.cpu().bool(), strict=True)
         ]
@@ -145,7 +146,7 @@ class TextEncoder(nn.Module):
             self.known.clear()
             new = list(range(len(keys)))
         if new:
-            # Rows of zeros at the end are padding that only the longer, known chunks needed.
+            # Trailing columns of padding were needed only for longer chunks, which are cached.
             length = int(attention_mask[new].sum(dim=1).max())
             ids, mask = (part[new, :length].to(device) for part in (input_ids, attention_mask))
             pooled = self.pool(self.bert(input_ids=ids, attention_mask=mask).last_hidden_state, mask).float().cpu()
@@ -174,7 +175,7 @@ class TextEncoder(nn.Module):
             for piece in pieces:
                 chunk.append(rows.setdefault(tuple(piece), len(rows)))
                 owner.append(index)
-        # Where nothing stands around a text, an empty one would be no token at all.
+        # Without special tokens, an empty text would have no token.
         whole = [[*reading.prefix, *piece, *reading.suffix] or [reading.padding] for piece in rows]
         tokens = self._padded(whole)
         if chunk != list(range(len(texts))):
@@ -183,15 +184,15 @@ class TextEncoder(nn.Module):
 
     @property
     def marks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The ids that a decoder is given before a text and is to write after it: what the tokenizer puts there, else its
-        token of an end, else padding."""
+        """The ids before and after a text for a decoder: the special tokens of the tokenizer, else its end token, else
+        padding."""
         end = self.tokenizer.eos_token_id
         mark = (self.reading.padding if end is None else end,)
         return self.reading.prefix or mark, self.reading.suffix or mark
 
     def whole(self, texts: Sequence[str], longest: int) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask`` (n, L) of texts that are not cut into chunks, with ``marks`` around each; what
-        goes beyond ``longest`` ids is left out."""
+        """``input_ids``, ``attention_mask`` (n, L) of texts that are not cut into chunks, with ``marks`` around each;
+        ids beyond ``longest`` are cut off."""
         before, after = self.marks
         room = longest - len(before) - len(after)
         return self._padded([[*before, *ids[:room], *after] for ids in self._ids(list(texts))])
@@ -221,7 +222,7 @@ class TextEncoder(nn.Module):
         chunks: list[list[int]] = [[]]
         for sentence in sentences(text):
             (ids,) = self._ids([sentence])
-            # A sentence longer than a chunk has no better place to be cut than where the chunk is full.
+            # A sentence longer than a chunk is cut where the chunk is full.
             for start in range(0, len(ids), room):
                 piece = ids[start : start + room]
                 if len(chunks[-1]) + len(piece) > room:
@@ -231,8 +232,8 @@ class TextEncoder(nn.Module):
 
 
 def pools_last(config: TextConfig, reading: Reading, bert: Any, tokenizer: Any) -> bool:
-    """Whether the token that stands for a text is its last one: where ``pooling`` says so, and of a classification
-    token where the encoder has it at the end, as CLIP does. Raises ConfigError where there is none."""
+    """Whether the last token represents the text: with ``pooling: last``, and with a classification token at the end,
+    as in CLIP. Raises ConfigError if the encoder has no such token."""
     if config.pooling != "cls" or tokenizer is None:
         return config.pooling == "last"
     if reading.left_to_right and reading.suffix:
@@ -243,13 +244,13 @@ def pools_last(config: TextConfig, reading: Reading, bert: Any, tokenizer: Any) 
         return True
     remedy = "last" if reading.left_to_right else "mean"
     raise ConfigError(
-        f"model.text.pooling=cls: a {bert.config.model_type} encoder has no token that stands for a whole text; set "
+        f"model.text.pooling=cls: a {bert.config.model_type} encoder has no token that represents the whole text; set "
         f"model.text.pooling={remedy}"
     )
 
 
 def build_text_encoder(config: TextConfig, tokenizer: Any | None = None) -> TextEncoder:
-    """The encoder ``config`` describes; ``tokenizer`` is needed where nothing pretrained is named."""
+    """The encoder ``config`` describes; ``tokenizer`` is needed if no pretrained encoder is named."""
     if config.pretrained is None:
         if tokenizer is None:
             raise ConfigError("model.text.pretrained is not set: a tokenizer trained on the reports is needed")
@@ -265,11 +266,11 @@ def build_text_encoder(config: TextConfig, tokenizer: Any | None = None) -> Text
 
 
 def text_encoder_of(values: dict[str, Any], tokenizer: Any, config: TextConfig, source: str | Path) -> TextEncoder:
-    """The encoder of a model folder, its weights still to be loaded. ``values``: what ``text_config.json`` holds, as
-    ``TextEncoder.bert.config`` wrote it; ``source`` is named in errors."""
+    """The encoder of a model folder, before its weights are loaded. ``values``: the contents of ``text_config.json``,
+    written by ``TextEncoder.bert.config``; ``source`` is named in errors."""
     bert = text_model_of(values, source)
     known = word_vectors(bert)
-    # Padding is never looked up.
+    # The vector of padding is never used.
     largest = max(number for token, number in tokenizer.get_vocab().items() if token != tokenizer.pad_token)
     if known is not None and largest >= known:
         raise ConfigError(f"{source}: knows {known} tokens, but the tokenizer beside it has one of number {largest}")
@@ -277,8 +278,8 @@ def text_encoder_of(values: dict[str, Any], tokenizer: Any, config: TextConfig, 
 
 
 def give_vectors(bert: Any, tokenizer: Any) -> None:
-    """Tokens that were added to ``tokenizer`` without telling ``bert`` get a vector each, the mean of the others, from
-    which training moves them."""
+    """Give tokens that were added to ``tokenizer`` but not to ``bert`` the mean of the other word vectors as initial
+    vector."""
     known, wanted = word_vectors(bert), max(tokenizer.get_vocab().values()) + 1
     if known is not None and wanted > known:
         bert.resize_token_embeddings(wanted, mean_resizing=False)
@@ -288,7 +289,7 @@ def give_vectors(bert: Any, tokenizer: Any) -> None:
 
 
 def with_lora(bert: Any, config: TextConfig) -> nn.Module:
-    """Low-rank adapters (Hu et al. 2021) on the attention of ``bert``, whose own weights are frozen."""
+    """Add low-rank adapters (Hu et al. 2021) to the attention of ``bert`` and freeze its own weights."""
     peft = extras.require("peft")
     from transformers.pytorch_utils import Conv1D
 
@@ -309,7 +310,7 @@ def with_lora(bert: Any, config: TextConfig) -> nn.Module:
 
 
 def small_bert_config(config: TextConfig, tokens: int | None = None, padding: int = 0) -> Any:
-    """Transformers' description of the BERT that is trained from scratch."""
+    """The Transformers configuration of the BERT that is trained from scratch."""
     from transformers import BertConfig
 
     return BertConfig(
@@ -326,7 +327,7 @@ def small_bert_config(config: TextConfig, tokens: int | None = None, padding: in
 
 
 def _without_pooler(encoder: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Folders and checkpoints of earlier versions hold a pooler, which nothing used."""
+    """Drop the unused pooler in folders and checkpoints of earlier versions."""
     own = encoder.state_dict().keys()
     for name in [name for name in state if name.startswith(f"{prefix}bert.") and ".pooler." in name]:
         if name.removeprefix(prefix) not in own:

@@ -1,4 +1,4 @@
-"""Tokenizers: one learned from the training reports, or any of Hugging Face's, without running code from a
+"""Tokenizers: one learned from the training reports, or any Hugging Face tokenizer, without running code from a
 repository."""
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from ctclip.errors import CheckpointError
 from ctclip.models.hub import pretrained_folder
 from ctclip.models.huggingface import read_settings
 
-# A tokenizer whose vocabulary file is missing is built all the same by Transformers, of special tokens alone.
+# If the vocabulary file is missing, Transformers still builds a tokenizer, with special tokens alone.
 FEWEST_TOKENS = 8
-# How much longer a text may become by a tokenizer's replacements before it is cut into tokens.
+# Maximum growth of a text by a tokenizer's replacements.
 LARGEST_GROWTH = 64.0
 
 
 def train_tokenizer(reports: Iterable[str], vocabulary: int) -> Any:
-    """A lower-casing WordPiece tokenizer (BERT's) for ``reports``: their commonest words, and single characters to
-    spell the rest.
+    """A lower-casing WordPiece tokenizer (BERT's) for ``reports``: their most common words, and single characters to
+    spell the others.
 
-    The same reports give the same vocabulary: ties are broken by the alphabet, where the merging trainers of
-    `tokenizers` follow the order of a hash table and differ from run to run.
+    The same reports give the same vocabulary: ties are broken alphabetically; the merging trainers of `tokenizers`
+    depend on the order of a hash table and differ between runs.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -49,14 +49,15 @@ def train_tokenizer(reports: Iterable[str], vocabulary: int) -> Any:
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of a folder or hub repository, filling up on the right. Raises CheckpointError naming the file."""
+    """The tokenizer of a folder or hub repository, with padding on the right. Raises CheckpointError naming the
+    file."""
     folder = pretrained_folder(source, "model.text.pretrained", weights=False)
     settings = {path.name: read_settings(path) for path in sorted(folder.glob("*.json")) if _is_read(path)}
     _check_growth(settings.get("tokenizer.json", {}), folder / "tokenizer.json")
     try:
         tokenizer = _tokenizer(folder, settings)
         words = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
-        # A setting of another type fails only where it is used.
+        # A setting with the wrong type fails only when it is used.
         tokenizer("a")
     except Exception as error:  # untrusted files can make Transformers and its optional libraries raise anything
         raise CheckpointError(
@@ -70,10 +71,11 @@ def load_tokenizer(source: str | Path) -> Any:
             f"vocab.txt with tokenizer_config.json, in a folder and name it in model.text.pretrained (--text-encoder of "
             f"import-checkpoint)"
         )
-    # A model folder of ours must not point to code either.
+    # Our model folders must not refer to code.
     tokenizer.init_kwargs.pop("auto_map", None)
     if tokenizer.pad_token is None:
-        # A decoder's (GPT-2's) has none, and none is ever read: padding lies beyond the attention mask.
+        # Tokenizers of decoders (GPT-2) have no padding token. Any token serves, because the attention mask excludes
+        # padding.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
@@ -95,7 +97,7 @@ def _tokenizer(folder: Path, settings: dict[str, dict[str, Any]]) -> Any:
 
 
 def _check_growth(values: dict[str, Any], path: Path) -> None:
-    """Replacements that make a text longer are bounded: forty that each double it fill any memory."""
+    """Limit replacements that make a text longer: forty that each double it would fill any memory."""
     growth = 1.0
     waiting: list[Any] = [values.get("normalizer"), values.get("pre_tokenizer"), values.get("decoder")]
     while waiting:

@@ -1,10 +1,10 @@
 """A 3-D vision transformer for CT: convolutional stem, positions in millimetres, attention pooling.
 
-The stem cuts the volume into small cells (a linear map of each cell under several HU windows, as a reader
-looks through several windows), mixes neighbours by residual convolutions, and merges cells into tokens. The
-transformer has rotary positions over three axes in mm (Su et al. 2021, extended to 3-D), normalised queries
-and keys (Dehghani et al. 2023), SwiGLU (Shazeer 2020) and register tokens (Darcet et al. 2023). Long grids can be
-attended to in windows, with every few layers a global one, over all tokens or over windows (``windows.py``).
+The stem cuts the volume into small cells (a linear map of each cell in several HU windows, like the display windows of
+a radiologist), mixes neighbours by residual convolutions, and merges cells into tokens. The transformer has rotary
+positions over three axes in mm (Su et al. 2021, extended to 3-D), normalised queries and keys (Dehghani et al. 2023),
+SwiGLU (Shazeer 2020) and register tokens (Darcet et al. 2023). Long grids can be attended to in windows, with every few
+layers a global one, over all tokens or over windows (``windows.py``).
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class ViT3DConfig(EncoderConfig):
     global_every: int = Field(4, ge=1, le=512, description="if window is set: every n-th layer is global")
     global_over: Literal["tokens", "windows"] = Field(
         "tokens",
-        description="what a global layer attends to: all tokens, or the mean of each window (windows), which is far cheaper",
+        description="what a global layer attends to: all tokens, or the mean of each window (windows), which is much "
+        "cheaper",
     )
     drop_air: bool = Field(False, description="leave out tokens that contain only air outside the body")
 
@@ -91,7 +92,7 @@ class ViT3DConfig(EncoderConfig):
     @model_validator(mode="after")
     def _windows_to_be_global_over(self) -> ViT3DConfig:
         if self.global_over == "windows" and self.window is None:
-            raise ValueError("global_over=windows needs window: without one every layer is over all tokens")
+            raise ValueError("global_over=windows needs window: without it, every layer attends to all tokens")
         return self
 
 
@@ -152,11 +153,11 @@ class ViT3D(VolumeEncoder):
         return Evidence(encoded, tuple(levels), pool, alone)
 
     def lift(self, tokens: Tensor) -> Tensor:
-        """The part pooled from the stem does not come from tokens and is 0."""
+        """The part that is pooled from the stem does not depend on tokens and is 0."""
         return F.pad(tokens.repeat(1, 1, len(self.config.pooling)), (0, self.stem.pooled_width))
 
     def check_lift(self) -> None:
-        """Always: see ``lift``."""
+        """Always supported, see ``lift``."""
 
     def _encode(
         self, volume: Tensor, mask: Tensor | None, body: Tensor | None, stages: list[Tensor] | None = None
@@ -205,8 +206,8 @@ class ViT3D(VolumeEncoder):
         grid: tuple[int, int, int],
         valid: Tensor | None = None,
     ) -> Tensor:
-        """tokens (B, M, C), of which ``valid`` (B, M) are real (``is_real`` on the host); ``places`` (B, M): their places
-        in the grid, row by row."""
+        """``tokens`` (B, M, C), of which ``valid`` (B, M) are real (``is_real`` is a copy on the host); ``places`` (B,
+        M): their indices in the grid, row by row."""
         batch, registers = len(tokens), len(self.registers)
         tokens = torch.cat([self.registers.to(tokens.dtype).expand(batch, -1, -1), tokens], dim=1)
         head_width = self.config.width // self.config.heads
@@ -244,7 +245,7 @@ class ViT3D(VolumeEncoder):
         return torch.cat(pooled, dim=1)
 
     def _kept(self, volume: Tensor, mask: Tensor | None, body: Tensor | None) -> np.ndarray | None:
-        """(B, N) bool of the tokens that take part, or None if all do."""
+        """The tokens that are used, (B, N) bool, or None for all."""
         keep = None
         if mask is not None:
             keep = (F.max_pool3d(mask.to(volume.dtype), self.token_voxels) > 0).flatten(1).cpu().numpy()
@@ -283,7 +284,8 @@ class ViT3D(VolumeEncoder):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Under autocast with its weight in the tokens' precision: PyTorch has one kernel for both alike, several for both mixed."""
+    """RMS norm with its weight in the precision of the tokens: PyTorch has one kernel for equal precisions, but several
+    for mixed ones."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         assert self.weight is not None
@@ -314,8 +316,8 @@ class Block(nn.Module):
         attends: Tensor | None = None,
         windows: Windows | None = None,
     ) -> Tensor:
-        """tokens (B, N, C); rotation: cos and sin (B or 1, 1, N, C / heads / 2); attends: which are real (B, 1, 1, N)
-        bool, None for all; windows: attend within them alone."""
+        """tokens (B, N, C); rotation: cos and sin (B or 1, 1, N, C / heads / 2); attends: which tokens are real (B, 1,
+        1, N) bool, None for all; windows: attend only within these."""
         query, key, value = rearrange(
             self.qkv(self.norm_attention(tokens)), "b n (three h c) -> three b h n c", three=3, h=self.heads
         )
@@ -332,7 +334,8 @@ class Block(nn.Module):
     def between(
         self, tokens: Tensor, rotation: tuple[Tensor, Tensor], attends: Tensor | None, windows: Windows
     ) -> Tensor:
-        """tokens (B, registers + M, C): the layer over registers and the windows' means; rotation and attends are of those."""
+        """tokens (B, registers + M, C): apply the layer to registers and window means; rotation and attends refer to
+        these."""
         registers = tokens.shape[1] - len(windows.back) // len(tokens)
         before = torch.cat([tokens[:, :registers], means(tokens[:, registers:], windows, len(tokens))], dim=1)
         after = self(before, rotation, attends)
@@ -346,14 +349,15 @@ def _attends(valid: Tensor | None, registers: int) -> Tensor | None:
 
 
 def _compact(keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (B, M) of the kept tokens first, and which of them (B, M) are real; M is the batch's largest count."""
+    """Indices (B, M) with the kept tokens first, and which of them (B, M) are real; M is the largest count in the
+    batch."""
     most = int(keep.sum(axis=1).max())
     order = np.argsort(~keep, axis=1, kind="stable")[:, :most]
     return order, np.take_along_axis(keep, order, axis=1)
 
 
 def _rotation(positions: Tensor, head_width: int, registers: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, registers + N, head_width / 2) for positions (B, N, 3) in mm; registers are not turned."""
+    """cos and sin (B, 1, registers + N, head_width / 2) for positions (B, N, 3) in mm; registers are not rotated."""
     pairs = head_width // 2
     axis = torch.arange(pairs, device=positions.device) % 3
     step = torch.arange(pairs, device=positions.device) // 3
@@ -365,8 +369,8 @@ def _rotation(positions: Tensor, head_width: int, registers: int) -> tuple[Tenso
 
 
 class _Rotate(torch.autograd.Function):
-    """Pairs of channels (i and i + c / 2) turned by an angle; the gradient is turned back, in fewer passes over memory
-    than autograd would make."""
+    """Rotate pairs of channels (i and i + c / 2) by an angle. The gradient is rotated back, in fewer passes over memory
+    than autograd needs."""
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -380,7 +384,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """In float32 as the angles are, whatever the vectors (B, heads, N, c) are."""
+    """Rotate vectors (B, heads, N, c) of any precision in float32, the precision of the angles."""
     result = torch.empty_like(vectors)
     (even, odd), (turned_even, turned_odd) = vectors.chunk(2, dim=-1), result.chunk(2, dim=-1)
     turned_even.copy_(even * cos - odd * sin)

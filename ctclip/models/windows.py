@@ -1,9 +1,9 @@
-"""Attention over a long grid of tokens, within windows and between them.
+"""Attention over a large grid of tokens, within windows and between them.
 
-Within a window every token attends to the others and to the registers, which attend to all (Li et al. 2022, ViTDet,
-has windows of this kind). Between windows, a layer works on one token per window, the mean of its tokens, and adds its
-change to each of them: the carrier tokens of Hatamizadeh et al. 2024 (FasterViT), without parameters of their own. For
-such a layer, 13,824 tokens in windows of 144 become 96.
+Within a window, every token attends to the others and to the registers, which attend to all tokens (as in ViTDet, Li et
+al. 2022). Between windows, a layer works on one token per window, the mean of its tokens, and adds its change to each
+of them, like the carrier tokens of FasterViT (Hatamizadeh et al. 2024), but without parameters of their own. For such a
+layer, 13,824 tokens in windows of 144 become 96.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 
 
 class Windows(NamedTuple):
-    """Which tokens attend to each other: S windows of at most L tokens, those of all volumes one after another."""
+    """Which tokens attend to each other: S windows of at most L tokens, for all volumes of the batch in order."""
 
-    rows: Tensor  # (S, L) each window's tokens among the batch's (B * M)
+    rows: Tensor  # (S, L) indices of each window's tokens among the batch's B * M
     real: Tensor | None  # (S, L) bool; None: all windows are full
-    volume: Tensor  # (S,) the volume a window is of
-    place: Tensor  # (S,) each window's place among B * W, W the most windows of a volume
-    there: Tensor | None  # (B, W) bool, which of these there are; None: every volume has W
-    back: Tensor  # (B * M,) each token's place among S * L
+    volume: Tensor  # (S,) index of each window's volume
+    place: Tensor  # (S,) index of each window among B * W, where W is the largest number of windows of a volume
+    there: Tensor | None  # (B, W) bool, which of these exist; None: every volume has W
+    back: Tensor  # (B * M,) index of each token among S * L
 
 
 def cut(
@@ -36,8 +36,8 @@ def cut(
     window: tuple[int, int, int],
     device: torch.device,
 ) -> Windows:
-    """Windows of ``window`` tokens; those that hold no real token are left out. places (B, M): each token's place in the
-    grid; is_real (B, M) bool, None for all. Both on the host: nothing is asked of the device."""
+    """Windows of ``window`` tokens; those without a real token are left out. ``places`` (B, M): each token's index in
+    the grid; ``is_real`` (B, M) bool, None for all. Both are on the host, so that nothing waits for the device."""
     batch, count = places.shape
     blocks = [-(-extent // step) for extent, step in zip(grid, window, strict=True)]
     cell = [axis // step for axis, step in zip(np.unravel_index(places, grid), window, strict=True)]
@@ -67,7 +67,8 @@ def cut(
 
 
 def within(query: Tensor, key: Tensor, value: Tensor, attends: Tensor | None, windows: Windows) -> Tensor:
-    """Attention (B, heads, registers + M, c) of each token to its window and the registers, of registers to all."""
+    """Attention (B, heads, registers + M, c) of each token to its window and the registers, and of registers to all
+    tokens."""
     registers = query.shape[2] - len(windows.back) // len(query)
     keys, values = (
         torch.cat([part[windows.volume, :, :registers], _gathered(part[:, :, registers:], windows)], dim=2)
@@ -89,7 +90,7 @@ def _gathered(part: Tensor, windows: Windows) -> Tensor:
 
 
 def means(parts: Tensor, windows: Windows, batch: int) -> Tensor:
-    """(B or 1, M, C) -> (B, W, C), the mean of the real tokens of each window; zeros where there is none."""
+    """(B or 1, M, C) -> (B, W, C): the mean of the real tokens of each window; zeros for missing windows."""
     inside = rearrange(parts.expand(batch, -1, -1), "b m c -> (b m) c")[windows.rows]
     if windows.real is None:
         average = inside.mean(dim=1)
@@ -106,6 +107,6 @@ def means(parts: Tensor, windows: Windows, batch: int) -> Tensor:
 
 
 def to_tokens(parts: Tensor, windows: Windows) -> Tensor:
-    """(B, W, C) -> (B, M, C), to each token what is of its window."""
+    """(B, W, C) -> (B, M, C): give each token the value of its window."""
     window = windows.place[windows.back // windows.rows.shape[1]]
     return rearrange(rearrange(parts, "b w c -> (b w) c")[window], "(b m) c -> b m c", b=len(parts))

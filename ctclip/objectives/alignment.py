@@ -29,17 +29,18 @@ class AlignmentConfig(ObjectiveConfig):
     """Alignment of sentences with tokens."""
 
     pool: Literal["attention", "max"] = Field(
-        "attention", description="how the similarities of a sentence to tokens are pooled"
+        "attention", description="how the similarities between a sentence and the tokens are pooled"
     )
     attention_temperature: float = Field(
         0.25,
         gt=0,
         le=100,
-        description="temperature of the softmax over tokens (GLoRIA's); if it is much lower, most tokens get no gradient",
+        description="temperature of the softmax over tokens (as in GLoRIA); if it is much lower, most tokens get no "
+        "gradient",
     )
     temperature: float = Field(0.1, gt=0, le=100, description="temperature of the softmax over volumes")
     positive: bool = Field(True, description="leave out sentences that state that something is absent or normal")
-    language: str = Field("english", description="language of the words of negation; see data.language")
+    language: str = Field("english", description="language for detecting negation; see data.language")
 
 
 class Alignment(Objective):
@@ -52,7 +53,7 @@ class Alignment(Objective):
     def __init__(self, config: AlignmentConfig, context: Context) -> None:
         super().__init__(config, context)
         context.model.volume_encoder.check_lift()
-        # In a tuple, so that it is not a submodule: the step already has the model.
+        # Kept in a tuple, so that it is not a submodule, because the step already holds the model.
         self.model = (context.model,)
         self.language = load_language(config.language)
         self.negative: dict[tuple[int, ...], bool] = {}
@@ -125,7 +126,7 @@ def alignment(
 
 
 def _padded(sentences: list[tuple[int, ...]], encoder: Any) -> Tokens:
-    """Ids and mask (K, L) of sentences, each as the text encoder tokenises a text of its own; on the host."""
+    """Ids and mask (K, L), on the host, of sentences, each tokenised as a separate text."""
     reading = encoder.reading
     room = encoder.max_tokens - reading.around
     whole = [[*reading.prefix, *sentence[:room], *reading.suffix] for sentence in sentences]

@@ -1,4 +1,4 @@
-"""Writing the report from the volume, word by word."""
+"""Predict the report from the volume, token by token."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ctclip.objectives.words import WordDecoder, WordsConfig
 
 
 class Captioning(Objective):
-    """Next words of the report (VirTex, Desai & Johnson 2021; CoCa, Yu et al. 2022). The effect on the volume encoder
-    remains; the decoder can be kept as a head too (``ctclip.heads.caption``)."""
+    """Predicts the next word of the report (VirTex, Desai & Johnson 2021; CoCa, Yu et al. 2022) to train the volume
+    encoder; the decoder can also be kept as a head (``ctclip.heads.caption``)."""
 
     Config: ClassVar[type[ObjectiveConfig]] = WordsConfig
     needs = ("tokens", "words")
@@ -33,7 +33,8 @@ class Captioning(Objective):
 
 
 def captioning(decoder: WordDecoder, ids: Tensor, mask: Tensor, tokens: Encoded) -> Tensor:
-    """Mean cross-entropy (nats a word) of each next word of ids (B, L), mask (B, L) 1 where there is one."""
+    """Mean cross-entropy (nats per word) of the next words of ``ids`` (B, L), with ``mask`` (B, L) 1 for words and 0
+    for padding."""
     scores = decoder(ids[:, :-1], mask[:, :-1], tokens)
     target = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
     return F.cross_entropy(scores.flatten(0, 1).float(), target.flatten(), ignore_index=-100)

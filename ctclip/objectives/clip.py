@@ -17,7 +17,7 @@ EVERY = slice(None)
 
 
 class ContrastiveConfig(ObjectiveConfig):
-    """Which pairs are contrasted."""
+    """Settings of the pairs that are contrasted."""
 
     negatives: int | None = Field(
         None,
@@ -40,7 +40,7 @@ class ClipConfig(ContrastiveConfig):
         0,
         ge=0,
         le=10**7,
-        description="number of texts of earlier steps that are additional negatives; 0: only the batch",
+        description="number of texts of earlier steps used as additional negatives; 0: use only the batch",
     )
 
     @model_validator(mode="after")
@@ -73,14 +73,14 @@ class Clip(Objective):
         return total / features.views
 
     def _excluded(self, view: Features, earlier: EarlierTexts) -> Tensor:
-        """(rows, M) bool: which earlier texts each of this rank's volumes is not contrasted with."""
+        """Which earlier texts each of this rank's volumes is not contrasted with: (rows, M) bool."""
         if not self.config.by_identity:
             return earlier.empty.expand(len(view.scans[view.rows]), -1)
         return earlier.excluded(view.scans[view.rows], view.text_identities[view.rows])
 
 
 def pairs_apart(view: Features, config: ContrastiveConfig) -> Tensor:
-    """(rows, B) bool: pairs that are no negatives of each other, by identity and by group."""
+    """Pairs that are not negatives of each other, by identity and by group: (rows, B) bool."""
     apart = same_identity(view.scans, view.text_identities, view.rows)
     if not config.by_identity:
         apart = torch.zeros_like(apart)

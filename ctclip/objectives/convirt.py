@@ -10,7 +10,7 @@ from ctclip.config import ObjectiveConfig
 from ctclip.objectives.clip import ContrastiveConfig, clip, pairs_apart
 from ctclip.objectives.objective import Features, Objective
 
-# Zhang et al. 2022, section 3: how much volume -> text weighs beside text -> volume.
+# Weight of volume -> text relative to text -> volume (Zhang et al. 2022, section 3).
 VOLUME_WEIGHT = 0.75
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy on labels, of a linear map of both embeddings."""
+"""Cross-entropy on labels, predicted by a linear map of both embeddings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ctclip.objectives.objective import Context, Features, Objective
 class Labels(Objective):
     """Multi-label classification of volumes and texts besides contrastive learning; the result is no longer zero-shot.
 
-    Labels that come with the reports (Wu et al. 2023, MedKLIP, and GreenRFM learn from such).
+    The labels are extracted from the reports, as in MedKLIP (Wu et al. 2023) and GreenRFM.
     """
 
     needs = ("features", "labels")
@@ -25,7 +25,7 @@ class Labels(Objective):
         self.classifier = nn.Linear(context.model.config.dim, len(context.labels.names))
 
     def forward(self, features: Features, labels: Tensor) -> Tensor:
-        """labels (B, L) float32 of 0, 1 and NaN (unknown)."""
+        """``labels`` (B, L) float32 of 0, 1 and NaN (unknown)."""
         of_volumes = multi_label(self.classifier(features.volumes * features.scale), labels)
         of_texts = multi_label(
             self.classifier(features.texts * features.scale), labels.repeat_interleave(features.views, dim=0)
@@ -34,8 +34,8 @@ class Labels(Objective):
 
 
 def multi_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy over labels (B, L) of 0, 1 or NaN (unknown: left out). Scalar; 0 where all are unknown."""
+    """Binary cross-entropy over ``labels`` (B, L) of 0, 1 or NaN (unknown, ignored). Scalar; 0 if all are unknown."""
     known = ~torch.isnan(labels)
     losses = F.binary_cross_entropy_with_logits(logits.float(), torch.nan_to_num(labels), reduction="none")
-    # Counted, not selected: which labels are known is not asked of the device.
+    # Masking instead of indexing avoids waiting for the device to report which labels are known.
     return (losses * known).sum() / known.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Predicting masked words of the report from its other words and the volume."""
+"""Predict masked words of the report from its other words and the volume."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ctclip.models.encoded import Encoded
 from ctclip.objectives.objective import Context, Objective
 from ctclip.objectives.words import WordDecoder, WordsConfig
 
-# Devlin et al. 2019, section 3.1: of the words chosen 80 % are masked, 10 % exchanged, 10 % kept.
+# Of the chosen words, 80 % are masked, 10 % replaced and 10 % kept (Devlin et al. 2019, section 3.1).
 CHOSEN, MASKED, EXCHANGED = 0.15, 0.8, 0.1
 
 
 class MaskedWords(Objective):
-    """Masked language modelling with the volume in view (ALBEF, Li et al. 2021, section 3.2)."""
+    """Masked language modelling conditioned on the volume (ALBEF, Li et al. 2021, section 3.2)."""
 
     Config: ClassVar[type[ObjectiveConfig]] = WordsConfig
     needs = ("tokens", "words")
@@ -47,7 +47,7 @@ class MaskedWords(Objective):
 def masked_words(
     decoder: WordDecoder, bert: nn.Module, ids: Tensor, mask: Tensor, tokens: Encoded, tokenizer: Any
 ) -> Tensor:
-    """Mean cross-entropy (nats a word) of the words of ids (B, L) that were hidden from ``bert``."""
+    """Mean cross-entropy (nats per word) of the words of ``ids`` (B, L) that were hidden from ``bert``."""
     masked, target = hide(ids, mask, tokenizer.mask_token_id, tokenizer.all_special_ids, len(tokenizer))
     hidden = bert(input_ids=masked, attention_mask=mask).last_hidden_state
     scores = decoder(hidden, mask, tokens)
@@ -55,10 +55,10 @@ def masked_words(
 
 
 def hide(ids: Tensor, mask: Tensor, blank: int, special: list[int], vocabulary: int) -> tuple[Tensor, Tensor]:
-    """ids (B, L) with some words hidden, and what was there (-100 elsewhere). At least one word a text is hidden.
+    """``ids`` (B, L) with some words hidden, and the targets (-100 elsewhere). At least one word per text is hidden.
 
-    Transformers' DataCollatorForLanguageModeling costs the same and may hide nothing: of three words nothing in 61 % of the
-    texts, and the loss of a micro-batch without a hidden word is not a number. It also draws on the host, where the step
+    Transformers' DataCollatorForLanguageModeling takes the same time but may hide no word (in 61 % of texts with three
+    words), and the loss of a micro-batch without a hidden word is NaN. It also draws on the host, so that the step
     would wait for it."""
     word = (mask == 1) & ~torch.isin(ids, torch.tensor(special, device=ids.device))
     draw = torch.rand(ids.shape, device=ids.device).masked_fill(~word, 2.0)

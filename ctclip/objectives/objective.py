@@ -1,4 +1,4 @@
-"""The interface of an objective, and the inputs it can ask for.
+"""The interface of an objective, and the inputs it can request.
 
 An objective names its inputs and receives only these. An objective with ``features`` works on the global batch and is
 called once per step; one with ``tokens`` works on what this rank has encoded and is called for each micro-batch.
@@ -23,9 +23,9 @@ from ctclip.prompts import PromptSet
 class Features:
     """Embeddings of the global batch.
 
-    volumes (B, dim), texts (B * views, dim) unit vectors, float32, views of a volume beside each other; scale (1,) and
-    bias (1,) of the similarity; scans (B,) and text_identities (B * views,): equal numbers are the same scan, the same
-    wording; rows: this rank's volumes among the B. The loss is the mean over ranks of the values that an objective
+    volumes (B, dim), texts (B * views, dim) unit vectors, float32, with the views of a volume adjacent; scale (1,) and
+    bias (1,) of the similarity; scans (B,) and text_identities (B * views,): equal numbers mean the same scan or the
+    same wording; rows: this rank's volumes among the B. The loss is the mean over ranks of the values that an objective
     returns.
     """
 
@@ -39,11 +39,11 @@ class Features:
 
     @property
     def views(self) -> int:
-        """Texts of each volume."""
+        """Number of texts per volume."""
         return len(self.texts) // len(self.volumes)
 
     def view(self, number: int) -> Features:
-        """The features with one text a volume, the ``number``-th."""
+        """The features with only the ``number``-th text of each volume."""
         return Features(
             self.volumes, self.texts[number :: self.views], self.scale, self.bias, self.scans,
             self.text_identities[number :: self.views], self.rows,
@@ -60,7 +60,7 @@ class Context:
 
 
 class Objective(nn.Module, ABC):
-    """A loss that is added to the others; it may have parameters.
+    """A loss term, which may have parameters.
 
     ``needs`` names the arguments of ``forward``: ``features`` (``Features``), ``tokens`` (``Encoded``, of this rank),
     ``words`` (ids and mask of whole reports), ``earlier_texts`` (``EarlierTexts`` or None), and any column of the
@@ -77,7 +77,7 @@ class Objective(nn.Module, ABC):
 
     @property
     def queue_size(self) -> int:
-        """Number of texts of earlier steps that it needs; 0: none."""
+        """Number of texts of earlier steps that the objective needs; 0: none."""
         return 0
 
     @abstractmethod
@@ -89,19 +89,19 @@ GIVEN = ("features", "tokens", "words", "earlier_texts")
 
 
 def columns_needed(objective: type[Objective] | Objective) -> tuple[str, ...]:
-    """Columns of the batch that an objective asks for."""
+    """Columns of the batch that an objective requests."""
     return tuple(name for name in objective.needs if name not in GIVEN)
 
 
 def same_identity(scans: Tensor, texts: Tensor, rows: slice) -> Tensor:
     """Pairs that must not be negatives of each other.
 
-    scans (B,) and texts (B,) are identities of the scan and of the wording -> (rows, B) bool.
+    ``scans`` (B,) and ``texts`` (B,) identify the scan and the wording -> (rows, B) bool.
     """
     return (scans[rows, None] == scans[None, :]) | (texts[rows, None] == texts[None, :])
 
 
 def different_group(batch: int, size: int, rows: slice, device: torch.device) -> Tensor:
-    """(rows, B) bool: pairs of different groups of ``size`` neighbours."""
+    """Pairs in different groups of ``size`` neighbours: (rows, B) bool."""
     number = torch.arange(batch, device=device) // size
     return number[rows, None] != number[None, :]

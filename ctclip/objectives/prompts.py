@@ -1,4 +1,4 @@
-"""Cross-entropy on labels, of the zero-shot scores themselves."""
+"""Cross-entropy on labels, applied to the zero-shot scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ctclip.objectives.objective import Context, Features, Objective
 
 
 class Prompts(Objective):
-    """The margins of the run's prompts are fitted to the labels (VocabFine; Hamamci et al. 2024)."""
+    """Fits the margins of the run's prompts to the labels (VocabFine; Hamamci et al. 2024)."""
 
     needs = ("features", "labels")
 
@@ -27,13 +27,13 @@ class Prompts(Objective):
         self.directions: Tensor | None = None
 
     def forward(self, features: Features, labels: Tensor) -> Tensor:
-        """labels (B, L) float32 of 0, 1 and NaN (unknown)."""
+        """``labels`` (B, L) float32 of 0, 1 and NaN (unknown)."""
         margins = features.scale * features.volumes @ self._directions().T
         return multi_label(margins, labels)
 
     def _directions(self) -> Tensor:
-        """(L, dim): what detection multiplies volumes with, from one side of each label's prompts to the other. No
-        gradient flows into it: the prompts say where volumes should go, and learn from the reports alone."""
+        """The directions (L, dim) that detection multiplies volumes with, from the negative to the positive prompts of
+        each label. They have no gradient: the text encoder learns from the reports alone."""
         model, prompts, names = self.context
         if self.directions is None or not model.text_locked:
             training = model.training

@@ -17,17 +17,17 @@ EVERY = slice(None)
 
 
 class SigLIPConfig(ObjectiveConfig):
-    """Pairwise sigmoid loss; it contrasts every pair."""
+    """Settings of the pairwise sigmoid loss, which contrasts every pair."""
 
     by_identity: bool = Field(
         True,
-        description="count reconstructions of the same scan and equal reports as positives too; false: only a "
+        description="also count reconstructions of the same scan and equal reports as positives; false: only a "
         "volume's own report",
     )
 
 
 class SigLIP(Objective):
-    """Each pair of the global batch is a match or is not (Zhai et al. 2023, eq. 1)."""
+    """Classifies each pair of the global batch as match or non-match (Zhai et al. 2023, eq. 1)."""
 
     Config: ClassVar[type[ObjectiveConfig]] = SigLIPConfig
     needs = ("features",)
@@ -45,11 +45,11 @@ class SigLIP(Objective):
 def siglip(
     volumes: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, same: Tensor | None = None, rows: slice = EVERY
 ) -> Tensor:
-    """Pairwise sigmoid loss: identical pairs are positives wherever they stand.
+    """Pairwise sigmoid loss, in which pairs marked as ``same`` are positives.
 
-    volumes, texts (B, d) unit vectors; scale, bias (1,); same (rows, B) bool. Scalar: the mean over rows of the sum over
-    columns. Columns are taken in blocks as long as ``rows``, each computed again in the backward pass: memory does not
-    grow with the number of ranks (their section 3.1).
+    volumes, texts (B, d) unit vectors; scale, bias (1,); same (rows, B) bool. Scalar: the mean over rows of the sum
+    over columns. Columns are processed in blocks as long as ``rows``, which are recomputed in the backward pass, so
+    that memory does not grow with the number of ranks (section 3.1).
     """
     mine, texts = volumes.float()[rows], texts.float()
     own = torch.arange(len(texts), device=texts.device)[rows]

@@ -1,6 +1,6 @@
 """Reports of earlier steps as additional negatives of a volume.
 
-A 3-D encoder needs many steps and a contrastive loss many negatives: with small batches, negatives are too few. Text
+A 3-D encoder needs many steps and a contrastive loss many negatives, of which small batches have too few. Text
 embeddings change slowly, so those of a few steps ago are still usable (cross-batch memory, Wang et al. 2020; the queue
 of He et al. 2020, without a second encoder).
 """
@@ -14,25 +14,27 @@ from torch import Tensor, nn
 
 
 class EarlierTexts(NamedTuple):
-    """texts (M, dim) unit vectors of earlier steps; their scans (M,), -1 where a place is empty, and identities (M,)."""
+    """``texts`` (M, dim) unit vectors of earlier steps; their ``scans`` (M,), -1 for an empty slot, and ``identities``
+    (M,)."""
 
     texts: Tensor
     scans: Tensor
     identities: Tensor
 
     def excluded(self, scans: Tensor, identities: Tensor) -> Tensor:
-        """(B, M) bool: places that are empty, or of the same scan or wording as the pair (scans (B,), identities (B,))."""
+        """Slots that are empty, or have the scan or wording of the pair (scans (B,), identities (B,)): (B, M) bool."""
         same = (self.scans == scans[:, None]) | (self.identities == identities[:, None])
         return self.empty | same
 
     @property
     def empty(self) -> Tensor:
-        """(M,) bool: places not yet filled."""
+        """Slots not yet filled: (M,) bool."""
         return self.scans < 0
 
 
 class TextQueue(nn.Module):
-    """The last ``size`` texts of all ranks. Buffers, so that a checkpoint holds them; every rank has the same."""
+    """The last ``size`` texts of all ranks. They are buffers, so that a checkpoint includes them; every rank has the
+    same."""
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
@@ -46,12 +48,12 @@ class TextQueue(nn.Module):
         self.next_slot: Tensor
 
     def earlier(self) -> EarlierTexts:
-        """What the queue holds; a copy, as ``append`` changes it before the backward pass."""
+        """A copy of the contents of the queue, because ``append`` changes it before the backward pass."""
         return EarlierTexts(self.texts.clone(), self.scans.clone(), self.identities.clone())
 
     @torch.no_grad()
     def append(self, texts: Tensor, scans: Tensor, identities: Tensor) -> None:
-        """Put a batch's texts (B, dim) with their scans and identities (B,) in the oldest places."""
+        """Replace the oldest slots with a batch's texts (B, dim), scans and identities (B,)."""
         size, count = len(self.texts), min(len(texts), len(self.texts))
         places = (self.next_slot + torch.arange(count, device=self.next_slot.device)) % size
         self.texts[places] = texts[-count:].float()

@@ -1,4 +1,4 @@
-"""A decoder of Transformers that attends to the tokens of a volume, shared by the objectives on words."""
+"""A Transformers decoder that attends to the tokens of a volume, used by the objectives on words."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from ctclip.config import ObjectiveConfig
 from ctclip.errors import CheckpointError, ConfigError
 from ctclip.models.encoded import Encoded
 
-# Tokens of a report that are looked at; the phantom's have some 150, real ones 291 in the median.
+# Maximum number of tokens of a report; phantom reports have about 150, real reports a median of 291.
 LONGEST = 256
 
 
-# Waves along each axis by which the decoder is told places, the longest twice the volume.
+# Number of sine waves that encode positions along each axis; the longest spans twice the volume.
 WAVES = 4
 
 
 class WordsConfig(ObjectiveConfig):
-    """The decoder's size; its width is the text encoder's."""
+    """Size of the decoder; its width is that of the text encoder."""
 
-    depth: int = Field(2, ge=1, le=512, description="layers of the decoder")
+    depth: int = Field(2, ge=1, le=512, description="number of layers of the decoder")
     heads: int | None = Field(
-        None, ge=1, le=1024, description="attention heads of the decoder; null: one per 64 channels"
+        None, ge=1, le=1024, description="number of attention heads of the decoder; null: one per 64 channels"
     )
 
 
 class WordDecoder(nn.Module):
-    """A small GPT-2 (Radford et al. 2019) of random weights whose layers also attend to volume tokens.
+    """A small GPT-2 (Radford et al. 2019) with random initial weights whose layers also attend to volume tokens.
 
-    ``language`` is Transformers' GPT2LMHeadModel, so its ``generate`` writes texts when it is given ``attended(encoded)``.
+    ``language`` is Transformers' GPT2LMHeadModel, whose ``generate`` writes texts given ``attended(encoded)``.
     """
 
     def __init__(
@@ -48,14 +48,15 @@ class WordDecoder(nn.Module):
         local_width: int = 0,
         places: bool = False,
     ) -> None:
-        """length: the maximum number of tokens of a text, with the marks around it; local_width: channels of
-        ``Encoded.local``, which are attended to beside the tokens; places: whether it is told where each token is."""
+        """``length``: maximum number of tokens of a text, including start and end; ``local_width``: number of channels
+        of ``Encoded.local``, which is attended to in addition to the tokens; ``places``: whether it gets the position
+        of each token."""
         super().__init__()
         if heads is None:
             heads = max(number for number in range(1, max(1, width // 64) + 1) if width % number == 0)
         if width % heads:
             raise ConfigError(f"heads={heads} does not divide the decoder's width, {width} as the text encoder's")
-        # All that is needed to build it again.
+        # The arguments needed to build the decoder again.
         self.size = {
             "vocabulary": vocabulary,
             "token_width": token_width,
@@ -67,24 +68,25 @@ class WordDecoder(nn.Module):
             "places": places,
         }
         self.memory = nn.Linear(token_width + local_width, width)
-        # Channels of finer grids have scales of their own.
+        # Channels of finer grids have different scales.
         self.memory_norm = nn.LayerNorm(token_width + local_width) if local_width else nn.Identity()
         self.places = nn.Linear(6 * WAVES, width) if places else None
         self.language = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=vocabulary, n_positions=length, n_embd=width, n_layer=depth, n_head=heads,
                 activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, add_cross_attention=True,
-                # Of GPT-2's 0.02, made for widths of 768 and more, a narrow one would hardly hear of the volume.
+                # With GPT-2's 0.02, meant for widths from 768, a narrow decoder would barely respond to the volume.
                 initializer_range=width**-0.5,
                 bos_token_id=None, eos_token_id=None, pad_token_id=None, use_cache=False,
             )
         )  # fmt: skip
 
     def forward(self, words: Tensor, mask: Tensor, encoded: Encoded) -> Tensor:
-        """words (B, L) ids, read left to right, or vectors (B, L, width), each of which sees all; mask (B, L) 1 where there
-        is a word; encoded: B volumes. Returns a score for every word of the vocabulary (B, L, vocabulary)."""
+        """``words``: ids (B, L) with causal attention, or vectors (B, L, width) with full attention; ``mask`` (B, L): 1
+        for words, 0 for padding; ``encoded``: B volumes. Returns scores of all words of the vocabulary (B, L,
+        vocabulary)."""
         length = mask.shape[1]
-        # Masks of four dimensions are taken as they are: of others Transformers asks the device what they hold.
+        # Transformers uses four-dimensional masks unchanged; for others it would wait for the device to inspect them.
         seen = (mask == 1)[:, None, None, :].expand(-1, 1, length, -1)
         given = {"inputs_embeds": words}
         if not words.is_floating_point():
@@ -93,7 +95,7 @@ class WordDecoder(nn.Module):
         return scores
 
     def attended(self, encoded: Encoded) -> dict[str, Tensor]:
-        """What ``language`` is given of B volumes, by the names of its arguments."""
+        """Keyword arguments of ``language`` for B volumes."""
         tokens = encoded.tokens
         if local_width := self.size["local_width"]:
             if encoded.local is None or encoded.local.shape[2] != local_width:
@@ -112,7 +114,8 @@ class WordDecoder(nn.Module):
 
 
 def grid_waves(grid: tuple[int, int, int]) -> Tensor:
-    """(N, 6 * WAVES) float32: sines and cosines of the place of each token along each axis, in slice, row, column order."""
+    """Sines and cosines (N, 6 * WAVES), float32, of the position of each token along each axis, in slice, row, column
+    order."""
     axes = [(torch.arange(extent) + 0.5) / extent for extent in grid]
     places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3, 1)
     angles = (places * math.pi * 2.0 ** torch.arange(WAVES)).flatten(1)

@@ -17,7 +17,7 @@ KERNELS = ("soft", "medium", "sharp")
 
 @dataclass(frozen=True)
 class Acquisition:
-    """How one reconstruction is made; spacing in mm [slice, row, column], noise and offset in HU."""
+    """The parameters of one reconstruction; spacing in mm [slice, row, column], noise and offset in HU."""
 
     grid: Grid
     kernel: str
@@ -29,7 +29,7 @@ class Acquisition:
 
 
 def draw_acquisition(patient: Patient, random: np.random.Generator, scale: float) -> Acquisition:
-    """A reconstruction's protocol. ``scale`` multiplies the in-plane spacing, for small volumes."""
+    """Draw the protocol of a reconstruction. ``scale`` multiplies the in-plane spacing, for small volumes."""
     field = 2 * max(patient.half_width, patient.half_depth) * random.uniform(1.04, 1.28)
     pixel = float(np.clip(field / 512, 0.6, 0.9)) * scale
     thickness = float(random.choice([1.0, 1.5, 2.0, 3.0, 5.0])) if scale < 2 else float(random.choice([3.0, 4.0, 5.0]))
@@ -49,7 +49,7 @@ def draw_acquisition(patient: Patient, random: np.random.Generator, scale: float
         noise=float(random.uniform(10, 40)),
         maker=MAKERS[int(random.integers(3))],
         table_height=float(random.uniform(6, 22)),
-        # Scanners drift within what quality assurance lets pass.
+        # Scanners drift within the limits of quality assurance.
         gain=float(random.normal(1.0, 0.012)),
         offset=float(random.normal(0, 7)),
     )
@@ -65,8 +65,8 @@ def draw_table(canvas: Canvas, patient: Patient, height: float) -> None:
 
 
 def scan(canvas: Canvas, acquisition: Acquisition, random: np.random.Generator) -> np.ndarray:
-    """What the scanner makes of the drawn patient: int16 HU [slice, row, column] with the kernel's noise."""
-    # Noise leaves the reconstruction coloured: a soft kernel blurs it, and the picture a little; a sharp one does not.
+    """Simulate the scan of the drawn patient: int16 HU [slice, row, column] with the noise of the kernel."""
+    # A soft kernel blurs the noise and, slightly, the image; a sharp kernel does not.
     blur = {"soft": 0.62, "medium": 0.4, "sharp": 0.0}[acquisition.kernel]
     noise = random.standard_normal(canvas.hu.shape, dtype=np.float32)
     image = canvas.hu

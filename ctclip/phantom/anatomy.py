@@ -19,7 +19,7 @@ def draw_body(canvas: Canvas, patient: Patient) -> None:
     edge = max(canvas.grid.spacing[1:])
     for inset, value in ((0.0, 20.0), (2.0, FAT), (patient.fat, SOFT)):
         a, b = patient.half_width - inset, patient.half_depth - inset * 0.8
-        # Slices differ by their size alone: the powers are of one slice, not of the volume.
+        # Slices differ only in size, so powers are computed for one slice instead of the volume.
         outline = ((np.abs(x) / a) ** 2.5 + (np.abs(y) / b) ** 2.5) ** 0.4
         canvas.extrude(outline[0], narrow.ravel(), value, steep=b / edge)
     if patient.breasts:
@@ -32,7 +32,7 @@ def draw_body(canvas: Canvas, patient: Patient) -> None:
 
 
 def draw_lungs(canvas: Canvas, patient: Patient) -> None:
-    """Aerated lungs, denser where they lie; their bases are cut by the diaphragm later."""
+    """Aerated lungs, denser in dependent regions; the diaphragm cuts their bases later."""
     edge = sum(canvas.grid.spacing) / 3
     for side in SIDES:
         (cx, cy, cz), (rx, ry, rz) = patient.lung_centre(side), patient.lung_radii(side)
@@ -69,7 +69,7 @@ def draw_skeleton(canvas: Canvas, patient: Patient, random: np.random.Generator)
         shrink = 1 - 0.36 * max(0.0, level / (height * 0.5)) ** 2
         angles = np.linspace(0.12, 0.86, 9) * np.pi
         for sign in (-1, 1):
-            # Ribs fall forwards: the front end lies lower than the spine's.
+            # Ribs slope forwards: the anterior end is lower than the end at the spine.
             points = [
                 (
                     sign * (width + 5) * shrink * np.sin(a),
@@ -144,7 +144,7 @@ def draw_heart(canvas: Canvas, patient: Patient, blood: float) -> None:
 
 
 def draw_diaphragm(canvas: Canvas, patient: Patient, raised: dict[str, float]) -> None:
-    """Liver under the right dome, spleen and stomach under the left. ``raised`` mm a side."""
+    """Liver under the right dome, spleen and stomach under the left. ``raised``: mm for each side."""
     width, depth = patient.cavity
     base = -patient.lung_height * 0.5
     for side, sign, value in (("right", -1, 58.0), ("left", 1, 48.0)):

@@ -1,7 +1,7 @@
 """Drawing in millimetres with partial volume: ellipsoids and tapered tubes onto a CT grid.
 
-Patient frame, in mm: x to the left, y to the back, z to the head; the origin lies between the lungs. Arrays are
-[slice, row, column]. A voxel half covered by a shape takes half of its value, as a scanner's would.
+Patient frame, in mm: x to the left, y to the back, z to the head; the origin lies between the lungs. Arrays are [slice,
+row, column]. A voxel half covered by a shape gets half of its value, as on a scanner.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def path(points: Sequence[Point], radius: float) -> list[np.ndarray]:
 
 
 class Canvas:
-    """HU being drawn, the share of lung in each voxel, and a bit a finding."""
+    """The HU image, the fraction of lung in each voxel, and one mask bit per finding."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
@@ -94,8 +94,8 @@ class Canvas:
     ) -> None:
         """Draw shapes of ``value`` HU (``how=ADD``: add it).
 
-        ``within=IN_LUNG`` draws in lung only, and leaves it lung; anything else displaces lung. ``softness`` mm
-        widens the edge. ``finding`` marks the covered voxels with that finding's bit.
+        ``within=IN_LUNG`` draws only in lung and keeps it lung; otherwise lung is displaced. ``softness`` mm widens the
+        edge. ``finding`` marks the covered voxels with that finding's bit.
         """
         if len(shapes) == 0:
             return
@@ -108,14 +108,14 @@ class Canvas:
         )  # fmt: skip
 
     def extrude(self, outline: np.ndarray, size: np.ndarray, value: float, steep: float) -> None:
-        """Draw ``value`` HU where ``outline`` [row, column] is below ``size`` [slice], whatever is there.
+        """Draw ``value`` HU where ``outline`` [row, column] is below ``size`` [slice], overwriting earlier values.
 
-        ``steep``: how much the cover falls from inside to outside while outline / size grows by one.
+        ``steep``: decrease of the cover from inside to outside per unit of outline / size.
         """
         _extrude(self.hu, outline, size, np.float32(value), np.float32(steep))
 
     def pour(self, cover: np.ndarray, value: float, finding: int | None = None) -> None:
-        """Displace lung by ``value`` HU where ``cover`` (0 to 1, broadcast to the volume) says so."""
+        """Displace lung by ``value`` HU in proportion to ``cover`` (0 to 1, broadcast to the volume)."""
         share = np.broadcast_to(np.asarray(cover, dtype=np.float32), self.hu.shape) * self.lung
         self.hu += (value - self.hu) * share
         self.lung -= share
@@ -123,7 +123,7 @@ class Canvas:
             self.findings[share > 0.25] |= np.uint32(1 << finding)
 
     def unmark(self, shape: np.ndarray, finding: int) -> None:
-        """Take a finding's mark from the inside of an ellipsoid."""
+        """Remove a finding's mark inside an ellipsoid."""
         z, y, x = self.grid.axes
         (cx, cy, cz), (rx, ry, rz) = shape[1:4], shape[4:7]
         inside = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 + ((z - cz) / rz) ** 2 < 1
@@ -142,7 +142,7 @@ def _extrude(hu, outline, size, value, steep):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def _draw(hu, lung, findings, shapes, values, origin, spacing, within, how, softness, bit):  # type: ignore[no-untyped-def]
-    # Half an edge: the distance over which a voxel goes from empty to full.
+    # Half the width of an edge, over which a voxel goes from empty to full.
     voxel = (spacing[0] + spacing[1] + spacing[2]) / 3
     half = 0.5 * voxel + softness
     low, high = np.empty(3), np.empty(3)
@@ -187,7 +187,7 @@ def _draw(hu, lung, findings, shapes, values, origin, spacing, within, how, soft
                         radius = shape[7] + t * (shape[8] - shape[7])
                         px, py, pz = x - shape[1] - t * dx, y - shape[2] - t * dy, z - shape[3] - t * dz
                         distance = np.sqrt(px * px + py * py + pz * pz) - radius
-                        # A tube thinner than a voxel fills only its share of it.
+                        # A tube thinner than a voxel fills only a fraction of it.
                         thin = min(1.0, 2 * radius / voxel)
                     cover = min(1.0, max(0.0, 0.5 - distance / (2 * half))) * thin
                     if cover <= 0.0:

@@ -1,4 +1,4 @@
-"""A synthetic cohort on disk, laid out as CT-RATE is.
+"""Write a synthetic cohort to disk in the layout of CT-RATE.
 
 ``dataset/{train,valid}/train_1/train_1_a/train_1_a_1.nii.gz`` (int16 HU), the reports, labels and metadata CSVs,
 and beside them ``masks/`` (uint32 NIfTI, bit i for the i-th of the 18 findings) and ``phantom/`` (what was drawn).
@@ -32,7 +32,7 @@ from ctclip.preprocessing.workers import worker_pool
 
 RECONSTRUCTIONS = (0.7, 0.2, 0.1)
 SECOND_SCAN = 0.1
-# CT-RATE's second release: values are in HU already, and the table still lists what was applied.
+# As in CT-RATE's second release, values are in HU already, and the table lists the applied slope and intercept.
 RESCALE = {"RescaleIntercept": -1024, "RescaleSlope": 1}
 
 MARKS = {"phantom.json": b'"rare_floor"'}
@@ -47,13 +47,13 @@ class Options:
     scale: float = 4.0
     rare_floor: float = 0.0
     valid_fraction: float = 0.2
-    # The most that a scan has.
+    # Maximum number of reconstructions per scan.
     reconstructions: int = len(RECONSTRUCTIONS)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One scan to make: whose, and under which name."""
+    """One scan to generate: its patient and name."""
 
     patient_number: int
     scan_number: int
@@ -63,10 +63,10 @@ class Task:
 
 
 def make_cohort(out: str | os.PathLike[str], options: Options, workers: int | None = None) -> None:
-    """Write a cohort of ``options.volumes`` reconstructions; scans that are there already are kept.
+    """Write a cohort of ``options.volumes`` reconstructions; existing scans are kept.
 
-    Raises PhantomError if the folder holds a cohort with other options, and PreprocessingError if it holds something
-    else or another process writes there.
+    Raises PhantomError if the folder holds a cohort with other options, and PreprocessingError if it holds other files
+    or another process writes there.
     """
     root = Path(out)
     if options.volumes < 2:
@@ -82,12 +82,12 @@ def make_cohort(out: str | os.PathLike[str], options: Options, workers: int | No
 
 
 def plan(options: Options) -> Iterator[Task]:
-    """The scans of a cohort, in order: a function of the options alone."""
+    """The scans of a cohort, in order, which depend only on the options."""
     random = np.random.default_rng([options.seed, 99])
     numbers = {"train": 0, "valid": 0}
     drawn = patient = 0
     while drawn < options.volumes:
-        # Every fifth or so goes to validation; drawn, not counted, so that a larger cohort begins with a smaller one.
+        # The validation split is drawn at random instead of counted, so that a larger cohort begins with a smaller one.
         split = "valid" if random.random() < options.valid_fraction else "train"
         numbers[split] += 1
         for scan_number in range(1 + int(random.random() < SECOND_SCAN)):
@@ -108,7 +108,7 @@ def _claim(root: Path, options: Options) -> None:
             kept = dict(plain_json.read(path))
         except (ValueError, TypeError) as error:
             raise PhantomError(f"{path}: damaged; choose another folder, or delete this one") from error
-        # Earlier cohorts do not name an option that has been added since: they have its default.
+        # Earlier cohorts lack options that were added later; these have their default values.
         kept = {**_defaults(), **kept}
         differing = [key for key in wanted if kept.get(key) != wanted[key]]
         if differing:
@@ -149,7 +149,7 @@ def _one(root: Path, options: Options, task: Task) -> None:
             root / "masks" / relative / f"{volume}_findings.nii.gz", reconstruction.masks, reconstruction.acquisition
         )
         rows.append(_metadata(f"{volume}.nii.gz", reconstruction.acquisition, scan))
-    # Written last: a scan with its sidecar is whole.
+    # Written last, so that a scan with a sidecar is complete.
     write_text(_sidecar(root, task), json.dumps(_facts(scan, rows), indent=1))
 
 
@@ -165,7 +165,7 @@ def _sidecar(root: Path, task: Task) -> Path:
 
 
 def _write_nifti(path: Path, array: np.ndarray, acquisition: Acquisition) -> None:
-    """[slice, row, column] LPS+ as a NIfTI [column, row, slice], its affine in RAS as NIfTI's are."""
+    """Write an array [slice, row, column] LPS+ as NIfTI [column, row, slice] with an affine to RAS."""
     import nibabel as nib
     from isal import igzip
 
@@ -174,7 +174,7 @@ def _write_nifti(path: Path, array: np.ndarray, acquisition: Acquisition) -> Non
     image = nib.Nifti1Image(array.transpose(2, 1, 0), affine, dtype=array.dtype)
     image.header.set_xyzt_units("mm")
     with written_beside(path, suffix=".nii.gz") as partial:
-        # No time in the gzip header: the same seed gives the same bytes.
+        # No time in the gzip header, so that the same seed gives the same bytes.
         partial.write_bytes(igzip.compress(image.to_bytes(), 1, mtime=0))
 
 

@@ -1,4 +1,4 @@
-"""Abnormalities of heart, vessels, mediastinum and chest wall, and things put there by surgeons."""
+"""Abnormalities of heart, vessels, mediastinum and chest wall, and implants."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def hiatal_hernia(canvas: Canvas, patient: Patient, random: np.random.Generator)
     canvas.draw([ellipsoid(centre, radii)], 40.0, finding=bit("Hiatal hernia"))
     canvas.draw([ellipsoid(centre, radii - 4)], float(random.uniform(5, 35)))
     if random.random() < 0.75:
-        # The patient lies on the back: air rises to the front.
+        # The patient is supine, so air rises to the front.
         canvas.draw(
             [ellipsoid(centre - np.array([0, radii[1] * 0.35, 0]), (radii - 4) * np.array([0.75, 0.5, 0.75]))],
             -900.0,
@@ -173,7 +173,7 @@ def medical_material(canvas: Canvas, patient: Patient, random: np.random.Generat
 
 
 def distractors(canvas: Canvas, patient: Patient, random: np.random.Generator) -> None:
-    """Harmless things anyone may have: electrodes on the skin, bowel gas, small nodes, calcified cartilage, spurs."""
+    """Harmless structures: electrodes on the skin, bowel gas, small nodes, calcified cartilage, spurs."""
     width, depth = patient.cavity
     height = patient.lung_height
     if random.random() < 0.5:

@@ -1,5 +1,5 @@
-"""Abnormalities of lung and pleura, each drawn as it looks on CT. Each function returns what a radiologist would
-report."""
+"""Abnormalities of lung and pleura, drawn as they look on CT. Each function returns the details that a radiologist
+would report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEVERITIES = ("mild", "moderate", "severe")
 
 @dataclass(frozen=True)
 class Detail:
-    """A finding as a report states it; empty strings and zeros where a word has no meaning for it."""
+    """The details of a finding for a report; empty strings and zeros for details that do not apply."""
 
     finding: str
     side: str = ""
@@ -29,12 +29,12 @@ class Detail:
 
 
 def bit(name: str) -> int:
-    """A finding's bit in the masks: its place in the published order."""
+    """The bit of a finding in the masks: its index in the published order."""
     return FINDINGS.index(name)
 
 
 def draw_severity(random: np.random.Generator) -> tuple[str, float]:
-    """A severity and the factor that goes with it."""
+    """A severity and its factor."""
     index = int(random.choice(3, p=(0.35, 0.4, 0.25)))
     return SEVERITIES[index], (0.6, 1.0, 1.6)[index] * float(random.uniform(0.9, 1.1))
 
@@ -140,7 +140,7 @@ def fibrotic_sequela(canvas: Canvas, patient: Patient, random: np.random.Generat
 
 
 def pleural_effusion(canvas: Canvas, patient: Patient, random: np.random.Generator) -> Detail:
-    """Water that lies dependent: behind and below, with a meniscus that climbs along the wall."""
+    """Dependent fluid, behind and below, with a meniscus that climbs along the wall."""
     severity, factor = draw_severity(random)
     side = (*SIDES, "both")[int(random.choice(3, p=(0.3, 0.25, 0.45)))]
     z, y, x = canvas.grid.axes
@@ -153,7 +153,7 @@ def pleural_effusion(canvas: Canvas, patient: Patient, random: np.random.Generat
         level = cy + ry - depth + np.clip(climb, -12, 400) - meniscus
         near = (np.sign(x) == np.sign(cx)) * np.clip(0.5 + (y - level) / edge, 0, 1)
         canvas.pour(near, float(random.uniform(2, 16)), bit("Pleural effusion"))
-        # Lung above the fluid is squeezed.
+        # Lung above the fluid is compressed.
         canvas.draw(
             [ellipsoid((cx, cy + ry - depth - 4, cz - rz * 0.5), (rx * 0.5, 8, 26))],
             180.0,
@@ -213,7 +213,7 @@ def consolidation(canvas: Canvas, patient: Patient, random: np.random.Generator)
 
 
 def bronchiectasis(canvas: Canvas, patient: Patient, random: np.random.Generator) -> Detail:
-    """Bronchi wider than the artery beside them, tubes and rings of air in a wall that do not taper."""
+    """Bronchi wider than the artery beside them, tubes and rings of air in a wall, without tapering."""
     severity, factor = draw_severity(random)
     side, lobe = _place(random, ("lower", "middle"))
     both = random.random() < 0.5

@@ -6,7 +6,7 @@ Placeholders: {where} a lobe or side ("the right upper lobe", "both lungs"), {si
 
 from __future__ import annotations
 
-# Of each abnormality: phrasings for findings, for the impression, and for its absence.
+# For each abnormality: phrasings for the findings section, for the impression, and for its absence.
 PHRASES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "Medical material": (
         (

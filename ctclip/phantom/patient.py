@@ -1,4 +1,4 @@
-"""A patient: habitus and the sizes of organs in mm, drawn at random within what chests are like."""
+"""A patient: habitus and organ sizes in mm, drawn at random from realistic ranges."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def lung_point(
         reach = float(np.linalg.norm(unit))
         if not (0.6 if peripheral else 0.0) < reach < 0.86 or unit[2] < -0.72:
             continue
-        # Above the fissure is upper; below it in front on the right is middle.
+        # Above the fissure is the upper lobe; below it, in front and on the right, is the middle lobe.
         above = unit[2] - 0.45 * unit[1] > 0.12
         here = "upper" if above else ("middle" if side == "right" and unit[1] < -0.1 else "lower")
         point = centre + unit * radii

@@ -1,4 +1,4 @@
-"""How often each abnormality occurs, and with which others: CT-RATE's figures, from ``prevalence.yaml``."""
+"""Prevalences and co-occurrence of abnormalities: CT-RATE's figures, from ``prevalence.yaml``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from scipy.stats import multivariate_normal, norm
 _TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 # Per cent of volumes, by abnormality.
 PREVALENCE: dict[str, float] = _TABLE["prevalence"]
-# What a phantom can show, in the published order.
+# The abnormalities that a phantom can show, in the published order.
 FINDINGS = tuple(PREVALENCE)
 CORRELATION: dict[tuple[str, str], float] = {(first, second): value for first, second, value in _TABLE["correlation"]}
-# Those of the mediastinum and the chest wall; the rest are of the lungs.
+# Abnormalities of the mediastinum and the chest wall; the others belong to the lungs.
 MEDIASTINUM = frozenset(_TABLE["mediastinum"])
 
 
@@ -28,7 +28,8 @@ def draw_findings(random: np.random.Generator, rare_floor: float = 0.0) -> froze
 
 @functools.cache
 def _latent(rare_floor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Thresholds and matrix root of the Gaussian copula whose binary margins and correlations are the table's."""
+    """Thresholds and matrix root of the Gaussian copula whose binary margins and correlations are those of the
+    table."""
     rates = np.array([max(PREVALENCE[name] / 100, rare_floor) for name in FINDINGS])
     thresholds = norm.isf(rates)
     listed = np.eye(len(FINDINGS), dtype=bool)
@@ -37,12 +38,12 @@ def _latent(rare_floor: float) -> tuple[np.ndarray, np.ndarray]:
         i, j = FINDINGS.index(first), FINDINGS.index(second)
         listed[i, j] = listed[j, i] = True
         latent[i, j] = latent[j, i] = _tetrachoric(thresholds[i], thresholds[j], rates[i], rates[j], correlation)
-    # Pairs set one by one need not fit together: alternate between the listed values and the nearest matrix that
-    # is a correlation (Higham 2002); pairs that are not listed take what the listed ones imply, no more.
+    # Correlations set pair by pair need not form a valid matrix: alternate between the listed values and the nearest
+    # correlation matrix (Higham 2002); unlisted pairs get the values that the listed ones imply.
     matrix = latent
     for _ in range(200):
         values, vectors = np.linalg.eigh(np.where(listed, latent, matrix))
-        # Of a matrix's roots the symmetric one: the eigenvectors' signs, which differ between processors, cancel in it.
+        # Use the symmetric matrix root, in which the signs of eigenvectors, which differ between CPUs, cancel.
         root = vectors * np.sqrt(np.clip(values, 1e-6, None)) @ vectors.T
         matrix = root @ root.T
     return thresholds, root / np.linalg.norm(root, axis=1, keepdims=True)

@@ -1,5 +1,5 @@
-"""A report in four sections on the phantom: it states the positive findings and some negative ones, and omits the
-rest."""
+"""Write a report with four sections about a phantom: it states the positive findings and some negative ones, and omits
+the rest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATED_NEGATIVES = 0.4
 def write_report(
     details: Sequence[Detail], random: np.random.Generator, *, contrast: bool, slice_mm: float
 ) -> dict[str, str]:
-    """The four sections by CT-RATE's column names."""
+    """The four sections, by CT-RATE's column names."""
     return {
         "ClinicalInformation_EN": _pick(language.CLINICAL, random) if random.random() < 0.85 else NOT_GIVEN,
         "Technique_EN": _pick(language.TECHNIQUES[contrast], random).format(slice=f"{slice_mm:g}") if random.random() < 0.9 else NOT_GIVEN,
@@ -43,7 +43,7 @@ def _findings(details: Sequence[Detail], random: np.random.Generator) -> str:
     for part in (chest, lungs):
         random.shuffle(part)
     normal = [language.NORMAL[i] for i in random.permutation(len(language.NORMAL))[: random.integers(2, 6)]]
-    # Readers go from the mediastinum to the lungs, or the other way.
+    # Radiologists start with the mediastinum or with the lungs.
     first, second = (chest, lungs) if random.random() < 0.7 else (lungs, chest)
     return " ".join([normal[0], *first, *second, *normal[1:]])
 

@@ -15,7 +15,7 @@ from ctclip.phantom.patient import SIDES, Patient, draw_patient
 from ctclip.phantom.prevalence import FINDINGS, draw_findings
 from ctclip.phantom.report import write_report
 
-# Lung first, what displaces it later: an effusion covers what lies under it.
+# Lung findings first, then findings that displace lung: an effusion covers the structures below it.
 IN_LUNG = {
     "Emphysema": findings_lung.emphysema,
     "Mosaic attenuation pattern": findings_lung.mosaic_attenuation,

@@ -1,4 +1,4 @@
-"""Reading reports: labels with the sentences that state them, findings, and prompts in the words of the reports.
+"""Read reports: labels with the sentences that state them, findings, and prompts mined from reports.
 
 A reader takes the text of a report and decides for each label whether it is present, absent, uncertain or not mentioned
 (``reader.py``). There are readers by rules (``rules.py``), by a classifier and by a language model. The code names no

@@ -15,7 +15,7 @@ class Answers:
     """A file with one answer per line. Answers are appended as they arrive; an incomplete line is ignored."""
 
     def __init__(self, folder: Path | None, identity: str) -> None:
-        """``identity``: that of the reader; each reader has its own file. Without ``folder``, answers are kept in
+        """``identity``: the reader's identity; each reader has its own file. Without ``folder``, answers are kept in
         memory only."""
         self.known: dict[str, Reading] = {}
         self.path = None if folder is None else folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl"

@@ -1,4 +1,4 @@
-"""Findings of a sentence, one at a time, each with side, lobe, size and certainty.
+"""The findings of a sentence, each with side, lobe, size and certainty.
 
 "A 7 mm nodule in the right upper lobe and a left pleural effusion" states two findings. An attribute belongs to the
 finding in the same part of the sentence; parts end at commas, and at "and" between two findings.
@@ -59,7 +59,7 @@ class Cleaner:
         marks += [("boilerplate", phrase) for phrase in wording.boilerplate]
         if self.language.scopes is None:
             raise ConfigError(
-                f"the language {self.language.name!r} has no scopes, so findings cannot be told apart in it"
+                f"the language {self.language.name!r} has no scopes, so findings cannot be separated in it"
             )
         joins = [
             (key, phrase)
@@ -73,7 +73,7 @@ class Cleaner:
         return [self._sentence(self.mended(sentence)) for sentence in sentences(text)]
 
     def mended(self, sentence: str) -> str:
-        """A sentence with the misspellings of the language's list corrected."""
+        """Correct the misspellings in a sentence that the language lists."""
         if self.typos is None:
             return sentence
         return self.typos.sub(lambda match: _cased(self.language.wording.typos[match[0].lower()], match[0]), sentence)

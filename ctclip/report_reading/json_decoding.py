@@ -1,7 +1,7 @@
-"""Constrained decoding of JSON: a causal model may write only tokens that continue a valid answer.
+"""Constrained decoding of JSON: a causal model may only generate tokens that continue a valid answer.
 
-A schema has fixed keys, and values from short lists, so an answer is a text with choices in it. Where the text is
-fixed, the longest fitting token is the only one allowed; where there is a choice, the model makes it.
+A schema has fixed keys and values from short lists, so an answer is a fixed text with choices. In fixed text, only the
+longest matching token is allowed; at a choice, the model chooses.
 """
 
 from __future__ import annotations

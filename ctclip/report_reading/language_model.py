@@ -21,11 +21,11 @@ from ctclip.report_reading.json_decoding import Choices, OnlyValid, Vocabulary, 
 from ctclip.report_reading.reader import NOTHING, Options, Reader, Reading, Statement, Status, strongest
 from ctclip.sentences import sentences
 
-INSTRUCTION = """You read radiology reports. Of each label say what the report states of it:
-"present": the report says that it is there; "absent": it says that it is not there, or is normal;
-"uncertain": it says that it is possible or cannot be excluded; "not mentioned": it says nothing of it.
-Findings of earlier examinations that are gone are absent. Give the number of the sentence that says so, 0 if there is none.
-Answer in JSON and nothing else."""
+INSTRUCTION = """You read radiology reports. For each label, give its status in the report:
+"present": the report states that the finding is there; "absent": it states that it is not there, or is normal;
+"uncertain": it states that it is possible or cannot be excluded; "not mentioned": it does not mention it.
+Findings of earlier examinations that have resolved are absent. Give the number of the sentence that states the status, 0
+if there is none. Answer in JSON and nothing else."""
 STATUS, SENTENCE = "status", "sentence"
 # Minimum number of tokens for each part of a report.
 ROOM = 64

@@ -1,7 +1,7 @@
-"""Prompts in the words of training reports: sentences that state each label, and sentences that deny it.
+"""Mine prompts from training reports: sentences that state each label, and sentences that deny it.
 
 A sentence becomes a phrasing of a label if a reader finds that label in it and no other. Sentences that differ only in
-numbers are one phrasing, weighted by its frequency. No label of a volume is read.
+numbers are one phrasing, weighted by its frequency. The labels of volumes are not used.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Counts = dict[tuple[str, bool, str], dict[str, Counter[str]]]
 @dataclass
 class Mined:
     """A prompt set; ``kept``: for each label the number of phrasings that state it and that deny it; ``borrowed``:
-    sides that no report states by itself, with phrasings from another set."""
+    sides that no report states by itself, whose phrasings come from another set."""
 
     prompts: PromptSet
     kept: dict[str, tuple[int, int]]
@@ -54,7 +54,7 @@ def mine_prompts(
     most: int = 24,
     least: int = 2,
 ) -> Mined:
-    """The ``most`` commonest phrasings of each label, side and section, each found in at least ``least`` scans of a
+    """The ``most`` most frequent phrasings of each label, side and section, each found in at least ``least`` scans of a
     split.
 
     ``others``: the set to borrow from if there is no phrasing of a side. Raises DataError if no report names any label.
@@ -115,7 +115,7 @@ def save_prompts(prompts: PromptSet, path: Path) -> None:
 def _commonest(
     counts: Counts, label: str, side: bool, most: int, least: int
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[float, ...]]]:
-    """Phrasings with their weights by section, the commonest first, each in its commonest wording."""
+    """Phrasings with their weights by section, the most frequent first, each in its most frequent wording."""
     phrasings, weights = {}, {}
     for section in SECTIONS:
         wordings = counts.get((label, side, section), {})

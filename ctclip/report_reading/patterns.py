@@ -1,9 +1,9 @@
 """Search for many phrases of several words in a sentence.
 
-A phrase is words separated by spaces. ``calcif*`` matches any word with this beginning; ``aorta|aortic`` either word;
-``..`` up to ``GAP`` other words; ``a & b`` both, in either order, at most ``NEAR`` words apart. Case, hyphens and
-accents on capitals do not matter. Adjacent words may not have a comma between them, and no phrase extends over a
-semicolon.
+A phrase consists of words separated by spaces. ``calcif*`` matches any word with this beginning; ``aorta|aortic``
+either word; ``..`` up to ``GAP`` other words; ``a & b`` both, in either order, at most ``NEAR`` words apart. Case,
+hyphens and accents on capitals do not matter. Adjacent words may not have a comma between them, and no phrase extends
+over a semicolon.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Phrases:
             for first in here:
                 matches += [Match(key, start, start + 1) for key in self._alone.get(first, ())]
                 for key, steps, other in self._by_first.get(first, ()):
-                    # The last word is missing in most sentences.
+                    # Check the last word first, because most sentences lack it.
                     if steps[-1].ids.isdisjoint(every) or (other is not None and other[-1].ids.isdisjoint(every)):
                         continue
                     end = _end(steps, start, ids, tokens)

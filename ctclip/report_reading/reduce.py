@@ -1,7 +1,7 @@
-"""Sentences of reports without the sides and sizes that they state, for a decoder that is not to invent them.
+"""Remove sides and sizes from report sentences, so that a decoder does not learn to invent them.
 
-"A nodule of 9 mm is seen in the right upper lobe" becomes "A nodule is seen". Words are cut by rules, and the result is read
-again: it is used only if it states the same findings, and no side (or size) any more.
+"A nodule of 9 mm is seen in the right upper lobe" becomes "A nodule is seen". Rules remove words, and the result is
+read again: it is used only if it states the same findings and no side (or size).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Reducer:
         self.sides = _side_patterns(cleaner.language)
 
     def without_sizes(self, sentence: CleanSentence) -> CleanSentence | None:
-        """The sentence without sizes; None if it cannot do without."""
+        """The sentence without sizes; None if it makes no sense without them."""
         if all(finding.size_mm is None for finding in sentence.findings):
             return sentence
         kept = [(one.label, one.status, one.side, one.lobe, None) for one in sentence.findings]
         return self._reduced(sentence, self.sizes, kept)
 
     def without_sides(self, sentence: CleanSentence) -> CleanSentence | None:
-        """The sentence without sides and lobes; None if it cannot do without."""
+        """The sentence without sides and lobes; None if it makes no sense without them."""
         if not any(finding.side or finding.lobe for finding in sentence.findings):
             return sentence
         kept = [(one.label, one.status, "", "", one.size_mm) for one in sentence.findings]
@@ -74,8 +74,8 @@ def _side_patterns(language: Language) -> tuple[re.Pattern[str], ...]:
 
 
 def _size_patterns(language: Language) -> tuple[re.Pattern[str], ...]:
-    """A size with the words or the comma that lead to it ("measuring 9 mm"), and those that follow it; or one that stands at
-    the beginning or behind an article ("a 9 mm nodule"). Elsewhere the sentence is about it ("exceeds 10 mm")."""
+    """A size with the words or the comma before it ("measuring 9 mm") and the words that follow it; or a size at the
+    beginning or after an article ("a 9 mm nodule"). Elsewhere the sentence is about the size ("exceeds 10 mm")."""
     wording = language.wording
     leads, follows, articles = (_choices(each) for each in (wording.size_words, wording.size_follows, wording.articles))
     behind = rf"(?:\s+(?:{follows})\b)?" if follows else ""

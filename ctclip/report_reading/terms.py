@@ -37,7 +37,7 @@ class Terms(Section):
     labels: dict[str, LabelTerms] = Field(min_length=1)
 
     def identity(self) -> str:
-        """Name and digest of everything in it."""
+        """Name and digest of the contents."""
         return f"{self.name} {hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]}"
 
 

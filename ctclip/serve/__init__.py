@@ -1,1 +1,1 @@
-"""A service that finds abnormalities in scans, over HTTP and on a page."""
+"""A service that detects findings in scans, over HTTP and on a web page."""

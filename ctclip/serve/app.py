@@ -36,8 +36,9 @@ UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {
     "properties": {
         "scan": {"type": "array", "items": {"type": "string", "format": "binary"},
                  "description": "A volume file, a zip, the files of a DICOM series, or a header with its data file."},
-        "volume": {"type": "string", "description": "A volume of the service's store instead."},
-        "study": {"type": "string", "description": "With `series`: UIDs of a series of the service's PACS instead."},
+        "volume": {"type": "string", "description": "Instead of a file: a volume of the service's store."},
+        "study": {"type": "string", "description": "Instead of a file, with `series`: UIDs of a series in the "
+                                                   "service's PACS."},
         "series": {"type": "string", "description": "See `study`."},
         "text": {"type": "string", "description": "/v1/detect: score this text instead of the model's findings."},
         "finding": {"type": "string", "description": "/v1/explain: the finding, or any text, to locate."},
@@ -109,7 +110,7 @@ async def _upload(request: Request, service: Service) -> tuple[Scan, dict[str, s
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
-    """The result of ``work``, which is cancelled when the caller, whose body has been read, hangs up."""
+    """The result of ``work``, which is cancelled if the client disconnects. The request body has already been read."""
 
     async def until_gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -119,7 +120,7 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str,
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Unavailable("the caller has hung up")
+            raise Unavailable("the client has disconnected")
         return working.result()
     finally:
         gone.cancel()
@@ -136,7 +137,7 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_scans(app: FastAPI, service: Service) -> None:
-    """Scans that are sent once and queried several times, as the page does."""
+    """Routes for scans that are sent once and queried several times, as the page does."""
 
     @app.post("/v1/scans", status_code=202, openapi_extra=UPLOAD)
     async def send(request: Request) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def _add_scans(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/scans/{name}/events")
     async def events(name: str) -> StreamingResponse:
-        """Server-sent events: one per stage; the last has the findings, or the reason for a refusal."""
+        """Server-sent events: one per stage; the last holds the findings, or the reason for a refusal."""
         scan = service.get(name)
 
         async def stages() -> AsyncIterator[str]:
@@ -175,8 +176,8 @@ def _add_scans(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/scans/{name}/view.nii.gz")
     async def view(name: str) -> FileResponse:
-        """The scan in HU, oriented, on its own grid (a stored volume on the grid of the store); there from the stage
-        `encoding` on."""
+        """The scan in HU, oriented, on its own grid (a stored volume: on the grid of the store); available from the
+        stage `encoding` on."""
         scan = await service.wait(service.get(name), or_stage="encoding")
         return FileResponse(scan.view, media_type="application/gzip", filename="scan.nii.gz")
 
@@ -192,7 +193,7 @@ def _add_scans(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/scans/{name}/findings.pdf")
     async def sheet(name: str, finding: Words = "") -> FileResponse:
-        """One page to print: the findings, and where `finding`, or any words, are seen."""
+        """One page to print: the findings, and the location of `finding` or of any text."""
         scan = service.get(name)
         path = scan.made_of([finding], "findings.pdf")
         await service.ask(scan, "sheet", finding=finding, name=scan.volume or "", to=str(path))
@@ -200,8 +201,8 @@ def _add_scans(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/scans/{name}/dicom.zip")
     async def dicom(name: str, finding: Several = None) -> FileResponse:
-        """DICOM segmentation, structured report and pictures of a DICOM series that was sent: of each `finding`, or of those
-        at or above their threshold. They name the patient, as the series does."""
+        """DICOM segmentation, structured report and images for an uploaded DICOM series: of each `finding`, or of the
+        findings at or above their threshold. They contain the patient's name, as the series does."""
         extras.check("dicom")
         scan = service.get(name)
         path = scan.made_of(finding or [], "dicom.zip")
@@ -216,8 +217,8 @@ def _add_scans(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/scans/{name}/explain")
     async def explain(name: str, finding: str, method: Method | None = None) -> dict[str, Any]:
-        """Where a finding, or any text, is seen: peak and size in mm, side. Afterwards the map is at `map.nii.gz`. Without a method: `learned` if
-        the model has a locator, else `similarity`."""
+        """Locate a finding, or any text: peak and size in mm, side. The map is then available at `map.nii.gz`. The
+        default method is `learned` if the model has a locator, else `similarity`."""
         scan = service.get(name)
         answer: dict[str, Any] = await service.ask(scan, "explain", finding=finding[:500], method=method, map=str(scan.map_of(finding)))  # fmt: skip
         return answer
@@ -238,28 +239,28 @@ def _add_scans(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/scans/{name}/draft")
     async def draft(name: str) -> dict[str, Any]:
-        """The draft of a report: each sentence with what it claims and the detector's probability of that. Written by the
-        model's caption head or, without one, copied from the report of the nearest scan of the index."""
+        """The draft of a report: each sentence with its claims and the detector's probability of each. The draft is
+        written by the model's caption head or, without one, copied from the report of the nearest scan in the index."""
         answer: dict[str, Any] = await service.ask(service.get(name), "draft")
         return answer
 
 
 def _add_pacs(app: FastAPI, service: Service) -> None:
-    """A PACS that the service was started with."""
+    """Routes for the PACS that the service was started with."""
 
     @app.get("/v1/dicomweb/series")
     async def series(study: str) -> list[dict[str, Any]]:
-        """The CT series of a study of the PACS; one is looked at by sending its UIDs as `study` and `series`."""
+        """The CT series of a study in the PACS. Send the UIDs of one as `study` and `series` to load it."""
         return await asyncio.to_thread(service.needed_pacs().series, study)
 
     @app.post("/v1/scans/{name}/dicomweb")
     async def store(name: str, finding: Several = None) -> dict[str, int]:
-        """Store segmentation, report and pictures in the PACS, as `dicom.zip` has them."""
+        """Store the segmentation, report and images of `dicom.zip` in the PACS."""
         return {"stored": await service.send_to_pacs(service.get(name), finding or [])}
 
 
 def _add_one_call(app: FastAPI, service: Service) -> None:
-    """Requests with a scan and one answer; nothing is kept."""
+    """Routes that take a scan and give one answer; nothing is kept."""
 
     async def answer(request: Request, task: str) -> dict[str, Any]:
         scan, fields = await _upload(request, service)
@@ -292,7 +293,7 @@ def _add_one_call(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/explain", openapi_extra=UPLOAD)
     async def explain(request: Request) -> dict[str, Any]:
-        """Where a finding (field `finding`) is seen in one scan."""
+        """Locate a finding (field `finding`) in one scan."""
         return await answer(request, "explain")
 
     @app.post("/v1/embed", openapi_extra=UPLOAD)
@@ -319,7 +320,7 @@ def _count(fields: dict[str, str]) -> int:
 def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The model, what it was trained and calibrated on, and the volumes of the store."""
+        """The model, the data it was trained and calibrated on, and the volumes of the store."""
         await service.client.started.wait()
         if service.client.failed:
             raise Unavailable(service.client.failed)

@@ -1,4 +1,4 @@
-"""Drafts of reports for the page: what the caption head writes or, without one, the report of the nearest scan."""
+"""Drafts of reports for the page, by the caption head or, without one, from the report of the nearest scan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ctclip.report_reading.rules import RulesReader
 
 
 class Drafts:
-    """``method``: None where the model has no caption head and there is no ``index``."""
+    """``method``: None if the model has no caption head and there is no ``index``."""
 
     def __init__(self, model: Model, detector: Head, index: Index | None) -> None:
         self.model, self.detector, self.index = model, detector, index
@@ -28,8 +28,8 @@ class Drafts:
         self.method = Method.caption if self.heads else Method.retrieval if index is not None else None
 
     def of(self, encoded: Encoded, patient: str | None = None) -> dict[str, Any]:
-        """The draft of one encoded scan as JSON, without places. patient: whose own reports are not copied, if it is
-        known. Raises CtclipError where nothing can write one."""
+        """The draft of one encoded scan as JSON, without places. ``patient``: the patient, if known, whose own reports
+        are not copied. Raises CtclipError if there is no method."""
         (detected,) = Detected.by(self.detector, encoded)
         writer, copied = self._writer(patient), None
         if isinstance(writer, RetrievalWriter):

@@ -1,4 +1,4 @@
-"""How a request can fail that is not the scan's or the upload's fault alone."""
+"""Errors of requests."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from ctclip.errors import CtclipError
 
 
 class Unavailable(CtclipError):
-    """The service cannot do it now; the same request may succeed later."""
+    """The service cannot answer now; the same request may succeed later."""
 
 
 class Refused(CtclipError):
-    """The scan, or the question, cannot be answered; the message says why."""
+    """The scan, or the question, cannot be answered; the message states the reason."""
 
 
 class Unknown(CtclipError):

@@ -1,4 +1,4 @@
-"""What the page gives to take along: a table, a printed page, DICOM objects."""
+"""Downloads of the page: a table, a printable page, DICOM objects."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def write_dicom(explanation: Explanation, path: Path) -> None:
-    """A zip of the DICOM objects of an explanation, readable by its owner alone."""
+    """Write a zip of the DICOM objects of an explanation, readable only by the owner."""
     from ctclip.explanation.dicom.save import PRIVATE, save_dicom
 
     with (
@@ -47,8 +47,9 @@ def write_dicom(explanation: Explanation, path: Path) -> None:
 
 
 def write_sheet(path: Path, result: dict[str, Any], place: Place | None, *, name: str, trained_on: str) -> None:
-    """One A4 page as PDF: the findings, three slices through the peak of ``place`` with its map, what the model is and
-    was trained on (``trained_on``), and that it is research. ``name``: what to call the scan, if anything."""
+    """Write one A4 page as PDF: the findings, three slices through the peak of ``place`` with its map, the model and
+    its training data (``trained_on``), and the note that it is for research. ``name``: name of the scan, if it is to be
+    shown."""
     from matplotlib.backends.backend_pdf import FigureCanvasPdf
     from matplotlib.figure import Figure
 
@@ -76,7 +77,7 @@ def write_sheet(path: Path, result: dict[str, Any], place: Place | None, *, name
 
 
 def _findings(figure: Any, result: dict[str, Any], top: float) -> float:
-    """The table, from ``top`` downwards in shares of the page; returns where it ends."""
+    """Draw the table from ``top`` downwards, in fractions of the page height; return the position of its end."""
     every = result["findings"]
     entries = every[:MOST_FINDINGS]
     step = min(0.021, (top - 0.2) / (len(entries) + 2))

@@ -12,7 +12,7 @@ NOTICE = "Research software, not a medical device. Not for diagnosis."
 
 
 def of_detection(detection: Detection) -> dict[str, Any]:
-    """A detection as JSON. Findings are ordered by the distance from their threshold; those without one come last."""
+    """A detection as JSON. Findings are sorted by the distance from their threshold; those without one come last."""
     return {
         "findings": [_finding(detection, name) for name in _by_distance(detection)],
         "calibrated": detection.calibrated,
@@ -24,7 +24,7 @@ def of_detection(detection: Detection) -> dict[str, Any]:
 
 
 def of_model(model: Model) -> dict[str, Any]:
-    """A model and what it was trained and calibrated on, without its path."""
+    """A model and the data it was trained and calibrated on, without its path."""
     trained_on, calibration = model.folder.trained_on, model.head().calibration
     return {
         "model": model.folder.hash,
@@ -64,7 +64,7 @@ def _finding(detection: Detection, name: str) -> dict[str, Any]:
 
 
 def _distance(detection: Detection, name: str) -> float | None:
-    """The distance of a probability above its threshold, in log odds."""
+    """The difference between the log odds of a probability and of its threshold; None without a threshold."""
     threshold = detection.thresholds.get(name)
     return None if threshold is None else _log_odds(detection.probabilities[name]) - _log_odds(threshold)
 

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ctclip.serve import metrics
 from ctclip.serve.settings import Settings
 
-# The page uses no other machine. NiiVue decompresses in workers that it creates from blobs.
+# The page contacts no other host. NiiVue decompresses in workers that it creates from blobs.
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; connect-src 'self' blob: data:; "
     "worker-src 'self' blob:; script-src 'self' 'wasm-unsafe-eval'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
@@ -23,11 +23,11 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-# The page itself may be kept by the browser, which asks each time whether it is still the same.
+# The browser may cache the page itself, but must revalidate it each time.
 STATIC = {**HEADERS, "cache-control": "no-cache"}
 # Paths that need no token: the health check, and the page, which asks for the token.
 OPEN = ("/", "/healthz", "/favicon.ico")
-# Paths whose body is a scan, written to disk as it arrives. Of all others it is read into memory.
+# Paths whose body is a scan, which is written to disk as it arrives. All other bodies are read into memory.
 UPLOADS = ("/v1/scans", "/v1/detect", "/v1/explain", "/v1/similar", "/v1/embed", "/v1/draft")
 LONGEST_BODY = 64_000
 
@@ -60,7 +60,7 @@ class Guards:
             await _answer(send_with_headers, *refusal)
         else:
             await self.app(scope, receive, send_with_headers)
-        # Log the pattern of the route and not the path, which identifies a scan.
+        # Log the pattern of the route, not the path, which identifies a scan.
         route = scope.get("route")
         metrics.REQUESTS.labels(getattr(route, "path", "other"), str(status)).inc()
 

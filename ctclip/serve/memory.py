@@ -24,8 +24,8 @@ class EncodedScan:
 
 
 class Memory:
-    """Encoded scans by id, for several threads. At most ``most`` stay as long as there is room; those of one question stay
-    until they are forgotten, as the service bounds how many of them there are."""
+    """Encoded scans by id, thread-safe. At most ``most`` scans with lifetime "room" are kept; scans of a single
+    question are kept until they are forgotten, because the service limits their number."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -35,7 +35,7 @@ class Memory:
         self._cancelled: set[str] = set()
 
     def begin(self, name: str) -> None:
-        """A scan is going to be read and encoded; until ``finish``, forgetting it cancels it."""
+        """Announce a scan that will be read and encoded; until ``finish``, ``forget`` cancels it."""
         with self._lock:
             self._unfinished.add(name)
 
@@ -51,7 +51,8 @@ class Memory:
             return name in self._cancelled
 
     def add(self, name: str, scan: EncodedScan) -> None:
-        """Keep a scan, unless it was cancelled or nobody will ask about it; those that were asked about longest ago make room."""
+        """Keep a scan, unless it was cancelled or no question about it will follow; the least recently used scans are
+        dropped."""
         with self._lock:
             if name in self._cancelled or scan.lifetime == "scored":
                 return

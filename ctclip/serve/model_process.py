@@ -1,4 +1,4 @@
-"""The start of the model process: what must be settled before the libraries are loaded."""
+"""The start of the model process, before the libraries are loaded."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ctclip.serve.settings import Settings
 def main(pipe: Connection, settings: Settings, scratch: Path) -> None:
     """Load the model, report that to the service, and serve. If loading fails, send one line to the service.
 
-    ``scratch``: a folder of the service for temporary files, so that they are deleted with the service's own.
+    ``scratch``: a folder of the service for temporary files, so that they are deleted with the service's other files.
     """
-    # In the middle of its work too: a service that was killed reads no answer.
+    # End even in the middle of work: a killed service reads no answer.
     end_with_parent()
     # Ctrl-C reaches the whole process group; the service ends this process by closing the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tempfile.tempdir = str(scratch)
-    # Not before: these take seconds to import, and torch leaves a folder among the temporary files.
+    # Imported late: these take seconds to import, and torch creates a temporary folder.
     from ctclip.inference.index import index_facts
     from ctclip.serve.worker import Worker
 

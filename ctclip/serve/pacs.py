@@ -1,7 +1,6 @@
-"""A PACS over DICOMweb (PS3.18): series are fetched from it (WADO-RS), and what is made of them is stored in it (STOW-RS).
+"""A PACS over DICOMweb (PS3.18): fetch series from it (WADO-RS), and store DICOM objects in it (STOW-RS).
 
-The address is the one that the service was started with, whatever a request or an answer says: a request names UIDs alone,
-and redirections are not followed.
+The service contacts only the address it was started with: requests contain only UIDs, and redirects are not followed.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ SECONDS = 30
 
 
 class Pacs:
-    """One DICOMweb service. Raises Refused, or Unavailable where it cannot be reached; no message holds a UID."""
+    """One DICOMweb service. Raises Refused, or Unavailable if it cannot be reached; no message contains a UID."""
 
     def __init__(self, url: str, token: str | None) -> None:
         self.url, self.token = url, token
@@ -44,7 +43,7 @@ class Pacs:
         ]  # fmt: skip
 
     def fetch(self, study: str, series: str, folder: Path, largest: int, cancelled: threading.Event) -> None:
-        """Write the images of a series into ``folder``, at most ``largest`` bytes of them. Raises TooLarge."""
+        """Write the images of a series to ``folder``. Raises TooLarge if they exceed ``largest`` bytes."""
 
         def write(client: Any) -> int:
             size = count = 0
@@ -65,7 +64,7 @@ class Pacs:
             raise Refused("the PACS has no such series")
 
     def store(self, archive: Path) -> int:
-        """Store the DICOM files of a zip; returns how many."""
+        """Store the DICOM files of a zip; return their number."""
         from pydicom import dcmread
 
         with zipfile.ZipFile(archive) as packed:
@@ -80,7 +79,7 @@ class Pacs:
         from dicomweb_client.web import DICOMwebClient
 
         with requests.Session() as session, quiet():
-            # Neither proxies nor passwords of the environment, and no other address.
+            # Ignore proxies and passwords of the environment, and do not follow redirects.
             session.trust_env, session.max_redirects = False, 0
             headers = {"Authorization": f"Bearer {self.token}"} if self.token else None
             client = DICOMwebClient(self.url, session, headers=headers, timeout=SECONDS)
@@ -93,7 +92,7 @@ class Pacs:
                     "the PACS has no such study or series" if status == 404 else f"the PACS answered {status}"
                 ) from None
             except requests.TooManyRedirects:
-                raise Refused("the PACS redirects to another address, which is not followed") from None
+                raise Refused("the PACS redirects to another address; redirects are not followed") from None
             except (requests.RequestException, OSError):
                 raise Unavailable("the PACS cannot be reached, or did not answer in time") from None
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -101,7 +100,7 @@ class Pacs:
 
 
 def checked(uid: str) -> str:
-    """A UID, which will be part of an address. Raises Refused for anything else."""
+    """Check a UID, which becomes part of a URL. Raises Refused for anything else."""
     if len(uid) > LONGEST_UID or not UID.fullmatch(uid):
         raise Refused("study and series are DICOM UIDs: digits and dots, at most 64")
     return uid

@@ -27,13 +27,13 @@ from ctclip.serve.pacs import Pacs
 from ctclip.serve.settings import Lifetime, Settings
 
 ENDED = ("done", "refused", "cancelled")
-# Upper limit of the scans remembered that have ended; more than the worker keeps.
+# Maximum number of finished scans that are remembered; more than the worker keeps in memory.
 KEPT = 64
-# Results of a scan that are kept on disk: maps, pages, DICOM objects.
+# Maximum number of results of a scan on disk: maps, pages, DICOM objects.
 KEPT_RESULTS = 32
-# Requests to the worker that have not been answered.
+# Maximum number of unanswered requests to the worker.
 MOST_QUESTIONS = 1000
-# Deaths of the worker, one after the other, before it has loaded the model.
+# Maximum number of consecutive crashes of the worker before it has loaded the model.
 MOST_DEATHS = 3
 
 
@@ -64,7 +64,7 @@ class Scan:
         return self.folder / "view.nii.gz"
 
     def made_of(self, findings: Iterable[str], kind: str) -> Path:
-        """Where what is made of findings lies (``kind``: "map.nii.gz", say); the name says nothing of them."""
+        """The path of a result for findings (``kind``, such as "map.nii.gz"); the name does not reveal them."""
         return self.folder / f"{hashlib.sha256(repr(list(findings)).encode()).hexdigest()[:16]}-{kind}"
 
     def map_of(self, finding: str) -> Path:
@@ -72,7 +72,7 @@ class Scan:
         return self.made_of([finding], "map.nii.gz")
 
     def remove_old_results(self) -> None:
-        """Delete all but the newest results, so that questions without end do not fill the disk."""
+        """Delete all but the newest results, so that many questions do not fill the disk."""
         with contextlib.suppress(OSError):
             results = sorted(self.folder.glob("*-*"), key=lambda path: path.stat().st_mtime)
             for old in results[: max(0, len(results) - KEPT_RESULTS)]:
@@ -220,7 +220,7 @@ class Service:
         self.client = Client(settings)
         self.folder = Path()
         self._open = contextlib.ExitStack()
-        # Scans of one question each that are in the worker at once; further ones wait on disk.
+        # Number of single-question scans in the worker at a time; others wait on disk.
         self.questions = asyncio.Semaphore(max(1, settings.keep // 2))
         self.pacs = Pacs(settings.dicomweb, settings.dicomweb_token) if settings.dicomweb else None
 
@@ -326,7 +326,7 @@ class Service:
         except CtclipError as error:
             scan.move("refused", str(error))
         except Exception as error:
-            # Whatever it is, nobody waits for it in vain.
+            # Answer the waiting requests whatever the error is.
             scan.move("refused", f"an unexpected fault ({type(error).__name__})")
         finally:
             metrics.SCANS.labels(scan.stage).inc()
@@ -334,14 +334,14 @@ class Service:
             shutil.rmtree(scan.files, ignore_errors=True)
 
     async def send_to_pacs(self, scan: Scan, findings: list[str]) -> int:
-        """Make the DICOM objects of a scan and store them in the PACS; returns how many."""
+        """Create the DICOM objects of a scan and store them in the PACS; return their number."""
         pacs = self.needed_pacs()
         path = scan.made_of(findings, "dicom.zip")
         await self.ask(scan, "dicom", findings=findings, to=str(path))
         return await asyncio.wait_for(asyncio.to_thread(pacs.store, path), self.settings.seconds)
 
     def needed_pacs(self) -> Pacs:
-        """Raises Refused where the service was started without one."""
+        """The PACS. Raises Refused if the service was started without one."""
         if self.pacs is None:
             raise Refused("the service was started without a PACS: start it with --dicomweb")
         return self.pacs
@@ -353,7 +353,7 @@ class Service:
                 self.needed_pacs().fetch, study, series, scan.files, self.settings.largest_bytes, cancelled
             )
         finally:
-            # A thread cannot be ended from outside.
+            # A thread cannot be stopped from outside.
             cancelled.set()
 
 

@@ -10,20 +10,20 @@ from ctclip.inference.precision import Asked
 from ctclip.preprocessing.pipeline import Reading
 
 GB = 1e9
-# How long the worker keeps an encoded scan: not beyond its scores; until the one question that came with it is answered; or
-# as long as there is room.
+# How long the worker keeps an encoded scan: until its scores are sent, until the single question that came with it is
+# answered, or as long as there is room.
 Lifetime = Literal["scored", "answered", "room"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """``model``: a model folder; ``store``, ``index``: those of `ctclip preprocess` and `ctclip index`, if there are
-    any.
+    """``model``: a model folder; ``store``, ``index``: outputs of `ctclip preprocess` and `ctclip index`, or None.
 
     ``largest_gb``: limit of an upload and of its decompressed size; ``queue``: maximum number of scans in progress;
     ``keep``: number of encoded scans kept in memory for questions; ``seconds``: time limit for one scan; ``batch``:
     maximum number of scans encoded together; ``precision``: see ``ctclip.inference.precision``; ``token``: token that
-    requests must send, or None; ``hosts``: host names that are allowed; ``dicomweb``: address of the PACS, or None; ``dicomweb_token``: token that it asks for, or None.
+    requests must send, or None; ``hosts``: host names that are allowed; ``dicomweb``: address of the PACS, or None;
+    ``dicomweb_token``: token for the PACS, or None.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""Multipart uploads, written to disk as they arrive, with a limit of size and with safe file names."""
+"""Multipart uploads, written to disk as they arrive, with a size limit and safe file names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ctclip.errors import CtclipError
 
 MOST_FILES = 20_000
 MOST_FIELDS = 20
-# A sender that is slower holds a place in the queue and gives nothing for it.
+# A slower sender would occupy a place in the queue.
 IDLE_SECONDS, GRACE_SECONDS, LEAST_BYTES_A_SECOND = 30, 60, 50_000
 LONGEST_FIELD = 4096
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -35,7 +35,8 @@ class TooSlow(CtclipError):
 
 
 async def receive(content_type: str, body: AsyncIterator[bytes], folder: Path, largest: int) -> dict[str, str]:
-    """Write the files of a multipart body into ``folder``; returns its other fields. Raises BadUpload, TooLarge, TooSlow."""
+    """Write the files of a multipart body to ``folder``; return its other fields. Raises BadUpload, TooLarge,
+    TooSlow."""
     kind, options = parse_options_header(content_type)
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise BadUpload("send the scan as multipart/form-data: curl -F scan=@scan.nii.gz")
@@ -67,7 +68,7 @@ async def _fast_enough(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise TooSlow(f"nothing of the upload arrived for {IDLE_SECONDS} seconds") from None
+            raise TooSlow(f"no data of the upload arrived for {IDLE_SECONDS} seconds") from None
         received += len(chunk)
         elapsed = time.monotonic() - began
         if elapsed > GRACE_SECONDS and received < LEAST_BYTES_A_SECOND * elapsed:

@@ -1,4 +1,4 @@
-"""The process with the model: it reads scans, encodes them in batches, and answers questions about them.
+"""The model process: reads scans, encodes them in batches, and answers questions about them.
 
 It exchanges plain dictionaries with the service over a pipe; ``Client`` in ``service.py`` is the other end.
 """
@@ -43,13 +43,13 @@ from ctclip.serve.settings import Settings
 
 Request = dict[str, Any]
 READERS = 2
-# Questions that are answered in milliseconds.
+# Requests that are answered in milliseconds.
 QUICK = ("text", "similar", "embed")
 
 
 @dataclass
 class Ready:
-    """A scan that has been read and waits to be encoded; ``source``: what it was before it was prepared, if that is known."""
+    """A scan that has been read and waits to be encoded; ``source``: the scan before preprocessing, if known."""
 
     request: Request
     prepared: Prepared
@@ -58,7 +58,7 @@ class Ready:
 
 class Worker:
     """Reads in ``READERS`` threads, encodes in one thread, and answers in two others, so that questions do not wait for
-    scans, nor quick ones for slow ones."""
+    scans, and quick questions do not wait for slow ones."""
 
     def __init__(self, pipe: Connection, settings: Settings) -> None:
         self.pipe, self.settings = pipe, settings
@@ -69,7 +69,7 @@ class Worker:
         self.head = self.model.head()
         self.drafts = Drafts(self.model, self.head, self.index)
         self.scans = Memory(settings.keep)
-        # Held by what uses the layers of the volume encoder in a way that would disturb others.
+        # Held while the layers of the volume encoder are used in a way that would disturb other threads.
         self.encoding = threading.Lock()
         self.ready: queue.Queue[Ready] = queue.Queue(maxsize=2 * settings.batch)
         self.answers: dict[str, Callable[[Request], Any]] = {
@@ -78,7 +78,7 @@ class Worker:
         }  # fmt: skip
 
     def _read_first(self) -> None:
-        """Read one volume of the store, which takes seconds the first time, before anybody waits for one."""
+        """Read one volume of the store at the start, because the first read takes seconds."""
         if self.store is not None and (names := self._stored()):
             with contextlib.suppress(CtclipError, PreprocessingError, OSError):
                 stored(self.store.store, names[0])
@@ -135,7 +135,8 @@ class Worker:
         }
 
     def dicom(self, request: Request) -> None:
-        """A zip of DICOM objects on the series that was sent: of ``findings``, or of those at or above their threshold."""
+        """Write a zip of DICOM objects for the uploaded series: of ``findings``, or of the findings at or above their
+        threshold."""
         encoded = self.scans.get(request["scan"]).encoded
         with torch.inference_mode():
             probabilities = self.head.probabilities(self.head.score(encoded).float())[0].tolist()
@@ -144,7 +145,7 @@ class Worker:
         write_dicom(self._explained(request, request["findings"] or above), Path(request["to"]))
 
     def sheet(self, request: Request) -> None:
-        """One page as PDF, with the place of ``finding``, if one is given."""
+        """Write one page as PDF, with the place of ``finding``, if given."""
         scan, facts = self.scans.get(request["scan"]), self.model.folder.trained_on
         detection = self.model.detection(scan.encoded, self.head, "", scan.prepared.warnings)
         finding = request["finding"]
@@ -158,13 +159,13 @@ class Worker:
         )
 
     def _explained(self, request: Request, findings: list[str], by: str | None = None) -> Explanation:
-        """``findings``: names that the head scores, none, or one text of any words."""
+        """Locate ``findings``: names that the head scores, none, or one free text."""
         asked = next((name for name in findings if name not in self.head.names), None)
         head = self.head if asked is None else self._head_for(asked)
         method = by or self.model.method()
         if asked is not None and len(findings) > 1:
-            raise CtclipError(f"{asked[:60]!r}: no finding of this model; words of one's own are located one at a time")
-        # Attention is read from the layers while they compute: not while they encode another scan.
+            raise CtclipError(f"{asked[:60]!r}: not a finding of this model; free text can be located one at a time")
+        # Attention is recorded in the layers during the forward pass, so no other scan may be encoded meanwhile.
         with self.encoding if method == "attention" else contextlib.nullcontext():
             return explain(
                 self.model.dual, head, self.scans.get(request["scan"]).prepared, findings if asked is None else head.names[:1], scan="the scan",
@@ -207,7 +208,7 @@ class Worker:
         return vector
 
     def _patient(self, scan: EncodedScan) -> str | None:
-        """The patient of a volume of the store; of a scan that was sent, nothing is known."""
+        """The patient of a volume of the store; None for an uploaded scan."""
         if self.store is None or scan.volume is None:
             return None
         table = self.store.table
@@ -230,7 +231,7 @@ class Worker:
             source = Source(prepared.source_spacing, prepared.source_shape)
             _ = prepared.voxels
         write_view(prepared.scan.array, prepared.scan.affine, Path(request["view"]))
-        # From here on the scan can be looked at, while it waits for the model.
+        # From here on the scan can be viewed while it waits for the model.
         self.send(request["request"], stage="encoding")
         self.ready.put(Ready(request, prepared, source))
 
@@ -263,7 +264,7 @@ class Worker:
             if len(several) == 1:
                 self._fail(several[0].request, error)
                 return
-            # The fault of one scan is not that of the others.
+            # An error in one scan must not affect the others.
             for one in several:
                 self._encode([one])
             return
@@ -298,7 +299,7 @@ class Worker:
         if isinstance(error, CtclipError | PreprocessingError):
             line = " ".join(str(error).split())
         else:
-            # The text of another error may name a path of the service.
+            # The message of other errors may contain a path of the service.
             line = f"an unexpected fault ({getattr(error, 'strerror', None) or type(error).__name__})"
         # Do not reveal the folder of the upload.
         line = line.replace(f"{request.get('folder', '')}/", "") if request.get("folder") else line
@@ -308,7 +309,7 @@ class Worker:
 
 
 def alone(together: Encoded, number: int) -> Encoded:
-    """One volume of an encoded batch, in memory of its own: a view would hold the whole batch."""
+    """Copy one volume of an encoded batch, because a view would keep the whole batch in memory."""
 
     def own(part: Tensor | None) -> Tensor | None:
         return None if part is None else part.clone()
@@ -320,7 +321,8 @@ def alone(together: Encoded, number: int) -> Encoded:
 
 
 def stored(store: VolumeStore, name: str) -> Prepared:
-    """A stored volume as if it had just been prepared, on the grid of the store, in mm about the grid's middle."""
+    """A stored volume in the form of a prepared scan, on the grid of the store, with coordinates in mm relative to its
+    centre."""
     hu, spec = store.read(name), store.spec
     if spec.published_geometry:
         hu = hu.transpose(0, 2, 1)

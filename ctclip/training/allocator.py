@@ -2,16 +2,16 @@
 
 import ctypes
 
-# Of glibc's malloc.h.
+# Constants of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> None:
     """Allocate large arrays from the heap, which is not returned to the system, so that memory is reused.
 
-    By default glibc maps and unmaps everything above 32 MiB each time, and the system clears every page anew: of a
-    small encoder's training step on a CPU that is a quarter to a third. The cost is fragmentation: a third more memory
-    in the demo's training. Has no effect with another C library.
+    By default, glibc maps and unmaps every array above 32 MiB, and the system clears its pages each time, which takes a
+    quarter to a third of a training step of a small encoder on a CPU. The cost is fragmentation: a third more memory in
+    the demo's training. This has no effect with other C libraries.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

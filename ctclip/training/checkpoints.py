@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file of whole tensors, so that any number of ranks and any ZeRO stage can resume.
 
-Batches, report views and dropout are functions of (seed, step), so parameters, optimizer moments and the step are all
-that must be saved.
+Batches, report views and dropout are functions of (seed, step), so only parameters, optimizer moments and the step must
+be saved.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int, spec: str) -> None:
-        """``spec``: hash of the preprocessing spec the run learns from; a checkpoint of another one is refused."""
+        """``spec``: hash of the preprocessing spec of the run; checkpoints of another spec are refused."""
         self.folder = folder
         self.keep = keep
         self.spec = spec
@@ -66,7 +66,7 @@ class Checkpoints:
     def _write(self, step: int, state: dict[str, torch.Tensor], valid_loss: float | None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".step_*.partial"):
-            # Of a run that was killed while it wrote.
+            # Temporary folders of a run that was killed while writing.
             shutil.rmtree(left, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=".step_", suffix=".partial", dir=self.folder))
         try:
@@ -87,7 +87,7 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{self.folder}: the checkpoint of step {step} could not be written ({' '.join(str(error).split())[-160:]}); "
-                f"free some space and start the same command again: it resumes from the checkpoint before"
+                f"free some space and start the same command again: it resumes from the previous checkpoint"
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -103,7 +103,7 @@ class Checkpoints:
         return min(known, key=lambda path: known[path]) if known else None
 
     def newest(self) -> tuple[int, dict[str, torch.Tensor]]:
-        """Step and state of the newest whole checkpoint; (0, {}) if there is none.
+        """Step and state of the newest complete checkpoint; (0, {}) if there is none.
 
         A damaged one is named on stderr and the previous one is used. All ranks read the same one.
         """
@@ -120,7 +120,7 @@ class Checkpoints:
                 return step, load_file(path / "state.safetensors")
             if distributed.is_main():
                 print(
-                    f"warning: checkpoint {path} is damaged ({fault}); going back to the one before",
+                    f"warning: checkpoint {path} is damaged ({fault}); using the previous one",
                     file=sys.stderr,
                 )
         return 0, {}

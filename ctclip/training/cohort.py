@@ -72,7 +72,7 @@ def _changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
 
 
 def _read(path: Path) -> Cohort | None:
-    """None where there is none, as in runs of earlier versions."""
+    """Read the record; None if there is none, as in runs of earlier versions."""
     if not path.is_file():
         return None
     try:

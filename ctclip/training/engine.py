@@ -1,4 +1,4 @@
-"""One optimisation step of a TrainingStep under DeepSpeed, and what is logged of it."""
+"""One optimisation step of a TrainingStep under DeepSpeed, and its logged values."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ctclip.training.step import EncodedPart, Pairs, Part, TrainingStep, pairs_o
 class Engine:
     """A TrainingStep under DeepSpeed ZeRO. ``resumed`` is the state of a checkpoint, or empty.
 
-    A step never waits for the device: values to log stay there until ``read``. (From ZeRO 1 on DeepSpeed itself asks
-    whether the gradient's norm is finite.)
+    A step never waits for the device: values to log stay there until ``read``. (From ZeRO 1 on, DeepSpeed itself waits
+    to check that the gradient norm is finite.)
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Engine:
 
     @property
     def tokenisers(self) -> Tokenisers:
-        """The tokenisers with which the reading processes make the ids for a step."""
+        """The tokenisers for the reading processes."""
         words = self.module.words if self.module.reads_words else None
         return Tokenisers(self.module.model.text_encoder.tokenise, words, self.parts)
 
@@ -71,12 +71,12 @@ class Engine:
         return state.collect(self.module, self.optimizer, self.stage)
 
     def parameters(self) -> dict[str, Tensor]:
-        """Whole parameters and buffers, under ``state/``, on rank 0. A collective at stage 3."""
+        """Whole parameters and buffers, under ``state/``, on rank 0. A collective operation at stage 3."""
         return state.parameters(self.module, self.stage)
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """The text side and the temperature whole on every rank, for code that calls them by themselves."""
+        """Context in which every rank has the whole text side and temperature, for code that calls them directly."""
         if self.stage < 3:
             yield
             return
@@ -90,7 +90,7 @@ class Engine:
     def step(self, batch: Batch, number: int, steps: int) -> None:
         """Step ``number`` of ``steps`` on this rank's share of the global batch. Parameters stay unchanged if the
         gradient is not finite; ``read`` reports this."""
-        # Dropout is a function of the step, so that a resumed run continues as if nothing had happened.
+        # Dropout is a function of the step, so that a resumed run continues unchanged.
         torch.manual_seed(hash((self.seed, number, rank())) % 2**63)
         factor = rate_factor(number / steps, self.config.warmup)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
@@ -106,7 +106,7 @@ class Engine:
         self.deepspeed.step()
         self.module.model.volume_encoder.end_step()
         norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
-        # Each rank knows its rows; what is logged is of the global batch.
+        # Each rank has its own rows; logged values refer to the global batch.
         values = {"loss": loss.detach(), **logged, "gradient_norm": torch.as_tensor(math.nan if norm is None else norm)}
         self.unread.append((self.config.learning_rate * factor, values))
 
@@ -124,21 +124,22 @@ class Engine:
         logged = []
         for (learning_rate, _), row in zip(steps, rows, strict=True):
             values = dict(zip(names, row, strict=True)) | {"learning_rate": learning_rate}
-            # -1 and infinity are DeepSpeed's words for one that is not a number.
+            # DeepSpeed reports a non-finite norm as -1 or infinity.
             norm = values["gradient_norm"]
             logged.append(values | {"gradient_norm": norm if 0 <= norm < math.inf else math.nan})
         return logged
 
     def progress_at(self, steps: int) -> set[int]:
-        """Steps at which another objective begins to count, so that the loss changes."""
+        """Steps at which another objective begins, so that the loss changes."""
         return {math.ceil(begin * steps) for begin in self.module.begins.values() if begin > 0}
 
     def _guard(self) -> Tensor:
-        """The norm of the gradients, which the backward pass has averaged over ranks; where it is not finite the
-        optimizer is told on the device to leave the parameters alone. At stage 0: from 1 on DeepSpeed does both."""
+        """Compute the norm of the gradients, which the backward pass has averaged over ranks. If it is not finite, a
+        flag on the device makes the optimizer skip the update. Only for stage 0; from stage 1 on, DeepSpeed does
+        both."""
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        # As torch's own GradScaler tells a fused optimizer.
+        # The mechanism by which torch's GradScaler controls a fused optimizer.
         self.optimizer.found_inf = (~norm.isfinite()).float()
         return norm
 
@@ -147,8 +148,8 @@ class Engine:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """GradCache (Gao et al. 2021): the exact gradient of a contrastive batch larger than memory.
 
-        First all features without a graph, then the loss and its gradient at the features, then each micro-batch again
-        with a graph, pulled back from that gradient.
+        First compute all features without a graph, then the loss and its gradient with respect to the features, then
+        each micro-batch again with a graph, through which that gradient is propagated.
         """
         with torch.no_grad():
             encoded = [self._features(part, progress) for part in parts]
@@ -175,7 +176,7 @@ class Engine:
         return loss, logged
 
     def _features(self, part: Part, progress: float) -> Any:
-        """Of a part, without the objectives on its tokens: they come with its second pass."""
+        """The features of a part, without the objectives on its tokens, which are computed in the second pass."""
         return self.deepspeed(Part(part.volumes, part.tokens, None, part.body), progress=progress)
 
 

@@ -1,4 +1,4 @@
-"""A model folder from any checkpoint of a run, during training or afterwards."""
+"""Write a model folder from any checkpoint of a run, during training or afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop: batches in, a model folder out."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from ctclip.training.step import TrainingStep
 from ctclip.training.text_warmup import lock_text, read_all, warm_up_text
 from ctclip.training.validation import Validation
 
-# sysexits.h's "temporary failure, try again": what slurm/train.sbatch requeues on.
+# EX_TEMPFAIL of sysexits.h ("try again"), on which slurm/train.sbatch requeues the job.
 INTERRUPTED = 75
 
 
@@ -78,7 +78,7 @@ def train(config: Config, output: Path, *, force: bool = False) -> Path:
             distributed.on_main(lambda: held.append(_claim(output)))
             return _train(config, output, device, signals, force)
         except RuntimeError as error:
-            # Raised by torch in a signal handler, so it may come from anywhere.
+            # Raised by torch in a signal handler, so it may occur anywhere.
             if "DataLoader worker" in str(error):
                 raise _worker_died() from error
             raise
@@ -88,7 +88,7 @@ def train(config: Config, output: Path, *, force: bool = False) -> Path:
 
 
 def _claim(output: Path) -> IO[bytes]:
-    """Hold the run folder, if it is one and may take a model folder at the end."""
+    """Lock the run folder, after checking that it is one and that a model folder can be written at the end."""
     check_run_folder(output)
     check_output(output / "model")
     return claim_folder(output)
@@ -98,7 +98,7 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
     if config.data.store is None:
         raise TrainingError("data.store is not set: name the folder that `ctclip preprocess` wrote (--store)")
     labels = run_labels(config, VolumeStore(config.data.store))
-    # Used by the model folder at the end, but checked here.
+    # Needed only for the model folder at the end, but checked now.
     prompts = run_prompts(config, labels)
     columns = columns_of(config)
     data = StoredVolumes(
@@ -126,7 +126,7 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
     distributed.on_main(lambda: write_trained_on(output, describe_training(config, data, cohorts[0], labels)))
     if resumed:
         state.check_fits(step, resumed, checkpoints.folder)
-    # A batch that cannot be divided among ranks or micro-batches is refused before the warm-up.
+    # Refuse a batch that cannot be divided among ranks or micro-batches before the warm-up.
     sampler, steps = _sampler(config, data, first)
     if micro_batches(config.training) > 1:
         check_two_pass(model.volume_encoder)
@@ -139,7 +139,7 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
         model.lock_text()
     engine = Engine(step, config, device, resumed)
     data.tokenisers, data.body = engine.tokenisers, model.volume_encoder.body_tokens()
-    # At stage 3 nothing read is kept.
+    # At stage 3, vectors cannot be cached.
     if resumed and warmup.locks and config.training.zero.stage < 3:
         read_all(model, data.reports, device)
     del resumed
@@ -155,7 +155,8 @@ def _save(
     config: Config, output: Path, model: DualEncoder, learned: dict[str, torch.Tensor], store: VolumeStore,
     device: torch.device,
 ) -> None:  # fmt: skip
-    """Write the model folder and the summary of its training scans, unless they are there: a finished run returns at once."""
+    """Write the model folder and the summary of its training scans, unless they exist, so that a finished run returns
+    at once."""
     written = save_run_model(output / "model", config, output, model, learned)
     if written or not (output / "model" / SUMMARY).is_file():
         _summarise(config, output / "model", store, device)
@@ -172,8 +173,8 @@ def _summarise(config: Config, model: Path, store: VolumeStore, device: torch.de
 
 
 def _check_spec(wanted: str, kept: PreprocessingSpec, store: str) -> None:
-    """Raise TrainingError unless a store was prepared as the configuration wants: with the spec of that name, or with
-    that of a file of the user's own."""
+    """Raise TrainingError unless a store was prepared with the spec of the configuration, given by name or as the
+    user's own file."""
     same = PreprocessingSpec.load(wanted).hash == kept.hash if Path(wanted).is_file() else kept.name == wanted
     if not same:
         raise TrainingError(
@@ -183,7 +184,7 @@ def _check_spec(wanted: str, kept: PreprocessingSpec, store: str) -> None:
 
 
 def _check_reports(config: Config, data: StoredVolumes) -> None:
-    """Raise TrainingError where volumes are contrasted with reports, and every volume has the same one."""
+    """Raise TrainingError if volumes are contrasted with reports, but all reports are the same."""
     needs = [plugins.find("objective", name).needs for name in config.objectives]
     if not any("features" in needed and "labels" not in needed for needed in needs):
         return
@@ -196,7 +197,7 @@ def _check_reports(config: Config, data: StoredVolumes) -> None:
 
 
 def _check_validation(config: Config, store: VolumeStore) -> None:
-    """Raise DataError where the run is to be validated on a split that is not there: a warm-up later would be too late."""
+    """Raise DataError, before the warm-up, if the validation split does not exist."""
     if config.training.validate_every:
         try:
             stored_volumes(store, config.data.valid_split)
@@ -207,7 +208,7 @@ def _check_validation(config: Config, store: VolumeStore) -> None:
 
 
 def columns_of(config: Config) -> tuple[str, ...]:
-    """Columns of a batch that the objectives of a run ask for."""
+    """Columns of a batch that the objectives of a run request."""
     names = (name for objective in config.objectives for name in columns_needed(plugins.find("objective", objective)))
     return tuple(dict.fromkeys(names))
 
@@ -229,7 +230,7 @@ class Run:
         self.validation = validation
         self.status = ""
         self.divergence = Divergence()
-        self.good = 0  # steps after which the loss was still where it belongs
+        self.good = 0  # last step at which the loss was still normal
 
     def train(self, data: StoredVolumes, sampler: ScanSampler, steps: int) -> None:
         """Steps ``sampler.start`` to ``steps``."""
@@ -265,7 +266,7 @@ class Run:
                 logged = self.engine.read()
                 for number, values in enumerate(logged, start=unread):
                     if number in begins:
-                        self.divergence = Divergence()  # more is summed from here on: another loss
+                        self.divergence = Divergence()  # another objective begins, which changes the loss
                     self._check(values, number)
                 unread = done
                 if log is not None and (done % self.settings.log_every == 0 or last):
@@ -284,7 +285,7 @@ class Run:
                     self.checkpoints.save(done, state, validated.get("valid_loss") if validated else None)
             if stop and not last:
                 self.checkpoints.wait()
-                # A rank that leaves early would have the launcher end the one that still writes.
+                # If a rank left early, the launcher would end the rank that is still writing.
                 distributed.barrier()
                 raise Interrupted(f"stopped after step {done} of {steps}; the same command resumes from there")
 
@@ -305,7 +306,7 @@ class Run:
         )
 
     def _check(self, logged: dict[str, float], step: int) -> None:
-        """Stop at the first loss or gradient that is not a number: what follows it is lost, and so would a checkpoint be."""
+        """Stop at the first non-finite loss or gradient, because further training and checkpoints would be useless."""
         loss, norm = logged["loss"], logged["gradient_norm"]
         risen = self.divergence.seen(loss)
         if math.isfinite(loss) and math.isfinite(norm) and risen <= 1:
@@ -313,7 +314,8 @@ class Run:
                 self.good = step + 1
             return
         self.checkpoints.wait()
-        # The figures are of all ranks, so all come here; one that left early would have the launcher end the one that writes.
+        # All ranks have the same values and arrive here; if a rank left early, the launcher would end the rank that
+        # writes.
         distributed.barrier()
         what = f"the loss has grown to {loss:.3g}" if math.isfinite(loss) else f"the loss is {loss}"
         if math.isfinite(loss) and not math.isfinite(norm):
@@ -330,13 +332,16 @@ class Run:
             return "no checkpoint had been written yet"
         good = [path for step, path in found if step <= self.good]
         if not good:
-            return f"all checkpoints that were kept are from steps after {self.good}, when it had begun: start in another folder"
-        later = "" if good[0] == found[0][1] else ": remove those after it, the run would resume from them"
+            return (
+                f"all kept checkpoints are from steps after {self.good}, when the loss was already rising: start in "
+                f"another folder"
+            )
+        later = "" if good[0] == found[0][1] else ": remove the later ones, because the run would resume from them"
         return f"the last good checkpoint is {good[0]}{later}"
 
 
 class Meter:
-    """Volumes a second, and the share of the time that was spent waiting for them, since the last reading."""
+    """Volumes per second, and the fraction of the time spent waiting for data, since the last reading."""
 
     def __init__(self) -> None:
         self.began, self.waited, self.volumes = time.monotonic(), 0.0, 0
@@ -355,7 +360,7 @@ class Meter:
 
 
 class Divergence:
-    """Detects a loss that rises above its early values, by its running mean over some 20 steps."""
+    """Detects a loss that rises above its early values, by its running mean over about 20 steps."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -363,8 +368,8 @@ class Divergence:
         self.first: float | None = None
 
     def seen(self, loss: float) -> float:
-        """Note a loss; how far it has risen: above 1, at more than twice (and a nat above) what it was after the first
-        20 steps, the run diverges."""
+        """Record a loss and return how far it has risen. Above 1, the run diverges: the loss is more than twice its
+        value after the first 20 steps, and more than one nat higher."""
         self.steps += 1
         self.mean += (loss - self.mean) / min(self.steps, 20)
         if self.steps == 20:
@@ -373,12 +378,12 @@ class Divergence:
 
 
 def _next(stream: Any) -> StoredBatch:
-    """The next batch; what went wrong in a reading process becomes one line here."""
+    """The next batch; an error in a reading process is raised with a one-line message."""
     try:
         batch: StoredBatch = next(stream)
         return batch
     except PreprocessingError as error:
-        # torch wraps what a worker raised in the worker's whole traceback; its last line is the message.
+        # torch wraps an exception of a worker in the worker's traceback; the last line is the message.
         reason = str(error).strip().splitlines()[-1]
         raise TrainingError(reason.partition("PreprocessingError: ")[2] or reason) from error
     except (ConnectionError, EOFError) as error:
@@ -386,7 +391,7 @@ def _next(stream: Any) -> StoredBatch:
 
 
 def _worker_died() -> TrainingError:
-    # From here on torch's handler would raise a second time, wherever the first is being told.
+    # Disable torch's handler, which would raise again while the first exception is reported.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return TrainingError(
         "a data-loading process died (out of memory?): lower data.workers, and start the same command again: it "
@@ -402,7 +407,7 @@ def _line(logged: dict[str, float]) -> str:
 
 
 def _memory_gb(device: torch.device) -> float:
-    """The most memory this rank has held: of its GPU, or resident in the host's."""
+    """Peak memory of this rank: on its GPU, or resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -22,8 +22,8 @@ def rate_factor(progress: float, warmup: float) -> float:
 
 
 def parameter_groups(step: TrainingStep, config: TrainingConfig) -> list[dict[str, Any]]:
-    """Volume and text sides with their own rates, falling towards the input with ``layer_decay``; matrices decay, vectors
-    and temperatures do not."""
+    """Parameter groups of the volume and text sides with their own learning rates, which decrease towards the input
+    with ``layer_decay``. Weight decay applies to matrices, not to vectors and temperatures."""
     rates = {"volume": config.learning_rate, "text": config.text_learning_rate or config.learning_rate}
     factors = rate_factors(step.model, config.layer_decay)
     groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
@@ -41,22 +41,23 @@ def parameter_groups(step: TrainingStep, config: TrainingConfig) -> list[dict[st
 
 
 def piece_size(trained: int) -> int:
-    """Elements that DeepSpeed reduces or gathers at once, of so many trained: a tenth of the model, 200 MB at most.
+    """Number of elements that DeepSpeed reduces or gathers at once: a tenth of the trained parameters, at most 200 MB.
 
-    Its own half a billion is a buffer of 2 GB on every card at stages 1 to 3 (4 GB at times), however small the model.
+    DeepSpeed's default of half a billion is a buffer of 2 GB (at times 4 GB) on every GPU at stages 1 to 3, however
+    small the model.
     """
     return max(1, min(trained // 10, 50_000_000))
 
 
 def deepspeed_config(config: TrainingConfig, parts: int, trained: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration for ``trained`` parameters and a rank's share encoded in ``parts``; how many ranks
-    there are is the launcher's business."""
+    """DeepSpeed's configuration for ``trained`` parameters and ``parts`` micro-batches per rank. The launcher sets the
+    number of ranks."""
     piece = piece_size(trained)
     zero: dict[str, Any] = {
         "stage": config.zero.stage,
         "reduce_bucket_size": piece,
-        # Gathered parameters are let go after use and gathered again for the backward pass: who chooses stage 3 wants
-        # memory, and with DeepSpeed's own settings every parameter of a model below a billion stays on every card.
+        # Release gathered parameters after use and gather them again for the backward pass, because stage 3 is chosen
+        # to save memory. With DeepSpeed's defaults, all parameters of a model below a billion stay on every GPU.
         "stage3_max_reuse_distance": 0,
         "stage3_max_live_parameters": piece,
         "stage3_prefetch_bucket_size": piece,
@@ -78,7 +79,8 @@ def deepspeed_config(config: TrainingConfig, parts: int, trained: int) -> dict[s
                 "betas": list(config.betas),
                 "eps": 1e-6,
                 "torch_adam": True,
-                # One kernel for all parameters, and the one that can be told on the device not to move them (`guard`).
+                # The fused optimizer uses one kernel for all parameters, and can skip an update by a flag on the device
+                # (`guard`).
                 "fused": True,
             },
         },

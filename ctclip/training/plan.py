@@ -1,9 +1,9 @@
-"""An estimate of the needs of a run: bytes per rank for each ZeRO stage, the batch that fits, time per epoch.
+"""Estimate the needs of a run: bytes per rank for each ZeRO stage, the batch that fits, time per epoch.
 
-Activations are counted, not guessed: a step is traced forward and backward on tensors that have shapes but no data,
-and the memory at its peak is added up; floating-point operations are counted likewise. Bytes are those that tensors
-take (``torch.cuda.max_memory_allocated``), without the workspaces of cuDNN; what a process holds beside them is stated
-by ``describe``.
+Activations are counted: a step is traced forward and backward on tensors with shapes but no data, and its peak memory
+is added up; floating-point operations are counted in the same way. Bytes are those of tensors
+(``torch.cuda.max_memory_allocated``), without the workspaces of cuDNN; ``describe`` states the other memory of a
+process.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from ctclip.training.run_model import run_prompts
 from ctclip.training.step import TrainingStep
 
 GIB = 2**30
-# Memory (GiB) and dense bf16 rate (TFLOP/s) of cards, from their data sheets; "cpu" is measured when asked for.
+# Memory (GiB) and dense bf16 rate (TFLOP/s) of GPUs, from their data sheets; "cpu" is measured on request.
 CARDS = {"a10": (24, 125), "rtx4090": (24, 165), "a100-40": (40, 312), "a100": (80, 312), "h100": (80, 989), "h200": (141, 989)}  # fmt: skip
-# Share of the data sheet's rate that the recipes of configs/ reach, as measured on an H100 (vit3d; ctvit by its encoder) and
-# an H200 (resnet3d, in float32: too little); of others, what is between.
+# Fraction of the data sheet's rate that the recipes in configs/ reach, measured on an H100 (vit3d, and the encoder of
+# ctvit) and an H200 (resnet3d in float32, an underestimate); an intermediate value for others.
 UTILISATION = {"vit3d": 0.177, "resnet3d": 0.029, "ctvit": 0.025}
 OTHERWISE = 0.03
-# What the CUDA context, cuBLAS and NCCL hold before the first tensor.
+# Memory of the CUDA context, cuBLAS and NCCL before the first tensor.
 CONTEXT = 1.5 * GIB
 REPORT_TOKENS = 256
 # Measured by tests/benchmarks/card.py.
 MEASURED = "on an H100 ct_rate_vit3d_base took 5 % less than is stated here"
-# What a processor's figures leave out, as measured by tests/benchmarks/training.py.
+# Memory on a CPU that the estimate leaves out, measured by tests/benchmarks/training.py.
 PROCESS = (
     "beside them a process holds Python and its libraries (some 0.7 GiB), and memory that was freed: some 40 % more"
 )
@@ -57,7 +57,7 @@ PROCESS = (
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes on one rank at one ZeRO stage, activations apart."""
+    """Bytes on one rank at one ZeRO stage, without activations."""
 
     stage: int
     parameters: float
@@ -71,17 +71,18 @@ class StageMemory:
 
     @property
     def held(self) -> float:
-        """What there is all the time. At stage 3 DeepSpeed keeps a place for gradients too."""
+        """Bytes held all the time. At stage 3, DeepSpeed also reserves memory for gradients."""
         return self.states - (self.gradients if self.stage < 3 else 0.0)
 
     def peak(self, activations: float, in_parts: bool = False) -> float:
-        """The most at once: gradients come while activations go; those of a batch's first part stay for the second."""
+        """Peak bytes. Gradients are allocated while activations are freed; the gradients of the first micro-batch are
+        kept for the second."""
         return self.states + activations if in_parts else max(self.states, self.held + activations)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer; bytes and floating-point operations."""
+    """The estimate, in bytes and floating-point operations."""
 
     volume_parameters: int
     text_parameters: int
@@ -90,7 +91,7 @@ class Plan:
     activations: float
     """of each volume"""
     weights: float
-    """copies of weights that a step keeps whatever the batch: those in bfloat16"""
+    """bfloat16 copies of weights, which do not depend on the batch"""
     batch_volumes: float
     flops: float
     ranks: int
@@ -100,11 +101,11 @@ class Plan:
         return stage.peak(self.weights + micro * self.activations, micro < share) + share * self.batch_volumes
 
     def largest_share(self, stage: StageMemory, card_bytes: float) -> int:
-        """Volumes a rank can hold at once on a card."""
+        """Number of volumes that a rank can hold at once on a GPU."""
         room = card_bytes - CONTEXT
         if stage.peak(0.0) > room:
             return 0
-        # peak() is flat in the activations as long as gradients need more, and linear from there.
+        # peak() is constant while gradients need more memory than activations, and linear beyond.
         left = room - stage.held - self.weights
         return max(0, math.floor(left / (self.activations + self.batch_volumes)))
 
@@ -114,7 +115,7 @@ class Plan:
 
 
 def make_plan(config: Config, ranks: int, *, card: bool = True) -> Plan:
-    """Count for the model and batch of ``config`` on ``ranks`` ranks, of a GPU each if ``card``, of a processor if not.
+    """Estimate for the model and batch of ``config`` on ``ranks`` ranks, each on a GPU if ``card``, else on a CPU.
     Raises ConfigError if it cannot be trained."""
     spec = PreprocessingSpec.load(config.preprocessing)
     tokenizer = None
@@ -132,7 +133,7 @@ def make_plan(config: Config, ranks: int, *, card: bool = True) -> Plan:
 
 
 def plan_of(step: TrainingStep, config: Config, shape: tuple[int, ...], ranks: int, *, card: bool = True) -> Plan:
-    """The same of a step that has been built, on volumes of ``shape``."""
+    """Estimate for a step that has been built, on volumes of ``shape``."""
     sides = dict.fromkeys(("volume", "text", "head"), 0)
     for name, parameter in step.named_parameters():
         side = "head" if not name.startswith("model.") else "volume" if name.startswith("model.volume_") else "text"
@@ -140,7 +141,7 @@ def plan_of(step: TrainingStep, config: Config, shape: tuple[int, ...], ranks: i
     count, trained = sum(sides.values()), sum(p.numel() for p in step.parameters() if p.requires_grad)
     views = config.data.views_per_volume
     with warnings.catch_warnings():
-        # On a processor torch says of some operations that they are slow in bfloat16; the plan is not run there.
+        # torch warns that some operations are slow in bfloat16 on a CPU, which does not matter for tracing.
         warnings.simplefilter("ignore", UserWarning)
         bf16 = config.training.precision == "bf16"
         one, two = (_most(step, shape, views, batch, bf16=bf16, card=card) for batch in (1, 2))
@@ -168,13 +169,13 @@ def stage_memory(stage: int, parameters: int, trained: int, ranks: int) -> Stage
         parameters=4.0 * parameters / (ranks if stage == 3 else 1) + (4.0 * trained / ranks if stage else 0.0),
         gradients=4.0 * trained / (ranks if stage >= 2 else 1),
         optimizer=8.0 * trained / (ranks if stage >= 1 else 1),
-        # Gradients that wait to be reduced; at stage 3 those under way, flattened and sent, and parameters gathered too.
+        # Gradients waiting for reduction; at stage 3 also flattened gradients in transit and gathered parameters.
         buffers=piece * (4 if stage == 3 else 1 if stage else 0),
     )
 
 
 def measured_flops_a_second() -> float:
-    """Float32 matrix products of this machine's processor, operations a second."""
+    """Measured rate of float32 matrix products on this machine's CPU, in operations per second."""
     import time
 
     left, right = torch.randn(2, 1536, 1536)
@@ -186,7 +187,7 @@ def measured_flops_a_second() -> float:
 
 
 def _ids(model: DualEncoder, texts: int, length: int) -> dict[str, Tensor]:
-    # The last word of a vocabulary is a word like any other; the first are marks.
+    # The last token of a vocabulary is an ordinary word; the first ones are special tokens.
     ids = torch.full((texts, length), model.text_encoder.bert.config.vocab_size - 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -197,8 +198,8 @@ def _report(model: DualEncoder, texts: int) -> Tensor:
 
 
 def _on_tokens(step: TrainingStep, encoded: Encoded) -> list[Tensor]:
-    """The objectives on tokens. Columns of the store that they ask for have a shape that only the store knows: objectives
-    that ask for any are not counted."""
+    """The losses of objectives on tokens. Objectives that request columns of the store are not counted, because the
+    shape of these columns is unknown."""
     if any(columns_needed(objective) for objective in step.objectives.values() if "tokens" in objective.needs):  # type: ignore[arg-type, operator]
         return []
     words = _ids(step.model, len(encoded.tokens), step.longest) if step.reads_words else None
@@ -206,7 +207,7 @@ def _on_tokens(step: TrainingStep, encoded: Encoded) -> list[Tensor]:
 
 
 def _most(step: TrainingStep, shape: tuple[int, ...], views: int, batch: int, *, bf16: bool, card: bool) -> int:
-    """Bytes of a step on ``batch`` volumes at their most, beside parameters and their gradients."""
+    """Peak bytes of a step on ``batch`` volumes, without parameters and their gradients."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     step.train()
@@ -221,16 +222,16 @@ def _most(step: TrainingStep, shape: tuple[int, ...], views: int, batch: int, *,
                 encoded = encoder(volumes)
             kept = live.now
             (encoded.pooled.float().sum() + encoded.tokens.float().sum()).backward()
-    # BERT looks at its mask, so it needs data; a report is small enough to run.
+    # BERT inspects its mask, so it needs data; a report is small enough to run.
     text, _ = _saved(lambda: _report(step.model, batch * views), step, bf16)
     seen = encoded._replace(tokens=torch.ones(encoded.tokens.shape, dtype=encoded.tokens.dtype), real=None)
     words, _ = _saved(lambda: _on_tokens(step, seen), step, bf16)
-    # Texts are read after the volumes, and have gone when gradients come to the volumes.
+    # Texts are encoded after volumes, and their activations are freed before the backward pass of the volumes.
     return max(live.most, kept + text + words)
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the tensors that operations within have made and that are still held: ``now``, and at their ``most``."""
+    """Bytes of the tensors created inside the context that are still alive: ``now``, and at the peak (``most``)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,7 +254,7 @@ class Live(TorchDispatchMode):
 
 
 class _Exactly(TorchFunctionMode):
-    """On a card autocast has these in float32; on a processor it leaves them as they come."""
+    """Operations that autocast runs in float32 on a GPU, but leaves unchanged on a CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (F.layer_norm, F.group_norm):
@@ -263,7 +264,7 @@ class _Exactly(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _precisions(*, bf16: bool, card: bool) -> Iterator[None]:
-    """Operations on tensors without data, in the precisions a card would have them in, or a processor."""
+    """Context for operations on tensors without data, with the precisions of autocast on a GPU or a CPU."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=bf16))
         if card:
@@ -274,7 +275,7 @@ def _precisions(*, bf16: bool, card: bool) -> Iterator[None]:
 
 
 def _saved(forward: Callable[[], Any], module: nn.Module, bf16: bool) -> tuple[int, Any]:
-    """Bytes kept for the backward pass beside the parameters of ``module``, and what ``forward`` returned."""
+    """Bytes saved for the backward pass, without the parameters of ``module``, and the result of ``forward``."""
     own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -286,14 +287,14 @@ def _saved(forward: Callable[[], Any], module: nn.Module, bf16: bool) -> tuple[i
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        # Held until the end: a storage that is freed may give its number to the next.
+        # Kept alive until the end, because the id of a freed storage may be reused.
         output = forward()
     return sum(storage.nbytes() for storage in kept.values()), output
 
 
 @contextlib.contextmanager
 def _converted(model: nn.Module, mode: Any) -> Iterator[None]:
-    """The module's tensors as tensors without data, for the length of a block."""
+    """Replace the module's tensors by tensors without data for the duration of a block."""
     parameters = {name: p for name, p in model.named_parameters()}
     buffers = {name: b for name, b in model.named_buffers()}
     convert = mode.from_tensor
@@ -316,13 +317,13 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _flops(step: TrainingStep, shape: tuple[int, ...], views: int) -> float:
-    """Operations of one volume's training step, forward and backward, as torch counts them when they are made."""
+    """Operations of a training step on one volume, forward and backward, counted by torch."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     encoder = step.model.volume_encoder
-    # Attention as matrix products: torch does not count the processor's own kernel for it.
+    # Run attention as matrix products, because torch does not count the fused CPU kernel.
     mapping = {torch.ops.aten.convolution_backward: _convolution_backward}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
         with by_hand.switched_off(), FakeTensorMode(allow_non_fake_inputs=True) as mode, _converted(encoder, mode):
@@ -330,14 +331,15 @@ def _flops(step: TrainingStep, shape: tuple[int, ...], views: int) -> float:
             (encoded.pooled.sum() + encoded.tokens.sum()).backward()
         tokens = torch.ones(encoded.tokens.shape, requires_grad=True)
         read = sum(_on_tokens(step, encoded._replace(tokens=tokens, real=None)), _report(step.model, views).sum())
-        if read.requires_grad:  # a locked text side is read and learns nothing
+        if read.requires_grad:  # a locked text side has no backward pass
             read.backward()
     step.zero_grad()
     return float(counter.get_total_flops())
 
 
 def _convolution_backward(slope: Any, given: Any, weight: Any, *rest: Any, **_: Any) -> int:
-    """Of shapes: each gradient takes what the convolution took. torch's own count takes a depthwise one for a full one."""
+    """Operations of a convolution's backward pass, from shapes: each gradient takes as many as the convolution. torch
+    counts a depthwise convolution as a full one."""
     from torch.utils.flop_counter import conv_flop_count
 
     *_before, transposed, _padding, _groups, asked = rest

@@ -16,7 +16,7 @@ from ctclip.preprocessing.files import kind_of, refuse_special, write_text
 from ctclip.preprocessing.outputs import check_folder, made_by_us
 from ctclip.versions import COMMAND, revision, versions
 
-# Keys that do not affect what is learned: a run may resume with other values of these.
+# Keys that do not affect the weights; a run may resume with other values.
 FREE_KEYS = (
     "data.store",
     "data.workers",
@@ -29,7 +29,7 @@ FREE_KEYS = (
     "training.validate_volumes",
     "training.wandb_project",
 )
-# How run folders of 0.2 are recognised that lost their lock.
+# Marks run folders of version 0.2 without a lock file.
 MARKS = {"run.json": b'"revision"'}
 
 
@@ -54,7 +54,7 @@ def open_run(folder: Path, config: Config, *, force: bool = False) -> None:
     write_text(folder / "run.json", json.dumps(facts, indent=2))
 
 
-# TensorBoard draws the scalars of a group together; what is in no group is the loss of an objective.
+# TensorBoard groups scalars by prefix; keys without a group are losses of objectives.
 GROUPS = {
     "loss": "loss/total", "learning_rate": "optimiser/learning_rate", "gradient_norm": "optimiser/gradient_norm",
     "logit_scale": "optimiser/logit_scale", "epoch": "progress/epoch", "volumes_per_second": "speed/volumes_per_second",
@@ -79,7 +79,7 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         refuse_special(self.path)
         if self.path.is_file():
-            # Steps after the checkpoint will be repeated; keep one line for each step.
+            # Steps after the checkpoint will be repeated; keep one line per step.
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) < first_step]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
         self.board = extras.require("torch.utils.tensorboard").SummaryWriter(
@@ -129,7 +129,7 @@ def _wandb(folder: Path, project: str) -> Any:
             "warning: training.wandb_project is set, but wandb is not installed: `pip install wandb`", file=sys.stderr
         )
         return None
-    # A resumed run keeps its id there; another folder of the same name gets another.
+    # A resumed run keeps its W&B id; another folder with the same name gets a new one.
     known = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"
     return wandb.init(project=project, name=folder.name, dir=str(folder), resume="allow", id=known)
 

@@ -1,4 +1,4 @@
-"""The model of a run: how it is built, started from another one, and written as a model folder."""
+"""Build the model of a run, start it from another model, and write it as a model folder."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ NEUTRAL_PROMPTS = "generic"
 
 
 def run_labels(config: Config, store: VolumeStore) -> LabelSet | None:
-    """The label set a run is asked to use: the configuration's, else that of its own label table, else the store's. Raises
-    DataError where the store has not all of its columns."""
+    """The label set of a run: that of the configuration, else that of its label table, else that of the store. Raises
+    DataError if the store lacks any of its columns."""
     if config.data.label_table is not None and config.labels is None:
         table = read_label_table(Path(config.data.label_table), store)
         return labels_that_are(Path(config.data.label_table).stem, [str(name) for name in table.columns])
@@ -66,22 +66,22 @@ def run_labels(config: Config, store: VolumeStore) -> LabelSet | None:
 
 
 def run_prompts(config: Config, labels: LabelSet | None) -> PromptSet:
-    """The prompt set of a run: the configuration's, else the label set's, else phrasings that fit any name."""
+    """The prompt set of a run: that of the configuration, else that of the label set, else templates for any name."""
     name = config.prompts or (labels.prompts if labels is not None else None) or NEUTRAL_PROMPTS
     return load_prompts(name)
 
 
 def prompted_names(prompts: PromptSet, labels: LabelSet | None) -> tuple[str, ...]:
-    """What the model is asked about: the label set's names, else those the prompt set spells out."""
+    """The findings to score: the names of the label set, else those listed in the prompt set."""
     return labels.names if labels is not None else prompts.names()
 
 
 def build_run_model(
     config: Config, output: Path, data: StoredVolumes, labels: LabelSet | None, *, resumed: bool
 ) -> tuple[DualEncoder, str]:
-    """The model of a run, and where its weights begin, in words. A run ``resumed`` from a checkpoint is built from its
-    own folder alone and does not need the pretrained folders. A run stopped before its first checkpoint starts with
-    the same weights again. A collective operation."""
+    """The model of a run, and a description of its initial weights. A run ``resumed`` from a checkpoint is built from
+    its own folder and does not need the pretrained folders. A run stopped before its first checkpoint starts with the
+    same weights again. A collective operation."""
     kept = output / ARCHITECTURE
     if distributed.broadcast_json(resumed and (kept / "config.yaml").is_file()):
         model, begins = read_architecture(kept, lambda own: _as_configured(own, config.model), data.spec).model, ""
@@ -95,7 +95,7 @@ def build_run_model(
 
 
 def _from_folder(config: ModelConfig, spec: PreprocessingSpec) -> tuple[DualEncoder, str]:
-    """A model that begins with the weights of ``config.init``, whose architecture it takes for the sides it takes."""
+    """A model that starts from the weights of ``config.init`` and uses its architecture for the selected sides."""
     where = str(config.init)
     path = local_folder(where)
     source = load_model(path)
@@ -109,7 +109,8 @@ def _from_folder(config: ModelConfig, spec: PreprocessingSpec) -> tuple[DualEnco
 
 
 def raise_if_needs_tokenizer(config: ModelConfig) -> None:
-    """A volume encoder alone is taken beside a text encoder that brings its own tokenizer."""
+    """Raise ConfigError if only the volume encoder is taken from ``init`` and the text encoder has no tokenizer of its
+    own."""
     if config.text.pretrained is None:
         raise ConfigError(
             "model.init_sides=volume: name the text encoder in model.text.pretrained, or take both sides of model.init"
@@ -117,9 +118,12 @@ def raise_if_needs_tokenizer(config: ModelConfig) -> None:
 
 
 def _merged(own: ModelConfig, asked: ModelConfig) -> ModelConfig:
-    """The architecture of a folder with the settings of a run that do not change its weights' shapes."""
+    """The architecture of a folder, with those settings of a run that do not change the shapes of weights."""
     both = asked.init_sides == "both"
-    tuning = {name: getattr(asked.volume, name) for name in ("activation_checkpointing", "tuning", "lora_rank")}
+    tuning = {
+        name: getattr(asked.volume, name)
+        for name in ("activation_checkpointing", "tuning", "lora_rank", "lora_projection")
+    }
     volume = own.volume.model_copy(update=tuning) if asked.init_sides != "text" else asked.volume
     adapted = {name: getattr(asked.text, name) for name in ("tuning", "lora_rank")}
     text = own.text.model_copy(update=adapted) if asked.init_sides != "volume" else asked.text
@@ -128,13 +132,13 @@ def _merged(own: ModelConfig, asked: ModelConfig) -> ModelConfig:
 
 
 def _as_configured(own: ModelConfig, asked: ModelConfig) -> ModelConfig:
-    """What the run's folder keeps, with what a resumed run may set anew."""
+    """The configuration in the run folder, with the settings that a resumed run may change."""
     volume = own.volume.model_copy(update={"activation_checkpointing": asked.volume.activation_checkpointing})
     return own.model_copy(update={"volume": volume})
 
 
 def _tokenizer(config: Config, output: Path, data: StoredVolumes) -> Any:
-    """The pretrained encoder's tokenizer, or one learned once from the training reports and kept in the run."""
+    """The tokenizer of the pretrained encoder, or one learned from the training reports and saved in the run folder."""
     if config.model.text.pretrained is not None:
         return load_tokenizer(config.model.text.pretrained)
     folder = output / "tokenizer"
@@ -170,7 +174,7 @@ SYNTHETIC = "synthetic"
 
 
 def write_trained_on(output: Path, facts: TrainedOn) -> None:
-    """Write it to the run folder, for the model folders made from it."""
+    """Write the training data to the run folder, for model folders exported from it."""
     write_text(output / TRAINED_ON, yaml.safe_dump(facts.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
@@ -181,8 +185,8 @@ def keep_prompts(output: Path, prompts: PromptSet) -> None:
 
 
 def save_run_model(folder: Path, config: Config, run: Path, model: DualEncoder, state: dict[str, torch.Tensor]) -> bool:
-    """A model folder of a checkpoint's state (names under ``state/model.``); the rest is in the run folder. One that has these
-    weights already is left alone, with the heads and calibrations that were added to it; returns whether it was written."""
+    """Write a model folder from a checkpoint's state (names under ``state/model.``) and the run folder. A folder that
+    already has these weights is kept, with its added heads and calibrations. Returns whether it was written."""
     prefix = "state/model."
     tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     expected = {name: value.shape for name, value in model.state_dict().items()}
@@ -192,7 +196,7 @@ def save_run_model(folder: Path, config: Config, run: Path, model: DualEncoder, 
     if _has_weights(folder, tensors):
         return False
     known = None if labels.name == NO_LABELS else labels
-    # Runs of earlier versions kept no prompts.
+    # Runs of earlier versions saved no prompts.
     prompts = load_prompts(run / PROMPTS) if (run / PROMPTS).is_file() else run_prompts(config, known)
     names = prompted_names(prompts, known)
     save_model(
@@ -203,7 +207,7 @@ def save_run_model(folder: Path, config: Config, run: Path, model: DualEncoder, 
 
 
 def _has_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether a model folder has just these weights. A damaged one has not."""
+    """Whether a model folder has exactly these weights; False if it is damaged."""
     try:
         kept = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError):
@@ -215,10 +219,10 @@ def _has_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> bool:
 
 
 def _check_state(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Size], run: Path) -> None:
-    """A model folder of anything but this model's weights could not be loaded again."""
+    """Check that the tensors are those of this model, because the model folder could not be loaded otherwise."""
     wrong = sorted(set(expected) ^ set(tensors))
     if not wrong:
-        # Parameters that ZeRO 3 has spread over ranks have no shape of their own.
+        # Parameters sharded by ZeRO 3 have no shape of their own.
         wrong = [name for name, shape in expected.items() if shape.numel() and tensors[name].shape != shape]
     if wrong:
         raise ConfigError(f"{run}: the checkpoint does not fit the run's architecture ({wrong[0]}); take another one")
@@ -228,7 +232,7 @@ NO_LABELS = "none"
 
 
 def _no_labels() -> LabelSet:
-    """What is kept where a run knows no labels."""
+    """The label set of a run without labels."""
     return labels_of_columns(NO_LABELS, ["any finding"])
 
 
@@ -241,6 +245,6 @@ def _card(config: Config, facts: TrainedOn) -> str:
 
 
 def warn(message: str) -> None:
-    """One line on stderr, from one rank."""
+    """Print one line to stderr, from one rank."""
     if distributed.is_main():
         print(message, file=sys.stderr, flush=True)

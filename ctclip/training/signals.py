@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Signals:
-    """Notes SIGTERM and SIGUSR1 (a preempted or ending Slurm job) and Ctrl-C for the loop to see between two steps."""
+    """Records SIGTERM and SIGUSR1 (a preempted or ending Slurm job) and Ctrl-C, which the loop checks between steps."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -40,8 +40,8 @@ class Signals:
 
 
 def leave_signals(_: int) -> None:
-    """Of a reading process: a terminal, Slurm and launchers send signals to it too, and the rank it reads for still needs a
-    batch. It ends when that rank says so or is gone."""
+    """Ignore signals in a reading process. Terminals, Slurm and launchers send them to it too, while its rank still
+    needs a batch. It ends when its rank ends it or is gone."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -49,7 +49,7 @@ def leave_signals(_: int) -> None:
 
 
 def _end_with_rank() -> None:
-    """Leave SIGTERM alone unless the rank itself sends it."""
+    """Ignore SIGTERM unless the rank itself sends it."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -1,7 +1,7 @@
-"""Collecting whole parameters and optimizer moments from any ZeRO stage, and restoring them.
+"""Collect whole parameters and optimizer moments from any ZeRO stage, and restore them.
 
-Parameters are float32 masters at every stage (bf16 is an autocast around the forward pass), so their values are
-loaded before DeepSpeed takes the module, and only Adam's moments are put back afterwards.
+Parameters are float32 masters at every stage (bf16 is autocast in the forward pass), so their values are loaded before
+DeepSpeed wraps the module, and only Adam's moments are restored afterwards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def collect(module: nn.Module, optimizer: Any, stage: int) -> dict[str, torch.Tensor]:
-    """Every parameter, buffer and moment, whole, on rank 0's CPU; other ranks get nothing. A collective."""
+    """Collect every parameter, buffer and moment, whole, on rank 0's CPU; other ranks get an empty result. A collective
+    operation."""
     state = parameters(module, stage)
     _link(optimizer, stage)
     for name, parameter in module.named_parameters():
@@ -34,14 +35,15 @@ def collect(module: nn.Module, optimizer: Any, stage: int) -> dict[str, torch.Te
 
 
 def parameters(module: nn.Module, stage: int) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer, whole, on rank 0's CPU, under ``state/``. A collective at stage 3."""
+    """Collect every parameter and buffer, whole, on rank 0's CPU, under ``state/``. A collective operation at stage
+    3."""
     if stage < 3:
         return {f"state/{name}": _copied(value) for name, value in module.state_dict().items()} if is_main() else {}
     import deepspeed
 
     kept = set(module.state_dict())
     state = {f"state/{name}": _copied(value) for name, value in module.named_buffers() if name in kept}
-    # Tied parameters (a decoder's word vectors and scores) stand under each of their names, as in a state_dict.
+    # Tied parameters (a decoder's input and output word vectors) are listed under each name, as in a state_dict.
     for name, parameter in module.named_parameters(remove_duplicate=False):
         with deepspeed.zero.GatheredParameters([parameter]):
             if is_main():
@@ -55,7 +57,7 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
 
 def check_fits(module: nn.Module, state: dict[str, torch.Tensor], source: object) -> None:
     """Raise CheckpointError unless ``state`` holds a tensor of the right shape for every parameter and buffer of
-    ``module``, and nothing else. ``source`` is named."""
+    ``module``, and nothing else. ``source`` is named in the error."""
     expected = {f"state/{name}": value.shape for name, value in module.state_dict().items()}
     given = {name: value.shape for name, value in state.items() if name.startswith("state/")}
     wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
@@ -68,21 +70,21 @@ def check_fits(module: nn.Module, state: dict[str, torch.Tensor], source: object
 
 
 def load_parameters(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Put parameters and buffers back; before DeepSpeed takes the module."""
+    """Restore parameters and buffers, before DeepSpeed wraps the module."""
     prefix = "state/"
     module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
 
 def load_moments(module: nn.Module, optimizer: Any, stage: int, state: dict[str, torch.Tensor]) -> None:
-    """Put Adam's moments and step count back; after DeepSpeed took the module."""
+    """Restore Adam's moments and step count, after DeepSpeed has wrapped the module."""
     inner = getattr(optimizer, "optimizer", optimizer)
     step = float(state["optimizer_step"])
-    # At stage 3 DeepSpeed shows Adam one flat piece at a time, and none between steps.
+    # At stage 3, DeepSpeed gives Adam one flat piece at a time, and none between steps.
     flats = (
         optimizer.fp32_partitioned_groups_flat if stage == 3 else [p for g in inner.param_groups for p in g["params"]]
     )
     for flat in flats:
-        # Adam makes these at its first step; after a restart they must be there to be filled.
+        # Adam creates these at its first step; after a restart they must exist to be restored.
         inner.state[flat] = {
             "step": torch.tensor(step, device=flat.device),
             **{name: torch.zeros_like(flat) for name in MOMENTS},
@@ -103,15 +105,15 @@ def _set_moment(parameter: nn.Parameter, value: torch.Tensor, optimizer: Any, st
     elif stage < 3:
         safe_set_full_optimizer_state(parameter, value, name)
     else:
-        # Each rank holds an equal piece of each parameter, the last one padded.
+        # Each rank holds an equal piece of each parameter; the last piece is padded.
         size = -(-value.numel() // world_size())
         padded = nn.functional.pad(value.flatten(), (0, size * world_size() - value.numel()))
         safe_set_local_optimizer_state(parameter, padded[rank() * size :][:size], name)
 
 
 def _link(optimizer: Any, stage: int) -> None:
-    """Tell each parameter where its moments lie in the flat ones. DeepSpeed does so after the first parameter
-    group's first step, when the moments of the other groups do not exist yet."""
+    """Map each parameter to its moments in the flat tensors. DeepSpeed does so after the first parameter group's first
+    step, when the moments of the other groups do not exist yet."""
     if stage in (1, 2):
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,4 +1,4 @@
-"""One training step as one module, so that ZeRO's hooks see every parameter it uses."""
+"""One training step as one module, so that ZeRO's hooks see every parameter."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ctclip.objectives.words import LONGEST
 
 @dataclass(frozen=True)
 class Part:
-    """What is encoded at once: a batch, or one of its micro-batches. ``columns`` are those of its volumes; None: no
-    objective looks at its tokens, features alone are wanted."""
+    """The volumes and texts encoded at once: a batch, or one of its micro-batches. ``columns``: columns of its volumes;
+    None: compute only features, without objectives on tokens."""
 
     volumes: Tensor
     tokens: Tokens
@@ -36,7 +36,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What the contrast needs beside features: scans (b,), text_identities (b * views,) and columns of this rank."""
+    """The inputs of the contrastive loss besides features: ``scans`` (b,), ``text_identities`` (b * views,) and columns
+    of this rank."""
 
     scans: Tensor
     text_identities: Tensor
@@ -55,8 +56,9 @@ class EncodedPart:
 class TrainingStep(nn.Module):
     """The dual encoder with its objectives.
 
-    Called with a part it encodes it; with features and pairs it contrasts the features of all ranks; with a part and
-    pairs it does both. A rank's loss is that of its rows against the whole global batch; the mean over ranks is the loss.
+    Called with a part, it encodes the part; with features and pairs, it contrasts the features of all ranks; with a
+    part and pairs, it does both. The loss of a rank covers its rows against the global batch; the mean over ranks is
+    the loss.
     """
 
     def __init__(self, context: Context, objectives: Mapping[str, ObjectiveConfig]) -> None:
@@ -71,26 +73,26 @@ class TrainingStep(nn.Module):
             self.objectives[self.keys[name]] = _built(name, section, context)
         size = max((objective.queue_size for objective in self._all().values()), default=0)
         self.queue = TextQueue(size, model.config.dim) if size else None
-        # A parameter that no loss uses has no gradient and no moments; the optimizer must not know it.
+        # Parameters that no loss uses have no gradient and must not be in the optimizer.
         model.similarity.logit_bias.requires_grad_(any(isinstance(o, SigLIP) for o in self._all().values()))
-        # Encoders in bfloat16, losses never. In here, not around DeepSpeed's engine, which takes a card out of an
-        # autocast that it was not told of.
+        # Encoders run in bfloat16, losses never. Autocast is entered here and not around DeepSpeed's engine, which
+        # disables an autocast that is not in its configuration.
         self.bf16 = False
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of a batch that the objectives ask for."""
+        """Columns of a batch that the objectives request."""
         names = (name for objective in self._all().values() for name in columns_needed(objective))
         return tuple(dict.fromkeys(names))
 
     @property
     def reads_words(self) -> bool:
-        """Whether an objective asks for the ids of whole reports."""
+        """Whether an objective needs the ids of whole reports."""
         return any("words" in objective.needs for objective in self._all().values())
 
     @property
     def longest(self) -> int:
-        """Most ids of a whole report that are looked at."""
+        """Maximum number of ids of a whole report."""
         return min(LONGEST, self.model.text_encoder.max_tokens)
 
     def words(self, texts: Sequence[str]) -> Tokens:
@@ -104,9 +106,9 @@ class TrainingStep(nn.Module):
         features: tuple[Tensor, Tensor] | None = None,
         progress: float = 1.0,
     ) -> Any:
-        """``progress``: share of the steps that are done, by which objectives begin.
+        """``progress``: fraction of the steps that are done, which determines the active objectives.
 
-        Returns ``EncodedPart`` without ``pairs``; else the loss and what to log of it.
+        Returns ``EncodedPart`` without ``pairs``, else the loss and the values to log.
         """
         if pairs is None:
             assert part is not None
@@ -123,7 +125,8 @@ class TrainingStep(nn.Module):
         return {name: self.objectives[key] for name, key in self.keys.items()}  # type: ignore[misc]
 
     def _weight(self, name: str, progress: float) -> float:
-        """0, not left out, before an objective begins: every parameter keeps a gradient, as ZeRO wants it."""
+        """The weight of an objective. It is 0 before the objective begins, instead of skipping it, because ZeRO needs a
+        gradient for every parameter."""
         return self.weights[name] if progress >= self.begins[name] else 0.0
 
     def _encode(self, part: Part, progress: float) -> EncodedPart:
@@ -154,7 +157,7 @@ class TrainingStep(nn.Module):
     def _contrast(
         self, volume_features: Tensor, text_features: Tensor, pairs: Pairs, progress: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Features and identities of this rank -> the loss of the global batch, and what to log of it."""
+        """Features and identities of this rank -> the loss of the global batch, and the values to log."""
         similarity, share = self.model.similarity, len(pairs.scans)
         features = Features(
             volumes=similarity.volume(gather(volume_features.float())),
@@ -187,7 +190,7 @@ class TrainingStep(nn.Module):
 
 
 def parts_of(batch: Batch, count: int) -> list[Part]:
-    """A batch as ``count`` micro-batches of equal size; its tokens are cut already."""
+    """Split a batch into ``count`` micro-batches of equal size; its tokens are already split."""
     size = len(batch.volumes) // count
     parts = []
     for number in range(count):
@@ -202,7 +205,7 @@ def parts_of(batch: Batch, count: int) -> list[Part]:
 
 
 def pairs_of(batch: Batch) -> Pairs:
-    """What the contrast of a batch needs beside its features."""
+    """The inputs of the contrastive loss of a batch besides features."""
     return Pairs(batch.scans, batch.text_identities, batch.columns)
 
 
@@ -220,5 +223,5 @@ def _built(name: str, section: ObjectiveConfig, context: Context) -> Objective:
 
 def _column(columns: Mapping[str, Tensor], need: str, name: str) -> Tensor:
     if need not in columns:
-        raise ConfigError(f"objectives.{name} asks for {need!r}: the batch has {', '.join((*GIVEN, *columns))}")
+        raise ConfigError(f"objectives.{name} needs {need!r}: the batch has {', '.join((*GIVEN, *columns))}")
     return columns[need]

@@ -1,8 +1,8 @@
-"""Before the first volume: the text side learns which sections belong to one report.
+"""Warm-up of the text encoder before the first volume: it learns which sections belong to the same report.
 
-A text encoder from scratch knows nothing of the meaning of sentences, and the few volumes of a first epoch teach it
-little. The reports themselves do: findings and impression (the first and the last section of ``data.sections``) state
-the same in different words (radiology section matching, Boecking et al. 2022). No label and no volume is read.
+A text encoder trained from scratch does not know the meaning of sentences, and the few volumes of a first epoch teach
+it little. The reports teach more: findings and impression (the first and the last section of ``data.sections``) state
+the same in different words (radiology section matching, Boecking et al. 2022). No labels or volumes are read.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from ctclip.training.run_model import warn
 def warm_up_text(
     model: DualEncoder, reports: list[Report], config: TextWarmupConfig, *, seed: int, device: torch.device
 ) -> float:
-    """Train the text side of ``model`` in place; returns the last loss (nats; NaN where too few reports have two sections,
-    which is said). The same on any number of ranks. Raises TrainingError where an untrained text side would be locked."""
+    """Train the text side of ``model`` in place and return the last loss in nats (NaN, with a warning, if too few
+    reports have two sections). The result does not depend on the number of ranks. Raises TrainingError if an untrained
+    text side would be locked."""
     pairs = distinct_pairs(reports)
     ranks, rank = distributed.world_size(), distributed.rank()
     batch = min(config.batch, len(pairs)) // ranks * ranks
@@ -76,7 +77,7 @@ def warm_up_text(
 
 
 def lock_text(model: DualEncoder, reports: list[Report], device: torch.device) -> None:
-    """Fix the text side as it is now, standardised over all ``reports``; the same on any number of ranks."""
+    """Freeze the text side, standardised over all ``reports``. The result does not depend on the number of ranks."""
     model.to(device).lock_text()
     features = read_all(model, reports, device)
     standard = model.similarity.text_standard
@@ -91,8 +92,8 @@ def lock_text(model: DualEncoder, reports: list[Report], device: torch.device) -
 
 @torch.no_grad()
 def read_all(model: DualEncoder, reports: list[Report], device: torch.device) -> Tensor:
-    """Features of every distinct report (n, dim) float64, always in the same order: a locked text side keeps the vectors it
-    has computed, and how a sentence is rounded depends on those it was first encoded with."""
+    """Features (n, dim), float64, of every distinct report, always in the same order. A locked text side caches
+    vectors, and the rounding of a sentence depends on the batch it was first encoded in."""
     texts = sorted({report.text() for report in reports})
     found = []
     for start in range(0, len(texts), 64):
@@ -102,13 +103,14 @@ def read_all(model: DualEncoder, reports: list[Report], device: torch.device) ->
 
 
 def distinct_pairs(reports: list[Report]) -> list[Report]:
-    """Reports with both sections, each last one once: two of one wording would be each other's false negative."""
+    """Reports with both sections and distinct last sections, because equal sections would be false negatives of each
+    other."""
     by_last = {last: report for report in reports for first, last in [_ends(report)] if first and last}
     return [by_last[key] for key in sorted(by_last)]
 
 
 def _ends(report: Report) -> tuple[str, str]:
-    """The first and the last section of a report; empty strings where it has fewer than two."""
+    """The first and the last section of a report; empty strings if it has fewer than two."""
     texts = [text.strip() for text in report.sections.values()]
     return (texts[0], texts[-1]) if len(texts) > 1 else ("", "")
 

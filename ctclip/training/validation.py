@@ -20,9 +20,9 @@ from ctclip.training.step import pairs_of, parts_of
 
 
 class Validation:
-    """The first reconstruction of up to ``validate_volumes`` scans of the validation split, shared among ranks.
+    """Uses the first reconstruction of up to ``validate_volumes`` scans of the validation split, divided among ranks.
 
-    ``valid_loss`` is the training loss on them: the same objectives over batches as large, identities and all.
+    ``valid_loss`` is the training loss on them, with the same objectives, batch size and identities.
     """
 
     def __init__(self, config: Config, engine: Engine, labels: LabelSet | None, prompts: PromptSet) -> None:
@@ -37,7 +37,7 @@ class Validation:
         written = [int(row) for row in first if self.data.reports[row].text()]
         self.rows = written[: config.training.validate_volumes]
         self.batch = config.training.batch
-        # Labels are read to show progress, never to learn from or to choose a checkpoint by.
+        # Labels only show progress; they never affect training or the choice of a checkpoint.
         columns = {} if labels is None else labels.columns(self.data.table.columns)
         self.names = list(columns)
         table = self.data.table.iloc[self.rows]
@@ -45,13 +45,14 @@ class Validation:
         self.prompts = prompts
 
     def __call__(self, progress: float) -> dict[str, float]:
-        """A collective. ``valid_loss`` in nats; nothing where the split has no report."""
+        """Run a validation, a collective operation. ``valid_loss`` is in nats; the result is empty if the split has no
+        report."""
         if not self.rows:
             return {}
         engine, ranks, rank = self.engine, distributed.world_size(), distributed.rank()
         engine.deepspeed.eval()
-        # Every rank makes as many forward passes of as many volumes: the last batch is filled up from the first rows.
-        # Repeated scans are no negatives of each other.
+        # All ranks must run the same number of forward passes of equal size, so the last batch is filled with the first
+        # rows. Repeated scans are not negatives of each other.
         share = self.batch // ranks
         padded = np.resize(self.rows, math.ceil(len(self.rows) / self.batch) * self.batch)
         losses, volumes, texts = [], [], []

@@ -59,10 +59,9 @@ def read_cohort(
 ) -> Cohort:
     """The cohort of ``root``: a folder of a known layout, a table of paths, or a single scan.
 
-    ``layout``: one of ``layouts()``, or auto: the first that recognises the folder, else a plain folder; or a reader
-    of the user's own, ``module:function`` or the name of an entry point of the group ``ctclip.cohorts``. ``labels``
-    names the label columns of a table of paths. ``keep_no_chest`` keeps the volumes that CT-RATE lists as showing no
-    chest.
+    ``layout``: one of ``layouts()``, or auto: the first that recognises the folder, else a plain folder; or the user's
+    own reader, ``module:function`` or the name of an entry point of the group ``ctclip.cohorts``. ``labels`` names the
+    label columns of a table of paths. ``keep_no_chest`` keeps the volumes that CT-RATE lists as showing no chest.
     """
     folder, chosen = Path(root), layout.replace("-", "_")
     if not folder.exists():
@@ -86,7 +85,7 @@ def read_cohort(
 
 
 def _reader(name: str) -> Callable[[Path], Cohort] | None:
-    """A reader of the user's own, or None if ``name`` is none."""
+    """The user's own reader, or None if ``name`` is not one."""
     for entry in metadata.entry_points(group="ctclip.cohorts"):
         if entry.name == name:
             loaded: Callable[[Path], Cohort] = entry.load()
@@ -95,7 +94,7 @@ def _reader(name: str) -> Callable[[Path], Cohort] | None:
     if not colon:
         return None
     if not module or not function:
-        raise PreprocessingError(f"--layout {name}: write a reader of your own as module:function")
+        raise PreprocessingError(f"--layout {name}: write your own reader as module:function")
     if "" not in sys.path:
         sys.path.append("")
     try:

@@ -26,7 +26,7 @@ SECTIONS = {
     "Impressions_EN": "impression",
 }
 NAME = re.compile(r"((?:train|valid)_\d+)_([a-z]+)_(\d+)")
-# Scanner and patient, for `ctclip audit`.
+# Columns of scanner and patient, for `ctclip audit`.
 ACQUISITION = {
     "manufacturer": "Manufacturer", "kernel": "ConvolutionKernel", "sex": "PatientSex", "age": "PatientAge",
 }  # fmt: skip
@@ -34,7 +34,8 @@ RESCALE = {"rescale_slope": ("RescaleSlope", 1.0), "rescale_intercept": ("Rescal
 
 
 def recognised(tree: Tree) -> bool:
-    """By the names of volumes (train_1_a_1.nii.gz), or by a table of reports with CT-RATE's columns and volumes."""
+    """Whether the tree has volumes with names like train_1_a_1.nii.gz, or a table of reports with CT-RATE's columns and
+    volumes."""
     if not tree.root.is_dir():
         return False
     if any(NAME.fullmatch(identity(path)) for path in tree.named(".nii.gz")):
@@ -107,8 +108,8 @@ def read(tree: Tree, *, keep_no_chest: bool = False) -> Cohort:
 
 
 def _source(root: Path, stated: str) -> str:
-    """Where its labels come from: what their table says, or CT-RATE. A synthetic cohort, which is laid out as CT-RATE is, says
-    so in a file of its own."""
+    """The source of the labels: stated by their table, or CT-RATE. A synthetic cohort, which has the same layout,
+    states its source in a file of its own."""
     if (root / "phantom.json").is_file():
         return f"synthetic, {stated}" if stated else "synthetic"
     return stated or "CT-RATE labels CSV"
@@ -130,8 +131,9 @@ def _record(
 
 
 def _files(tree: Tree) -> tuple[dict[str, Path], list[str]]:
-    """Each volume's file. Of several of one name the least deep is taken (segmentations lie in folders of their own
-    under the same names), of those the last (``train_fixed`` comes after ``train``)."""
+    """The file of each volume. Of several files with the same name, the one in the least deep folder is used
+    (segmentations have the same names in folders of their own), and of these the last (``train_fixed`` comes after
+    ``train``)."""
     files: dict[str, Path] = {}
     repeated = 0
     for path in sorted(tree.named(".nii.gz")):
@@ -155,14 +157,15 @@ def _tables_named(tree: Tree, kind: str) -> list[Path]:
 
 
 def _tables(tree: Tree, kind: str, required: tuple[str, ...]) -> pd.DataFrame:
-    """All tables of a kind stacked, indexed by volume id; the column ``at`` says where a row stands."""
+    """All tables of a kind, concatenated and indexed by volume id; the column ``at`` states file and line of a row."""
     parts = []
     for path in _tables_named(tree, kind):
         part = read_table(path)
         for name in required:
             if name not in part.columns:
                 raise PreprocessingError(
-                    f"{path}: column {name!r} is missing (it has {', '.join(part.columns[:6])}); take CT-RATE's own table"
+                    f"{path}: column {name!r} is missing (it has {', '.join(part.columns[:6])}); use CT-RATE's own "
+                    f"table"
                 )
         parts.append((path, part))
     whole = one_row_each(parts, "VolumeName")
@@ -170,7 +173,7 @@ def _tables(tree: Tree, kind: str, required: tuple[str, ...]) -> pd.DataFrame:
 
 
 def _no_chest(tree: Tree) -> tuple[dict[str, Path], list[Path]]:
-    """Volumes that ``no_chest*.txt`` list, one a line, with or without folders and suffix; and the lists."""
+    """The volumes listed in ``no_chest*.txt``, one per line, with or without folder and suffix, and the lists."""
     lists = [path for path in tree.named(".txt") if path.name.lower().startswith("no_chest")]
     listed: dict[str, Path] = {}
     for path in lists:
@@ -182,19 +185,20 @@ def _no_chest(tree: Tree) -> tuple[dict[str, Path], list[Path]]:
 
 
 def _without_spacing(metadata: pd.DataFrame, files: dict[str, Path]) -> dict[str, str]:
-    """Volumes of which the metadata table says no distance of slices: projections, and reports that slipped in."""
+    """Volumes without a slice distance in the metadata table: projections, and stray report images."""
     if "ZSpacing" not in metadata.columns:
         return {}
     return {
-        name: f"{files[name].name}: its metadata table has no ZSpacing for it: a projection or another image that is not a volume"
+        name: f"{files[name].name}: the metadata table has no ZSpacing for it: a projection or another image that is "
+              f"not a volume"
         for name in files
         if name in metadata.index and not (numbers(metadata.at[name, "ZSpacing"], 1) or [0])[0]
     }  # fmt: skip
 
 
 def _labels(labels: pd.DataFrame) -> tuple[list[str], list[str]]:
-    """Label columns, and those that are none: they describe the patient or the scan, or hold words instead of 0 and 1. A
-    column that is mostly 0 and 1 is a label, and what else it holds is refused."""
+    """Label columns, and other columns: these describe the patient or the scan, or hold words instead of 0 and 1. A
+    column with mostly 0 and 1 is a label, and its other values are refused."""
     columns = label_columns(labels.drop(columns="at"))
     words = [name for name, why in columns.metadata.items() if why != "empty" and not mostly_binary(labels[name])]
     others = [name for name, why in columns.metadata.items() if "describes" in why or name in words]

@@ -1,5 +1,5 @@
-"""Which DICOM series of a folder tree are scans: a series spread over folders is one scan; copies and localizers
-are none."""
+"""Find the DICOM series of a folder tree that are scans. A series spread over folders is one scan; copies and
+localizers are not scans."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ctclip.preprocessing.dicom.kinds import alteration, in_hu
 from ctclip.preprocessing.identifiers import TAGS, is_directory_record, read_header
 
 FEWEST_SLICES = 3
-# Three images of a larger folder show whether it contains one series.
+# Three images of a large folder are read to see whether it contains one series.
 ALL_READ = 24
 MORE = [
     "StudyInstanceUID",
@@ -43,7 +43,7 @@ DUMMY_IDS = (
 
 @dataclass
 class Series:
-    """One series of one folder: ``files`` that were read of it, or stand for it, and one header of them."""
+    """One series in one folder: the ``files`` that were read (all, or a sample), and one of their headers."""
 
     uid: str
     header: Any
@@ -54,8 +54,8 @@ class Series:
 
 @dataclass
 class Scan:
-    """What is read as one scan: ``series`` of ``folder``; ``name_folder`` gives it its name. ``headers``: one of each series
-    in its folders, of the one that is read first."""
+    """One scan: ``series`` in ``folder``; ``name_folder`` determines its name. ``headers``: one header of each series
+    in its folders, that of the scan's series first."""
 
     folder: Path
     name_folder: Path
@@ -86,8 +86,8 @@ def dicom_scans(files: list[Path], alone: bool) -> tuple[list[Scan], set[Path], 
         main = max(series, key=lambda one: _rank(one, series))
         rest = few.get(main.uid, {})
         common = Path(os.path.commonpath([*places, *rest]))
-        # Reading a folder takes what lies below it too, and behind links: a series is named where that may be more than
-        # this scan's folders.
+        # Reading a folder includes subfolders and links, so the series is named if these may contain more than this
+        # scan.
         named = any(other not in places and common in (other, *other.parents) for other in by_folder)
         named = named or _has_links(common)
         headers = [main.header, *(one.header for one in series if one is not main)]
@@ -105,8 +105,9 @@ def dicom_scans(files: list[Path], alone: bool) -> tuple[list[Scan], set[Path], 
 
 
 def _too_few(by_folder: dict[Path, list[Series]], scans: dict[Path, list[Series]]) -> dict[str, dict[Path, Series]]:
-    """By UID, the parts of a series that are too few in their folder for a scan, as the last of a series over several
-    folders may be. Where all parts of a series are, they are put among the ``scans`` if together they are enough."""
+    """By UID, the parts of a series with too few images in their folder for a scan, such as the last part of a series
+    spread over folders. If all parts of a series are too small, they are added to ``scans`` if they suffice
+    together."""
     few: dict[str, dict[Path, Series]] = {}
     for folder, series in by_folder.items():
         for one in series:
@@ -122,7 +123,7 @@ def _too_few(by_folder: dict[Path, list[Series]], scans: dict[Path, list[Series]
 
 
 def _series(files: list[Path]) -> list[Series]:
-    """The series of one folder; files that are no DICOM are passed over."""
+    """The series of one folder; other files are ignored."""
     images = _images(sorted(files))
     if not images:
         return []
@@ -150,7 +151,8 @@ def _series(files: list[Path]) -> list[Series]:
 
 
 def _images(files: list[Path]) -> dict[Path, None]:
-    """Files that are DICOM by their mark, or are called as one that is; without any mark, those pydicom can read."""
+    """Files with a DICOM preamble, or with a suffix of such a file; if none has a preamble, the files that pydicom can
+    read."""
     images: dict[Path, None] = {}
     suffixes: set[str] = set()
     unmarked = []
@@ -189,7 +191,8 @@ def _has_links(folder: Path) -> bool:
 
 
 def _rank(one: Series, among: list[Series]) -> tuple[bool, int, bool, int]:
-    """Larger is better: a CT, close to what was measured, in HU, with most images in all of its folders."""
+    """Rank of a series, larger is better: a CT, close to the measurement, in HU, with many images in all of its
+    folders."""
     images = sum(other.frames or len(other.files) for other in among if other.uid == one.uid)
     return _is_ct(one), -alteration(one.header), in_hu(one.header), images
 
@@ -199,8 +202,8 @@ def _uid(header: Any) -> str:
 
 
 def _owners(scans: dict[Path, list[Series]], unused: Counter[str]) -> list[tuple[Path, list[Series], list[Path]]]:
-    """Each scan's first folder, its series there, and all of its folders. Folders that share their series are one scan;
-    of those, one whose images another has already is a copy."""
+    """The first folder of each scan, its series there, and all of its folders. Folders that share a series are one
+    scan; a folder whose images are also in another is a copy."""
     by_uid: dict[str, list[Path]] = {}
     for folder, series in scans.items():
         for one in series:
@@ -219,7 +222,7 @@ def _owners(scans: dict[Path, list[Series]], unused: Counter[str]) -> list[tuple
             continue
         places: list[Path] = []
         covered: set[str] = set()
-        # The folder with the most images first; images that it contains are copies elsewhere.
+        # Start with the folder with the most images; the same images in other folders are copies.
         instances = {place: _instances(scans[place]) for place in group}
         for place in sorted(group, key=lambda place: (-len(instances[place]), group.index(place))):
             if places and instances[place] <= covered:
@@ -234,12 +237,12 @@ def _owners(scans: dict[Path, list[Series]], unused: Counter[str]) -> list[tuple
 
 
 def _instances(series: list[Series]) -> set[str]:
-    """What tells images apart: their own ids; where one has none, that it is a file of its own."""
+    """Identifiers of images: their instance UIDs, or their files if they have none."""
     headers = ((path, read_header(path, ["SOPInstanceUID"])) for one in series for path in one.files)
     return {str(header.get("SOPInstanceUID", "") or path) for path, header in headers if header is not None}
 
 
 def _whose(header: Any) -> tuple[str, str]:
-    """Study and patient by the header, to be compared and never kept."""
+    """Study and patient of a header, only for comparison."""
     patient = str(header.get("PatientID", "") or "").strip().casefold()
     return str(header.get("StudyInstanceUID", "") or ""), "" if patient in DUMMY_IDS else patient

@@ -38,19 +38,19 @@ SAMPLED_BYTES = 1 << 16
 
 
 def recognised(tree: Tree) -> bool:
-    """One file: a scan, or a table of scans."""
+    """Whether the root is a single file: a scan, or a table of scans."""
     return tree.root.is_file()
 
 
 def read(tree: Tree, *, labels: Sequence[str] | None = None) -> Cohort:
-    """Every volume file and every DICOM series below a folder, each its own patient unless the headers or the bytes of two
-    are the same; or the rows of a table, of which ``labels`` names the label columns."""
+    """Read every volume file and DICOM series below a folder, or the rows of a table, whose label columns ``labels``
+    names. Each volume is a patient of its own, unless headers or bytes of two are the same."""
     root = tree.root
     if root.is_file():
         return _from_table(root, labels) if root.suffix.lower() in TABLES else _named(root.parent, [root])
     volumes = [path for path in tree.files if path.name.lower().endswith(FILES)]
     voxels = _voxel_files(volumes, tree.files)
-    # Many programs use this suffix; a NIfTI header has a voxel file beside it.
+    # Many programs use this suffix; only a NIfTI header has a voxel file beside it.
     volumes = [path for path in volumes if ".hdr" not in path.name.lower()[-7:] or path in voxels]
     known = {*volumes, *voxels.values()}
     rest = [path for path in tree.files if path not in known]
@@ -67,7 +67,7 @@ def read(tree: Tree, *, labels: Sequence[str] | None = None) -> Cohort:
 
 
 def _voxel_files(volumes: list[Path], files: list[Path]) -> dict[Path, Path]:
-    """Of volumes that are headers, the file of their voxels, if it is there."""
+    """The voxel files of volumes that are detached headers, if they exist."""
     by_name = {(path.parent, path.name.lower()): path for path in files}
     voxels: dict[Path, Path] = {}
     for path in volumes:
@@ -85,8 +85,8 @@ def _voxel_files(volumes: list[Path], files: list[Path]) -> dict[Path, Path]:
 def _named(
     root: Path, paths: list[Path], series: dict[Path, Scan] | None = None, voxels: dict[Path, Path] | None = None
 ) -> Cohort:
-    """Ids by file name, or by the whole path where names repeat; anonymous where a path names its patient. ``voxels``: the
-    other file of those that are headers."""
+    """Assign ids from file names, or from whole paths if names repeat; ids are anonymous if a path contains the
+    patient's name. ``voxels``: the voxel files of detached headers."""
     series = series or {}
     places = [path.relative_to(root) if path != root else Path(root.resolve().name) for path in paths]
     names = _unlike([identity(place) for place in places], [str(place) for place in places])
@@ -104,7 +104,7 @@ def _named(
         keys.append([f"series {uid}" * bool(uid)] + ([f"study {scan.study}" * bool(scan.study)] if scan else []))
     different = {scan.patient for scan in series.values() if scan.patient}
     for path, own in zip(paths, keys, strict=True):
-        # An id that all scans share does not identify a patient.
+        # A patient id shared by all scans does not identify a patient.
         if path in series and series[path].patient and len(different) > 1:
             own.append(f"patient {series[path].patient}")
     # Headers of different patients may be identical, so their voxels are compared.
@@ -130,7 +130,8 @@ def _named(
 
 
 def _same_patients(records: list[dict[str, Any]], keys: list[list[str]]) -> list[str]:
-    """Give records that share a key the patient of the first of them: what shows one patient must not be split."""
+    """Assign records with a common key to the patient of the first, because scans of one patient must not be in
+    different splits."""
     first: dict[str, int] = {}
     owner = list(range(len(records)))
 
@@ -156,7 +157,7 @@ def _same_patients(records: list[dict[str, Any]], keys: list[list[str]]) -> list
 
 
 def _copies(files: dict[Path, Path]) -> dict[Path, str]:
-    """Volumes whose file has the bytes of another's, each with a hash of them."""
+    """Volumes whose files have the same bytes as another, each with a hash."""
     sizes: dict[int, list[Path]] = {}
     for path, file in files.items():
         if file.is_file() and file.stat().st_size:
@@ -191,16 +192,16 @@ def _whole(path: Path, size: int) -> str:
 
 
 def scan_id(path: Path) -> str:
-    """The id of a scan outside a cohort: its file name, or an anonymous id if the name of the file or its folder names
-    the patient."""
+    """The id of a scan outside a cohort: its file name, or an anonymous id if the name of the file or folder contains
+    the patient's name."""
     headers = _headers(path)
     place = f"{path.parent.name}/{path.name}"
     return printable(identity(path)) if masked(place, headers) == place else anonymous_id(headers, "")
 
 
 def scan_ids(paths: Sequence[Path]) -> list[str]:
-    """``scan_id`` of each path. Where names repeat, their folder stands before them; anonymous ids are numbered instead,
-    because folders name patients. Two files of one name in folders of one name remain alike."""
+    """``scan_id`` of each path. If names repeat, the folder name is prepended; anonymous ids are numbered instead,
+    because folders may name patients. Files with the same name in folders with the same name keep equal ids."""
     ids = [scan_id(path) for path in paths]
     if len(set(ids)) == len(ids):
         return ids
@@ -215,16 +216,16 @@ def scan_ids(paths: Sequence[Path]) -> list[str]:
 
 
 def _headers(path: Path) -> list[Any]:
-    """The DICOM headers behind a path, one of each set of identifiers; other formats know no patient."""
+    """The DICOM headers at a path, one per set of identifiers; other formats contain no patient."""
     name = path.name.lower()
-    # Unlike Path's methods, these treat a name that is too long as one that does not exist.
+    # Unlike Path's methods, these treat names that are too long as missing files.
     other = os.path.isfile(path) and name.endswith(FILES) and not name.endswith(archive.SUFFIXES)
     return [] if other or not os.path.exists(path) else all_headers(path)
 
 
 def _unlike(names: list[str], places: list[str]) -> list[str]:
-    """Ids that are file names, no two alike: by name, by the whole path where names repeat, and with a hash of the path
-    where even those would be one."""
+    """Distinct ids that are valid file names: the name, the whole path if names repeat, and with a hash of the path if
+    these still collide."""
     ids = [_safe(name) for name in names]
     if _alike(ids):
         ids = [_safe(place) for place in places]
@@ -241,7 +242,7 @@ def _alike(ids: list[str]) -> set[str]:
 
 
 def _safe(name: str) -> str:
-    """A name with letters, digits, ``.``, ``_`` and ``-`` alone; a hash takes the part of letters that are not ASCII."""
+    """A name with only letters, digits, ``.``, ``_`` and ``-``; a hash replaces non-ASCII letters."""
     name = unicodedata.normalize("NFC", name)
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", plain if not name.isascii() else name).lstrip("._-") or "scan"
@@ -253,13 +254,15 @@ def _digest(text: str) -> str:
 
 
 def _from_table(path: Path, label_names: Sequence[str] | None) -> Cohort:
-    """A table with ``path``, relative to itself, any other column of the cohort table, labels of 0, 1 or nothing, and
-    metadata."""
+    """Read a table with ``path`` (relative to the table), any other columns of the cohort table, labels of 0, 1 or
+    empty cells, and metadata."""
     table = read_table(path)
     if "path" not in table.columns:
         raise PreprocessingError(f"{path}: column 'path' is missing (it has {', '.join(map(str, table.columns[:6]))})")
     if table.empty or (table["path"] == "").any():
-        raise PreprocessingError(f"{path}: {'no rows' if table.empty else 'a row without a path'}; list one scan a row")
+        raise PreprocessingError(
+            f"{path}: {'no rows' if table.empty else 'a row without a path'}; list one scan per row"
+        )
     table = table.rename(
         columns={theirs: ours for ours, theirs in GEOMETRY_COLUMNS.items() if ours not in table.columns}
     )
@@ -297,7 +300,7 @@ def _from_table(path: Path, label_names: Sequence[str] | None) -> Cohort:
 
 
 def _ids(path: Path, table: pd.DataFrame, places: list[Path]) -> tuple[list[str], list[str], list[str]]:
-    """Volume ids that are file names, the paths as they may be shown, and what there is to tell of them."""
+    """Volume ids that are valid file names, the paths in a form that may be shown, and notes."""
     named = "volume" in table.columns
     if named:
         names = table["volume"].tolist()
@@ -326,7 +329,10 @@ def _ids(path: Path, table: pd.DataFrame, places: list[Path]) -> tuple[list[str]
     changed = [(name, one) for name, one in zip(names, volumes, strict=True) if named and name != one]
     if not changed:
         return volumes, masked_paths, []
-    note = f"{counted(len(changed), 'volume id')} changed to what a file may be called, such as {changed[0][0]!r} to {changed[0][1]!r}"
+    note = (
+        f"{counted(len(changed), 'volume id')} changed to a valid file name, such as {changed[0][0]!r} to "
+        f"{changed[0][1]!r}"
+    )
     return volumes, masked_paths, [note]
 
 

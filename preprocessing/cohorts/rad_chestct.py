@@ -16,15 +16,15 @@ SOURCE = "RAD-ChestCT abnormality and location labels"
 
 
 def recognised(tree: Tree) -> bool:
-    """By the name of its table of labels."""
+    """Whether the tree has RAD-ChestCT's table of labels."""
     return tree.root.is_dir() and bool(tree.named(TABLES))
 
 
 def read(tree: Tree) -> Cohort:
     """Read the volumes and ``img*_Abnormality_and_Location_Labels.csv``, anywhere in the tree.
 
-    A label is an abnormality at any place: the union of the table's columns ``abnormality*location``. The data set has
-    no reports.
+    A label is an abnormality at any location: the union of the table's columns ``abnormality*location``. The data set
+    has no reports.
     """
     files = {identity(path): path for path in tree.named(".npz")}
     if not files:
@@ -49,7 +49,7 @@ def _labels(tree: Tree) -> pd.DataFrame:
     for path in tree.named(TABLES):
         part = read_table(path)
         if "NoteAcc_DEID" not in part.columns:
-            raise PreprocessingError(f"{path}: column 'NoteAcc_DEID' is missing; take RAD-ChestCT's own table")
+            raise PreprocessingError(f"{path}: column 'NoteAcc_DEID' is missing; use RAD-ChestCT's own table")
         parts.append((path, part))
     if not parts:
         return pd.DataFrame(index=pd.Index([], dtype=str))

@@ -56,8 +56,8 @@ class Cohort:
 
 
 def cohort_table(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """Records as a cohort table. Missing columns are filled in: by default each volume is a scan of its own, of a
-    patient of its own."""
+    """Records as a cohort table. Missing columns are filled in; by default, each volume is a separate scan of a
+    separate patient."""
     filled = []
     for record in records:
         volume = str(record["volume"])
@@ -68,7 +68,7 @@ def cohort_table(records: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def identity(path: Path) -> str:
-    """A volume's id: its file's name without the suffix of its format."""
+    """The id of a volume: its file name without the suffix."""
     return volume_name(path.name)
 
 
@@ -79,13 +79,13 @@ def label_names(table: pd.DataFrame) -> list[str]:
 
 
 def check_table(table: pd.DataFrame, source: Path) -> pd.DataFrame:
-    """Return the table if it has every column of ``COLUMNS``, text in those of text, and no empty or duplicate id."""
+    """Return the table if it has every column of ``COLUMNS``, text in text columns, and no empty or duplicate id."""
     for name in COLUMNS:
         if name not in table.columns:
             raise PreprocessingError(f"{source}: column {name!r} is missing; `ctclip preprocess` writes this table")
         odd = [value for value in table[name] if not isinstance(value, str)] if name in TEXTS else []
         if odd or (name in IDS and (table[name] == "").any()):
-            what = f"holds {type(odd[0]).__name__}" if odd else "is empty in places"
+            what = f"holds {type(odd[0]).__name__}" if odd else "has empty cells"
             raise PreprocessingError(f"{source}: column {name!r} {what}; `ctclip preprocess` writes text there")
     twice = table["volume"][table["volume"].duplicated()]
     if len(twice):
@@ -94,10 +94,10 @@ def check_table(table: pd.DataFrame, source: Path) -> pd.DataFrame:
 
 
 def hold_out(table: pd.DataFrame, fraction: float, *, source: str = "train", name: str = "calibration") -> pd.DataFrame:
-    """The table with ``fraction`` of the patients of split ``source`` moved to split ``name``.
+    """Move ``fraction`` of the patients of split ``source`` to split ``name``.
 
-    The choice depends only on the patient's id: it is the same on every machine and for every other content of the
-    cohort.
+    The choice depends only on the patient's id, so it is the same on every machine and does not change with the rest of
+    the cohort.
     """
 
     def drawn(patient: str) -> float:

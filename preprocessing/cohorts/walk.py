@@ -1,4 +1,4 @@
-"""All files below a folder, links followed, from which a cohort's layout chooses its scans."""
+"""List all files below a folder, following links, from which a layout chooses the scans."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Tree:
     unused: Counter[str] = field(default_factory=Counter)
 
     def named(self, end: str) -> list[Path]:
-        """Files whose name ends in ``end``, whatever its case."""
+        """Files whose name ends in ``end``, in any case."""
         return [path for path in self.files if path.name.lower().endswith(end)]
 
     def others(self, used: set[Path]) -> Counter[str]:
-        """``unused``, and with it the files that are not in ``used``, by the ends of their names."""
+        """``unused``, plus counts of the files that are not in ``used``, by suffix."""
         kinds = (path.suffix.lower() or "no suffix" for path in self.files if path not in used)
         return self.unused + Counter(f"other files ({kind})" for kind in kinds)
 
@@ -35,16 +35,16 @@ class Tree:
 def walk(root: Path) -> Tree:
     """The files below ``root``.
 
-    Links to files and folders are followed and each folder is read once; within a folder that a link leads to outside
-    ``root``, further links out are not followed. Hidden files and folders, and those of operating systems, are counted
-    and skipped.
+    Links to files and folders are followed and each folder is read once; inside a linked folder outside ``root``,
+    further links to other folders are not followed. Hidden files and folders, and those of operating systems, are
+    counted and skipped.
     """
     tree = Tree(root)
     top = os.path.realpath(root)
     if not os.access(root, os.R_OK | os.X_OK):
         raise PreprocessingError(f"{root}: cannot be listed (no permission)")
     seen: set[str] = set()
-    # Folders before links, so that files reachable both ways are named by their own path.
+    # Folders before links, so that files reachable both ways get their own path.
     links: deque[tuple[Path, str]] = deque()
     _descend(root, top, tree, seen, links)
     while links:

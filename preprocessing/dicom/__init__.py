@@ -1,4 +1,4 @@
-"""From DICOM series to volumes: choice of files, series and acquisition, order of slices, values in HU."""
+"""Read DICOM series as volumes: choose files, series and acquisition, order slices, and convert values to HU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def read_series(
 ) -> Volume:
     """The CT volume [slice, row, column] in HU of a DICOM series below ``folder``; see ``dicom.series`` for which one.
 
-    ``series`` names one by its SeriesInstanceUID, ``only`` takes the one that holds a file, and ``name`` is what
-    messages call the input (a zip, instead of the folder it was unpacked to). ``largest`` bounds the
-    bytes of the voxels. Raises PreprocessingError.
+    ``series`` selects one by its SeriesInstanceUID, ``only`` selects the one that contains a file, and ``name`` is the
+    name of the input in messages (a zip, instead of the folder it was unpacked to). ``largest`` bounds the bytes of the
+    voxels. Raises PreprocessingError.
     """
     # Imported here: ``identifiers`` imports ``dicom.headers``, and the series imports ``identifiers``.
     from ctclip.preprocessing.dicom.series import read

@@ -25,13 +25,13 @@ JPEG_2000 = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (90, 91, 201, 20
 
 
 class Undecodable(PreprocessingError):
-    """Pixels that cannot be decoded; the message says what is wrong with them."""
+    """Pixels that cannot be decoded; the message states the reason."""
 
 
 @lru_cache(maxsize=1)
 def frame_streams(path: Path, modified: int, start: int, frames: int) -> list[bytes]:
-    """The streams of the frames whose encapsulated pixels begin at a byte of a file (``modified`` at a time, for the
-    cache). Raises Undecodable if their fragments are damaged."""
+    """The streams of the frames whose encapsulated pixels begin at byte ``start`` of a file (``modified``: its
+    modification time, for the cache). Raises Undecodable if their fragments are damaged."""
     from pydicom.encaps import generate_frames
 
     with path.open("rb") as stream:
@@ -46,8 +46,8 @@ def frame_streams(path: Path, modified: int, start: int, frames: int) -> list[by
 
 
 def _check_end(data: bytes) -> None:
-    """Raises Undecodable unless the fragments end with their delimiter (PS3.5, A.4): otherwise bytes were lost, and what
-    follows has moved."""
+    """Raises Undecodable unless the fragments end with their delimiter (PS3.5, A.4): otherwise bytes were lost, and
+    later data are shifted."""
     at = 0
     while data[at : at + 4] == ITEM:
         at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
@@ -56,11 +56,11 @@ def _check_end(data: bytes) -> None:
 
 
 def stated_size(stream: bytes, syntax: str, rows: int, columns: int) -> None:
-    """Raises Undecodable if a stream claims another size than the header, or a precision that ends a decoder."""
+    """Raises Undecodable if a stream states another size than the header, or a precision that crashes the decoder."""
     if syntax in JPEG or syntax in JPEG_LS:
         precision, stated = _jpeg_frame(stream)
         if not 2 <= precision <= 16:
-            # In a lossless stream it crashes GDCM.
+            # Such a precision in a lossless stream crashes GDCM.
             raise Undecodable("JPEG of an impossible precision")
     elif syntax in JPEG_2000:
         at = stream.find(b"\xff\x4f\xff\x51")
@@ -71,7 +71,7 @@ def stated_size(stream: bytes, syntax: str, rows: int, columns: int) -> None:
     else:
         return
     if stated != (rows, columns):
-        raise Undecodable(f"a picture of {stated[0]} x {stated[1]}, its header says {rows} x {columns}")
+        raise Undecodable(f"an image of {stated[0]} x {stated[1]}, but its header states {rows} x {columns}")
 
 
 def _jpeg_frame(stream: bytes) -> tuple[int, tuple[int, int]]:
@@ -90,8 +90,8 @@ def _jpeg_frame(stream: bytes) -> tuple[int, tuple[int, int]]:
 def decoded(stream: bytes, syntax: str, layout: Mapping[str, int]) -> np.ndarray:
     """Stored values [row, column] of one compressed frame: RLE by pydicom, in Python, all else by GDCM.
 
-    GDCM sees nothing of the file but this stream. ``layout`` are the fields of ``pixels.Layout``. All arguments can be
-    pickled. Raises Undecodable.
+    GDCM gets only this stream of the file. ``layout``: fields of ``pixels.Layout``. All arguments can be pickled.
+    Raises Undecodable.
     """
     if syntax == RLE:
         return _rle(stream, layout)
@@ -117,8 +117,8 @@ def _rle(stream: bytes, layout: Mapping[str, int]) -> np.ndarray:
     }  # fmt: skip
     try:
         with warnings.catch_warnings():
-            # A segment that decodes to more than its pixels has bytes put in or a run lengthened, and pydicom only warns.
-            # An odd number of pixels may have one byte of padding.
+            # A segment that decodes to more bytes than its pixels has inserted bytes or a lengthened run; pydicom only
+            # warns. An odd number of pixels may have one byte of padding.
             warnings.simplefilter("ignore" if layout["rows"] * layout["columns"] % 2 else "error")
             array, _ = get_decoder(RLELossless).as_array(
                 encapsulate([stream]), raw=True, decoding_plugin="pydicom", **options
@@ -130,7 +130,7 @@ def _rle(stream: bytes, layout: Mapping[str, int]) -> np.ndarray:
 
 
 def _bare_file(stream: bytes, syntax: str, layout: Mapping[str, int]) -> bytes:
-    """A DICOM file (PS3.10, 7.1) that holds one frame and what its decoder needs, and nothing else."""
+    """A minimal DICOM file (PS3.10, 7.1) with one frame and the attributes that its decoder needs."""
 
     def element(group: int, number: int, vr: bytes, value: bytes | int) -> bytes:
         value = struct.pack("<H", value) if isinstance(value, int) else value + b"\0" * (len(value) % 2)
@@ -154,7 +154,7 @@ def _bare_file(stream: bytes, syntax: str, layout: Mapping[str, int]) -> bytes:
 
 @contextlib.contextmanager
 def _in_memory(content: bytes) -> Iterator[str]:
-    """The path of a file of these bytes, which is in no folder, and gone with the process, where the system allows it."""
+    """The path of a file with these bytes, anonymous in memory if the system supports it."""
     if hasattr(os, "memfd_create"):
         with os.fdopen(os.memfd_create("frame"), "wb") as file:
             file.write(content)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
 DEEPEST = 64
-# Headers of enhanced multi-frame images hold kilobytes a frame; other headers fit the first block.
+# Headers of enhanced multi-frame images have kilobytes per frame; other headers fit the first block.
 FIRST_BLOCK = 2**16
 LONGEST_HEADER = 2**27
 LONGEST_VALUE = 2**16
@@ -29,7 +29,7 @@ LONG_VR = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 
 
 class Element(NamedTuple):
-    """Where an element's value lies: ``start`` and ``length`` in bytes; ``length`` is UNDEFINED if not stated."""
+    """The position of an element's value: ``start`` and ``length`` in bytes; ``length`` is UNDEFINED if not stated."""
 
     tag: int
     vr: str | None
@@ -38,7 +38,7 @@ class Element(NamedTuple):
 
 
 class NotDicom(Exception):
-    """The bytes are not a DICOM data set, or a damaged one."""
+    """The bytes are not a DICOM data set, or are damaged."""
 
 
 class _Short(Exception):
@@ -47,7 +47,7 @@ class _Short(Exception):
 
 @dataclass
 class Encoding:
-    """How elements are written: with or without their types, in which byte order."""
+    """The encoding of elements: explicit or implicit types, and byte order."""
 
     implicit: bool
     little: bool
@@ -59,7 +59,7 @@ class Encoding:
 
 @dataclass
 class Parsed:
-    """The requested values of a file, by tag; ``pixels`` is where its pixel data lies (in the inflated stream of a
+    """The requested values of a file, by tag; ``pixels`` is the position of its pixel data (in the inflated stream of a
     deflated file)."""
 
     encoding: Encoding
@@ -122,7 +122,7 @@ def _values(data: bytes, at: int, parsed: Parsed, tags: Collection[int], sequenc
 
 
 def elements(data: bytes, at: int, encoding: Encoding) -> Iterator[Element]:
-    """The elements of one level, in their order in the file, the last of them the pixels if they come."""
+    """The elements of one level in file order, up to and including the pixels."""
     while len(data) - at >= 8:
         element = _element(data, at, encoding)
         if element.tag in (END_OF_ITEM, END_OF_SEQUENCE):
@@ -135,7 +135,7 @@ def elements(data: bytes, at: int, encoding: Encoding) -> Iterator[Element]:
 
 
 def items(data: bytes, encoding: Encoding) -> Iterator[bytes]:
-    """The items of a sequence's value, each a data set of its own."""
+    """The items of a sequence's value, each a data set."""
     at = 0
     while len(data) - at >= 8:
         element = _element(data, at, encoding)
@@ -146,9 +146,9 @@ def items(data: bytes, encoding: Encoding) -> Iterator[bytes]:
 
 
 def inflate(stream: BinaryIO, length: int) -> bytes:
-    """The ``length`` bytes of the data set of a deflated file, but for few that follow them.
+    """The ``length`` bytes of the data set of a deflated file, which few other bytes may follow.
 
-    Raises NotDicom if the stream is damaged: it has no checksum, and where it ends tells whether it is.
+    Raises NotDicom if the stream is damaged, which, without a checksum, only its end reveals.
     """
     data = stream.read()
     at, explicit = 132 if data[128:132] == b"DICM" else 0, Encoding(False, True)
@@ -166,12 +166,13 @@ def inflate(stream: BinaryIO, length: int) -> bytes:
 
 
 def follows_pixels(content: bytes, little: bool) -> bool:
-    """Whether bytes may stand behind the pixels: none, padding, or elements of higher groups (signatures, padding)."""
+    """Whether ``content`` may follow the pixels: nothing, padding, or elements of higher groups (signatures,
+    padding)."""
     return not content.strip(b"\0") or int.from_bytes(content[:2], "little" if little else "big") > PIXELS[-1] >> 16
 
 
 def _inflated_start(data: bytes) -> tuple[bytes, bool]:
-    """The first bytes of a deflated stream, enough for a header, and whether they are all of it."""
+    """The first bytes of a deflated stream, enough for a header, and whether the stream ends there."""
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         start = inflater.decompress(data, max(2**20, 16 * len(data)))
@@ -181,7 +182,8 @@ def _inflated_start(data: bytes) -> tuple[bytes, bool]:
 
 
 def _plausible(data: bytes) -> bool:
-    """Whether bytes without a preamble begin like a data set: with an element of group 2 or 8, of a sane length."""
+    """Whether bytes without a preamble begin like a data set: with an element of group 2 or 8 and a plausible
+    length."""
     if len(data) < 16 or data[:2] not in (b"\2\0", b"\x08\0", b"\0\x08"):
         return False
     known = data[4:6] in SHORT_VR or data[4:6] in LONG_VR
@@ -189,7 +191,7 @@ def _plausible(data: bytes) -> bool:
 
 
 def _encoding(data: bytes, at: int, syntax: str) -> Encoding:
-    """As the first element is written: files whose header states another syntax exist."""
+    """The encoding of the first element, because some files state another syntax in their header."""
     if len(data) < at + 8:
         raise NotDicom("empty")
     little = syntax != EXPLICIT_BIG if syntax else data[at] != 0
@@ -213,7 +215,7 @@ def _element(data: bytes, at: int, encoding: Encoding) -> Element:
 
 
 def _after(data: bytes, element: Element, encoding: Encoding) -> int:
-    """Where the next element begins."""
+    """The position of the next element."""
     if element.length != UNDEFINED:
         if element.start + element.length > len(data):
             raise _Short
@@ -228,7 +230,7 @@ def _sequence_end(data: bytes, element: Element, encoding: Encoding) -> int:
     opened = [(element.tag != ITEM, within)]
     at = element.start
     while opened:
-        # A sequence and its item are two steps down.
+        # A sequence and its item are two levels.
         if len(opened) > 2 * DEEPEST:
             raise NotDicom(f"sequences nested more than {DEEPEST} deep")
         sequence, within = opened[-1]
@@ -237,7 +239,7 @@ def _sequence_end(data: bytes, element: Element, encoding: Encoding) -> int:
         if inner.tag == (END_OF_SEQUENCE if sequence else END_OF_ITEM):
             opened.pop()
         elif sequence and inner.tag != ITEM:
-            raise NotDicom("a sequence of no items")
+            raise NotDicom("a sequence without items")
         elif inner.length == UNDEFINED:
             opened.append((not sequence, Encoding(True, within.little) if inner.vr == "UN" else within))
         else:

@@ -1,4 +1,5 @@
-"""Multi-frame files as one image per frame (PS3.3, C.7.6.16), with what the functional groups state of each."""
+"""Split multi-frame files into one image per frame (PS3.3, C.7.6.16), with the attributes from their functional
+groups."""
 
 from __future__ import annotations
 
@@ -25,9 +26,9 @@ GROUPS = {
 
 
 def expanded(image: Image, parsed: Parsed) -> list[Image]:
-    """The frames of a multi-frame image as images of their own, or the image itself.
+    """The frames of a multi-frame image as separate images, or the image itself.
 
-    Frames of a file without functional groups of each frame have no place in the patient: they come without one.
+    Frames of a file without per-frame functional groups have no position in the patient.
     """
     count = _count(image)
     if count == 1 and not parsed.sequences:

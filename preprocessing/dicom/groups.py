@@ -1,10 +1,10 @@
-"""Acquisitions inside one series: several kernels, phases, passes or patients under one SeriesInstanceUID.
+"""Separate acquisitions within one series: several kernels, phases, passes or patients under one SeriesInstanceUID.
 
-Slices of different size, pixel spacing, orientation, patient, study or frame of reference never make one volume.
-Slices that differ in an attribute of acquisition or reconstruction are separate groups where their ranges of position
-overlap; blocks that follow each other are one volume. Of several groups, the best by the following criteria, in this
-order, is used, with a warning: at least half as many positions as the largest group; values in HU; original, not
-derived; axial; most positions; acquired first.
+Slices with different size, pixel spacing, orientation, patient, study or frame of reference never belong to one volume.
+Slices that differ in an attribute of acquisition or reconstruction form separate groups if their ranges of position
+overlap; consecutive blocks form one volume. Of several groups, the best by the following criteria, in this order, is
+used, with a warning: at least half as many positions as the largest group; values in HU; original, not derived; axial;
+most positions; acquired first.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ctclip.preprocessing.errors import counted, were
 IDENTITY = ("PatientID", "StudyInstanceUID", "FrameOfReferenceUID")
 SAME_GEOMETRY = 1e-3
 SAME_PLACE = 1e-3
-# Fewer slices than this are strays, not an acquisition.
+# Fewer slices than this are stray slices, not an acquisition.
 FEWEST = 3
-# Blocks that follow each other may overlap by this share of the shorter one.
+# Consecutive blocks may overlap by this fraction of the shorter one.
 SEAM = 0.1
 HOLE = 0.75
 
 
 def best(slices: list[Slice], warnings: list[str]) -> list[Slice]:
-    """The slices of the best acquisition by the rule of this module; ``warnings`` name what was left out."""
+    """The slices of the best acquisition by the rules of this module; ``warnings`` list the slices left out."""
     if len(slices) < FEWEST:
         return slices
     chosen, reasons = _apart(slices)
@@ -65,19 +65,20 @@ def best(slices: list[Slice], warnings: list[str]) -> list[Slice]:
 
 
 def positions(slices: Sequence[Slice]) -> int:
-    """The number of different positions of slices along their normal."""
+    """The number of distinct positions of slices along their normal."""
     return 0 if not slices else len(np.unique(np.round(depths(slices) / 0.01)))
 
 
 def depths(slices: Sequence[Slice]) -> np.ndarray:
-    """(n,) mm of each slice along the normal of the first."""
+    """Position in mm (n,) of each slice along the normal of the first."""
     normal = slices[0].normal
     return np.array([member.place for member in slices]) @ normal
 
 
 def _apart(slices: list[Slice]) -> tuple[list[Slice], list[str]]:
-    """The best of the groups that differ in geometry or identity, and in what the others differ from it."""
-    # Values that differ between all slices are artefacts of de-identification.
+    """The best of the groups that differ in geometry or identity, and the attributes in which the others differ from
+    it."""
+    # Identifiers that differ between all slices are artefacts of de-identification.
     identity = [word for word in IDENTITY if len({_text(member, word) for member in slices}) <= len(slices) / 2]
     labels = _codes([(member.shape, *(_text(member, word) for word in identity)) for member in slices])
     spacings, turns = (np.array([getattr(member, word) for member in slices]) for word in ("spacing", "turn"))
@@ -99,13 +100,13 @@ def _apart(slices: list[Slice]) -> tuple[list[Slice], list[str]]:
 
 
 def _codes(labels: Sequence[Hashable]) -> np.ndarray:
-    """(n,) the same number for the same label."""
+    """Integer codes (n,) of labels."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(label, len(numbers)) for label in labels])
 
 
 def _differences(one: Slice, other: Slice, identity: list[str]) -> list[str]:
-    """In what two slices differ that slices of a volume share."""
+    """Attributes in which two slices differ, although slices of a volume share them."""
     words = []
     if one.shape != other.shape:
         words.append("size (Rows, Columns)")
@@ -121,7 +122,7 @@ def _text(member: Slice, keyword: str) -> str:
 
 
 def _acquisitions(slices: list[Slice], depth: np.ndarray) -> tuple[list[str], list[Hashable]]:
-    """The attributes that part slices into groups which overlap, and the group of each slice."""
+    """The attributes that divide slices into overlapping groups, and the group of each slice."""
     names: list[str] = []
     labels: list[Hashable] = [()] * len(slices)
     for keyword in ACQUISITION:
@@ -142,7 +143,7 @@ def _acquisitions(slices: list[Slice], depth: np.ndarray) -> tuple[list[str], li
 
 
 def _overlapping(depth: np.ndarray, labels: Sequence[Hashable]) -> bool:
-    """Whether labels that are not merely those of single slices part depths into ranges that overlap."""
+    """Whether labels, other than those of single slices, divide depths into overlapping ranges."""
     parts = _parts(labels)
     if not 1 < len(parts) <= len(labels) / FEWEST:
         return False
@@ -156,7 +157,8 @@ def _overlapping(depth: np.ndarray, labels: Sequence[Hashable]) -> bool:
 
 
 def _passes(slices: list[Slice], depth: np.ndarray, labels: Sequence[Hashable]) -> list[int]:
-    """Which passes along the patient slices belong to, by InstanceNumber: a volume is numbered in one direction."""
+    """The pass along the patient that each slice belongs to, by InstanceNumber, which runs in one direction within a
+    volume."""
     passes = [0] * len(slices)
     for part in _parts(labels):
         stated = (_integer(slices[i].image.header.get("InstanceNumber", None)) for i in part)
@@ -169,7 +171,7 @@ def _passes(slices: list[Slice], depth: np.ndarray, labels: Sequence[Hashable]) 
         for place, (index, step) in enumerate(zip(order[1:], steps, strict=True)):
             onward = step or next((later for later in steps[place + 1 :] if later), 0)
             if direction and onward == -direction:
-                # A pass that comes back turns at this slice; one that starts again begins with it.
+                # A returning pass turns at this slice; a repeated pass begins with it.
                 run, direction = run + 1, onward if step == 0 else 0
             else:
                 direction = direction or step
@@ -182,7 +184,7 @@ def _passes(slices: list[Slice], depth: np.ndarray, labels: Sequence[Hashable]) 
 
 
 def _label(value: object) -> Hashable:
-    """A value to compare: 2.5 and 2.50 are the same thickness."""
+    """A normalised value for comparison: 2.5 and 2.50 are the same thickness."""
     try:
         return float(str(value))
     except ValueError:
@@ -197,7 +199,8 @@ def _parts(labels: Sequence[Hashable]) -> list[list[int]]:
 
 
 def _with_its_blocks(first: list[int], parts: list[list[int]], depth: np.ndarray) -> tuple[set[int], bool]:
-    """A part with those that follow it without overlapping (but for a seam, which is trimmed), and whether any was."""
+    """A part with the following parts that do not overlap it (except at a seam, which is trimmed), and whether there
+    are any."""
     taken, trimmed = set(first), False
     for part in sorted((part for part in parts if part is not first and len(part) >= FEWEST), key=len, reverse=True):
         covered = depth[sorted(taken)]
@@ -210,7 +213,7 @@ def _with_its_blocks(first: list[int], parts: list[list[int]], depth: np.ndarray
 
 
 def _filling_holes(depth: np.ndarray, taken: set[int], strays: list[int]) -> set[int]:
-    """Strays that lie where the slices taken leave a hole, rather than between two neighbours."""
+    """Stray slices that fill a gap of the chosen slices, instead of lying between two neighbours."""
     covered = np.unique(depth[sorted(taken)])
     if len(covered) < FEWEST:
         return set()
@@ -219,7 +222,7 @@ def _filling_holes(depth: np.ndarray, taken: set[int], strays: list[int]) -> set
 
 
 def _rank(group: list[Slice], largest: int) -> tuple[bool, bool, int, bool, int, tuple[float, ...]]:
-    """Smaller is better; see the top of this file."""
+    """Rank of a group, smaller is better; see the top of this file."""
     count = positions(group)
     header = group[0].image.header
     first = min(

@@ -1,4 +1,4 @@
-"""Headers of DICOM files: the tags that are read, and the images of a folder among its other files."""
+"""Read headers of DICOM files, and find the images of a folder among its other files."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ IMAGE_TAGS = (
     "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "ConcatenationFrameOffsetNumber", "StudyID",
     *VALUES, *ACQUISITION,
 )  # fmt: skip
-# Tags of patient and study that derived objects copy, besides ``identifiers.TAGS``.
+# Patient and study tags that derived objects copy, besides ``identifiers.TAGS``.
 STUDY = ("PatientSex", "PatientAge", "StudyTime", "StudyDescription", "PositionReferenceIndicator")
 FUNCTIONAL_GROUPS = (0x52009229, 0x52009230)
-# First bytes of programs, pictures and pages on a patient's CD.
+# First bytes of programs, images and pages on a patient's CD.
 OTHER_FILES = (
     b"MZ", b"PK", b"%PDF", b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"\0\0\1\0", b"\x7fELF", b"\xca\xfe",
     b"\xd0\xcf\x11\xe0", b"\x00\x05\x16\x07", b"\0\0\0\1Bud1", b"SQLite", b"\x1f\x8b", b"7z", b"Rar!", b"MSCF", b"ITSF",
@@ -53,7 +53,7 @@ class Header(dict[str, Any]):
 
 @dataclass
 class Image:
-    """One image of a file: ``header`` with the values of ``IMAGE_TAGS`` that hold for it, and where its pixels lie.
+    """One image of a file: ``header`` with its values of ``IMAGE_TAGS``, and the position of its pixels.
 
     ``frames`` is the number of images in the file, ``frame`` the index of this one.
     """
@@ -74,12 +74,12 @@ def read_header(source: Path | BinaryIO, tags: Iterable[str]) -> Header | None:
 
 
 def is_directory_record(header: Any) -> bool:
-    """Whether a header is that of a DICOMDIR, whatever its file is called."""
+    """Whether a header is that of a DICOMDIR, whatever the file name."""
     return str(getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID", "")) == DIRECTORY
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """The files below a folder, links to folders followed, but for those to what holds it; each folder is listed once."""
+    """The files below a folder. Links to folders are followed, except to parent folders; each folder is listed once."""
     top, seen = os.path.realpath(folder), set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -117,7 +117,8 @@ def images(folder: Path, extra: Iterable[str]) -> tuple[list[Image], set[Path]]:
 
 
 def damaged_files(folder: Path, slices: list[Image], dicom: set[Path]) -> int:
-    """How many files below ``folder`` are DICOM by their mark, or look like the slices, and yet could not be read."""
+    """The number of files below ``folder`` that have a DICOM preamble, or look like the slices, but could not be
+    read."""
     usual = float(np.median([image.path.stat().st_size for image in slices])) if slices else float("inf")
     beside = {(image.path.parent, image.path.suffix, _pattern(image.path)) for image in slices}
     places = {(parent, suffix) for parent, suffix, _ in beside}
@@ -130,7 +131,7 @@ def damaged_files(folder: Path, slices: list[Image], dicom: set[Path]) -> int:
         if head[128:132] == b"DICM":
             count += 1
         elif (path.parent, path.suffix) in places and not _other(head):
-            # A preamble consists of zeros, and so do slices that were cut short within it or lost.
+            # A preamble consists of zeros, and so do slices that were truncated within it or lost.
             called_alike = bool(path.suffix) or (path.parent, path.suffix, _pattern(path)) in beside
             lost = not head.strip(b"\0") and (bool(head) or called_alike)
             count += lost or usual / 2 < path.stat().st_size < 2 * usual
@@ -142,7 +143,7 @@ def _pattern(path: Path) -> str:
 
 
 def _other(head: bytes) -> bool:
-    """Whether bytes begin a file of another known kind, or a text."""
+    """Whether bytes are the beginning of a file of another known type, or of a text."""
     text = bool(head) and not head.translate(None, bytes([9, 10, 12, 13, *range(32, 127), *range(160, 256)]))
     return text or head.startswith(OTHER_FILES)
 
@@ -168,7 +169,8 @@ def _numbers(tags: tuple[str, ...]) -> frozenset[int]:
 
 
 def header_of(parsed: Parsed) -> Header:
-    """The values as pydicom converts them; what cannot be converted is left out, unmentioned: pydicom quotes values."""
+    """The values as converted by pydicom. Values that cannot be converted are left out silently, because pydicom's
+    messages quote them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         header = converted(parsed.values, parsed.encoding)
@@ -177,7 +179,7 @@ def header_of(parsed: Parsed) -> Header:
 
 
 def converted(values: dict[int, tuple[str | None, bytes]], encoding: Encoding) -> Header:
-    """Raw values by tag as a header."""
+    """Convert raw values by tag to a header."""
     from pydicom.datadict import keyword_for_tag
 
     characters = values.get(0x00080005, (None, b""))[1]
@@ -194,7 +196,7 @@ _UNREADABLE = object()
 
 @lru_cache(maxsize=8192)
 def _value(tag: int, vr: str | None, raw: bytes, implicit: bool, little: bool, characters: bytes) -> Any:
-    # The slices of a series share most of their values: each is converted once.
+    # The slices of a series share most values, so conversions are cached.
     from pydicom.charset import convert_encodings
     from pydicom.dataelem import RawDataElement, convert_raw_data_element
     from pydicom.tag import BaseTag
@@ -210,6 +212,6 @@ def _value(tag: int, vr: str | None, raw: bytes, implicit: bool, little: bool, c
         # pydicom converts untrusted bytes, which can make it raise any exception.
         return _UNREADABLE
     if isinstance(value, bytes) and len(value) == 2:
-        # "US or SS", where the file states no type: unsigned, see ``padding``.
+        # "US or SS" without a stated type is read as unsigned, see ``padding``.
         return int.from_bytes(value, "little" if little else "big")
     return value

@@ -1,4 +1,4 @@
-"""The kind of values that a header states: original or derived, Hounsfield units or another quantity."""
+"""The kind of values according to a header: original or derived, Hounsfield units or another quantity."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 ORIGINAL, DERIVED, REFORMATTED, ALTERED = range(4)
-# Values that no longer belong to one location at the scanner's energy: the words of ImageType and of descriptions.
+# Words in ImageType and descriptions for values that are not plain attenuation at one location.
 ALTERING = {
     "a projection (MIP)": r"MIP|MINIP|MAX_?IP|MIN_?IP|PROJECTION|AVERAGE_?IP|RAYSUM|VRT|VOLREN|VOLUME_RENDER\w*|SSD|3D_?RENDER\w*",
     "virtual non-contrast": r"VNC|VUE|VNCA|VIRTUAL_?NON_?\w+|VIRTUAL_?UNENHANCED|WATER_?NO_?IODINE|\w*_NO_IODINE",
@@ -21,7 +21,7 @@ HU_TYPES = ("", "HU", "US", "UNSPECIFIED")
 
 
 def words(header: Any) -> str:
-    """ImageType and descriptions in one string, in which words stand between spaces."""
+    """ImageType and descriptions in one string, with spaces around each word."""
     kinds = header.get("ImageType", None) or []
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     text = " ".join([*map(str, kinds), str(header.get("SeriesDescription", "") or "")]).upper()
@@ -29,13 +29,13 @@ def words(header: Any) -> str:
 
 
 def altered_as(header: Any) -> str | None:
-    """How the values of an image have been altered, or None if they are those of a plain reconstruction."""
+    """How the values of an image were altered, or None for a plain reconstruction."""
     text = words(header).replace(" ", "_")
     return next((kind for kind, pattern in ALTERING.items() if re.search(rf"_(?:{pattern})_", text)), None)
 
 
 def alteration(header: Any) -> int:
-    """ORIGINAL, DERIVED, REFORMATTED or ALTERED; the smaller, the closer to what was measured."""
+    """ORIGINAL, DERIVED, REFORMATTED or ALTERED; smaller values are closer to the measurement."""
     if altered_as(header) is not None:
         return ALTERED
     text = words(header).replace(" ", "_")
@@ -45,5 +45,5 @@ def alteration(header: Any) -> int:
 
 
 def in_hu(header: Any) -> bool:
-    """Whether RescaleType says HU, or nothing."""
+    """Whether RescaleType is HU or missing."""
     return str(header.get("RescaleType", "") or "").strip().upper() in HU_TYPES

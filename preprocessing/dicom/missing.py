@@ -1,4 +1,4 @@
-"""Missing slices of a series, by unreadable files, by the counts in headers, and by numbering."""
+"""Detect missing slices of a series from unreadable files, counts in headers, and numbering."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_count(
     series is refused, otherwise there is a warning.
     """
     if damaged:
-        _tell(source, damaged, len(folder) + damaged, "files are DICOM by their look but cannot be read", warnings)
+        _tell(source, damaged, len(folder) + damaged, "files look like DICOM but cannot be read", warnings)
     expected, present = 0, 0
     for number in {_acquisition(member.image) for member in slices}:
         stated = Counter(

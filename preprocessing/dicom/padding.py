@@ -1,4 +1,4 @@
-"""Padding where nothing was measured (PS3.3, C.7.5.1.1.2): PixelPaddingValue and its range."""
+"""Padding outside the measured region (PS3.3, C.7.5.1.1.2): PixelPaddingValue and its range."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-# The largest value that 12 bits hold at an intercept of 0: metal may reach it, what lies above is no measurement.
+# The largest 12-bit value at an intercept of 0. Metal may reach it; higher values are not measurements.
 DENSEST_HU = 4095.0
 
 
 def padded(stored: np.ndarray, raw: np.ndarray, header: Any, slope: float, intercept: float) -> np.ndarray | None:
-    """Which pixels [row, column] of a slice are padding, or None if none are.
+    """Mask of the pixels [row, column] of a slice that are padding, or None if there are none.
 
-    ``stored`` are the stored values, ``raw`` the same before unused bits were cleared. A padding value that tissue or
+    ``stored``: the stored values; ``raw``: the values before unused bits were cleared. A padding value that tissue or
     metal could also have counts as padding only in regions that reach the edge of the image: PixelPaddingValue 0 with
     an intercept of 0 is also water.
     """
@@ -33,7 +33,7 @@ def padded(stored: np.ndarray, raw: np.ndarray, header: Any, slope: float, inter
 
 
 def _as_stored(value: Any, dtype: np.dtype) -> int | None:
-    """A padding value as a pixel of ``dtype`` holds it: headers write -2000 for 63536 and the other way round."""
+    """A padding value as stored in ``dtype``: headers write -2000 for 63536, and vice versa."""
     try:
         number = int(value)
     except (TypeError, ValueError):

@@ -34,7 +34,7 @@ LARGEST_SIDE = 8192
 
 
 class UndecodableSlices(PreprocessingError):
-    """``images`` are the images whose pixels cannot be decoded; the message is that of the first."""
+    """``images``: the images whose pixels cannot be decoded; the message is that of the first."""
 
     def __init__(self, message: str, images: list[Image]) -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ class UndecodableSlices(PreprocessingError):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a pixel's bits are laid out: ``high`` is the highest bit of the ``stored`` ones among the ``allocated``."""
+    """The bit layout of a pixel: ``high`` is the highest of the ``stored`` bits among the ``allocated`` bits."""
 
     rows: int
     columns: int
@@ -59,7 +59,7 @@ class Layout:
 
 
 def hounsfield(source: str, image: Image) -> np.ndarray:
-    """One slice [row, column] in HU: int16 where they are whole numbers that fit, else float32.
+    """One slice [row, column] in HU: int16 if all values are integers that fit, else float32.
 
     Stored values are rescaled by the slice's own slope and intercept. PhotometricInterpretation is ignored, because it
     concerns display only. Padding becomes air. Raises UndecodableSlices.
@@ -75,7 +75,7 @@ def hounsfield(source: str, image: Image) -> np.ndarray:
         remedy = (
             "it is damaged: copy or export the series again"
             if image.syntax in NATIVE
-            else f"it is damaged, or its transfer syntax ({named(image.syntax)}) is not one that is read: export the series "
+            else f"it is damaged, or its transfer syntax ({named(image.syntax)}) is not supported: export the series "
             f"again, uncompressed"
         )
         message = f"{source}: slice {file} cannot be decoded ({error}); {remedy}"
@@ -92,7 +92,7 @@ def _rescaled(stored: np.ndarray, slope: float, intercept: float, padding: np.nd
     ends = sorted(end * slope + intercept for end in stored_ends)
     whole = slope == int(slope) and intercept == int(intercept) and abs(slope) < 2**15 and abs(intercept) < 2**31
     if whole and ends[0] >= -32768 and ends[-1] <= 32767:
-        # 16-bit arithmetic wraps around, and results that fit have wrapped back.
+        # 16-bit arithmetic wraps around, but results that fit are correct.
         values = stored.astype(np.int16)
         if slope != 1:
             values *= np.int16(slope)
@@ -108,9 +108,9 @@ def _rescale(header: Any) -> tuple[float, float]:
         try:
             values.append(default if value is None or value == "" else float(value))
         except (TypeError, ValueError):
-            raise Undecodable(f"its {keyword} is no number") from None
+            raise Undecodable(f"its {keyword} is not a number") from None
         if not np.isfinite(values[-1]) or abs(values[-1]) > 1e9:
-            raise Undecodable(f"its {keyword} is no number")
+            raise Undecodable(f"its {keyword} is not a number")
     if values[0] == 0:
         raise Undecodable("its RescaleSlope is 0")
     return values[0], values[1]
@@ -125,11 +125,11 @@ def _layout(header: Any) -> Layout:
         signed = int(header.get("PixelRepresentation", 0) or 0)
         layout = Layout(int(header["Rows"]), int(header["Columns"]), allocated, stored, high, signed == 1)
     except (KeyError, TypeError, ValueError):
-        raise Undecodable("its header does not say how pixels are stored") from None
+        raise Undecodable("its header does not state how pixels are stored") from None
     if allocated not in (8, 16, 32) or not 1 <= stored <= high + 1 <= allocated or signed not in (0, 1):
         raise Undecodable(f"{allocated} bits allocated, {stored} stored, high bit {high}")
     if max(layout.rows, layout.columns) > LARGEST_SIDE:
-        raise Undecodable(f"{layout.rows} x {layout.columns} pixels, more than a CT has")
+        raise Undecodable(f"{layout.rows} x {layout.columns} pixels, too many for a CT")
     return layout
 
 
@@ -138,31 +138,32 @@ def _dtype(layout: Layout) -> np.dtype:
 
 
 def _used_bits(raw: np.ndarray, layout: Layout) -> np.ndarray:
-    """Stored values: the bits above and below the stored ones hold overlays or nothing."""
+    """Clear the bits above and below the stored ones, which hold overlays or nothing."""
     unused, high = layout.allocated - layout.stored, layout.high
     if unused == 0:
         return raw
     below = high + 1 - layout.stored
     if below and (raw & (2**below - 1)).any():
-        # The header declares these bits unused, but they are used: values start at the lowest bit, as in nearly all files.
+        # Bits that the header declares unused are used: assume that values start at the lowest bit, as in nearly all
+        # files.
         if (raw.view(raw.dtype.str.replace("i", "u")) >> layout.stored).any():
             raise Undecodable(f"{layout.stored} bits stored below high bit {high}, and others used")
         high = layout.stored - 1
-    # Shifted to the top and back: arithmetically for signed values, which copies their sign into the unused bits.
+    # Shift to the top and back; for signed values, the arithmetic shift extends the sign into the unused bits.
     return raw << (layout.allocated - 1 - high) >> unused
 
 
 def _native(image: Image, layout: Layout) -> np.ndarray:
-    """A frame as it is stored, in this machine's byte order."""
+    """An uncompressed frame, in native byte order."""
     assert image.pixels is not None
     tag, _, start, length = image.pixels
     if tag != PIXELS[-1]:
-        raise Undecodable("its pixels are floating-point numbers, which a CT has not")
+        raise Undecodable("its pixels are floating-point numbers, which are not allowed in a CT")
     if length == UNDEFINED:
-        raise Undecodable("its pixels are compressed, and its transfer syntax says that they are not")
+        raise Undecodable("its pixels are compressed, but its transfer syntax is uncompressed")
     due = image.frames * layout.size
     if length not in (due, due + due % 2):
-        raise Undecodable(f"{length} bytes of pixels where its header says {due}")
+        raise Undecodable(f"{length} bytes of pixels, but its header states {due}")
     start += image.frame * layout.size
     if image.syntax == DEFLATED:
         data = _inflated(image.path, image.path.stat().st_mtime_ns, image.pixels.start + length)
@@ -187,23 +188,24 @@ def _inflated(path: Path, modified: int, length: int) -> bytes:
 
 
 def _compressed(image: Image, layout: Layout) -> np.ndarray:
-    """A frame of encapsulated pixels, by GDCM."""
+    """A compressed frame, decoded."""
     assert image.pixels is not None
     if image.pixels.length != UNDEFINED:
-        raise Undecodable("its pixels are not compressed, and its transfer syntax says that they are")
+        raise Undecodable("its pixels are not compressed, but its transfer syntax is compressed")
     streams = frame_streams(image.path, image.path.stat().st_mtime_ns, image.pixels.start, image.frames)
     if image.frame >= len(streams):
-        raise Undecodable(f"{len(streams)} frames where its header says {image.frames}")
+        raise Undecodable(f"{len(streams)} frames, but its header states {image.frames}")
     stream = streams[image.frame]
     stated_size(stream, image.syntax, layout.rows, layout.columns)
     array = _decoded(stream, image.syntax, layout)
     if array.shape != (layout.rows, layout.columns):
-        raise Undecodable(f"a picture of {array.shape}, its header says {(layout.rows, layout.columns)}")
+        raise Undecodable(f"an image of {array.shape}, but its header states {(layout.rows, layout.columns)}")
     return array.astype(_dtype(layout), copy=False)
 
 
 def _decoded(stream: bytes, syntax: str, layout: Layout) -> np.ndarray:
-    """One codestream: run lengths here, all others by GDCM in the child, which a damaged one may end."""
+    """Decode one codestream: RLE in this process, others by GDCM in a child process, which a damaged stream may
+    crash."""
     if syntax == RLE:
         return decoded(stream, syntax, asdict(layout))
     try:
@@ -216,7 +218,8 @@ def _decoded(stream: bytes, syntax: str, layout: Layout) -> np.ndarray:
 
 
 def bytes_behind(image: Image) -> bool:
-    """Whether bytes follow a file's plain pixels that are neither padding nor elements: some may have been put in before."""
+    """Whether bytes that are neither padding nor elements follow a file's uncompressed pixels, so that bytes may have
+    been inserted before."""
     pixels = image.pixels
     if pixels is None or pixels.length == UNDEFINED or image.syntax not in NATIVE or image.syntax == DEFLATED:
         return False

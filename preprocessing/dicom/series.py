@@ -1,16 +1,14 @@
-"""The choice of the series that is read from a folder.
+"""Choose the series to read from a folder.
 
-All DICOM images below the folder are sorted by SeriesInstanceUID, wherever they lie. ``--series`` names one. Otherwise
-the first by this order is read, and a warning says so where there were several:
+All DICOM images below the folder are grouped by SeriesInstanceUID. ``--series`` selects one. Otherwise the best by the
+following order is read, with a warning if there are several:
 
-1. it has at least three CT slices at different positions (PET, localizers, screenshots and reports are passed over);
-2. it is not a short one (60 mm, as of a bolus tracking) beside one at least twice as long;
-3. its values are those of a plain reconstruction, no MIP or other projection, virtual non-contrast, material map,
-   mono-energetic, subtracted or parameter images, by ImageType and SeriesDescription;
-4. RescaleType says HU, or nothing;
-5. it is no reformation (MPR), and its slices are axial;
-6. it is original rather than derived;
-7. it has most positions; of equals, the last by path.
+1. it has at least three CT slices at different positions (PET, localizers, screenshots and reports are excluded); 2. it
+is not short (60 mm, as in bolus tracking) if another series is at least twice as long; 3. its values are those of a
+plain reconstruction, not a MIP or other projection, virtual non-contrast, material map, mono-energetic, subtracted or
+parameter images, by ImageType and SeriesDescription; 4. RescaleType is HU or missing; 5. it is not a reformation (MPR),
+and its slices are axial; 6. it is original rather than derived; 7. it has the most positions; among equals, the last by
+path.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ class Candidate:
 
     @property
     def length(self) -> float:
-        """mm from the first to the last slice."""
+        """Distance in mm from the first to the last slice."""
         return float(np.ptp(groups.depths(self.slices))) if self.slices else 0.0
 
 
@@ -68,7 +66,7 @@ def read(folder: Path, series: str | None, only: Path | None, name: Path | None,
     if only is not None:
         by_uid = {uid: members for uid, members in by_uid.items() if any(image.path == only for image in members)}
         if not by_uid:
-            raise PreprocessingError(f"{source}: not a DICOM slice, nor any other format that is read")
+            raise PreprocessingError(f"{source}: not a DICOM slice or any other supported format")
     if series is not None and series not in by_uid:
         listed = ", ".join(f"{uid} ({len(members)} files)" for uid, members in sorted(by_uid.items()))
         raise PreprocessingError(f"{source}: has no series {series}; it has {listed}")
@@ -128,7 +126,7 @@ def _first(candidates: list[Candidate]) -> Candidate:
 
 
 def _check(source: str, chosen: Candidate) -> None:
-    """Raises PreprocessingError if the series is no volume; warns of values that may be no HU."""
+    """Raises PreprocessingError if the series is not a volume; warns of values that may not be HU."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in chosen.reasons.most_common())
     if len(chosen.slices) < FEWEST:
         kinds = {modality(image) for image in chosen.images}
@@ -150,4 +148,4 @@ def _check(source: str, chosen: Candidate) -> None:
         quantity = re.sub(r"[^A-Z0-9_]", "", str(header.get("RescaleType", "")).upper())[:16]
         chosen.warnings.append(f"RescaleType is {quantity or 'unknown'}, not HU: values may be another quantity")
     if (kind := altered_as(header)) is not None:
-        chosen.warnings.append(f"its header says {kind}: values may not be those of a plain CT")
+        chosen.warnings.append(f"according to its header it is {kind}: values may not be those of a plain CT")

@@ -1,4 +1,4 @@
-"""Which images of a series are CT slices with a position in the patient, and why the others are not."""
+"""Select the images of a series that are CT slices with a position in the patient, and state why others are not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Slice:
 
 
 def placed(images: list[Image]) -> tuple[list[Slice], Counter[str]]:
-    """The slices among images, and how many images are none for which reason."""
+    """The slices among images, and counts of the other images by reason."""
     slices, reasons = [], Counter[str]()
     for image in images:
         reason = _not_a_slice(image)
@@ -53,7 +53,7 @@ def placed(images: list[Image]) -> tuple[list[Slice], Counter[str]]:
 
 
 def modality(image: Image) -> str:
-    """The modality (two letters); an image that does not state one is taken for a CT."""
+    """The modality (two letters); an image without one is assumed to be a CT."""
     return str(image.header.get("Modality", "") or "CT").strip().upper()
 
 

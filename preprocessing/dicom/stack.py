@@ -1,4 +1,4 @@
-"""From the slices of one acquisition to a volume: order, copies, gaps and tilt, by their positions."""
+"""Stack the slices of one acquisition into a volume: order, copies, gaps and tilt, by their positions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVEN_GAPS = 0.02
 LARGEST_GAP_RATIO = 3.0
 # Upper limit of voxels per compressed byte.
 LARGEST_RATIO = 1100
-# Limit of the ratio of differences from neighbours to differences from the next but one.
+# Limit of the ratio of differences between adjacent slices to differences between slices two apart.
 ALTERNATING = 1.15
 
 
@@ -25,7 +25,7 @@ def volume(source: str, members: list[Slice], numbers_missing: int, warnings: li
     """The volume [slice, row, column] in HU of at least three slices that share orientation, size and pixel spacing.
 
     Copies are left out, single missing slices interpolated, uneven gaps resampled and a gantry tilt corrected, each
-    with a warning; anything more is refused. ``numbers_missing`` is the number of slices missing by their numbering,
+    with a warning; larger defects are refused. ``numbers_missing`` is the number of slices missing by their numbering,
     ``largest`` bounds the bytes of the voxels. Values are rescaled slice by slice.
     """
     _plausible(source, members, largest)
@@ -40,9 +40,7 @@ def volume(source: str, members: list[Slice], numbers_missing: int, warnings: li
     _missing(source, gaps, usual, numbers_missing, warnings)
     array = _array(source, members, largest)
     if _alternating(array):
-        warnings.append(
-            "slices differ more from their neighbours than from the next but one: two interleaved acquisitions?"
-        )
+        warnings.append("adjacent slices differ more than slices two apart: two interleaved acquisitions?")
     positions = np.array([member.place for member in members])
     if np.abs(gaps - usual).max() > EVEN_GAPS * usual:
         array, positions = _even(array, positions, depth, usual)
@@ -54,14 +52,14 @@ def volume(source: str, members: list[Slice], numbers_missing: int, warnings: li
         array, step = _untilt(array, step, normal, row, column, spacing)
         warnings.append(f"gantry tilt of {tilt:.1f} degrees corrected")
     affine = np.eye(4)
-    # Along a row the column index grows, in the direction `row`.
+    # The column index increases along a row, in the direction `row`.
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = step, column * spacing[0], row * spacing[1]
     affine[:3, 3] = positions[0]
     return Volume(array, affine, source, warnings, fixed_geometry=True, headers=[_header(member) for member in members])
 
 
 def _header(member: Slice) -> dict[str, Any]:
-    """The header of a slice's image, and which frame of its file it is, counted from 1, where there are several."""
+    """The header of a slice's image, and its frame number, counted from 1, if its file has several."""
     image = member.image
     return {**image.header, **({"frame": image.frame + 1} if image.frames > 1 else {})}
 
@@ -77,7 +75,7 @@ def _plane(source: str, members: list[Slice]) -> tuple[np.ndarray, np.ndarray, n
 
 
 def _differences(members: list[Slice], warnings: list[str]) -> None:
-    """Tells what slices of one series usually share, and these do not."""
+    """Warn of attributes that slices of one series usually share, but these do not."""
     headers = [member.image.header for member in members]
     differing = [word for word in VALUES if len({str(header.get(word)) for header in headers}) > 1]
     rescaled = [word for word in differing if word.startswith("Rescale")]
@@ -98,7 +96,8 @@ def _differences(members: list[Slice], warnings: list[str]) -> None:
 def _without_copies(
     source: str, members: list[Slice], depth: np.ndarray, warnings: list[str]
 ) -> tuple[list[Slice], np.ndarray]:
-    """One slice a position. Copies are left out; two different slices at one place are two volumes in one series."""
+    """One slice per position. Copies are left out; different slices at the same position mean that the series contains
+    two volumes."""
     copied = np.concatenate([[False], np.diff(depth) < 1e-3])
     if copied.sum() == len(members) - 1:
         raise PreprocessingError(
@@ -110,7 +109,7 @@ def _without_copies(
         if not np.array_equal(one, other):
             raise PreprocessingError(
                 f"{source}: {counted(int(copied.sum()), 'position', 'holds|hold')} more than one slice, and they differ: several phases or "
-                f"reconstructions in one series; put each into a folder of its own"
+                f"reconstructions in one series; put each into a separate folder"
             )
     if count := int(copied.sum()):
         warnings.append(
@@ -123,7 +122,8 @@ def _without_copies(
 
 
 def _missing(source: str, gaps: np.ndarray, usual: float, numbers_missing: int, warnings: list[str]) -> None:
-    """Single slices missing here and there are interpolated aloud; more are refused, with what was left out before."""
+    """Single missing slices are interpolated with a warning; more are refused, naming slices that were left out
+    before."""
     left_out = f" ({'; '.join(warnings)})" if any("left out" in warning for warning in warnings) else ""
     if gaps.max() > LARGEST_GAP_RATIO * usual:
         raise PreprocessingError(
@@ -148,7 +148,7 @@ def _missing(source: str, gaps: np.ndarray, usual: float, numbers_missing: int, 
 
 
 def _plausible(source: str, members: list[Slice], largest: int) -> None:
-    """Refuse what headers claim before memory is taken for it; all frames of a file count."""
+    """Refuse implausible sizes in headers before memory is allocated; all frames of a file count."""
     rows, columns = members[0].shape
     frames = {member.image.path: member.image.frames for member in members}
     voxels = sum(frames.values()) * rows * columns
@@ -167,8 +167,8 @@ def _within(source: str, voxels: int, dtype: np.dtype, largest: int) -> None:
 
 
 def _array(source: str, members: list[Slice], largest: int) -> np.ndarray:
-    """[slice, row, column] in HU, int16 if that holds all slices, else float32. Raises UndecodableSlices, which names all of
-    them, or more than a series may lack."""
+    """[slice, row, column] in HU, int16 if that holds all slices, else float32. Raises UndecodableSlices, which lists
+    all of them, or as many as make the series unusable."""
     array = np.empty((len(members), *members[0].shape), np.int16)
     failed: UndecodableSlices | None = None
     for index, member in enumerate(members):
@@ -190,7 +190,7 @@ def _array(source: str, members: list[Slice], largest: int) -> np.ndarray:
 
 
 def _alternating(array: np.ndarray) -> bool:
-    """Whether slices resemble those two further on more than their neighbours, as two interleaved acquisitions do."""
+    """Whether slices resemble slices two apart more than adjacent ones, as in two interleaved acquisitions."""
     if len(array) < 8:
         return False
     step = [max(1, size // 128) for size in array.shape[1:]]
@@ -200,7 +200,7 @@ def _alternating(array: np.ndarray) -> bool:
 
 
 def _even(array: np.ndarray, positions: np.ndarray, depth: np.ndarray, usual: float) -> tuple[np.ndarray, np.ndarray]:
-    """Slices linearly interpolated at even depths."""
+    """Slices linearly interpolated at equally spaced positions."""
     count = round((depth[-1] - depth[0]) / usual) + 1
     target = np.linspace(depth[0], depth[-1], count)
     upper = np.clip(np.searchsorted(depth, target), 1, len(depth) - 1)

@@ -1,4 +1,4 @@
-"""Zip and tar archives of one scan, unpacked within a bound into a temporary folder.
+"""Unpack zip and tar archives of one scan, within a size limit, into a temporary folder.
 
 The sizes that the archive's directory states are checked first, and the bytes that come out are counted, because
 stated sizes can be false.
@@ -21,7 +21,7 @@ from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.formats import streams
 from ctclip.preprocessing.scratch import scratch_folder
 
-# Near the largest real CT; ``--largest-gb`` raises it.
+# About the size of the largest real CT; ``--largest-gb`` raises it.
 LARGEST_GB = 4.0
 MOST_MEMBERS = 20000
 DEEPEST = 3
@@ -45,7 +45,7 @@ def is_zip(path: Path) -> bool:
 
 
 def may_hold_scans(name: str, head: bytes) -> bool:
-    """Whether a member of an archive, by its name and its first bytes, may be an archive itself."""
+    """Whether a member of an archive may itself be an archive, by its name and first bytes."""
     packed = head[:4] in ZIP or bool(streams.compression(head)) or head[257:262] == b"ustar"
     return packed and not name.lower().endswith(VOLUMES)
 
@@ -60,7 +60,7 @@ def unpacked(path: Path, source: str, largest: int) -> Iterator[Path]:
     """The scan in an archive, for the duration of the context: its only volume file, or a folder of DICOM slices.
 
     ``largest`` limits the unpacked size in bytes; nested archives are unpacked too. Members keep only the names needed
-    to find them, and none leads out of the folder. Raises PreprocessingError.
+    to find them, and none can leave the folder. Raises PreprocessingError.
     """
     with scratch_folder(PREFIX) as held:
         folder = held / "scan"
@@ -73,7 +73,7 @@ def unpacked(path: Path, source: str, largest: int) -> Iterator[Path]:
 
 
 class _Unpacking:
-    """One archive and those inside it, which share a bound on bytes and members."""
+    """An archive and its nested archives, which share a limit on bytes and members."""
 
     def __init__(self, source: str, largest: int) -> None:
         self.source, self.largest = source, largest
@@ -84,7 +84,7 @@ class _Unpacking:
         try:
             (self._zip if is_zip(path) else self._tar)(path, folder)
         except damage as error:
-            # Messages of the libraries may quote the names inside, which may name the patient.
+            # Messages of libraries may quote member names, which may contain the patient's name.
             raise PreprocessingError(
                 f"{self.source}: not a readable archive ({type(error).__name__}); copy it again"
             ) from error
@@ -118,7 +118,8 @@ class _Unpacking:
             kind = streams.compression(file.read(6))
             file.seek(0)
             if kind:
-                # Decompressed first, within the limit, because tarfile trusts the size that a header states for another header.
+                # Decompress first, within the limit, because tarfile trusts the size that a header states for another
+                # header.
                 self._inflate(streams.inflated(file, kind), plain)
             with tarfile.open(fileobj=_Bounded(plain if kind else file), mode="r:") as archive:
                 for number, member in enumerate(archive):
@@ -143,7 +144,7 @@ class _Unpacking:
             raise PreprocessingError(f"{self.source}: would unpack to {total / 1e9:.1f} GB in {members} files; refused")
 
     def _target(self, name: str, folder: Path) -> Path | None:
-        """Where a member is written, or None for what is no part of a scan."""
+        """The path for a member, or None if it is not part of a scan."""
         self.members += 1
         if self.members > MOST_MEMBERS:
             raise PreprocessingError(f"{self.source}: holds more than {MOST_MEMBERS} files; refused")
@@ -153,10 +154,10 @@ class _Unpacking:
             return None
         parts = [part for part in PurePosixPath(name).parts if part != "."]
         if parts and all(PLAIN.fullmatch(part) for part in parts) and name.lower().endswith(VOLUMES + VOXELS):
-            # A detached header finds its voxels by their name.
+            # A detached header refers to its voxel file by name.
             target = folder.joinpath(*parts)
         else:
-            # A folder of slices keeps its folders and suffixes, which say what belongs together.
+            # Slices keep their folders and suffixes, which show what belongs together.
             below = [part if PLAIN.fullmatch(part) else "folder" for part in parts[:-1]]
             kept = suffix if re.fullmatch(r"\.\w{1,8}", suffix) else ""
             target = folder.joinpath(*below, f"{self.members:06d}{kept}")
@@ -178,7 +179,7 @@ class _Unpacking:
 
 
 class _Bounded(io.RawIOBase):
-    """A file for tarfile that refuses to be read far at once: tarfile takes the size of a long name at its word."""
+    """A file for tarfile that refuses large reads, because tarfile trusts the stated size of a long name."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream

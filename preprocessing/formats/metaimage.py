@@ -18,7 +18,7 @@ TYPES = {
     "MET_LONG": "i4", "MET_ULONG": "u4", "MET_LONG_LONG": "i8", "MET_ULONG_LONG": "u8", "MET_FLOAT": "f4",
     "MET_DOUBLE": "f8",
 }  # fmt: skip
-# Names of the same field, the present one first.
+# Names of the same field, the current one first.
 ALIASES = {
     "Offset": ("Offset", "Position", "Origin"),
     "TransformMatrix": ("TransformMatrix", "Orientation", "Rotation"),
@@ -27,7 +27,7 @@ ALIASES = {
 }
 SYNONYMS = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
 SYNONYMS["ElementSize"] = "ElementSize"
-# All other fields are comments to us; programs add what they like.
+# All other fields are ignored; programs may add any field.
 FIELDS = {
     "ObjectType", "NDims", "DimSize", "BinaryData", "CompressedData", "HeaderSize", "ElementNumberOfChannels",
     "ElementType", "ElementDataFile", "DistanceUnits", "AnatomicalOrientation", *SYNONYMS,
@@ -62,7 +62,7 @@ def is_header(block: bytes) -> bool:
 
 
 def _fields(stream: BinaryIO, source: str) -> dict[str, str]:
-    """The fields that we know, up to ElementDataFile, which ends the header."""
+    """The known fields, up to ElementDataFile, which ends the header."""
     fields: dict[str, str] = {}
     for line in text_header.lines(stream, source):
         name, equals, value = line.partition("=")
@@ -86,7 +86,7 @@ def _fields(stream: BinaryIO, source: str) -> dict[str, str]:
 
 
 def _drop_axis_of_one(fields: dict[str, str], source: str) -> None:
-    """Make three axes of four in the fields that describe them, if the fourth has one place."""
+    """Remove a fourth axis of size 1 from the fields that describe axes."""
     if fields.get("NDims") != "4" or text_header.integers(fields.get("DimSize", ""), 4, "DimSize", source)[3] != 1:
         return
     fields["NDims"] = "3"
@@ -141,7 +141,7 @@ def _content(
     streams.plausible(size, length, largest, source)
     if packed:
         begin = stream.tell()
-        # MetaIO reads both kinds of stream, and older versions wrote the other.
+        # MetaIO reads zlib and gzip streams, and older versions wrote the other.
         kind = "gzip" if stream.read(2) == streams.GZIP else "zlib"
         stream.seek(begin)
         return streams.exactly(streams.inflated(stream, kind), size, source)
@@ -153,7 +153,7 @@ def _content(
 
 
 def _geometry(fields: dict[str, str], source: str) -> tuple[np.ndarray, str | None, list[str]]:
-    """Affine (4, 4) from [slice, row, column] to LPS+ mm, why it cannot be taken as it is (or None), and warnings."""
+    """Affine (4, 4) from [slice, row, column] to LPS+ mm, the reason to doubt it (or None), and warnings."""
     doubt, warnings = None, []
     spacing, turn, origin = np.ones(3), np.eye(3), np.zeros(3)
     field = "ElementSpacing" if "ElementSpacing" in fields else "ElementSize"
@@ -166,7 +166,7 @@ def _geometry(fields: dict[str, str], source: str) -> tuple[np.ndarray, str | No
     else:
         doubt = "its header states no spacing (ElementSpacing)"
     if "TransformMatrix" in fields:
-        # Three numbers an axis of the file: the direction in which its index grows.
+        # Three numbers per axis of the file: the direction in which its index increases.
         turn = np.array(text_header.numbers(fields["TransformMatrix"], 9, "TransformMatrix", source)).reshape(3, 3).T
         if not np.allclose(np.linalg.norm(turn, axis=0), 1, atol=0.01):
             doubt = doubt or "TransformMatrix of its header holds no directions (their length is not 1)"

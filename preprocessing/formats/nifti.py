@@ -30,7 +30,8 @@ FIELDS = {
         "sform_code": ("i4", 348), "quatern": ("3f8", 352), "qoffset": ("3f8", 376), "srow": ("(3,4)f8", 400),
     },
 }  # fmt: skip
-# Where the magic stands, that of a single file, and that of a pair; NIfTI-2's ends with bytes that a text-mode transfer corrupts.
+# Offset of the magic, its value in a single file and in a pair; that of NIfTI-2 ends with bytes that a text-mode
+# transfer corrupts.
 MAGIC = {348: (344, b"n+1\0", b"ni1\0"), 540: (4, b"n+2\0\r\n\x1a\n", b"ni2\0\r\n\x1a\n")}
 TYPES = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8",
@@ -132,9 +133,9 @@ def _voxels(header: Any, order: str, source: str) -> tuple[tuple[int, int, int],
 
 
 def _offset(header: Any, header_size: int, source: str) -> int:
-    """Where the voxels begin: behind the header and the four bytes that say whether extensions follow it.
+    """The offset of the voxels, after the header and the four bytes that state whether extensions follow.
 
-    0 in a single file says nothing and stands for the first place that is possible, as in nibabel.
+    0 in a single file means the first possible offset, as in nibabel.
     """
     value = float(header["vox_offset"])
     first = header_size + 4 if header_size else 0
@@ -149,13 +150,13 @@ def _offset(header: Any, header_size: int, source: str) -> int:
 
 
 def _content(stream: Any, at: int, offset: int, size: int, largest: int, source: str) -> tuple[np.ndarray, list[str]]:
-    """The bytes of the voxels, from ``offset`` to the end of the file, of which ``at`` were read already."""
+    """The bytes of the voxels, from ``offset`` to the end of the file; ``at`` bytes have been read already."""
     length = streams.size_of(stream)
     streams.plausible(size, length, largest, source)
     if not streams.is_packed(stream) and length < offset + size:
         raise PreprocessingError(f"{source}: cut short ({length} of {offset + size} bytes); copy it again")
     try:
-        # Extensions of the header are skipped; they are small, however much a header claims.
+        # Skip header extensions, which are small, whatever size a header claims.
         if offset - at > streams.CHUNK * 64:
             raise PreprocessingError(f"{source}: {DAMAGED}")
         stream.read(offset - at)
@@ -165,7 +166,7 @@ def _content(stream: Any, at: int, offset: int, size: int, largest: int, source:
 
 
 def _rescaling(header: Any, source: str) -> tuple[float, float]:
-    """Slope and intercept; 1 and 0 where the slope is 0 or not a number, which says that none are set."""
+    """Slope and intercept; 1 and 0 if the slope is 0 or NaN, which means that none are set."""
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if slope == 0 or np.isnan(slope):
         return 1.0, 0.0
@@ -191,7 +192,7 @@ def _stem(path: Path, suffix: str) -> str:
 
 
 def _partner(path: Path, suffix: str, source: str) -> Path:
-    """The other file of a pair, beside the one that was named."""
+    """The other file of a pair, in the same folder."""
     stem = _stem(path, ".hdr") or _stem(path, ".img") or path.stem
     partners = (f"{stem}{suffix}".lower(), f"{stem}{suffix}.gz".lower())
     beside = sorted(file for file in path.parent.iterdir() if file.name.lower() in partners)

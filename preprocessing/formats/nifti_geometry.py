@@ -1,4 +1,4 @@
-"""The geometry that a NIfTI header states: sform, qform and pixdim, and where they contradict each other.
+"""The geometry of a NIfTI header: sform, qform and pixdim, and contradictions between them.
 
 The three methods: https://nifti.nimh.nih.gov/nifti-1/documentation/nifti1fields/nifti1fields_pages/qsform.html
 """
@@ -15,7 +15,7 @@ RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Bits 0 to 2 of xyzt_units: unknown (taken as mm), metre, mm, micron.
 MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 LARGEST_CODE = 5
-# How far b2 + c2 + d2 of a quaternion may exceed 1 by rounding in single precision.
+# Tolerance for b2 + c2 + d2 of a quaternion above 1, from rounding in single precision.
 ROUNDING = 1e-3
 
 
@@ -61,7 +61,7 @@ def _best(
 
 
 def _against_pixdim(header: Any, sform: np.ndarray, pixdim: np.ndarray) -> tuple[str | None, list[str]]:
-    """Without a qform, pixdim is the only witness of the sform's spacing."""
+    """Compare the sform with pixdim, the only other statement of spacing without a qform."""
     steps, stated = (np.linalg.norm(affine[:3, :3], axis=0) for affine in (sform, pixdim))
     if (np.abs(steps - stated) <= 0.01 * steps).all():
         return None, []
@@ -98,7 +98,7 @@ def _sform(header: Any) -> np.ndarray:
 
 
 def _pixdim(header: Any) -> np.ndarray:
-    """What nibabel takes where no orientation is stated: x runs to the left, the origin is the volume's centre."""
+    """The default of nibabel if no orientation is stated: x runs to the left, and the origin is the volume's centre."""
     affine = np.diag([*np.abs(header["pixdim"][1:4].astype(np.float64)), 1.0]) * [-1.0, 1.0, 1.0, 1.0]
     affine[:3, 3] = -affine[:3, :3] @ ((header["dim"][1:4].astype(np.float64) - 1) / 2)
     return affine

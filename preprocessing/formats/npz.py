@@ -45,13 +45,13 @@ def read(path: Path, source: str, largest: int) -> Volume:
 
 
 def _header(stream: Any, source: str) -> tuple[tuple[int, int, int], bool, np.dtype]:
-    """Shape, whether it is in Fortran's order, and type; numpy bounds the header's length."""
+    """Shape, whether it is in Fortran order, and type; numpy limits the header's length."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         version = np.lib.format.read_magic(stream)
         shape, fortran, dtype = readers[version](stream)
     except Exception as error:
-        # numpy parses a damaged header as Python source, and raises whatever that raises.
+        # numpy parses the header as a Python literal, so a damaged one may raise any exception.
         raise PreprocessingError(f"{source}: the header of its array is damaged; copy it again") from error
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise PreprocessingError(f"{source}: its voxels have a type that no CT has")

@@ -35,7 +35,7 @@ FIELDS = {
     "data file", "datafile", "content", "number", "min", "max", "old min", "oldmin", "old max", "oldmax", "block size",
     "blocksize", "sample units", "sampleunits",
 }  # fmt: skip
-# Kinds of an axis along which a volume extends; others hold the parts of a value.
+# Kinds of spatial axes; other axes hold components of a value.
 KINDS = {"domain", "space", "none", "???"}
 SPACES = {
     "left-posterior-superior": (1.0, 1.0, 1.0), "lps": (1.0, 1.0, 1.0),
@@ -66,7 +66,7 @@ def read(path: Path, source: str, largest: int) -> Volume:
 
 
 def _fields(stream: BinaryIO, source: str) -> tuple[dict[str, str], bool]:
-    """Fields by their names in lower case, and whether an empty line ended the header. Keys and comments are left out."""
+    """Fields by name in lower case, and whether an empty line ended the header. Keys and comments are ignored."""
     fields: dict[str, str] = {}
     lines = text_header.lines(stream, source)
     if not re.fullmatch(r"NRRD000[1-5]", next(lines, "")):
@@ -90,8 +90,8 @@ def _fields(stream: BinaryIO, source: str) -> tuple[dict[str, str], bool]:
 
 
 def _drop_axis_of_one(fields: dict[str, str], source: str) -> None:
-    """Make three axes of four in the fields that describe each axis, if one of the four has one place: a list or a time of
-    one volume."""
+    """Remove one axis of size 1 (a list or a time axis with one volume) from the fields that describe each of four
+    axes."""
     if fields.get("dimension") != "4" or "sizes" not in fields:
         return
     sizes = text_header.integers(fields["sizes"], 4, "sizes", source)
@@ -155,7 +155,7 @@ def _content(
 
 
 def _geometry(fields: dict[str, str], source: str) -> tuple[np.ndarray, str | None, list[str]]:
-    """Affine (4, 4) from [slice, row, column] to LPS+ mm, why it cannot be taken as it is (or None), and warnings."""
+    """Affine (4, 4) from [slice, row, column] to LPS+ mm, the reason to doubt it (or None), and warnings."""
     steps, doubt = np.eye(3), None
     if "spacings" in fields:
         spacings = text_header.numbers(fields["spacings"], 3, "spacings", source)
@@ -192,7 +192,7 @@ def _geometry(fields: dict[str, str], source: str) -> tuple[np.ndarray, str | No
 
 
 def _vectors(value: str, count: int, field: str, source: str) -> np.ndarray:
-    """(count, 3) numbers of ``(a,b,c) (d,e,f) ...``."""
+    """Parse ``(a,b,c) (d,e,f) ...`` into (count, 3) numbers."""
     parts = re.findall(r"\(([^()]*)\)", value)
     if len(parts) != count or re.sub(r"\([^()]*\)", "", value).strip():
         raise PreprocessingError(f"{source}: field {field!r} of its header is not {count} vectors; it is damaged")
@@ -200,7 +200,7 @@ def _vectors(value: str, count: int, field: str, source: str) -> np.ndarray:
 
 
 def _units(fields: dict[str, str], field: str, count: int, source: str) -> float:
-    """Millimetres in the unit of a field; the axes share one."""
+    """Millimetres per unit of a field; all axes share one unit."""
     units = {unit.strip().lower() for unit in re.findall(r'"([^"]*)"', fields.get(field, ""))} or {""}
     known = {text_header.MM_PER_UNIT.get(unit, 0.0) for unit in units}
     if len(known) != 1 or 0.0 in known:

@@ -1,4 +1,4 @@
-"""Reading exactly the bytes that a header promises, from plain and compressed streams: never more, never fewer.
+"""Read exactly the number of bytes that a header states, from plain and compressed streams.
 
 A compressed stream is read to its end, where its own checksum (CRC-32, Adler-32) is compared.
 """
@@ -19,15 +19,15 @@ from ctclip.preprocessing.errors import PreprocessingError
 
 GZIP = b"\x1f\x8b"
 CHUNK = 1 << 20
-# Measured: what is inflated at a time stays in the cache until it is copied to its place.
+# Chosen by measurement: a block of this size stays in the cache until it is copied.
 PACKED_CHUNK, INFLATED_CHUNK = 1 << 17, 1 << 18
-# No deflate stream expands more than 1032-fold: a header that claims more lies, or the file is cut short.
+# No deflate stream expands more than 1032-fold; if a header claims more, it is wrong, or the file is truncated.
 LARGEST_EXPANSION = 1100
 TRAILING = "bytes follow the end of its compressed stream: left out"
 
 
 def open_regular(path: Path, source: str) -> BinaryIO:
-    """Open a regular file; a pipe or device, which could block for ever, is refused."""
+    """Open a regular file; pipes and devices, which could block forever, are refused."""
     try:
         # Without O_NONBLOCK, opening a pipe waits for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -57,12 +57,12 @@ def is_gzip(path: Path) -> bool:
 
 
 def compression(block: bytes) -> str:
-    """Which compression a file that begins with ``block`` has, or none of them."""
+    """The compression of a file that begins with ``block``, or an empty string."""
     return "gzip" if block[:2] == GZIP else "bzip2" if block[:3] == b"BZh" else ""
 
 
 def start(path: Path, source: str, size: int = 512) -> tuple[str, bytes]:
-    """The compression of a file, if it has one, and the first bytes of what it holds; none where it is damaged."""
+    """The compression of a file, if any, and the first bytes of its content; no bytes if it is damaged."""
     with open_regular(path, source) as stream:
         block = stream.read(size)
         if kind := compression(block):
@@ -75,7 +75,7 @@ def start(path: Path, source: str, size: int = 512) -> tuple[str, bytes]:
 
 
 def inflated(stream: BinaryIO, kind: str) -> Any:
-    """A reader of what a compressed stream holds from its present position on: ``gzip``, ``zlib`` or ``bzip2``.
+    """A reader of the content of a compressed stream, from its current position: ``gzip``, ``zlib`` or ``bzip2``.
 
     Closing it closes the stream.
     """
@@ -106,13 +106,14 @@ def exactly(stream: Any, size: int, source: str) -> tuple[np.ndarray, list[str]]
     except damage() as error:
         raise _damaged(source) from error
     try:
-        # Reading on to the end makes the stream compare its checksum.
+        # Reading to the end makes the stream compare its checksum.
         more = stream.read(1)
     except damage() as error:
         raise _damaged(source) from error
     if more:
         raise PreprocessingError(
-            f"{source}: holds more bytes than the {size} that its header promises: one of the two is wrong; convert it again"
+            f"{source}: holds more bytes than the {size} that its header states: one of the two is wrong; convert it "
+            f"again"
         )
     return content, [TRAILING] if getattr(stream, "trailing", False) else []
 
@@ -133,10 +134,10 @@ def _damaged(source: str) -> PreprocessingError:
 
 
 class _Deflated(io.RawIOBase):
-    """A zlib stream, or the members of a gzip stream, inflated as far as is asked for.
+    """A zlib stream, or the members of a gzip stream, inflated on demand.
 
-    ISA-L compares the checksum (and gzip's length) where a stream ends. ``trailing`` is set once bytes that are neither
-    zeros nor another member were seen behind the end; Python's own reader of gzip loses voxels over them.
+    ISA-L compares the checksum (and gzip's length) at the end of a stream. ``trailing`` is set if bytes that are
+    neither zeros nor another member follow the end; Python's own gzip reader loses voxels because of them.
     """
 
     def __init__(self, stream: BinaryIO, kind: str) -> None:
@@ -160,7 +161,7 @@ class _Deflated(io.RawIOBase):
         super().close()
 
     def read(self, size: int = -1) -> bytes:
-        """``size`` bytes, or fewer where the stream ends before."""
+        """Read ``size`` bytes, or fewer if the stream ends before."""
         blocks = []
         while size > 0 and (block := self._next(size)):
             blocks.append(block)
@@ -186,7 +187,7 @@ class _Deflated(io.RawIOBase):
         return b""
 
     def _another(self) -> bool:
-        """Whether another gzip member begins where one ended."""
+        """Whether another gzip member follows the last one."""
         rest = self._inflater.unused_data
         if self._kind == "gzip":
             while len(rest := rest.lstrip(b"\0")) < 2 and (more := self._stream.read(PACKED_CHUNK)):

@@ -1,4 +1,4 @@
-"""Lines and numbers of text headers (NRRD, MetaImage), within limits that no valid header reaches.
+"""Parse lines and numbers of text headers (NRRD, MetaImage), within limits that no valid header reaches.
 
 Libraries that parse these headers can crash on long values, so none is used.
 """
@@ -17,7 +17,7 @@ LONGEST_COMMENT = 1 << 16
 MOST_LINES = 10000
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|[+-]?(nan|inf)", re.IGNORECASE)
 DATA_FILE = re.compile(r"^(?:ElementDataFile\s*=|data ?file\s*:(?!=))(.{1,255})$", re.IGNORECASE | re.MULTILINE)
-# Lengths in millimetres, as NRRD and MetaImage spell their units; nothing stated counts as mm.
+# Units of length in NRRD and MetaImage, in millimetres; the default is mm.
 MM_PER_UNIT = {
     "": 1.0, "?": 1.0, "???": 1.0, "mm": 1.0, "dm": 100.0, "cm": 10.0, "m": 1000.0, "um": 0.001, "µm": 0.001, "μm": 0.001,
     "micron": 0.001, "microns": 0.001, "nm": 1e-6,
@@ -27,7 +27,7 @@ MM_PER_UNIT = {
 
 
 def lines(stream: BinaryIO, source: str) -> Iterator[str]:
-    """Lines of a header without their ends, up to the end of the file; the caller stops where the header does."""
+    """Lines of a header without line ends, up to the end of the file; the caller stops at the end of the header."""
     for _ in range(MOST_LINES):
         line = stream.readline(LONGEST_COMMENT + 1)
         if not line:
@@ -39,7 +39,7 @@ def lines(stream: BinaryIO, source: str) -> Iterator[str]:
 
 
 def data_file(path: Path) -> str | None:
-    """The file that an NRRD or MetaImage header names for its voxels, by a look at its lines alone; None if it names none."""
+    """The voxel file that an NRRD or MetaImage header names, found by reading only its lines; None if it names none."""
     try:
         with path.open("rb") as stream:
             start = stream.read(LONGEST_COMMENT).decode("utf-8", "replace")
@@ -78,7 +78,7 @@ def integers(value: str, count: int, field: str, source: str) -> list[int]:
 
 
 def choice(value: str, choices: dict[str, bool], field: str, source: str) -> bool:
-    """A field of few words, such as True and False."""
+    """The value of a field with a fixed set of words, such as True and False."""
     if value.lower() not in choices:
         raise PreprocessingError(
             f"{source}: field {field!r} of its header is none of {', '.join(choices)}; it is damaged"

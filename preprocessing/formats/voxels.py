@@ -1,4 +1,4 @@
-"""Shared by all formats: the shape of a volume, its values in memory, and the voxel file of a detached header."""
+"""Functions for all formats: the shape of a volume, its values in memory, and the voxel file of a detached header."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def volume_shape(sizes: Sequence[int], source: str) -> tuple[int, int, int]:
     if len(shape) > 3 and min(shape) > 1:
         count = prod(shape[3:])
         raise PreprocessingError(
-            f"{source}: holds {count} volumes (phases?), shape {shape}; save the one you want alone"
+            f"{source}: holds {count} volumes (phases?), shape {shape}; save the volume you want by itself"
         )
     if len(shape) != 3 or min(shape) < 2:
         raise PreprocessingError(f"{source}: has shape {shape}: not a volume of several slices")
@@ -29,7 +29,7 @@ def volume_shape(sizes: Sequence[int], source: str) -> tuple[int, int, int]:
 
 
 def byte_count(shape: Sequence[int], dtype: np.dtype) -> int:
-    """Bytes of an array; Python's integers, as headers claim sizes that overflow others."""
+    """Bytes of an array, in Python integers, because sizes in headers may overflow others."""
     count = dtype.itemsize
     for size in shape:
         count *= int(size)
@@ -37,7 +37,7 @@ def byte_count(shape: Sequence[int], dtype: np.dtype) -> int:
 
 
 def native(array: np.ndarray) -> np.ndarray:
-    """Values in the smaller of int16 and float32 that holds them, in this machine's byte order."""
+    """Values as int16 if they fit, else float32, in native byte order."""
     if array.dtype.kind in "iu" and (array.dtype == np.int16 or (array.min() >= -32768 and array.max() <= 32767)):
         return array.astype(np.int16, copy=False)
     with np.errstate(over="ignore", invalid="ignore"):

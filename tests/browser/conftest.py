@@ -1,4 +1,4 @@
-"""A real Chromium, and a service with a tiny model for it to look at."""
+"""A real Chromium, and a service with a tiny model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ctclip train --plan` against what torch's allocator and its counter of operations say of DeepSpeed's steps."""
+"""`ctclip train --plan` compared with torch's allocator and operation counter for DeepSpeed's steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cohort of somebody else's (abdomens, three labels of its own) from a table to figures, by commands alone."""
+"""A foreign cohort (abdomens, three labels of its own), from a table to figures, with commands alone."""
 
 from __future__ import annotations
 

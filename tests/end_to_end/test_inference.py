@@ -168,7 +168,7 @@ def test_several_scans_a_pattern_and_a_refused_one(model: Path, cohort: Path, tm
     ("arguments", "said"),
     [
         ([], "give either scans or --store"),
-        (["x.nii.gz", "--split", "valid"], "--split goes with --store"),
+        (["x.nii.gz", "--split", "valid"], "--split needs --store"),
         (["x.nii.gz"], "x.nii.gz"),
         (["x*.nii.gz"], "no file matches this pattern"),
         (["x.nii.gz", "--prompts", "nothing"], "report_style"),
@@ -291,7 +291,7 @@ def test_lint_warns_of_sides_that_coincide(model: Path, tmp_path: Path, capsys) 
         "name: same\nabnormalities:\n  Emphysema:\n    positive: {findings: [Emphysema.]}\n    negative: {findings: [Emphysema.]}\n"
     )
     assert typed("prompts", "lint", prompts, "--model", model) == 3
-    assert "hardly tells" in capsys.readouterr().out
+    assert "hardly distinguishes" in capsys.readouterr().out
     assert typed("prompts", "list") == 0
     assert "report_style" in capsys.readouterr().out
 

@@ -104,8 +104,9 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], prefi
     return {name for name in shared if not torch.equal(before[name], after[name])}
 
 
-def test_one_process_and_two_fine_tune_alike(published: Path, chests: Path, tmp_path: Path) -> None:
-    words = ["train", "--config", str(recipe(tmp_path, published)), "--store", str(chests)]
+@pytest.mark.parametrize("steps", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_one_process_and_two_fine_tune_alike(published: Path, chests: Path, tmp_path: Path, steps: int) -> None:
+    words = ["train", "--config", str(recipe(tmp_path, published, steps / 2)), "--store", str(chests)]
     runs = {
         count: Command([*words, "--output", str(tmp_path / str(count)), "--processes", str(count)]) for count in (1, 2)
     }
@@ -116,7 +117,7 @@ def test_one_process_and_two_fine_tune_alike(published: Path, chests: Path, tmp_
         (line,) = [line for line in one.stderr.splitlines() if "tensors taken" in line]
         assert line.startswith(f"from {published}: ")
     assert "initialised at random" not in done[1].stderr, "everything of the checkpoint fits"
-    assert len(losses(tmp_path / "1")) == 4
+    assert len(losses(tmp_path / "1")) == steps
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
     one, two = (load_file(tmp_path / str(count) / "model" / "model.safetensors") for count in (1, 2))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
@@ -233,7 +234,7 @@ def test_a_store_of_a_larger_plane_begins_with_a_new_projection_and_says_so(
     preprocess_cohort(cohort, tmp_path / "store", wide, workers=1)
     after, said = tuned(tmp_path, published, tmp_path / "store", "preprocessing=chest_60")
     assert after["volume_projection.weight"].shape == (24, 6 * 6 * 48)
-    assert "1 of another shape in the source, initialised at random: volume_projection.weight" in said
+    assert "1 with another shape in the source, initialised at random: volume_projection.weight" in said
 
 
 def test_a_store_whose_voxels_the_patches_do_not_divide_is_refused(

@@ -1,4 +1,4 @@
-"""A model folder that is given away: its card, what is left out, and what happens without a network."""
+"""A published model folder: its card, the files left out, and the behaviour without a network."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_patients_of_a_calibration_stay_at_home(trained: Path, tmp_path: Path) -
 def test_figures_of_another_model_are_refused(trained: Path, evaluation: Path, tmp_path: Path) -> None:
     path = evaluation / "metrics.json"
     path.write_text(path.read_text().replace(json.loads(path.read_text())["model"], "0" * 12))
-    with pytest.raises(EvaluationError, match="evaluate this one"):
+    with pytest.raises(EvaluationError, match="evaluate this model"):
         publish(trained / "model", tmp_path / "published", licence="other", evaluation=evaluation)
     assert not (tmp_path / "published").exists()
     with pytest.raises(EvaluationError, match="ctclip evaluate"):

@@ -1,4 +1,4 @@
-"""`ctclip serve` as its callers see it: a real process, real requests."""
+"""`ctclip serve` as clients use it: a real process and real requests."""
 
 from __future__ import annotations
 

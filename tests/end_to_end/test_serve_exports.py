@@ -1,4 +1,4 @@
-"""What `ctclip serve` gives to take along, as its callers get it."""
+"""Downloads from `ctclip serve`, as clients get them."""
 
 from __future__ import annotations
 

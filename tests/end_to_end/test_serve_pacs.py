@@ -1,4 +1,4 @@
-"""`ctclip serve --dicomweb` beside a real PACS: an Orthanc that the test starts."""
+"""`ctclip serve --dicomweb` with a real PACS, an Orthanc that the test starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says of volumes it does not learn from: by hand, and where there are hardly any."""
+"""Validation of a run on held-out volumes: compared with a computation by hand, and with very few volumes."""
 
 from __future__ import annotations
 

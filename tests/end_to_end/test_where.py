@@ -1,4 +1,4 @@
-"""Where, as a user types it: a scan explained, a text found in it, maps scored against masks."""
+"""The commands for maps as a user types them: explain a scan, find a text in it, score maps against masks."""
 
 from __future__ import annotations
 

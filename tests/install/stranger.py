@@ -1,4 +1,4 @@
-"""Commands as a user that owns neither the installation nor a home, and what it left where.
+"""Run commands as a user who owns neither the installation nor a home, and list the files they leave.
 
 ``python -m tests.install.stranger make demo SIZE=smoke`` runs a make target of the checkout so, with an OUTPUT of its own.
 """

@@ -1,4 +1,4 @@
-"""The wheel in a new environment, far from the checkout, used by a user who owns neither and has no home."""
+"""The wheel in a new environment outside the checkout, used by a user who owns neither and has no home."""
 
 from __future__ import annotations
 

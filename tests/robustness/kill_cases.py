@@ -1,4 +1,4 @@
-"""The commands that ``tests.robustness.kills`` kills, their inputs, and what of their outputs is compared."""
+"""The commands that ``tests.robustness.kills`` kills, their inputs, and the outputs that are compared."""
 
 from __future__ import annotations
 

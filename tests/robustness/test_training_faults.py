@@ -1,4 +1,4 @@
-"""Runs that are killed, run out of disk, are stopped or get bad data lose nothing, and one line says what to do."""
+"""Runs that are killed, run out of disk, are stopped or get bad data lose nothing, and one line states the remedy."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_bad_newest_checkpoint_falls_back_to_the_one_before(
         state.write_bytes(content if how == "corrupt" else content[:-1000])
     done = run(command(store, output))
     assert f"{newest} is damaged" in done.stderr
-    assert "going back to the one before" in done.stderr
+    assert "using the previous one" in done.stderr
     same_curve(output, whole)
 
 
@@ -172,7 +172,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(store: Path, tmp_path: Path) ->
     output = tmp_path / "run"
     said = last_line(run(command(store, output), body))
     assert "File too large" in said
-    assert "resumes from the checkpoint before" in said
+    assert "resumes from the previous checkpoint" in said
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_00000002"]
 
 
@@ -234,7 +234,7 @@ def test_a_loss_that_grows_stops_the_run(store: Path, tmp_path: Path) -> None:
     )
     said = last_line(run(command(store, output, *more), body))
     found = re.search(
-        r"the loss has grown to \S+ at step (\d+) .*the last good checkpoint is (\S+): remove those after", said
+        r"the loss has grown to \S+ at step (\d+) .*the last good checkpoint is (\S+): remove the later ones", said
     )
     assert found, said
     assert 23 <= int(found[1]) < 40

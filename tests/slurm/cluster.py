@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine: its own munge, controller and two daemons, gone when the block ends.
+"""A real Slurm of two nodes on this machine: its own munge, controller and two daemons, which stop when the block ends.
 
 Needs Debian's slurm-wlm and munge, and root. By hand: ``python -m tests.slurm.cluster`` starts one and opens a shell.
 """

@@ -1,4 +1,4 @@
-"""Where large arrays lie, by the kernel's own account."""
+"""The location of large arrays, according to the kernel."""
 
 from __future__ import annotations
 

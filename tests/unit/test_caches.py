@@ -1,4 +1,4 @@
-"""Caches of libraries move to TMPDIR where their usual place cannot be written, and nowhere else."""
+"""Caches of libraries move to TMPDIR only if their usual location is not writable."""
 
 from __future__ import annotations
 

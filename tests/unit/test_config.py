@@ -1,4 +1,4 @@
-"""The configuration: what it accepts, and how it says what it does not."""
+"""The configuration: accepted values, and the messages for others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ctclip config`: every key has a meaning, every default is the schema's, and every value says where it came from."""
+"""`ctclip config`: every key has a meaning, every default is that of the schema, and every value has an origin."""
 
 from __future__ import annotations
 

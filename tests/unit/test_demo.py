@@ -1,4 +1,4 @@
-"""The demo's sizes, and how it tells the time left."""
+"""The sizes of the demo, and its estimate of the remaining time."""
 
 from __future__ import annotations
 

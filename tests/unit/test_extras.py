@@ -1,4 +1,4 @@
-"""A missing extra is one line that says which; nothing but its own commands needs it."""
+"""A missing extra is reported in one line with its name; only its own commands need it."""
 
 from __future__ import annotations
 

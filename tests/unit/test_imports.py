@@ -1,4 +1,4 @@
-"""Imports run one way: a package imports only what stands below it."""
+"""Imports run one way: a package imports only from lower layers."""
 
 from __future__ import annotations
 

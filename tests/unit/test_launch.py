@@ -1,4 +1,4 @@
-"""Which processes a launch starts, and what a process makes of the launcher that started it."""
+"""The processes that a launch starts, and the detection of the launcher."""
 
 from __future__ import annotations
 

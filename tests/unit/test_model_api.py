@@ -1,4 +1,4 @@
-"""The model as a notebook has it: what it is given, where it looks for its heads, what it writes."""
+"""The model in a notebook: its inputs, its heads, and the files it writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scans that are named by a pattern."""
+"""Scans given as a pattern."""
 
 from __future__ import annotations
 

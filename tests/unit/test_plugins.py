@@ -1,4 +1,4 @@
-"""Classes and modules of somebody's own: found, or refused in one line that says what is wrong with them."""
+"""Classes and modules of users: found, or refused in one line that names the fault."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_whole_class_is_found() -> None:
         ("head", "function", "not a head; derive a class from ctclip.heads.head.Head"),
         ("head", "number", "not a head"),
         ("head", "missing", "the module 'someones_own' has no 'missing'"),
-        ("head", "", "write a class of your own as module:Name"),
+        ("head", "", "write your own class as module:Name"),
     ],
 )
 def test_what_is_no_whole_class_of_its_kind_is_one_line(kind: plugins.Kind, name: str, reason: str) -> None:
@@ -105,8 +105,8 @@ def test_a_fault_of_the_module_itself_is_left_as_it_is(module: str, fault: type[
         ("someones_own:number", "is int, not a function"),
         ("someones_own:missing", "has no attribute 'missing'"),
         ("no_such_module:read", "No module named"),
-        (":read", "write a reader of your own as module:function"),
-        ("someones_own:", "write a reader of your own as module:function"),
+        (":read", "write your own reader as module:function"),
+        ("someones_own:", "write your own reader as module:function"),
     ],
 )
 def test_a_cohort_reader_that_is_none_is_one_line(name: str, reason: str, tmp_path: Path) -> None:

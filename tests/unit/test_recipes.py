@@ -1,4 +1,4 @@
-"""What the learning curve is measured at, and the law fitted to it."""
+"""The points of the learning curve, and the law fitted to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sentences of reports as they are typed: lists, lines, stops that end nothing, and time."""
+"""Sentences of reports as typed: lists, lines, full stops that do not end a sentence, and speed."""
 
 from __future__ import annotations
 

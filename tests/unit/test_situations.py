@@ -1,4 +1,4 @@
-"""The table of situations names tests that there are."""
+"""The table of situations refers only to existing tests."""
 
 from __future__ import annotations
 

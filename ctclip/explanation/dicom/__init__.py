@@ -1,5 +1,5 @@
-"""An explanation as DICOM objects that a PACS takes: a segmentation, a structured report and pictures.
+"""Write an explanation as DICOM objects for a PACS: a segmentation, a structured report and images.
 
-They belong to the study of the series that was explained, and so repeat its patient's name and number. Nothing else that
-ctclip writes does.
+The objects join the study of the explained series, and therefore contain the patient's name and ID. No other output of
+ctclip contains them.
 """

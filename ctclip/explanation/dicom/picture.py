@@ -1,4 +1,4 @@
-"""The picture of one finding (three slices through the peak, the map over them) as a DICOM Secondary Capture."""
+"""The image of one finding (three slices through the peak, overlaid with the map) as a DICOM Secondary Capture."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def capture(explanation: Explanation, image: Dataset, picture: np.ndarray, numbe
         transfer_syntax_uid=ExplicitVRLittleEndian, series_description=f"{RESEARCH}: ctclip pictures",
         **equipment(explanation),
     )  # fmt: skip
-    # Three planes in one: the letters at their edges say how each is turned. No patient is named in it.
+    # The image holds three planes, so it has no single orientation; letters at the edges give the orientation of each.
+    # It has no burned-in patient name.
     secondary_capture.PatientOrientation, secondary_capture.BurnedInAnnotation = None, "NO"
     return secondary_capture

@@ -1,4 +1,4 @@
-"""Writing the DICOM objects of one explanation."""
+"""Write the DICOM objects of one explanation."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from ctclip.explanation.explain import Explanation
 
 FOLDER = "dicom"
-# They name the patient.
+# The files contain the patient's name.
 PRIVATE = 0o600
 NAMES = re.compile(r"(segmentation|report|picture-\d{2,})\.dcm")
-# What a killed command was writing.
+# Temporary files of a killed command.
 LEFT = re.compile(rf"\.{NAMES.pattern}\.[a-z0-9_]{{8}}\.partial\.dcm")
 
 
 def holds_only_ours(folder: Path) -> bool:
-    """Whether every file of a folder is a DICOM object that ``save_dicom`` wrote, or was writing when it was killed."""
+    """Whether every file in a folder is a DICOM object that ``save_dicom`` wrote, or its temporary file."""
     return all(_is_ours(path) for path in folder.iterdir())
 
 
@@ -39,12 +39,12 @@ def _is_ours(path: Path) -> bool:
 
 
 def save_dicom(explanation: Explanation, folder: str | Path, *, pictures: bool = True) -> list[Path]:
-    """Write ``segmentation.dcm`` (if any region was found), ``report.dcm`` and, if ``pictures``, ``picture-NN.dcm`` into
-    ``folder``, readable by their owner alone: they repeat the patient and study of the source series. Those of an earlier
-    explanation are replaced. Returns the paths.
+    """Write ``segmentation.dcm`` (if any region was found), ``report.dcm`` and, if ``pictures``, ``picture-NN.dcm``
+    into ``folder``, readable only by the owner, because they contain the patient and study of the source series.
+    Objects of an earlier explanation are replaced. Returns the paths.
 
-    The scan must have been prepared with ``headers``. Raises PreprocessingError for a folder that holds anything else, and
-    ExplanationError in one line, in which no value of a header stands.
+    The scan must have been prepared with ``headers``. Raises PreprocessingError for a folder that holds other files,
+    and ExplanationError with one line that quotes no header value.
     """
     folder = Path(folder)
     check_folder(folder, holds_only_ours, "DICOM objects of an explanation alone")
@@ -60,9 +60,10 @@ def save_dicom(explanation: Explanation, folder: str | Path, *, pictures: bool =
                 with written_beside(paths[-1], suffix=".dcm", mode=PRIVATE) as partial:
                     derived.save_as(partial, enforce_file_format=True)
         except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-            # What the libraries say may quote the header.
+            # The libraries' messages may quote the header.
             raise ExplanationError(
-                f"{explanation.scan}: no DICOM objects can be made of this series ({type(error).__name__}); please report "
+                f"{explanation.scan}: no DICOM objects can be created from this series ({type(error).__name__}); "
+                f"please report "
                 f"this as a fault"
             ) from error
     return paths

@@ -1,4 +1,5 @@
-"""The mask of an explanation as a DICOM Segmentation (PS3.3, A.51), a binary segment a finding, on the planes of the source."""
+"""The mask of an explanation as a DICOM Segmentation (PS3.3, A.51), with one binary segment per finding, on the planes
+of the source."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ SAME_PLACE_MM = 0.01
 
 
 def mask_on(explanation: Explanation, images: Sequence[Dataset]) -> np.ndarray:
-    """uint8 [image, row, column]: the label of each pixel of the source images, as ``Explanation.mask`` has it for the file's
-    grid. Where the reader has changed that grid (a tilted gantry, uneven gaps), each image is looked up in its own plane."""
+    """uint8 [image, row, column]: the label of each pixel of the source images, from ``Explanation.mask`` on the file's
+    grid. If the reader has resampled that grid (tilted gantry, uneven gaps), the mask is sampled in the plane of each
+    image."""
     grid, planes = explanation.prepared.file_grid, [plane(image) for image in images]
     shape = (int(images[0].Rows), int(images[0].Columns))
     if grid.shape == (len(images), *shape) and all(
@@ -33,7 +35,7 @@ def mask_on(explanation: Explanation, images: Sequence[Dataset]) -> np.ndarray:
 
 
 def segmentation(explanation: Explanation, images: Sequence[Dataset], mask: np.ndarray) -> Segmentation:
-    """The Segmentation of ``mask``, whose labels are the findings' places in the explanation, from 1."""
+    """The Segmentation of ``mask``; label k is the k-th finding of the explanation, counted from 1."""
     from highdicom import UID, AlgorithmIdentificationSequence
     from highdicom.content import PlanePositionSequence
     from highdicom.enum import CoordinateSystemNames
@@ -61,13 +63,13 @@ def segmentation(explanation: Explanation, images: Sequence[Dataset], mask: np.n
 
 
 def _step(index: int) -> np.ndarray:
-    """(4, 4) to the ``index``-th slice of a grid."""
+    """The translation (4, 4) to the ``index``-th slice of a grid."""
     matrix = np.eye(4)
     matrix[0, 3] = index
     return matrix
 
 
 def _same(one: np.ndarray, other: np.ndarray, shape: tuple[int, int]) -> bool:
-    """Whether two planes place their corners alike."""
+    """Whether the corners of two planes coincide."""
     corners = np.array([[0, row, column, 1] for row in (0, shape[0] - 1) for column in (0, shape[1] - 1)]).T
     return bool(np.abs((one - other) @ corners).max() < SAME_PLACE_MM)

@@ -1,4 +1,4 @@
-"""The images of the source series, as far as objects that are made of them repeat or refer to them."""
+"""The source images that derived DICOM objects refer to, with the attributes they copy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID", "FrameOfReferenceUID")
-# Of the patient and the study; empty where the series does not say, or says what DICOM does not allow.
+# Attributes of patient and study. Missing and invalid values are written as empty.
 REPEATED = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime",
     "ReferringPhysicianName",
@@ -29,21 +29,22 @@ OPTIONAL = ("PatientAge", "StudyDescription", "PositionReferenceIndicator", "Los
 
 
 def source_images(prepared: Prepared) -> list[Dataset]:
-    """The slices of the series that a scan was read from, as data sets without pixels, in the order of ``file_grid``. The
-    frames of a multi-frame image stand in as images of their own; see ``refer_to_frames``. Raises ExplanationError where the scan is no DICOM series, or
-    its images cannot be referred to."""
+    """The slices of the series that a scan was read from, as data sets without pixels, in the order of ``file_grid``.
+    Each frame of a multi-frame image is represented by a temporary single-frame image; see ``refer_to_frames``. Raises
+    ExplanationError if the scan is not a DICOM series, or its images cannot be referred to."""
     # The message does not name the folder of an upload.
     name = Path(prepared.scan.source).name
     if not prepared.headers:
         raise ExplanationError(
-            f"{name}: not a DICOM series, to whose images DICOM output refers; give a DICOM folder, or an archive of one"
+            f"{name}: not a DICOM series, which DICOM output needs to refer to; give a DICOM folder, or an archive of "
+            f"one"
         )
     with quiet():
         return [_image(header, name) for header in prepared.headers]
 
 
 def plane(image: Dataset) -> np.ndarray:
-    """(4, 4) from [slice, row, column] of an image, whose slice is 0, to LPS+ mm."""
+    """The affine (4, 4) of an image from [slice, row, column], with slice 0, to LPS+ mm."""
     turn, spacing = np.array(image.ImageOrientationPatient, float), np.array(image.PixelSpacing, float)
     affine = np.eye(4)
     affine[:3, 0] = np.cross(turn[:3], turn[3:])
@@ -53,7 +54,7 @@ def plane(image: Dataset) -> np.ndarray:
 
 
 def instances(images: Sequence[Dataset]) -> list[Dataset]:
-    """One data set for each instance that the slices lie in."""
+    """One data set for each SOP instance that contains the slices."""
     distinct = {}
     for image in images:
         if image.instance not in distinct:
@@ -64,8 +65,9 @@ def instances(images: Sequence[Dataset]) -> list[Dataset]:
 
 
 def refer_to_frames(derived: Dataset, images: Sequence[Dataset]) -> None:
-    """Let what was made of stand-ins for frames refer to the frames: highdicom takes the planes of a multi-frame image from
-    its functional groups, which the reader has taken apart."""
+    """Replace references to the temporary single-frame images by references to frames of the multi-frame image. The
+    detour is needed because highdicom reads the planes of a multi-frame image from its functional groups, which our
+    reader does not keep."""
     frames = {image.SOPInstanceUID: image for image in images if image.frame}
     if not frames:
         return
@@ -78,7 +80,7 @@ def refer_to_frames(derived: Dataset, images: Sequence[Dataset]) -> None:
 
     for group in derived.PerFrameFunctionalGroupsSequence:
         group.walk(refer)
-    # An instance is listed once, as a whole.
+    # List each instance once, without frame numbers.
     for holder, keyword in (
         (derived, "SourceImageSequence"),
         (derived.ReferencedSeriesSequence[0], "ReferencedInstanceSequence"),
@@ -94,7 +96,7 @@ def refer_to_frames(derived: Dataset, images: Sequence[Dataset]) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """These libraries quote values of headers in what they log and warn of: they do neither within this."""
+    """Suppress log messages and warnings of the DICOM libraries, because they quote header values."""
     loggers = [logging.getLogger(name) for name in QUOTING]
     before = [logger.disabled for logger in loggers]
     children = [
@@ -123,8 +125,8 @@ def _image(header: dict[str, Any], source: str) -> Dataset:
         value = _valid(keyword, header.get(keyword))
         if not value:
             raise ExplanationError(
-                f"{source}: its images have no valid {keyword}, without which nothing can refer to them; export the series "
-                f"again"
+                f"{source}: its images have no valid {keyword}, which DICOM output needs to refer to them; export the "
+                f"series again"
             )
         setattr(image, keyword, value)
     for keyword in REPEATED:
@@ -134,7 +136,7 @@ def _image(header: dict[str, Any], source: str) -> Dataset:
     for keyword in OPTIONAL:
         if value := _valid(keyword, header.get(keyword)):
             setattr(image, keyword, value)
-    # Values were decoded as they were read.
+    # The reader has decoded all text.
     image.SpecificCharacterSet, image.Modality = "ISO_IR 192", "CT"
     image.Rows, image.Columns = int(header["Rows"]), int(header["Columns"])
     for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
@@ -149,7 +151,8 @@ def _image(header: dict[str, Any], source: str) -> Dataset:
 
 
 def _valid(keyword: str, value: Any) -> Any:
-    """A value of a header as one text, or "" where DICOM does not allow it: careless exports are full of such."""
+    """A header value as text, or "" if it is missing or DICOM does not allow it, which is common in careless
+    exports."""
     from pydicom.config import RAISE
     from pydicom.datadict import dictionary_VR
     from pydicom.valuerep import validate_value

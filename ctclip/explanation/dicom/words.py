@@ -1,4 +1,4 @@
-"""What the DICOM objects say of themselves: codes of findings, the equipment, and that they are research."""
+"""Text of the DICOM objects: codes of findings, equipment, and the note that they are for research."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from ctclip.explanation.explain import Explanation
 
 RESEARCH = "RESEARCH, NOT FOR DIAGNOSIS"
-# A scheme of one's own begins with 99 (PS3.16, 8.2).
+# The designator of a private coding scheme begins with 99 (PS3.16, 8.2).
 SCHEME = "99CTCLIP"
-# Of a coded value, and of a label.
+# Maximum length of a code meaning and of a label.
 LONGEST = 64
 
 
 def plain(text: str, longest: int = LONGEST) -> str:
-    """A text without what DICOM does not take in a label, cut to its length."""
+    """A text without the characters that DICOM forbids in a label, cut to the maximum length."""
     return " ".join("".join(c if c.isprintable() and c != "\\" else " " for c in text).split())[:longest]
 
 
 def code(finding: str) -> CodedConcept:
-    """The code of a finding: that of SNOMED CT where DICOM's own tables (PS3.16) have one of this very name, else one of our
-    own scheme, the same for the same name."""
+    """The code of a finding: a SNOMED CT code if the tables of DICOM (PS3.16) list exactly this name, else a code of
+    our private scheme, which depends on the name alone."""
     from highdicom.sr import CodedConcept
     from pydicom.sr.codedict import codes
 
@@ -38,7 +38,7 @@ def code(finding: str) -> CodedConcept:
 
 
 def equipment(explanation: Explanation) -> dict[str, Any]:
-    """The arguments of highdicom that say what made an object."""
+    """Arguments for highdicom that describe the equipment that created an object."""
     return {
         "manufacturer": "ctclip", "manufacturer_model_name": algorithm(explanation)[0],
         "software_versions": __version__, "device_serial_number": explanation.model,
@@ -46,5 +46,5 @@ def equipment(explanation: Explanation) -> dict[str, Any]:
 
 
 def algorithm(explanation: Explanation) -> tuple[str, str]:
-    """The model's name, and its version: ours with the hash of its weights."""
+    """The model's name, and its version: the version of ctclip and the hash of the weights."""
     return plain(f"ctclip {explanation.model_name}"), f"{__version__} model {explanation.model}"

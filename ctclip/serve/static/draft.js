@@ -1,4 +1,4 @@
-// The draft of a report: sentences, what each claims, what the detector says of that, and where it is.
+// The draft of a report: sentences, their claims, the detector's probability of each claim, and its location.
 "use strict";
 
 const METHODS = {
@@ -50,7 +50,7 @@ function list(sentences) {
   return lines;
 }
 
-// The probability of a claim that is denied is that of the finding, as in the table: a threshold need not be 50 %.
+// For a denied claim, show the probability of the finding, as in the table, because the threshold need not be 50 %.
 function denial(claim, percent) {
   const absent = claim.status === "absent", share = percent(absent ? 1 - claim.probability : claim.probability);
   return `Denied: the detector calls ${claim.finding} ${absent ? "present" : "absent"} (${share}, ${absent ? "at or above" : "below"} its threshold)`;

@@ -3,14 +3,14 @@
 
 const $ = (id) => document.getElementById(id);
 let scan = null;      // id of the scan on the page
-let ofStore = false;  // whether it is a volume of the store, whose place in the scanner is not stored
-let turn = 0;         // counts the scans that were chosen: what arrives late for an earlier one is dropped
-let sending = null;   // the request that sends one
+let ofStore = false;  // whether it is a volume of the store, whose position in the scanner is not stored
+let turn = 0;         // counts the chosen scans: late answers for an earlier one are dropped
+let sending = null;   // the request that uploads a scan
 let started = null;   // the viewer, created on first use
-let caveats = [];     // what the top of the page says already
-// The calibration's own uncertainty, and no more than that.
-const INTERVAL = " Below each probability, and as a line on the scale, is its 95 % confidence interval, which depends on how many patients the model was calibrated on. It holds for patients like them.";
-let mark = null;      // where a distance is measured from with the keyboard, in mm
+let caveats = [];     // warnings that the top of the page already shows
+// The interval covers only the uncertainty of the calibration.
+const INTERVAL = " Below each probability, and as a line on the scale, is its 95 % confidence interval, which depends on the number of patients used for calibration. It holds for patients like them.";
+let mark = null;      // starting point for measuring with the keyboard, in mm
 let mapped = null;    // the finding whose map lies over the scan
 
 async function call(path, options = {}) {
@@ -23,7 +23,7 @@ async function call(path, options = {}) {
 }
 
 function login() {
-  $("denied").textContent = sessionStorage.getItem("token") ? "That token was not accepted." : "";
+  $("denied").textContent = sessionStorage.getItem("token") ? "The token was not accepted." : "";
   $("token").value = "";
   if (!$("login").open) $("login").showModal();
   return new Promise((done) => $("login").addEventListener("close", () => { sessionStorage.setItem("token", $("token").value); done(); }, { once: true }));
@@ -64,7 +64,7 @@ async function describeModel() {
   offerDraft(facts.draft);
   $("stored").hidden = !facts.stored.length;
   $("pacs").hidden = !facts.dicomweb;
-  // Thousands of options: not before somebody looks for one.
+  // Thousands of options: created only when the field is used.
   $("volume").addEventListener("focus", () => $("volumes").replaceChildren(...facts.stored.slice(0, 5000).map((name) => element("option", undefined, { value: name }))), { once: true });
 }
 
@@ -87,7 +87,7 @@ function send(form) {
   });
 }
 
-// ``seen`` is called when the scan can be looked at: before it is encoded.
+// ``seen`` is called when the scan can be viewed, before it is encoded.
 async function follow(id, seen) {
   const reader = (await call(`/v1/scans/${id}/events`)).body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
@@ -117,7 +117,7 @@ async function look(form) {
     if (mine !== turn) return call(`/v1/scans/${id}`, { method: "DELETE" }).catch(() => {});
     scan = id;
     let drawn = null;
-    // A fault is reported where the drawing is waited for.
+    // An error is reported by the code that waits for the drawing.
     const draw = () => { drawn ??= showScan(id); drawn.catch(() => {}); };
     const facts = await follow(id, draw);
     if (mine !== turn) return;
@@ -129,7 +129,7 @@ async function look(form) {
   } catch (error) { if (mine === turn) refuse(error); }
 }
 
-// Take the scan off the page and off the service, and abort one that is being sent.
+// Remove the scan from the page and the service, and abort an upload in progress.
 function forget() {
   turn++;
   if (sending) sending.abort();
@@ -243,7 +243,7 @@ async function neighbours() {
   }
 }
 
-// The map on screen is what a page, a map and DICOM objects are made of; a table has all findings.
+// The page, the map and DICOM objects contain the finding on screen; the table contains all findings.
 async function save(name) {
   const asked = mapped && name !== "findings.csv" && name !== "view.nii.gz" ? `?finding=${encodeURIComponent(mapped)}` : "";
   const url = URL.createObjectURL(await (await call(`/v1/scans/${scan}/${name}${asked}`)).blob());
@@ -251,7 +251,7 @@ async function save(name) {
   setTimeout(() => URL.revokeObjectURL(url), 60000);
 }
 
-// Files below a folder that was dropped.
+// Files below a dropped folder.
 async function filesOf(entry) {
   if (entry.isFile) return [await new Promise((done, failed) => entry.file(done, failed))];
   const reader = entry.createReader(), files = [];
@@ -269,7 +269,7 @@ function formOf(files) {
 }
 
 for (const id of ["files", "folder"]) {
-  // Emptied, so that the same file can be chosen again.
+  // Clear the field, so that the same file can be chosen again.
   $(id).onchange = () => { if ($(id).files.length) { look(formOf($(id).files)); $(id).value = ""; } };
 }
 $("volume").onchange = () => { if (!$("volume").value) return; const form = new FormData(); form.append("volume", $("volume").value); look(form); };
@@ -301,7 +301,7 @@ $("drop").ondrop = async (event) => {
   event.preventDefault();
   $("drop").classList.remove("over");
   const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
-  // What another program gives, a mail's attachment say, is no entry.
+  // Items from other programs, such as mail attachments, are not entries.
   const plain = [...event.dataTransfer.files];
   say("reading the folder");
   try {
@@ -311,7 +311,7 @@ $("drop").ondrop = async (event) => {
   } catch (error) { refuse(error); }
 };
 $("cancel").onclick = forget;
-// A page that is closed takes its scan along; one that may come back keeps it.
+// A closed page removes its scan; a page that may return keeps it.
 window.addEventListener("pagehide", (event) => { if (!event.persisted) forget(); });
 $("window").onchange = setWindow;
 $("ruler").onclick = () => { const on = $("ruler").getAttribute("aria-pressed") !== "true"; $("ruler").setAttribute("aria-pressed", on); viewer.ruler(on); if (!on) $("distance").textContent = ""; };
@@ -323,7 +323,7 @@ for (const button of document.querySelectorAll("[data-save]")) {
 for (const button of document.querySelectorAll("[data-plane]")) {
   button.onclick = () => {
     for (const other of document.querySelectorAll("[data-plane]")) other.setAttribute("aria-pressed", other === button);
-    // Bones are what a rendering shows.
+    // The rendering shows bones.
     if (button.dataset.plane === "render") { $("window").value = "-450,1050"; setWindow(); }
     viewer.view(button.dataset.plane);
   };

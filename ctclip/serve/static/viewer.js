@@ -1,4 +1,4 @@
-// The scan in NiiVue. Everything that knows NiiVue is in this file.
+// The scan in NiiVue. Only this file depends on NiiVue.
 "use strict";
 
 const viewer = (() => {
@@ -7,7 +7,7 @@ const viewer = (() => {
   const planes = {};
   let library = null;
 
-  // NiiVue is large: the page is drawn before it is read.
+  // NiiVue is large, so it is loaded after the page has been drawn.
   function load() {
     library ??= new Promise((done, failed) => {
       const script = document.createElement("script");
@@ -28,7 +28,7 @@ const viewer = (() => {
       multiplanarForceRender: false, multiplanarShowRender: niivue.SHOW_RENDER.NEVER, fontColor: [1, 1, 1, 1], dragAndDropEnabled: false, sagittalNoseLeft: true, fontSizeScaling: 0.7,
       measureLineColor: [1, 0.85, 0, 1], measureTextColor: [1, 0.85, 0, 1],
     });
-    // NiiVue draws no ruler where a field of view counts to the left, as it does in the radiological convention.
+    // NiiVue draws no ruler in the radiological convention, in which the field of view runs to the left.
     const drawRuler = nv.drawRuler.bind(nv);
     nv.drawRuler = () => {
       const slices = nv.screenSlices;
@@ -36,7 +36,7 @@ const viewer = (() => {
       drawRuler();
       nv.screenSlices = slices;
     };
-    // NiiVue focuses the canvas at every click; a page that scrolls then would move under a distance being measured.
+    // NiiVue focuses the canvas at every click; if the page scrolled, it would move during a measurement.
     canvas.focus = () => HTMLElement.prototype.focus.call(canvas, { preventScroll: true });
     await nv.attachToCanvas(canvas);
     Object.assign(planes, {
@@ -55,7 +55,7 @@ const viewer = (() => {
     nv.createOnLocationChange();
   }
 
-  // A map over the scan, or none.
+  // Overlay a map, or remove it.
   async function overlay(buffer, low, high) {
     while (nv.volumes.length > 1) nv.removeVolumeByIndex(1);
     if (!buffer) return nv.volumes.length && nv.updateGLVolume();

@@ -1,1 +1,1 @@
-"""What `ctclip audit` and its kin find of what was planted."""
+"""Detection of planted faults by `ctclip audit` and related commands."""

@@ -1,4 +1,4 @@
-"""A clinic of random volumes whose means tell two findings, and a model of random weights."""
+"""A clinic of random volumes whose means encode two findings, and a model with random weights."""
 
 from __future__ import annotations
 

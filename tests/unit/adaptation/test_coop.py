@@ -1,4 +1,4 @@
-"""Learned prompts: they begin where the written ones are, whatever the text encoder, and keep to their places."""
+"""Learned prompts: they start from the written ones with every text encoder, and keep their positions."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The decoder: a flow draws what it is told, a run that was killed ends with the same bytes, and the head is kept, drawn from and
-refused where it does not belong."""
+"""The decoder: a flow follows its condition, a killed run produces identical files, and the head is saved, sampled, and
+refused with another model."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from ctclip.heads.decoder import BINS, SIZE, WEIGHTS, Decoder, Networks, fold, u
 from ctclip.heads.folder import load_head
 from ctclip.imagining.imagine import Imagining, decoder_of, imagine
 from ctclip.imagining.synthetic import is_synthetic
+from ctclip.models.checksums import write_checksums
 from ctclip.models.folder import load_model
 from tests.unit.drafting.conftest import Clinic, clinic, clinic_files  # noqa: F401
 
@@ -194,7 +195,7 @@ def test_every_volume_is_learned_once_an_epoch() -> None:
 
 def test_a_training_of_days_asks_for_a_card() -> None:
     config = DecodeConfig.model_validate({"networks": TINY, "flow": {"steps": 10**8, "batch": 10**4}})
-    with pytest.raises(ConfigError, match=r"needs a card: on this processor it would take about \d+ days"):
+    with pytest.raises(ConfigError, match=r"needs a GPU: on this CPU it would take about \d+ days"):
         estimate(tiny(), config)
     assert (
         0
@@ -271,11 +272,11 @@ def test_volumes_of_texts_are_drawn_and_seeds_decide(
     assert volumes[0].shape == (8, 8, 8)
     assert not np.array_equal(volumes[0], volumes[1])
     loaded = ctclip.load(decoded / "model")
-    again = imagine(loaded.folder, loaded.head(), ["No nodule is seen.", TEXT], Imagining(seed=1, steps=2))
+    again = list(imagine(loaded.folder, loaded.head(), ["No nodule is seen.", TEXT], Imagining(seed=1, steps=2)))
     np.testing.assert_array_equal(np.rint(again[1].hu), volumes[1])
     assert [one.method for one in again] == ["decoder", "decoder"]
-    dreamt = imagine(loaded.folder, loaded.head(), [TEXT], Imagining(steps=1, method="dream"))
-    assert "from noise" in dreamt[0].words
+    dreamt = next(imagine(loaded.folder, loaded.head(), [TEXT], Imagining(steps=1, method="dream")))
+    assert "from noise" in dreamt.words
 
 
 def test_a_decoder_of_another_model_or_a_stranger_is_refused(decoded: Path, tmp_path: Path) -> None:
@@ -283,7 +284,7 @@ def test_a_decoder_of_another_model_or_a_stranger_is_refused(decoded: Path, tmp_
     folder, dual = tmp_path / "model" / "heads" / "decode", load_model(tmp_path / "model").model
     size, weights = (folder / SIZE).read_text(), (folder / WEIGHTS).read_bytes()
     for before, after, message in (
-        ("- 8\n- 8\n- 8\n", "- 8\n- 8\n- 16\n", "draws volumes of 8 x 8 x 16 voxels .* the model has 8 x 8 x 8"),
+        ("- 8\n- 8\n- 8\n", "- 8\n- 8\n- 16\n", "generates volumes of 8 x 8 x 16 voxels .* the model has 8 x 8 x 8"),
         ("dim: ", "dim: 1", "it belongs to another model"),
         ("latent: 2", "latent: 3", "missing or damaged"),
         ("- 32\n", "- 4096\n", "missing or damaged"),
@@ -300,6 +301,7 @@ def test_a_decoder_of_another_model_or_a_stranger_is_refused(decoded: Path, tmp_
     with pytest.raises(CheckpointError, match="'decode' was fitted to another model"):
         decoder_of(load_model(tmp_path / "model"))
     (folder / WEIGHTS).write_bytes(weights[:-40])
+    write_checksums(folder)
     with pytest.raises(CheckpointError, match="missing or damaged"):
         load_head(tmp_path / "model", "decode", dual)
 
@@ -308,7 +310,7 @@ def test_a_decoder_of_another_model_or_a_stranger_is_refused(decoded: Path, tmp_
     ("words", "message"),
     [
         (("--model", "PLAIN", "--method", "decoder"), "has no decoder; train one with `ctclip adapt --method decode"),
-        (("--model", "PLAIN", "--guidance", "3"), "--guidance and --decoder are of --method decoder"),
+        (("--model", "PLAIN", "--guidance", "3"), "--guidance and --decoder apply only to --method decoder"),
         (("--model", "DECODED", "--decoder", "other"), "no decoder 'other' (it has: decode)"),
         (("--model", "DECODED", "--store", "store"), "add --method dream"),
     ],

@@ -1,4 +1,4 @@
-"""Embeddings that are kept are used again, by whoever asks for some of the same volumes."""
+"""Cached embeddings are reused by every command that needs some of the same volumes."""
 
 from __future__ import annotations
 

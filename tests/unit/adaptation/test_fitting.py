@@ -1,4 +1,4 @@
-"""Probes and learned prompts on a store: tables, the head that is kept, what is refused."""
+"""Probes and learned prompts on a store: tables, the saved head, and refusals."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The locator: it finds planted cells of held-out volumes without being told where they are, for every encoder, and is kept,
-loaded and used by explanations."""
+"""The locator: it finds planted cells of held-out volumes without knowing their positions, for every encoder, and is
+saved, loaded and used by explanations."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ctclip.errors import CheckpointError, ExplanationError
 from ctclip.explanation.method import Subject, method
 from ctclip.heads.folder import list_heads, load_head
 from ctclip.heads.locator import SIZE, WEIGHTS, Cells, Locator, levels_of
+from ctclip.models.checksums import write_checksums
 from ctclip.models.encoded import Level
 from ctclip.models.folder import load_model
 from tests.unit.drafting.conftest import Clinic, clinic, clinic_files  # noqa: F401
@@ -171,14 +172,17 @@ def test_a_locator_is_trained_kept_loaded_and_used(clinic: Clinic, tmp_path: Pat
     assert one == model.detect(clinic.scan, hu="trust-file").probabilities, "scores are those of the prompts"
     kept = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(b"no")
+    write_checksums(folder)
     with pytest.raises(CheckpointError, match="missing or damaged"):
         load_head(clinic.model, "locate", model.dual)
     (folder / WEIGHTS).write_bytes(kept)
+    write_checksums(folder)
     (folder / SIZE).write_text((folder / SIZE).read_text().replace("features: 8", "features: 800000"))
     with pytest.raises(CheckpointError, match="missing or damaged"):
         load_head(clinic.model, "locate", model.dual)
     other = Locator([3], 5, features=8)
     save_file(other.state_dict(), folder / WEIGHTS)
+    write_checksums(folder)
     (folder / SIZE).write_text(json.dumps(other.size))
     with pytest.raises(CheckpointError, match="it belongs to another model"):
         load_head(clinic.model, "locate", model.dual)

@@ -1,4 +1,5 @@
-"""The prior: a ridge equals scikit-learn's, a diffusion draws both volumes of a text, and the head is kept and loaded again."""
+"""The prior: a ridge equals scikit-learn's, a diffusion samples both volumes of a text, and the head is saved and
+loaded."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from ctclip.adaptation.prior import RIDGES, PriorConfig, TextPairs, fit_prior, r
 from ctclip.errors import CheckpointError
 from ctclip.heads.folder import list_heads, load_head
 from ctclip.heads.prior import SIZE, WEIGHTS, Prior, PriorHead, signal_and_noise
+from ctclip.models.checksums import write_checksums
 from ctclip.models.folder import load_model
 from ctclip.preprocessing.store import VolumeStore
 from tests.unit.drafting.conftest import Clinic, clinic, clinic_files  # noqa: F401
@@ -108,9 +110,11 @@ def test_a_prior_is_trained_kept_and_loaded_again(clinic: Clinic, tmp_path: Path
     assert head.adaptation is not None
     assert head.adaptation.saw(["p00", "p09"]) == ["p00"], "only the training split is learned"
     (folder / WEIGHTS).write_bytes(b"no")
+    write_checksums(folder)
     with pytest.raises(CheckpointError, match="missing or damaged"):
         load_head(clinic.model, "prior", model.dual)
     save_file(Prior("ridge", 5).state_dict(), folder / WEIGHTS)
+    write_checksums(folder)
     (folder / SIZE).write_text("{kind: ridge, dim: 5}")
     with pytest.raises(CheckpointError, match="it belongs to another model"):
         load_head(clinic.model, "prior", model.dual)

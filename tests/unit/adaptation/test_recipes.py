@@ -1,4 +1,4 @@
-"""Recipes that train: what they freeze, which labels they see, what is kept of the patients."""
+"""Recipes that train: frozen layers, the labels used, and the record of patients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Regression shrunk towards prompts: its limits, its optimum by another solver, and what it gains on few labels."""
+"""Regression shrunk towards prompts: its limits, its optimum by another solver, and its gain with few labels."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from ctclip.inference.ensemble import average_predictions, detect_together
 from ctclip.inference.model import usable_head
 from ctclip.inference.scans import StoredScans
 from ctclip.models import folder as folder_module
+from ctclip.models.checksums import write_checksums
 from ctclip.models.folder import load_model
 from ctclip.preprocessing.store import VolumeStore
 from tests.unit.adaptation.conftest import Clinic
@@ -35,6 +36,7 @@ def variant(clinic: Clinic, folder: Path, seed: int, size: float) -> Path:
         for name, value in state.items()
     }  # fmt: skip
     save_file(changed, folder / "model.safetensors")
+    write_checksums(folder)
     return folder
 
 
@@ -65,7 +67,7 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     one.iloc[::-1].assign(x=[0.8, 0.6], supervision="label-supervised", adapted_on=0).to_csv(
         tmp_path / "two.csv", index=False
     )
-    with pytest.raises(DataError, match="scores other findings"):
+    with pytest.raises(DataError, match="scores different findings"):
         average_predictions([tmp_path / "one.csv", tmp_path / "other_names.csv"], tmp_path / "mean.csv")
     with pytest.raises(DataError, match="holds other volumes"):
         average_predictions([tmp_path / "one.csv", tmp_path / "other_scans.csv"], tmp_path / "mean.csv")
@@ -106,6 +108,7 @@ def test_a_soup_is_kept_only_if_it_is_better(clinic: Clinic, tmp_path: Path, mon
             {n: v + sign * noise[n] if n in noise else v for n, v in good.items()},
             tmp_path / name / "model.safetensors",
         )
+        write_checksums(tmp_path / name)
     Adaptation.to("lora", "x", "m", ["p01"]).save(tmp_path / "plus" / FILE)
     monkeypatch.setattr(folder_module, "put_in_place", whole_at_once)
     made = make_soup([tmp_path / "plus", tmp_path / "minus"], store, "valid", tmp_path / "soup")

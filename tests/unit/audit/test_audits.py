@@ -1,4 +1,4 @@
-"""Planted confounders come first, nothing is called significant without one, and the statistics are SciPy's."""
+"""Planted confounders come first, nothing is significant without one, and the statistics equal SciPy's."""
 
 from __future__ import annotations
 

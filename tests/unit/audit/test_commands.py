@@ -46,7 +46,7 @@ def test_a_summary_is_kept_and_scans_are_judged(
     assert any("far from the scans the model was trained on" in warning for warning in detection.warnings)
     loaded.hash = "other"
     assert usable_summary(loaded) is None
-    assert "of other weights" in capsys.readouterr().err
+    assert "belongs to other weights" in capsys.readouterr().err
 
 
 def test_analysis_of_a_model(clinic: Clinic, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

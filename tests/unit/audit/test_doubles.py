@@ -1,4 +1,4 @@
-"""Copies that were changed are found among volumes that are alike, and reports that recur."""
+"""Altered copies are found among similar volumes, and so are recurring reports."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_preprocessing_notices_the_cheap_ones(textures: VolumeStore, tmp_path: P
     assert same_voxels(store, store.volumes) == [["volume_0", "volume_2"]]
     notes = double_notes(store, table)
     assert len(notes) == 1
-    assert notes[0].startswith("2 volumes of different scans hold the same voxels")
+    assert notes[0].startswith("2 volumes of different scans have the same voxels")
     assert double_notes(store, table.assign(scan="s", patient="p")) == []
     assert recurring_reports(textures.cohort) == [["volume_3", "volume_29"]]
     assert recurring_reports(textures.cohort.assign(patient="p")) == []
@@ -127,5 +127,5 @@ def test_a_cohort_with_one_scan_under_two_names_is_noted(tmp_path: Path) -> None
     report = preprocess_cohort(tmp_path / "cohort", tmp_path / "store", SPEC, workers=1, reading={"expect": "any"})
     assert [outcome.word for outcome in report.outcomes] == ["done"] * 3
     assert any(
-        "2 volumes of different scans hold the same voxels (the first: a and c)" in note for note in report.notes
+        "2 volumes of different scans have the same voxels (the first: a and c)" in note for note in report.notes
     )

@@ -1,4 +1,4 @@
-"""Tokens that hold anything of the body, told before a volume is changed as training will change it."""
+"""Tokens with part of the body, found before a volume is augmented."""
 
 from __future__ import annotations
 

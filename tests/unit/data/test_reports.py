@@ -1,4 +1,4 @@
-"""Reports as one text, and what each view of them shows, by counts of many draws."""
+"""Reports as one text, and the contents of their views, from many draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The room of /dev/shm is what the kernel says, and readers are fewer where it does not suffice."""
+"""The space in /dev/shm is that reported by the kernel, and fewer readers start if it does not suffice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A clinic of small random volumes with reports that state two findings and a side, and a model of random weights."""
+"""A clinic of small random volumes with reports that state two findings and a side, and a model with random weights."""
 
 from __future__ import annotations
 

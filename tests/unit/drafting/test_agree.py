@@ -1,4 +1,4 @@
-"""A decoder's text is made to agree with what it was told, by finding, side and negation."""
+"""A decoder's text is made to agree with its prompt, in finding, side and negation."""
 
 from __future__ import annotations
 

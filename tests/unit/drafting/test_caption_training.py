@@ -1,4 +1,4 @@
-"""A caption head is trained with the encoder frozen, kept under heads/, and writes what it was taught."""
+"""A caption head is trained with the encoder frozen, saved in heads/, and writes what it has learned."""
 
 from __future__ import annotations
 

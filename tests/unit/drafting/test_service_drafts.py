@@ -1,4 +1,4 @@
-"""Drafts as the service gives them: by a caption head, or else the nearest scan's report, and never the patient's own."""
+"""Drafts of the service: by a caption head, or else the report of the nearest scan, and never the patient's own."""
 
 from __future__ import annotations
 

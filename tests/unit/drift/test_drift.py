@@ -100,6 +100,15 @@ def test_a_damaged_summary_is_one_line(summary: TrainingSummary, tmp_path: Path)
         TrainingSummary.load(tmp_path)
 
 
+def test_a_flipped_bit_in_a_summary_is_noticed(summary: TrainingSummary, tmp_path: Path) -> None:
+    summary.save(tmp_path)
+    content = bytearray((tmp_path / FILE).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"damaged: .*ctclip summarise"):
+        TrainingSummary.load(tmp_path)
+
+
 def test_notes_of_a_store_tell_the_source() -> None:
     notes = {"source_spacing": "3.00 x 2.95 x 2.95", "source_shape": "86 x 128 x 128"}
     source = Source.of_notes(notes)

@@ -1,4 +1,4 @@
-"""Calibration: scikit-learn's sigmoid, slopes that never turn a finding round, and what is not calibrated."""
+"""Calibration: scikit-learn's sigmoid, slopes that never reverse a finding, and labels that are not calibrated."""
 
 from __future__ import annotations
 

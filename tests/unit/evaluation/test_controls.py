@@ -1,4 +1,4 @@
-"""The two controls: what they count, and what they can and cannot see."""
+"""The two controls: what they count, and what they can and cannot detect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation claims: no turned findings, no intervals of one patient, no silent parts of a split."""
+"""An evaluation reverses no finding, gives no intervals for one patient, and reports missing parts of a split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The slices of an example go through a finding: where nibabel says that its mask lies."""
+"""The slices of an example go through a finding, at the position of its mask according to nibabel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Declared protocols, calibration, paired tests and retrieval, each against something written another way."""
+"""Declared protocols, calibration, paired tests and retrieval, each compared with an independent implementation."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_two_evaluations_on_one_page_and_their_protocols_told_apart(tmp_path: Pa
     page = compare_reports(tmp_path / "one", tmp_path / "two", tmp_path / "page.html").read_text()
     assert "The protocols differ" in page
     assert "18 labels, with Medical material, Lymphadenopathy" in page
-    assert "mean of the 16 labels of both" in page
+    assert "mean over the 16 common labels" in page
     assert "16 labels, here 18" in page
     assert "not the 3,039 of the protocol&#39;s set" in page
     assert "http" not in page.replace("http-equiv", "")

@@ -1,4 +1,4 @@
-"""Prediction and label tables: what is read back, and what is refused by name."""
+"""Prediction and label tables: what is read back, and what is refused."""
 
 from __future__ import annotations
 
@@ -130,13 +130,13 @@ def test_embeddings_that_are_damaged_are_told(tmp_path) -> None:
     infinite = embedding_table(["a", "b"], volume_embedding=np.full((2, 2), np.inf))
     for table, what in (
         (good.drop_columns("volume"), "volume"),
-        (good.set_column(0, "volume", pa.array(["a", "a"])), "does not hold a name a volume"),
-        (good.set_column(0, "volume", pa.array([None, "b"])), "does not hold a name a volume"),
-        (good.set_column(0, "volume", pa.array([1, 2])), "does not hold a name a volume"),
-        (good.set_column(2, "report_embedding", pa.array([[1.0], []])), "'report_embedding' does not hold a vector"),
-        (good.set_column(1, "volume_embedding", pa.array([None, [0.0, 1.0]], pa.list_(pa.float32(), 2))), "'volume_embedding' does not hold a vector"),
-        (good.append_column("wide", pa.array([[0.0] * 3] * 2, pa.list_(pa.float32(), 3))), "vectors of one length"),
-        (good.select(["volume"]), "vectors of one length"),
+        (good.set_column(0, "volume", pa.array(["a", "a"])), "does not hold one name per volume"),
+        (good.set_column(0, "volume", pa.array([None, "b"])), "does not hold one name per volume"),
+        (good.set_column(0, "volume", pa.array([1, 2])), "does not hold one name per volume"),
+        (good.set_column(2, "report_embedding", pa.array([[1.0], []])), "'report_embedding' does not hold one vector per volume"),
+        (good.set_column(1, "volume_embedding", pa.array([None, [0.0, 1.0]], pa.list_(pa.float32(), 2))), "'volume_embedding' does not hold one vector per volume"),
+        (good.append_column("wide", pa.array([[0.0] * 3] * 2, pa.list_(pa.float32(), 3))), "vectors of equal length"),
+        (good.select(["volume"]), "vectors of equal length"),
         (infinite, "'volume_embedding' holds infinite numbers"),
     ):  # fmt: skip
         pq.write_table(table, path)

@@ -1,4 +1,5 @@
-"""A counterfactual turns the score, changes little, stays in the body and the HU window, and lies where the cause is."""
+"""A counterfactual changes the decision with a small edit, within the body and the HU window, at the cause of the
+score."""
 
 from __future__ import annotations
 
@@ -88,7 +89,7 @@ def test_a_head_without_a_gradient_is_refused_in_one_line() -> None:
     weight = torch.ones(1, requires_grad=True)
     for factor in (torch.ones(1), weight):  # without any gradient; with one that does not lead to the voxels
         asked.head.score = lambda encoded, by=factor: by * encoded.tokens.detach().amax(dim=(1, 2))[:, None]  # type: ignore[method-assign, misc]
-        with pytest.raises(ExplanationError, match="no gradient from the score of 'Blob'"):
+        with pytest.raises(ExplanationError, match="the score of 'Blob' has no gradient"):
             Counterfactual().maps(asked)
 
 

@@ -1,4 +1,4 @@
-"""Masks as others lay them out, and a model whose maps are known scored against them."""
+"""Mask folders in other layouts, and a model with known maps scored against them."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_model_that_sees_the_lesion_points_at_it_and_the_controls_do_not(tmp_p
     assert lesion["map"]["scans"] == lesion["lesions"] == 4
     assert "Dark" not in result["findings"]
     json.dumps(result, allow_nan=False)
-    with pytest.raises(ExplanationError, match="none of its 5 masks is of a volume"):
+    with pytest.raises(ExplanationError, match="none of its 5 masks belongs to a volume"):
         chosen_volumes(cohort, masks, "train", None, 0)
 
 

@@ -1,4 +1,4 @@
-"""Methods on the encoders there are: pooled vectors are what they are said to be pooled from, maps point, refusals are clear."""
+"""Methods on all encoders: pooled vectors match their stated evidence, maps point to the cause, refusals are clear."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A map keeps its place: whatever way a file's axes run, its peak lies within one token of the lesion."""
+"""For every orientation of a file's axes, the peak of a map lies within one token of the lesion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Maps of shifted cells: each place has the mean of the cells that cover it, and lies where it should."""
+"""Maps of shifted cells: each location has the mean of the cells that cover it, at the right position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heads: written, listed and read again with a model; folders of 0.2 still open."""
+"""Heads are saved, listed and loaded with a model; folders of version 0.2 still open."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ctclip.heads.prior import Prior, PriorHead
 from ctclip.heads.prompts import PromptHead
 from ctclip.heads.text import TextHead
 from ctclip.labels import labels_of_columns, load_labels
+from ctclip.models.checksums import write_checksums
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import load_model, save_model
 from ctclip.objectives.captioning import Captioning, captioning
@@ -176,9 +177,11 @@ def test_a_damaged_head_is_named(tmp_path: Path, model: DualEncoder) -> None:
     weights = folder / "linear.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-9])
+    write_checksums(folder)
     with pytest.raises(CheckpointError, match=r"heads/linear: its linear head is missing or damaged"):
         load_head(tmp_path, "linear", model)
     weights.write_bytes(whole)
+    write_checksums(folder)
     (folder / "head.yaml").write_text("kind: evil_plugin:Head\nnames: [a]\n")
     with pytest.raises(ConfigError, match="code of the model's author; if you trust it, import evil_plugin first"):
         load_head(tmp_path, "linear", model)
@@ -325,5 +328,6 @@ def test_a_decoder_of_another_model_is_refused(tmp_path: Path, model: DualEncode
     with pytest.raises(CheckpointError, match="expects tokens of width 40, but those of the model have 24"):
         load_head(tmp_path / "model", "captions", model)
     (folder / "decoder.safetensors").write_bytes(b"nothing")
+    write_checksums(folder)
     with pytest.raises(CheckpointError, match="missing or damaged"):
         load_head(tmp_path / "model", "captions", model)

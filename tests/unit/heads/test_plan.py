@@ -1,4 +1,4 @@
-"""The plan of a caption head finds what is stated, and tells a side only where it is sure."""
+"""The plan of a caption head predicts what is stated, and a side only if it is certain."""
 
 from __future__ import annotations
 

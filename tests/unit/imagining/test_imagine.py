@@ -1,9 +1,10 @@
-"""`ctclip imagine`: a dream raises what it is asked for, its file lies where it says, and says in every place that it is
-synthetic."""
+"""`ctclip imagine`: a dream raises the score of its text, its file has the stated geometry, and is marked as synthetic
+everywhere."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -181,7 +182,18 @@ def test_two_commands_do_not_mix_their_volumes(tmp_path: Path) -> None:
     output, spec = tmp_path / "x.nii.gz", spec_of((6, 10, 14), (5.0, 3.0, 2.0))
     volumes = [Synthetic(np.zeros(spec.shape, np.float32), TEXT, "dream", "hash", seed) for seed in range(2)]
     with claimed_file(page_file(output)), pytest.raises(PreprocessingError, match="another command is writing it"):
-        write_volumes(output, volumes, spec)
+        list(write_volumes(output, volumes, 2, spec))
     assert list(tmp_path.iterdir()) == []
-    paths, _ = write_volumes(output, volumes, spec)
-    assert all(is_synthetic(path) for path in paths)
+    assert all(is_synthetic(path) for path, _ in write_volumes(output, volumes, 2, spec))
+    assert page_file(output).is_file()
+
+
+def test_each_volume_is_written_before_the_next_is_generated(tmp_path: Path) -> None:
+    output, spec = tmp_path / "x.nii.gz", spec_of((6, 10, 14), (5.0, 3.0, 2.0))
+
+    def volumes() -> Iterator[Synthetic]:
+        for seed in range(3):
+            assert len(list(tmp_path.glob("x_*.nii.gz"))) == seed
+            yield Synthetic(np.zeros(spec.shape, np.float32), TEXT, "dream", "hash", seed)
+
+    assert len(list(write_volumes(output, volumes(), 3, spec))) == 3

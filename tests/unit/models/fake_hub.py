@@ -1,4 +1,4 @@
-"""A hub on this machine: one repository of a folder's files, nothing else."""
+"""A local hub: one repository with the files of a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tokens of air are left out and lungs never are; attention in windows is attention with all else masked."""
+"""Tokens of air are left out and lungs never are; attention in windows equals attention with all other tokens
+masked."""
 
 from __future__ import annotations
 

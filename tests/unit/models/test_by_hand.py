@@ -1,4 +1,4 @@
-"""Gradients written by hand, against differences of what they are the gradients of, and against PyTorch's own."""
+"""Hand-written gradients, compared with finite differences and with PyTorch's own."""
 
 from __future__ import annotations
 

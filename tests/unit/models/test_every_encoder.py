@@ -1,4 +1,4 @@
-"""What holds for every volume encoder, whichever the configuration chooses."""
+"""Properties of every volume encoder."""
 
 from __future__ import annotations
 

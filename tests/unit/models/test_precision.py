@@ -1,4 +1,4 @@
-"""Precisions: what is computed at which, what is kept of a check, and what ``auto`` takes."""
+"""Precisions: what is computed at which precision, what a check saves, and what ``auto`` chooses."""
 
 from __future__ import annotations
 

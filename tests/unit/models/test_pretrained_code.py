@@ -109,9 +109,9 @@ def test_no_connection_and_no_such_name_are_told_apart(
     with hub("someone/else", bert) as (address, _):
         at(address)
         for name in ("someone/bert", "bert-bass-uncased", "not a name!"):
-            with pytest.raises(CheckpointError, match=rf"{name}: neither a folder here nor a repository"):
+            with pytest.raises(CheckpointError, match=rf"{name}: neither a local folder nor a readable repository"):
                 encoder(name)
-        with pytest.raises(CheckpointError, match="someone/model: neither a folder here nor a repository"):
+        with pytest.raises(CheckpointError, match="someone/model: neither a local folder nor a readable repository"):
             load_model("someone/model")
         with pytest.raises(CheckpointError, match=r"someone/else: .*holds no model of this package"):
             load_model("someone/else")

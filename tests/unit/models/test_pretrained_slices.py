@@ -1,4 +1,4 @@
-"""What can serve as slice encoder: vision models of other kinds, encoded as Transformers does."""
+"""Vision models that can be slice encoders, with the same outputs as in Transformers."""
 
 from __future__ import annotations
 

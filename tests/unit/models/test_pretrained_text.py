@@ -1,4 +1,4 @@
-"""What can serve as text encoder, and how: the rest is refused in one line."""
+"""Models that can be text encoders; others are refused in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Weights of pretrained folders: of half precision, of another architecture, damaged. They work, or one line says why not."""
+"""Weights of pretrained folders: of half precision, of another architecture, damaged. They work, or are refused in one
+line that gives the reason."""
 
 from __future__ import annotations
 

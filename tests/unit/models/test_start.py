@@ -1,4 +1,4 @@
-"""Starting from a model: what is taken, what stays frozen, how rates fall towards the input, adapters beside weights."""
+"""Starting from a model: copied weights, frozen layers, learning rates that decrease towards the input, adapters."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from ctclip.adaptation.recipes import merge_adapters
 from ctclip.config import FreezeConfig, TextConfig, TrainingConfig, objective_configs
 from ctclip.errors import ConfigError
+from ctclip.labels import load_labels
 from ctclip.models.ctvit import CTViTConfig
 from ctclip.models.dual_encoder import DualEncoder
+from ctclip.models.folder import load_model, save_model
 from ctclip.models.lora import merged_state
 from ctclip.models.resnet3d import ResNet3DConfig
 from ctclip.models.slices import SlicesConfig
@@ -98,7 +101,7 @@ def test_what_does_not_fit_begins_at_random_and_is_said() -> None:
     assert lines[0] == f"from there: {len(result.taken)} tensors taken"
     assert lines[1:] == [
         f"  {len(result.new)} new, initialised at random: volume_encoder.blocks.3",
-        "  1 of another shape in the source, initialised at random: volume_encoder.stem.embed",
+        "  1 with another shape in the source, initialised at random: volume_encoder.stem.embed",
     ]
     shallower = take_weights(dual(seed=2, depth=1), source.state_dict(), "both", "there")
     assert {name.split(".")[2] for name in shallower.unused} == {"1", "2"}
@@ -110,7 +113,7 @@ def test_what_does_not_fit_begins_at_random_and_is_said() -> None:
 def test_a_side_of_which_nothing_fits_is_refused() -> None:
     source = dual("resnet3d", seed=1).state_dict()
     for sides in ("both", "volume"):
-        with pytest.raises(ConfigError, match=r"model\.init=there: nothing of its volume encoder fits") as refused:
+        with pytest.raises(ConfigError, match=r"model\.init=there: no tensor of its volume encoder fits") as refused:
             take_weights(dual(seed=2), source, sides, "there")
         assert "\n" not in str(refused.value)
     assert take_weights(dual(seed=2), source, "text", "there").taken
@@ -142,6 +145,32 @@ def test_adapters_change_nothing_at_first_and_they_alone_learn(name: str, vision
     assert moved
     assert moved <= learned
     assert not torch.allclose(model.eval().encode_volume(volumes()), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+def test_the_projection_may_have_adapters_too(projection: str, tmp_path: Path) -> None:
+    """They change nothing at first, learn alone, are kept with the model, and merge into the weights."""
+    adapted_too = VIT.model_copy(update={"tuning": "lora", "lora_rank": 2, "lora_projection": True})
+    source = dual_encoder(VIT, SPEC, TEXT, 1, standardise=True, projection=projection)
+    model = dual_encoder(adapted_too, SPEC, TEXT, 2, standardise=True, projection=projection)
+    assert take_weights(model, source.state_dict(), "both", "there").unused == []
+    expected = source.eval().encode_volume(volumes())
+    torch.testing.assert_close(model.eval().encode_volume(volumes()), expected, atol=1e-5, rtol=1e-5)
+    learned = [one for one, p in model.volume_projection.named_parameters() if p.requires_grad]
+    assert learned
+    assert all("lora_" in one for one in learned)
+    torch.manual_seed(3)
+    for one, parameter in model.named_parameters():
+        if "lora_" in one:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted = model.encode_volume(volumes())
+    assert not torch.allclose(adapted, expected, atol=1e-3)
+    save_model(tmp_path / "model", model, load_labels("ct_rate_18"))
+    torch.testing.assert_close(load_model(tmp_path / "model").model.encode_volume(volumes()), adapted)
+    merge_adapters(tmp_path / "model")
+    merged = load_model(tmp_path / "model").model
+    assert not any("lora_" in one for one in merged.state_dict())
+    torch.testing.assert_close(merged.encode_volume(volumes()), adapted, atol=1e-5, rtol=1e-5)
 
 
 @every

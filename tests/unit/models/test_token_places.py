@@ -1,4 +1,4 @@
-"""Where tokens lie: a bright point changes the token that ``Encoded.affine`` places beside it most."""
+"""Positions of tokens: a bright point changes most the token that ``Encoded.affine`` places next to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Alignment of tokens with sentences: the loss by hand, what counts as a sentence, and that it learns where."""
+"""Alignment of tokens with sentences: the loss by hand, the sentences used, and that it learns locations."""
 
 from __future__ import annotations
 

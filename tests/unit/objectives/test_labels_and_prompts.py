@@ -1,4 +1,5 @@
-"""Objectives on labels: unknown ones are left out; that on prompts is the cross-entropy of what detection says."""
+"""Objectives on labels: unknown labels are ignored; the objective on prompts is the cross-entropy of the detection
+scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objectives on words: what is hidden, what may be seen, and that a whole step with them learns everywhere."""
+"""Objectives on words: hidden words, visible words, and gradients for all parameters in a whole step."""
 
 from __future__ import annotations
 

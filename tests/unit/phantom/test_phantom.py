@@ -1,4 +1,4 @@
-"""The synthetic cohort: drawn as described, told as drawn, and the same from one seed."""
+"""The synthetic cohort: drawn as described, reported as drawn, and reproducible from a seed."""
 
 from __future__ import annotations
 

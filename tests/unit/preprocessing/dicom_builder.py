@@ -1,4 +1,4 @@
-"""DICOM series built in memory, of voxels that are known: for tests of what is read."""
+"""DICOM series built in memory from known voxels, for tests of reading."""
 
 from __future__ import annotations
 

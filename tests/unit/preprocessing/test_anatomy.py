@@ -1,4 +1,4 @@
-"""Lungs of a scan: kept in the grid, told from masks and fillings, and known when they stand on their head."""
+"""Lungs of a scan: kept in the grid, distinguished from masks and fillings, and recognised upside down."""
 
 from __future__ import annotations
 
@@ -217,4 +217,4 @@ def test_slices_far_apart_are_told(apart: float, told: bool, tmp_path: Path) -> 
     nib.save(nib.Nifti1Image(hu, np.diag([-2, -2, apart, 1.0])), tmp_path / "s.nii")
     spec = PreprocessingSpec("test", spacing=(3.0, 1.5, 1.5), shape=(32, 32, 32))
     warnings = prepare(tmp_path / "s.nii", spec, expect="any", hu="trust-file").warnings
-    assert any(f"slices {apart:.1f} mm apart" in warning for warning in warnings) == told
+    assert any(f"slices are {apart:.1f} mm apart" in warning for warning in warnings) == told

@@ -1,4 +1,4 @@
-"""What strangers call a cohort: folders with links, copies and rubbish in them, and tables of every make."""
+"""Cohorts of strangers: folders with links, copies and unrelated files, and tables from any program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Volumes in archives: one row a situation."""
+"""Volumes in archives: one row per situation."""
 
 from __future__ import annotations
 

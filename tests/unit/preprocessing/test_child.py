@@ -1,4 +1,4 @@
-"""The child that decodes: what it returns, and that its end, whatever it is, is one line and not ours."""
+"""The decoding child process: its results, and that any failure is reported in one line without ending this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables that are opened in a spreadsheet or printed on a terminal do nothing there, and are read again as they were."""
+"""Tables are harmless in a spreadsheet or on a terminal, and are read back unchanged."""
 
 from __future__ import annotations
 

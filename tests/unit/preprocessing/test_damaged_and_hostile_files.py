@@ -1,4 +1,5 @@
-"""Streams with single flipped bits, bombs, and claims: no other voxels in silence, no memory that nobody granted."""
+"""Streams with flipped bits, decompression bombs and false sizes: no silently changed voxels, and no memory beyond the
+limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DICOM series as scanners and archives write them: syntaxes, copies, gaps, media, and nothing of the patient's."""
+"""DICOM series as scanners and archives write them: syntaxes, copies, gaps, media, and no patient identifiers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several acquisitions, reconstructions or patients in one series: one of them makes the volume, aloud."""
+"""Several acquisitions, reconstructions or patients in one series: one of them becomes the volume, with a warning."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ ACQUISITIONS = [
         refused="24 positions hold more than one slice, and they differ"),
     Row("interleaved, nothing tells them apart", lambda f: write(f, interleaved_numbers(0.5)),
         hu=np.stack([HU, MOVED], 1).reshape(48, *HU.shape[1:]), affine=affine() @ np.diag([0.5, 1, 1, 1]),
-        says=("slices differ more from their neighbours",)),
+        says=("adjacent slices differ more than",)),
     *(Row(f"two passes of which {keyword} tells, numbered in turn", lambda f, keyword=keyword, values=values: write(
         f, told_apart(keyword, *values)), says=(TWO.format(keyword),))
       for keyword, values in {

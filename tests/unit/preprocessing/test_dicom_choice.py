@@ -1,4 +1,4 @@
-"""Which series of a folder is read, and slices that it should have and has not."""
+"""The choice of the series in a folder, and missing slices."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ WHICH = [
         hu=np.resize(HU, (48, *HU.shape[1:])), says=("lossy compression", *CHOSEN)),
     Row("PET alone", edited(Modality="PT"), refused=r"its modality is not CT \(PT\)"),
     Row("an iodine map alone", edited(RescaleType="MGML", SeriesDescription="Iodine"),
-        says=("RescaleType is MGML, not HU", "its header says a material map")),
-    Row("a MIP alone", edited(ImageType=["DERIVED", "SECONDARY", "MIP"]), says=(r"its header says a projection \(MIP\)",)),
+        says=("RescaleType is MGML, not HU", "according to its header it is a material map")),
+    Row("a MIP alone", edited(ImageType=["DERIVED", "SECONDARY", "MIP"]), says=(r"according to its header it is a projection \(MIP\)",)),
     Row("a localizer within the series",
         both(series(HU), [data for data in series(MOVED[:1], first=0, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])]),
         says=(r"1 image of the series has no place among its slices: left out \(1 localizers\)",)),
@@ -102,8 +102,8 @@ MISSING = [
         says=("1 slice is missing: interpolated", "slice gaps of 2.50 to 5.00 mm")),
     Row("many slices within", lambda f: write(f, without(3, 7, 11)), refused="3 of 24 slices are missing"),
     Row("two files cut short in their headers", spoiled(2), hu=HU[:0],
-        says=("2 of 24 files are DICOM by their look", "1 slice is missing", "slice gaps")),
-    Row("five files cut short in their headers", spoiled(5), refused=r"5 of 24 files are DICOM by their look.*missing"),
+        says=("2 of 24 files look like DICOM", "1 slice is missing", "slice gaps")),
+    Row("five files cut short in their headers", spoiled(5), refused=r"5 of 24 files look like DICOM.*missing"),
     Row("a file cut short in its pixels", cut(7), hu=HOLE,
         says=(r"1 of 24 slices cannot be decoded \(damaged\): left out", "1 slice is missing: interpolated", "slice gaps")),
     Row("the last two cut short in their pixels", cut(22, 23), hu=HU[:22],

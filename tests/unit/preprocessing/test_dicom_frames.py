@@ -45,7 +45,7 @@ FRAMES = [
         says=CHOSEN),
     Row("fewer frames than the header says",
         lambda f: write(f, [data for data in [enhanced(HU)] if change(data, "NumberOfFrames", 30) is None]),
-        refused="69120 bytes of pixels where its header says 86400"),
+        refused="69120 bytes of pixels, but its header states 86400"),
 ]  # fmt: skip
 
 

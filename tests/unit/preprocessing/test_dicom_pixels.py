@@ -1,4 +1,4 @@
-"""Bits and bytes of pixels, and the padding that scanners put where nothing was measured."""
+"""Bits and bytes of pixels, and the padding of scanners outside the measured region."""
 
 from __future__ import annotations
 
@@ -204,13 +204,13 @@ BITS = [
         hu=((HU[:, :39, :35] + 1000) // 16 - 1024).astype(np.int16), same=("sitk", "pydicom")),
     Row("compressed pixels under a syntax without compression",
         lambda f: [of_no_stated_length(path) for path in write(f, series(HU, compressed_wrongly)).iterdir()],
-        refused="its pixels are compressed, and its transfer syntax says that they are not"),
+        refused="its pixels are compressed, but its transfer syntax is uncompressed"),
     Row("pixels without compression under a syntax of one", each(under_rle),
-        refused="its pixels are not compressed, and its transfer syntax says that they are"),
+        refused="its pixels are not compressed, but its transfer syntax is compressed"),
     Row("more bytes than rows and columns say", edited(lambda i, d: setattr(d, "PixelData", d.PixelData + b"\0\0")),
-        refused="2882 bytes of pixels where its header says 2880"),
+        refused="2882 bytes of pixels, but its header states 2880"),
     Row("fewer bytes than rows and columns say", edited(lambda i, d: setattr(d, "PixelData", d.PixelData[:-2])),
-        refused="2878 bytes of pixels where its header says 2880"),
+        refused="2878 bytes of pixels, but its header states 2880"),
     Row("bytes put in among the pixels", lambda f: shoved(min(write(f, series(HU)).iterdir())),
         hu=np.concatenate([np.r_[HU[0].ravel()[:-300], -1023, HU[0].ravel()[-300:-1]].reshape(1, *HU[0].shape), HU[1:]]),
         says=("bytes follow the pixels of 1 slice: if bytes were inserted before them, values are wrong",)),

@@ -1,4 +1,4 @@
-"""Series that look unreadable and are not; and geometry that is missing, refused by the name of its tag."""
+"""Series that look unreadable but are not, and missing geometry, which is refused with the name of its tag."""
 
 from __future__ import annotations
 

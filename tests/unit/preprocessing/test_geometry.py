@@ -323,5 +323,5 @@ def test_a_voxel_whose_middle_lies_on_the_outer_face_is_of_the_volume() -> None:
 def test_a_grid_beside_the_volume_is_refused(centre) -> None:
     volume, spec = Volume(noise((5, 5, 5)), straight((1, 1, 1)), "x"), PreprocessingSpec("t", (1, 1, 1), (4, 4, 4))
     for call in (resample, resampled_affine):
-        with pytest.raises(PreprocessingError, match="does not meet the grid"):
+        with pytest.raises(PreprocessingError, match="does not overlap the grid"):
             call(volume, spec, centre=centre)

@@ -1,4 +1,4 @@
-"""The one check of geometry: what a table, the user's word, or nothing makes of a header that is in doubt."""
+"""The check of geometry: a doubtful header with a table, with a user option, or with neither."""
 
 from __future__ import annotations
 

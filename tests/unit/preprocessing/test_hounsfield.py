@@ -1,4 +1,4 @@
-"""Where each rule of the decision on Hounsfield units begins and ends, on values placed just inside and outside of it."""
+"""The limits of each rule for Hounsfield units, tested with values just inside and outside."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_one_voxel_that_is_no_number(value: float) -> None:
     array = HU.astype(np.float32)
     array[1, 1, 1] = value
     for trust in ("auto", "trust-file", "trust-table"):
-        with pytest.raises(PreprocessingError, match=r"^x\.nii: holds NaN or infinite values"):
+        with pytest.raises(PreprocessingError, match=r"^x\.nii: contains NaN or infinite values"):
             to_hu(volume(array), TABLE, trust)
 
 

@@ -1,4 +1,4 @@
-"""What headers say of a patient is masked in texts, however it is spelled there."""
+"""Patient identifiers of headers are masked in texts, in any spelling."""
 
 from __future__ import annotations
 

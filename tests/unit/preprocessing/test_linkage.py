@@ -1,4 +1,4 @@
-"""The private table of ids, paths and studies: right, for its owner alone, and never there unasked."""
+"""The private table of ids, paths and studies: correct, readable only by its owner, and written only on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Geometry and values that stand in a metadata table: voxels and places against a scan with a good header."""
+"""Geometry and rescaling from a metadata table: voxels and positions compared with a scan with a good header."""
 
 from __future__ import annotations
 

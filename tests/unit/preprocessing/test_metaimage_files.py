@@ -1,4 +1,4 @@
-"""MetaImage files as strangers bring them: one row a situation."""
+"""MetaImage files of strangers: one row per situation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ META_ROWS = [
         files("scan.mhd", scan__mhd=meta(b"", ElementDataFile="below\\scan.raw"), below___scan__raw=RAW), itk=NOT_ASKED),
     itk("detached, a name in other letters", "scan.mhd",
         files("scan.mhd", scan__mhd=meta(b"", ElementDataFile="Scan.raw"), scan__RAW=RAW), itk="refuses"),
-    itk("named by its voxels", "scan.raw", RAW, "holds voxels alone; name its header", itk=NOT_ASKED),
+    itk("named by its voxels", "scan.raw", RAW, "holds only voxels; give its header", itk=NOT_ASKED),
     itk("one volume of four axes", "scan.mha", meta(
         NDims="4", DimSize="5 6 7 1", ElementSpacing="0.8 0.9 2.5 1", Offset="-31 7 55 0", TransformMatrix=FOUR), itk=NOT_ASKED),
     itk("two volumes", "scan.mha", meta(

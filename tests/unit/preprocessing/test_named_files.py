@@ -1,4 +1,4 @@
-"""A name stands for a user's own file first, then for one that is installed."""
+"""A name refers to a user's own file first, then to an installed one."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ ALIASES = "[" + ", ".join(f"&a{i} [{','.join([f'*a{i - 1}' if i else 'x'] * 9)}]
         ("name: !!timestamp x\n", "cannot be read"),
         ("name: 2024-13-45\n", "cannot be read"),
         ("#" * (1 << 22) + "\nname: x\n", "4 MB"),
-        ("name: x\nspacing: [.nan, 1, 1]\nshape: [8, 8, 8]\n", "spacing needs three positive numbers"),
-        ("name: x\nspacing: [.inf, 1, 1]\nshape: [8, 8, 8]\n", "spacing needs three positive numbers"),
+        ("name: x\nspacing: [.nan, 1, 1]\nshape: [8, 8, 8]\n", "spacing must be three positive numbers"),
+        ("name: x\nspacing: [.inf, 1, 1]\nshape: [8, 8, 8]\n", "spacing must be three positive numbers"),
         ("name: x\nspacing: [1, 1, 1]\nshape: [8.7, 8, 8]\n", "three positive whole numbers"),
         ("name: x\nspacing: [1, 1, 1]\nshape: [1000000, 1000000, 1000000]\n", "memory"),
         ("name: x\nspacing: [1, 1, 1]\nshape: [8, 8, 8]\nhu_window: [.nan, .nan]\n", "a low and a high HU"),
         ("name: x\nspacing: [1, 1, 1]\nshape: [8, 8, 8]\npublished_geometry: 'no'\n", "true or false"),
-        ("name: x\nspacing: [1, 1, 1]\nshape: [8, 8, 8]\nfill: air\n", "fill needs a value"),
+        ("name: x\nspacing: [1, 1, 1]\nshape: [8, 8, 8]\nfill: air\n", "fill must be a value"),
         ("name: x\nspacing: [1, 1, 1]\nshape: [8, 8, 8]\nfil: 3\n", "'fil' is none of name, spacing"),
         ("name: x\nshape: [8, 8, 8]\n", "no 'spacing'"),
         ("- x\n", "no 'name'"),

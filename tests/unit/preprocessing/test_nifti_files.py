@@ -1,4 +1,4 @@
-"""NIfTI files as strangers bring them: one row a situation."""
+"""NIfTI files of strangers: one row per situation."""
 
 from __future__ import annotations
 

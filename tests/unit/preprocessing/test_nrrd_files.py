@@ -1,4 +1,4 @@
-"""NRRD files as strangers bring them: one row a situation."""
+"""NRRD files of strangers: one row per situation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged files that our own commands wrote are told in one line that names the file and the remedy."""
+"""Damaged files of our own commands are reported in one line that names the file and the remedy."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_cohort_table_holds_text(tmp_path: Path) -> None:
     assert len(check_table(table, tmp_path)) == 2
     for change, what in (
         ({"patient": [1, 2]}, "'patient' holds int"), ({"findings": ["", None]}, "'findings' holds NoneType"),
-        ({"scan": ["a", ""]}, "'scan' is empty in places"),
+        ({"scan": ["a", ""]}, "'scan' has empty cells"),
     ):  # fmt: skip
         with pytest.raises(PreprocessingError, match=f"column {what}; `ctclip preprocess` writes text there"):
             check_table(

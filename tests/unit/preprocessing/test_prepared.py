@@ -1,4 +1,4 @@
-"""A prepared scan that is saved lies where the scan lies, for nibabel, for SimpleITK and for us."""
+"""A saved prepared scan has the position of the scan, for nibabel, for SimpleITK and for us."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a long stage shows while it runs."""
+"""The progress display of a long stage."""
 
 from __future__ import annotations
 

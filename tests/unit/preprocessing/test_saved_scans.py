@@ -1,4 +1,4 @@
-"""Where a prepared scan lies: nibabel and SimpleITK put a marker where it was in the file that was read."""
+"""Positions in a prepared scan: for nibabel and SimpleITK, a marker has its position in the original file."""
 
 from __future__ import annotations
 

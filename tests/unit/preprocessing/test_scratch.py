@@ -1,4 +1,4 @@
-"""What killed processes leave is removed, what living ones hold stays."""
+"""Temporary folders of killed processes are removed, those of running processes are kept."""
 
 import multiprocessing
 import os

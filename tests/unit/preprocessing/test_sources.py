@@ -1,4 +1,4 @@
-"""A stored volume is kept only while it is of the scan that the cohort lists under its name."""
+"""A stored volume is kept only if it comes from the scan that the cohort lists under its name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ctclip.preprocessing.store import VolumeStore
 from tests.unit.preprocessing.test_dicom import write_series
 
 SPEC = PreprocessingSpec("test", (5.0, 4.0, 4.0), (12, 16, 20))
-WARNING = "(first: a) were made from other files, table entries or options"
+WARNING = "(first: a) come from other files, table entries or options"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_another_cohort_of_the_same_names_is_read(tmp_path: Path, scans, suffix:
     moved = shutil.copytree(first.parent, tmp_path / "moved")
     before = (store.path / "volumes" / "b.b2nd").stat().st_mtime_ns
     preprocess_cohort(moved / "cohort.csv", store.path, SPEC, workers=1)
-    assert "were made from" not in capsys.readouterr().out
+    assert "come from other files" not in capsys.readouterr().out
     preprocess_cohort(second, store.path, SPEC, workers=1)
     assert f"1 stored volumes {WARNING}" in capsys.readouterr().out
     for name in "ab":
@@ -72,7 +72,7 @@ def test_what_was_deleted_after_it_was_stored_is_kept(tmp_path: Path, scans, cap
     outcomes = (tmp_path / "store" / "outcomes.csv").read_bytes()
     capsys.readouterr()
     preprocess_cohort(folder, tmp_path / "store", SPEC, workers=1)
-    assert "were made from" not in capsys.readouterr().out
+    assert "come from other files" not in capsys.readouterr().out
     assert (tmp_path / "store" / "outcomes.csv").read_bytes() == outcomes
     (min((folder / "a").iterdir())).unlink()
     preprocess_cohort(folder, tmp_path / "store", SPEC, workers=1)

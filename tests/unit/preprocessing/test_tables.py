@@ -1,4 +1,4 @@
-"""Tables as spreadsheets, libraries and people leave them: what is read of each, and the words by which others are refused."""
+"""Tables from spreadsheets, libraries and people: what is read, and the messages of refusals."""
 
 from __future__ import annotations
 

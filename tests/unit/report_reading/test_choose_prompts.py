@@ -1,4 +1,4 @@
-"""Mined phrasings are used only for findings whose reports they tell apart better."""
+"""Mined phrasings are used only for findings whose reports they separate better."""
 
 from __future__ import annotations
 

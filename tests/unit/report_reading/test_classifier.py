@@ -1,4 +1,5 @@
-"""Text classifiers: of Transformers, and CT-CLIP's own checkpoint; probabilities against those worked out beside."""
+"""Text classifiers: of Transformers, and CT-CLIP's own checkpoint; probabilities compared with an independent
+computation."""
 
 from __future__ import annotations
 

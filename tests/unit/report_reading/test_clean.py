@@ -1,4 +1,5 @@
-"""Reports taken apart: headings in many styles, findings with their places and sizes, what describes no scan."""
+"""Cleaning reports: headings in many styles, findings with places and sizes, and sentences that do not describe the
+scan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A language model whose every answer is valid, whatever it would rather say."""
+"""A language model whose answers are always valid JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts out of reports: counted, weighted, without a label of a volume; and weighted prompts in a head."""
+"""Prompts mined from reports: counted, weighted, without labels of volumes; and weighted prompts in a head."""
 
 from __future__ import annotations
 

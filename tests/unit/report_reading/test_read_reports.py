@@ -1,4 +1,4 @@
-"""`ctclip read-reports`: tables of many kinds in, labels and sentences out; what is not read is said."""
+"""`ctclip read-reports`: tables of many kinds in, labels and sentences out; unread reports are listed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sides and sizes are cut out of sentences, and nothing else is."""
+"""Only sides and sizes are removed from sentences."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""Where such systems fail, by name: negation before and behind, lists, pseudo-negation, doubt, the past, numbers, sides.
-
-Each case is a sentence of ours and what a radiologist would say of it.
+"""Known weaknesses of such systems: negation before and after, lists, pseudo-negation, doubt, the past, numbers, sides.
+Each case is our own sentence with the status that a radiologist would assign.
 """
 
 from __future__ import annotations

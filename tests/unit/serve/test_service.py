@@ -1,4 +1,4 @@
-"""The service's bookkeeping without a model: what is kept, for how long, and what becomes of what goes wrong."""
+"""The service without a model: what is kept, for how long, and the handling of errors."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_work_for_nobody_is_cancelled() -> None:
         finally:
             ended.append(seconds)
 
-    with pytest.raises(Unavailable, match="hung up"):
+    with pytest.raises(Unavailable, match="disconnected"):
         asyncio.run(_while_connected(request_whose_sender(hang_up), work(60)))
     assert ended == [60]
     assert asyncio.run(_while_connected(request_whose_sender(stay), work(0))) == {"answer": 1}

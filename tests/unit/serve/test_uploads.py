@@ -1,4 +1,4 @@
-"""Uploads are written within their folder and their limit, and as they were sent."""
+"""Uploads are written unchanged, within their folder and limit."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_fields_without_end_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "reason"), [("IDLE_SECONDS", "nothing of the upload"), ("GRACE_SECONDS", "slower than 50 kB")]
+    ("limit", "reason"), [("IDLE_SECONDS", "no data of the upload"), ("GRACE_SECONDS", "slower than 50 kB")]
 )
 def test_a_sender_that_keeps_the_service_waiting_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, reason: str

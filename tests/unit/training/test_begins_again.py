@@ -1,4 +1,4 @@
-"""A run that was stopped before its first checkpoint begins again with the weights it began with."""
+"""A run that was stopped before its first checkpoint starts again with the same initial weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints are written beside training, whole or not at all; the newest and the best are kept."""
+"""Checkpoints are written atomically during training; the newest and the best are kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that continues knows what it learned from, and counts it."""
+"""A resumed run knows its training data, and counts them."""
 
 from __future__ import annotations
 

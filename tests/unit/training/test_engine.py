@@ -1,4 +1,4 @@
-"""A step whose gradient is not a number leaves everything that learns as it was, and is told."""
+"""A step with a non-finite gradient changes no parameter, and is reported."""
 
 from __future__ import annotations
 

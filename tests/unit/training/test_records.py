@@ -1,4 +1,4 @@
-"""What a run writes of itself: ``metrics.jsonl``, TensorBoard events, Weights & Biases where it is installed."""
+"""The records of a run: ``metrics.jsonl``, TensorBoard events, and Weights & Biases if installed."""
 
 from __future__ import annotations
 

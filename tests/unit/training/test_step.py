@@ -1,4 +1,4 @@
-"""What a step sums: who is whose negative, when an objective begins to count, and in which precision."""
+"""The loss of a step: its negatives, the start of objectives, and the precision."""
 
 from __future__ import annotations
 

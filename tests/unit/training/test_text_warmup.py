@@ -1,4 +1,4 @@
-"""The text warm-up says what it cannot learn from."""
+"""The text warm-up reports data that it cannot learn from."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A step of the engine against plain PyTorch: two passes give the gradient of one, and what is logged is what was done.
+"""A step of the engine against plain PyTorch: two passes give the gradient of one, and the logged values are correct.
 
-DeepSpeed is played by a few lines that do what it does at stage 0 on one rank; DeepSpeed itself is in tests/distributed.
+A few lines replace DeepSpeed at stage 0 on one rank; DeepSpeed itself is in tests/distributed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,47 @@
+"""SHA-256 of the weights in a folder, in ``SHA256SUMS`` beside them, which ``sha256sum -c`` also reads.
+
+A safetensors file has no checksum of its own: a flipped bit in a weight would be loaded and change the scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from ctclip.errors import CheckpointError
+from ctclip.preprocessing.errors import printable
+from ctclip.preprocessing.files import regular, text_of, write_text
+
+FILE = "SHA256SUMS"
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the checksums of all safetensors files of a folder, if it has any. Call it before the folder is moved into place."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if weights:
+        write_text(folder / FILE, "".join(f"{sha256(path)}  {path.name}\n" for path in weights))
+
+
+def checked_sha256(path: Path) -> str:
+    """The SHA-256 of a weights file, in hex. Raises CheckpointError if the folder's checksums list another for it.
+    Files without a checksum, such as those of versions before 1.1, are accepted."""
+    sums = path.with_name(FILE)
+    try:
+        own = sha256(regular(path))
+        lines = text_of(sums).splitlines() if sums.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path.parent}: {printable(str(error))[:200]}; copy the folder again") from error
+    for line in lines:
+        expected, _, name = line.partition("  ")
+        if name == path.name and expected != own:
+            raise CheckpointError(
+                f"{path}: damaged: its SHA-256 is {own[:12]}..., but {FILE} lists {printable(expected)[:12]}...; copy "
+                f"it again from its source, or delete {FILE} if you changed the weights yourself"
+            )
+    return own
