@@ -105,8 +105,8 @@ def concept_sheet(
     concepts: Concepts,
     batch: int,
 ) -> tuple[Sheet, np.ndarray, Pictures]:
-    """Concepts in words and in the picture of every volume that can be read, embeddings (n, dim), and what was taken of the
-    voxels. ``cache``: a folder of embeddings and pictures that commands share."""
+    """Compute concept scores and image measures of every readable volume, its embedding (n, dim), and its ``Pictures``.
+    ``cache``: a folder of embeddings and measures that commands share."""
     scans = StoredScans(store, split, loaded.spec, loaded.path)
     vectors = cached_embeddings(loaded, scans, cache, batch)
     table = scans.table[scans.table["volume"].isin(list(vectors))].reset_index(drop=True)
@@ -141,7 +141,7 @@ def labels_and_margins(
         margins = score(torch.from_numpy(vectors).to(loaded.model.device)).float().cpu().numpy()
     labels = label_array(table, labels_of_columns("audited", known)).astype(float)
     if np.isnan(labels).all():
-        raise DataError(f"{store.path}: no volume that is audited has a label; errors cannot be counted without")
+        raise DataError(f"{store.path}: none of the audited volumes has a label, so errors cannot be computed")
     return labels, margins[:, [head.names.index(name) for name in known]]
 
 
@@ -195,8 +195,8 @@ def _model_page(
         sections: list[dict[str, Any]] = [
             {
                 "title": "Where it errs", "table": _comparisons(wrong),
-                "words": f"{_found(significant, len(wrong), BY_DISCOVERY)} Difference of the error (cross-entropy beyond that of volumes with "
-                "the same labels, mean over labels) between volumes that show a concept more than half of them do, and the others.",
+                "words": f"{_found(significant, len(wrong), BY_DISCOVERY)} Difference in error (cross-entropy beyond that "
+                         f"of volumes with the same labels, mean over labels) between volumes whose concept score is above the median and the others.",
             },
             {
                 "title": "Groups", "table": _fairness_rows(fair) if len(fair) else None,
@@ -213,11 +213,11 @@ def _model_page(
             },
             *[_examples(scratch, store, sheet, str(name)) for name in _pictured(sheet, wrong)],
         ]  # fmt: skip
-        headline = [(f"{significant}", f"concepts with larger or smaller errors (of {len(wrong)})")]
+        headline = [(f"{significant}", f"concepts associated with errors (of {len(wrong)})")]
         if len(fair):
             worst = fair.iloc[0]
             interval = f"95 % interval {worst['difference_lower']:+.3f} to {worst['difference_upper']:+.3f}"
-            headline.append((f"{worst['difference']:+.3f}", f"AUROC of {worst['group']} {worst['value']} to the others, the worst group ({interval})"))  # fmt: skip
+            headline.append((f"{worst['difference']:+.3f}", f"AUROC of {worst['group']} {worst['value']} minus all others, the worst group ({interval})"))  # fmt: skip
         if len(short):
             best = short.iloc[0]
             headline.append((f"{best['embeddings']:.2f}", f"accuracy of predicting {best['group']} from embeddings "
@@ -232,12 +232,12 @@ def _pictured(sheet: Sheet, lines: pd.DataFrame) -> list[str]:
 
 
 def _examples(scratch: Path, store: VolumeStore, sheet: Sheet, name: str) -> dict[str, Any]:
-    """Slices of the volumes with the most and the least of a concept, beside each other."""
+    """Draw slices of the volumes with the highest and the lowest values of a concept, side by side."""
     values = sheet.values[:, sheet.names.index(name)]
     order = [row for row in np.argsort(values, kind="stable") if np.isfinite(values[row])]
     most, least = order[::-1][:EXAMPLES], order[:EXAMPLES]
     figures = []
-    # In turn, so that each has a column of the page.
+    # Alternating, so that each kind fills one column of the page.
     for words, row in [
         pair for rows in zip(most, least, strict=True) for pair in zip(("most", "least"), rows, strict=True)
     ]:

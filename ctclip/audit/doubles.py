@@ -57,8 +57,8 @@ def find_doubles(
     """Find pairs of volumes from different scans that are copies of each other, and reports that occur under several
     patients.
 
-    Reconstructions of one scan are alike by nature and not compared. ``cache``: a folder of `pictures`; ``embeddings``:
-    unit vectors (dim,) by volume, whose nearest neighbours are compared too; ``least``: the correlation of a copy.
+    Reconstructions of the same scan are not compared. ``cache``: a folder for ``pictures``; ``embeddings``: unit
+    vectors (dim,) by volume, whose nearest neighbours are compared too; ``least``: the minimum correlation of a copy.
     """
     table = stored_volumes(store, split)
     names = table["volume"].tolist()
@@ -83,8 +83,8 @@ def compare_closely(
     pairs: Sequence[tuple[int, int]],
     orders: Sequence[bool],
 ) -> np.ndarray:
-    """(pairs,) correlation of two stored volumes at 4 mm, 0 where their ``middles`` differ; ``orders``: whether the slices of a
-    pair's second are reversed."""
+    """Correlation (pairs,) of two stored volumes at 4 mm, 0 if their ``middles`` differ; ``orders``: whether the slices of
+    the second volume of each pair are reversed."""
 
     def closely(pair: tuple[int, int], is_reversed: bool) -> float:
         one, other = pair
@@ -97,11 +97,11 @@ def compare_closely(
 
 
 def copied_pairs(store: VolumeStore, table: pd.DataFrame, vectors: np.ndarray) -> dict[str, str]:
-    """Scans whose report is another patient's, word for word, and whose volume is a copy of that patient's, with the scan that
-    comes first.
+    """Find scans with the same report as another patient's scan, word for word, and a copy of its volume. Returns the first
+    such scan for each.
 
-    table: rows of a cohort table; vectors (n, dim): unit vectors of the volumes. Compared are each volume and its nearest among
-    those with the same report.
+    ``table``: rows of a cohort table; ``vectors`` (n, dim): unit vectors of the volumes. Each volume is compared with its
+    nearest neighbours among those with the same report.
     """
     rows = {scan: row for row, scan in reversed(list(enumerate(table["scan"])))}
     copies: dict[str, str] = {}

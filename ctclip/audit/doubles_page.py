@@ -36,8 +36,8 @@ def write_doubles(
     cache: Path | None = None,
     force: bool = False,
 ) -> Doubles:
-    """Look for doubles in a store and write ``TABLES`` into ``output``. ``embed``: gives the unit vector of each volume;
-    ``cache``: a folder of embeddings and pictures that commands share."""
+    """Look for duplicates in a store and write ``TABLES`` to ``output``. ``embed``: returns the unit vector of each
+    volume; ``cache``: a folder of embeddings and measures that commands share."""
     key = run_key(str(store.path.resolve()), split, embed is not None)
     with claimed_folder(output, COMMAND, key, TABLES, lambda folder: made_by_us(folder), force=force):
         embeddings = embed() if embed is not None else None

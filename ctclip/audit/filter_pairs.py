@@ -30,15 +30,15 @@ TABLES = ("pairs.csv", "pairs.json", "pairs.html")
 COMMAND = "filter-pairs"
 COLUMNS = ("volume", "patient", "scan", "score", "worse_share", "match", "side", "note")
 SHOWN = 60
-# A model whose surest tenth of the pairs has log odds below this does not tell reports apart.
+# If the best tenth of the pairs has lower log odds than this, the model does not distinguish the reports.
 SURE = 1.0
 
 
 @dataclass(frozen=True)
 class WrongPairs:
-    """Estimated shares of the pairs with a report: whose report is another's, and whose report exchanges left and right.
-    ``exchanged`` is 0 if sides were not looked at. ``told``: whether the model tells reports apart at all; without, the shares
-    mean nothing."""
+    """Estimated fractions of the pairs with a report that belongs to another volume (``swapped``) or exchanges left and
+    right (``exchanged``; 0 if sides were not scored). ``told``: whether the model distinguishes reports at all; if not, the
+    fractions are meaningless."""
 
     swapped: float
     exchanged: float
@@ -73,8 +73,8 @@ def filter_pairs(
     seed: int = 0,
     force: bool = False,
 ) -> tuple[pd.DataFrame, WrongPairs]:
-    """Score the pairs of ``split``, write ``TABLES`` into ``output`` and return the table (``COLUMNS``), the worst first,
-    and how many of the pairs seem to be wrong.
+    """Score the pairs of ``split``, write ``TABLES`` to ``output`` and return the table (``COLUMNS``), the worst pairs
+    first, and the estimated fractions of wrong pairs.
 
     ``sides``: also encode mirror images, to detect reports with left and right exchanged; ``keep``: save the scores in
     the store, where ``data.min_pair_score`` and ``data.best_pairs`` read them.
@@ -108,10 +108,12 @@ def score_pairs(
     batch: int = 8,
     seed: int = 0,
 ) -> tuple[pd.DataFrame, WrongPairs]:
-    """``COLUMNS`` and the report's text of every stored volume of ``split``, the worst first, and how many seem wrong.
+    """A table with ``COLUMNS`` and the report's text for every stored volume of ``split``, the worst pairs first, and the
+    estimated fractions of wrong pairs.
 
-    score, match, side: log odds that a pair is right (of match and side, if right and wrong are equally frequent; of the score, as
-    frequent as they seem), -inf without a report, and for the score of a copy of another pair; side: NaN if it names none. Raises DataError for fewer than ``FEWEST_PAIRS`` pairs.
+    ``score``, ``match`` and ``side`` are log odds that a pair is right; -inf without a report. ``match`` and ``side``
+    assume that right and wrong pairs are equally frequent; ``score`` uses their estimated frequency, and is -inf for a copy
+    of another pair. ``side`` is NaN if the report names no side. Raises DataError for fewer than ``FEWEST_PAIRS`` pairs.
     """
     scans = StoredScans(store, split, loaded.spec, loaded.path)
     vectors = cached_embeddings(loaded, scans, cache, batch)
@@ -179,7 +181,7 @@ def _write_page(path: Path, store: VolumeStore, split: str, pairs: pd.DataFrame,
                 (f"{wrong.exchanged:.1%}", f"seem to exchange left and right ({int(scored['side'].notna().sum()):,} name a side)"),
             ]
             if wrong.told
-            else [("unknown", "how many are wrong: the model does not tell these reports apart")]
+            else [("unknown", "how many are wrong: the model does not distinguish these reports")]
         ),
         (f"{len(scored):,}", "pairs"),
         (f"{len(pairs) - len(scored):,}", "without a report, or copies of another"),

@@ -10,9 +10,9 @@ import pandas as pd
 from ctclip.preprocessing.cohorts import COLUMNS, label_names
 from ctclip.preprocessing.facts import GEOMETRY_COLUMNS
 
-# Of a column's values, so many are compared, the most frequent ones; a value of fewer volumes is left out.
+# At most this many values of a column are compared, the most frequent ones; a value with fewer volumes is ignored.
 MOST_VALUES, FEWEST_VOLUMES = 12, 10
-# Columns of numbers and of dates that only name a scan or a patient.
+# Words in the names of columns that identify a scan or a patient.
 NAMES = ("id", "uid", "number", "accession", "index", "name", "key", "hash", "path")
 # 20240131, 2024-01-31, 2024-01-31 12:00.
 DATE = re.compile(r"((?:19|20)\d\d)-?(?:0[1-9]|1[0-2])-?(?:0[1-9]|[12]\d|3[01])(?:[T ].*|\.0)?")
@@ -22,13 +22,14 @@ AGES = (0, 40, 60, 75, 200)
 
 
 def group_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Text values (n,) of each column that groups volumes, "" where unknown: the cohort's own words for scanner, kernel,
-    hospital, sex and the like; dates by year, ages in four classes, other numbers of many values in thirds, slice spacing in mm,
-    and the split.
+    """Text values (n,) of each column that groups volumes, "" where unknown: scanner, kernel, hospital, sex and similar
+    columns as the cohort names them; dates by year, age in four classes, other numbers with many values in thirds, slice
+    spacing in mm, and the split.
 
     ``table``: rows of a cohort table.
     """
     groups = {"split": table["split"].astype(str).to_numpy()}
+    patients = table["patient"].to_numpy(dtype=str)
     labels = set(label_names(table))
     own = {*COLUMNS, *GEOMETRY_COLUMNS, "no_chest", *labels}
     for name in [str(column) for column in table.columns if column not in own]:
@@ -39,7 +40,7 @@ def group_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
         groups["slice spacing"] = numbers.map(lambda value: f"{value:g} mm" if value == value else "").to_numpy(
             dtype=str
         )
-    return {name: kept for name, values in groups.items() if (kept := _usual(values)) is not None}
+    return {name: kept for name, values in groups.items() if (kept := _usual(values, patients)) is not None}
 
 
 def is_of_patient(group: str) -> bool:
@@ -62,9 +63,13 @@ def _field(name: str) -> str:
     return re.sub(r"[\W_]", "", name.casefold()).removeprefix("patient")
 
 
-def _usual(values: np.ndarray) -> np.ndarray | None:
-    """Values with the rare ones made ""; None where fewer than two are left."""
+def _usual(values: np.ndarray, patients: np.ndarray) -> np.ndarray | None:
+    """Values with the rare ones replaced by ""; None if fewer than two values remain. Of more than ``MOST_VALUES``, a value must
+    be of several patients: names of patients are no groups, however many volumes they have."""
     names, counts = np.unique(values[values != ""], return_counts=True)
+    if len(names) > MOST_VALUES:
+        by_value = pd.Series(patients).groupby(values).nunique()
+        counts = by_value.loc[names].to_numpy()
     frequent = np.argsort(-counts, kind="stable")[:MOST_VALUES]
     kept = names[frequent[counts[frequent] >= FEWEST_VOLUMES]]
     if len(kept) < 2:
@@ -73,7 +78,7 @@ def _usual(values: np.ndarray) -> np.ndarray | None:
 
 
 def _classes(name: str, values: np.ndarray) -> np.ndarray:
-    """Dates by their year, and numbers of more than ``MOST_VALUES`` values in thirds; other values as they are."""
+    """Replace dates by their year, and numbers with more than ``MOST_VALUES`` distinct values by thirds."""
     known = values != ""
     distinct = np.unique(values[known])
     if len(distinct) <= MOST_VALUES:
@@ -84,7 +89,7 @@ def _classes(name: str, values: np.ndarray) -> np.ndarray:
     numbers = pd.to_numeric(pd.Series(values), errors="coerce").to_numpy(dtype=float, copy=True)
     numbers[~np.isfinite(numbers)] = np.nan
     told = numbers[~np.isnan(numbers)]
-    # Whole numbers of which each stands once are names too.
+    # Whole numbers that hardly ever recur identify a scan or a patient too.
     is_name = (told % 1 == 0).all() and len(np.unique(told)) > 0.9 * len(told)
     if len(told) <= 0.9 * known.sum() or is_name or set(re.findall("[a-z]+", _spaced(name))) & set(NAMES):
         return values

@@ -29,9 +29,9 @@ MEASURES = {
     "air around the body": False,
 }
 FINE_MM = 3.0
-# Spacing of the slices in which the outline of the body, lungs and the table are measured: they hardly change in between.
+# Spacing of the slices in which body, lungs and table are measured: they change little in between.
 SLICES_MM = 9.0
-# Height in mm of the space below the body that is measured.
+# Height in mm of the measured region below the body.
 BELOW_MM = 45.0
 
 
@@ -93,7 +93,8 @@ def _body(fine: np.ndarray) -> np.ndarray:
 
 
 def _opened(mask: np.ndarray) -> np.ndarray:
-    """Binary opening in the plane with a cross: a table that touches the skin comes off. In a tenth of SciPy's time."""
+    """Binary opening of each slice with a cross, which separates a table that touches the skin; ten times as fast as
+    SciPy's."""
     eroded = np.zeros_like(mask)
     inner = mask[:, 1:-1, 1:-1]
     eroded[:, 1:-1, 1:-1] = inner & mask[:, :-2, 1:-1] & mask[:, 2:, 1:-1] & mask[:, 1:-1, :-2] & mask[:, 1:-1, 2:]

@@ -30,12 +30,12 @@ SHORTCUTS = ("group", "values", "volumes", "embeddings", "histogram", "chance")
 
 
 def errors(labels: np.ndarray, margins: np.ndarray) -> np.ndarray:
-    """(n,) cross-entropy of each volume, the mean over its known labels, in nats, beyond that of volumes with the same labels.
+    """Cross-entropy (n,) of each volume in nats, averaged over its known labels, beyond that of volumes with the same labels.
 
-    labels (n, L) of 0, 1 and NaN; margins (n, L). Each label's margins are first fitted to its labels by a line (Platt
-    1999), so that an uncalibrated label does not drown the others. The rarer class has the larger error, so that whatever goes
-    with many findings would seem to go with errors: both classes are set to the label's mean. NaN for a volume without a
-    known label.
+    ``labels`` (n, L) hold 0, 1 and NaN; ``margins`` (n, L). The margins of each label are first fitted to its labels by
+    logistic regression (Platt 1999), so that an uncalibrated label does not dominate the others. The rarer class of a label
+    has larger errors, so that anything associated with many findings would seem associated with errors: the mean error
+    of both classes is therefore set to the label's mean. NaN for a volume without a known label.
     """
     from sklearn.linear_model import LogisticRegression
 

@@ -1,10 +1,10 @@
 """Detect reports that do not belong to their volume, by a likelihood ratio of embeddings and without labels.
 
-Volumes and reports are taken as jointly normal, with the canonical correlations (Hotelling 1936) of the pairs of other
-patients. The score of a pair is log p(report | volume) - log p(report), calibrated with pairs that are known to be wrong:
-below 0, the report fits another volume as well as this one. The similarity that the model itself was trained for is evidence
-too, and joins in the calibration. Fitted twice, the second time without the worst pairs of the first, as a small filtering model
-trained on a cleaner part (Fang et al. 2023, "Data filtering networks").
+The embeddings of volumes and reports are modelled as jointly normal, with canonical correlations (Hotelling 1936)
+estimated from the pairs of other patients. The score of a pair is log p(report | volume) - log p(report), calibrated
+together with the similarity that the model was trained on, with pairs that are known to be wrong: below 0, the report fits
+another volume as well as this one. The model is fitted twice, the second time without the worst pairs of the first fit,
+like a filtering network trained on cleaner data (Fang et al. 2023, "Data filtering networks").
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 
 FOLDS = 10
-# Of the pairs of the first fit that the second leaves out.
+# Fraction of the pairs of the first fit that the second fit leaves out.
 DOUBTED = 0.15
 # Maximum number of axes of volumes and of reports, for matches and for sides. More than a tenth of the number of pairs
 # would fit noise.
 MOST_AXES, MOST_AXES_OF_SIDES = 64, 24
 FEWEST_PAIRS = 50
-# Volumes at a time that are compared with all reports, which bounds memory.
+# Number of volumes compared with all reports at a time, which bounds memory.
 TOGETHER = 512
-# Quantiles of the scores of wrong pairs at which pairs are counted.
+# Quantiles of the scores of wrong pairs at which both distributions are compared.
 PLACES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
@@ -78,10 +78,10 @@ class Joint:
 def match_scores(
     volumes: np.ndarray, reports: np.ndarray, patients: np.ndarray, *, scale: float, seed: int = 0
 ) -> tuple[np.ndarray, float]:
-    """(n,) log odds that a report belongs to its volume rather than to another, from the pairs of other patients and from the
-    model's own similarity, and the share of pairs that seem to be swapped.
+    """Log odds (n,) that a report belongs to its volume rather than to another, estimated from the pairs of other
+    patients and the model's own similarity, and the estimated fraction of swapped pairs.
 
-    volumes, reports (n, d) embeddings; patients (n,); scale: the model's inverse temperature.
+    ``volumes``, ``reports`` (n, d): embeddings; ``patients`` (n,); ``scale``: the model's inverse temperature.
     """
     scores, wrong, partner = _cross_fitted(volumes, reports, patients, seed, centred=False)
     both = (scores, wrong), contrasts(volumes, reports, partner, scale)
@@ -106,8 +106,8 @@ def side_scores(
 def contrasts(
     volumes: np.ndarray, reports: np.ndarray, partner: np.ndarray, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) how much more similar each volume and its report are than either is to those of other pairs, as the contrastive loss
-    counts it: the sum of both log softmaxes. And the same of each volume with the report of its ``partner`` (n,)."""
+    """The sum (n,) of both log softmaxes of the contrastive loss for each volume and its own report, and for each volume and
+    the report of its ``partner`` (n,)."""
     from scipy.special import logsumexp
 
     of_volumes, of_reports = np.empty(len(volumes)), np.full(len(volumes), -np.inf)
@@ -132,8 +132,8 @@ def pair_scores(match: np.ndarray, side: np.ndarray, swapped: float, exchanged: 
 
 
 def exchanged_alone(exchanged: float, swapped: float, pairs: int) -> float:
-    """The share of ``pairs`` whose sides are exchanged, of those that seem to be: of swapped pairs, half have sides that do not
-    fit. At least the share of one pair."""
+    """Correct the estimated fraction of exchanged sides for swapped pairs, of which half seem to be exchanged too. Returns at
+    least the fraction that one of the ``pairs`` is."""
     return max(exchanged - swapped / 2, 1 / pairs)
 
 
@@ -152,8 +152,8 @@ def share_wrong(scores: np.ndarray, wrong: np.ndarray) -> float:
 def _cross_fitted(
     volumes: np.ndarray, reports: np.ndarray, patients: np.ndarray, seed: int, *, centred: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(n,) scores of the pairs, and of as many that are wrong: with the report of another pair of the fold, whose number is the
-    third, or mirrored."""
+    """Cross-fitted scores (n,) of the pairs, and of as many wrong pairs: with the report of another pair of the fold, or
+    mirrored; and the number (n,) of that other pair."""
     names, member = np.unique(patients, return_inverse=True)
     fold = (np.random.default_rng(seed).permutation(len(names)) % FOLDS)[member]
     volumes, reports = volumes.astype(float), reports.astype(float)
@@ -181,9 +181,9 @@ def _cross_fitted(
 def _calibrated(
     scores: Sequence[np.ndarray], wrong: Sequence[np.ndarray], *, symmetric: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) log odds of the pairs and of the wrong pairs, by logistic regression (Platt 1999) of one or more scores of either: a
-    normal that is fitted to few pairs is too sure of itself, the more so the farther out a pair lies. A score that would count
-    against a pair is left out."""
+    """Calibrate one or more scores (n,) to log odds (n,) of pairs and of wrong pairs by logistic regression (Platt 1999),
+    because a normal distribution fitted to few pairs is overconfident, most of all for outlying pairs. A score with a
+    negative weight is left out."""
     from sklearn.linear_model import LogisticRegression
 
     both = [np.concatenate(kind) for kind in zip(scores, wrong, strict=True)]

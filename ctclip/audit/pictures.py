@@ -1,5 +1,5 @@
-"""What the audits need of the voxels of a volume: measures, a histogram and fingerprints, taken in one reading and cached
-for all commands that share a folder."""
+"""What the audits compute from the voxels of a volume: measures, a histogram and fingerprints. Each volume is read once,
+and the results are cached for all commands that share a folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HISTOGRAM = np.concatenate([np.arange(-1000, 400, 50), [400, 600, 1000, 3100]])
 
 
 class Rows(Sequence[np.ndarray]):
-    """Arrays of equal shape, one a volume, in files that are mapped into memory."""
+    """Arrays of equal shape, one per volume, from memory-mapped files."""
 
     def __init__(self, places: Sequence[tuple[np.ndarray, int]]) -> None:
         """``places``: the array of a file, and the row in it, of each volume."""
@@ -71,8 +71,8 @@ KINDS: dict[str, Callable[[np.ndarray, VolumeStore, str], np.ndarray]] = {
 
 
 def pictures(store: VolumeStore, volumes: Sequence[str], cache: Path) -> Pictures:
-    """Of stored volumes, in their order. Only volumes whose voxels the ``cache`` lacks are read, ``TOGETHER`` to a folder, so
-    that an interrupted command resumes."""
+    """The ``Pictures`` of stored volumes, in the order of ``volumes``. Only volumes missing in ``cache`` are read; each
+    ``TOGETHER`` are saved to a folder, so that an interrupted command resumes."""
     folder = cache / run_key(VERSION, store.spec.hash, list(MEASURES))
     checksums = {name: str(store.checksums(name)) for name in volumes}
     places: dict[str, tuple[dict[str, np.ndarray], int]] = {}
@@ -114,13 +114,14 @@ def histogram(hu: np.ndarray) -> np.ndarray:
 
 
 def keep_array(path: Path, array: np.ndarray) -> None:
-    """Write an array that ``kept_array`` reads."""
+    """Write an array that ``kept_array`` can read."""
     with written_beside(path) as partial, partial.open("wb") as stream:
         np.save(stream, array)
 
 
 def kept_array(path: Path, *, mapped: bool = False) -> np.ndarray | None:
-    """An array that was kept, mapped into memory if asked; None if it is missing or damaged, and is to be made again."""
+    """Read a cached array, as a memory map if ``mapped``; None if it is missing or damaged and must be computed
+    again."""
     try:
         array: np.ndarray = np.load(regular(path), mmap_mode="r" if mapped else None)
     except (OSError, ValueError, EOFError, BadZipFile):

@@ -243,6 +243,8 @@ def test_strange_columns_are_grouped_or_left_out() -> None:
             AccessionNumber=np.arange(PATIENTS) * 7,
             ward=ward,
             one="here",
+            nurse=[f"patient {number // 20}" for number in range(PATIENTS)],
+            patient=[f"patient {number // 20}" if number < 200 else str(number) for number in range(PATIENTS)],
             empty=None,
             age=[None] * PATIENTS,
         )
