@@ -64,7 +64,7 @@ def filter_pairs(
             f"exchange left and right"
         )
     else:
-        print(f"{counts}; this model does not tell their reports apart, and its scores say nothing")
+        print(f"{counts}; this model does not distinguish their reports, so its scores are meaningless")
     if keep and wrong.told:
         best = 1 - wrong.wrong
         print(f"kept in {store}: `ctclip train data.best_pairs={best:.2f}` leaves out as many, those that fit least")

@@ -71,7 +71,7 @@ def test_pairs_are_scored_and_kept(clinic: Clinic, tmp_path: Path, capsys: pytes
         (clinic.store / FILE).unlink(missing_ok=True)
     # Its weights are random.
     assert "56 pairs, 0 of them" in (printed := capsys.readouterr().out)
-    assert "does not tell their reports apart" in printed
+    assert "does not distinguish their reports" in printed
     assert json.loads((tmp_path / "pairs" / "pairs.json").read_text())["told"] is False
     assert main([*command[:-1], "--split", "valid", "--output", str(tmp_path / "few")]) == 2
     assert "50 are needed" in capsys.readouterr().err
