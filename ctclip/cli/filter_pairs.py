@@ -66,6 +66,6 @@ def filter_pairs(
     else:
         print(f"{counts}; this model does not distinguish their reports, so its scores are meaningless")
     if keep and wrong.told:
-        best = 1 - wrong.wrong
+        best = max(0.01, 1 - wrong.wrong)
         print(f"kept in {store}: `ctclip train data.best_pairs={best:.2f}` leaves out as many, those that fit least")
     print(f"table and page: {output} ({', '.join(TABLES)})")
