@@ -69,7 +69,7 @@ def _usual(values: np.ndarray, patients: np.ndarray) -> np.ndarray | None:
     names, counts = np.unique(values[values != ""], return_counts=True)
     if len(names) > MOST_VALUES:
         by_value = pd.Series(patients).groupby(values).nunique()
-        counts = by_value.loc[names].to_numpy()
+        counts = np.asarray(by_value.loc[names].to_numpy(dtype=np.int64))
     frequent = np.argsort(-counts, kind="stable")[:MOST_VALUES]
     kept = names[frequent[counts[frequent] >= FEWEST_VOLUMES]]
     if len(kept) < 2:
