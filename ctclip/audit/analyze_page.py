@@ -101,8 +101,8 @@ def _plain(value: Any) -> Any:
 
 
 def numbers_table(models: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """One row per model."""
-    head = ["model", "modality gap", "cosine of pairs", "cosine of strangers", "cosine of volumes", "cosine of reports",
+    """A row a model."""
+    head = ["", "modality gap", "cosine of pairs", "cosine of strangers", "cosine of volumes", "cosine of reports",
             "alignment", "uniformity of volumes", "uniformity of reports", "effective rank of volumes",
             "dimensions of 90 %, volumes", "effective rank of reports", "dimensions of 90 %, reports", "inverse temperature"]  # fmt: skip
     rows = [head]
@@ -149,7 +149,7 @@ def _shift_section(folder: Path, analyses: Sequence[Analysis]) -> dict[str, Any]
     axis.set(xlabel="fraction of the gap closed", ylabel="mean AUROC")
     axis.legend(fontsize=7)
     _save(figure, folder / "shift.png")
-    rows = [["model", *[f"{point['share']:g}" for point in curves[0][1]]]]
+    rows = [["share closed", *[f"{point['share']:g}" for point in curves[0][1]]]]
     rows += [[name, *[number(point["mean_auroc"]) for point in points]] for name, points in curves]
     return {**section, "figures": [("Zero-shot AUROC against the fraction of the gap closed", folder / "shift.png")], "table": rows}  # fmt: skip
 

@@ -13,8 +13,9 @@ from ctclip.adaptation.examples import cached_embeddings
 from ctclip.audit.concepts import Concepts, concept_scores
 from ctclip.audit.data_audit import DIFFERENCE, SHORTCUT, Sheet, audit_data
 from ctclip.audit.doubles_page import slices_of
-from ctclip.audit.measures import MEASURES, measures
+from ctclip.audit.measures import MEASURES
 from ctclip.audit.model_audit import audit_errors, errors, fairness, shortcuts
+from ctclip.audit.pictures import PICTURES, Pictures, pictures
 from ctclip.data.dataset import label_array
 from ctclip.errors import DataError
 from ctclip.evaluation.pages import interval_words, number, write_page
@@ -33,7 +34,6 @@ from ctclip.preprocessing.store import VolumeStore
 DATA_TABLES = ("data_audit.csv", "concepts.csv", "data_audit.html")
 MODEL_TABLES = ("errors.csv", "fairness.csv", "shortcuts.csv", "model_audit.html")
 SHOWN, PICTURED, EXAMPLES = 60, 3, 3
-HISTOGRAM = np.concatenate([np.arange(-1000, 400, 50), [400, 600, 1000, 3100]])
 
 
 def write_data_audit(
@@ -50,7 +50,7 @@ def write_data_audit(
     """Compare concepts between the groups of a store and write ``DATA_TABLES`` to ``output``; see ``audit_data``."""
     key = run_key(loaded.hash, str(store.path.resolve()), concepts.model_dump(mode="json"), list(splits))
     with claimed_folder(output, "audit data", key, DATA_TABLES, lambda folder: made_by_us(folder), force=force):
-        sheet, _ = concept_sheet(loaded, store, None, output, embeddings, concepts, batch)
+        sheet, _, _ = concept_sheet(loaded, store, None, embeddings or output / "embeddings", concepts, batch)
         for name in splits:
             if name not in set(sheet.table["split"]):
                 print(f"note: {store.path} has no volume of split {name!r}: labels are not compared between splits")
@@ -82,13 +82,14 @@ def write_model_audit(
     """
     key = run_key(loaded.hash, head.identity(), str(store.path.resolve()), concepts.model_dump(mode="json"), split)
     with claimed_folder(output, "audit model", key, MODEL_TABLES, lambda folder: made_by_us(folder), force=force):
-        sheet, vectors = concept_sheet(loaded, store, split, output, embeddings, concepts, batch)
+        sheet, vectors, taken = concept_sheet(
+            loaded, store, split, embeddings or output / "embeddings", concepts, batch
+        )
         labels, margins = labels_and_margins(loaded, head, store, sheet.table, vectors)
-        histograms = np.stack([_histogram(store, name) for name in sheet.table["volume"]])
         tables = (
             audit_errors(sheet, errors(labels, margins)),
             fairness(sheet.table, labels, margins),
-            shortcuts(sheet.table, vectors, histograms),
+            shortcuts(sheet.table, vectors, taken.histograms.whole()),
         )
         for name, table in zip(MODEL_TABLES, tables, strict=False):
             _write_csv(output / name, table)
@@ -101,24 +102,24 @@ def concept_sheet(
     store: VolumeStore,
     split: str | None,
     cache: Path,
-    embeddings: Path | None,
     concepts: Concepts,
     batch: int,
-) -> tuple[Sheet, np.ndarray]:
-    """Compute concept scores and image measures of every readable volume, and its embedding (n, dim). ``cache``: a
-    folder for measures, and for embeddings unless ``embeddings`` holds them."""
+) -> tuple[Sheet, np.ndarray, Pictures]:
+    """Compute concept scores and image measures of every readable volume, its embedding (n, dim), and its ``Pictures``.
+    ``cache``: a folder of embeddings and measures that commands share."""
     scans = StoredScans(store, split, loaded.spec, loaded.path)
-    vectors = cached_embeddings(loaded, scans, embeddings or cache / "embeddings", batch)
+    vectors = cached_embeddings(loaded, scans, cache, batch)
     table = scans.table[scans.table["volume"].isin(list(vectors))].reset_index(drop=True)
     volumes = np.stack([vectors[name] for name in table["volume"]])
     told = concept_scores(loaded.model, concepts, volumes)
-    measured = measures(store, list(table["volume"]), cache / "measures")
+    taken = pictures(store, list(table["volume"]), cache / PICTURES)
+    measured = taken.measures.whole()
     names = (*concepts.concepts, *MEASURES)
     kinds = (
         *[concept.kind for concept in concepts.concepts.values()],
         *["technique" if alone else "picture" for alone in MEASURES.values()],
     )
-    return Sheet(table, np.concatenate([told, measured], axis=1).astype(float), names, kinds), volumes
+    return Sheet(table, np.concatenate([told, measured], axis=1).astype(float), names, kinds), volumes, taken
 
 
 def labels_and_margins(
@@ -139,13 +140,9 @@ def labels_and_margins(
     with torch.inference_mode():
         margins = score(torch.from_numpy(vectors).to(loaded.model.device)).float().cpu().numpy()
     labels = label_array(table, labels_of_columns("audited", known)).astype(float)
+    if np.isnan(labels).all():
+        raise DataError(f"{store.path}: none of the audited volumes has a label, so errors cannot be computed")
     return labels, margins[:, [head.names.index(name) for name in known]]
-
-
-def _histogram(store: VolumeStore, name: str) -> np.ndarray:
-    hu = store.read(name)
-    counts = np.histogram(np.clip(hu[::2, ::2, ::2], HISTOGRAM[0], HISTOGRAM[-1] - 1), HISTOGRAM)[0]
-    return np.asarray(np.sqrt(counts / counts.sum()))
 
 
 def _data_page(path: Path, store: VolumeStore, sheet: Sheet, lines: pd.DataFrame) -> None:
@@ -198,8 +195,8 @@ def _model_page(
         sections: list[dict[str, Any]] = [
             {
                 "title": "Where it errs", "table": _comparisons(wrong),
-                "words": f"{_found(significant, len(wrong), BY_DISCOVERY)} Difference in error (cross-entropy, mean "
-                         f"over labels) between volumes whose concept score is above the median and the others.",
+                "words": f"{_found(significant, len(wrong), BY_DISCOVERY)} Difference in error (cross-entropy beyond that "
+                         f"of volumes with the same labels, mean over labels) between volumes whose concept score is above the median and the others.",
             },
             {
                 "title": "Groups", "table": _fairness_rows(fair) if len(fair) else None,
@@ -219,8 +216,8 @@ def _model_page(
         headline = [(f"{significant}", f"concepts associated with errors (of {len(wrong)})")]
         if len(fair):
             worst = fair.iloc[0]
-            headline.append((f"{worst['difference']:+.3f}", f"AUROC of {worst['group']} {worst['value']} minus all "
-                                                            f"others, the worst group"))  # fmt: skip
+            interval = f"95 % interval {worst['difference_lower']:+.3f} to {worst['difference_upper']:+.3f}"
+            headline.append((f"{worst['difference']:+.3f}", f"AUROC of {worst['group']} {worst['value']} minus all others, the worst group ({interval})"))  # fmt: skip
         if len(short):
             best = short.iloc[0]
             headline.append((f"{best['embeddings']:.2f}", f"accuracy of predicting {best['group']} from embeddings "
@@ -235,16 +232,19 @@ def _pictured(sheet: Sheet, lines: pd.DataFrame) -> list[str]:
 
 
 def _examples(scratch: Path, store: VolumeStore, sheet: Sheet, name: str) -> dict[str, Any]:
-    """Draw slices of the volumes with the highest and the lowest values of a concept."""
+    """Draw slices of the volumes with the highest and the lowest values of a concept, side by side."""
     values = sheet.values[:, sheet.names.index(name)]
     order = [row for row in np.argsort(values, kind="stable") if np.isfinite(values[row])]
+    most, least = order[::-1][:EXAMPLES], order[:EXAMPLES]
     figures = []
-    for words, rows in (("most", order[::-1][:EXAMPLES]), ("least", order[:EXAMPLES])):
-        for row in rows:
-            volume = str(sheet.table["volume"].iloc[row])
-            png = scratch / f"{len(list(scratch.iterdir()))}.png"
-            slices_of(store, volume).save(png)
-            figures.append((f"{words}: {volume} ({values[row]:.3g})", png))
+    # Alternating, so that each kind fills one column of the page.
+    for words, row in [
+        pair for rows in zip(most, least, strict=True) for pair in zip(("most", "least"), rows, strict=True)
+    ]:
+        volume = str(sheet.table["volume"].iloc[row])
+        png = scratch / f"{len(list(scratch.iterdir()))}.png"
+        slices_of(store, volume).save(png)
+        figures.append((f"{words}: {volume} ({values[row]:.3g})", png))
     return {"title": f"Examples: {name}", "figures": figures, "beside": True}
 
 

@@ -10,10 +10,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ctclip.audit.fingerprints import candidates, compare, compare_whole, fingerprint, slice_vectors
-from ctclip.audit.measures import keep_array, kept_array
+from ctclip.audit.fingerprints import (
+    candidates,
+    compare,
+    compare_whole,
+    correlation,
+    fingerprint,
+    middles_differ,
+    slice_vectors,
+)
+from ctclip.audit.pictures import pictures
 from ctclip.data.dataset import stored_volumes
-from ctclip.inference.run import run_key
 from ctclip.preprocessing.doubles import recurring_reports
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
@@ -21,8 +28,6 @@ from ctclip.preprocessing.store import VolumeStore
 # Minimum correlation at 4 mm of two copies, and minimum correlation at 9 mm for a comparison at 4 mm. The measured
 # distributions are in tests/benchmarks/RESULTS.md.
 COPY, ALIKE = 0.8, 0.5
-# Number of fingerprints per cached file, so that an interrupted command resumes.
-TOGETHER = 256
 NEAREST = 2
 COLUMNS = (
     "first", "second", "correlation", "reversed", "first_patient", "second_patient", "first_split", "second_split", "is",
@@ -52,60 +57,65 @@ def find_doubles(
     """Find pairs of volumes from different scans that are copies of each other, and reports that occur under several
     patients.
 
-    Reconstructions of the same scan are not compared. ``cache``: a folder for fingerprints; ``embeddings``: unit
+    Reconstructions of the same scan are not compared. ``cache``: a folder for ``pictures``; ``embeddings``: unit
     vectors (dim,) by volume, whose nearest neighbours are compared too; ``least``: the minimum correlation of a copy.
     """
     table = stored_volumes(store, split)
     names = table["volume"].tolist()
-    prints = fingerprints(store, names, cache)
+    taken = pictures(store, names, cache)
     scans = pd.factorize(table["scan"])[0]
-    near = set(candidates(slice_vectors(prints), scans, NEAREST))
+    near = set(candidates(slice_vectors(taken.prints), scans, NEAREST))
     if embeddings is not None:
         near |= set(_nearest_embeddings(table["volume"].tolist(), embeddings, scans))
     ordered = sorted(near)
-    likeness = compare(prints, ordered)
+    likeness = compare(taken.prints, ordered)
     near_enough = np.flatnonzero(likeness[:, 0] >= ALIKE)
     ordered = [ordered[index] for index in near_enough]
     orders = likeness[near_enough, 1].astype(bool).tolist()
-    correlations = compare_closely(store, [(names[one], names[other]) for one, other in ordered], orders)
+    correlations = compare_closely(store, names, taken.middles, ordered, orders)
     return Doubles(_pairs(table, ordered, orders, correlations, least), _reports(table), len(table), len(near))
 
 
-def compare_closely(store: VolumeStore, pairs: Sequence[tuple[str, str]], orders: Sequence[bool]) -> np.ndarray:
-    """Correlation (pairs,) of two stored volumes at 4 mm; ``orders``: whether the slices of the second volume of each
-    pair are reversed."""
+def compare_closely(
+    store: VolumeStore,
+    names: Sequence[str],
+    middles: Sequence[np.ndarray],
+    pairs: Sequence[tuple[int, int]],
+    orders: Sequence[bool],
+) -> np.ndarray:
+    """Correlation (pairs,) of two stored volumes at 4 mm, 0 if their ``middles`` differ; ``orders``: whether the slices of
+    the second volume of each pair are reversed."""
 
-    def closely(pair: tuple[str, str], is_reversed: bool) -> float:
-        return compare_whole(store.read(pair[0]), store.read(pair[1]), store.spec, is_reversed)
+    def closely(pair: tuple[int, int], is_reversed: bool) -> float:
+        one, other = pair
+        if middles_differ(middles[one], middles[other], is_reversed):
+            return 0.0
+        return compare_whole(store.read(names[one]), store.read(names[other]), store.spec, is_reversed)
 
     with ThreadPoolExecutor(2) as pool:
         return np.array(list(track(pool.map(closely, pairs, orders), len(pairs), "comparing", "pairs")))
 
 
-def fingerprints(store: VolumeStore, volumes: Sequence[str], cache: Path) -> np.ndarray:
-    """Fingerprints (n, d, h, w) float16 of the volumes, computed once and cached in ``cache``; returned as a memory
-    map."""
-    cache.mkdir(parents=True, exist_ok=True)
-    checksums = [store.checksums(volume) for volume in volumes]
-    whole = cache / f"{run_key(list(volumes), checksums, store.spec.hash)}.npy"
-    kept = kept_array(whole, mapped=True)
-    if kept is not None:
-        return kept
-    parts, arrays = [], []
-    with ThreadPoolExecutor(2) as pool:
-        for first in track(range(0, len(volumes), TOGETHER), -(-len(volumes) // TOGETHER), "fingerprints", "parts"):
-            names, sums = volumes[first : first + TOGETHER], checksums[first : first + TOGETHER]
-            parts.append(cache / f"part-{run_key(list(names), sums, store.spec.hash)}.npy")
-            array = kept_array(parts[-1], mapped=True)
-            if array is None:
-                array = np.stack(list(pool.map(lambda name: fingerprint(store.read(name), store.spec), names)))
-                keep_array(parts[-1], array)
-            arrays.append(array)
-    keep_array(whole, np.concatenate(arrays))
-    for part in parts:
-        part.unlink(missing_ok=True)
-    loaded: np.ndarray = np.load(whole, mmap_mode="r")
-    return loaded
+def copied_pairs(store: VolumeStore, table: pd.DataFrame, vectors: np.ndarray) -> dict[str, str]:
+    """Find scans with the same report as another patient's scan, word for word, and a copy of its volume. Returns the first
+    such scan for each.
+
+    ``table``: rows of a cohort table; ``vectors`` (n, dim): unit vectors of the volumes. Each volume is compared with its
+    nearest neighbours among those with the same report.
+    """
+    rows = {scan: row for row, scan in reversed(list(enumerate(table["scan"])))}
+    copies: dict[str, str] = {}
+    for group in recurring_reports(table):
+        of_group = np.array(sorted(rows[scan] for scan in group))
+        names = dict(enumerate(table["volume"].iloc[of_group]))
+        near = _nearest_embeddings(list(names.values()), dict(zip(names.values(), vectors[of_group], strict=True)), np.arange(len(of_group)))  # fmt: skip
+        for one, other in sorted(set(near)):
+            first, second = (store.read(names[place]) for place in (one, other))
+            _, is_reversed = correlation(fingerprint(first, store.spec), fingerprint(second, store.spec))
+            if compare_whole(first, second, store.spec, is_reversed) >= COPY:
+                scans = [str(table["scan"].iloc[of_group[place]]) for place in (one, other)]
+                copies.setdefault(scans[1], copies.get(scans[0], scans[0]))
+    return copies
 
 
 def _nearest_embeddings(

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ctclip.audit.doubles import Doubles, find_doubles
+from ctclip.audit.pictures import PICTURES
 from ctclip.evaluation.pages import write_page
 from ctclip.inference.run import run_key
 from ctclip.preprocessing.csv_files import write_csv
@@ -32,14 +33,15 @@ def write_doubles(
     *,
     split: str | None = None,
     embed: Callable[[], dict[str, np.ndarray]] | None = None,
+    cache: Path | None = None,
     force: bool = False,
 ) -> Doubles:
     """Look for duplicates in a store and write ``TABLES`` to ``output``. ``embed``: returns the unit vector of each
-    volume."""
+    volume; ``cache``: a folder of embeddings and measures that commands share."""
     key = run_key(str(store.path.resolve()), split, embed is not None)
     with claimed_folder(output, COMMAND, key, TABLES, lambda folder: made_by_us(folder), force=force):
         embeddings = embed() if embed is not None else None
-        doubles = find_doubles(store, output / "fingerprints", split=split, embeddings=embeddings)
+        doubles = find_doubles(store, (cache or output / "embeddings") / PICTURES, split=split, embeddings=embeddings)
         for name, table in (("doubles.csv", doubles.pairs), ("recurring_reports.csv", doubles.reports)):
             with written_beside(output / name) as partial:
                 write_csv(partial, table)

@@ -30,11 +30,12 @@ SHORTCUTS = ("group", "values", "volumes", "embeddings", "histogram", "chance")
 
 
 def errors(labels: np.ndarray, margins: np.ndarray) -> np.ndarray:
-    """Cross-entropy (n,) of each volume in nats, averaged over its known labels.
+    """Cross-entropy (n,) of each volume in nats, averaged over its known labels, beyond that of volumes with the same labels.
 
     ``labels`` (n, L) hold 0, 1 and NaN; ``margins`` (n, L). The margins of each label are first fitted to its labels by
-    logistic regression (Platt 1999), so that an uncalibrated label does not dominate the others. NaN for a volume
-    without a known label.
+    logistic regression (Platt 1999), so that an uncalibrated label does not dominate the others. The rarer class of a label
+    has larger errors, so that anything associated with many findings would seem associated with errors: the mean error
+    of both classes is therefore set to the label's mean. NaN for a volume without a known label.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -47,7 +48,9 @@ def errors(labels: np.ndarray, margins: np.ndarray) -> np.ndarray:
         scores = margins[known, column : column + 1]
         spread = scores.std() or 1.0
         logits = LogisticRegression(C=1e3).fit(scores / spread, truth).decision_function(scores / spread)
-        losses[known, column] = np.logaddexp(0, logits) - truth * logits
+        loss = np.logaddexp(0, logits) - truth * logits
+        of_class = np.array([loss[truth == value].mean() for value in (0, 1)])
+        losses[known, column] = loss - of_class[truth.astype(int)] + loss.mean()
     counted = ~np.isnan(losses)
     total = np.where(counted, losses, 0).sum(axis=1)
     return np.divide(total, counted.sum(axis=1), out=np.full(len(labels), np.nan), where=counted.any(axis=1))

@@ -2,24 +2,27 @@
 
 The embeddings of volumes and reports are modelled as jointly normal, with canonical correlations (Hotelling 1936)
 estimated from the pairs of other patients. The score of a pair is log p(report | volume) - log p(report), calibrated
-with pairs that are known to be wrong: below 0, the report fits another volume as well as this one. The model is fitted
-twice, the second time without the worst pairs of the first fit, like a filtering network trained on cleaner data (Fang
-et al. 2023, "Data filtering networks").
+together with the similarity that the model was trained on, with pairs that are known to be wrong: below 0, the report fits
+another volume as well as this one. The model is fitted twice, the second time without the worst pairs of the first fit,
+like a filtering network trained on cleaner data (Fang et al. 2023, "Data filtering networks").
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-FOLDS = 5
+FOLDS = 10
 # Fraction of the pairs of the first fit that the second fit leaves out.
 DOUBTED = 0.15
 # Maximum number of axes of volumes and of reports, for matches and for sides. More than a tenth of the number of pairs
 # would fit noise.
 MOST_AXES, MOST_AXES_OF_SIDES = 64, 24
 FEWEST_PAIRS = 50
+# Number of volumes compared with all reports at a time, which bounds memory.
+TOGETHER = 512
 # Quantiles of the scores of wrong pairs at which both distributions are compared.
 PLACES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
@@ -73,15 +76,17 @@ class Joint:
 
 
 def match_scores(
-    volumes: np.ndarray, reports: np.ndarray, patients: np.ndarray, *, seed: int = 0
+    volumes: np.ndarray, reports: np.ndarray, patients: np.ndarray, *, scale: float, seed: int = 0
 ) -> tuple[np.ndarray, float]:
     """Log odds (n,) that a report belongs to its volume rather than to another, estimated from the pairs of other
-    patients, and the estimated fraction of swapped pairs.
+    patients and the model's own similarity, and the estimated fraction of swapped pairs.
 
-    volumes (n, d), reports (n, e) embeddings; patients (n,).
+    ``volumes``, ``reports`` (n, d): embeddings; ``patients`` (n,); ``scale``: the model's inverse temperature.
     """
-    scores, wrong = _cross_fitted(volumes, reports, patients, seed, centred=False)
-    return _calibrated(scores, wrong, symmetric=False), share_wrong(scores, wrong)
+    scores, wrong, partner = _cross_fitted(volumes, reports, patients, seed, centred=False)
+    both = (scores, wrong), contrasts(volumes, reports, partner, scale)
+    right, others = _calibrated([kind[0] for kind in both], [kind[1] for kind in both], symmetric=False)
+    return right, share_wrong(right, others)
 
 
 def side_scores(
@@ -94,8 +99,28 @@ def side_scores(
     states about the left minus what it states about the right (``sides.signed_sentences``). Give only pairs whose
     report names a side.
     """
-    scores, wrong = _cross_fitted(asymmetry, sides, patients, seed, centred=True)
-    return _calibrated(scores, wrong, symmetric=True), share_wrong(scores, wrong)
+    scores, wrong, _ = _cross_fitted(asymmetry, sides, patients, seed, centred=True)
+    return _calibrated([scores], [wrong], symmetric=True)[0], share_wrong(scores, wrong)
+
+
+def contrasts(
+    volumes: np.ndarray, reports: np.ndarray, partner: np.ndarray, scale: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The sum (n,) of both log softmaxes of the contrastive loss for each volume and its own report, and for each volume and
+    the report of its ``partner`` (n,)."""
+    from scipy.special import logsumexp
+
+    of_volumes, of_reports = np.empty(len(volumes)), np.full(len(volumes), -np.inf)
+    for first in range(0, len(volumes), TOGETHER):
+        part = slice(first, first + TOGETHER)
+        similarity = scale * volumes[part] @ reports.T
+        of_volumes[part] = logsumexp(similarity, axis=1)
+        of_reports = np.logaddexp(of_reports, logsumexp(similarity, axis=0))
+    own, other = (
+        2 * scale * np.sum(volumes * reports[row], axis=1) - of_volumes - of_reports[row]
+        for row in (np.arange(len(volumes)), partner)
+    )
+    return own, other
 
 
 def pair_scores(match: np.ndarray, side: np.ndarray, swapped: float, exchanged: float) -> np.ndarray:
@@ -104,6 +129,12 @@ def pair_scores(match: np.ndarray, side: np.ndarray, swapped: float, exchanged: 
     ``side`` (n,) is NaN if the report names no side; then only ``match`` is used."""
     of_sides = np.where(np.isnan(side), -np.inf, np.log(exchanged) - side)
     return np.asarray(-np.logaddexp(np.log(swapped) - match, of_sides))
+
+
+def exchanged_alone(exchanged: float, swapped: float, pairs: int) -> float:
+    """Correct the estimated fraction of exchanged sides for swapped pairs, of which half seem to be exchanged too. Returns at
+    least the fraction that one of the ``pairs`` is."""
+    return max(exchanged - swapped / 2, 1 / pairs)
 
 
 def share_wrong(scores: np.ndarray, wrong: np.ndarray) -> float:
@@ -120,13 +151,17 @@ def share_wrong(scores: np.ndarray, wrong: np.ndarray) -> float:
 
 def _cross_fitted(
     volumes: np.ndarray, reports: np.ndarray, patients: np.ndarray, seed: int, *, centred: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cross-fitted scores (n,) of the pairs, and of as many wrong pairs: with another report of the fold, or
-    mirrored."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cross-fitted scores (n,) of the pairs, and of as many wrong pairs: with the report of another pair of the fold, or
+    mirrored; and the number (n,) of that other pair."""
     names, member = np.unique(patients, return_inverse=True)
     fold = (np.random.default_rng(seed).permutation(len(names)) % FOLDS)[member]
     volumes, reports = volumes.astype(float), reports.astype(float)
     scores, wrong = np.zeros(len(volumes)), np.zeros(len(volumes))
+    partner = np.arange(len(volumes))
+    for number in range(FOLDS):
+        own = np.flatnonzero(fold == number)
+        partner[own] = np.roll(own, len(own) // 2)
     kept = np.ones(len(volumes), bool)
     for _ in range(2):
         for number in range(FOLDS):
@@ -138,22 +173,29 @@ def _cross_fitted(
                 wrong[own] = -scores[own]
             else:
                 scores[own] = joint.log_ratio(volumes[own], reports[own])
-                wrong[own] = joint.log_ratio(volumes[own], reports[np.roll(own, len(own) // 2)])
+                wrong[own] = joint.log_ratio(volumes[own], reports[partner[own]])
         kept = scores >= np.quantile(scores, DOUBTED)
-    return scores, wrong
+    return scores, wrong, partner
 
 
-def _calibrated(scores: np.ndarray, wrong: np.ndarray, *, symmetric: bool) -> np.ndarray:
-    """Calibrate scores to log odds by logistic regression of pairs against wrong pairs (Platt 1999), because a normal
-    distribution fitted to few pairs is overconfident, most of all for outlying pairs. The order of the scores does not
-    change."""
+def _calibrated(
+    scores: Sequence[np.ndarray], wrong: Sequence[np.ndarray], *, symmetric: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Calibrate one or more scores (n,) to log odds (n,) of pairs and of wrong pairs by logistic regression (Platt 1999),
+    because a normal distribution fitted to few pairs is overconfident, most of all for outlying pairs. A score with a
+    negative weight is left out."""
     from sklearn.linear_model import LogisticRegression
 
-    compressed = [np.sign(side) * np.log1p(np.abs(side)) for side in (scores, wrong)]
-    truth = np.repeat([1, 0], [len(scores), len(wrong)])
-    line = LogisticRegression(C=1e3, fit_intercept=not symmetric).fit(np.concatenate(compressed)[:, None], truth)
-    slope = max(0.0, float(line.coef_[0, 0]))
-    return np.asarray(slope * compressed[0] + float(line.intercept_[0] if not symmetric else 0.0))
+    both = [np.concatenate(kind) for kind in zip(scores, wrong, strict=True)]
+    inputs = np.column_stack([np.sign(values) * np.log1p(np.abs(values)) for values in both])
+    if not symmetric:
+        inputs = (inputs - inputs.mean(axis=0)) / np.maximum(inputs.std(axis=0), 1e-12)
+    truth = np.repeat([1, 0], len(inputs) // 2)
+    for _ in range(len(both)):
+        line = LogisticRegression(C=1e3, fit_intercept=not symmetric).fit(inputs, truth)
+        inputs = np.where(line.coef_[0] > 0, inputs, 0.0)
+    odds = inputs @ np.maximum(line.coef_[0], 0) + (float(line.intercept_[0]) if not symmetric else 0.0)
+    return odds[: len(odds) // 2], odds[len(odds) // 2 :]
 
 
 def worse_share(scores: np.ndarray) -> np.ndarray:

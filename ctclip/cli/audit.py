@@ -23,7 +23,7 @@ def doubles(
     ),
     embeddings: Path = typer.Option(
         None,
-        help="With --model: folder of embeddings that commands share. Default: the folder embeddings in the output.",
+        help="Folder of embeddings and measures that commands share. Default: the folder embeddings in the output.",
     ),
     batch: int = typer.Option(8, min=1, help="With --model: number of volumes in a batch."),
     force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
@@ -51,7 +51,7 @@ def doubles(
         loaded = load_model(model, distributed.device())
         scans = StoredScans(opened, split, loaded.spec, loaded.path)
         embed = partial(cached_embeddings, loaded, scans, embeddings or output / "embeddings", batch)
-    result = write_doubles(opened, output, split=split, embed=embed, force=force)
+    result = write_doubles(opened, output, split=split, embed=embed, cache=embeddings, force=force)
     pairs = result.pairs
     for pair in pairs.head(10).itertuples():
         print(f"{pair.first} and {pair.second}: {pair[9]}, correlation {pair.correlation:.2f}")
@@ -73,7 +73,8 @@ def data(
         Path("audit"), "--output", "-o", help="Folder for data_audit.csv, concepts.csv and data_audit.html."
     ),
     embeddings: Path = typer.Option(
-        None, help="Folder of embeddings that commands share. Default: the folder embeddings in the output."
+        None,
+        help="Folder of embeddings and measures that commands share. Default: the folder embeddings in the output.",
     ),
     batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
     force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
@@ -83,6 +84,7 @@ def data(
     `ctclip audit data --model runs/demo/train/model --store store --output audit`
     """
     from ctclip import distributed
+    from ctclip.audit.associations import FEWEST_PATIENTS
     from ctclip.audit.audit_page import DATA_TABLES, write_data_audit
     from ctclip.audit.concepts import load_concepts
     from ctclip.models.folder import load_model
@@ -99,6 +101,8 @@ def data(
     for line in lines.head(10).itertuples():
         mark = "*" if line.significant else " "
         print(f"{mark} {line.concept} | {line.group} | {line.where}: {line.difference:+.2f} ({line.lower:+.2f} to {line.upper:+.2f}), adjusted p {line.adjusted_p:.2g}")  # fmt: skip
+    if lines.empty:
+        print(f"note: nothing could be compared: every comparison needs {FEWEST_PATIENTS} patients on each side")
     print(f"{len(lines)} comparisons, {int(lines['significant'].sum())} significant after correction (*)")
     print(f"tables and page: {output} ({', '.join(DATA_TABLES)})")
 
@@ -114,7 +118,8 @@ def model_(
         Path("model_audit"), "--output", "-o", help="Folder for errors.csv, fairness.csv, shortcuts.csv and the page."
     ),
     embeddings: Path = typer.Option(
-        None, help="Folder of embeddings that commands share. Default: the folder embeddings in the output."
+        None,
+        help="Folder of embeddings and measures that commands share. Default: the folder embeddings in the output.",
     ),
     batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
     force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
@@ -124,6 +129,7 @@ def model_(
     `ctclip audit model --model runs/demo/train/model --store store --split valid --output model_audit`
     """
     from ctclip import distributed
+    from ctclip.audit.associations import FEWEST_PATIENTS
     from ctclip.audit.audit_page import MODEL_TABLES, write_model_audit
     from ctclip.audit.concepts import load_concepts
     from ctclip.inference.model import usable_head
@@ -145,6 +151,8 @@ def model_(
         batch=batch,
         force=force,
     )
+    if wrong.empty and fair.empty and short.empty:
+        print(f"note: nothing could be compared: every comparison needs {FEWEST_PATIENTS} patients on each side")
     for line in wrong.head(5).itertuples():
         print(f"{'*' if line.significant else ' '} errors with {line.concept}: {line.difference:+.2f} ({line.lower:+.2f} to {line.upper:+.2f})")  # fmt: skip
     for line in fair.head(3).itertuples():

@@ -41,7 +41,7 @@ def filter_pairs(
 
     check_folder(output, made_by_us, "output of `ctclip filter-pairs`")
     loaded = load_model(model, distributed.device())
-    pairs = run(
+    pairs, wrong = run(
         loaded,
         VolumeStore(store),
         output,
@@ -57,7 +57,15 @@ def filter_pairs(
     for pair in pairs[pairs["note"] == ""].head(10).itertuples():
         sides_words = f", sides {pair.side:.1f}" if pair.side == pair.side else ""
         print(f"{pair.volume}: score {pair.score:.1f} (match {pair.match:.1f}{sides_words})")
-    print(f"{len(pairs)} pairs, {int((pairs['score'] < 0).sum())} of them with a score below 0")
-    if keep:
-        print(f"kept in {store}: `ctclip train data.best_pairs=0.9` leaves out the worst tenth")
+    counts = f"{len(pairs)} pairs, {int((pairs['note'] != '').sum())} of them without a report or copies of another"
+    if wrong.told:
+        print(
+            f"{counts}; about {wrong.swapped:.0%} of the reports seem to belong to another volume, {wrong.exchanged:.0%} to "
+            f"exchange left and right"
+        )
+    else:
+        print(f"{counts}; this model does not distinguish their reports, so its scores are meaningless")
+    if keep and wrong.told:
+        best = max(0.01, 1 - wrong.wrong)
+        print(f"kept in {store}: `ctclip train data.best_pairs={best:.2f}` leaves out as many, those that fit least")
     print(f"table and page: {output} ({', '.join(TABLES)})")

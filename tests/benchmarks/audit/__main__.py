@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.benchmarks.common import machine
 
-PARTS = ("drift", "doubles", "pairs", "confounders")
+PARTS = ("drift", "doubles", "pairs", "confounders", "training")
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument(
         "--few",
         type=int,
-        help="with drift: phantoms of each kind; with doubles: volumes of the store; with pairs: scans of a split",
+        help="with drift: phantoms of each kind; with doubles: volumes of the store; with pairs: scans of a split; with training: seeds",
     )
     chosen = parser.parse_args()
     print(f"{date.today():%-d %B %Y}, {machine()}\n")

@@ -27,7 +27,7 @@ def show(demo: Path, model: Path) -> str:
 
     loaded, store, concepts = load_model(model), VolumeStore(demo / "store"), load_concepts()
     # Scans that the model was not trained on; which of them are called train is drawn below.
-    whole, _ = concept_sheet(loaded, store, "valid", CACHE, EMBEDDINGS, concepts, 8)
+    whole, *_ = concept_sheet(loaded, store, "valid", EMBEDDINGS, concepts, 8)
     first = whole.table.groupby("scan", sort=False).head(1).index
     chosen = np.sort(np.random.default_rng(0).permutation(first.to_numpy())[:VOLUMES])
     base = Sheet(whole.table.iloc[chosen].reset_index(drop=True), whole.values[chosen], whole.names, whole.kinds)
@@ -77,11 +77,13 @@ def _spoilt(name: str, needed: np.ndarray, base, loaded, store, concepts) -> np.
 
     from ctclip.audit.concepts import concept_scores
     from ctclip.audit.measures import measure
+    from ctclip.audit.pictures import VERSION
     from ctclip.drift.facts import Source
     from ctclip.inference.run import run_key
 
+    CACHE.mkdir(parents=True, exist_ok=True)
     volumes = [str(volume) for volume in base.table["volume"][needed]]
-    cache = CACHE / f"{name}-{run_key(loaded.hash, volumes, str(store.path))}.npy"
+    cache = CACHE / f"{name}-{run_key(loaded.hash, volumes, str(store.path), VERSION)}.npy"
     if not cache.is_file():
         vectors, measured = [], []
         for volume in volumes:

@@ -17,8 +17,17 @@ COPIES, SEED = 50, 12
 def show(demo: Path, model: Path, volumes: int | None = None) -> str:
     import nibabel as nib
 
-    from ctclip.audit.doubles import ALIKE, COPY, NEAREST, fingerprints
-    from ctclip.audit.fingerprints import candidates, compare, compare_whole, fingerprint, slice_vectors
+    from ctclip.audit.doubles import ALIKE, COPY, NEAREST
+    from ctclip.audit.fingerprints import (
+        candidates,
+        compare,
+        compare_whole,
+        fingerprint,
+        middle,
+        middles_differ,
+        slice_vectors,
+    )
+    from ctclip.audit.pictures import pictures
     from ctclip.preprocessing.pipeline import prepare
     from ctclip.preprocessing.store import VolumeStore
 
@@ -29,7 +38,8 @@ def show(demo: Path, model: Path, volumes: int | None = None) -> str:
     sources = random.choice(len(names), COPIES, replace=False)
     with tempfile.TemporaryDirectory() as scratch:
         began = time.process_time()
-        prints = fingerprints(store, names, Path(scratch) / "cache")
+        taken = pictures(store, names, Path(scratch) / "cache")
+        prints, middles = taken.prints.whole(), list(taken.middles.whole())
         reading = time.process_time() - began
         copies, close = [], []
         for number, source in enumerate(sources):
@@ -39,6 +49,7 @@ def show(demo: Path, model: Path, volumes: int | None = None) -> str:
             hu = prepare(path, store.spec).hu
             copies.append(fingerprint(hu, store.spec))
             close.append(hu)
+            middles.append(middle(hu, store.spec))
     every = np.concatenate([prints, np.stack(copies)])
     scans = np.concatenate([np.unique(cohort["scan"], return_inverse=True)[1], -1 - np.arange(COPIES)])
     patients = np.concatenate([np.unique(cohort["patient"], return_inverse=True)[1], -1 - np.arange(COPIES)])
@@ -53,7 +64,9 @@ def show(demo: Path, model: Path, volumes: int | None = None) -> str:
     alike = likeness >= ALIKE
     likeness = np.array(
         [
-            compare_whole(whole(one), whole(other), store.spec, bool(order)) if near else 0.0
+            compare_whole(whole(one), whole(other), store.spec, bool(order))
+            if near and not middles_differ(middles[one], middles[other], bool(order))
+            else 0.0
             for (one, other), near, order in zip(pairs, alike, coarse[:, 1], strict=True)
         ]
     )
@@ -82,7 +95,7 @@ def show(demo: Path, model: Path, volumes: int | None = None) -> str:
     rows.append(["pairs of different patients that were compared", "", f"at 9 mm: median {strangers[0]:.2f}, 90 % {strangers[1]:.2f}, 99 % {strangers[2]:.2f}, most {strangers[3]:.2f}"])  # fmt: skip
     rows.append(["pairs of different patients called copies", f"{false} of {total:,} pairs ({1e4 * false / total:.3f} in 10,000)", f"at most {others.max():.2f}"])  # fmt: skip
     title = (
-        f"Doubles: {COPIES} changed copies among {len(names):,} phantoms (processor time: fingerprints {reading:.0f} s, "
+        f"Doubles: {COPIES} changed copies among {len(names):,} phantoms (processor time: reading {reading:.0f} s, "
         f"{len(pairs):,} pairs compared at 9 mm and {int(alike.sum()):,} at 4 mm in {seconds:.0f} s)"
     )
     return table(title, ["copies", "found", "correlation"], rows)

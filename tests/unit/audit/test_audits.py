@@ -197,6 +197,9 @@ def test_errors_and_fairness() -> None:
     loss = errors(labels, margins)
     assert np.isnan(loss[0])
     assert loss[1:].mean() < log_loss(labels[1:, 0], np.full(PATIENTS - 1, labels[1:, 0].mean()))
+    # Each class of a label has the same mean error, however rare it is.
+    one = errors(labels[:, :1], margins[:, :1])
+    assert np.nanmean(one[labels[:, 0] == 1]) == pytest.approx(np.nanmean(one[labels[:, 0] == 0]))
     lines = audit_errors(made, loss)
     by_sex = lines[lines["concept"] == "sex: F"].iloc[0]
     assert by_sex["significant"]
@@ -227,6 +230,35 @@ def test_groups_of_a_cohort() -> None:
     groups = group_columns(table)
     assert set(groups) == {"split", "sex", "age"}
     assert set(groups["age"]) == {"60 to 74 years", "0 to 39 years", "75 years and older", ""}
+
+
+def test_strange_columns_are_grouped_or_left_out() -> None:
+    table, random = sheet(0).table, np.random.default_rng(0)
+    ward = [f"Köln, Haus {number}" for number in random.choice(40, PATIENTS, p=np.linspace(1, 3, 40) / 80)]
+    weight = random.normal(75, 15, PATIENTS).round(1)
+    groups = group_columns(
+        table.assign(
+            StudyDate=[f"20{18 + number % 3}0{1 + number % 9}1{number % 10}" for number in range(PATIENTS)],
+            weight=np.where(np.arange(PATIENTS) < 20, np.nan, weight),
+            AccessionNumber=np.arange(PATIENTS) * 7,
+            ward=ward,
+            one="here",
+            empty=None,
+            age=[None] * PATIENTS,
+        )
+    )
+    assert set(groups) == {"split", "sex", "StudyDate", "weight", "ward"}
+    # Names of patients are no groups, even with many volumes each.
+    names = [f"patient {number // 20}" for number in range(PATIENTS)]
+    assert "called" not in group_columns(table.assign(called=names, patient=names))
+    assert set(groups["StudyDate"]) == {"2018", "2019", "2020"}
+    assert len(set(groups["ward"]) - {""}) == 12
+    assert set(groups["ward"]) - {""} <= set(ward)
+    low, high = np.quantile(weight[20:], [1 / 3, 2 / 3])
+    assert set(groups["weight"]) == {"", f"below {low:g}", f"{low:g} to {high:g}", f"above {high:g}"}
+    assert np.flatnonzero(groups["weight"] == f"below {low:g}").tolist() == [
+        row for row in range(20, PATIENTS) if weight[row] < low
+    ]
 
 
 def test_the_concepts_that_come_with_it() -> None:

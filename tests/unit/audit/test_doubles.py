@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from ctclip.audit.doubles import find_doubles
+from ctclip.audit.doubles import copied_pairs, find_doubles
 from ctclip.audit.doubles_page import write_doubles
-from ctclip.audit.fingerprints import candidates, correlation, detail, slice_vectors
+from ctclip.audit.fingerprints import candidates, correlation, detail, fingerprint, slice_vectors
+from ctclip.audit.pictures import pictures
 from ctclip.preprocessing.cohort_run import preprocess_cohort
 from ctclip.preprocessing.doubles import double_notes, recurring_reports, same_voxels
 from ctclip.preprocessing.store import VolumeStore
@@ -26,9 +28,27 @@ def test_a_changed_copy_is_found_and_nothing_else(textures: VolumeStore, tmp_pat
     assert pair["is"] == "one scan under two splits and two patients"
     assert doubles.reports["scans"].tolist() == ["volume_29; volume_3"]
     assert doubles.reports["splits"].tolist() == ["train; valid"]
-    # Read again from the kept fingerprints.
-    assert len(list(tmp_path.glob("*.npy"))) == 1
     assert find_doubles(textures, tmp_path).pairs.equals(doubles.pairs)
+
+
+def test_voxels_are_read_once_for_all_commands(textures: VolumeStore, tmp_path: Path) -> None:
+    names = textures.volumes
+    first = pictures(textures, names[:20], tmp_path)
+    with mock.patch.object(VolumeStore, "read", autospec=True, side_effect=VolumeStore.read) as read:
+        both = pictures(textures, names[::-1], tmp_path)
+        assert sorted(call.args[1] for call in read.call_args_list) == names[20:]
+        read.reset_mock()
+        # A damaged part is made again, and volumes that were stored anew are read again.
+        damaged = next(path for path in tmp_path.rglob("prints.npy") if len(np.load(path)) == 10)
+        half = damaged.read_bytes()[:200]
+        damaged.unlink()
+        damaged.write_bytes(half)
+        again = pictures(textures, names, tmp_path)
+        assert sorted(call.args[1] for call in read.call_args_list) == names[20:]
+    for kind in ("measures", "histograms", "prints", "middles"):
+        np.testing.assert_array_equal(getattr(both, kind).whole()[::-1], getattr(again, kind).whole())
+        np.testing.assert_array_equal(getattr(first, kind).whole(), getattr(again, kind).whole()[:20])
+    np.testing.assert_array_equal(first.prints[3], fingerprint(textures.read(names[3]), SPEC))
 
 
 def test_embeddings_bring_pairs_of_their_own(textures: VolumeStore, tmp_path: Path) -> None:
@@ -56,6 +76,16 @@ def test_the_correlation_is_pearsons_where_they_overlap() -> None:
     expected = np.corrcoef(one[inside].ravel(), other[inside].ravel())[0, 1]
     assert correlation(hu, hu + noise)[0] == pytest.approx(expected, abs=1e-4)
     assert correlation(hu, texture(1))[0] < 0.6
+
+
+def test_a_copied_pair_is_told_from_a_report_that_recurs(textures: VolumeStore) -> None:
+    # Volumes 5 and 7 have the report of 3 and 29, but other voxels.
+    table = textures.cohort.copy()
+    report = table["findings"][table["volume"] == "volume_3"].item()
+    table.loc[table["volume"].isin(["volume_5", "volume_7"]), "findings"] = report
+    vectors = np.random.default_rng(0).normal(0, 1, (len(table), 8))
+    assert copied_pairs(textures, table, vectors) in ({"volume_3": "volume_29"}, {"volume_29": "volume_3"})
+    assert copied_pairs(textures, textures.cohort.assign(findings="Normal."), vectors) == {}
 
 
 def test_volumes_of_one_scan_are_not_compared() -> None:

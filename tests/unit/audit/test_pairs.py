@@ -7,9 +7,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.stats import multivariate_normal
 
-from ctclip.audit.pairs import Joint, match_scores, pair_scores, share_wrong, side_scores, worse_share
+from ctclip.audit.pairs import (
+    Joint,
+    contrasts,
+    exchanged_alone,
+    match_scores,
+    pair_scores,
+    share_wrong,
+    side_scores,
+    worse_share,
+)
 from ctclip.audit.sides import exchange_sides, mirrored, side_of, signed_sentences
 from ctclip.data.pair_scores import good_pairs, read_pair_scores, write_pair_scores
 from ctclip.errors import DataError
@@ -47,15 +57,26 @@ def test_exchanged_pairs_are_the_worst() -> None:
     patients = np.arange(1000).astype(str)
     swapped = np.random.default_rng(1).choice(1000, 50, replace=False)
     reports[swapped] = reports[np.roll(swapped, 1)]
-    share = worse_share(match_scores(volumes, reports, patients)[0])
+    share = worse_share(match_scores(volumes, reports, patients, scale=10)[0])
     assert (share[swapped] < 0.1).mean() > 0.95
     assert share.min() == pytest.approx(0.0005)
+
+
+def test_the_contrast_is_the_contrastive_losss() -> None:
+    random = np.random.default_rng(0)
+    volumes, reports = (torch.from_numpy(random.normal(0, 1, (700, 6))) for _ in range(2))
+    own, other = contrasts(volumes.numpy(), reports.numpy(), np.roll(np.arange(700), 3), 2.5)
+    logits = 2.5 * volumes @ reports.T
+    labels = torch.arange(700)
+    loss = [torch.nn.functional.cross_entropy(side, labels, reduction="none") for side in (logits, logits.T)]
+    np.testing.assert_allclose(own, -(loss[0] + loss[1]))
+    assert other[5] == pytest.approx(float(logits.log_softmax(1)[5, 2] + logits.log_softmax(0)[5, 2]))
 
 
 def test_pairs_without_any_relation_score_nothing() -> None:
     volumes, _ = pairs(600)
     _, others = pairs(600, seed=5)
-    scores, _ = match_scores(volumes, others, np.arange(600).astype(str))
+    scores, _ = match_scores(volumes, others, np.arange(600).astype(str), scale=10)
     assert abs(scores.mean()) < 1
 
 
@@ -79,6 +100,12 @@ def test_either_fault_lowers_the_score_as_often_as_it_occurs() -> None:
     assert scores[4] == -np.inf
 
 
+def test_half_of_the_swapped_do_not_count_as_exchanged() -> None:
+    assert exchanged_alone(0.06, 0.1, 500) == pytest.approx(0.01)
+    assert exchanged_alone(0.06, 0.0, 500) == 0.06
+    assert exchanged_alone(0.02, 0.1, 500) == 0.002
+
+
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.2])
 def test_the_share_of_wrong_pairs_is_seen(share: float) -> None:
     random = np.random.default_rng(0)
@@ -95,11 +122,11 @@ def test_scores_are_calibrated_log_odds() -> None:
     patients = np.arange(4000).astype(str)
     volumes, reports = (np.column_stack([side, random.normal(0, 1, (4000, 16))]) for side in (cause, echo))
     wrong = np.roll(np.arange(4000), 2000)
-    scores, _ = match_scores(volumes, reports, patients)
+    scores, _ = match_scores(volumes, reports, patients, scale=10)
     mixed = reports.copy()
     swapped = random.choice(4000, 400, replace=False)
     mixed[swapped] = reports[wrong[swapped]]
-    odds, _ = match_scores(volumes, mixed, patients)
+    odds, _ = match_scores(volumes, mixed, patients, scale=10)
     assert -np.log(1 / (1 + np.exp(-scores))).mean() < np.log(2)
     # At odds of 9 to 1, this share of pairs is wrong among those with scores below 0.
     chances = 1 / (1 + 9 * np.exp(odds))

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctclip.audit.measures import keep_array, kept_array
+from ctclip.audit.pictures import keep_array, kept_array
 from ctclip.config_files import read_mapping
 from ctclip.data.pair_scores import FILE, read_pair_scores
 from ctclip.errors import ConfigError, DataError

@@ -1,0 +1,139 @@
+"""What the audits compute from the voxels of a volume: measures, a histogram and fingerprints. Each volume is read once,
+and the results are cached for all commands that share a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from ctclip.audit.fingerprints import fingerprint, middle
+from ctclip.audit.measures import MEASURES, measure
+from ctclip.drift.facts import Source
+from ctclip.inference.run import run_key
+from ctclip.preprocessing import plain_json
+from ctclip.preprocessing.files import regular, write_text, written_beside
+from ctclip.preprocessing.progress import track
+from ctclip.preprocessing.store import VolumeStore
+
+# Changed whenever one of the numbers is computed differently, so that older caches are not read.
+VERSION = 2
+# The folder of these arrays among the embeddings that commands share.
+PICTURES = "pictures"
+# In a part: its volumes, in the order of the arrays, with the checksums of their voxels.
+VOLUMES = "volumes.json"
+# Volumes to a file, so that an interrupted command resumes.
+TOGETHER = 256
+HISTOGRAM = np.concatenate([np.arange(-1000, 400, 50), [400, 600, 1000, 3100]])
+
+
+class Rows(Sequence[np.ndarray]):
+    """Arrays of equal shape, one per volume, from memory-mapped files."""
+
+    def __init__(self, places: Sequence[tuple[np.ndarray, int]]) -> None:
+        """``places``: the array of a file, and the row in it, of each volume."""
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        array, row = self.places[index]
+        return array[row]
+
+    def whole(self) -> np.ndarray:
+        """All of them in memory."""
+        return np.stack([array[row] for array, row in self.places])
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """measures (n, MEASURES) float64; histograms (n, bins) float64, square roots of shares of voxels; prints and middles: a
+    fingerprint of each volume, and one of its middle in finer voxels."""
+
+    measures: Rows
+    histograms: Rows
+    prints: Rows
+    middles: Rows
+
+
+KINDS: dict[str, Callable[[np.ndarray, VolumeStore, str], np.ndarray]] = {
+    "measures": lambda hu, store, name: _measured(hu, store, name),
+    "histograms": lambda hu, store, name: histogram(hu),
+    "prints": lambda hu, store, name: fingerprint(hu, store.spec),
+    "middles": lambda hu, store, name: middle(hu, store.spec),
+}
+
+
+def pictures(store: VolumeStore, volumes: Sequence[str], cache: Path) -> Pictures:
+    """The ``Pictures`` of stored volumes, in the order of ``volumes``. Only volumes missing in ``cache`` are read; each
+    ``TOGETHER`` are saved to a folder, so that an interrupted command resumes."""
+    folder = cache / run_key(VERSION, store.spec.hash, list(MEASURES))
+    checksums = {name: str(store.checksums(name)) for name in volumes}
+    places: dict[str, tuple[dict[str, np.ndarray], int]] = {}
+    for part in sorted(folder.glob("*")):
+        places |= _read_part(part, checksums)
+    missing = [name for name in volumes if name not in places]
+    with ThreadPoolExecutor(2) as pool:
+        for first in track(range(0, len(missing), TOGETHER), -(-len(missing) // TOGETHER), "reading volumes", "parts"):
+            names = missing[first : first + TOGETHER]
+            rows = list(pool.map(lambda name: _of_volume(store, name), names))
+            of_names = {name: checksums[name] for name in names}
+            part = folder / run_key(of_names)
+            part.mkdir(parents=True, exist_ok=True)
+            for kind in KINDS:
+                keep_array(part / f"{kind}.npy", np.stack([row[kind] for row in rows]))
+            # Last: a part without it is not complete.
+            write_text(part / VOLUMES, json.dumps(of_names))
+            places |= _read_part(part, checksums)
+    return Pictures(**{kind: Rows([(places[name][0][kind], places[name][1]) for name in volumes]) for kind in KINDS})
+
+
+def _read_part(part: Path, checksums: Mapping[str, str]) -> dict[str, tuple[dict[str, np.ndarray], int]]:
+    """Arrays of a part and the row in them, of each of its volumes that is wanted and still has the same voxels."""
+    try:
+        of_names = plain_json.read(regular(part / VOLUMES))
+    except (OSError, ValueError):
+        return {}
+    arrays = {kind: kept_array(part / f"{kind}.npy", mapped=True) for kind in KINDS}
+    whole = {kind: array for kind, array in arrays.items() if array is not None and len(array) == len(of_names)}
+    if len(whole) < len(KINDS):
+        return {}
+    return {name: (whole, row) for row, (name, sum_) in enumerate(of_names.items()) if checksums.get(name) == sum_}
+
+
+def histogram(hu: np.ndarray) -> np.ndarray:
+    """(bins,) square roots of the shares of voxels in ``HISTOGRAM``, of every second voxel along each axis."""
+    counts = np.histogram(np.clip(hu[::2, ::2, ::2], HISTOGRAM[0], HISTOGRAM[-1] - 1), HISTOGRAM)[0]
+    return np.asarray(np.sqrt(counts / counts.sum()))
+
+
+def keep_array(path: Path, array: np.ndarray) -> None:
+    """Write an array that ``kept_array`` can read."""
+    with written_beside(path) as partial, partial.open("wb") as stream:
+        np.save(stream, array)
+
+
+def kept_array(path: Path, *, mapped: bool = False) -> np.ndarray | None:
+    """Read a cached array, as a memory map if ``mapped``; None if it is missing or damaged and must be computed
+    again."""
+    try:
+        array: np.ndarray = np.load(regular(path), mmap_mode="r" if mapped else None)
+    except (OSError, ValueError, EOFError, BadZipFile):
+        return None
+    return array
+
+
+def _of_volume(store: VolumeStore, name: str) -> dict[str, np.ndarray]:
+    hu = store.read(name)
+    return {kind: take(hu, store, name) for kind, take in KINDS.items()}
+
+
+def _measured(hu: np.ndarray, store: VolumeStore, name: str) -> np.ndarray:
+    upright = hu.transpose(0, 2, 1) if store.spec.published_geometry else hu
+    return measure(upright, store.spec, Source.of_notes(store.notes(name)))
