@@ -101,7 +101,7 @@ def _plain(value: Any) -> Any:
 
 
 def numbers_table(models: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """A row a model."""
+    """One row per model."""
     head = ["", "modality gap", "cosine of pairs", "cosine of strangers", "cosine of volumes", "cosine of reports",
             "alignment", "uniformity of volumes", "uniformity of reports", "effective rank of volumes",
             "dimensions of 90 %, volumes", "effective rank of reports", "dimensions of 90 %, reports", "inverse temperature"]  # fmt: skip

@@ -130,10 +130,10 @@ def score_pairs(
     match, side = np.full(len(table), -np.inf), np.full(len(table), np.nan)
     scale = float(loaded.model.similarity.scale().detach())
     match[known], swapped = match_scores(volumes[known], reports[known], patients[known], scale=scale, seed=seed)
-    exchanged, sided = 0.5, np.zeros(len(table), bool)
+    exchanged, sided = 0.5, np.zeros(len(table), dtype=bool)
     if sides:
         said = signed_sentences(loaded.model, texts)
-        sided = said.any(axis=1)
+        sided = np.asarray(said.any(axis=1))
         if sided.sum() >= FEWEST_PAIRS:
             images = MirroredScans(store, split, loaded.spec, loaded.path)
             images.table = table.iloc[np.flatnonzero(sided)].reset_index(drop=True)
