@@ -36,8 +36,8 @@ SURE = 1.0
 
 @dataclass(frozen=True)
 class WrongPairs:
-    """Estimated fractions of the pairs with a report that belongs to another volume (``swapped``) or exchanges left and
-    right (``exchanged``; 0 if sides were not scored). ``told``: whether the model distinguishes reports at all; if not, the
+    """Estimated fractions of the pairs whose report belongs to another volume (``swapped``) or exchanges left and right
+    (``exchanged``; 0 if sides were not scored). ``told``: whether the model distinguishes reports at all; if not, the
     fractions are meaningless."""
 
     swapped: float

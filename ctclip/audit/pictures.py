@@ -21,13 +21,13 @@ from ctclip.preprocessing.files import regular, write_text, written_beside
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
 
-# Changed whenever one of the numbers is computed differently, so that older caches are not read.
+# Increased whenever a number is computed differently, so that older caches are ignored.
 VERSION = 2
-# The folder of these arrays among the embeddings that commands share.
+# Folder of these arrays, inside the folder of embeddings that commands share.
 PICTURES = "pictures"
-# In a part: its volumes, in the order of the arrays, with the checksums of their voxels.
+# File in each part that lists its volumes, in the order of the arrays, with the checksums of their voxels.
 VOLUMES = "volumes.json"
-# Volumes to a file, so that an interrupted command resumes.
+# Volumes per part, so that an interrupted command resumes.
 TOGETHER = 256
 HISTOGRAM = np.concatenate([np.arange(-1000, 400, 50), [400, 600, 1000, 3100]])
 
@@ -36,7 +36,7 @@ class Rows(Sequence[np.ndarray]):
     """Arrays of equal shape, one per volume, from memory-mapped files."""
 
     def __init__(self, places: Sequence[tuple[np.ndarray, int]]) -> None:
-        """``places``: the array of a file, and the row in it, of each volume."""
+        """``places``: for each volume, the array of a file and the volume's row in it."""
         self.places = places
 
     def __len__(self) -> int:
@@ -47,14 +47,14 @@ class Rows(Sequence[np.ndarray]):
         return array[row]
 
     def whole(self) -> np.ndarray:
-        """All of them in memory."""
+        """All arrays, stacked in memory."""
         return np.stack([array[row] for array, row in self.places])
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """measures (n, MEASURES) float64; histograms (n, bins) float64, square roots of shares of voxels; prints and middles: a
-    fingerprint of each volume, and one of its middle in finer voxels."""
+    """Arrays of n volumes: ``measures`` (n, MEASURES) float64; ``histograms`` (n, bins) float64, the square roots of the
+    fractions of voxels; ``prints``: fingerprints; ``middles``: fingerprints of the middle, with smaller voxels."""
 
     measures: Rows
     histograms: Rows
@@ -71,8 +71,8 @@ KINDS: dict[str, Callable[[np.ndarray, VolumeStore, str], np.ndarray]] = {
 
 
 def pictures(store: VolumeStore, volumes: Sequence[str], cache: Path) -> Pictures:
-    """The ``Pictures`` of stored volumes, in the order of ``volumes``. Only volumes missing in ``cache`` are read; each
-    ``TOGETHER`` are saved to a folder, so that an interrupted command resumes."""
+    """Compute the ``Pictures`` of stored volumes, in the order of ``volumes``. Only volumes missing from ``cache`` are read;
+    they are saved in parts of ``TOGETHER`` volumes, so that an interrupted command resumes."""
     folder = cache / run_key(VERSION, store.spec.hash, list(MEASURES))
     checksums = {name: str(store.checksums(name)) for name in volumes}
     places: dict[str, tuple[dict[str, np.ndarray], int]] = {}
@@ -88,14 +88,14 @@ def pictures(store: VolumeStore, volumes: Sequence[str], cache: Path) -> Picture
             part.mkdir(parents=True, exist_ok=True)
             for kind in KINDS:
                 keep_array(part / f"{kind}.npy", np.stack([row[kind] for row in rows]))
-            # Last: a part without it is not complete.
+            # Written last: a part without this file is incomplete.
             write_text(part / VOLUMES, json.dumps(of_names))
             places |= _read_part(part, checksums)
     return Pictures(**{kind: Rows([(places[name][0][kind], places[name][1]) for name in volumes]) for kind in KINDS})
 
 
 def _read_part(part: Path, checksums: Mapping[str, str]) -> dict[str, tuple[dict[str, np.ndarray], int]]:
-    """Arrays of a part and the row in them, of each of its volumes that is wanted and still has the same voxels."""
+    """Read a part: for each of its volumes that is wanted and whose voxels have not changed, the arrays and the row."""
     try:
         of_names = plain_json.read(regular(part / VOLUMES))
     except (OSError, ValueError):
@@ -108,7 +108,8 @@ def _read_part(part: Path, checksums: Mapping[str, str]) -> dict[str, tuple[dict
 
 
 def histogram(hu: np.ndarray) -> np.ndarray:
-    """(bins,) square roots of the shares of voxels in ``HISTOGRAM``, of every second voxel along each axis."""
+    """Square roots (bins,) of the fractions of voxels in each bin of ``HISTOGRAM``, from every second voxel along each
+    axis."""
     counts = np.histogram(np.clip(hu[::2, ::2, ::2], HISTOGRAM[0], HISTOGRAM[-1] - 1), HISTOGRAM)[0]
     return np.asarray(np.sqrt(counts / counts.sum()))
 
