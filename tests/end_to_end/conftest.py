@@ -18,12 +18,12 @@ TINY = ["training.text_warmup.steps=3", "training.text_warmup.batch=8", "trainin
 
 
 def run(*words: object, folder: Path | None = None) -> Done:
-    """``ctclip WORDS`` in a process of its own, in ``folder`` if it matters."""
+    """Run ``ctclip WORDS`` in a separate process, in ``folder`` if the folder matters."""
     return Command([str(word) for word in words], f"import os; os.chdir({str(folder or '.')!r})").wait(900)
 
 
 def typed(module: str, *words: object) -> subprocess.CompletedProcess[str]:
-    """``python -m MODULE WORDS``, from the start of the interpreter: ten seconds more."""
+    """Run ``python -m MODULE WORDS`` in a new interpreter, which takes ten seconds more."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", module, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)

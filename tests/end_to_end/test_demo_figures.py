@@ -1,4 +1,5 @@
-"""What the default demo reached on held-out patients, read from where `make demo` left it (or CTCLIP_DEMO names it)."""
+"""The figures of the default demo on held-out patients, read from the output of `make demo` (or from the folder in
+CTCLIP_DEMO)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ctclip explain --dicom`: what a PACS would be given, read back with pydicom, highdicom and dcmtk."""
+"""`ctclip explain --dicom`: the objects for a PACS, read back with pydicom, highdicom and dcmtk."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def scan(cohort: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def output(trained: Path, scan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the command writes of a series."""
+    """The folder that the command writes for a series."""
     folder = tmp_path_factory.mktemp("dicom")
     write_series(scan, folder / "series", **PATIENT)
     asked = [word for name in ASKED for word in ("--abnormality", name)]
@@ -74,7 +74,7 @@ def test_the_segmentation_is_the_mask_in_place(output: Path) -> None:
         [image.SOPInstanceUID for image in source], combine_segments=True, assert_missing_frames_are_empty=True
     )
     np.testing.assert_array_equal(pixels, expected)
-    # Where each voxel lies by the Segmentation alone, compared with nibabel's affine of the mask.
+    # The position of each voxel from the Segmentation alone, compared with nibabel's affine of the mask.
     volume = written.get_volume(combine_segments=True)
     index = np.argwhere(volume.array > 0)[[0, -1]]
     lps = volume.map_indices_to_reference(index)
@@ -121,13 +121,13 @@ def test_all_belong_to_the_study_and_say_what_they_are(output: Path) -> None:
         assert made.SeriesDescription.startswith("RESEARCH, NOT FOR DIAGNOSIS")
         assert path.stat().st_mode & 0o077 == 0
         uids |= {made.SOPInstanceUID, made.SeriesInstanceUID}
-    # Three series of their own: the pictures share one.
+    # Three separate series: the pictures share one.
     assert len(uids) == 4 + 3
     assert source.SeriesInstanceUID not in uids
     picture = pydicom.dcmread(paths[0]).pixel_array
     assert picture.shape[2] == 3
     assert picture.std() > 20
-    # Nothing but the DICOM files names the patient.
+    # Only the DICOM files contain the patient's name.
     for path in output.iterdir():
         if path.is_file():
             assert not re.search(rb"Doe\^Jane|MRN4711|ACC0815|19500101", path.read_bytes())
@@ -142,7 +142,7 @@ def test_dcmtk_takes_them(output: Path) -> None:
     errors = [line for line in shown.stderr.splitlines() if line.startswith(("E:", "F:"))]
     assert errors == []
     assert '"Pleural effusion"' in shown.stdout
-    # VR and length of every value; its checker does not know UTF-8.
+    # VR and length of every value; DCMTK's checker does not know UTF-8.
     for path in (output / "dicom").iterdir():
         dumped = subprocess.run(["dcmdump", path], capture_output=True, text=True, errors="replace")
         assert dumped.returncode == 0
@@ -169,7 +169,8 @@ def test_frames_of_an_enhanced_image(model: Any, scan: Path, tmp_path: Path) -> 
 
 
 def test_a_tilted_gantry_is_drawn_in_the_planes_of_the_images(model: Any, tmp_path: Path) -> None:
-    """The reader straightens it, so the grid of the volume is not that of the images: every pixel is compared in the patient."""
+    """The reader straightens the series, so the grid of the volume is not that of the images: every pixel is compared
+    by its position in the patient."""
 
     def tilt(index: int, data: Any) -> None:
         data.ImagePositionPatient = [*data.ImagePositionPatient[:1], float(data.ImagePositionPatient[1]) + index, *data.ImagePositionPatient[2:]]  # fmt: skip
@@ -199,7 +200,7 @@ def test_a_tilted_gantry_is_drawn_in_the_planes_of_the_images(model: Any, tmp_pa
         same += (straight[tuple(at[:, inside])] == plane.ravel()[inside]).sum()
         total += inside.sum()
     assert (pixels > 0).sum() > 100
-    # What differs lies at the region's edge: half a pixel of rounding.
+    # Differences are at the region's edge only: half a pixel of rounding.
     assert same / total > 0.97
 
 
@@ -253,7 +254,8 @@ def test_headers_are_kept_only_when_asked_for(model: Any, scan: Path, tmp_path: 
 
 
 def test_codes() -> None:
-    """SNOMED CT's where DICOM has the very name (PS3.16, CID 6102 and others), else our own, the same for the same name."""
+    """A code of SNOMED CT if DICOM lists exactly this name (PS3.16, CID 6102 and others), otherwise our own code, which
+    is the same for the same name."""
     assert (code("Pleural effusion").value, code("Pleural effusion").scheme_designator) == ("60046008", "SCT")
     assert code("Lung nodule").scheme_designator == "99CTCLIP"
     assert code("Lung nodule").value == code("lung nodule").value != code("Lung opacity").value
@@ -261,8 +263,8 @@ def test_codes() -> None:
 
 
 def test_slices_of_a_user_are_never_deleted(trained: Path, output: Path, tmp_path: Path) -> None:
-    """A user's own DICOM files in the folder of the objects, even under their names, keep the whole folder from being
-    replaced; the objects of an earlier explanation are replaced."""
+    """If the folder of the objects contains a user's own DICOM files, even under the names of the objects, the whole
+    folder is not replaced; the objects of an earlier explanation are replaced."""
     slices = sorted((output.parent / "series").iterdir())
     command = [
         "explain",
@@ -283,7 +285,7 @@ def test_slices_of_a_user_are_never_deleted(trained: Path, output: Path, tmp_pat
         assert {path: path.read_bytes() for path in ours.rglob("*") if path.is_file()} == before
     again = tmp_path / "again"
     shutil.copytree(output, again)
-    # As a kill leaves it.
+    # An unfinished file, as after a kill.
     (again / "dicom" / ".report.dcm.a1b2c3d_.partial.dcm").write_bytes(b"half")
     assert main([str(word) for word in (*command, again)]) == 0
     assert sorted(path.name for path in (again / "dicom").iterdir()) == [

@@ -1,8 +1,9 @@
 """The README and docs/: every command block runs, or at least parses; the tables of columns are those of the files.
 
-A block is run as it stands, in one folder that holds what readers have (a scan, a store, a run). A comment above a block,
-``<!-- needs: CT-RATE -->``, says that it takes what a test lacks (data, a GPU, Slurm, a checkpoint, the network, or minutes):
-then its commands are parsed by the real command line and its configurations loaded. ``docs/extending.md`` has a test of its own.
+A block is run unchanged, in one folder that contains a reader's files (a scan, a store, a run). A comment above a block,
+``<!-- needs: CT-RATE -->``, states that it needs something that a test lacks (data, a GPU, Slurm, a checkpoint, the network,
+or minutes): then its commands are parsed by the real command line and its configurations loaded. ``docs/extending.md`` has
+a separate test.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name != "extending.md")]
 BLOCK = re.compile(r'^(?:<!-- needs: (?P<needs>[^>]+?) -->\n)?```(?P<kind>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```', re.M | re.S)  # fmt: skip
 NEEDS = {"CT-RATE", "GPU", "Slurm", "checkpoint", "network", "pip", "time"}
-# What no example spends its time on: the same commands, smaller.
+# Settings that make the commands smaller and faster.
 SMALLER = {"train": [*TINY, "training.epochs=1"], "evaluate": ["--bootstrap", "20"]}
 SHELL = {"source", "pip", "python", "hf", "curl"}
 
@@ -81,7 +82,7 @@ def _check(words: list[str]) -> None:
     if program == "ctclip":
         _parse(arguments)
     elif "ctclip.train" in words:
-        # A launcher: what follows the module is ours.
+        # A launcher: the words after the module are ours.
         _parse(["train", *words[words.index("ctclip.train") + 1 :]])
     elif program == "make":
         goals = [word for word in arguments if "=" not in word]
@@ -93,7 +94,8 @@ def _check(words: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> None:
-    """By the real command line, without running it; a configuration that is named is loaded with its overrides."""
+    """Parse with the real command line, without running it; a configuration that is named is loaded with its
+    overrides."""
     command = typer.main.get_command(app)
     while hasattr(command, "commands"):
         while arguments[0] == "--plugin":
@@ -120,14 +122,15 @@ def test_the_parser_refuses_what_is_wrong() -> None:
 
 @pytest.fixture(scope="module")
 def workplace(store: Path, trained: Path, cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What a reader of the pages has: a scan, some scans, a DICOM-like folder, a store, a run, and the files of the pages."""
+    """The files that a reader of the pages has: a scan, some scans, a DICOM-like folder, a store, a run, and the files
+    of the pages."""
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(store, folder / "store")
     shutil.copytree(trained, folder / "runs" / "first")
     scans = sorted(cohort.rglob("dataset/**/*.nii.gz"))
     for name in ("my_scan.nii.gz", "scan.nii.gz"):
         shutil.copy(scans[0], folder / name)
-    # Pages that name the demo's results.
+    # Pages that name the results of the demo.
     (folder / "runs" / "demo").mkdir()
     (folder / "runs" / "demo" / "train").symlink_to(trained)
     (folder / "runs" / "demo" / "cohort").symlink_to(cohort)
@@ -164,7 +167,7 @@ def _run(words: list[str]) -> int:
     assert words[0] == "ctclip", words
     arguments = [*words[1:], *SMALLER.get(words[1], [])] if "--plan" not in words else words[1:]
     if arguments[0] == "train" and "--plan" not in arguments:
-        # A training in this process would leave its ranks' settings behind.
+        # A training in this process would leave the settings of its ranks behind.
         done = run(*arguments, folder=Path.cwd())
         print(done.stdout[-1000:], done.stderr[-2000:])
         return done.returncode
@@ -192,7 +195,7 @@ def _reference() -> ModuleType:
 
 @pytest.mark.integration
 def test_columns_are_those_of_the_files(workplace: Path) -> None:
-    """Every column that a command writes is explained, and what is explained exists somewhere."""
+    """Every column that a command writes is explained, and every explained column exists in some file."""
     described = {name: set(file["columns"]) for name, file in _reference().files().items() if "columns" in file}
     answers = workplace / "columns"
     assert _run(["ctclip", "zero-shot", "--model", "runs/first/model", "--store", "store", "--split", "valid", "--embed-reports", "--output", str(answers)]) == 0  # fmt: skip

@@ -1,4 +1,4 @@
-"""Every example of docs/extending.md, written to files and run as it stands there."""
+"""Every example of docs/extending.md, written to files and run unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BLOCKS = [(kind, title, text) for kind, title, text in BLOCK.findall(PAGE.read_t
 
 @pytest.fixture(scope="module")
 def workplace(store: Path, trained: Path, cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the page's files, a store and a model, and what else its commands name."""
+    """A folder with the files of the page, a store, a model, and everything else that its commands name."""
     folder = tmp_path_factory.mktemp("extending")
     for _, title, text in BLOCKS:
         if title:
@@ -56,7 +56,7 @@ def test_the_page_runs(workplace: Path) -> None:
     for line in commands():
         program, *arguments = shlex.split(line)
         if arguments[:1] == ["train"]:
-            # The page shows what a user types; a test has two cores.
+            # The page shows the command that a user types; a test has two cores.
             arguments += [given for given in TINY if not given.startswith("model.volume.") or "my_encoder" not in line]
         if program == "ctclip":
             done = run(*arguments, folder=workplace)
@@ -76,7 +76,7 @@ def test_the_page_runs(workplace: Path) -> None:
 
 
 def test_a_model_does_not_bring_its_code(workplace: Path) -> None:
-    """After the page has run: without --plugin its encoder is refused in one line."""
+    """After the page has run: without --plugin its encoder is refused with a one-line error."""
     model = workplace / "runs" / "tiny" / "model"
     if not model.is_dir():
         pytest.skip("the page has not run")

@@ -1,4 +1,4 @@
-"""A foreign cohort (abdomens, three labels of its own), from a table to figures, with commands alone."""
+"""A foreign cohort (abdomens with three labels), from a table to figures, with commands only."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RECIPE = {
 
 
 def scan(present: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """HU (x, y, z) of a body of soft tissue with liver, spleen and what ``present`` says."""
+    """HU (x, y, z) of a body of soft tissue with a liver, a spleen and the findings in ``present``."""
     x, y, z = np.meshgrid(np.linspace(-1, 1, 40), np.linspace(-1, 1, 40), np.linspace(-1, 1, 20), indexing="ij")
     hu = np.full(x.shape, -1000.0)
     body = (x / 0.9) ** 2 + (y / 0.7) ** 2 < 1
@@ -55,7 +55,7 @@ def scan(present: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the user has: volumes, a table, a spec, a recipe."""
+    """The user's files: volumes, a table, a spec, a recipe."""
     root = tmp_path_factory.mktemp("abdomens")
     random = np.random.default_rng(3)
     records = []
@@ -85,7 +85,7 @@ def typed(*words: object) -> Done:
 
 @pytest.fixture(scope="module")
 def said(folder: Path) -> dict[str, Done]:
-    """Every command from the table to the figures, once."""
+    """Run every command once, from the table to the figures."""
     store, model = folder / "store", folder / "run" / "model"
     return {
         "labels": typed("labels", "from-csv", folder / "table.csv", "--output", folder / "abdomen.yaml", "--body-part", "abdomen"),
@@ -149,7 +149,7 @@ def test_labels_that_the_store_lacks_are_refused(folder: Path, said: dict[str, D
     line = last_line(Command([*command, "labels=ct_rate_18"]).wait(600))
     assert "no column for 'Medical material' of the label set 'ct_rate_18'" in line
     assert "its own label set is 'abdomen'" in line
-    # Where no label is learned from, the set only names what is asked.
+    # If no objective uses labels, the label set only names the findings to ask for.
     asked = Command([*command, "labels=ct_rate_18", "objectives={clip: 1}", "training.validate_every=0"]).wait(600)
     assert asked.returncode == 0, asked.stderr[-2000:]
     assert load_labels(tmp_path / "run" / "model" / "labels.yaml").name == "ct_rate_18"

@@ -1,4 +1,5 @@
-"""Inference as a user types it: detection that resumes, embeddings, an index, prompts, calibration, a page of two."""
+"""Inference as a user types it: detection that resumes, embeddings, an index, prompts, calibration, a page that compares two
+runs."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from .conftest import run
 
 @pytest.fixture(scope="module")
 def model(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy, because a calibration is kept with it."""
+    """A copy of the model, because a calibration is stored in it."""
     return Path(shutil.copytree(trained / "model", tmp_path_factory.mktemp("calibrated") / "model"))
 
 
@@ -270,7 +271,7 @@ def test_embed_index_and_similar(model: Path, store: Path, cohort: Path, tmp_pat
     assert typed("index", "--model", model, "--store", store, "--output", tmp_path / "index") == 0
     capsys.readouterr()
     scan = scans_of(cohort, 1)[0]
-    # The index knows which model made it.
+    # The index states which model made it.
     assert typed("similar", scan, "--index", tmp_path / "index", "-k", 3, "-o", tmp_path / "s.csv") == 0
     hits = pd.read_csv(tmp_path / "s.csv")
     nearest = hits[hits["nearest"] == "scan"]
@@ -301,7 +302,7 @@ def test_calibration_is_kept_with_the_model_and_used(
 ) -> None:
     loaded = load_model(model)
     assert typed("zero-shot", "--model", model, "--store", store, "--output", tmp_path / "before") == 0
-    # Labels that the margins tell something of: a calibration turns no finding round.
+    # Labels that correlate with the margins, so that calibration reverses no finding.
     table = pd.read_csv(tmp_path / "before" / "predictions.csv")
     names = list(load_prompts("report_style").names())
     noisy = table[[f"margin:{name}" for name in names]].rank() + np.random.default_rng(0).normal(0, 6, (len(table), 18))

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 PLACES = (ROOT / "tests" / "golden" / "data", ROOT.parent / "shared" / "upstream_parity")
-# The small checkpoint's grid, over a whole chest; its own spacing is CT-CLIP's.
+# The small checkpoint's grid, enlarged to a whole chest; the checkpoint's own spacing is CT-CLIP's.
 SPEC = dataclasses.replace(PreprocessingSpec.load("ct_clip"), name="chest_40", spacing=(14, 9, 9), shape=(20, 40, 40))
 WAIT = 600  # seconds, on a loaded machine
 STEPS = {"few": 2.0, "fifty": 25.0}  # epochs of two steps
@@ -37,7 +37,7 @@ STEPS = {"few": 2.0, "fifty": 25.0}  # epochs of two steps
 
 @pytest.fixture(scope="module")
 def published(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small checkpoint as a model folder, with a tokenizer of as many words."""
+    """The small checkpoint as a model folder, with a tokenizer of the same vocabulary size."""
     place = next((place for place in PLACES if (place / "checkpoint.pt").is_file()), None)
     if place is None:
         pytest.skip("the published model's small checkpoint is not here")
@@ -48,7 +48,7 @@ def published(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (text / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *common]))
     (text / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     shape = json.loads((place / "config.json").read_text())["bert"]
-    # Each rank draws its own dropout: without it one process and two compute the same.
+    # Each rank draws different dropout: without dropout one process and two compute the same.
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (text / "config.json").write_text(json.dumps({"model_type": "bert", **shape, **still}))
     return import_published(place / "checkpoint.pt", text / "model", str(text))
@@ -82,7 +82,7 @@ def recipe(folder: Path, init: Path, epochs: float = STEPS["few"]) -> Path:
 def tuned(
     tmp_path: Path, init: Path, store: Path, *overrides: str, epochs: float = STEPS["few"]
 ) -> tuple[dict[str, torch.Tensor], str]:
-    """Tensors of the model folder that a run leaves in ``tmp_path``, and what it wrote on stderr."""
+    """Tensors of the model folder that a run writes to ``tmp_path``, and the text of its stderr."""
     words = [
         "train",
         "--config",
@@ -99,7 +99,7 @@ def tuned(
 
 
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], prefix: str = "") -> set[str]:
-    """Names of tensors of which not every bit is as it was."""
+    """Names of the tensors that are not bit-identical."""
     shared = [name for name in before if name.startswith(prefix) and name in after]
     return {name for name in shared if not torch.equal(before[name], after[name])}
 
@@ -113,7 +113,7 @@ def test_one_process_and_two_fine_tune_alike(published: Path, chests: Path, tmp_
     done = {count: process.wait(WAIT) for count, process in runs.items()}
     for one in done.values():
         assert one.returncode == 0, one.stderr[-3000:]
-        # What was taken, once, whatever the number of ranks.
+        # The line on tensors taken appears once, whatever the number of ranks.
         (line,) = [line for line in one.stderr.splitlines() if "tensors taken" in line]
         assert line.startswith(f"from {published}: ")
     assert "initialised at random" not in done[1].stderr, "everything of the checkpoint fits"
@@ -141,7 +141,7 @@ def test_fifty_steps_and_neither_resuming_nor_exporting_needs_the_folder(
     exported = Command(["export", str(tmp_path / "run"), "--output", str(tmp_path / "exported")]).wait(WAIT)
     assert exported.returncode == 0, exported.stderr
     assert moved(after, load_file(tmp_path / "exported" / "model.safetensors")) == set()
-    # Back to step 40, and once more to the end.
+    # Return to step 40 and train to the end again.
     shutil.rmtree(newest)
     again, _ = tuned(tmp_path, init, chests, epochs=STEPS["fifty"])
     assert list(losses(tmp_path / "run").values()) == pytest.approx(curve, abs=1e-6)
@@ -176,7 +176,7 @@ def test_low_rank_adapters_leave_the_weights_and_learn_beside_them(
     plain = {name.replace(".base_layer.", "."): tensor for name, tensor in after.items() if ".lora_" not in name}
     weights = {name for name in moved(before, plain, "volume_encoder.") if not name.endswith("codebook.rows")}
     assert weights == set()
-    # The folder opens as one of adapters.
+    # The folder opens as a model with adapters.
     assert load_model(tmp_path / "run" / "model").model.config.volume.tuning == "lora"
 
 
@@ -185,7 +185,7 @@ def test_the_first_layers_learn_slowest_with_layer_decay(published: Path, chests
     factors = rate_factors(model, 0.3)
     depth = len(volume_layers(model))
     assert factors[id(model.volume_encoder.embed[1].weight)] == pytest.approx(0.3**depth)
-    # Adam's first step is as long as the rate, whatever the gradient.
+    # The first step of Adam is as long as the learning rate, whatever the gradient.
     before = load_file(published / "model.safetensors")
     after, _ = tuned(tmp_path, published, chests, "training.layer_decay=0.3", "training.weight_decay=0", epochs=0.1)
     assert len(losses(tmp_path / "run")) == 1
@@ -229,7 +229,7 @@ def test_the_text_side_alone_is_taken_beside_another_volume_encoder(
 def test_a_store_of_a_larger_plane_begins_with_a_new_projection_and_says_so(
     published: Path, cohort: Path, tmp_path: Path
 ) -> None:
-    """Attention and codes fit any grid; the map from all places of a plane to the joint space does not."""
+    """Attention and codes fit any grid; the map from all positions of a plane to the joint space does not."""
     wide = dataclasses.replace(SPEC, name="chest_60", shape=(20, 60, 60), spacing=(14, 6, 6))
     preprocess_cohort(cohort, tmp_path / "store", wide, workers=1)
     after, said = tuned(tmp_path, published, tmp_path / "store", "preprocessing=chest_60")

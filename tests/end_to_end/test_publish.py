@@ -19,7 +19,7 @@ from ctclip.inference.publish import check_licence, publish
 
 @pytest.fixture
 def evaluation(trained: Path, tmp_path: Path) -> Path:
-    """``metrics.json`` as `ctclip evaluate` writes it, with figures that no model of ours has."""
+    """``metrics.json`` as `ctclip evaluate` writes it, with figures that none of our models has."""
     figures: dict[str, Any] = {
         "model": ctclip.load(trained / "model").folder.hash, "volumes": 321, "patients": 123, "supervision": "reports only",
         "protocol": {"name": "a_protocol", "describes": "Held-out phantoms."},
@@ -49,13 +49,13 @@ def test_the_card_says_what_a_reader_must_know(trained: Path, evaluation: Path, 
         assert fact in card.text, fact
     assert os.fspath(tmp_path) not in card.text
     assert ctclip.load(output).folder.hash == ctclip.load(trained / "model").folder.hash
-    # Again, over the first: a copy of ours is replaced.
+    # Publish again to the same folder: a copy that ctclip wrote is replaced.
     publish(trained / "model", output, licence="other")
     assert "Not evaluated." in (output / "README.md").read_text()
 
 
 def test_a_model_is_not_published_onto_itself(trained: Path, tmp_path: Path) -> None:
-    """It would be uploaded with the digests of its patients."""
+    """Otherwise the model would be uploaded with the digests of its patients."""
     shutil.copytree(trained / "model", tmp_path / "model")
     (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
     for output in (tmp_path / "model", tmp_path / "link" / "model"):

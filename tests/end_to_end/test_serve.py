@@ -40,7 +40,7 @@ def scans(cohort: Path) -> list[Path]:
 
 
 class Served:
-    """A service in a process of its own."""
+    """A service in a separate process."""
 
     def __init__(self, *arguments: object, folder: Path, verify: ssl.SSLContext | bool = True) -> None:
         self.folder = folder
@@ -64,7 +64,7 @@ class Served:
             time.sleep(0.2)
 
     def uploads(self) -> list[Path]:
-        """What lies on disk of the scans that were sent."""
+        """Files on disk that belong to the scans that were sent."""
         return [path for path in self.folder.rglob("*") if path.is_file() and "ctclip-serve" in str(path)]
 
     def stop(self) -> str:
@@ -155,7 +155,7 @@ def test_where_a_finding_is_seen(served: Served, model: Path, scans: list[Path],
 
 
 def test_a_stored_volume_lies_as_its_file_does(served: Served, cohort: Path, tmp_path: Path) -> None:
-    """Its axes run to the same sides of the patient, and its findings are on the same side."""
+    """The axes run to the same sides of the patient as in the scan, and the findings are on the same side."""
     import nibabel as nib
     from nibabel.processing import resample_from_to
 
@@ -165,7 +165,7 @@ def test_a_stored_volume_lies_as_its_file_does(served: Served, cohort: Path, tmp
     (tmp_path / "view.nii.gz").write_bytes(served.client.get(f"/v1/scans/{name}/view.nii.gz").content)
     view = nib.as_closest_canonical(nib.load(tmp_path / "view.nii.gz"))
     source = nib.as_closest_canonical(nib.load(next((cohort / "dataset").rglob(f"{volume}.nii.gz"))))
-    # The store's grid lies about the middle of the scan.
+    # The store's grid is centred on the middle of the scan.
     middle = source.affine @ [*((np.array(source.shape) - 1) / 2), 1]
     affine = view.affine + np.outer([*middle[:3], 0], [0, 0, 0, 1])
     expected = resample_from_to(source, (view.shape, affine), order=1, cval=-1000).get_fdata()
@@ -185,7 +185,7 @@ def test_bad_scans_are_one_line(served: Served, tmp_path: Path) -> None:
     detail = answer.json()["detail"]
     assert "\n" not in detail
     assert str(served.folder) not in detail
-    # Of several files, the folder is what is wrong.
+    # If several files were sent, the error names the folder.
     several = [("scan", (f"{number}.dcm", b"no slice")) for number in range(3)]
     answer = served.client.post("/v1/detect", files=several)
     assert answer.status_code == 422
@@ -202,7 +202,7 @@ def test_an_upload_beyond_the_limit_is_refused_before_it_is_stored(served: Serve
         connection.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
     assert served.uploads() == []
-    # Without a stated length, at the limit.
+    # Without a stated length, stopped at the limit.
     body = (bytes(1_000_000) for _ in range(60))
     kind = {"content-type": "multipart/form-data; boundary=x"}
     with contextlib.suppress(httpx.WriteError):
@@ -225,7 +225,7 @@ def test_figures_and_description(served: Served) -> None:
 
 
 def test_many_at_once_are_each_answered_with_their_own(served: Served, model: Path, scans: list[Path]) -> None:
-    """Findings and, of more scans than the service keeps, answers to a question."""
+    """Findings and, for more scans than the service keeps, answers to a question."""
     loaded = ctclip.load(model)
     few, words = scans[:5], "a cyst in the left kidney"
     expected = [loaded.detect(path).probabilities for path in few]
@@ -260,7 +260,7 @@ def test_the_death_of_the_model_is_a_503_and_the_next_request_works(served: Serv
 
 
 def test_a_killed_service_leaves_no_process_and_the_next_removes_its_uploads(served: Served) -> None:
-    """The last test of this service."""
+    """The last test that uses this service."""
     address = served.client.base_url
     head = f"POST /v1/detect HTTP/1.1\r\nHost: {address.host}\r\nContent-Length: 100000\r\n"
     head += "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
@@ -280,7 +280,7 @@ def test_a_killed_service_leaves_no_process_and_the_next_removes_its_uploads(ser
         assert time.monotonic() < until
         time.sleep(0.05)
     assert served.uploads()
-    # As the next service with this TMPDIR does first.
+    # The first thing that the next service with this TMPDIR does.
     with scratch_folder("ctclip-serve-", parent=served.folder):
         assert len(list(served.folder.glob("ctclip-serve-*"))) == 1
     assert served.uploads() == []
@@ -290,7 +290,8 @@ def test_a_killed_service_leaves_no_process_and_the_next_removes_its_uploads(ser
 def test_with_tls_a_token_is_asked_for_and_nothing_is_left_or_logged(
     model: Path, scans: list[Path], tmp_path: Path
 ) -> None:
-    """The certificate is one of OpenSSL; a client that does not know it, and one without TLS, gets nothing."""
+    """The certificate is made with OpenSSL; a client that does not trust it, and a client without TLS, get no
+    answer."""
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]

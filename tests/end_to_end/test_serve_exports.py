@@ -42,7 +42,7 @@ def scan(cohort: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def series(served: Served, scan: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The id of a DICOM series that was sent, file by file."""
+    """The id of a DICOM series that was sent as separate files."""
     folder = write_series(scan, tmp_path_factory.mktemp("dicom") / "series", **PATIENT)
     files = [("scan", (path.name, path.read_bytes())) for path in folder.iterdir()]
     name: str = served.client.post("/v1/scans", files=files).json()["scan"]
@@ -73,7 +73,7 @@ def test_dicom_objects_of_a_series(served: Served, series: str, scan: Path, tmp_
     assert (segments.Rows, segments.Columns) == nib.load(scan).shape[1::-1]
     report = hd.sr.srread(tmp_path / "report.dcm").content
     assert len(report.get_volumetric_roi_measurement_groups()) + len(report.get_image_measurement_groups()) == 18
-    # Words of one's own.
+    # A text of the user.
     words = served.client.get(f"/v1/scans/{series}/dicom.zip", params={"finding": "a cyst in the left kidney"})
     with zipfile.ZipFile(io.BytesIO(words.content)) as archive:
         made = pydicom.dcmread(io.BytesIO(archive.read("segmentation.dcm")))
@@ -81,7 +81,7 @@ def test_dicom_objects_of_a_series(served: Served, series: str, scan: Path, tmp_
 
 
 def test_findings_above_their_threshold_are_the_default(served: Served, series: str) -> None:
-    """The model is not calibrated: there are none, and the report stands alone."""
+    """The model is not calibrated: no finding is above a threshold, and the report is the only object."""
     answer = served.client.get(f"/v1/scans/{series}/dicom.zip")
     with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
         facts = served.client.get(f"/v1/scans/{series}").json()

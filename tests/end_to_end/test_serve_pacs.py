@@ -31,7 +31,7 @@ pytestmark = pytest.mark.integration
 
 pytest.importorskip("highdicom")
 pytest.importorskip("dicomweb_client")
-# Debian puts it where only root looks.
+# Debian installs it where only root's PATH finds it.
 ORTHANC = shutil.which("Orthanc", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 PLUGIN = next(Path("/usr").glob("*/orthanc/plugins/libOrthancDicomWeb.so"), None)
 SERIES, STUDY = dicom_builder.SERIES, dicom_builder.STUDY
@@ -39,7 +39,7 @@ PATIENT = {"PatientName": "Doe^Jane", "PatientID": "MRN4711", "SeriesDescription
 
 
 class Orthanc:
-    """A PACS in a folder of its own, on this machine alone."""
+    """A PACS in a temporary folder, reachable only from this machine."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
@@ -66,7 +66,7 @@ class Orthanc:
                 time.sleep(0.2)
 
     def stored(self, modality: str) -> list[pydicom.Dataset]:
-        """Every instance of a modality."""
+        """Every instance of one modality."""
         every = [self.client.get(f"/instances/{name}/file").content for name in self.client.get("/instances").json()]
         images = [pydicom.dcmread(pydicom.filebase.DicomBytesIO(content)) for content in every]
         return [image for image in images if image.Modality == modality]
@@ -113,7 +113,7 @@ def test_a_series_is_fetched_and_results_are_stored(served: Served, orthanc: Ort
     name = served.client.post("/v1/scans", files=of(STUDY, SERIES)).json()["scan"]
     stages = served.client.get(f"/v1/scans/{name}/events").text
     assert '"stage": "done"' in stages.strip().splitlines()[-1]
-    # As of the file itself, but for the rounding of stored values.
+    # Same as from the file itself, except for the rounding of stored values.
     fetched = served.client.get(f"/v1/scans/{name}").json()["findings"]
     direct = served.client.post("/v1/detect", files=sent(scan)).json()["findings"]
     expected = {entry["name"]: entry["probability"] for entry in direct}
@@ -173,7 +173,7 @@ def test_cancelling_ends_the_fetching(orthanc: Orthanc, tmp_path: Path) -> None:
 
 
 class Elsewhere(BaseHTTPRequestHandler):
-    """A PACS that leads to another address, and counts who comes to it."""
+    """A PACS that redirects to another address, and counts the requests there."""
 
     visits: list[str] = []  # noqa: RUF012
 

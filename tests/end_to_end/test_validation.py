@@ -1,4 +1,4 @@
-"""Validation of a run on held-out volumes: compared with a computation by hand, and with very few volumes."""
+"""Validation of a run on held-out volumes, compared with an independent computation, also with very few volumes."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
 
 
 def contrastive(volumes: np.ndarray, texts: np.ndarray, scale: float, same: np.ndarray) -> float:
-    """Symmetric InfoNCE of pairs (B, d) in float64, ``same`` (B, B) left out but for the diagonal."""
+    """Symmetric InfoNCE of pairs (B, d) in float64; pairs in ``same`` (B, B) are excluded, except for the diagonal."""
     logits = scale * volumes.astype(float) @ texts.astype(float).T
     logits[same & ~np.eye(len(logits), dtype=bool)] = -np.inf
     return -float(np.mean([log_softmax(side, axis=1).diagonal().mean() for side in (logits, logits.T)]))
 
 
 def validate(store: str, micro_batch: int | None, path: str) -> None:
-    """In a process of its own: ``valid_loss`` of a model with random weights, and what it is made of, into ``path``."""
+    """In a separate process: write ``valid_loss`` of a model with random weights, and its inputs, to ``path``."""
     config = Config.model_validate({
         "data": {"store": store, "workers": 0},
         "model": {"dim": 8, "volume": VOLUME, "text": {"width": 16, "depth": 1, "heads": 2, "vocabulary": 300}},
@@ -65,7 +65,7 @@ def validate(store: str, micro_batch: int | None, path: str) -> None:
         model = build_model(config.model, kept.spec, train_tokenizer(cohort["findings"].tolist(), 300))
         engine = Engine(TrainingStep(Context(model, labels, prompts), config.objectives), config, device)
         validation = Validation(config, engine, labels, prompts)
-        # One wording for two scans.
+        # Two scans with the same report text.
         reports, first, second = validation.data.reports, *validation.rows[:2]
         reports[second] = reports[first]
         found = validation(1.0)["valid_loss"]
@@ -90,7 +90,8 @@ def validate(store: str, micro_batch: int | None, path: str) -> None:
 def test_the_loss_is_the_training_loss_of_held_out_volumes(
     store: Path, tmp_path: Path, micro_batch: int | None
 ) -> None:
-    """A batch is filled up by repeated scans, and two scans have one wording: none is a negative of the other."""
+    """A batch is filled up with repeated scans, and two scans have the same report: neither is a negative of the
+    other."""
     process = FORKED.Process(target=validate, args=(str(store), micro_batch, str(tmp_path / "figures.pt")))
     process.start()
     process.join(600)
@@ -125,7 +126,7 @@ def one_scan(table: pd.DataFrame) -> None:
 
 
 def validated(store: Path, output: Path, *more: str) -> list[dict[str, Any]]:
-    """Lines of the metrics of a small run that validates at its end."""
+    """Metrics lines of a small run that validates at its end."""
     words = command(
         store,
         output,

@@ -45,7 +45,7 @@ def test_explain(model: Path, scan: Path, tmp_path: Path, capsys: pytest.Capture
         assert written.shape == nib.load(scan).shape
     page = (out / "page.html").read_text()
     assert page.count("data:image/png;base64,") == 2
-    # The same folder may be written again, another one of the user's may not.
+    # The same folder may be written again; another folder of the user may not.
     assert typed("explain", scan, "--model", model, *asked[:2], "--output", out) == 0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")

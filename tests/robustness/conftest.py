@@ -11,7 +11,7 @@ from .runs import command, losses, recorded, run
 
 @pytest.fixture(scope="session")
 def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The undisturbed run, with a record of its batches beside it."""
+    """The undisturbed run, with a record of its batches in the same folder."""
     output = tmp_path_factory.mktemp("whole") / "run"
     done = run(command(store, output), recorded(output.with_name("batches")))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -41,7 +41,7 @@ from tests.unit.preprocessing.scan_files import RAS
 # because the machine may be busy.
 SECONDS, LONGEST_WAIT = 120.0, 900.0
 MEMORY_MB = 1500
-# Slices that lie uncompressed at the end of the file that is spoiled.
+# Slices that are stored uncompressed at the end of the damaged file.
 RAW = dict.fromkeys(("nifti", "nifti sform only", "nifti2", "nrrd", "mha", "dicom multi-frame"), len(truth())) | {
     "dicom": 1
 }
@@ -91,7 +91,8 @@ def _scan(path: Path, name: str) -> str:
 
 
 def _only_voxels(scan: Good, content: bytes, folder: Path, name: str) -> bool:
-    """Whether what is read is what the good file with only the changed voxels holds: voxels as they lie have no checksum."""
+    """Whether the volume read equals the good file with only the changed voxels: uncompressed voxels have no
+    checksum."""
     if name not in RAW:
         return False
     read, size = prepare(folder / scan.named, SPEC).scan, RAW[name] * truth()[0].nbytes

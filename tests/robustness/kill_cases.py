@@ -80,7 +80,7 @@ def cases(work: Path) -> list[Case]:
         PreprocessingSpec(name, spacing=spacing, shape=shape).save(specs[name])
     small, cohort, store, run = (inputs / name for name in ("small", "cohort", "store", "run"))
     model, first, second = run / "model", inputs / "first", inputs / "second"
-    # Of commands that compare groups of patients, and are refused with fewer.
+    # For commands that compare groups of patients and refuse small groups.
     many, small_model = Clinic(inputs / "clinic" / "store", inputs / "clinic" / "model")
     parts = [inputs / "parts" / name for name in ("a", "b")]
     tiny = [*TINY, "training.keep_checkpoints=4", f"preprocessing={specs['half']}"]
@@ -183,7 +183,8 @@ def cases(work: Path) -> list[Case]:
 
 
 def _ingredients(model: Path, store: Path, folders: list[Path]) -> None:
-    """Two models whose mean is better than each, so that `ctclip soup` writes: the model, disturbed both ways."""
+    """Two models whose mean is better than each of them, so that `ctclip soup` writes: the model with opposite
+    perturbations."""
     weights = load_file(model / "model.safetensors")
     for seed in range(50):
         random = torch.Generator().manual_seed(seed)
@@ -231,6 +232,6 @@ def _content(path: Path) -> bytes:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         return json.dumps([{k: v for k, v in line.items() if not any(word in k for word in TIMED)} for line in lines]).encode()  # fmt: skip
     if path.name == "page.html":
-        # How long the maps took is written on it.
+        # The file contains the time that the maps took.
         return re.sub(rb"[\d.]+ s\b", b"", path.read_bytes())
     return path.read_bytes()

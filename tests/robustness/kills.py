@@ -191,7 +191,7 @@ WRONG = ("not identical", "no end", "TMPDIR", "files left", "wrong")
 
 
 def _in_turn(every: list[Case], what: str, wanted: int, until: float, seed: int) -> dict[str, Counter[str]]:
-    """Counts by command for ``wanted`` kills or pairs, or as many as time allowed."""
+    """Counts per command for ``wanted`` kills or pairs, or for as many as time allowed."""
     random = np.random.default_rng(seed)
     seen: dict[str, Counter[str]] = {case.name: Counter() for case in every}
     wholes: dict[str, list[dict[str, str]]] = {}

@@ -23,7 +23,7 @@ FORKED.set_forkserver_preload(
 
 @dataclass
 class Done:
-    """The end of a command; ``returncode`` is minus the number of the signal that ended it, if any."""
+    """The result of a command; ``returncode`` is minus the number of the signal that ended it, if any."""
 
     returncode: int
     stdout: str

@@ -1,10 +1,10 @@
-"""Kill ``ctclip serve``, or its model process alone, with SIGKILL at random moments, and ask again.
+"""Kill ``ctclip serve``, or only its model process, with SIGKILL at random moments, and repeat the request.
 
 ``python -m tests.robustness.serve_kills --kills 40``: a service is killed while it starts, waits, answers a request or
-receives an upload. The next one, with the same settings, must get the same port, answer as an undisturbed one does, and
-find nothing that the killed one left: no upload, lock, socket, shared memory, temporary file or process. If only the model
-process is killed, what was being asked is answered, or refused with 503 and one line, and the next request is answered.
-Exit code 1 if any of this fails.
+receives an upload. The next service, with the same settings, must get the same port and answer as an undisturbed one does,
+and nothing of the killed one may remain: no upload, lock, socket, shared memory, temporary file or process. If only the
+model process is killed, the current request must be answered, or refused with 503 and a one-line error, and the next
+request must be answered. Exit code 1 if any of this fails.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tests.robustness.processes import FORKED, Command
 FORKED.set_forkserver_preload(["torch", "ctclip.cli", "ctclip.serve.run"])
 
 MOMENTS = ("start", "idle", "request", "upload")
-# The answer to an upload is not waited for when the whole service is killed.
+# When the whole service is killed, the answer to an upload is not waited for.
 PATHS = {"/v1/detect": {}, "/v1/explain": {"finding": "Emphysema"}}
 TIMED = ("scan", "seconds")
 UNTIL_READY = 300.0
@@ -52,7 +52,7 @@ SLOWEST = "slowest end of the children, s"
 
 @dataclass(frozen=True)
 class Question:
-    """A request, and how long it takes an idle service."""
+    """A request, and the time that an idle service takes to answer it."""
 
     path: str
     file: Path
@@ -66,11 +66,12 @@ class Question:
 
 
 class Service:
-    """`ctclip serve` in a session of its own, forked from a server that has imported what it needs. ``scratch``: its TMPDIR."""
+    """`ctclip serve` in a separate session, forked from a server that has imported its modules. ``scratch``: its
+    TMPDIR."""
 
     def __init__(self, arguments: list[str], port: int, scratch: Path) -> None:
         self.address = f"http://127.0.0.1:{port}"
-        # Without a main module: the model process would import that of the kills.
+        # Without a main module: otherwise the model process would import the main module of this command.
         patch = (
             f"import os, sys, tempfile; os.environ['TMPDIR'] = {str(scratch)!r}; tempfile.tempdir = None; "
             f"main = sys.modules['__main__']; main.__spec__ = main.__file__ = None"
@@ -96,7 +97,7 @@ class Service:
         return False
 
     def worker(self) -> int:
-        """The model process, as soon as there is one."""
+        """The model process, as soon as it exists."""
         while self.runs:
             for pid in children(self.pid):
                 with contextlib.suppress(OSError):
@@ -141,7 +142,7 @@ def runs(pid: int) -> bool:
 
 
 def shared_memory(session: int) -> set[Path]:
-    """The named shared memory that processes of a session use."""
+    """The named shared memory in use by processes of a session."""
     names = set()
     for pid in members(session):
         with contextlib.suppress(OSError):
@@ -153,7 +154,7 @@ def shared_memory(session: int) -> set[Path]:
 
 
 def left_in(scratch: Path) -> list[str]:
-    """What lies in TMPDIR besides the folder of one idle service, in which there are no files."""
+    """Files and folders in TMPDIR, except the folder of one idle service, which contains no files."""
     folders = [path for path in scratch.iterdir() if path.is_dir() and path.name.startswith("ctclip-serve-")]
     left = [path for path in scratch.rglob("*") if not path.is_dir()]
     left += [path for path in scratch.iterdir() if path not in folders[:1]]
@@ -161,7 +162,7 @@ def left_in(scratch: Path) -> list[str]:
 
 
 def names_of(folders: list[Path]) -> set[tuple[str, int]]:
-    """Every file of some folders, locks among them, with the time of its last change."""
+    """Every file in some folders, including locks, with the time of its last change."""
     return {(str(path), path.stat().st_mtime_ns) for folder in folders for path in folder.rglob("*")}
 
 
@@ -184,7 +185,7 @@ def content(answer: httpx.Response) -> dict[str, Any]:
 
 
 def asked(address: str, path: str, file: Path) -> Question:
-    """The question with the answer of an undisturbed service."""
+    """The question, with the answer of an undisturbed service."""
     began = time.monotonic()
     answer = Question(path, file, {}, 0.0).ask(address).raise_for_status()
     return Question(path, file, content(answer), time.monotonic() - began)
@@ -192,7 +193,8 @@ def asked(address: str, path: str, file: Path) -> Question:
 
 @contextlib.contextmanager
 def pending(service: Service, question: Question) -> Iterator[list[httpx.Response | Exception]]:
-    """Ask in a thread; the list holds the answer, or the error, once there is one; at the end there is."""
+    """Ask in a thread. The list contains the answer or the error as soon as there is one; when the block ends, there is
+    one."""
     answers: list[httpx.Response | Exception] = []
 
     def ask() -> None:
@@ -209,7 +211,7 @@ def pending(service: Service, question: Question) -> Iterator[list[httpx.Respons
 
 @contextlib.contextmanager
 def uploading(service: Service, question: Question, share: float) -> Iterator[list[httpx.Response | Exception]]:
-    """Send a share of the body, and the rest at the end."""
+    """Send a share of the body, and the rest when the block ends."""
     body = question.file.read_bytes()
     head = f'--x\r\ncontent-disposition: form-data; name="scan"; filename="{question.file.name}"\r\n\r\n'.encode()
     fields = "".join(f'--x\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n{value}\r\n' for name, value in PATHS[question.path].items())  # fmt: skip
@@ -241,7 +243,7 @@ def uploading(service: Service, question: Question, share: float) -> Iterator[li
 
 
 class Trials:
-    """``questions``: what may be asked; ``folders``: those that a service reads, in which nothing may change."""
+    """``questions``: the possible requests; ``folders``: those that a service reads and must not change."""
 
     def __init__(self, arguments: list[str], folders: list[Path], work: Path, scans: list[Path], seed: int) -> None:
         self.arguments, self.folders = arguments, folders
@@ -269,7 +271,7 @@ class Trials:
 
     @contextlib.contextmanager
     def during(self, moment: str) -> Iterator[list[httpx.Response | Exception]]:
-        """Whatever is being done at ``moment``; yields the answer, if there is one before the end."""
+        """The activity at ``moment``; yields the answer, if there is one before the block ends."""
         if moment == "request":
             question = self.question()
             with pending(self.service, question) as answers:
@@ -283,7 +285,7 @@ class Trials:
             yield []
 
     def kill_service(self, moment: str) -> None:
-        """One kill of the whole service, and its next start."""
+        """Kill the whole service once, and start it again."""
         name = f"service, {moment}"
         seen = self.counts.setdefault(name, Counter())
         if moment == "start":
@@ -309,7 +311,7 @@ class Trials:
         self.look(name)
 
     def kill_worker(self, moment: str) -> None:
-        """One kill of the model process alone."""
+        """Kill only the model process once."""
         name = f"model process, {moment}"
         seen = self.counts.setdefault(name, Counter())
         if moment == "start":
@@ -325,7 +327,7 @@ class Trials:
             seen["no clean 503"] += 1
             self.tell(name, repr(answers[0]) + getattr(answers[0], "text", ""))
         seen["processes left"] += not np.isfinite(ended)
-        # The request comes while the model is loaded, or has been.
+        # The request arrives while the model is loading, or after it has loaded.
         self.look(name)
         seen["shared memory left"] += any(path.exists() for path in memory - shared_memory(self.service.pid))
 
@@ -341,14 +343,14 @@ class Trials:
         return time.monotonic() - began
 
     def look(self, name: str) -> None:
-        """Ask, and search for what was left."""
+        """Ask, and look for files and processes that were left behind."""
         seen = self.counts[name]
         left = left_in(self.scratch) if name.startswith("service") else []
         question = self.question()
         try:
             answer = question.ask(self.service.address)
             if name.startswith("model") and answer.status_code == 503 and clean(answer):
-                # Sent before the service knew of the death: the client is told to come again.
+                # Sent before the service had noticed the death: the client is told to send it again.
                 answer = question.ask(self.service.address)
         except httpx.TransportError as error:
             seen["next failed"] += 1
@@ -371,7 +373,7 @@ class Trials:
 
 
 def clean(answer: httpx.Response | Exception) -> bool:
-    """Whether a request was answered, or refused with 503 in one line, and when to come again."""
+    """Whether a request was answered, or refused with 503, a one-line error and a time after which to retry."""
     if isinstance(answer, Exception):
         return False
     if answer.status_code == 200:

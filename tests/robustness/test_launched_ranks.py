@@ -123,7 +123,8 @@ if __name__ == "__main__":
 
 
 def test_called_from_python_where_processes_are_spawned(cohort: Path, whole: Path, tmp_path: Path) -> None:
-    """As macOS and Windows begin processes, and as a notebook calls: no process inherits anything, nor a command line."""
+    """Processes start as on macOS and Windows, called from a notebook: they inherit nothing, not even a command
+    line."""
     (tmp_path / "called.py").write_text(CALLED)
     words = [tmp_path / "called.py", cohort, tmp_path / "store", *command(tmp_path / "store", tmp_path / "run")]
     done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=SETTINGS, timeout=900, check=False)  # fmt: skip

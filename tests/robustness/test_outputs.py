@@ -258,7 +258,7 @@ def test_a_read_only_place_is_one_line(tmp_path: Path, monkeypatch, capsys) -> N
 def test_a_model_or_store_that_cannot_be_added_to_is_one_line_before_any_work(
     encoder: DualEncoder, small_store: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """Root may write anywhere, so what another user would be told is simulated, for the model and the store alone."""
+    """Root may write anywhere, so the error of another user is simulated, for the model and the store only."""
     model, access = written(encoder, tmp_path / "model"), os.access
     closed = (str(model), str(model / "heads"), str(small_store))
     monkeypatch.setattr(
@@ -385,7 +385,7 @@ def test_a_table_of_another_run_is_not_overwritten(
         assert typed(command, "--model", other, *arguments, "--force") == 0
         if command != "index":
             assert table.read_bytes() != before
-    # Another table of ctclip beside the first.
+    # Another table of ctclip in the same folder as the first.
     assert typed("index", "--model", model, "--store", small_store, "--output", tmp_path / "p") == 0
     assert (tmp_path / "p" / "predictions.csv").is_file()
 
@@ -445,7 +445,7 @@ def test_what_goes_to_a_hub_names_no_patient(encoder: DualEncoder, tmp_path: Pat
     text = (tmp_path / "copy" / "heads" / "prompts" / "calibration.json").read_text()
     assert digest("p1", "salt") not in text
     assert '"salt": ""' in text
-    assert load(tmp_path / "copy").head().calibration is None  # from other weights, as the note says
+    assert load(tmp_path / "copy").head().calibration is None  # from other weights, as the note states
     assert Calibration.load(tmp_path / "copy" / "heads" / "prompts" / "calibration.json").lines == kept.lines
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "config.yaml").write_text("mine")
@@ -454,7 +454,8 @@ def test_what_goes_to_a_hub_names_no_patient(encoder: DualEncoder, tmp_path: Pat
 
 
 def test_of_two_stores_made_at_once_the_first_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both commands have seen an empty folder; the spec of the other appears just before this one's would replace it."""
+    """Both commands have found an empty folder; the spec of the other command appears just before this command would
+    replace it."""
     other, put = spec_of((16, 16, 16)), files._put_once
     raced = []
 
@@ -506,7 +507,7 @@ def test_a_folder_that_another_command_puts_in_place_stays(
 
 
 def test_files_of_a_folder_in_its_place_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
-    """Though a library, as safetensors does, wrote one for its owner alone."""
+    """Even if a library, such as safetensors, wrote the file so that only its owner can read it."""
     (tmp_path / "partial" / "heads").mkdir(parents=True)
     (tmp_path / "mine").touch()
     for name in ("weights", "heads/weights"):

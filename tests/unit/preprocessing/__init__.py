@@ -2,5 +2,5 @@
 
 import pytest
 
-# Their assertions are those of the tests that call them.
+# These modules contain assertions that tests call.
 pytest.register_assert_rewrite(f"{__name__}.dicom_situations", f"{__name__}.file_situations")

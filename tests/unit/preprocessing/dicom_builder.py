@@ -22,9 +22,9 @@ Edit = Callable[[int, Any], None]
 
 
 def truth(slices: int = 24, rows: int = 40, columns: int = 36, move: float = 0.0) -> np.ndarray:
-    """HU [slice, row, column] that no turn or flip leaves as they are: a ramp with a dense spot and an airy one.
+    """HU [slice, row, column] that every rotation or flip changes: a ramp with a dense spot and a spot of low density.
 
-    ``move`` shifts the content along the rows by pixels, as of a patient who moved.
+    ``move`` shifts the content along the rows by this many pixels, as if the patient had moved.
     """
     z, y, x = np.mgrid[:slices, :rows, :columns].astype(float)
     x = x + move
@@ -35,7 +35,7 @@ def truth(slices: int = 24, rows: int = 40, columns: int = 36, move: float = 0.0
 
 
 def affine() -> np.ndarray:
-    """Of ``series`` as it is by default: (slice, row, column, 1) to LPS mm."""
+    """The default affine of ``series``: (slice, row, column, 1) to LPS mm."""
     matrix = np.eye(4)
     matrix[:3, :3] = np.array([[0, 0, SPACING[2]], [0, SPACING[1], 0], [SPACING[0], 0, 0]])
     matrix[:3, 3] = ORIGIN
@@ -75,7 +75,7 @@ def series(hu: np.ndarray, edit: Edit | None = None, *, start: float = 0.0, firs
 
 
 def store(data: Any, stored: np.ndarray, **tags: Any) -> None:
-    """Puts stored values into an image, in the type its header (after ``tags``) says."""
+    """Put stored values into an image, in the type that its header (after ``tags``) states."""
     for keyword, value in tags.items():
         change(data, keyword, value)
     kind = f"<{'i' if data.PixelRepresentation else 'u'}{data.BitsAllocated // 8}"
@@ -85,7 +85,7 @@ def store(data: Any, stored: np.ndarray, **tags: Any) -> None:
 
 
 def change(data: Any, keyword: str, value: Any) -> None:
-    """Sets a value, or deletes it where it is None."""
+    """Set a value, or delete it if it is None."""
     if value is None:
         if keyword in data:
             delattr(data, keyword)
@@ -94,7 +94,7 @@ def change(data: Any, keyword: str, value: Any) -> None:
 
 
 def write(folder: Path, images: Iterable[Any], name: str = "IM") -> Path:
-    """Writes images under numbers that do not follow their order."""
+    """Write images under numbers that do not follow their order."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, data in enumerate(images):
         data.save_as(folder / f"{name}{(index * 7919) % 10007:05d}.dcm", enforce_file_format=True)
@@ -102,7 +102,7 @@ def write(folder: Path, images: Iterable[Any], name: str = "IM") -> Path:
 
 
 def bare(path: Path, *, meta: bool) -> None:
-    """Rewrites a file without its preamble, and without its group 2 unless ``meta``."""
+    """Rewrite a file without its preamble, and without its group 2 unless ``meta``."""
     content = path.read_bytes()[132:]
     if not meta:
         content = content[12 + int.from_bytes(content[8:12], "little") :]
@@ -110,21 +110,21 @@ def bare(path: Path, *, meta: bool) -> None:
 
 
 def reencoded(path: Path, syntax: str) -> None:
-    """Rewrites a file in another of the syntaxes without compression of pixels."""
+    """Rewrite a file in another of the transfer syntaxes without compression of pixels."""
     data = pydicom.dcmread(path)
     for element in data.iterall():
-        # Decoded: what is still raw would be written as it was read.
+        # Decode every element: elements that are still raw would be written as they were read.
         assert element.tag
     data.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
     if syntax == pydicom.uid.ExplicitVRBigEndian:
-        # pydicom writes pixels as they are held.
+        # pydicom writes pixels as they are in memory.
         data.PixelData = np.frombuffer(data.PixelData, "<u2").astype(">u2").tobytes()
         data.set_original_encoding(False, False)
     data.save_as(path, enforce_file_format=True)
 
 
 def deflated(path: Path, data_set: bytes) -> None:
-    """A file whose data set is a deflated stream of any bytes."""
+    """A file whose data set is a deflated stream of arbitrary bytes."""
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, "1.2.3"
@@ -148,8 +148,9 @@ def enhanced(
     offset: int | None = None,
 ) -> Any:
     """One Enhanced CT image of HU, frames in any order; ``phases`` copies of it, each 100 HU above the one before, as
-    temporal positions. ``start`` is the first slice's place in a series, ``number`` the file's InstanceNumber and ``offset``
-    that of its frames in a concatenation. ``shared`` keeps what all frames have in common in the shared functional groups."""
+    temporal positions. ``start`` is the position of the first slice in a series, ``number`` the file's InstanceNumber
+    and ``offset`` that of its frames in a concatenation. ``shared`` stores attributes common to all frames in the
+    shared functional groups."""
     order = list(range(len(hu))) if order is None else list(order)
     data = series(hu[:1])[0]
     for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope",

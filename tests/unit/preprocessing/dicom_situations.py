@@ -1,7 +1,7 @@
-"""Situations of DICOM series: how each is built, and what is right, in voxels, positions and words.
+"""Situations of DICOM series: how each is built, and the expected voxels, positions and messages.
 
-Other readers' answers stand beside ours where they decode the same input: ``same`` names those that must give our
-voxels in our places, ``differ`` those that do not and why we are right all the same.
+If other readers decode the same input, their results are compared with ours: ``same`` names those that must give the
+same voxels at the same positions, ``differ`` those that do not, with the reason why ours is nevertheless right.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ SIGNED = {**UNSIGNED, "PixelRepresentation": 1}
 
 @dataclass
 class Row:
-    """``build`` fills a folder; ``hu`` and ``affine`` are the truth, or ``refused`` the words of the refusal. ``says``
-    are words of the warnings, of which there are none besides."""
+    """``build`` fills a folder; ``hu`` and ``affine`` are the expected result, or ``refused`` the words of the refusal.
+    ``says`` are words of the expected warnings; there must be no others."""
 
     name: str
     build: Callable[[Path], object]
@@ -98,7 +98,7 @@ def rle(data: Any) -> Any:
 
 
 def check(row: Row, tmp_path: Path) -> None:
-    """Builds a situation, reads it, and compares what comes of it with the truth and with other readers' answers."""
+    """Build a situation, read it, and compare the result with the truth and with other readers' answers."""
     folder = tmp_path / "scan"
     row.build(folder)
     if row.refused:
@@ -122,7 +122,7 @@ def check(row: Row, tmp_path: Path) -> None:
 
 
 def _same(volume: Volume, array: np.ndarray, matrix: np.ndarray | None) -> bool:
-    """Whether another reader has our value at each of our places. ``matrix``: its indices to LPS mm, or None."""
+    """Whether another reader has our value at each of our positions. ``matrix``: its indices to LPS mm, or None."""
     if matrix is None:
         return array.shape == volume.array.shape and bool(np.abs(array - volume.array).max() < 1e-2)
     indices = np.indices(volume.array.shape).reshape(3, -1)

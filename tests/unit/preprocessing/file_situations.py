@@ -1,8 +1,8 @@
-"""Situations of volume files: the right voxels in the right place, or a refusal that says why.
+"""Situations of volume files: the right voxels at the right position, or a refusal that states the reason.
 
-What is accepted is compared voxel by voxel, at its place in the patient, with the truth it was built from. ``nibabel`` and
-``itk`` say what those make of the same bytes ("same", "refuses", or how they differ and why we are right), and that is tested
-too, wherever they can be asked without ending the process.
+An accepted file is compared voxel by voxel, at its position in the patient, with the truth from which it was built.
+``nibabel`` and ``itk`` state how these libraries read the same bytes ("same", "refuses", or how they differ and why ours is
+right). This is tested too, unless they would crash the process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ GZ = gzip.compress(NIFTI)
 @dataclass(frozen=True)
 class Row:
     """``name`` of the file that is read and its ``content`` (bytes, or a function that fills a folder and returns the
-    path); ``refused`` or ``warned`` by words, else read without a word. ``affine`` and ``hu`` where the truth is other."""
+    path); ``refused`` or ``warned``: words of the message, otherwise it is read without one. ``affine`` and ``hu``: the
+    truth, if it differs from the default."""
 
     what: str
     name: str
@@ -80,7 +81,7 @@ def linked_out(folder: Path) -> Path:
 
 
 def split(content: bytes) -> tuple[bytes, bytes]:
-    """A single NIfTI file as the two of a pair."""
+    """A single NIfTI file as a pair of files."""
     return patched(content, magic=("4s", b"ni1\0"), vox_offset=("f", 0))[:348], content[352:]
 
 
@@ -89,7 +90,7 @@ DETACHED = {"study/scan.mhd": meta(b"", ElementDataFile="scan.raw"), "study/scan
 
 
 def check(row: Row, tmp_path: Path) -> None:
-    """Builds a situation, reads it, and compares what comes of it with the truth and with other readers' answers."""
+    """Build a situation, read it, and compare the result with the truth and with other readers' answers."""
     path = row.content(tmp_path) if callable(row.content) else written(tmp_path, row.name, row.content)
     if row.refused:
         with pytest.raises(PreprocessingError, match=row.refused) as refused:
@@ -107,7 +108,7 @@ def check(row: Row, tmp_path: Path) -> None:
 
 
 def same(volume: Volume, row: Row) -> bool:
-    """Whether every voxel has its value where the truth has it; arrays may lie any way round."""
+    """Whether every voxel has the value of the truth at its position; the order of the axes is irrelevant."""
     hu, affine = HU if row.hu is None else row.hu, AFFINE if row.affine is None else row.affine
     index = np.indices(volume.array.shape).reshape(3, -1)
     place = volume.affine[:3, :3] @ index + volume.affine[:3, 3:]

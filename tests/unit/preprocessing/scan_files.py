@@ -1,4 +1,4 @@
-"""Small volume files built byte by byte, right and wrong, and the truth that they hold."""
+"""Small volume files built byte by byte, valid and invalid, and the truth that they contain."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-# [slice, row, column], no two voxels alike, and an affine to LPS+ mm that no two axes of which are exchangeable.
+# [slice, row, column] in which no two voxels are alike, and an affine to LPS+ mm in which no two axes are exchangeable.
 HU = (np.arange(7 * 6 * 5, dtype=np.int16).reshape(7, 6, 5) * 9 - 1000).astype(np.int16)
 SINE, COSINE = np.sin(0.2), np.cos(0.2)
 AFFINE = np.eye(4)
 AFFINE[:3, :3] = np.array([[COSINE, 0, SINE], [0, 1, 0], [-SINE, 0, COSINE]])[:, ::-1] * [2.5, 0.9, 0.8]
 AFFINE[:3, 3] = -31, 7, 55
 RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-# Offsets of NIfTI-1 (nifti1.h): what rows patch.
+# Offsets of NIfTI-1 (nifti1.h): the fields that rows patch.
 AT = {
     "dim": 40, "datatype": 70, "bitpix": 72, "qfac": 76, "pixdim": 80, "vox_offset": 108, "slope": 112, "inter": 116,
     "units": 123, "qform_code": 252, "sform_code": 254, "quatern": 256, "qoffset": 268, "srow": 280, "magic": 344,
@@ -63,7 +63,7 @@ def vector(values: np.ndarray) -> str:
 
 
 def nrrd_header(**changes: str | None) -> str:
-    """An NRRD header; ``space_directions=None`` leaves that field out, other values replace or add it."""
+    """An NRRD header; ``space_directions=None`` omits this field, other values replace or add it."""
     columns = AFFINE[:3, 2::-1].T
     fields: dict[str, str | None] = {
         "type": "short", "dimension": "3", "space": "left-posterior-superior", "sizes": "5 6 7",

@@ -49,7 +49,7 @@ def noise(shape: tuple[int, ...], level: float) -> np.ndarray:
 
 
 def tall(volume: Volume, above: int, below: int) -> np.ndarray:
-    """The chest with a neck and an abdomen of soft tissue, each so many slices."""
+    """The chest with a neck and an abdomen of soft tissue, each with this many slices."""
     parts = [noise((below, *volume.array.shape[1:]), 45), volume.array, noise((above, *volume.array.shape[1:]), 45)]
     for part in (parts[0], parts[2]):
         part[:, :4] = part[:, -4:] = part[..., :4] = part[..., -4:] = -1000
@@ -77,14 +77,14 @@ def wide(volume: Volume, left: int) -> np.ndarray:
 def test_lungs_are_kept_in_the_grid(
     tmp_path: Path, made: Volume, make: Callable[[Volume], np.ndarray], moved: bool
 ) -> None:
-    """Voxels and places: a few voxels of the grid are looked up in the scan by its affine."""
+    """Voxels and positions: a few voxels of the grid are looked up in the scan by its affine."""
     whole = Volume(make(made), made.affine, "x")
     ready = prepare(saved(tmp_path / "a.nii", whole), GRID)
     assert (ready.centre is not None) == moved
     assert any("it is centred on the lungs" in warning for warning in ready.warnings) == moved
     lungs = find_lungs(ready.scan)
     assert lungs.is_chest
-    # As much lung as fits into the grid about the chest alone.
+    # As much lung as fits into the grid around the chest without the additions.
     alone = prepare(saved(tmp_path / "b.nii", made), GRID)
     kept = int(((ready.hu < -600) & (ready.hu > -950)).sum())
     assert kept > 0.95 * int(((alone.hu < -600) & (alone.hu > -950)).sum())
@@ -106,7 +106,7 @@ def test_a_lung_full_of_fluid_does_not_move_the_midline(made: Volume) -> None:
     mm = made.spacing[2]
     assert abs(drowned.middle(2) - middle) * mm > 40
     assert abs(drowned.midline() - middle) * mm < 6
-    # The phantom's own middle lies at x = 0 of its frame.
+    # The middle of the phantom itself is at x = 0 of its frame.
     truth = -make_scan(3, 1, scale=6.0).reconstructions[0].acquisition.grid.origin[2] / mm
     assert abs(middle - truth) * mm < 6
 
@@ -137,7 +137,7 @@ def test_a_grid_too_small_for_the_lungs_is_told_and_refused_for_a_chest(tmp_path
 )  # fmt: skip
 def test_everything_outside_the_lungs_set_to_one_value(made: Volume, value: int, kind: type, told: bool) -> None:
     lungs = (made.array < -600) & (made.array > -950)
-    # What a mask leaves: the lungs, and enough around them to be a CT.
+    # A mask leaves the lungs, and enough around them to be recognised as a CT.
     inside = np.roll(lungs, 2, 1) | np.roll(lungs, -2, 1) | np.roll(lungs, 3, 2) | np.roll(lungs, -3, 2) | lungs
     array = np.where(inside, made.array, value).astype(kind)
     try:
@@ -154,7 +154,7 @@ FLIPS = {"about x": (0, 1), "about y": (0, 2), "about z": (1, 2)}
 
 
 def test_an_upright_chest_is_not_doubted_and_one_turned_by_180_degrees_is() -> None:
-    """Chests of many patients, by size, findings and spacing. See RESULTS for the figures of 300."""
+    """Chests of many patients, by size, findings and spacing. The figures for 300 are in RESULTS."""
     doubted = dict.fromkeys(FLIPS, 0)
     for seed in range(8):
         phantom = make_scan(100 + seed, 1, scale=8.0).reconstructions[0]
@@ -198,7 +198,7 @@ def test_the_quality_page_asks_for_a_chest_only_where_there_should_be_one(tmp_pa
 
 
 def test_what_shows_no_chest_is_told_unless_it_is_expected(tmp_path: Path) -> None:
-    """A head-sized ball of water with air around it: warned of, refused or taken as it is."""
+    """A head-sized ball of water with air around it: read with a warning, refused, or read without a check."""
     place = np.indices((40, 60, 60)) - np.array([20, 30, 30])[:, None, None, None]
     noise = np.random.default_rng(0).normal(0, 15, place.shape[1:])
     hu = (np.where((place**2).sum(0) < 18**2, 40, -1000) + noise).astype(np.int16)

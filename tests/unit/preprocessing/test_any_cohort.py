@@ -1,4 +1,4 @@
-"""Cohorts of strangers: folders with links, copies and unrelated files, and tables from any program."""
+"""Cohorts from unknown sources: folders with links, copies and unrelated files, and tables from any program."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPEC = PreprocessingSpec("test", (5.0, 4.0, 4.0), (12, 16, 20))
 
 
 def scan(path: Path, seed: int = 0) -> Path:
-    """A small volume of its own bytes."""
+    """A small volume whose bytes differ from all others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     values = np.random.default_rng(seed).integers(-1000, 400, (6, 6, 6)).astype(np.int16)
     nib.save(nib.Nifti1Image(values, AFFINE), path)
@@ -120,7 +120,7 @@ def spread(root: Path) -> None:
 
 
 def last_in_another(root: Path) -> None:
-    """A CD's folders are full at some number of files: the last two slices lie in the next one."""
+    """The folders of a CD hold a limited number of files: the last two slices are in the next folder."""
     series(root / "DIR000", 9)
     (root / "DIR001").mkdir()
     for path in sorted((root / "DIR000").iterdir())[7:]:
@@ -249,7 +249,8 @@ def no_reports(root: Path) -> None:
         scan(root / f"{name}.nii.gz", index)
 
 
-# What is built; how many scans and patients are right; what is in the count of files that were not used, and how often.
+# How the folder is built; the expected numbers of scans and patients; words of the count of unused files, and their
+# number.
 FOLDERS: dict[str, tuple[Callable[[Path], None], int, int, dict[str, int]]] = {
     "a folder by a link": (linked_folder, 1, 1, {}),
     "a file by a link": (linked_file, 1, 1, {}),
@@ -303,7 +304,7 @@ def test_a_folder_is_its_scans(tmp_path: Path, name: str) -> None:
 
 
 def test_series_of_nested_folders_are_read_apart_and_spread_ones_whole(tmp_path: Path) -> None:
-    """Reading a folder takes what lies below it too: each scan has its own slices all the same, by SimpleITK's count."""
+    """Reading a folder includes the folders below it: each scan still has only its own slices, by SimpleITK's count."""
     from ctclip.preprocessing.readers import read
 
     for name, build, counts in (
@@ -326,7 +327,7 @@ def test_a_lone_localizer_is_refused_by_name_instead_of_passed_over(tmp_path: Pa
     assert len(read_cohort(tmp_path).table) == 1
 
 
-# A table's bytes; its labels; its metadata, or the words by which it is refused.
+# A table's bytes; its labels; its metadata, or the words of the refusal.
 TABLES: dict[str, tuple[bytes, list[str], list[str] | str]] = {
     "commas": (b"path,nodule\na.nii,1\n", ["nodule"], []),
     "semicolons": (b"path;nodule\na.nii;1\n", ["nodule"], []),
@@ -471,7 +472,8 @@ def test_the_last_lines_of_a_run_in_words(tmp_path: Path) -> None:
 
 
 def test_of_two_series_dealt_over_folders_the_original_is_read(tmp_path: Path) -> None:
-    """As CDs of patients are written: each folder holds files of both; a localizer lies apart, below the same folder."""
+    """As patient CDs are written: each folder contains files of both; a localizer is separate, below the same
+    folder."""
     from tests.unit.preprocessing import dicom_builder
 
     axial = dicom_builder.series(dicom_builder.truth(12))
@@ -513,7 +515,8 @@ def test_a_link_to_another_patient_does_not_lend_a_patient_the_other_scan(tmp_pa
 
 
 def test_names_of_files_that_are_no_text_are_told_in_one_printable_line(tmp_path: Path) -> None:
-    """A refused file called by bytes that are no UTF-8 lost outcomes.csv; one called by a line feed made two lines of it."""
+    """A refused file whose name was not UTF-8 lost outcomes.csv; one with a line feed in its name took two lines of
+    it."""
     folder = tmp_path / "cohort"
     folder.mkdir()
     for name in (b"\xff.nii.gz", b"a\nb\x1b[2J.nii.gz"):
@@ -534,7 +537,7 @@ def test_names_of_files_that_are_no_text_are_told_in_one_printable_line(tmp_path
     ("a.mhd", "a.raw"), ("A.MHD", "A.RAW"), ("a.mhd", "data/voxels.bin"), ("a.nhdr", "data/voxels.bin"),
 ])  # fmt: skip
 def test_a_header_and_the_file_of_its_voxels_are_one_scan(tmp_path: Path, header: str, voxels: str) -> None:
-    """Two of them that differ in their voxels alone are two patients, though their headers are the same bytes."""
+    """Two of them that differ only in their voxels are two patients, although their headers are identical."""
     for number, folder in enumerate(("one", "two")):
         hu = HU + np.int16(number)
         plain = nifti(hu)

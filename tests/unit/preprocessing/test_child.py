@@ -23,7 +23,7 @@ from ctclip.preprocessing.child import decode_in_child
 HERE = "tests.unit.preprocessing.test_child"
 
 
-# What the child is asked to do.
+# Functions that the child is asked to run.
 def ramp(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return np.arange(np.prod(shape)).astype(dtype).reshape(shape)
 
@@ -48,7 +48,7 @@ def hang() -> np.ndarray:
 
 
 def busy() -> np.ndarray:
-    """Like a decoder in C that holds Python's lock: no thread of the child runs beside it."""
+    """Like a decoder in C that holds the GIL: no other thread of the child runs."""
     re.match("(a+)+b", "a" * 60)
     raise AssertionError
 
@@ -190,7 +190,7 @@ os.kill(os.getpid(), signal.SIGKILL)"""
 
 
 def test_a_reply_that_lies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The decoder may have been taken over: sizes are compared with the memory that came."""
+    """The decoder may have been compromised: sizes are compared with the memory that was received."""
     descriptor = os.memfd_create("small")
     os.ftruncate(descriptor, 10)
     for shape, dtype in (([1 << 40], "u1"), ([-1, -10], "u1"), ([10], "O"), ([3], "f8")):

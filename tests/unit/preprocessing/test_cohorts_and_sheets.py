@@ -170,7 +170,8 @@ def test_a_csv_of_paths(tmp_path: Path, hu: np.ndarray) -> None:
 
 
 def test_ct_rate_with_segmentations_and_a_second_version(cohort: Path, tmp_path: Path) -> None:
-    """Volumes under the same names: TotalSegmentator's masks lie deeper, the second version in ``*_fixed``."""
+    """Volumes with the same names: TotalSegmentator's masks are in deeper folders, the second version in
+    ``*_fixed``."""
     mine = tmp_path / "cohort"
     shutil.copytree(cohort, mine)
     first = sorted((mine / "dataset" / "train").rglob("*.nii.gz"))[0]
@@ -185,7 +186,7 @@ def test_ct_rate_with_segmentations_and_a_second_version(cohort: Path, tmp_path:
 
 
 def test_a_cd_of_dicom_series_is_its_series(tmp_path: Path, hu: np.ndarray) -> None:
-    """The directory record and what else lies at the top of a medium are no volume of their own."""
+    """The directory record and other files at the top of a medium are not separate volumes."""
     write_series(tmp_path / "cd" / "DICOM" / "S1", hu[:8])
     write_series(tmp_path / "cd" / "DICOM" / "S2", hu[:9])
     files = pydicom.fileset.FileSet()
@@ -202,7 +203,7 @@ def test_a_cd_of_dicom_series_is_its_series(tmp_path: Path, hu: np.ndarray) -> N
 
 @pytest.mark.parametrize("most", [12_000, 60_000])
 def test_slices_are_as_large_as_the_page_allows(most: int) -> None:
-    """Of a noisy volume, which compresses badly."""
+    """For a noisy volume, which compresses badly."""
     noise = np.random.default_rng(0).normal(-400, 300, (40, 64, 64)).astype(np.int16)
     data = base64.b64decode(_picture(noise, (5.0, 3.0, 3.0), WINDOWS, most, None))
     assert len(data) <= most
@@ -235,11 +236,11 @@ def test_the_quality_page_shows_every_volume_and_every_refusal(tmp_path: Path, h
 
 
 def test_slices_go_through_a_place_and_its_ticks_point_there() -> None:
-    """One bright voxel lies between the ticks of all three planes; slices through the middle do not show it."""
+    """One bright voxel is between the ticks of all three planes; slices through the middle do not show it."""
     hu = np.full((20, 24, 28), -1000, np.int16)
     hu[4, 6, 5] = 100
     at = np.asarray(_slices(hu, (3.0, 1.0, 1.0), {"lung": (-1000.0, 100.0)}, 280, (4, 6, 5)))
-    # Pixels of the voxel: of a slice of 28 x 24 columns and rows 10 a voxel; of 20 slices of 3 mm, 280 / 60 a mm.
+    # Pixels per voxel: in a slice of 28 x 24 columns and rows 10 per voxel; in 20 slices of 3 mm, 280 / 60 per mm.
     mm = 280 / 60
     axial = (20 + 6.5 * 10, 5.5 * 10)
     coronal = (15.5 * 3 * mm, 280 + GAP + (280 - 28 * mm) / 2 + 5.5 * mm)
@@ -247,7 +248,7 @@ def test_slices_go_through_a_place_and_its_ticks_point_there() -> None:
     for row, column in (axial, coronal, sagittal):
         assert at[round(row), round(column)] > 150
         for step in (-1, 1):
-            # White in the middle of a tick, on black strokes or air.
+            # White in the middle of a tick, against black strokes or air.
             assert at[round(row) + step * 27, round(column) - 1 : round(column) + 2].max() == 255
             assert at[round(row) - 1 : round(row) + 2, round(column) + step * 27].max() == 255
     middle = np.asarray(_slices(hu, (3.0, 1.0, 1.0), {"lung": (-1000.0, 100.0)}, 280))

@@ -41,7 +41,7 @@ def packed_npz() -> bytes:
     return memory.getvalue()
 
 
-# Each with the first byte of its compressed stream: what stands before is text, which has no checksum.
+# Each with the first byte of its compressed stream: the text before it has no checksum.
 COMPRESSED = {
     "scan.nii.gz": (gzip.compress(nifti()), 0),
     "scan.nrrd": (nrrd(encoding="gzip"), len(nrrd_header(encoding="gzip")) + 1),
@@ -79,7 +79,7 @@ def test_no_cut_gives_other_voxels(tmp_path: Path, name: str) -> None:
 
 
 def test_npz(tmp_path: Path) -> None:
-    """RAD-ChestCT's layout, against numpy; and what must be refused."""
+    """RAD-ChestCT's layout, compared with NumPy, and files that must be refused."""
     np.savez_compressed(tmp_path / "scan.npz", ct=HU.astype(np.float32))
     volume = read(tmp_path / "scan.npz")
     assert np.array_equal(volume.array, np.load(tmp_path / "scan.npz")["ct"])
@@ -182,7 +182,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1000)
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_take_no_memory(tmp_path: Path, name: str) -> None:
-    """A quarter of a gigabyte of zeros in a megabyte, in each place that inflates something: at most 60 MB are taken."""
+    """A quarter of a gigabyte of zeros in a megabyte, for each reader that decompresses: at most 60 MB are used."""
     path = written(tmp_path, name, BOMBS[name]())
     done = subprocess.run([sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True, timeout=120)
     *said, megabytes = done.stdout.splitlines()

@@ -47,7 +47,8 @@ def hu() -> np.ndarray:
 
 
 def write_series(folder: Path, hu: np.ndarray, *, spacing: float = 5.0, skip: tuple[int, ...] = ()) -> Path:
-    """HU [slice, row, column] as DICOM slices of a patient with a name, shuffled file names without an extension."""
+    """HU [slice, row, column] as DICOM slices of a patient with a name, in files with shuffled names and no
+    extension."""
     folder.mkdir(parents=True, exist_ok=True)
     series, study = generate_uid(), generate_uid()
     for index, plane in enumerate(hu):
@@ -98,7 +99,7 @@ def test_a_dicomdir_of_any_name_stands_for_its_folder(tmp_path: Path, shared: Pa
 
 
 def packed(folder: Path, stream: bytes, syntax: str, shape: tuple[int, int], **values: float) -> Path:
-    """Three slices, each the same compressed stream of a transfer syntax."""
+    """Three slices that contain the same compressed stream of a transfer syntax."""
     for path in write_series(folder, np.zeros((3, *shape), np.int16)).iterdir():
         header = pydicom.dcmread(path)
         header.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
@@ -132,7 +133,7 @@ def compressed_by_itk(path: Path, output: Path, compressor: str) -> None:
         if not key.startswith("0028"):
             stored.SetMetaData(key, image.GetMetaData(key))
     writer.Execute(stored)
-    # Writing JPEG, it leaves the process in the C locale, in which other libraries cannot read their own files.
+    # After writing JPEG, ITK leaves the process in the C locale, in which other libraries cannot read their own files.
     locale.setlocale(locale.LC_ALL, "")
 
 
@@ -140,7 +141,7 @@ def compressed_by_itk(path: Path, output: Path, compressor: str) -> None:
     ("compressor", "syntax"), [("RLE", "5"), ("JPEG", "4.70"), ("JPEG2000", "4.90"), ("deflated", "1.99")]
 )
 def test_compressed_transfer_syntaxes(tmp_path: Path, hu: np.ndarray, compressor: str, syntax: str) -> None:
-    """The same voxels from each of the lossless syntaxes; each file is in the one it is meant to be in."""
+    """The same voxels from each of the lossless syntaxes; each file really uses the intended syntax."""
     plain, folder = write_series(tmp_path / "plain", hu[:8]), tmp_path / "packed"
     folder.mkdir()
     for path in sorted(plain.iterdir()):
@@ -164,7 +165,7 @@ def test_jpeg_ls_of_another_encoder(tmp_path: Path) -> None:
     assert np.array_equal(read(packed(tmp_path / "s", stream, "1.2.840.10008.1.2.4.80", shape)).array[1], plain)
 
 
-# 8 x 8 voxels of (37 x + 91 y) mod 2000, by OpenJPH.
+# 8 x 8 voxels of (37 x + 91 y) mod 2000, encoded by OpenJPH.
 HTJ2K = (
     "/0//UQApQAAAAAAIAAAACAAAAAAAAAAAAAAACAAAAAgAAAAAAAAAAAABDwEB/1AACAACAAAACv9SAAwAAgABAAUEBEAB/1wAEyCI"
     "kJCQkJCQkJCQkJCQiIiI/2QAFwABT3BlbkpQSCBWZXIgMC4yNi4zLv+QAAoAAAAAAFYAAf+TwAAmtf0FB3QAAADAABLAABKAUAGH"
@@ -182,7 +183,7 @@ def test_high_throughput_jpeg_2000(tmp_path: Path, syntax: str) -> None:
 
 
 def test_lossy_jpeg_is_read_and_told(tmp_path: Path) -> None:
-    """Baseline, 8 bits, as Pillow decodes it; extended, 12 bits, with the two pixels that pydicom's tests know."""
+    """Baseline, 8 bits, as Pillow decodes it; extended, 12 bits, with two pixels that pydicom's tests state."""
     rows, columns = np.mgrid[:64, :64]
     picture = (128 + 60 * np.sin(columns / 9) + 50 * np.cos(rows / 7)).astype(np.uint8)
     written = io.BytesIO()
@@ -226,9 +227,9 @@ def test_a_jpeg_of_an_impossible_precision_does_not_end_the_process(
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", ["changed", "cut", "zeroed"])
 def test_a_damaged_slice_is_refused_told_or_of_no_consequence(tmp_path: Path, hu: np.ndarray, kind: str) -> None:
-    """Wherever a file is cut, and whatever becomes of its header: no other volume without a word.
+    """A file that is cut anywhere, or whose header is changed, never gives another volume without a warning.
 
-    Of the voxels themselves DICOM keeps no checksum: values that changed in their place cannot be told.
+    DICOM has no checksum of the voxels: changed values of voxels cannot be detected.
     """
     folder = write_series(tmp_path / "s", hu[:6])
     whole, files = read(folder), sorted(folder.iterdir())
@@ -283,7 +284,7 @@ def test_missing_slices_and_copies_are_told_or_refused(tmp_path: Path, hu: np.nd
 
 @pytest.mark.parametrize(("degrees", "uneven"), [(18.5, 0.0), (-12.0, 0.0), (0.0, 0.3), (15.0, 0.3)])
 def test_tilt_and_uneven_gaps_leave_a_point_in_its_place(tmp_path: Path, degrees: float, uneven: float) -> None:
-    """A Gaussian at a known point of the patient, sampled where slices of a tilted gantry lie."""
+    """A Gaussian at a known point of the patient, sampled at the slices of a tilted gantry."""
     place, random = np.array([50.0, 62.0, 48.0]), np.random.default_rng(0)
     angle = np.radians(degrees)
     row, column = np.array([1.0, 0, 0]), np.array([0, np.cos(angle), np.sin(angle)])
@@ -342,7 +343,7 @@ def test_a_header_without_what_matters(tmp_path: Path, hu: np.ndarray, keyword: 
                     delattr(header, keyword)
                 header.save_as(path)
             with contextlib.suppress(PreprocessingError):
-                # Slices that could not be placed are left out, or it did not matter.
+                # Either slices without a position were left out, or the change had no effect.
                 volume = read(folder)
                 assert volume.array.shape[1:] == hu.shape[1:]
                 assert volume.spacing == pytest.approx((5.0, 4.0, 4.0))
@@ -377,7 +378,7 @@ def test_no_identifier_of_a_dicom_header_reaches_any_output(tmp_path: Path, hu: 
         path.write_bytes(path.read_bytes()[:-900])
     wrong = write_series(scans / "warned", hu)
     for path in wrong.iterdir():
-        # An invalid birth date, about which pydicom warns with its value.
+        # An invalid birth date: pydicom's warning would contain its value.
         path.write_bytes(path.read_bytes().replace(b"19410217", b"1941021Z"))
     zipped = write_series(tmp_path / "zipped" / "Zebrowski", hu, skip=(5, 6, 7))
     shutil.make_archive(str(scans / "ottilie zebrowski"), "zip", zipped.parent)

@@ -13,7 +13,8 @@ from tests.unit.preprocessing.dicom_situations import ALL, HU, MOVED, TWO, Row, 
 
 
 def blocks(overlap: int) -> list[Any]:
-    """Two acquisitions, the second of which follows the first but for slices at the seam, with other voxels there."""
+    """Two acquisitions: the second continues the first, except that slices at the seam are duplicated with other
+    voxels."""
     return [
         *series(HU[:14], AcquisitionNumber=1, AcquisitionTime="120001"),
         *series(HU[14 - overlap :] + 0 * HU[14 - overlap :], start=14 - overlap, first=15, AcquisitionNumber=2,
@@ -22,7 +23,7 @@ def blocks(overlap: int) -> list[Any]:
 
 
 def passes(second: np.ndarray, start: float, backwards: bool = False) -> list[Any]:
-    """Two passes of which nothing tells but their numbering."""
+    """Two passes that only their numbering separates."""
     images = [*series(HU), *series(second, start=start, first=25)]
     if backwards:
         for index, data in enumerate(images[24:]):
@@ -38,7 +39,7 @@ def interleaved_numbers(start: float) -> list[Any]:
 
 
 def told_apart(keyword: str, one: str, other: str) -> list[Any]:
-    """Two passes at the same positions, numbered in turn: only ``keyword`` tells them apart."""
+    """Two passes at the same positions, numbered alternately: only ``keyword`` separates them."""
     images = interleaved_numbers(0)
     for index, data in enumerate(images):
         setattr(data, keyword, one if index < 24 else other)

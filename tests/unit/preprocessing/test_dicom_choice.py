@@ -83,7 +83,7 @@ def spoiled(count: int) -> Callable[[Path], object]:
 
 
 def cut(*slices: int) -> Callable[[Path], object]:
-    """Files that end within their pixels."""
+    """Files that end in the middle of their pixels."""
 
     def build(folder: Path) -> None:
         paths = sorted(write(folder, series(HU)).iterdir(), key=lambda path: int(dcmread(path).InstanceNumber))

@@ -1,4 +1,5 @@
-"""The parser of DICOM headers against pydicom's, on pydicom's own files; and what it refuses, in bounded time and memory."""
+"""The parser of DICOM headers compared with pydicom's on pydicom's own files, and input that it refuses in bounded time
+and memory."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def test_values_are_those_of_pydicom(path: Path) -> None:
         try:
             theirs = pydicom.dcmread(path, stop_before_pixels=True)
         except Exception:
-            # Files that pydicom reads only by force: those without a preamble are read here.
+            # Files that pydicom reads only with force=True: those without a preamble are read here.
             assert ours is None or path.name.endswith(("NoMeta.dcm", "rtstruct.dcm"))
             return
         if path.name == "rtplan_truncated.dcm":
@@ -69,7 +70,7 @@ def test_pixels_begin_where_pydicom_finds_them(path: Path) -> None:
 
 
 def nested(depth: int, stated: bool = False) -> bytes:
-    """A data set with a sequence nested so deep, of stated or open lengths."""
+    """A data set with a sequence nested to this depth, of stated or undefined lengths."""
     inner = b""
     if stated:
         for _ in range(depth):
@@ -95,13 +96,13 @@ def test_nesting_is_bounded(depth: int, fits: bool) -> None:
 
 
 def test_sequences_of_stated_length_are_stepped_over() -> None:
-    """However deep: nothing looks into them."""
+    """At any depth: their contents are not parsed."""
     content = io.BytesIO(b"\0" * 128 + b"DICM" + nested(2000, stated=True))
     assert parse(content, {0x00280010}).values[0x00280010][1] == b"\x07\0"
 
 
 def test_no_bytes_end_or_hold_up_the_parser() -> None:
-    """Any bytes after the start of a data set, and any changes of a good file."""
+    """Arbitrary bytes after the start of a data set, and arbitrary changes of a valid file."""
     random = np.random.default_rng(0)
     buffer = io.BytesIO()
     pydicom.dcmwrite(buffer, series(truth(1))[0], enforce_file_format=True)
@@ -121,7 +122,8 @@ def test_no_bytes_end_or_hold_up_the_parser() -> None:
 
 
 def test_a_deflated_bomb_is_inflated_no_further_than_its_header_says(tmp_path: Path) -> None:
-    """Slices of 80 KB that would inflate to 80 MB each are refused once they are longer than their headers say."""
+    """Slices of 80 KB that would inflate to 80 MB each are refused as soon as they are longer than their headers
+    state."""
     hu = truth(4)
     paths = sorted(write(tmp_path / "s", series(hu)).iterdir())
     for path in paths:
@@ -148,7 +150,7 @@ def test_headers_that_claim_more_than_their_files_hold(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("depth", [900, 20000])
 def test_a_process_survives_deep_nesting_with_a_high_recursion_limit(tmp_path: Path, depth: int) -> None:
-    """Other libraries raise Python's limit: then recursion would end the process."""
+    """Other libraries raise Python's recursion limit; recursion would then crash the process."""
     for path in write(tmp_path / "s", series(truth(4))).iterdir():
         content = path.read_bytes()
         at = content.index(b"\x08\x00\x16\x00UI")

@@ -1,4 +1,4 @@
-"""Files of several frames: Enhanced CT, and what older software wrote."""
+"""Files with several frames: Enhanced CT, and files of older software."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ OUTSIDE = np.where(ROUND, -1024, HU)
 
 
 def filled(value: int, where: np.ndarray = ROUND, *, intercept: int = -1024, **tags: Any) -> Callable[[int, Any], None]:
-    """Puts a stored value where ``where`` says."""
+    """Put a stored value at the pixels of ``where``."""
 
     def edit(index: int, data: Any) -> None:
         for keyword, wanted in tags.items():
@@ -43,12 +43,12 @@ INSIDE[18:21, 15:18] = True
 
 
 def one_filled(value: int) -> Callable[[int, Any], None]:
-    """Padding of another value in every slice."""
+    """A different padding value in every slice."""
     return lambda index, data: filled(value + index, **UNSIGNED, PixelPaddingValue=value + index)(index, data)
 
 
 def cleared_and_filled(index: int, data: Any) -> None:
-    """63536 in a header that says that 12 bits are used: cleared, it would be bone."""
+    """63536 although the header states 12 bits: with the upper bits cleared it would be bone."""
     stored = np.where(ROUND, 63536, HU[index].astype(int) + 1024)
     data.PixelPaddingValue = 63536
     data.PixelData = stored.astype("<u2").tobytes()
@@ -89,7 +89,7 @@ PADDING = [
 
 
 def shifted(index: int, data: Any) -> None:
-    """12 bits at the top of 16."""
+    """12 bits at the upper end of 16."""
     store(data, (HU[index].astype(int) + 1024) << 4, HighBit=15)
 
 
@@ -100,13 +100,13 @@ def overlaid(index: int, data: Any) -> None:
 
 
 def signed_12(index: int, data: Any) -> None:
-    """12 signed bits, the unused ones not those of the sign."""
+    """12 signed bits; the unused bits do not repeat the sign."""
     data.PixelRepresentation, data.RescaleIntercept = 1, 0
     data.PixelData = (np.clip(HU[index], -1000, 2047).astype("<i2") & 0x0FFF).tobytes()
 
 
 def compressed_wrongly(index: int, data: Any) -> None:
-    """Encapsulated pixels under a syntax without compression."""
+    """Encapsulated pixels in a syntax without compression."""
     data.PixelData = pydicom.encaps.encapsulate([data.PixelData])
     data["PixelData"].VR = "OB"
 
@@ -124,9 +124,9 @@ def under_rle(path: Path) -> None:
 
 
 def run_lengthened(data: Any) -> Any:
-    """The first run of an RLE stream one longer: what follows has moved by one (PS3.5, G.3.1)."""
+    """The first run of an RLE stream is one longer, so all following pixels have moved by one (PS3.5, G.3.1)."""
     pixels = bytearray(rle(data).PixelData)
-    # Behind an empty offset table, the item's tag and length, and the header of 64 bytes.
+    # After an empty offset table, the item's tag and length, and the header of 64 bytes.
     at = 8 + 8 + 64
     while pixels[at] <= 128:
         at += 2 + pixels[at]
@@ -136,7 +136,7 @@ def run_lengthened(data: Any) -> Any:
 
 
 def bytes_lost(path: Path) -> None:
-    """Eight bytes of the stream: the fragment then reaches over the delimiter behind it."""
+    """Eight bytes of the stream are missing: the fragment then extends beyond the delimiter that follows it."""
     content = path.read_bytes()
     path.write_bytes(content[:-100] + content[-92:])
 
@@ -146,7 +146,7 @@ def cut(path: Path) -> None:
 
 
 def shoved(path: Path) -> None:
-    """Two bytes put in among the pixels: what follows has moved by one."""
+    """Two bytes inserted into the pixels: all following pixels have moved by one."""
     content = path.read_bytes()
     path.write_bytes(content[:-600] + b"\1\0" + content[-600:])
 
@@ -156,7 +156,7 @@ def behind(content: bytes) -> Callable[[Path], object]:
 
 
 def nested(depth: int, folder: Path) -> None:
-    """A private sequence nested so deep that recursive parsers end, in each slice."""
+    """In each slice a private sequence nested so deeply that recursive parsers fail."""
     for path in write(folder, series(HU[:4])).iterdir():
         content = path.read_bytes()
         pixels = content.index(b"\xe0\x7f\x10\x00OW")
@@ -166,7 +166,7 @@ def nested(depth: int, folder: Path) -> None:
 
 
 def bomb(folder: Path) -> None:
-    """A deflated slice with 256 MB of zeros behind its header."""
+    """A deflated slice followed by 256 MB of zeros."""
     paths = [max(write(folder, series(HU)).iterdir(), key=lambda path: int(dcmread(path).InstanceNumber))]
     content = paths[0].read_bytes()
     start = content.index(b"\x08\x00\x05\x00" if b"\x08\x00\x05\x00" in content else b"\x08\x00\x08\x00")

@@ -1,4 +1,4 @@
-"""Series that look unreadable but are not, and missing geometry, which is refused with the name of its tag."""
+"""Series that seem unreadable but can be read, and missing geometry, which is refused with the name of its tag."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def odd_one(folder: Path, **tags: Any) -> None:
 
 
 def viewer_files(folder: Path) -> None:
-    """A patient CD: a viewer, its pages and pictures, and a DICOMDIR of another name."""
+    """A patient CD: a viewer, its pages and pictures, and a DICOMDIR under another name."""
     write(folder, series(HU))
     size = next(folder.glob("IM*")).stat().st_size
     for name, head in {"VIEWER.EXE": b"MZ\x90", "index.html": b"<html>", "README": b"Read me\r\n", "viewer.dll": b"MZ",
@@ -77,7 +77,7 @@ READABLE = [
 
 
 def rescaled(index: int, data: Any) -> None:
-    """Even slices at a slope of 2, where their values are even, odd ones with another intercept."""
+    """Even slices have even stored values and another slope; odd slices have another intercept."""
     if index % 2:
         store(data, HU[index].astype(int) + 1100, RescaleIntercept=-1100)
     else:

@@ -1,4 +1,5 @@
-"""Orientation and resampling against SciPy, SimpleITK, PyTorch and sums written out; small enough to run without numba."""
+"""Orientation and resampling compared with SciPy, SimpleITK, PyTorch and explicit sums; small enough to run without
+numba."""
 
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ def places(affine: np.ndarray, index: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("flips", list(itertools.product((1, -1), repeat=3)))
 @pytest.mark.parametrize("degrees", [0, 0.4])
 def test_every_voxel_keeps_its_place_and_value(axes, flips, degrees) -> None:
-    """Axes that run any way, and nearly so: a voxel is still where the first affine says."""
+    """Axes in any direction, or nearly: each voxel stays at the position that the first affine gives."""
     affine = np.eye(4)
     affine[:3, :3] = turn(1, degrees) @ np.diag(flips)[:, axes] @ np.diag((1.5, 2.5, 3.5))
     affine[:3, 3] = 5, -6, 7
@@ -78,7 +79,7 @@ def test_every_voxel_keeps_its_place_and_value(axes, flips, degrees) -> None:
 
 @pytest.mark.parametrize(("degrees", "refused"), [(31.0, False), (29.0, True), (0.0, True), (math.nan, True)])
 def test_axes_that_span_no_volume_are_refused(degrees: float, refused: bool) -> None:
-    """Two axes 31 degrees apart span half of what upright ones do."""
+    """The volume spanned by two axes 31 degrees apart is half that of perpendicular ones."""
     affine = np.eye(4)
     affine[:3, 1] = np.cos(np.radians(degrees)), np.sin(np.radians(degrees)), 0
     affine[:3, :3] *= 2
@@ -101,7 +102,7 @@ def test_an_oblique_volume_is_resampled_as_itk_does(axis: int, degrees: float, k
         f"oblique by {abs(degrees):.1f} degrees: resampled onto the axis-aligned grid",
     ]
     assert out.array.dtype == np.float32
-    # The grid: of the same spacing, about the same middle, to the nearest voxel as long as the box of all corners.
+    # The grid has the same spacing and middle, and covers the bounding box of all corners, rounded to whole voxels.
     assert np.allclose(out.affine[:3, :3], straight(spacing)[:3, :3])
     assert np.array_equal(out.affine[3], [0, 0, 0, 1])
     corners = places(affine, np.array(list(itertools.product(*[(-0.5, n - 0.5) for n in shape]))))
@@ -127,7 +128,7 @@ def test_an_oblique_volume_is_resampled_as_itk_does(axis: int, degrees: float, k
 
 
 def test_too_oblique_for_its_slice_distance() -> None:
-    """A stack of few thick slices on edge would be resampled to many times its size: eight times at most."""
+    """A tilted stack of few thick slices would be resampled to many times its size; eight times is the limit."""
     ratios = []
     for degrees in range(8, 13):
         affine, shape = rotated((10.0, 0.5, 0.5), 0, degrees), (12, 6, 6)
@@ -186,7 +187,7 @@ def test_the_published_geometry_is_torchs_interpolation_cropped_and_padded(spaci
     sizes = [int(n * s / t) for n, s, t in zip(shape, spacing, target, strict=True)]
     resized = torch.nn.functional.interpolate(clipped, size=sizes, mode="trilinear", align_corners=False)[0, 0].numpy()
     expected = np.full(size, -1000.0)
-    # As CT-CLIP crops and pads: half of what is too much, rounded down, before.
+    # As CT-CLIP crops and pads: half of the excess, rounded down, before the volume.
     taken, put = [], []
     for have, want in zip(sizes, size, strict=True):
         start, before = max((have - want) // 2, 0), max((want - have) // 2, 0)
@@ -195,7 +196,7 @@ def test_the_published_geometry_is_torchs_interpolation_cropped_and_padded(spaci
         put.append(slice(before, before + count))
     expected[tuple(put)] = resized[tuple(taken)]
     assert np.abs(resample(volume, spec) - expected.transpose(0, 2, 1)).max() < 0.01
-    # A voxel of the result lies where the affine says.
+    # A voxel of the result has the position that the affine gives.
     affine = resampled_affine(volume, spec)
     ratio = [n / r for n, r in zip(shape, sizes, strict=True)]
     first = [(t.start - p.start + 0.5) * r - 0.5 for t, p, r in zip(taken, put, ratio, strict=True)]
@@ -212,7 +213,8 @@ def test_an_axis_shorter_than_a_voxel_is_refused_by_the_published_geometry() -> 
 
 
 def weights(position: float, size: int, width: float) -> np.ndarray:
-    """(size,) of a triangle about a position: it sums to 1 and, where whole, its centroid is the position."""
+    """Weights (size,) of a triangle around a position: they sum to 1, and if the triangle is complete its centroid is
+    the position."""
     centre = min(max(position, 0.0), size - 1.0)
     distance = np.arange(size) - centre
     triangle = np.array([max(0.0, 1 - abs(d) / width) for d in distance])
@@ -225,7 +227,7 @@ def weights(position: float, size: int, width: float) -> np.ndarray:
 
 
 def dense(volume: Volume, spec: PreprocessingSpec, centre=None) -> np.ndarray:
-    """What resampling gives, by whole matrices along each axis."""
+    """The expected result of resampling, by full matrices along each axis."""
     array = np.clip(volume.array.astype(float), AIR, METAL)
     matrices, covered = [], []
     for axis in range(3):
@@ -245,7 +247,7 @@ CASES = [
     ((1.0, 1.0, 1.0), (9, 6, 17), (3.0, 1.0, 0.9), (5, 9, 6)),  # padded all around the slices and rows
     ((2.0, 1.0, 1.0), (4, 5, 6), (2.0, 1.0, 1.0), (6, 8, 9)),  # the same spacing; half voxels; padded
     ((2.0, 1.0, 1.0), (3, 7, 6), (1.0, 2.9, 1.0), (3, 1, 5)),
-    ((1.0, 1.0, 1.0), (9, 6, 7), (2.1, 0.8, 1.6), (5, 6, 5)),  # voxels wider than a slice, about the outermost slices
+    ((1.0, 1.0, 1.0), (9, 6, 7), (2.1, 0.8, 1.6), (5, 6, 5)),  # voxels wider than a slice, around the outermost slices
 ]
 
 
@@ -277,7 +279,7 @@ def test_resampling_is_a_sum_along_each_axis(spacing, shape, target, size, inter
 @pytest.mark.parametrize("flips", list(itertools.product((1, -1), repeat=3)))
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_an_array_is_read_as_it_lies(flips, order) -> None:
-    """Axes turned round and permuted without a copy: the same as of a copy."""
+    """Axes reversed and permuted without a copy give the same result as a copy."""
     for spacing, shape, target, size in CASES[:3]:
         array = noise(tuple(np.array(shape)[np.argsort(order)])).transpose(order)[
             tuple(slice(None, None, f) for f in flips)
@@ -309,7 +311,7 @@ def test_whole_factors_are_antialiased_as_torch_does(factor: int) -> None:
 
 
 def test_a_voxel_whose_middle_lies_on_the_outer_face_is_of_the_volume() -> None:
-    """And the next one further out is fill."""
+    """The next voxel further out is filled."""
     hu = noise((4, 4, 4))
     found = resample(Volume(hu, straight((1, 1, 1)), "x"), PreprocessingSpec("t", (1, 1, 1), (7, 5, 5)))
     assert (found[[0, -1]] == -1000).all()

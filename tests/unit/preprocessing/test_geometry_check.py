@@ -1,4 +1,4 @@
-"""The check of geometry: a doubtful header with a table, with a user option, or with neither."""
+"""The check of geometry: a doubtful header with a table, with a user option, or without both."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_blank_is_one_millimetre_straight_axes_and_no_origin() -> None:
 
 
 def skewed(degrees: float, spacing: tuple[float, float, float] = (1, 1, 1)) -> np.ndarray:
-    """Two axes so many degrees apart, the third upright on both."""
+    """Two axes this many degrees apart, the third perpendicular to both."""
     affine = np.eye(4)
     affine[:2, 1] = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     affine[:3, :3] *= spacing
@@ -136,7 +136,8 @@ def skewed(degrees: float, spacing: tuple[float, float, float] = (1, 1, 1)) -> n
     ],
 )
 def test_the_bounds_of_what_a_ct_can_have(affine: np.ndarray, usable: bool) -> None:
-    """0.1 to 20 mm along each axis, axes that span half of what upright ones do, within a kilometre."""
+    """0.1 to 20 mm along each axis, axes that span at least half the volume of perpendicular ones, within a
+    kilometre."""
     assert (unusable(affine) is None) is usable
 
 
@@ -152,7 +153,8 @@ def test_steps_differ_from_one_per_cent_on(change: float, differs: bool, axis: i
 
 
 def test_each_axis_is_measured_by_its_own_step() -> None:
-    """Thick slices along the first axis, which runs up: 2 % of a thin column's step is not lost beside them."""
+    """Thick slices along the first axis, which points up: a difference of 2 % of a thin column's step is still
+    detected."""
     one = np.zeros((4, 4))
     one[2, 0], one[1, 1], one[0, 2], one[3, 3] = 5.0, 0.7, 0.7, 1.0
     for axis, world in ((0, 2), (1, 1), (2, 0)):

@@ -1,4 +1,5 @@
-"""Property-based: a point in the patient keeps its place and value through orientation, spacing, flip and obliquity."""
+"""Property-based: a point in the patient keeps its position and value through orientation, spacing, flip and
+obliquity."""
 
 from __future__ import annotations
 
@@ -56,14 +57,14 @@ def test_a_point_keeps_its_place_and_value(turn, spacing, yaw, pitch, offset, ta
     centre = (index * excess[..., None]).reshape(-1, 3).sum(axis=0) / excess.sum()
     found = back[:3, :3] @ centre + back[:3, 3]
     assert np.linalg.norm(found - place) < 0.25
-    # Interpolation and antialiasing blunt the top of the Gaussian, by less than a tenth at these spacings.
+    # Interpolation and antialiasing lower the maximum of the Gaussian by less than a tenth at these spacings.
     assert 800 - 180 < hu.max() < 801
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.tuples(*[st.integers(4, 20)] * 3), st.tuples(*[st.integers(0, 9)] * 3))
 def test_padding_and_cropping_are_inverse(shape, margin) -> None:
-    """On the volume's own spacing nothing is resampled: padded and cropped back, the voxels are the same."""
+    """With the volume's own spacing nothing is resampled: after padding and cropping back, the voxels are the same."""
     random = np.random.default_rng(0)
     hu = random.integers(-1000, 1000, shape).astype(np.int16)
     affine = np.zeros((4, 4))

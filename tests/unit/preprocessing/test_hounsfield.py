@@ -17,7 +17,7 @@ TABLE = TableFacts(2.0, -1024.0)
 
 
 def thousand(*parts: tuple[int, float, float], rest: tuple[float, float] = (-150, 150)) -> np.ndarray:
-    """1000 values: (count, from, to) of each part, all different, and the rest between ``rest``."""
+    """1000 values: (count, from, to) of each part, all different; the others are within ``rest``."""
     values = [np.linspace(low, high, count) for count, low, high in parts]
     left = 1000 - sum(map(len, values))
     return np.concatenate([*values, np.linspace(*rest, left)]).astype(np.float32)
@@ -43,7 +43,7 @@ def test_a_chest_is_in_hounsfield_units() -> None:
     (-1020, 15, MASK), (-1020, 16, None), (-1019, 15, None), (-1019, 14, MASK), (-3024, 15, MASK), (-3024, 16, None),
 ])  # fmt: skip
 def test_fewer_than_16_values_above_padding_are_a_mask(padding: float, distinct: int, reason: str | None) -> None:
-    """Padding is all up to -1020; a value in between counts, wherever it stands."""
+    """All values up to -1020 are padding; a value above counts, wherever it is."""
     sample = np.concatenate([[-1000], np.linspace(-150, 150, distinct - 1), [padding] * 500])
     check(sample, reason)
     if reason == MASK:
@@ -54,7 +54,7 @@ def test_all_of_a_small_sample_is_looked_at_for_distinct_values() -> None:
     values = np.zeros(1000)
     values[1::50] = np.linspace(-1000, 100, 20)
     check(np.where(values == 0, 40, values), None)
-    # Of 60,000 values each third is enough.
+    # In 60,000 values every third one is sufficient.
     check(np.tile(np.concatenate([np.linspace(-1000, -900, 20), np.linspace(-100, 100, 40)]), 1001), None)
 
 
@@ -93,7 +93,7 @@ def test_air(value: float, counts: bool) -> None:
 
 @pytest.mark.parametrize("value", [-200.5, -200, -199.5, 249.5, 250, 250.5])
 def test_two_of_a_hundred_are_soft_tissue(value: float) -> None:
-    """Beside air, and fat and bone of other densities."""
+    """Together with air, and with fat and bone of other densities."""
     rest = (-450, -250)
     counts = -200 < value < 250
     check(thousand((600, -1000, -900), (20, value, value), rest=rest), None if counts else TISSUE)

@@ -116,7 +116,7 @@ def test_a_header_marked_as_de_identified_masks_nothing() -> None:
 
 
 def test_every_header_masks(tmp_path: Path) -> None:
-    """A folder of two patients, as slices, as a zip and in a message."""
+    """A folder with two patients, as slices, as a zip and in a message."""
 
     def patients(index: int, data: pydicom.Dataset) -> None:
         data.PatientName = "Zebrowski^Ottilie" if index < 20 else "Quastenflosser^Kurt"
@@ -135,7 +135,7 @@ def test_every_header_masks(tmp_path: Path) -> None:
 
 
 def test_masking_a_large_series_is_fast() -> None:
-    """A thousand headers of one patient, each with a UID of its own."""
+    """A thousand headers of one patient, each with a different UID."""
     headers = [header(SOPInstanceUID=f"1.2.3.4567.{i}") for i in range(1000)]
     start = time.process_time()
     mask = Mask(headers)
@@ -149,7 +149,7 @@ def test_masking_a_large_series_is_fast() -> None:
 
 
 def test_every_header_below_a_path_masks_its_name(tmp_path: Path) -> None:
-    """A study folder named in a table, a tar, and an archive in a zip hide their headers one step deeper."""
+    """For a study folder named in a table, a tar, and an archive in a zip, the headers are one level deeper."""
     folder = write(tmp_path / "Schmidt_Anna" / "CT" / "S1", series(truth(3), PatientName="Schmidt^Anna"))
     slices = {f"x/{path.name}": path.read_bytes() for path in folder.iterdir()}
     written(tmp_path, "Schmidt_Anna.tar.gz", tarred(slices))
@@ -164,7 +164,7 @@ def test_every_header_below_a_path_masks_its_name(tmp_path: Path) -> None:
 
 
 def test_one_series_exported_twice_names_nobody(tmp_path: Path) -> None:
-    """Scans of one name are told apart by their folder, unless that names the patient."""
+    """Scans with the same name are distinguished by their folder, unless the folder names the patient."""
     images = series(truth(3), PatientName="Schmidt^Anna")
     exported = [write(tmp_path / place / "S1", images) for place in ("Schmidt_Anna", "again of Schmidt")]
     other = [write(tmp_path / place / "S1", series(truth(3), PatientIdentityRemoved="YES")) for place in ("a", "b\x1b")]

@@ -22,7 +22,7 @@ SPEC = PreprocessingSpec("test", spacing=(5.0, 2.0, 2.0), shape=(12, 16, 16))
 
 @pytest.fixture
 def hospital(tmp_path: Path) -> Path:
-    """A folder as an archive exports it, named after its patients; the second holds two series."""
+    """A folder as an archive exports it, named after its patients; the second contains two series."""
     root = tmp_path / "export"
     first = series(truth(), PatientName="Zebrowski^Ottilie", PatientID="P-1234567", AccessionNumber="A77", StudyDate="20200131")  # fmt: skip
     write(root / "Zebrowski_Ottilie 31.01.2020", first)
@@ -47,7 +47,7 @@ def test_it_leads_from_each_stored_volume_to_its_study(hospital: Path, tmp_path:
         assert (row.StudyInstanceUID, row.SeriesInstanceUID, row.AccessionNumber) == (
             header.StudyInstanceUID, header.SeriesInstanceUID, header.AccessionNumber,
         )  # fmt: skip
-    # What is given away names nobody.
+    # Published files name nobody.
     for path in (tmp_path / "store").rglob("*"):
         content = path.read_bytes().lower() if path.is_file() else b""
         assert not any(

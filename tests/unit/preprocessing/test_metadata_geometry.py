@@ -32,7 +32,8 @@ TABLE = {
 
 @pytest.fixture(scope="module")
 def hu() -> np.ndarray:
-    """A chest with one dense marker at the patient's right, in front, above: mirrored or turned, it lies elsewhere."""
+    """A chest with one dense marker at the patient's right, anterior, superior: after mirroring or rotation, its
+    position differs."""
     made = make_scan(1, 1, scale=8.0).reconstructions[0].hu.copy()
     made[-12:-9, 20:22, 14:16] = 2500
     return made
@@ -50,8 +51,8 @@ def codes_zero(array: np.ndarray) -> nib.Nifti1Image:
 
 @dataclass
 class Row:
-    """``header``: affine in RAS+, or what makes the image of [i, j, k] values. ``table``: what differs from ``TABLE``; None
-    takes a column away. ``said`` is in a warning, or with ``refused`` in the refusal."""
+    """``header``: affine in RAS+, or a function that makes the image from [i, j, k] values. ``table``: differences from
+    ``TABLE``; None removes a column. ``said`` is in a warning or, with ``refused``, in the refusal."""
 
     header: np.ndarray | Callable[[np.ndarray], nib.Nifti1Image]
     table: dict[str, Any] = field(default_factory=dict)
@@ -162,7 +163,7 @@ def prepared(cohort: Cohort) -> Prepared:
 
 
 def test_a_file_of_the_fixed_release_that_was_reoriented_keeps_its_header(tmp_path: Path, hu: np.ndarray) -> None:
-    """By nibabel: the same box in the patient along other axes. The table speaks of the axes as they were."""
+    """By nibabel: the same box in the patient along other axes. The table describes the original axes."""
     truth = prepare(save(tmp_path / "truth.nii", hu.transpose(2, 1, 0), GOOD), SPEC)
     image = nib.Nifti1Image(hu.transpose(2, 1, 0), GOOD)
     for turned in (nib.as_closest_canonical(image), image.as_reoriented(np.array([[2, 1], [0, -1], [1, 1]]))):
@@ -176,7 +177,7 @@ def test_a_file_of_the_fixed_release_that_was_reoriented_keeps_its_header(tmp_pa
 
 
 def test_both_releases_in_one_folder_and_itk_agrees_with_the_repair(tmp_path: Path, hu: np.ndarray) -> None:
-    """The repair as CT-RATE does it, by SimpleITK: spacing, origin and direction set, slope and intercept applied."""
+    """The repair as CT-RATE does it, by SimpleITK: set spacing, origin and direction, apply slope and intercept."""
     scans = {
         "train_1_a_1": ((hu.transpose(2, 1, 0) + 8192).astype(np.float32), np.eye(4)),
         "train_2_a_1": (hu.transpose(2, 1, 0), GOOD),
@@ -197,7 +198,7 @@ def test_both_releases_in_one_folder_and_itk_agrees_with_the_repair(tmp_path: Pa
 
 
 def test_geometry_in_a_table_of_paths_for_a_blank_metaimage(tmp_path: Path, hu: np.ndarray) -> None:
-    """ITK's arrays lie the other way round than NIfTI's: the table's axes are the file's."""
+    """ITK's arrays have the reverse axis order of NIfTI's: the axes of the table are those of the file."""
     truth = prepare(save(tmp_path / "truth.nii", hu.transpose(2, 1, 0), GOOD), SPEC)
     image = sitk.GetImageFromArray(hu)
     sitk.WriteImage(image, tmp_path / "scan.mha")

@@ -1,4 +1,4 @@
-"""MetaImage files of strangers: one row per situation."""
+"""MetaImage files from unknown sources: one row per situation."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_a_spec_of_strangers_is_refused_in_one_line(tmp_path: Path, text: str, w
 
 
 def test_a_spec_keeps_its_hash(tmp_path: Path) -> None:
-    """A store is told by it: a whole number stays one."""
+    """Stores are identified by it: a whole number stays a whole number."""
     (tmp_path / "spec.yaml").write_text("name: x\nspacing: [1, 1.5, 2]\nshape: [8, 8, 8]\nfill: -1000\n")
     assert PreprocessingSpec.load(tmp_path / "spec.yaml").hash == "871e0ffd"
 

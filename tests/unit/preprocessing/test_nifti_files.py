@@ -1,4 +1,4 @@
-"""NIfTI files of strangers: one row per situation."""
+"""NIfTI files from unknown sources: one row per situation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def scaled(factor: float, units: int) -> bytes:
 
 
 def steps(factors: tuple[float, float, float]) -> np.ndarray:
-    """The truth with its slice, row and column distances multiplied."""
+    """The true affine with its slice, row and column distances multiplied."""
     affine = AFFINE.copy()
     affine[:3, :3] *= factors
     return affine
@@ -48,7 +48,7 @@ TALLER = ("12f", *(SROW * [1, 1, 1.34, 1]).ravel())
 MIRRORED = ("12f", *(SROW * [-1, 1, 1, 1]).ravel())
 MOVED = ("12f", *(SROW + np.eye(3, 4, 3) * 300).ravel())
 IDENTITY = nifti(affine=np.eye(4)[[2, 1, 0, 3]])
-# Without orientation nibabel assumes that x runs to the left, about the volume's centre.
+# Without orientation nibabel assumes that x runs to the left, around the centre of the volume.
 UNORIENTED = np.zeros((4, 4))
 UNORIENTED[[0, 1, 2], [2, 1, 0]] = 0.8, -0.9, 2.5
 UNORIENTED[:, 3] = -0.8 * 2, 0.9 * 2.5, -2.5 * 3, 1

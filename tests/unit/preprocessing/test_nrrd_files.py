@@ -1,4 +1,4 @@
-"""NRRD files of strangers: one row per situation."""
+"""NRRD files from unknown sources: one row per situation."""
 
 from __future__ import annotations
 

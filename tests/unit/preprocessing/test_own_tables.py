@@ -94,7 +94,7 @@ def test_an_index_whose_files_do_not_fit(tmp_path: Path) -> None:
         table.to_parquet(tmp_path / "rows.parquet", index=False)
         with pytest.raises(PreprocessingError, match=rf"rows\.parquet: .*{what}; run `ctclip index` again"):
             Index.load(tmp_path, "m")
-    # Reports of a fourth volume, which the other files do not know.
+    # Reports of a fourth volume, which is not in the other files.
     rows.head(2).to_parquet(tmp_path / "rows.parquet", index=False)
     with pytest.raises(DataError, match=r"reports\.faiss does not fit the other files"):
         Index.load(tmp_path, "m")

@@ -15,12 +15,12 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 
 SHAPE = (40, 48, 56)
 MARKER = (31, 12, 44)
-# Columns to the right, rows to the front, slices to the head, off the origin: RAS+ mm, as nibabel counts.
+# Columns to the right, rows to the front, slices to the head, with an offset: RAS+ mm, nibabel's convention.
 AFFINE = np.array([[3.0, 0, 0, -70], [0, 3.0, 0, -60], [0, 0, 3.0, -500], [0, 0, 0, 1]])
 
 
 def scan(folder: Path) -> Path:
-    """Water in air with one dense voxel, not in its middle."""
+    """Water in air with one dense voxel outside its middle."""
     voxels = np.full(SHAPE, -1000, dtype=np.int16)
     voxels[4:-4, 4:-4, 4:-4] = np.random.default_rng(0).integers(-80, 80, size=[n - 8 for n in SHAPE])
     voxels[MARKER] = 3000

@@ -57,7 +57,7 @@ def test_all_48_orientations_give_the_same_voxels(tmp_path, hu) -> None:
 
 @pytest.mark.parametrize("name", ["scan.nrrd", "scan.nhdr", "scan.mha", "scan.mhd"])
 def test_nrrd_and_metaimage_are_the_nifti_they_were_made_of(tmp_path, hu, name: str) -> None:
-    """By ITK, which knows both: turned about an axis, off the origin, compressed and not."""
+    """Written by ITK, which supports both: rotated about an axis, with an offset, compressed and not."""
     sine, cosine = np.sin(0.2), np.cos(0.2)
     affine = np.eye(4)
     affine[:3, :3] = np.array([[cosine, 0, sine], [0, 1, 0], [-sine, 0, cosine]]) @ np.diag([-4.0, -4.0, 5.0])
@@ -154,7 +154,7 @@ def padded(hu: np.ndarray, value: int) -> np.ndarray:
 
 @pytest.mark.parametrize("value", [-1024, -2000, -3024])
 def test_padding_is_no_evidence(hu, value: int) -> None:
-    """A volume that is mostly padding is no mask, and padded raw numbers are not taken for Hounsfield units."""
+    """A volume that is mostly padding is not taken for a mask, nor padded raw numbers for Hounsfield units."""
     wide = np.full((hu.shape[0], 256, 256), value, np.int16)
     wide[:, 90 : 90 + hu.shape[1], 60 : 60 + hu.shape[2]] = hu
     for axes in itertools.permutations(range(3)):
@@ -221,7 +221,7 @@ def test_a_store_is_whole_checked_and_mended(tmp_path, cohort, store) -> None:
 @pytest.mark.parametrize("shape", [(20, 100, 500), (33, 96, 480), (5, 7, 9)])
 @pytest.mark.parametrize("window", [(-1000.0, 1000.0), (-1350.0, 150.0)])
 def test_a_training_sample_is_the_stored_volume_through_the_window(tmp_path, shape, window) -> None:
-    """By whole chunks, and by chunks that a volume does not fill."""
+    """With whole chunks, and with chunks that a volume does not fill."""
     store = VolumeStore.create(tmp_path / "s", PreprocessingSpec("t", (3.0, 3.0, 3.0), shape, hu_window=window))
     hu = np.random.default_rng(0).integers(-2000, 3000, shape).astype(np.int16)
     store.write("a", hu)
@@ -233,7 +233,7 @@ def test_a_training_sample_is_the_stored_volume_through_the_window(tmp_path, sha
 @pytest.mark.parametrize("published", [True, False])
 @pytest.mark.parametrize("spacing", [(5.0, 0.9, 0.8), (0.9, 2.1, 2.3), (1.0, 1.0, 1.0)])
 def test_hu_stored_and_model_ready_voxels_are_one_volume(spacing, published) -> None:
-    """Slices set farther and nearer than the grid's, margins of every width: the same values in all three forms."""
+    """Slices farther apart and closer than the grid's, margins of every width: the same values in all three forms."""
     hu = np.random.default_rng(0).integers(-1024, 1500, (30, 34, 38)).astype(np.int16)
     affine = np.zeros((4, 4))
     affine[2, 0], affine[1, 1], affine[0, 2], affine[3, 3] = *spacing, 1.0
@@ -248,7 +248,7 @@ def test_hu_stored_and_model_ready_voxels_are_one_volume(spacing, published) -> 
 
 
 def test_a_crop_reads_its_chunks_alone(tmp_path) -> None:
-    """Chunks of a crop's neighbours are destroyed on disk: the crop does not notice, a larger one does."""
+    """The chunks next to a crop are destroyed on disk: the crop can still be read, a larger one cannot."""
     store = VolumeStore.create(tmp_path / "s", PreprocessingSpec("t", (3.0, 3.0, 3.0), (128, 128, 128)))
     hu = np.random.default_rng(0).integers(-1000, 1000, (128, 128, 128)).astype(np.int16)
     store.write("a", hu)
@@ -271,7 +271,7 @@ def test_a_crop_reads_its_chunks_alone(tmp_path) -> None:
 
 @pytest.mark.parametrize("chunks", [None, (16, 48, 60), (16, 96, 60), (7, 96, 60)])
 def test_a_volume_is_read_into_a_batch_whatever_its_chunks(tmp_path, chunks) -> None:
-    """``None``: as stores are written; others as earlier versions did, or anyone."""
+    """``None``: as stores are written now; the others as earlier versions or other programs wrote them."""
     store = VolumeStore.create(tmp_path / "s", PreprocessingSpec("t", (3.0, 3.0, 3.0), (75, 96, 60)))
     hu = np.random.default_rng(0).integers(-1000, 1000, (75, 96, 60)).astype(np.int16)
     store.write("a", hu)
@@ -331,7 +331,7 @@ def test_a_column_of_the_store_that_changed_is_found(tmp_path) -> None:
 
 
 def test_sizes_in_a_file_of_the_store_are_checked_before_anything_is_decompressed(tmp_path, monkeypatch) -> None:
-    """Chunks and blocks that are not the shape's: what is stated of them is what a decoder makes room for."""
+    """Chunks and blocks that do not match the shape: a decoder allocates memory according to the stated sizes."""
     store = VolumeStore.create(tmp_path / "s", PreprocessingSpec("t", (3.0, 3.0, 3.0), (70, 70, 70)))
     store.write("a", np.arange(70**3, dtype=np.int32).reshape(70, 70, 70).astype(np.int16))
     content = store.file("a").read_bytes()

@@ -20,7 +20,7 @@ from ctclip.preprocessing.store import VolumeStore
 from tests.unit.preprocessing.scan_files import AFFINE, nifti, patched, written
 
 SPEC = PreprocessingSpec("t", (2.0, 2.0, 2.0), (16, 16, 16))
-# Noise about air and about water.
+# Noise around the values of air and of water.
 HU = (np.random.default_rng(0).normal(0, 60, (24, 32, 40)) - 900 * (np.arange(40) < 20)).round().astype(np.int16)
 SHARED = ("hu", "geometry", "expect", "series", "largest_gb")
 
@@ -36,7 +36,7 @@ def test_options_are_those_of_prepare() -> None:
 
 
 def contradicting(folder: Path) -> Path:
-    """A NIfTI file whose sform says twice the slice thickness of its qform."""
+    """A NIfTI file whose sform states twice the slice thickness of its qform."""
     affine = AFFINE.copy()
     affine[:, 0] *= 2
     stretched = nifti(HU, affine)

@@ -21,14 +21,15 @@ SPECS = [
 
 
 def rotation(degrees: float) -> np.ndarray:
-    """About an axis that is none of the grid's."""
+    """Rotation about an axis that is not one of the grid's."""
     axis, angle = np.array([1.0, 2.0, 3.0]) / np.sqrt(14), np.deg2rad(degrees)
     cross = np.cross(np.eye(3), axis)
     return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
 
 
 def scan_with_marker(path: Path, axes: tuple[int, ...], signs: tuple[int, ...], degrees: float) -> Path:
-    """Air with a spot of dense tissue at ``MARKER``, on a grid whose axes run along ``axes`` with ``signs``, turned."""
+    """Air with a spot of dense tissue at ``MARKER``, on a grid whose axes run along ``axes`` with ``signs``,
+    rotated."""
     affine = np.eye(4)
     matrix = np.zeros((3, 3))
     for column, (axis, sign) in enumerate(zip(axes, signs, strict=True)):
@@ -70,7 +71,7 @@ def test_a_marker_stays_where_it_is(
     point = other.TransformContinuousIndexToPhysicalPoint(centre(sitk.GetArrayFromImage(other))[::-1].tolist())
     assert np.array(point) * [-1, -1, 1] == pytest.approx(MARKER, abs=0.3)
 
-    # By hand, in both conventions.
+    # Computed by hand, in both conventions.
     place = centre(ready.hu)
     assert nib.affines.apply_affine(ready.affine_ras, place) == pytest.approx(MARKER, abs=0.3)
     assert nib.affines.apply_affine(ready.affine_lps, place) * [-1, -1, 1] == pytest.approx(MARKER, abs=0.3)

@@ -66,7 +66,7 @@ def test_a_folder_is_rid_of_what_a_killed_process_left(tmp_path: Path) -> None:
 def test_what_is_swept_before_it_is_locked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before_open: bool
 ) -> None:
-    """Another process looks for abandoned folders between making one and locking it."""
+    """Another process looks for abandoned folders after one has been created and before it is locked."""
     swept = []
     real_hold, real_open = files.hold, os.open
 

@@ -26,7 +26,7 @@ def scans() -> list[np.ndarray]:
 
 
 def cohort(folder: Path, arrays: list[np.ndarray], suffix: str, **columns: list[float]) -> Path:
-    """Volumes a, b ... as files of one size."""
+    """Volumes a, b ... as files of the same size."""
     folder.mkdir()
     names = [chr(ord("a") + number) for number in range(len(arrays))]
     for name, array in zip(names, arrays, strict=True):

@@ -1,4 +1,4 @@
-"""Regions of a stored volume: those voxels, checked chunk by chunk."""
+"""Regions of a stored volume contain the right voxels and are checked chunk by chunk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables from spreadsheets, libraries and people: what is read, and the messages of refusals."""
+"""Tables from spreadsheets, libraries and people: tables that are read, and the messages of refusals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ctclip.preprocessing.label_columns import label_columns, zeros_and_ones
 from ctclip.preprocessing.no_report import is_no_report
 from ctclip.preprocessing.tables import numbers, read_table
 
-# Bytes of a table; its columns and the first record, or the words by which it is refused.
+# Bytes of a table; its columns and the first record, or the words of the refusal.
 READ: dict[str, tuple[bytes, dict[str, str] | str]] = {
     "Excel in Europe: a mark, semicolons, decimal commas": (b"\xef\xbb\xbfname;spacing\na;0,7\n", {"name": "a", "spacing": "0,7"}),
     "Excel's separator in quotes": (b'"sep=;"\nname;x\na;1\n', {"name": "a", "x": "1"}),
@@ -67,7 +67,7 @@ def test_names_that_are_the_index_of_a_parquet_table_are_a_column(tmp_path: Path
 
 
 def test_a_folder_called_as_a_home_is_called_is_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shells leave --output=~/x as it is; pandas and pyarrow would write there into the home of this user."""
+    """Shells do not expand --output=~/x; pandas and pyarrow would write into the home of this user."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
@@ -90,7 +90,7 @@ def test_a_folder_called_as_a_home_is_called_is_no_home(tmp_path: Path, monkeypa
     ],
 )  # fmt: skip
 def test_numbers_with_decimal_commas(text: str, count: int, right: list[float] | None) -> None:
-    """What can be read in two ways is not read: a thousand, or one and a bit; two numbers, or one."""
+    """An ambiguous number is not read: a thousand, or one and a fraction; two numbers, or one."""
     assert numbers(text, count) == right
 
 
@@ -143,7 +143,8 @@ def test_labels_with_decimal_commas_and_others_quoted() -> None:
 
 
 def test_columns_of_a_label_table_that_are_no_labels_are_kept(cohort: Path, tmp_path: Path) -> None:
-    """CT-RATE's own table with a column of words, one of the patient and an empty label; a label with a 2 is refused."""
+    """CT-RATE's own table with an added column of words, one of the patient and an empty label; a label with a 2 is
+    refused."""
     import shutil
 
     shutil.copytree(cohort / "dataset", tmp_path / "dataset")
