@@ -1,6 +1,6 @@
-# The service in a container. On a CPU, torch comes from the index of CPU builds that PyTorch's installation page names:
+# The service in a container. For a CPU, take torch from the index of CPU builds that PyTorch's installation page names:
 #   docker build --build-arg TORCH_INDEX=URL -t ctclip .
-# Without the argument it is pip's default torch, with CUDA:
+# Without the argument, pip's default torch with CUDA is installed:
 #   docker build -t ctclip:cuda . && docker run --gpus all ...
 # Then, with a model folder on this machine:
 #   docker run --read-only --tmpfs /tmp -p 127.0.0.1:8000:8000 -v ./model:/model:ro ctclip

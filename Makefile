@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both make .venv if it is missing.
+# Two commands: `make demo` and `make test`. Both create .venv if it is missing.
 PYTHON ?= python3
 SIZE ?= default
 OUTPUT ?= runs/$(if $(filter default,$(SIZE)),demo,$(SIZE))
@@ -12,22 +12,22 @@ export PYTHONDONTWRITEBYTECODE =
 demo: .venv/demo
 	.venv/bin/ctclip demo --size $(SIZE) --output $(OUTPUT)
 
-# Style first, which takes seconds; types beside the tests, as they take a minute.
+# Style first, because it takes seconds; types in parallel with the tests, because they take a minute.
 test: style
 	$(MAKE) --jobs 2 types pytest
 
-# Two processes of one thread, each with files of its own. In the order of the folders: the long files come first, so that
-# neither process ends minutes before the other.
+# Two processes of one thread; each file is run by one of them. The order is that of the folders: the long files come first,
+# so that neither process ends minutes before the other.
 RUN = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/install
 
 pytest: .venv/installed
 	$(RUN) $(if $(ALL),,-m "not integration") $(PYTEST)
 
-# What starts ranks, Slurm, services, notebooks and the commands of the documentation; `make test ALL=1` runs it with the rest.
+# Tests that start ranks, Slurm, services, notebooks and the commands of the documentation; `make test ALL=1` includes them.
 integration-test: .venv/installed
 	$(RUN) -m integration $(PYTEST)
 
-# The wheel in new environments, used by another user; three minutes.
+# The wheel in new environments, run by another user; three minutes.
 install-test: .venv/installed
 	.venv/bin/python -m pytest tests/install
 
@@ -44,21 +44,21 @@ style: .venv/installed
 types: .venv/installed
 	.venv/bin/mypy
 
-# sdist and wheel into dist/, with their descriptions checked.
+# Build sdist and wheel into dist/, and check their descriptions.
 package: .venv/installed
 	rm -rf dist
 	.venv/bin/python -m build
 	.venv/bin/twine check --strict dist/*
 
-# Into runs/site; a broken link is an error. The warning concerns a MkDocs that is not yet out.
+# Build the site in runs/site; a broken link is an error. The warning concerns a MkDocs version that is not released yet.
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 venv: .venv/installed
 
-# What the demo needs, then what tests and documentation need besides. torch by itself first: the pinned version, before
-# anything can ask for another. Python compiles a module when it is first imported; compiling all of them here would take
-# two thirds of the installation.
+# Packages for the demo, then those that only tests and documentation need. torch is installed first, separately, so that
+# no other package can require another version. Python compiles a module when it is first imported; compiling all modules
+# here would take two thirds of the installation time.
 INSTALL = .venv/bin/python -m pip install -qq --no-compile
 
 .venv/demo: constraints.txt pyproject.toml

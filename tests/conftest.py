@@ -1,4 +1,4 @@
-"""What several tests need: the shared reference data, a tiny cohort, and its store."""
+"""Fixtures that several tests need: the shared reference data, a tiny cohort, and its store."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Reference data that lies beside the checkout; tests that need it skip, saying so, where it does not."""
+    """Reference data in a folder beside the checkout; tests that need it are skipped, with the reason, if it is
+    missing."""
     if not SHARED.is_dir():
         pytest.skip("the reference data is not beside the checkout")
     return SHARED
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that one of pytest-xdist's workers makes and all read: no test may change it."""
+    """A folder that one of pytest-xdist's workers creates and all workers read: no test may change it."""
     base = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
     folder = base / "shared" / name
     folder.parent.mkdir(exist_ok=True)
@@ -57,7 +58,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def store(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cohort's store under the phantom's spec."""
+    """The store of the cohort with the phantom's spec."""
     from ctclip.preprocessing.cohort_run import preprocess_cohort
     from ctclip.preprocessing.spec import PreprocessingSpec
 

@@ -12,8 +12,8 @@ from tests.unit.preprocessing import dicom_builder
 
 
 def write_series(scan: Path, folder: Path, **tags: Any) -> Path:
-    """A NIfTI without turns (its first voxel on the patient's right, in front and low) as single-frame images; ``tags`` are
-    set in all of them, None deletes one."""
+    """A NIfTI without rotation (its first voxel is at the patient's right, anterior and inferior) as single-frame
+    images; ``tags`` are set in all of them, None deletes one."""
     image = nib.load(scan)
     hu = np.rint(image.get_fdata()).astype(np.int16).transpose(2, 1, 0)
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ image.affine

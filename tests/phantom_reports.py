@@ -16,7 +16,8 @@ KINDS = {
 
 
 def phantom_reports(count: int, seed: int = 0) -> tuple[list[dict[str, str]], np.ndarray]:
-    """``count`` reports by CT-RATE's column names, and which of the 18 findings each is written for (count, 18)."""
+    """``count`` reports with CT-RATE's column names, and the findings among the 18 for which each is written (count,
+    18)."""
     reports, truth = [], np.zeros((count, len(FINDINGS)), dtype=bool)
     for row in range(count):
         random = np.random.default_rng([seed, row])

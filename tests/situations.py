@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Situation(NamedTuple):
-    """``test``: a node of pytest, or the beginning of one."""
+    """``test``: a pytest node, or the beginning of its name."""
 
     source: str
     given: str
@@ -150,7 +150,7 @@ def main(words: list[str]) -> int:
     """Print the table, or run its tests."""
     if "--run" in words:
         tests = list(dict.fromkeys(one.test for one in SITUATIONS if one.fast or "--all" in words))
-        # A beginning of a node is given to pytest as its function; the others as they are.
+        # The beginning of a node is passed to pytest as its function, the others unchanged.
         nodes = dict.fromkeys(
             test if test.endswith("]") or "[" not in test else test.partition("[")[0] for test in tests
         )

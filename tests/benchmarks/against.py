@@ -71,7 +71,7 @@ def write_series(folder: Path, scan: Path) -> None:
 
 
 def asked(process: subprocess.Popen[str], case: int, times: int) -> float:
-    """Mean processor seconds of a case over ``times`` repetitions."""
+    """Mean processor seconds per case over ``times`` repetitions."""
     assert process.stdin is not None
     assert process.stdout is not None
     print(case, times, file=process.stdin, flush=True)

@@ -1,6 +1,6 @@
 """Coverage of the intervals of calibrated probabilities, by simulation: ``python -m tests.benchmarks.calibration_coverage``.
 
-Margins are normal in either class, so that the probability is a line of the margin on the log odds, and known.
+Margins are normal in each class, so the log odds are a linear function of the margin, and the probability is known.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from ctclip.evaluation.intervals import patients_by_class
 from tests.benchmarks.common import machine, table
 from tests.unit.evaluation.test_calibration_interval import SHARES, drawn
 
-# Patients, prevalence, distance of the classes in standard deviations, most volumes of a patient, their correlation.
+# Patients, prevalence, distance of the classes in standard deviations, largest number of volumes of a patient, their
+# correlation.
 SETTINGS = [
     (60, 0.1, 1.5, 1, 0.0), (60, 0.5, 2.0, 1, 0.0), (200, 0.03, 1.5, 1, 0.0), (200, 0.05, 2.0, 3, 0.8), (220, 0.2, 0.5, 3, 0.8),
     (220, 0.2, 1.5, 3, 0.8), (220, 0.2, 3.0, 3, 0.9), (400, 0.1, 3.0, 1, 0.0), (800, 0.2, 2.0, 3, 0.8),
@@ -25,7 +26,7 @@ SETTINGS = [
 
 
 def coverage(setting: tuple[int, float, float, int, float], repetitions: int) -> tuple[np.ndarray, np.ndarray]:
-    """(SHARES,): the share of intervals that hold each true probability, and their mean width."""
+    """(SHARES,): the share of intervals that contain each true probability, and their mean width."""
     random = np.random.default_rng(0)
     _, prevalence, distance, _, _ = setting
     at = (logit(SHARES) - logit(prevalence)) / distance

@@ -179,7 +179,7 @@ def _step(encoder: nn.Module, volume: Tensor) -> int:
 
 
 def _gpu_rates(encoder: nn.Module, batch: int) -> tuple[float, float]:
-    """Tokens and operations a second."""
+    """Tokens and operations per second."""
     volume = _volume(batch)
     operations = products(lambda: _step(encoder, volume))
     seconds = _cuda_seconds(lambda: _step(encoder, volume))

@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def drafted(model: Path, store: Path, work: Path, split: str, count: int | None) -> dict[str, Path]:
-    """The tables of drafts by method."""
+    """Write the tables of drafts by method."""
     loaded = ctclip.load(model)
     opened = VolumeStore(store)
     if not (work / "index" / "index.json").is_file():
@@ -79,7 +79,7 @@ def drafted(model: Path, store: Path, work: Path, split: str, count: int | None)
 
 
 def scores(results: dict[str, Any]) -> str:
-    """The table of results, each method's macro F1 beside the detector's and the neighbour's."""
+    """The table of results, with each method's macro F1 compared with the detector's and the neighbour's."""
     first = next(iter(results.values()))
     controls = {name: first["results"][name] for name in (MOST_COMMON, DETECTED)}
     every = {**controls, **{name: result["results"]["drafts"] for name, result in results.items()}}

@@ -84,7 +84,7 @@ def priors(model: Path, store: Path, predictions: Path, work: Path, halves: bool
 
 
 def fitted_on_half(model: Path, rows: pd.DataFrame, vectors: dict[str, np.ndarray]) -> dict[str, Prior]:
-    """Every kind of prior, fitted to the volumes of ``rows``."""
+    """Fit every kind of prior to the volumes of ``rows``."""
     loaded, fitted = load_model(model), {}
     for kind in KINDS:
         config = load_section(PriorConfig, find_config("prior", "adapt"), [f"kind={kind}"])
@@ -162,8 +162,8 @@ def counterfactuals(model: Path, cohort: Path, findings: list[str], each: int, m
 
 
 def judged(found: Explanation, finding: str, mask: np.ndarray) -> tuple[bool, bool | None, float, float, float]:
-    """Whether the peak lies in the mask; whether on its side of the scan, if the mask has one; mm from peak to mask; the
-    share of the body's voxels that the mask has; seconds."""
+    """Whether the peak is in the mask; whether it is on its side of the scan, if the mask has one; mm from peak to
+    mask; the share of the body's voxels in the mask; seconds."""
     place, grid = found.places[finding], found.prepared.file_grid
     lps = np.argwhere(mask) @ grid.affine[:3, :3].T + grid.affine[:3, 3]
     distance = float(np.linalg.norm(lps - np.array(place.peak_lps), axis=1).min())

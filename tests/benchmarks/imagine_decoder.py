@@ -38,7 +38,8 @@ from tests.benchmarks.common import table
 
 @dataclass(frozen=True)
 class Asked:
-    """Volumes HU (n, D, H, W) that the decoder drew for one text; ``finding`` and ``side`` that it asks for, if any."""
+    """Volumes HU (n, D, H, W) that the decoder generated for one text; ``finding`` and ``side``: the requested ones, if
+    any."""
 
     finding: str
     side: str
@@ -46,7 +47,7 @@ class Asked:
     hu: np.ndarray
 
 
-# A sentence of the phantom's reports for each finding, and the findings that lie on one side of the lungs.
+# A sentence of the phantom's reports for each finding, and the findings that are on one side of the lungs.
 SIDED = ("Pleural effusion", "Atelectasis", "Lung opacity")
 SIDED_TEXT = {
     "Pleural effusion": "There is a large {side} pleural effusion.",
@@ -77,8 +78,8 @@ def decoder_figures(given: argparse.Namespace, findings: list[str]) -> dict[str,
 
 
 def drawn(loaded: ctclip.Model, findings: list[str], each: int, guidance: float, work: Path) -> list[Asked]:
-    """``each`` volumes of every text, and three times as many of none; kept in ``work``. Sided texts ask for both sides with
-    the same seeds."""
+    """``each`` volumes for every text, and three times as many without a condition; saved in ``work``. Texts with a
+    side are used with both sides and the same seeds."""
     decoder, prompts = decoder_of(loaded.folder), load_prompts(loaded.folder.labels.prompts or "generic")
     wanted = [("", "", "")]
     for name in findings:
@@ -142,7 +143,7 @@ def other_detector(demo: Path, spec: PreprocessingSpec) -> Detector:
 
 
 def reconstructed(loaded: ctclip.Model, hu: np.ndarray, seed: int) -> np.ndarray:
-    """A volume in HU, through the autoencoder and back: what a perfect flow could draw of it."""
+    """A volume in HU, encoded and decoded by the autoencoder: the upper limit for a perfect flow."""
     decoder = decoder_of(loaded.folder)
     voxels = torch.from_numpy(loaded.spec.normalise(hu).astype(np.float32))[None, None]
     with torch.inference_mode():
@@ -156,8 +157,8 @@ KINDS_OF_VOLUMES = ("asked or not", "held out", "held out, through the autoencod
 def detection(
     score: Detector, asked: list[Asked], real: list[np.ndarray], again: list[np.ndarray], rows: pd.DataFrame
 ) -> dict[str, dict[str, float]]:
-    """By finding: the AUROC of volumes that were asked for it against those that were asked for nothing, and, as controls, that
-    of real held-out volumes with the finding against those without, as they are and through the autoencoder."""
+    """By finding: the AUROC of volumes generated for it against those without a condition and, as controls, that of
+    real held-out volumes with the finding against those without, unchanged and through the autoencoder."""
     none, known, passed = ([score(hu) for hu in volumes] for volumes in (asked[0].hu, real, again))
     result = {}
     for finding in dict.fromkeys(one.finding for one in asked[1:]):
@@ -172,16 +173,16 @@ def detection(
 
 
 def asymmetry(hu: np.ndarray) -> float:
-    """How much denser the lower half of the left side of the chest is than that of the right, in HU from -1000 to 100. Columns
-    run to the left."""
+    """How much denser the lower half of the left side of the chest is than that of the right, in HU from -1000 to 100.
+    Columns run to the left."""
     d, _, w = hu.shape
     lower = hu[d // 5 : d // 2].clip(-1000, 100)
     return float(lower[..., w // 2 :].mean() - lower[..., : w // 2].mean())
 
 
 def sides(asked: list[Asked], real: list[np.ndarray], rows: pd.DataFrame) -> dict[str, Any]:
-    """Of each sided finding the share of volumes whose denser side, against the mean of those asked for nothing, is the one
-    asked for; and, as a control, of real volumes whose report names one side."""
+    """For each sided finding, the share of volumes whose denser side, relative to the mean of those without a
+    condition, is the requested side; and, as a control, of real volumes whose report names one side."""
     middle = float(np.mean([asymmetry(hu) for hu in asked[0].hu]))
     result: dict[str, Any] = {}
     for one in asked:
@@ -214,8 +215,9 @@ RANGED = (
 
 
 def ranges(asked: list[Asked], real: list[np.ndarray], spec: PreprocessingSpec) -> dict[str, dict[str, Any]]:
-    """Of each measure the 2.5 and 97.5 percentiles over held-out volumes, the median of synthetic ones, and the share of these
-    in between; and the same of the distance (Wasserstein, HU) of a volume's histogram from that of the held-out cohort."""
+    """For each measure the 2.5 and 97.5 percentiles over held-out volumes, the median of synthetic ones, and the share
+    of these within; and the same for the distance (Wasserstein, HU) of a volume's histogram from that of the held-out
+    cohort."""
     every = [hu for one in asked for hu in one.hu]
     columns = [list(MEASURES).index(name) for name in RANGED]
     made, kept = (
@@ -241,8 +243,9 @@ def ranges(asked: list[Asked], real: list[np.ndarray], spec: PreprocessingSpec) 
 def copies(
     loaded: ctclip.Model, asked: list[Asked], real: list[np.ndarray], store: VolumeStore, split: str
 ) -> dict[str, float]:
-    """The median distance (root mean square, HU, of volumes averaged over 4 x 4 x 4 voxels) to the nearest training volume, of
-    synthetic and of held-out volumes; and by that to the tenth nearest, which is 1 where no volume is copied."""
+    """The median distance (root mean square, HU, of volumes averaged over 4 x 4 x 4 voxels) to the nearest training
+    volume, for synthetic and held-out volumes; and its ratio to the distance to the tenth nearest, which is 1 if no
+    volume is copied."""
 
     def small(hu: np.ndarray) -> np.ndarray:
         return F.avg_pool3d(torch.from_numpy(hu.astype(np.float32).clip(-1000, 1000))[None], 4).numpy().ravel()

@@ -77,7 +77,7 @@ def mutants(source: str, sample: int | None = None, seed: int = 0) -> Iterator[t
 
 
 class Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Loads the code of a mutant when the module is imported."""
+    """Load the code of a mutant when the module is imported."""
 
     def __init__(self, name: str, file: str, code: CodeType) -> None:
         self.name, self.file, self.code = name, file, code

@@ -31,7 +31,7 @@ from tests.benchmarks.common import machine, table
 # As in phantom_published.
 CTVIT = "{kind: ctvit, patch: [8, 16, 16], width: 192, spatial_depth: 2, temporal_depth: 2, heads: 6, codebook_size: 1024}"  # fmt: skip
 CALCIUM = "model.volume.windows=[[-1000, 1000], [-1000, -500], [-160, 240], [130, 600]]"
-# Name -> configuration and what is changed in it.
+# Name -> configuration and its changes.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "phantom_tiny": ("phantom_tiny",),
     "phantom_labels": ("phantom_labels",),

@@ -40,12 +40,12 @@ def processes(service: Served) -> dict[str, int]:
 
 
 def memory_gb(pid: int, what: str) -> float:
-    """``what``: VmRSS, what a process holds, or VmHWM, the most that it has held."""
+    """``what``: VmRSS, the present memory of a process, or VmHWM, its maximum."""
     return int(Path(f"/proc/{pid}/status").read_text().partition(f"{what}:")[2].split()[0]) / 2**20
 
 
 async def at_once(address: str, scans: list[Path], count: int) -> list[tuple[float, httpx.Response | str]]:
-    """Seconds and answer of each of ``count`` requests that are sent together."""
+    """Seconds and answer of each of ``count`` requests that are sent at the same time."""
     bodies = [sent(path) for path in scans]
 
     async def one(client: httpx.AsyncClient, number: int) -> tuple[float, httpx.Response | str]:
@@ -89,12 +89,12 @@ def load(service: Served, model: Path, scans: list[Path], count: int) -> list[li
 
 
 def distance(one: dict[str, float], other: dict[str, float]) -> float:
-    """The largest difference of two scans' probabilities."""
+    """The largest difference between two scans' probabilities."""
     return max(abs(one[name] - other[name]) for name in one)
 
 
 def waits(service: Served) -> list[list[str]]:
-    """The rows on what one user waits for, without a browser."""
+    """The rows on the waiting times of one user, without a browser."""
     volume = service.client.get("/v1/models").json()["stored"][0]
     stored = []
     name = ""
@@ -102,7 +102,7 @@ def waits(service: Served) -> list[list[str]]:
         began = time.perf_counter()
         name = service.client.post("/v1/scans", files={"volume": (None, volume)}).json()["scan"]
         service.client.get(f"/v1/scans/{name}/view.nii.gz").raise_for_status()
-        # The view is there before the volume is encoded; the last event comes after.
+        # The view exists before the volume is encoded; the last event follows.
         service.client.get(f"/v1/scans/{name}/events").raise_for_status()
         stored.append(time.perf_counter() - began)
     texts = []
@@ -119,7 +119,7 @@ def waits(service: Served) -> list[list[str]]:
 
 
 def seen(service: Served) -> list[list[str]]:
-    """The rows on what a user sees, in Chromium without a GPU."""
+    """The rows on the page as a user sees it, in Chromium without a GPU."""
     from playwright.sync_api import sync_playwright
 
     volume = service.client.get("/v1/models").json()["stored"][0]

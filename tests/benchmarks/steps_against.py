@@ -1,7 +1,7 @@
 """Training steps against an earlier checkout: ``python -m tests.benchmarks.steps_against /tmp/before --rounds 3``.
 
 The two checkouts take turns to draw a cohort of phantoms, preprocess it, and train ``phantom_tiny`` on it for a few steps, in one
-process of one thread. It reports the most volumes a second of each, which other work on the machine can only lessen. To get
+process of one thread. It reports the most volumes a second of each, because other work on the machine can only reduce them. To get
 the earlier checkout: ``git archive COMMIT | tar x -C /tmp/before``.
 """
 

@@ -29,7 +29,7 @@ def browser() -> Iterator[object]:
 
 @pytest.fixture(scope="session")
 def looked_at(trained: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:  # noqa: F811
-    """A service with store and index."""
+    """A service with a store and an index."""
     pytest.importorskip("fastapi")
     folder = tmp_path_factory.mktemp("looked_at")
     model = trained / "model"

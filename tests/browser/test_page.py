@@ -53,7 +53,7 @@ def arrived(page: Any) -> None:
 
 
 def bright_pixels(page: Any) -> int:
-    """Pixels of the canvas that are neither black nor nearly so."""
+    """Pixels of the canvas that are not black or almost black."""
     return page.evaluate("""() => new Promise((done) => {
         const image = new Image();
         image.onload = () => {
@@ -82,7 +82,7 @@ def test_a_scan_is_sent_scored_and_drawn(page: Any, scan: Path) -> None:
 def test_keys_move_and_windows_change(page: Any, scan: Path) -> None:
     send(page, scan)
     page.focus("#canvas")
-    # The first step goes onto voxels, too.
+    # The first step also snaps to voxels.
     page.keyboard.press("PageUp")
     before = page.evaluate("viewer.at()")
     page.keyboard.press("PageUp")
@@ -99,7 +99,7 @@ def test_keys_move_and_windows_change(page: Any, scan: Path) -> None:
     assert page.is_visible("#whole")
     page.keyboard.press("0")
     assert page.is_hidden("#whole")
-    # A window chosen with the right mouse button is not called by the name of another.
+    # A window chosen with the right mouse button does not have the name of a preset.
     box = page.locator("#canvas").bounding_box()
     page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.4 * box["height"])
     page.mouse.down(button="right")
@@ -141,7 +141,7 @@ def test_distances_are_those_between_the_points(page: Any, scan: Path) -> None:
 
 
 def test_the_position_is_that_of_the_scan(page: Any, scan: Path) -> None:
-    """A point in RAS mm is where nibabel says it is: its HU are those of the file."""
+    """A point in RAS mm is where nibabel places it: its HU are those of the file."""
     import nibabel as nib
     import numpy as np
 
@@ -156,7 +156,7 @@ def test_the_position_is_that_of_the_scan(page: Any, scan: Path) -> None:
     letters = dict(zip("RLAPSI", (1, -1) * 3, strict=True))
     place = [letters[letter] * float(value) for letter, value in re.findall(r"([RLAPSI]) ([\d.]+)", said)]
     assert place == pytest.approx(tuple(point), abs=0.06)
-    # The patient's right is where x of RAS is positive.
+    # The patient's right has positive x in RAS.
     assert ("R " in said) == (point[0] > 0)
 
 
@@ -168,7 +168,7 @@ def test_a_click_flies_to_the_peak_and_lays_the_map_over_the_scan(page: Any, sca
     page.click("#findings .name >> nth=2")
     page.wait_for_selector("#clear:not([hidden])", timeout=WAIT)
     facts = looked_at.client.get(f"/v1/scans/{name}/explain", params={"finding": finding}).json()
-    # The viewer stands on voxels.
+    # The viewer's position snaps to voxels.
     spacing = 8
     assert page.evaluate("viewer.at()") == pytest.approx(facts["peak_mm_ras"], abs=spacing)
     assert finding in page.inner_text("#mapped")
@@ -195,7 +195,7 @@ def test_a_draft_says_what_the_detector_says(page: Any, scan: Path, looked_at: S
     page.wait_for_selector("#clear:not([hidden])", timeout=WAIT)
     assert page.inner_text("#mapped").split(":")[0] in finding.inner_text()
     assert page.faults == []
-    # A page that is left takes its scan along.
+    # When the user leaves a page, its scan is deleted.
     name = page.evaluate("scan")
     page.goto("about:blank")
     until = time.monotonic() + 30
@@ -205,7 +205,7 @@ def test_a_draft_says_what_the_detector_says(page: Any, scan: Path, looked_at: S
 
 
 def test_what_arrives_late_for_an_earlier_scan_is_dropped(page: Any, cohort: Path) -> None:
-    """Of two scans sent one after the other, the page shows the last, and keeps nothing of the first."""
+    """Of two scans sent one after the other, the page shows the last and keeps nothing of the first."""
     first, last = sorted((cohort / "dataset").rglob("*.nii.gz"))[:2]
     page.set_input_files("#files", first)
     page.wait_for_selector("#work:not([hidden])", timeout=WAIT)
@@ -257,7 +257,7 @@ def test_a_scan_is_sent_shown_and_saved_with_the_keyboard_alone(page: Any, scan:
                 return
         raise AssertionError(f"the Tab key does not lead to {selector}")
 
-    # Not by expect_file_chooser, which at times begins to listen after the key.
+    # Without expect_file_chooser, which sometimes starts to listen only after the key.
     page.on("filechooser", lambda chooser: chooser.set_files(scan))
     tab_to("#files")
     page.keyboard.press("Enter")
@@ -276,7 +276,7 @@ def test_a_scan_is_sent_shown_and_saved_with_the_keyboard_alone(page: Any, scan:
 
 
 def test_a_page_a_map_and_dicom_objects_are_saved(page: Any, scan: Path, tmp_path: Path) -> None:
-    """The map only while one is on screen, DICOM objects only of a DICOM series."""
+    """The map can be downloaded only while one is on screen, DICOM objects only for a DICOM series."""
     import nibabel as nib
 
     from tests.phantom_dicom import write_series
@@ -303,7 +303,7 @@ def test_a_page_a_map_and_dicom_objects_are_saved(page: Any, scan: Path, tmp_pat
 
 
 def drop(page: Any, path: Path) -> None:
-    """Drop a file or folder as a file manager does."""
+    """Drop a file or folder as a file manager would."""
     session, box = page.context.new_cdp_session(page), page.locator("#drop").bounding_box()
     for kind in ("dragEnter", "dragOver", "drop"):
         at = {"x": box["x"] + 20, "y": box["y"] + 20}
@@ -367,7 +367,7 @@ def test_a_phone(browser: Any, looked_at: Served, scan: Path, scheme: str) -> No
 
 
 class Fingers:
-    """Touches of a page, as Chromium gets them from a screen; places are those of the canvas."""
+    """Touches on a page, as Chromium receives them from a screen; positions are those of the canvas."""
 
     def __init__(self, page: Any) -> None:
         page.locator("#canvas").scroll_into_view_if_needed()
@@ -376,7 +376,7 @@ class Fingers:
         self.page, self.session = page, page.context.new_cdp_session(page)
 
     def move(self, *paths: tuple[tuple[float, float], tuple[float, float]], steps: int = 10) -> None:
-        """Each finger goes from the first to the second place of its path."""
+        """Each finger moves from the first to the second position of its path."""
         for step in range(steps + 1):
             points = [
                 {"id": finger, "x": self.left + x + (to_x - x) * step / max(steps, 1), "y": self.top + y + (to_y - y) * step / max(steps, 1)}
@@ -407,7 +407,7 @@ def test_touch(browser: Any, looked_at: Served, scan: Path) -> None:
     assert math.dist(tapped, middle) > 10
     fingers.move(((150, 70), (190, 90)))
     dragged = place()
-    # In the plane that is touched, to the patient's left and back.
+    # In the touched plane, towards the patient's left and posterior.
     assert dragged[0] < tapped[0] - 10
     assert dragged[1] < tapped[1] - 5
     assert dragged[2] == pytest.approx(tapped[2], abs=1e-3)

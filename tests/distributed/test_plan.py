@@ -16,7 +16,7 @@ CASES = list(itertools.product(("contrastive", "words"), (0, 1, 3)))
 
 @pytest.fixture(scope="module")
 def found() -> dict[tuple[str, int], dict[str, float]]:
-    """Two ranks, 8 volumes each; ``words``: captioning and masked words too."""
+    """Two ranks, 8 volumes each; ``words``: also captioning and masked words."""
     settings = {"kind": "memory", "share": 8, "objectives": [{}, WORDS], "stages": [0, 1, 3]}
     return dict(zip(CASES, ranked(2, settings), strict=True))
 
@@ -32,6 +32,6 @@ def test_the_plan_is_within_a_fifth_of_counted_operations(found: Any, kind: str)
 
 
 def test_objectives_on_words_cost_more_than_the_bar(found: Any) -> None:
-    """A plan that left them out would fail."""
+    """A plan that omitted them would fail."""
     assert found["words", 1]["allocated"] > 1.5 * found["contrastive", 1]["allocated"]
     assert found["words", 1]["flops"] > 1.3 * found["contrastive", 1]["flops"]

@@ -93,12 +93,12 @@ def state(results: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def gradients(results: Path, name: str) -> dict[str, torch.Tensor]:
-    """After one step Adam's first moment is a tenth of the gradient: nothing has amplified rounding yet."""
+    """After one step Adam's first moment is a tenth of the gradient: rounding has not been amplified yet."""
     return {moment: 10 * value for moment, value in state(results, name).items() if moment.startswith("exp_avg/")}
 
 
 def assert_same(results: Path, name: str, other: str = "alone", before: str | None = None) -> None:
-    """Losses, parameters, buffers and moments to 1e-5; ``before`` ran the steps before those of ``name``."""
+    """Losses, parameters, buffers and moments agree to 1e-5; ``before`` ran the steps before those of ``name``."""
     found = (losses(results, before) if before else []) + losses(results, name)
     assert found == pytest.approx(losses(results, other), rel=1e-5)
     assert_near(state(results, name), state(results, other), 1e-5)
@@ -111,7 +111,7 @@ def assert_near(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], tole
 
 
 def test_the_toy_learns_enough_for_a_difference_to_show(results: Path) -> None:
-    """A parameter moves far more than the bar: nothing agrees by standing still."""
+    """Parameters move far more than the tolerance, so agreement is not due to a lack of change."""
     start, end = state(results, "plain"), state(results, "alone linear")
     moved = [float((end[name] - start[name]).abs().max()) for name in end if name.startswith("state/")]
     assert sorted(moved)[len(moved) // 2] > 5e-4
@@ -129,7 +129,7 @@ def test_offload_to_the_host_is_the_same(results: Path, stage: int) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [("one at 0", "two at 3"), ("one at 1", "two at 2"), ("two at 3", "one at 0"), ("two at 2", "one at 3")])  # fmt: skip
 def test_a_run_goes_on_at_another_stage_and_number_of_ranks(results: Path, before: str, after: str) -> None:
-    """Three steps before, two after."""
+    """Three steps before, two steps after."""
     assert_same(results, f"{before}, {after}", before=before)
 
 
@@ -195,7 +195,7 @@ def test_gradients_are_clipped_by_the_norm_of_all_of_them(results: Path, how: st
     found, plain = gradients(results, f"clipped{how}"), gradients(results, "plain")
     whole = float(torch.cat([gradient.flatten() for gradient in plain.values()]).norm())
     assert whole > 0.1
-    # torch and DeepSpeed add a millionth to the norm before they divide by it.
+    # torch and DeepSpeed add a millionth to the norm before the division by it.
     assert_near({name: gradient * whole / 0.01 for name, gradient in found.items()}, plain, 1e-5 * whole)
 
 

@@ -18,7 +18,8 @@ from ctclip import distributed
 
 BATCH = 8
 WORDS = ["heart", "nodule", "effusion", "normal", "lobe", "left", "right", "seen"]
-# Of all lengths, no word where every text has it: what all texts share has no gradient, and Adam makes steps of rounding.
+# Texts of all lengths, without a word that every text has: what all texts share has no gradient, and Adam would turn
+# rounding errors into steps.
 TEXTS = [
     " ".join(WORDS[(5 * text + 3 * place * (1 + text // 8)) % 8] for place in range(2 + text // 2))
     for text in range(16)
@@ -29,7 +30,7 @@ MODEL = {
     "text": {"width": 16, "depth": 1, "heads": 2, "max_tokens": 32},
 }  # fmt: skip
 
-# The published encoder, whose codes move without gradients.
+# The published encoder, whose codes change without gradients.
 CODES = {
     "kind": "ctvit", "patch": [4, 4, 4], "width": 12, "spatial_depth": 1, "temporal_depth": 1,
     "heads": 2, "head_width": 8, "codebook_size": 8,
@@ -64,7 +65,8 @@ def run(case: dict[str, Any], folder: Path, device: torch.device) -> None:
     torch.manual_seed(0)
     spec = PreprocessingSpec("test", spacing=(1.5, 1.5, 3.0), shape=SHAPE)
     model = build_model(config.model, spec, train_tokenizer(TEXTS * 4, 80))
-    # A normalisation takes these two away again: their exact gradient is zero, and Adam would make steps of its rounding.
+    # A normalisation removes these two again: their exact gradient is zero, and Adam would turn its rounding errors
+    # into steps.
     model.text_encoder.bert.encoder.layer[-1].output.LayerNorm.bias.requires_grad_(False)
     if hasattr(getattr(getattr(model.volume_encoder, "stem", None), "embed", None), "bias"):
         model.volume_encoder.stem.embed.bias.requires_grad_(False)
@@ -92,7 +94,7 @@ def configuration(case: dict[str, Any]) -> Any:
 
     volume, stage = dict(MODEL["volume"]), case.get("stage", 0)  # type: ignore[call-overload]
     if case.get("linear"):
-        # Batch norm sees a whole batch, GradCache a part of it: a stem without it is what the two share.
+        # Batch norm uses a whole batch, GradCache a part of it: they are compared on a stem without batch norm.
         volume["stages"] = []
     if case.get("codes"):
         volume = dict(CODES)
@@ -108,7 +110,8 @@ def configuration(case: dict[str, Any]) -> Any:
 
 
 def batch(step: int, tokenisers: Any) -> Any:
-    """This rank's share of a global batch: eight of sixteen scans, each a bright cell in noise at a place of its own."""
+    """This rank's share of a global batch: eight of sixteen scans, each a bright cell in noise at a different
+    position."""
     from ctclip.data.batch import Batch
 
     random = torch.Generator().manual_seed(step)

@@ -153,7 +153,7 @@ def workplace(store: Path, trained: Path, cohort: Path, tmp_path_factory: pytest
 @pytest.mark.parametrize("page", RUN_PAGES)
 def test_a_page_runs(page: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     allowed = {0, 3} if "lint" in "".join(block.text for block in BASH if block.page == page) else {0}
-    # phantom's spec refuses phantoms' lungs nowhere; a cohort of scans of which some are refused ends with 3 as well.
+    # The phantom's spec never refuses the lungs of phantoms. A cohort in which some scans are refused also ends with 3.
     for block in BASH:
         if block.page != page or block.needs:
             continue

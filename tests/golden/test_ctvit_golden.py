@@ -1,4 +1,4 @@
-"""What the published CT-CLIP computed, from its own checkpoint format."""
+"""Outputs of the published CT-CLIP, reproduced from its own checkpoint format."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from ctclip.preprocessing.spec import PreprocessingSpec
 
 @pytest.fixture(scope="module")
 def parity() -> Path:
-    """The recorded outputs; data/README.md says what they are."""
+    """The recorded outputs; data/README.md describes them."""
     return Path(__file__).parent / "data"
 
 
 def spec_of(published: Published, slabs: int = 4) -> PreprocessingSpec:
-    """The geometry of the recorded volumes: the slices of SLABS slabs leave no trace in the weights."""
+    """The geometry of the recorded volumes: the number of slices, in SLABS slabs, cannot be derived from the
+    weights."""
     side = published.plane
     return PreprocessingSpec(
         "test", (1.5, 0.75, 0.75), (published.volume.patch[0] * slabs, side, side), published_geometry=True
@@ -127,7 +128,7 @@ def test_it_trains_with_the_quantiser_on(parity: Path) -> None:
     found.pooled.sum().backward()
     assert model.volume_encoder.spatial[0].to_query.weight.grad.abs().sum() > 0
     assert torch.equal(before, codebook.rows)
-    # Row by row, by the published decay: those that were used, and no other.
+    # Row by row, by the published decay: only the rows that were used.
     model.volume_encoder.end_step()
     tokens = model.volume_encoder.encode(model.volume_encoder.patches(volume))
     codes = torch.nn.functional.normalize(tokens, dim=-1) @ torch.nn.functional.normalize(before, dim=-1).T
@@ -166,7 +167,7 @@ def test_checkpoints_as_they_circulate(parity: Path, tmp_path: Path) -> None:
 
 
 def test_bfloat16_leaves_no_trace(parity: Path) -> None:
-    """What an encoding under autocast keeps for the next one, the position bias, is exact."""
+    """The position bias that an encoding under autocast keeps for the next one is exact."""
     golden, encoder = load_file(parity / "golden.safetensors"), build(parity).volume_encoder
     patches = golden["patch_tokens"]
     with torch.inference_mode():
@@ -176,7 +177,7 @@ def test_bfloat16_leaves_no_trace(parity: Path) -> None:
 
 
 def test_sizes_of_a_patch_come_from_the_tensors(parity: Path, tmp_path: Path) -> None:
-    """Patches of 3 x 10 x 10 are told from those of 5 x 10 x 10, and where nothing says so 2 : 1 is taken."""
+    """Patches of 3 x 10 x 10 are distinguished from those of 5 x 10 x 10; without any information 2 : 1 is assumed."""
     state = torch.load(parity / "checkpoint.pt", weights_only=True)
     first = {key for key in state if "first_frame" in key}
     flat = {key: value for key, value in state.items() if ".to_patch_emb." in key and 500 in value.shape}
@@ -196,7 +197,7 @@ def test_sizes_of_a_patch_come_from_the_tensors(parity: Path, tmp_path: Path) ->
 
 
 def test_the_command_makes_a_folder_that_loads(parity: Path, tmp_path: Path) -> None:
-    """With a tokenizer of the checkpoint's size, made here: the small checkpoint has 120 words."""
+    """With a tokenizer made here for the checkpoint's size: the small checkpoint has 120 words."""
     text = tmp_path / "text"
     text.mkdir()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(115))]
@@ -218,7 +219,7 @@ def test_the_command_makes_a_folder_that_loads(parity: Path, tmp_path: Path) -> 
 
 
 def test_vocabfine_detects_as_published(parity: Path, tmp_path: Path) -> None:
-    """CT_VocabFine_v2.pt is the state of the whole model, tuned on the prompts."""
+    """CT_VocabFine_v2.pt is the state of the whole model after tuning on the prompts."""
     from ctclip.heads.prompts import PromptHead
     from ctclip.prompts import load_prompts
 
@@ -228,7 +229,7 @@ def test_vocabfine_detects_as_published(parity: Path, tmp_path: Path) -> None:
     shape = json.loads((parity / "config.json").read_text())["bert"]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **shape}))
     state = torch.load(parity / "checkpoint.pt", weights_only=True)
-    state["to_text_latent.weight"] = state["to_text_latent.weight"].flip(0)  # tuned: not what it began with
+    state["to_text_latent.weight"] = state["to_text_latent.weight"].flip(0)  # tuned: different from the initial value
     torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "CT_VocabFine_v2.pt")
     import_published(tmp_path / "CT_VocabFine_v2.pt", tmp_path / "model", str(tmp_path))
     model = load_model(tmp_path / "model").model
@@ -238,7 +239,7 @@ def test_vocabfine_detects_as_published(parity: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         found = head.probabilities(head.score(model.encode(volume)))
 
-    # Step by step, with Hugging Face's own BERT.
+    # Step by step, with Hugging Face's BERT.
     bert, prefix = BertModel(BertConfig(**shape), add_pooling_layer=False).eval(), "text_transformer."
     bert.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, strict=False)
     for column, name in enumerate(names):
@@ -264,7 +265,7 @@ def test_the_linear_head_and_a_configuration_by_itself(
     state = torch.load(parity / "checkpoint.pt", weights_only=True)
     head = {"classifier.weight": torch.randn(18, 24), "classifier.bias": torch.randn(18)}
     torch.save({f"trained_model.{key}": value for key, value in state.items()} | head, tmp_path / "lipro.pt")
-    # Files of the working directory that happen to be called as the spec and prompts of the published model are.
+    # Files of the working directory with the same names as the spec and prompts of the published model.
     monkeypatch.chdir(tmp_path)
     for name in ("ct_clip", "published"):
         Path(f"{name}.yaml").write_text("mine: true\n")
@@ -305,7 +306,7 @@ def test_what_is_no_checkpoint_is_said_in_one_line(parity: Path, tmp_path: Path)
     (tmp_path / "text.pt").write_bytes(b"not a checkpoint")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     (tmp_path / "code.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    # What the published fine-tuning script leaves where its last model was.
+    # The file that the published fine-tuning script leaves in place of its last model.
     torch.save(torch.optim.AdamW([torch.zeros(2, requires_grad=True)]).state_dict(), tmp_path / "optimizer.pt")
     with pytest.raises(CheckpointError, match=r"optimizer\.pt: holds the state of an optimizer"):
         read_published(tmp_path / "optimizer.pt")

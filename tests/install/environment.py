@@ -1,4 +1,4 @@
-"""New environments that hold the wheel and, linked from this environment, exactly the packages it declares."""
+"""New environments that contain the wheel and, linked from this environment, exactly the packages that it declares."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def checked(command: Iterable[object], **options: object) -> str:
 
 
 def build(folder: Path) -> tuple[Path, Path, Path]:
-    """The wheel of the checkout, its sdist, and the wheel of that, built from a copy of the checkout's own files."""
+    """The wheel of the checkout, its sdist, and the wheel of the sdist, built from a copy of the checkout's files."""
     source = folder / "source"
     names = checked(["git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard"]).splitlines()
     for name in names:
@@ -43,7 +43,7 @@ def build(folder: Path) -> tuple[Path, Path, Path]:
 
 
 def new_environment(folder: Path, wheel: Path, extras: tuple[str, ...] = ()) -> Path:
-    """A virtual environment with the wheel and what it declares, and nothing else; returns its ``bin``."""
+    """A virtual environment with the wheel and its declared packages only; returns its ``bin``."""
     checked([sys.executable, "-m", "venv", "--without-pip", folder])
     python = folder / "bin" / "python"
     checked([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel])
@@ -58,7 +58,7 @@ def new_environment(folder: Path, wheel: Path, extras: tuple[str, ...] = ()) -> 
 
 
 def _declared(root: metadata.Distribution, extras: tuple[str, ...]) -> list[metadata.Distribution]:
-    """The distributions that ``root`` requires with ``extras``, and what those require."""
+    """The distributions that ``root`` requires with ``extras``, and their requirements."""
     seen: dict[tuple[str, tuple[str, ...]], metadata.Distribution] = {}
     waiting = [(root, extras)]
     while waiting:

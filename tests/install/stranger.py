@@ -50,19 +50,19 @@ class Stranger:
         )  # fmt: skip
 
     def created(self) -> list[str]:
-        """What this user has written since this object was made, anywhere but in its output and its TMPDIR. It can write
-        nowhere that is pruned."""
+        """The files that this user has written since this object was made, outside its output and its TMPDIR. Folders
+        that are pruned are not writable for it."""
         pruned = [*PRUNED, str(self.output), str(self.tmp)]
         conditions = [word for path in pruned for word in ("-o", "-path", path)][1:]
         command = ["find", "/", "/dev/shm", "-xdev", "(", *conditions, ")", "-prune", "-o"]
-        # The time of the last change of a file's state: that of its contents can be set to any.
+        # The time of the last change of a file's state: the time of its contents can be set to any value.
         command += ["-uid", str(NUMBER), "-cnewer", str(self.start), "-print"]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         return sorted(set(found.stdout.splitlines()) - {str(self.cwd)})
 
 
 def _prefix(python: Path) -> list[str]:
-    """Becomes the stranger; where ``python`` lies in a folder that only root may enter, with leave to read everything."""
+    """Become the stranger; if ``python`` is in a folder that only root may enter, keep the right to read everything."""
     plain = ["setpriv", f"--reuid={NUMBER}", f"--regid={NUMBER}", "--clear-groups"]
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', ''], check=True); print(sys.version)"
     probe = subprocess.run([*plain, str(python), "-c", code], capture_output=True, text=True, check=False, cwd="/")
@@ -72,7 +72,7 @@ def _prefix(python: Path) -> list[str]:
 
 
 def main(command: list[str]) -> int:
-    """Run ``command`` in the checkout; 1 if it wrote anywhere but to its output and TMPDIR."""
+    """Run ``command`` in the checkout; returns 1 if it wrote outside its output and TMPDIR."""
     folder = Path(tempfile.mkdtemp(prefix="stranger-"))
     folder.chmod(0o755)
     try:

@@ -1,4 +1,4 @@
-"""The wheel in a new environment outside the checkout, used by a user who owns neither and has no home."""
+"""The wheel in a new environment outside the checkout, run by a user who owns neither and has no home."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def installed() -> Iterator[Installed]:
-    # pytest's own temporary folder can be entered by nobody else.
+    # Other users cannot enter pytest's own temporary folder.
     folder = Path(tempfile.mkdtemp(prefix="install-test-"))
     folder.chmod(0o755)
     try:
@@ -53,7 +53,7 @@ def installed() -> Iterator[Installed]:
 
 
 def test_only_what_was_written_since_is_a_strangers_stray(tmp_path: Path) -> None:
-    """Another run's files may lie in TMPDIR."""
+    """TMPDIR may contain files of another run."""
     if Stranger(tmp_path / "first", Path(sys.executable)).other is False:
         pytest.skip("only root can be another user")
     stale, stray = (Path(tempfile.gettempdir()) / f"install-test-{name}-{os.getpid()}" for name in ("stale", "stray"))
@@ -76,7 +76,7 @@ def test_only_what_was_written_since_is_a_strangers_stray(tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def demo(installed: Installed) -> Path:
-    """The smoke demo's folder."""
+    """The folder of the smoke demo."""
     output = installed.user.output / "demo"
     done = installed.user.run(installed.full / "ctclip", "demo", "--size", "smoke", "--output", output)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]

@@ -52,7 +52,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 @dataclass
 class Cluster:
-    """Where its files lie, and the environment its commands need."""
+    """Where its files are, and the environment that its commands need."""
 
     folder: Path
     environment: dict[str, str]
@@ -68,17 +68,17 @@ class Cluster:
         return done.stdout.strip()
 
     def submit(self, *arguments: object, **more: str) -> str:
-        """``sbatch``; the job's id."""
+        """Run ``sbatch``; returns the job's id."""
         return self.run("sbatch", "--parsable", *arguments, **more).partition(";")[0]
 
     def state(self, job: str) -> str:
-        """The state of a job, of an array's tasks together, such as COMPLETED or FAILED,RUNNING."""
+        """The state of a job, or of all tasks of an array together, such as COMPLETED or FAILED,RUNNING."""
         told = self.run("scontrol", "show", "job", "-o", job)
         states = {word.partition("=")[2] for word in told.split() if word.startswith("JobState=")}
         return ",".join(sorted(states))
 
     def wait(self, job: str, seconds: float) -> str:
-        """Until a job has ended; its state."""
+        """Wait until a job has ended; returns its state."""
         ends = time.monotonic() + seconds
         while time.monotonic() < ends:
             state = self.state(job)
@@ -95,7 +95,7 @@ class Cluster:
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here, or None."""
+    """The reason why no cluster can run here, or None."""
     absent = [name for name in NEEDED if shutil.which(name, path=_path()) is None]
     if absent:
         return f"Slurm is not installed ({', '.join(absent)}): apt-get install slurm-wlm munge"
@@ -104,7 +104,7 @@ def missing() -> str | None:
 
 @contextlib.contextmanager
 def cluster() -> Iterator[Cluster]:
-    """Start munge, a controller and two nodes; stop them all at the end."""
+    """Start munge, a controller and two nodes; stop all of them at the end."""
     folder = Path(tempfile.mkdtemp(prefix="slurm_"))
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
@@ -124,11 +124,12 @@ def cluster() -> Iterator[Cluster]:
     ]
     daemons += [["slurmd", "-D", "-N", node] for node in ("node1", "node2")]
     running: list[subprocess.Popen[bytes]] = []
-    # Whoever ends the tests (``timeout`` does) shall not leave daemons behind: as if Ctrl-C had been pressed.
+    # If the tests are ended by a signal (as ``timeout`` does), no daemons may remain: it is treated like Ctrl-C.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for command in daemons:
-            # A session of its own: the signal that ends the tests goes to their whole group, and jobs must be ended first.
+            # A separate session: the signal that ends the tests goes to their whole process group, and jobs
+            # must be ended first.
             apart = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
             running.append(subprocess.Popen(command, env=environment, **apart))  # type: ignore[call-overload]
             if command[0] == "munged":
@@ -136,7 +137,7 @@ def cluster() -> Iterator[Cluster]:
         _until(lambda: made.run("sinfo", "--noheader", "-o", "%T %D").split() == ["idle", "2"], made)
         yield made
     finally:
-        # Jobs first: with no daemon left nobody would end them.
+        # Jobs first: without daemons nothing would end them.
         with contextlib.suppress(RuntimeError, TimeoutError, subprocess.TimeoutExpired):
             made.run("scancel", "-u", "root")
             _until(lambda: not made.run("squeue", "--noheader"), made, 20)
@@ -169,7 +170,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _path() -> str:
-    # Debian keeps daemons where a plain user's PATH does not look.
+    # Debian installs daemons in a folder that is not in a plain user's PATH.
     return f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 
 
