@@ -1,4 +1,4 @@
-"""Small models and specs that many tests are built from."""
+"""Small models and specs for many tests."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ TEXT = TextConfig(width=16, depth=1, heads=2, max_tokens=24)
 def spec_of(
     shape: Sequence[int], spacing: Sequence[float] = (1.0, 1.0, 1.0), *, published: bool = False
 ) -> PreprocessingSpec:
-    """A spec of volumes of ``shape`` [slice, row, column]."""
+    """A spec for volumes of ``shape`` [slice, row, column]."""
     return PreprocessingSpec("test", tuple(spacing), tuple(shape), published_geometry=published)  # type: ignore[arg-type]
 
 
 def dual_encoder(
     volume: Any = VIT, spec: PreprocessingSpec | None = None, text: TextConfig = TEXT, seed: int = 0, **settings: Any
 ) -> DualEncoder:
-    """A dual encoder of random weights, of volumes of 8 x 8 x 8 voxels if no ``spec`` is given."""
+    """A dual encoder with random weights, for volumes of 8 x 8 x 8 voxels if no ``spec`` is given."""
     torch.manual_seed(seed)
     config = ModelConfig(volume=volume, text=text, dim=12, **settings)
     return build_model(config, spec or spec_of((8, 8, 8)), train_tokenizer(REPORTS * 20, 200))

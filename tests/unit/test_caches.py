@@ -15,7 +15,8 @@ VARIABLES = ("NUMBA_CACHE_DIR", "MPLCONFIGDIR", "HF_HOME", "TORCH_HOME", "TRITON
 
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home and a TMPDIR of the test's own, no cache variable set; what is not writable is decided by its name."""
+    """A home and a TMPDIR for the test, with no cache variable set; the name of a folder decides whether it is
+    writable."""
     for name in VARIABLES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -27,7 +28,8 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
-    """Make ``os.access`` say of these folders, and of what is in them, that they cannot be written (root can write any)."""
+    """Make ``os.access`` report that these folders, and everything in them, cannot be written (root can write
+    anywhere)."""
     usual = os.access
     monkeypatch.setattr(
         os, "access", lambda path, mode: not any(Path(path).is_relative_to(f) for f in folders) and usual(path, mode)

@@ -28,18 +28,19 @@ def test_every_recipe_loads_and_survives_its_dump(path, tmp_path) -> None:
 
 @pytest.mark.parametrize("path", sorted(configs_folder().glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_can_be_planned(path) -> None:
-    # Short reports: a plan runs the text encoder, and what is asked here does not depend on them.
+    # Short reports: a plan runs the text encoder, and these tests do not depend on the length.
     short = "model.text.max_tokens=64"
     config = load_config(str(path), [short])
     plan = make_plan(config, ranks=2)
-    # Two cards share what ZeRO shares: each stage needs less than the one before, but for the copy that 1 and 2 keep.
+    # Two cards share the parts that ZeRO shards: each stage needs less than the one before, except for the copy
+    # that 1 and 2 keep.
     states = [stage.states for stage in plan.stages]
     assert states[3] < states[2] < states[1]
     if config.training.text_warmup.locks:
-        # The sum below is of parameters that all learn; a locked side has neither gradients nor moments.
+        # The sum below assumes that all parameters learn; a locked side has neither gradients nor moments.
         less, plan = plan, make_plan(load_config(str(path), [short, "training.text_warmup.lock=false"]), ranks=2)
         assert all(fewer.states < stage.states for fewer, stage in zip(less.stages, plan.stages, strict=True))
-    # All that stage 0 holds, and the copy, shared by two.
+    # All the memory of stage 0, plus the copy, divided by two.
     sharded = [stage.states - stage.buffers for stage in plan.stages]
     assert sharded[3] == pytest.approx(20 / 16 * sharded[0] / 2, rel=0.01)
     said = describe(config, plan, "a100", 24128)
@@ -49,11 +50,11 @@ def test_every_recipe_can_be_planned(path) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_of_the_comparison_is_a_configuration(name: str) -> None:
-    # A switch that was renamed would be found after an hour of training.
+    # Otherwise a renamed switch would be noticed only after an hour of training.
     config, *overrides = VARIANTS[name]
     changed = load_config(config, overrides)
     assert overrides == [] or changed != load_config(config)
-    # Names are listed with commas between and a colon before the seeds.
+    # Names are separated by commas, with a colon before the seeds.
     assert not set(name) & set(",:'/")
 
 
@@ -116,7 +117,7 @@ def test_every_number_has_bounds(override: str) -> None:
         load_config("phantom_tiny", [override])
     message, key = str(refused.value), override.partition("=")[0]
     assert "\n" not in message
-    # A rule about two keys names the section that holds them, and both.
+    # A rule about two keys names the section that contains them, and both keys.
     section, _, name = key.rpartition(".")
     assert key in message or (f"{section}: " in message and name in message)
 
@@ -261,7 +262,7 @@ def test_differing_keys_are_paths() -> None:
 
 
 def test_planned_operations_are_three_forward_passes() -> None:
-    """The gradient of a matrix product is two more; that of voxels is not asked for, and codes have none."""
+    """The gradient of a matrix product takes two more; that of the voxels is not computed, and codes have none."""
     config, tokens = load_config("phantom_published"), 8 * 5 * 7
     forward = measure(config.model, PreprocessingSpec.load("phantom")).flops
     patches, codes = 2 * tokens * (8 * 16 * 16) * 192, 2 * tokens * 1024 * 192
@@ -281,7 +282,7 @@ def test_a_number_is_the_weight_of_an_objective() -> None:
 
 
 def test_an_encoder_and_an_objective_of_a_file_of_ones_own(tmp_path, monkeypatch) -> None:
-    """`module:Name`, with a section of its own that is checked like ours."""
+    """`module:Name`, with its own section, which is checked like ours."""
     (tmp_path / "mine.py").write_text(
         "from typing import Literal\n"
         "from ctclip.config import EncoderConfig, ObjectiveConfig\n"

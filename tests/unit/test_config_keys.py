@@ -25,7 +25,7 @@ def test_every_key_has_a_meaning() -> None:
 
 
 def test_keys_are_those_of_a_configuration() -> None:
-    """What a dump spells out, with every encoder and objective in turn, is what is listed."""
+    """The list contains everything in a dump, with every encoder and objective in turn."""
     listed = {one.path for one in KEYS}
     dumped: set[str] = set()
     for encoder in plugins.OURS["encoder"]:

@@ -1,5 +1,5 @@
-"""The container files, as far as that can be told without building: what is copied exists, versions are those that are tested,
-nothing runs as root, and what is installed fits the size."""
+"""The container files, as far as they can be checked without building: copied files exist, versions are the tested
+ones, nothing runs as root, and the installed packages fit the size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ APPTAINER = (ROOT / "apptainer.def").read_text()
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 LARGEST_GB = 3.0
-# Uncompressed, by Docker's own account of the image.
+# Uncompressed, as Docker reports the image.
 BASE_GB = 0.15
 
 
@@ -84,7 +84,7 @@ def test_it_runs_without_privileges_and_is_watched() -> None:
 
 
 def test_what_is_installed_for_the_cpu_fits() -> None:
-    """The packages of the image, as large as they are here."""
+    """The packages of the image, with the sizes that they have here."""
     torch = pytest.importorskip("torch")
     if torch.version.cuda:
         pytest.skip("torch for CUDA is installed here")

@@ -20,6 +20,6 @@ def test_the_time_left_follows_how_long_stages_took() -> None:
     assert minutes_left(usual, {}, []) == pytest.approx(10)
     on_time = {"a": 60.0, "b": 60.0}
     assert minutes_left(usual, on_time, names[:2]) == pytest.approx(8)
-    # Three times as slow over two minutes; one minute is given to chance.
+    # Three times as slow over two minutes; one of these minutes is attributed to chance.
     assert minutes_left(usual, {"a": 180.0, "b": 180.0}, names[:2]) == pytest.approx(8 * 7 / 3)
     assert minutes_left(usual, {**on_time, "c": 480.0}, names) == 0

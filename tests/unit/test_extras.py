@@ -29,7 +29,7 @@ def test_every_package_is_declared_in_its_extra() -> None:
 
 
 def test_what_is_imported_outside_training_comes_with_the_package() -> None:
-    """Everything but training works without an extra, whatever happens to be installed here."""
+    """Everything except training works without an extra, whatever packages are installed here."""
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     base = {re.split("[^A-Za-z0-9-]", name)[0].lower() for name in declared}
     distributions = metadata.packages_distributions()
@@ -44,7 +44,7 @@ def test_what_is_imported_outside_training_comes_with_the_package() -> None:
                 if base.isdisjoint(found.lower().replace("_", "-") for found in distributions.get(name, [])):
                     foreign.setdefault(name, set()).add(path.parent.name)
     serving = {"fastapi", "starlette", "uvicorn", "python_multipart", "prometheus_client", "dicomweb_client"}
-    # dicomweb_client brings requests, whose sessions and errors it passes on.
+    # dicomweb_client requires requests and exposes its sessions and errors.
     serving |= {"requests"}
     words = {"sacrebleu", "rouge_score", "nltk"}
     owners = {

@@ -1,4 +1,4 @@
-"""Imports run one way: a package imports only from lower layers."""
+"""Imports have one direction: a package imports only from lower layers."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def test_a_layer_below_is_noticed() -> None:
 
 
 def test_launchers_are_known_in_two_files() -> None:
-    """Whoever started us is read in ``ctclip/launchers.py`` and ranks meet in ``ctclip/distributed.py``; DeepSpeed's own
-    ``--local_rank`` is taken by commands and ignored."""
+    """The launcher is recognised in ``ctclip/launchers.py`` and ranks meet in ``ctclip/distributed.py``; commands
+    accept DeepSpeed's own ``--local_rank`` and ignore it."""
     words = re.compile(r"environ\b|getenv|\bRANK\b|LOCAL_RANK|WORLD_SIZE|MASTER_(ADDR|PORT)|SLURM_|init_process_group")
     files = [*ROOT.glob("ctclip/**/*.py"), *ROOT.glob("preprocessing/**/*.py")]
-    # caches.py reads where libraries keep their caches.
+    # caches.py reads the variables for the caches of libraries.
     files = [path for path in files if path.name != "caches.py"]
     reading = [path.name for path in files if words.search(path.read_text(encoding="utf-8"))]
     assert sorted(reading) == ["distributed.py", "launchers.py"]

@@ -1,4 +1,4 @@
-"""Label sets: names, aliases and columns; kept in stores; two of them compared."""
+"""Label sets: names, aliases and columns, storage in stores, and comparison of two sets."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_word_in_any_case_finds_its_label() -> None:
 
 def test_columns_are_found_by_cohort_then_name_then_alias() -> None:
     lung = load_labels(LUNG)
-    # The other cohort's columns hold for that cohort alone, in whatever case the table spells them.
+    # The columns of the other cohort apply only to that cohort, whatever their case in the table.
     table = ["volume", "NODULE", "scattered_nod", "Bullae", "copd"]
     assert lung.columns(table, "other") == {"Nodule": ("NODULE", "scattered_nod"), "Emphysema": ("copd",)}
     assert lung.columns(table) == {"Nodule": ("NODULE",), "Emphysema": ("copd",)}
@@ -129,7 +129,7 @@ def test_a_set_of_a_tables_columns() -> None:
 
 
 def store_of(folder: Path, columns: dict[str, list[float]]) -> VolumeStore:
-    """A store of two volumes that nobody has written yet, with label columns."""
+    """A store of two volumes that have not been written, with label columns."""
     store = VolumeStore.create(folder, PreprocessingSpec.load("phantom"))
     table = pd.DataFrame({name: ["a", "b"] for name in COLUMNS})
     table.assign(**{name: pd.array(values, "Int8") for name, values in columns.items()}).to_parquet(
@@ -139,7 +139,7 @@ def store_of(folder: Path, columns: dict[str, list[float]]) -> VolumeStore:
 
 
 def test_a_store_keeps_the_set_it_was_given(tmp_path: Path) -> None:
-    """Its columns are known by the set's aliases; a set of which the table has nothing is refused."""
+    """Its columns are recognised by the set's aliases; a set without any column in the table is refused."""
     (tmp_path / "lung.yaml").write_text(yaml.safe_dump(LUNG))
     store = store_of(tmp_path / "store", {"COPD": [0, 1], "Pulmonary nodule": [1, 0]})
     assert keep_labels(store, str(tmp_path / "lung.yaml")) == load_labels(LUNG)
@@ -151,7 +151,7 @@ def test_a_store_keeps_the_set_it_was_given(tmp_path: Path) -> None:
 
 
 def test_a_store_without_a_set_has_the_one_that_its_columns_are(tmp_path: Path) -> None:
-    """An installed set where the names are its own, in whatever order the table has them; else one called like the store."""
+    """An installed set if its names match, in any order of the table; otherwise a set with the name of the store."""
     ours = store_of(tmp_path / "ours", {name: [0, 1] for name in reversed(FINDINGS)})
     assert store_labels(ours) == load_labels("ct_rate_18")
     assert not (tmp_path / "ours" / FILE).exists(), "asking writes nothing"

@@ -22,7 +22,7 @@ from ..conftest import ROOT
 
 
 class Recorded:
-    """Stands for the launcher's process; keeps what it was started with."""
+    """A substitute for the launcher's process; keeps its arguments."""
 
     pid = 0
     started: tuple[list[str], dict[str, str]] | None = None
@@ -66,7 +66,7 @@ COMMAND_LINES = [
 def test_ranks_are_given_all_but_the_command_itself(
     words: list[str], passed_on: list[str], typed: bool, monkeypatch: Any
 ) -> None:
-    """Whether the command was typed or called from Python, whose own command line is another."""
+    """Whether the command was typed or called from Python, whose own command line is different."""
     started: list[Any] = []
     monkeypatch.setattr(distributed, "launch", lambda *given: started.append(given) or 0)
     monkeypatch.setattr(distributed, "launched", lambda: False)
@@ -106,7 +106,7 @@ MPI = {
 }
 TORCH = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
-# Situation, environment, (rank, ranks, rank on this machine), tasks the warning names.
+# Situation, environment, (rank, ranks, rank on this machine), tasks that the warning names.
 SURROUNDINGS = [
     ("nothing", {}, ("0", "1", "0"), None),
     ("torchrun", TORCH, ("1", "2", "1"), None),
@@ -136,7 +136,7 @@ SURROUNDINGS = [
 
 @pytest.fixture
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """An environment without any launcher, for one test alone."""
+    """An environment without any launcher, for one test only."""
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMPI", "PMI", "MPI", "MV2"))
     }
@@ -163,7 +163,7 @@ def test_a_process_knows_which_one_it_is(
     assert tasks is None or (f"allocated {tasks} tasks" in said and f"srun --ntasks={tasks} " in said)
 
 
-# What is asked of Slurm, (id, first, last, count) as it tells a task, SHARDS, the shard that is run (None: refused).
+# The request to Slurm, (id, first, last, count) as a task receives it, SHARDS, the shard that is run (None: refused).
 ARRAYS = [
     ("1-16", (3, 1, 16, 16), "", "3/16"),
     ("0-15", (0, 0, 15, 16), "", "1/16"),
@@ -246,7 +246,7 @@ def test_half_a_launcher_is_refused(environment: dict[str, str], said: str, surr
 
 @pytest.mark.parametrize("thread", [False, True])
 def test_a_launch_leaves_signals_as_they_were(thread: bool, monkeypatch: Any) -> None:
-    """A notebook's kernel lives on, and threads may not handle signals."""
+    """A notebook's kernel continues to run, and threads may not handle signals."""
     monkeypatch.setattr(subprocess, "Popen", Recorded)
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]

@@ -1,4 +1,5 @@
-"""One name for one thing: options that several commands share mean the same, and messages name options that exist."""
+"""One name for one thing: options that several commands share have the same meaning, and messages name existing
+options."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ import ctclip
 from ctclip.cli import app
 
 PACKAGE = Path(ctclip.__file__).parent
-# Options whose name says all, although the command says what of: a method of what, a seed of which draws.
+# Options whose name is self-explanatory, although the command determines the details: a method of what, a seed of which
+# draws.
 SAME_NAME = {
     "--batch", "--budget", "--calibration", "--cohort", "--config", "--count", "--draws", "--expect", "--force", "--geometry", "--head",
     "--hu", "--index", "--label-set", "--labels", "--language", "--largest-gb", "--level", "--linkage", "--method", "--model",
@@ -25,7 +27,7 @@ SAME_NAME = {
     "--precision", "--processes", "--prompts", "--reader", "--reader-model", "--reports", "--seed", "--series", "--spec", "--split",
     "--shifts", "--store", "--terms", "--test-split", "--train-split", "--workers", "--abnormality", "--against", "--shots", "--percent",
 }  # fmt: skip
-# Of the same name, one takes a list where another takes one value.
+# Options with the same name that take a list in one command and one value in another.
 LISTS = {"--shots", "--percent"}
 # Options of other programs, and of the command line as a whole.
 OTHERS = {
@@ -52,7 +54,7 @@ def commands(group: Any = None, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def options(command: Any) -> dict[str, Any]:
-    """The options of a command by their long names."""
+    """The options of a command, by their long names."""
     return {word: one for one in command.params for word in one.opts if word.startswith("--") and not one.hidden}
 
 
@@ -132,7 +134,7 @@ def messages() -> Iterator[tuple[Path, int, str]]:
                 yield path, node.lineno, text
 
 
-# Files of the command line that hold several commands, or parts of commands.
+# Files of the command line that contain several commands, or parts of commands.
 FILES_OF_SEVERAL = {"__init__", "reading", "renamed", "tables", "show_readings", "index", "prompts", "labels", "config"}
 
 

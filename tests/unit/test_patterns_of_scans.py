@@ -12,7 +12,7 @@ from ctclip.inference.scans import _expanded
 
 @pytest.mark.parametrize("folder", ["[v2]", "what?", "a*b", "plain", "[v2]/of {x}"])
 def test_a_folder_that_exists_is_a_name(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In brackets or not; what comes after it may be a pattern."""
+    """With or without brackets; the part after them may be a pattern."""
     scan = tmp_path / folder / "one" / "a.nii.gz"
     scan.parent.mkdir(parents=True)
     scan.touch()

@@ -44,7 +44,7 @@ def read(root): return [1, 2]
 
 @pytest.fixture(autouse=True)
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two modules of the folder that one works in."""
+    """Two modules in the working directory."""
     monkeypatch.chdir(tmp_path)
     Path("someones_own.py").write_text(OWN)
     Path("needs_more.py").write_text("import no_such_library\n")

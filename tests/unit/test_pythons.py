@@ -17,7 +17,7 @@ DECLARED = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text
 
 
 def interpreter(version: str) -> str:
-    """A Python of that version; the test is skipped where none can be started."""
+    """A Python of that version; the test is skipped if none can be started."""
     beside = Path.home() / ".pyenv" / "versions"
     found = [shutil.which(f"python{version}"), *map(str, sorted(beside.glob(f"{version}.*/bin/python")))]
     code = "import sys; print('%d.%d' % sys.version_info[:2])"

@@ -55,7 +55,7 @@ TABLE = [
     ("LAD calc. are seen, max. diam. 5.4 mm. F/u in 3 mo. advised.", ["LAD calc. are seen, max. diam. 5.4 mm.", "F/u in 3 mo. advised."]),
     ("The U.S. shows none. Z.n. Lobektomie. St.p. lobectomy.", ["The U.S. shows none.", "Z.n. Lobektomie.", "St.p. lobectomy."]),
     ("Th. 12 is fractured. Stable.", ["Th. 12 is fractured.", "Stable."]),
-    # Stops of other scripts
+    # Full stops of other scripts
     ("心脏增大。无胸腔积液。", ["心脏增大。", "无胸腔积液。"]),
     ("肺结节？建议随访！ 无积液", ["肺结节？", "建议随访！", "无积液"]),
     ("心影增大．结节1．5厘米｡无积液．", ["心影增大．", "结节1．5厘米｡", "无积液．"]),
@@ -113,7 +113,7 @@ def test_sentences_of_reports_as_they_are_typed(text: str, expected: list[str]) 
 
 
 def test_the_phantom_speaks_in_plain_sentences() -> None:
-    """Splitting at every stop and space is all its reports need."""
+    """Its reports need only a split at every full stop followed by a space."""
     for patient in range(8):
         for text in make_scan(3, patient, scale=10.0, rare_floor=0.2).report.values():
             plain = [part.strip() for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part.strip()]
@@ -121,11 +121,12 @@ def test_the_phantom_speaks_in_plain_sentences() -> None:
 
 
 def test_a_whole_cohort_takes_seconds() -> None:
-    """CT-RATE's 24,128 reports have 1,800 characters in the mean: a share of them, far below a minute for all."""
+    """CT-RATE's 24,128 reports have 1,800 characters on average: a part of them, at a rate far below one minute for
+    all."""
     report = " ".join(text for text, _ in TABLE[:26] * 2)
     began = time.process_time()
     for _ in range(300):
         sentences(report)
-    # A third of it on a machine that does nothing else.
+    # A third of it on an idle machine.
     assert time.process_time() - began < 2
     assert len(report) > 1800

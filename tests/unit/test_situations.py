@@ -11,13 +11,13 @@ from tests.situations import SITUATIONS, Situation
 
 
 def has_test(one: Situation) -> bool:
-    """By the text of its file: collecting all of them takes half a minute."""
+    """Checked in the text of the files: collecting all tests takes half a minute."""
     path, _, name = one.test.partition("::")
     function, _, row = name.partition("[")
     text = (ROOT / path).read_text(encoding="utf-8")
     given = row.rstrip("]-")
     made_by_pytest = re.fullmatch(r"[a-z]+\d", given) is not None
-    # Families of text encoders are listed in a file of their own.
+    # Families of text encoders are listed in a separate file.
     lists = text + (ROOT / "tests/unit/models/families.py").read_text(encoding="utf-8")
     return f"def {function}(" in text and (made_by_pytest or given in lists)
 

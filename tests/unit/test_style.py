@@ -1,4 +1,4 @@
-"""Phrases that the style page of CONTRIBUTING.md replaces do not come back, and no merge was left unfinished."""
+"""Phrases that the style page of CONTRIBUTING.md replaces do not return, and no merge was left unfinished."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Clinic(NamedTuple):
 
 
 def cohort() -> pd.DataFrame:
-    """80 volumes of 40 patients, two each: 28 to train, 12 to test; both volumes of a patient are labelled alike."""
+    """80 volumes of 40 patients, two each: 28 to train, 12 to test; both volumes of a patient have the same labels."""
     records = []
     for number in range(80):
         patient = number // 2
@@ -41,7 +41,7 @@ def cohort() -> pd.DataFrame:
 
 
 def write_clinic(folder: Path) -> Clinic:
-    """The clinic's store, and a model of random weights, in ``folder``."""
+    """The clinic's store and a model with random weights, in ``folder``."""
     store = VolumeStore.create(folder / "store", SPEC)
     table = cohort()
     random = np.random.default_rng(0)
@@ -67,7 +67,7 @@ def clinic_files(tmp_path_factory: pytest.TempPathFactory) -> Clinic:
 
 @pytest.fixture
 def clinic(clinic_files: Clinic, tmp_path: Path) -> Clinic:
-    """The clinic's store, and a copy of its model that a test may add heads to."""
+    """The clinic's store, and a copy of its model to which a test may add heads."""
     import shutil
 
     shutil.copytree(clinic_files.model, tmp_path / "model")

@@ -108,10 +108,10 @@ def test_noise_is_that_of_the_volumes_at_each_intensity() -> None:
     quiet, loud = (
         random.normal(mean, spread, (16, 16, 16)).astype(np.float32) for mean, spread in ((-0.55, 0.02), (0.55, 0.1))
     )
-    # A structure that the autoencoder loses is no noise.
+    # A structure that the autoencoder loses is not noise.
     quiet += 0.05 * np.sin(np.linspace(0, 3, 16)).astype(np.float32)
     decoder = tiny((16, 16, 16)).eval()
-    # Decoded volumes are their mean.
+    # Decoded volumes are the mean of the volume.
     decoder.encode = lambda volumes: (volumes.mean().expand(1, 1, 16, 16, 16), volumes)  # type: ignore[method-assign]
     decoder.decode = lambda latents: latents  # type: ignore[method-assign]
     noise = measured_noise(decoder, Scans([quiet, loud]), 0)  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ def test_the_autoencoders_loss_is_what_it_says() -> None:
 
 def test_an_autoencoder_begins_as_the_principal_components_of_blocks() -> None:
     torch.manual_seed(0)
-    # Blocks of 2 x 2 x 2 voxels that two patterns explain, beside scikit-learn.
+    # Blocks of 2 x 2 x 2 voxels that two patterns explain, compared with scikit-learn.
     patterns, shares = torch.randn(2, 8), torch.randn(3, 4, 4, 4, 2) * torch.tensor([1.0, 0.4])
     volumes = unfold((shares @ patterns + 0.3).movedim(-1, 1), 2)
     decoder = Decoder((8, 8, 8), 4, Networks(**{**TINY, "channels": (8,)})).eval()
@@ -145,7 +145,7 @@ def test_an_autoencoder_begins_as_the_principal_components_of_blocks() -> None:
         again = decoder.decode(latents)
     components = PCA(2, whiten=True).fit_transform(fold(volumes, 2).movedim(1, -1).flatten(0, -2).numpy())
     mine = latents.movedim(1, -1).flatten(0, -2).numpy()
-    # Each volume is normalised by itself, so they agree but for its own mean and spread; signs are free.
+    # Each volume is normalised separately, so they agree except for their own mean and spread; signs are arbitrary.
     assert np.abs(np.corrcoef(components.T, mine.T)[:2, 2:]).diagonal().min() > 0.9
     assert (again - volumes).square().mean() < 0.05 * volumes.var()
 
@@ -239,7 +239,7 @@ def test_a_killed_command_ends_with_the_same_decoder(
     loss, calls = Decoder.flow_loss, iter(range(100))
 
     def killed(*words: object) -> torch.Tensor:
-        # The first two calls are those of the estimate.
+        # The first two calls belong to the estimate.
         if next(calls) == 4:
             raise KeyboardInterrupt
         return loss(*words)  # type: ignore[arg-type]
@@ -250,7 +250,7 @@ def test_a_killed_command_ends_with_the_same_decoder(
         patch.setattr(Decoder, "flow_loss", killed)
         main(words)
     assert not (clinic.model / "heads" / "decode").exists()
-    monkeypatch.setattr(decode, "autoencoder_loss", None)  # what was learned is not learned again
+    monkeypatch.setattr(decode, "autoencoder_loss", None)  # finished training is not repeated
     monkeypatch.setattr(decode, "estimate", lambda *_: 0.0)
     assert main(words) == 0
     for name in (WEIGHTS, SIZE):

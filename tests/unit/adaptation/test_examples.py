@@ -55,7 +55,7 @@ def test_only_what_is_missing_or_changed_is_embedded(
     encoded.clear()
     assert list(examples.cached_embeddings(loaded, some, tmp_path / "cache", 4)) == ["v05", "v04", "v03"]
     assert not encoded
-    # Stored anew: its file of ten is embedded again.
+    # Stored again: its file of ten is embedded again.
     store.write("v60", np.full(store.spec.shape, 100, np.int16))
     again = examples.cached_embeddings(loaded, valid, tmp_path / "cache", 4)
     assert "v60" in encoded
@@ -73,7 +73,7 @@ def test_damaged_volumes_are_left_out(clinic: Clinic, tmp_path: Path, capsys: py
         path.write_bytes(b"nothing")
     assert len(examples.cached_embeddings(loaded, scans, tmp_path / "cache", 4)) == 21
     assert capsys.readouterr().out.count("refused: ") == 3
-    # Now all that is missing is damaged.
+    # Now all missing files are damaged.
     assert len(examples.cached_embeddings(loaded, scans, tmp_path / "cache", 4)) == 21
     scans.table = scans.table.iloc[:3]
     with pytest.raises(DataError, match=str(scans.table["volume"].iloc[0])):

@@ -55,7 +55,7 @@ def test_probe_is_scikit_learns_and_its_head_scores_alike(clinic: Clinic, tmp_pa
     table = pd.read_csv(predictions(clinic, "probe", "valid", tmp_path / "predictions")).set_index("volume")
     for label, strength in zip(NAMES, (None, None), strict=True):
         truth = cohort[label].to_numpy(dtype=int)
-        # Whichever strength it chose, one of scikit-learn's regressions by hand must score like the head.
+        # Whichever strength it chose, one of scikit-learn's regressions must score like the head.
         aurocs = {}
         for c in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0):
             by_hand = LogisticRegression(C=c, max_iter=1000).fit(scaler.transform(vectors[train]), truth[train])
@@ -99,7 +99,7 @@ def test_patients_it_was_fitted_to_are_refused_in_test_and_calibration(clinic: C
     assert run_evaluation(held, tmp_path / "evaluation", store=clinic.store, bootstrap=20)["patients"] == 12
     run_calibration(held, clinic.model, where, model_hash=loaded.hash, store=clinic.store)
     assert usable_head(load_model(clinic.model), "probe").thresholds().keys() == set(NAMES)
-    # No prompts' predictions are touched by it.
+    # It does not change predictions of any prompts.
     assert "adapted_on" not in pd.read_csv(predictions(clinic, "prompts", None, tmp_path / "prompts")).columns
 
 

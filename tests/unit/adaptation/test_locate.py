@@ -32,14 +32,14 @@ GRID, SPEC, AFFINE = (4, 4, 4), spec_of((8, 8, 8), (2.0, 2.0, 2.0)), np.diag([4.
 
 
 def planted(count: int, random: np.random.Generator) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-    """Volumes of 64 cells with two findings, each in half of them at a place of its own: features (count, 64, 6), present
-    (count, 2) bool, place (count, 2)."""
+    """Volumes of 64 cells with two findings, each in half of the volumes at a random cell: features (count, 64, 6),
+    present (count, 2) bool, place (count, 2)."""
     cells = random.normal(0, 0.3, (count, 64, 6)).astype(np.float32)
     present = random.random((count, 2)) < 0.5
     place = np.stack([random.permutation(64)[:2] for _ in range(count)])
     for volume in range(count):
         for finding in np.flatnonzero(present[volume]):
-            # Neither channel is unusual by itself: the first finding is both of them, the second one without the other.
+            # Neither channel is unusual by itself: the first finding has both, the second has one without the other.
             cells[volume, place[volume, finding], :2] += (2, 2) if finding == 0 else (2, -2)
     return torch.from_numpy(cells), present, place
 
@@ -59,7 +59,7 @@ def test_planted_cells_are_found_in_volumes_that_were_not_learned() -> None:
     assert losses["held_out_loss"].min() < losses["held_out_loss"].max()
     found, highest = [], []
     for volume in range(240, 300):
-        # Texts of any length, as prompts of a model that standardises are.
+        # Texts of any length, like the prompts of a model that standardises.
         maps, _ = locator.maps([Level(cells[volume : volume + 1], GRID, AFFINE)], SPEC, 3 * texts)
         for finding in np.flatnonzero(present[volume]):
             found.append(int(maps[finding].argmax()) == place[volume, finding])
@@ -86,7 +86,7 @@ def test_the_regression_is_scikit_learns_at_the_best_strength_of_held_out_volume
     np.testing.assert_allclose(losses["held_out_loss"], expected, rtol=1e-4)
     best = fitted[int(np.argmin(expected))]
     np.testing.assert_allclose(locator.weight, best.coef_.T, atol=1e-3)
-    # A map, which is reckoned grid by grid, is this regression of each cell.
+    # A map, which is computed grid by grid, equals this regression of each cell.
     maps, _ = locator.maps([Level(cells[:1], GRID, AFFINE)], SPEC, torch.eye(3))
     np.testing.assert_allclose(maps.T, best.predict(features[0]), atol=2e-3)
 
@@ -146,7 +146,7 @@ def test_a_sentence_of_the_same_meaning_is_stated_and_an_absence_states_nothing(
         "impression": [""] * 4,
     })  # fmt: skip
     stated = stated_sentences(loaded, table, LocateConfig(same=0.999, other=0.998), "the store")
-    # "Nodule here." and "nodule here." have one embedding.
+    # "Nodule here." and "nodule here." have the same embedding.
     assert sorted(map(tuple, stated.says.T.tolist())) == [(0, 0, 0, 1), (1, 0, 1, 0), (1, 0, 1, 0)]
     targets = stated.targets(0.9)
     fits = targets @ stated.sentences.T

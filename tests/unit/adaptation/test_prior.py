@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def pairs(count: int = 200, dim: int = 6, noise: float = 0.3) -> TextPairs:
-    """Volumes are texts, turned and moved away: a gap between the modalities that a map can cross."""
+    """Volumes are rotated and shifted texts: a gap between the modalities that a map can close."""
     random = torch.Generator().manual_seed(0)
     texts = F.normalize(torch.randn(count, dim, generator=random), dim=-1)
     turn = torch.linalg.qr(torch.randn(dim, dim, generator=random)).Q
@@ -79,7 +79,7 @@ def test_a_diffusion_draws_both_volumes_of_a_text_and_a_regression_their_mean() 
     assert not torch.equal(drawn, prior.sample(text[:1], 40, seed=1)[0])
     ridge = fit_prior(given, PriorConfig(kind="ridge"), CPU, 0)[0]
     torch.testing.assert_close(ridge.expected(text[:1])[0], F.normalize(one + other, dim=0), atol=1e-3, rtol=0)
-    # With guidance 0 the text is not heard; best takes the sample nearest to its text.
+    # With guidance 0 the text has no effect; best takes the sample nearest to its text.
     asked = F.normalize(torch.tensor([[0.5, 1, 0, 0]]), dim=-1)
     assert prior.best(asked, 40)[0] @ asked[0] == pytest.approx(float((prior.sample(asked, 40)[0] @ asked[0]).max()))
 

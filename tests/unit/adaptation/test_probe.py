@@ -1,4 +1,4 @@
-"""Probes against scikit-learn called by hand; draws by patient."""
+"""Probes compared with direct calls of scikit-learn; draws by patient."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_scores_equal_scikit_learn_called_by_hand() -> None:
     for label in range(3):
         known = ~np.isnan(labels[:300, label])
         by_hand = make_pipeline(StandardScaler(), LogisticRegression(C=probe.strengths[label], max_iter=1000))
-        # The scale is of all embeddings, of which no label is read.
+        # The scale is computed from all embeddings, without their labels.
         by_hand[0].fit(vectors[:300].astype(float))
         by_hand[1].fit(by_hand[0].transform(vectors[:300].astype(float))[known], labels[:300][known, label])
         inputs = by_hand[0].transform(vectors[300:].astype(float))
@@ -45,8 +45,8 @@ def test_scores_equal_scikit_learn_called_by_hand() -> None:
 
 
 def test_strength_is_that_of_least_cross_entropy_between_patients() -> None:
-    """A label that is a property of the patient alone, and vectors that tell the patient: between patients there is nothing
-    to learn, so that the strongest penalty must win; folds of volumes would choose the weakest."""
+    """A label that depends only on the patient, and vectors that identify the patient: across patients there is nothing
+    to learn, so the strongest penalty must be chosen; folds of volumes would choose the weakest."""
     random = np.random.default_rng(1)
     patients = np.repeat(np.arange(30), 4)
     vectors = random.normal(size=(30, 20))[patients] + 0.01 * random.normal(size=(120, 20))
@@ -71,7 +71,7 @@ def test_3039_volumes_of_18_labels_take_less_than_20_seconds() -> None:
     vectors, labels, patients = synthetic(3039, 18)
     began = time.process_time()
     fit_probe(vectors, labels, patients)
-    # Of two cores, 20 s: processor time, whatever else the machine does.
+    # On two cores, 20 s: processor time, whatever else runs on the machine.
     assert time.process_time() - began < 40
 
 

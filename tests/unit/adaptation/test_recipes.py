@@ -30,7 +30,7 @@ QUICK = ("training.epochs=1", "training.batch=14", "data.workers=0", "training.l
 
 @pytest.fixture
 def deep(clinic: Clinic, tmp_path: Path) -> Clinic:
-    """The clinic with a model of two layers, so that there is a last one."""
+    """The clinic with a model of two layers, so that there is a last layer."""
     model = dual_encoder(VIT.model_copy(update={"depth": 2}), spec_of((8, 8, 8)), standardise=True).eval()
     save_model(tmp_path / "deep", model, labels_of_columns("clinic", NAMES))
     return Clinic(clinic.store, tmp_path / "deep")
@@ -56,7 +56,7 @@ def test_shots_are_what_the_run_sees(clinic: Clinic, tmp_path: Path) -> None:
     assert (seen == 1).sum().tolist() == (seen == 0).sum().tolist() == [3, 3]
     assert set(patients) == {f"p{int(name[1:]) // 2:02d}" for name in seen.index}
     assert config.data.label_table == str(tmp_path / "run" / DRAW)
-    # As few volumes as these are seen for at least 60 steps.
+    # So few volumes are used for at least 60 steps.
     assert config.training.epochs * max(1, len(seen) // config.training.batch) >= 60
     assert config.reads_labels
     again, _ = configured(recipe, clinic.model, tmp_path / "run")
@@ -87,7 +87,7 @@ def test_a_recipe_ends_with_a_model_that_knows_its_patients(method: str, clinic:
     folder = tmp_path / "run" / "model"
 
     def run() -> str:
-        # In a process of its own: a training would leave its ranks' settings behind.
+        # In a separate process: a training would leave the settings of its ranks behind.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         done = subprocess.run(
             [sys.executable, "-m", "ctclip.adapt", *map(str, command)], env=environment, capture_output=True, text=True, check=False

@@ -37,7 +37,7 @@ def test_the_limits_are_the_prompts_and_the_labels() -> None:
     kept = fit_towards(vectors, labels, patients, towards, anchor=INF)
     assert np.array_equal(kept.weight, 10.0 * towards.directions)
     logits = kept.scores(vectors)
-    # The bias is that of the prevalence: the mean probability is the mean label.
+    # The bias corresponds to the prevalence: the mean probability is the mean label.
     assert (1 / (1 + np.exp(-logits))).mean(axis=0) == pytest.approx(labels.mean(axis=0), abs=1e-3)
     free = fit_towards(vectors, labels, patients, towards, anchor=0.01)
     assert np.argmax(np.abs(free.weight), axis=1).tolist() == [0, 1]
@@ -47,7 +47,7 @@ def test_good_prompts_are_kept_and_bad_ones_left() -> None:
     vectors, labels, patients = volumes(1000, 2)
     seen = np.full_like(labels, np.nan)
     seen[:32] = labels[:32]
-    # Of the first finding the prompts know the direction; of the second they have a wrong one.
+    # For the first finding the prompts have the right direction, for the second a wrong one.
     towards = Towards(np.eye(16)[[0, 5]], 10.0)
     fitted = fit_towards(vectors, seen, patients, towards)
     plain, prompts = fit_probe(vectors, seen, patients), 10.0 * vectors @ towards.directions.T

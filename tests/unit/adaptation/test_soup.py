@@ -98,7 +98,7 @@ def test_a_soup_is_kept_only_if_it_is_better(clinic: Clinic, tmp_path: Path, mon
     made = make_soup(same, store, "valid", tmp_path / "none")
     assert made.folder is None, "the mean of equal models is no better"
     assert not (tmp_path / "none").exists()
-    # Two models that err in opposite directions: their mean is the good one.
+    # Two models that err in opposite directions; their mean is right.
     good = load_file(clinic.model / "model.safetensors")
     base = load_model(clinic.model)
     noise = {n: 3.0 * v.std() * torch.randn(v.shape, generator=torch.Generator().manual_seed(3)) for n, v in good.items() if n.startswith("volume_encoder") and v.is_floating_point() and v.numel() > 1}  # fmt: skip

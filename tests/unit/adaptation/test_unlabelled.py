@@ -1,4 +1,4 @@
-"""Options that the methods without labels refuse: one line, and nothing trained."""
+"""Options that methods without labels refuse: a one-line error, and no training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store of made-up volumes: smooth random textures that differ between patients."""
+"""A store of synthetic volumes: smooth random textures that differ between patients."""
 
 from __future__ import annotations
 

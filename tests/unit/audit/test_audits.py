@@ -38,7 +38,7 @@ def sheet(seed: int, plant: str = "") -> Sheet:
     labels = {name: (random.random(PATIENTS) < 0.3).astype(int) for name in ("Cardiomegaly", "Nodule", "Effusion")}
     values = random.normal(0, 1, (PATIENTS, len(CONCEPTS)))
     values[:, 4] += 2 * labels["Effusion"]
-    # What the model confuses, it confuses in both splits.
+    # The model confuses the same findings in both splits.
     values[:, 0] += 0.8 * labels["Nodule"]
     if plant == "device":
         values[:, 0] += 1.0 * labels["Cardiomegaly"] * (split == "train")
@@ -85,7 +85,7 @@ def test_scanners_that_differ_do_not_bury_a_shortcut() -> None:
     lines = audit_data(Sheet(table, values, made.names, made.kinds))
     shortcuts, others = (lines[lines["family"] == family] for family in ("shortcut", "difference"))
     assert lines["family"].tolist() == ["shortcut"] * len(shortcuts) + ["difference"] * len(others)
-    # The label that goes with the kernel, by its column and by its noise; not the label that goes with age.
+    # The label that correlates with the kernel, by its column and by its noise; not the label that correlates with age.
     assert set(shortcuts.head(2)["concept"]) == {"kernel", "kernel: sharp"}
     assert set(shortcuts.head(2)["group"]) == {"Cardiomegaly"}
     assert not (shortcuts["concept"] == "kernel: soft").any()
@@ -132,7 +132,7 @@ def test_permuted_differences_are_students() -> None:
             assert result.patients == (len(sides[0]), len(sides[1]))
             normal = norm.isf(t.sf(abs(expected.statistic), expected.df))
             assert tested.normal()[row, column] == pytest.approx(normal, rel=0.01)
-    # What does not vary, and groups of nine, are not compared.
+    # Columns that do not vary, and groups of nine, are not compared.
     assert tested.differences()[2] is None
     assert tested.differences(2) == [None] * 3
     assert not tested.normal()[2].any()
@@ -190,14 +190,14 @@ def test_errors_and_fairness() -> None:
     random = np.random.default_rng(0)
     made = sheet(1)
     labels = made.table[["Cardiomegaly", "Nodule"]].to_numpy(dtype=float)
-    # Of women the margins know nothing.
+    # Margins contain no information on the women.
     signal = np.where(made.table["sex"] == "F", 0.0, 10.0)[:, None]
     margins = signal * (labels - 0.5) + 3 * random.normal(0, 1, labels.shape)
     labels[0] = np.nan
     loss = errors(labels, margins)
     assert np.isnan(loss[0])
     assert loss[1:].mean() < log_loss(labels[1:, 0], np.full(PATIENTS - 1, labels[1:, 0].mean()))
-    # Each class of a label has the same mean error, however rare it is.
+    # Each class of a label has the same mean error, even if it is rare.
     one = errors(labels[:, :1], margins[:, :1])
     assert np.nanmean(one[labels[:, 0] == 1]) == pytest.approx(np.nanmean(one[labels[:, 0] == 0]))
     lines = audit_errors(made, loss)
@@ -248,7 +248,7 @@ def test_strange_columns_are_grouped_or_left_out() -> None:
         )
     )
     assert set(groups) == {"split", "sex", "StudyDate", "weight", "ward"}
-    # Names of patients are no groups, even with many volumes each.
+    # Names of patients are not groups, even with many volumes each.
     names = [f"patient {number // 20}" for number in range(PATIENTS)]
     assert "called" not in group_columns(table.assign(called=names, patient=names))
     assert set(groups["StudyDate"]) == {"2018", "2019", "2020"}
@@ -289,7 +289,7 @@ def test_measures_of_a_phantom() -> None:
     raised[:, min(body + 3, hu.shape[1] - 2) :, 45:67] += 300
     tabled = dict(zip(MEASURES, measure(raised, spec, source), strict=True))
     assert tabled["table: curvature (middle less sides)"] > values["table: curvature (middle less sides)"] + 20
-    # Air within the lungs, as of emphysema, tells nothing of the scanner.
+    # Air within the lungs, as in emphysema, contains no information on the scanner.
     bullous = hu.copy()
     regions, _ = label((hu > -950) & (hu < -600))
     lung = regions == np.bincount(regions.ravel())[1:].argmax() + 1

@@ -69,7 +69,7 @@ def test_pairs_are_scored_and_kept(clinic: Clinic, tmp_path: Path, capsys: pytes
         assert len(kept) == 56
     finally:
         (clinic.store / FILE).unlink(missing_ok=True)
-    # Its weights are random.
+    # The weights are random.
     assert "56 pairs, 0 of them" in (printed := capsys.readouterr().out)
     assert "does not distinguish their reports" in printed
     assert json.loads((tmp_path / "pairs" / "pairs.json").read_text())["told"] is False

@@ -38,7 +38,7 @@ def test_voxels_are_read_once_for_all_commands(textures: VolumeStore, tmp_path: 
         both = pictures(textures, names[::-1], tmp_path)
         assert sorted(call.args[1] for call in read.call_args_list) == names[20:]
         read.reset_mock()
-        # A damaged part is made again, and volumes that were stored anew are read again.
+        # A damaged part is computed again, and volumes that were stored again are read again.
         damaged = next(path for path in tmp_path.rglob("prints.npy") if len(np.load(path)) == 10)
         half = damaged.read_bytes()[:200]
         damaged.unlink()

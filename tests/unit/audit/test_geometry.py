@@ -69,7 +69,7 @@ def test_neighbours_are_of_other_patients() -> None:
     )
     assert share == pytest.approx(np.mean(values[near] == values[:, None]))
     assert chance == pytest.approx(59 / 119)
-    # Two volumes of each patient, equal: without the other's copy there is nothing to find.
+    # Two identical volumes per patient: without the copy there is nothing to find.
     doubled, twice = np.repeat(vectors, 2, axis=0), np.repeat(patients, 2)
     own = np.repeat(np.arange(120).astype(str), 2)
     share, _ = geometry.neighbour_purity(doubled, own, twice)

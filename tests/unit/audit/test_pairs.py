@@ -95,7 +95,7 @@ def test_either_fault_lowers_the_score_as_often_as_it_occurs() -> None:
     scores = pair_scores(match, side, 0.1, 0.02)
     assert scores[0] == pytest.approx(-np.log(0.12 * np.exp(-4)))
     assert scores[1] == pytest.approx(4 - np.log(0.1))
-    # Where fewer sides are exchanged than reports are swapped, the same doubt weighs less.
+    # If exchanged sides are rarer than swapped reports, the same evidence weighs less.
     assert scores[2] < scores[3] < scores[0]
     assert scores[4] == -np.inf
 
@@ -115,7 +115,8 @@ def test_the_share_of_wrong_pairs_is_seen(share: float) -> None:
 
 
 def test_scores_are_calibrated_log_odds() -> None:
-    # One cause and its noisy echo: log p(x, y) / p(x) p(y) is known, and a fit with 16 dimensions of noise is too sure.
+    # One cause and its noisy echo: log p(x, y) / p(x) p(y) is known, and a fit with 16 dimensions of noise is
+    # overconfident.
     random = np.random.default_rng(3)
     cause, noise = random.normal(0, 1, 4000), random.normal(0, 1, 4000)
     echo = 0.8 * cause + 0.6 * noise

@@ -31,7 +31,7 @@ def scan(request: pytest.FixtureRequest) -> tuple[np.ndarray, PreprocessingSpec]
 
 
 def really(hu: np.ndarray, spec: PreprocessingSpec, change: Change) -> torch.Tensor:
-    """The volume (1, 1, D, H, W) in [-1, 1] that a model is shown."""
+    """The volume (1, 1, D, H, W) in [-1, 1] that a model receives."""
     return to_model_input(torch.from_numpy(hu.copy())[None, None], spec, [change])
 
 
@@ -46,7 +46,7 @@ def test_stored_and_shown_volumes_have_the_same_body(scan: tuple[np.ndarray, Pre
     assert 0.1 < body.mean() < 0.9
     assert np.array_equal(body, finder.of_volumes(to_model_input(torch.from_numpy(hu)[None, None], spec))[0])
     assert np.array_equal(body, finder.of_hu(hu, STILL))
-    # Noise, contrast and the window's ends move no body.
+    # Noise, contrast and the limits of the window do not move the body.
     assert np.array_equal(body, finder.of_hu(hu, STILL._replace(contrast=1.1, noise_hu=40.0, window_hu=(30.0, -30.0))))
 
 
@@ -67,7 +67,7 @@ def test_a_shift_by_whole_tokens_shifts_the_tokens(scan: tuple[np.ndarray, Prepr
 def test_without_a_turn_the_tokens_are_those_of_the_changed_volume(
     scan: tuple[np.ndarray, PreprocessingSpec], offset: tuple[int, ...], crop: tuple[tuple[float, float], ...]
 ) -> None:
-    """To the token, parts of tokens that come in at the first and the last slice too."""
+    """Exact to the token, including partial tokens at the first and the last slice."""
     hu, spec = scan
     finder, change = BodyTokens(SIZE, spec), STILL._replace(offset=offset, crop=crop)
     assert np.array_equal(finder.of_hu(hu, change), finder.of_volumes(really(hu, spec, change))[0])

@@ -103,7 +103,7 @@ def test_a_store_without_the_split_is_named(store) -> None:
 
 
 def test_a_turn_is_a_turn_in_millimetres() -> None:
-    """Against SciPy's resampling of the same rotation written out by hand; voxels are not cubes."""
+    """Compared with SciPy's resampling by the same rotation, written out by hand; voxels are not cubes."""
     from scipy.ndimage import affine_transform
 
     index = np.stack(np.meshgrid(*map(np.arange, (20, 24, 28)), indexing="ij"), axis=-1)
@@ -174,7 +174,7 @@ def test_rare_labels_are_drawn_more_often() -> None:
     labels = np.zeros((200, 2))
     labels[scans < 50, 0], labels[scans < 4, 1] = 1, 1
     weights = rarity_weights(labels, scans, 1.0)
-    # 1 / 0.04 for the four with the rare label, 1 / 0.5 for the common one and for none.
+    # 1 / 0.04 for the four with the rare label, 1 / 0.5 for the common label and for no label.
     assert weights / weights[-1] == pytest.approx(np.where(np.arange(100) < 4, 12.5, 1.0))
     batches = list(ScanSampler(scans, 10, 400, seed=0, rank=0, world_size=1, weights=weights))
     drawn = np.array([scans[row] for batch in batches for row, _ in batch])
@@ -203,7 +203,7 @@ def test_volumes_without_a_report_are_not_learned_from() -> None:
 
 
 def test_sections_and_language_are_the_cohorts_own() -> None:
-    """A report of other sections than ours, in another language: nothing of it is known beforehand."""
+    """A report with other sections than ours, in another language, of which nothing is known beforehand."""
     rows = pd.DataFrame({"volume": ["a"], "befund": ["Kein Erguss. Ein Rundherd."], "beurteilung": ["Rundherd."]})
     (report,) = reports_of(rows, ("befund", "beurteilung", "anhang"))
     assert report.text() == "Kein Erguss. Ein Rundherd. Rundherd."
@@ -221,7 +221,7 @@ def test_a_view_that_is_no_section_is_refused() -> None:
 
 
 def test_labels_of_a_batch_are_the_columns_of_the_label_set(store) -> None:
-    """In the set's order, whatever the table's; a union of columns is 1 where any is."""
+    """In the order of the set, whatever that of the table; a union of columns is 1 if any of them is."""
     labels = labels_of_columns("two", [FINDINGS[5], FINDINGS[2]])
     data = StoredVolumes(DataConfig(store=str(store)), "train", columns=("labels",), labels=labels)
     rows = [3, 0, 1]
@@ -236,7 +236,7 @@ def test_labels_of_a_batch_are_the_columns_of_the_label_set(store) -> None:
 
 
 def test_texts_are_cut_into_the_micro_batches_of_a_step(store) -> None:
-    """Tokens of two views a volume, beside each other; words of the first view alone."""
+    """Tokens of two views per volume in one batch; words of the first view only."""
     data = StoredVolumes(DataConfig(store=str(store), views_per_volume=2, views={"sentence": 1}), "train", seed=1)
     shown: list[list[str]] = []
     words: list[list[str]] = []

@@ -54,7 +54,7 @@ def test_fewer_workers_where_they_do_not(workers: int, ranks: int, room: int, fi
     assert f"data.workers={fitting}" in line
     assert "--shm-size=" in line
     assert ("is missing or not writable" in line) == (room == 0)
-    # What is offered fits, and one more would not.
+    # The offered number of readers fits, and one more would not.
     assert usable_workers(count, 10 * MB, ranks=ranks, room=room * MB) == (count, "")
     assert usable_workers(count + 1, 10 * MB, ranks=ranks, room=room * MB)[1]
 

@@ -1,4 +1,4 @@
-"""A caption head is trained with the encoder frozen, saved in heads/, and writes what it has learned."""
+"""A caption head is trained with the encoder frozen, saved in heads/, and writes the reports that it has learned."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_caption_head_is_trained_kept_and_loaded_again(clinic: Clinic, tmp_pat
     assert (head.sections, head.prompted) == (("findings", "impression"), True)
     store = VolumeStore(clinic.store)
     without, encoded = (model.encode(torch.from_numpy(store.voxels(name))[None, None]) for name in ("v00", "v01"))
-    # Of a few reports no side is sure, so none is written.
+    # With few reports no side is certain, so none is written.
     unsided = tuple(text.replace(" on the left", "").lower() for text in report(1))
     cases = (
         (encoded, ["Nodule"], unsided),

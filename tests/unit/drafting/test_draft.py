@@ -1,4 +1,4 @@
-"""Drafts of one scan and of a store: claims, probabilities, marks, places, and errors in one line."""
+"""Drafts of one scan and of a store: claims, probabilities, marks, locations, and one-line errors."""
 
 from __future__ import annotations
 

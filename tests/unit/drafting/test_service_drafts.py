@@ -1,4 +1,5 @@
-"""Drafts of the service: by a caption head, or else the report of the nearest scan, and never the patient's own."""
+"""Drafts of the service: by a caption head, or otherwise the report of the nearest scan, never that of the same
+patient."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from tests.unit.drafting.conftest import VOLUMES, Clinic, report
 
 
 def check_caption_drafts(model: Model, store: VolumeStore) -> None:
-    """Of a model with a caption head that has learned the clinic's reports; ``test_caption_training`` trains one."""
+    """With a model whose caption head has learned the clinic's reports; ``test_caption_training`` trains one."""
     drafts = Drafts(model, model.head(), None)
     assert drafts.method == "caption"
     encoded = model.encode(torch.from_numpy(store.voxels("v01"))[None, None])

@@ -1,4 +1,4 @@
-"""Scans unlike the training scans: distances against SciPy and scikit-learn, the rate of false alarms, files."""
+"""Scans unlike the training scans: distances compared with SciPy and scikit-learn, the false-alarm rate, files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_distance_is_mahalanobis_with_ledoit_and_wolfs_covariance() -> None:
 
 def test_one_scan_in_a_hundred_of_the_same_kind_is_called_far(summary: TrainingSummary) -> None:
     far = sum(summary.judge(one).far for one in scans(3000, 2))
-    # 3 in 301 of the held-out scans lie above the limit; the share of new ones is beta distributed about that.
+    # 3 of 301 held-out scans are above the limit; the share of new ones has a beta distribution around that.
     assert summary.rate == 0.01
     assert 0.001 < far / 3000 < 0.025
 

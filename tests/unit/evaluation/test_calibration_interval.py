@@ -24,9 +24,9 @@ SHARES = np.array([0.02, 0.1, 0.3, 0.5, 0.7, 0.9])
 def drawn(
     random: np.random.Generator, patients: int, prevalence: float, distance: float, most: int, alike: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Margins, truth and patients. Margins are normal in either class, of width 1 and means ``distance`` apart, so that
-    the logit of the probability is distance * margin + logit(prevalence) exactly; those of one patient, 1 to ``most``,
-    correlate by ``alike``."""
+    """Margins, truth and patients. Margins are normal in each class, of width 1 and means ``distance`` apart, so the
+    logit of the probability is distance * margin + logit(prevalence) exactly; the margins of one patient, 1 to
+    ``most``, correlate by ``alike``."""
     truth = (random.random(patients) < prevalence).astype(float)
     member = np.repeat(np.arange(patients), random.integers(1, most + 1, patients))
     noise = np.sqrt(alike) * random.normal(size=patients)[member] + np.sqrt(1 - alike) * random.normal(size=len(member))
@@ -58,7 +58,7 @@ def test_ninety_five_in_a_hundred_cover(
 
 
 def test_with_many_independent_volumes_it_is_the_inverse_information() -> None:
-    """As scikit-learn's fit without a penalty has it, by central differences of its own probabilities."""
+    """Compared with scikit-learn's fit without a penalty, by central differences of its probabilities."""
     margin, truth, member = drawn(np.random.default_rng(1), 20_000, 0.3, 1.5, 1, 0.0)
     margin = 7 + 3 * margin
     slope, intercept = fit_line(margin, truth, intercept=True)

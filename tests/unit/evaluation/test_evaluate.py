@@ -27,7 +27,7 @@ PROTOCOL = Protocol(name="p", describes="", labels=("A", "B"), bootstrap=50)
 
 
 def table(volumes: int, *, patients: int | None = None, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Predictions and labels of as many patients as there are volumes, or of fewer."""
+    """Predictions and labels with one patient per volume, or fewer patients."""
     random = np.random.default_rng(seed)
     truth = random.permuted(np.tile(np.arange(volumes)[:, None] % 2, (1, 2)), axis=0).astype(float)
     margins = random.normal(truth, 1)
@@ -39,7 +39,7 @@ def table(volumes: int, *, patients: int | None = None, seed: int = 0) -> tuple[
 
 
 def turned(predictions: pd.DataFrame) -> pd.DataFrame:
-    """The same margins, whose probabilities a calibration of negative slope made."""
+    """The same margins, with probabilities from a calibration with negative slope."""
     return predictions.assign(**{name: 1 / (1 + np.exp(predictions[f"margin:{name}"] + 1)) for name in NAMES})
 
 

@@ -23,7 +23,7 @@ NAMES = load_labels("ct_rate_18").names
 
 @pytest.mark.parametrize("published", [False, True])
 def test_a_focus_lies_in_its_mask(cohort: Path, published: bool) -> None:
-    """For both orders of indices of stored volumes."""
+    """For both orders of indices in stored volumes."""
     spec = replace(
         PreprocessingSpec.load("phantom"),
         published_geometry=published,
@@ -47,7 +47,7 @@ def test_a_focus_lies_in_its_mask(cohort: Path, published: bool) -> None:
         assert focus.mask.transpose(order).shape == ready.stored.shape
         lps = (ready.affine @ [*np.array(focus.at)[order], 1])[:3]
         voxel = np.rint(np.linalg.inv(mask.affine) @ [-lps[0], -lps[1], lps[2], 1])[:3].astype(int)
-        # Within a voxel of it: the grids are not the same.
+        # Within one voxel, because the grids differ.
         low = np.maximum(voxel - 1, 0)
         near = bits[tuple(slice(a, b + 2) for a, b in zip(low, voxel, strict=True))]
         assert (near >> NAMES.index(focus.finding) & 1).any()
@@ -86,7 +86,7 @@ def test_the_slices_go_through_the_focus(tmp_path: Path, monkeypatch: pytest.Mon
     FigureCanvasAgg(drawn[0])
     panels = [axis for axis in drawn[0].axes if axis.images]
     assert len(panels) == 6
-    # The nodule is on each slice through it, and on none through the middle.
+    # The nodule is in each slice through it, and in no slice through the middle.
     assert [bool((panel.images[0].get_array() == 100).any()) for panel in panels] == [focused] * 6
     titles = [panel.get_title() for panel in panels]
     assert titles[0] == f"axial, slice {5 if focused else 11} of 20\nlung window, -1350 to 150 HU"

@@ -18,7 +18,7 @@ from ctclip.evaluation.intervals import (
 
 
 def draw(seed: int, positive: int, negative: int, *, shift: float = 1.0, most: int = 4) -> tuple[np.ndarray, ...]:
-    """Labels, scores and patients: 1 to ``most`` volumes a patient, whose scores correlate at 0.9."""
+    """Labels, scores and patients: 1 to ``most`` volumes per patient, whose scores correlate at 0.9."""
     random = np.random.default_rng(seed)
     patient = np.repeat(np.arange(positive + negative), random.integers(1, most + 1, positive + negative))
     labels = (patient < positive).astype(float)
@@ -27,7 +27,7 @@ def draw(seed: int, positive: int, negative: int, *, shift: float = 1.0, most: i
 
 
 def delong_variance(labels: np.ndarray, scores: np.ndarray) -> float:
-    """DeLong et al. (1988), as they write it: covariances of the structural components of all pairs."""
+    """DeLong et al. (1988), as published: covariances of the structural components of all pairs."""
     positive, negative = scores[labels == 1], scores[labels == 0]
     wins = (positive[:, None] > negative).astype(float) + 0.5 * (positive[:, None] == negative)
     return float(np.var(wins.mean(axis=1), ddof=1) / len(positive) + np.var(wins.mean(axis=0), ddof=1) / len(negative))
@@ -114,7 +114,7 @@ def test_the_limits_are_a_quantile_away_from_the_observed_area() -> None:
     assert limits.trusted
     wider = auroc_interval(labels, scores, patients, level=0.99)
     assert wider.lower < limits.lower < limits.upper < wider.upper
-    # Fewer negatives than positives: the quantile is of the negatives.
+    # Fewer negatives than positives: the quantile is that of the negatives.
     few = auroc_interval(1 - labels, -scores, patients)
     assert (few.lower, few.upper) == pytest.approx((limits.lower, limits.upper))
 
@@ -168,7 +168,7 @@ def test_too_few_patients_have_no_interval() -> None:
 
 @pytest.mark.parametrize("area", [0.76, 0.98])
 def test_ten_positive_patients_are_covered(area: float) -> None:
-    """The bar is 0.93; ``python -m tests.benchmarks.coverage`` has the whole table."""
+    """The target is 0.93; ``python -m tests.benchmarks.coverage`` prints the whole table."""
     shift = np.sqrt(2) * stats.norm.ppf(area)
     covered = []
     for seed in range(300):

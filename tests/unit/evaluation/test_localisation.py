@@ -1,4 +1,4 @@
-"""Figures of maps against masks: scikit-learn's and hand-made ones."""
+"""Figures of maps against masks, compared with scikit-learn's and with values computed by hand."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_nothing_inside_is_undefined() -> None:
 
 
 def pair(patient: str, best: int, distance: float = 0.0) -> Pair:
-    """Voxels of the mask at ``best`` and above, others below."""
+    """Voxels of the mask have the value ``best`` or more, the others less."""
     inside, outside = np.zeros(256, int), np.zeros(256, int)
     inside[best:], outside[:best] = 3, 5
     return Pair(patient, distance, inside, outside)
@@ -59,7 +59,7 @@ def test_a_threshold_is_never_chosen_on_its_own_patient() -> None:
 
 
 def test_intervals_are_of_patients() -> None:
-    """Twenty scans of two patients, one always right, one never: any share is possible for another two."""
+    """Twenty scans of two patients, one always right, one never: for two other patients any share is possible."""
     found = summary([pair("a", 100)] * 10 + [pair("b", 100, 9.0)] * 10)
     assert found["pointing"]["value"] == 0.5
     assert (found["pointing"]["lower"], found["pointing"]["upper"]) == (0.0, 1.0)
@@ -68,12 +68,12 @@ def test_intervals_are_of_patients() -> None:
 
 
 def test_free_response() -> None:
-    """Two scans, three lesions; by value: hit, false, the same lesion again, hit, false, false."""
+    """Two scans, three lesions; ordered by value: hit, false, the same lesion again, hit, false, false."""
     candidates = [
         [Candidate(0.9, 1), Candidate(0.8, 0), Candidate(0.7, 1), Candidate(0.4, 0)],
         [Candidate(0.6, 1), Candidate(0.3, 0)],
     ]
     found = free_response(candidates, [2, 1], at=(0.0, 0.5, 1.0))
     assert found == {"0": pytest.approx(1 / 3), "0.5": pytest.approx(2 / 3), "1": pytest.approx(2 / 3)}
-    # Of two candidates of one value the false one comes first.
+    # Of two candidates with the same value the false one comes first.
     assert free_response([[Candidate(0.5, 1), Candidate(0.5, 0)]], [1], at=(0.0, 1.0)) == {"0": 0.0, "1": 1.0}

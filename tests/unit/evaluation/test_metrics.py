@@ -22,7 +22,7 @@ def case(seed: int, tied: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def expected_metrics(
     labels: np.ndarray, ranking: np.ndarray, probabilities: np.ndarray, threshold: float
 ) -> dict[str, float]:
-    """Every metric as scikit-learn has it; the calibration error bin by bin."""
+    """Every metric equals scikit-learn's; the calibration error is computed bin by bin."""
     called = probabilities >= threshold
     error = 0.0
     tenth = np.digitize(probabilities * 10, np.arange(1, 10))
@@ -43,7 +43,7 @@ def expected_metrics(
 @pytest.mark.parametrize("seed", range(5))
 def test_equal_to_scikit_learn(seed: int, tied: bool) -> None:
     labels, scores, _ = case(seed, tied)
-    ranking = scores**2 - 3  # ranks, and is no probability
+    ranking = scores**2 - 3  # a score that ranks but is not a probability
     probabilities = np.random.default_rng(seed).permutation(scores)
     values = metrics.label_metrics(labels, ranking, probabilities, 0.5)
     expected = expected_metrics(labels, ranking, probabilities, 0.5)
@@ -144,7 +144,8 @@ def patients_with_four_equal_volumes() -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def drawn_in_a_loop(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, times: int) -> np.ndarray:
-    """AUROC (by the sum of ranks, Hanley & McNeil 1982) of the volumes of as many groups as there are, drawn one by one."""
+    """AUROC (by the sum of ranks, Hanley & McNeil 1982) of the volumes of groups that are drawn one by one, as many as
+    there are."""
     random = np.random.default_rng(123)
     volumes_of = {group: np.flatnonzero(groups == group) for group in np.unique(groups)}
     values = []

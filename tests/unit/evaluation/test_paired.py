@@ -1,4 +1,4 @@
-"""The paired test against all exchanges written out, and its rate of false alarms."""
+"""The paired test compared with an enumeration of all exchanges, and its false-positive rate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ctclip.evaluation.protocol import Protocol
 
 
 def predictions(scores: np.ndarray, patients: list[str], *, turned: bool = False) -> pd.DataFrame:
-    """A prediction table whose margins are the scores, and whose probabilities may say the contrary."""
+    """A prediction table whose margins are the scores; its probabilities may contradict them."""
     names = [f"v{index}" for index in range(len(scores))]
     table = pd.DataFrame({"volume": names, "patient": patients, "scan": names})
     for index, label in enumerate("AB"):
@@ -47,7 +47,7 @@ def test_shares_are_what_exchanging_a_patients_ranks_does() -> None:
 
 
 def test_p_is_the_share_of_exchanges_that_differ_as_much() -> None:
-    """Six patients, all 64 exchanges of a label and of the mean, each by scikit-learn."""
+    """Six patients, all 64 exchanges of one label and of the mean, each by scikit-learn."""
     random = np.random.default_rng(4)
     labels = np.array([[1, 0], [1, 0], [0, 1], [0, 0], [1, 1], [0, np.nan], [0, 0], [1, 0]], dtype=float)
     patients = ["a", "a", "b", "c", "d", "d", "e", "f"]
@@ -130,7 +130,7 @@ def test_one_patient_gives_no_interval() -> None:
 
 
 def test_false_alarms_are_at_their_nominal_rate() -> None:
-    """Two models equally good; 3 to 7 % of p at or below 0.05 (the table: ``python -m tests.benchmarks.coverage``)."""
+    """Two equally good models; 3 to 7 % of p at or below 0.05 (table: ``python -m tests.benchmarks.coverage``)."""
     random = np.random.default_rng(0)
     alarms = []
     for _ in range(500):

@@ -36,7 +36,7 @@ from ctclip.phantom.prevalence import FINDINGS
 
 
 def recorded(volumes: int = 240, seed: int = 0, skill: float = 1.0) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Predictions as `ctclip zero-shot` writes them, and CT-RATE labels, of patients with two volumes each."""
+    """Predictions as `ctclip zero-shot` writes them, and CT-RATE labels, for patients with two volumes each."""
     random = np.random.default_rng(seed)
     names = [f"valid_{i // 2 + 1}_a_{i % 2 + 1}" for i in range(volumes)]
     patients = [name.rsplit("_", 2)[0] for name in names]
@@ -63,7 +63,7 @@ def test_every_protocol_file_loads_and_its_labels_are_known() -> None:
 
 
 def threshold_of_the_scripts(scores: np.ndarray, truth: np.ndarray) -> float:
-    """CT-CLIP's successors, by counting: of 100 thresholds the last that is nearest to the corner."""
+    """The protocol of CT-CLIP's successors, by counting: of 100 thresholds, the last of those nearest to the corner."""
     thresholds = np.linspace(0, 1, 100)
     called, present = scores[:, None] > thresholds, truth[:, None] == 1
     missed = (~called & present).sum(axis=0) / present.sum()
@@ -277,7 +277,7 @@ def test_a_label_that_the_control_cannot_be_fitted_to_is_undefined_in_the_table(
 
 
 def test_a_protocol_names_a_label_set() -> None:
-    """All its labels but those left out; of another cohort the labels that it has columns of."""
+    """All labels of the set except those excluded; for another cohort, the labels for which it has columns."""
     sixteen = load_protocol("ct_rate_16")
     assert set(FINDINGS) - set(sixteen.labels) == {"Medical material", "Lymphadenopathy"}
     assert [name for name in FINDINGS if name in sixteen.labels] == list(sixteen.labels)
@@ -290,7 +290,8 @@ def test_a_protocol_names_a_label_set() -> None:
 
 
 def test_without_a_protocol_the_label_set_says_what_is_scored() -> None:
-    """Its own protocol; where it has none, or not all of that was predicted, its labels that were, in their columns."""
+    """The set's own protocol; if it has none, or some of its labels were not predicted, the predicted labels, in their
+    columns."""
     ours, columns = load_labels("ct_rate_18"), list(FINDINGS)
     assert default_protocol(ours, "", columns, columns) == load_protocol("ct_rate")
     assert default_protocol(None, ours.identity, columns, columns) == load_protocol("ct_rate")

@@ -120,7 +120,7 @@ def test_drafts_are_scored_with_their_controls(store: Path, tmp_path: Path) -> N
     assert ours["scores"]["macro_f1"]["value"] == pytest.approx((2 / 3 + 1 + 1) / 3)
     assert ours["scores"]["micro_f1"]["value"] == pytest.approx(8 / (8 + 1 + 1))
     sides = ours["sides"]
-    # The nodule is on the other side; emphysema is not in the reference; one side of two is right.
+    # The nodule is on the other side; emphysema is not in the reference; one of two sides is right.
     assert (sides["named"], sides["compared"], sides["wrong"]) == (4, 3, 1)
     assert sides["of_named"]["value"] == pytest.approx(1 / 4)
     assert result["results"]["most common report"]["scores"]["macro_f1"]["value"] == 0

@@ -33,7 +33,7 @@ def test_retrieval_is_the_brute_force_one_in_all_three_directions() -> None:
     labels = (random.random((30, 3)) < 0.5).astype(float)
     scans = np.repeat([f"s{i:02d}" for i in range(15)], 2)
     reports[1::2] = reports[::2]  # reconstructions share their scan's report
-    reports[[6, 7]] = reports[[2, 3]]  # two scans with one wording
+    reports[[6, 7]] = reports[[2, 3]]  # two scans with the same report text
     result = evaluate_retrieval(scans, volumes, reports, labels)
     first = list(range(0, 30, 2))
     directions = {
@@ -99,7 +99,7 @@ def test_a_query_is_not_its_own_answer_and_a_missing_answer_is_no_hit() -> None:
 
 
 def test_average_precision_by_labels_by_hand() -> None:
-    """A pool in the order of the query's similarity: relevant, not, relevant; unknown labels count as absent."""
+    """A pool ordered by similarity to the query: relevant, not, relevant; unknown labels count as absent."""
     query, pool = np.array([[1.0, 0]]), np.array([[0.9, 0], [0.8, 0], [0.7, 0], [0.99, 0]])
     labels = np.array([[1.0, 1, np.nan]])
     others = np.array([[1.0, np.nan, 0], [0, 0, 1], [1, 1, 1], [1, 1, 0]])
@@ -114,7 +114,7 @@ def test_average_precision_by_labels_by_hand() -> None:
     first = precision_by_labels(
         query, pool, labels, others, np.array(["q"]), np.array(["a", "b", "c", "q"]), depths=(1,)
     )
-    assert first["map@1"] == 1  # the query's own scan, which is nearest, takes no place
+    assert first["map@1"] == 1  # the query's own scan, which is nearest, is excluded
     none = precision_by_labels(query, pool[:1], np.zeros((1, 3)), np.zeros((1, 3)), np.array(["q"]), np.array(["a"]))
     assert none["map@1"] == none["jaccard@1"] == 1
     assert "map@5" not in none
@@ -157,7 +157,7 @@ def test_precision_at_k_is_the_share_that_shares_half_of_the_labels() -> None:
 
 
 def test_composition_finds_the_scan_with_one_finding_more() -> None:
-    """Axis 0 is what scans have in common, axes 1 and 2 are findings: plus a finding leads to the scan that has it too."""
+    """Axis 0 is common to all scans, axes 1 and 2 are findings: adding a finding leads to the scan that also has it."""
     labels = np.array([[0.0, 0], [1, 0], [0, 1], [1, 1], [0, 0], [0, 0]])
     vectors = np.column_stack([np.full(6, 1.0), 2 * labels, [0, 0, 0, 0, 0.1, 0.2]])
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Prediction and label tables: what is read back, and what is refused."""
+"""Prediction and label tables: tables that are read back, and tables that are refused."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_predictions_saved_again_by_a_spreadsheet_are_read(tmp_path, separator: 
 
 
 def test_a_scan_may_be_called_as_missing_values_are(tmp_path) -> None:
-    """NA.nii.gz and null.nii.gz are files like others."""
+    """NA.nii.gz and null.nii.gz are ordinary file names."""
     names = ["NA", "null", "nan", "1", "01", "None"]
     for name in ("p.csv", "p.parquet"):
         write_predictions(tmp_path / name, table().assign(volume=names, patient=names, scan=names))

@@ -41,7 +41,7 @@ class BlockMeans(VolumeEncoder):
 
 
 class Brightness(Head):
-    """Scores "Lesion" by the pooled vector, "Dark" by its negative."""
+    """Score "Lesion" by the pooled vector, "Dark" by its negative."""
 
     kind = "brightness"
     names = ("Lesion", "Dark")
@@ -50,7 +50,7 @@ class Brightness(Head):
         return torch.cat([encoded.pooled, -encoded.pooled], dim=1) * 100
 
     def save(self, folder: Path) -> None:
-        """There is nothing to keep."""
+        """There is nothing to save."""
 
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> Brightness:
@@ -74,7 +74,7 @@ def token_mm(spec: PreprocessingSpec) -> np.ndarray:
 def write_scan(
     path: Path, affine: np.ndarray, lesion_ras: np.ndarray, shape: tuple[int, int, int], radius: float = 7.0
 ) -> None:
-    """A body in air with one bright ball about ``lesion_ras`` (mm, RAS+), as nibabel writes it."""
+    """A body in air with one bright ball at ``lesion_ras`` (mm, RAS+), as nibabel writes it."""
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
     body = (((index / np.array(shape) - 0.5) * 2.2) ** 2).sum(axis=-1) < 1
     tissue = np.where(body, 30, -1000) + np.random.default_rng(0).normal(0, 15, shape)

@@ -24,7 +24,7 @@ PLACE = (slice(8, 12), slice(12, 18), slice(25, 30))
 
 
 class Blob(Head):
-    """Scores "Blob" by how bright the brightest token is."""
+    """Score "Blob" by the brightness of the brightest token."""
 
     kind = "blob"
     names = ("Blob",)
@@ -38,7 +38,7 @@ class Blob(Head):
 def subject(bright: float = 0.7, budget: int = 180) -> Subject:
     model, _ = known_model()
     volume = torch.full((1, 1, *SPEC.shape), -0.2)
-    volume[..., :6] = -1  # air beside the body
+    volume[..., :6] = -1  # air next to the body
     volume[0, 0][PLACE] = bright
     return Subject(model, Blob(model), [0], volume, budget)
 

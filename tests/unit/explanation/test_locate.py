@@ -48,7 +48,7 @@ def test_bits_and_labels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_channels_with_sentences(first: bool, tmp_path: Path) -> None:
-    """As ReXGroundingCT is described: dataset.json beside the folder names the sentence of each channel."""
+    """As ReXGroundingCT is described: dataset.json in the same folder names the sentence of each channel."""
     channels = np.stack([drawn(np.zeros(3)), drawn(np.array([20.0, 0, 0]))], axis=-1).astype(np.uint8)
     save(tmp_path / "segmentations" / "x.nii.gz", np.moveaxis(channels, -1, 0) if first else channels)
     record = {
@@ -80,7 +80,7 @@ def test_what_cannot_be_scored_is_said(tmp_path: Path) -> None:
 
 
 def cohort_of(folder: Path) -> Cohort:
-    """Four scans of four patients with a lesion each, at four places; the last has none."""
+    """Four scans of four patients with a lesion each, at four positions; the last has none."""
     records, files = [], {}
     for number, centre in enumerate(([20, -20, 10], [-20, 10, -10], [-16, -16, 14], [18, 14, -12], None)):
         name = f"p{number}"
@@ -100,7 +100,7 @@ def test_a_model_that_sees_the_lesion_points_at_it_and_the_controls_do_not(tmp_p
     assert len(chosen_volumes(cohort, masks, "valid", 3, 0)) == 3
     result = locate_cohort(model, head, cohort, masks, volumes)
     lesion = result["findings"]["Lesion"]
-    # A token of 16 x 15 x 15 mm has its centre at most 13 mm away from a ball within it.
+    # The centre of a token of 16 x 15 x 15 mm is at most 13 mm away from a ball within it.
     assert lesion["map"]["distance_mm"]["value"] <= 8
     assert lesion["map"]["auroc"]["value"] > 0.95
     assert lesion["mean map"]["distance_mm"]["value"] > 15
@@ -113,7 +113,8 @@ def test_a_model_that_sees_the_lesion_points_at_it_and_the_controls_do_not(tmp_p
 
 
 def test_sentences_are_scored_by_category(tmp_path: Path) -> None:
-    """Every sentence asks for its own map; figures stand by category, and lesions that no map finds are counted."""
+    """Every sentence asks for its own map; figures are grouped by category, and lesions that no map finds are
+    counted."""
     cohort, (model, head) = cohort_of(tmp_path), known_model()
     records = []
     for number in range(2):

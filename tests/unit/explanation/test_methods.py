@@ -73,7 +73,8 @@ def test_evidence_is_what_was_pooled(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vit3d", "ctvit", "resnet3d", "pooled stem"])
 def test_alone_is_the_projection_of_a_volume_of_one_token(name: str, tmp_path: Path) -> None:
-    """Fill every token (of CT-ViT: of its place in the slab) with one of them: the pooled vector's part is as promised."""
+    """Fill every token (of CT-ViT: of its position in the slab) with one of them: the contribution to the pooled vector
+    is as stated."""
     made, spec = encoder(name, tmp_path)
     volume = torch.rand(1, 1, *axis_shape(spec), generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
@@ -105,7 +106,8 @@ EVERY = [
 
 @pytest.mark.parametrize(("name", "by"), EVERY)
 def test_every_method_on_every_encoder(name: str, by: str, tmp_path: Path) -> None:
-    """A map of each finding in the order asked, finite and not all alike; or one clear line where a method cannot."""
+    """A map of each finding in the requested order, finite and not constant; or a one-line error if a method cannot
+    compute it."""
     given = subject(name, tmp_path)
     if by == "attention" and name in ("resnet3d", "slices"):
         with pytest.raises(ExplanationError, match="has no attention layers: use --method"):
@@ -141,7 +143,7 @@ def test_a_head_without_a_gradient_is_told_to_occlude() -> None:
 
 
 def test_an_encoder_that_does_not_say_how_it_pools() -> None:
-    """The default holds for a mean alone; another pooling is not taken for one."""
+    """The default applies only to a mean; another pooling is not mistaken for a mean."""
 
     class Largest(BlockMeans):
         Config = EncoderConfig
@@ -171,8 +173,8 @@ def test_attention_written_out_is_the_fused_one() -> None:
 
 
 def test_relevance_passes_within_its_own_sequences() -> None:
-    """Two slabs of three places: within slabs relevance stays in its slab, along slabs in its place; registers are passed
-    over. Every value is written out by hand."""
+    """Two slabs of three positions: within slabs relevance stays in its slab, along slabs at its position; registers
+    are skipped. Every value is written out by hand."""
     given = Encoded(torch.zeros(1, 6, 1), (2, 1, 3), torch.zeros(1, 1), np.eye(4))
     evidence = type("Given", (), {"encoded": given})()
     row = torch.tensor([1.0, 0, 0, 0, 0, 0])

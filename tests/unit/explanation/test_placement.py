@@ -104,7 +104,7 @@ def test_what_is_written_lies_over_the_scan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["mha", "nrrd"])
 def test_other_formats(suffix: str, tmp_path: Path) -> None:
-    """Written by SimpleITK, which also says where the voxel lies."""
+    """Written by SimpleITK, which also gives the position of the voxel."""
     lesion = CENTRE + LESION
     write_scan(tmp_path / "scan.nii.gz", file_affine((1, 0, 2), (1, -1, -1)), lesion, SHAPE)
     image = sitk.ReadImage(str(tmp_path / "scan.nii.gz"))
@@ -122,7 +122,7 @@ def test_other_formats(suffix: str, tmp_path: Path) -> None:
 
 
 def test_outside_of_what_the_model_was_given_a_map_is_nothing(tmp_path: Path) -> None:
-    """The grid of the spec is smaller than the scan: what was cut off is 0, and no mask reaches there."""
+    """The grid of the spec is smaller than the scan: the part that was cropped is 0, and no mask extends there."""
     small = PreprocessingSpec("small", spacing=(4.0, 2.5, 3.0), shape=(16, 24, 20))
     affine = file_affine((0, 1, 2), (-1, -1, 1))
     write_scan(tmp_path / "scan.nii.gz", affine, CENTRE, SHAPE)

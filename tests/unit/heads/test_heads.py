@@ -49,7 +49,7 @@ def volumes() -> torch.Tensor:
     return torch.rand(3, 1, *SPEC.shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
 
 
-# Of a decoder's networks.
+# From the networks of a decoder.
 TINY: dict[str, Any] = {"channels": (8,), "latent": 2, "width": (32,), "depth": 1}
 
 
@@ -198,7 +198,7 @@ BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
 def test_a_head_of_a_stranger_is_read_as_bounded_data(
     name: str, content: str, tmp_path: Path, model: DualEncoder
 ) -> None:
-    """Every file of settings in turn: aliases, deep nesting, no text, and sizes that the weights have not."""
+    """Every settings file in turn: aliases, deep nesting, no text, and sizes that do not match the weights."""
     folder = save_head(tmp_path, name, heads_of(model)[name])
     for path in sorted(folder.glob("*.yaml")):
         whole = path.read_bytes()
@@ -218,7 +218,7 @@ SIZES += [("locator", key) for key in ("widths", "text", "features", "waves")]
 def test_a_head_is_built_with_the_sizes_of_its_weights_alone(
     name: str, key: str, tmp_path: Path, model: DualEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise a line of a stranger's file would take all memory."""
+    """Otherwise one line in a foreign file would take all memory."""
     folder = save_head(tmp_path, name, heads_of(model)[name])
     path = folder / {"captions": "decoder.yaml", "prior": "prior.yaml", "locator": "locator.yaml"}[name]
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), key: 4000}))
@@ -232,8 +232,8 @@ def test_a_head_is_built_with_the_sizes_of_its_weights_alone(
 def test_a_folder_of_0_2_still_opens(
     tmp_path: Path, model: DualEncoder, volumes: torch.Tensor, with_prompts: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As 0.2 wrote them: prompts, classifier and calibration at the top, no label set, and in the architecture the
-    spacing and HU window of the spec once more."""
+    """Written by 0.2: prompts, classifier and calibration at the top level, no label set, and the spacing and HU window
+    of the spec repeated in the architecture."""
     labels = load_labels("ct_rate_18")
     torch.manual_seed(1)
     linear = LinearHead(model, labels.names, torch.randn(18, 12), torch.randn(18), relu=True)
@@ -278,7 +278,7 @@ def test_a_folder_of_0_2_still_opens(
             assert torch.equal(one, other), name
     with pytest.raises(CheckpointError, match=r"no head 'probe' \(it has: prompts, linear\)"):
         load_head(folder, "probe", loaded.model)
-    # It may be written over, as any model folder of ours.
+    # It may be overwritten, like any model folder of ctclip.
     save_model(folder, model, labels)
     assert (folder / "labels.yaml").is_file()
 
@@ -286,7 +286,7 @@ def test_a_folder_of_0_2_still_opens(
 def test_a_0_2_model_that_was_trained_as_if_the_spec_were_another_stays_so(
     tmp_path: Path, model: DualEncoder, volumes: torch.Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What it was told of spacing went into its positions; its scans are prepared by the spec all the same."""
+    """The stated spacing determined its positions; its scans are nevertheless prepared with the spec."""
     save_model(tmp_path / "model", model, LABELS)
     config = yaml.safe_load((tmp_path / "model" / "config.yaml").read_text())
     config["volume"] |= {"spacing": [1.5, 1.5, 3.0], "hu_window": list(SPEC.hu_window)}
@@ -302,7 +302,7 @@ def test_a_0_2_model_that_was_trained_as_if_the_spec_were_another_stays_so(
 
 
 def test_a_caption_head_tells_the_likelihood_that_it_was_trained_on(model: DualEncoder, volumes: torch.Tensor) -> None:
-    """The loss of the objective is the mean a word of what the head sums over a text."""
+    """The loss of the objective is the mean per word of the sum that the head computes over a text."""
     decoder, texts = decoder_of(model), ["Gallstones are seen.", "No lung nodule."]
     head = CaptionHead(model, decoder, load_prompts("generic"), LABELS.names)
     with torch.no_grad():

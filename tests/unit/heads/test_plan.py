@@ -16,7 +16,7 @@ NAMES = ("Effusion", "Nodule")
 
 @pytest.fixture(scope="module")
 def fitted() -> tuple[Plan, torch.Tensor, torch.Tensor]:
-    """Effusion shows itself and its side in two features; a nodule shows itself, and nothing of its side."""
+    """Two features show an effusion and its side; a nodule is visible, but not its side."""
     random = torch.Generator().manual_seed(0)
     left, right, nodule, guess = (torch.rand(600, generator=random) < 0.4 for _ in range(4))
     stated = torch.zeros(600, len(NAMES), PARTS)

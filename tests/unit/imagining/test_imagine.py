@@ -82,7 +82,7 @@ def test_a_file_lies_where_it_says_and_is_read_back(published: bool, tmp_path: P
     expected = np.rint(hu.transpose(0, 2, 1) if published else hu)
     image = sitk.ReadImage(str(path))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(image), expected)
-    # SimpleITK counts in LPS: columns to the left, rows to the back, slices up, about the origin.
+    # SimpleITK uses LPS: columns to the left, rows to the back, slices up, around the origin.
     np.testing.assert_allclose(image.GetDirection(), np.eye(3).ravel(), atol=1e-6)
     np.testing.assert_allclose(image.GetSpacing(), (2.0, 3.0, 5.0))
     centre = image.TransformContinuousIndexToPhysicalPoint([(size - 1) / 2 for size in image.GetSize()])
@@ -96,7 +96,7 @@ def test_a_file_lies_where_it_says_and_is_read_back(published: bool, tmp_path: P
 
 
 def test_a_volume_is_the_one_that_the_model_saw(tmp_path: Path) -> None:
-    """Read again by the pipeline, the file gives the voxels that were written, to within half a HU."""
+    """Read again by the pipeline, the file gives the voxels that were written, within half a HU."""
     spec = PreprocessingSpec("test", spacing=(4.0, 4.0, 4.0), shape=(12, 16, 20))
     volume = np.random.default_rng(0).uniform(-1, 1, (12, 16, 20)).astype(np.float32)
     path = tmp_path / "a_synthetic.nii"

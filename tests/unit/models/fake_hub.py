@@ -16,7 +16,7 @@ SHA = "a" * 40
 
 @contextmanager
 def hub(name: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """The address of a hub that holds ``folder`` as repository ``name``, and the files that were fetched from it."""
+    """The address of a hub that holds ``folder`` as repository ``name``, and the files that were downloaded from it."""
     fetched: list[str] = []
 
     class Hub(BaseHTTPRequestHandler):

@@ -1,4 +1,5 @@
-"""Tiny models of the families of text encoders, with tokenizers of their own kind, as folders Hugging Face writes."""
+"""Tiny models of the families of text encoders, each with its own kind of tokenizer, as folders that Hugging Face
+writes."""
 
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ def _roberta() -> Any:
 
 
 def _modernbert() -> Any:
-    """As published: a byte-level BPE with BERT's special tokens, of no class of its own."""
+    """As published: a byte-level BPE with BERT's special tokens, without its own class."""
     special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
     tokenizer = tk.Tokenizer(tk.models.BPE(**_bpe(special)))
     tokenizer.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -84,7 +85,7 @@ def _of(kind: Any, shape: Any, **options: Any) -> Callable[[int], Any]:
 
 
 def _named(kind: Any, shape: Any, **options: Any) -> Callable[[int], Any]:
-    """Of a family with names of its own for every size."""
+    """For a family with different names for every size."""
     return lambda tokens: kind(shape(vocab_size=tokens, **options))
 
 
@@ -138,7 +139,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_folder(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A folder of one family, of random weights."""
+    """A folder of one family, with random weights."""
     torch.manual_seed(0)
     family = FAMILIES[name]
     tokenizer = family.tokenizer()

@@ -1,4 +1,4 @@
-"""Small dual encoders on pretrained folders, and what the tests of such folders share."""
+"""Small dual encoders on pretrained folders, and helpers for the tests of such folders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IMAGE = {"image_size": 16, "patch_size": 8}
 
 
 def vision_folder(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A folder of a vision transformer of one layer and random weights."""
+    """A folder with a vision transformer of one layer with random weights."""
     torch.manual_seed(0)
     hf.ViTModel(hf.ViTConfig(**SMALL, **IMAGE)).to(dtype).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.2] * 3}))

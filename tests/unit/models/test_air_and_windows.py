@@ -28,7 +28,7 @@ CROPS = ("nifti/ts_chestCTA_aorta_crop_1p5mm_LPS.nii.gz", "nifti/ts_chestCTA_hea
 
 
 def dropped_tokens(voxels: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:
-    """(D, H, W) in [-1, 1] -> (d, h, w) bool, tokens of nothing but air outside the body."""
+    """(D, H, W) in [-1, 1] -> (d, h, w) bool, tokens that contain only air outside the body."""
     finder = BodyTokens(size, spec_of(voxels.shape))
     body = finder.of_volumes(torch.from_numpy(voxels).float()[None, None])[0]
     return ~body.reshape([extent // step for extent, step in zip(voxels.shape, size, strict=True)])
@@ -41,7 +41,7 @@ def as_voxels(dropped: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:
 
 @pytest.mark.parametrize("patient", range(4))
 def test_emphysema_of_a_phantom_is_never_dropped(patient: int) -> None:
-    """The phantom marks each voxel it empties, and knows nothing of tokens."""
+    """The phantom marks each voxel that it empties, independently of tokens."""
     made = make_scan(3, patient, scale=4.0, only=frozenset({"Emphysema"})).reconstructions[0]
     size = (4, 8, 8)
     cut = tuple(slice(0, extent // step * step) for extent, step in zip(made.hu.shape, size, strict=True))
@@ -53,7 +53,8 @@ def test_emphysema_of_a_phantom_is_never_dropped(patient: int) -> None:
 
 
 def lungs(hu: np.ndarray) -> np.ndarray:
-    """Aerated voxels within the outline of the largest body, slice by slice; by another way than the encoder's."""
+    """Aerated voxels within the outline of the largest body, slice by slice; by a different method than the
+    encoder's."""
     labelled, _ = ndimage.label(ndimage.binary_opening(hu > -300, iterations=2))
     body = labelled == 1 + np.argmax(np.bincount(labelled.ravel())[1:])
     closed = [ndimage.binary_closing(np.pad(part, 8), iterations=6) for part in body]
@@ -62,7 +63,7 @@ def lungs(hu: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", [*CHESTS, *CROPS])
 def test_lungs_of_real_scans_are_never_dropped(shared: Path, name: str) -> None:
-    """Also where the field of view cuts through them (the crops)."""
+    """Also if the field of view cuts through them (the crops)."""
     voxels = prepare(shared / "ct" / name, "ct_224").voxels
     inside = lungs(voxels * 1000)
     dropped = dropped_tokens(voxels, TOKEN)
@@ -72,8 +73,8 @@ def test_lungs_of_real_scans_are_never_dropped(shared: Path, name: str) -> None:
 
 
 def test_what_is_left_out_only_saves_time(shared: Path) -> None:
-    """A model that leaves air out gives what the same model gives with air masked out of every layer, and, of a real
-    chest, nearly what it gives when it looks at all the air."""
+    """A model that leaves air out gives the same output as with air masked out of every layer and, for a real chest,
+    almost the same as with all the air."""
     voxels = torch.from_numpy(prepare(shared / "ct" / CHESTS[1], "ct_224").voxels)[None, None]
     config = ViT3DConfig(patch=TOKEN, stages=(), width=96, heads=4, depth=3, pooling=("attention",), drop_air=True)
     torch.manual_seed(0)
@@ -125,7 +126,7 @@ def test_windows_are_attention_with_all_else_masked(registers: int, padded: bool
 @pytest.mark.parametrize("registers", [0, 3])
 @pytest.mark.parametrize("padded", [False, True])
 def test_between_windows_a_layer_sees_their_means(registers: int, padded: bool) -> None:
-    """By loops over volumes and windows, the layer itself given no window."""
+    """By loops over volumes and windows, with no window given to the layer itself."""
     torch.manual_seed(0)
     config = ViT3DConfig(
         patch=(2, 2, 2), stages=(), width=24, heads=2, depth=1, registers=registers, window=(2, 3, 2), global_every=1,

@@ -46,7 +46,7 @@ def test_gradients_are_what_differences_say(name: str) -> None:
 
 
 def test_planes_make_the_depthwise_convolution() -> None:
-    """What a GPU computes in its place."""
+    """The computation that a GPU uses instead."""
     torch.manual_seed(0)
     inputs = [given(2, 4, 5, 3, 2), given(2, 1, 3, 3, 3), given(2)]
     made = [way(*inputs) for way in (by_hand._by_planes, by_hand._convolve)]

@@ -36,7 +36,7 @@ def folder(model: DualEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def _flip(path: Path) -> Callable[[], int]:
-    """Flip the lowest bit of a file's last byte, a weight's; returns what flips it back."""
+    """Flip the lowest bit of a file's last byte, which belongs to a weight; returns a function that flips it back."""
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -56,7 +56,7 @@ def test_a_flipped_bit_in_the_weights_is_noticed(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged: its SHA-256 is .*copy it again"):
         load_model(folder)
     sums = (folder / FILE).read_bytes()
-    # On purpose: whoever changed the weights deletes the checksums.
+    # On purpose: a user who changes the weights deletes the checksums.
     (folder / FILE).unlink()
     changed = load_model(folder).hash
     mend()

@@ -86,7 +86,7 @@ def test_a_wrong_volume_is_explained(given: torch.Tensor, said: str) -> None:
 def test_air_outside_is_dropped_and_lungs_never() -> None:
     body = torch.full((1, 1, 16, 48, 48), -1.0)
     body[..., 12:36, 12:36] = 0.04
-    body[..., 18:30, 18:30] = -0.98  # as empty as emphysema, but within the wall
+    body[..., 18:30, 18:30] = -0.98  # as empty as emphysema, but within the chest wall
     spec = spec_of((16, 48, 48))
     dropped = ~BodyTokens((4, 4, 4), spec).of_volumes(body)[0].reshape(4, 12, 12)
     assert dropped[:, 0].all()
@@ -219,7 +219,8 @@ def test_a_report_is_the_mean_of_its_sentences_and_shared_ones_are_encoded_once(
 
 
 def test_a_locked_text_side_is_a_fixed_function_of_the_text() -> None:
-    """After it is locked: standardised over all reports, the same in training as in use, and no step changes it."""
+    """After it is locked: standardised over all reports, the same in training and in use, and unchanged by every
+    step."""
     torch.manual_seed(0)
     config = ModelConfig(
         volume=SMALL, text=TextConfig(width=16, depth=1, heads=2, max_tokens=32), dim=12, standardise=True
@@ -234,7 +235,7 @@ def test_a_locked_text_side_is_a_fixed_function_of_the_text() -> None:
     expected = (features - features.mean(dim=0)) / (features.var(dim=0) + 1e-5).sqrt()
     torch.testing.assert_close(dual.encode_prompts(texts), expected, atol=1e-4, rtol=1e-4)
     step = TrainingStep(Context(dual.train()), objective_configs({"clip": {"queue": 4}}))
-    before = dual.encode_text(texts[:1])  # one alone in training: a batch's statistics would refuse it
+    before = dual.encode_text(texts[:1])  # a single volume in training: the statistics of a batch would refuse it
     optimizer = torch.optim.SGD([p for p in step.parameters() if p.requires_grad], lr=0.1)
     pairs = Pairs(torch.arange(2), torch.arange(2), {})
     loss, _ = step(Part(volume(), dual.text_encoder.tokenise(texts[:2])), pairs)

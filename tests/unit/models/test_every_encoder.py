@@ -25,7 +25,7 @@ from tests.unit.small import spec_of
 
 SHAPE = (16, 24, 32)
 SPEC = spec_of(SHAPE, (3.0, 1.5, 1.25))
-# The same volumes, their rows and columns turned as the published loader turns them.
+# The same volumes, with rows and columns oriented as by the published loader.
 TURNED = spec_of((16, 32, 24), (3.0, 1.25, 1.5), published=True)
 LABELS = labels_of_columns("two", ["Nodule", "Effusion"])
 VIT: dict[str, Any] = {"width": 24, "heads": 2, "depth": 2, "patch": (4, 4, 4), "registers": 2}
@@ -121,7 +121,7 @@ def test_a_mistaken_volume_is_explained(name: str, vision: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vit3d, linear", "ctvit"])
 def test_a_wrong_axis_order_is_explained(name: str, vision: Path) -> None:
-    """Those with a fixed grid can tell."""
+    """Encoders with a fixed grid can detect it."""
     with pytest.raises(
         ValueError, match=r"axis order|expected a volume \(B, 1, 16, 24, 32\) .*, found \(2, 1, 24, 30, 16\)"
     ):
@@ -132,7 +132,7 @@ def test_a_wrong_axis_order_is_explained(name: str, vision: Path) -> None:
 def test_every_parameter_learns(name: str, vision: Path) -> None:
     encoder = build(name, vision).train()
     encoder(volume(3)).pooled.square().sum().backward()
-    # A 2-D model's own pooling or embeddings may have parts its pooled vector does not use; aggregators have none.
+    # A 2-D model's own pooling or embeddings may have parts that its pooled vector does not use; aggregators have none.
     ours = [(n, p) for n, p in encoder.named_parameters() if not n.startswith("vision.")]
     assert [n for n, p in ours if p.grad is None or not p.grad.isfinite().all() or not p.grad.abs().sum() > 0] == []
     theirs = [p for n, p in encoder.named_parameters() if n.startswith("vision.encoder") or "patch_emb" in n]
@@ -143,7 +143,7 @@ def test_every_parameter_learns(name: str, vision: Path) -> None:
 def test_the_batch_changes_nothing(name: str, vision: Path) -> None:
     encoder = build(name, vision)
     given = volume(3)
-    given[1, ..., :16] = -1  # another share of air than its neighbours
+    given[1, ..., :16] = -1  # a different share of air than its neighbours
     together = encoder(given)
     for row, alone in enumerate(encoder(one) for one in given.split(1)):
         torch.testing.assert_close(together.pooled[row], alone.pooled[0], atol=1e-5, rtol=1e-5)
@@ -166,11 +166,12 @@ def test_what_padding_holds_changes_nothing(name: str, vision: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vit3d, linear", "vit3d, windows", "vit3d, between windows"])
 def test_the_amount_of_padding_changes_nothing(name: str, vision: Path) -> None:
-    """Positions are counted from the middle, and dropped tokens take no part: a volume may be padded on all sides."""
+    """Positions are counted from the middle, and dropped tokens have no influence: a volume may be padded on all
+    sides."""
     encoder = build(name, vision)
     padded = torch.full((2, 1, 32, 24, 56), -1.0)
     mask = torch.zeros(padded.shape, dtype=torch.bool)
-    # By whole windows, where there are any: a window is a place in the grid.
+    # By whole windows, if there are any: a window has a fixed position in the grid.
     padded[:, :, 8:24, :, 12:44], mask[:, :, 8:24, :, 12:44] = volume(), True
     torch.testing.assert_close(encoder(padded, mask).pooled, encoder(volume()).pooled, atol=2e-5, rtol=1e-4)
 
@@ -189,7 +190,7 @@ def test_saved_and_loaded_the_same(name: str, vision: Path, tmp_path: Path) -> N
 @pytest.mark.integration
 @every
 def test_compiled_it_gives_the_same(name: str, vision: Path) -> None:
-    """Through torch.compile's tracing; the code that inductor makes of it is tested against the recorded outputs."""
+    """Traced by torch.compile; the code that inductor generates is tested against the recorded outputs."""
     encoder = build(name, vision)
     compiled = torch.compile(encoder, backend="aot_eager")
     with torch.no_grad():
@@ -204,7 +205,7 @@ def test_half_precision_stays_near(name: str, vision: Path) -> None:
         half = build(name, vision).bfloat16()(volume().bfloat16()).pooled
         with torch.autocast("cpu", torch.bfloat16):
             mixed = encoder(volume()).pooled
-    # A token that lies between two codes may be given the other one.
+    # A token between two codes may be assigned the other one.
     bound = 0.8 if name == "ctvit" else 0.999
     assert half.dtype == torch.bfloat16
     assert cosine(half, whole) > bound
@@ -245,6 +246,6 @@ def test_operations_are_those_of_the_formula(window: tuple[int, int, int] | None
     tokens, hidden, full = 4 * 6 * 8, 128, 1 if window else 4
     linear = 2 * tokens * (64 * 48 + 4 * (4 * 48 * 48 + 3 * 48 * hidden))
     attention = 2 * 2 * tokens * 48 * (full * tokens + (4 - full) * 2 * 3 * 4)
-    pooling = 2 * tokens * 48 * 2  # a score a token, and their weighted mean
+    pooling = 2 * tokens * 48 * 2  # one score per token, and their weighted mean
     found = measure(ModelConfig(volume=config, text=TextConfig()), SPEC).flops
     assert found == pytest.approx(linear + attention + pooling, rel=0.01)

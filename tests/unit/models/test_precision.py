@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """20 volumes that differ enough for their order to be the same at any precision."""
+    """20 volumes that differ enough to have the same order at any precision."""
     import pandas as pd
 
     store, random = VolumeStore.create(tmp_path / "store", SPEC), np.random.default_rng(0)
@@ -76,7 +76,7 @@ def test_bfloat16_changes_the_encoder_and_nothing_around_it(folder: Path) -> Non
 
 
 def test_codes_are_chosen_in_float32() -> None:
-    """Rows that bfloat16 cannot tell apart."""
+    """Rows that bfloat16 cannot distinguish."""
     codebook = Codebook(2, 3).eval()
     codebook.rows.copy_(torch.nn.functional.normalize(torch.tensor([[1.0, 0.001, 0.0], [1.0, 0.0, 0.001]]), dim=-1))
     token = torch.tensor([[[1.0, 0.0, 0.001]]])
@@ -171,7 +171,7 @@ def test_the_table_says_at_which_precision_it_was_scored(folder: Path, store: Pa
     assert main([*given, "--precision", "bf16"]) == 0
     table = pd.read_csv(store.parent / "p" / "predictions.csv")
     assert set(table["precision"]) == {"bf16"}
-    # Another precision is another run.
+    # A run with another precision is another run.
     assert main([*given, "--precision", "fp32"]) == 2
     assert main([*given, "--precision", "fp32", "--force"]) == 0
     exact = pd.read_csv(store.parent / "p" / "predictions.csv")

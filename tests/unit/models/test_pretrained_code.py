@@ -1,4 +1,4 @@
-"""Architectures that come as code, and names of the hub: only data are fetched, and no code of a stranger is run."""
+"""Architectures that come as code, and names of the hub: only data are downloaded, and no foreign code is run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unit.models.pretrained import LABELS, SPEC, TEXTS, change, dual_encod
 
 
 def with_code(folder: Path, kind: str) -> Path:
-    """``folder`` as a repository that brings its own architecture; its code leaves a mark where it is run."""
+    """``folder`` as a repository with its own architecture; its code leaves a mark if it is run."""
     mark = folder / "ran"
     for module in ("configuration_own", "modeling_own", "tokenization_own"):
         (folder / f"{module}.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Own: pass\n")
@@ -96,7 +96,7 @@ def test_a_hub_name_is_a_folder_of_data(bert: Path, at: Callable[[str], None]) -
         named = encoder("someone/cxr-bert")
         assert sorted(fetched) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert torch.equal(named(**named.tokenise(TEXTS)), local(**local.tokenise(TEXTS)))
-    # Without a connection what was fetched is there.
+    # Without a connection, files that were downloaded are used.
     again = encoder("someone/cxr-bert")
     assert torch.equal(again(**again.tokenise(TEXTS)), local(**local.tokenise(TEXTS)))
     assert not mark.exists()
@@ -135,7 +135,8 @@ def test_no_connection_and_no_such_name_are_told_apart(
 def test_a_model_on_the_hub_is_a_folder(
     bert: Path, tmp_path: Path, at: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one whose name stands for a home elsewhere, and without a connection one that was fetched before."""
+    """Also a name that begins with another user's home and, without a connection, a model that was downloaded
+    before."""
     save_model(tmp_path / "model", dual_encoder(bert).eval(), LABELS)
     expected = load_model(tmp_path / "model").model.encode_text(TEXTS)
     with hub("someone/model", tmp_path / "model") as (address, _):
@@ -150,7 +151,7 @@ def test_a_model_on_the_hub_is_a_folder(
 def test_a_hub_that_does_not_answer_is_not_waited_for(
     at: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A name server, or a firewall that drops what it is sent, says nothing at all."""
+    """A name server, or a firewall that drops packets, gives no answer at all."""
     monkeypatch.setattr("ctclip.models.hub.PATIENCE", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         at(f"http://127.0.0.1:{silent.getsockname()[1]}")

@@ -50,7 +50,7 @@ def test_slices_of_other_kinds_stand_without_their_folder(kind: str, tmp_path: P
 
 
 def test_slices_are_encoded_as_transformers_does(tmp_path: Path) -> None:
-    """A pooler that was never trained stands between no weights: the classifier's ViT pools by the mean."""
+    """A pooler that was never trained has no weights: the classifier's ViT pools by the mean."""
     torch.manual_seed(0)
     model = VISION["vit that classifies"]().eval()
     model.save_pretrained(tmp_path)

@@ -52,7 +52,7 @@ def test_a_damaged_tokenizer_is_told_when_it_is_loaded(tmp_path: Path) -> None:
     path.write_text(json.dumps(whole | {"model_max_length": [None]}))
     with pytest.raises(CheckpointError, match="tokenizer: no tokenizer could be loaded"):
         load_model(tmp_path / "model")
-    # A token that the encoder has no vector for would end in an index error at the first text that holds it.
+    # A token without a vector in the encoder would cause an index error at the first text that contains it.
     path.write_text(json.dumps(whole | {"sep_token": "another"}))
     with pytest.raises(CheckpointError, match=r"text_config\.json: knows \d+ tokens, but the tokenizer beside it"):
         load_model(tmp_path / "model")
@@ -83,7 +83,7 @@ def test_a_tokenizer_whose_library_is_missing_is_named(bert: Path) -> None:
 
 
 def test_reports_longer_than_the_positions_are_cut_where_they_end(tmp_path: Path) -> None:
-    """RoBERTa's family counts positions from 2: 42 of them hold 40 tokens."""
+    """RoBERTa's family counts positions from 2: 42 positions hold 40 tokens."""
     for name in ("roberta", "longformer"):
         text = encoder(family_folder(name, tmp_path / name))
         assert text.bert.config.max_position_embeddings == 42

@@ -133,7 +133,7 @@ def test_a_pooler_may_be_missing_and_one_of_an_older_folder_is_left_out(bert: Pa
     save_file({name: value for name, value in state.items() if name not in pooler}, weights, {"format": "pt"})
     text = encoder(bert)
     assert torch.equal(text(**text.tokenise(TEXTS)), expected(**expected.tokenise(TEXTS)))
-    # Model folders of earlier versions hold it.
+    # Model folders of earlier versions contain it.
     model = dual_encoder(bert)
     save_model(tmp_path / "model", model, LABELS)
     weights = tmp_path / "model" / "model.safetensors"
@@ -152,7 +152,7 @@ def test_a_damaged_file_of_a_model_folder_is_named(
     if content is not None:
         path.write_bytes(content)
     elif file.endswith("tokenizer_config.json"):
-        # All that is needed is in tokenizer.json, too.
+        # tokenizer.json contains everything that is needed, too.
         assert load_model(tmp_path / "model").model.encode_text(TEXTS).isfinite().all()
         return
     with pytest.raises(CheckpointError, match=str(path.parent if content is None else path)) as error:

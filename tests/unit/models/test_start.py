@@ -40,7 +40,7 @@ CONFIGS: dict[str, Any] = {
     "resnet3d": ResNet3DConfig(width_factor=0.125),
     "slices": SlicesConfig(aggregator="transformer", heads=2),
 }  # fmt: skip
-# The named layers that a learning run counts, the embedding with the first.
+# The named layers that a training run counts, the embedding with the first.
 LAYERS = {"vit3d": 4, "vit3d, convolutions": 3, "ctvit": 4, "resnet3d": 9, "slices": 1}
 every = pytest.mark.parametrize("name", list(CONFIGS))
 
@@ -86,7 +86,7 @@ def test_one_side_leaves_the_other_as_it_was(side: str, other: str) -> None:
 
 
 def test_what_does_not_fit_begins_at_random_and_is_said() -> None:
-    """Another depth and another embedding of patches: the rest is taken."""
+    """Another depth and another embedding of patches: all other weights are copied."""
     source = dual(seed=1)
     model = dual(seed=2, patch=(2, 4, 4), depth=4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -121,7 +121,7 @@ def test_a_side_of_which_nothing_fits_is_refused() -> None:
 
 @every
 def test_adapters_change_nothing_at_first_and_they_alone_learn(name: str, vision: Path) -> None:
-    """Weights of a plain model go beneath them."""
+    """Weights of a plain model are loaded into the base layers."""
     source = dual(name, vision, seed=1)
     model = dual(name, vision, seed=2, tuning="lora", lora_rank=2)
     result = take_weights(model, source.state_dict(), "both", "there")
@@ -149,7 +149,8 @@ def test_adapters_change_nothing_at_first_and_they_alone_learn(name: str, vision
 
 @pytest.mark.parametrize("projection", ["linear", "mlp"])
 def test_the_projection_may_have_adapters_too(projection: str, tmp_path: Path) -> None:
-    """They change nothing at first, learn alone, are kept with the model, and merge into the weights."""
+    """They change nothing at first, are the only weights that learn, are saved with the model, and merge into the
+    weights."""
     adapted_too = VIT.model_copy(update={"tuning": "lora", "lora_rank": 2, "lora_projection": True})
     source = dual_encoder(VIT, SPEC, TEXT, 1, standardise=True, projection=projection)
     model = dual_encoder(adapted_too, SPEC, TEXT, 2, standardise=True, projection=projection)
@@ -175,7 +176,7 @@ def test_the_projection_may_have_adapters_too(projection: str, tmp_path: Path) -
 
 @every
 def test_a_model_with_adapters_is_taken_with_what_they_learned(name: str, vision: Path) -> None:
-    """Merged into the weights, on both sides; a model that has adapters of its own gets new ones beside them."""
+    """Merged into the weights, on both sides; a model that already has adapters gets additional new ones."""
     source = dual(name, vision, seed=1, tuning="lora", lora_rank=2).eval()
     source.text_encoder.bert = with_lora(source.text_encoder.bert, TEXT.model_copy(update={"lora_rank": 2}))
     torch.manual_seed(3)
@@ -264,7 +265,7 @@ def test_layers_that_there_are_not_are_named(name: str, vision: Path) -> None:
 
 
 def test_rates_fall_by_a_factor_from_layer_to_layer() -> None:
-    """A volume encoder of four layers, a text encoder of two, and what lies after both."""
+    """A volume encoder of four layers, a text encoder of two, and the parameters after both."""
     model = dual()
     step = TrainingStep(Context(model), objective_configs({"clip": 1}))
     config = TrainingConfig(learning_rate=1e-3, text_learning_rate=1e-4, layer_decay=0.5)

@@ -18,7 +18,7 @@ TUNINGS = ("full", "frozen", "lora")
 
 @pytest.fixture(scope="module")
 def table() -> object:
-    """One line a round trip, printed at the end (``-s``)."""
+    """One line per round trip, printed at the end (``-s``)."""
     lines: list[tuple[str, str, str, str]] = []
     yield lines
     print(f"\n{'family':16} {'pooling':10} {'tuning':8} largest difference")

@@ -53,13 +53,14 @@ def build(name: str, folder: Path) -> VolumeEncoder:
 
 
 def changed_most(one: Encoded, other: Encoded) -> np.ndarray:
-    """(B, 3) index in the grid of the token that differs most."""
+    """(B, 3) index in the grid of the token that changes most."""
     change = (one.tokens - other.tokens).norm(dim=2)
     return np.stack(np.unravel_index(change.argmax(dim=1).numpy(), one.grid), axis=1)
 
 
 def points(name: str, count: int = 8) -> np.ndarray:
-    """(count, 3) voxels evenly over all but the outermost half token, along each axis in another order."""
+    """(count, 3) voxels, evenly distributed over all but the outermost half token, along each axis in a different
+    order."""
     _, spec, size = CASES[name]
     random = np.random.default_rng(3)
     places = [
@@ -77,7 +78,7 @@ def test_a_bright_point_changes_the_token_beside_it_most(name: str, tmp_path: Pa
     voxels = points(name)
     bright = empty.repeat(len(voxels), 1, 1, 1, 1)
     for volume, (z, y, x) in zip(bright[:, 0], voxels, strict=True):
-        # A 2-D model that takes every third slice sees a point that is as thick as its step.
+        # A 2-D model that takes every third slice detects a point whose thickness is its step.
         depth = 1 if name == "slices" else 0
         volume[max(0, z - depth) : z + depth + 1, y : y + 2, x : x + 2] = 1.0
     with torch.no_grad():
@@ -90,7 +91,7 @@ def test_a_bright_point_changes_the_token_beside_it_most(name: str, tmp_path: Pa
     away = (centres - true) / (np.array(size) * steps)
     axes = slice(0, 1) if name == "slices" else slice(None)
     assert np.abs(away[:, axes]).max() <= 1, "in tokens"
-    # An affine half a token off would still pass; over points of all places in a token it would show.
+    # An affine half a token off would still pass for one point; with points at all positions within a token it fails.
     assert np.abs(away[:, axes].mean(axis=0)).max() < 0.35
 
 
@@ -98,13 +99,13 @@ def test_slices_lie_in_the_middle_of_their_plane(tmp_path: Path) -> None:
     encoder = build("slices", tmp_path)
     _, spec, _ = CASES["slices"]
     encoded = encoder(torch.zeros(1, 1, *spec.shape))
-    # 23 slices, each third from the first on: 0, 3 ... 21.
+    # 23 slices, every third one from the first: 0, 3 ... 21.
     assert encoded.grid == (8, 1, 1)
     assert (encoded.affine @ [0, 0, 0, 1]).tolist() == pytest.approx([0, 7.5 * 0.8, 11.5 * 1.7, 1])
     assert (encoded.affine @ [7, 0, 0, 1])[0] == pytest.approx(21 * 3.0)
 
 
-# Columns of the scan's array run to the left, down and to the front, turned by some degrees, far from the origin.
+# Columns of the scan's array run to the left, inferior and anterior, rotated by some degrees, far from the origin.
 TURN = np.array([[np.cos(0.15), -np.sin(0.15), 0], [np.sin(0.15), np.cos(0.15), 0], [0, 0, 1]])
 AXES = np.array([[-1.1, 0, 0], [0, 0, -0.9], [0, 2.2, 0]]).T
 
@@ -112,8 +113,8 @@ AXES = np.array([[-1.1, 0, 0], [0, 0, -0.9], [0, 2.2, 0]]).T
 @pytest.mark.parametrize("name", ["vit3d", "vit3d, turned", "vit3d, convolutions", "ctvit, turned", "resnet3d"])
 @pytest.mark.parametrize("turned", [False, True])
 def test_tokens_lie_in_the_space_of_the_scan(name: str, turned: bool, tmp_path: Path) -> None:
-    """A ball at a known place in millimetres, as nibabel writes it: in the scan's own space the token that it changes
-    most lies beside it."""
+    """A ball at a known position in millimetres, as nibabel writes it: in the scan's own space, the token that it
+    changes most is next to it."""
     _, spec, size = CASES[name]
     encoder = build(name, tmp_path)
     shape = (70, 80, 45)
@@ -122,7 +123,7 @@ def test_tokens_lie_in_the_space_of_the_scan(name: str, turned: bool, tmp_path: 
     affine[:3, :3] = axes
     affine[:3, 3] = (40.0, -170.0, 310.0) - axes @ ((np.array(shape) - 1) / 2)
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
-    # A body in air, with noise: what is read as Hounsfield units.
+    # A body in air, with noise, so that it is read as Hounsfield units.
     body = (((index / np.array(shape) - 0.5) * 2.2) ** 2).sum(axis=-1) < 1
     tissue = np.where(body, 30, -1000) + np.random.default_rng(0).normal(0, 15, shape)
     world = index @ affine[:3, :3].T + affine[:3, 3]
@@ -139,7 +140,7 @@ def test_tokens_lie_in_the_space_of_the_scan(name: str, turned: bool, tmp_path: 
             empty, bright = (encoder(torch.from_numpy(one.voxels)[None, None]) for one in prepared)
         token = changed_most(bright, empty)[0]
         place = (prepared[1].token_affine(bright.affine) @ [*token, 1])[:3]
-        # Prepared volumes lie along left, posterior, superior, or nearly so: [slice, ...] is z.
+        # The axes of prepared volumes are left, posterior, superior, or nearly so: [slice, ...] is z.
         away = np.abs(place - ball * [-1, -1, 1])
         in_plane = extent[1:] if spec.published_geometry else extent[:0:-1]
         assert (away <= np.array([*in_plane, extent[0]]) * 1.2).all(), (away, extent)

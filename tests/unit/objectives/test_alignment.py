@@ -38,7 +38,7 @@ def test_the_loss_is_that_of_loops(pool: str) -> None:
             else:
                 drawn = (similar / 0.25).softmax(0) @ unit[volume]
                 scores.append(float(F.cosine_similarity(drawn, words[kind], dim=0)) / 0.1)
-        # Volumes 0 and 2 both say wording 0: neither is the other's negative.
+        # Volumes 0 and 2 both have wording 0: neither is a negative of the other.
         against = [v for v in range(3) if v == own or not (kind == 0 and v in (0, 2))]
         total -= scores[own] - math.log(sum(math.exp(scores[v]) for v in against))
     assert float(alignment(cells, vectors, kinds, owner, None, config)) == pytest.approx(total / 4, rel=1e-4)
@@ -55,8 +55,8 @@ def test_tokens_that_are_not_real_are_never_chosen() -> None:
 
 
 def test_it_learns_which_place_a_sentence_speaks_of() -> None:
-    """Each sentence's sign lies in one token of its volume, at another place each time: nobody says where, and after some
-    steps that token is the one most like the sentence, in volumes that were never seen."""
+    """The evidence for each sentence is in one token of its volume, at a different position each time. Positions are
+    not given; after some steps that token is the most similar one to the sentence, in volumes that were never seen."""
     config, random = AlignmentConfig(), torch.Generator().manual_seed(0)
     signs, vectors = numbers(4, 24), numbers(4, 16, seed=1)
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def test_it_learns_which_place_a_sentence_speaks_of() -> None:
 
 
 def test_sentences_of_reports() -> None:
-    """Ids between stops, without special tokens; those that say that something is absent are left out."""
+    """Ids between full stops, without special tokens; sentences that state absence are excluded."""
     model = dual_encoder()
     objective = Alignment(AlignmentConfig(), Context(model))
     words = model.text_encoder.tokenizer(REPORTS, padding=True, return_tensors="pt")

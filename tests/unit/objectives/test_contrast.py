@@ -103,7 +103,8 @@ def test_siglip_is_a_sum_of_sigmoids(by_identity: bool) -> None:
 
 @pytest.mark.parametrize("name", list(KINDS))
 def test_shares_of_rows_add_up_to_the_whole(name: str) -> None:
-    """What ranks compute, each its rows: the mean is the loss of the whole matrix, and so are the gradients."""
+    """Each rank computes its own rows: their mean is the loss of the whole matrix, and the same holds for the
+    gradients."""
     scans, wording = torch.tensor([0, 1, 0, 3, 4, 5]), torch.tensor([9, 8, 7, 8, 6, 5])
     given = {"earlier_texts": None} if name == "clip" else {}
     results = []
@@ -121,7 +122,7 @@ def test_shares_of_rows_add_up_to_the_whole(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(KINDS))
 def test_views_of_a_volume_are_contrasted_one_after_the_other(name: str) -> None:
-    """Two texts a volume, beside each other: the mean of what each gives alone."""
+    """Two texts per volume in one batch: the mean of the losses of each alone."""
     volumes, first, second = unit(5, 0), unit(5, 1), unit(5, 2)
     both = torch.stack([first, second], dim=1).flatten(0, 1)
     wording = torch.tensor([0, 9, 1, 8, 1, 7, 2, 6, 3, 9])
@@ -184,7 +185,7 @@ def test_a_batch_longer_than_the_queue_leaves_its_last_texts() -> None:
 
 
 def test_what_a_queue_gave_out_does_not_change_with_it() -> None:
-    """The backward pass of a step comes after its own texts have been appended."""
+    """The backward pass of a step follows after its own texts have been appended."""
     queue = TextQueue(4, 6)
     queue.append(unit(2, 0), torch.arange(2), torch.arange(2))
     earlier = queue.earlier()
@@ -196,7 +197,7 @@ def test_what_a_queue_gave_out_does_not_change_with_it() -> None:
 
 @pytest.mark.parametrize("rows", [EVERY, slice(2, 4)])
 def test_by_position_every_text_of_the_queue_is_a_negative(rows: slice) -> None:
-    """Of a queue that is partly filled, of the same scans and wordings as the batch, by a rank's rows."""
+    """A partly filled queue, with scans and wordings of the batch, by a rank's rows."""
     queue, earlier = TextQueue(5, 6), unit(3, 9)
     queue.append(earlier, torch.arange(3), torch.arange(3))
     volumes, texts = unit(4, 0), unit(4, 1)
@@ -209,7 +210,7 @@ def test_by_position_every_text_of_the_queue_is_a_negative(rows: slice) -> None:
 
 
 def test_a_queue_is_used_by_whom_it_was_set_for() -> None:
-    """The queue of another objective is offered to all."""
+    """The queue of one objective is available to all objectives."""
     queue = TextQueue(3, 6)
     queue.append(unit(3, 9), torch.tensor([7, 8, 9]), torch.tensor([7, 8, 9]))
     given = features(unit(4, 0), unit(4, 1))
@@ -223,7 +224,7 @@ def test_a_queue_is_used_by_whom_it_was_set_for() -> None:
 
 
 def test_what_is_set_by_itself() -> None:
-    """Identity counts unless told otherwise; a group has two volumes at least."""
+    """Identity counts by default; a group has at least two volumes."""
     given = features(unit(3, 4), unit(3, 5), torch.tensor([0, 1, 0]))
     for name in ("clip", "siglip"):
         more = {"earlier_texts": None} if name == "clip" else {}

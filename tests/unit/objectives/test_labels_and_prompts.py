@@ -45,7 +45,7 @@ def test_one_known_label_counts_whole() -> None:
 
 @pytest.mark.parametrize("views", [1, 2])
 def test_labels_are_read_off_both_embeddings(views: int) -> None:
-    """The mean of scikit-learn's cross-entropy of volumes and of texts, of which each has the labels of its volume."""
+    """The mean of scikit-learn's cross-entropy for volumes and for texts, each with the labels of its volume."""
     torch.manual_seed(0)
     objective = Labels(objective_configs({"labels": 1.0})["labels"], Context(dual_encoder(), LABELS))
     labels = torch.tensor([[1, 0, torch.nan, 1], [0, 0, 1, 1], [1, 1, 0, torch.nan]])
@@ -78,7 +78,7 @@ def test_the_loss_is_that_of_the_prompt_head(locked: bool) -> None:
     before = model.similarity.text_standard.running_mean.clone()
     encoded = step(part)
     loss, parts = step(None, pairs, (encoded.volumes, encoded.texts))
-    # Statistics of the reports go on, those of the prompts are no part of them.
+    # Statistics of the reports are still updated; those of the prompts are not included.
     statistics = model.similarity.text_standard.running_mean.clone()
     expected = before if locked else 0.9 * before + 0.1 * encoded.texts.mean(dim=0)
     torch.testing.assert_close(statistics, expected)

@@ -58,7 +58,7 @@ def test_words_alone_are_hidden_as_often_as_bert_does() -> None:
 
 
 def test_words_are_hidden_as_the_library_hides_them() -> None:
-    """Transformers' collator, which may hide nothing in a short text: the shares are its, of long ones."""
+    """Transformers' collator may hide no word of a short text: the shares are compared on long texts."""
     tokenizer = train_tokenizer(REPORTS * 20, 200)
     known = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
     ids = torch.tensor(known)[torch.randint(len(known), (400, 200), generator=torch.Generator().manual_seed(0))]
@@ -83,7 +83,7 @@ def test_a_short_text_has_one_word_hidden() -> None:
 
 
 def test_of_the_hidden_words_one_in_ten_is_another_and_one_in_ten_is_kept() -> None:
-    """Devlin et al. 2019, section 3.1; the other word is any of the vocabulary, itself included."""
+    """Devlin et al. 2019, section 3.1; the other word is any word of the vocabulary, including the same one."""
     ids = torch.full((500, 200), 9)
     torch.manual_seed(1)
     shown, target = hide(ids, torch.ones_like(ids), blank=4, special=[0, 1, 2, 3, 4], vocabulary=20)
@@ -112,7 +112,7 @@ def test_a_text_without_words_has_none_hidden() -> None:
 
 
 def test_the_decoder_of_masked_words_has_two_layers() -> None:
-    """Of checkpoints, too: of another size a run could not be resumed."""
+    """Also for checkpoints: a run with another size could not be resumed."""
     objective = MaskedWords(objective_configs({"mlm": 1.0})["mlm"], Context(dual_encoder()))
     names = objective.state_dict()
     assert {name.split(".")[4] for name in names if name.startswith("decoder.language.transformer.h.")} == {"0", "1"}
@@ -120,7 +120,7 @@ def test_the_decoder_of_masked_words_has_two_layers() -> None:
 
 
 def test_masked_words_are_scored_alone() -> None:
-    """The mean over hidden words of what is written by the decoder, which is shown the rest."""
+    """The mean loss of the decoder over hidden words, given the other words."""
     ids = torch.randint(5, 20, (6, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[::2, 8:] = 0
@@ -176,7 +176,7 @@ def test_padding_of_words_and_dropped_tokens_change_nothing() -> None:
 
 
 def test_what_the_decoder_generates_is_what_it_finds_likeliest() -> None:
-    """Transformers' own greedy search with its cache, against a word at a time through ``forward``; one token dropped."""
+    """Transformers' greedy search with its cache, compared with ``forward`` one word at a time; one token dropped."""
     torch.manual_seed(0)
     decoder = WordDecoder(30, 8, 16).eval()
     for parameter in decoder.parameters():

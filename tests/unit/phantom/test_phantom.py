@@ -45,7 +45,8 @@ def test_prevalence_and_co_occurrence_are_the_tables() -> None:
 
 
 def test_a_seed_draws_the_same_abnormalities_whatever_the_processor(monkeypatch) -> None:
-    """LAPACK's eigenvectors have either sign, and of equal values any rotation; both differ between processors."""
+    """LAPACK's eigenvectors have either sign and, for equal eigenvalues, any rotation; both differ between
+    processors."""
     usual, random = np.linalg.eigh, np.random.default_rng(1)
 
     def elsewhere(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,7 +64,7 @@ def test_a_seed_draws_the_same_abnormalities_whatever_the_processor(monkeypatch)
 
 
 def test_habitus_tells_no_abnormality() -> None:
-    """Drawn from one stream they would: a classifier of body size would find lymph nodes."""
+    """They would if both were drawn from one stream: a classifier of body size would find lymph nodes."""
     cases = [draw_case(0, number, 0, 0.15)[:2] for number in range(3000)]
     habitus = np.array([[*dataclasses.astuple(patient)[1:]] for patient, _ in cases], dtype=float)
     women = np.array([patient.sex == "F" for patient, _ in cases], dtype=float)
@@ -193,6 +194,6 @@ def _inside(scan, name: str) -> np.ndarray:
 def _about(sentence: str, finding: str, kind: int) -> bool:
     """Whether a sentence is one of a finding's phrasings: 0 positive, 2 negative."""
     if kind == 0 and _about(sentence, finding, 2):
-        return False  # "not" fits where a severity stands
+        return False  # "not" stands in the position of a severity
     patterns = [re.sub(r"\\{\w+\\}", ".+", re.escape(template)) for template in language.PHRASES[finding][kind]]
     return any(re.fullmatch(pattern, sentence, re.IGNORECASE) for pattern in patterns)

@@ -21,7 +21,7 @@ NAMES = ("Medical material", "Lung nodule", "Emphysema")
 
 
 class Words:
-    """Embeds a text by the words it has, negated or not."""
+    """Embed a text by its words, negated or not."""
 
     def encode_text(self, texts: list[str]) -> torch.Tensor:
         return torch.tensor([

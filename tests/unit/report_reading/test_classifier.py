@@ -61,7 +61,7 @@ def test_outputs_are_found_by_name_and_alias_in_any_order(tmp_path: Path) -> Non
 
 
 class RadBertClassifier(nn.Module):
-    """As CT-CLIP's text_classifier describes its module: a body, and a linear map of its pooled output."""
+    """The module of CT-CLIP's text_classifier: a body, and a linear map of its pooled output."""
 
     def __init__(self, config: RobertaConfig, outputs: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def published_folder(path: Path, outputs: int = 2) -> tuple[Path, RadBertClassif
         nn.init.normal_(weights, std=0.6)
     config.save_pretrained(path)
     words.save_pretrained(path)
-    # As it was saved: under DataParallel or not, with the buffer of older versions.
+    # As saved, with or without DataParallel, with the buffer of older versions.
     state = {f"module.{key}": value for key, value in module.state_dict().items()}
     state["module.model.embeddings.position_ids"] = torch.arange(40)[None]
     torch.save(state, path / "RadBertClassifier.pth")
@@ -101,7 +101,7 @@ def test_the_published_checkpoint_gives_its_own_probabilities(tmp_path: Path) ->
 def test_a_report_of_5000_words_is_read_in_parts_and_the_highest_counts(tmp_path: Path) -> None:
     folder, _ = published_folder(tmp_path / "radbert")
     reader = ClassifierReader.build(LABELS, Options(model=folder, batch=64))
-    # Places 0 and 1 are RoBERTa's own.
+    # Positions 0 and 1 are reserved by RoBERTa.
     assert reader.longest == 38
     sentences = ["A nodule is seen in the left lung.", "No pleural effusion is observed.", "Lungs are large."]
     text = " ".join(sentences * 400)

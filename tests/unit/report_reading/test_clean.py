@@ -70,7 +70,7 @@ def test_a_finding_with_its_side_lobe_size_and_certainty(sentence: str) -> None:
     (clean,) = CLEANER.clean(sentence)
     got = [(f.label, f.status.value, f.side, f.lobe, f.size_mm) for f in clean.findings]
     if sentence.startswith("Nodule of 1.2"):
-        # What stands behind the comma is read with it: nothing else there could own it.
+        # The words after the comma belong to it: nothing else there could own them.
         assert got == [("Lung nodule", "present", "left", "lower", 12.0)]
     else:
         assert got == FINDINGS[sentence]

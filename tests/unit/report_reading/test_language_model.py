@@ -33,7 +33,7 @@ def schema_holds(answer: dict[str, dict[str, object]], sentences: int) -> bool:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_any_scores_write_valid_json(seed: int) -> None:
-    """Random scores, and scores that want nonsense: what is written is an answer of the schema, and ends."""
+    """Random scores, and scores that favour nonsense: the output is always an answer of the schema, and ends."""
     words = tokenizer(size=280 + 40 * (seed % 6))
     vocabulary, choices = Vocabulary(words), object_of(FIELDS)
     random = torch.Generator().manual_seed(seed)
@@ -110,7 +110,7 @@ def test_answers_are_kept_and_a_run_resumes(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         reader.read(TEXTS)
     (kept,) = (tmp_path / "answers").iterdir()
-    # Killed in the middle of a line.
+    # Killed in the middle of writing a line.
     kept.write_text(kept.read_text() + '{"text": "cut o')
     again = LanguageModelReader.build(LABELS, options)
     resumed: list[str] = []

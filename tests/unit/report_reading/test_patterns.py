@@ -9,7 +9,7 @@ from ctclip.report_reading.patterns import GAP, NEAR, Phrases, tokens_of
 
 
 def spans(phrase: str, sentence: str) -> list[str]:
-    """What ``phrase`` covers in ``sentence``, each a string of words."""
+    """The part of ``sentence`` that ``phrase`` covers, each a string of words."""
     tokens = tokens_of(sentence)
     return [" ".join(tokens[match.start : match.end]) for match in Phrases([("key", phrase)]).find(tokens)]
 

@@ -59,7 +59,7 @@ def test_the_answer_is_the_one_whose_prompts_are_nearest() -> None:
 
 
 def test_a_finding_on_the_other_side_is_denied() -> None:
-    """A volume that is as like "on the left" as can be: yes to the left, no to the right, yes to both alike."""
+    """A volume with the highest similarity to "on the left": yes for left, no for right, yes for both."""
     model = dual_encoder()
     respondent = Respondent(model, PromptHead(model, load_prompts("report_style")), QUESTIONER)
     shares = {"left": 0.7, "right": 0.1, "both": 0.2}

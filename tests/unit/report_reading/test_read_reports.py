@@ -242,7 +242,7 @@ def test_labels_of_another_run_are_not_replaced_unasked(tmp_path: Path, capsys: 
 
 
 def test_two_readings_are_compared_label_by_label(tmp_path: Path) -> None:
-    """Against figures worked out by hand: 4 reports; of nodules both say 1,1,0,0 and 1,0,0,0."""
+    """Compared with figures computed by hand: 4 reports; for nodules the two readers state 1,1,0,0 and 1,0,0,0."""
     texts = ["A nodule is seen.", "There is a nodule.", "No nodule is seen.", "The lungs are clear."]
     source = table(tmp_path / "r.csv", [{"volume": f"v{i}", "text": text} for i, text in enumerate(texts)])
     theirs = pd.DataFrame(
@@ -267,7 +267,7 @@ def test_two_readings_are_compared_label_by_label(tmp_path: Path) -> None:
 
 
 def test_labels_that_were_read_label_a_cohort(tmp_path: Path) -> None:
-    """In CT-RATE's layout, and as a table of paths: the labels are found, and who read them is kept."""
+    """In CT-RATE's layout, and as a table of paths: the labels are found, and the reader is recorded."""
     texts = ("Emphysema.", "A nodule is seen.")
     empty = {"ClinicalInformation_EN": "", "Technique_EN": "", "Impressions_EN": ""}
     rows = [{"VolumeName": f"train_{i}_a_1.nii.gz", "Findings_EN": text, **empty} for i, text in enumerate(texts)]

@@ -24,7 +24,7 @@ REDUCER = Reducer(CLEANER)
         ("The bronchi of the left lung are dilated.", "The bronchi are dilated."),
         ("No nodule is seen in either lung; consolidation in the left lower lobe.", "No nodule is seen in either lung; consolidation."),
         ("Cardiomegaly is present.", "Cardiomegaly is present."),
-        # The place is what the sentence is about.
+        # The location is the subject of the sentence.
         ("The left lower lobe shows a consolidation.", None),
         ("Bands of atelectasis cross both lower lobes.", None),
     ],
@@ -47,7 +47,7 @@ def test_sides(text: str, without: str | None) -> None:
         ("Nodule, 11 mm.", "Nodule."),
         ("Enlarged lymph nodes up to 17 mm are seen.", "Enlarged lymph nodes are seen."),
         ("There is a nodule in segment 6.", "There is a nodule in segment 6."),
-        # The size is what the sentence is about.
+        # The size is the subject of the sentence.
         ("Several lymph nodes exceed 10 mm in short axis.", None),
     ],
 )

@@ -20,7 +20,7 @@ TEMPLATE = (
 
 
 def tokenizer(template: str | None = TEMPLATE, size: int = 500, roberta: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer, as GPT-2's, RoBERTa's and Llama 3's are."""
+    """A byte-level tokenizer like those of GPT-2, RoBERTa and Llama 3."""
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(WORDS * 20, vocab_size=size, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     wrapped = PreTrainedTokenizerFast(

@@ -1,4 +1,4 @@
-"""The service without a model: what is kept, for how long, and the handling of errors."""
+"""The service without a model: which scans are kept and for how long, and the handling of errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stored volume is shown, and its findings are located, with its axes where the scan's axes were."""
+"""A stored volume is shown, and its findings are located, with its axes in the directions of the scan's axes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_stored_volume_is_where_the_file_has_it(tmp_path: Path, published: boo
     again = stored(store, "scan")
     write_view(again.scan.array, again.scan.affine, tmp_path / "view.nii.gz")
     view, source = nib.load(tmp_path / "view.nii.gz"), nib.load(tmp_path / "scan.nii.gz")
-    # mm about the middle of the view, taken to the file's space about the file's middle.
+    # mm from the middle of the view, converted to the file's space relative to the file's middle.
     points = np.stack(np.meshgrid(*map(np.arange, view.shape), indexing="ij"), -1).reshape(-1, 3)
     mm = nib.affines.apply_affine(view.affine, points)
     np.testing.assert_allclose(mm.mean(axis=0), 0, atol=1e-4)
@@ -39,7 +39,7 @@ def test_a_stored_volume_is_where_the_file_has_it(tmp_path: Path, published: boo
     there = nib.affines.apply_affine(np.linalg.inv(source.affine), mm + middle)
     expected = map_coordinates(source.get_fdata(), there.T, order=1, mode="nearest")
     assert np.corrcoef(view.get_fdata().ravel(), expected)[0, 1] > 0.98
-    # The grid of the model's voxels and that of the scan are the same points.
+    # The grid of the model's voxels and that of the scan consist of the same points.
     np.testing.assert_allclose(again.affine[:3, 3], again.scan.affine[:3, 3])
     moved = np.diff(np.stack([prepared.affine[:3, :3], again.affine[:3, :3]]), axis=0)
     np.testing.assert_allclose(moved, 0, atol=1e-6 if not published else 0.2)

@@ -28,5 +28,5 @@ def test_weights_do_not_depend_on_what_a_stopped_run_left(tmp_path: Path) -> Non
     first, again = built(False).state_dict(), built(False).state_dict()
     assert (tmp_path / "architecture" / "config.yaml").is_file()
     assert all(torch.equal(first[name], again[name]) for name in first)
-    # From a checkpoint, the run folder alone says what is built.
+    # When it continues from a checkpoint, only the run folder determines what is built.
     assert built(True).state_dict().keys() == first.keys()

@@ -1,4 +1,4 @@
-"""A resumed run knows its training data, and counts them."""
+"""A resumed run recognises its training data and counts them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ctclip.training.cohort import FILE, open_cohort
 
 
 def data(reports: dict[str, str], labels: list[list[float]] | None = None) -> Any:
-    """Stands for StoredVolumes: two volumes a patient."""
+    """A substitute for StoredVolumes: two volumes per patient."""
     table = pd.DataFrame({"volume": list(reports), "patient": [f"p{number // 2}" for number in range(len(reports))]})
     return SimpleNamespace(
         table=table, reports=[Report({"findings": text}) for text in reports.values()],
@@ -43,7 +43,7 @@ def test_other_data_are_refused_unless_forced(reports: dict[str, str], said: str
         open_cohort(tmp_path, data(reports), learned=True)
     assert "\n" not in str(refused.value)
     assert (tmp_path / FILE).read_text() == kept
-    # What was seen before still counts; what was accepted once is not asked about again.
+    # Patients seen earlier still count; a change that was accepted once is not reported again.
     assert len(open_cohort(tmp_path, data(reports), learned=True, force=True).seen) == len({*FIRST, *reports})
     assert len(open_cohort(tmp_path, data(reports), learned=True).seen) == len({*FIRST, *reports})
 

@@ -62,7 +62,7 @@ distributed.leave(0)
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[float]]]:
-    """Of three steps at stages 0 and 1, the second on a volume with a voxel that is not a number."""
+    """Three steps at stages 0 and 1, the second on a volume with a voxel that is not a number."""
     path = tmp_path_factory.mktemp("engine") / "said.json"
     done = subprocess.run(
         [sys.executable, "-c", WORKER, str(path)],

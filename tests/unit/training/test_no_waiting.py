@@ -1,5 +1,5 @@
-"""A step asks the device for nothing: it runs on parameters and volumes that have no values to give, only what comes from
-the reading processes (ids, which tokens hold body) is real."""
+"""A step reads nothing back from the device: it runs on parameters and volumes without values; only the output of the
+reading processes (ids, and which tokens contain body) is real."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from ctclip.training.records import MetricsLog, open_run
 
 
 def test_a_resumed_log_has_one_line_a_step_on_disk_and_in_tensorboard(tmp_path: Path) -> None:
-    """Killed after step 3, going on from a checkpoint before step 2; the last line was cut short."""
+    """Killed after step 3, and continued from a checkpoint before step 2; the last line was truncated."""
     log = MetricsLog(tmp_path, 0)
     for step in range(4):
         log.write(step, {"loss": 10.0 + step})

@@ -15,7 +15,8 @@ from tests.unit.small import REPORTS, dual_encoder
 
 @pytest.mark.parametrize("by_identity", [True, False])
 def test_by_position_all_but_the_own_report_are_negatives(by_identity: bool) -> None:
-    """Two volumes of one scan, one of them met before: against cross-entropy over the columns that are left."""
+    """Two volumes of one scan, one of which was in an earlier batch: compared with cross-entropy over the remaining
+    columns."""
     model = dual_encoder().train()
     objectives = objective_configs({"clip": {"queue": 4, "by_identity": by_identity}})
     step = TrainingStep(Context(model), objectives)
@@ -32,7 +33,7 @@ def test_by_position_all_but_the_own_report_are_negatives(by_identity: bool) -> 
             logits = (scale * other[columns] @ one[row]).double()
             rows.append(torch.logsumexp(logits, dim=0) - logits[columns.index(row)])
     assert float(loss.detach()) == pytest.approx(float(torch.stack(rows).sum() / 3 / 2), rel=1e-5)
-    # The batch's own texts are the earlier ones of the next step.
+    # The texts of this batch are the earlier texts of the next step.
     assert step.queue.scans.tolist() == [7, 7, 7, 8]
 
 
@@ -54,7 +55,7 @@ def test_one_objective_begins_at_once() -> None:
 
 
 def test_encoders_run_in_bfloat16_whatever_is_around_them() -> None:
-    """DeepSpeed calls the module with autocast switched off; losses are in float32 either way."""
+    """DeepSpeed calls the module with autocast switched off; losses are in float32 in both cases."""
     model = dual_encoder().train()
     step = TrainingStep(Context(model), objective_configs({"clip": 1}))
     part = Part(torch.rand(3, 1, 8, 8, 8) * 2 - 1, model.text_encoder.tokenise(REPORTS))

@@ -13,7 +13,7 @@ from ctclip.errors import TrainingError
 from ctclip.training.text_warmup import warm_up_text
 from tests.unit.small import REPORTS, dual_encoder
 
-# One section, as in cohorts whose table has a column of whole reports; an impression that all have in common.
+# One section, as in cohorts whose table has a column of whole reports; and an impression that is the same in all.
 UNMATCHED = {
     "one section": [Report({"findings": text}) for text in REPORTS],
     "no impression": [Report({"findings": text, "impression": ""}) for text in REPORTS],

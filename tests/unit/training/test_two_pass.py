@@ -32,7 +32,8 @@ LABELS = labels_of_columns("two", ["heart", "nodule"])
 
 
 class PlainDeepSpeed:
-    """Losses are divided by the accumulation steps unless it is told not to, and gradients averaged at the boundary."""
+    """Losses are divided by the accumulation steps unless this is switched off, and gradients are averaged at the
+    boundary."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, parts: int) -> None:
         self.module, self.optimizer, self.parts = model, optimizer, parts
@@ -69,7 +70,7 @@ class PlainDeepSpeed:
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What DeepSpeed was told."""
+    """The calls that DeepSpeed received."""
     told: dict[str, Any] = {}
 
     def initialize(model: nn.Module, model_parameters: list[dict[str, Any]], config: dict[str, Any]) -> Any:
@@ -109,7 +110,7 @@ def batch(of: Engine, views: int = 1) -> Batch:
 
 
 def with_one_graph(of: Engine, given: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Loss, its parts and the gradients, from all parts encoded in one graph."""
+    """Loss, its parts and the gradients, with all parts encoded in one graph."""
     step = copy.deepcopy(of.module).train()
     encoded = [step(part, progress=progress) for part in parts_of(given, of.parts)]
     features = torch.cat([one.volumes for one in encoded]), torch.cat([one.texts for one in encoded])
@@ -149,7 +150,7 @@ def test_two_passes_give_the_gradient_of_one(micro_batch, objectives, views, num
     if count == 1:
         assert (told.boundaries, told.passes) == ([True], [True])
     else:
-        # Features without a graph, the contrast, and each part again; gradients are averaged after the last.
+        # Features without a graph, then the contrast, then each part again; gradients are averaged after the last part.
         assert told.passes == [False] * count + [True] * (count + 1)
         assert told.boundaries == [False] * count + [True]
 
@@ -193,7 +194,7 @@ def test_the_next_step_starts_where_the_last_has_led() -> None:
         adam.step()
         adam.zero_grad()
         run.step(given, number, 3)
-    # Where a gradient is zero but for rounding, Adam makes steps of it.
+    # Where a gradient is zero except for rounding, Adam turns the rounding into steps.
     far = [
         (one - other).abs().max() > 1e-4 for one, other in zip(run.module.parameters(), step.parameters(), strict=True)
     ]
@@ -229,7 +230,8 @@ def test_at_higher_stages_deepspeed_says_the_norm(norm: Any, logged: float) -> N
 
 
 def test_random_numbers_are_those_of_the_step() -> None:
-    """Of the seed, the step and the rank: dropout in a resumed run is that of an unbroken one."""
+    """Random numbers depend on the seed, the step and the rank: dropout in a resumed run equals that in an
+    uninterrupted one."""
     seeds = []
     for seed, number in ((0, 1), (0, 1), (0, 2), (5, 1)):
         run = engine(seed=seed)
@@ -315,7 +317,7 @@ def test_at_stage_3_the_text_side_is_gathered(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm3d, GlobalBatchNorm3d, nn.Identity])
 def test_batch_norm_is_allowed_only_where_a_share_is_encoded_at_once(norm: type[nn.Module]) -> None:
-    """Its statistics are of the volumes beside each other."""
+    """Batch statistics depend on the volumes that are encoded together."""
     for micro_batch in (4, 2):
         config = Config.model_validate({"training": {"batch": 4, "micro_batch": micro_batch, "zero": {"stage": 0}}})
         step = TrainingStep(Context(dual_encoder()), config.objectives)
