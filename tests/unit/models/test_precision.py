@@ -171,7 +171,7 @@ def test_the_table_says_at_which_precision_it_was_scored(folder: Path, store: Pa
     assert main([*given, "--precision", "bf16"]) == 0
     table = pd.read_csv(store.parent / "p" / "predictions.csv")
     assert set(table["precision"]) == {"bf16"}
-    # A run with another precision is another run.
+    # Another precision counts as a different run.
     assert main([*given, "--precision", "fp32"]) == 2
     assert main([*given, "--precision", "fp32", "--force"]) == 0
     exact = pd.read_csv(store.parent / "p" / "predictions.csv")

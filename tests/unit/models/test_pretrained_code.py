@@ -135,8 +135,7 @@ def test_no_connection_and_no_such_name_are_told_apart(
 def test_a_model_on_the_hub_is_a_folder(
     bert: Path, tmp_path: Path, at: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also a name that begins with another user's home and, without a connection, a model that was downloaded
-    before."""
+    """Also if its name is that of a home folder (~) and, without a connection, if it was downloaded before."""
     save_model(tmp_path / "model", dual_encoder(bert).eval(), LABELS)
     expected = load_model(tmp_path / "model").model.encode_text(TEXTS)
     with hub("someone/model", tmp_path / "model") as (address, _):
