@@ -40,7 +40,7 @@ BLOCK = re.compile(r'^(?:<!-- needs: (?P<needs>[^>]+?) -->\n)?```(?P<kind>\w+)(?
 NEEDS = {"CT-RATE", "GPU", "Slurm", "checkpoint", "network", "pip", "time"}
 # Settings that make the commands smaller and faster.
 SMALLER = {"train": [*TINY, "training.epochs=1"], "evaluate": ["--bootstrap", "20"]}
-SHELL = {"source", "pip", "python", "hf", "curl"}
+SHELL = {"source", "pip", "python", "hf", "curl", "docker", "apptainer"}
 
 
 @dataclass(frozen=True)

@@ -380,7 +380,7 @@ def test_a_table_of_another_run_is_not_overwritten(
         assert typed(command, "--model", model, *arguments) == 0
         assert typed(command, "--model", model, *arguments) == 0, "the same run may be repeated"
         before = table.read_bytes()
-        assert "of another run" in refused([command, "--model", other, *arguments], tmp_path, capsys)
+        assert "another run" in refused([command, "--model", other, *arguments], tmp_path, capsys)
         assert table.read_bytes() == before
         assert typed(command, "--model", other, *arguments, "--force") == 0
         if command != "index":

@@ -106,7 +106,7 @@ def test_a_locator_of_another_model_and_none_are_one_line() -> None:
     model, head = known_model(KNOWN)
     volume = torch.zeros(1, 1, *KNOWN.shape)
     other = Locator([5], model.config.dim, features=8)
-    with pytest.raises(ExplanationError, match="of another model"):
+    with pytest.raises(ExplanationError, match="belongs to another model"):
         method("learned").maps(Subject(model, head, [0], volume, locator=other))
     with pytest.raises(ExplanationError, match="ctclip adapt --method locate"):
         method("learned").maps(Subject(model, head, [0], volume))

@@ -103,5 +103,5 @@ def test_an_objective_on_labels_without_labels_is_explained() -> None:
         with pytest.raises(ConfigError, match=rf"objectives\.{name}: .*labels="):
             TrainingStep(Context(dual_encoder()), objective_configs({name: 1}))
     step = TrainingStep(Context(dual_encoder(), LABELS), objective_configs({"labels": 1}))
-    with pytest.raises(ConfigError, match="asks for 'labels'"):
+    with pytest.raises(ConfigError, match="needs 'labels'"):
         step(None, Pairs(torch.arange(2), torch.arange(2), {}), (torch.rand(2, 12), torch.rand(2, 12)))
