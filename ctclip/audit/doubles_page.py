@@ -62,10 +62,11 @@ def _write_page(path: Path, store: VolumeStore, doubles: Doubles) -> None:
             figures.append((caption + ", slices reversed" * bool(pair.reversed), png))
         sections: list[dict[str, Any]] = [
             {
-                "title": "Copies", "figures": figures, "beside": True,
+                "title": "Possible copies", "figures": figures, "beside": True,
                 "words": "Pairs of volumes from different scans whose fingerprints correlate, despite differences in "
-                         "spacing, noise, cropping or slice order. The middle coronal and axial slices of each pair "
-                         "are shown.",
+                         "spacing, noise, cropping or slice order, the likeliest first. Copies have a correlation of "
+                         "0.85 or more; scans of similar patients, and phantoms, which share their anatomy, can reach "
+                         "0.90, so compare the slices shown: the middle coronal and axial slice of each volume.",
                 "table": _table(pairs) if len(pairs) else None,
             },
             {
@@ -75,7 +76,7 @@ def _write_page(path: Path, store: VolumeStore, doubles: Doubles) -> None:
             },
         ]  # fmt: skip
         headline = [
-            (f"{len(pairs):,}", "pairs of copies"), (f"{across:,}", "pairs across splits"),
+            (f"{len(pairs):,}", "possible copies"), (f"{across:,}", "pairs across splits"),
             (f"{names:,}", "under two patients"), (f"{len(reports):,}", "reports that recur"),
         ]  # fmt: skip
         subtitle = f"{doubles.volumes:,} volumes of {store.path.name}; {doubles.compared:,} pairs compared closely"

@@ -57,7 +57,7 @@ def doubles(
         print(f"{pair.first} and {pair.second}: {pair[9]}, correlation {pair.correlation:.2f}")
     if len(pairs) > 10:
         print(f"... and {len(pairs) - 10} more")
-    print(f"{len(pairs)} pairs of copies among {result.volumes} volumes; {len(result.reports)} reports recur")
+    print(f"{len(pairs)} possible copies among {result.volumes} volumes; {len(result.reports)} reports recur")
     print(f"tables and page: {output} ({', '.join(TABLES)})")
 
 
