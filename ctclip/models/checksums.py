@@ -13,6 +13,8 @@ from ctclip.preprocessing.errors import printable
 from ctclip.preprocessing.files import regular, text_of, write_text
 
 FILE = "SHA256SUMS"
+# Bytes of the largest file of checksums that is read.
+LARGEST = 2**20
 
 
 def sha256(path: Path) -> str:
@@ -34,12 +36,15 @@ def checked_sha256(path: Path) -> str:
     sums = path.with_name(FILE)
     try:
         own = sha256(regular(path))
+        if sums.exists() and sums.stat().st_size > LARGEST:
+            raise CheckpointError(f"{sums}: too large for a list of checksums; copy the folder again")
         lines = text_of(sums).splitlines() if sums.exists() else []
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path.parent}: {printable(str(error))[:200]}; copy the folder again") from error
     for line in lines:
-        expected, _, name = line.partition("  ")
-        if name == path.name and expected != own:
+        expected, _, name = line.partition(" ")
+        # As other programs write it: `sha256sum -b` puts an asterisk before a name, and `find` a dot and a slash.
+        if name.lstrip(" *").removeprefix("./") == path.name and expected.lower() != own:
             raise CheckpointError(
                 f"{path}: damaged: its SHA-256 is {own[:12]}..., but {FILE} lists {printable(expected)[:12]}...; copy "
                 f"it again from its source, or delete {FILE} if you changed the weights yourself"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ctclip import plugins
 from ctclip.config import EncoderConfig, ModelConfig
 from ctclip.models.encoded import Encoded, VolumeEncoder, check_range
-from ctclip.models.lora import add_lora, with_lora
+from ctclip.models.lora import add_lora, lora_layer
 from ctclip.models.precision import ExactLinear, Precision, at_precision
 from ctclip.models.text import TextEncoder, build_text_encoder
 from ctclip.preprocessing.spec import PreprocessingSpec
@@ -32,7 +32,7 @@ class DualEncoder(nn.Module):
         self.text_encoder = text_encoder
         self.volume_projection = _projection(config.projection, int(volume_encoder.width), config.dim)
         if config.volume.lora_projection:
-            self.volume_projection = with_lora(self.volume_projection, config.volume.lora_rank)
+            self.volume_projection = lora_layer(self.volume_projection, config.volume.lora_rank)
         self.text_projection = _projection(config.projection, text_encoder.width, config.dim)
         self.similarity = Similarity(config)
         self.text_locked = False

@@ -24,22 +24,16 @@ def add_lora(module: nn.Module, targets: Sequence[str], rank: int) -> None:
         )
     peft = extras.require("peft")
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), module)
-    _train_adapters_alone(module)
-
-
-def with_lora(layer: nn.Module, rank: int) -> nn.Module:
-    """Add adapters of ``rank`` to each linear map of a layer, or of a sequence of layers, like ``add_lora``."""
-    holder = nn.ModuleDict({"layer": layer})
-    linear = [name for name, part in holder.named_modules() if isinstance(part, nn.Linear)]
-    peft = extras.require("peft")
-    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), holder)
-    _train_adapters_alone(holder)
-    return holder["layer"]
-
-
-def _train_adapters_alone(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(is_adapter(name))
+
+
+def lora_layer(layer: nn.Module, rank: int) -> nn.Module:
+    """Put adapters beside ``layer``, or beside each linear map of a sequence, as ``add_lora`` does inside a module."""
+    holder = nn.ModuleDict({"layer": layer})
+    linear = {name.rpartition(".")[2] for name, part in holder.named_modules() if isinstance(part, nn.Linear)}
+    add_lora(holder, sorted(linear), rank)
+    return holder["layer"]
 
 
 def is_adapter(name: str) -> bool:

@@ -13,7 +13,7 @@ from ctclip.errors import CheckpointError
 from ctclip.heads.folder import load_head, save_head
 from ctclip.heads.linear import LinearHead
 from ctclip.labels import load_labels
-from ctclip.models.checksums import FILE
+from ctclip.models.checksums import FILE, LARGEST, sha256
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import is_model_folder, load_model, save_model
 from tests.unit.small import VIT, dual_encoder, spec_of
@@ -73,6 +73,20 @@ def test_a_flipped_bit_in_a_head_is_noticed(folder: Path, model: DualEncoder) ->
     assert load_head(folder, "linear", model).names == NAMES
 
 
+@pytest.mark.parametrize("style", ["{sum} *{name}", "{sum}  ./{name}", "{upper}  {name}"])
+def test_checksums_as_other_programs_write_them(folder: Path, style: str) -> None:
+    sums, weights = folder / FILE, folder / "model.safetensors"
+    before = sums.read_bytes()
+    digest = sha256(weights)
+    sums.write_text(style.format(sum=digest, upper=digest.upper(), name=weights.name) + "\n")
+    load_model(folder)
+    mend = _flip(weights)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_model(folder)
+    mend()
+    sums.write_bytes(before)
+
+
 def test_checksums_of_other_files_are_of_no_concern(folder: Path) -> None:
     sums = folder / FILE
     before = sums.read_bytes()
@@ -80,5 +94,8 @@ def test_checksums_of_other_files_are_of_no_concern(folder: Path) -> None:
     load_model(folder)
     sums.write_bytes(b"\xff\xfe not text")
     with pytest.raises(CheckpointError, match="copy the folder again"):
+        load_model(folder)
+    sums.write_bytes(b"\n" * (LARGEST + 1))
+    with pytest.raises(CheckpointError, match="too large"):
         load_model(folder)
     sums.write_bytes(before)
