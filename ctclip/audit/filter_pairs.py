@@ -37,12 +37,12 @@ SURE = 1.0
 @dataclass(frozen=True)
 class WrongPairs:
     """Estimated fractions of the pairs whose report belongs to another volume (``swapped``) or exchanges left and right
-    (``exchanged``; 0 if sides were not scored). ``told``: whether the model distinguishes reports at all; if not, the
+    (``exchanged``; 0 if sides were not scored). ``informative``: whether the model distinguishes reports at all; if not, the
     fractions are meaningless."""
 
     swapped: float
     exchanged: float
-    told: bool
+    informative: bool
 
     @property
     def wrong(self) -> float:
@@ -150,13 +150,14 @@ def score_pairs(
         match=match,
         side=side,
         note=[
-            f"copy of {scan}" if scan else "" if told else "no report" for scan, told in zip(first, known, strict=True)
+            f"copy of {scan}" if scan else "" if has_report else "no report"
+            for scan, has_report in zip(first, known, strict=True)
         ],
         text=texts,
     )
     scored["worse_share"] = worse_share(scored["score"].to_numpy())
-    told = bool(np.quantile(match[known], 0.9) >= SURE)
-    wrong = WrongPairs(swapped, exchanged * float(np.isfinite(side).sum() / known.sum()), told)
+    informative = bool(np.quantile(match[known], 0.9) >= SURE)
+    wrong = WrongPairs(swapped, exchanged * float(np.isfinite(side).sum() / known.sum()), informative)
     return scored.sort_values(["score", "volume"], ignore_index=True)[[*COLUMNS, "text"]], wrong
 
 
@@ -180,7 +181,7 @@ def _write_page(path: Path, store: VolumeStore, split: str, pairs: pd.DataFrame,
                 (f"{wrong.swapped:.1%}", "of the reports seem to belong to another volume"),
                 (f"{wrong.exchanged:.1%}", f"seem to exchange left and right ({int(scored['side'].notna().sum()):,} name a side)"),
             ]
-            if wrong.told
+            if wrong.informative
             else [("unknown", "how many are wrong: the model does not distinguish these reports")]
         ),
         (f"{len(scored):,}", "pairs"),

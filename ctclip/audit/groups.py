@@ -88,10 +88,10 @@ def _classes(name: str, values: np.ndarray) -> np.ndarray:
         return np.array([date[1] if date else "" for date in dates], dtype=object).astype(str)
     numbers = pd.to_numeric(pd.Series(values), errors="coerce").to_numpy(dtype=float, copy=True)
     numbers[~np.isfinite(numbers)] = np.nan
-    told = numbers[~np.isnan(numbers)]
+    finite = numbers[~np.isnan(numbers)]
     # Whole numbers that hardly ever recur identify a scan or a patient too.
-    is_name = (told % 1 == 0).all() and len(np.unique(told)) > 0.9 * len(told)
-    if len(told) <= 0.9 * known.sum() or is_name or set(re.findall("[a-z]+", _spaced(name))) & set(NAMES):
+    is_name = (finite % 1 == 0).all() and len(np.unique(finite)) > 0.9 * len(finite)
+    if len(finite) <= 0.9 * known.sum() or is_name or set(re.findall("[a-z]+", _spaced(name))) & set(NAMES):
         return values
     low, high = np.nanquantile(numbers, [1 / 3, 2 / 3])
     words = [f"below {low:g}", f"{low:g} to {high:g}", f"above {high:g}"]

@@ -58,14 +58,14 @@ def filter_pairs(
         sides_words = f", sides {pair.side:.1f}" if pair.side == pair.side else ""
         print(f"{pair.volume}: score {pair.score:.1f} (match {pair.match:.1f}{sides_words})")
     counts = f"{len(pairs)} pairs, {int((pairs['note'] != '').sum())} of them without a report or copies of another"
-    if wrong.told:
+    if wrong.informative:
         print(
             f"{counts}; about {wrong.swapped:.0%} of the reports seem to belong to another volume, {wrong.exchanged:.0%} to "
             f"exchange left and right"
         )
     else:
         print(f"{counts}; this model does not distinguish their reports, so its scores are meaningless")
-    if keep and wrong.told:
+    if keep and wrong.informative:
         best = max(0.01, 1 - wrong.wrong)
         print(f"kept in {store}: `ctclip train data.best_pairs={best:.2f}` leaves out as many, those that fit least")
     print(f"table and page: {output} ({', '.join(TABLES)})")

@@ -72,7 +72,7 @@ def test_pairs_are_scored_and_kept(clinic: Clinic, tmp_path: Path, capsys: pytes
     # The weights are random.
     assert "56 pairs, 0 of them" in (printed := capsys.readouterr().out)
     assert "does not distinguish their reports" in printed
-    assert json.loads((tmp_path / "pairs" / "pairs.json").read_text())["told"] is False
+    assert json.loads((tmp_path / "pairs" / "pairs.json").read_text())["informative"] is False
     assert main([*command[:-1], "--split", "valid", "--output", str(tmp_path / "few")]) == 2
     assert "50 are needed" in capsys.readouterr().err
 
