@@ -20,6 +20,7 @@ from typing import Any
 from ctclip.preprocessing.dicom.headers import MOST_FILES, files_below, is_directory_record, read_header
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.formats import archive
+from ctclip.preprocessing.formats.streams import DAMAGE
 
 __all__ = [
     "TAGS",
@@ -163,7 +164,7 @@ def _zipped_headers(path: Path) -> Iterator[Any]:
                         return
                     stream.seek(0)
                     yield read_header(stream, TAGS)  # type: ignore[arg-type]
-    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, EOFError, NotImplementedError):
+    except DAMAGE:
         return
 
 

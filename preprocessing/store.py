@@ -11,10 +11,7 @@ import json
 import math
 import os
 import re
-import struct
 import time
-import zipfile
-import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +25,7 @@ from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.cohorts import check_table
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.formats.streams import DAMAGE
 from ctclip.preprocessing.outputs import check_folder
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.tables import read_own_parquet
@@ -44,9 +42,6 @@ PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}\.partial")
 ABANDONED_SECONDS = 1800
 # Errors of blosc2 for a damaged file.
 BLOSC_RAISES = (RuntimeError, ValueError, OSError, SyntaxError, KeyError, TypeError, OverflowError, MemoryError)
-# Errors of numpy and zipfile; TypeError: an array instead of an archive.
-NPZ_RAISES = (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, NotImplementedError, RuntimeError,
-              MemoryError, SyntaxError, OverflowError, struct.error, zipfile.BadZipFile, zlib.error)  # fmt: skip
 
 
 class VolumeStore:
@@ -221,7 +216,7 @@ class VolumeStore:
         try:
             with np.load(path, allow_pickle=False) as archive:
                 values: np.ndarray = archive["values"]
-        except NPZ_RAISES as error:
+        except DAMAGE as error:
             raise PreprocessingError(f"{path}: no array {name!r} of this volume can be read from the store") from error
         return values
 

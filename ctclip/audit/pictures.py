@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from ctclip.drift.facts import Source
 from ctclip.inference.run import run_key
 from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import regular, write_text, written_beside
+from ctclip.preprocessing.formats.streams import DAMAGE
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
 
@@ -125,7 +125,7 @@ def kept_array(path: Path, *, mapped: bool = False) -> np.ndarray | None:
     again."""
     try:
         array: np.ndarray = np.load(regular(path), mmap_mode="r" if mapped else None)
-    except (OSError, ValueError, EOFError, BadZipFile):
+    except DAMAGE:
         return None
     return array
 

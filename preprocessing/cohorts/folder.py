@@ -187,8 +187,11 @@ def _sampled(path: Path, size: int) -> str:
 
 def _whole(path: Path, size: int) -> str:
     real = os.path.realpath(path)
-    with open(real, "rb") as stream:
-        return hashlib.file_digest(stream, "blake2b").hexdigest()
+    try:
+        with open(real, "rb") as stream:
+            return hashlib.file_digest(stream, "blake2b").hexdigest()
+    except OSError:
+        return str(path)
 
 
 def scan_id(path: Path) -> str:

@@ -12,7 +12,6 @@ import re
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -80,10 +79,9 @@ class _Unpacking:
         self.bytes, self.members = 0, 0
 
     def unpack(self, path: Path, folder: Path, depth: int) -> None:
-        damage = (zipfile.BadZipFile, tarfile.TarError, RuntimeError, zlib.error, OSError, EOFError, ValueError)
         try:
             (self._zip if is_zip(path) else self._tar)(path, folder)
-        except damage as error:
+        except streams.DAMAGE as error:
             # Messages of libraries may quote member names, which may contain the patient's name.
             raise PreprocessingError(
                 f"{self.source}: not a readable archive ({type(error).__name__}); copy it again"

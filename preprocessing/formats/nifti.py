@@ -99,7 +99,7 @@ def _header_block(stream: Any, source: str) -> tuple[int, str, bool, bytes]:
                 raise PreprocessingError(
                     f"{source}: has an Analyze 7.5 header, which states no orientation; convert the scan from DICOM again"
                 )
-    except streams.damage() as error:
+    except streams.DAMAGE as error:
         raise PreprocessingError(f"{source}: its compressed stream is damaged or cut short; copy it again") from error
     if block[:2] == streams.GZIP:
         raise PreprocessingError(f"{source}: is compressed twice (gzip in gzip); decompress it once")
@@ -160,7 +160,7 @@ def _content(stream: Any, at: int, offset: int, size: int, largest: int, source:
         if offset - at > streams.CHUNK * 64:
             raise PreprocessingError(f"{source}: {DAMAGED}")
         stream.read(offset - at)
-    except streams.damage() as error:
+    except streams.DAMAGE as error:
         raise PreprocessingError(f"{source}: its compressed stream is damaged or cut short; copy it again") from error
     return streams.exactly(stream, size, source)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def read(path: Path, source: str, largest: int) -> Volume:
                 streams.plausible(size, streams.size_of(file), largest, source)
                 # zipfile compares the member's CRC-32 at its end.
                 content, _ = streams.exactly(stream, size, source)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError, zlib.error) as error:
+    except streams.DAMAGE as error:
         raise PreprocessingError(f"{source}: cannot be read ({type(error).__name__}); copy it again") from error
     array = content.view(dtype).reshape(shape, order="F" if fortran else "C")
     affine = np.zeros((4, 4))

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import bz2
 import io
+import lzma
 import os
 import stat
+import struct
+import tarfile
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from isal import igzip_lib, isal_zlib
 
 from ctclip.preprocessing.errors import PreprocessingError
 
@@ -24,6 +29,14 @@ PACKED_CHUNK, INFLATED_CHUNK = 1 << 17, 1 << 18
 # No deflate stream expands more than 1032-fold; if a header claims more, it is wrong, or the file is truncated.
 LARGEST_EXPANSION = 1100
 TRAILING = "bytes follow the end of its compressed stream: left out"
+
+# What the readers of compressed streams, archives and numpy's arrays raise for damaged files. The last are Python's own, as
+# numpy parses a header as Python; TypeError: an array instead of an archive.
+DAMAGE: tuple[type[Exception], ...] = (  # type: ignore[assignment]
+    OSError, EOFError, ValueError, zlib.error, isal_zlib.error, igzip_lib.IsalError, lzma.LZMAError, struct.error,
+    zipfile.BadZipFile, tarfile.TarError, NotImplementedError, RuntimeError, OverflowError,
+    KeyError, TypeError, AttributeError, SyntaxError, MemoryError,
+)  # fmt: skip
 
 
 def open_regular(path: Path, source: str) -> BinaryIO:
@@ -69,7 +82,7 @@ def start(path: Path, source: str, size: int = 512) -> tuple[str, bytes]:
             stream.seek(0)
             try:
                 block = inflated(stream, kind).read(size)
-            except damage():
+            except DAMAGE:
                 block = b""
         return kind, block
 
@@ -80,14 +93,6 @@ def inflated(stream: BinaryIO, kind: str) -> Any:
     Closing it closes the stream.
     """
     return bz2.BZ2File(stream) if kind == "bzip2" else _Deflated(stream, kind)
-
-
-def damage() -> tuple[type[Exception], ...]:
-    """The exceptions that readers of compressed streams raise for damaged ones."""
-    from isal import isal_zlib
-
-    isal_error: type[Exception] = isal_zlib.error  # type: ignore[assignment]
-    return (OSError, EOFError, zlib.error, isal_error, ValueError)
 
 
 def exactly(stream: Any, size: int, source: str) -> tuple[np.ndarray, list[str]]:
@@ -103,12 +108,12 @@ def exactly(stream: Any, size: int, source: str) -> tuple[np.ndarray, list[str]]
             if not count:
                 raise PreprocessingError(f"{source}: cut short ({length} of {size} bytes of voxels); copy it again")
             length += count
-    except damage() as error:
+    except DAMAGE as error:
         raise _damaged(source) from error
     try:
         # Reading to the end makes the stream compare its checksum.
         more = stream.read(1)
-    except damage() as error:
+    except DAMAGE as error:
         raise _damaged(source) from error
     if more:
         raise PreprocessingError(
@@ -141,8 +146,6 @@ class _Deflated(io.RawIOBase):
     """
 
     def __init__(self, stream: BinaryIO, kind: str) -> None:
-        from isal import igzip_lib
-
         self._stream, self._kind = stream, kind
         flag = igzip_lib.DECOMP_GZIP if kind == "gzip" else igzip_lib.DECOMP_ZLIB
         self._start = lambda: igzip_lib.IgzipDecompressor(flag=flag)

@@ -103,9 +103,9 @@ def flipped(content: bytes, at: int, bit: int = 1) -> bytes:
     return bytes(changed)
 
 
-def zipped(members: dict[str, bytes]) -> bytes:
+def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
     memory = io.BytesIO()
-    with zipfile.ZipFile(memory, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(memory, "w", compression) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
     return memory.getvalue()

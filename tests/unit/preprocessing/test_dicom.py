@@ -408,7 +408,7 @@ def test_no_identifier_of_a_dicom_header_reaches_any_output(tmp_path: Path, hu: 
         input="\n".join(repr(["--debug", *map(str, words)]) for _, *words in commands).encode(), env={**os.environ, "COLUMNS": "400"},
     )  # fmt: skip
     ends = [int(line.split()[1]) for line in done.stdout.decode().splitlines() if line.startswith("ENDED")]
-    assert ends == [code for code, *_ in commands]
+    assert ends == [code for code, *_ in commands], done.stderr.decode()
     said += [done.stdout, done.stderr]
     files = [
         path for number in ("", "2", "3", "4", "5") for path in tmp_path.glob(f"store{number}/**/*") if path.is_file()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import shutil
 import time
 import unicodedata
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pydicom
 import pytest
 
@@ -14,7 +17,7 @@ from ctclip.preprocessing.cohorts import read_cohort, scan_id
 from ctclip.preprocessing.cohorts.folder import scan_ids
 from ctclip.preprocessing.identifiers import Mask, all_headers, anonymous_id, first_header, masked
 from tests.unit.preprocessing.dicom_builder import series, truth, write
-from tests.unit.preprocessing.scan_files import tarred, written, zipped
+from tests.unit.preprocessing.scan_files import nifti, tarred, written, zipped
 
 PATIENT = {
     "PatientName": "Müller-Lüdenscheidt^Änne^Maria",
@@ -161,6 +164,24 @@ def test_every_header_below_a_path_masks_its_name(tmp_path: Path) -> None:
     assert list(cohort["path"]) == ["***", "***.tar.gz", "***.tar", "***.zip"]
     for name in [*cohort["volume"], *(scan_id(tmp_path / place) for place in places)]:
         assert name.startswith("scan-")
+
+
+@pytest.mark.parametrize("name", ["a.zip", "lzma.zip", "a.tar", "a.tar.gz", "a.tar.bz2", "a.nii.gz"])
+def test_a_damaged_file_does_not_end_the_reading_of_its_folder(tmp_path: Path, name: str) -> None:
+    """Wherever its damage lies, the file is listed beside the others, and refused when its voxels are read."""
+    folder = write(tmp_path / "good", series(truth(4)))
+    slices = {path.name: path.read_bytes() for path in folder.iterdir()}
+    content = {
+        "a.zip": lambda: zipped(slices),
+        "lzma.zip": lambda: zipped(slices, zipfile.ZIP_LZMA),
+        "a.nii.gz": lambda: gzip.compress(nifti()),
+    }.get(name, lambda: tarred(slices, f"w:{name.rpartition('.')[2]}".removesuffix("tar")))()
+    random = np.random.default_rng(0)
+    for at in range(0, len(content), len(content) // 20):
+        damaged = bytearray(content)
+        damaged[at : at + 90] = random.bytes(90)
+        written(tmp_path, name, bytes(damaged))
+        assert len(read_cohort(tmp_path).table) == 2
 
 
 def test_one_series_exported_twice_names_nobody(tmp_path: Path) -> None:
