@@ -10,14 +10,15 @@ import threading
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 
 
-def worker_pool(workers: int) -> Executor:
+def worker_pool(workers: int, *, fresh: bool = False) -> Executor:
     """A pool of ``workers`` processes, or of threads, with a warning, if /dev/shm is missing or not writable.
 
     Processes need semaphores, which Linux keeps there; threads are slower. The processes end when this one ends,
-    however it ends.
+    however it ends. ``fresh``: start new interpreters, which takes seconds, instead of forking this process.
     """
+    context = multiprocessing.get_context("spawn" if fresh else "fork")
     try:
-        return ProcessPoolExecutor(workers, initializer=end_with_parent)
+        return ProcessPoolExecutor(workers, context, initializer=end_with_parent)
     except OSError as error:
         print(
             f"warning: no worker processes can be started ({error.strerror}): /dev/shm is missing or not writable. "

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ctclip.audit.fingerprints import (
+    MAYBE,
+    Detail,
+    align_middles,
     candidates,
     compare,
     compare_whole,
     correlation,
+    fine_detail,
     fingerprint,
-    middles_differ,
     slice_vectors,
 )
 from ctclip.audit.pictures import pictures
@@ -72,25 +76,32 @@ def find_doubles(
     near_enough = np.flatnonzero(likeness[:, 0] >= ALIKE)
     ordered = [ordered[index] for index in near_enough]
     orders = likeness[near_enough, 1].astype(bool).tolist()
-    correlations = compare_closely(store, names, taken.middles, ordered, orders)
+
+    # Pairs are sorted by their first volume.
+    @lru_cache(maxsize=16)
+    def whole(row: int) -> Detail:
+        return fine_detail(store.read(names[row]), store.spec)
+
+    correlations = compare_closely(whole, taken.middles, ordered, orders)
     return Doubles(_pairs(table, ordered, orders, correlations, least), _reports(table), len(table), len(near))
 
 
 def compare_closely(
-    store: VolumeStore,
-    names: Sequence[str],
+    whole: Callable[[int], Detail],
     middles: Sequence[np.ndarray],
     pairs: Sequence[tuple[int, int]],
     orders: Sequence[bool],
 ) -> np.ndarray:
-    """Correlation (pairs,) of two stored volumes at 4 mm, 0 if their ``middles`` differ; ``orders``: whether the slices of
-    the second volume of each pair are reversed."""
+    """Correlation (pairs,) of two volumes at 4 mm, 0 if their ``middles`` differ. ``whole``: returns the ``fine_detail`` of
+    a volume; ``orders``: whether the slices of the second volume of each pair are reversed."""
 
     def closely(pair: tuple[int, int], is_reversed: bool) -> float:
         one, other = pair
-        if middles_differ(middles[one], middles[other], is_reversed):
+        aligned = align_middles(middles[one], middles[other], is_reversed)
+        if aligned is not None and aligned[0] < MAYBE:
             return 0.0
-        return compare_whole(store.read(names[one]), store.read(names[other]), store.spec, is_reversed)
+        shift = None if aligned is None else aligned[1]
+        return compare_whole(whole(one), whole(other), is_reversed, shift)
 
     with ThreadPoolExecutor(2) as pool:
         return np.array(list(track(pool.map(closely, pairs, orders), len(pairs), "comparing", "pairs")))
@@ -112,7 +123,8 @@ def copied_pairs(store: VolumeStore, table: pd.DataFrame, vectors: np.ndarray) -
         for one, other in sorted(set(near)):
             first, second = (store.read(names[place]) for place in (one, other))
             _, is_reversed = correlation(fingerprint(first, store.spec), fingerprint(second, store.spec))
-            if compare_whole(first, second, store.spec, is_reversed) >= COPY:
+            fine = [fine_detail(hu, store.spec) for hu in (first, second)]
+            if compare_whole(fine[0], fine[1], is_reversed) >= COPY:
                 scans = [str(table["scan"].iloc[of_group[place]]) for place in (one, other)]
                 copies.setdefault(scans[1], copies.get(scans[0], scans[0]))
     return copies

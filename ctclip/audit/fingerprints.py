@@ -42,6 +42,9 @@ FEWEST = 24
 # Number of slices of a volume that are searched for in others, and number of volumes compared at a time.
 QUERIES, TOGETHER = 12, 16
 
+# A result of ``detail``.
+Detail = tuple[np.ndarray, list[tuple[int, int]]]
+
 
 def fingerprint(hu: np.ndarray, spec: PreprocessingSpec, millimetres: float = COARSE_MM) -> np.ndarray:
     """HU [slice, row, column] with the spec's spacing -> float16 HU clipped to ``WINDOW``, with voxels of about
@@ -60,7 +63,7 @@ def fingerprint(hu: np.ndarray, spec: PreprocessingSpec, millimetres: float = CO
     return coarse
 
 
-def detail(print_: np.ndarray, rim: int = RIM) -> tuple[np.ndarray, list[tuple[int, int]]]:
+def detail(print_: np.ndarray, rim: int = RIM) -> Detail:
     """High-pass filter a fingerprint (float32). Returns the filtered fingerprint, which is 0 in the rim of the scanned
     region and outside it, and the bounds along each axis of the part that is kept."""
     from scipy.ndimage import gaussian_filter
@@ -145,33 +148,27 @@ def correlation(one: np.ndarray, other: np.ndarray, orders: Sequence[bool] = (Fa
     """Correlate two fingerprints at the shift that aligns them best. Returns the correlation (0 if they overlap by less
     than ``LEAST_OVERLAP``) and whether the slices of ``other`` are reversed. ``orders``: the slice orders to try (True:
     reversed)."""
-    return _aligned(detail(one), detail(other), orders)
+    first, second = detail(one), detail(other)
+    found = [(_aligned(first, _ordered(second, is_reversed))[0], is_reversed) for is_reversed in orders]
+    return max(found, key=lambda pair: pair[0])
 
 
-def _aligned(
-    one: tuple[np.ndarray, list[tuple[int, int]]],
-    other: tuple[np.ndarray, list[tuple[int, int]]],
-    orders: Sequence[bool],
-) -> tuple[float, bool]:
-    """``correlation`` of two results of ``detail``."""
+def _ordered(one: Detail, is_reversed: bool) -> Detail:
+    """``one``, with its slices reversed if ``is_reversed``."""
+    kept, box = one
+    return (kept[::-1], [(len(kept) - box[0][1], len(kept) - box[0][0]), *box[1:]]) if is_reversed else one
+
+
+def _aligned(one: Detail, other: Detail) -> tuple[float, list[int]]:
+    """The correlation at the shift (in voxels, along each axis) that aligns ``other`` best with ``one``, and this shift."""
     from scipy import fft
 
-    (a, box), (b, other_box) = one, other
     # Cross-correlation by FFT. It is circular: volumes are padded only to a fast length.
-    shape = [fft.next_fast_len(n, real=True) for n in a.shape]
-    spectrum = fft.rfftn(a, shape)
-    best = (0.0, False)
-    for is_reversed in orders:
-        volume, ends = b, other_box
-        if is_reversed:
-            volume, ends = b[::-1], [(len(b) - other_box[0][1], len(b) - other_box[0][0]), *other_box[1:]]
-        likeness = fft.irfftn(spectrum * np.conj(fft.rfftn(volume, shape)), shape)
-        peak = np.unravel_index(int(likeness.argmax()), likeness.shape)
-        value = _overlap_correlation(
-            a, box, volume, ends, [int(p) - n * (p > n // 2) for p, n in zip(peak, shape, strict=True)]
-        )
-        best = max(best, (value, is_reversed))
-    return best
+    shape = [fft.next_fast_len(n, real=True) for n in one[0].shape]
+    likeness = fft.irfftn(fft.rfftn(one[0], shape) * np.conj(fft.rfftn(other[0], shape)), shape)
+    peak = np.unravel_index(int(likeness.argmax()), likeness.shape)
+    shift = [int(p) - n * (p > n // 2) for p, n in zip(peak, shape, strict=True)]
+    return _overlap_correlation(*one, *other, shift), shift
 
 
 def _overlap_correlation(
@@ -206,14 +203,13 @@ def middle(hu: np.ndarray, spec: PreprocessingSpec) -> np.ndarray:
     return np.rint(np.clip(kept / STEP, -127, 127)).astype(np.int8)
 
 
-def middles_differ(one: np.ndarray, other: np.ndarray, is_reversed: bool) -> bool:
-    """Whether two volumes are too different in their middles (``middle``) to be copies, which is faster to see than by
-    ``compare_whole``. Middles of few voxels tell nothing."""
+def align_middles(one: np.ndarray, other: np.ndarray, is_reversed: bool) -> tuple[float, list[int]] | None:
+    """The correlation of the middles of two volumes (``middle``) at the shift that aligns them best, and this shift; None if
+    they have too few voxels to tell. Volumes whose middles correlate less than ``MAYBE`` are not copies."""
     if min(one.shape) < FEWEST:
-        return False
-    return (
-        _aligned((one.astype(np.float32), _box(one)), (other.astype(np.float32), _box(other)), [is_reversed])[0] < MAYBE
-    )
+        return None
+    first, second = ((kept.astype(np.float32), _box(kept)) for kept in (one, other))
+    return _aligned(first, _ordered(second, is_reversed))
 
 
 def _box(kept: np.ndarray) -> list[tuple[int, int]]:
@@ -222,6 +218,13 @@ def _box(kept: np.ndarray) -> list[tuple[int, int]]:
     return [(int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0) for places in used]
 
 
-def compare_whole(one: np.ndarray, other: np.ndarray, spec: PreprocessingSpec, is_reversed: bool) -> float:
-    """The correlation of two volumes, HU [slice, row, column] of the spec's spacing, at 4 mm."""
-    return correlation(fingerprint(one, spec, FINE_MM), fingerprint(other, spec, FINE_MM), [is_reversed])[0]
+def fine_detail(hu: np.ndarray, spec: PreprocessingSpec) -> Detail:
+    """The ``detail`` at 4 mm of a volume, HU [slice, row, column] of the spec's spacing."""
+    return detail(fingerprint(hu, spec, FINE_MM))
+
+
+def compare_whole(one: Detail, other: Detail, is_reversed: bool, shift: list[int] | None = None) -> float:
+    """The correlation of two volumes (``fine_detail``): at ``shift`` (of ``align_middles``), or at the shift that aligns
+    them best, which takes longer."""
+    other = _ordered(other, is_reversed)
+    return _aligned(one, other)[0] if shift is None else _overlap_correlation(*one, *other, shift)

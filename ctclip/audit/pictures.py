@@ -4,9 +4,10 @@ and the results are cached for all commands that share a folder."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from ctclip.preprocessing.files import regular, write_text, written_beside
 from ctclip.preprocessing.formats.streams import DAMAGE
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.store import VolumeStore
+from ctclip.preprocessing.workers import worker_pool
 
 # Increased whenever a number is computed differently, so that older caches are ignored.
 VERSION = 2
@@ -27,8 +29,8 @@ VERSION = 2
 PICTURES = "pictures"
 # File in each part that lists its volumes, in the order of the arrays, with the checksums of their voxels.
 VOLUMES = "volumes.json"
-# Volumes per part, so that an interrupted command resumes.
-TOGETHER = 256
+# Volumes per part, so that an interrupted command resumes, and volumes that a process is given at a time.
+TOGETHER, AT_A_TIME = 256, 8
 HISTOGRAM = np.concatenate([np.arange(-1000, 400, 50), [400, 600, 1000, 3100]])
 
 
@@ -71,27 +73,43 @@ KINDS: dict[str, Callable[[np.ndarray, VolumeStore, str], np.ndarray]] = {
 
 
 def pictures(store: VolumeStore, volumes: Sequence[str], cache: Path) -> Pictures:
-    """Compute the ``Pictures`` of stored volumes, in the order of ``volumes``. Only volumes missing from ``cache`` are read;
-    they are saved in parts of ``TOGETHER`` volumes, so that an interrupted command resumes."""
+    """Compute the ``Pictures`` of stored volumes, in the order of ``volumes``, with one process per core. Only volumes
+    missing from ``cache`` are read; they are saved in parts of ``TOGETHER`` volumes, so that an interrupted command
+    resumes."""
     folder = cache / run_key(VERSION, store.spec.hash, list(MEASURES))
     checksums = {name: str(store.checksums(name)) for name in volumes}
     places: dict[str, tuple[dict[str, np.ndarray], int]] = {}
     for part in sorted(folder.glob("*")):
         places |= _read_part(part, checksums)
     missing = [name for name in volumes if name not in places]
-    with ThreadPoolExecutor(2) as pool:
-        for first in track(range(0, len(missing), TOGETHER), -(-len(missing) // TOGETHER), "reading volumes", "parts"):
-            names = missing[first : first + TOGETHER]
-            rows = list(pool.map(lambda name: _of_volume(store, name), names))
-            of_names = {name: checksums[name] for name in names}
-            part = folder / run_key(of_names)
-            part.mkdir(parents=True, exist_ok=True)
-            for kind in KINDS:
-                keep_array(part / f"{kind}.npy", np.stack([row[kind] for row in rows]))
-            # Written last: a part without this file is incomplete.
-            write_text(part / VOLUMES, json.dumps(of_names))
-            places |= _read_part(part, checksums)
+    rows: dict[str, dict[str, np.ndarray]] = {}
+    computed = track(_computed(store.path, missing), len(missing), "reading volumes")
+    for name, row in zip(missing, computed, strict=True):
+        rows[name] = row
+        if len(rows) == TOGETHER or name == missing[-1]:
+            places |= _read_part(_write_part(folder, rows, checksums), checksums)
+            rows = {}
     return Pictures(**{kind: Rows([(places[name][0][kind], places[name][1]) for name in volumes]) for kind in KINDS})
+
+
+def _computed(store: Path, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of each volume, in order."""
+    if not names:
+        return
+    # Threads would share one lock for half of the time.
+    with worker_pool(min(len(os.sched_getaffinity(0)), -(-len(names) // AT_A_TIME))) as pool:
+        yield from pool.map(partial(_of_volume, store), names, chunksize=AT_A_TIME)
+
+
+def _write_part(folder: Path, rows: Mapping[str, dict[str, np.ndarray]], checksums: Mapping[str, str]) -> Path:
+    of_names = {name: checksums[name] for name in rows}
+    part = folder / run_key(of_names)
+    part.mkdir(parents=True, exist_ok=True)
+    for kind in KINDS:
+        keep_array(part / f"{kind}.npy", np.stack([row[kind] for row in rows.values()]))
+    # Written last: a part without this file is incomplete.
+    write_text(part / VOLUMES, json.dumps(of_names))
+    return part
 
 
 def _read_part(part: Path, checksums: Mapping[str, str]) -> dict[str, tuple[dict[str, np.ndarray], int]]:
@@ -130,9 +148,15 @@ def kept_array(path: Path, *, mapped: bool = False) -> np.ndarray | None:
     return array
 
 
-def _of_volume(store: VolumeStore, name: str) -> dict[str, np.ndarray]:
+def _of_volume(path: Path, name: str) -> dict[str, np.ndarray]:
+    store = _opened(path)
     hu = store.read(name)
     return {kind: take(hu, store, name) for kind, take in KINDS.items()}
+
+
+@lru_cache(maxsize=1)
+def _opened(path: Path) -> VolumeStore:
+    return VolumeStore(path)
 
 
 def _measured(hu: np.ndarray, store: VolumeStore, name: str) -> np.ndarray:

@@ -129,11 +129,13 @@ def options(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line in this Python process, a notebook's for example, and return its exit code: 2 after an error
     that the user can act on, which is printed in one line."""
+    from concurrent.futures import BrokenExecutor
+
     from ctclip.errors import CtclipError
     from ctclip.preprocessing.errors import PreprocessingError, printable
 
     words = sys.argv[1:] if arguments is None else list(arguments)
-    first, rest = _options_first(words)
+    first, rest = options_first(words)
     code, outer = 0, COMMAND.set(["ctclip", *words])
     try:
         # Commands that start ranks of themselves pass on their arguments, without the program name.
@@ -145,6 +147,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         # A message may quote any part of a file.
         print(f"error: {printable(str(error))}", file=sys.stderr)
+        code = 2
+    except BrokenExecutor:
+        if "--debug" in first:
+            raise
+        print("error: a worker process was killed, probably because memory ran out; end other programs, and run the same "
+              "command again", file=sys.stderr)  # fmt: skip
         code = 2
     finally:
         COMMAND.reset(outer)
@@ -164,7 +172,7 @@ def command(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def _options_first(arguments: list[str]) -> tuple[list[str], list[str]]:
+def options_first(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Split ``--debug`` and ``--plugin MODULE``, which must precede the command, from the other arguments; under a
     launcher, users of `ctclip.train` cannot put them first."""
     first: list[str] = []

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import typer
 
+from ctclip.cli.audit_all import all_
+
 audit = typer.Typer(help="Examine a cohort or a model before you trust its figures.", no_args_is_help=True)
+audit.command("all")(all_)
 
 
 @audit.command("doubles")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ctclip import distributed
-from ctclip.cli import _options_first, main
+from ctclip.cli import main, options_first
 from ctclip.demo import default_processes
 from ctclip.errors import TrainingError
 
@@ -92,7 +92,7 @@ def test_ranks_are_given_all_but_the_command_itself(
     ],
 )
 def test_options_of_every_command_may_stand_anywhere(given: list[str], ordered: list[str]) -> None:
-    first, rest = _options_first(given)
+    first, rest = options_first(given)
     assert [*first, *rest] == ordered
 
 

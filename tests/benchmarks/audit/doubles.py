@@ -17,14 +17,14 @@ COPIES, SEED = 50, 12
 def show(demo: Path, model: Path, volumes: int | None = None) -> str:
     import nibabel as nib
 
-    from ctclip.audit.doubles import ALIKE, COPY, NEAREST
+    from ctclip.audit.doubles import ALIKE, COPY, NEAREST, compare_closely
     from ctclip.audit.fingerprints import (
+        Detail,
         candidates,
         compare,
-        compare_whole,
+        fine_detail,
         fingerprint,
         middle,
-        middles_differ,
         slice_vectors,
     )
     from ctclip.audit.pictures import pictures
@@ -58,17 +58,14 @@ def show(demo: Path, model: Path, volumes: int | None = None) -> str:
     coarse = compare(every, pairs)
     likeness = coarse[:, 0]
 
-    def whole(index: int) -> np.ndarray:
-        return close[index - len(names)] if index >= len(names) else store.read(names[index])
+    def whole(index: int) -> Detail:
+        hu = close[index - len(names)] if index >= len(names) else store.read(names[index])
+        return fine_detail(hu, store.spec)
 
-    alike = likeness >= ALIKE
-    likeness = np.array(
-        [
-            compare_whole(whole(one), whole(other), store.spec, bool(order))
-            if near and not middles_differ(middles[one], middles[other], bool(order))
-            else 0.0
-            for (one, other), near, order in zip(pairs, alike, coarse[:, 1], strict=True)
-        ]
+    alike = np.flatnonzero(likeness >= ALIKE)
+    likeness = np.zeros(len(pairs))
+    likeness[alike] = compare_closely(
+        whole, middles, [pairs[index] for index in alike], coarse[alike, 1].astype(bool).tolist()
     )
     seconds = time.process_time() - began
     planted = {(int(source), len(names) + number): number for number, source in enumerate(sources)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,28 @@ def test_audits_of_the_clinic(clinic: Clinic, tmp_path: Path, capsys: pytest.Cap
     assert main(["audit", "doubles", *common, "--output", str(tmp_path / "doubles")]) == 0
     assert "among 80 volumes" in capsys.readouterr().out
     assert main(["audit", "data", *common, "--concepts", "nowhere", "--output", str(tmp_path / "other")]) == 2
+
+
+def test_all_audits_at_once_write_what_each_writes(
+    clinic: Clinic, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a store without labels, where the errors of the model cannot be audited."""
+    store = Path(shutil.copytree(clinic.store, tmp_path / "store"))
+    table = pd.read_parquet(store / "cohort.parquet").drop(columns=["Nodule", "Effusion"])
+    table.to_parquet(store / "cohort.parquet")
+    (store / "labels.yaml").unlink()
+    common = ["--model", str(clinic.model), "--store", str(store)]
+    assert main(["audit", "all", *common, "--output", str(tmp_path / "all")]) == 3
+    printed = capsys.readouterr().out
+    assert "refused: audit model" in printed
+    assert "has none of the labels" in printed
+    assert "80 volumes" in printed
+    assert main(["audit", "data", *common, "--output", str(tmp_path / "data")]) == 0
+    assert main(["filter-pairs", *common, "--output", str(tmp_path / "pairs")]) == 0
+    for name in ("data/data_audit.csv", "data/concepts.csv", "pairs/pairs.csv"):
+        assert (tmp_path / "all" / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert (tmp_path / "all" / "analysis" / "analysis.html").is_file()
+    assert (tmp_path / "all" / "doubles" / "doubles.html").is_file()
+    assert not (tmp_path / "all" / "model" / "errors.csv").exists()
+    assert main(["audit", "all", *common, "--output", str(tmp_path)]) == 2
+    assert "is not empty and holds no output of `ctclip audit all`" in capsys.readouterr().err

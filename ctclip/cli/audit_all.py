@@ -1,0 +1,87 @@
+"""`ctclip audit all`: every audit of a store and a model, one per core, after one pass over the volumes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+
+import typer
+
+
+def all_(
+    context: typer.Context,
+    model: str = typer.Option(..., "--model", "-m", help="A model folder."),
+    store: Path = typer.Option(..., help="A store written by `ctclip preprocess` with reports and labels."),
+    output: Path = typer.Option(
+        Path("audits"), "--output", "-o", help="Folder for the outputs of the audits, one folder for each."
+    ),
+    embeddings: Path = typer.Option(
+        None,
+        help="Folder of embeddings and measures that commands share. Default: the folder embeddings in the output.",
+    ),
+    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
+    force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
+) -> None:
+    """Run doubles, data, filter-pairs, model and analyze with their defaults, one per core, after one pass over the volumes.
+
+    `ctclip audit all --model runs/demo/train/model --store store --output audits`
+
+    Exit code 0: every audit ran. 3: some were refused, in a store without labels for example; the others ran.
+    """
+    from ctclip.cli import options_first
+    from ctclip.preprocessing.outputs import check_folder
+    from ctclip.preprocessing.progress import track
+    from ctclip.preprocessing.workers import worker_pool
+
+    folders = {
+        "audit doubles": "doubles", "audit data": "data", "filter-pairs": "pairs", "audit model": "model", "analyze": "analysis",
+    }  # fmt: skip
+    ours = {*folders.values(), "embeddings"}
+    check_folder(
+        output, lambda folder: {path.name for path in folder.iterdir()} <= ours, "output of `ctclip audit all`"
+    )
+    first, shared = options_first(context.obj)[0], str(embeddings or output / "embeddings")
+    common = ["--store", str(store), "--embeddings", shared, "--batch", str(batch), *["--force"] * force]
+    audits = {
+        command: [*first, *command.split(), *common, "--output", str(output / folder),
+                  *(["--model", model] if command != "audit doubles" else [])]
+        for command, folder in folders.items()
+    }  # fmt: skip
+    _read_once(model, store, Path(shared), batch)
+    refused = []
+    # A forked process could not use torch, which this one has used.
+    with worker_pool(min(len(audits), len(os.sched_getaffinity(0))), fresh=True) as pool:
+        outcomes = pool.map(_outcome, audits.values())
+        for command, (code, printed) in zip(audits, track(outcomes, len(audits), "auditing", "audits"), strict=True):
+            print(f"\nctclip {command}\n{printed.rstrip()}")
+            refused += [command] if code else []
+    if refused:
+        print(f"\nrefused: {', '.join(refused)}")
+        raise typer.Exit(3)
+
+
+def _read_once(model: str, store: Path, embeddings: Path, batch: int) -> None:
+    """Embed and measure all volumes, so that each audit finds them in the shared folder ``embeddings``."""
+    from ctclip import distributed
+    from ctclip.adaptation.examples import cached_embeddings
+    from ctclip.audit.pictures import PICTURES, pictures
+    from ctclip.inference.scans import StoredScans
+    from ctclip.models.folder import load_model
+    from ctclip.preprocessing.store import VolumeStore
+
+    loaded = load_model(model, distributed.device())
+    scans = StoredScans(VolumeStore(store), None, loaded.spec, loaded.path)
+    vectors = cached_embeddings(loaded, scans, embeddings, batch)
+    pictures(scans.store, [name for name in scans.table["volume"] if name in vectors], embeddings / PICTURES)
+
+
+def _outcome(arguments: list[str]) -> tuple[int, str]:
+    """The exit code of a command, and what it printed, errors included."""
+    from ctclip.cli import main
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = main(arguments)
+    return code, printed.getvalue()
