@@ -226,14 +226,10 @@ def _all(due: list[Task], store: Path, reading: Reading, workers: int) -> Iterat
 
 
 def _in_parallel(due: list[Task], store: Path, reading: Reading, workers: int) -> Iterator[tuple[Task, Outcome]]:
-    pool = worker_pool(workers)
-    try:
+    with worker_pool(workers) as pool:
         futures = {pool.submit(_one, task, store, reading): task for task in due}
         for future in as_completed(futures):
             yield futures[future], future.result()
-    finally:
-        # After a full disk or Ctrl-C, do not wait for tens of thousands of queued tasks.
-        pool.shutdown(cancel_futures=True)
 
 
 def _one(task: Task, store: Path, reading: Reading) -> Outcome:

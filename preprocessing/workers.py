@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 
 
-def worker_pool(workers: int, *, fresh: bool = False) -> Executor:
+@contextlib.contextmanager
+def worker_pool(workers: int) -> Iterator[Executor]:
     """A pool of ``workers`` processes, or of threads, with a warning, if /dev/shm is missing or not writable.
 
     Processes need semaphores, which Linux keeps there; threads are slower. The processes end when this one ends,
-    however it ends. ``fresh``: start new interpreters, which takes seconds, instead of forking this process.
+    however it ends. When the context is left, tasks that have not started are cancelled.
     """
-    context = multiprocessing.get_context("spawn" if fresh else "fork")
+    pool: Executor
     try:
-        return ProcessPoolExecutor(workers, context, initializer=end_with_parent)
+        pool = ProcessPoolExecutor(workers, initializer=end_with_parent)
     except OSError as error:
         print(
             f"warning: no worker processes can be started ({error.strerror}): /dev/shm is missing or not writable. "
             f"Working with {workers} threads, which is slower",
             file=sys.stderr,
         )
-        return ThreadPoolExecutor(workers)
+        pool = ThreadPoolExecutor(workers)
+    try:
+        yield pool
+    finally:
+        # After a full disk or Ctrl-C, do not wait for tens of thousands of queued tasks.
+        pool.shutdown(cancel_futures=True)
 
 
 def end_with_parent() -> None:

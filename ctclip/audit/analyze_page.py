@@ -161,20 +161,24 @@ def _pictures(folder: Path, analysis: Analysis) -> list[tuple[str, Path]]:
     rows = np.sort(np.random.default_rng(0).permutation(len(volumes))[:MOST_POINTS])
     both = np.concatenate([volumes[rows], reports[rows]])
     sides = np.repeat(["volume", "report"], len(rows))
-    figures = [_scatter(folder, "volumes and reports", both, sides)]
+    figures = [_scatter(folder, "volumes and reports", *_projected(both), sides)]
     neighbours = analysis.facts["neighbours"]
     labels = sorted(label_columns(table), key=lambda name: neighbours[name]["chance"] - neighbours[name]["share"])
     coloured = group_columns(table)
     coloured |= {name: np.where(table[name].fillna(0) == 1, name, "without") for name in labels}
+    places, shares = _projected(volumes[rows])
     for name, values in list(coloured.items())[: MOST_PICTURES - 1]:
-        figures.append(_scatter(folder, name, volumes[rows], values[rows]))
+        figures.append(_scatter(folder, name, places, shares, values[rows]))
     return figures
 
 
-def _scatter(folder: Path, name: str, vectors: np.ndarray, values: np.ndarray) -> tuple[str, Path]:
+def _projected(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates (n, 2) of vectors (n, dim) on their first two principal axes, and the fractions of variance of these."""
     mean, axes = geometry.principal_axes(vectors)
-    places = (vectors - mean) @ axes.T
-    shares = geometry.spectrum(vectors)[:2]
+    return (vectors - mean) @ axes.T, geometry.spectrum(vectors)[:2]
+
+
+def _scatter(folder: Path, name: str, places: np.ndarray, shares: np.ndarray, values: np.ndarray) -> tuple[str, Path]:
     figure, axis = _canvas((4.6, 4.0))
     for value, colour in zip([v for v in np.unique(values) if v != ""], COLOURS * 3, strict=False):
         mine = values == value

@@ -12,15 +12,14 @@ import numpy as np
 import pandas as pd
 
 from ctclip.audit.fingerprints import (
-    MAYBE,
     Detail,
-    align_middles,
     candidates,
     compare,
     compare_whole,
     correlation,
     fine_detail,
     fingerprint,
+    middles_differ,
     slice_vectors,
 )
 from ctclip.audit.pictures import pictures
@@ -97,11 +96,9 @@ def compare_closely(
 
     def closely(pair: tuple[int, int], is_reversed: bool) -> float:
         one, other = pair
-        aligned = align_middles(middles[one], middles[other], is_reversed)
-        if aligned is not None and aligned[0] < MAYBE:
+        if middles_differ(middles[one], middles[other], is_reversed):
             return 0.0
-        shift = None if aligned is None else aligned[1]
-        return compare_whole(whole(one), whole(other), is_reversed, shift)
+        return compare_whole(whole(one), whole(other), is_reversed)
 
     with ThreadPoolExecutor(2) as pool:
         return np.array(list(track(pool.map(closely, pairs, orders), len(pairs), "comparing", "pairs")))

@@ -149,26 +149,23 @@ def correlation(one: np.ndarray, other: np.ndarray, orders: Sequence[bool] = (Fa
     than ``LEAST_OVERLAP``) and whether the slices of ``other`` are reversed. ``orders``: the slice orders to try (True:
     reversed)."""
     first, second = detail(one), detail(other)
-    found = [(_aligned(first, _ordered(second, is_reversed))[0], is_reversed) for is_reversed in orders]
+    found = [(_aligned(first, second, is_reversed), is_reversed) for is_reversed in orders]
     return max(found, key=lambda pair: pair[0])
 
 
-def _ordered(one: Detail, is_reversed: bool) -> Detail:
-    """``one``, with its slices reversed if ``is_reversed``."""
-    kept, box = one
-    return (kept[::-1], [(len(kept) - box[0][1], len(kept) - box[0][0]), *box[1:]]) if is_reversed else one
-
-
-def _aligned(one: Detail, other: Detail) -> tuple[float, list[int]]:
-    """The correlation at the shift (in voxels, along each axis) that aligns ``other`` best with ``one``, and this shift."""
+def _aligned(one: Detail, other: Detail, is_reversed: bool) -> float:
+    """The correlation at the shift that aligns two volumes best; ``is_reversed``: with the slices of ``other`` reversed."""
     from scipy import fft
 
+    (a, box), (b, ends) = one, other
+    if is_reversed:
+        b, ends = b[::-1], [(len(b) - ends[0][1], len(b) - ends[0][0]), *ends[1:]]
     # Cross-correlation by FFT. It is circular: volumes are padded only to a fast length.
-    shape = [fft.next_fast_len(n, real=True) for n in one[0].shape]
-    likeness = fft.irfftn(fft.rfftn(one[0], shape) * np.conj(fft.rfftn(other[0], shape)), shape)
+    shape = [fft.next_fast_len(n, real=True) for n in a.shape]
+    likeness = fft.irfftn(fft.rfftn(a, shape) * np.conj(fft.rfftn(b, shape)), shape)
     peak = np.unravel_index(int(likeness.argmax()), likeness.shape)
     shift = [int(p) - n * (p > n // 2) for p, n in zip(peak, shape, strict=True)]
-    return _overlap_correlation(*one, *other, shift), shift
+    return _overlap_correlation(a, box, b, ends, shift)
 
 
 def _overlap_correlation(
@@ -203,13 +200,13 @@ def middle(hu: np.ndarray, spec: PreprocessingSpec) -> np.ndarray:
     return np.rint(np.clip(kept / STEP, -127, 127)).astype(np.int8)
 
 
-def align_middles(one: np.ndarray, other: np.ndarray, is_reversed: bool) -> tuple[float, list[int]] | None:
-    """The correlation of the middles of two volumes (``middle``) at the shift that aligns them best, and this shift; None if
-    they have too few voxels to tell. Volumes whose middles correlate less than ``MAYBE`` are not copies."""
+def middles_differ(one: np.ndarray, other: np.ndarray, is_reversed: bool) -> bool:
+    """Whether two volumes are too different in their middles (``middle``) to be copies, which is faster to see than by
+    ``compare_whole``. Middles of few voxels tell nothing."""
     if min(one.shape) < FEWEST:
-        return None
+        return False
     first, second = ((kept.astype(np.float32), _box(kept)) for kept in (one, other))
-    return _aligned(first, _ordered(second, is_reversed))
+    return _aligned(first, second, is_reversed) < MAYBE
 
 
 def _box(kept: np.ndarray) -> list[tuple[int, int]]:
@@ -223,8 +220,6 @@ def fine_detail(hu: np.ndarray, spec: PreprocessingSpec) -> Detail:
     return detail(fingerprint(hu, spec, FINE_MM))
 
 
-def compare_whole(one: Detail, other: Detail, is_reversed: bool, shift: list[int] | None = None) -> float:
-    """The correlation of two volumes (``fine_detail``): at ``shift`` (of ``align_middles``), or at the shift that aligns
-    them best, which takes longer."""
-    other = _ordered(other, is_reversed)
-    return _aligned(one, other)[0] if shift is None else _overlap_correlation(*one, *other, shift)
+def compare_whole(one: Detail, other: Detail, is_reversed: bool) -> float:
+    """The correlation of two volumes (``fine_detail``) at the shift that aligns them best."""
+    return _aligned(one, other, is_reversed)

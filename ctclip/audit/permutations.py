@@ -31,9 +31,15 @@ class Moments:
     @classmethod
     def of(cls, members: np.ndarray, values: np.ndarray) -> Moments:
         """members (assignments, n) of 0 and 1; values (n, columns), NaN where unknown."""
-        zeroed = np.nan_to_num(values)
-        together = members.astype(float) @ np.concatenate([~np.isnan(values), zeroed, zeroed**2], axis=1)
-        return cls(*np.split(together, 3, axis=1))
+        known = ~np.isnan(values)
+        # Most columns are known in the same rows, which are counted once; rows without any are left out.
+        _, first, of_column = np.unique(np.packbits(known, axis=0), axis=1, return_index=True, return_inverse=True)
+        used = known.any(axis=1)
+        zeroed = np.nan_to_num(values[used])
+        columns = np.concatenate([known[np.ix_(used, first)], zeroed, zeroed**2], axis=1)
+        together = members[:, used].astype(float) @ columns
+        count, total, squares = np.split(together, [len(first), len(first) + values.shape[1]], axis=1)
+        return cls(count[:, of_column.ravel()], total, squares)
 
 
 @dataclass(frozen=True)

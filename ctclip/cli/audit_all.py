@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import threading
 from pathlib import Path
 
 import typer
+
+_ALONE = threading.Lock()
 
 
 def all_(
@@ -49,17 +52,26 @@ def all_(
                   *(["--model", model] if command != "audit doubles" else [])]
         for command, folder in folders.items()
     }  # fmt: skip
-    _read_once(model, store, Path(shared), batch)
+    _import()
     refused = []
-    # A forked process could not use torch, which this one has used.
-    with worker_pool(min(len(audits), len(os.sched_getaffinity(0))), fresh=True) as pool:
+    with worker_pool(min(len(audits), len(os.sched_getaffinity(0)))) as pool:
+        # Not in this process: those forked afterwards could not use torch or a GPU.
+        pool.submit(_read_once, model, store, Path(shared), batch).result()
         outcomes = pool.map(_outcome, audits.values())
         for command, (code, printed) in zip(audits, track(outcomes, len(audits), "auditing", "audits"), strict=True):
-            print(f"\nctclip {command}\n{printed.rstrip()}")
+            print(f"\nctclip {command}\n{printed}")
             refused += [command] if code else []
     if refused:
         print(f"\nrefused: {', '.join(refused)}")
         raise typer.Exit(3)
+
+
+def _import() -> None:
+    """Import what the audits use, so that forked processes need not."""
+    import ctclip.audit.analyze_page
+    import ctclip.audit.audit_page
+    import ctclip.audit.doubles_page
+    import ctclip.audit.filter_pairs  # noqa: F401
 
 
 def _read_once(model: str, store: Path, embeddings: Path, batch: int) -> None:
@@ -78,10 +90,16 @@ def _read_once(model: str, store: Path, embeddings: Path, batch: int) -> None:
 
 
 def _outcome(arguments: list[str]) -> tuple[int, str]:
-    """The exit code of a command, and what it printed, errors included."""
+    """The exit code of a command, and what it printed, without its progress."""
+    import torch
+    from threadpoolctl import threadpool_limits
+
     from ctclip.cli import main
 
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+    printed, errors = io.StringIO(), io.StringIO()
+    # One core each; only one at a time in threads, which share one output.
+    torch.set_num_threads(1)
+    with _ALONE, threadpool_limits(1), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
         code = main(arguments)
-    return code, printed.getvalue()
+    told = [line for line in errors.getvalue().splitlines() if line.startswith(("warning", "error"))]
+    return code, "\n".join([printed.getvalue().rstrip(), *told]).strip()

@@ -413,8 +413,9 @@ def asking(
     findings = None if names is None else list(dict.fromkeys(folder.labels.resolve(n) or n for n in _checked(names)))
     if findings is None and not prompt_set.names():
         findings = list(folder.labels.names)
-    for name in set(findings or ()) - set(folder.labels.names) - set(prompt_set.names()):
-        _check_readable(folder.model.text_encoder.tokenizer, name)
+    for name in findings or ():
+        if name not in {*folder.labels.names, *prompt_set.names()}:
+            _check_readable(folder.model.text_encoder.tokenizer, name)
     head = PromptHead(folder.model, prompt_set, findings)
     if known is not None and known.source == head.source:
         head.calibration = known.calibration

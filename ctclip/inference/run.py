@@ -168,7 +168,8 @@ def _check_volumes(output: Path, volumes: set[str], expected: set[str]) -> None:
 @torch.inference_mode()
 def report_embeddings(model: DualEncoder, texts: list[str], batch: int = 32) -> np.ndarray:
     """Unit embeddings (n, dim) of reports; an empty report becomes NaN, equal ones are encoded once."""
-    distinct = sorted({text for text in texts if text}, key=len)
+    # Texts of one length in their order, not in that of a set: sums depend on what shares a batch.
+    distinct = sorted(dict.fromkeys(filter(None, texts)), key=len)
     vectors: dict[str, np.ndarray] = {}
     for start in range(0, len(distinct), batch):
         part = distinct[start : start + batch]

@@ -57,7 +57,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(cohort: Path, t
 
 def test_workers_end_with_a_command_that_is_killed() -> None:
     """Only the command itself is killed; its workers must end too, otherwise they would hold its locks for ever."""
-    script = "import time; from ctclip.preprocessing.workers import worker_pool; pool = worker_pool(3); list(pool.map(time.sleep, [0.1] * 6)); print(*pool._processes, flush=True); time.sleep(60)"  # fmt: skip
+    script = "import time; from ctclip.preprocessing.workers import worker_pool\nwith worker_pool(3) as pool: list(pool.map(time.sleep, [0.1] * 6)); print(*pool._processes, flush=True); time.sleep(60)"  # fmt: skip
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     workers = [int(word) for word in process.stdout.readline().split()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -17,7 +18,7 @@ from ctclip.evaluation.calibration import Calibration, Line
 from ctclip.heads.folder import save_head, write_prompt_head
 from ctclip.heads.linear import LinearHead
 from ctclip.inference.model import Model
-from ctclip.inference.run import detect
+from ctclip.inference.run import detect, report_embeddings
 from ctclip.inference.scans import ScanFiles, StoredScans
 from ctclip.labels import labels_of_columns
 from ctclip.models.folder import TrainedOn, load_model, save_model
@@ -305,3 +306,17 @@ def test_arrays_of_any_layout_are_encoded_and_what_is_no_volume_is_refused(folde
             model.encode_text(input_ids=given)
     with pytest.raises(ValueError, match="attention_mask"):
         model.encode_text(input_ids=ids, attention_mask=ids[:, 1:])
+
+
+def test_reports_share_a_batch_in_their_order() -> None:
+    """Not in that of a set, which differs between processes: the sums of a batch would too, in their last digits."""
+    texts = [f"Report {number:02d}." for number in range(99, 0, -1)]
+    seen: list[str] = []
+
+    def encode_text(part: list[str]) -> torch.Tensor:
+        seen.extend(part)
+        return torch.zeros(len(part), 2)
+
+    model = SimpleNamespace(config=SimpleNamespace(dim=2), encode_text=encode_text)
+    assert report_embeddings(model, [*texts, "", "Long report.", *texts]).shape == (200, 2)  # type: ignore[arg-type]
+    assert seen == [*texts, "Long report."]
