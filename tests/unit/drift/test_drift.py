@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,12 @@ def test_a_summary_is_read_as_it_was_written(summary: TrainingSummary, tmp_path:
 def test_a_damaged_summary_is_one_line(summary: TrainingSummary, tmp_path: Path) -> None:
     summary.save(tmp_path)
     (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="ctclip summarise"):
+        TrainingSummary.load(tmp_path)
+
+
+def test_scales_of_a_summary_that_nothing_can_be_divided_by(summary: TrainingSummary, tmp_path: Path) -> None:
+    replace(summary, scales=dict.fromkeys(summary.scales, 0.0)).save(tmp_path)
     with pytest.raises(CheckpointError, match="ctclip summarise"):
         TrainingSummary.load(tmp_path)
 

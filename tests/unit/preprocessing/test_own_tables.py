@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from ctclip.audit.pictures import keep_array, kept_array
 from ctclip.config_files import read_mapping
@@ -19,6 +20,7 @@ from ctclip.preprocessing.cohorts import check_table
 from ctclip.preprocessing.cohorts.table import cohort_table
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.outcomes import read_outcomes
+from ctclip.preprocessing.plain_yaml import load_yaml
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.tables import read_own_parquet
@@ -80,7 +82,7 @@ def test_a_cohort_table_holds_text(tmp_path: Path) -> None:
         _ = damaged.cohort
 
 
-def test_an_index_whose_files_do_not_fit(tmp_path: Path) -> None:
+def test_an_index_whose_files_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = pd.DataFrame({name: ["a", "b", "c"] for name in ROWS})
     vectors = np.eye(3, 4, dtype=np.float32)
     Index.build(rows, vectors, vectors, "m").save(tmp_path)
@@ -99,6 +101,14 @@ def test_an_index_whose_files_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"reports\.faiss does not fit the other files"):
         Index.load(tmp_path, "m")
 
+    def too_large(path: str) -> None:
+        # For a damaged size.
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr("faiss.read_index", too_large)
+    with pytest.raises(DataError, match="not a readable index"):
+        Index.load(tmp_path, "m")
+
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo.json"
@@ -114,11 +124,39 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     assert kept_array(fifo) is None
 
 
+@pytest.mark.parametrize("value", ["1" + "0" * 400, '"\\ud800"', '{"\\udc00": 1}', "[" * 100_000])
+def test_a_value_that_no_later_step_could_use_is_refused(value: str) -> None:
+    """Numbers too large for a float, halves of a surrogate pair, and nesting too deep for the parser."""
+    with pytest.raises(ValueError, match=r"too large|surrogate|too deep"):
+        plain_json.loads(f'{{"a": {value}}}')
+    with pytest.raises(yaml.YAMLError, match=r"too long|surrogate|nested deeper"):
+        load_yaml(f"a: {value}")
+
+
+def test_values_that_look_unusable_are_read() -> None:
+    # Transformers writes int(1e30) as the length of texts.
+    for text, value in (
+        ('"\\ud83d\\ude00 \\\\ud800"', "\U0001f600 \\ud800"),
+        (str(int(1e30)), int(1e30)),
+        ("[-0, 1]", [0, 1]),
+    ):
+        assert plain_json.loads(text) == load_yaml(text) == value
+    assert load_yaml("1:59:59") == 7199
+    with pytest.raises(yaml.YAMLError, match="a number is too long"):
+        load_yaml("1" + ":59" * 500_000)
+
+
 def test_a_damaged_array_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / "kept.npy"
     assert kept_array(path) is None
     keep_array(path, np.arange(6.0))
     assert kept_array(path, mapped=True) == pytest.approx(np.arange(6.0))
-    for content in (b"", path.read_bytes()[:-3], b"\x93NUMPY\x01\0\xff\xff", b"PK\x03\x04"):
+    for content in (
+        b"",
+        path.read_bytes()[:-3],
+        b"\x93NUMPY\x01\0\xff\xff",
+        path.read_bytes().replace(b"}", b" "),
+        b"PK\x03\x04",
+    ):
         path.write_bytes(content)
         assert kept_array(path) is None
