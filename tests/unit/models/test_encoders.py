@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ctclip.config import ModelConfig, TextConfig, objective_configs
 from ctclip.data.air import BodyTokens
@@ -197,6 +200,29 @@ def test_a_damaged_model_folder_is_named(tmp_path) -> None:
         load_model(tmp_path / "model")
     with pytest.raises(CheckpointError, match="not a ctclip model folder"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(value: float, tmp_path: Path) -> None:
+    """Of a training that diverged; their scores would be empty cells of a table."""
+    save_model(tmp_path / "model", model(), LABELS)
+    weights = tmp_path / "model" / "model.safetensors"
+    (weights.parent / "SHA256SUMS").unlink()
+    state = load_file(weights)
+    state["text_projection.weight"][0, 0] = value
+    save_file(state, weights)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: text_projection\.weight holds values that are not finite"
+    ):
+        load_model(tmp_path / "model")
+
+
+def test_a_model_card_is_text_for_people(tmp_path: Path) -> None:
+    """In folders of version 0.2, which the user may have edited in another encoding."""
+    save_model(tmp_path / "model", model(), LABELS)
+    (tmp_path / "model" / "trained_on.yaml").unlink()
+    (tmp_path / "model" / "model_card.md").write_bytes("M\xfcller\nsupervision: reports\n".encode("latin-1"))
+    assert load_model(tmp_path / "model").trained_on.supervision == "reports"
 
 
 def test_a_report_is_the_mean_of_its_sentences_and_shared_ones_are_encoded_once() -> None:
