@@ -301,12 +301,30 @@ def _done(parts: Path) -> set[str]:
     return names
 
 
-def _part(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A part, or some of its columns. Raises DataError if an interrupted run or a full disk has damaged it."""
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Context manager for reading a part. Raises DataError if an interrupted run or a full disk has damaged it."""
     try:
-        return pq.read_table(regular(path).absolute(), columns=columns)
+        yield
     except (*DAMAGE, pa.ArrowException) as error:
         raise DataError(f"{path}: damaged; delete it and run the same command again") from error
+
+
+def _part(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A part, or some of its columns."""
+    with _reading(path):
+        return pq.read_table(regular(path).absolute(), columns=columns)
+
+
+def _schema(files: Sequence[Path]) -> pa.Schema:
+    """The schema that all parts must have."""
+    schemas: list[pa.Schema] = []
+    for path in files:
+        with _reading(path):
+            schemas.append(pq.read_schema(path))
+            if schemas[-1].names != schemas[0].names or schemas[-1] != schemas[0]:
+                raise ValueError("other columns than those of another part")
+    return schemas[0]
 
 
 def _write_part(parts: Path, waiting: list[pa.Table]) -> None:
@@ -324,9 +342,8 @@ def _join(parts: Path, summary: Summary, order: dict[str, int]) -> None:
     files = sorted(
         parts.absolute().glob("*.parquet"), key=lambda path: order.get(_part(path, ["volume"])["volume"][0].as_py(), 0)
     )
-    vectors = [name for name in (VOLUME, REPORT) if name in pq.read_schema(files[0]).names]
-
-    first = pq.read_schema(files[0])
+    first = _schema(files)
+    vectors = [name for name in (VOLUME, REPORT) if name in first.names]
     with written_beside(summary.embeddings) as partial:
         names = ["volume", *vectors]
         with pq.ParquetWriter(partial, pa.schema([first.field(name) for name in names])) as writer:

@@ -15,6 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from ctclip import __version__, extras
+from ctclip.preprocessing.whole_numbers import whole_number
 from ctclip.serve import metrics
 from ctclip.serve.errors import Refused, Unavailable, Unknown
 from ctclip.serve.exports import table
@@ -313,8 +314,7 @@ def _add_one_call(app: FastAPI, service: Service) -> None:
 
 
 def _count(fields: dict[str, str]) -> int:
-    given = fields.get("count", "5")
-    return min(int(given), 50) if given.isdigit() and int(given) else 5
+    return min(whole_number(fields.get("count", "")) or 5, 50)
 
 
 def _add_state(app: FastAPI, service: Service) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from ctclip.audit.pictures import keep_array, kept_array
 from ctclip.config_files import read_mapping
 from ctclip.data.pair_scores import FILE, read_pair_scores
 from ctclip.errors import ConfigError, DataError
+from ctclip.evaluation.tables import embedding_table
 from ctclip.inference.index import ROWS, Index
+from ctclip.inference.run import Summary, _done, _join, _write_part
 from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.cohorts import check_table
 from ctclip.preprocessing.cohorts.table import cohort_table
@@ -108,6 +111,23 @@ def test_an_index_whose_files_do_not_fit(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("faiss.read_index", too_large)
     with pytest.raises(DataError, match="not a readable index"):
         Index.load(tmp_path, "m")
+
+
+def test_a_damaged_part_of_an_interrupted_run_is_named(tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    for name in "ab":
+        _write_part(parts, [embedding_table([name], volume_embedding=np.ones((1, 4), np.float32))])
+    assert _done(parts) == {"a", "b"}
+    part = next(parts.glob("*.parquet"))
+    whole = part.read_bytes()
+    other = io.BytesIO()
+    pd.DataFrame({"volume": ["a"], "other": [1]}).to_parquet(other)
+    summary = Summary(tmp_path / "predictions.csv", tmp_path / "embeddings.parquet", 2)
+    for content in (b"", whole[:-9], whole[:4] + bytes(40) + whole[44:], other.getvalue()):
+        part.write_bytes(content)
+        with pytest.raises(DataError, match=r"\.parquet: damaged; delete it and run the same command again"):
+            _join(parts, summary, dict.fromkeys(_done(parts), 0))
+        assert list(tmp_path.iterdir()) == [parts]
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:

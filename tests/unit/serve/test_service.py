@@ -194,3 +194,8 @@ def test_only_scans_may_be_large() -> None:
     assert client.post("/v1/scans/x/text", content=large).status_code == 413
     assert client.post("/v1/scans/x/text", content=large[1:]).json() == LONGEST_BODY
     assert client.post("/v1/scans/x/text", content=iter([b"x"])).status_code == 411
+    for length in ("²".encode("latin-1"), b"9" * 5000, b"-1"):
+        assert client.post("/v1/scans", headers={b"content-length": length}).status_code == 413
+    for origin in ("http://[", "http://testserver.evil"):
+        assert client.post("/v1/scans", headers={"origin": origin}).status_code == 403
+    assert client.post("/v1/scans", headers={"origin": "http://testserver"}).status_code == 200
