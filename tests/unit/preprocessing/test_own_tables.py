@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -15,18 +17,19 @@ from ctclip.audit.pictures import keep_array, kept_array
 from ctclip.config_files import read_mapping
 from ctclip.data.pair_scores import FILE, read_pair_scores
 from ctclip.errors import ConfigError, DataError
-from ctclip.evaluation.tables import embedding_table
+from ctclip.evaluation.tables import embedding_table, read_embeddings
 from ctclip.inference.index import ROWS, Index
 from ctclip.inference.run import Summary, _done, _join, _write_part
 from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.cohorts import check_table
 from ctclip.preprocessing.cohorts.table import cohort_table
 from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.files import LARGEST_TEXT
 from ctclip.preprocessing.outcomes import read_outcomes
 from ctclip.preprocessing.plain_yaml import load_yaml
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.preprocessing.store import VolumeStore
-from ctclip.preprocessing.tables import read_own_parquet
+from ctclip.preprocessing.tables import MOST_ROWS, read_own_parquet, read_table
 
 GOOD = pd.DataFrame({"volume": ["a", "b"], "score": [0.1, 0.2], "worse_share": [0.25, 0.75]})
 
@@ -137,8 +140,10 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
         plain_json.read(fifo)
     with pytest.raises(ConfigError, match=r"fifo\.json: cannot be read as YAML .*is a FIFO"):
         read_mapping(fifo)
-    with pytest.raises(PreprocessingError, match="cannot be read as Parquet"):
-        read_own_parquet(fifo, "copy it again")
+    for read in (lambda path: read_own_parquet(path, "copy it again"), read_table):
+        os.replace(fifo, fifo := fifo.with_suffix(".parquet"))
+        with pytest.raises(PreprocessingError, match="cannot be read as Parquet"):
+            read(fifo)
     with pytest.raises(OSError, match="is a device"):
         plain_json.read(Path("/dev/null"))
     assert kept_array(fifo) is None
@@ -163,7 +168,23 @@ def test_values_that_look_unusable_are_read() -> None:
         assert plain_json.loads(text) == load_yaml(text) == value
     assert load_yaml("1:59:59") == 7199
     with pytest.raises(yaml.YAMLError, match="a number is too long"):
-        load_yaml("1" + ":59" * 500_000)
+        load_yaml("1" + ":59" * 1000)
+
+
+def test_sizes_that_no_memory_holds_are_refused(tmp_path: Path) -> None:
+    text = tmp_path / "large.yaml"
+    with text.open("wb") as stream:
+        stream.truncate(LARGEST_TEXT + 1)
+    with pytest.raises(OSError, match="is larger than 256 MiB"):
+        plain_json.read(text)
+    with pytest.raises(ConfigError, match=r"large\.yaml: cannot be read as YAML .*larger than 256 MiB"):
+        read_mapping(text)
+    rows = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"volume": pa.nulls(MOST_ROWS + 1, pa.bool_())}), rows)
+    assert rows.stat().st_size < 100_000
+    for read in (lambda path: read_own_parquet(path, "copy it again"), read_table, read_embeddings):
+        with pytest.raises(PreprocessingError, match=r"rows\.parquet: has 10,000,001 rows"):
+            read(rows)
 
 
 def test_a_damaged_array_is_made_again(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
+from ctclip.cli.serve import _secret
 from ctclip.errors import CtclipError, DataError
 from ctclip.models.encoded import Encoded
 from ctclip.serve.app import _while_connected, invalid
@@ -202,6 +203,13 @@ def test_a_request_that_is_invalid_is_answered_in_one_line(body: bytes) -> None:
 def test_a_name_that_no_host_can_have_is_refused(host: str) -> None:
     with pytest.raises(DataError, match="cannot listen on this address"):
         _socket(host, 0)
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe"])
+def test_a_file_without_a_token_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(content)
+    with pytest.raises(DataError, match="token: holds no token in UTF-8; write one into it"):
+        _secret(tmp_path / "token")
 
 
 def test_only_scans_may_be_large() -> None:
