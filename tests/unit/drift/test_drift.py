@@ -101,10 +101,14 @@ def test_a_damaged_summary_is_one_line(summary: TrainingSummary, tmp_path: Path)
         TrainingSummary.load(tmp_path)
 
 
-def test_scales_of_a_summary_that_nothing_can_be_divided_by(summary: TrainingSummary, tmp_path: Path) -> None:
-    replace(summary, scales=dict.fromkeys(summary.scales, 0.0)).save(tmp_path)
-    with pytest.raises(CheckpointError, match="ctclip summarise"):
-        TrainingSummary.load(tmp_path)
+def test_numbers_of_a_summary_that_no_scan_can_be_compared_with(summary: TrainingSummary, tmp_path: Path) -> None:
+    wrong = (
+        {"scales": dict.fromkeys(summary.scales, 0.0)}, {"limit": 0.0}, {"source": np.ones((1, 2, 6))}, {"source": np.zeros((2, 6))},
+    )  # fmt: skip
+    for change in wrong:
+        replace(summary, **change).save(tmp_path)
+        with pytest.raises(CheckpointError, match="ctclip summarise"):
+            TrainingSummary.load(tmp_path)
 
 
 def test_a_flipped_bit_in_a_summary_is_noticed(summary: TrainingSummary, tmp_path: Path) -> None:
