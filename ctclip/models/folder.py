@@ -8,6 +8,7 @@ for a slice encoder ``vision_config.json`` too), ``preprocessing.yaml`` (the spe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -211,6 +212,7 @@ def read_architecture(
     config, geometry = _config_of(path, own)
     config = config if change is None else change(config)
     geometry = geometry if spec is None else spec
+    _check_size(path, config, geometry)
     tokenizer = load_tokenizer(path / "tokenizer")
     settings = path / "text_config.json"
     try:
@@ -307,6 +309,22 @@ def _config_of(path: Path, spec: PreprocessingSpec) -> tuple[ModelConfig, Prepro
                 geometry = dataclasses.replace(geometry, **changed)
     config = validated(ModelConfig, values, str(path / "config.yaml"))
     return config, geometry
+
+
+def _check_size(path: Path, config: ModelConfig, geometry: PreprocessingSpec) -> None:
+    """Raise CheckpointError if the volume encoder has more parameters than the weights beside it have bytes, before memory
+    is allocated for them. The encoder is built on the meta device, which the code of a plugin may not support."""
+    weights = path / "model.safetensors"
+    if isinstance(config.volume, SlicesConfig) or not weights.is_file():
+        return
+    parameters = 0
+    with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
+        parameters = sum(part.numel() for part in build_volume_encoder(config.volume, geometry).parameters())
+    if parameters > weights.stat().st_size:
+        raise CheckpointError(
+            f"{path / 'config.yaml'}: describes a volume encoder of {parameters / 1e6:,.0f} million parameters, more than "
+            f"{weights.name} beside it can hold; copy the folder again from its source"
+        )
 
 
 def _labels_of(path: Path) -> LabelSet:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from ctclip.config import ModelConfig, TextConfig, objective_configs
@@ -200,6 +201,17 @@ def test_a_damaged_model_folder_is_named(tmp_path) -> None:
         load_model(tmp_path / "model")
     with pytest.raises(CheckpointError, match="not a ctclip model folder"):
         load_model(tmp_path)
+
+
+def test_a_model_too_large_for_its_weights_is_named_before_it_is_built(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", model(), LABELS)
+    path = tmp_path / "model" / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    # Each layer would need 200 GB.
+    values["volume"]["width"] = 65536
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(CheckpointError, match=r"config\.yaml: describes a volume encoder of [\d,]+ million parameters"):
+        load_model(tmp_path / "model")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
