@@ -322,6 +322,7 @@ def _schema(files: Sequence[Path]) -> pa.Schema:
     for path in files:
         with _reading(path):
             schemas.append(pq.read_schema(path))
+            # Damaged names are noticed only when they are decoded.
             if schemas[-1].names != schemas[0].names or schemas[-1] != schemas[0]:
                 raise ValueError("other columns than those of another part")
     return schemas[0]
