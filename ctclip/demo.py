@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ctclip.errors import CtclipError
 from ctclip.preprocessing import plain_json
+from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.outputs import check_folder, made_by_us
 
@@ -83,7 +84,7 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
     ]  # fmt: skip
     _claim(output, {"size": size, "seed": seed})
     book = output / "seconds.json"
-    seconds: dict[str, float] = plain_json.read(book) if book.is_file() else {}
+    seconds = _seconds(book) if book.is_file() else {}
     for number, (name, arguments, done) in enumerate(stages):
         left = minutes_left(chosen.minutes, seconds, [stage for stage, _, _ in stages[:number]])
         print(f"\n[stage {number + 1} of {len(stages)}, about {max(1, round(left))} min left in all]")
@@ -101,6 +102,14 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
         seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
         write_text(book, json.dumps(seconds, indent=2))
     return seconds
+
+
+def _seconds(book: Path) -> dict[str, float]:
+    """The time of each finished stage."""
+    try:
+        return {str(name): float(value) for name, value in plain_json.read(book).items()}
+    except UNFIT as error:
+        raise CtclipError(f"{book}: damaged; delete it and run the demo again, which repeats its stages") from error
 
 
 def minutes_left(usual: Sequence[float], seconds: Mapping[str, float], past: Sequence[str]) -> float:

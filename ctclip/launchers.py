@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import torch
 
 from ctclip.errors import TrainingError
+from ctclip.preprocessing.whole_numbers import whole_number
 
 LOOPBACK = "127.0.0.1"
 # Each launcher's variables for rank, world size, local rank and local world size. MPI comes first, because mpirun may
@@ -82,7 +83,7 @@ def _check_ranks(environment: Mapping[str, str]) -> None:
                 f"RANK={environment['RANK']} is set in the environment but {name} is not: unset RANK to run as one process, or "
                 f"start the ranks with torchrun, deepspeed or srun"
             )
-        if name != "MASTER_ADDR" and not environment[name].isdigit():
+        if name != "MASTER_ADDR" and whole_number(environment[name]) is None:
             raise TrainingError(f"{name}={environment[name]} in the environment is not a number: unset RANK and {name}")
 
 
@@ -170,8 +171,7 @@ def _allocated(environment: Mapping[str, str]) -> int:
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:
-    text = environment.get(name, "")
-    return int(text) if text.isdigit() else None
+    return whole_number(environment.get(name, ""))
 
 
 def _port_of(job: str) -> str:

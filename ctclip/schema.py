@@ -88,6 +88,9 @@ def validated(schema: type[S], values: Any, source: str = "", path: str = "") ->
     except ConfigError as error:
         # A section found by name (an encoder, an objective) has its own message.
         message = str(error)
+    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        # Of a validator that is called before the types of its values are checked.
+        message = f"a value has the wrong type ({' '.join(str(error).split())[:100]})"
     raise ConfigError(f"{source}: {message}" if source else message)
 
 

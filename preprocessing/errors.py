@@ -1,5 +1,8 @@
 """The error class of this package. Every message names the file, the fault and the remedy."""
 
+# What reading a file of values raises, and using them as if each had the expected type.
+UNFIT = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+
 
 class PreprocessingError(Exception):
     """A scan, a table or a store that cannot be trusted. Its message is one printable line."""

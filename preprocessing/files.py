@@ -20,6 +20,8 @@ KINDS = (
     (stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a folder"), (stat.S_ISREG, "a file"), (stat.S_ISFIFO, "a FIFO"),
     (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"), (stat.S_ISSOCK, "a socket"),
 )  # fmt: skip
+# Settings, records and figures; the largest are vocabularies of some ten megabytes.
+LARGEST_TEXT = 1 << 28
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
@@ -43,9 +45,11 @@ def regular(path: Path) -> Path:
 
 
 def text_of(path: Path) -> str:
-    """The UTF-8 text of a regular file, with line ends converted to line feeds. Raises OSError and
-    UnicodeDecodeError."""
-    return regular(path).read_text(encoding="utf-8")
+    """The UTF-8 text of a regular file of at most ``LARGEST_TEXT`` bytes, with line ends converted to line feeds. Raises
+    OSError and UnicodeDecodeError."""
+    if regular(path).stat().st_size > LARGEST_TEXT:
+        raise OSError(errno.EFBIG, f"is larger than {LARGEST_TEXT >> 20} MiB", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 def as_path(path: object, what: str) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 
 from ctclip.preprocessing.csv_files import unguarded
 from ctclip.preprocessing.errors import PreprocessingError
@@ -23,6 +24,7 @@ VOLUME_SUFFIXES = (
 PROGRAMS = re.compile(r"\b[A-Za-z_][\w.]*(?=\()|,\s*dtype=[\w.]+|(?<=[\d.])\s*mm\b|(?<=[\dm\s])[x×](?=\s*\d)")
 SEPARATORS = (",", "\t", ";", "|")
 LONGEST_CELL = 10_000_000
+MOST_ROWS = 10_000_000
 # Spellings of a missing value in a column of numbers or labels.
 MISSING = frozenset(
     ["", "-", "--", "---", "–", "—", ".", "?", "na", "n/a", "n.a.", "n.a", "n / a", "#n/a", "nan", "<na>", "none", "null",
@@ -121,12 +123,14 @@ def _from_text(path: Path, text: str, separator: str, lines_before: int = 0) -> 
 
 def _from_parquet(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_parquet(path.absolute())
+        table = pd.read_parquet(checked_parquet(path))
         if any(name is not None for name in table.index.names):
             # The index of a data frame may hold the names.
             table = table.reset_index()
         # Strings are decoded only here.
         columns = {n: [cell_text(value) for value in table.iloc[:, n].tolist()] for n in range(table.shape[1])}
+    except PreprocessingError:
+        raise
     except Exception as error:
         # The library parses untrusted bytes, which can make it raise any exception.
         raise PreprocessingError(
@@ -137,13 +141,24 @@ def _from_parquet(path: Path) -> pd.DataFrame:
     return _named(path, frame)
 
 
+def checked_parquet(path: Path) -> Path:
+    """The absolute path of a Parquet file. Raises OSError if it is not a regular file, whatever pyarrow raises if it is
+    damaged, and PreprocessingError if it has more than ``MOST_ROWS`` rows: a few bytes can hold billions of equal ones."""
+    rows = pq.read_metadata(regular(path).absolute()).num_rows
+    if rows > MOST_ROWS:
+        raise PreprocessingError(f"{path}: has {rows:,} rows, more than any table of volumes; give another file")
+    return path.absolute()
+
+
 def read_own_parquet(
     path: Path, remedy: str, *, texts: Iterable[str] = (), numbers: Iterable[str] = ()
 ) -> pd.DataFrame:
     """A Parquet table that a command wrote, with its types. Raises PreprocessingError, with the ``remedy``, if it is damaged or
     lacks one of the columns of ``texts`` and ``numbers``."""
     try:
-        table = pd.read_parquet(regular(path).absolute())
+        table = pd.read_parquet(checked_parquet(path))
+    except PreprocessingError:
+        raise
     except Exception as error:
         # The library parses untrusted bytes, which can make it raise any exception.
         raise PreprocessingError(f"{path}: cannot be read as Parquet ({type(error).__name__}); {remedy}") from error

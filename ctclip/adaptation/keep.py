@@ -11,7 +11,7 @@ from ctclip.errors import DataError
 from ctclip.evaluation.adapted import FILE, Adaptation
 from ctclip.heads.folder import FOLDER, NAME, list_heads, save_head
 from ctclip.heads.head import Head
-from ctclip.models.folder import ModelFolder, check_addition
+from ctclip.models.folder import CARD, ModelFolder, card_text, check_addition
 from ctclip.preprocessing.files import in_turn, write_text
 
 
@@ -50,16 +50,16 @@ def add_head(model: Path, name: str, head: Head, words: str) -> Path:
     that add heads to the same model at the same time."""
     with in_turn(model):
         folder = save_head(model, name, head)
-        _say_in_card(model / "model_card.md", name, words)
+        _say_in_card(model, name, words)
     return folder
 
 
-def _say_in_card(card: Path, name: str, words: str) -> None:
+def _say_in_card(model: Path, name: str, words: str) -> None:
     """Add a line about a head to the model card, replacing an earlier one."""
     begin = f"Head {name}: "
-    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else ["# ctclip model"]
+    lines = card_text(model).splitlines() or ["# ctclip model"]
     kept = [line for line in lines if not line.startswith(begin)]
-    write_text(card, "\n".join([*kept, f"{begin}{words}."]) + "\n")
+    write_text(model / CARD, "\n".join([*kept, f"{begin}{words}."]) + "\n")
 
 
 def record(

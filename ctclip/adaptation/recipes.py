@@ -19,6 +19,7 @@ from ctclip.errors import ConfigError, DataError
 from ctclip.evaluation.adapted import FILE, Adaptation
 from ctclip.heads.folder import FOLDER, PROMPTS, write_prompt_head
 from ctclip.models.folder import (
+    card_text,
     file_hash,
     load_model,
     local_folder,
@@ -172,11 +173,10 @@ def merge_adapters(folder: Path) -> None:
         return
     plain = read_architecture(folder, _without_adapters).model
     plain.load_state_dict(merged_state(loaded.model))
-    card = (folder / "model_card.md").read_text(encoding="utf-8")
     prompts = read_mapping(folder / FOLDER / PROMPTS / "prompts.yaml") if (folder / FOLDER / PROMPTS).is_dir() else None
     names = read_mapping(folder / FOLDER / PROMPTS / "head.yaml")["names"] if prompts is not None else []
     save_model(
-        folder, plain, loaded.labels, trained_on=read_trained_on(folder), card=card,
+        folder, plain, loaded.labels, trained_on=read_trained_on(folder), card=card_text(folder),
         write_more=(lambda partial: write_prompt_head(partial, load_prompts(prompts), names)) if prompts is not None else None,
     )  # fmt: skip
 

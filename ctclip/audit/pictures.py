@@ -17,6 +17,7 @@ from ctclip.audit.measures import MEASURES, measure
 from ctclip.drift.facts import Source
 from ctclip.inference.run import run_key
 from ctclip.preprocessing import plain_json
+from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.files import regular, write_text, written_beside
 from ctclip.preprocessing.formats.streams import DAMAGE
 from ctclip.preprocessing.progress import track
@@ -115,11 +116,11 @@ def _write_part(folder: Path, rows: Mapping[str, dict[str, np.ndarray]], checksu
 def _read_part(part: Path, checksums: Mapping[str, str]) -> dict[str, tuple[dict[str, np.ndarray], int]]:
     """Read a part: for each of its volumes that is wanted and whose voxels have not changed, the arrays and the row."""
     try:
-        of_names = plain_json.read(regular(part / VOLUMES))
-    except (OSError, ValueError):
+        of_names = dict(plain_json.read(regular(part / VOLUMES)))
+    except UNFIT:
         return {}
     arrays = {kind: kept_array(part / f"{kind}.npy", mapped=True) for kind in KINDS}
-    whole = {kind: array for kind, array in arrays.items() if array is not None and len(array) == len(of_names)}
+    whole = {kind: array for kind, array in arrays.items() if array is not None and array.shape[:1] == (len(of_names),)}
     if len(whole) < len(KINDS):
         return {}
     return {name: (whole, row) for row, (name, sum_) in enumerate(of_names.items()) if checksums.get(name) == sum_}

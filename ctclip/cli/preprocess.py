@@ -166,7 +166,9 @@ def _summary(outcomes: list[Outcome], unused: dict[str, int], table: Path) -> st
 
 
 def _shard(text: str) -> tuple[int, int]:
-    part, _, parts = text.partition("/")
-    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+    from ctclip.preprocessing.whole_numbers import whole_number
+
+    part, _, parts = map(whole_number, text.partition("/"))
+    if part is None or parts is None or not 1 <= part <= parts:
         raise typer.BadParameter(f"{text!r}: write it as i/n with i from 1 to n, for example 3/16")
-    return int(part), int(parts)
+    return part, parts

@@ -95,9 +95,14 @@ def serve(
 
 def _secret(path: Path | None) -> str | None:
     from ctclip.errors import DataError
+    from ctclip.preprocessing.files import text_of
 
     if path is None:
         return None
-    if not (secret := path.read_text(encoding="utf-8").strip()):
-        raise DataError(f"{path}: holds no token")
+    try:
+        secret = text_of(path).strip()
+    except UnicodeDecodeError:
+        secret = ""
+    if not secret:
+        raise DataError(f"{path}: holds no token in UTF-8; write one into it")
     return secret

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from ctclip.drift.facts import SOURCE_NAMES, Source, fact_names, scan_facts
 from ctclip.errors import CheckpointError
 from ctclip.models.folder import SUMMARY as FILE
 from ctclip.preprocessing import plain_json
+from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.spec import PreprocessingSpec
 
@@ -222,12 +224,12 @@ class TrainingSummary:
                 raise ValueError(f"version {facts['version']}")
             names = list(Normal.__dataclass_fields__)
             normals = {group: Normal(*(tensors[f"{group}/{part}"] for part in names)) for group in facts["scales"]}
-            _check(normals, facts)
+            _check(normals, facts, tensors.get(SOURCE))
             return cls(
                 normals, {k: float(v) for k, v in facts["scales"].items()}, tensors.get(SOURCE), float(facts["limit"]),
                 float(facts["rate"]), str(facts["model"]), int(facts["patients"]), int(facts["held_out"]),
             )  # fmt: skip
-        except (OSError, KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        except (*UNFIT, SafetensorError) as error:
             raise CheckpointError(
                 f"{path}: cannot be used ({' '.join(str(error).split())[:120]}); run `ctclip summarise` to write it "
                 f"again"
@@ -242,7 +244,7 @@ def _sha256(tensors: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _check(normals: dict[str, Normal], facts: dict[str, object]) -> None:
+def _check(normals: dict[str, Normal], facts: dict[str, Any], source: np.ndarray | None) -> None:
     """Raise ValueError unless the sizes in a file fit the numbers they are compared with."""
     expected = {group: len(names) for group, names in fact_names().items()}
     for group, normal in normals.items():
@@ -250,7 +252,10 @@ def _check(normals: dict[str, Normal], facts: dict[str, object]) -> None:
         shapes = [getattr(normal, part).shape for part in ("mean", "spread", "low", "high")]
         if shapes != [(size,)] * 4 or normal.precision.shape != (size, size) or not (normal.spread > 0).all():
             raise ValueError(f"{group} has the wrong size")
-    if set(normals) != {*expected, EMBEDDING} or not float(str(facts["limit"])) > 0:
+    if source is not None and (source.shape != (2, len(SOURCE_NAMES)) or not (source > 0).all()):
+        raise ValueError(f"{SOURCE} has the wrong size")
+    limits = [float(value) for value in (facts["limit"], *facts["scales"].values())]
+    if set(normals) != {*expected, EMBEDDING} or not min(limits) > 0:
         raise ValueError("its parts are not those of this version")
 
 

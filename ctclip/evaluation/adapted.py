@@ -14,6 +14,7 @@ import pandas as pd
 from ctclip.errors import EvaluationError
 from ctclip.evaluation.calibration import digest
 from ctclip.preprocessing import plain_json
+from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.files import write_text
 
 FILE = "adaptation.json"
@@ -57,10 +58,12 @@ class Adaptation:
         try:
             values = plain_json.read(path)
             kept = cls(**(values | {"patients": tuple(values.get("patients", ()))}))
-            if not all(isinstance(part, str) for part in (kept.method, kept.fitted_on, kept.model, kept.salt)):
+            if not all(
+                isinstance(part, str) for part in (kept.method, kept.fitted_on, kept.model, kept.salt, *kept.patients)
+            ):
                 raise ValueError("a value is not a text")
             return kept
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except UNFIT as error:
             raise EvaluationError(
                 f"{path}: cannot be read ({' '.join(str(error).split())[:120]}); copy the model folder again"
             ) from error

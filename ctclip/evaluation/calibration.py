@@ -15,6 +15,7 @@ import numpy as np
 from ctclip.errors import EvaluationError
 from ctclip.evaluation.calibration_interval import Covariance, checked_covariance, line_covariance, probability_limits
 from ctclip.preprocessing import plain_json
+from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.files import write_text
 
 Method = Literal["platt", "temperature"]
@@ -105,7 +106,7 @@ class Calibration:
             if odd := [value for value in texts if not isinstance(value, str)]:
                 raise ValueError(f"{type(odd[0]).__name__} where text is expected")
             return cls(**values, lines=rising, patients=patients, uncalibrated=uncalibrated)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except UNFIT as error:
             raise EvaluationError(f"{path}: not a calibration file ({error}); `ctclip calibrate` writes one") from error
 
 

@@ -30,6 +30,7 @@ from ctclip.heads.locator import Locator
 from ctclip.labels import named
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.preprocessing import plain_json
+from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.files import write_text, written_beside
 from ctclip.preprocessing.outputs import check_replaceable, file_holds, put_in_place
 from ctclip.preprocessing.pipeline import Prepared
@@ -230,7 +231,7 @@ def is_explanation_folder(folder: Path) -> bool:
     try:
         kept = plain_json.read(folder / FACTS)
         maps = [str(entry["map"]) for entry in kept["findings"]]
-    except (OSError, ValueError, LookupError, TypeError):
+    except UNFIT:
         return False
     known = {FACTS, PAGE, MASK, *maps, *(f"{name.removesuffix('.nii.gz')}.png" for name in maps)}
     names = {path.name for path in folder.iterdir() if path.name != DICOM}

@@ -13,6 +13,7 @@ from ctclip.config_files import find_config, read_mapping
 from ctclip.errors import ExplanationError
 from ctclip.labels import load_labels
 from ctclip.preprocessing import plain_json
+from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.readers import read
 from ctclip.preprocessing.volume import FileGrid
 from ctclip.schema import Section, validated
@@ -139,7 +140,7 @@ class Masks:
                 categories = _in_order(record.get("categories", []))
                 whole = len(categories) == len(self.texts[volume])
                 self.categories[volume] = categories if whole else ["sentence"] * len(self.texts[volume])
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except UNFIT as error:
             raise ExplanationError(f"{path}: does not list volumes by name with their findings") from error
 
 

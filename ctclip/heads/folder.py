@@ -21,7 +21,7 @@ from ctclip.heads.head import Head
 from ctclip.heads.linear import LinearHead
 from ctclip.heads.prompts import PromptHead
 from ctclip.labels import load_labels
-from ctclip.models.checksums import checked_sha256, write_checksums
+from ctclip.models.checksums import checked_sha256, finite, write_checksums
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import LABELS_BEFORE, is_head_folder
 from ctclip.preprocessing.files import write_text
@@ -116,6 +116,8 @@ def load_head(model_folder: Path, name: str, model: DualEncoder) -> Head:
     for weights in sorted(folder.glob("*.safetensors")):
         checked_sha256(weights)
     head: Head = found.load(folder, model)
+    for weights in sorted(folder.glob("*.safetensors")):
+        finite(load_file(weights), weights)
     if (folder / "calibration.json").is_file():
         head.calibration = Calibration.load(folder / "calibration.json")
     if (folder / ADAPTATION).is_file():

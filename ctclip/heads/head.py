@@ -20,11 +20,10 @@ from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.calibration import Calibration
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
+from ctclip.preprocessing.errors import UNFIT
 
 # Exceptions caused by files that are missing, damaged or unrelated.
-DAMAGED = (
-    OSError, SafetensorError, yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RuntimeError
-)  # fmt: skip
+DAMAGED = (*UNFIT, SafetensorError, yaml.YAMLError, RuntimeError)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,9 @@ from ctclip.inference.run import batches, check_count, report_embeddings, report
 from ctclip.inference.scans import StoredScans
 from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing import plain_json
+from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.files import regular, write_text, written_beside
+from ctclip.preprocessing.formats.streams import DAMAGE
 from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
 from ctclip.preprocessing.tables import read_own_parquet
 
@@ -69,7 +71,7 @@ class Index:
             volumes = faiss.read_index(str(regular(folder / "volumes.faiss")))
             path = folder / "reports.faiss"
             reports = faiss.read_index(str(regular(path))) if path.exists() else None
-        except (OSError, ValueError, RuntimeError) as error:
+        except DAMAGE as error:
             raise DataError(f"{folder}: not a readable index; `ctclip index` writes one") from error
         if facts["model"] != model:
             raise DataError(f"{folder}: made with model {facts['model']}, not {model}: run `ctclip index` again")
@@ -138,7 +140,7 @@ def index_facts(folder: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = plain_json.read(folder / "index.json")
         return facts | {"model": str(facts["model"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNFIT as error:
         raise DataError(f"{folder}: not a readable index; `ctclip index` writes one") from error
 
 

@@ -22,6 +22,7 @@ from ctclip.heads.head import Head
 from ctclip.models.folder import PRECISION, ModelFolder
 from ctclip.models.precision import Precision
 from ctclip.preprocessing import plain_json
+from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.files import write_text
 
 Asked = Literal["auto", "fp32", "tf32", "bf16"]
@@ -132,7 +133,7 @@ def _fastest(loaded: ModelFolder) -> Precision:
     try:
         results = [Agreement(**result) for result in entry["results"]] if entry else []
         checked = fastest(results) if results else "fp32"
-    except (KeyError, TypeError, ValueError):
+    except UNFIT:
         return "fp32"
     return checked if checked in available(loaded.model.device) else "fp32"
 

@@ -11,6 +11,7 @@ import yaml
 from ctclip.errors import CheckpointError, CtclipError, EvaluationError
 from ctclip.inference.model import Model, load
 from ctclip.preprocessing import plain_json
+from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.files import write_text
 
 CARD = "README.md"
@@ -52,7 +53,9 @@ def read_figures(evaluation: Path, model: Model) -> dict[str, Any]:
     try:
         figures: dict[str, Any] = plain_json.read(path)
         of = figures["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        # Fails if a figure of the card is missing.
+        _figures(figures)
+    except UNFIT as error:
         raise EvaluationError(f"{path}: no evaluation could be read; give a folder of `ctclip evaluate`") from error
     if of != model.folder.hash:
         raise EvaluationError(

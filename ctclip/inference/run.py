@@ -34,7 +34,8 @@ from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing.csv_files import read_csv, write_csv
 from ctclip.preprocessing.errors import PreprocessingError
-from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.files import regular, written_beside
+from ctclip.preprocessing.formats.streams import DAMAGE
 from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
 from ctclip.preprocessing.progress import track
 
@@ -297,8 +298,35 @@ def run_key(*facts: object) -> str:
 def _done(parts: Path) -> set[str]:
     names: set[str] = set()
     for path in parts.glob("*.parquet"):
-        names |= _volumes_of(path)
+        names |= set(_part(path, ["volume"])["volume"].to_pylist())
     return names
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Context manager for reading a part. Raises DataError if an interrupted run or a full disk has damaged it."""
+    try:
+        yield
+    except (*DAMAGE, pa.ArrowException) as error:
+        raise DataError(f"{path}: damaged; delete it and run the same command again") from error
+
+
+def _part(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A part, or some of its columns."""
+    with _reading(path):
+        return pq.read_table(regular(path).absolute(), columns=columns)
+
+
+def _schema(files: Sequence[Path]) -> pa.Schema:
+    """The schema that all parts must have."""
+    schemas: list[pa.Schema] = []
+    for path in files:
+        with _reading(path):
+            schemas.append(pq.read_schema(path))
+            # Damaged names are noticed only when they are decoded.
+            if schemas[-1].names != schemas[0].names or schemas[-1] != schemas[0]:
+                raise ValueError("other columns than those of another part")
+    return schemas[0]
 
 
 def _write_part(parts: Path, waiting: list[pa.Table]) -> None:
@@ -314,23 +342,22 @@ def _write_part(parts: Path, waiting: list[pa.Table]) -> None:
 def _join(parts: Path, summary: Summary, order: dict[str, int]) -> None:
     """Join parts into the two final tables, one part in memory at a time, in the order of the scans."""
     files = sorted(
-        parts.absolute().glob("*.parquet"), key=lambda path: order.get(pq.read_table(path)["volume"][0].as_py(), 0)
+        parts.absolute().glob("*.parquet"), key=lambda path: order.get(_part(path, ["volume"])["volume"][0].as_py(), 0)
     )
-    vectors = [name for name in (VOLUME, REPORT) if name in pq.read_schema(files[0]).names]
-
-    first = pq.read_schema(files[0])
+    first = _schema(files)
+    vectors = [name for name in (VOLUME, REPORT) if name in first.names]
     with written_beside(summary.embeddings) as partial:
         names = ["volume", *vectors]
         with pq.ParquetWriter(partial, pa.schema([first.field(name) for name in names])) as writer:
             for path in files:
-                writer.write_table(pq.read_table(path, columns=names))
+                writer.write_table(_part(path, names))
     with written_beside(summary.predictions) as partial:
         if summary.predictions.suffix == ".parquet":
-            with pq.ParquetWriter(partial, pq.read_table(files[0]).drop_columns(vectors).schema) as writer:
+            with pq.ParquetWriter(partial, _part(files[0]).drop_columns(vectors).schema) as writer:
                 for path in files:
-                    writer.write_table(pq.read_table(path).drop_columns(vectors))
+                    writer.write_table(_part(path).drop_columns(vectors))
             return
         with partial.open("w", encoding="utf-8", newline="") as stream:
             for number, path in enumerate(files):
-                table = pq.read_table(path).drop_columns(vectors).to_pandas()
+                table = _part(path).drop_columns(vectors).to_pandas()
                 write_csv(stream, table, header=number == 0, float_format="%.9g")

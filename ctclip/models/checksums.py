@@ -1,4 +1,4 @@
-"""SHA-256 of the weights in a folder, in ``SHA256SUMS`` beside them, which ``sha256sum -c`` also reads.
+"""Checks of weights files: their SHA-256, in ``SHA256SUMS`` beside them, which ``sha256sum -c`` also reads, and values.
 
 A safetensors file has no checksum of its own: a flipped bit in a weight would be loaded and change the scores.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from ctclip.errors import CheckpointError
 from ctclip.preprocessing.errors import printable
@@ -21,6 +24,18 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file. Raises CheckpointError if one holds NaN or infinity, of which scores would be NaN."""
+    for name, tensor in tensors.items():
+        plain = tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel() > 0
+        if plain and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            raise CheckpointError(
+                f"{path}: {printable(name)} holds values that are not finite numbers; copy it again from its source, or "
+                f"take another checkpoint of its training"
+            )
+    return tensors
 
 
 def write_checksums(folder: Path) -> None:

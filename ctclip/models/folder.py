@@ -8,6 +8,7 @@ for a slice encoder ``vision_config.json`` too), ``preprocessing.yaml`` (the spe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -30,7 +31,7 @@ from ctclip.errors import CheckpointError, ConfigError
 from ctclip.labels import FILE as LABELS
 from ctclip.labels import LabelSet, expected, load_labels
 from ctclip.models.checksums import FILE as CHECKSUMS
-from ctclip.models.checksums import checked_sha256, sha256, write_checksums
+from ctclip.models.checksums import checked_sha256, finite, sha256, write_checksums
 from ctclip.models.dual_encoder import DualEncoder, build_volume_encoder
 from ctclip.models.hub import model_folder
 from ctclip.models.huggingface import read_settings, vision_model_of
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 ARCHITECTURE = ("config.yaml", "tokenizer", "text_config.json", "preprocessing.yaml")
 REQUIRED = (*ARCHITECTURE, "model.safetensors")
 TRAINED_ON = "trained_on.yaml"
+CARD = "model_card.md"
 # File of ``ctclip.drift.summary``.
 SUMMARY = "training_summary.safetensors"
 # File of ``ctclip.inference.precision``.
@@ -60,7 +62,7 @@ KIND = "model folder of ours alone"
 HASH = 12
 # All files of a model folder: ours, those of version 0.2, and those that the hub adds.
 PARTS = {
-    *REQUIRED, LABELS, TRAINED_ON, SUMMARY, PRECISION, CHECKSUMS, "model_card.md", "heads", "vision_config.json",
+    *REQUIRED, LABELS, TRAINED_ON, SUMMARY, PRECISION, CHECKSUMS, CARD, "heads", "vision_config.json",
     "adaptation.json", "prompts.yaml", "calibration.json", "classifier.safetensors", "README.md", ".gitattributes", ".cache",
 }  # fmt: skip
 TOKENIZER = {
@@ -166,7 +168,7 @@ def save_model(
             write_architecture(partial, model, labels)
             facts = (trained_on or TrainedOn()).model_dump(mode="json")
             write_text(partial / TRAINED_ON, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
-            (partial / "model_card.md").write_text(card or "# ctclip model\n", encoding="utf-8")
+            (partial / CARD).write_text(card or "# ctclip model\n", encoding="utf-8")
             if write_more is not None:
                 write_more(partial)
             partial.chmod(0o755)
@@ -210,6 +212,7 @@ def read_architecture(
     config, geometry = _config_of(path, own)
     config = config if change is None else change(config)
     geometry = geometry if spec is None else spec
+    _check_size(path, config, geometry)
     tokenizer = load_tokenizer(path / "tokenizer")
     settings = path / "text_config.json"
     try:
@@ -271,7 +274,7 @@ def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu
     weights = path / "model.safetensors"
     digest = checked_sha256(weights)
     try:
-        model.load_state_dict(load_file(weights))
+        model.load_state_dict(finite(load_file(weights), weights))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"{weights}: does not fit config.yaml or is damaged ({' '.join(str(error).split())[:300]}); "
@@ -308,6 +311,22 @@ def _config_of(path: Path, spec: PreprocessingSpec) -> tuple[ModelConfig, Prepro
     return config, geometry
 
 
+def _check_size(path: Path, config: ModelConfig, geometry: PreprocessingSpec) -> None:
+    """Raise CheckpointError if the volume encoder has more parameters than the weights beside it have bytes, before memory
+    is allocated for them. The encoder is built on the meta device, which the code of a plugin may not support."""
+    weights = path / "model.safetensors"
+    if isinstance(config.volume, SlicesConfig) or not weights.is_file():
+        return
+    parameters = 0
+    with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
+        parameters = sum(part.numel() for part in build_volume_encoder(config.volume, geometry).parameters())
+    if parameters > weights.stat().st_size:
+        raise CheckpointError(
+            f"{path / 'config.yaml'}: describes a volume encoder of {parameters / 1e6:,.0f} million parameters, more than "
+            f"{weights.name} beside it can hold; copy the folder again from its source"
+        )
+
+
 def _labels_of(path: Path) -> LabelSet:
     if (path / LABELS).is_file():
         return load_labels(path / LABELS)
@@ -322,10 +341,15 @@ def read_trained_on(path: Path) -> TrainedOn:
     """The training data of the model in a folder."""
     if (path / TRAINED_ON).is_file():
         return validated(TrainedOn, read_mapping(path / TRAINED_ON), str(path / TRAINED_ON))
-    card = path / "model_card.md"
-    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
+    lines = card_text(path).splitlines()
     supervision = next((line.partition(":")[2].strip() for line in lines if line.startswith("supervision:")), "")
     return TrainedOn(supervision=supervision)
+
+
+def card_text(path: Path) -> str:
+    """The text of the model card in a folder, "" if there is none; bytes that are not UTF-8 are replaced."""
+    card = path / CARD
+    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
 
 
 def file_hash(path: Path) -> str:

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctclip.errors import CheckpointError
+from ctclip.errors import CheckpointError, CtclipError
 from ctclip.models.hub import pretrained_folder
 from ctclip.preprocessing import plain_json
+from ctclip.preprocessing.errors import PreprocessingError
 
 # Architectures published with their own code and name that are equal to one in Transformers.
 PLAIN = {"cxr-bert": "bert"}
@@ -67,7 +68,7 @@ def shape_of(values: dict[str, Any], source: str | Path) -> Any:
             f"with the checkpoint, which is never run here. Choose a model of a known architecture"
         )
     _check_parts(values, source)
-    with _one_line_errors(source, "describes no model"):
+    with one_line_errors(source, "describes no model"):
         shape = CONFIG_MAPPING[kind].from_dict(values)
     if hasattr(shape, "use_cache"):
         # Not needed without generation.
@@ -137,7 +138,7 @@ def _check_kinds(folder: Path) -> None:
 
 def _trained(folder: Path, shape: Any, side: str) -> nn.Module:
     kind, shape, options = _architecture(shape, side, folder / "config.json")
-    with _quiet(), _one_line_errors(folder, "the weights do not fit config.json, or a file is damaged"):
+    with _quiet(), one_line_errors(folder, "the weights do not fit config.json, or a file is damaged"):
         model, report = kind.from_pretrained(
             str(folder), config=shape, dtype=torch.float32, local_files_only=True, trust_remote_code=False,
             output_loading_info=True, **options,
@@ -164,7 +165,7 @@ def _trained(folder: Path, shape: Any, side: str) -> nn.Module:
 
 def _fresh(shape: Any, side: str, source: str | Path) -> nn.Module:
     kind, shape, options = _architecture(shape, side, source)
-    with _quiet(), _one_line_errors(source, "describes no model that can be built"):
+    with _quiet(), one_line_errors(source, "describes no model that can be built"):
         # AutoModel.from_config calls `_from_config`, but does not accept options of the architecture.
         model = kind._from_config(shape, dtype=torch.float32, **options)
     return _encoder(model, side)
@@ -255,7 +256,7 @@ def _check_parts(values: dict[str, Any], source: str | Path) -> None:
 
 def _check_memory(kind: Any, shape: Any, options: dict[str, Any], source: str | Path) -> None:
     """Check that the model fits into memory, by counting its size on the meta device."""
-    with torch.device("meta"), _quiet(), _one_line_errors(source, "describes no model that can be built"):
+    with torch.device("meta"), _quiet(), one_line_errors(source, "describes no model that can be built"):
         model = kind._from_config(copy.deepcopy(shape), dtype=torch.float32, **options)
     needed = sum(4 * p.numel() for p in model.parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -283,15 +284,18 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_line_errors(source: str | Path, fault: str) -> Iterator[None]:
-    """Turn any exception into a one-line CheckpointError, because untrusted files can make Transformers raise any
-    exception."""
+def one_line_errors(source: str | Path, fault: str, remedy: str = "") -> Iterator[None]:
+    """Turn any exception into a one-line CheckpointError, because untrusted files can make Transformers and its optional
+    libraries raise any exception."""
     try:
         yield
-    except CheckpointError:
+    except (CtclipError, PreprocessingError):
         raise
-    except Exception as error:
-        raise CheckpointError(f"{source}: {fault} ({_reason(error)})") from error
+    except BaseException as error:
+        # A panic of code in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{source}: {fault} ({_reason(error)}){remedy}") from error
 
 
 def _reason(error: BaseException) -> str:

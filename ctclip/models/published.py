@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ctclip.errors import CheckpointError
 from ctclip.models.ctvit import CTViT, CTViTConfig
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.text import TextEncoder
+from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.spec import PreprocessingSpec
 
 _NORM = {"gamma": "weight", "beta": "bias"}
@@ -87,22 +87,18 @@ def read_published(path: str | Path, ignore: Sequence[str] = ()) -> Published:
         if name is None:
             strange.append(key)
         else:
-            state[name] = (
-                value.reshape(1)
-                if name.endswith("logit_scale")
-                else value[0]
-                if name.endswith("codebook.rows")
-                else value
-            )
+            state[name] = value
     if strange:
         raise CheckpointError(
             f"{path}: {len(strange)} keys are unknown: {', '.join(strange)}; use --ignore to leave out those that are not needed (many at once: `--ignore 'decoder.*'`)"
         )
     try:
+        state["similarity.logit_scale"] = state["similarity.logit_scale"].reshape(1)
+        state["volume_encoder.codebook.rows"] = state["volume_encoder.codebook.rows"][0]
         volume, plane, dim, bert = _sizes(tensors, state)
-    except (KeyError, ValueError, ZeroDivisionError) as error:
+    except (*UNFIT, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: not a CT-CLIP checkpoint, {error} is missing or has an unexpected shape"
+            f"{path}: not a CT-CLIP checkpoint, {' '.join(str(error).split())[:160]} is missing or has an unexpected shape"
         ) from error
     classifier = {
         key.removeprefix("classifier."): tensors[key]
@@ -134,7 +130,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: {path.stat().st_size / 2**30:.0f} GiB, more than any published checkpoint has")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:
+        # torch parses untrusted bytes, which can make it raise any exception.
         raise CheckpointError(
             f"{path}: not a checkpoint of plain tensors ({type(error).__name__}); other pickles are never opened; download the file from its authors again"
         ) from error
@@ -169,10 +166,7 @@ def _sizes(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[CTViTC
     depth = inside // patch**2
     if side * side * width != flat or depth * patch**2 != inside:
         raise ValueError("to_visual_latent.weight or to_patch_emb")
-    layers = {
-        kind: 1 + max(int(m[1]) for key in state if (m := re.match(rf"volume_encoder\.{kind}\.(\d+)", key)))
-        for kind in ("spatial", "temporal")
-    }
+    layers = {kind: _layers(state, rf"volume_encoder\.{kind}\.(\d+)\.") for kind in ("spatial", "temporal")}
     volume = CTViTConfig(
         patch=(depth, patch, patch), width=width, heads=heads,
         head_width=head_width, spatial_depth=layers["spatial"], temporal_depth=layers["temporal"],
@@ -183,6 +177,15 @@ def _sizes(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[CTViTC
         "vocab_size": words.shape[0], "hidden_size": words.shape[1],
         "max_position_embeddings": state["text_encoder.bert.embeddings.position_embeddings.weight"].shape[0],
         "intermediate_size": state["text_encoder.bert.encoder.layer.0.intermediate.dense.weight"].shape[0],
-        "num_hidden_layers": 1 + max(int(m[1]) for key in state if (m := re.search(r"encoder\.layer\.(\d+)\.", key))),
+        "num_hidden_layers": _layers(state, r"text_encoder\.bert\.encoder\.layer\.(\d+)\."),
     }  # fmt: skip
     return volume, side * patch, dim, bert
+
+
+def _layers(state: dict[str, Tensor], pattern: str) -> int:
+    """The number of layers whose keys match. Raises ValueError if one of them is missing, so that no memory is allocated for a
+    number that no weights belong to."""
+    numbers = {found[1] for key in state if (found := re.match(pattern, key))}
+    if not numbers or numbers != {str(number) for number in range(len(numbers))}:
+        raise ValueError(f"a layer ({pattern})")
+    return len(numbers)

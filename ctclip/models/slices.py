@@ -251,5 +251,10 @@ def _colour(config: SlicesConfig | None, channels: int) -> tuple[Tensor, Tensor]
         numbers = (
             list(numbers)[:channels] if isinstance(numbers, list) and len(numbers) >= channels else [0.5] * channels
         )
+        plain = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+        if not plain or (name == "image_std" and min(numbers) <= 0):
+            raise CheckpointError(
+                f"{path}: {name} does not hold {'positive' if name == 'image_std' else 'finite'} numbers; copy the folder again"
+            )
         colours.append(torch.tensor(numbers, dtype=torch.float32).view(1, -1, 1, 1))
     return colours[0], colours[1]

@@ -10,12 +10,16 @@ from typing import Any
 
 from ctclip.errors import CheckpointError
 from ctclip.models.hub import pretrained_folder
-from ctclip.models.huggingface import read_settings
+from ctclip.models.huggingface import one_line_errors, read_settings
 
 # If the vocabulary file is missing, Transformers still builds a tokenizer, with special tokens alone.
 FEWEST_TOKENS = 8
 # Maximum growth of a text by a tokenizer's replacements.
 LARGEST_GROWTH = 64.0
+REMEDY = (
+    ". Put tokenizer.json, or vocab.txt with tokenizer_config.json, in a folder and name it in model.text.pretrained "
+    "(--text-encoder of import-checkpoint)"
+)
 
 
 def train_tokenizer(reports: Iterable[str], vocabulary: int) -> Any:
@@ -54,23 +58,13 @@ def load_tokenizer(source: str | Path) -> Any:
     folder = pretrained_folder(source, "model.text.pretrained", weights=False)
     settings = {path.name: read_settings(path) for path in sorted(folder.glob("*.json")) if _is_read(path)}
     _check_growth(settings.get("tokenizer.json", {}), folder / "tokenizer.json")
-    try:
+    with one_line_errors(folder, "no tokenizer could be loaded", REMEDY):
         tokenizer = _tokenizer(folder, settings)
         words = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
         # A setting with the wrong type fails only when it is used.
         tokenizer("a")
-    except Exception as error:  # untrusted files can make Transformers and its optional libraries raise anything
-        raise CheckpointError(
-            f"{folder}: no tokenizer could be loaded ({' '.join(str(error).split())[:160]}). Put tokenizer.json, or "
-            f"vocab.txt with tokenizer_config.json, in a folder and name it in model.text.pretrained (--text-encoder of "
-            f"import-checkpoint)"
-        ) from error
     if words < FEWEST_TOKENS:
-        raise CheckpointError(
-            f"{folder}: the tokenizer knows {words} words: its vocabulary file is missing. Put tokenizer.json, or "
-            f"vocab.txt with tokenizer_config.json, in a folder and name it in model.text.pretrained (--text-encoder of "
-            f"import-checkpoint)"
-        )
+        raise CheckpointError(f"{folder}: the tokenizer knows {words} words: its vocabulary file is missing{REMEDY}")
     # Our model folders must not refer to code.
     tokenizer.init_kwargs.pop("auto_map", None)
     if tokenizer.pad_token is None:

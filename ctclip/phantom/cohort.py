@@ -25,6 +25,7 @@ from ctclip.phantom.acquisition import Acquisition
 from ctclip.phantom.prevalence import FINDINGS
 from ctclip.phantom.scan import Scan, make_scan
 from ctclip.preprocessing import plain_json
+from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.files import write_text, written_beside
 from ctclip.preprocessing.outputs import check_folder, claim_folder, made_by_us
 from ctclip.preprocessing.progress import track
@@ -190,14 +191,17 @@ def _metadata(name: str, acquisition: Acquisition, scan: Scan) -> dict[str, Any]
 
 def _write_tables(root: Path, tasks: list[Task]) -> None:
     for split, long in (("train", "train"), ("valid", "validation")):
-        facts = [plain_json.read(_sidecar(root, task)) for task in tasks if task.split == split]
-        metadata = [row for fact in facts for row in fact["metadata"]]
-        reports = [{"VolumeName": row["VolumeName"], **fact["report"]} for fact in facts for row in fact["metadata"]]
-        labels = [
-            {"VolumeName": row["VolumeName"], **dict(zip(FINDINGS, fact["labels"], strict=True))}
-            for fact in facts
-            for row in fact["metadata"]
-        ]
+        metadata, reports, labels = [], [], []
+        for path in (_sidecar(root, task) for task in tasks if task.split == split):
+            try:
+                fact = plain_json.read(path)
+                for row in fact["metadata"]:
+                    name = {"VolumeName": row["VolumeName"]}
+                    metadata.append(dict(row))
+                    reports.append({**name, **fact["report"]})
+                    labels.append({**name, **dict(zip(FINDINGS, fact["labels"], strict=True))})
+            except UNFIT as error:
+                raise PhantomError(f"{path}: damaged; delete it and run the same command again") from error
         dataset = root / "dataset"
         _write_csv(dataset / "radiology_text_reports" / f"{long}_reports.csv", reports)
         _write_csv(dataset / "multi_abnormality_labels" / f"{split}_predicted_labels.csv", labels)

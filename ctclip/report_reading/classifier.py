@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ctclip.errors import CheckpointError, ConfigError
 from ctclip.labels import LabelSet
-from ctclip.preprocessing import plain_json
+from ctclip.models.huggingface import one_line_errors, read_settings
 from ctclip.report_reading.reader import Options, Reader, Reading, Statement, Status
 from ctclip.sentences import sentences
 
@@ -24,6 +24,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # Prefixes of the two parts of CT-CLIP's classifier.
 BODY, MAP = "model.", "classifier."
 LONGEST = 512
+REMEDY = "; copy the folder again from its source"
 
 
 class ClassifierReader(Reader):
@@ -45,16 +46,22 @@ class ClassifierReader(Reader):
         if options.model is None:
             raise ConfigError("the reader 'classifier' needs --reader-model: a local folder of a sequence classifier")
         folder = options.model
-        config, state = _config(folder), _own_state(folder)
-        model = _published(folder, config, state) if state is not None else _sequence_classifier(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        outputs = 0 if state is None else len(state[f"{MAP}weight"])
-        # CT-CLIP's outputs have no names; they are in the order of the label set.
-        columns = _columns(folder, config, labels) if state is None else _in_order(folder, labels, outputs)
-        # RoBERTa starts counting positions after the padding index.
-        places = int(config.get("max_position_embeddings", LONGEST))
-        longest = min(places - 2 if config.get("model_type") == "roberta" else places, LONGEST)
-        return cls(model, tokenizer, columns, options, f"{folder.resolve().name} {_digest(folder)}", longest)
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder}: no config.json; --reader-model takes a local model folder")
+        config, state = read_settings(folder / "config.json"), _own_state(folder)
+        with one_line_errors(folder, "cannot be read as a classifier", REMEDY):
+            model = _published(folder, config, state) if state is not None else _sequence_classifier(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            outputs = 0 if state is None else len(state[f"{MAP}weight"])
+            # CT-CLIP's outputs have no names; they are in the order of the label set.
+            columns = _columns(folder, config, labels) if state is None else _in_order(folder, labels, outputs)
+            # RoBERTa starts counting positions after the padding index.
+            places = int(config.get("max_position_embeddings", LONGEST))
+            longest = min(places - 2 if config.get("model_type") == "roberta" else places, LONGEST)
+            reader = cls(model, tokenizer, columns, options, f"{folder.resolve().name} {_digest(folder)}", longest)
+            # A setting with the wrong type fails only when it is used.
+            reader.read(["."])
+        return reader
 
     @property
     def identity(self) -> str:
@@ -77,7 +84,7 @@ class ClassifierReader(Reader):
         present = [name for name, value in stated.items() if value >= self.options.threshold]
         likeliest: dict[str, str] = {}
         if present:
-            written = sentences(text)
+            written = sentences(text) or [text]
             scores = self._probabilities(written)
             likeliest = {name: written[int(scores[:, self.columns[name]].argmax())] for name in present}
         return {
@@ -133,18 +140,6 @@ class _Published(nn.Module):
         return logits
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = plain_json.read(folder / "config.json")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: no readable config.json; --reader-model takes a local model folder"
-        ) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder}: config.json is not a JSON object; copy the model folder again")
-    return config
-
-
 def _own_state(folder: Path) -> dict[str, Tensor] | None:
     """The weights of CT-CLIP's classifier, if the folder holds a ``.pth`` or ``.pt`` file but no weights of
     Transformers."""
@@ -172,26 +167,17 @@ def _published(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -
     model = _Published(AutoModel.from_config(settings), len(state[f"{MAP}weight"]))
     # Older versions of Transformers saved position ids as a buffer.
     given = {key: value for key, value in state.items() if not key.endswith("position_ids")}
-    try:
+    with one_line_errors(folder, "the weights do not fit config.json"):
         model.load_state_dict(given)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{folder}: the weights do not fit config.json ({' '.join(str(error).split())[:160]})"
-        ) from error
     return model
 
 
 def _sequence_classifier(folder: Path) -> nn.Module:
     from transformers import AutoModelForSequenceClassification
 
-    try:
-        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: cannot be read as a classifier ({' '.join(str(error).split())[:160]})"
-        ) from error
+    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     return model
 
 

@@ -16,7 +16,9 @@ import torch
 
 from ctclip.errors import CheckpointError, ConfigError
 from ctclip.labels import LabelSet
+from ctclip.models.huggingface import one_line_errors
 from ctclip.report_reading.answers import Answers
+from ctclip.report_reading.classifier import REMEDY
 from ctclip.report_reading.json_decoding import Choices, OnlyValid, Vocabulary, most_tokens, object_of
 from ctclip.report_reading.reader import NOTHING, Options, Reader, Reading, Statement, Status, strongest
 from ctclip.sentences import sentences
@@ -66,17 +68,18 @@ class LanguageModelReader(Reader):
             )
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: no config.json; --reader-model takes a local model folder")
-        try:
+        with one_line_errors(folder, "cannot be read as a causal language model", REMEDY):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, dtype="auto"
             )
-        except (OSError, ValueError, KeyError) as error:
-            told = " ".join(str(error).split())[:160]
-            raise CheckpointError(f"{folder}: cannot be read as a causal language model ({told})") from error
-        return cls(
-            model.to(options.device).eval(), tokenizer, labels, options, f"{folder.resolve().name} {_digest(folder)}"
-        )
+            return cls(
+                model.to(options.device).eval(),
+                tokenizer,
+                labels,
+                options,
+                f"{folder.resolve().name} {_digest(folder)}",
+            )
 
     @property
     def identity(self) -> str:

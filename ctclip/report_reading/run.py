@@ -18,6 +18,7 @@ from ctclip.errors import DataError
 from ctclip.labels import LabelSet
 from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.csv_files import write_csv
+from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import check_file, claimed_file
 from ctclip.preprocessing.progress import track
@@ -146,7 +147,7 @@ def load_statements(path: Path) -> dict[str, dict[str, Statement]]:
                 name: Statement(Status(entry["status"]), entry.get("sentence", ""), entry.get("probability"))
                 for name, entry in record["labels"].items()
             }
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except UNFIT as error:
         raise DataError(f"{path}: damaged; write it again with `ctclip read-reports`, or delete it") from error
     return statements
 

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import Body, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from ctclip import __version__, extras
+from ctclip.preprocessing.errors import printable
+from ctclip.preprocessing.whole_numbers import whole_number
 from ctclip.serve import metrics
 from ctclip.serve.errors import Refused, Unavailable, Unknown
 from ctclip.serve.exports import table
@@ -69,6 +72,7 @@ def make_app(settings: Settings) -> FastAPI:
     for kind in STATUS:
         app.add_exception_handler(kind, _one_line)
     app.add_exception_handler(TimeoutError, _too_long)
+    app.add_exception_handler(RequestValidationError, invalid)
     _add_page(app)
     _add_scans(app, service)
     _add_pacs(app, service)
@@ -85,6 +89,14 @@ async def _one_line(_: Request, error: Exception) -> Response:
 
 async def _too_long(_: Request, error: Exception) -> Response:
     return JSONResponse({"detail": "the request took too long"}, 504)
+
+
+async def invalid(_: Request, error: Exception) -> Response:
+    """The first fault of a request in one line. FastAPI's own answer quotes the value, which fails for NaN and for half of
+    a surrogate pair."""
+    assert isinstance(error, RequestValidationError)
+    fault = error.errors()[0]
+    return JSONResponse({"detail": printable(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}")}, 422)
 
 
 async def _upload(request: Request, service: Service) -> tuple[Scan, dict[str, str]]:
@@ -313,8 +325,7 @@ def _add_one_call(app: FastAPI, service: Service) -> None:
 
 
 def _count(fields: dict[str, str]) -> int:
-    given = fields.get("count", "5")
-    return min(int(given), 50) if given.isdigit() and int(given) else 5
+    return min(whole_number(fields.get("count", "")) or 5, 50)
 
 
 def _add_state(app: FastAPI, service: Service) -> None:

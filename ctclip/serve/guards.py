@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ctclip.preprocessing.whole_numbers import whole_number
 from ctclip.serve import metrics
 from ctclip.serve.settings import Settings
 
@@ -69,12 +70,12 @@ class Guards:
         if _host_name(host) not in [name.lower() for name in self.settings.hosts] and "*" not in self.settings.hosts:
             return 421, "this host name is not allowed; start the service with --host-name to allow it"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _host_of(origin) != host:
             return 403, "requests from other pages are refused"
-        length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self.settings.largest_bytes:
+        length = whole_number(headers.get("content-length", "0"))
+        if length is None or length > self.settings.largest_bytes:
             return 413, f"the upload is larger than {self.settings.largest_gb:g} GB; --largest-gb raises the limit"
-        if path not in UPLOADS and int(length) > LONGEST_BODY:
+        if path not in UPLOADS and length > LONGEST_BODY:
             return 413, f"the body of this request is limited to {LONGEST_BODY} bytes"
         if path not in UPLOADS and "transfer-encoding" in headers:
             return 411, "state the length of the body (Content-Length)"
@@ -83,6 +84,14 @@ class Guards:
             given = headers.get("authorization", "").removeprefix("Bearer ")
             if not secrets.compare_digest(given.encode(), token.encode()):
                 return 401, "this service needs a token; send the header Authorization: Bearer TOKEN"
+        return None
+
+
+def _host_of(origin: str) -> str | None:
+    """Host and port of an origin; None if it is not a URL."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
         return None
 
 

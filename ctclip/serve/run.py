@@ -70,8 +70,10 @@ def _socket(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
         # From here on connections wait instead of being refused.
         listening.listen(2048)
-    except OSError as error:
+    except (OSError, ValueError, TypeError) as error:
+        # ValueError, TypeError: of a name that no host can have.
+        reason = getattr(error, "strerror", None) or "not the name of a host"
         raise DataError(
-            f"{host}:{port} cannot listen on this address ({error.strerror}); give another --port"
+            f"{host}:{port} cannot listen on this address ({reason}); give another --host or --port"
         ) from error
     return listening

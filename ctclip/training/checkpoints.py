@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from ctclip import distributed
 from ctclip.errors import CheckpointError
 from ctclip.preprocessing import plain_json
+from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.files import flush, regular
 
 NAME = re.compile(r"step_(\d{8})")
@@ -144,7 +145,7 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 def _valid_loss(path: Path) -> float | None:
     try:
         value = plain_json.read(path / "checkpoint.json").get("valid_loss")
-    except (OSError, ValueError, AttributeError):
+    except UNFIT:
         return None
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
@@ -156,7 +157,7 @@ def _fault(path: Path) -> str | None:
         if facts["crc32"] != _crc32(state):
             return "its checksum does not match"
         load_file(state)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (*UNFIT, SafetensorError) as error:
         return " ".join(str(error).split())[:200]
     return None
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from ctclip.data.dataset import StoredVolumes
 from ctclip.errors import TrainingError
 from ctclip.preprocessing import plain_json
+from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.files import write_text
 
 FILE = "cohort.json"
@@ -78,7 +79,7 @@ def _read(path: Path) -> Cohort | None:
     try:
         cohort = Cohort(**plain_json.read(path))
         _ = (cohort.volumes.items(), sorted([*cohort.seen, *cohort.patients]))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except UNFIT as error:
         raise TrainingError(f"{path}: cannot be read ({error}); delete it to resume with the store's data") from error
     return cohort
 

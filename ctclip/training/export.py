@@ -7,6 +7,7 @@ from pathlib import Path
 from ctclip.config_files import build_config, read_mapping
 from ctclip.errors import CheckpointError
 from ctclip.models.folder import check_output, read_architecture
+from ctclip.preprocessing.whole_numbers import whole_number
 from ctclip.training.checkpoints import Checkpoints, read_checkpoint
 from ctclip.training.run_model import ARCHITECTURE, save_run_model
 
@@ -26,7 +27,8 @@ def export_checkpoint(run: Path, output: Path, which: str = "newest") -> Path:
     elif which == "newest":
         path = known[max(known)] if known else None
     else:
-        path = known.get(int(which)) if which.isdigit() else None
+        step = whole_number(which)
+        path = None if step is None else known.get(step)
     if path is None:
         there = ", ".join(str(step) for step in sorted(known)) or "none"
         raise CheckpointError(f"{run}: no checkpoint {which!r} (there: {there}; best needs training.validate_every)")

@@ -12,6 +12,8 @@ from ctclip import extras
 from ctclip.config import Config
 from ctclip.config_files import build_config, differing_keys, dump_config, flat_values, read_mapping
 from ctclip.errors import TrainingError
+from ctclip.preprocessing import plain_json
+from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.files import kind_of, refuse_special, write_text
 from ctclip.preprocessing.outputs import check_folder, made_by_us
 from ctclip.versions import COMMAND, revision, versions
@@ -80,7 +82,9 @@ class MetricsLog:
         refuse_special(self.path)
         if self.path.is_file():
             # Steps after the checkpoint will be repeated; keep one line per step.
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) < first_step]
+            kept = [
+                line for line in self.path.read_text("utf-8", "replace").splitlines() if _step_of(line) < first_step
+            ]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
         self.board = extras.require("torch.utils.tensorboard").SummaryWriter(
             str(folder / "tensorboard"), purge_step=first_step
@@ -136,7 +140,7 @@ def _wandb(folder: Path, project: str) -> Any:
 
 def _step_of(line: str) -> int:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return int(plain_json.loads(line)["step"])
+    except UNFIT:
         # A line cut short by a crash.
         return sys.maxsize

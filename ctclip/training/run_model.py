@@ -210,12 +210,11 @@ def _has_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> bool:
     """Whether a model folder has exactly these weights; False if it is damaged."""
     try:
         kept = load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError):
+        same = kept.keys() == tensors.keys() and all(torch.equal(kept[name], tensors[name].cpu()) for name in kept)
+    except (OSError, SafetensorError, RuntimeError):
+        # RuntimeError: of another number format.
         return False
-    whole = (folder / "config.yaml").is_file()
-    return (
-        whole and kept.keys() == tensors.keys() and all(torch.equal(kept[name], tensors[name].cpu()) for name in kept)
-    )
+    return same and (folder / "config.yaml").is_file()
 
 
 def _check_state(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Size], run: Path) -> None:

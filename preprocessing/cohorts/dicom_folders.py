@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ctclip.preprocessing.dicom.kinds import alteration, in_hu
+from ctclip.preprocessing.dicom.kinds import alteration, image_types, in_hu
 from ctclip.preprocessing.identifiers import TAGS, is_directory_record, read_header
+from ctclip.preprocessing.whole_numbers import whole_number
 
 FEWEST_SLICES = 3
 # Three images of a large folder are read to see whether it contains one series.
@@ -140,10 +141,9 @@ def _series(files: list[Path]) -> list[Series]:
         one.files.append(path)
         if "Rows" not in header:
             continue
-        kinds = [str(kind).upper() for kind in header.get("ImageType", None) or []]
-        one.localizers += "LOCALIZER" in kinds
-        frames = str(header.get("NumberOfFrames", "") or "1")
-        one.frames += int(frames) if frames.isdigit() else 1
+        one.localizers += "LOCALIZER" in image_types(header)
+        frames = whole_number(str(header.get("NumberOfFrames", "")))
+        one.frames += 1 if frames is None else frames
     if len(headers) < len(every) and len(series) == 1:
         only = next(iter(series.values()))
         only.files, only.frames = every, max(only.frames, len(every)) if only.frames else 0
@@ -181,8 +181,8 @@ def _is_scan(series: Series) -> bool:
 
 
 def _is_ct(series: Series) -> bool:
-    kinds = [str(kind).upper() for kind in series.header.get("ImageType", None) or []]
-    return str(series.header.get("Modality", "CT") or "CT") == "CT" and "LOCALIZER" not in kinds
+    kind = str(series.header.get("Modality", "CT") or "CT")
+    return kind == "CT" and "LOCALIZER" not in image_types(series.header)
 
 
 def _has_links(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 ORIGINAL, DERIVED, REFORMATTED, ALTERED = range(4)
@@ -20,11 +21,16 @@ REFORMATTING = r"MPR|CPR|REFORMATTED|REFORMAT|RESAMPLED|CSA_MPR|COR|SAG|CORONAL|
 HU_TYPES = ("", "HU", "US", "UNSPECIFIED")
 
 
+def image_types(header: Any) -> list[str]:
+    """The values of ImageType in capitals, whatever type a file states for them."""
+    value = header.get("ImageType", None)
+    several = value if isinstance(value, Iterable) and not isinstance(value, str | bytes) else [value]
+    return [str(kind).upper() for kind in several if kind is not None]
+
+
 def words(header: Any) -> str:
     """ImageType and descriptions in one string, with spaces around each word."""
-    kinds = header.get("ImageType", None) or []
-    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
-    text = " ".join([*map(str, kinds), str(header.get("SeriesDescription", "") or "")]).upper()
+    text = " ".join([*image_types(header), str(header.get("SeriesDescription", "") or "").upper()])
     return f" {re.sub(r'[^A-Z0-9_]+', ' ', text)} "
 
 

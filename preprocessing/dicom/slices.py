@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ctclip.preprocessing.dicom.headers import Image
+from ctclip.preprocessing.dicom.kinds import image_types
 
 PLACING = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
 
@@ -59,8 +60,7 @@ def modality(image: Image) -> str:
 
 def _not_a_slice(image: Image) -> str | None:
     header = image.header
-    kinds = [str(kind).upper() for kind in _several(header.get("ImageType", None))]
-    if "LOCALIZER" in kinds:
+    if "LOCALIZER" in image_types(header):
         return "localizers"
     if modality(image) != "CT":
         return "not of modality CT"

@@ -12,6 +12,7 @@ import os
 import stat
 import struct
 import tarfile
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from isal import igzip_lib, isal_zlib
 
-from ctclip.preprocessing.errors import PreprocessingError
+from ctclip.preprocessing.errors import UNFIT, PreprocessingError
 
 GZIP = b"\x1f\x8b"
 CHUNK = 1 << 20
@@ -33,9 +34,8 @@ TRAILING = "bytes follow the end of its compressed stream: left out"
 # What the readers of compressed streams, archives and numpy's arrays raise for damaged files. The last are Python's own, as
 # numpy parses a header as Python; TypeError: an array instead of an archive.
 DAMAGE: tuple[type[Exception], ...] = (  # type: ignore[assignment]
-    OSError, EOFError, ValueError, zlib.error, isal_zlib.error, igzip_lib.IsalError, lzma.LZMAError, struct.error,
-    zipfile.BadZipFile, tarfile.TarError, NotImplementedError, RuntimeError, OverflowError,
-    KeyError, TypeError, AttributeError, SyntaxError, MemoryError,
+    *UNFIT, EOFError, zlib.error, isal_zlib.error, igzip_lib.IsalError, lzma.LZMAError, struct.error,
+    zipfile.BadZipFile, tarfile.TarError, RuntimeError, SyntaxError, tokenize.TokenError, MemoryError,
 )  # fmt: skip
 
 

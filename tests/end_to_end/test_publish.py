@@ -86,6 +86,15 @@ def test_figures_of_another_model_are_refused(trained: Path, evaluation: Path, t
         publish(trained / "model", tmp_path / "published", licence="other", evaluation=tmp_path)
 
 
+def test_figures_that_are_damaged_are_refused(trained: Path, evaluation: Path, tmp_path: Path) -> None:
+    figures = json.loads((evaluation / "metrics.json").read_text())
+    for change in ({"mean_auroc": [0.8]}, {"mean_auroc_interval": [1, 2, 3]}, {"auroc": {"Lung nodule": {}}}):
+        damaged = figures | {"zero_shot": figures["zero_shot"] | change}
+        (evaluation / "metrics.json").write_text(json.dumps(damaged))
+        with pytest.raises(EvaluationError, match=r"metrics\.json: no evaluation could be read"):
+            publish(trained / "model", tmp_path / "published", licence="other", evaluation=evaluation)
+
+
 def test_without_a_network_the_folder_is_there_and_one_line_says_so(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

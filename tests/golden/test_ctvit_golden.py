@@ -196,6 +196,43 @@ def test_sizes_of_a_patch_come_from_the_tensors(parity: Path, tmp_path: Path) ->
         read_published(tmp_path / "c.pt")
 
 
+LAYER = "visual_transformer.enc_spatial_transformer.layers.{}.1.q_scale"
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "value"),
+    [
+        ("temperature", "temperature", torch.zeros(2)),
+        ("visual_transformer.vq._codebook.embed", "visual_transformer.vq._codebook.embed", torch.zeros(())),
+        ("to_visual_latent.weight", "to_visual_latent.weight", torch.zeros(3)),
+        (LAYER.format(0), LAYER.format(10**11), torch.zeros(24)),
+        (LAYER.format(0), LAYER.format("²"), torch.zeros(24)),
+    ],
+)  # fmt: skip
+def test_a_weight_of_another_shape_or_name_is_named(
+    key: str, name: str, value: torch.Tensor, parity: Path, tmp_path: Path
+) -> None:
+    state = torch.load(parity / "checkpoint.pt", weights_only=True)
+    assert state.pop(key) is not None
+    torch.save(state | {name: value}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=r"c\.pt: .*(is missing or has an unexpected shape|are unknown)") as error:
+        read_published(tmp_path / "c.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_checkpoint_is_named_whatever_its_reader_raises(tmp_path: Path) -> None:
+    """In the older format of torch: struct.error, IndexError, AssertionError and others."""
+    path = tmp_path / "c.pt"
+    torch.save({"a": torch.zeros(30), "b": torch.ones(2, 2)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    for at in range(0, len(content), 7):
+        for damaged in (content[:at], content[:at] + b"9" + content[at + 1 :]):
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=r"c\.pt: ") as error:
+                read_published(path)
+            assert "\n" not in str(error.value)
+
+
 def test_the_command_makes_a_folder_that_loads(parity: Path, tmp_path: Path) -> None:
     """With a tokenizer made here for the checkpoint's size: the small checkpoint has 120 words."""
     text = tmp_path / "text"

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from ctclip.cli.demo import Chosen
 from ctclip.config_files import load_config
-from ctclip.demo import SIZES, minutes_left
+from ctclip.demo import SIZES, _seconds, minutes_left
+from ctclip.errors import CtclipError
 
 
 def test_every_size_can_be_chosen_and_its_training_is_valid() -> None:
     assert {size.value for size in Chosen} == set(SIZES)
     for size in SIZES.values():
         load_config("phantom_tiny", size.overrides)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"train": "long"}', '{"train": null}'])
+def test_a_damaged_record_of_times_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "seconds.json").write_text(content)
+    with pytest.raises(CtclipError, match=r"seconds\.json: damaged; delete it"):
+        _seconds(tmp_path / "seconds.json")
 
 
 def test_the_time_left_follows_how_long_stages_took() -> None:

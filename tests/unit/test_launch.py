@@ -232,6 +232,7 @@ def test_ranks_of_one_mpirun_meet_at_one_port(common: dict[str, str], surroundin
         ({"RANK": "3"}, "RANK=3 is set.*WORLD_SIZE is not"),
         ({**TORCH, "WORLD_SIZE": "two"}, "WORLD_SIZE=two.*not a number"),
         ({**TORCH, "RANK": ""}, "RANK=.*not a number"),
+        ({**TORCH, "RANK": "²"}, "RANK=².*not a number"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4.*OMPI_COMM_WORLD_RANK is not"),
         ({"PMI_SIZE": "4"}, "PMI_SIZE=4.*PMI_RANK is not"),
         ({**MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "export MASTER_ADDR"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,16 @@ def test_a_damaged_summary_is_one_line(summary: TrainingSummary, tmp_path: Path)
     (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="ctclip summarise"):
         TrainingSummary.load(tmp_path)
+
+
+def test_numbers_of_a_summary_that_no_scan_can_be_compared_with(summary: TrainingSummary, tmp_path: Path) -> None:
+    wrong = (
+        {"scales": dict.fromkeys(summary.scales, 0.0)}, {"limit": 0.0}, {"source": np.ones((1, 2, 6))}, {"source": np.zeros((2, 6))},
+    )  # fmt: skip
+    for change in wrong:
+        replace(summary, **change).save(tmp_path)
+        with pytest.raises(CheckpointError, match="ctclip summarise"):
+            TrainingSummary.load(tmp_path)
 
 
 def test_a_flipped_bit_in_a_summary_is_noticed(summary: TrainingSummary, tmp_path: Path) -> None:

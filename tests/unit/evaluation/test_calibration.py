@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ctclip.errors import EvaluationError
 from ctclip.evaluation import metrics
+from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.calibration import Calibration, Line, digest, fit_calibration, fit_line
 
 
@@ -203,9 +204,12 @@ def test_a_falling_line_of_an_older_file_is_left_out(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     line = {"slope": 1.0, "intercept": 0.0, "threshold": 0.5, "positives": 5, "n": 9}
-    for text in ("", "[]", "{}", '{"lines": {"A": {}}}', '{"lines": {}, "method": "platt"}', json.dumps({"method": "platt", "fitted_on": "x", "model": "m", "lines": {"A": line | {"slope": float("nan")}}}), json.dumps({"method": "platt", "fitted_on": "x", "model": "m", "lines": {"A": line}, "prompts": []})):  # fmt: skip
+    for text in ("", "[]", "{}", '{"lines": {"A": {}}}', '{"lines": {}, "method": "platt"}', json.dumps({"method": "platt", "fitted_on": "x", "model": "m", "lines": {"A": line | {"slope": float("nan")}}}), json.dumps({"method": "platt", "fitted_on": "x", "model": "m", "lines": {"A": line}, "prompts": []}), json.dumps({"method": "platt", "fitted_on": "x", "model": "m", "lines": {"A": line | {"slope": 10**400}}})):  # fmt: skip
         path.write_text(text)
         with pytest.raises(EvaluationError, match=r"calibration\.json: not a calibration file"):
             Calibration.load(path)
     with pytest.raises(EvaluationError, match="not a calibration file"):
         Calibration.load(tmp_path / "absent.json")
+    path.write_text(json.dumps({"method": "probe", "fitted_on": "x", "model": "m", "patients": [["a"]]}))
+    with pytest.raises(EvaluationError, match=r"calibration\.json: cannot be read \(a value is not a text\)"):
+        Adaptation.load(path)

@@ -259,6 +259,11 @@ def test_bad_tables_are_named(tmp_path: Path) -> None:
     path.write_text("{name: x, describes: x, labels: [A], mapping: {B: [b]}}")
     with pytest.raises(ConfigError, match="not among the labels"):
         load_protocol(str(path))
+    for line in ("columns_of: [A]", "without: 3", "without: {A: [1]}", "mapping: 3"):
+        path.write_text(f"{{name: x, describes: x, labels: ct_rate_18, {line}}}")
+        with pytest.raises(ConfigError, match=r"empty\.yaml: ") as error:
+            load_protocol(str(path))
+        assert "\n" not in str(error.value)
 
 
 def test_union_of_columns_is_unknown_only_where_it_must_be() -> None:

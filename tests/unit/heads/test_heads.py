@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from ctclip.config import objective_configs
 from ctclip.errors import CheckpointError, ConfigError, CtclipError
@@ -179,6 +179,10 @@ def test_a_damaged_head_is_named(tmp_path: Path, model: DualEncoder) -> None:
     weights.write_bytes(whole[:-9])
     write_checksums(folder)
     with pytest.raises(CheckpointError, match=r"heads/linear: its linear head is missing or damaged"):
+        load_head(tmp_path, "linear", model)
+    save_file(load(whole) | {"bias": torch.tensor([0.0, torch.nan])}, weights)
+    write_checksums(folder)
+    with pytest.raises(CheckpointError, match=r"linear\.safetensors: bias holds values that are not finite"):
         load_head(tmp_path, "linear", model)
     weights.write_bytes(whole)
     write_checksums(folder)

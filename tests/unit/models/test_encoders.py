@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file, save_file
 
 from ctclip.config import ModelConfig, TextConfig, objective_configs
 from ctclip.data.air import BodyTokens
@@ -197,6 +201,40 @@ def test_a_damaged_model_folder_is_named(tmp_path) -> None:
         load_model(tmp_path / "model")
     with pytest.raises(CheckpointError, match="not a ctclip model folder"):
         load_model(tmp_path)
+
+
+def test_a_model_too_large_for_its_weights_is_named_before_it_is_built(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", model(), LABELS)
+    path = tmp_path / "model" / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    # Each layer would need 200 GB.
+    values["volume"]["width"] = 65536
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(CheckpointError, match=r"config\.yaml: describes a volume encoder of [\d,]+ million parameters"):
+        load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(value: float, tmp_path: Path) -> None:
+    """Of a training that diverged; their scores would be empty cells of a table."""
+    save_model(tmp_path / "model", model(), LABELS)
+    weights = tmp_path / "model" / "model.safetensors"
+    (weights.parent / "SHA256SUMS").unlink()
+    state = load_file(weights)
+    state["text_projection.weight"][0, 0] = value
+    save_file(state, weights)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: text_projection\.weight holds values that are not finite"
+    ):
+        load_model(tmp_path / "model")
+
+
+def test_a_model_card_is_text_for_people(tmp_path: Path) -> None:
+    """In folders of version 0.2, which the user may have edited in another encoding."""
+    save_model(tmp_path / "model", model(), LABELS)
+    (tmp_path / "model" / "trained_on.yaml").unlink()
+    (tmp_path / "model" / "model_card.md").write_bytes("M\xfcller\nsupervision: reports\n".encode("latin-1"))
+    assert load_model(tmp_path / "model").trained_on.supervision == "reports"
 
 
 def test_a_report_is_the_mean_of_its_sentences_and_shared_ones_are_encoded_once() -> None:

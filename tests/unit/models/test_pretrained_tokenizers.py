@@ -11,7 +11,7 @@ import transformers as hf
 
 from ctclip.errors import CheckpointError
 from ctclip.models.folder import load_model, save_model
-from ctclip.models.text import load_tokenizer
+from ctclip.models.text import load_tokenizer, train_tokenizer
 from tests.unit.models.families import SIZES, family_folder
 from tests.unit.models.pretrained import LABELS, TEXTS, change, dual_encoder, encoder, train_one_step
 
@@ -56,6 +56,18 @@ def test_a_damaged_tokenizer_is_told_when_it_is_loaded(tmp_path: Path) -> None:
     path.write_text(json.dumps(whole | {"sep_token": "another"}))
     with pytest.raises(CheckpointError, match=r"text_config\.json: knows \d+ tokens, but the tokenizer beside it"):
         load_model(tmp_path / "model")
+
+
+def test_a_tokenizer_that_makes_its_library_panic_is_told(tmp_path: Path) -> None:
+    """A panic of code in Rust is no Exception of Python."""
+    train_tokenizer(TEXTS * 20, 200).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    values["post_processor"]["single"][0]["SpecialToken"]["id"] = "another"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(
+        CheckpointError, match=r"no tokenizer could be loaded \(no entry found for key\)\. Put tokenizer"
+    ):
+        load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_without_a_fast_form_works(tmp_path: Path) -> None:

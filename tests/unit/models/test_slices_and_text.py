@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,18 @@ def vision(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def volume(batch: int = 2) -> torch.Tensor:
     return torch.rand(batch, 1, 6, 20, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize(
+    "values", [{"image_mean": [0.4, "x", 0.4]}, {"image_mean": [[0.4]] * 3}, {"image_std": [0.2, 0.0, 0.2]}, {"image_std": [float("nan")] * 3}]
+)  # fmt: skip
+def test_colours_that_are_no_numbers_are_named(vision: Path, values: dict, tmp_path: Path) -> None:
+    shutil.copytree(vision, tmp_path / "vision")
+    (tmp_path / "vision" / "preprocessor_config.json").write_text(json.dumps(values))
+    with pytest.raises(
+        CheckpointError, match=r"preprocessor_config\.json: image_\w+ does not hold (finite|positive) numbers"
+    ):
+        build_volume_encoder(SlicesConfig(pretrained=str(tmp_path / "vision")), SPEC)
 
 
 @pytest.mark.parametrize("aggregator", ["mean", "lstm", "transformer", "cross"])

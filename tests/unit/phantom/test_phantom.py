@@ -16,7 +16,7 @@ from ctclip.errors import PhantomError
 from ctclip.language import load_language
 from ctclip.phantom import language, prevalence
 from ctclip.phantom.canvas import Canvas, Grid, ball, tube
-from ctclip.phantom.cohort import Options, make_cohort, plan
+from ctclip.phantom.cohort import Options, _sidecar, make_cohort, plan
 from ctclip.phantom.prevalence import CORRELATION, FINDINGS, PREVALENCE, draw_findings
 from ctclip.phantom.scan import draw_case, make_scan
 from ctclip.sentences import sentences
@@ -141,6 +141,11 @@ def test_the_same_seed_gives_the_same_bytes_for_any_number_of_workers(tmp_path) 
     make_cohort(tmp_path / "one", options, workers=1)
     with pytest.raises(PhantomError, match="seed"):
         make_cohort(tmp_path / "one", Options(volumes=6, seed=10, scale=12.0), workers=1)
+    for content in ("", "[]", "{}", '{"metadata": [1]}'):
+        facts = _sidecar(tmp_path / "one", next(plan(options)))
+        facts.write_text(content)
+        with pytest.raises(PhantomError, match=f"{facts.name}: damaged; delete it"):
+            make_cohort(tmp_path / "one", options, workers=1)
 
 
 def test_it_lies_on_disk_as_ct_rate_does(cohort) -> None:

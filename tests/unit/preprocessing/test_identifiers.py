@@ -166,6 +166,21 @@ def test_every_header_below_a_path_masks_its_name(tmp_path: Path) -> None:
         assert name.startswith("scan-")
 
 
+@pytest.mark.parametrize(
+    ("keyword", "kind", "content"),
+    [("ImageType", "SS", b"\xff\0"), ("ImageType", "DS", b"1 "), ("NumberOfFrames", "UT", b"\xb2 "), ("NumberOfFrames", "UT", b"9" * 5000)],
+)  # fmt: skip
+def test_a_value_of_another_type_does_not_end_the_reading_of_its_folder(
+    tmp_path: Path, keyword: str, kind: str, content: bytes
+) -> None:
+    slices = series(truth(4))
+    for data in slices:
+        tag = pydicom.tag.Tag(keyword)
+        data[tag] = pydicom.dataelem.RawDataElement(tag, kind, len(content), content, 0, False, True)
+    write(tmp_path / "scan", slices)
+    assert len(read_cohort(tmp_path).table) == 1
+
+
 @pytest.mark.parametrize("name", ["a.zip", "lzma.zip", "a.tar", "a.tar.gz", "a.tar.bz2", "a.nii.gz"])
 def test_a_damaged_file_does_not_end_the_reading_of_its_folder(tmp_path: Path, name: str) -> None:
     """Wherever its damage lies, the file is listed beside the others, and refused when its voxels are read."""

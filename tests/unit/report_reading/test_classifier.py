@@ -4,6 +4,7 @@ computation."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -117,11 +118,18 @@ def test_a_report_of_5000_words_is_read_in_parts_and_the_highest_counts(tmp_path
 def test_the_sentence_is_the_one_the_model_finds_likeliest(tmp_path: Path) -> None:
     folder, _ = published_folder(tmp_path / "radbert")
     reader = ClassifierReader.build(LABELS, Options(model=folder, threshold=0.0))
+    assert reader.read(["."])[0]["Lung nodule"].sentence == ".", "a report without a sentence"
     reading = reader.read([TEXTS[1]])[0]
     parts = ["No pleural effusion is observed.", "Nodules."]
     scores = reader._probabilities(parts)
     for column, name in enumerate(LABELS.names):
         assert reading[name].sentence == parts[int(scores[:, column].argmax())]
+
+
+def damaged(folder: Path, name: str, damage: Callable[[bytes], bytes]) -> Path:
+    folder_of(folder, {0: "effusion", 1: "lung nodule"})
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    return folder
 
 
 def test_what_is_no_classifier_of_these_labels_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -133,10 +141,25 @@ def test_what_is_no_classifier_of_these_labels_is_refused_in_one_line(tmp_path: 
     torch.save({"weights": torch.zeros(2)}, bare / "RadBertClassifier.pth")
     cases = [
         (None, ConfigError, "needs --reader-model"),
-        (tmp_path / "empty", CheckpointError, "no readable config.json"),
+        (tmp_path / "empty", CheckpointError, "no config.json"),
         (folder_of(tmp_path / "names", {0: "a", 1: "effusion"}), CheckpointError, "no output for 'Lung nodule'"),
         (other, CheckpointError, "has 3 outputs, the label set 'two' 2 labels"),
         (pickled, CheckpointError, "cannot be read as weights"),
+        (
+            damaged(tmp_path / "cut", "model.safetensors", lambda whole: whole[:-100]),
+            CheckpointError,
+            "cannot be read as a classifier",
+        ),
+        (
+            damaged(tmp_path / "words", "tokenizer.json", lambda whole: b"[]"),
+            CheckpointError,
+            "cannot be read as a classifier",
+        ),
+        (
+            damaged(tmp_path / "names2", "config.json", lambda whole: whole.replace(b'"0"', b'"9"')),
+            CheckpointError,
+            "cannot be read as a classifier",
+        ),
         (bare, CheckpointError, "is not CT-CLIP's classifier|so it is not CT-CLIP's classifier"),
     ]
     for folder, error, message in cases:
@@ -144,5 +167,5 @@ def test_what_is_no_classifier_of_these_labels_is_refused_in_one_line(tmp_path: 
             ClassifierReader.build(LABELS, Options(model=folder))
         assert "\n" not in str(refused.value)
     (tmp_path / "names" / "config.json").write_text(json.dumps([1]))
-    with pytest.raises(CheckpointError, match="not a JSON object"):
+    with pytest.raises(CheckpointError, match=r"config\.json: expected an object"):
         ClassifierReader.build(LABELS, Options(model=tmp_path / "names"))

@@ -150,11 +150,18 @@ def test_a_report_of_5000_words_is_read_in_parts(tmp_path: Path, monkeypatch: py
     assert " ".join(word for part in parts for piece in part for word in piece.split()) == " ".join(text.split())
 
 
+def cut_short(folder: Path) -> Path:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return folder
+
+
 def test_folders_that_cannot_read_are_refused_in_one_line(tmp_path: Path) -> None:
     cases = [
         (None, ConfigError, "needs --reader-model"),
         (tmp_path, CheckpointError, "no config.json"),
         (causal_model(tmp_path / "plain", template=None), CheckpointError, "has no chat template"),
+        (cut_short(causal_model(tmp_path / "cut")), CheckpointError, "cannot be read as a causal language model"),
         (causal_model(tmp_path / "short", context=128), CheckpointError, "its context of 128 tokens leaves no room"),
     ]
     for folder, error, message in cases:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
@@ -13,16 +13,19 @@ import torch
 
 pytest.importorskip("fastapi")
 
-from fastapi import FastAPI
+from fastapi import Body, FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
-from ctclip.errors import CtclipError
+from ctclip.cli.serve import _secret
+from ctclip.errors import CtclipError, DataError
 from ctclip.models.encoded import Encoded
-from ctclip.serve.app import _while_connected
+from ctclip.serve.app import _while_connected, invalid
 from ctclip.serve.errors import Refused, Unavailable
 from ctclip.serve.guards import LONGEST_BODY, Guards
 from ctclip.serve.memory import EncodedScan, Memory
+from ctclip.serve.run import _socket
 from ctclip.serve.service import KEPT, KEPT_RESULTS, MOST_DEATHS, Client, Service
 from ctclip.serve.settings import Lifetime, Settings
 from ctclip.serve.worker import alone
@@ -180,6 +183,35 @@ def test_work_for_nobody_is_cancelled() -> None:
     assert asyncio.run(_while_connected(request_whose_sender(stay), work(0))) == {"answer": 1}
 
 
+@pytest.mark.parametrize(
+    "body", [b'{"text": "\\ud800"}', b'{"text": NaN}', b'{"text": ""}', b"{}", b"[]", b"", b'{"text": 1e999}']
+)
+def test_a_request_that_is_invalid_is_answered_in_one_line(body: bytes) -> None:
+    app = FastAPI()
+    app.add_exception_handler(RequestValidationError, invalid)
+
+    @app.post("/text")
+    async def text(text: Annotated[str, Body(embed=True, min_length=1)]) -> str:
+        return text
+
+    answer = TestClient(app).post("/text", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.json()["detail"].startswith("body")
+
+
+@pytest.mark.parametrize("host", ["x" * 70, "a..b", "127.0.0.1\0", "é\ud800"])
+def test_a_name_that_no_host_can_have_is_refused(host: str) -> None:
+    with pytest.raises(DataError, match="cannot listen on this address"):
+        _socket(host, 0)
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe"])
+def test_a_file_without_a_token_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(content)
+    with pytest.raises(DataError, match="token: holds no token in UTF-8; write one into it"):
+        _secret(tmp_path / "token")
+
+
 def test_only_scans_may_be_large() -> None:
     app = FastAPI()
     app.add_middleware(Guards, settings=Settings("m", hosts=("Testserver",)))
@@ -194,3 +226,8 @@ def test_only_scans_may_be_large() -> None:
     assert client.post("/v1/scans/x/text", content=large).status_code == 413
     assert client.post("/v1/scans/x/text", content=large[1:]).json() == LONGEST_BODY
     assert client.post("/v1/scans/x/text", content=iter([b"x"])).status_code == 411
+    for length in ("²".encode("latin-1"), b"9" * 5000, b"-1"):
+        assert client.post("/v1/scans", headers={b"content-length": length}).status_code == 413
+    for origin in ("http://[", "http://testserver.evil"):
+        assert client.post("/v1/scans", headers={"origin": origin}).status_code == 403
+    assert client.post("/v1/scans", headers={"origin": "http://testserver"}).status_code == 200

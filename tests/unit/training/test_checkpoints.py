@@ -49,7 +49,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert checkpoints.best() == tmp_path / "step_00000002"
 
 
-@pytest.mark.parametrize("facts", ["[]", "null", "3", '"text"', "{}"])
+@pytest.mark.parametrize("facts", ["[]", "null", "3", '"text"', "{}", f'{{"valid_loss": {10**400}}}'])
 def test_facts_of_another_kind_are_damage(facts: str, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, 2, "spec")
     for step in (1, 2):
@@ -57,6 +57,7 @@ def test_facts_of_another_kind_are_damage(facts: str, tmp_path: Path) -> None:
     checkpoints.wait()
     (tmp_path / "step_00000002" / "checkpoint.json").write_text(facts)
     assert checkpoints.newest()[0] == 1
+    assert checkpoints.best() is None
 
 
 def test_a_loss_that_is_no_number_is_not_the_best(tmp_path: Path) -> None:

@@ -20,13 +20,13 @@ from ctclip.training.records import MetricsLog, open_run
 
 
 def test_a_resumed_log_has_one_line_a_step_on_disk_and_in_tensorboard(tmp_path: Path) -> None:
-    """Killed after step 3, and continued from a checkpoint before step 2; the last line was truncated."""
+    """Killed after step 3, and continued from a checkpoint before step 2; the last lines are damaged."""
     log = MetricsLog(tmp_path, 0)
     for step in range(4):
         log.write(step, {"loss": 10.0 + step})
     log.close()
-    with (tmp_path / "metrics.jsonl").open("a") as stream:
-        stream.write('{"step": 4, "lo')
+    with (tmp_path / "metrics.jsonl").open("ab") as stream:
+        stream.write(b'{"step": Infinity}\n' + b"[" * 100_000 + b'\n\xff\xfe\n{"step": 4, "lo')
     log = MetricsLog(tmp_path, 2)
     for step in (2, 3):
         log.write(step, {"loss": 20.0 + step, "note": "not a number"})
