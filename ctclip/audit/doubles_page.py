@@ -64,9 +64,9 @@ def _write_page(path: Path, store: VolumeStore, doubles: Doubles) -> None:
             {
                 "title": "Possible copies", "figures": figures, "beside": True,
                 "words": "Pairs of volumes from different scans whose fingerprints correlate, despite differences in "
-                         "spacing, noise, cropping or slice order, the likeliest first. Copies have a correlation of "
-                         "0.85 or more; scans of similar patients, and phantoms, which share their anatomy, can reach "
-                         "0.90, so compare the slices shown: the middle coronal and axial slice of each volume.",
+                         "spacing, noise, cropping or slice order, the likeliest first. Most copies have a correlation of "
+                         "0.85 or more, cropped ones 0.8; scans of similar patients, and phantoms, which share "
+                         "their anatomy, can reach 0.90, so compare the slices shown: the middle coronal and axial slice of each volume.",
                 "table": _table(pairs) if len(pairs) else None,
             },
             {

@@ -26,12 +26,12 @@ SHADING, RIM = 2.0, 3
 # Minimum overlap along each axis, as a fraction of the smaller scan.
 LEAST_OVERLAP = 0.4
 # Number of frequencies of a slice that are compared along each axis.
-FREQUENCIES = 8
+FREQUENCIES = 10
 # A slice of air does not identify a volume.
 LEAST_CONTENT = 0.25
-SLICE_VALUES = 32
+SLICE_VALUES = 128
 # Fraction of a volume's slices that must also be in a copy, which may be cropped.
-SHARED = 0.6
+SHARED = 0.8
 # The middle of two volumes (this fraction of each axis) is compared first at 4 mm; if it correlates less than MAYBE,
 # the whole volumes are not compared. The middles of 60 changed copies correlated by at least 0.80.
 MIDDLE, MAYBE = 0.6, 0.7
@@ -110,7 +110,8 @@ def slice_vectors(prints: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def candidates(vectors: np.ndarray, groups: np.ndarray, most: int = 3) -> list[tuple[int, int]]:
-    """Pairs of volumes with similar slices: each volume with its ``most`` nearest volumes of other groups.
+    """Pairs of volumes with similar slices: each volume with the nearest volume of each of the ``most`` nearest other
+    groups.
 
     Each slice of a volume is matched with the most similar slice of the other volume, in any order. The similarity of
     two volumes is the mean over the best-matching fraction ``SHARED`` of these slices. ``vectors`` (n, d, v) come from
@@ -118,6 +119,8 @@ def candidates(vectors: np.ndarray, groups: np.ndarray, most: int = 3) -> list[t
     """
     asked = [_spread(np.flatnonzero(volume.any(axis=1)), QUERIES) for volume in vectors]
     by_slice = np.ascontiguousarray(vectors.transpose(1, 2, 0))
+    in_groups = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[in_groups], prepend=groups.min() - 1))
     pairs: set[tuple[int, int]] = set()
     for first in range(0, len(vectors), TOGETHER):
         block = range(first, min(first + TOGETHER, len(vectors)))
@@ -134,8 +137,12 @@ def candidates(vectors: np.ndarray, groups: np.ndarray, most: int = 3) -> list[t
                 np.partition(own, len(own) - kept, axis=0)[-kept:].mean(axis=0) if len(own) else np.zeros(len(vectors))
             )
             likeness[groups == groups[one]] = -1
-            nearest = np.argpartition(-likeness, min(most, len(likeness) - 1))[:most]
-            pairs |= {(min(one, int(other)), max(one, int(other))) for other in nearest if likeness[other] > 0}
+            of_groups = np.maximum.reduceat(likeness[in_groups], starts)
+            for group in np.argpartition(-of_groups, min(most, len(starts) - 1))[:most]:
+                members = in_groups[starts[group] : starts[group + 1] if group + 1 < len(starts) else None]
+                other = int(members[likeness[members].argmax()])
+                if likeness[other] > 0:
+                    pairs.add((min(one, other), max(one, other)))
     return sorted(pairs)
 
 
