@@ -348,7 +348,8 @@ class TrainingConfig(Section):
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32",
-        description="numerical precision of the encoders; bf16 needs a GPU that supports it (losses stay in fp32)",
+        description="numerical precision of the encoders; bf16 is faster on a GPU or a CPU that has instructions for it, "
+        "and slower on others (losses stay in fp32)",
     )
     compile: bool = Field(False, description="compile the volume encoder with torch.compile; needs a C++ compiler")
     zero: ZeroConfig = ZeroConfig()
