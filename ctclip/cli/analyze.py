@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from ctclip.cli.reading import BATCH, EMBEDDINGS
+
 
 def analyze(
     model: list[str] = typer.Option(
@@ -18,10 +20,8 @@ def analyze(
     store: Path = typer.Option(..., help="A store written by `ctclip preprocess` with reports."),
     split: str = typer.Option("valid", help="Split to embed, with the first volume of each scan."),
     output: Path = typer.Option(Path("analysis"), "--output", "-o", help="Folder for analysis.json and analysis.html."),
-    embeddings: Path = typer.Option(
-        None, help="Folder of embeddings that commands share. Default: the folder embeddings in the output."
-    ),
-    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
+    embeddings: Path = EMBEDDINGS,
+    batch: int = BATCH,
     force: bool = typer.Option(False, "--force", help="Overwrite the analysis of another run."),
 ) -> None:
     """Measure the modality gap, cones, alignment, uniformity, effective rank and neighbours of embeddings.

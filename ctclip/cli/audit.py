@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from ctclip.cli.audit_all import all_
+from ctclip.cli.reading import BATCH, EMBEDDINGS, FORCE
 
 audit = typer.Typer(help="Examine a cohort or a model before you trust its figures.", no_args_is_help=True)
 audit.command("all")(all_)
@@ -24,12 +25,9 @@ def doubles(
     output: Path = typer.Option(
         Path("doubles"), "--output", "-o", help="Folder for doubles.csv, recurring_reports.csv and doubles.html."
     ),
-    embeddings: Path = typer.Option(
-        None,
-        help="Folder of embeddings and measures that commands share. Default: the folder embeddings in the output.",
-    ),
+    embeddings: Path = EMBEDDINGS,
     batch: int = typer.Option(8, min=1, help="With --model: number of volumes in a batch."),
-    force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
+    force: bool = FORCE,
 ) -> None:
     """Find copies of volumes in a cohort, in two splits or under two patients, and reports that recur.
 
@@ -75,12 +73,9 @@ def data(
     output: Path = typer.Option(
         Path("audit"), "--output", "-o", help="Folder for data_audit.csv, concepts.csv and data_audit.html."
     ),
-    embeddings: Path = typer.Option(
-        None,
-        help="Folder of embeddings and measures that commands share. Default: the folder embeddings in the output.",
-    ),
-    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
-    force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
+    embeddings: Path = EMBEDDINGS,
+    batch: int = BATCH,
+    force: bool = FORCE,
 ) -> None:
     """Find unwanted associations with a split, a scanner or a label: devices, kernels, tables, contrast, position.
 
@@ -120,12 +115,9 @@ def model_(
     output: Path = typer.Option(
         Path("model_audit"), "--output", "-o", help="Folder for errors.csv, fairness.csv, shortcuts.csv and the page."
     ),
-    embeddings: Path = typer.Option(
-        None,
-        help="Folder of embeddings and measures that commands share. Default: the folder embeddings in the output.",
-    ),
-    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
-    force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
+    embeddings: Path = EMBEDDINGS,
+    batch: int = BATCH,
+    force: bool = FORCE,
 ) -> None:
     """Find concepts with larger errors, groups with a lower AUROC, and traces of the scanner in the embeddings.
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import typer
 
+from ctclip.cli.reading import BATCH, EMBEDDINGS, FORCE
+
 _ALONE = threading.Lock()
 
 
@@ -20,12 +22,9 @@ def all_(
     output: Path = typer.Option(
         Path("audits"), "--output", "-o", help="Folder for the outputs of the audits, one folder for each."
     ),
-    embeddings: Path = typer.Option(
-        None,
-        help="Folder of embeddings and measures that commands share. Default: the folder embeddings in the output.",
-    ),
-    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
-    force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
+    embeddings: Path = EMBEDDINGS,
+    batch: int = BATCH,
+    force: bool = FORCE,
 ) -> None:
     """Run doubles, data, filter-pairs, model and analyze with their defaults, one per core, after one pass over the volumes.
 

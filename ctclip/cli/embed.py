@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from ctclip.cli.reading import (
+    BATCH,
     EXPECT,
     GEOMETRY,
     HU,
@@ -40,7 +41,7 @@ def embed(
         "-o",
         help="Output file. .parquet: names and vectors; .npy: vectors only.",
     ),
-    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
+    batch: int = BATCH,
     precision: Precision = PRECISION,
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,

@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from ctclip.cli.reading import BATCH, EMBEDDINGS, FORCE
+
 
 def filter_pairs(
     model: str = typer.Option(..., "--model", "-m", help="A model folder whose embeddings are compared."),
@@ -19,12 +21,10 @@ def filter_pairs(
     keep: bool = typer.Option(
         False, "--keep", help="Save the scores in the store, for data.min_pair_score and data.best_pairs."
     ),
-    embeddings: Path = typer.Option(
-        None, help="Folder of embeddings that commands share. Default: the folder embeddings in the output."
-    ),
-    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
+    embeddings: Path = EMBEDDINGS,
+    batch: int = BATCH,
     seed: int = typer.Option(0, min=0, help="Seed of the folds of patients."),
-    force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
+    force: bool = FORCE,
 ) -> None:
     """Score every pair of volume and report, to inspect or leave out swapped pairs and exchanged sides.
 

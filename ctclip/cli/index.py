@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from ctclip.cli.reading import (
+    BATCH,
     EXPECT,
     GEOMETRY,
     HU,
@@ -26,7 +27,7 @@ def index(
     store: Path = typer.Option(..., help="The store with the volumes and reports to index."),
     split: str = typer.Option(None, help="Only this split of the cohort."),
     output: Path = typer.Option(..., "--output", "-o", help="Folder for the index."),
-    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
+    batch: int = BATCH,
     precision: Precision = PRECISION,
     force: bool = typer.Option(False, "--force", help="Overwrite the index of another run."),
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from ctclip.cli.reading import LABEL_TABLE
+from ctclip.cli.reading import BATCH, FORCE, LABEL_TABLE
 
 
 class Toward(StrEnum):
@@ -41,9 +41,9 @@ def probe(
     ),
     train_split: str = typer.Option("train", help="Split to train on."),
     test_split: str = typer.Option("valid", help="Split to test on."),
-    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
+    batch: int = BATCH,
     seed: int = typer.Option(0, min=0, help="Seed of the draws and of the folds."),
-    force: bool = typer.Option(False, "--force", help="Overwrite the tables of another run."),
+    force: bool = FORCE,
 ) -> None:
     """Fit a linear probe to labels and save it in the model folder as a head.
 

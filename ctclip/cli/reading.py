@@ -1,5 +1,5 @@
-"""Options that several commands share: how scan files are read, the source of labels, and the precision at which
-volumes are encoded."""
+"""Options that several commands share: how scan files are read, the source of labels, how volumes are encoded, and what is
+cached or overwritten."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+BATCH = typer.Option(8, min=1, help="Number of volumes in a batch.")
+EMBEDDINGS = typer.Option(
+    None, help="Folder of embeddings and measures that commands share. Default: the folder embeddings in the output."
+)
+FORCE = typer.Option(False, "--force", help="Overwrite the tables of another run.")
 PRECISION = typer.Option(
     Precision.auto,
     help="Numerical precision of the volume encoder. auto: the fastest that `ctclip check-precision` found to agree with float32 "

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import typer
 
+from ctclip.cli.reading import BATCH
+
 
 def soup(
     runs: list[Path] = typer.Argument(..., help="Run folders of one recipe, or their model folders."),
     store: Path = typer.Option(..., help="The store with the patients used for selection."),
     split: str = typer.Option("calibration", help="Split used for selection. Never use the split that you test on."),
     output: Path = typer.Option(..., "--output", "-o", help="The model folder to write, if the mean is better."),
-    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
+    batch: int = BATCH,
 ) -> None:
     """Average the weights of models that started from the same weights, and save the mean if it is better than each of them.
 

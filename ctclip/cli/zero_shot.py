@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from ctclip.cli.reading import (
+    BATCH,
     EXPECT,
     GEOMETRY,
     HU,
@@ -60,7 +61,7 @@ def zero_shot(
     embed_reports: bool = typer.Option(
         False, "--embed-reports", help="With --store: also embed the reports, for retrieval."
     ),
-    batch: int = typer.Option(8, min=1, help="Number of volumes in a batch."),
+    batch: int = BATCH,
     precision: Precision = PRECISION,
     processes: int = typer.Option(None, min=1, help="Number of processes that share the scans. Default: one per GPU."),
     hu: Trusted = HU,

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import tempfile
 import threading
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -274,3 +276,11 @@ def test_a_launch_removes_what_a_killed_one_left_and_leaves_nothing(monkeypatch:
     assert Recorded.started is not None
     assert Path(Recorded.started[1][distributed.RENDEZVOUS]).is_relative_to(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_worker_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with mock.patch("ctclip.cli.app", side_effect=BrokenProcessPool):
+        assert main(["audit", "all"]) == 2
+        assert capsys.readouterr().err.startswith("error: a worker process was killed, probably because memory ran out")
+        with pytest.raises(BrokenProcessPool):
+            main(["--debug", "audit", "all"])

@@ -133,3 +133,16 @@ def test_a_cohort_with_one_scan_under_two_names_is_noted(tmp_path: Path) -> None
     assert any(
         "2 volumes of different scans have the same voxels (the first: a and c)" in note for note in report.notes
     )
+
+
+def test_candidates_are_the_nearest_volumes_of_different_scans() -> None:
+    """Three reconstructions of one scan do not displace the next scan, whose own nearest scans are others."""
+    base = np.random.default_rng(0).normal(size=(6, 4, 16))
+    scans = np.array([0, 1, 1, 1, 2, 3, 4])
+    reconstructions = [base[0] + noise * base[1] for noise in (0.3, 0.1, 0.2)]
+    farther = [base[0] + base[2] + 0.01 * one for one in base[3:]]
+    volumes = np.stack([base[0], *reconstructions, *farther])
+    vectors = (volumes / np.linalg.norm(volumes, axis=2, keepdims=True)).astype(np.float32)
+    of_the_first = {other for one, other in candidates(vectors, scans, 2) if one == 0}
+    assert 2 in of_the_first
+    assert of_the_first & {4, 5, 6}
