@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ def worker_pool(workers: int) -> Iterator[Executor]:
     """
     pool: Executor
     try:
-        pool = ProcessPoolExecutor(workers, initializer=end_with_parent)
+        pool = ProcessPoolExecutor(workers, initializer=_begin)
     except OSError as error:
         print(
             f"warning: no worker processes can be started ({error.strerror}): /dev/shm is missing or not writable. "
@@ -34,6 +35,12 @@ def worker_pool(workers: int) -> Iterator[Executor]:
     finally:
         # After a full disk or Ctrl-C, do not wait for tens of thousands of queued tasks.
         pool.shutdown(cancel_futures=True)
+
+
+def _begin() -> None:
+    end_with_parent()
+    # An idle worker would print a traceback of KeyboardInterrupt; either exception lets a busy one tidy up.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(128 + signal.SIGINT))
 
 
 def end_with_parent() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -37,3 +38,28 @@ def test_processes_or_threads(mount: str, threads: bool) -> None:
     assert done.stdout.split() == ["[1,", "2,", "3]", str(threads)]
     assert len(done.stderr.splitlines()) == int(threads)
     assert ("/dev/shm is missing or not writable" in done.stderr) == threads
+
+
+def test_ctrl_c_ends_busy_and_idle_workers_without_a_word() -> None:
+    script = """
+import sys, time
+from ctclip.preprocessing.workers import worker_pool
+try:
+    with worker_pool(2) as pool:
+        list(pool.map(time.sleep, [0.3, 0.3]))
+        busy = pool.submit(time.sleep, 60)
+        print("busy", flush=True)
+        busy.result()
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    # Signals that the tests' own process ignores would be ignored there too.
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{script}"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "busy\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == 130
