@@ -1,8 +1,14 @@
 """Errors that a user can act on, one class per layer. The command line prints the message and exits with code 2."""
 
+from ctclip.preprocessing.errors import printable
+
 
 class CtclipError(Exception):
-    """Base of every error below; its message names the file, what is wrong with it and what to do."""
+    """Base of every error below. Its message names the file, what is wrong with it and what to do, in one printable
+    line."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class ConfigError(CtclipError):
