@@ -15,6 +15,7 @@ from ctclip import extras
 from ctclip.errors import DataError
 from ctclip.inference.run import batches, check_count, report_embeddings, report_texts, run_key
 from ctclip.inference.scans import StoredScans
+from ctclip.models.checksums import sha256
 from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.errors import UNFIT
@@ -58,7 +59,8 @@ class Index:
                 faiss.write_index(index, str(partial))
         with written_beside(folder / "rows.parquet") as partial:
             self.rows.to_parquet(partial, index=False)
-        facts = {"model": self.model, "path": self.path, "volumes": len(self.rows)}
+        sums = {name: sha256(folder / name) for name in FILES[:3] if (folder / name).exists()}
+        facts = {"model": self.model, "path": self.path, "volumes": len(self.rows), "sha256": sums}
         write_text(folder / "index.json", json.dumps(facts))
 
     @classmethod
@@ -66,6 +68,7 @@ class Index:
         """Load an index. Refuses an index of another model than ``model``."""
         faiss = extras.require("faiss")
         facts = index_facts(folder)
+        _check_sums(folder, facts.get("sha256", {}))
         try:
             rows = read_own_parquet(folder / "rows.parquet", "run `ctclip index` again", texts=ROWS)
             volumes = faiss.read_index(str(regular(folder / "volumes.faiss")))
@@ -123,6 +126,19 @@ def _reports(vectors: np.ndarray | None) -> Any:
         return None
     reported = np.flatnonzero(np.isfinite(vectors).all(axis=1))
     return _flat(vectors[reported], reported) if len(reported) else None
+
+
+def _check_sums(folder: Path, sums: Any) -> None:
+    """Raise DataError if a file differs from its SHA-256 in ``sums``: FAISS would load a vector with a flipped bit.
+    Indices of versions before 1.1 have no checksums."""
+    try:
+        damaged = [name for name in FILES if name in sums and sha256(regular(folder / name)) != sums[name]]
+    except UNFIT as error:
+        raise DataError(f"{folder}: not a readable index; `ctclip index` writes one") from error
+    if damaged:
+        raise DataError(
+            f"{folder}: {damaged[0]} is damaged, its SHA-256 is not that of index.json: run `ctclip index` again"
+        )
 
 
 def is_index(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from pathlib import Path
 
@@ -96,6 +97,10 @@ def test_an_index_whose_files_do_not_fit(tmp_path: Path, monkeypatch: pytest.Mon
     assert opened.similar(vectors[1], 1)["volume"].tolist() == ["b"]
     with pytest.raises(DataError, match="vectors of 4 numbers, not 3"):
         opened.similar(vectors[1, :3], 1)
+    # As versions before 1.1 wrote it, without checksums.
+    facts = json.loads((tmp_path / "index.json").read_text())
+    del facts["sha256"]
+    (tmp_path / "index.json").write_text(json.dumps(facts))
     for table, what in (
         (rows.drop(columns="scan"), "column 'scan' is missing"), (rows.assign(findings=None), "'findings' holds no text"),
     ):  # fmt: skip
@@ -112,6 +117,20 @@ def test_an_index_whose_files_do_not_fit(tmp_path: Path, monkeypatch: pytest.Mon
         raise MemoryError("std::bad_alloc")
 
     monkeypatch.setattr("faiss.read_index", too_large)
+    with pytest.raises(DataError, match="not a readable index"):
+        Index.load(tmp_path, "m")
+
+
+@pytest.mark.parametrize("name", ["volumes.faiss", "reports.faiss", "rows.parquet"])
+def test_a_flipped_bit_in_an_index_is_found(tmp_path: Path, name: str) -> None:
+    vectors = np.eye(3, 4, dtype=np.float32)
+    Index.build(pd.DataFrame({name: ["a", "b", "c"] for name in ROWS}), vectors, vectors, "m").save(tmp_path)
+    damaged = bytearray((tmp_path / name).read_bytes())
+    damaged[-3] ^= 4
+    (tmp_path / name).write_bytes(damaged)
+    with pytest.raises(DataError, match=rf"{name} is damaged, its SHA-256 is not that of index\.json"):
+        Index.load(tmp_path, "m")
+    (tmp_path / name).unlink()
     with pytest.raises(DataError, match="not a readable index"):
         Index.load(tmp_path, "m")
 
