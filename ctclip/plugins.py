@@ -34,6 +34,7 @@ OURS: dict[Kind, dict[str, str]] = {
         "captioning": "ctclip.objectives.captioning:Captioning",
         "mlm": "ctclip.objectives.mlm:MaskedWords",
         "alignment": "ctclip.objectives.alignment:Alignment",
+        "sentences": "ctclip.objectives.sentences:Sentences",
     },
     "head": {
         "prompts": "ctclip.heads.prompts:PromptHead",

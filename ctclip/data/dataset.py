@@ -26,7 +26,7 @@ from ctclip.data.augment import Change, draw_change
 from ctclip.data.batch import StoredBatch, Tokens
 from ctclip.data.label_table import read_label_table
 from ctclip.data.pair_scores import good_pairs
-from ctclip.data.reports import ReportViews, reports_of
+from ctclip.data.reports import ReportViews, reports_of, sentence_numbers, stated_sentences
 from ctclip.errors import DataError
 from ctclip.labels import LabelSet
 from ctclip.language import load_language
@@ -56,9 +56,11 @@ class StoredVolumes(Dataset):
         training: bool = True,
         columns: Iterable[str] = (),
         labels: LabelSet | None = None,
+        sentences: Sequence[str] | None = None,
     ) -> None:
         """``columns``: inputs of objectives besides volumes and texts; ``labels`` stands for the columns of the label
-        set, any other name is a column of the store (``VolumeStore.read_column``)."""
+        set, ``sentences`` for the numbers of the reports' sentences, any other name is a column of the store
+        (``VolumeStore.read_column``). ``sentences``: the sentences to number; None: those of this split."""
         if config.store is None:
             raise DataError("data.store is not set: name the folder that `ctclip preprocess` wrote")
         self.store = VolumeStore(Path(config.store))
@@ -76,6 +78,16 @@ class StoredVolumes(Dataset):
         self.reports = reports_of(self.table, config.sections)
         self.labels = label_array(self.table, labels) if labels is not None else None
         self.columns = tuple(columns)
+        self.sentences: tuple[str, ...] = ()
+        if "sentences" in self.columns:
+            if (own := self.store.path / "columns" / "sentences").is_dir():
+                raise DataError(
+                    f"{own}: objectives receive the sentences of the reports under this name; rename the column"
+                )
+            stated = stated_sentences(self.reports)
+            every = {sentence for report in stated for sentence in report}
+            self.sentences = tuple(sorted(every) if sentences is None else sentences)
+            self.sentence_numbers = sentence_numbers(stated, self.sentences)
         if "labels" in self.columns and self.labels is None:
             raise DataError(f"{self.store.path}: an objective needs labels, but no label set is named")
         self.tokenisers: Tokenisers | None = None
@@ -141,6 +153,8 @@ class StoredVolumes(Dataset):
         if name == "labels":
             assert self.labels is not None
             return torch.from_numpy(self.labels[rows])
+        if name == "sentences":
+            return torch.from_numpy(self.sentence_numbers[rows])
         return torch.from_numpy(
             np.stack([self.store.read_column(name, self.table["volume"].iloc[row]) for row in rows])
         )

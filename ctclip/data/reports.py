@@ -12,6 +12,8 @@ from ctclip.language import Language
 from ctclip.sentences import sentences
 
 NO_REPORT = "No report."
+# Number of sentences of a report that objectives on sentences use.
+MOST_SENTENCES = 100
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,25 @@ def reports_of(table: pd.DataFrame, sections: Sequence[str]) -> list[Report]:
     return [Report(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)] if columns else [
         Report({}) for _ in range(len(table))
     ]  # fmt: skip
+
+
+def stated_sentences(reports: Sequence[Report]) -> list[list[str]]:
+    """The sentences of each report, each once and in order. A text without a word is one sentence, as in the text
+    encoder."""
+    texts = [report.text() for report in reports]
+    stated = {text: list(dict.fromkeys(sentences(text) or [text])) for text in set(texts)}
+    return [stated[text] for text in texts]
+
+
+def sentence_numbers(stated: Sequence[Sequence[str]], known: Sequence[str]) -> np.ndarray:
+    """Where the sentences of each report are in ``known``: (reports, S) int64, filled up with -1. Unknown sentences are
+    left out, and those after the first MOST_SENTENCES of a report."""
+    places = {sentence: place for place, sentence in enumerate(known)}
+    rows = [[places[sentence] for sentence in own if sentence in places][:MOST_SENTENCES] for own in stated]
+    numbers = np.full((len(rows), max(1, *map(len, rows))), -1, dtype=np.int64)
+    for row, found in zip(numbers, rows, strict=True):
+        row[: len(found)] = found
+    return numbers
 
 
 class ReportViews:

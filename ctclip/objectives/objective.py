@@ -52,11 +52,13 @@ class Features:
 
 @dataclass(frozen=True)
 class Context:
-    """What an objective receives when it is built."""
+    """What an objective receives when it is built. ``sentences``: the distinct sentences of the training reports, if an
+    objective requests the column ``sentences``, which numbers them."""
 
     model: DualEncoder
     labels: LabelSet | None = None
     prompts: PromptSet | None = None
+    sentences: tuple[str, ...] = ()
 
 
 class Objective(nn.Module, ABC):
@@ -64,8 +66,9 @@ class Objective(nn.Module, ABC):
 
     ``needs`` names the arguments of ``forward``: ``features`` (``Features``), ``tokens`` (``Encoded``, of this rank),
     ``words`` (ids and mask of whole reports), ``earlier_texts`` (``EarlierTexts`` or None), and any column of the
-    batch by its name: ``labels`` (B, L) float32 of 0, 1 and NaN, ``masks``, or a user's column of the store. Columns
-    cover the global batch together with ``features``, and this rank's micro-batch together with ``tokens``.
+    batch by its name: ``labels`` (B, L) float32 of 0, 1 and NaN, ``sentences`` (B, S) int64 places in
+    ``Context.sentences``, filled up with -1, ``masks``, or a user's column of the store. Columns cover the global batch
+    together with ``features``, and this rank's micro-batch together with ``tokens``.
     """
 
     Config: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig

@@ -122,7 +122,7 @@ def _train(config: Config, output: Path, device: torch.device, signals: Signals,
     model, begins = build_run_model(config, output, data, labels, resumed=bool(resumed))
     if begins:
         warn(begins)
-    step = TrainingStep(Context(model, labels, prompts), config.objectives)
+    step = TrainingStep(Context(model, labels, prompts, data.sentences), config.objectives)
     distributed.on_main(lambda: write_trained_on(output, describe_training(config, data, cohorts[0], labels)))
     if resumed:
         state.check_fits(step, resumed, checkpoints.folder)

@@ -67,6 +67,7 @@ class TrainingStep(nn.Module):
         self.model = model
         self.weights = {name: section.weight for name, section in objectives.items()}
         self.begins = {name: section.begin for name, section in objectives.items()}
+        self.sentences = context.sentences
         self.keys = {name: re.sub(r"\W", "_", name) for name in objectives}
         self.objectives = nn.ModuleDict()
         for name, section in objectives.items():

@@ -30,6 +30,7 @@ class Validation:
         self.data = StoredVolumes(
             config.data.model_copy(update={"views_per_volume": 1}), config.data.valid_split, seed=config.seed,
             training=False, columns=engine.module.columns, labels=labels if config.reads("labels") else None,
+            sentences=engine.module.sentences,
         )  # fmt: skip
         self.data.tokenisers = engine.tokenisers
         self.data.body = engine.module.model.volume_encoder.body_tokens()

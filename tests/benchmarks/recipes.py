@@ -53,6 +53,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "convirt": ("phantom_tiny", "objectives={convirt: 1}", "model.projection=mlp"),
     "captioning beside": ("phantom_tiny", "objectives.captioning=0.3"),
     "masked words beside": ("phantom_tiny", "objectives.mlm=0.3"),
+    "sentences beside": ("phantom_tiny", "objectives.sentences=3"),
     "labels beside": ("phantom_tiny", "objectives.labels=1"),
     "labels of the prompts beside": ("phantom_tiny", "objectives.prompts=2"),
     "labels of the prompts first": ("phantom_tiny", "objectives.prompts=2", "objectives.clip.begin=0.4"),

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.integration
 WORKER = Path(__file__).with_name("worker.py")
 ONE_STEP = {"linear": True, "steps": [0, 1]}
 LABELLED = {"objectives": {"clip": 1, "labels": 1, "prompts": 1}}
+SENTENCES = {"objectives": {"clip": 1, "sentences": 3}}
 QUEUE = {"objectives": {"clip": {"queue": 12}}}
 CLIPPED = {**ONE_STEP, "gradient_clip": 0.01}
 ALONE: list[dict[str, Any]] = [
@@ -31,6 +32,8 @@ ALONE: list[dict[str, Any]] = [
     {"name": "alone with queue", **QUEUE},
     {"name": "alone labelled", **LABELLED},
     {"name": "plain labelled", **LABELLED, **ONE_STEP},
+    {"name": "alone sentences", **SENTENCES},
+    {"name": "alone locked sentences", **SENTENCES, "locked": True},
     {"name": "refused", "micro_batch": 2},
     {"name": "plain", **ONE_STEP},
     {"name": "chunks", **ONE_STEP, "micro_batch": 2},
@@ -55,6 +58,9 @@ TOGETHER: list[dict[str, Any]] = [
     {"name": "queue before", **QUEUE, "stage": 3, "steps": [0, 3]},
     *({"name": f"labelled {stage}", **LABELLED, "stage": stage} for stage in (1, 3)),
     {"name": "labelled chunks", **LABELLED, **ONE_STEP, "micro_batch": 2, "stage": 3},
+    *({"name": f"sentences {stage}", **SENTENCES, "stage": stage} for stage in (1, 3)),
+    {"name": "locked sentences", **SENTENCES, "locked": True, "stage": 3},
+    {"name": "locked sentences before", **SENTENCES, "locked": True, "stage": 2, "steps": [0, 3]},
     {"name": "codes on two", "codes": True, "stage": 2},
     {"name": "codes in chunks", "codes": True, **ONE_STEP, "micro_batch": 2, "stage": 3, "checkpointed": True},
     {"name": "bf16", "precision": "bf16", "stage": 2},
@@ -62,6 +68,13 @@ TOGETHER: list[dict[str, Any]] = [
     {"name": "compiled", "compile": True, "stage": 2},
 ]
 ALONE_AGAIN: list[dict[str, Any]] = [
+    {
+        "name": "locked sentences after",
+        **SENTENCES,
+        "locked": True,
+        "resume": "locked sentences before",
+        "steps": [3, 5],
+    },
     {"name": "queue after", **QUEUE, "resume": "queue before", "steps": [3, 5]},
     {"name": "two at 3, one at 0", "resume": "two at 3", "stage": 0, "steps": [3, 5]},
     {"name": "two at 2, one at 3", "resume": "two at 2", "stage": 3, "steps": [3, 5]},
@@ -147,6 +160,18 @@ def test_labels_are_learned_alike(results: Path, stage: int) -> None:
 
 def test_two_pass_gradients_of_labels_are_the_plain_step(results: Path) -> None:
     assert_near(gradients(results, "labelled chunks"), gradients(results, "plain labelled"), 1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_sentences_are_contrasted_alike(results: Path, stage: int) -> None:
+    assert_same(results, f"sentences {stage}", "alone sentences")
+    assert losses(results, f"sentences {stage}")[0] > losses(results, "alone")[0] + 0.1
+
+
+def test_sentences_of_a_locked_text_encoder_are_contrasted_alike(results: Path) -> None:
+    """Also in a run that was resumed."""
+    assert_same(results, "locked sentences", "alone locked sentences")
+    assert_same(results, "locked sentences after", "alone locked sentences", before="locked sentences before")
 
 
 def test_bfloat16_is_near_and_keeps_float32_masters(results: Path) -> None:

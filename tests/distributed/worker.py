@@ -78,7 +78,10 @@ def run(case: dict[str, Any], folder: Path, device: torch.device) -> None:
         warm_up_text(model, reports, TextWarmupConfig(steps=3, batch=8, learning_rate=1e-4), seed=0, device=device)
     resumed = load_file(folder / f"{case['resume']}.safetensors") if "resume" in case else None
     try:
-        context = Context(model, labels_of_columns("test", FINDINGS[:3]), load_prompts("report_style"))
+        if case.get("locked"):
+            model.lock_text()
+        labels = labels_of_columns("test", FINDINGS[:3])
+        context = Context(model, labels, load_prompts("report_style"), sentences=tuple(WORDS))
         engine = Engine(TrainingStep(context, config.objectives), config, device, resumed)
     except ConfigError as error:
         return write(folder, case["name"], {"refused": str(error)}, {})
@@ -113,6 +116,7 @@ def batch(step: int, tokenisers: Any) -> Any:
     """This rank's share of a global batch: eight of sixteen scans, each a bright cell in noise at a different
     position."""
     from ctclip.data.batch import Batch
+    from ctclip.data.reports import sentence_numbers
 
     random = torch.Generator().manual_seed(step)
     rows = torch.randperm(len(TEXTS), generator=random)[:BATCH]
@@ -124,6 +128,8 @@ def batch(step: int, tokenisers: Any) -> Any:
     share = BATCH // distributed.world_size()
     mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
     texts = [TEXTS[row] for row in rows[mine]]
+    # Each word of a text as a sentence.
+    said = sentence_numbers([list(dict.fromkeys(text.split())) for text in TEXTS], WORDS)[rows[mine]]
     size = share // tokenisers.parts
     parts = [texts[first : first + size] for first in range(0, share, size)]
     return Batch(
@@ -132,7 +138,7 @@ def batch(step: int, tokenisers: Any) -> Any:
         rows[mine],
         rows[mine],
         words=None if tokenisers.words is None else [tokenisers.words(part) for part in parts],
-        columns={"labels": labels[mine]},
+        columns={"labels": labels[mine], "sentences": torch.from_numpy(said)},
     )
 
 

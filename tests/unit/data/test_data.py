@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,6 +21,7 @@ from ctclip.labels import labels_of_columns
 from ctclip.language import load_language
 from ctclip.phantom.prevalence import FINDINGS
 from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.sentences import sentences
 
 FINDINGS_TEXT = "The heart is enlarged. No pleural effusion is seen. There is a nodule."
 REPORT = Report({"findings": FINDINGS_TEXT, "impression": "Cardiomegaly. Nodule."})
@@ -247,3 +250,32 @@ def test_texts_are_cut_into_the_micro_batches_of_a_step(store) -> None:
     assert shown == [batch.texts[:4], batch.texts[4:]]
     assert words == [batch.texts[0:4:2], batch.texts[4:8:2]]
     assert len(batch.text_identities) == 8
+
+
+def test_sentences_of_a_batch_are_those_of_whole_reports(store) -> None:
+    """Whatever view is drawn. Another split has the numbers of the training sentences."""
+    config = DataConfig(store=str(store), views={"impression": 1})
+    data = StoredVolumes(config, "train", columns=("sentences",))
+    assert list(data.sentences) == sorted(set(data.sentences))
+    rows = [3, 0, 1]
+    found = data.batch([(row, 0) for row in rows]).columns["sentences"]
+    assert found.dtype == torch.int64
+    for row, numbers in zip(rows, found.tolist(), strict=True):
+        read = [data.sentences[number] for number in numbers if number >= 0]
+        assert read == list(dict.fromkeys(sentences(data.reports[row].text())))
+        assert len(read) > 3
+    held = StoredVolumes(config, "valid", training=False, columns=("sentences",), sentences=data.sentences[::2])
+    assert held.sentences == data.sentences[::2]
+    known = {
+        held.sentences[number] for number in held.batch([(0, 0)]).columns["sentences"].unique().tolist() if number >= 0
+    }
+    assert known == {*sentences(held.reports[0].text())} & {*data.sentences[::2]}
+    assert known
+    assert StoredVolumes(config, "train").sentences == ()
+
+
+def test_a_column_of_the_store_is_not_taken_for_sentences(store, tmp_path) -> None:
+    shutil.copytree(store, tmp_path / "store")
+    (tmp_path / "store" / "columns" / "sentences").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"columns/sentences: .*rename the column"):
+        StoredVolumes(DataConfig(store=str(tmp_path / "store")), "train", columns=("sentences",))

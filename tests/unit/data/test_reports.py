@@ -10,7 +10,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctclip.data.reports import NO_REPORT, Report, ReportViews, reports_of
+from ctclip.data.reports import (
+    MOST_SENTENCES,
+    NO_REPORT,
+    Report,
+    ReportViews,
+    reports_of,
+    sentence_numbers,
+    stated_sentences,
+)
 from ctclip.errors import ConfigError
 from ctclip.language import Language, load_language
 
@@ -124,3 +132,19 @@ def test_sentences_are_shuffled_only_if_asked() -> None:
 def test_two_languages_do_not_share_their_words() -> None:
     german, turkish = (Language(name=name, negations=(word,)) for name, word in (("de", "kein"), ("tr", "yok")))
     assert [language.negates("kein Erguss") for language in (german, turkish, german)] == [True, False, True]
+
+
+def test_sentences_are_numbered_by_a_list() -> None:
+    """Each once per report and in its order, over all sections; those that the list lacks have no number."""
+    reports = [Report({"findings": " ".join(FIVE[:2]), "impression": FIVE[0]}), of(FIVE[4], FIVE[0]), Report({})]
+    stated = stated_sentences(reports)
+    assert stated == [FIVE[:2], [FIVE[4], FIVE[0]], [""]]
+    assert sentence_numbers(stated, FIVE).tolist() == [[0, 1], [4, 0], [-1, -1]]
+    assert sentence_numbers(stated, FIVE[:2]).tolist() == [[0, 1], [0, -1], [-1, -1]]
+    assert sentence_numbers(stated, FIVE[2:4]).tolist() == [[-1], [-1], [-1]]
+    assert stated_sentences([of("...")]) == [["..."]], "as in the text encoder"
+
+
+def test_the_sentences_of_a_very_long_report_are_cut() -> None:
+    known = [f"Nodule {number} of many." for number in range(2 * MOST_SENTENCES)]
+    assert sentence_numbers([known[::-1]], known).tolist() == [[*range(2 * MOST_SENTENCES - 1, MOST_SENTENCES - 1, -1)]]

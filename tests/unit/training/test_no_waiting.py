@@ -14,10 +14,12 @@ from ctclip.config import ModelConfig, TextConfig, encoder_config, objective_con
 from ctclip.labels import labels_of_columns
 from ctclip.models.dual_encoder import build_model
 from ctclip.models.text import train_tokenizer
-from ctclip.objectives.objective import Context
+from ctclip.objectives.objective import Context, Features
+from ctclip.objectives.sentences import Sentences, SentencesConfig
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.prompts import load_prompts
 from ctclip.training.step import Pairs, Part, TrainingStep
+from tests.unit.small import dual_encoder
 
 SPEC = PreprocessingSpec("test", spacing=(3.0, 3.0, 3.0), shape=(16, 24, 32))
 TEXTS = ["The heart is enlarged. No nodule is seen.", "A nodule lies in the upper lobe.", "There is no effusion."]
@@ -62,6 +64,22 @@ def test_no_value_is_asked_of_the_device(name: str) -> None:
         loss.backward()
     assert isinstance(loss, FakeTensor)
     assert set(parts) == {*OBJECTIVES, "logit_scale"}
+
+
+def test_sentences_ask_nothing_of_the_device() -> None:
+    """While the text encoder is locked, from the second step on."""
+    model = dual_encoder()
+    model.lock_text()
+    objective = Sentences(SentencesConfig(), Context(model, sentences=tuple(TEXTS)))
+    given = lambda: Features(  # noqa: E731
+        torch.rand(3, 12, requires_grad=True), torch.rand(3, 12), torch.ones(1), torch.ones(1),
+        torch.arange(3), torch.arange(3), slice(0, 3),
+    )  # fmt: skip
+    objective(given(), torch.zeros(3, 2, dtype=torch.long))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        loss = objective(given(), torch.empty(3, 2, dtype=torch.long))
+        loss.backward()
+    assert isinstance(loss, FakeTensor)
 
 
 def test_a_value_that_is_asked_for_is_noticed() -> None:

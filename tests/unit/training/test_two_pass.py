@@ -89,7 +89,7 @@ def engine(
         "objectives": objectives or {"clip": 1.0}, "seed": seed,
         "training": {"batch": 4, "learning_rate": 1e-3, "zero": {"stage": 0}, **training},
     })  # fmt: skip
-    step = TrainingStep(Context(dual_encoder(), LABELS), config.objectives)
+    step = TrainingStep(Context(dual_encoder(), LABELS, sentences=tuple(TEXTS)), config.objectives)
     return Engine(step, config, torch.device("cpu"), resumed)
 
 
@@ -105,7 +105,10 @@ def batch(of: Engine, views: int = 1) -> Batch:
         [tokenisers.texts(texts[cut]) for cut in cuts],
         torch.arange(4), torch.arange(4 * views),
         words=None if tokenisers.words is None else [tokenisers.words(TEXTS[n * per : (n + 1) * per]) for n in range(parts)],
-        columns={"labels": torch.tensor([[0.0, 1], [1, math.nan], [0, 0], [1, 1]])},
+        columns={
+            "labels": torch.tensor([[0.0, 1], [1, math.nan], [0, 0], [1, 1]]),
+            "sentences": torch.tensor([[0, 1], [1, -1], [2, -1], [3, 0]]),
+        },
     )  # fmt: skip
 
 
@@ -128,7 +131,7 @@ EVERYTHING = {"clip": 1.0, "captioning": 0.5, "labels": {"weight": 0.7, "begin":
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
 @pytest.mark.parametrize(
     ("objectives", "views", "number"),
-    [({"clip": 1.0}, 1, 0), ({"siglip": 2.0}, 2, 1), (EVERYTHING, 1, 1), (EVERYTHING, 1, 3)],
+    [({"clip": 1.0}, 1, 0), ({"siglip": 2.0, "sentences": 3.0}, 2, 1), (EVERYTHING, 1, 1), (EVERYTHING, 1, 3)],
 )
 def test_two_passes_give_the_gradient_of_one(micro_batch, objectives, views, number) -> None:
     run = engine(objectives, micro_batch=micro_batch)
