@@ -76,7 +76,7 @@ def demo(output: Path, size: str, seed: int, processes: int) -> dict[str, float]
     stages: list[tuple[str, list[str], Path]] = [
         ("phantom", ["phantom", str(cohort), "--volumes", str(chosen.volumes), "--seed", str(seed), "--scale", f"{chosen.scale:g}", "--reconstructions", str(chosen.reconstructions), "--rare-floor", "0.15"], cohort / "dataset" / "metadata"),
         ("preprocess", ["preprocess", str(cohort), "--output", str(store), "--spec", chosen.spec, "--calibration-fraction", str(chosen.calibration)], store / "outcomes.csv"),
-        ("train", ["train", "--config", "phantom_tiny", "--store", str(store), "--output", str(run), "--processes", str(processes), f"seed={seed}", f"preprocessing={chosen.spec}", *chosen.overrides], model),
+        ("train", ["train", "--config", "phantom_tiny", "--store", str(store), "--output", str(run), "--processes", str(processes), f"seed={seed}", f"preprocessing={chosen.spec}", *fast_precision(), *chosen.overrides], model),
         ("zero-shot, calibration split", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "calibration", "--output", str(calibration)], calibration / "predictions.csv"),
         ("calibrate", ["calibrate", str(calibration / "predictions.csv"), "--model", str(model), "--store", str(store)], model / "heads" / "prompts" / "calibration.json"),
         ("zero-shot", ["zero-shot", "--model", str(model), "--store", str(store), "--split", "valid", "--embed-reports", "--output", str(predictions)], predictions / "embeddings.parquet"),
@@ -134,6 +134,15 @@ def finish(output: Path, seconds: dict[str, float]) -> dict:  # type: ignore[typ
     predictions = (output / "predictions" / "predictions.csv").read_text(encoding="utf-8")
     write_text(output / "predictions.csv", predictions)
     return metrics
+
+
+def fast_precision(path: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+    """The change of the recipe for a processor that multiplies matrices in bfloat16, which takes a third less time."""
+    try:
+        flags = path.read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return ()
+    return ("training.precision=bf16",) if {"avx512_bf16", "amx_bf16"} & set(flags) else ()
 
 
 def default_processes() -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from ctclip.cli.demo import Chosen
 from ctclip.config_files import load_config
-from ctclip.demo import SIZES, _seconds, minutes_left
+from ctclip.demo import SIZES, _seconds, fast_precision, minutes_left
 from ctclip.errors import CtclipError
 
 
@@ -16,6 +16,18 @@ def test_every_size_can_be_chosen_and_its_training_is_valid() -> None:
     assert {size.value for size in Chosen} == set(SIZES)
     for size in SIZES.values():
         load_config("phantom_tiny", size.overrides)
+
+
+@pytest.mark.parametrize(
+    ("flags", "change"),
+    [("fma avx512_bf16", True), ("amx_tile amx_bf16 avx2", True), ("avx2 avx512f avx512_bf16x", False), ("", False)],
+)
+def test_bfloat16_is_used_where_the_processor_has_instructions_for_it(flags: str, change: bool, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(f"model name\t: one\nflags\t\t: fpu {flags} sse\n")
+    overrides = fast_precision(tmp_path / "cpuinfo")
+    assert bool(overrides) == change
+    assert load_config("phantom_tiny", overrides).training.precision == ("bf16" if change else "fp32")
+    assert fast_precision(tmp_path / "none") == ()
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"train": "long"}', '{"train": null}'])
