@@ -1,9 +1,10 @@
 """Train a locator on a trained model with frozen encoders: it learns which cells of a volume a sentence describes.
 
-Training needs no positions of findings. Each cell of a volume gets the volume's report as its target. A ridge
-regression from the features of cells to these targets is high only for cells that occur mainly in volumes whose reports
-state the finding. Volumes are encoded once, and some cells of each are sampled, half of them weighted by how unusual
-they are; sampling that does not depend on the report does not bias the regression.
+Training needs no positions of findings. In the first stage, each cell of a volume gets the volume's report as its
+target. A ridge regression from the features of cells to these targets is high only for cells that occur mainly in
+volumes whose reports state the finding. Some cells of each volume are sampled, half of them weighted by how unusual they
+are; sampling that does not depend on the report does not bias the regression. In later rounds (``sharpen.py``), volumes
+are encoded again, and the locator learns from the cells that it chooses itself.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ctclip.adaptation.caption import prompts_of
 from ctclip.adaptation.keep import add_head, check_head_name
+from ctclip.adaptation.sharpen import Meanings, choose, sharpen
 from ctclip.data.dataset import some_scans, with_report
 from ctclip.data.reports import reports_of
 from ctclip.errors import DataError
@@ -38,7 +40,7 @@ from ctclip.preprocessing.store import VolumeStore
 from ctclip.schema import Section
 from ctclip.sentences import sentences
 
-METHOD, LOSSES = "locate", "locate.csv"
+METHOD, LOSSES, COLUMNS = "locate", "locate.csv", ("stage", "ridge", "loss", "held_out_loss")
 # Number of volumes encoded at a time, and number of first volumes that give the means and standard deviations.
 BATCH, FIRST = 4, 64
 # Sentences stated by fewer or more reports are not used.
@@ -80,6 +82,15 @@ class LocateConfig(Section):
     held_out: float = Field(
         0.1, gt=0, lt=0.9, description="fraction of the training patients held out to choose the ridge penalty"
     )
+    rounds: int = Field(
+        2,
+        ge=0,
+        le=20,
+        description="how often the locator chooses the cells that the sentences of a report describe, and learns from "
+        "them; each round encodes the volumes again",
+    )
+    chosen: int = Field(4000, ge=3, description="largest number of training volumes of these rounds, drawn at random")
+    epochs: int = Field(10, ge=1, le=10**4, description="passes over the chosen cells in each round")
     language: str = Field(
         "english", description="language of the reports: a YAML file, or its name in configs/languages"
     )
@@ -180,9 +191,10 @@ def run_locate(
         names = np.unique(patients)
         drawn = np.random.default_rng([seed, 43]).permutation(names)[: max(1, round(config.held_out * len(names)))]
         refused: dict[str, str] = {}
-        locator, losses = fit_locator(
-            _drawn(loaded, scans, config, seed, refused), stated, np.isin(patients, drawn), config, seed
-        )
+        held_out = np.isin(patients, drawn)
+        locator, losses = fit_locator(_drawn(loaded, scans, config, seed, refused), stated, held_out, config, seed)
+        for number in range(config.rounds):
+            losses += _round(number, loaded, scans, locator, stated, held_out, config, seed, refused)
         for reason in refused.values():
             print(f"refused: {reason}")
         located = LocateHead(loaded.model, locator, prompts_of(loaded), loaded.labels.names)
@@ -190,7 +202,7 @@ def run_locate(
         located.adaptation = Adaptation.to(METHOD, words, loaded.hash, scans.table["patient"].astype(str))
         card = f"a locator of what sentences describe, fitted to reports of {words}"
         folder = add_head(loaded.path, head, located, card)
-        write_predictions(output / LOSSES, losses)
+        write_predictions(output / LOSSES, pd.DataFrame(losses, columns=list(COLUMNS)))
     return folder
 
 
@@ -244,13 +256,10 @@ def _drawn(
 ) -> Iterator[Drawn]:
     """Encode every volume once and sample its cells. Volumes that cannot be read are skipped and added to
     ``refused``."""
-    encoder, device = loaded.model.volume_encoder, loaded.model.device
+    device = loaded.model.device
     random = np.random.default_rng([seed, 41])
     order = random.permutation(len(scans.table)).tolist()
-    for members, voxels, _ in batches(scans, order, BATCH, refused, "encoding"):
-        with torch.inference_mode():
-            volumes = torch.from_numpy(voxels).to(device)
-            levels = levels_of(encoder, volumes, tokens=config.tokens, halves=config.halves)
+    for members, levels in _encoded(loaded, scans, config, order, refused, "encoding"):
         cells = Cells(levels, loaded.spec)
         weights = sum(_unusual(level)[:, within.to(device)] for level, within in zip(levels, cells.within, strict=True))
         assert isinstance(weights, Tensor)
@@ -263,6 +272,41 @@ def _drawn(
                 for level, within in zip(levels, cells.within, strict=True)
             ]
             yield Drawn(parts, cells.position[chosen].to(device), row)
+
+
+def _encoded(
+    loaded: ModelFolder, scans: StoredScans, config: LocateConfig, order: list[int], refused: dict[str, str], what: str
+) -> Iterator[tuple[list[int], list[Level]]]:
+    """Rows of the cohort table, a few at a time, and the grids of their volumes."""
+    for members, voxels, _ in batches(scans, order, BATCH, refused, what):
+        with torch.inference_mode():
+            volumes = torch.from_numpy(voxels).to(loaded.model.device)
+            levels = levels_of(loaded.model.volume_encoder, volumes, tokens=config.tokens, halves=config.halves)
+        yield members, levels
+
+
+def _round(
+    number: int, loaded: ModelFolder, scans: StoredScans, locator: Locator, stated: Stated, held_out: np.ndarray,
+    config: LocateConfig, seed: int, refused: dict[str, str],
+) -> list[tuple[str, float, float, float]]:  # fmt: skip
+    """Choose cells with the locator and train it on them; returns the losses, one row per epoch."""
+    random = np.random.default_rng([seed, 53, number])
+    order = random.permutation(len(scans.table))[: config.chosen].tolist()
+    meanings, vectors = (
+        Meanings.of(stated.sentences, stated.says, config.same),
+        stated.sentences.to(loaded.model.device),
+    )
+    found = []
+    for members, levels in _encoded(loaded, scans, config, order, refused, f"choosing cells, round {number + 1}"):
+        for one, row in enumerate(members):
+            own = [level.one(one) for level in levels]
+            cells = choose(locator, own, loaded.spec, vectors, *meanings.draw(row, random), row, random)
+            found += [cells] if cells is not None else []
+    if all(held_out[one.row] for one in found):
+        return []
+    locator.size["rounds"] = number + 1
+    losses = sharpen(locator, found, vectors, held_out, config.epochs, seed)
+    return [(f"round {number + 1}, epoch {epoch}", np.nan, *pair) for epoch, pair in enumerate(losses, start=1)]
 
 
 def _unusual(level: Level) -> Tensor:
@@ -286,7 +330,7 @@ def _draw(weights: np.ndarray, count: int, random: np.random.Generator) -> np.nd
 @torch.no_grad()
 def fit_locator(
     drawn: Iterable[Drawn], stated: Stated, held_out: np.ndarray, config: LocateConfig, seed: int
-) -> tuple[Locator, pd.DataFrame]:
+) -> tuple[Locator, list[tuple[str, float, float, float]]]:
     """Fit the ridge regression from the features of cells to the targets of their volumes, with the penalty that is
     best on the volumes of ``held_out`` (n,) bool; also return the errors for all penalties. Raises DataError if there
     is no cell."""
@@ -310,12 +354,12 @@ def fit_locator(
         weight = axes @ (toward / (values.clamp(min=0) + strength * values.clamp(min=0).mean())[:, None])
         bias = level - centre @ weight
         error = test.error(weight, bias)
-        errors.append((strength, train.error(weight, bias), error))
+        errors.append(("first", strength, train.error(weight, bias), error))
         if len(errors) == 1 or error < best:
             best = error
             locator.weight.copy_(weight)
             locator.bias.copy_(bias)
-    return locator, pd.DataFrame(errors, columns=["ridge", "loss", "held_out_loss"])
+    return locator, errors
 
 
 def _new_locator(first: Sequence[Drawn], stated: Stated, config: LocateConfig, seed: int) -> Locator:

@@ -98,20 +98,20 @@ class Locator(nn.Module):
     """Random features of each cell, from all grids and its position, and a linear map to the space of texts.
 
     ``widths``: number of channels of each grid; ``tokens`` and ``halves``: see ``levels_of``; ``text``: dimension of
-    text embeddings; ``features``: number of random features; ``waves``: number of sines and cosines that encode the
-    position along each axis.
+    text embeddings; ``features``: number of random features, which are trained too in rounds after the first stage;
+    ``waves``: number of sines and cosines that encode the position along each axis; ``rounds``: number of these rounds.
     """
 
     text_mean: Tensor
 
     def __init__(
         self, widths: Sequence[int], text: int, *, features: int = 512, waves: int = 4, tokens: bool = False,
-        halves: bool = False,
+        halves: bool = False, rounds: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.size: dict[str, Any] = {
             "widths": [int(one) for one in widths], "text": text, "features": features, "waves": waves, "tokens": tokens,
-            "halves": halves,
+            "halves": halves, "rounds": int(rounds),
         }  # fmt: skip
         self.waves, self.tokens, self.halves = waves, tokens, halves
         inputs = [*self.size["widths"], 6 * waves]
@@ -130,6 +130,11 @@ class Locator(nn.Module):
     offset: Tensor
     weight: Tensor
     bias: Tensor
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds in which the locator chose the cells that it learned from; 0: only the first stage."""
+        return int(self.size["rounds"])
 
     def inputs(self, parts: Sequence[Tensor], position: Tensor) -> list[Tensor]:
         """Concatenate the standardised features (..., C) of each grid and the encoded positions (..., 3) in [-1, 1]."""
@@ -151,14 +156,16 @@ class Locator(nn.Module):
         return F.normalize(F.normalize(texts.float(), dim=-1) - self.text_mean, dim=-1)
 
     @torch.no_grad()
-    def maps(self, levels: Sequence[Level], spec: PreprocessingSpec, texts: Tensor) -> tuple[Tensor, Cells]:
+    def maps(
+        self, levels: Sequence[Level], spec: PreprocessingSpec, texts: Tensor, *, centred: bool = False
+    ) -> tuple[Tensor, Cells]:
         """The grids of one volume and embeddings (T, text) -> (T, N) float32 over the cells of the finest grid: how
         much more likely than average the report states each text, in standard deviations. Raises ValueError if the
         grids differ from those of training."""
         widths = [level.features.shape[2] for level in levels]
         if widths != self.size["widths"]:
             raise ValueError(f"grids have {widths} channels, in training they had {self.size['widths']}")
-        cells, texts = Cells(levels, spec), self.centred(texts)
+        cells, texts = Cells(levels, spec), texts if centred else self.centred(texts)
         weight, constant = self.weight @ texts.T, self.bias @ texts.T
         count, device = self.size["features"], texts.device
         seen = self.inputs([level.features[0] for level in levels], cells.position.to(device))
@@ -220,6 +227,8 @@ def _check_size(size: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         "widths": [len(tensors[f"means.{number}"]) for number in range(grids)], "text": len(tensors["bias"]),
         "features": len(tensors["offset"]), "waves": len(tensors[f"random.{grids}"]) // 6,
         "tokens": bool(size["tokens"]), "halves": bool(size["halves"]),
+        # Locators of version 1.0 learned in one stage.
+        **({"rounds": int(size["rounds"])} if "rounds" in size else {}),
     }  # fmt: skip
     if not grids or size != there:
         raise ValueError("sizes and weights do not agree")

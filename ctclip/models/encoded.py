@@ -55,6 +55,11 @@ class Level(NamedTuple):
     affine: np.ndarray
     real: Tensor | None = None
 
+    def one(self, number: int) -> Level:
+        """The ``number``-th volume as a batch of one."""
+        chosen = slice(number, number + 1)
+        return self._replace(features=self.features[chosen], real=None if self.real is None else self.real[chosen])
+
 
 class Evidence(NamedTuple):
     """The features from which a pooled vector was computed, for explanations.

@@ -15,7 +15,17 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 
 import ctclip
-from ctclip.adaptation.locate import Drawn, LocateConfig, Stated, _draw, fit_locator, run_locate, stated_sentences
+from ctclip.adaptation.locate import (
+    COLUMNS,
+    Drawn,
+    LocateConfig,
+    Stated,
+    _draw,
+    fit_locator,
+    run_locate,
+    stated_sentences,
+)
+from ctclip.adaptation.sharpen import Meanings, choose, sharpen
 from ctclip.errors import CheckpointError, ExplanationError
 from ctclip.explanation.method import Subject, method
 from ctclip.heads.folder import list_heads, load_head
@@ -50,7 +60,8 @@ def learned(count: int, config: LocateConfig, held: np.ndarray) -> tuple[Locator
     texts = F.normalize(torch.tensor([[1.0, 0.1, 0.2], [-0.2, 1.0, 0.1]]), dim=-1)
     stated = Stated(texts, torch.from_numpy(present[:count].astype(np.int8)), torch.zeros(3))
     drawn = [Drawn([cells[row]], position, row) for row in range(count)]
-    return *fit_locator(drawn, stated, held, config, 0), texts, stated
+    locator, losses = fit_locator(drawn, stated, held, config, 0)
+    return locator, pd.DataFrame(losses, columns=list(COLUMNS)), texts, stated
 
 
 def test_planted_cells_are_found_in_volumes_that_were_not_learned() -> None:
@@ -89,6 +100,83 @@ def test_the_regression_is_scikit_learns_at_the_best_strength_of_held_out_volume
     # A map, which is computed grid by grid, equals this regression of each cell.
     maps, _ = locator.maps([Level(cells[:1], GRID, AFFINE)], SPEC, torch.eye(3))
     np.testing.assert_allclose(maps.T, best.predict(features[0]), atol=2e-3)
+
+
+def test_a_round_of_chosen_cells_learns_what_the_first_stage_cannot() -> None:
+    random = np.random.default_rng(0)
+    # A finding has two channels of equal sign; every volume has cells with two channels of opposite sign, so that neither
+    # channel, nor a sum of them, tells the finding.
+    cells, present = random.normal(0, 0.65, (300, 64, 6)).astype(np.float32), random.random(300) < 0.5
+    places = np.stack([random.permutation(64)[:7] for _ in range(300)])
+    sign = random.choice([-2.5, 2.5], (300, 7))
+    for row in range(300):
+        for number, place in enumerate(places[row]):
+            cells[row, place, :2] += sign[row, number] * np.array([1, 1 if number == 0 and present[row] else -1])
+    features, held = torch.from_numpy(cells), np.arange(240) % 10 == 0
+    levels = [[Level(features[row : row + 1], GRID, AFFINE)] for row in range(300)]
+    position = Cells(levels[0], SPEC).position
+    texts = F.normalize(torch.tensor([[1.0, 0.1, 0.2]]), dim=-1)
+    stated = Stated(texts, torch.from_numpy(present[:240, None].astype(np.int8)), torch.zeros(3))
+    drawn = [Drawn([features[row]], position, row) for row in range(240)]
+    locator, _ = fit_locator(drawn, stated, held, LocateConfig(features=24, waves=0), 0)
+
+    def found() -> float:
+        rows = [row for row in range(240, 300) if present[row]]
+        peaks = [int(locator.maps(levels[row], SPEC, texts)[0][0].argmax()) for row in rows]
+        return float(np.mean(peaks == places[rows, 0]))
+
+    before, meanings = found(), Meanings.of(stated.sentences, stated.says, 0.9)
+    for _ in range(2):
+        own = [
+            choose(locator, levels[row], SPEC, texts, *meanings.draw(row, random), row, random) for row in range(240)
+        ]
+        losses = sharpen(locator, [one for one in own if one is not None], texts, held, 30, 0)
+    after = found()
+    assert (before < 0.9, after > 0.9, after > before + 0.1) == (True, True, True), (before, after)
+    assert losses[-1][0] < losses[0][0]
+    assert losses[-1][1] < 0.5, "held-out volumes"
+    assert not any(parameter.requires_grad for parameter in locator.parameters())
+
+
+def test_a_stated_sentence_chooses_cells_and_an_unstated_one_describes_none() -> None:
+    cells, _, _ = planted(1, np.random.default_rng(0))
+    locator = Locator([6], 3, features=8, waves=1)
+    torch.nn.init.normal_(locator.weight)
+    level, texts = Level(cells, GRID, AFFINE), F.normalize(torch.eye(3), dim=-1)
+    chosen = choose(locator, [level], SPEC, texts, [2], [0], 5, np.random.default_rng(0))
+    assert chosen is not None
+    assert chosen.row == 5
+    assert chosen.queries.tolist() == [2, 0]
+    assert len(chosen.position) == 64, "all cells, since more were to be drawn than there are"
+    values, known = locator.maps([level], SPEC, texts, centred=True)
+    described = chosen.described[:, 0] == 1
+    assert torch.equal(chosen.position[described], known.position[values[2].argmax()][None])
+    # Other cells of a volume with the finding may show it too.
+    assert set(chosen.described[:, 0].tolist()) == {1, -1}
+    assert set(chosen.described[:, 1].tolist()) == {0}
+    assert choose(locator, [level], SPEC, texts, [], [], 5, np.random.default_rng(0)) is None
+
+
+def test_every_meaning_is_drawn_as_often_where_it_is_absent_as_where_it_is_stated() -> None:
+    random = np.random.default_rng(0)
+    # Two wordings of one meaning, a rare one, and one that is unclear in the first volume.
+    sentences = F.normalize(torch.tensor([[1.0, 0.02, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]), dim=-1)
+    says = torch.from_numpy((random.random((400, 4)) < [0.3, 0.3, 0.05, 0.2]).astype(np.int8))
+    says[:, 0] = says[:, 1]
+    says[0, 3] = -1
+    meanings = Meanings.of(sentences, says, 0.9)
+    assert meanings.group.tolist() == [0, 0, 1, 2]
+    np.testing.assert_allclose(meanings.rate, (says[:, 1:] == 1).double().mean(dim=0))
+    count = np.zeros((2, 4))
+    for draw in range(4000):
+        present, absent = meanings.draw(draw % 400, random)
+        assert (says[draw % 400, present] == 1).all()
+        assert (says[draw % 400, absent] == 0).all()
+        assert len({*meanings.group[present]}) == len(present)
+        for kind, numbers in enumerate((present, absent)):
+            np.add.at(count[kind], numbers, 1)
+    assert count[0, 0] == pytest.approx(count[0, 1], rel=0.2), "either wording"
+    np.testing.assert_allclose(count[1, 2:], count[0, 2:], rtol=0.2)
 
 
 def test_a_draw_prefers_what_is_unusual_and_leaves_out_what_is_not_real() -> None:
@@ -157,11 +245,14 @@ def test_a_locator_is_trained_kept_loaded_and_used(clinic: Clinic, tmp_path: Pat
     with pytest.raises(ExplanationError, match="no locator"):
         ctclip.load(clinic.model).explain(clinic.scan, "Nodule", method="learned", hu="trust-file")
     weights = load_file(clinic.model / "model.safetensors")
-    config = LocateConfig(cells=8, features=8, same=0.9, other=0.8)
+    config = LocateConfig(cells=8, features=8, same=0.9, other=0.8, rounds=1, epochs=2)
     folder = run_locate(load_model(clinic.model), clinic.store, tmp_path / "out", config)
     again = load_file(clinic.model / "model.safetensors")
     assert all(torch.equal(value, again[name]) for name, value in weights.items()), "the encoders must not change"
-    assert list(pd.read_csv(tmp_path / "out" / "locate.csv").columns) == ["ridge", "loss", "held_out_loss"]
+    losses = pd.read_csv(tmp_path / "out" / "locate.csv")
+    assert list(losses.columns) == list(COLUMNS)
+    assert losses["stage"].tolist()[-2:] == ["round 1, epoch 1", "round 1, epoch 2"]
+    assert np.isfinite(losses["loss"]).all()
     assert {head.name: head.kind for head in list_heads(clinic.model)}["locate"] == "locate"
     model = ctclip.load(clinic.model)
     assert model.method() == "learned"
@@ -170,6 +261,12 @@ def test_a_locator_is_trained_kept_loaded_and_used(clinic: Clinic, tmp_path: Pat
     assert model.explain(clinic.scan, "Nodule", method="similarity", hu="trust-file").method == "similarity"
     one = model.detect(clinic.scan, head="locate", hu="trust-file").probabilities
     assert one == model.detect(clinic.scan, hu="trust-file").probabilities, "scores are those of the prompts"
+    # As version 1.0 wrote it.
+    size = (folder / SIZE).read_text()
+    assert "rounds: 1" in size
+    (folder / SIZE).write_text(size.replace("rounds: 1\n", ""))
+    assert load_head(clinic.model, "locate", model.dual).locator.rounds == 0
+    (folder / SIZE).write_text(size)
     kept = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(b"no")
     write_checksums(folder)
