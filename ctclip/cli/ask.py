@@ -37,7 +37,7 @@ def ask(
     """
     import ctclip
     from ctclip.heads.prompts import PromptHead
-    from ctclip.inference.ask import Respondent
+    from ctclip.inference.ask import Respondent, mapped_sides
     from ctclip.inference.model import asking
     from ctclip.report_reading.questions import Questioner
     from ctclip.report_reading.reader import Options
@@ -52,9 +52,10 @@ def ask(
         head = asking(loaded.folder, prompts, list(loaded.labels.names), head)
     respondent = Respondent(loaded.dual, head, questioner)
     ready = loaded.prepare(scan, **reading_of(hu, geometry, expect, series, largest_gb))
-    embedding = loaded.encode_volume(ready)[0]
+    embedding, locator = loaded.encode_volume(ready)[0], loaded.locator()
+    sides = None if locator is None else mapped_sides(loaded.dual, head, locator, ready)
     for text, understood in zip(question, asked, strict=True):
-        answer = respondent.answer_question(understood, embedding)
+        answer = respondent.answer_question(understood, embedding, sides)
         shares = ", ".join(f"{name} {share:.2f}" for name, share in answer.probabilities.items())
         print(f"{text} {answer.answer} ({understood.label}: {shares})")
     for warning in ready.warnings:

@@ -125,10 +125,24 @@ def side_of(lps: np.ndarray, prepared: Prepared) -> str:
     """The side of the body: right, left or midline (within 15 mm of the body's middle); "" if no lungs are seen."""
     if not prepared.lungs.is_chest:
         return ""
-    middle = prepared.scan.affine[0, 3] + prepared.scan.affine[0, 2] * prepared.lungs.midline()
-    # Columns of an oriented scan run to the patient's left, as x does in LPS.
-    offset = float(lps[0] - middle)
+    offset = float(lps[0] - _middle(prepared))
     return "midline" if abs(offset) <= MIDLINE_MM else "left" if offset > 0 else "right"
+
+
+def _middle(prepared: Prepared) -> float:
+    """x of the body's middle in mm. Columns of an oriented scan run to the patient's left, as x does in LPS."""
+    return float(prepared.scan.affine[0, 3] + prepared.scan.affine[0, 2] * prepared.lungs.midline())
+
+
+def by_side(values: np.ndarray, affine: np.ndarray, prepared: Prepared) -> dict[str, float]:
+    """The highest value of a map (d, h, w) in the right and in the left half of the body; empty if no lungs are seen,
+    or if the scan shows only one half."""
+    if not prepared.lungs.is_chest:
+        return {}
+    left = centres(values.shape, prepared.token_affine(affine))[..., 0] > _middle(prepared)
+    inside = inside_scan(values.shape, affine, prepared)
+    halves = {"right": values[inside & ~left], "left": values[inside & left]}
+    return {side: float(half.max()) for side, half in halves.items()} if all(map(len, halves.values())) else {}
 
 
 @dataclass(frozen=True)

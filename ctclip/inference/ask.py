@@ -1,18 +1,24 @@
 """Answer closed questions by comparing the volume with a prompt for each answer (as for BiomedCLIP; Zhang et al. 2023).
 
-The prompt pair of a finding decides whether it is present; the nearest prompts decide its side, lobe and size.
+The prompt pair of a finding decides whether it is present; the nearest prompts decide its side, lobe and size. If the
+model has a locator, its map of the finding decides the side.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ctclip.explanation.method import Subject, method
+from ctclip.explanation.place import by_side
+from ctclip.heads.locator import Locator
 from ctclip.heads.prompts import PromptHead
 from ctclip.models.dual_encoder import DualEncoder
+from ctclip.preprocessing.pipeline import Prepared
 from ctclip.report_reading.findings import BOTH
 from ctclip.report_reading.questions import Kind, Question, Questioner
 
@@ -28,6 +34,27 @@ class Answer:
     probabilities: dict[str, float]
 
 
+# The share of each side (left, right, both) of a finding, which sum to 1; empty if unknown.
+Sides = Callable[[str], dict[str, float]]
+
+
+def mapped_sides(model: DualEncoder, head: PromptHead, locator: Locator, ready: Prepared) -> Sides:
+    """The sides of findings in a scan by the maps of its locator: the stronger half of the body, or both if the map is at
+    least half as high in the other."""
+
+    def sides(label: str) -> dict[str, float]:
+        volume = torch.from_numpy(ready.voxels)[None, None].to(model.device)
+        maps = method("learned").maps(Subject(model, head, [head.names.index(label)], volume, locator=locator))
+        peaks = by_side(maps.values[0], maps.affine, ready)
+        if not peaks or max(peaks.values()) <= 0:
+            return {}
+        weaker, stronger = sorted(peaks, key=lambda side: peaks[side])
+        share = max(peaks[weaker], 0.0) / peaks[stronger]
+        return {stronger: 1 - share, weaker: 0.0, BOTH: share}
+
+    return sides
+
+
 class Respondent:
     """Answers questions about embedded volumes; prompts are encoded once."""
 
@@ -41,15 +68,16 @@ class Respondent:
         return self.answer_question(self.questioner.question(text), embedding)
 
     @torch.inference_mode()
-    def answer_question(self, question: Question, embedding: Tensor) -> Answer:
-        """The answer to a parsed question."""
+    def answer_question(self, question: Question, embedding: Tensor, sides: Sides | None = None) -> Answer:
+        """The answer to a parsed question. ``sides``: the sides of a finding in this volume, such as ``mapped_sides``; if
+        None, or empty for a finding, prompts decide."""
         if question.kind is Kind.present:
-            probabilities = self._present(question, embedding)
+            probabilities = self._present(question, embedding, sides)
         else:
-            probabilities = self._choice(question.label, question.kind, embedding)
+            probabilities = self._choice(question.label, question.kind, embedding, sides)
         return Answer(question, max(probabilities, key=lambda name: probabilities[name]), probabilities)
 
-    def _present(self, question: Question, embedding: Tensor) -> dict[str, float]:
+    def _present(self, question: Question, embedding: Tensor, sides: Sides | None) -> dict[str, float]:
         """Yes if the finding is present and in the stated location: the lower of the two probabilities. A calibrated
         threshold counts as one half."""
         place = self.head.names.index(question.label)
@@ -58,12 +86,15 @@ class Respondent:
         yes = _about(float(score), threshold)
         if question.side:
             # A finding on both sides is also on this side.
-            yes = min(yes, _against(self._choice(question.label, Kind.side, embedding), question.side, also=BOTH))
+            shares = self._choice(question.label, Kind.side, embedding, sides)
+            yes = min(yes, _against(shares, question.side, also=BOTH))
         if question.lobe:
             yes = min(yes, _against(self._choice(question.label, Kind.lobe, embedding), question.lobe))
         return {YES: yes, NO: 1 - yes}
 
-    def _choice(self, label: str, kind: Kind, embedding: Tensor) -> dict[str, float]:
+    def _choice(self, label: str, kind: Kind, embedding: Tensor, sides: Sides | None = None) -> dict[str, float]:
+        if kind is Kind.side and sides is not None and (seen := sides(label)):
+            return seen
         names, vectors = self._encoded(label, kind)
         shares = self.model.logits(embedding[None], vectors)[0].float().softmax(dim=0)
         return dict(zip(names, shares.tolist(), strict=True))

@@ -19,11 +19,16 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from ctclip.evaluation.tables import read_embeddings
+from ctclip.heads.folder import load_head
+from ctclip.heads.locator import LocateHead
 from ctclip.heads.prompts import PromptHead
-from ctclip.inference.ask import NO, YES, Respondent
+from ctclip.inference.ask import NO, YES, Respondent, Sides, mapped_sides
 from ctclip.inference.model import asking
-from ctclip.models.folder import load_model
+from ctclip.models.folder import ModelFolder, load_model
 from ctclip.phantom.prevalence import FINDINGS
+from ctclip.preprocessing import prepare
+from ctclip.preprocessing.cohorts import read_cohort
+from ctclip.preprocessing.progress import track
 from ctclip.report_reading.questions import Kind, Question, Questioner
 from ctclip.report_reading.reader import Options
 from ctclip.report_reading.rules import RulesReader
@@ -108,6 +113,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--prompts")
     parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument(
+        "--locate", action="store_true", help="let the model's locator decide sides, as `ctclip ask` does"
+    )
     given = parser.parse_args()
     arrays = read_embeddings(given.embeddings)
     volumes = [str(name) for name in arrays["volume"]]
@@ -126,7 +134,11 @@ def main() -> None:
         folder.model, Thresholded(head, thresholds), Questioner(RulesReader.build(folder.labels, Options()))
     )
     chosen, others = items(drawn, second, given.count), items(drawn, first, given.count)
-    right = [respondent.answer_question(i.question, vectors[i.volume]).answer == i.answer for i in chosen]
+    located = sides_of(given, folder, head, [volumes[i.volume] for i in chosen]) if given.locate else {}
+    right = [
+        respondent.answer_question(i.question, vectors[i.volume], located.get(volumes[i.volume])).answer == i.answer
+        for i in chosen
+    ]
     rows = []
     for title, wanted in (("all", FINDINGS), ("AUROC above 0.9", [n for n in FINDINGS if aurocs[n] > 0.9])):
         for kind in (None, "yes or no", "yes or no, with a side", "side", "lobe"):
@@ -139,6 +151,17 @@ def main() -> None:
                 rows.append([title, kind or "all", str(len(mine)), *(f"{value:.3f}" for value in figures)])
     print(machine())
     print(table("Questions", ["findings", "kind", "questions", "accuracy", "text alone", "chance"], rows))
+
+
+def sides_of(given: argparse.Namespace, folder: ModelFolder, head: PromptHead, names: list[str]) -> dict[str, Sides]:
+    """What the maps of the model's locator say about the sides of findings, for each volume."""
+    located = load_head(folder.path, "locate", folder.model)
+    assert isinstance(located, LocateHead)
+    files, found = read_cohort(given.cohort).files, {}
+    for name in track(sorted(set(names)), len(set(names)), "mapping", "scans"):
+        sides = mapped_sides(folder.model, head, located.locator, prepare(files[name], folder.spec))
+        found[name] = {label: sides(label) for label in SIDED}.__getitem__
+    return found
 
 
 class Thresholded(PromptHead):

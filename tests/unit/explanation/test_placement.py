@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import SimpleITK as sitk
 
 from ctclip.explanation.explain import Explanation, explain
+from ctclip.explanation.place import by_side
 from ctclip.preprocessing import prepare
 from ctclip.preprocessing.spec import PreprocessingSpec
 from tests.unit.explanation.known import SPEC, TURNED, known_model, token_mm, write_scan
@@ -132,3 +134,24 @@ def test_outside_of_what_the_model_was_given_a_map_is_nothing(tmp_path: Path) ->
     outside = (away > np.array([60, 60, 64]) / 2 + 0.01).any(axis=-1)
     assert not values.transpose(2, 1, 0)[outside].any()
     assert values.transpose(2, 1, 0)[~outside].any()
+
+
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, 1, -1)])
+def test_the_halves_of_the_body(signs: tuple[int, ...], tmp_path: Path) -> None:
+    """A lesion in the patient's left half, which is -x in RAS: the map is higher there, however the file runs."""
+    lesion = CENTRE + np.array([-14.0, 0.0, 0.0])
+    write_scan(tmp_path / "scan.nii.gz", file_affine((0, 1, 2), signs), lesion, SHAPE)
+    place = explained(tmp_path / "scan.nii.gz", SPEC, "similarity")["Lesion"]
+    ready = place.prepared
+
+    def halves(middle_ras: float, *, chest: bool = True) -> dict[str, float]:
+        column = (-middle_ras - ready.scan.affine[0, 3]) / ready.scan.affine[0, 2]
+        lungs = SimpleNamespace(is_chest=chest, midline=lambda: column)
+        seen = SimpleNamespace(scan=ready.scan, file_grid=ready.file_grid, token_affine=ready.token_affine, lungs=lungs)
+        return by_side(place.values, place.affine, seen)  # type: ignore[arg-type]
+
+    found = halves(CENTRE[0])
+    assert found["left"] == place.values.max()
+    assert found["right"] < found["left"]
+    assert halves(lesion[0] - 12)["right"] == place.values.max(), "the middle lies to the left of the lesion"
+    assert halves(CENTRE[0] + 1000) == halves(CENTRE[0], chest=False) == {}

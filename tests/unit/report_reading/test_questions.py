@@ -63,7 +63,7 @@ def test_a_finding_on_the_other_side_is_denied() -> None:
     model = dual_encoder()
     respondent = Respondent(model, PromptHead(model, load_prompts("report_style")), QUESTIONER)
     shares = {"left": 0.7, "right": 0.1, "both": 0.2}
-    respondent._choice = lambda label, kind, embedding: shares  # type: ignore[method-assign]
+    respondent._choice = lambda label, kind, embedding, sides: shares  # type: ignore[method-assign]
     respondent.head.probabilities = lambda scores: torch.full((1, 18), 0.9)  # type: ignore[method-assign]
     ask = lambda side: respondent.answer(f"Is there a pleural effusion on the {side}?", torch.zeros(12)).answer  # noqa: E731
     assert (ask("left"), ask("right")) == (YES, NO)
@@ -71,3 +71,23 @@ def test_a_finding_on_the_other_side_is_denied() -> None:
     assert (ask("left"), ask("right")) == (YES, YES)
     respondent.head.probabilities = lambda scores: torch.full((1, 18), 0.2)  # type: ignore[method-assign]
     assert (ask("left"), ask("right")) == (NO, NO)
+
+
+def test_the_sides_of_a_map_replace_those_of_the_prompts() -> None:
+    model = dual_encoder()
+    respondent = Respondent(model, PromptHead(model, load_prompts("report_style")), QUESTIONER)
+    respondent.head.probabilities = lambda scores: torch.full((1, 18), 0.9)  # type: ignore[method-assign]
+    vector = F.normalize(torch.ones(model.config.dim), dim=0)
+
+    def answer(text: str, shares: dict[str, float]) -> str:
+        return respondent.answer_question(
+            QUESTIONER.question(text), vector, {"Pleural effusion": shares}.__getitem__
+        ).answer
+
+    side, on_the_right = "On which side is the pleural effusion?", "Is there a pleural effusion on the right?"
+    assert answer(side, {"left": 0.8, "right": 0.0, "both": 0.2}) == "left"
+    assert answer(on_the_right, {"left": 0.8, "right": 0.0, "both": 0.2}) == NO
+    assert answer(on_the_right, {"left": 0.4, "right": 0.0, "both": 0.6}) == YES
+    # Without a map, prompts decide.
+    known = respondent.answer(side, vector)
+    assert respondent.answer_question(QUESTIONER.question(side), vector, lambda label: {}) == known
