@@ -23,7 +23,10 @@ def were(number: int) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters and undecodable bytes written as escapes: file names may contain line feeds and
-    terminal escape sequences."""
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """``text`` with control characters, undecodable bytes and halves of surrogate pairs written as escapes: file names
+    may contain line feeds and terminal escape sequences."""
+    try:
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

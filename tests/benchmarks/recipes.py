@@ -60,7 +60,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "convirt": (*FIRST, "objectives={convirt: 1}", "model.projection=mlp"),
     "captioning beside": (*FIRST, "objectives.captioning=0.3"),
     "masked words beside": (*FIRST, "objectives.mlm=0.3"),
-    "sentences beside": (*FIRST, CALCIUM, "objectives.sentences=3"),
     "labels beside": (*FIRST, "objectives.labels=1"),
     "labels of the prompts beside": (*FIRST, "objectives.prompts=2"),
     "labels of the prompts first": (*FIRST, "objectives.prompts=2", "objectives.clip.begin=0.4"),

@@ -71,7 +71,7 @@ def test_every_variant_of_the_comparison_is_a_configuration(name: str) -> None:
         ("model.volume.spacing=[3, 1, 1]", "unknown key 'model.volume.spacing'"),
         ("objectives.clipp=1", "no objective 'clipp': did you mean 'clip'"),
         ("objectives.clip.qeue=4", "'objectives.clip.queue'"),
-        ("objectives.clip=0", "objectives: give at least one a weight above 0"),
+        ("objectives={clip: 0}", "objectives: give at least one a weight above 0"),
         ("objectives.clip.begin=1.5", "objectives.clip.begin"),
         ("data.views={impresion: 1}", "no view 'impresion'"),
         ("training.freeze.volume=first", "training.freeze.volume"),
