@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from ctclip.cli.demo import Chosen
 from ctclip.config_files import load_config
-from ctclip.demo import SIZES, _seconds, fast_precision, minutes_left
+from ctclip.demo import SIZES, _seconds, demo, fast_precision, minutes_left
 from ctclip.errors import CtclipError
 
 
@@ -28,6 +29,28 @@ def test_bfloat16_is_used_where_the_processor_has_instructions_for_it(flags: str
     assert bool(overrides) == change
     assert load_config("phantom_tiny", overrides).training.precision == ("bf16" if change else "fp32")
     assert fast_precision(tmp_path / "none") == ()
+
+
+@pytest.mark.parametrize("size", ["smoke", "quick"])
+def test_only_the_smallest_demo_goes_on_without_calibration(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that has learned nothing may rank every label the wrong way round, and then none can be calibrated."""
+    run: list[list[str]] = []
+
+    def stage(arguments: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        run.append(arguments[3:])
+        return subprocess.CompletedProcess(arguments, 2 if "calibrate" in arguments else 0)
+
+    monkeypatch.setattr("ctclip.demo.subprocess.run", stage)
+    if size == "quick":
+        with pytest.raises(CtclipError, match="the stage 'calibrate' failed"):
+            demo(tmp_path / "out", size, 0, 1)
+        return
+    demo(tmp_path / "out", size, 0, 1)
+    assert [arguments[0] for arguments in run][-3:] == ["calibrate", "zero-shot", "evaluate"]
+    assert "--calibration" not in run[-1]
+    assert "--output" in run[-1]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"train": "long"}', '{"train": null}'])
