@@ -89,7 +89,11 @@ class LocateConfig(Section):
         description="how often the locator chooses the cells that the sentences of a report describe, and learns from "
         "them; each round encodes the volumes again",
     )
-    chosen: int = Field(4000, ge=3, description="largest number of training volumes of these rounds, drawn at random")
+    chosen: int = Field(
+        4000,
+        ge=3,
+        description="largest number of training volumes of these rounds, drawn at random; the chosen cells of all are kept in memory",
+    )
     epochs: int = Field(10, ge=1, le=10**4, description="passes over the chosen cells in each round")
     language: str = Field(
         "english", description="language of the reports: a YAML file, or its name in configs/languages"
@@ -292,10 +296,8 @@ def _round(
     """Choose cells with the locator and train it on them; returns the losses, one row per epoch."""
     random = np.random.default_rng([seed, 53, number])
     order = random.permutation(len(scans.table))[: config.chosen].tolist()
-    meanings, vectors = (
-        Meanings.of(stated.sentences, stated.says, config.same),
-        stated.sentences.to(loaded.model.device),
-    )
+    meanings = Meanings.of(stated.sentences, stated.says, config.same)
+    vectors = stated.sentences.to(loaded.model.device)
     found = []
     for members, levels in _encoded(loaded, scans, config, order, refused, f"choosing cells, round {number + 1}"):
         for one, row in enumerate(members):
@@ -304,7 +306,6 @@ def _round(
             found += [cells] if cells is not None else []
     if all(held_out[one.row] for one in found):
         return []
-    locator.size["rounds"] = number + 1
     losses = sharpen(locator, found, vectors, held_out, config.epochs, seed)
     return [(f"round {number + 1}, epoch {epoch}", np.nan, *pair) for epoch, pair in enumerate(losses, start=1)]
 

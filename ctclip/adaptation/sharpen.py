@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctclip.heads.locator import Cells, Locator
+from ctclip.heads.locator import Locator
 from ctclip.models.encoded import Level
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.training.optimizer import rate_factor
 
 # Volumes per step of gradient descent, its learning rate, and the fraction of the steps in which it rises.
 BATCH, RATE, WARMUP = 16, 2e-3, 0.05
@@ -60,8 +61,8 @@ class Meanings:
         return cls(group, says.numpy(), rate)
 
     def draw(self, row: int, random: np.random.Generator) -> tuple[list[int], list[int]]:
-        """Sentences that a volume states, one of each meaning, and as many that it does not, drawn by how often other
-        volumes state them, so that every meaning counts equally as present and as absent."""
+        """Sentences that a volume states, one of each meaning, and about as many that it does not, drawn by how often
+        other volumes state them, so that every meaning counts about equally as present and as absent."""
         says = self.says[row]
         present = [int(random.choice(np.flatnonzero((self.group == one) & (says == 1)))) for one in np.unique(self.group[says == 1])]  # fmt: skip
         # A meaning is absent if no sentence of it is stated or unclear.
@@ -99,15 +100,21 @@ def choose(
     random: np.random.Generator,
 ) -> Chosen | None:
     """Choose cells of one volume, with ``levels`` as in ``Locator.maps``, for sentences that its report states
-    (``present``) and does not state (``absent``); None if there is no sentence."""
+    (``present``) and does not state (``absent``); None if there is no sentence or no real cell."""
     queries = [*present, *absent]
     if not queries:
         return None
-    values, cells = _values(locator, levels, spec, sentences[queries])
+    values, cells = locator.maps(levels, spec, sentences[queries], centred=True)
     count = values.shape[1]
+    real = np.arange(count)
+    if cells.real is not None:
+        values = values.masked_fill(~cells.real[0].to(values.device), -math.inf)
+        real = np.flatnonzero(cells.real[0].cpu())
+    if not len(real):
+        return None
     fewest, most = max(1, round(FEWEST * count)), max(1, round(MOST * count))
-    order = values.topk(min(most, count), dim=1)
-    drawn = [torch.from_numpy(random.choice(count, min(RANDOM, count), replace=False))]
+    order = values.topk(min(most, len(real)), dim=1)
+    drawn = [torch.from_numpy(random.choice(real, min(RANDOM, len(real)), replace=False))]
     described = []
     for number in range(len(queries)):
         ranked = order.indices[number].cpu()
@@ -125,14 +132,6 @@ def choose(
         target[torch.isin(chosen, ranked), number] = 1
     parts = [level.features[0][within[chosen].to(level.features.device)].half().cpu() for level, within in zip(levels, cells.within, strict=True)]  # fmt: skip
     return Chosen(parts, cells.position[chosen], torch.tensor(queries), target, row)
-
-
-def _values(locator: Locator, levels: Sequence[Level], spec: PreprocessingSpec, texts: Tensor) -> tuple[Tensor, Cells]:
-    """Maps (k, N) of sentences that are centred already; cells that are not real have the lowest value."""
-    values, cells = locator.maps(levels, spec, texts, centred=True)
-    if cells.real is not None:
-        values = values.masked_fill(~cells.real[0].to(values.device), -math.inf)
-    return values, cells
 
 
 def sharpen(
@@ -153,7 +152,7 @@ def sharpen(
         total = 0.0
         for members in _batched(random.permutation(len(train))):
             for group in optimizer.param_groups:
-                group["lr"] = RATE * min(1, (step + 1) / (WARMUP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
+                group["lr"] = RATE * rate_factor(step / steps, WARMUP)
             loss = _loss(locator, [train[number] for number in members], sentences)
             optimizer.zero_grad()
             loss.backward()
@@ -167,6 +166,7 @@ def sharpen(
         losses.append((total / len(train), float(np.mean(held)) if held else math.nan))
     for tensor in learned:
         tensor.requires_grad_(False)
+    locator.size["rounds"] += 1
     return losses
 
 

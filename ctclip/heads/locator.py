@@ -3,7 +3,8 @@
 It is learned from volumes and reports alone (`ctclip adapt --method locate`). Each cell inherits the target of its
 volume (the simplest multiple-instance learning: Dietterich et al. 1997; Ray and Craven 2005). The regression therefore
 predicts the mean target of volumes with such a cell, which is high only for cells that volumes without the finding
-lack. Features are random (Rahimi and Recht 2007); the linear map has a closed-form solution.
+lack. Features are random (Rahimi and Recht 2007); the linear map has a closed-form solution. In further rounds
+(``ctclip.adaptation.sharpen``) both are trained on the cells that the locator itself chooses.
 """
 
 from __future__ import annotations
@@ -160,8 +161,9 @@ class Locator(nn.Module):
         self, levels: Sequence[Level], spec: PreprocessingSpec, texts: Tensor, *, centred: bool = False
     ) -> tuple[Tensor, Cells]:
         """The grids of one volume and embeddings (T, text) -> (T, N) float32 over the cells of the finest grid: how
-        much more likely than average the report states each text, in standard deviations. Raises ValueError if the
-        grids differ from those of training."""
+        much more likely than average the report states each text, in standard deviations; after further rounds, the
+        log odds that the text describes the cell (see ``ctclip.explanation.learned``). ``centred``: ``texts`` have been
+        through ``self.centred``. Raises ValueError if the grids differ from those of training."""
         widths = [level.features.shape[2] for level in levels]
         if widths != self.size["widths"]:
             raise ValueError(f"grids have {widths} channels, in training they had {self.size['widths']}")

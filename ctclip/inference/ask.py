@@ -43,6 +43,8 @@ def mapped_sides(model: DualEncoder, head: PromptHead, locator: Locator, ready: 
     least half as high in the other."""
 
     def sides(label: str) -> dict[str, float]:
+        if label not in head.names:
+            return {}
         volume = torch.from_numpy(ready.voxels)[None, None].to(model.device)
         maps = method("learned").maps(Subject(model, head, [head.names.index(label)], volume, locator=locator))
         peaks = by_side(maps.values[0], maps.affine, ready)
@@ -93,7 +95,9 @@ class Respondent:
         return {YES: yes, NO: 1 - yes}
 
     def _choice(self, label: str, kind: Kind, embedding: Tensor, sides: Sides | None = None) -> dict[str, float]:
-        if kind is Kind.side and sides is not None and (seen := sides(label)):
+        seen = sides(label) if kind is Kind.side and sides is not None else {}
+        # A language may have other names for its sides.
+        if seen and seen.keys() == self.questioner.answers(label, kind).keys():
             return seen
         names, vectors = self._encoded(label, kind)
         shares = self.model.logits(embedding[None], vectors)[0].float().softmax(dim=0)

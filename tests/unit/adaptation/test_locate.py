@@ -135,6 +135,7 @@ def test_a_round_of_chosen_cells_learns_what_the_first_stage_cannot() -> None:
     assert (before < 0.9, after > 0.9, after > before + 0.1) == (True, True, True), (before, after)
     assert losses[-1][0] < losses[0][0]
     assert losses[-1][1] < 0.5, "held-out volumes"
+    assert locator.rounds == 2
     assert not any(parameter.requires_grad for parameter in locator.parameters())
 
 
@@ -155,6 +156,15 @@ def test_a_stated_sentence_chooses_cells_and_an_unstated_one_describes_none() ->
     assert set(chosen.described[:, 0].tolist()) == {1, -1}
     assert set(chosen.described[:, 1].tolist()) == {0}
     assert choose(locator, [level], SPEC, texts, [], [], 5, np.random.default_rng(0)) is None
+    # Cells that are not real are never chosen, even if they respond most.
+    real = torch.ones(1, 64, dtype=torch.bool)
+    real[0, values[2].topk(9).indices] = False
+    seen = choose(locator, [level._replace(real=real)], SPEC, texts, [2], [0], 5, np.random.default_rng(0))
+    assert seen is not None
+    assert torch.equal(seen.position, known.position[real[0]])
+    assert (seen.described[:, 0] == 1).sum() == 1
+    nothing = level._replace(real=torch.zeros_like(real))
+    assert choose(locator, [nothing], SPEC, texts, [2], [0], 5, np.random.default_rng(0)) is None
 
 
 def test_every_meaning_is_drawn_as_often_where_it_is_absent_as_where_it_is_stated() -> None:

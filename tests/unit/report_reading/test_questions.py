@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ctclip.errors import PromptError
 from ctclip.heads.prompts import PromptHead
-from ctclip.inference.ask import NO, YES, Respondent
+from ctclip.inference.ask import NO, YES, Respondent, mapped_sides
 from ctclip.labels import load_labels
 from ctclip.prompts import load_prompts
 from ctclip.report_reading.questions import Kind, Question, Questioner
@@ -88,6 +88,13 @@ def test_the_sides_of_a_map_replace_those_of_the_prompts() -> None:
     assert answer(side, {"left": 0.8, "right": 0.0, "both": 0.2}) == "left"
     assert answer(on_the_right, {"left": 0.8, "right": 0.0, "both": 0.2}) == NO
     assert answer(on_the_right, {"left": 0.4, "right": 0.0, "both": 0.6}) == YES
-    # Without a map, prompts decide.
+    # Without a map, or in a language with other names for its sides, prompts decide.
     known = respondent.answer(side, vector)
-    assert respondent.answer_question(QUESTIONER.question(side), vector, lambda label: {}) == known
+    for unused in ({}, {"links": 0.9, "rechts": 0.0, "both": 0.1}):
+        assert respondent.answer_question(QUESTIONER.question(side), vector, {"Pleural effusion": unused}.get) == known
+
+
+def test_a_finding_that_the_head_does_not_score_has_no_map() -> None:
+    model = dual_encoder()
+    sides = mapped_sides(model, PromptHead(model, load_prompts("report_style"), ["Emphysema"]), None, None)  # type: ignore[arg-type]
+    assert sides("Pleural effusion") == {}
