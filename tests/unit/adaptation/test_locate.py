@@ -167,6 +167,39 @@ def test_a_stated_sentence_chooses_cells_and_an_unstated_one_describes_none() ->
     assert choose(locator, [nothing], SPEC, texts, [2], [0], 5, np.random.default_rng(0)) is None
 
 
+def test_held_out_volumes_do_not_change_what_is_learned() -> None:
+    cells, _, _ = planted(12, np.random.default_rng(0))
+    texts, held = F.normalize(torch.eye(3), dim=-1), np.arange(12) >= 8
+    learned = []
+    for count in (12, 8):
+        locator = Locator([6], 3, features=8, waves=1)
+        with torch.no_grad():
+            for number, weight in enumerate([locator.weight, locator.offset, *locator.random]):
+                weight.copy_(torch.sin(torch.arange(weight.numel()) + number).view_as(weight))
+        random = np.random.default_rng(0)
+        levels = [[Level(cells[row : row + 1], GRID, AFFINE)] for row in range(count)]
+        drawn = [choose(locator, levels[row], SPEC, texts, [row % 2], [2], row, random) for row in range(count)]
+        losses = sharpen(locator, [one for one in drawn if one is not None], texts, held, 2, 0)
+        assert np.isnan(losses[-1][1]) == (count == 8)
+        learned.append(locator.weight.clone())
+    torch.testing.assert_close(*learned)
+
+
+def test_the_values_of_a_map() -> None:
+    model, head = known_model(KNOWN)
+    volume = torch.rand(1, 1, *KNOWN.shape) * 2 - 1
+    levels = levels_of(model.volume_encoder, volume, tokens=False, halves=False)
+    for rounds in (0, 2):
+        locator = Locator([level.features.shape[2] for level in levels], model.config.dim, features=8, rounds=rounds)
+        torch.nn.init.normal_(locator.weight)
+        log_odds, _ = locator.maps(levels, KNOWN, head.texts()[:1])
+        found = method("learned").maps(Subject(model, head, [0], volume, locator=locator)).values[0].ravel()
+        p = torch.sigmoid(log_odds[0].double())
+        expected = -torch.log1p(-p) if rounds else log_odds[0].clamp(min=0).double()
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        assert (log_odds < 0).any()
+
+
 def test_every_meaning_is_drawn_as_often_where_it_is_absent_as_where_it_is_stated() -> None:
     random = np.random.default_rng(0)
     # Two wordings of one meaning, a rare one, and one that is unclear in the first volume.

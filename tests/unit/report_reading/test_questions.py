@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,6 +95,25 @@ def test_the_sides_of_a_map_replace_those_of_the_prompts() -> None:
     known = respondent.answer(side, vector)
     for unused in ({}, {"links": 0.9, "rechts": 0.0, "both": 0.1}):
         assert respondent.answer_question(QUESTIONER.question(side), vector, {"Pleural effusion": unused}.get) == known
+
+
+def test_the_stronger_half_of_a_map_is_the_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dual_encoder()
+    peaks: dict[str, float] = {}
+    maps = SimpleNamespace(values=[None], affine=None)
+    monkeypatch.setattr("ctclip.inference.ask.method", lambda name: SimpleNamespace(maps=lambda subject: maps))
+    monkeypatch.setattr("ctclip.inference.ask.by_side", lambda *given: peaks)
+    ready = SimpleNamespace(voxels=np.zeros((2, 2, 2), np.float32))
+    sides = mapped_sides(model, PromptHead(model, load_prompts("report_style")), None, ready)  # type: ignore[arg-type]
+    for given, wanted in (
+        ({"right": 1.0, "left": 4.0}, {"left": 0.75, "right": 0.0, "both": 0.25}),
+        ({"right": 2.0, "left": 1.5}, {"right": 0.25, "left": 0.0, "both": 0.75}),
+        ({"right": 2.0, "left": -1.0}, {"right": 1.0, "left": 0.0, "both": 0.0}),
+        ({"right": 0.0, "left": 0.0}, {}), ({}, {}),
+    ):  # fmt: skip
+        peaks.clear()
+        peaks.update(given)
+        assert sides("Pleural effusion") == wanted
 
 
 def test_a_finding_that_the_head_does_not_score_has_no_map() -> None:
