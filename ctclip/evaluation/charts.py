@@ -17,7 +17,7 @@ STYLE = """
 .pair .track .first { transform: translateY(-.32rem) } .pair .track .second { transform: translateY(.32rem) }
 i.first, b.first { background: var(--first) } i.second, b.second { background: var(--second) } b.second { border-radius: 1px; transform: rotate(45deg) scale(.75) } .pair b.second { transform: translateY(.32rem) scale(.85) !important }
 b.hollow { background: none !important; border: 2px solid var(--second) } .chart .axis .track { height: 1.2rem; color: var(--dim); font-size: .8rem } .axis .track span { transform: translateX(-50%) }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; font-size: .87rem; padding: 0; margin: .4rem 0; list-style: none } .legend .second { transform: none !important; border-radius: 1px } .legend b { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%; margin-right: .45rem }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; font-size: .87rem; padding: 0; margin: .4rem 0; list-style: none } .legend .second { border-radius: 1px } .pair .legend .second { transform: none !important } .legend b { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%; margin-right: .45rem }
 """
 TEMPLATE = """
 <div class="chart{% if chart.pair %} pair{% endif %}" role="img" aria-label="{{ chart.words }}"><ul class="legend">{% for kind, name in chart.legend %}<li><b class="{{ kind }}"></b>{{ name }}</li>{% endfor %}</ul>
