@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ctclip.errors import ExplanationError
 from ctclip.explanation.method import Maps, Method, Subject
-from ctclip.heads.locator import levels_of
+from ctclip.heads.locator import Cells, levels_of
 
 
 class Learned(Method):
@@ -23,19 +24,33 @@ class Learned(Method):
     shifts = 2
 
     def maps(self, subject: Subject) -> Maps:
-        locator = subject.locator
-        if locator is None:
-            raise ExplanationError(
-                "the model has no locator: train one with `ctclip adapt --method locate`, or use --method similarity"
-            )
-        encoder = subject.model.volume_encoder
         with torch.no_grad():
-            levels = levels_of(encoder, subject.volume, tokens=locator.tokens, halves=locator.halves)
-            try:
-                values, cells = locator.maps(levels, encoder.spec, subject.head.texts()[list(subject.findings)])
-            except ValueError as error:
-                raise ExplanationError(f"the locator belongs to another model: {error}") from error
-            values = F.softplus(values) if locator.rounds else values.clamp(min=0)
-            if cells.real is not None:
-                values = values * cells.real[0].to(values.device)
+            values, cells = _values(subject, subject.volume)
         return Maps(values.unflatten(1, cells.grid).cpu().numpy(), cells.affine)
+
+    def slopes(self, subject: Subject) -> Tensor | None:
+        # A token may respond to a finding elsewhere, so its gradient says nothing about its own cell.
+        if subject.locator is None or subject.locator.tokens or not subject.model.volume_encoder.pools_finer_grids:
+            return None
+        with torch.enable_grad():
+            volume = subject.volume.detach().clone().requires_grad_()
+            totals = _values(subject, volume)[0].sum(dim=1)
+            slopes = [torch.autograd.grad(one, volume, retain_graph=True)[0][0, 0] for one in totals]
+        return torch.stack(slopes)
+
+
+def _values(subject: Subject, volume: Tensor) -> tuple[Tensor, Cells]:
+    """The map of each finding (F, N), and the cells."""
+    locator = subject.locator
+    if locator is None:
+        raise ExplanationError(
+            "the model has no locator: train one with `ctclip adapt --method locate`, or use --method similarity"
+        )
+    encoder = subject.model.volume_encoder
+    levels = levels_of(encoder, volume, tokens=locator.tokens, halves=locator.halves)
+    try:
+        values, cells = locator.maps(levels, encoder.spec, subject.head.texts()[list(subject.findings)])
+    except ValueError as error:
+        raise ExplanationError(f"the locator belongs to another model: {error}") from error
+    values = F.softplus(values) if locator.rounds else values.clamp(min=0)
+    return values if cells.real is None else values * cells.real[0].to(values.device), cells

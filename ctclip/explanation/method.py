@@ -81,6 +81,11 @@ class Method(ABC):
     def maps(self, subject: Subject) -> Maps:
         """Raises ExplanationError if the method does not support the encoder or the head."""
 
+    def slopes(self, subject: Subject) -> Tensor | None:
+        """The gradient (F, D, H, W) of the sum of each map with respect to the voxels, for the detail within cells (see
+        ``ctclip.explanation.detail``); None if the method shows none."""
+        return None
+
 
 def method(name: str) -> Method:
     """The method called ``name``. Raises ExplanationError for an unknown name."""

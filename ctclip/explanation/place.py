@@ -14,6 +14,8 @@ from ctclip.preprocessing.volume import FileGrid
 
 # A region extends from the peak down to this fraction of it.
 LEVEL = 0.5
+# Maps with at least this many cells are not interpolated to measure regions.
+FINE = 2**18
 MIDLINE_MM = 15.0
 
 
@@ -158,15 +160,15 @@ class Region:
 
 def regions_of(values: np.ndarray, affine: np.ndarray, prepared: Prepared, level: float) -> list[Region]:
     """Connected regions at or above ``level`` of the map's peak, the highest first, inside the scan. Sizes are measured
-    in steps of a third of a cell, along the axes of the oriented scan."""
+    in steps of a third of a cell, or of a cell if there are many, along the axes of the oriented scan."""
     from scipy import ndimage
 
     values = np.where(inside_scan(values.shape, affine, prepared), values, values.min())
     top = float(values.max())
     if top <= 0:
         return []
-    # Odd, so that the centres of cells are sampled.
-    steps = np.array([3 if extent > 1 else 1 for extent in values.shape])
+    # Odd, so that the centres of cells are sampled; a map with detail is fine enough.
+    steps = np.array([3 if extent > 1 and values.size < FINE else 1 for extent in values.shape])
     fine = ndimage.zoom(values, steps, order=1, mode="nearest", grid_mode=True)
     inside = fine >= level * float(fine.max())
     labels, count = ndimage.label(inside)

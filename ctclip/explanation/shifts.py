@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ctclip.errors import ExplanationError
+from ctclip.explanation.detail import with_detail
 from ctclip.explanation.method import SLOW, Maps, Method, Subject
 from ctclip.models.encoded import axis_spacing
 from ctclip.preprocessing.progress import track
@@ -31,7 +32,8 @@ def maps_of(looking: Method, subject: Subject, shifts: int | None = None, *, pro
     """The maps of a method, with ``shifts`` positions of the cells along each axis (by default the method's own number):
     ``shifts`` cubed times the encodings, for cells of a ``shifts``-th of the size along each axis.
 
-    If the voxels of a cell cannot be divided by ``shifts`` along an axis, the next smaller divisor is used.
+    If the voxels of a cell cannot be divided by ``shifts`` along an axis, the next smaller divisor is used. Methods with
+    slopes also show detail within cells (``ctclip.explanation.detail``).
     ``progress``: show progress if the maps take long. Raises ExplanationError if the method does not support the
     encoder or the head, or already encodes the scan many times.
     """
@@ -41,14 +43,12 @@ def maps_of(looking: Method, subject: Subject, shifts: int | None = None, *, pro
             f"--shifts {count}: {looking.name} already encodes a scan many times; leave out --shifts"
         )
     began = time.perf_counter()
-    first = looking.maps(subject)
-    if count == 1:
-        return first
+    first, slopes = looking.maps(subject), looking.slopes(subject)
     seconds = time.perf_counter() - began
     spacing = np.array(axis_spacing(subject.model.volume_encoder.spec))
-    voxels = [round(float(mm)) for mm in np.diag(first.affine)[:3] / spacing]
-    parts = [max(n for n in range(1, count + 1) if cell % n == 0) for cell in voxels]
-    steps = [cell // n for cell, n in zip(voxels, parts, strict=True)]
+    cell = [round(float(mm)) for mm in np.diag(first.affine)[:3] / spacing]
+    parts = [max(n for n in range(1, count + 1) if extent % n == 0) for extent in cell]
+    steps = [extent // n for extent, n in zip(cell, parts, strict=True)]
     shape = [extent * n for extent, n in zip(first.values.shape[1:], parts, strict=True)]
     stitched = np.empty((len(first.values), *shape), np.float32)
     places: Iterable[tuple[int, ...]] = itertools.product(*map(range, parts))
@@ -56,10 +56,18 @@ def maps_of(looking: Method, subject: Subject, shifts: int | None = None, *, pro
         places = track(places, math.prod(parts), "mapping", "encodings")
     for place in places:
         shift = [number * step for number, step in zip(place, steps, strict=True)]
-        moved = looking.maps(replace(subject, volume=_shifted(subject.volume, shift))) if any(shift) else first
+        moved = first
+        if any(shift):
+            elsewhere = replace(subject, volume=_shifted(subject.volume, shift))
+            moved = looking.maps(elsewhere)
+            # Slopes cost more than maps and change less, so only positions along the diagonal have them.
+            diagonal = all(number == min(max(place), n - 1) for number, n in zip(place, parts, strict=True))
+            if slopes is not None and diagonal:
+                _add_shifted(slopes, looking.slopes(elsewhere), shift)
         z, y, x = (slice(number, None, n) for number, n in zip(place, parts, strict=True))
         stitched[:, z, y, x] = moved.values
-    return Maps(*_means(stitched, first.affine, parts), first.notes)
+    maps = first if math.prod(parts) == 1 else Maps(*_means(stitched, first.affine, parts), first.notes)
+    return maps if slopes is None else with_detail(maps, slopes, subject.volume, cell, first)
 
 
 def _shifted(volume: Tensor, shift: Sequence[int]) -> Tensor:
@@ -67,6 +75,14 @@ def _shifted(volume: Tensor, shift: Sequence[int]) -> Tensor:
     repeated."""
     z, y, x = shift
     return F.pad(volume, (0, x, 0, y, 0, z), mode="replicate")[:, :, z:, y:, x:]
+
+
+def _add_shifted(slopes: Tensor, moved: Tensor | None, shift: Sequence[int]) -> None:
+    """Add the slopes (F, D, H, W) of a shifted volume to those of the volume itself, in place."""
+    assert moved is not None
+    z, y, x = shift
+    _, d, h, w = slopes.shape
+    slopes[:, z:, y:, x:] += moved[:, : d - z, : h - y, : w - x]
 
 
 def _means(stitched: np.ndarray, affine: np.ndarray, parts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -156,7 +156,6 @@ class Locator(nn.Module):
         """Subtract the mean sentence from embeddings (T, text) of any norm and normalise them."""
         return F.normalize(F.normalize(texts.float(), dim=-1) - self.text_mean, dim=-1)
 
-    @torch.no_grad()
     def maps(
         self, levels: Sequence[Level], spec: PreprocessingSpec, texts: Tensor, *, centred: bool = False
     ) -> tuple[Tensor, Cells]:

@@ -80,7 +80,7 @@ class VolumeEncoder(nn.Module, ABC):
     """A volume encoder: (B, 1, D, H, W) in [-1, 1] to ``Encoded``.
 
     A subclass names its section of the configuration (``Config``) and sets ``width`` (of ``Encoded.pooled``) and
-    ``token_width`` (of ``Encoded.tokens``). Spacing, shape and HU window are those of ``spec``.
+    ``token_width`` (of ``Encoded.tokens``), and ``pools_finer_grids`` if ``evidence`` has grids finer than the tokens. Spacing, shape and HU window are those of ``spec``.
     """
 
     Config: ClassVar[type[EncoderConfig]]
@@ -93,6 +93,7 @@ class VolumeEncoder(nn.Module, ABC):
         self.spec = spec
         self.width = 0
         self.token_width = 0
+        self.pools_finer_grids = False
 
     @abstractmethod
     def forward(self, volume: Tensor, mask: Tensor | None = None, body: Tensor | None = None) -> Encoded:

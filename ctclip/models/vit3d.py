@@ -119,6 +119,7 @@ class ViT3D(VolumeEncoder):
         self.query = nn.Parameter(torch.randn(config.width) * 0.02) if "attention" in config.pooling else None
         self.token_width = config.width
         self.width = config.width * len(config.pooling) + self.stem.pooled_width
+        self.pools_finer_grids = self.stem.pooled_width > 0
 
     def forward(self, volume: Tensor, mask: Tensor | None = None, body: Tensor | None = None) -> Encoded:
         """volume (B, 1, D, H, W) in [-1, 1]; mask (B, 1, D, H, W) bool, true where voxels are real; body (B, N) bool on
