@@ -40,7 +40,7 @@ class Size:
 
 
 SIZES = {
-    "default": Size(5200, (), 1000, 0.08, (5.1, 1.4, 21.0, 0.4, 0.1, 0.7, 0.4)),
+    "default": Size(5200, (), 1000, 0.08, (5.1, 1.4, 28.0, 0.4, 0.1, 0.7, 0.4)),
     # Large enough to learn large findings, with the coarsest voxels that show them. In so few steps, whole reports alone
     # teach more than single sentences as well.
     "quick": Size(
