@@ -1,21 +1,25 @@
 """Detail within the cells of a map: the voxels on which the value of a cell depends.
 
-A map says which cells hold a finding, not where in a cell it lies. If a voxel had the mean of its surroundings, the map
-would change, to first order, by its gradient times the difference: gradient times input (Shrikumar et al. 2016), with
-the surroundings as the reference. Voxels that raise the map the most keep its value; those that do not are lowered to a
-third of it.
+A map says which cells hold a finding, not where in a cell it lies. How much the map would change if a voxel had the
+mean of its surroundings is its difference from them times the mean gradient on the way (integrated gradients,
+Sundararajan et al. 2017), here by the midpoint rule: the gradient of the volume halfway to its smoothed self. At the
+volume itself, the whole gradient of a maximum would fall on a single voxel, such as one of a rib. Voxels that raise the
+map most keep its value; those that do not are lowered to a third of it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from ctclip.explanation.method import Maps
+from ctclip.explanation.method import Maps, Method, Subject
 from ctclip.explanation.space import resample
+from ctclip.models.encoded import axis_spacing
 
 # A cell is divided into at most this many blocks along each axis, and a map into at most this many in all.
 PARTS, MOST_BLOCKS = 4, 2**22
@@ -27,33 +31,56 @@ FULL = 0.997
 LEAST = 0.5
 
 
-def with_detail(maps: Maps, slopes: Tensor, volume: Tensor, cell: Sequence[int], cells: Maps) -> Maps:
-    """``maps`` on a finer grid, each value weighted by the influence of its block on the map.
+def with_detail(
+    maps: Maps, looking: Method, subject: Subject, cell: Sequence[int], shifts: Sequence[Sequence[int]]
+) -> Maps:
+    """``maps`` of a method on a finer grid, each value weighted by the influence of its block on the map.
 
-    ``slopes`` (F, D, H, W): the gradient of the sum of each map with respect to ``volume`` (1, 1, D, H, W); ``cells``:
-    the maps of cells of ``cell`` voxels (3,), the first of which begins at the first voxel. Returns ``maps`` unchanged if
-    these cells do not fill the volume.
+    ``cell`` (3,): voxels of the cells along each axis, the first of which begins at the first voxel; ``shifts``:
+    positions of the cells at which the gradient is taken. Returns ``maps`` unchanged if the method has no gradient, or if
+    the cells do not fill the volume.
     """
     from scipy import ndimage
 
-    shape = cells.values.shape[1:]
-    if any(count * extent != all_ for count, extent, all_ in zip(shape, cell, volume.shape[2:], strict=True)):
+    voxels = subject.volume[0, 0].float().cpu().numpy()
+    if any(extent % step for extent, step in zip(voxels.shape, cell, strict=True)):
         return maps
+    shape = [extent // step for extent, step in zip(voxels.shape, cell, strict=True)]
     parts = _parts(cell, shape)
     block = [extent // count for extent, count in zip(cell, parts, strict=True)]
-    voxels = volume[0, 0].float().cpu().numpy()
-    unlike = voxels - ndimage.uniform_filter(voxels, [SURROUNDINGS * extent for extent in block], mode="nearest")
-    fine = [extent * count for extent, count in zip(shape, parts, strict=True)]
-    affine = _divided(cells.affine, parts)
+    around = ndimage.uniform_filter(voxels, [SURROUNDINGS * extent for extent in block], mode="nearest")
+    halfway = torch.from_numpy((voxels + around) / 2)[None, None].to(subject.volume)
+    slopes = _slopes(looking, replace(subject, volume=halfway), shifts)
+    if slopes is None:
+        return maps
+    fine = [extent // step for extent, step in zip(voxels.shape, block, strict=True)]
+    spacing = axis_spacing(subject.model.volume_encoder.spec)
+    affine = np.diag([*(step * mm for step, mm in zip(block, spacing, strict=True)), 1.0])
+    affine[:3, 3] = [(step - 1) / 2 * mm for step, mm in zip(block, spacing, strict=True)]
     detailed = np.empty((len(maps.values), *fine), np.float32)
     for number, (values, slope) in enumerate(zip(maps.values, slopes, strict=True)):
-        influence = _sums(slope.float().cpu().numpy() * unlike, block)
+        influence = _sums(slope.float().cpu().numpy() * (voxels - around), block)
         influence = ndimage.gaussian_filter(influence.clip(min=0), SMOOTH, mode="nearest")
         whole = resample(values, maps.affine, fine, affine)
         full = np.quantile(influence[whole >= whole.max() / 2], FULL)
         share = np.minimum(influence / max(float(full), 1e-30), 1)
         detailed[number] = whole * (LEAST + np.sqrt(share)) / (LEAST + 1)
     return maps._replace(values=detailed, affine=affine)
+
+
+def _slopes(looking: Method, subject: Subject, shifts: Sequence[Sequence[int]]) -> Tensor | None:
+    """The sum of the slopes (F, D, H, W) at all positions of the cells."""
+    total: Tensor | None = None
+    for shift in shifts:
+        slopes = looking.slopes(subject.shifted(shift) if any(shift) else subject)
+        if slopes is None:
+            return None
+        if total is None:
+            total = torch.zeros_like(slopes)
+        z, y, x = shift
+        _, d, h, w = slopes.shape
+        total[:, z:, y:, x:] += slopes[:, : d - z, : h - y, : w - x]
+    return total
 
 
 def _parts(cell: Sequence[int], shape: Sequence[int]) -> list[int]:
@@ -63,15 +90,6 @@ def _parts(cell: Sequence[int], shape: Sequence[int]) -> list[int]:
         if math.prod(parts) * math.prod(shape) <= MOST_BLOCKS:
             break
     return parts
-
-
-def _divided(affine: np.ndarray, parts: Sequence[int]) -> np.ndarray:
-    """The affine of cells -> that of their blocks."""
-    fine = affine.copy()
-    for axis, count in enumerate(parts):
-        fine[:3, axis] /= count
-        fine[:3, 3] -= affine[:3, axis] * (1 - 1 / count) / 2
-    return fine
 
 
 def _sums(values: np.ndarray, block: Sequence[int]) -> np.ndarray:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ctclip.errors import ExplanationError
@@ -53,6 +54,12 @@ class Subject:
     volume: Tensor
     budget: int = 600
     locator: Locator | None = None
+
+    def shifted(self, shift: Sequence[int]) -> Subject:
+        """The volume shifted so that it begins ``shift`` voxels later along each axis; its last voxels are repeated."""
+        z, y, x = shift
+        volume = F.pad(self.volume, (0, x, 0, y, 0, z), mode="replicate")[:, :, z:, y:, x:]
+        return replace(self, volume=volume)
 
     def evidence(self) -> Evidence:
         """The encoded volume, with the features that were pooled."""

@@ -12,11 +12,8 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import numpy as np
-import torch.nn.functional as F
-from torch import Tensor
 
 from ctclip.errors import ExplanationError
 from ctclip.explanation.detail import with_detail
@@ -33,7 +30,7 @@ def maps_of(looking: Method, subject: Subject, shifts: int | None = None, *, pro
     ``shifts`` cubed times the encodings, for cells of a ``shifts``-th of the size along each axis.
 
     If the voxels of a cell cannot be divided by ``shifts`` along an axis, the next smaller divisor is used. Methods with
-    slopes also show detail within cells (``ctclip.explanation.detail``).
+    ``slopes`` also show detail within cells (``ctclip.explanation.detail``).
     ``progress``: show progress if the maps take long. Raises ExplanationError if the method does not support the
     encoder or the head, or already encodes the scan many times.
     """
@@ -43,7 +40,7 @@ def maps_of(looking: Method, subject: Subject, shifts: int | None = None, *, pro
             f"--shifts {count}: {looking.name} already encodes a scan many times; leave out --shifts"
         )
     began = time.perf_counter()
-    first, slopes = looking.maps(subject), looking.slopes(subject)
+    first = looking.maps(subject)
     seconds = time.perf_counter() - began
     spacing = np.array(axis_spacing(subject.model.volume_encoder.spec))
     cell = [round(float(mm)) for mm in np.diag(first.affine)[:3] / spacing]
@@ -56,33 +53,15 @@ def maps_of(looking: Method, subject: Subject, shifts: int | None = None, *, pro
         places = track(places, math.prod(parts), "mapping", "encodings")
     for place in places:
         shift = [number * step for number, step in zip(place, steps, strict=True)]
-        moved = first
-        if any(shift):
-            elsewhere = replace(subject, volume=_shifted(subject.volume, shift))
-            moved = looking.maps(elsewhere)
-            # Slopes cost more than maps and change less, so only positions along the diagonal have them.
-            diagonal = all(number == min(max(place), n - 1) for number, n in zip(place, parts, strict=True))
-            if slopes is not None and diagonal:
-                _add_shifted(slopes, looking.slopes(elsewhere), shift)
+        moved = looking.maps(subject.shifted(shift)) if any(shift) else first
         z, y, x = (slice(number, None, n) for number, n in zip(place, parts, strict=True))
         stitched[:, z, y, x] = moved.values
     maps = first if math.prod(parts) == 1 else Maps(*_means(stitched, first.affine, parts), first.notes)
-    return maps if slopes is None else with_detail(maps, slopes, subject.volume, cell, first)
-
-
-def _shifted(volume: Tensor, shift: Sequence[int]) -> Tensor:
-    """The volume (1, 1, D, H, W) shifted so that it begins ``shift`` voxels later along each axis; its last voxels are
-    repeated."""
-    z, y, x = shift
-    return F.pad(volume, (0, x, 0, y, 0, z), mode="replicate")[:, :, z:, y:, x:]
-
-
-def _add_shifted(slopes: Tensor, moved: Tensor | None, shift: Sequence[int]) -> None:
-    """Add the slopes (F, D, H, W) of a shifted volume to those of the volume itself, in place."""
-    assert moved is not None
-    z, y, x = shift
-    _, d, h, w = slopes.shape
-    slopes[:, z:, y:, x:] += moved[:, : d - z, : h - y, : w - x]
+    # Gradients cost more than maps and change less, so only positions along the diagonal have them.
+    diagonal = [
+        [min(number, n - 1) * step for n, step in zip(parts, steps, strict=True)] for number in range(max(parts))
+    ]
+    return with_detail(maps, looking, subject, cell, diagonal)
 
 
 def _means(stitched: np.ndarray, affine: np.ndarray, parts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
 from ctclip.explanation import detail
@@ -71,21 +73,37 @@ def test_the_peak_comes_nearer_to_a_small_lesion(shifts: int) -> None:
     assert with_it.mean() < 0.8 * without.mean()
 
 
+class Given(Squares):
+    """The same maps, with slopes that are given, and the volume for which they were asked."""
+
+    def __init__(self, given: np.ndarray) -> None:
+        self.given = torch.from_numpy(given)[None]
+        self.asked: Tensor | None = None
+
+    def slopes(self, subject: Subject) -> Tensor:
+        self.asked = subject.volume
+        return self.given
+
+
 def test_each_block_is_weighted_by_its_influence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By brute force: loops over blocks of 1 x 2 x 5 voxels, without smoothing."""
+    """By brute force: loops over voxels, blocks of 1 x 2 x 5 of them, without smoothing."""
     monkeypatch.setattr(detail, "SMOOTH", 1e-3)
     random = np.random.default_rng(1)
     voxels = random.uniform(-1, 1, SHAPE).astype(np.float32)
-    slopes = random.normal(size=SHAPE).astype(np.float32)
-    cells = Squares().maps(subject(torch.from_numpy(voxels)[None, None]))
-    found = with_detail(cells, torch.from_numpy(slopes)[None], torch.from_numpy(voxels)[None, None], TOKEN, cells)
+    looking = Given(random.normal(size=SHAPE).astype(np.float32))
+    asked = subject(torch.from_numpy(voxels)[None, None])
+    cells = looking.maps(asked)
+    found = with_detail(cells, looking, asked, TOKEN, [(0, 0, 0)])
     block, shape = (1, 2, 5), (24, 18, 8)
     padded = np.pad(voxels, [(1, 1), (3, 3), (7, 7)], mode="edge")
-    influence = np.zeros(shape)
+    influence, halfway = np.zeros(shape), np.zeros(SHAPE)
     for z, y, x in np.ndindex(SHAPE):
         # An extent of 6 has no middle: scipy's filter begins half of it before the voxel.
         around = padded[z : z + 3, y : y + 6, x : x + 15].mean(dtype=np.float64)
-        influence[z, y // 2, x // 5] += slopes[z, y, x] * (voxels[z, y, x] - around)
+        influence[z, y // 2, x // 5] += looking.given[0, z, y, x] * (voxels[z, y, x] - around)
+        halfway[z, y, x] = (voxels[z, y, x] + around) / 2
+    assert looking.asked is not None
+    np.testing.assert_allclose(looking.asked[0, 0], halfway, atol=1e-5)
     influence = influence.clip(min=0)
     whole = resample(cells.values[0], cells.affine, shape, found.affine)
     region = whole >= whole.max() / 2
@@ -99,23 +117,44 @@ def test_each_block_is_weighted_by_its_influence(monkeypatch: pytest.MonkeyPatch
     )
 
 
-def test_the_slopes_of_a_shifted_volume_are_added_where_they_belong() -> None:
-    """Squares have a slope of their own voxel alone, so shifted positions change nothing but their number."""
+def test_influence_is_the_change_of_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The midpoint rule is exact for squares: slopes times differences add up to what smoothing takes from the map."""
+    seen: list[np.ndarray] = []
+    sums = detail._sums
+    monkeypatch.setattr(detail, "_sums", lambda values, block: seen.append(values) or sums(values, block))
+    voxels = torch.rand(1, 1, *SHAPE, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    asked = subject(voxels)
+    with_detail(Squares().maps(asked), Squares(), asked, TOKEN, [(0, 0, 0)])
+    smooth = torch.from_numpy(ndimage.uniform_filter(voxels[0, 0].numpy(), [3, 6, 15], mode="nearest"))[None, None]
+    change = Squares().maps(asked).values.sum() - Squares().maps(subject(smooth)).values.sum()
+    assert seen[0].sum() == pytest.approx(change, rel=1e-4)
+
+
+def test_the_slopes_of_shifted_volumes_are_added_where_they_belong() -> None:
+    """Squares have a slope of their own voxel alone, so a shifted position only doubles them."""
     volume = torch.rand(1, 1, *SHAPE, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    seen: list[Tensor] = []
-
-    def keep(maps: Maps, slopes: Tensor, *_: object) -> Maps:
-        seen.append(slopes.clone())
-        return maps
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ctclip.explanation.shifts.with_detail", keep)
-        maps_of(Squares(), subject(volume), 2)
-    expected = Squares().slopes(subject(volume))
-    # The first half of a cell, and along the slices two of its four voxels, are outside the shifted volume.
+    asked, seen = subject(volume), list[Sequence[Sequence[int]]]()
+    expected = Squares().slopes(asked)
+    total = detail._slopes(Squares(), asked, [(0, 0, 0), (2, 3, 0)])
+    assert total is not None
     inner = (slice(None), slice(2, None), slice(3, None))
-    torch.testing.assert_close(seen[0][inner], 2 * expected[inner])
-    torch.testing.assert_close(seen[0][:, :2], expected[:, :2])
+    torch.testing.assert_close(total[inner], 2 * expected[inner])
+    torch.testing.assert_close(total[:, :2], expected[:, :2])
+    torch.testing.assert_close(total[:, :, :3], expected[:, :, :3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "ctclip.explanation.shifts.with_detail", lambda maps, _looking, _subject, _cell, at: seen.append(at) or maps
+        )
+        for shifts in (1, 2, 3):
+            maps_of(Squares(), asked, shifts)
+    assert seen == [[[0, 0, 0]], [[0, 0, 0], [2, 3, 0]], [[0, 0, 0], [2, 2, 0], [2, 4, 0]]]
+
+
+def test_a_method_without_slopes_and_cells_that_do_not_fill_the_volume_keep_their_maps() -> None:
+    asked = subject(torch.rand(1, 1, *SHAPE))
+    maps = Squares().maps(asked)
+    assert with_detail(maps, SquaresOfCells(), asked, TOKEN, [(0, 0, 0)]) is maps
+    assert with_detail(maps, Squares(), asked, (5, 6, 5), [(0, 0, 0)]) is maps
 
 
 def test_the_slopes_of_a_locator_are_what_the_map_changes_by() -> None:
