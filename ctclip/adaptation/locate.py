@@ -24,6 +24,7 @@ from torch import Tensor
 from ctclip.adaptation.caption import prompts_of
 from ctclip.adaptation.keep import add_head, check_head_name
 from ctclip.adaptation.sharpen import Meanings, choose, sharpen
+from ctclip.adaptation.stages import STATE, Stages, resumed, save_stages
 from ctclip.data.dataset import some_scans, with_report
 from ctclip.data.reports import reports_of
 from ctclip.errors import DataError
@@ -177,7 +178,8 @@ def run_locate(
     """Train a locator on the volumes and reports of a split and save it in the model folder; returns its folder.
 
     Writes ``locate.csv`` with the errors to ``output``. Raises DataError or PreprocessingError, and saves nothing, if
-    the store has no report, too few patients, or the output cannot be used.
+    the store has no report, too few patients, or the output cannot be used. An interrupted run resumes after its last
+    complete stage.
     """
     check_folder(output, made_by_us, "output of `ctclip adapt --method locate`")
     check_head_name(loaded, head, LocateHead.kind)
@@ -196,9 +198,15 @@ def run_locate(
         drawn = np.random.default_rng([seed, 43]).permutation(names)[: max(1, round(config.held_out * len(names)))]
         refused: dict[str, str] = {}
         held_out = np.isin(patients, drawn)
-        locator, losses = fit_locator(_drawn(loaded, scans, config, seed, refused), stated, held_out, config, seed)
-        for number in range(config.rounds):
+        stages = resumed(output / STATE, key, loaded.model.device)
+        if stages is None:
+            drawn_cells = _drawn(loaded, scans, config, seed, refused)
+            stages = Stages(*fit_locator(drawn_cells, stated, held_out, config, seed), 0, refused)
+            save_stages(output / STATE, key, stages)
+        locator, losses, refused = stages.locator, stages.losses, stages.refused
+        for number in range(stages.rounds, config.rounds):
             losses += _round(number, loaded, scans, locator, stated, held_out, config, seed, refused)
+            save_stages(output / STATE, key, Stages(locator, losses, number + 1, refused))
         for reason in refused.values():
             print(f"refused: {reason}")
         located = LocateHead(loaded.model, locator, prompts_of(loaded), loaded.labels.names)
@@ -207,6 +215,7 @@ def run_locate(
         card = f"a locator of what sentences describe, fitted to reports of {words}"
         folder = add_head(loaded.path, head, located, card)
         write_predictions(output / LOSSES, pd.DataFrame(losses, columns=list(COLUMNS)))
+        (output / STATE).unlink(missing_ok=True)
     return folder
 
 

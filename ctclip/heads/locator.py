@@ -210,15 +210,22 @@ class LocateHead(PromptHead):
     def load(cls, folder: Path, model: DualEncoder) -> LocateHead:
         with reading(folder, "its locator is"):
             size, tensors = read_yaml(folder / SIZE), load_file(folder / WEIGHTS)
-            _check_size(size, tensors)
-            locator = Locator(**size)
-            locator.load_state_dict(tensors)
+            locator = built(size, tensors)
         if locator.size["text"] != model.config.dim:
             raise CheckpointError(
                 f"{folder}: its locator compares cells with texts of {locator.size['text']} dimensions, but those of the "
                 f"model have {model.config.dim}: it belongs to another model"
             )
         return cls(model, locator, load_prompts(folder / "prompts.yaml"), read_names(folder))
+
+
+def built(size: dict[str, Any], tensors: dict[str, Tensor]) -> Locator:
+    """A locator with these weights. Raises ValueError, TypeError, KeyError or RuntimeError if ``size`` does not fit
+    them."""
+    _check_size(size, tensors)
+    locator = Locator(**size)
+    locator.load_state_dict(tensors)
+    return locator
 
 
 def _check_size(size: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 
 import ctclip
+from ctclip.adaptation import locate
 from ctclip.adaptation.locate import (
     COLUMNS,
     Drawn,
@@ -26,6 +28,7 @@ from ctclip.adaptation.locate import (
     stated_sentences,
 )
 from ctclip.adaptation.sharpen import Meanings, choose, sharpen
+from ctclip.adaptation.stages import STATE
 from ctclip.errors import CheckpointError, ExplanationError
 from ctclip.explanation.method import Subject, method
 from ctclip.heads.folder import list_heads, load_head
@@ -326,3 +329,37 @@ def test_a_locator_is_trained_kept_loaded_and_used(clinic: Clinic, tmp_path: Pat
     (folder / SIZE).write_text(json.dumps(other.size))
     with pytest.raises(CheckpointError, match="it belongs to another model"):
         load_head(clinic.model, "locate", model.dual)
+
+
+def test_an_interrupted_training_resumes_and_gives_the_same_locator(
+    clinic: Clinic,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = LocateConfig(cells=8, features=8, same=0.9, other=0.8, rounds=2, epochs=2)
+    whole = load_file(run_locate(load_model(clinic.model), clinic.store, tmp_path / "whole", config) / WEIGHTS)
+    assert not (tmp_path / "whole" / STATE).exists()
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def stopped_in_round(number: int, *rest: Any) -> Any:
+        return stopped() if number == 1 else one_round(number, *rest)
+
+    output, one_round = tmp_path / "again", locate._round
+    monkeypatch.setattr(locate, "_round", stopped_in_round)
+    with pytest.raises(KeyboardInterrupt):
+        run_locate(load_model(clinic.model), clinic.store, output, config)
+    state = (output / STATE).read_bytes()
+    monkeypatch.setattr(locate, "_round", one_round)
+    monkeypatch.setattr(locate, "fit_locator", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_locate(load_model(clinic.model), clinic.store, output, config, seed=1)
+    (output / STATE).write_bytes(state[:-9])
+    with pytest.raises(CheckpointError, match="damaged; delete it and run the same command again"):
+        run_locate(load_model(clinic.model), clinic.store, output, config)
+    (output / STATE).write_bytes(state)
+    again = load_file(run_locate(load_model(clinic.model), clinic.store, output, config) / WEIGHTS)
+    assert not (output / STATE).exists()
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    assert (output / "locate.csv").read_text() == (tmp_path / "whole" / "locate.csv").read_text()
