@@ -14,6 +14,7 @@ from ctclip.errors import DataError, ExplanationError
 from ctclip.explanation.explain import explain
 from ctclip.explanation.place import Place
 from ctclip.heads.head import Head
+from ctclip.heads.locator import Locator
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import Encoded
 from ctclip.preprocessing.files import write_text
@@ -158,16 +159,18 @@ def with_places(
     model: DualEncoder,
     detector: Head,
     prepared: Prepared,
+    locator: Locator | None = None,
     **naming: str,
 ) -> tuple[dict[str, tuple[DraftSentence, ...]], list[str]]:
-    """Add the place of each finding that is claimed to be present; return the sections and warnings. ``naming``:
-    ``scan`` and ``model_hash``, see ``explain``."""
+    """Add the place of each finding that is claimed to be present; return the sections and warnings. The maps are
+    those of ``locator`` if there is one, else of similarity. ``naming``: ``scan`` and ``model_hash``, see ``explain``."""
     claims = [claim for sentences in sections.values() for sentence in sentences for claim in sentence.claims]
     names = list(dict.fromkeys(claim.finding for claim in claims if _has_place(claim)))
     if not names:
         return dict(sections), []
     try:
-        places = explain(model, detector, prepared, names, **naming).places  # type: ignore[arg-type]
+        by = "similarity" if locator is None else "learned"
+        places = explain(model, detector, prepared, names, by=by, locator=locator, **naming).places  # type: ignore[arg-type]
     except ExplanationError as error:
         return dict(sections), [f"no places: {error}"]
     return {

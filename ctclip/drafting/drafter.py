@@ -22,6 +22,7 @@ from ctclip.errors import DataError
 from ctclip.heads.caption import CaptionHead, Decoding
 from ctclip.heads.folder import list_heads
 from ctclip.heads.head import Head
+from ctclip.heads.locator import Locator
 from ctclip.inference.index import Index
 from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing.pipeline import Prepared
@@ -70,8 +71,17 @@ class Drafting:
 class Drafter:
     """Drafts reports of volumes encoded with one model."""
 
-    def __init__(self, folder: ModelFolder, detector: Head, caption: CaptionHead | None, drafting: Drafting) -> None:
-        """``detector``: scores findings; ``caption``: the head for the method `caption`. Raises CtclipError."""
+    def __init__(
+        self,
+        folder: ModelFolder,
+        detector: Head,
+        caption: CaptionHead | None,
+        drafting: Drafting,
+        locator: Locator | None = None,
+    ) -> None:
+        """``detector``: scores findings; ``caption``: the head for the method `caption`; ``locator``: locates findings, by
+        default similarity does. Raises CtclipError."""
+        self.locator = locator
         self.folder, self.detector, self.method = folder, detector, drafting.chosen(folder)
         self.cleaner = Cleaner(
             RulesReader.build(folder.labels, Options(terms=drafting.terms, language=drafting.language))
@@ -94,7 +104,7 @@ class Drafter:
         sections, notes = draft(encoded, detected, self.writer, self.cleaner), list[str]()
         if places:
             sections, notes = with_places(
-                sections, model, self.detector, prepared, scan=scan, model_hash=self.folder.hash
+                sections, model, self.detector, prepared, self.locator, scan=scan, model_hash=self.folder.hash
             )
         return Draft(scan, self.folder.hash, self.words, sections, (*warnings, *notes))
 

@@ -288,7 +288,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         name = caption_head_name(self.folder, settings)
         caption = None if name is None else self.head(name)
         assert caption is None or isinstance(caption, CaptionHead)
-        return Drafter(self.folder, self.head(detector), caption, settings)
+        return Drafter(self.folder, self.head(detector), caption, settings, self.locator())
 
     def embed(self, scan: str | os.PathLike[str] | Prepared, **reading: Unpack[Reading]) -> np.ndarray:
         """The unit vector (dim,) of one scan from disk, or of the result of ``prepare``."""

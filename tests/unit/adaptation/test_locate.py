@@ -305,6 +305,9 @@ def test_a_locator_is_trained_kept_loaded_and_used(clinic: Clinic, tmp_path: Pat
     assert model.explain(clinic.scan, "Nodule", hu="trust-file").method == "learned"
     assert model.find(clinic.scan, "a nodule", hu="trust-file").explanation.method == "learned"
     assert model.explain(clinic.scan, "Nodule", method="similarity", hu="trust-file").method == "similarity"
+    drafted = model.draft(clinic.scan, hu="trust-file")
+    placed = [claim.place for part in drafted.sections.values() for one in part for claim in one.claims if claim.place]
+    assert {place.method for place in placed} == {"learned"}
     one = model.detect(clinic.scan, head="locate", hu="trust-file").probabilities
     assert one == model.detect(clinic.scan, hu="trust-file").probabilities, "scores are those of the prompts"
     # As version 1.0 wrote it.
