@@ -25,6 +25,7 @@ from ctclip.preprocessing.outcomes import (
     read_outcomes,
     write_outcomes,
 )
+from ctclip.preprocessing.parquet import write_parquet
 from ctclip.preprocessing.pipeline import Reading, check_reading, prepare
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.sources import source_digest
@@ -170,7 +171,7 @@ def quarantine_damaged(path: str | os.PathLike[str]) -> list[str]:
 def write_table(store: VolumeStore, table: pd.DataFrame) -> None:
     """Write the cohort table of a store atomically."""
     with written_beside(store.path / "cohort.parquet") as partial:
-        table.to_parquet(partial, index=False)
+        write_parquet(partial, table)
 
 
 def merge_shards(path: str | os.PathLike[str]) -> list[Outcome]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from ctclip.preprocessing.csv_files import unguarded
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import regular
+from ctclip.preprocessing.parquet import read_parquet
 
 VOLUME_SUFFIXES = (
     ".nii.gz", ".nii", ".hdr.gz", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz", ".zip", ".tar.gz", ".tar.bz2", ".tgz",
@@ -123,7 +124,7 @@ def _from_text(path: Path, text: str, separator: str, lines_before: int = 0) -> 
 
 def _from_parquet(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_parquet(checked_parquet(path))
+        table = read_parquet(checked_parquet(path)).to_pandas()
         if any(name is not None for name in table.index.names):
             # The index of a data frame may hold the names.
             table = table.reset_index()
@@ -156,7 +157,7 @@ def read_own_parquet(
     """A Parquet table that a command wrote, with its types. Raises PreprocessingError, with the ``remedy``, if it is damaged or
     lacks one of the columns of ``texts`` and ``numbers``."""
     try:
-        table = pd.read_parquet(checked_parquet(path))
+        table = read_parquet(checked_parquet(path)).to_pandas()
     except PreprocessingError:
         raise
     except Exception as error:

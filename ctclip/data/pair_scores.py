@@ -6,6 +6,7 @@ import pandas as pd
 
 from ctclip.errors import DataError
 from ctclip.preprocessing.files import written_beside
+from ctclip.preprocessing.parquet import write_parquet
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.preprocessing.tables import read_own_parquet
 
@@ -19,7 +20,7 @@ def write_pair_scores(store: VolumeStore, scores: pd.DataFrame) -> None:
         earlier = read_pair_scores(store)
         scores = pd.concat([earlier[~earlier["volume"].isin(scores["volume"])], scores], ignore_index=True)
     with written_beside(path) as partial:
-        scores.to_parquet(partial, index=False)
+        write_parquet(partial, scores)
 
 
 def read_pair_scores(store: VolumeStore) -> pd.DataFrame:

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ctclip.errors import EvaluationError
 from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.label_columns import Columns, label_columns, zeros_and_ones
+from ctclip.preprocessing.parquet import read_parquet, write_parquet
 from ctclip.preprocessing.tables import VOLUME_SUFFIXES, checked_parquet, read_table
 
 IDENTITY = ("volume", "patient", "scan")
@@ -98,7 +98,7 @@ def read_embeddings(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """``volume`` (n,) and each column of vectors (n, dim) float32 of a file that ``ctclip embed`` or ``zero-shot``
     wrote; NaN where a volume has no report. Raises EvaluationError if it is damaged."""
     try:
-        table = pq.read_table(checked_parquet(Path(path)))
+        table = read_parquet(checked_parquet(Path(path)))
         arrays = {name: _vectors(name, table[name]) for name in table.column_names if name != "volume"}
         names = table["volume"].to_pylist()
         if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
@@ -128,7 +128,7 @@ def write_predictions(path: str | os.PathLike[str], table: pd.DataFrame) -> None
     """Write CSV, or Parquet if the name ends in .parquet, atomically."""
     with written_beside(path) as partial:
         if Path(path).suffix == ".parquet":
-            table.to_parquet(partial, index=False)
+            write_parquet(partial, table)
         else:
             write_csv(partial, table, float_format="%.9g")
 

@@ -19,6 +19,7 @@ from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import check_file, claimed_file
+from ctclip.preprocessing.parquet import parquet_writer
 from ctclip.preprocessing.progress import track
 from ctclip.report_reading.reports import load_reports
 
@@ -106,7 +107,7 @@ def write_tables(path: Path, tables: Iterator[pa.Table], refused: dict[str, str]
                 vectors.append(column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1))
                 continue
             table = table.replace_schema_metadata({KEY: key.encode()})
-            writer = writer or pq.ParquetWriter(partial, table.schema)
+            writer = writer or parquet_writer(partial, table.schema)
             writer.write_table(table)
         if rows == 0:
             raise DataError(next(iter((refused or {}).values()), "nothing to embed"))

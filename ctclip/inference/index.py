@@ -22,6 +22,7 @@ from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.files import regular, write_text, written_beside
 from ctclip.preprocessing.formats.streams import DAMAGE
 from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
+from ctclip.preprocessing.parquet import write_parquet
 from ctclip.preprocessing.tables import read_own_parquet
 
 FILES = ("volumes.faiss", "reports.faiss", "rows.parquet", "index.json")
@@ -58,7 +59,7 @@ class Index:
             with written_beside(folder / f"{name}.faiss") as partial:
                 faiss.write_index(index, str(partial))
         with written_beside(folder / "rows.parquet") as partial:
-            self.rows.to_parquet(partial, index=False)
+            write_parquet(partial, self.rows)
         sums = {name: sha256(folder / name) for name in FILES[:3] if (folder / name).exists()}
         facts = {"model": self.model, "path": self.path, "volumes": len(self.rows), "sha256": sums}
         write_text(folder / "index.json", json.dumps(facts))

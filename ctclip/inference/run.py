@@ -37,6 +37,7 @@ from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import regular, written_beside
 from ctclip.preprocessing.formats.streams import DAMAGE
 from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
+from ctclip.preprocessing.parquet import open_parquet, parquet_writer, read_parquet, write_parquet
 from ctclip.preprocessing.progress import track
 
 VOLUME, REPORT = "volume_embedding", "report_embedding"
@@ -58,7 +59,7 @@ class Summary:
     def table(self, rows: int | None = None) -> pd.DataFrame:
         """The prediction table, or its first ``rows``, read back."""
         if self.predictions.suffix == ".parquet":
-            stream = pq.ParquetFile(self.predictions)
+            stream = open_parquet(self.predictions)
             return (
                 stream.read() if rows is None else pa.Table.from_batches([next(stream.iter_batches(rows))])
             ).to_pandas()
@@ -153,7 +154,7 @@ def check_count(output: Path, rows: int, expected: int) -> None:
 def _volumes_of(path: Path) -> set[str]:
     if path.suffix == ".csv":
         return set(read_csv(path, usecols=["volume"], dtype=str)["volume"])
-    return set(pq.read_table(path.absolute(), columns=["volume"])["volume"].to_pylist())
+    return set(read_parquet(path.absolute(), ["volume"])["volume"].to_pylist())
 
 
 def _check_volumes(output: Path, volumes: set[str], expected: set[str]) -> None:
@@ -314,7 +315,7 @@ def _reading(path: Path) -> Iterator[None]:
 def _part(path: Path, columns: list[str] | None = None) -> pa.Table:
     """A part, or some of its columns."""
     with _reading(path):
-        return pq.read_table(regular(path).absolute(), columns=columns)
+        return read_parquet(regular(path).absolute(), columns)
 
 
 def _schema(files: Sequence[Path]) -> pa.Schema:
@@ -335,7 +336,7 @@ def _write_part(parts: Path, waiting: list[pa.Table]) -> None:
     table = pa.concat_tables(waiting)
     first = hashlib.sha256("\n".join(table["volume"].to_pylist()).encode()).hexdigest()[:16]
     with written_beside(parts / f"{first}.parquet") as partial:
-        pq.write_table(table, partial)
+        write_parquet(partial, table)
     waiting.clear()
 
 
@@ -348,12 +349,12 @@ def _join(parts: Path, summary: Summary, order: dict[str, int]) -> None:
     vectors = [name for name in (VOLUME, REPORT) if name in first.names]
     with written_beside(summary.embeddings) as partial:
         names = ["volume", *vectors]
-        with pq.ParquetWriter(partial, pa.schema([first.field(name) for name in names])) as writer:
+        with parquet_writer(partial, pa.schema([first.field(name) for name in names])) as writer:
             for path in files:
                 writer.write_table(_part(path, names))
     with written_beside(summary.predictions) as partial:
         if summary.predictions.suffix == ".parquet":
-            with pq.ParquetWriter(partial, _part(files[0]).drop_columns(vectors).schema) as writer:
+            with parquet_writer(partial, _part(files[0]).drop_columns(vectors).schema) as writer:
                 for path in files:
                     writer.write_table(_part(path).drop_columns(vectors))
             return

@@ -11,6 +11,7 @@ from ctclip.errors import DataError
 from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
+from ctclip.preprocessing.parquet import write_parquet
 from ctclip.report_reading.findings import Cleaner, CleanSentence, Finding
 from ctclip.report_reading.reports import Reports
 from ctclip.report_reading.sections import REST, split_sections
@@ -52,7 +53,7 @@ def write_findings(table: pd.DataFrame, output: Path, *, force: bool = False) ->
         check_findings(output, force=force)
         with written_beside(output) as partial:
             if output.suffix == ".parquet":
-                table.to_parquet(partial, index=False)
+                write_parquet(partial, table)
             else:
                 write_csv(partial, table)
 

@@ -21,6 +21,7 @@ from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import check_file, claimed_file
+from ctclip.preprocessing.parquet import write_parquet
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.workers import worker_pool
 from ctclip.report_reading.reader import NOTHING, Options, Reader, Reading, Statement, Status
@@ -115,7 +116,7 @@ def write_readings(result: Readings, output: Path, values: Values, *, force: boo
         table = result.table(values)
         with written_beside(output) as partial:
             if output.suffix == ".parquet":
-                table.to_parquet(partial, index=False)
+                write_parquet(partial, table)
             else:
                 write_csv(partial, table)
         with written_beside(statements) as partial:
