@@ -24,6 +24,7 @@ from torch import Tensor
 from ctclip.adaptation.caption import prompts_of
 from ctclip.adaptation.keep import add_head, check_head_name
 from ctclip.adaptation.sharpen import Meanings, choose, sharpen
+from ctclip.adaptation.sides import fit_sides
 from ctclip.adaptation.stages import STATE, Stages, resumed, save_stages
 from ctclip.data.dataset import some_scans, with_report
 from ctclip.data.reports import reports_of
@@ -207,9 +208,11 @@ def run_locate(
         for number in range(stages.rounds, config.rounds):
             losses += _round(number, loaded, scans, locator, stated, held_out, config, seed, refused)
             save_stages(output / STATE, key, Stages(locator, losses, number + 1, refused))
+        located = LocateHead(loaded.model, locator, prompts_of(loaded), loaded.labels.names)
+        rows = np.flatnonzero(held_out).tolist()
+        located.certain = fit_sides(loaded, located, scans, rows, config.language, refused)
         for reason in refused.values():
             print(f"refused: {reason}")
-        located = LocateHead(loaded.model, locator, prompts_of(loaded), loaded.labels.names)
         words = f"{len(scans.table) - len(refused)} volumes of {len(names)} patients, split {split}"
         located.adaptation = Adaptation.to(METHOD, words, loaded.hash, scans.table["patient"].astype(str))
         card = f"a locator of what sentences describe, fitted to reports of {words}"

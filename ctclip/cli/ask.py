@@ -37,8 +37,9 @@ def ask(
     """
     import ctclip
     from ctclip.heads.prompts import PromptHead
-    from ctclip.inference.ask import Respondent, mapped_sides
+    from ctclip.inference.ask import Respondent
     from ctclip.inference.model import asking
+    from ctclip.inference.sides import mapped_sides
     from ctclip.report_reading.questions import Questioner
     from ctclip.report_reading.reader import Options
     from ctclip.report_reading.rules import RulesReader

@@ -113,7 +113,7 @@ def _draft_store(
     drafter = loaded.drafter(settings, detector)
     scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.folder.path)
     refused: dict[str, str] = {}
-    table = draft_store(loaded.folder, drafter.detector, drafter.writer, scans, drafter.words, refused, count=count)
+    table = draft_store(drafter, scans, refused, count=count)
     write_drafts(table, output, force=force)
     for reason in refused.values():
         print(f"refused: {reason}")

@@ -1,15 +1,22 @@
 """Make a decoder's text agree with its prompt.
 
 A small decoder does not follow its prompt exactly. Sentences with other claims are removed; findings that no sentence
-states are added, in a phrasing that makes no other claim.
+states, or whose known side no sentence names, are added, in a phrasing that makes no other claim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from ctclip.report_reading.findings import Cleaner, CleanSentence
 from ctclip.report_reading.reader import Status
+
+
+class Phrasings(Protocol):
+    """The sentence that a finding is present in a section, on its side if ``sides`` has it and there is a phrase for it."""
+
+    def present(self, name: str, section: str, sides: Mapping[str, str]) -> str: ...
 
 
 def agree(
@@ -17,18 +24,35 @@ def agree(
     findings: Sequence[str],
     sides: Mapping[str, str],
     cleaner: Cleaner,
-    phrasings: Mapping[tuple[str, bool, str], str],
+    phrasings: Phrasings,
 ) -> dict[str, str]:
     """Return the corrected ``sections``. ``findings``: exactly the findings to state; ``sides``: the side of each
-    finding whose side is known; ``phrasings``: a sentence for each finding, presence and section. A sentence is never
-    repeated."""
+    finding whose side is known. A sentence is never repeated."""
     texts = {}
     for section, text in sections.items():
         kept = [one for one in cleaner.clean(text) if _fits(one, findings, sides)]
-        stated = {finding.label for one in kept for finding in one.findings if finding.status is Status.present}
-        missing = [phrasings[name, True, section] for name in findings if name not in stated]
-        texts[section] = " ".join(dict.fromkeys([*(one.text for one in kept), *missing]))
+        added = []
+        for name in findings:
+            phrase = phrasings.present(name, section, sides)
+            stated = [one for one in kept if _says(one, name)]
+            if phrase != phrasings.present(name, section, {}):
+                if any(_says(one, name, sides[name]) for one in stated):
+                    continue
+                # A sentence about this finding alone would only say less.
+                kept = [one for one in kept if one not in stated or {each.label for each in one.findings} != {name}]
+                added.append(phrase)
+            elif not stated:
+                added.append(phrase)
+        texts[section] = " ".join(dict.fromkeys([*(one.text for one in kept), *added]))
     return texts
+
+
+def _says(sentence: CleanSentence, name: str, side: str = "") -> bool:
+    """Whether a sentence states that a finding is present, on ``side`` if given."""
+    return any(
+        one.label == name and one.status is Status.present and (not side or one.side == side)
+        for one in sentence.findings
+    )
 
 
 def _fits(sentence: CleanSentence, findings: Sequence[str], sides: Mapping[str, str]) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,11 +20,13 @@ from ctclip.drafting.writers import (
     known_prompts,
 )
 from ctclip.errors import DataError
+from ctclip.explanation.place import by_side
 from ctclip.heads.caption import CaptionHead, Decoding
 from ctclip.heads.folder import list_heads
 from ctclip.heads.head import Head
-from ctclip.heads.locator import Locator
+from ctclip.heads.locator import LocateHead
 from ctclip.inference.index import Index
+from ctclip.inference.sides import certain_sides
 from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing.pipeline import Prepared
 from ctclip.report_reading.findings import Cleaner
@@ -77,11 +80,11 @@ class Drafter:
         detector: Head,
         caption: CaptionHead | None,
         drafting: Drafting,
-        locator: Locator | None = None,
+        located: LocateHead | None = None,
     ) -> None:
-        """``detector``: scores findings; ``caption``: the head for the method `caption`; ``locator``: locates findings, by
-        default similarity does. Raises CtclipError."""
-        self.locator = locator
+        """``detector``: scores findings; ``caption``: the head for the method `caption`; ``located``: its locator locates
+        findings and their sides, by default similarity locates them. Raises CtclipError."""
+        self.located = located
         self.folder, self.detector, self.method = folder, detector, drafting.chosen(folder)
         self.cleaner = Cleaner(
             RulesReader.build(folder.labels, Options(terms=drafting.terms, language=drafting.language))
@@ -101,10 +104,19 @@ class Drafter:
         with torch.inference_mode():
             encoded = model.encode(volume)
         (detected,) = Detected.by(self.detector, encoded)
+        if self.located is not None:
+            halves = partial(by_side, prepared=prepared)
+            detected = replace(detected, sides=certain_sides(self.located, volume, halves))
         sections, notes = draft(encoded, detected, self.writer, self.cleaner), list[str]()
         if places:
             sections, notes = with_places(
-                sections, model, self.detector, prepared, self.locator, scan=scan, model_hash=self.folder.hash
+                sections,
+                model,
+                self.detector,
+                prepared,
+                None if self.located is None else self.located.locator,
+                scan=scan,
+                model_hash=self.folder.hash,
             )
         return Draft(scan, self.folder.hash, self.words, sections, (*warnings, *notes))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing.no_report import report_text
 from ctclip.prompts import PromptSet, load_prompts
 from ctclip.report_reading.findings import Cleaner
+from ctclip.report_reading.questions import Kind, Questioner
 from ctclip.report_reading.reader import Status
 
 SECTIONS = ("findings", "impression")
@@ -33,11 +34,12 @@ DEPTH = 20
 
 @dataclass(frozen=True)
 class Detected:
-    """A detector's result for one volume: the probability of each finding, and whether it reaches its threshold (0.5
-    without a calibration)."""
+    """A detector's result for one volume: the probability of each finding, whether it reaches its threshold (0.5
+    without a calibration), and the side of each finding whose side is certain if it is present."""
 
     probabilities: Mapping[str, float]
     present: Mapping[str, bool]
+    sides: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     @torch.inference_mode()
@@ -72,8 +74,8 @@ class Writer(ABC):
 class TemplateWriter(Writer):
     """Writes one sentence for each finding of the detector: present findings first, then absent ones.
 
-    A phrasing is used only if it makes no other claim: no other finding, and no side, lobe or size, which the detector
-    does not determine.
+    A phrasing is used only if it makes no other claim: no other finding, no lobe or size, which the detector does not
+    determine, and no side but a certain one.
     """
 
     def __init__(self, names: Sequence[str], prompts: Sequence[PromptSet], cleaner: Cleaner) -> None:
@@ -86,14 +88,19 @@ class TemplateWriter(Writer):
             for present in (True, False)
             for section in SECTIONS
         }
+        self.sided = _sided(names, cleaner)
 
     def write(self, encoded: Encoded, detected: Detected) -> dict[str, str]:
         present = [name for name in self.names if detected.present.get(name)]
         absent = [name for name in self.names if not detected.present.get(name)]
-        findings = [self.sentences[name, True, "findings"] for name in present]
+        findings = [self.present(name, "findings", detected.sides) for name in present]
         findings += [self.sentences[name, False, "findings"] for name in absent]
-        impression = [self.sentences[name, True, "impression"] for name in present] or [NOTHING]
+        impression = [self.present(name, "impression", detected.sides) for name in present] or [NOTHING]
         return {"findings": " ".join(findings), "impression": " ".join(impression)}
+
+    def present(self, name: str, section: str, sides: Mapping[str, str]) -> str:
+        """The sentence that a finding is present, on its side if that is certain."""
+        return self.sided.get((name, sides.get(name, "")), self.sentences[name, True, section])
 
 
 class RetrievalWriter(Writer):
@@ -166,8 +173,10 @@ class CaptionWriter(Writer):
         if planned is None:
             return written
         return [
-            agree(text, stated if own is None else own, sides, self.cleaner, self.template.sentences)
-            for text, own, (stated, sides) in zip(written, findings or repeat(None, len(written)), planned, strict=True)
+            agree(text, stated if own is None else own, {**sides, **one.sides}, self.cleaner, self.template)
+            for text, own, (stated, sides), one in zip(
+                written, findings or repeat(None, len(written)), planned, detected, strict=True
+            )
         ]
 
 
@@ -200,16 +209,29 @@ def _phrasing(name: str, present: bool, section: str, sets: Sequence[PromptSet],
     return fallback
 
 
+def _sided(names: Sequence[str], cleaner: Cleaner) -> dict[tuple[str, str], str]:
+    """A sentence for each finding on each side, of those of the language that claim exactly this."""
+    if not cleaner.language.questions.sides:
+        return {}
+    questioner, sided = Questioner(cleaner.reader), {}
+    for name in names:
+        for side, texts in questioner.answers(name, Kind.side).items():
+            fitting = [text for text in texts if _claims_only(text, name, Status.present, cleaner, side)]
+            if fitting:
+                sided[name, side] = fitting[0]
+    return sided
+
+
 def _by_weight(groups: Sequence[Sequence[str]], weights: Sequence[Sequence[float]]) -> list[str]:
     pairs = [pair for texts, shares in zip(groups, weights, strict=True) for pair in zip(texts, shares, strict=True)]
     return [text for text, _ in sorted(pairs, key=lambda pair: -pair[1])]
 
 
-def _claims_only(text: str, name: str, status: Status, cleaner: Cleaner) -> bool:
+def _claims_only(text: str, name: str, status: Status, cleaner: Cleaner, side: str = "") -> bool:
     sentences = cleaner.clean(text)
     findings = [finding for sentence in sentences for finding in sentence.findings]
     return bool(findings) and all(
-        finding.label == name and finding.status is status and not (finding.side or finding.lobe or finding.size_mm)
+        finding.label == name and finding.status is status and finding.side == side and not (finding.lobe or finding.size_mm)
         for finding in findings
     ) and not any(sentence.comparison for sentence in sentences)  # fmt: skip
 

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from ctclip.explanation.space import centres, in_scan
+from ctclip.preprocessing.anatomy import find_lungs
 from ctclip.preprocessing.pipeline import Prepared
-from ctclip.preprocessing.volume import FileGrid
+from ctclip.preprocessing.spec import PreprocessingSpec
+from ctclip.preprocessing.volume import FileGrid, Volume
 
 # A region extends from the peak down to this fraction of it.
 LEVEL = 0.5
@@ -144,6 +146,21 @@ def by_side(values: np.ndarray, affine: np.ndarray, prepared: Prepared) -> dict[
     left = centres(values.shape, prepared.token_affine(affine))[..., 0] > _middle(prepared)
     inside = inside_scan(values.shape, affine, prepared)
     halves = {"right": values[inside & ~left], "left": values[inside & left]}
+    return {side: float(half.max()) for side, half in halves.items()} if all(map(len, halves.values())) else {}
+
+
+def stored_by_side(
+    values: np.ndarray, affine: np.ndarray, voxels: np.ndarray, spec: PreprocessingSpec
+) -> dict[str, float]:
+    """``by_side`` for voxels (D, H, W) of a store, whose columns run to the patient's left, in [-1, 1] of the spec's
+    window."""
+    low, high = spec.hu_window
+    hu = ((voxels + 1) / 2 * (high - low) + low).astype(np.float32)
+    lungs = find_lungs(Volume(hu, np.diag([*spec.spacing, 1.0]), "a stored volume"))
+    if not lungs.is_chest:
+        return {}
+    left = centres(values.shape, affine)[..., 2] > lungs.midline() * spec.spacing[2]
+    halves = {"right": values[~left], "left": values[left]}
     return {side: float(half.max()) for side, half in halves.items()} if all(map(len, halves.values())) else {}
 
 

@@ -30,7 +30,7 @@ from ctclip.preprocessing.plain_yaml import read_yaml
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.prompts import PromptSet, load_prompts
 
-SIZE, WEIGHTS = "locator.yaml", "locator.safetensors"
+SIZE, WEIGHTS, SIDES = "locator.yaml", "locator.safetensors", "sides.yaml"
 # Number of cells processed at a time, to fit the CPU cache, and the largest feature, in standard deviations.
 AT_ONCE, LARGEST = 2**11, 8.0
 # HU windows of lung and soft tissue; the means in these windows are features of half cells.
@@ -199,24 +199,32 @@ class LocateHead(PromptHead):
     def __init__(self, model: DualEncoder, locator: Locator, prompts: PromptSet, names: Sequence[str] | None) -> None:
         super().__init__(model, prompts, names)
         self.locator = locator.to(model.device).eval()
+        # The least share of a side at which hardly any is wrong, for findings for which there is one.
+        self.certain: dict[str, float] = {}
 
     def save(self, folder: Path) -> None:
         super().save(folder)
         tensors = {name: value.cpu().contiguous() for name, value in self.locator.state_dict().items()}
         save_file(tensors, folder / WEIGHTS)
         (folder / SIZE).write_text(yaml.safe_dump(self.locator.size, sort_keys=False), encoding="utf-8")
+        if self.certain:
+            (folder / SIDES).write_text(yaml.safe_dump(self.certain, sort_keys=False), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> LocateHead:
         with reading(folder, "its locator is"):
             size, tensors = read_yaml(folder / SIZE), load_file(folder / WEIGHTS)
             locator = built(size, tensors)
+            certain = read_yaml(folder / SIDES) if (folder / SIDES).is_file() else {}
+            least = {str(name): float(share) for name, share in certain.items()}
         if locator.size["text"] != model.config.dim:
             raise CheckpointError(
                 f"{folder}: its locator compares cells with texts of {locator.size['text']} dimensions, but those of the "
                 f"model have {model.config.dim}: it belongs to another model"
             )
-        return cls(model, locator, load_prompts(folder / "prompts.yaml"), read_names(folder))
+        head = cls(model, locator, load_prompts(folder / "prompts.yaml"), read_names(folder))
+        head.certain = {name: share for name, share in least.items() if name in head.names}
+        return head
 
 
 def built(size: dict[str, Any], tensors: dict[str, Tensor]) -> Locator:

@@ -6,19 +6,15 @@ model has a locator, its map of the finding decides the side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctclip.explanation.method import Subject, method
-from ctclip.explanation.place import by_side
-from ctclip.heads.locator import Locator
 from ctclip.heads.prompts import PromptHead
+from ctclip.inference.sides import Sides
 from ctclip.models.dual_encoder import DualEncoder
-from ctclip.preprocessing.pipeline import Prepared
 from ctclip.report_reading.findings import BOTH
 from ctclip.report_reading.questions import Kind, Question, Questioner
 
@@ -32,29 +28,6 @@ class Answer:
     question: Question
     answer: str
     probabilities: dict[str, float]
-
-
-# The share of each side (left, right, both) of a finding, which sum to 1; empty if unknown.
-Sides = Callable[[str], dict[str, float]]
-
-
-def mapped_sides(model: DualEncoder, head: PromptHead, locator: Locator, ready: Prepared) -> Sides:
-    """The sides of findings in a scan by the maps of its locator: the stronger half of the body, or both if the map is at
-    least half as high in the other."""
-
-    def sides(label: str) -> dict[str, float]:
-        if label not in head.names:
-            return {}
-        volume = torch.from_numpy(ready.voxels)[None, None].to(model.device)
-        maps = method("learned").maps(Subject(model, head, [head.names.index(label)], volume, locator=locator))
-        peaks = by_side(maps.values[0], maps.affine, ready)
-        if not peaks or max(peaks.values()) <= 0:
-            return {}
-        weaker, stronger = sorted(peaks, key=lambda side: peaks[side])
-        share = max(peaks[weaker], 0.0) / peaks[stronger]
-        return {stronger: 1 - share, weaker: 0.0, BOTH: share}
-
-    return sides
 
 
 class Respondent:

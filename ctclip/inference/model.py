@@ -227,9 +227,13 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
 
     def locator(self) -> Locator | None:
         """The locator trained by `ctclip adapt --method locate`; None if the model has none."""
+        located = self._located()
+        return None if located is None else located.locator
+
+    def _located(self) -> LocateHead | None:
         name = next((head.name for head in self.heads if head.kind == LocateHead.kind), None)
         head = None if name is None else self.head(name)
-        return head.locator if isinstance(head, LocateHead) else None
+        return head if isinstance(head, LocateHead) else None
 
     def find(
         self,
@@ -288,7 +292,7 @@ class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "
         name = caption_head_name(self.folder, settings)
         caption = None if name is None else self.head(name)
         assert caption is None or isinstance(caption, CaptionHead)
-        return Drafter(self.folder, self.head(detector), caption, settings, self.locator())
+        return Drafter(self.folder, self.head(detector), caption, settings, self._located())
 
     def embed(self, scan: str | os.PathLike[str] | Prepared, **reading: Unpack[Reading]) -> np.ndarray:
         """The unit vector (dim,) of one scan from disk, or of the result of ``prepare``."""

@@ -71,10 +71,7 @@ def drafted(model: Path, store: Path, work: Path, split: str, count: int | None)
         if not paths[name].is_file():
             drafter = loaded.drafter(drafting)
             scans = StoredScans(opened, split, loaded.spec, model)
-            content = draft_store(
-                loaded.folder, drafter.detector, drafter.writer, scans, drafter.words, {}, count=count
-            )
-            write_drafts(content, paths[name])
+            write_drafts(draft_store(drafter, scans, {}, count=count), paths[name])
     return paths
 
 

@@ -22,8 +22,9 @@ from ctclip.evaluation.tables import read_embeddings
 from ctclip.heads.folder import load_head
 from ctclip.heads.locator import LocateHead
 from ctclip.heads.prompts import PromptHead
-from ctclip.inference.ask import NO, YES, Respondent, Sides, mapped_sides
+from ctclip.inference.ask import NO, YES, Respondent
 from ctclip.inference.model import asking
+from ctclip.inference.sides import Sides, mapped_sides
 from ctclip.models.folder import ModelFolder, load_model
 from ctclip.phantom.prevalence import FINDINGS
 from ctclip.preprocessing import prepare

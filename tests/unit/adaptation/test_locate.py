@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from sklearn.linear_model import Ridge
 
 import ctclip
 from ctclip.adaptation import locate
+from ctclip.adaptation.caption import prompts_of
 from ctclip.adaptation.locate import (
     COLUMNS,
     Drawn,
@@ -28,14 +30,18 @@ from ctclip.adaptation.locate import (
     stated_sentences,
 )
 from ctclip.adaptation.sharpen import Meanings, choose, sharpen
+from ctclip.adaptation.sides import _least, fit_sides
 from ctclip.adaptation.stages import STATE
 from ctclip.errors import CheckpointError, ExplanationError
 from ctclip.explanation.method import Subject, method
 from ctclip.heads.folder import list_heads, load_head
-from ctclip.heads.locator import SIZE, WEIGHTS, Cells, Locator, levels_of
+from ctclip.heads.locator import SIZE, WEIGHTS, Cells, LocateHead, Locator, levels_of
+from ctclip.inference.scans import StoredScans
+from ctclip.inference.sides import surest
 from ctclip.models.checksums import write_checksums
 from ctclip.models.encoded import Level
 from ctclip.models.folder import load_model
+from ctclip.preprocessing.store import VolumeStore
 from tests.unit.drafting.conftest import Clinic, clinic, clinic_files  # noqa: F401
 from tests.unit.explanation.known import SPEC as KNOWN
 from tests.unit.explanation.known import known_model
@@ -305,6 +311,13 @@ def test_a_locator_is_trained_kept_loaded_and_used(clinic: Clinic, tmp_path: Pat
     assert model.explain(clinic.scan, "Nodule", hu="trust-file").method == "learned"
     assert model.find(clinic.scan, "a nodule", hu="trust-file").explanation.method == "learned"
     assert model.explain(clinic.scan, "Nodule", method="similarity", hu="trust-file").method == "similarity"
+    located = load_head(clinic.model, "locate", model.dual)
+    assert located.certain == {}, "too few reports name a side"
+    located.certain = {"Nodule": 0.25, "Effusion": 1.5}
+    located.save(folder)
+    write_checksums(folder)
+    model = ctclip.load(clinic.model)
+    assert model._located().certain == {"Nodule": 0.25, "Effusion": 1.5}
     drafted = model.draft(clinic.scan, hu="trust-file")
     placed = [claim.place for part in drafted.sections.values() for one in part for claim in one.claims if claim.place]
     assert {place.method for place in placed} == {"learned"}
@@ -366,3 +379,42 @@ def test_an_interrupted_training_resumes_and_gives_the_same_locator(
     assert not (output / STATE).exists()
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
     assert (output / "locate.csv").read_text() == (tmp_path / "whole" / "locate.csv").read_text()
+
+
+def test_a_side_is_certain_from_the_share_on_at_which_hardly_any_was_wrong() -> None:
+    right = [(0.9 - number / 100, True) for number in range(40)]
+    assert _least(right) == pytest.approx(0.51)
+    assert _least([*right, *((share - 0.005, False) for share, _ in right[20:])]) == pytest.approx(0.70, abs=0.011)
+    assert _least(right[:14]) is None, "too few"
+    assert _least([(share, number % 2 == 0) for number, (share, _) in enumerate(right)]) is None
+    assert surest({"left": 0.8, "right": 0.0, "both": 0.2}, 0.7) == "left"
+    assert surest({"left": 0.8, "right": 0.0, "both": 0.2}, 0.9) == ""
+    assert surest({}, 0.1) == ""
+
+
+def test_the_sides_of_stored_volumes_are_learned_from_reports_that_name_them(
+    clinic: Clinic,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Reports name the side of the stronger half in all volumes but two, whose maps hardly differ between the sides."""
+    loaded = load_model(clinic.model)
+    scans = StoredScans(VolumeStore(clinic.store), "train", loaded.spec, loaded.path)
+    scans.table = pd.concat([scans.table] * 30).iloc[:24].reset_index(drop=True)
+    sides = ["left" if row % 3 else "right" for row in range(24)]
+    scans.table["findings"] = [f"There is a nodule on the {side}." for side in sides]
+    scans.table["impression"] = ""
+    said = iter(sides)
+
+    def halves(*_: object) -> dict[str, float]:
+        side = next(said)
+        other = "right" if side == "left" else "left"
+        return {side: 0.9, other: 1.0} if len(list_of) in (3, 9) else {side: 1.0, other: 0.1}
+
+    list_of: list[int] = []
+    monkeypatch.setattr("ctclip.adaptation.sides.stored_by_side", lambda *given: (halves(*given), list_of.append(1))[0])
+    head = LocateHead(loaded.model, Locator([1], loaded.model.config.dim, features=8), prompts_of(loaded), loaded.labels.names)  # fmt: skip
+    maps = SimpleNamespace(values=[None], affine=None)
+    monkeypatch.setattr("ctclip.adaptation.sides.method", lambda name: SimpleNamespace(maps=lambda subject: maps))
+    refused: dict[str, str] = {}
+    assert fit_sides(loaded, head, scans, range(24), "english", refused) == {"Nodule": pytest.approx(0.9)}
+    assert not refused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,24 @@ class Fixed(Writer):
 def detected(**probabilities: float) -> Detected:
     named = {name.replace("_", " "): p for name, p in probabilities.items()}
     return Detected(named, {name: p >= 0.5 for name, p in named.items()})
+
+
+def test_a_template_names_a_side_only_if_it_is_certain() -> None:
+    writer = TemplateWriter(load_labels("ct_rate_18").names, [load_prompts("report_style")], CLEANER)
+    words = replace(
+        detected(Pleural_effusion=0.9, Emphysema=0.8), sides={"Pleural effusion": "left", "Atelectasis": "right"}
+    )
+    for section in ("findings", "impression"):
+        sentences = CLEANER.clean(writer.write(NOTHING, words)[section])
+        named = {
+            finding.label: finding.side for one in sentences for finding in one.findings if finding.status == "present"
+        }
+        assert named == {"Pleural effusion": "left", "Emphysema": ""}
+    assert writer.sided["Lung nodule", "right"] == "Lung nodule on the right."
+    assert all(
+        {(one.label, one.side) for one in CLEANER.clean(text)[0].findings} == {key}
+        for key, text in writer.sided.items()
+    )
 
 
 def test_each_claim_gets_the_detectors_probability_and_is_marked_if_denied() -> None:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from ctclip.errors import PromptError
 from ctclip.heads.prompts import PromptHead
-from ctclip.inference.ask import NO, YES, Respondent, mapped_sides
+from ctclip.inference.ask import NO, YES, Respondent
+from ctclip.inference.sides import mapped_sides
 from ctclip.labels import load_labels
 from ctclip.prompts import load_prompts
 from ctclip.report_reading.questions import Kind, Question, Questioner
@@ -101,8 +102,8 @@ def test_the_stronger_half_of_a_map_is_the_side(monkeypatch: pytest.MonkeyPatch)
     model = dual_encoder()
     peaks: dict[str, float] = {}
     maps = SimpleNamespace(values=[None], affine=None)
-    monkeypatch.setattr("ctclip.inference.ask.method", lambda name: SimpleNamespace(maps=lambda subject: maps))
-    monkeypatch.setattr("ctclip.inference.ask.by_side", lambda *given: peaks)
+    monkeypatch.setattr("ctclip.inference.sides.method", lambda name: SimpleNamespace(maps=lambda subject: maps))
+    monkeypatch.setattr("ctclip.inference.sides.by_side", lambda *given: peaks)
     ready = SimpleNamespace(voxels=np.zeros((2, 2, 2), np.float32))
     sides = mapped_sides(model, PromptHead(model, load_prompts("report_style")), None, ready)  # type: ignore[arg-type]
     for given, wanted in (
