@@ -32,6 +32,8 @@ from ctclip.adaptation.locate import (
 from ctclip.adaptation.sharpen import Meanings, choose, sharpen
 from ctclip.adaptation.sides import _least, fit_sides
 from ctclip.adaptation.stages import STATE
+from ctclip.drafting.drafter import Drafting
+from ctclip.drafting.store import draft_store
 from ctclip.errors import CheckpointError, ExplanationError
 from ctclip.explanation.method import Subject, method
 from ctclip.heads.folder import list_heads, load_head
@@ -41,7 +43,9 @@ from ctclip.inference.sides import surest
 from ctclip.models.checksums import write_checksums
 from ctclip.models.encoded import Level
 from ctclip.models.folder import load_model
+from ctclip.preprocessing import prepare
 from ctclip.preprocessing.store import VolumeStore
+from ctclip.sentences import sentences
 from tests.unit.drafting.conftest import Clinic, clinic, clinic_files  # noqa: F401
 from tests.unit.explanation.known import SPEC as KNOWN
 from tests.unit.explanation.known import known_model
@@ -321,6 +325,17 @@ def test_a_locator_is_trained_kept_loaded_and_used(clinic: Clinic, tmp_path: Pat
     drafted = model.draft(clinic.scan, hu="trust-file")
     placed = [claim.place for part in drafted.sections.values() for one in part for claim in one.claims if claim.place]
     assert {place.method for place in placed} == {"learned"}
+    left = {"left": 1.0, "right": 0.1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ctclip.drafting.drafter.by_side", lambda values, affine, prepared: left)
+        patch.setattr("ctclip.drafting.store.stored_by_side", lambda values, affine, voxels, spec: left)
+        drafter = model.drafter(Drafting())
+        patch.setattr(drafter.detector, "thresholds", lambda: dict.fromkeys(drafter.detector.names, 0.0))
+        scans = StoredScans(VolumeStore(clinic.store), "train", model.spec, clinic.model)
+        stored = draft_store(drafter, scans, {}, count=1)["findings"][0]
+        assert ["on the left" in sentence.lower() for sentence in sentences(stored)] == [True, False], stored
+        ready = prepare(clinic.scan, model.spec, hu="trust-file")
+        assert drafter.draft(ready, "scan", places=False).text("findings") == stored
     one = model.detect(clinic.scan, head="locate", hu="trust-file").probabilities
     assert one == model.detect(clinic.scan, hu="trust-file").probabilities, "scores are those of the prompts"
     # As version 1.0 wrote it.
