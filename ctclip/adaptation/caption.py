@@ -8,7 +8,6 @@ as in DCP-PD, arXiv 2604.10437).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +41,7 @@ from ctclip.report_reading.findings import Cleaner
 from ctclip.report_reading.reader import Options
 from ctclip.report_reading.rules import RulesReader
 from ctclip.schema import Section
+from ctclip.training.optimizer import rate_factor
 
 METHOD, LOSSES = "caption", "caption.csv"
 SECTIONS = ("findings", "impression")
@@ -193,7 +193,7 @@ def _fit(
     optimizer = torch.optim.AdamW(
         decoder.parameters(), config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step / steps, config.warmup))
     losses: list[float] = []
     random = np.random.default_rng([seed, 29])
     for rows in track(_draws(count, batch, steps, random), steps, "caption head", "steps"):
@@ -238,11 +238,3 @@ def _padded(texts: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row, _ in texts])
     places = torch.arange(length)[None]
     return ids, mask, (mask == 1) & (places >= torch.tensor([prefix for _, prefix in texts])[:, None])
-
-
-def _rate(step: int, steps: int, warmup: float) -> float:
-    """The factor of the learning rate: rises linearly, then falls to 0 along a cosine."""
-    rising = warmup * steps
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))

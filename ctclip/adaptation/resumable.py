@@ -4,7 +4,6 @@ its random numbers with its own number, so that a resumed run produces identical
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from ctclip.errors import CheckpointError
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.progress import track
+from ctclip.training.optimizer import rate_factor
 
 T = TypeVar("T")
 
@@ -41,10 +41,7 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
-        rising = self.warmup * self.steps
-        if step < rising:
-            return self.learning_rate * (step + 1) / (rising + 1)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(self.steps - rising, 1)))
+        return self.learning_rate * rate_factor(step / self.steps, self.warmup)
 
 
 def train_resumably(
