@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ctclip.adaptation.caption_texts import read_reports
-from ctclip.adaptation.plan import FEWEST_SIDES, WRONG
+from ctclip.adaptation.plan import FEWEST, FEWEST_SIDES, WRONG
 from ctclip.explanation.method import Subject, method
 from ctclip.explanation.place import stored_by_side
 from ctclip.heads.locator import LocateHead
@@ -33,7 +33,8 @@ def fit_sides(
     refused: dict[str, str],
 ) -> dict[str, float]:
     """For each finding, the least share of a side (see ``side_shares``) at which hardly any side is wrong in ``rows`` of
-    the scans, which the locator must not have learned from. Findings whose sides are named too seldom are left out."""
+    the scans, which the locator must not have learned from. Findings whose sides are named too seldom are left out, and those
+    of which only one side is named, since that side says nothing."""
     if loaded.spec.published_geometry:
         # Its volumes have columns and rows exchanged, which ``stored_by_side`` does not know.
         return {}
@@ -55,7 +56,11 @@ def fit_sides(
                 if shares:
                     side = max(("left", "right"), key=lambda one: shares[one])
                     seen[name].append((shares[side], side == named[row][name]))
-    return {name: least for name, each in seen.items() if (least := _least(each)) is not None}
+    told = {name: [sides[name] for sides in named.values() if name in sides] for name in seen}
+    certain = {
+        name: _least(each) for name, each in seen.items() if min(map(told[name].count, ("left", "right"))) >= FEWEST
+    }
+    return {name: least for name, least in certain.items() if least is not None}
 
 
 def _least(seen: Sequence[tuple[float, bool]]) -> float | None:

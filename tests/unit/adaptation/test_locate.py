@@ -433,3 +433,6 @@ def test_the_sides_of_stored_volumes_are_learned_from_reports_that_name_them(
     refused: dict[str, str] = {}
     assert fit_sides(loaded, head, scans, range(24), "english", refused) == {"Nodule": pytest.approx(0.9)}
     assert not refused
+    scans.table["findings"] = "There is a nodule on the left."
+    said = iter(["left"] * 24)
+    assert fit_sides(loaded, head, scans, range(24), "english", refused) == {}, "a side that is always the same"
