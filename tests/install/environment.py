@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,9 @@ ROOT = Path(__file__).parents[2]
 def checked(command: Iterable[object], **options: object) -> str:
     """Standard output of a command that must succeed."""
     words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+    # With a path to the checkout, pip would take the wheel for installed.
+    settings = {"env": {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}} | options
+    done = subprocess.run(words, capture_output=True, text=True, check=False, **settings)  # type: ignore[call-overload]
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return str(done.stdout)
 
