@@ -10,11 +10,11 @@ map most keep its value; those that do not are lowered to a third of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ctclip.explanation.method import Maps, Method, Subject
@@ -42,6 +42,9 @@ def with_detail(
     """
     from scipy import ndimage
 
+    gradient = looking.slopes(subject)
+    if gradient is None:
+        return maps
     voxels = subject.volume[0, 0].float().cpu().numpy()
     if any(extent % step for extent, step in zip(voxels.shape, cell, strict=True)):
         return maps
@@ -50,9 +53,7 @@ def with_detail(
     block = [extent // count for extent, count in zip(cell, parts, strict=True)]
     around = ndimage.uniform_filter(voxels, [SURROUNDINGS * extent for extent in block], mode="nearest")
     halfway = torch.from_numpy((voxels + around) / 2)[None, None].to(subject.volume)
-    slopes = _slopes(looking, replace(subject, volume=halfway), shifts)
-    if slopes is None:
-        return maps
+    slopes = _sum_of_shifts(gradient, halfway, shifts)
     fine = [extent // step for extent, step in zip(voxels.shape, block, strict=True)]
     spacing = axis_spacing(subject.model.volume_encoder.spec)
     affine = np.diag([*(step * mm for step, mm in zip(block, spacing, strict=True)), 1.0])
@@ -68,18 +69,23 @@ def with_detail(
     return maps._replace(values=detailed, affine=affine)
 
 
-def _slopes(looking: Method, subject: Subject, shifts: Sequence[Sequence[int]]) -> Tensor | None:
-    """The sum of the slopes (F, D, H, W) at all positions of the cells."""
+def shifted(volume: Tensor, shift: Sequence[int]) -> Tensor:
+    """The volume (1, 1, D, H, W) shifted so that it begins ``shift`` voxels later along each axis; its last voxels are
+    repeated."""
+    z, y, x = shift
+    return F.pad(volume, (0, x, 0, y, 0, z), mode="replicate")[:, :, z:, y:, x:]
+
+
+def _sum_of_shifts(gradient: Callable[[Tensor], Tensor], volume: Tensor, shifts: Sequence[Sequence[int]]) -> Tensor:
+    """The sum of the gradients (F, D, H, W) at all positions of the cells."""
     total: Tensor | None = None
     for shift in shifts:
-        slopes = looking.slopes(subject.shifted(shift) if any(shift) else subject)
-        if slopes is None:
-            return None
-        if total is None:
-            total = torch.zeros_like(slopes)
+        one = gradient(shifted(volume, shift))
+        total = torch.zeros_like(one) if total is None else total
         z, y, x = shift
-        _, d, h, w = slopes.shape
-        total[:, z:, y:, x:] += slopes[:, : d - z, : h - y, : w - x]
+        _, d, h, w = one.shape
+        total[:, z:, y:, x:] += one[:, : d - z, : h - y, : w - x]
+    assert total is not None
     return total
 
 

@@ -8,6 +8,9 @@ finding less likely than average are 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,15 +31,18 @@ class Learned(Method):
             values, cells = _values(subject, subject.volume)
         return Maps(values.unflatten(1, cells.grid).cpu().numpy(), cells.affine)
 
-    def slopes(self, subject: Subject) -> Tensor | None:
+    def slopes(self, subject: Subject) -> Callable[[Tensor], Tensor] | None:
         # A token may respond to a finding elsewhere, so its gradient says nothing about its own cell.
         if subject.locator is None or subject.locator.tokens or not subject.model.volume_encoder.pools_finer_grids:
             return None
-        with torch.enable_grad():
-            volume = subject.volume.detach().clone().requires_grad_()
-            totals = _values(subject, volume)[0].sum(dim=1)
-            slopes = [torch.autograd.grad(one, volume, retain_graph=True)[0][0, 0] for one in totals]
-        return torch.stack(slopes)
+        return partial(_gradients, subject)
+
+
+def _gradients(subject: Subject, volume: Tensor) -> Tensor:
+    with torch.enable_grad():
+        volume = volume.detach().clone().requires_grad_()
+        totals = _values(subject, volume)[0].sum(dim=1)
+        return torch.stack([torch.autograd.grad(one, volume, retain_graph=True)[0][0, 0] for one in totals])
 
 
 def _values(subject: Subject, volume: Tensor) -> tuple[Tensor, Cells]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ctclip.errors import ExplanationError
@@ -55,12 +54,6 @@ class Subject:
     budget: int = 600
     locator: Locator | None = None
 
-    def shifted(self, shift: Sequence[int]) -> Subject:
-        """The volume shifted so that it begins ``shift`` voxels later along each axis; its last voxels are repeated."""
-        z, y, x = shift
-        volume = F.pad(self.volume, (0, x, 0, y, 0, z), mode="replicate")[:, :, z:, y:, x:]
-        return replace(self, volume=volume)
-
     def evidence(self) -> Evidence:
         """The encoded volume, with the features that were pooled."""
         with torch.no_grad():
@@ -88,9 +81,9 @@ class Method(ABC):
     def maps(self, subject: Subject) -> Maps:
         """Raises ExplanationError if the method does not support the encoder or the head."""
 
-    def slopes(self, subject: Subject) -> Tensor | None:
-        """The gradient (F, D, H, W) of the sum of each map with respect to the voxels, for the detail within cells (see
-        ``ctclip.explanation.detail``); None if the method shows none."""
+    def slopes(self, subject: Subject) -> Callable[[Tensor], Tensor] | None:
+        """For the detail within cells (see ``ctclip.explanation.detail``): volume (1, 1, D, H, W) -> the gradient (F, D,
+        H, W) of the sum of each map with respect to its voxels. None if the method shows no detail."""
         return None
 
 

@@ -12,11 +12,12 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from ctclip.errors import ExplanationError
-from ctclip.explanation.detail import with_detail
+from ctclip.explanation.detail import shifted, with_detail
 from ctclip.explanation.method import SLOW, Maps, Method, Subject
 from ctclip.models.encoded import axis_spacing
 from ctclip.preprocessing.progress import track
@@ -53,7 +54,7 @@ def maps_of(looking: Method, subject: Subject, shifts: int | None = None, *, pro
         places = track(places, math.prod(parts), "mapping", "encodings")
     for place in places:
         shift = [number * step for number, step in zip(place, steps, strict=True)]
-        moved = looking.maps(subject.shifted(shift)) if any(shift) else first
+        moved = looking.maps(replace(subject, volume=shifted(subject.volume, shift))) if any(shift) else first
         z, y, x = (slice(number, None, n) for number, n in zip(place, parts, strict=True))
         stitched[:, z, y, x] = moved.values
     maps = first if math.prod(parts) == 1 else Maps(*_means(stitched, first.affine, parts), first.notes)
