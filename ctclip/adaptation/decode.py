@@ -13,8 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ctclip.adaptation.caption import prompts_of
@@ -23,9 +21,10 @@ from ctclip.adaptation.examples import cached_embeddings
 from ctclip.adaptation.keep import add_head, check_head_name
 from ctclip.adaptation.prior import VIEWS
 from ctclip.adaptation.resumable import Schedule, rows_of, train_resumably
+from ctclip.adaptation.state import read_state, write_state
 from ctclip.data.dataset import some_scans, with_report
 from ctclip.data.reports import ReportViews, reports_of
-from ctclip.errors import ConfigError, DataError
+from ctclip.errors import CheckpointError, ConfigError, DataError
 from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.tables import write_predictions
 from ctclip.heads.decoder import BINS, DecodeHead, Decoder, Networks, intensity_bin
@@ -34,7 +33,6 @@ from ctclip.inference.scans import StoredScans, prefetch
 from ctclip.language import load_language
 from ctclip.models.encoded import axis_shape
 from ctclip.models.folder import ModelFolder
-from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
 from ctclip.preprocessing.progress import duration, track
 from ctclip.preprocessing.store import VolumeStore
@@ -286,22 +284,18 @@ def _latents(decoder: Decoder, scans: StoredScans, folder: Path, key: str) -> Te
                 volume = _crop(ready()[0], None)[None, None].to(decoder.mean.device)
                 encoded.append(decoder.encode(volume)[0].half().cpu())
             part = torch.cat(encoded)
-            with written_beside(path) as partial:
-                save_file({"latents": part}, partial, {"key": key})
+            write_state(path, key, {"latents": part})
         parts.append(part)
     return torch.cat(parts).clone()
 
 
 def _kept(path: Path, key: str) -> Tensor | None:
-    """The latents cached in a file by this run; None if there are none."""
+    """The latents cached in a file by this run; None if there are none, or if the file is damaged."""
     try:
-        with safe_open(path, "pt") as part:
-            if (part.metadata() or {}).get("key") != key:
-                return None
-            latents: Tensor = part.get_tensor("latents")
-            return latents
-    except (OSError, SafetensorError):
+        kept = read_state(path, key)
+    except CheckpointError:
         return None
+    return None if kept is None else kept[0].get("latents")
 
 
 @torch.inference_mode()

@@ -12,12 +12,9 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ctclip.errors import CheckpointError
-from ctclip.preprocessing.files import written_beside
+from ctclip.adaptation.state import damaged, read_state, write_state
 from ctclip.preprocessing.progress import track
 from ctclip.training.optimizer import rate_factor
 
@@ -132,8 +129,7 @@ def _save(
         there = {name: optimizer.state[value][moment] for name, value in parameters.items() if value in optimizer.state}
         tensors |= {f"{moment}.{name}": value for name, value in there.items()}
     tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
-    with written_beside(path) as partial:
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, {"key": key})
+    write_state(path, key, tensors)
 
 
 def _resume(
@@ -144,21 +140,19 @@ def _resume(
     optimizer: torch.optim.Optimizer,
 ) -> list[float]:
     """Load the state of this run; return the losses of its steps, empty if there is no state."""
-    if not path.is_file():
+    kept = read_state(path, key)
+    if kept is None:
         return []
+    tensors, _ = kept
     try:
-        with safe_open(path, "pt") as state:
-            if (state.metadata() or {}).get("key") != key:
-                return []
-            names = set(state.keys())
-            losses: list[float] = state.get_tensor("losses").tolist()
-            with torch.no_grad():
-                for name, value in parameters.items():
-                    value.copy_(state.get_tensor(f"weight.{name}"))
-                    averaged[name].copy_(state.get_tensor(f"average.{name}"))
-                    if f"{MOMENTS[0]}.{name}" in names:
-                        moments = {moment: state.get_tensor(f"{moment}.{name}").to(value) for moment in MOMENTS}
-                        optimizer.state[value] = {"step": torch.tensor(float(len(losses))), **moments}
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: damaged; delete it and run the same command again") from error
+        losses: list[float] = tensors["losses"].tolist()
+        with torch.no_grad():
+            for name, value in parameters.items():
+                value.copy_(tensors[f"weight.{name}"])
+                averaged[name].copy_(tensors[f"average.{name}"])
+                if f"{MOMENTS[0]}.{name}" in tensors:
+                    moments = {moment: tensors[f"{moment}.{name}"].to(value) for moment in MOMENTS}
+                    optimizer.state[value] = {"step": torch.tensor(float(len(losses))), **moments}
+    except (KeyError, RuntimeError) as error:
+        raise damaged(path) from error
     return losses
