@@ -24,7 +24,7 @@ from torch import Tensor
 from ctclip.adaptation.caption import prompts_of
 from ctclip.adaptation.keep import add_head, check_head_name
 from ctclip.adaptation.sharpen import Meanings, choose, sharpen
-from ctclip.adaptation.sides import fit_sides
+from ctclip.adaptation.sides import fit_sides, side_cleaner
 from ctclip.adaptation.stages import STATE, Stages, resumed, save_stages
 from ctclip.data.dataset import some_scans, with_report
 from ctclip.data.reports import reports_of
@@ -184,6 +184,7 @@ def run_locate(
     """
     check_folder(output, made_by_us, "output of `ctclip adapt --method locate`")
     check_head_name(loaded, head, LocateHead.kind)
+    cleaner = side_cleaner(loaded, config.language)
     scans = StoredScans(VolumeStore(store), split, loaded.spec, loaded.path)
     where = f"{store}: split {split!r}"
     scans.table = with_report(scans.table, loaded.trained_on.sections, where)
@@ -209,8 +210,9 @@ def run_locate(
             losses += _round(number, loaded, scans, locator, stated, held_out, config, seed, refused)
             save_stages(output / STATE, key, Stages(locator, losses, number + 1, refused))
         located = LocateHead(loaded.model, locator, prompts_of(loaded), loaded.labels.names)
-        rows = np.flatnonzero(held_out).tolist()
-        located.certain = fit_sides(loaded, located, scans, rows, config.language, refused)
+        if cleaner is not None:
+            rows = np.flatnonzero(held_out).tolist()
+            located.certain = fit_sides(loaded, located, scans, rows, cleaner, refused)
         for reason in refused.values():
             print(f"refused: {reason}")
         words = f"{len(scans.table) - len(refused)} volumes of {len(names)} patients, split {split}"

@@ -95,9 +95,17 @@ def _certain(logits: Tensor, stated: Tensor) -> list[float]:
     for i in range(shares.shape[1]):
         sided = (stated[:, i, 0] == 1) & (stated[:, i, 1:].nansum(dim=1) == 1)
         share, right = shares[sided, i], best[sided, i] == stated[sided, i, 1:].argmax(dim=1)
-        order = share.argsort(descending=True)
-        number = torch.arange(1, len(order) + 1)
-        wrong = (~right[order]).cumsum(0)
-        fits = (wrong <= WRONG * number) & (number >= FEWEST_SIDES) & (share[order] >= LEAST_SHARE)
-        certain.append(float(share[order][fits.nonzero()[-1]]) if fits.any() else NEVER)
+        likely = share >= LEAST_SHARE
+        least = least_certain(share[likely], right[likely])
+        certain.append(NEVER if least is None else least)
     return certain
+
+
+def least_certain(shares: Tensor, right: Tensor) -> float | None:
+    """The smallest of the ``shares`` (n,) from which on hardly any side is wrong (``right`` (n,) bool); None if there is
+    none."""
+    order = shares.argsort(descending=True)
+    number = torch.arange(1, len(order) + 1)
+    wrong = (~right[order]).cumsum(0)
+    fits = ((wrong <= WRONG * number) & (number >= FEWEST_SIDES)).nonzero()
+    return float(shares[order][fits[-1]]) if len(fits) else None

@@ -29,8 +29,9 @@ from ctclip.adaptation.locate import (
     run_locate,
     stated_sentences,
 )
+from ctclip.adaptation.plan import least_certain
 from ctclip.adaptation.sharpen import Meanings, choose, sharpen
-from ctclip.adaptation.sides import _least, fit_sides
+from ctclip.adaptation.sides import fit_sides, side_cleaner
 from ctclip.adaptation.stages import STATE
 from ctclip.drafting.drafter import Drafting
 from ctclip.drafting.store import draft_store
@@ -397,6 +398,9 @@ def test_an_interrupted_training_resumes_and_gives_the_same_locator(
 
 
 def test_a_side_is_certain_from_the_share_on_at_which_hardly_any_was_wrong() -> None:
+    def _least(seen: list[tuple[float, bool]]) -> float | None:
+        return least_certain(*(torch.tensor(part) for part in zip(*seen, strict=True)))
+
     right = [(0.9 - number / 100, True) for number in range(40)]
     assert _least(right) == pytest.approx(0.51)
     assert _least([*right, *((share - 0.005, False) for share, _ in right[20:])]) == pytest.approx(0.70, abs=0.011)
@@ -431,8 +435,10 @@ def test_the_sides_of_stored_volumes_are_learned_from_reports_that_name_them(
     maps = SimpleNamespace(values=[None], affine=None)
     monkeypatch.setattr("ctclip.adaptation.sides.method", lambda name: SimpleNamespace(maps=lambda subject: maps))
     refused: dict[str, str] = {}
-    assert fit_sides(loaded, head, scans, range(24), "english", refused) == {"Nodule": pytest.approx(0.9)}
+    cleaner = side_cleaner(loaded, "english")
+    assert cleaner is not None
+    assert fit_sides(loaded, head, scans, range(24), cleaner, refused) == {"Nodule": pytest.approx(0.9)}
     assert not refused
     scans.table["findings"] = "There is a nodule on the left."
     said = iter(["left"] * 24)
-    assert fit_sides(loaded, head, scans, range(24), "english", refused) == {}, "a side that is always the same"
+    assert fit_sides(loaded, head, scans, range(24), cleaner, refused) == {}, "a side that is always the same"
