@@ -442,3 +442,23 @@ def test_the_sides_of_stored_volumes_are_learned_from_reports_that_name_them(
     scans.table["findings"] = "There is a nodule on the left."
     said = iter(["left"] * 24)
     assert fit_sides(loaded, head, scans, range(24), cleaner, refused) == {}, "a side that is always the same"
+
+
+def test_the_certain_sides_of_held_out_volumes_are_saved_with_the_locator(
+    clinic: Clinic,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[list[int]] = []
+
+    def fitted(loaded: object, head: object, scans: StoredScans, rows: list[int], *_: object) -> dict[str, float]:
+        asked.append(rows)
+        patients = scans.table["patient"]
+        assert not set(patients.iloc[rows]) & set(patients.drop(patients.index[rows])), "whole patients"
+        return {"Nodule": 0.5}
+
+    monkeypatch.setattr(locate, "fit_sides", fitted)
+    config = LocateConfig(cells=8, features=8, same=0.9, other=0.8, rounds=0)
+    run_locate(load_model(clinic.model), clinic.store, tmp_path / "out", config)
+    assert len(asked[0]) >= 1
+    assert ctclip.load(clinic.model)._located().certain == {"Nodule": 0.5}

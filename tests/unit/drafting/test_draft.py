@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,8 +15,9 @@ import torch
 import ctclip
 from ctclip.cli import main
 from ctclip.drafting.draft import draft
-from ctclip.drafting.writers import Detected, TemplateWriter, Writer
+from ctclip.drafting.writers import CaptionWriter, Detected, TemplateWriter, Writer
 from ctclip.evaluation.calibration import Calibration, Line
+from ctclip.heads.caption import Decoding
 from ctclip.inference.index import Index
 from ctclip.labels import load_labels
 from ctclip.models.encoded import Encoded
@@ -58,6 +60,18 @@ def test_a_template_names_a_side_only_if_it_is_certain() -> None:
     assert all(
         {(one.label, one.side) for one in CLEANER.clean(text)[0].findings} == {key}
         for key, text in writer.sided.items()
+    )
+
+
+def test_a_caption_names_the_sides_of_its_plan_and_of_the_locator() -> None:
+    plan = (["Pleural effusion", "Lung opacity", "Atelectasis"], {"Pleural effusion": "left", "Atelectasis": "left"})
+    written = dict.fromkeys(("findings", "impression"), "There is a pleural effusion.")
+    head = SimpleNamespace(prompted=True, write=lambda *_: [written], planned=lambda _: [plan])
+    template = TemplateWriter(load_labels("ct_rate_18").names, [load_prompts("report_style")], CLEANER)
+    writer = CaptionWriter(head, Decoding(), template, CLEANER)  # type: ignore[arg-type]
+    words = replace(detected(), sides={"Lung opacity": "right", "Atelectasis": "right"})
+    assert writer.write(NOTHING, words)["findings"] == (
+        "Pleural effusion on the left. Lung opacity on the right. Atelectasis on the right."
     )
 
 

@@ -56,6 +56,14 @@ def test_regions_have_the_sizes_that_were_drawn(tmp_path: Path) -> None:
     assert [r.height for r in proposals(values, place.affine, place.prepared, 0.5, SizeLimit(25), 5)] == [3.0]
     assert [r.height for r in proposals(values, place.affine, place.prepared, 0.5, SizeLimit(0, 25), 5)] == [2.0]
     assert not regions_of(-values - 1, place.affine, place.prepared, 0.5)
+    sloping = np.zeros((6, 6, 8), np.float32)
+    sloping[2, 3, 3:5] = 3.0, 1.0
+    (interpolated,) = regions_of(sloping, place.affine, place.prepared, 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ctclip.explanation.place.FINE", sloping.size)
+        (whole,) = regions_of(sloping, place.affine, place.prepared, 0.5)
+    assert interpolated.size_mm[0] > 15, "towards the neighbour"
+    assert whole.size_mm == pytest.approx((15, 15, 16)), "a map with many cells is not interpolated"
 
 
 def test_a_region_grows_to_the_edge_of_what_it_lies_on(tmp_path: Path) -> None:

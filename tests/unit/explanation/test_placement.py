@@ -13,10 +13,11 @@ import pytest
 import SimpleITK as sitk
 
 from ctclip.explanation.explain import Explanation, explain
-from ctclip.explanation.place import by_side
+from ctclip.explanation.place import by_side, stored_by_side
 from ctclip.preprocessing import prepare
 from ctclip.preprocessing.spec import PreprocessingSpec
 from tests.unit.explanation.known import SPEC, TURNED, known_model, token_mm, write_scan
+from tests.unit.small import spec_of
 
 SPACING = np.array([1.9, 2.6, 3.1])
 SHAPE = (52, 38, 30)
@@ -155,3 +156,20 @@ def test_the_halves_of_the_body(signs: tuple[int, ...], tmp_path: Path) -> None:
     assert found["right"] < found["left"]
     assert halves(lesion[0] - 12)["right"] == place.values.max(), "the middle lies to the left of the lesion"
     assert halves(CENTRE[0] + 1000) == halves(CENTRE[0], chest=False) == {}
+
+
+def test_the_halves_of_a_stored_chest_meet_at_its_own_midline() -> None:
+    """The body lies to the right of the grid's middle (column 30), so that column 27 is on its left."""
+    spec = spec_of((40, 50, 60), (4.0, 4.0, 4.0))
+    hu = np.full(spec.shape, -1000.0)
+    hu[:, 5:45, 2:48] = 40
+    for first in (6, 28):
+        hu[4:36, 10:40, first : first + 16] = -800
+    low, high = spec.hu_window
+    voxels = ((hu - low) / (high - low) * 2 - 1).astype(np.float32)
+    values = np.zeros((10, 10, 20), np.float32)
+    affine = np.diag([16.0, 20.0, 12.0, 1.0])
+    affine[:3, 3] = [6, 8, 4]
+    values[5, 5, 9], values[2, 2, 3] = 2.0, 1.0
+    assert stored_by_side(values, affine, voxels, spec) == {"right": 1.0, "left": 2.0}
+    assert stored_by_side(values, affine, np.full_like(voxels, -1), spec) == {}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ctclip.adaptation.plan import fit_plan
-from ctclip.heads.plan import PARTS, Plan, plan_features
+from ctclip.adaptation.plan import _certain, fit_plan
+from ctclip.heads.plan import NEVER, PARTS, Plan, plan_features
 from ctclip.models.encoded import Encoded
 from ctclip.models.pooling import at_tokens
 
@@ -44,6 +44,17 @@ def test_findings_and_their_sides(fitted: tuple[Plan, torch.Tensor, torch.Tensor
     truth = {"left": 1, "right": 2, "both": 3}
     assert np.mean([stated[row, 0, truth[side]] == 1 for row, side in told]) > 0.96
     assert not any("Nodule" in known for known in sides), "which side a nodule is on was a guess"
+
+
+def test_a_side_that_is_less_likely_than_not_is_never_certain() -> None:
+    """All sides are right, though none reaches half of the finding's probability."""
+    logits = torch.full((40, 1, PARTS), -9.0)
+    logits[:, 0, 0] = 4.0
+    logits[:, 0, 1] = torch.linspace(-1.5, -0.5, 40)
+    stated = torch.zeros(40, 1, PARTS)
+    stated[:, 0, :2] = 1
+    assert _certain(logits, stated) == [NEVER]
+    assert _certain(logits + torch.tensor([0.0, 3.0, 0.0, 0.0]), stated)[0] < 1
 
 
 def test_finer_cells_are_pooled_at_the_place_of_their_token() -> None:
