@@ -13,8 +13,8 @@ from ctclip.heads.plan import NEVER, PARTS, Plan, side_shares
 
 # Penalties on standardised features, relative to the mean cross-entropy; the best on held-out patients is chosen for
 # each target.
-PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-HELD_OUT = 5
+PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+FOLDS = 5
 # A side is stated only if at most this fraction of sides is wrong on held-out patients.
 WRONG, FEWEST_SIDES, LEAST_SHARE = 0.03, 15, 0.5
 # Minimum number of held-out reports that state a finding for it to get its own threshold.
@@ -26,29 +26,43 @@ def fit_plan(names: Sequence[str], features: Tensor, stated: Tensor, patients: n
     """Fit a plan to ``features`` (n, D), ``stated`` (n, names, PARTS) of 0, 1 and NaN (not used), and ``patients``
     (n,).
 
-    A held-out fifth of the patients is used to choose each target's penalty, the threshold of each finding (the one
-    with the largest F1) and the certainty required for its sides; the weights are then fitted to all patients.
+    Each target's penalty, the threshold of each finding (the one with the largest F1) and the certainty required for
+    its sides are chosen by cross-validation over patients; the weights are then fitted to all of them.
     """
     plan = Plan(names, features.shape[1])
     plan.mean, plan.spread = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     inputs, targets = (features - plan.mean) / plan.spread, stated.flatten(1)
-    people = np.unique(patients)
-    held_people = np.random.default_rng([seed, 31]).permutation(people)[: max(1, len(people) // HELD_OUT)]
-    held = torch.from_numpy(np.isin(patients, held_people))
-    if held.all() or not held.any():
-        held = torch.arange(len(inputs)) % HELD_OUT == 0
-    fits = [_regression(inputs[~held], targets[~held], torch.full((targets.shape[1],), each)) for each in PENALTIES]
-    logits = torch.stack([inputs[held] @ weight.T + bias for weight, bias in fits])
-    losses = torch.stack([_losses(one, targets[held]) for one in logits])
-    best = losses.argmin(dim=0)
-    seen = logits.gather(0, best[None, None].expand(1, logits.shape[1], -1))[0].unflatten(1, (len(names), PARTS))
-    plan.thresholds = torch.tensor([_best_f1(seen[:, i, 0], stated[held, i, 0]) for i in range(len(names))])
-    plan.certain = torch.tensor(_certain(seen, stated[held]))
+    folds = torch.from_numpy(_folds(patients, seed))
+    logits = torch.stack([_held_out(inputs, targets, folds, penalty) for penalty in PENALTIES])
+    best = torch.stack([_losses(one, targets) for one in logits]).argmin(dim=0)
+    seen = logits.gather(0, best[None, None].expand(1, len(inputs), -1))[0].unflatten(1, (len(names), PARTS))
+    plan.thresholds = torch.tensor([_best_f1(seen[:, i, 0], stated[:, i, 0]) for i in range(len(names))])
+    plan.certain = torch.tensor(_certain(seen, stated))
     weight, bias = _regression(inputs, targets, torch.tensor(PENALTIES)[best])
     with torch.no_grad():
         plan.linear.weight.copy_(weight)
         plan.linear.bias.copy_(bias)
     return plan.eval().requires_grad_(False)
+
+
+def _folds(patients: np.ndarray, seed: int) -> np.ndarray:
+    """The fold of each volume (n,): those of its patient, or of the volume itself if there are fewer patients than
+    folds."""
+    people, person = np.unique(patients, return_inverse=True)
+    if len(people) < FOLDS:
+        return np.arange(len(patients)) % FOLDS
+    fold: np.ndarray = np.random.default_rng([seed, 31]).permutation(len(people)) % FOLDS
+    return fold[person]
+
+
+def _held_out(inputs: Tensor, targets: Tensor, folds: Tensor, penalty: float) -> Tensor:
+    """Logits (n, T), each by a regression that saw no volume of the same fold."""
+    logits = torch.zeros_like(targets)
+    for fold in folds.unique():
+        held = folds == fold
+        weight, bias = _regression(inputs[~held], targets[~held], torch.full((targets.shape[1],), penalty))
+        logits[held] = inputs[held] @ weight.T + bias
+    return logits
 
 
 def _regression(inputs: Tensor, targets: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
