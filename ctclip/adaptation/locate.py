@@ -10,6 +10,7 @@ are encoded again, and the locator learns from the cells that it chooses itself.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ctclip.adaptation.caption import prompts_of
+from ctclip.adaptation.evidence import evidence
 from ctclip.adaptation.keep import add_head, check_head_name
 from ctclip.adaptation.sharpen import Meanings, choose, sharpen
 from ctclip.adaptation.sides import fit_sides, side_cleaner
@@ -95,6 +97,12 @@ class LocateConfig(Section):
         4000,
         ge=3,
         description="largest number of training volumes of these rounds, drawn at random; the chosen cells of all are kept in memory",
+    )
+    evidence: int = Field(
+        1500,
+        ge=0,
+        description="largest number of training volumes of a last round, in which cells also count by how much the "
+        "model's own match with the sentence depends on them (one gradient per sentence); 0: no such round",
     )
     epochs: int = Field(10, ge=1, le=10**4, description="passes over the chosen cells in each round")
     language: str = Field(
@@ -206,7 +214,7 @@ def run_locate(
             stages = Stages(*fit_locator(drawn_cells, stated, held_out, config, seed), 0, refused)
             save_stages(output / STATE, key, stages)
         locator, losses, refused = stages.locator, stages.losses, stages.refused
-        for number in range(stages.rounds, config.rounds):
+        for number in range(stages.rounds, config.rounds + (config.evidence > 0)):
             losses += _round(number, loaded, scans, locator, stated, held_out, config, seed, refused)
             save_stages(output / STATE, key, Stages(locator, losses, number + 1, refused))
         located = LocateHead(loaded.model, locator, prompts_of(loaded), loaded.labels.names)
@@ -277,7 +285,7 @@ def _drawn(
     device = loaded.model.device
     random = np.random.default_rng([seed, 41])
     order = random.permutation(len(scans.table)).tolist()
-    for members, levels in _encoded(loaded, scans, config, order, refused, "encoding"):
+    for members, _, levels in _encoded(loaded, scans, config, order, refused, "encoding"):
         cells = Cells(levels, loaded.spec)
         weights = sum(_unusual(level)[:, within.to(device)] for level, within in zip(levels, cells.within, strict=True))
         assert isinstance(weights, Tensor)
@@ -294,29 +302,38 @@ def _drawn(
 
 def _encoded(
     loaded: ModelFolder, scans: StoredScans, config: LocateConfig, order: list[int], refused: dict[str, str], what: str
-) -> Iterator[tuple[list[int], list[Level]]]:
-    """Rows of the cohort table, a few at a time, and the grids of their volumes."""
+) -> Iterator[tuple[list[int], Tensor, list[Level]]]:
+    """Rows of the cohort table, a few at a time, their volumes (B, 1, D, H, W) and the grids of these."""
     for members, voxels, _ in batches(scans, order, BATCH, refused, what):
+        volumes = torch.from_numpy(voxels).to(loaded.model.device)
         with torch.inference_mode():
-            volumes = torch.from_numpy(voxels).to(loaded.model.device)
             levels = levels_of(loaded.model.volume_encoder, volumes, tokens=config.tokens, halves=config.halves)
-        yield members, levels
+        yield members, volumes, levels
 
 
 def _round(
     number: int, loaded: ModelFolder, scans: StoredScans, locator: Locator, stated: Stated, held_out: np.ndarray,
     config: LocateConfig, seed: int, refused: dict[str, str],
 ) -> list[tuple[str, float, float, float]]:  # fmt: skip
-    """Choose cells with the locator and train it on them; returns the losses, one row per epoch."""
+    """Choose cells with the locator and train it on them; returns the losses, one row per epoch. The round after the
+    last of ``config.rounds`` also uses the evidence of the model."""
     random = np.random.default_rng([seed, 53, number])
-    order = random.permutation(len(scans.table))[: config.chosen].tolist()
+    last = number == config.rounds
+    order = random.permutation(len(scans.table))[: config.evidence if last else config.chosen].tolist()
     meanings = Meanings.of(stated.sentences, stated.says, config.same)
     vectors = stated.sentences.to(loaded.model.device)
     found = []
-    for members, levels in _encoded(loaded, scans, config, order, refused, f"choosing cells, round {number + 1}"):
+    for members, volumes, levels in _encoded(
+        loaded, scans, config, order, refused, f"choosing cells, round {number + 1}"
+    ):
         for one, row in enumerate(members):
             own = [level.one(one) for level in levels]
-            cells = choose(locator, own, loaded.spec, vectors, *meanings.draw(row, random), row, random)
+            present, absent = meanings.draw(row, random)
+            weights = None
+            if last and present:
+                finest = max(own, key=lambda level: math.prod(level.grid))
+                weights = evidence(loaded.model, volumes[one : one + 1], vectors[present], finest.grid)
+            cells = choose(locator, own, loaded.spec, vectors, present, absent, row, random, weights)
             found += [cells] if cells is not None else []
     if all(held_out[one.row] for one in found):
         return []

@@ -3,8 +3,9 @@
 A map says which cells hold a finding, not where in a cell it lies. How much the map would change if a voxel had the
 mean of its surroundings is its difference from them times the mean gradient on the way (integrated gradients,
 Sundararajan et al. 2017), here by the midpoint rule: the gradient of the volume halfway to its smoothed self. At the
-volume itself, the whole gradient of a maximum would fall on a single voxel, such as one of a rib. Voxels that raise the
-map most keep its value; those that do not are lowered to a third of it.
+volume itself, the whole gradient of a maximum would fall on a single voxel, such as one of a rib. Narrow surroundings
+show edges and thin structures, wide ones show what fills a cell; a voxel counts as far as both agree on it. Voxels that
+raise the map most keep its value; those that do not are lowered to a third of it.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from ctclip.models.encoded import axis_spacing
 
 # A cell is divided into at most this many blocks along each axis, and a map into at most this many in all.
 PARTS, MOST_BLOCKS = 4, 2**22
-# Extent of a block's surroundings, and standard deviation of the smoothing, in blocks.
-SURROUNDINGS, SMOOTH = 3, 1.0
+# Extents of a block's surroundings, and standard deviation of the smoothing, in blocks.
+SURROUNDINGS, SMOOTH = (3, 9), 1.0
 # Influence is full from this quantile of the influences in the region that reaches half of the peak.
 FULL = 0.997
 # Weight of blocks without influence; full influence adds 1.
@@ -51,21 +52,21 @@ def with_detail(
     shape = [extent // step for extent, step in zip(voxels.shape, cell, strict=True)]
     parts = _parts(cell, shape)
     block = [extent // count for extent, count in zip(cell, parts, strict=True)]
-    around = ndimage.uniform_filter(voxels, [SURROUNDINGS * extent for extent in block], mode="nearest")
-    halfway = torch.from_numpy((voxels + around) / 2)[None, None].to(subject.volume)
-    slopes = _sum_of_shifts(gradient, halfway, shifts)
     fine = [extent // step for extent, step in zip(voxels.shape, block, strict=True)]
     spacing = axis_spacing(subject.model.volume_encoder.spec)
     affine = np.diag([*(step * mm for step, mm in zip(block, spacing, strict=True)), 1.0])
     affine[:3, 3] = [(step - 1) / 2 * mm for step, mm in zip(block, spacing, strict=True)]
-    detailed = np.empty((len(maps.values), *fine), np.float32)
-    for number, (values, slope) in enumerate(zip(maps.values, slopes, strict=True)):
-        influence = _sums(slope.float().cpu().numpy() * (voxels - around), block)
-        influence = ndimage.gaussian_filter(influence.clip(min=0), SMOOTH, mode="nearest")
-        whole = resample(values, maps.affine, fine, affine)
-        full = np.quantile(influence[whole >= whole.max() / 2], FULL)
-        share = np.minimum(influence / max(float(full), 1e-30), 1)
-        detailed[number] = whole * (LEAST + np.sqrt(share)) / (LEAST + 1)
+    whole = np.stack([resample(values, maps.affine, fine, affine) for values in maps.values])
+    shares = np.ones_like(whole)
+    for extent in SURROUNDINGS:
+        around = ndimage.uniform_filter(voxels, [extent * step for step in block], mode="nearest")
+        halfway = torch.from_numpy((voxels + around) / 2)[None, None].to(subject.volume)
+        for number, slope in enumerate(_sum_of_shifts(gradient, halfway, shifts)):
+            influence = _sums(slope.float().cpu().numpy() * (voxels - around), block)
+            influence = ndimage.gaussian_filter(influence.clip(min=0), SMOOTH, mode="nearest")
+            full = np.quantile(influence[whole[number] >= whole[number].max() / 2], FULL)
+            shares[number] = np.minimum(shares[number], influence / max(float(full), 1e-30))
+    detailed = whole * (LEAST + np.sqrt(shares)) / (LEAST + 1)
     return maps._replace(values=detailed, affine=affine)
 
 

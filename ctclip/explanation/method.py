@@ -63,11 +63,16 @@ class Subject:
                 raise ExplanationError(str(error)) from error
 
     def scores(self, encoded: Encoded) -> Tensor:
-        """The scores (B, F) of the findings. The norm by which features become unit vectors is held constant, so that a
-        gradient shows the contribution of a location, not its contribution relative to the volume's other findings."""
-        features = self.model.similarity.volume_standard(self.model.volume_projection(encoded.pooled).float())
-        embedding = features / features.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        """The scores (B, F) of the findings, for a gradient (see ``constant_norm``)."""
+        embedding = constant_norm(self.model, encoded)
         return self.head.score(encoded._replace(embedding=embedding))[:, list(self.findings)]
+
+
+def constant_norm(model: DualEncoder, encoded: Encoded) -> Tensor:
+    """The unit vectors (B, dim) of volumes. The norm by which features become unit vectors is held constant, so that a
+    gradient shows the contribution of a location, not its contribution relative to the volume's other findings."""
+    features = model.similarity.volume_standard(model.volume_projection(encoded.pooled).float())
+    return features / features.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 class Method(ABC):

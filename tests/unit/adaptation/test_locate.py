@@ -181,6 +181,23 @@ def test_a_stated_sentence_chooses_cells_and_an_unstated_one_describes_none() ->
     assert choose(locator, [nothing], SPEC, texts, [2], [0], 5, np.random.default_rng(0)) is None
 
 
+def test_cells_without_evidence_are_not_chosen() -> None:
+    cells, _, _ = planted(1, np.random.default_rng(0))
+    locator = Locator([6], 3, features=8, waves=1)
+    torch.nn.init.normal_(locator.weight)
+    level, texts = Level(cells, GRID, AFFINE), F.normalize(torch.eye(3), dim=-1)
+    values, known = locator.maps([level], SPEC, texts, centred=True)
+    place = int(values[2].topk(9).indices[8])
+    evidence = torch.full((1, 64), 1e-6)
+    evidence[0, place] = 0.5
+    chosen = choose(locator, [level], SPEC, texts, [2], [0], 5, np.random.default_rng(0), evidence)
+    assert chosen is not None
+    assert torch.equal(chosen.position[chosen.described[:, 0] == 1], known.position[place][None])
+    plain = choose(locator, [level], SPEC, texts, [2], [0], 5, np.random.default_rng(0))
+    assert plain is not None
+    assert torch.equal(chosen.described[:, 1], plain.described[:, 1]), "what is not stated has no evidence"
+
+
 def test_held_out_volumes_do_not_change_what_is_learned() -> None:
     cells, _, _ = planted(12, np.random.default_rng(0))
     texts, held = F.normalize(torch.eye(3), dim=-1), np.arange(12) >= 8
@@ -308,7 +325,8 @@ def test_a_locator_is_trained_kept_loaded_and_used(clinic: Clinic, tmp_path: Pat
     assert all(torch.equal(value, again[name]) for name, value in weights.items()), "the encoders must not change"
     losses = pd.read_csv(tmp_path / "out" / "locate.csv")
     assert list(losses.columns) == list(COLUMNS)
-    assert losses["stage"].tolist()[-2:] == ["round 1, epoch 1", "round 1, epoch 2"]
+    # The round after those that were asked for is that of the evidence.
+    assert losses["stage"].tolist()[-4:] == [f"round {number}, epoch {epoch}" for number in (1, 2) for epoch in (1, 2)]
     assert np.isfinite(losses["loss"]).all()
     assert {head.name: head.kind for head in list_heads(clinic.model)}["locate"] == "locate"
     model = ctclip.load(clinic.model)
@@ -341,8 +359,8 @@ def test_a_locator_is_trained_kept_loaded_and_used(clinic: Clinic, tmp_path: Pat
     assert one == model.detect(clinic.scan, hu="trust-file").probabilities, "scores are those of the prompts"
     # As version 1.0 wrote it.
     size = (folder / SIZE).read_text()
-    assert "rounds: 1" in size
-    (folder / SIZE).write_text(size.replace("rounds: 1\n", ""))
+    assert "rounds: 2" in size
+    (folder / SIZE).write_text(size.replace("rounds: 2\n", ""))
     assert load_head(clinic.model, "locate", model.dual).locator.rounds == 0
     (folder / SIZE).write_text(size)
     kept = (folder / WEIGHTS).read_bytes()
@@ -361,6 +379,27 @@ def test_a_locator_is_trained_kept_loaded_and_used(clinic: Clinic, tmp_path: Pat
     (folder / SIZE).write_text(json.dumps(other.size))
     with pytest.raises(CheckpointError, match="it belongs to another model"):
         load_head(clinic.model, "locate", model.dual)
+
+
+def test_the_last_round_uses_evidence_of_at_most_so_many_volumes(
+    clinic: Clinic,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen, one_evidence = list[tuple[int, ...]](), locate.evidence
+
+    def counted(model: Any, volume: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(tuple(volume.shape))
+        return one_evidence(model, volume, *rest)
+
+    monkeypatch.setattr(locate, "evidence", counted)
+    for count in (0, 3):
+        config = LocateConfig(cells=8, features=8, same=0.9, other=0.8, rounds=1, evidence=count, epochs=1)
+        run_locate(load_model(clinic.model), clinic.store, tmp_path / str(count), config, head=f"locate{count}")
+        stages = pd.read_csv(tmp_path / str(count) / "locate.csv")["stage"].tolist()
+        assert ("round 2, epoch 1" in stages) == (count > 0)
+        assert {shape[:2] for shape in seen} <= {(1, 1)}
+        assert (len(seen) > 0, len(seen) <= count) == (count > 0, True)
 
 
 def test_an_interrupted_training_resumes_and_gives_the_same_locator(

@@ -74,17 +74,17 @@ def test_the_peak_comes_nearer_to_a_small_lesion(shifts: int) -> None:
 
 
 class Given(Squares):
-    """The same maps, with slopes that are given, and the volume for which they were asked."""
+    """The same maps, with slopes that are given, and the volumes for which they were asked."""
 
     def __init__(self, given: np.ndarray) -> None:
         self.given = torch.from_numpy(given)[None]
-        self.asked: Tensor | None = None
+        self.asked: list[Tensor] = []
 
     def slopes(self, subject: Subject) -> Callable[[Tensor], Tensor]:
         return self.answer
 
     def answer(self, volume: Tensor) -> Tensor:
-        self.asked = volume
+        self.asked.append(volume)
         return self.given
 
 
@@ -98,19 +98,21 @@ def test_each_block_is_weighted_by_its_influence(monkeypatch: pytest.MonkeyPatch
     cells = looking.maps(asked)
     found = with_detail(cells, looking, asked, TOKEN, [(0, 0, 0)])
     block, shape = (1, 2, 5), (24, 18, 8)
-    padded = np.pad(voxels, [(1, 1), (3, 3), (7, 7)], mode="edge")
-    influence, halfway = np.zeros(shape), np.zeros(SHAPE)
-    for z, y, x in np.ndindex(SHAPE):
-        # An extent of 6 has no middle: scipy's filter begins half of it before the voxel.
-        around = padded[z : z + 3, y : y + 6, x : x + 15].mean(dtype=np.float64)
-        influence[z, y // 2, x // 5] += looking.given[0, z, y, x] * (voxels[z, y, x] - around)
-        halfway[z, y, x] = (voxels[z, y, x] + around) / 2
-    assert looking.asked is not None
-    np.testing.assert_allclose(looking.asked[0, 0], halfway, atol=1e-5)
-    influence = influence.clip(min=0)
     whole = resample(cells.values[0], cells.affine, shape, found.affine)
-    region = whole >= whole.max() / 2
-    share = np.minimum(influence / np.quantile(influence[region], 0.997), 1)
+    region, share = whole >= whole.max() / 2, np.ones(shape)
+    # Narrow and wide surroundings: 3 and 9 blocks.
+    for blocks, halfway in zip((3, 9), looking.asked, strict=True):
+        d, h, w = (blocks * step for step in block)
+        # An even extent has no middle: scipy's filter begins half of it before the voxel.
+        padded = np.pad(voxels, [(extent // 2, extent // 2) for extent in (d, h, w)], mode="edge")
+        influence, expected = np.zeros(shape), np.zeros(SHAPE)
+        for z, y, x in np.ndindex(SHAPE):
+            around = padded[z : z + d, y : y + h, x : x + w].mean(dtype=np.float64)
+            influence[z, y // 2, x // 5] += looking.given[0, z, y, x] * (voxels[z, y, x] - around)
+            expected[z, y, x] = (voxels[z, y, x] + around) / 2
+        np.testing.assert_allclose(halfway[0, 0], expected, atol=1e-5)
+        influence = influence.clip(min=0)
+        share = np.minimum(share, influence / np.quantile(influence[region], 0.997))
     np.testing.assert_allclose(found.values[0], whole * (0.5 + np.sqrt(share)) / 1.5, rtol=1e-3, atol=1e-5)
     assert (found.values[0] <= whole + 1e-6).all()
     assert (found.values[0] >= whole / 3 - 1e-6).all()
