@@ -11,12 +11,12 @@ CHANCE = 0.5
 STYLE = """
 :root { --first: #2f6f9f; --second: #b5651d } @media (prefers-color-scheme: dark) { :root { --first: #6fb1e4; --second: #e9a15b } }
 .chart { margin: 1rem 0; max-width: 60rem } .chart .row { display: grid; grid-template-columns: minmax(7.5rem, 28%) minmax(0, 1fr); gap: .7rem; align-items: center; font-size: .87rem; line-height: 1.15; padding: .22rem 0 } .chart .row:hover { background: var(--panel) }
-.chart .row > span { text-align: right } .track { position: relative; height: 1.1rem } .chart.pair .track { height: 1.5rem }
+.chart .row > span { text-align: right } .track { position: relative; align-self: stretch; min-height: 1.1rem } .chart.pair .track { min-height: 1.5rem }
 .track * { position: absolute } .track u { top: -.22rem; bottom: -.22rem; width: 1px; background: var(--line) } .track u.chance { background: var(--dim) }
 .track i { height: .35rem; top: calc(50% - .175rem); opacity: .45; border-radius: 2px } .track b { width: .7rem; height: .7rem; margin-left: -.35rem; top: calc(50% - .35rem); border-radius: 50% }
 .pair .track .first { transform: translateY(-.32rem) } .pair .track .second { transform: translateY(.32rem) }
 i.first, b.first { background: var(--first) } i.second, b.second { background: var(--second) } b.second { border-radius: 1px; transform: rotate(45deg) scale(.75) } .pair b.second { transform: translateY(.32rem) scale(.85) !important }
-b.hollow { background: none !important; border: 2px solid var(--second) } .chart .axis .track { height: 1.2rem; color: var(--dim); font-size: .8rem } .axis .track span { transform: translateX(-50%) }
+b.hollow { background: none !important; border: 2px solid var(--second) } .chart .axis .track { min-height: 1.2rem; color: var(--dim); font-size: .8rem } .axis .track span { transform: translateX(-50%) }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; font-size: .87rem; padding: 0; margin: .4rem 0; list-style: none } .legend .second { border-radius: 1px } .pair .legend .second { transform: none !important } .legend b { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%; margin-right: .45rem }
 """
 TEMPLATE = """
