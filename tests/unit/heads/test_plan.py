@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ctclip.adaptation.plan import _certain, fit_plan
+from ctclip.adaptation.plan import FOLDS, _certain, _folds, _held_out, _regression, fit_plan
 from ctclip.heads.plan import NEVER, PARTS, Plan, plan_features
 from ctclip.models.encoded import Encoded
 from ctclip.models.pooling import at_tokens
@@ -44,6 +44,33 @@ def test_findings_and_their_sides(fitted: tuple[Plan, torch.Tensor, torch.Tensor
     truth = {"left": 1, "right": 2, "both": 3}
     assert np.mean([stated[row, 0, truth[side]] == 1 for row, side in told]) > 0.96
     assert not any("Nodule" in known for known in sides), "which side a nodule is on was a guess"
+
+
+def test_thresholds_come_from_volumes_that_the_regression_has_not_seen() -> None:
+    """With as many features as volumes, those that were seen are always told apart, others are not."""
+    random = torch.Generator().manual_seed(0)
+    features, stated = torch.randn(60, 60, generator=random), torch.zeros(60, 1, PARTS)
+    stated[::2, 0, 0] = 1
+    patients = np.repeat(np.arange(20), 3).astype(str)
+    folds = torch.from_numpy(_folds(patients, 0))
+    logits = _held_out(features, stated[:, 0], folds, 1e-2)
+    for fold in range(FOLDS):
+        own = folds == fold
+        weight, bias = _regression(features[~own], stated[~own, 0], torch.full((PARTS,), 1e-2))
+        torch.testing.assert_close(logits[own], features[own] @ weight.T + bias)
+    plan = fit_plan(("Effusion",), features, stated, patients)
+    found = plan(features)[:, 0, 0].detach() >= plan.thresholds[0]
+    # Seen, a threshold between the classes would be right for all.
+    assert (found == stated[:, 0, 0].bool()).float().mean() < 0.9
+
+
+def test_volumes_of_a_patient_are_in_one_fold() -> None:
+    patients = np.repeat(np.arange(50), 2).astype(str)
+    folds = _folds(patients, 0)
+    assert sorted(set(folds.tolist())) == list(range(FOLDS))
+    assert (folds[::2] == folds[1::2]).all()
+    assert np.bincount(folds).tolist() == [20] * FOLDS
+    assert _folds(np.array(["a", "a", "b"]), 0).tolist() == [0, 1, 2]
 
 
 def test_a_side_that_is_less_likely_than_not_is_never_certain() -> None:
