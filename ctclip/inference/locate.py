@@ -20,7 +20,7 @@ from ctclip.explanation.masks import Masks
 from ctclip.explanation.method import Maps, Subject, method
 from ctclip.explanation.place import inside_scan, peak_of
 from ctclip.explanation.shifts import maps_of
-from ctclip.explanation.space import in_scan
+from ctclip.explanation.space import in_scan, resample
 from ctclip.heads.head import Head
 from ctclip.heads.locator import Locator
 from ctclip.heads.text import TextHead
@@ -103,10 +103,10 @@ def locate_cohort(
                 continue
             rest = [other for other in range(len(maps.values)) if other != number]
             controls = {"mean map": means[group]} | (
-                {"other finding": maps.values[random.choice(rest)]} if rest else {}
+                {"other finding": (maps.values[random.choice(rest)], maps.affine)} if rest else {}
             )
-            for kind, values in {"map": own, **controls}.items():
-                tally.pairs[kind].append(_pair(values, maps.affine, prepared, mask, patients[volume]))
+            for kind, (values, affine) in {"map": (own, maps.affine), **controls}.items():
+                tally.pairs[kind].append(_pair(values, affine, prepared, mask, patients[volume]))
     scored = {group: _entry(tally, seed) for group, tally in tallies.items() if tally.pairs["map"]}
     return plain({
         "method": by, "layout": masks.layout.name, "scans": len(volumes),
@@ -140,15 +140,21 @@ def _asked(model: DualEncoder, head: Head, masks: Masks, volume: str) -> Asked:
     return Asked(TextHead(model, list(group), contrast_texts(head)), group)
 
 
-def _means(kept: dict[str, Maps], asked: dict[str, Asked]) -> dict[str, np.ndarray]:
-    """The mean map of each finding over all scans."""
-    total: dict[str, np.ndarray] = {}
+def _means(kept: dict[str, Maps], asked: dict[str, Asked]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The mean map of each finding over all scans, and its affine: that of its first map. The blocks of occlusion, and
+    so its grid, depend on the scan."""
+    total: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     count: dict[str, int] = defaultdict(int)
     for volume, maps in kept.items():
         for values, group in zip(maps.values, asked[volume].group.values(), strict=True):
-            total[group] = total.get(group, 0) + values
             count[group] += 1
-    return {group: values / count[group] for group, values in total.items()}
+            if group not in total:
+                total[group] = (values, maps.affine)
+                continue
+            sum_of, affine = total[group]
+            same = values.shape == sum_of.shape and np.allclose(maps.affine, affine)
+            total[group] = (sum_of + (values if same else resample(values, maps.affine, sum_of.shape, affine)), affine)
+    return {group: (values / count[group], affine) for group, (values, affine) in total.items()}
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from ctclip.errors import ConfigError, ExplanationError
 from ctclip.explanation.masks import MaskLayout, Masks, load_layout
-from ctclip.inference.locate import chosen_volumes, locate_cohort
+from ctclip.explanation.method import Maps
+from ctclip.inference.locate import Asked, _means, chosen_volumes, locate_cohort
 from ctclip.preprocessing import prepare
 from ctclip.preprocessing.cohorts import Cohort, cohort_table
 from ctclip.preprocessing.volume import FileGrid
@@ -133,3 +134,20 @@ def test_masks_lie_on_the_grid_that_prepare_reads(tmp_path: Path) -> None:
     own = prepare(tmp_path / "s.nii.gz", SPEC).file_grid
     assert own.shape == GRID.shape
     np.testing.assert_allclose(own.affine, GRID.affine, atol=1e-4)
+
+
+def test_the_mean_of_maps_on_different_grids() -> None:
+    """The blocks of occlusion depend on the scan. The same slope in mm has the same mean, on the grid of the first."""
+
+    def slope(shape: tuple[int, int, int], step: float) -> Maps:
+        affine = np.diag([step, step, step, 1.0])
+        affine[:3, 3] = (step - 1) / 2
+        mm = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1) * step + (step - 1) / 2
+        return Maps((mm @ [1.0, 2.0, 4.0])[None].astype(np.float32), affine)
+
+    _, head = known_model()
+    asked = {name: Asked(head, {"Dark": "Dark"}) for name in ("a", "b", "c")}
+    kept = {"a": slope((8, 8, 8), 3.0), "b": slope((12, 12, 12), 2.0), "c": slope((8, 8, 8), 3.0)}
+    values, affine = _means(kept, asked)["Dark"]
+    assert affine is kept["a"].affine
+    np.testing.assert_allclose(values, kept["a"].values[0], rtol=1e-5)
