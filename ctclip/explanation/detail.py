@@ -11,14 +11,14 @@ raise the map most keep its value; those that do not are lowered to a third of i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctclip.explanation.method import Maps, Method, Subject
+from ctclip.explanation.method import Gradient, Maps, Method, Subject
 from ctclip.explanation.space import resample
 from ctclip.models.encoded import axis_spacing
 
@@ -61,11 +61,11 @@ def with_detail(
     for extent in SURROUNDINGS:
         around = ndimage.uniform_filter(voxels, [extent * step for step in block], mode="nearest")
         halfway = torch.from_numpy((voxels + around) / 2)[None, None].to(subject.volume)
-        for number, slope in enumerate(_sum_of_shifts(gradient, halfway, shifts)):
-            influence = _sums(slope.float().cpu().numpy() * (voxels - around), block)
-            influence = ndimage.gaussian_filter(influence.clip(min=0), SMOOTH, mode="nearest")
-            full = np.quantile(influence[whole[number] >= whole[number].max() / 2], FULL)
-            shares[number] = np.minimum(shares[number], influence / max(float(full), 1e-30))
+        influences = _influences(gradient, halfway, voxels - around, shifts, block)
+        for number, influence in enumerate(influences):
+            smooth = ndimage.gaussian_filter(influence.clip(min=0), SMOOTH, mode="nearest")
+            full = np.quantile(smooth[whole[number] >= whole[number].max() / 2], FULL)
+            shares[number] = np.minimum(shares[number], smooth / max(float(full), 1e-30))
     detailed = whole * (LEAST + np.sqrt(shares)) / (LEAST + 1)
     return maps._replace(values=detailed, affine=affine)
 
@@ -77,16 +77,23 @@ def shifted(volume: Tensor, shift: Sequence[int]) -> Tensor:
     return F.pad(volume, (0, x, 0, y, 0, z), mode="replicate")[:, :, z:, y:, x:]
 
 
-def _sum_of_shifts(gradient: Callable[[Tensor], Tensor], volume: Tensor, shifts: Sequence[Sequence[int]]) -> Tensor:
-    """The sum of the gradients (F, D, H, W) at all positions of the cells."""
-    total: Tensor | None = None
+def _influences(
+    gradient: Gradient, volume: Tensor, difference: np.ndarray, shifts: Sequence[Sequence[int]], block: Sequence[int]
+) -> list[np.ndarray]:
+    """For each finding, the sums over blocks of the gradients at all positions of the cells times the ``difference`` (D,
+    H, W)."""
+    total: list[np.ndarray] = []
     for shift in shifts:
-        one = gradient(shifted(volume, shift))
-        total = torch.zeros_like(one) if total is None else total
         z, y, x = shift
-        _, d, h, w = one.shape
-        total[:, z:, y:, x:] += one[:, : d - z, : h - y, : w - x]
-    assert total is not None
+        d, h, w = (extent - step for extent, step in zip(difference.shape, shift, strict=True))
+        for number, slope in enumerate(gradient(shifted(volume, shift))):
+            moved = np.zeros_like(difference)
+            moved[z:, y:, x:] = slope[:d, :h, :w].float().cpu().numpy()
+            sums = _sums(moved * difference, block)
+            if number == len(total):
+                total.append(sums)
+            else:
+                total[number] += sums
     return total
 
 

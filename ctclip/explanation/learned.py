@@ -8,7 +8,7 @@ finding less likely than average are 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ctclip.errors import ExplanationError
-from ctclip.explanation.method import Maps, Method, Subject
+from ctclip.explanation.method import Gradient, Maps, Method, Subject
 from ctclip.heads.locator import Cells, levels_of
 
 
@@ -31,18 +31,20 @@ class Learned(Method):
             values, cells = _values(subject, subject.volume)
         return Maps(values.unflatten(1, cells.grid).cpu().numpy(), cells.affine)
 
-    def slopes(self, subject: Subject) -> Callable[[Tensor], Tensor] | None:
+    def slopes(self, subject: Subject) -> Gradient | None:
         # A token may respond to a finding elsewhere, so its gradient says nothing about its own cell.
         if subject.locator is None or subject.locator.tokens or not subject.model.volume_encoder.pools_finer_grids:
             return None
         return partial(_gradients, subject)
 
 
-def _gradients(subject: Subject, volume: Tensor) -> Tensor:
+def _gradients(subject: Subject, volume: Tensor) -> Iterator[Tensor]:
+    # One at a time: the gradients of all findings can be larger than the memory.
     with torch.enable_grad():
         volume = volume.detach().clone().requires_grad_()
-        totals = _values(subject, volume)[0].sum(dim=1)
-        return torch.stack([torch.autograd.grad(one, volume, retain_graph=True)[0][0, 0] for one in totals])
+        totals = _values(subject, volume)[0].sum(dim=1).unbind()
+    for one in totals:
+        yield torch.autograd.grad(one, volume, retain_graph=True)[0][0, 0]
 
 
 def _values(subject: Subject, volume: Tensor) -> tuple[Tensor, Cells]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -39,6 +39,10 @@ class Maps(NamedTuple):
     values: np.ndarray
     affine: np.ndarray
     notes: tuple[str, ...] = ()
+
+
+# A volume (1, 1, D, H, W) -> for one finding after another, the gradient (D, H, W) of the sum of its map.
+Gradient = Callable[[Tensor], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,8 @@ class Method(ABC):
     def maps(self, subject: Subject) -> Maps:
         """Raises ExplanationError if the method does not support the encoder or the head."""
 
-    def slopes(self, subject: Subject) -> Callable[[Tensor], Tensor] | None:
-        """For the detail within cells (see ``ctclip.explanation.detail``): volume (1, 1, D, H, W) -> the gradient (F, D,
-        H, W) of the sum of each map with respect to its voxels. None if the method shows no detail."""
+    def slopes(self, subject: Subject) -> Gradient | None:
+        """For the detail within cells, see ``ctclip.explanation.detail``; None if the method shows no detail."""
         return None
 
 
