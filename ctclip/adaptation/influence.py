@@ -18,7 +18,7 @@ from ctclip.models.dual_encoder import DualEncoder
 SURROUNDINGS = 3
 
 
-def evidence(model: DualEncoder, volume: Tensor, sentences: Tensor, grid: tuple[int, int, int]) -> Tensor:
+def influence(model: DualEncoder, volume: Tensor, sentences: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """Volume (1, 1, D, H, W) in [-1, 1] and unit vectors (k, dim) of sentences -> (k, N) from 0 to 1, relative to the cell
     of ``grid`` with the most: what raises the match with each sentence; 0 for all cells if nothing does."""
     half = SURROUNDINGS // 2
@@ -26,7 +26,9 @@ def evidence(model: DualEncoder, volume: Tensor, sentences: Tensor, grid: tuple[
     halfway = ((volume + around) / 2).clone().requires_grad_()
     with torch.enable_grad():
         matches = (constant_norm(model, model.encode(halfway)) @ sentences.T)[0]
-        slopes = [torch.autograd.grad(one, halfway, retain_graph=True)[0][0] for one in matches]
-    influence = (torch.stack(slopes).float() * (volume - around)).clamp(min=0)
-    cells = F.adaptive_avg_pool3d(influence, grid).flatten(1)
-    return cells / cells.amax(dim=1, keepdim=True).clamp(min=1e-30)
+        cells = [
+            F.adaptive_avg_pool3d((slope[0].float() * (volume[0] - around[0])).clamp(min=0), grid).flatten()
+            for slope in (torch.autograd.grad(one, halfway, retain_graph=True)[0] for one in matches)
+        ]
+    found = torch.stack(cells)
+    return found / found.amax(dim=1, keepdim=True).clamp(min=1e-30)

@@ -10,7 +10,6 @@ are encoded again, and the locator learns from the cells that it chooses itself.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ctclip.adaptation.caption import prompts_of
-from ctclip.adaptation.evidence import evidence
+from ctclip.adaptation.influence import influence
 from ctclip.adaptation.keep import add_head, check_head_name
 from ctclip.adaptation.sharpen import Meanings, choose, sharpen
 from ctclip.adaptation.sides import fit_sides, side_cleaner
@@ -37,7 +36,7 @@ from ctclip.heads.locator import Cells, LocateHead, Locator, levels_of
 from ctclip.inference.run import batches, report_embeddings, run_key
 from ctclip.inference.scans import StoredScans
 from ctclip.language import load_language
-from ctclip.models.encoded import Level
+from ctclip.models.encoded import Level, finest
 from ctclip.models.folder import ModelFolder
 from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
 from ctclip.preprocessing.store import VolumeStore
@@ -98,7 +97,7 @@ class LocateConfig(Section):
         ge=3,
         description="largest number of training volumes of these rounds, drawn at random; the chosen cells of all are kept in memory",
     )
-    evidence: int = Field(
+    influence_volumes: int = Field(
         1500,
         ge=0,
         description="largest number of training volumes of a last round, in which cells also count by how much the "
@@ -214,7 +213,7 @@ def run_locate(
             stages = Stages(*fit_locator(drawn_cells, stated, held_out, config, seed), 0, refused)
             save_stages(output / STATE, key, stages)
         locator, losses, refused = stages.locator, stages.losses, stages.refused
-        for number in range(stages.rounds, config.rounds + (config.evidence > 0)):
+        for number in range(stages.rounds, config.rounds + (config.influence_volumes > 0)):
             losses += _round(number, loaded, scans, locator, stated, held_out, config, seed, refused)
             save_stages(output / STATE, key, Stages(locator, losses, number + 1, refused))
         located = LocateHead(loaded.model, locator, prompts_of(loaded), loaded.labels.names)
@@ -316,10 +315,10 @@ def _round(
     config: LocateConfig, seed: int, refused: dict[str, str],
 ) -> list[tuple[str, float, float, float]]:  # fmt: skip
     """Choose cells with the locator and train it on them; returns the losses, one row per epoch. The round after the
-    last of ``config.rounds`` also uses the evidence of the model."""
+    last of ``config.rounds`` also weighs cells by their influence."""
     random = np.random.default_rng([seed, 53, number])
     last = number == config.rounds
-    order = random.permutation(len(scans.table))[: config.evidence if last else config.chosen].tolist()
+    order = random.permutation(len(scans.table))[: config.influence_volumes if last else config.chosen].tolist()
     meanings = Meanings.of(stated.sentences, stated.says, config.same)
     vectors = stated.sentences.to(loaded.model.device)
     found = []
@@ -331,8 +330,7 @@ def _round(
             present, absent = meanings.draw(row, random)
             weights = None
             if last and present:
-                finest = max(own, key=lambda level: math.prod(level.grid))
-                weights = evidence(loaded.model, volumes[one : one + 1], vectors[present], finest.grid)
+                weights = influence(loaded.model, volumes[one : one + 1], vectors[present], finest(own).grid)
             cells = choose(locator, own, loaded.spec, vectors, present, absent, row, random, weights)
             found += [cells] if cells is not None else []
     if all(held_out[one.row] for one in found):

@@ -5,7 +5,7 @@ locator itself chooses, in each volume, the cells that respond most to a sentenc
 that the report does not state, the cells that respond wrongly. It is then trained by gradient descent to separate the
 two, and chooses again: expectation-maximisation over instances (mi-SVM, Andrews et al. 2002; Zhang and Goldman 2001).
 In a last round the cells are also weighted by how much the model's own match with the sentence depends on them
-(``evidence.py``), which finds what is too small for the first stage, such as calcifications. No masks or labels are used.
+(``influence.py``), which finds what is too small for the first stage, such as calcifications. No masks or labels are used.
 """
 
 from __future__ import annotations
@@ -99,19 +99,19 @@ def choose(
     absent: Sequence[int],
     row: int,
     random: np.random.Generator,
-    evidence: Tensor | None = None,
+    influence: Tensor | None = None,
 ) -> Chosen | None:
     """Choose cells of one volume, with ``levels`` as in ``Locator.maps``, for sentences that its report states
-    (``present``) and does not state (``absent``); None if there is no sentence or no real cell. ``evidence`` (present,
+    (``present``) and does not state (``absent``); None if there is no sentence or no real cell. ``influence`` (present,
     N) from 0 to 1: weights of the cells for the sentences that are stated."""
     queries = [*present, *absent]
     if not queries:
         return None
     values, cells = locator.maps(levels, spec, sentences[queries], centred=True)
     count = values.shape[1]
-    if evidence is not None:
+    if influence is not None:
         values = F.softplus(values)
-        values[: len(present)] *= evidence
+        values[: len(present)] *= influence
     real = np.arange(count)
     if cells.real is not None:
         values = values.masked_fill(~cells.real[0].to(values.device), -math.inf)

@@ -12,6 +12,7 @@ import torch
 
 from ctclip.explanation.method import Maps, Method, Subject, differentiable, gradients
 from ctclip.explanation.space import resample
+from ctclip.models.encoded import finest
 
 
 class Contribution(Method):
@@ -23,12 +24,12 @@ class Contribution(Method):
         with torch.enable_grad():
             evidence, features, scores = differentiable(subject)
             slopes = gradients(subject, scores, features)
-        finest = max(evidence.levels, key=lambda level: int(np.prod(level.grid)))
-        total = np.zeros((len(subject.findings), *finest.grid), np.float32)
+        fine = finest(evidence.levels)
+        total = np.zeros((len(subject.findings), *fine.grid), np.float32)
         for finding, gradient in enumerate(slopes):
             for level, slope in zip(evidence.levels, gradient, strict=True):
                 share = (slope * level.features).sum(dim=2)[0].unflatten(0, level.grid).float().cpu().numpy()
                 # The share of a coarse cell is divided among the fine cells in it.
-                cells = np.prod(finest.grid) / np.prod(level.grid)
-                total[finding] += resample(share / cells, level.affine, finest.grid, finest.affine)
-        return Maps(total, finest.affine)
+                cells = np.prod(fine.grid) / np.prod(level.grid)
+                total[finding] += resample(share / cells, level.affine, fine.grid, fine.affine)
+        return Maps(total, fine.affine)

@@ -15,6 +15,7 @@ import torch
 from ctclip.errors import ExplanationError
 from ctclip.explanation.method import Maps, Method, Subject, gradients
 from ctclip.explanation.space import resample
+from ctclip.models.encoded import finest
 
 
 class Similarity(Method):
@@ -35,8 +36,8 @@ class Similarity(Method):
         with torch.no_grad():
             levels = [level.features for level in evidence.levels]
             similarities = evidence.alone(levels, directions)
-        finest = max(evidence.levels, key=lambda level: int(np.prod(level.grid)))
-        total = np.zeros((len(subject.findings), *finest.grid), np.float32)
+        fine = finest(evidence.levels)
+        total = np.zeros((len(subject.findings), *fine.grid), np.float32)
         for level, similarity in zip(evidence.levels, similarities, strict=True):
             values = similarity[0].float()
             if level.real is not None:
@@ -46,5 +47,5 @@ class Similarity(Method):
                 values = torch.where(real, values, mean)
             values = (values - values.mean(dim=1, keepdim=True)).unflatten(1, level.grid)
             for finding, one in enumerate(values.cpu().numpy()):
-                total[finding] += resample(one, level.affine, finest.grid, finest.affine)
-        return Maps(total, finest.affine)
+                total[finding] += resample(one, level.affine, fine.grid, fine.affine)
+        return Maps(total, fine.affine)

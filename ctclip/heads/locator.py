@@ -25,7 +25,7 @@ from ctclip.errors import CheckpointError
 from ctclip.heads.head import reading
 from ctclip.heads.prompts import PromptHead, read_names
 from ctclip.models.dual_encoder import DualEncoder
-from ctclip.models.encoded import Level, VolumeEncoder, axis_shape, axis_spacing
+from ctclip.models.encoded import Level, VolumeEncoder, axis_shape, axis_spacing, finest
 from ctclip.preprocessing.plain_yaml import read_yaml
 from ctclip.preprocessing.spec import PreprocessingSpec
 from ctclip.prompts import PromptSet, load_prompts
@@ -45,10 +45,10 @@ class Cells:
     """
 
     def __init__(self, levels: Sequence[Level], spec: PreprocessingSpec) -> None:
-        finest = max(levels, key=lambda level: math.prod(level.grid))
-        self.grid, self.affine = finest.grid, finest.affine
-        index = np.stack(np.meshgrid(*map(np.arange, finest.grid), indexing="ij"), axis=-1).reshape(-1, 3)
-        mm = index @ finest.affine[:3, :3].T + finest.affine[:3, 3]
+        fine = finest(levels)
+        self.grid, self.affine = fine.grid, fine.affine
+        index = np.stack(np.meshgrid(*map(np.arange, fine.grid), indexing="ij"), axis=-1).reshape(-1, 3)
+        mm = index @ fine.affine[:3, :3].T + fine.affine[:3, 3]
         self.within = [torch.from_numpy(_nearest(mm, level)) for level in levels]
         last = (np.array(axis_shape(spec)) - 1) * np.array(axis_spacing(spec))
         self.position = torch.from_numpy(2 * mm / np.maximum(last, 1e-6) - 1).float()
@@ -82,8 +82,7 @@ def levels_of(encoder: VolumeEncoder, volume: Tensor, *, tokens: bool, halves: b
 def _halves(encoder: VolumeEncoder, volume: Tensor, levels: Sequence[Level]) -> Level:
     """Cells with half the size of the finest cell along each axis. Features (B, N, 5): mean, minimum and maximum voxel,
     and the means in the lung and soft tissue windows."""
-    finest = max(levels, key=lambda level: math.prod(level.grid))
-    block = [max(1, extent // count // 2) for extent, count in zip(volume.shape[2:], finest.grid, strict=True)]
+    block = [max(1, extent // count // 2) for extent, count in zip(volume.shape[2:], finest(levels).grid, strict=True)]
     low, high = encoder.spec.hu_window
     parts = [F.avg_pool3d(volume, block), -F.max_pool3d(-volume, block), F.max_pool3d(volume, block)]
     for bottom, top in (LUNG, SOFT):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -59,6 +60,11 @@ class Level(NamedTuple):
         """The ``number``-th volume as a batch of one."""
         chosen = slice(number, number + 1)
         return self._replace(features=self.features[chosen], real=None if self.real is None else self.real[chosen])
+
+
+def finest(levels: Sequence[Level]) -> Level:
+    """The grid with the most cells."""
+    return max(levels, key=lambda level: math.prod(level.grid))
 
 
 class Evidence(NamedTuple):

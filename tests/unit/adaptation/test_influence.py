@@ -1,4 +1,4 @@
-"""The evidence of a model for a sentence, by cell."""
+"""The influence of each cell on the match with a sentence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from ctclip.adaptation.evidence import evidence
+from ctclip.adaptation.influence import influence
 from ctclip.explanation.method import constant_norm
 from ctclip.models.vit3d import ViT3DConfig
 from tests.unit.explanation.test_detail import STEMMED
@@ -16,13 +16,13 @@ from tests.unit.small import dual_encoder, spec_of
 GRID = (4, 4, 4)
 
 
-def test_evidence_is_the_change_of_the_match_by_cell() -> None:
+def test_influence_is_the_change_of_the_match_by_cell() -> None:
     """By finite differences on the way from the surroundings to the volume."""
     model = dual_encoder(ViT3DConfig(**STEMMED), spec_of((16, 16, 16))).eval()
     random = torch.Generator().manual_seed(0)
     volume = torch.rand(1, 1, 16, 16, 16, generator=random) * 1.6 - 0.8
     texts = F.normalize(torch.randn(2, model.config.dim, generator=random), dim=-1)
-    found = evidence(model, volume, texts, GRID)
+    found = influence(model, volume, texts, GRID)
     assert found.shape == (2, 64)
     assert found.amax(dim=1).tolist() == [1, 1]
     assert found.min() >= 0
@@ -54,7 +54,7 @@ def test_evidence_is_the_change_of_the_match_by_cell() -> None:
         np.testing.assert_allclose(ratios, ratios[0], rtol=0.05)
 
 
-def test_a_uniform_volume_has_no_evidence() -> None:
+def test_a_uniform_volume_has_no_influence() -> None:
     model = dual_encoder(ViT3DConfig(**STEMMED), spec_of((16, 16, 16))).eval()
     texts = F.normalize(torch.ones(1, model.config.dim), dim=-1)
-    assert not evidence(model, torch.full((1, 1, 16, 16, 16), -0.5), texts, GRID).any()
+    assert not influence(model, torch.full((1, 1, 16, 16, 16), -0.5), texts, GRID).any()

@@ -182,23 +182,23 @@ def test_a_stated_sentence_chooses_cells_and_an_unstated_one_describes_none() ->
     assert choose(locator, [nothing], SPEC, texts, [2], [0], 5, np.random.default_rng(0)) is None
 
 
-def test_cells_without_evidence_are_not_chosen() -> None:
+def test_cells_without_influence_are_not_chosen() -> None:
     cells, _, _ = planted(1, np.random.default_rng(0))
     locator = Locator([6], 3, features=8, waves=1)
     torch.nn.init.normal_(locator.weight)
     level, texts = Level(cells, GRID, AFFINE), F.normalize(torch.eye(3), dim=-1)
     values, known = locator.maps([level], SPEC, texts, centred=True)
     place = int(values[2].topk(9).indices[8])
-    evidence = torch.full((1, 64), 1e-6)
-    evidence[0, place] = 0.5
-    chosen = choose(locator, [level], SPEC, texts, [2], [0], 5, np.random.default_rng(0), evidence)
+    influence = torch.full((1, 64), 1e-6)
+    influence[0, place] = 0.5
+    chosen = choose(locator, [level], SPEC, texts, [2], [0], 5, np.random.default_rng(0), influence)
     assert chosen is not None
     assert torch.equal(chosen.position[chosen.described[:, 0] == 1], known.position[place][None])
-    # What is not stated has no evidence: besides the described cell and a random one, the strongest cells are drawn.
+    # What is not stated is not weighted: besides the described cell and a random one, the strongest cells are drawn.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharpening, "RANDOM", 1)
         patch.setattr(sharpening, "UNSTATED", 2)
-        few = choose(locator, [level], SPEC, texts, [2], [0], 5, np.random.default_rng(0), evidence)
+        few = choose(locator, [level], SPEC, texts, [2], [0], 5, np.random.default_rng(0), influence)
     assert few is not None
     strongest = known.position[values[0].topk(10).indices]
     among = [bool((strongest == position).all(dim=1).any()) for position in few.position]
@@ -332,7 +332,7 @@ def test_a_locator_is_trained_kept_loaded_and_used(clinic: Clinic, tmp_path: Pat
     assert all(torch.equal(value, again[name]) for name, value in weights.items()), "the encoders must not change"
     losses = pd.read_csv(tmp_path / "out" / "locate.csv")
     assert list(losses.columns) == list(COLUMNS)
-    # The round after those that were asked for is that of the evidence.
+    # The round after those that were asked for weighs cells by their influence.
     assert losses["stage"].tolist()[-4:] == [f"round {number}, epoch {epoch}" for number in (1, 2) for epoch in (1, 2)]
     assert np.isfinite(losses["loss"]).all()
     assert {head.name: head.kind for head in list_heads(clinic.model)}["locate"] == "locate"
@@ -388,20 +388,20 @@ def test_a_locator_is_trained_kept_loaded_and_used(clinic: Clinic, tmp_path: Pat
         load_head(clinic.model, "locate", model.dual)
 
 
-def test_the_last_round_uses_evidence_of_at_most_so_many_volumes(
+def test_the_last_round_weighs_the_cells_of_at_most_so_many_volumes(
     clinic: Clinic,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seen, one_evidence = list[torch.Tensor](), locate.evidence
+    seen, one_influence = list[torch.Tensor](), locate.influence
 
     def counted(model: Any, volume: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(volume)
-        return one_evidence(model, volume, *rest)
+        return one_influence(model, volume, *rest)
 
-    monkeypatch.setattr(locate, "evidence", counted)
+    monkeypatch.setattr(locate, "influence", counted)
     for count in (0, 7):
-        config = LocateConfig(cells=8, features=8, same=0.9, other=0.8, rounds=1, evidence=count, epochs=1)
+        config = LocateConfig(cells=8, features=8, same=0.9, other=0.8, rounds=1, influence_volumes=count, epochs=1)
         run_locate(load_model(clinic.model), clinic.store, tmp_path / str(count), config, head=f"locate{count}")
         stages = pd.read_csv(tmp_path / str(count) / "locate.csv")["stage"].tolist()
         assert ("round 2, epoch 1" in stages) == (count > 0)
