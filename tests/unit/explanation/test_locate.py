@@ -146,8 +146,14 @@ def test_the_mean_of_maps_on_different_grids() -> None:
         return Maps((mm @ [1.0, 2.0, 4.0])[None].astype(np.float32), affine)
 
     _, head = known_model()
-    asked = {name: Asked(head, {"Dark": "Dark"}) for name in ("a", "b", "c")}
-    kept = {"a": slope((8, 8, 8), 3.0), "b": slope((12, 12, 12), 2.0), "c": slope((8, 8, 8), 3.0)}
+    asked = {name: Asked(head, {"Dark": "Dark"}) for name in "abcd"}
+    kept = {
+        "a": slope((8, 8, 8), 3.0),
+        "b": slope((12, 12, 12), 2.0),
+        "c": slope((8, 8, 8), 3.0),
+        "d": slope((8, 8, 8), 2.0),
+    }
     values, affine = _means(kept, asked)["Dark"]
     assert affine is kept["a"].affine
-    np.testing.assert_allclose(values, kept["a"].values[0], rtol=1e-5)
+    # The last map ends at 15 mm, in the sixth cell.
+    np.testing.assert_allclose(values[:5, :5, :5], kept["a"].values[0, :5, :5, :5], rtol=1e-5)
