@@ -153,13 +153,11 @@ def finish(output: Path, seconds: dict[str, float]) -> dict:  # type: ignore[typ
     return metrics
 
 
-def fast_precision(path: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+def fast_precision(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
     """The change of the recipe for a processor that multiplies matrices in bfloat16, which takes a third less time."""
-    try:
-        flags = path.read_text(encoding="utf-8", errors="replace").split()
-    except OSError:
-        return ()
-    return ("training.precision=bf16",) if {"avx512_bf16", "amx_bf16"} & set(flags) else ()
+    from ctclip.models.precision import cpu_multiplies_bf16
+
+    return ("training.precision=bf16",) if cpu_multiplies_bf16(cpuinfo) else ()
 
 
 def default_processes() -> int:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -33,6 +34,7 @@ from ctclip.inference.scans import StoredScans, prefetch
 from ctclip.language import load_language
 from ctclip.models.encoded import axis_shape
 from ctclip.models.folder import ModelFolder
+from ctclip.models.precision import Precision, at_precision, cpu_multiplies_bf16
 from ctclip.preprocessing.outputs import check_folder, claimed_folder, made_by_us
 from ctclip.preprocessing.progress import duration, track
 from ctclip.preprocessing.store import VolumeStore
@@ -69,6 +71,10 @@ class DecodeConfig(Section):
     networks: Networks = Field(Networks(), description="sizes of the networks")  # type: ignore[call-arg]
     autoencoder: Stage = Field(Stage(), description="training of the autoencoder")  # type: ignore[call-arg]
     flow: Stage = Field(Stage(steps=50_000, batch=32), description="training of the flow network")  # type: ignore[call-arg]
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="precision in which the flow network is trained; auto: bf16 if the device multiplies in it, else fp32",
+    )
     volumes: int | None = Field(None, ge=1, description="number of training volumes to use; null: all")
     crop: int | None = Field(
         None,
@@ -152,9 +158,7 @@ def run_decode(
         losses = {"autoencoder": _fit_autoencoder(decoder, scans, config, output, first, seed)}
         latents = _latents(decoder, scans, output / "latents", first)
         decoder.noise.copy_(measured_noise(decoder, scans, seed))
-        flat = latents.float()
-        decoder.mean.copy_(flat.mean(dim=(0, 2, 3, 4)))
-        decoder.scale.copy_(flat.std(dim=(0, 2, 3, 4)).clamp(min=1e-6))
+        decoder.standardise(latents)
         losses["flow"] = _fit_flow(decoder, latents, given, config, output, key, seed)
         made = DecodeHead(loaded.model, decoder, prompts_of(loaded), loaded.labels.names)
         words = f"{len(scans.table)} volumes of {scans.table['patient'].nunique()} patients, split {split}"
@@ -190,7 +194,8 @@ def estimate(decoder: Decoder, config: DecodeConfig) -> float:
     latents = decoder.mean.new_zeros(1, decoder.networks.latent, *(min(extent, 32) for extent in decoder.grid))
     share = math.prod(decoder.grid) / math.prod(latents.shape[2:])
     first = _timed(lambda: autoencoder_loss(decoder, volume, config, (-1000.0, 1000.0)))
-    second = _timed(lambda: decoder.flow_loss(latents, decoder.condition()))
+    with at_precision(_precision(config, decoder.mean.device), decoder.mean.device):
+        second = _timed(lambda: decoder.flow_loss(latents, decoder.condition()))
     seconds = config.autoencoder.steps * config.autoencoder.batch * learned * first
     seconds += config.flow.steps * config.flow.batch * share * second
     if decoder.mean.device.type == "cpu" and seconds > DAYS * 86_400:
@@ -199,6 +204,14 @@ def estimate(decoder: Decoder, config: DecodeConfig) -> float:
             f"autoencoder.steps and flow.steps, or give --config phantom_imagine, which is sized for a CPU"
         )
     return seconds
+
+
+def _precision(config: DecodeConfig, device: torch.device) -> Precision:
+    """The precision in which the flow network is trained on ``device``."""
+    if config.precision != "auto":
+        return config.precision
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and cpu_multiplies_bf16()
+    return "bf16" if fast else "fp32"
 
 
 def _timed(loss: Callable[[], Tensor]) -> float:
@@ -337,11 +350,13 @@ def _fit_flow(
     decoder: Decoder, latents: Tensor, given: Conditions, config: DecodeConfig, output: Path, key: str, seed: int
 ) -> list[float]:
     stage, device = config.flow, decoder.mean.device
+    precision = _precision(config, device)
     batch = min(stage.batch, len(latents))
 
     def loss(rows: Tensor) -> Tensor:
         conditions = drawn_conditions(decoder, given, rows, config)
-        return decoder.flow_loss(decoder.standard(latents[rows].float().to(device)), conditions)
+        with at_precision(precision, device):
+            return decoder.flow_loss(decoder.standard(latents[rows].float().to(device)), conditions)
 
     def batches(begin: int) -> Iterator[Tensor]:
         for step in range(begin, stage.steps):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ctclip.adaptation.state import damaged, read_state, write_state
+from ctclip.errors import TrainingError
 from ctclip.preprocessing.progress import track
 from ctclip.training.optimizer import rate_factor
 
@@ -56,7 +57,8 @@ def train_resumably(
 
     ``examples``: yields the batches from a given step; ``loss_of``: the loss of one batch, may use torch's random
     generator. ``state``: a file that is written every minute and at the end. A run with the same ``key`` resumes from
-    it; a run with another key starts from the beginning. Raises CheckpointError if the file is damaged.
+    it; a run with another key starts from the beginning. Raises CheckpointError if the file is damaged, and TrainingError
+    if a loss is not a number.
     """
     parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -75,7 +77,12 @@ def train_resumably(
         loss = loss_of(batch)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
+        if not torch.isfinite(loss + norm):
+            raise TrainingError(
+                f"{what}: the loss or its gradient is not a number in step {step + 1}; set a learning rate below "
+                f"{schedule.learning_rate:g}"
+            )
         optimizer.step()
         losses.append(float(loss.detach()))
         # The average forgets quickly at first, when the weights change most.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ctclip.errors import CheckpointError
 from ctclip.heads.head import reading
 from ctclip.heads.prompts import PromptHead, read_names
+from ctclip.models.convolution import right_convolutions
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import axis_shape
 from ctclip.preprocessing.plain_yaml import read_yaml
@@ -33,6 +34,9 @@ SIZE, WEIGHTS = "decoder.yaml", "decoder.safetensors"
 GROUPS, HEAD = 8, 32
 # Number of time steps of the flow, and number of intensity bins of [-1, 1] with a measured noise level.
 TIMES, BINS = 1000, 20
+# How far the times of the flow are shifted towards noise (Esser et al. 2024, section 5.3.2): the outline of a chest is
+# visible in noise that hides a single cell. And the spread of the logits of the times in training.
+SHIFT, SPREAD = 3.0, 1.3
 AIR = -1.0
 # Initial log variance of the latents.
 START = -6.0
@@ -111,7 +115,9 @@ class Decoder(nn.Module):
         hidden = 4 * networks.width[0]
         embed_condition = nn.Sequential(nn.Linear(2 * dim + 2, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.flow.class_embedding = embed_condition  # type: ignore[assignment]
-        self.register_buffer("mean", torch.zeros(networks.latent))
+        right_convolutions(self.autoencoder)
+        right_convolutions(self.flow)
+        self.register_buffer("mean", torch.zeros(networks.latent, *self.grid))
         self.register_buffer("scale", torch.ones(networks.latent))
         self.register_buffer("noise", torch.zeros(BINS))
 
@@ -142,9 +148,37 @@ class Decoder(nn.Module):
         """Reconstruct the volumes, including the padding."""
         return unfold(self.autoencoder.decode(latents), self.networks.fold)
 
+    @torch.no_grad()
+    def standardise(self, latents: Tensor) -> None:
+        """Set the means of the latents (n, latent, d, h, w) of the training volumes in each cell, and the scale of each
+        channel.
+
+        The variance of a standardised channel is proportional to its effect on volumes (``channel_effects``), and the
+        mean variance is 1. With the same variance in each channel, the faintest details would count as much as the
+        outline of the chest; with the variance of their effects, they would be lost in the noise at nearly every time.
+        """
+        variance, mean = torch.var_mean(latents.float(), dim=0)
+        deviation = variance.mean(dim=(1, 2, 3)).sqrt().clamp(min=1e-6)
+        effects = self.channel_effects(latents[0].float().to(self.mean), deviation.to(self.mean))
+        wanted = (effects / effects.mean()).sqrt().clamp(min=1e-3)
+        self.mean.copy_(mean)
+        self.scale.copy_(deviation.to(self.mean) / wanted)
+
+    def channel_effects(self, latents: Tensor, deviation: Tensor) -> Tensor:
+        """The effect of each channel on a volume with these latents (latent, d, h, w): the root mean square of the
+        change by one ``deviation`` of the channel in every cell, with random signs."""
+        random = torch.Generator().manual_seed(0)
+        signs = torch.randint(2, latents.shape[1:], generator=random).to(latents) * 2 - 1
+        before, effects = self.decode(latents[None]), []
+        for channel, change in enumerate(deviation):
+            moved = latents.clone()
+            moved[channel] += change * signs
+            effects.append((self.decode(moved[None]) - before).square().mean().sqrt())
+        return torch.stack(effects)
+
     def standard(self, latents: Tensor) -> Tensor:
-        """Standardise each channel to zero mean and unit variance over the training volumes."""
-        return (latents - self.mean[:, None, None, None]) / self.scale[:, None, None, None]
+        """Subtract the mean over the training volumes of each cell, and divide by the scale of each channel."""
+        return (latents - self.mean) / self.scale[:, None, None, None]
 
     def condition(self, volumes: Tensor | None = None, texts: Tensor | None = None, count: int = 1) -> Tensor:
         """Unit vectors (B, dim) of volumes or texts -> conditions (B, 2 * dim + 2); without either, ``count`` empty
@@ -171,12 +205,12 @@ class Decoder(nn.Module):
         return unfold(clean, self.networks.patch)
 
     def flow_loss(self, latents: Tensor, conditions: Tensor) -> Tensor:
-        """Mean squared error of the predicted clean latents at random times, drawn as in Esser et al. 2024. ``latents``
+        """Mean squared error of the predicted clean latents at random times. ``latents``
         (B, latent, d, h, w), standardised. Uses torch's random generator."""
         scheduler = _scheduler()
         times = scheduler.sample_timesteps(latents)
         noisy = scheduler.add_noise(latents, torch.randn_like(latents), times)
-        return F.mse_loss(self.denoise(noisy, times, conditions), latents)
+        return F.mse_loss(self.denoise(noisy, times, conditions).float(), latents)
 
     @torch.inference_mode()
     def sample(self, conditions: Tensor, seeds: Sequence[int], *, steps: int = 25, guidance: float = 2.0) -> Tensor:
@@ -192,24 +226,23 @@ class Decoder(nn.Module):
         return torch.cat(volumes)
 
     def _flowed(self, latents: Tensor, condition: Tensor, steps: int, guidance: float) -> Tensor:
-        scheduler, guided = _scheduler(), guidance != 1
-        scheduler.set_timesteps(steps)
+        guided = guidance != 1
         both = torch.cat([condition, self.condition()]) if guided else condition
-        times = scheduler.timesteps.tolist()
+        times = _times(steps)
         for now, following in zip(times, [*times[1:], 0], strict=True):
             moment = torch.full((len(both),), float(now), device=latents.device)
             clean = self.denoise(latents.expand(len(both), -1, -1, -1, -1), moment, both)
             if guided:
                 clean = clean[1:] + guidance * (clean[:1] - clean[1:])
-            # The velocity of the straight line from noise to the clean latents (Liu et al. 2023, eq. 1).
-            latents, _ = scheduler.step((clean - latents) * (TIMES / now), now, latents, following)
+            # Move along the straight line from noise to the clean latents (Liu et al. 2023, eq. 1).
+            latents = latents.lerp(clean, 1 - following / now)
         return latents
 
     def volume(self, latents: Tensor, random: torch.Generator) -> Tensor:
         """Standardised latents (1, latent, d, h, w) -> a volume (1, 1, D, H, W) in [-1, 1]. The autoencoder
         reconstructs the mean of the volumes with these latents; white noise is added with the noise level of training
         volumes at each intensity."""
-        decoded = self.decode(latents * self.scale[:, None, None, None] + self.mean[:, None, None, None])
+        decoded = self.decode(latents * self.scale[:, None, None, None] + self.mean)
         d, h, w = self.shape
         decoded = decoded[:, :, :d, :h, :w]
         drawn = torch.randn(decoded.shape, generator=random).to(decoded)
@@ -242,9 +275,18 @@ def _places(grid: Sequence[int]) -> Tensor:
 
 
 def _scheduler() -> Any:
+    """MONAI's rectified flow; in training, times are logit-normal (Esser et al. 2024)."""
     from monai.networks.schedulers import RFlowScheduler
 
-    return RFlowScheduler(TIMES, use_discrete_timesteps=True, sample_method="logit-normal")
+    return RFlowScheduler(
+        TIMES, use_discrete_timesteps=True, sample_method="logit-normal", loc=math.log(SHIFT), scale=SPREAD
+    )
+
+
+def _times(steps: int) -> list[int]:
+    """The times of ``steps`` Euler steps, from noise to the last before 0, shifted like those of training."""
+    even = [1 - step / steps for step in range(steps)]
+    return [max(1, round(TIMES * SHIFT * time / (1 + (SHIFT - 1) * time))) for time in even]
 
 
 class DecodeHead(PromptHead):

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ctclip.config import Count, EncoderConfig
 from ctclip.models.batchnorm import GlobalBatchNorm3d
+from ctclip.models.convolution import right_convolutions
 from ctclip.models.encoded import Encoded, Evidence, Level, VolumeEncoder, beside, check_shape
 from ctclip.models.pooling import air_where_padded, largest_token, mean_token, real_cells
 from ctclip.preprocessing.spec import PreprocessingSpec
@@ -78,6 +79,7 @@ class ResNet3D(VolumeEncoder):
             for name, child in parent.named_children():
                 if isinstance(child, nn.BatchNorm3d):
                     setattr(parent, name, _norm(config, child.num_features))
+        right_convolutions(self.net)
         self.token_width = widths[-1] * (4 if block == "bottleneck" else 1)
         self.width = 2 * self.token_width
 

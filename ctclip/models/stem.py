@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ctclip.models.batchnorm import GlobalBatchNorm3d
+from ctclip.models.convolution import Convolution3d
 from ctclip.models.pooling import largest_token, mean_token, real_cells
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Convolution(nn.Module):
 
     def __init__(self, width: int, after: int, stride: int = 1) -> None:
         super().__init__()
-        self.convolution = nn.Conv3d(width, after, 3, stride, padding=1, bias=False)
+        self.convolution = Convolution3d(width, after, 3, stride, padding=1, bias=False)
         self.norm = GlobalBatchNorm3d(after)
         self.residual = width == after and stride == 1
         self.halves = stride == 2

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.networks.schedulers.rectified_flow import timestep_transform
 from safetensors.torch import load_file, save_file
 from sklearn.decomposition import PCA
 from torch import nn
@@ -24,8 +25,20 @@ from ctclip.adaptation.decode import DecodeConfig, autoencoder_loss, estimate, m
 from ctclip.adaptation.resumable import Schedule, rows_of, train_resumably
 from ctclip.cli import main
 from ctclip.config_files import find_config, load_section
-from ctclip.errors import CheckpointError, ConfigError
-from ctclip.heads.decoder import BINS, SIZE, WEIGHTS, Decoder, Networks, fold, unfold
+from ctclip.errors import CheckpointError, ConfigError, TrainingError
+from ctclip.heads.decoder import (
+    BINS,
+    SHIFT,
+    SIZE,
+    TIMES,
+    WEIGHTS,
+    Decoder,
+    Networks,
+    _scheduler,
+    _times,
+    fold,
+    unfold,
+)
 from ctclip.heads.folder import load_head
 from ctclip.imagining.imagine import Imagining, decoder_of, imagine
 from ctclip.imagining.synthetic import is_synthetic
@@ -93,6 +106,63 @@ def test_a_flow_draws_what_it_is_told_and_nothing_without_guidance() -> None:
     torch.testing.assert_close(
         both[1:], decoder.sample(conditions[1:], [4], steps=2), msg="a volume is drawn by itself"
     )
+
+
+def test_a_channel_counts_by_its_effect_on_volumes() -> None:
+    decoder = tiny((4, 4, 4))
+    # One channel is seen in the volume, the other nearly not.
+    decoder.decode = lambda latents: 3 * latents[:, :1] + 0.01 * latents[:, 1:]  # type: ignore[method-assign]
+    torch.manual_seed(0)
+    places = 10 * torch.randn(1, 2, *decoder.grid)
+    latents = places + torch.tensor([0.5, 2.0])[:, None, None, None] * torch.randn(500, 2, *decoder.grid)
+    decoder.standardise(latents.half())
+    standard = decoder.standard(latents)
+    torch.testing.assert_close(standard.mean(dim=0), torch.zeros(2, *decoder.grid), atol=0.1, rtol=0)
+    variance = standard.square().mean(dim=(0, 2, 3, 4))
+    assert variance.mean() == pytest.approx(1, rel=0.05)
+    assert variance[0] / variance[1] == pytest.approx(3 * 0.5 / (0.01 * 2), rel=0.05)
+    seen = list[torch.Tensor]()
+
+    def decode_zeros(latents: torch.Tensor) -> torch.Tensor:
+        seen.append(latents)
+        return torch.zeros(1, 1, 4, 4, 4)
+
+    decoder.decode = decode_zeros  # type: ignore[method-assign]
+    decoder.volume(standard[:1], torch.Generator())
+    torch.testing.assert_close(seen[0], latents[:1], msg="volumes are decoded from the latents before")
+
+
+def test_times_are_shifted_towards_noise() -> None:
+    for steps in (1, 7, 25):
+        even = torch.linspace(TIMES, 0, steps + 1)[:-1]
+        expected = timestep_transform(even, SHIFT**3, 1, num_train_timesteps=TIMES)
+        assert _times(steps) == expected.round().long().tolist()
+    torch.manual_seed(0)
+    drawn = _scheduler().sample_timesteps(torch.zeros(4000, 1, 1, 1, 1))
+    assert drawn.float().median() == pytest.approx(timestep_transform(500.0, SHIFT**3, 1), rel=0.03)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_bf16_is_used_where_the_processor_has_it(fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "cpu_multiplies_bf16", lambda: fast)
+    seen = list[bool]()
+
+    def loss(self: Decoder, latents: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return self.denoise(latents, torch.ones(len(latents)), conditions).float().square().mean()
+
+    monkeypatch.setattr(Decoder, "flow_loss", loss)
+    for precision, expected in (("auto", fast), ("fp32", False), ("bf16", True)):
+        config = DecodeConfig.model_validate(
+            {"networks": TINY, "precision": precision, "flow": {"steps": 1, "batch": 2}, "autoencoder": {"steps": 1}}
+        )
+        decoder = tiny((4, 4, 4))
+        given = decode.Conditions(torch.ones(2, 4), torch.ones(2, 1, 4))
+        latents = torch.zeros(2, 2, *decoder.grid).half()
+        decode._fit_flow(decoder, latents, given, config, tmp_path, precision, 0)
+        estimate(decoder, config)
+        assert set(seen) == {expected}
+        seen.clear()
 
 
 class Scans:
@@ -185,6 +255,33 @@ def test_a_killed_training_ends_with_the_same_bytes(tmp_path: Path, monkeypatch:
     (tmp_path / "killed").write_bytes(b"no")
     with pytest.raises(CheckpointError, match="damaged; delete it"):
         train(tmp_path / "killed")
+
+
+@pytest.mark.parametrize("part", ["loss", "gradient"])
+def test_a_training_that_diverges_keeps_its_last_weights(part: str, tmp_path: Path) -> None:
+    network, calls = nn.Linear(1, 1), iter(range(100))
+
+    def loss(one: torch.Tensor) -> torch.Tensor:
+        value = network(one).sum()
+        if next(calls) < 2:
+            return value
+        # The gradient of a square root at 0 is infinite.
+        return value * float("nan") if part == "loss" else (value - value).sqrt() + value.detach()
+
+    with pytest.raises(
+        TrainingError, match=r"^test: the loss or its gradient is not a number in step 3; set .* below 0.1"
+    ):
+        train_resumably(
+            network,
+            loss,
+            lambda _: [torch.ones(1)] * 5,
+            Schedule(5, 0.1),
+            tmp_path / "state",
+            key="a",
+            seed=0,
+            what="test",
+        )
+    assert all(value.isfinite().all() for value in network.parameters())
 
 
 def test_every_volume_is_learned_once_an_epoch() -> None:
