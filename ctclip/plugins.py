@@ -44,7 +44,7 @@ OURS: dict[Kind, dict[str, str]] = {
         "contexts": "ctclip.heads.contexts:ContextHead",
         "prior": "ctclip.heads.prior:PriorHead",
         "locate": "ctclip.heads.locator:LocateHead",
-        "decode": "ctclip.heads.decoder:DecodeHead",
+        "decode": "ctclip.heads.decode:DecodeHead",
     },
     "reader": {
         "rules": "ctclip.report_reading.rules:RulesReader",

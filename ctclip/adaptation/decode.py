@@ -1,12 +1,11 @@
-"""Train a decoder on a trained model with frozen encoders: first an autoencoder on the volumes of a store, then, on
-their latents, a flow conditioned on embeddings of volumes, reports or excerpts of reports."""
+"""Train a decoder on a trained model with frozen encoders: a prior from texts to embeddings of volumes, an autoencoder
+on the volumes of a store, and, on their latents, a flow conditioned on the volumes' embeddings."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,19 +18,20 @@ from torch import Tensor
 from ctclip.adaptation.caption import prompts_of
 from ctclip.adaptation.components import begin_with_components
 from ctclip.adaptation.examples import cached_embeddings
+from ctclip.adaptation.expectation import fit_expectation
 from ctclip.adaptation.keep import add_head, check_head_name
-from ctclip.adaptation.prior import VIEWS
+from ctclip.adaptation.prior import LOSSES as PRIOR_LOSSES
+from ctclip.adaptation.prior import PriorConfig, fit_prior, text_pairs
 from ctclip.adaptation.resumable import Schedule, rows_of, train_resumably
 from ctclip.adaptation.state import read_state, write_state
 from ctclip.data.dataset import some_scans, with_report
-from ctclip.data.reports import ReportViews, reports_of
 from ctclip.errors import CheckpointError, ConfigError, DataError
 from ctclip.evaluation.adapted import Adaptation
 from ctclip.evaluation.tables import write_predictions
-from ctclip.heads.decoder import BINS, DecodeHead, Decoder, Networks, intensity_bin
-from ctclip.inference.run import report_embeddings, run_key
+from ctclip.heads.decode import DecodeHead
+from ctclip.heads.decoder import BINS, Decoder, Networks, intensity_bin
+from ctclip.inference.run import run_key
 from ctclip.inference.scans import StoredScans, prefetch
-from ctclip.language import load_language
 from ctclip.models.encoded import axis_shape
 from ctclip.models.folder import ModelFolder
 from ctclip.models.precision import Precision, at_precision, cpu_multiplies_bf16
@@ -65,6 +65,25 @@ class Stage(Section):
     )
 
 
+class DrawingPrior(PriorConfig):
+    """How the prior of a decoder is trained."""
+
+    kind: Literal["ridge", "mlp", "diffusion"] = Field(
+        "diffusion",
+        description="diffusion: samples different volume embeddings for one text; ridge, mlp: regression, whose volumes "
+        "differ only by the decoder's noise",
+    )
+    excerpts: int = Field(
+        5,
+        ge=0,
+        le=100,
+        description="number of excerpts of each report used in addition to the whole report, because prompts are short",
+    )
+    epochs: float = Field(
+        20.0, gt=0, le=10**6, description="mlp, diffusion: number of passes over the training reports"
+    )
+
+
 class DecodeConfig(Section):
     """How a decoder is trained."""
 
@@ -92,35 +111,13 @@ class DecodeConfig(Section):
     kl: float = Field(
         1e-7, ge=0, le=1, description="weight of the autoencoder's KL divergence, summed over the latents of a volume"
     )
-    excerpts: int = Field(
-        3,
-        ge=0,
-        le=100,
-        description="number of excerpts of each report that condition the flow in addition to the whole report, "
-        "because prompts are short",
-    )
-    text: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="fraction of the conditioned examples whose condition is a text instead of the embedding of the "
-        "volume",
-    )
     untold: float = Field(
         0.1, ge=0, lt=1, description="fraction of the examples without a condition, for classifier-free guidance"
     )
-    language: str = Field(
-        "english", description="language of the reports: a YAML file, or its name in configs/languages"
+    prior: DrawingPrior = Field(
+        DrawingPrior(),  # type: ignore[call-arg]
+        description="training of the prior, which draws an embedding of a volume for a text",
     )
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """Embeddings that condition the flow, by row of the cohort table: ``volumes`` (n, dim), ``texts`` (n, 1 + excerpts,
-    dim)."""
-
-    volumes: Tensor
-    texts: Tensor
 
 
 def run_decode(
@@ -136,7 +133,7 @@ def run_decode(
 ) -> Path:
     """Train a decoder on the volumes and reports of a split and save it in the model folder; returns its folder.
 
-    Writes ``decode.csv`` with the losses to ``output``, and the embeddings, latents and states of training: an
+    Writes ``prior.csv`` and ``decode.csv`` with the losses to ``output``, and the embeddings, latents and states of training: an
     interrupted run resumes and produces identical files. Raises ConfigError if training on a CPU would take days,
     DataError or PreprocessingError, and saves nothing, if the store has no report or the output cannot be used.
     """
@@ -151,19 +148,26 @@ def run_decode(
         print(f"note: no GPU is used; training takes about {duration(estimate(decoder, config))} on this CPU")
     key = run_key(loaded.hash, scans.origin(), list(scans.table["volume"]), config.model_dump_json(), f"{head} {seed}")
     first = _autoencoder_key(scans, config, seed)
-    with claimed_folder(output, "adapt", key, (LOSSES,), made_by_us, force=force):
+    with claimed_folder(output, "adapt", key, (LOSSES, PRIOR_LOSSES), made_by_us, force=force):
         vectors = cached_embeddings(loaded, scans, output / "embeddings", 8)
         scans.table = scans.table[scans.table["volume"].isin(vectors)].reset_index(drop=True)
-        given = _conditions(loaded, scans.table, vectors, config, seed)
+        if scans.table.empty:
+            raise DataError("no volume with a report to learn from")
+        pairs = text_pairs(loaded, scans.table, vectors, config.prior, seed)
+        prior, prior_losses = fit_prior(pairs, config.prior, loaded.model.device, seed)
+        embeddings = torch.from_numpy(np.stack([vectors[name] for name in scans.table["volume"]])).float()
         losses = {"autoencoder": _fit_autoencoder(decoder, scans, config, output, first, seed)}
         latents = _latents(decoder, scans, output / "latents", first)
         decoder.noise.copy_(measured_noise(decoder, scans, seed))
         decoder.standardise(latents)
-        losses["flow"] = _fit_flow(decoder, latents, given, config, output, key, seed)
-        made = DecodeHead(loaded.model, decoder, prompts_of(loaded), loaded.labels.names)
+        patients = scans.table["patient"].to_numpy(str)
+        fit_expectation(decoder, latents, embeddings, patients, seed)
+        losses["flow"] = _fit_flow(decoder, latents, embeddings, config, output, key, seed)
+        made = DecodeHead(loaded.model, decoder, prior, prompts_of(loaded), loaded.labels.names)
         words = f"{len(scans.table)} volumes of {scans.table['patient'].nunique()} patients, split {split}"
         made.adaptation = Adaptation.to(METHOD, words, loaded.hash, scans.table["patient"].astype(str))
         folder = add_head(loaded.path, head, made, f"a decoder from texts to volumes, fitted to {words}")
+        write_predictions(output / PRIOR_LOSSES, prior_losses)
         write_predictions(output / LOSSES, _losses(losses))
     return folder
 
@@ -330,31 +334,15 @@ def measured_noise(decoder: Decoder, scans: StoredScans, seed: int) -> Tensor:
     return torch.from_numpy(deviation.reindex(range(BINS)).fillna(0.0).to_numpy(np.float32).copy())
 
 
-def _conditions(
-    loaded: ModelFolder, table: pd.DataFrame, vectors: dict[str, np.ndarray], config: DecodeConfig, seed: int
-) -> Conditions:
-    """The conditions of the flow for each row of ``table``. Raises DataError if the table is empty."""
-    if table.empty:
-        raise DataError("no volume with a report to learn from")
-    random = np.random.default_rng([seed, 67])
-    views = ReportViews(VIEWS, load_language(config.language))
-    reports = reports_of(table, loaded.trained_on.sections)
-    texts = [[report.text(), *(views.draw(report, random) for _ in range(config.excerpts))] for report in reports]
-    with torch.inference_mode():
-        encoded = report_embeddings(loaded.model, [text for each in texts for text in each])
-    volumes = torch.from_numpy(np.stack([vectors[name] for name in table["volume"]])).float()
-    return Conditions(volumes, torch.from_numpy(encoded).float().unflatten(0, (len(table), 1 + config.excerpts)))
-
-
 def _fit_flow(
-    decoder: Decoder, latents: Tensor, given: Conditions, config: DecodeConfig, output: Path, key: str, seed: int
+    decoder: Decoder, latents: Tensor, embeddings: Tensor, config: DecodeConfig, output: Path, key: str, seed: int
 ) -> list[float]:
     stage, device = config.flow, decoder.mean.device
     precision = _precision(config, device)
     batch = min(stage.batch, len(latents))
 
     def loss(rows: Tensor) -> Tensor:
-        conditions = drawn_conditions(decoder, given, rows, config)
+        conditions = drawn_conditions(decoder, embeddings[rows], config)
         with at_precision(precision, device):
             return decoder.flow_loss(decoder.standard(latents[rows].float().to(device)), conditions)
 
@@ -374,17 +362,11 @@ def _fit_flow(
     )
 
 
-def drawn_conditions(decoder: Decoder, given: Conditions, rows: Tensor, config: DecodeConfig) -> Tensor:
-    """Draw a condition (B, 2 * dim + 2) for each row: a text, the volume, or nothing, with the fractions of ``config``.
-    Uses torch's random generator."""
-    device = decoder.mean.device
-    kind, text = torch.rand(len(rows)), torch.randint(given.texts.shape[1], (len(rows),))
-    volumes = decoder.condition(volumes=given.volumes[rows].to(device))
-    texts = decoder.condition(texts=given.texts[rows, text].to(device))
-    none = decoder.condition(count=len(rows))
-    is_text = (kind < config.text * (1 - config.untold))[:, None].to(device)
-    is_none = (kind >= 1 - config.untold)[:, None].to(device)
-    return torch.where(is_none, none, torch.where(is_text, texts, volumes))
+def drawn_conditions(decoder: Decoder, embeddings: Tensor, config: DecodeConfig) -> Tensor:
+    """Conditions (B, dim + 1) of volumes with these embeddings (B, dim), a fraction of them empty. Uses torch's random
+    generator."""
+    told = (torch.rand(len(embeddings), 1) >= config.untold).to(decoder.scale)
+    return decoder.condition(embeddings.to(decoder.scale)) * told
 
 
 def _losses(losses: dict[str, list[float]]) -> pd.DataFrame:

@@ -1,35 +1,23 @@
 """A decoder that generates volumes from the embedding of a text or a volume: latent diffusion (Rombach et al. 2022)
 with a rectified flow (Liu et al. 2023) and MONAI's networks, as in MAISI (Guo et al. 2024).
 
-An autoencoder compresses volumes to latents with at most about a thirtieth of the size. A flow network generates
-latents from noise, conditioned on an embedding. Both are saved as a head, which scores findings with the model's
-prompts."""
+An autoencoder compresses volumes to latents. A flow network generates latents from noise, conditioned on the embedding
+of a volume."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from pydantic import Field, field_validator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ctclip.errors import CheckpointError
-from ctclip.heads.head import reading
-from ctclip.heads.prompts import PromptHead, read_names
 from ctclip.models.convolution import right_convolutions
-from ctclip.models.dual_encoder import DualEncoder
-from ctclip.models.encoded import axis_shape
-from ctclip.preprocessing.plain_yaml import read_yaml
-from ctclip.prompts import PromptSet, load_prompts
-from ctclip.schema import Section, validated
+from ctclip.schema import Section
 
-SIZE, WEIGHTS = "decoder.yaml", "decoder.safetensors"
 # Number of normalisation groups, and number of channels per attention head.
 GROUPS, HEAD = 8, 32
 # Number of time steps of the flow, and number of intensity bins of [-1, 1] with a measured noise level.
@@ -38,6 +26,8 @@ TIMES, BINS = 1000, 20
 # visible in noise that hides a single cell. And the spread of the logits of the times in training.
 SHIFT, SPREAD = 3.0, 1.3
 AIR = -1.0
+# Rank of the expected latents, and the number of cells of their grid.
+RANK, CELLS = 64, 4096
 # Initial log variance of the latents.
 START = -6.0
 
@@ -83,11 +73,13 @@ class Networks(Section):
 class Decoder(nn.Module):
     """Autoencoder and flow network. ``shape`` (D, H, W) of the volumes, ``dim`` of the embeddings.
 
-    Volumes are (B, 1, D, H, W) in [-1, 1], latents (B, latent, d, h, w), conditions (B, 2 * dim + 2).
+    Volumes are (B, 1, D, H, W) in [-1, 1], latents (B, latent, d, h, w), conditions (B, dim + 1).
     """
 
     mean: Tensor
     scale: Tensor
+    heard: Tensor
+    expectation: Tensor
     noise: Tensor
 
     def __init__(self, shape: Sequence[int], dim: int, networks: Networks) -> None:
@@ -107,18 +99,21 @@ class Decoder(nn.Module):
         nn.init.constant_(spread.bias, START)
         patched, levels = networks.latent * networks.patch**3, len(networks.width)
         self.flow = DiffusionModelUNet(
-            3, patched + 3, patched, (networks.depth,) * levels, networks.width, (*(False,) * (levels - 1), True),
+            3, 2 * patched + 3, patched, (networks.depth,) * levels, networks.width, (*(False,) * (levels - 1), True),
             norm_num_groups=GROUPS, num_head_channels=HEAD, num_class_embeds=1,
         )  # fmt: skip
         # The embedding of the condition takes the place of MONAI's class embedding, which is added to the time
         # embedding.
         hidden = 4 * networks.width[0]
-        embed_condition = nn.Sequential(nn.Linear(2 * dim + 2, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        embed_condition = nn.Sequential(nn.Linear(dim + 1, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.flow.class_embedding = embed_condition  # type: ignore[assignment]
         right_convolutions(self.autoencoder)
         right_convolutions(self.flow)
         self.register_buffer("mean", torch.zeros(networks.latent, *self.grid))
         self.register_buffer("scale", torch.ones(networks.latent))
+        rank = min(RANK, dim + 1)
+        self.register_buffer("heard", torch.zeros(dim + 1, rank))
+        self.register_buffer("expectation", torch.zeros(rank, networks.latent, *_coarse(self.grid)))
         self.register_buffer("noise", torch.zeros(BINS))
 
     @property
@@ -180,29 +175,45 @@ class Decoder(nn.Module):
         """Subtract the mean over the training volumes of each cell, and divide by the scale of each channel."""
         return (latents - self.mean) / self.scale[:, None, None, None]
 
-    def condition(self, volumes: Tensor | None = None, texts: Tensor | None = None, count: int = 1) -> Tensor:
-        """Unit vectors (B, dim) of volumes or texts -> conditions (B, 2 * dim + 2); without either, ``count`` empty
-        conditions."""
-        given = volumes if volumes is not None else texts
-        rows = count if given is None else len(given)
-        parts = []
-        for vectors in (volumes, texts):
-            there = self.mean.new_ones(rows, 1) if vectors is not None else self.mean.new_zeros(rows, 1)
-            # Scale coordinates to unit variance, which suits a network.
-            scaled = self.mean.new_zeros(rows, self.dim) if vectors is None else vectors * math.sqrt(self.dim)
-            parts += [scaled, there]
-        return torch.cat(parts, dim=1)
+    def condition(self, volumes: Tensor | None = None, count: int = 1) -> Tensor:
+        """Unit vectors (B, dim) of volumes -> conditions (B, dim + 1); without them, ``count`` empty conditions."""
+        if volumes is None:
+            return self.scale.new_zeros(count, self.dim + 1)
+        # Scale coordinates to unit variance, which suits a network.
+        return torch.cat([volumes * math.sqrt(self.dim), volumes.new_ones(len(volumes), 1)], dim=1)
+
+    def coarse(self, latents: Tensor) -> Tensor:
+        """Latents on the grid of the expected ones."""
+        return F.adaptive_avg_pool3d(latents, _coarse(latents.shape[2:]))
+
+    @torch.no_grad()
+    def set_expectation(self, weights: Tensor, square: Tensor) -> None:
+        """Keep the ``RANK`` components of a regression (dim + 1, latent * cells) from conditions to standardised
+        latents that explain most of its predictions; ``square``: the conditions' second moment, times any number."""
+        values, axes = torch.linalg.eigh(square)
+        spread = axes * values.clamp(min=0).sqrt()
+        _, _, components = torch.linalg.svd(spread.T @ weights, full_matrices=False)
+        components = components[: len(self.expectation)]
+        self.heard.copy_(weights @ components.T)
+        self.expectation.copy_(components.view_as(self.expectation))
+
+    def expected(self, conditions: Tensor, grid: Sequence[int]) -> Tensor:
+        """Conditions (B, dim + 1) -> the expected latents (B, latent, *grid), standardised; 0 without a
+        condition."""
+        made = (conditions @ self.heard @ self.expectation.flatten(1)).unflatten(1, self.expectation.shape[1:])
+        return made if made.shape[2:] == grid else F.interpolate(made, tuple(grid), mode="trilinear")
 
     def denoise(self, noisy: Tensor, times: Tensor, conditions: Tensor) -> Tensor:
         """noisy (B, latent, d, h, w), times (B,) from 0 (clean) to 1000 (noise) -> the clean latents.
 
-        The network predicts clean latents instead of the velocity, so that it can have fewer channels than the patched
-        latents (Li & He 2025).
+        The network predicts the difference between the clean and the expected latents instead of the velocity, so that
+        it can have fewer channels than the patched latents (Li & He 2025).
         """
         patched = fold(noisy, self.networks.patch)
         places = _places(patched.shape[2:]).to(patched).expand(len(patched), -1, -1, -1, -1)
-        clean = self.flow(torch.cat([patched, places], dim=1), times, class_labels=conditions)
-        return unfold(clean, self.networks.patch)
+        expected = fold(self.expected(conditions, noisy.shape[2:]), self.networks.patch)
+        inputs = torch.cat([patched, places, expected], dim=1)
+        return unfold(expected + self.flow(inputs, times, class_labels=conditions), self.networks.patch)
 
     def flow_loss(self, latents: Tensor, conditions: Tensor) -> Tensor:
         """Mean squared error of the predicted clean latents at random times. ``latents``
@@ -214,7 +225,7 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def sample(self, conditions: Tensor, seeds: Sequence[int], *, steps: int = 25, guidance: float = 2.0) -> Tensor:
-        """Conditions (B, 2 * dim + 2) with one seed each -> volumes (B, 1, D, H, W) in [-1, 1], by Euler steps along
+        """Conditions (B, dim + 1) with one seed each -> volumes (B, 1, D, H, W) in [-1, 1], by Euler steps along
         the flow with classifier-free guidance (Ho & Salimans 2022, eq. 6). Volumes are sampled one at a time, so that
         each depends only on its condition and seed."""
         volumes = []
@@ -274,6 +285,15 @@ def _places(grid: Sequence[int]) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
 
 
+def _coarse(grid: Sequence[int]) -> tuple[int, int, int]:
+    """The largest grid of at most ``CELLS`` cells whose extents are fractions of ``grid`` by one number."""
+    by = 1
+    while math.prod(-(-extent // by) for extent in grid) > CELLS:
+        by += 1
+    d, h, w = (-(-extent // by) for extent in grid)
+    return d, h, w
+
+
 def _scheduler() -> Any:
     """MONAI's rectified flow; in training, times are logit-normal (Esser et al. 2024)."""
     from monai.networks.schedulers import RFlowScheduler
@@ -287,38 +307,6 @@ def _times(steps: int) -> list[int]:
     """The times of ``steps`` Euler steps, from noise to the last before 0, shifted like those of training."""
     even = [1 - step / steps for step in range(steps)]
     return [max(1, round(TIMES * SHIFT * time / (1 + (SHIFT - 1) * time))) for time in even]
-
-
-class DecodeHead(PromptHead):
-    """Scores findings with the model's prompts; its decoder generates the volumes of `ctclip imagine`."""
-
-    kind = "decode"
-
-    def __init__(self, model: DualEncoder, decoder: Decoder, prompts: PromptSet, names: Sequence[str] | None) -> None:
-        super().__init__(model, prompts, names)
-        self.decoder = decoder.to(model.device).eval().requires_grad_(False)
-
-    def save(self, folder: Path) -> None:
-        super().save(folder)
-        tensors = {name: value.cpu().contiguous() for name, value in self.decoder.state_dict().items()}
-        save_file(tensors, folder / WEIGHTS)
-        (folder / SIZE).write_text(yaml.safe_dump(self.decoder.facts, sort_keys=False), encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path, model: DualEncoder) -> DecodeHead:
-        with reading(folder, "its decoder is"):
-            facts, tensors = read_yaml(folder / SIZE), load_file(folder / WEIGHTS)
-            shape, dim = tuple(int(extent) for extent in facts["shape"]), int(facts["dim"])
-        if shape != axis_shape(model.spec) or dim != model.config.dim:
-            raise CheckpointError(
-                f"{folder}: its decoder generates volumes of {' x '.join(map(str, shape))} voxels from embeddings of "
-                f"{dim} "
-                f"dimensions, but the model has {' x '.join(map(str, axis_shape(model.spec)))} and {model.config.dim}: it "
-                f"belongs to another model; train one with `ctclip adapt --method decode`"
-            )
-        with reading(folder, "its decoder is"):
-            decoder = built(shape, dim, validated(Networks, facts["networks"], str(folder / SIZE)), tensors)
-        return cls(model, decoder, load_prompts(folder / "prompts.yaml"), read_names(folder))
 
 
 def built(shape: Sequence[int], dim: int, networks: Networks, tensors: dict[str, Tensor]) -> Decoder:

@@ -190,20 +190,30 @@ class PriorHead(Head):
         return self.direction.float().cpu().numpy().tobytes()
 
     def save(self, folder: Path) -> None:
-        save_file({name: value.cpu().contiguous() for name, value in self.prior.state_dict().items()}, folder / WEIGHTS)
-        (folder / SIZE).write_text(yaml.safe_dump(self.prior.size, sort_keys=False), encoding="utf-8")
+        save_prior(folder, self.prior)
         PromptHead.write(folder, self.prompts, self.names)
 
     @classmethod
     def load(cls, folder: Path, model: DualEncoder) -> PriorHead:
-        with reading(folder, "its prior is"):
-            size, tensors = read_yaml(folder / SIZE), load_file(folder / WEIGHTS)
-            _check_size(size, tensors)
-            prior = Prior(**size)
-            prior.load_state_dict(tensors)
-        if prior.size["dim"] != model.config.dim:
-            raise CheckpointError(
-                f"{folder}: its prior maps embeddings of {prior.size['dim']} dimensions, but those of the model have "
-                f"{model.config.dim}: it belongs to another model"
-            )
-        return cls(model, prior, load_prompts(folder / "prompts.yaml"), read_names(folder))
+        return cls(model, load_prior(folder, model), load_prompts(folder / "prompts.yaml"), read_names(folder))
+
+
+def save_prior(folder: Path, prior: Prior) -> None:
+    """Write a prior to the folder of a head."""
+    save_file({name: value.cpu().contiguous() for name, value in prior.state_dict().items()}, folder / WEIGHTS)
+    (folder / SIZE).write_text(yaml.safe_dump(prior.size, sort_keys=False), encoding="utf-8")
+
+
+def load_prior(folder: Path, model: DualEncoder) -> Prior:
+    """Read a prior from the folder of a head. Raises CheckpointError if it is damaged or belongs to another model."""
+    with reading(folder, "its prior is"):
+        size, tensors = read_yaml(folder / SIZE), load_file(folder / WEIGHTS)
+        _check_size(size, tensors)
+        prior = Prior(**size)
+        prior.load_state_dict(tensors)
+    if prior.size["dim"] != model.config.dim:
+        raise CheckpointError(
+            f"{folder}: its prior maps embeddings of {prior.size['dim']} dimensions, but those of the model have "
+            f"{model.config.dim}: it belongs to another model"
+        )
+    return prior

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ctclip.errors import DataError
 from ctclip.explanation.find import contrast_texts
-from ctclip.heads.decoder import DecodeHead, Decoder
+from ctclip.heads.decode import DecodeHead
 from ctclip.heads.folder import list_heads
 from ctclip.heads.head import Head
 from ctclip.heads.text import TextHead
@@ -105,26 +105,23 @@ def method_of(folder: ModelFolder, given: Imagining) -> MethodName:
     return method
 
 
-def decoder_of(folder: ModelFolder, name: str | None = None) -> Decoder:
-    """The decoder with head ``name``, or the first decoder of the model. Raises CheckpointError, also if it was trained
-    for another model."""
+def decoder_of(folder: ModelFolder, name: str | None = None) -> DecodeHead:
+    """The decoder ``name``, or the first one of the model. Raises CheckpointError, also if it was trained for another
+    model."""
     names = [head.name for head in list_heads(folder.path) if head.kind == DecodeHead.kind]
     head = usable_head(folder, name or names[0])
     assert isinstance(head, DecodeHead)
-    return head.decoder
+    return head
 
 
 def _decoded(folder: ModelFolder, texts: Sequence[str], given: Imagining, steps: int) -> Iterator[Drawn]:
-    """Generate volumes with the decoder, conditioned on the embedding of each text."""
-    decoder = decoder_of(folder, given.decoder)
+    """Generate volumes with the decoder."""
+    head = decoder_of(folder, given.decoder)
     guidance = GUIDANCE if given.guidance is None else given.guidance
-    with torch.inference_mode():
-        # Encode one text at a time: batching changes the last bits of an embedding, and so the result of a seed.
-        conditions = decoder.condition(texts=torch.cat([folder.model.encode_text([text]) for text in texts]).float())
-    wanted = [(index, given.seed + number) for index in range(len(texts)) for number in range(given.number)]
-    for index, seed in track(wanted, len(wanted), "imagining", "volumes"):
-        volume = decoder.sample(conditions[index : index + 1], [seed], steps=steps, guidance=guidance)
-        yield Drawn(volume[0, 0].float().cpu().numpy(), texts[index], seed, f"{steps} steps, guidance {guidance:g}")
+    wanted = [(text, given.seed + number) for text in texts for number in range(given.number)]
+    for text, seed in track(wanted, len(wanted), "imagining", "volumes"):
+        volume = head.generate(text, seed, steps=steps, guidance=guidance)
+        yield Drawn(volume.float().cpu().numpy(), text, seed, f"{steps} steps, guidance {guidance:g}")
 
 
 def _dreamt(folder: ModelFolder, detector: Head, texts: Sequence[str], given: Imagining, steps: int) -> Iterator[Drawn]:

@@ -8,6 +8,8 @@ how often the peak of the edit lies in the drawn finding and on its side of the 
 
 ``decoder``: volumes drawn by the decoder in the model ``--decoder`` for every such finding, and for none: whether detectors tell
 them apart, the side asked for, ranges of the cohort, and copies of training volumes.
+
+``rare``: a probe on few volumes with a finding, without and with synthetic ones.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,7 @@ from ctclip.preprocessing.cohorts import read_cohort
 from ctclip.preprocessing.store import VolumeStore
 from tests.benchmarks.common import machine, table
 from tests.benchmarks.imagine_decoder import decoder_figures, show_decoder
+from tests.benchmarks.imagine_rare import rare_figures, show_rare
 
 GOOD = 0.9
 KINDS = ("ridge", "mlp", "diffusion")
@@ -127,12 +132,26 @@ def show_priors(result: dict[str, Any]) -> str:
     return table(title, ["prior", *DEPTHS, "cosine with own volume", "modality gap"], rows)
 
 
+@dataclass(frozen=True)
+class Judged:
+    """How one map fits the mask of its finding: whether the peak is inside; whether it is on the mask's side, and in its
+    lobe (that side, and the upper or lower half of the lungs), None if the mask has more than one; mm from the peak to the
+    mask; the share of the body's voxels in the mask; seconds."""
+
+    inside: bool
+    side: bool | None
+    lobe: bool | None
+    distance: float
+    share: float
+    seconds: float
+
+
 def counterfactuals(model: Path, cohort: Path, findings: list[str], each: int, methods: list[str]) -> str:
     """One row for each method: over ``each`` scans of every finding, drawn in the order of the cohort."""
     loaded, scans = ctclip.load(model), read_cohort(cohort)
     masks = Masks(cohort / "masks", load_layout("phantom"))
     held = scans.table[(scans.table["split"] == "valid") & scans.table["volume"].isin(masks.volumes)]
-    tallies: dict[str, list[tuple[bool, bool | None, float, float, float]]] = {by: [] for by in methods}
+    tallies: dict[str, list[Judged]] = {by: [] for by in methods}
     for finding in findings:
         used = 0
         for volume in held.loc[held[finding] == 1, "volume"]:
@@ -149,29 +168,43 @@ def counterfactuals(model: Path, cohort: Path, findings: list[str], each: int, m
                 print(
                     f"{volume} {by}: {found.places[finding]} {tallies[by][-1]} {'; '.join(found.warnings)}", flush=True
                 )
-    rows = []
-    for by, tally in tallies.items():
-        sided = [right for _, right, *_ in tally if right is not None]
-        inside, distance, share, seconds = (np.array([one[place] for one in tally]) for place in (0, 2, 3, 4))
-        rows.append([
-            by, str(len(tally)), f"{inside.mean():.2f}", f"{np.mean(sided):.2f} of {len(sided)}" if sided else "",
-            f"{np.median(distance):.0f}", f"{share.mean():.3f}", f"{seconds.mean():.0f}",
-        ])  # fmt: skip
-    head = ["method", "maps", "peak in the finding", "peak on its side", "mm to it, median", "share of the body in the finding (chance)", "s a map"]  # fmt: skip
+    rows = [
+        [
+            by, str(len(tally)), f"{np.mean([one.inside for one in tally]):.2f}", _share(one.side for one in tally),
+            _share(one.lobe for one in tally), f"{np.median([one.distance for one in tally]):.0f}",
+            f"{np.mean([one.share for one in tally]):.3f}", f"{np.mean([one.seconds for one in tally]):.0f}",
+        ]
+        for by, tally in tallies.items()
+    ]  # fmt: skip
+    head = ["method", "maps", "peak in the finding", "peak on its side", "peak in its lobe", "mm to it, median", "share of the body in the finding (chance)", "s per map"]  # fmt: skip
     return table(f"Counterfactuals of {', '.join(findings)}", head, rows)
 
 
-def judged(found: Explanation, finding: str, mask: np.ndarray) -> tuple[bool, bool | None, float, float, float]:
-    """Whether the peak is in the mask; whether it is on its side of the scan, if the mask has one; mm from peak to
-    mask; the share of the body's voxels in the mask; seconds."""
+def _share(values: Iterable[bool | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.2f} of {len(known)}" if known else ""
+
+
+def judged(found: Explanation, finding: str, mask: np.ndarray) -> Judged:
     place, grid = found.places[finding], found.prepared.file_grid
     lps = np.argwhere(mask) @ grid.affine[:3, :3].T + grid.affine[:3, 3]
     distance = float(np.linalg.norm(lps - np.array(place.peak_lps), axis=1).min())
     column, row, cut = place.peak_voxel
-    sides = {side_of(one, found.prepared) for one in lps[:: max(1, len(lps) // 200)]} - {"midline", ""}
-    right = None if len(sides) != 1 or not place.side else place.side in sides
-    body = float((found.prepared.scan.array > -900).sum())
-    return bool(mask[cut, row, column]), right, distance, float(mask.sum()) / body, found.seconds
+    scan = found.prepared.scan
+    # Lungs are denser than the air around the patient.
+    lungs = np.argwhere((scan.array > -950) & (scan.array < -500))[::50]
+    low, high = np.percentile(lungs @ scan.affine[2, :3] + scan.affine[2, 3], [2, 98])
+    peak = np.array(place.peak_lps)
+
+    def lobe(point: np.ndarray) -> tuple[str, bool]:
+        return side_of(point, found.prepared), bool(point[2] > (low + high) / 2)
+
+    lobes = [lobe(one) for one in lps[:: max(1, len(lps) // 200)]]
+    sides, ours = {side for side, _ in lobes} - {"midline", ""}, set(lobes)
+    side = None if len(sides) != 1 or not place.side else place.side in sides
+    right = None if len(ours) != 1 or sides != {lobes[0][0]} else lobe(peak) in ours
+    body = float((scan.array > -900).sum())
+    return Judged(bool(mask[cut, row, column]), side, right, distance, float(mask.sum()) / body, found.seconds)
 
 
 def good_findings(demo: Path) -> list[str]:
@@ -184,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="a folder of `ctclip demo`")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--only", choices=("prior", "counterfactual", "decoder"))
+    parser.add_argument("--only", choices=("prior", "counterfactual", "decoder", "rare"))
     parser.add_argument(
         "--halves", action="store_true", help="prior: learn from half of the held-out patients; encodes nothing"
     )
@@ -213,6 +246,10 @@ def main() -> None:
         result = decoder_figures(given, given.findings or good_findings(given.demo))
         (given.work / "decoder.json").write_text(json.dumps(result, indent=2))
         print(show_decoder(result))
+    if given.only in (None, "rare"):
+        result = rare_figures(given, given.findings or good_findings(given.demo))
+        (given.work / "rare.json").write_text(json.dumps(result, indent=2))
+        print(show_rare(result))
 
 
 if __name__ == "__main__":

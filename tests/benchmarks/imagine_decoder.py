@@ -24,7 +24,7 @@ from ctclip.adaptation.examples import store_label_array
 from ctclip.adaptation.probe import fit_probe
 from ctclip.audit.measures import MEASURES, measure
 from ctclip.evaluation.tables import read_embeddings
-from ctclip.imagining.imagine import STEPS, decoder_of
+from ctclip.imagining.imagine import decoder_of
 from ctclip.imagining.synthetic import Synthetic, to_hu, write_volume
 from ctclip.inference.run import VOLUME
 from ctclip.models.folder import load_model
@@ -80,7 +80,7 @@ def decoder_figures(given: argparse.Namespace, findings: list[str]) -> dict[str,
 def drawn(loaded: ctclip.Model, findings: list[str], each: int, guidance: float, work: Path) -> list[Asked]:
     """``each`` volumes for every text, and three times as many without a condition; saved in ``work``. Texts with a
     side are used with both sides and the same seeds."""
-    decoder, prompts = decoder_of(loaded.folder), load_prompts(loaded.folder.labels.prompts or "generic")
+    head, prompts = decoder_of(loaded.folder), load_prompts(loaded.folder.labels.prompts or "generic")
     wanted = [("", "", "")]
     for name in findings:
         if name in SIDED:
@@ -91,15 +91,8 @@ def drawn(loaded: ctclip.Model, findings: list[str], each: int, guidance: float,
     for finding, side, text in wanted:
         path = work / f"{finding or 'none'}{side}.npy".replace(" ", "_")
         if not path.is_file():
-            with torch.inference_mode():
-                condition = (
-                    decoder.condition(texts=loaded.dual.encode_text([text]).float()) if text else decoder.condition()
-                )
             count = each if text else 3 * each
-            volumes = [
-                decoder.sample(condition, [1000 + seed], steps=STEPS["decoder"], guidance=guidance)[0, 0]
-                for seed in range(count)
-            ]
+            volumes = [head.generate(text or None, 1000 + seed, guidance=guidance) for seed in range(count)]
             np.save(path, to_hu(torch.stack(volumes).cpu().numpy(), loaded.spec).round().astype(np.int16))
             print(f"{path.name}: {text}", flush=True)
         asked.append(Asked(finding, side, text, np.load(path).astype(np.float32)))
@@ -144,7 +137,7 @@ def other_detector(demo: Path, spec: PreprocessingSpec) -> Detector:
 
 def reconstructed(loaded: ctclip.Model, hu: np.ndarray, seed: int) -> np.ndarray:
     """A volume in HU, encoded and decoded by the autoencoder: the upper limit for a perfect flow."""
-    decoder = decoder_of(loaded.folder)
+    decoder = decoder_of(loaded.folder).decoder
     voxels = torch.from_numpy(loaded.spec.normalise(hu).astype(np.float32))[None, None]
     with torch.inference_mode():
         latents = decoder.standard(decoder.encode(voxels)[0])

@@ -3,6 +3,7 @@ refused with another model."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,24 @@ import torch.nn.functional as F
 from monai.networks.schedulers.rectified_flow import timestep_transform
 from safetensors.torch import load_file, save_file
 from sklearn.decomposition import PCA
+from sklearn.linear_model import Ridge
 from torch import nn
 
 import ctclip
 from ctclip.adaptation import decode, resumable
 from ctclip.adaptation.components import begin_with_components
 from ctclip.adaptation.decode import DecodeConfig, autoencoder_loss, estimate, measured_noise
+from ctclip.adaptation.expectation import fit_expectation
 from ctclip.adaptation.resumable import Schedule, rows_of, train_resumably
 from ctclip.cli import main
 from ctclip.config_files import find_config, load_section
 from ctclip.errors import CheckpointError, ConfigError, TrainingError
+from ctclip.heads import decoder as heads_decoder
+from ctclip.heads.decode import SIZE, WEIGHTS
 from ctclip.heads.decoder import (
     BINS,
     SHIFT,
-    SIZE,
     TIMES,
-    WEIGHTS,
     Decoder,
     Networks,
     _scheduler,
@@ -40,6 +43,8 @@ from ctclip.heads.decoder import (
     unfold,
 )
 from ctclip.heads.folder import load_head
+from ctclip.heads.prior import WEIGHTS as PRIOR_WEIGHTS
+from ctclip.heads.prior import Prior
 from ctclip.imagining.imagine import Imagining, decoder_of, imagine
 from ctclip.imagining.synthetic import is_synthetic
 from ctclip.models.checksums import write_checksums
@@ -49,7 +54,8 @@ from tests.unit.drafting.conftest import Clinic, clinic, clinic_files  # noqa: F
 TINY = {"fold": 2, "channels": (8,), "latent": 2, "patch": 2, "width": (32,), "depth": 1}
 WORDS = [
     "networks.channels=[8]", "networks.latent=2", "networks.width=[32]", "networks.depth=1", "autoencoder.steps=3",
-    "autoencoder.batch=2", "flow.steps=3", "flow.batch=2", "excerpts=1", "crop=null",
+    "autoencoder.batch=2", "flow.steps=3", "flow.batch=2", "prior.excerpts=1", "prior.epochs=1", "prior.width=8",
+    "crop=null",
 ]  # fmt: skip
 TEXT = "A nodule is seen on the left."
 
@@ -81,14 +87,14 @@ def test_a_volume_of_any_shape_is_padded_and_cut() -> None:
 
 def test_a_flow_draws_what_it_is_told_and_nothing_without_guidance() -> None:
     decoder = tiny((4, 4, 4))
-    texts = torch.eye(4)[:2]
+    embeddings = torch.eye(4)[:2]
     optimizer = torch.optim.Adam(decoder.flow.parameters(), 4e-3)
     torch.manual_seed(0)
     for _ in range(50):
         # Latents of 1 for the one text and of -1 for the other.
         side = (torch.rand(16) < 0.5).long()
         latents = (1.0 - 2 * side)[:, None, None, None, None].expand(-1, 2, *decoder.grid)
-        given = decoder.condition(texts=texts[side])
+        given = decoder.condition(embeddings[side])
         told = torch.where(torch.rand(16, 1) < 0.2, decoder.condition(count=16), given)
         loss = decoder.flow_loss(latents, told)
         optimizer.zero_grad()
@@ -96,7 +102,7 @@ def test_a_flow_draws_what_it_is_told_and_nothing_without_guidance() -> None:
         optimizer.step()
     decoder.eval()
     decoder.volume = lambda latents, random: latents  # type: ignore[method-assign, misc]
-    conditions = decoder.condition(texts=texts)
+    conditions = decoder.condition(embeddings)
     one, other = (decoder.sample(conditions[[side]], [3], steps=8).mean() for side in (0, 1))
     assert one > 0.6
     assert other < -0.6
@@ -132,6 +138,69 @@ def test_a_channel_counts_by_its_effect_on_volumes() -> None:
     torch.testing.assert_close(seen[0], latents[:1], msg="volumes are decoded from the latents before")
 
 
+def standardised(latents: torch.Tensor, shape: tuple[int, int, int]) -> Decoder:
+    decoder = tiny(shape)
+    decoder.decode = lambda latents: latents  # type: ignore[method-assign]
+    decoder.standardise(latents)
+    return decoder
+
+
+def test_expected_latents_are_those_of_a_ridge_regression() -> None:
+    torch.manual_seed(0)
+    embeddings = F.normalize(torch.randn(600, 4), dim=1)
+    patients = (np.arange(600) // 2).astype(str)
+    decoder = tiny((4, 4, 4))
+    map_ = torch.randn(4, 2 * math.prod(decoder.grid))
+    latents = (embeddings @ map_ + torch.randn(600, 1) + 3).unflatten(1, (2, *decoder.grid))
+    decoder = standardised(latents, (4, 4, 4))
+    fit_expectation(decoder, latents.half(), embeddings, patients, 0)
+    wanted = decoder.standard(latents).flatten(1)
+    assert decoder.coarse(latents).equal(latents)
+    expected = decoder.expected(decoder.condition(embeddings), decoder.grid).flatten(1)
+    regression = Ridge(1e-3).fit(embeddings.numpy(), wanted.numpy()).predict(embeddings.numpy())
+    assert np.corrcoef(expected.flatten().numpy(), regression.flatten())[0, 1] > 0.999
+    assert float((expected - torch.from_numpy(regression)).square().mean()) < 1e-3
+    assert not decoder.expected(decoder.condition(count=3), decoder.grid).any()
+    # Embeddings that say nothing explain nothing.
+    fit_expectation(decoder, torch.randn(600, 2, *decoder.grid).half(), embeddings, patients, 0)
+    assert float(decoder.expected(decoder.condition(embeddings), decoder.grid).std()) < 0.1
+
+
+def test_expected_latents_of_large_volumes_are_coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads_decoder, "CELLS", 4)
+    decoder = tiny((8, 8, 16))
+    assert decoder.grid == (4, 4, 8)
+    assert decoder.expectation.shape[2:] == (1, 1, 2)
+    assert decoder.coarse(torch.ones(1, 2, 4, 4, 8)).shape == (1, 2, 1, 1, 2)
+    assert decoder.expected(decoder.condition(torch.ones(3, 4)), decoder.grid).shape == (3, 2, 4, 4, 8)
+    assert decoder.denoise(torch.ones(1, 2, 4, 4, 8), torch.ones(1), decoder.condition()).shape == (1, 2, 4, 4, 8)
+
+
+def test_the_strongest_components_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads_decoder, "RANK", 2)
+    decoder = tiny((4, 4, 4))
+    weights = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) @ torch.randn(
+        3, decoder.expectation[0].numel()
+    )
+    given = torch.randn(200, 5)
+    decoder.set_expectation(weights, given.T @ given)
+    left, values, right = np.linalg.svd((given @ weights).numpy(), full_matrices=False)
+    best = (left[:, :2] * values[:2]) @ right[:2]
+    np.testing.assert_allclose(decoder.expected(given, decoder.grid).flatten(1).numpy(), best, atol=1e-3)
+
+
+def test_the_decoder_heeds_its_expectation() -> None:
+    decoder = tiny((4, 4, 4)).eval()
+    decoder.heard.normal_()
+    decoder.expectation.normal_()
+    conditions = decoder.condition(F.normalize(torch.randn(1, 4), dim=1))
+    # Before training, the network adds nothing.
+    noisy = torch.randn(1, 2, *decoder.grid)
+    torch.testing.assert_close(
+        decoder.denoise(noisy, torch.ones(1), conditions), decoder.expected(conditions, decoder.grid)
+    )
+
+
 def test_times_are_shifted_towards_noise() -> None:
     for steps in (1, 7, 25):
         even = torch.linspace(TIMES, 0, steps + 1)[:-1]
@@ -157,9 +226,8 @@ def test_bf16_is_used_where_the_processor_has_it(fast: bool, tmp_path: Path, mon
             {"networks": TINY, "precision": precision, "flow": {"steps": 1, "batch": 2}, "autoencoder": {"steps": 1}}
         )
         decoder = tiny((4, 4, 4))
-        given = decode.Conditions(torch.ones(2, 4), torch.ones(2, 1, 4))
         latents = torch.zeros(2, 2, *decoder.grid).half()
-        decode._fit_flow(decoder, latents, given, config, tmp_path, precision, 0)
+        decode._fit_flow(decoder, latents, torch.ones(2, 4), config, tmp_path, precision, 0)
         estimate(decoder, config)
         assert set(seen) == {expected}
         seen.clear()
@@ -333,6 +401,7 @@ def test_a_killed_command_ends_with_the_same_decoder(
     losses = pd.read_csv(decoded / "out" / "decode.csv")
     assert losses.columns.tolist() == ["network", "step", "loss"]
     assert losses["network"].tolist() == ["autoencoder", "flow"]
+    assert pd.read_csv(decoded / "out" / "prior.csv").columns.tolist() == ["epoch", "loss", "held_out_loss"]
     loss, calls = Decoder.flow_loss, iter(range(100))
 
     def killed(*words: object) -> torch.Tensor:
@@ -350,7 +419,7 @@ def test_a_killed_command_ends_with_the_same_decoder(
     monkeypatch.setattr(decode, "autoencoder_loss", None)  # finished training is not repeated
     monkeypatch.setattr(decode, "estimate", lambda *_: 0.0)
     assert main(words) == 0
-    for name in (WEIGHTS, SIZE):
+    for name in (WEIGHTS, SIZE, PRIOR_WEIGHTS):
         again = (clinic.model / "heads" / "decode" / name).read_bytes()
         assert again == (decoded / "model" / "heads" / "decode" / name).read_bytes()
 
@@ -374,6 +443,33 @@ def test_volumes_of_texts_are_drawn_and_seeds_decide(
     assert [one.method for one in again] == ["decoder", "decoder"]
     dreamt = next(imagine(loaded.folder, loaded.head(), [TEXT], Imagining(steps=1, method="dream")))
     assert "from noise" in dreamt.words
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "ridge"])
+def test_a_volume_has_the_embedding_that_the_prior_draws(
+    kind: str, decoded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = decoder_of(load_model(decoded / "model"))
+    if kind == "ridge":
+        head.prior = Prior("ridge", head.decoder.dim)
+    seen: dict[str, Any] = {}
+
+    def sample(conditions: torch.Tensor, seeds: list[int], **more: Any) -> torch.Tensor:
+        seen.update(conditions=conditions, seeds=seeds, **more)
+        return torch.zeros(1, 1, 2, 2, 2)
+
+    monkeypatch.setattr(head.decoder, "sample", sample)
+    assert head.generate(TEXT, 5, steps=3, guidance=1.5).shape == (2, 2, 2)
+    wanted = head.prior.sample(head.model.encode_text([TEXT]), guidance=1.5, seed=5)[:, 0]
+    torch.testing.assert_close(seen.pop("conditions"), head.decoder.condition(wanted))
+    assert seen == {"seeds": [5], "steps": 3, "guidance": 1.5}
+    head.generate(None, 5)
+    if kind == "ridge":
+        torch.testing.assert_close(seen["conditions"], head.decoder.condition())
+    else:
+        torch.testing.assert_close(
+            seen["conditions"], head.decoder.condition(head.prior.sample(wanted, guidance=0.0, seed=5)[:, 0])
+        )
 
 
 def test_a_decoder_of_another_model_or_a_stranger_is_refused(decoded: Path, tmp_path: Path) -> None:

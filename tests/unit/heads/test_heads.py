@@ -14,7 +14,8 @@ from ctclip.config import objective_configs
 from ctclip.errors import CheckpointError, ConfigError, CtclipError
 from ctclip.evaluation.calibration import Calibration, Line
 from ctclip.heads.caption import CaptionHead
-from ctclip.heads.decoder import DecodeHead, Decoder, Networks
+from ctclip.heads.decode import DecodeHead
+from ctclip.heads.decoder import Decoder, Networks
 from ctclip.heads.folder import calibration_file, list_heads, load_head, save_head, write_prompt_head
 from ctclip.heads.head import Head
 from ctclip.heads.linear import LinearHead
@@ -62,7 +63,13 @@ def heads_of(model: DualEncoder) -> dict[str, Head]:
         "captions": CaptionHead(model, decoder_of(model), load_prompts("generic"), LABELS.names),
         "prior": PriorHead(model, Prior("mlp", 12, width=16), load_prompts("generic"), LABELS.names),
         "locator": LocateHead(model, Locator([8, 4], 12, features=16), load_prompts("graded"), LABELS.names),
-        "volumes": DecodeHead(model, Decoder(SPEC.shape, 12, Networks(**TINY)), load_prompts("graded"), LABELS.names),
+        "volumes": DecodeHead(
+            model,
+            Decoder(SPEC.shape, 12, Networks(**TINY)),
+            Prior("diffusion", 12, 8, 1),
+            load_prompts("graded"),
+            LABELS.names,
+        ),
         "texts": TextHead(model, LABELS.names, ["Normal lungs."]),
     }
 
