@@ -39,8 +39,7 @@ def imagine(
         None,
         min=0,
         max=100,
-        help="decoder: strength of the guidance by the text; 1 is the strength in training, higher values exaggerate. "
-        "Default: 2.",
+        help="decoder: how much the text is exaggerated; 1: not at all. Default: 4.",
     ),
     decoder: str = typer.Option(None, help="decoder: the name of its head. Default: the first decoder of the model."),
     seed: int = typer.Option(

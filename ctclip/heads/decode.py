@@ -38,18 +38,21 @@ class DecodeHead(PromptHead):
         self.prior = prior.to(model.device).eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def generate(self, text: str | None, seed: int, *, steps: int = 25, guidance: float = 2.0) -> Tensor:
+    def generate(self, text: str | None, seed: int, *, steps: int = 25, guidance: float = 4.0) -> Tensor:
         """A volume (D, H, W) in [-1, 1] for a text, or for none: the prior draws the embedding of a volume with the
-        text, and the decoder a volume with that embedding. ``guidance`` exaggerates both."""
+        text, and the decoder a volume with that embedding. ``guidance`` exaggerates what the prior draws; if the prior is
+        a regression, what the decoder draws."""
         decoder, prior = self.decoder, self.prior
+        draws = prior.kind == "diffusion"
         if text is not None:
             # One text at a time: batching changes the last bits of an embedding, and so the volume of a seed.
             vectors = prior.sample(self.model.encode_text([text]).float(), guidance=guidance, seed=seed)[:, 0]
-        elif prior.kind == "diffusion":
-            vectors = prior.sample(prior.mean[None], guidance=0.0, seed=seed)[:, 0]
+            condition, guidance = decoder.condition(vectors), 1.0 if draws else guidance
+        elif draws:
+            condition, guidance = decoder.condition(prior.sample(prior.mean[None], guidance=0.0, seed=seed)[:, 0]), 1.0
         else:
-            return decoder.sample(decoder.condition(), [seed], steps=steps, guidance=1.0)[0, 0]
-        return decoder.sample(decoder.condition(vectors), [seed], steps=steps, guidance=guidance)[0, 0]
+            condition, guidance = decoder.condition(), 1.0
+        return decoder.sample(condition, [seed], steps=steps, guidance=guidance)[0, 0]
 
     def save(self, folder: Path) -> None:
         super().save(folder)

@@ -152,12 +152,16 @@ class Decoder(nn.Module):
         mean variance is 1. With the same variance in each channel, the faintest details would count as much as the
         outline of the chest; with the variance of their effects, they would be lost in the noise at nearly every time.
         """
-        variance, mean = torch.var_mean(latents.float(), dim=0)
-        deviation = variance.mean(dim=(1, 2, 3)).sqrt().clamp(min=1e-6)
-        effects = self.channel_effects(latents[0].float().to(self.mean), deviation.to(self.mean))
-        wanted = (effects / effects.mean()).sqrt().clamp(min=1e-3)
+        total, squares = (torch.zeros(latents.shape[1:], dtype=torch.float64) for _ in range(2))
+        for part in latents.split(64):
+            total += part.double().sum(dim=0)
+            squares += part.double().square().sum(dim=0)
+        mean = total / len(latents)
+        variance = (squares / len(latents) - mean.square()).mean(dim=(1, 2, 3))
+        deviation = variance.clamp(min=1e-12).sqrt().to(self.mean)
+        effects = self.channel_effects(latents[0].float().to(self.mean), deviation)
         self.mean.copy_(mean)
-        self.scale.copy_(deviation.to(self.mean) / wanted)
+        self.scale.copy_(deviation / (effects / effects.mean()).sqrt().clamp(min=1e-3))
 
     def channel_effects(self, latents: Tensor, deviation: Tensor) -> Tensor:
         """The effect of each channel on a volume with these latents (latent, d, h, w): the root mean square of the
@@ -198,8 +202,7 @@ class Decoder(nn.Module):
         self.expectation.copy_(components.view_as(self.expectation))
 
     def expected(self, conditions: Tensor, grid: Sequence[int]) -> Tensor:
-        """Conditions (B, dim + 1) -> the expected latents (B, latent, *grid), standardised; 0 without a
-        condition."""
+        """Conditions (B, dim + 1) -> the expected latents (B, latent, *grid), standardised; 0 without a condition."""
         made = (conditions @ self.heard @ self.expectation.flatten(1)).unflatten(1, self.expectation.shape[1:])
         return made if made.shape[2:] == grid else F.interpolate(made, tuple(grid), mode="trilinear")
 
@@ -216,8 +219,8 @@ class Decoder(nn.Module):
         return unfold(expected + self.flow(inputs, times, class_labels=conditions), self.networks.patch)
 
     def flow_loss(self, latents: Tensor, conditions: Tensor) -> Tensor:
-        """Mean squared error of the predicted clean latents at random times. ``latents``
-        (B, latent, d, h, w), standardised. Uses torch's random generator."""
+        """Mean squared error of the predicted clean latents at random times. ``latents`` (B, latent, d, h, w),
+        standardised. Uses torch's random generator."""
         scheduler = _scheduler()
         times = scheduler.sample_timesteps(latents)
         noisy = scheduler.add_noise(latents, torch.randn_like(latents), times)
@@ -225,9 +228,9 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def sample(self, conditions: Tensor, seeds: Sequence[int], *, steps: int = 25, guidance: float = 2.0) -> Tensor:
-        """Conditions (B, dim + 1) with one seed each -> volumes (B, 1, D, H, W) in [-1, 1], by Euler steps along
-        the flow with classifier-free guidance (Ho & Salimans 2022, eq. 6). Volumes are sampled one at a time, so that
-        each depends only on its condition and seed."""
+        """Conditions (B, dim + 1) with one seed each -> volumes (B, 1, D, H, W) in [-1, 1], by Euler steps along the flow
+        with classifier-free guidance (Ho & Salimans 2022, eq. 6). Volumes are sampled one at a time, so that each depends
+        only on its condition and seed."""
         volumes = []
         for condition, seed in zip(conditions, seeds, strict=True):
             random = torch.Generator().manual_seed(seed)

@@ -35,13 +35,13 @@ MEAN_OF = 200
 MethodName = Literal["decoder", "dream"]
 # Default number of steps of each method: of the flow, and of the optimisation.
 STEPS: dict[MethodName, int] = {"decoder": 25, "dream": 100}
-GUIDANCE = 2.0
+GUIDANCE = 4.0
 
 
 @dataclass(frozen=True)
 class Imagining:
     """How volumes are generated. ``method``: None uses the decoder if the model has one, else a dream; ``number``:
-    volumes per text; ``steps``: steps of the method; ``guidance``: strength of the decoder's classifier-free guidance;
+    volumes per text; ``steps``: steps of the method; ``guidance``: how much the decoder exaggerates the text;
     ``decoder``: name of its head; ``store`` and ``split``: a dream starts from the mean volume of this split, without a
     store from noise; ``language``: language of the texts."""
 
