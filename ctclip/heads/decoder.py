@@ -26,8 +26,8 @@ TIMES, BINS = 1000, 20
 # visible in noise that hides a single cell. And the spread of the logits of the times in training.
 SHIFT, SPREAD = 3.0, 1.3
 AIR = -1.0
-# Rank of the expected latents, and the number of cells of their grid.
-RANK, CELLS = 64, 4096
+# Number of components of the expected latents, and the number of cells of their grid.
+COMPONENTS, CELLS = 64, 4096
 # Initial log variance of the latents.
 START = -6.0
 
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
         right_convolutions(self.flow)
         self.register_buffer("mean", torch.zeros(networks.latent, *self.grid))
         self.register_buffer("scale", torch.ones(networks.latent))
-        rank = min(RANK, dim + 1)
+        rank = min(COMPONENTS, dim + 1)
         self.register_buffer("heard", torch.zeros(dim + 1, rank))
         self.register_buffer("expectation", torch.zeros(rank, networks.latent, *_coarse(self.grid)))
         self.register_buffer("noise", torch.zeros(BINS))
@@ -192,7 +192,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def set_expectation(self, weights: Tensor, square: Tensor) -> None:
-        """Keep the ``RANK`` components of a regression (dim + 1, latent * cells) from conditions to standardised
+        """Keep the ``COMPONENTS`` components of a regression (dim + 1, latent * cells) from conditions to standardised
         latents that explain most of its predictions; ``square``: the conditions' second moment, times any number."""
         values, axes = torch.linalg.eigh(square)
         spread = axes * values.clamp(min=0).sqrt()
