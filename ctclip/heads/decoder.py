@@ -111,9 +111,10 @@ class Decoder(nn.Module):
         right_convolutions(self.flow)
         self.register_buffer("mean", torch.zeros(networks.latent, *self.grid))
         self.register_buffer("scale", torch.ones(networks.latent))
-        rank = min(COMPONENTS, dim + 1)
+        coarse = (networks.latent, *_coarse(self.grid))
+        rank = min(COMPONENTS, dim + 1, math.prod(coarse))
         self.register_buffer("heard", torch.zeros(dim + 1, rank))
-        self.register_buffer("expectation", torch.zeros(rank, networks.latent, *_coarse(self.grid)))
+        self.register_buffer("expectation", torch.zeros(rank, *coarse))
         self.register_buffer("noise", torch.zeros(BINS))
 
     @property
