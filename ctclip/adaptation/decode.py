@@ -133,9 +133,10 @@ def run_decode(
 ) -> Path:
     """Train a decoder on the volumes and reports of a split and save it in the model folder; returns its folder.
 
-    Writes ``prior.csv`` and ``decode.csv`` with the losses to ``output``, and the embeddings, latents and states of training: an
-    interrupted run resumes and produces identical files. Raises ConfigError if training on a CPU would take days,
-    DataError or PreprocessingError, and saves nothing, if the store has no report or the output cannot be used.
+    Writes ``prior.csv`` and ``decode.csv`` with the losses to ``output``, and the embeddings, latents and states of
+    training: an interrupted run resumes and produces identical files. Raises ConfigError if training on a CPU would take
+    days, TrainingError if it diverges, DataError or PreprocessingError, and saves nothing, if the store has no report or
+    the output cannot be used.
     """
     check_folder(output, made_by_us, "output of `ctclip adapt --method decode`")
     check_head_name(loaded, head, DecodeHead.kind)

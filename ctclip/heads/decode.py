@@ -69,9 +69,8 @@ class DecodeHead(PromptHead):
         if shape != axis_shape(model.spec) or dim != model.config.dim:
             raise CheckpointError(
                 f"{folder}: its decoder generates volumes of {' x '.join(map(str, shape))} voxels from embeddings of "
-                f"{dim} "
-                f"dimensions, but the model has {' x '.join(map(str, axis_shape(model.spec)))} and {model.config.dim}: it "
-                f"belongs to another model; train one with `ctclip adapt --method decode`"
+                f"{dim} dimensions, but the model has {' x '.join(map(str, axis_shape(model.spec)))} and "
+                f"{model.config.dim}: it belongs to another model; train one with `ctclip adapt --method decode`"
             )
         with reading(folder, "its decoder is"):
             decoder = built(shape, dim, validated(Networks, facts["networks"], str(folder / SIZE)), tensors)
