@@ -134,13 +134,15 @@ def show_priors(result: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Judged:
-    """How one map fits the mask of its finding: whether the peak is inside; whether it is on the mask's side, and in its
-    lobe (that side, and the upper or lower half of the lungs), None if the mask has more than one; mm from the peak to the
-    mask; the share of the body's voxels in the mask; seconds."""
+    """How one map fits the mask of its finding: whether the peak is inside; whether it is on the mask's side, None if it
+    has both; whether it is in a quarter of the lungs (a side, upper or lower half) that holds at least a fifth of the
+    mask, and the share of the lungs in these quarters (chance); mm from the peak to the mask; the share of the body's
+    voxels in the mask; seconds."""
 
     inside: bool
     side: bool | None
-    lobe: bool | None
+    quarter: bool
+    lungs: float
     distance: float
     share: float
     seconds: float
@@ -171,12 +173,12 @@ def counterfactuals(model: Path, cohort: Path, findings: list[str], each: int, m
     rows = [
         [
             by, str(len(tally)), f"{np.mean([one.inside for one in tally]):.2f}", _share(one.side for one in tally),
-            _share(one.lobe for one in tally), f"{np.median([one.distance for one in tally]):.0f}",
+            f"{np.mean([one.quarter for one in tally]):.2f} ({np.mean([one.lungs for one in tally]):.2f})", f"{np.median([one.distance for one in tally]):.0f}",
             f"{np.mean([one.share for one in tally]):.3f}", f"{np.mean([one.seconds for one in tally]):.0f}",
         ]
         for by, tally in tallies.items()
     ]  # fmt: skip
-    head = ["method", "maps", "peak in the finding", "peak on its side", "peak in its lobe", "mm to it, median", "share of the body in the finding (chance)", "s per map"]  # fmt: skip
+    head = ["method", "maps", "peak in the finding", "peak on its side", "peak in its quarter of the lungs (chance)", "mm to it, median", "share of the body in the finding (chance)", "s per map"]  # fmt: skip
     return table(f"Counterfactuals of {', '.join(findings)}", head, rows)
 
 
@@ -196,15 +198,19 @@ def judged(found: Explanation, finding: str, mask: np.ndarray) -> Judged:
     low, high = np.percentile(lungs @ scan.affine[2, :3] + scan.affine[2, 3], [2, 98])
     peak = np.array(place.peak_lps)
 
-    def lobe(point: np.ndarray) -> tuple[str, bool]:
-        return side_of(point, found.prepared), bool(point[2] > (low + high) / 2)
+    def quarters(points: np.ndarray) -> pd.Series:
+        named = [f"{side_of(one, found.prepared)} {one[2] > (low + high) / 2}" for one in points]
+        return pd.Series(named).value_counts(normalize=True)
 
-    lobes = [lobe(one) for one in lps[:: max(1, len(lps) // 200)]]
-    sides, ours = {side for side, _ in lobes} - {"midline", ""}, set(lobes)
+    inside = quarters(lps[:: max(1, len(lps) // 500)])
+    ours = inside.index[inside >= 0.2]
+    sides = {name.split()[0] for name in inside.index} - {"midline"}
     side = None if len(sides) != 1 or not place.side else place.side in sides
-    right = None if len(ours) != 1 or sides != {lobes[0][0]} else lobe(peak) in ours
+    right = quarters(peak[None]).index[0] in ours
+    reached = quarters((lungs @ scan.affine[:3, :3].T + scan.affine[:3, 3])[:: max(1, len(lungs) // 500)])
+    chance = float(reached[reached.index.isin(ours)].sum())
     body = float((scan.array > -900).sum())
-    return Judged(bool(mask[cut, row, column]), side, right, distance, float(mask.sum()) / body, found.seconds)
+    return Judged(bool(mask[cut, row, column]), side, right, chance, distance, float(mask.sum()) / body, found.seconds)
 
 
 def good_findings(demo: Path) -> list[str]:
