@@ -147,6 +147,7 @@ def _draw(path: Path, one: Synthetic, spec: PreprocessingSpec) -> None:
     the top."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
 
     hu = one.hu.transpose(0, 2, 1) if spec.published_geometry else one.hu
     dz, dy, dx = spec.spacing
@@ -154,6 +155,7 @@ def _draw(path: Path, one: Synthetic, spec: PreprocessingSpec) -> None:
     views = (
         ("axial", hu[z], dy / dx, "RL"), ("coronal", hu[::-1, y], dz / dx, "RL"), ("sagittal", hu[::-1, :, x], dz / dy, "AP"),
     )  # fmt: skip
+    outlined = [withStroke(linewidth=2, foreground="black")]
     figure = Figure(figsize=(12, 7.2), dpi=100, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     for row, (window, low, high) in zip(figure.subplots(2, 3), WINDOWS, strict=True):
@@ -161,7 +163,9 @@ def _draw(path: Path, one: Synthetic, spec: PreprocessingSpec) -> None:
             panel.imshow(plane, cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="bilinear")
             panel.set_title(f"{name}, middle, {window}", fontsize=9)
             for mark, across in zip(ends, (0.02, 0.95), strict=True):
-                panel.text(across, 0.5, mark, transform=panel.transAxes, color="#ffd23f", fontsize=11)
+                panel.text(
+                    across, 0.5, mark, transform=panel.transAxes, color="#ffd23f", fontsize=11, path_effects=outlined
+                )
             panel.axis("off")
     figure.suptitle(f"SYNTHETIC ({one.method}): {one.text}", fontsize=11)
     figure.savefig(path, format="png")
