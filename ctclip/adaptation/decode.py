@@ -7,12 +7,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ctclip.adaptation.caption import prompts_of
@@ -41,6 +41,8 @@ from ctclip.preprocessing.store import VolumeStore
 from ctclip.schema import Section
 
 METHOD, LOSSES = "decode", "decode.csv"
+# What differs from the defaults of `ctclip adapt --method prior`.
+PRIOR = {"kind": "diffusion", "excerpts": 5, "epochs": 20.0}
 # HU windows with loss terms of their own, because lung and soft tissue have little contrast between air and bone.
 WINDOWS = ((-1000.0, -500.0), (-160.0, 240.0))
 # Number of volumes whose noise is measured, and number of latents per file.
@@ -62,25 +64,6 @@ class Stage(Section):
         ge=0,
         lt=1,
         description="decay of the exponential moving average of the weights that is saved; 0: save the last weights",
-    )
-
-
-class DrawingPrior(PriorConfig):
-    """How the prior of a decoder is trained."""
-
-    kind: Literal["ridge", "mlp", "diffusion"] = Field(
-        "diffusion",
-        description="diffusion: samples different volume embeddings for one text; ridge, mlp: regression, whose volumes "
-        "differ only by the decoder's noise",
-    )
-    excerpts: int = Field(
-        5,
-        ge=0,
-        le=100,
-        description="number of excerpts of each report used in addition to the whole report, because prompts are short",
-    )
-    epochs: float = Field(
-        20.0, gt=0, le=10**6, description="mlp, diffusion: number of passes over the training reports"
     )
 
 
@@ -114,10 +97,15 @@ class DecodeConfig(Section):
     untold: float = Field(
         0.1, ge=0, lt=1, description="fraction of the examples without a condition, for classifier-free guidance"
     )
-    prior: DrawingPrior = Field(
-        DrawingPrior(),  # type: ignore[call-arg]
+    prior: PriorConfig = Field(
+        PriorConfig.model_validate(PRIOR),
         description="training of the prior, which draws an embedding of a volume for a text",
     )
+
+    @field_validator("prior", mode="before")
+    @classmethod
+    def _draws(cls, given: Any) -> Any:
+        return PRIOR | given if isinstance(given, dict) else given
 
 
 def run_decode(

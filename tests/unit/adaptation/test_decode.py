@@ -392,6 +392,12 @@ def test_the_recipes_are_read(name: str) -> None:
     assert config.flow.steps > 1000
 
 
+def test_one_setting_of_the_prior_leaves_the_others() -> None:
+    prior = DecodeConfig.model_validate({"prior": {"epochs": 1}}).prior
+    assert (prior.kind, prior.excerpts, prior.epochs) == ("diffusion", 5, 1)
+    assert DecodeConfig.model_validate({"prior": {"kind": "ridge"}}).prior.kind == "ridge"
+
+
 @pytest.fixture(scope="module")
 def decoded(clinic_files: Clinic, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """A model with a decoder, trained by the command."""
