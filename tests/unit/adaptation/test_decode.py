@@ -3,7 +3,6 @@ refused with another model."""
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,31 +13,20 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from monai.networks.schedulers.rectified_flow import timestep_transform
-from safetensors.torch import load_file, save_file
 from sklearn.decomposition import PCA
-from sklearn.linear_model import Ridge
-from torch import nn
 
 import ctclip
 from ctclip.adaptation import decode, resumable
 from ctclip.adaptation.components import begin_with_components
 from ctclip.adaptation.decode import DecodeConfig, autoencoder_loss, estimate, measured_noise
-from ctclip.adaptation.expectation import fit_expectation
-from ctclip.adaptation.resumable import Schedule, rows_of, train_resumably
 from ctclip.cli import main
 from ctclip.config_files import find_config, load_section
-from ctclip.errors import CheckpointError, ConfigError, TrainingError
-from ctclip.heads import decoder as heads_decoder
+from ctclip.errors import CheckpointError, ConfigError
 from ctclip.heads.decode import SIZE, WEIGHTS
 from ctclip.heads.decoder import (
     BINS,
-    SHIFT,
-    TIMES,
     Decoder,
     Networks,
-    _scheduler,
-    _times,
     fold,
     unfold,
 )
@@ -50,125 +38,14 @@ from ctclip.imagining.synthetic import is_synthetic
 from ctclip.models.checksums import write_checksums
 from ctclip.models.folder import load_model
 from tests.unit.drafting.conftest import Clinic, clinic, clinic_files  # noqa: F401
+from tests.unit.heads.test_decoder import TINY, tiny
 
-TINY = {"fold": 2, "channels": (8,), "latent": 2, "patch": 2, "width": (32,), "depth": 1}
 WORDS = [
     "networks.channels=[8]", "networks.latent=2", "networks.width=[32]", "networks.depth=1", "autoencoder.steps=3",
     "autoencoder.batch=2", "flow.steps=3", "flow.batch=2", "prior.excerpts=1", "prior.epochs=1", "prior.width=8",
     "crop=null",
 ]  # fmt: skip
 TEXT = "A nodule is seen on the left."
-
-
-def tiny(shape: tuple[int, int, int] = (8, 8, 8), dim: int = 4) -> Decoder:
-    torch.manual_seed(0)
-    return Decoder(shape, dim, Networks(**TINY))
-
-
-def test_folding_takes_blocks_as_channels_and_gives_them_back() -> None:
-    values = torch.randn(2, 3, 4, 6, 8)
-    folded = fold(values, 2)
-    assert folded.shape == (2, 24, 2, 3, 4)
-    torch.testing.assert_close(folded[:, 8], values[:, 1, ::2, ::2, ::2])
-    flat = torch.randn(1, 3, 1, 6, 8)
-    torch.testing.assert_close(fold(flat.expand(-1, -1, 2, -1, -1), 2)[:, :, 0].unflatten(1, (3, 2, 4))[:, :, 0].flatten(1, 2), F.pixel_unshuffle(flat[:, :, 0], 2))  # fmt: skip
-    torch.testing.assert_close(unfold(folded, 2), values)
-
-
-def test_a_volume_of_any_shape_is_padded_and_cut() -> None:
-    decoder = tiny((7, 9, 5)).eval()
-    assert decoder.grid == (4, 6, 4)
-    latents, _ = decoder.encode(torch.zeros(1, 1, 7, 9, 5))
-    assert latents.shape == (1, 2, 4, 6, 4)
-    volumes = decoder.sample(decoder.condition(count=2), [0, 1], steps=2)
-    assert volumes.shape == (2, 1, 7, 9, 5)
-    assert volumes.abs().max() <= 1
-
-
-def test_a_flow_draws_what_it_is_told_and_nothing_without_guidance() -> None:
-    decoder = tiny((4, 4, 4))
-    embeddings = torch.eye(4)[:2]
-    optimizer = torch.optim.Adam(decoder.flow.parameters(), 4e-3)
-    torch.manual_seed(0)
-    for _ in range(50):
-        # Latents of 1 for the one text and of -1 for the other.
-        side = (torch.rand(16) < 0.5).long()
-        latents = (1.0 - 2 * side)[:, None, None, None, None].expand(-1, 2, *decoder.grid)
-        given = decoder.condition(embeddings[side])
-        told = torch.where(torch.rand(16, 1) < 0.2, decoder.condition(count=16), given)
-        loss = decoder.flow_loss(latents, told)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    decoder.eval()
-    decoder.volume = lambda latents, random: latents  # type: ignore[method-assign, misc]
-    conditions = decoder.condition(embeddings)
-    one, other = (decoder.sample(conditions[[side]], [3], steps=8).mean() for side in (0, 1))
-    assert one > 0.6
-    assert other < -0.6
-    unheard = [decoder.sample(conditions[[side]], [3], steps=2, guidance=0) for side in (0, 1)]
-    torch.testing.assert_close(*unheard)
-    both = decoder.sample(conditions, [3, 4], steps=2)
-    torch.testing.assert_close(
-        both[1:], decoder.sample(conditions[1:], [4], steps=2), msg="a volume is drawn by itself"
-    )
-
-
-def test_a_channel_counts_by_its_effect_on_volumes() -> None:
-    decoder = tiny((4, 4, 4))
-    # One channel is seen in the volume, the other nearly not.
-    decoder.decode = lambda latents: 3 * latents[:, :1] + 0.01 * latents[:, 1:]  # type: ignore[method-assign]
-    torch.manual_seed(0)
-    places = 10 * torch.randn(1, 2, *decoder.grid)
-    latents = places + torch.tensor([0.5, 2.0])[:, None, None, None] * torch.randn(500, 2, *decoder.grid)
-    decoder.standardise(latents.half())
-    standard = decoder.standard(latents)
-    torch.testing.assert_close(standard.mean(dim=0), torch.zeros(2, *decoder.grid), atol=0.1, rtol=0)
-    variance = standard.square().mean(dim=(0, 2, 3, 4))
-    assert variance.mean() == pytest.approx(1, rel=0.05)
-    assert variance[0] / variance[1] == pytest.approx(3 * 0.5 / (0.01 * 2), rel=0.05)
-    seen = list[torch.Tensor]()
-
-    def decode_zeros(latents: torch.Tensor) -> torch.Tensor:
-        seen.append(latents)
-        return torch.zeros(1, 1, 4, 4, 4)
-
-    decoder.decode = decode_zeros  # type: ignore[method-assign]
-    decoder.volume(standard[:1], torch.Generator())
-    torch.testing.assert_close(seen[0], latents[:1], msg="volumes are decoded from the latents before")
-
-
-def standardised(latents: torch.Tensor, shape: tuple[int, int, int]) -> Decoder:
-    decoder = tiny(shape)
-    decoder.decode = lambda latents: latents  # type: ignore[method-assign]
-    decoder.standardise(latents)
-    return decoder
-
-
-def test_expected_latents_are_those_of_a_ridge_regression() -> None:
-    torch.manual_seed(0)
-    embeddings = F.normalize(torch.randn(600, 4), dim=1)
-    patients = (np.arange(600) // 2).astype(str)
-    decoder = tiny((4, 4, 4))
-    map_ = torch.randn(4, 2 * math.prod(decoder.grid))
-    latents = (embeddings @ map_ + torch.randn(600, 1) + 3).unflatten(1, (2, *decoder.grid))
-    decoder = standardised(latents, (4, 4, 4))
-    fit_expectation(decoder, latents.half(), embeddings, patients, 0)
-    wanted = decoder.standard(latents).flatten(1)
-    assert decoder.coarse(latents).equal(latents)
-    expected = decoder.expected(decoder.condition(embeddings), decoder.grid).flatten(1)
-    regression = Ridge(1e-3).fit(embeddings.numpy(), wanted.numpy()).predict(embeddings.numpy())
-    assert np.corrcoef(expected.flatten().numpy(), regression.flatten())[0, 1] > 0.999
-    assert float((expected - torch.from_numpy(regression)).square().mean()) < 1e-3
-    assert not decoder.expected(decoder.condition(count=3), decoder.grid).any()
-
-
-def test_embeddings_that_say_nothing_explain_nothing() -> None:
-    decoder = tiny((4, 4, 4), dim=40)
-    embeddings = F.normalize(torch.randn(80, 40), dim=1)
-    fit_expectation(decoder, torch.randn(80, 2, *decoder.grid), embeddings, np.arange(80).astype(str), 0)
-    # Without a penalty, 41 coefficients would explain half of the variance of 80 random latents.
-    assert float(decoder.expected(decoder.condition(embeddings), decoder.grid).square().mean()) < 0.1
 
 
 def test_a_fraction_of_the_volumes_has_no_condition() -> None:
@@ -179,51 +56,6 @@ def test_a_fraction_of_the_volumes_has_no_condition() -> None:
     told = given.any(dim=1)
     assert told.float().mean() == pytest.approx(0.7, abs=0.03)
     torch.testing.assert_close(given[told], decoder.condition(embeddings)[told])
-
-
-def test_expected_latents_of_large_volumes_are_coarse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads_decoder, "CELLS", 4)
-    decoder = tiny((8, 8, 16))
-    assert decoder.grid == (4, 4, 8)
-    assert decoder.expectation.shape[2:] == (1, 1, 2)
-    assert decoder.coarse(torch.ones(1, 2, 4, 4, 8)).shape == (1, 2, 1, 1, 2)
-    assert decoder.expected(decoder.condition(torch.ones(3, 4)), decoder.grid).shape == (3, 2, 4, 4, 8)
-    assert decoder.denoise(torch.ones(1, 2, 4, 4, 8), torch.ones(1), decoder.condition()).shape == (1, 2, 4, 4, 8)
-
-
-def test_the_strongest_components_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads_decoder, "COMPONENTS", 2)
-    decoder = tiny((4, 4, 4))
-    weights = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) @ torch.randn(
-        3, decoder.expectation[0].numel()
-    )
-    given = torch.randn(200, 5)
-    decoder.set_expectation(weights, given.T @ given)
-    left, values, right = np.linalg.svd((given @ weights).numpy(), full_matrices=False)
-    best = (left[:, :2] * values[:2]) @ right[:2]
-    np.testing.assert_allclose(decoder.expected(given, decoder.grid).flatten(1).numpy(), best, atol=1e-3)
-
-
-def test_the_decoder_heeds_its_expectation() -> None:
-    decoder = tiny((4, 4, 4)).eval()
-    decoder.heard.normal_()
-    decoder.expectation.normal_()
-    conditions = decoder.condition(F.normalize(torch.randn(1, 4), dim=1))
-    # Before training, the network adds nothing.
-    noisy = torch.randn(1, 2, *decoder.grid)
-    torch.testing.assert_close(
-        decoder.denoise(noisy, torch.ones(1), conditions), decoder.expected(conditions, decoder.grid)
-    )
-
-
-def test_times_are_shifted_towards_noise() -> None:
-    for steps in (1, 7, 25):
-        even = torch.linspace(TIMES, 0, steps + 1)[:-1]
-        expected = timestep_transform(even, SHIFT**3, 1, num_train_timesteps=TIMES)
-        assert _times(steps) == expected.round().long().tolist()
-    torch.manual_seed(0)
-    drawn = _scheduler().sample_timesteps(torch.zeros(4000, 1, 1, 1, 1))
-    assert drawn.float().median() == pytest.approx(timestep_transform(500.0, SHIFT**3, 1), rel=0.03)
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -301,76 +133,6 @@ def test_an_autoencoder_begins_as_the_principal_components_of_blocks() -> None:
     # Each volume is normalised separately, so they agree except for their own mean and spread; signs are arbitrary.
     assert np.abs(np.corrcoef(components.T, mine.T)[:2, 2:]).diagonal().min() > 0.9
     assert (again - volumes).square().mean() < 0.05 * volumes.var()
-
-
-def test_a_killed_training_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resumable, "SAVE_EVERY_SECONDS", 0.0)
-    inputs = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-
-    def train(state: Path, key: str = "a", stop: int | None = None) -> list[float]:
-        torch.manual_seed(1)
-        network = nn.Linear(3, 1)
-        calls = iter(range(1000))
-
-        def loss(rows: torch.Tensor) -> torch.Tensor:
-            if next(calls) == stop:
-                raise KeyboardInterrupt
-            return (network(inputs[rows] + 0.1 * torch.randn(len(rows), 3)) - inputs[rows, :1]).square().mean()
-
-        def batches(begin: int) -> list[torch.Tensor]:
-            return [torch.from_numpy(rows_of(step, 20, 6, 0)) for step in range(begin, 12)]
-
-        schedule = Schedule(12, 0.1, 0.01, average=0.9)
-        losses = train_resumably(network, loss, batches, schedule, state, key=key, seed=0, what="test")
-        save_file(network.state_dict(), state.with_suffix(".end"))
-        return losses
-
-    whole = train(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "killed", stop=7)
-    assert len(load_file(tmp_path / "killed")["losses"]) == 7
-    assert train(tmp_path / "killed") == whole
-    for suffix in ("", ".end"):
-        assert (tmp_path / f"killed{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
-    assert train(tmp_path / "killed", stop=0) == whole, "a run that has ended is not repeated"
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "killed", key="b", stop=0)
-    (tmp_path / "killed").write_bytes(b"no")
-    with pytest.raises(CheckpointError, match="damaged; delete it"):
-        train(tmp_path / "killed")
-
-
-@pytest.mark.parametrize("part", ["loss", "gradient"])
-def test_a_training_that_diverges_keeps_its_last_weights(part: str, tmp_path: Path) -> None:
-    network, calls = nn.Linear(1, 1), iter(range(100))
-
-    def loss(one: torch.Tensor) -> torch.Tensor:
-        value = network(one).sum()
-        if next(calls) < 2:
-            return value
-        # The gradient of a square root at 0 is infinite.
-        return value * float("nan") if part == "loss" else (value - value).sqrt() + value.detach()
-
-    with pytest.raises(
-        TrainingError, match=r"^test: the loss or its gradient is not a number in step 3; set .* below 0.1"
-    ):
-        train_resumably(
-            network,
-            loss,
-            lambda _: [torch.ones(1)] * 5,
-            Schedule(5, 0.1),
-            tmp_path / "state",
-            key="a",
-            seed=0,
-            what="test",
-        )
-    assert all(value.isfinite().all() for value in network.parameters())
-
-
-def test_every_volume_is_learned_once_an_epoch() -> None:
-    rows = np.concatenate([rows_of(step, 10, 4, 0) for step in range(5)])
-    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
-    assert rows[:10].tolist() != rows[10:].tolist()
 
 
 def test_a_training_of_days_asks_for_a_card() -> None:
