@@ -23,6 +23,8 @@ from ctclip.prompts import PromptSet, load_prompts
 from ctclip.schema import validated
 
 SIZE, WEIGHTS = "decoder.yaml", "decoder.safetensors"
+# Defaults of `ctclip imagine`.
+STEPS, GUIDANCE = 25, 4.0
 
 
 class DecodeHead(PromptHead):
@@ -38,7 +40,7 @@ class DecodeHead(PromptHead):
         self.prior = prior.to(model.device).eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def generate(self, text: str | None, seed: int, *, steps: int = 25, guidance: float = 4.0) -> Tensor:
+    def generate(self, text: str | None, seed: int, *, steps: int = STEPS, guidance: float = GUIDANCE) -> Tensor:
         """A volume (D, H, W) in [-1, 1] for a text, or for none: the prior draws the embedding of a volume with the
         text, and the decoder a volume with that embedding. ``guidance`` exaggerates what the prior draws; if the prior is
         a regression, what the decoder draws."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ctclip.errors import DataError
 from ctclip.explanation.find import contrast_texts
-from ctclip.heads.decode import DecodeHead
+from ctclip.heads import decode
+from ctclip.heads.decode import GUIDANCE, DecodeHead
 from ctclip.heads.folder import list_heads
 from ctclip.heads.head import Head
 from ctclip.heads.text import TextHead
@@ -34,8 +35,7 @@ MEAN_OF = 200
 
 MethodName = Literal["decoder", "dream"]
 # Default number of steps of each method: of the flow, and of the optimisation.
-STEPS: dict[MethodName, int] = {"decoder": 25, "dream": 100}
-GUIDANCE = 4.0
+STEPS: dict[MethodName, int] = {"decoder": decode.STEPS, "dream": 100}
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ from ctclip.evaluation.tables import read_embeddings
 from ctclip.explanation.explain import Explanation, explain
 from ctclip.explanation.masks import Masks, load_layout
 from ctclip.explanation.place import side_of
+from ctclip.heads.decode import GUIDANCE
 from ctclip.heads.prior import Prior, PriorHead
-from ctclip.imagining.imagine import GUIDANCE
 from ctclip.inference.model import usable_head
 from ctclip.inference.run import REPORT, VOLUME
 from ctclip.models.folder import load_model
