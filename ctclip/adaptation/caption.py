@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ctclip.adaptation.caption_texts import Examples, read_reports
+from ctclip.adaptation.descent import descend
 from ctclip.adaptation.keep import add_head, check_head_name
 from ctclip.adaptation.plan import fit_plan
 from ctclip.data.dataset import with_report
@@ -202,12 +203,8 @@ def _fit(
         scores = decoder(ids[:, :-1].to(device), mask[:, :-1].to(device), one).float()
         target = ids.masked_fill(~learned, -100)[:, 1:].to(device)
         loss = F.cross_entropy(scores.flatten(0, 1), target.flatten(), ignore_index=-100)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
+        losses.append(descend(loss, decoder.parameters(), optimizer, "caption head", clip=1.0))
         schedule.step()
-        losses.append(float(loss.detach()))
     decoder.eval().requires_grad_(False)
     return [float(np.mean(losses[start : start + each])) for start in range(0, len(losses), each)]
 

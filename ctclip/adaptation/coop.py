@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ctclip.adaptation.descent import descend
 from ctclip.adaptation.probe import Probe
 from ctclip.adaptation.shrinkage import ANCHORS, Towards, embedding_unit, fit_towards
 from ctclip.errors import ConfigError
@@ -235,7 +236,5 @@ def _learn(
         now = directions(model, with_vectors(contexts, contexts.vectors + spread * moved), len(first), ensemble)
         away = (now - first).square().sum(dim=1)
         loss = multi_label(model.logits(volumes, now) + bias, target) + (held * away).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(loss, [moved], optimizer, "contexts")
     return with_vectors(contexts, (contexts.vectors + spread * moved).detach())

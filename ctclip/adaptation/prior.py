@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ctclip.adaptation.caption import prompts_of
+from ctclip.adaptation.descent import descend
 from ctclip.adaptation.examples import cached_embeddings
 from ctclip.adaptation.keep import add_head, check_head_name
 from ctclip.data.dataset import with_report
@@ -195,12 +196,8 @@ def _fit_network(prior: Prior, pairs: TextPairs, config: PriorConfig, seed: int)
         total = 0.0
         for rows in _batches(train, batch, random):
             loss = _loss(prior, pairs.texts[rows].to(device), pairs.volumes[rows].to(device), config.no_text, random)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
-            optimizer.step()
+            total += descend(loss, prior.parameters(), optimizer, f"{config.kind} prior", clip=1.0) / each
             schedule.step()
-            total += float(loss.detach()) / each
         prior.eval()
         with torch.no_grad():
             # The same noise in every epoch, so that losses are comparable.

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ctclip.adaptation.descent import descend
 from ctclip.adaptation.state import damaged, read_state, write_state
-from ctclip.errors import TrainingError
 from ctclip.preprocessing.progress import track
 from ctclip.training.optimizer import rate_factor
 
@@ -75,16 +75,7 @@ def train_resumably(
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
         loss = loss_of(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
-        if not torch.isfinite(loss + norm):
-            raise TrainingError(
-                f"{what}: the loss or its gradient is not a number in step {step + 1}; set a learning rate below "
-                f"{schedule.learning_rate:g}"
-            )
-        optimizer.step()
-        losses.append(float(loss.detach()))
+        losses.append(descend(loss, parameters.values(), optimizer, what, clip=1.0))
         # The average forgets quickly at first, when the weights change most.
         decay = min(schedule.average, (1 + step) / (10 + step))
         with torch.no_grad():

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ctclip.adaptation.descent import descend
 from ctclip.heads.locator import Locator
 from ctclip.models.encoded import Level
 from ctclip.preprocessing.progress import track
@@ -160,10 +161,7 @@ def sharpen(
             for group in optimizer.param_groups:
                 group["lr"] = RATE * rate_factor(step / steps, WARMUP)
             loss = _loss(locator, [train[number] for number in members], sentences)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += float(loss.detach()) * len(members)
+            total += descend(loss, learned, optimizer, "sharpening") * len(members)
             step += 1
         with torch.no_grad():
             held = [

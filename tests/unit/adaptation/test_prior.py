@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 
 import ctclip
+from ctclip.adaptation import prior as prior_module
 from ctclip.adaptation.prior import RIDGES, PriorConfig, TextPairs, fit_prior, run_prior
-from ctclip.errors import CheckpointError
+from ctclip.errors import CheckpointError, TrainingError
 from ctclip.heads.folder import list_heads, load_head
 from ctclip.heads.prior import SIZE, WEIGHTS, Prior, PriorHead, signal_and_noise
 from ctclip.models.checksums import write_checksums
@@ -118,3 +119,10 @@ def test_a_prior_is_trained_kept_and_loaded_again(clinic: Clinic, tmp_path: Path
     (folder / SIZE).write_text("{kind: ridge, dim: 5}")
     with pytest.raises(CheckpointError, match="it belongs to another model"):
         load_head(clinic.model, "prior", model.dual)
+
+
+def test_a_prior_that_diverges_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prior_module, "_loss", lambda prior, *_: prior.linear.weight.sum() * float("nan"))
+    pairs = TextPairs(torch.eye(4), torch.eye(4), torch.tensor([False, False, True, True]))
+    with pytest.raises(TrainingError, match=r"^mlp prior: the loss or its gradient is not a number"):
+        fit_prior(pairs, PriorConfig(kind="mlp", width=8), torch.device("cpu"), 0)

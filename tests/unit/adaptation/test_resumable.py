@@ -64,7 +64,7 @@ def test_a_training_that_diverges_keeps_its_last_weights(part: str, tmp_path: Pa
         return value * float("nan") if part == "loss" else (value - value).sqrt() + value.detach()
 
     with pytest.raises(
-        TrainingError, match=r"^test: the loss or its gradient is not a number in step 3; set .* below 0.1"
+        TrainingError, match=r"^test: the loss or its gradient is not a number; set a learning rate below 0.0"
     ):
         train_resumably(
             network,
