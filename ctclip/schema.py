@@ -66,6 +66,9 @@ def _of_field(field: FieldInfo, value: Any) -> Any:
     """Convert a typed value for ``field``: unchanged if the field holds text, else parsed as YAML. The word null or an
     empty value unsets an optional text. true and false are not accepted as numbers, although Python accepts them."""
     kinds = set(get_args(field.annotation)) or {field.annotation}
+    if isinstance(value, dict) and isinstance(field.default, Section):
+        # A section given in part keeps the other values of its default here, which may differ from those of its class.
+        return field.default.model_dump(exclude_unset=True) | value
     if isinstance(value, Typed):
         if field.annotation is str:
             return str(value)

@@ -7,16 +7,17 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from ctclip.adaptation.caption import prompts_of
 from ctclip.adaptation.components import begin_with_components
+from ctclip.adaptation.consistency import ConsistencyConfig, inconsistency
 from ctclip.adaptation.examples import cached_embeddings
 from ctclip.adaptation.expectation import fit_expectation
 from ctclip.adaptation.keep import add_head, check_head_name
@@ -32,6 +33,7 @@ from ctclip.heads.decode import DecodeHead
 from ctclip.heads.decoder import BINS, Decoder, Networks, intensity_bin
 from ctclip.inference.run import run_key
 from ctclip.inference.scans import StoredScans, prefetch
+from ctclip.models.dual_encoder import DualEncoder
 from ctclip.models.encoded import axis_shape
 from ctclip.models.folder import ModelFolder
 from ctclip.models.precision import Precision, at_precision, cpu_multiplies_bf16
@@ -41,8 +43,6 @@ from ctclip.preprocessing.store import VolumeStore
 from ctclip.schema import Section
 
 METHOD, LOSSES = "decode", "decode.csv"
-# What differs from the defaults of `ctclip adapt --method prior`.
-PRIOR = {"kind": "diffusion", "excerpts": 5, "epochs": 20.0}
 # HU windows with loss terms of their own, because lung and soft tissue have little contrast between air and bone.
 WINDOWS = ((-1000.0, -500.0), (-160.0, 240.0))
 # Number of volumes whose noise is measured, and number of latents per file.
@@ -73,6 +73,10 @@ class DecodeConfig(Section):
     networks: Networks = Field(Networks(), description="sizes of the networks")  # type: ignore[call-arg]
     autoencoder: Stage = Field(Stage(), description="training of the autoencoder")  # type: ignore[call-arg]
     flow: Stage = Field(Stage(steps=50_000, batch=32), description="training of the flow network")  # type: ignore[call-arg]
+    consistency: ConsistencyConfig = Field(
+        ConsistencyConfig(),  # type: ignore[call-arg]
+        description="comparison of predicted volumes with the embeddings that the flow is conditioned on",
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="precision in which the flow network is trained; auto: bf16 if the device multiplies in it, else fp32",
@@ -98,14 +102,9 @@ class DecodeConfig(Section):
         0.1, ge=0, lt=1, description="fraction of the examples without a condition, for classifier-free guidance"
     )
     prior: PriorConfig = Field(
-        PriorConfig.model_validate(PRIOR),
+        PriorConfig(kind="diffusion", excerpts=5, epochs=20.0),  # type: ignore[call-arg]
         description="training of the prior, which draws an embedding of a volume for a text",
     )
-
-    @field_validator("prior", mode="before")
-    @classmethod
-    def _draws(cls, given: Any) -> Any:
-        return PRIOR | given if isinstance(given, dict) else given
 
 
 def run_decode(
@@ -132,9 +131,12 @@ def run_decode(
     scans.table = with_report(scans.table, loaded.trained_on.sections, f"{store}: split {split!r}")
     if config.volumes is not None:
         scans.table = some_scans(scans.table, config.volumes, seed)
+    loaded.model.requires_grad_(False)
     decoder = new_decoder(loaded, config, seed)
     if loaded.model.device.type == "cpu":
-        print(f"note: no GPU is used; training takes about {duration(estimate(decoder, config))} on this CPU")
+        print(
+            f"note: no GPU is used; training takes about {duration(estimate(loaded.model, decoder, config))} on this CPU"
+        )
     key = run_key(loaded.hash, scans.origin(), list(scans.table["volume"]), config.model_dump_json(), f"{head} {seed}")
     first = _autoencoder_key(scans, config, seed)
     with claimed_folder(output, "adapt", key, (LOSSES, PRIOR_LOSSES), made_by_us, force=force):
@@ -151,7 +153,7 @@ def run_decode(
         decoder.standardise(latents)
         patients = scans.table["patient"].to_numpy(str)
         fit_expectation(decoder, latents, embeddings, patients, seed)
-        losses["flow"] = _fit_flow(decoder, latents, embeddings, config, output, key, seed)
+        losses["flow"] = _fit_flow(loaded.model, decoder, latents, embeddings, config, output, key, seed)
         made = DecodeHead(loaded.model, decoder, prior, prompts_of(loaded), loaded.labels.names)
         words = f"{len(scans.table)} volumes of {scans.table['patient'].nunique()} patients, split {split}"
         made.adaptation = Adaptation.to(METHOD, words, loaded.hash, scans.table["patient"].astype(str))
@@ -177,9 +179,9 @@ def new_decoder(loaded: ModelFolder, config: DecodeConfig, seed: int) -> Decoder
     return decoder.to(loaded.model.device)
 
 
-def estimate(decoder: Decoder, config: DecodeConfig) -> float:
-    """Estimate the seconds of training on this device from one timed step of each network on a small grid. Raises
-    ConfigError if training on a CPU would take longer than ``DAYS``."""
+def estimate(model: DualEncoder, decoder: Decoder, config: DecodeConfig) -> float:
+    """Estimate the seconds of training on this device from timed steps: of each network on a small grid, and of the
+    comparison of one volume. Raises ConfigError if training on a CPU would take longer than ``DAYS``."""
     step = decoder.networks.step
     cube = -(-32 // step) * step
     volume = decoder.mean.new_zeros(1, 1, cube, cube, cube)
@@ -188,9 +190,14 @@ def estimate(decoder: Decoder, config: DecodeConfig) -> float:
     share = math.prod(decoder.grid) / math.prod(latents.shape[2:])
     first = _timed(lambda: autoencoder_loss(decoder, volume, config, (-1000.0, 1000.0)))
     with at_precision(_precision(config, decoder.mean.device), decoder.mean.device):
-        second = _timed(lambda: decoder.flow_loss(latents, decoder.condition()))
+        second = _timed(lambda: decoder.flow_loss(latents, decoder.condition())[0])
+        third = 0.0
+        if config.consistency.weight:
+            predicted, embedding = decoder.mean[None].clone().requires_grad_(), decoder.mean.new_zeros(1, decoder.dim)
+            third = _timed(lambda: inconsistency(model, decoder, predicted, embedding))
+    compared = min(config.consistency.volumes, config.flow.batch)
     seconds = config.autoencoder.steps * config.autoencoder.batch * learned * first
-    seconds += config.flow.steps * config.flow.batch * share * second
+    seconds += config.flow.steps * (config.flow.batch * share * second + compared * third)
     if decoder.mean.device.type == "cpu" and seconds > DAYS * 86_400:
         raise ConfigError(
             f"--method decode needs a GPU: on this CPU it would take about {duration(seconds)}; lower "
@@ -324,16 +331,29 @@ def measured_noise(decoder: Decoder, scans: StoredScans, seed: int) -> Tensor:
 
 
 def _fit_flow(
-    decoder: Decoder, latents: Tensor, embeddings: Tensor, config: DecodeConfig, output: Path, key: str, seed: int
+    model: DualEncoder,
+    decoder: Decoder,
+    latents: Tensor,
+    embeddings: Tensor,
+    config: DecodeConfig,
+    output: Path,
+    key: str,
+    seed: int,
 ) -> list[float]:
-    stage, device = config.flow, decoder.mean.device
+    stage, compared, device = config.flow, config.consistency.volumes, decoder.mean.device
     precision = _precision(config, device)
     batch = min(stage.batch, len(latents))
+    decoder.autoencoder.requires_grad_(False)
 
     def loss(rows: Tensor) -> Tensor:
-        conditions = drawn_conditions(decoder, embeddings[rows], config)
+        chosen = embeddings[rows].to(device)
+        conditions = drawn_conditions(decoder, chosen, config)
         with at_precision(precision, device):
-            return decoder.flow_loss(decoder.standard(latents[rows].float().to(device)), conditions)
+            error, clean = decoder.flow_loss(decoder.standard(latents[rows].float().to(device)), conditions)
+            if config.consistency.weight:
+                weight = config.consistency.weight
+                error = error + weight * inconsistency(model, decoder, clean[:compared], chosen[:compared])
+            return error
 
     def batches(begin: int) -> Iterator[Tensor]:
         for step in range(begin, stage.steps):

@@ -219,13 +219,14 @@ class Decoder(nn.Module):
         inputs = torch.cat([patched, places, expected], dim=1)
         return unfold(expected + self.flow(inputs, times, class_labels=conditions), self.networks.patch)
 
-    def flow_loss(self, latents: Tensor, conditions: Tensor) -> Tensor:
-        """Mean squared error of the predicted clean latents at random times. ``latents`` (B, latent, d, h, w),
-        standardised. Uses torch's random generator."""
+    def flow_loss(self, latents: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared error of the predicted clean latents at random times, and the prediction. ``latents`` (B, latent,
+        d, h, w), standardised. Uses torch's random generator."""
         scheduler = _scheduler()
         times = scheduler.sample_timesteps(latents)
         noisy = scheduler.add_noise(latents, torch.randn_like(latents), times)
-        return F.mse_loss(self.denoise(noisy, times, conditions).float(), latents)
+        clean = self.denoise(noisy, times, conditions).float()
+        return F.mse_loss(clean, latents), clean
 
     @torch.inference_mode()
     def sample(self, conditions: Tensor, seeds: Sequence[int], *, steps: int = 25, guidance: float = 2.0) -> Tensor:
@@ -253,14 +254,15 @@ class Decoder(nn.Module):
             latents = latents.lerp(clean, 1 - following / now)
         return latents
 
-    def volume(self, latents: Tensor, random: torch.Generator) -> Tensor:
-        """Standardised latents (1, latent, d, h, w) -> a volume (1, 1, D, H, W) in [-1, 1]. The autoencoder
+    def volume(self, latents: Tensor, random: torch.Generator | None = None) -> Tensor:
+        """Standardised latents (B, latent, d, h, w) -> volumes (B, 1, D, H, W) in [-1, 1]. The autoencoder
         reconstructs the mean of the volumes with these latents; white noise is added with the noise level of training
-        volumes at each intensity."""
-        decoded = self.decode(latents * self.scale[:, None, None, None] + self.mean)
+        volumes at each intensity. ``random``: a generator on the host; None: torch's generator of the device."""
+        decoded = self.decode(latents * self.scale[:, None, None, None] + self.mean).float()
         d, h, w = self.shape
         decoded = decoded[:, :, :d, :h, :w]
-        drawn = torch.randn(decoded.shape, generator=random).to(decoded)
+        shape, device = decoded.shape, decoded.device
+        drawn = torch.randn(shape, device=device if random is None else "cpu", generator=random).to(device)
         return (decoded + drawn * self.noise[intensity_bin(decoded)]).clamp(-1, 1)
 
 

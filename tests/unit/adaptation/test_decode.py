@@ -39,6 +39,7 @@ from ctclip.models.checksums import write_checksums
 from ctclip.models.folder import load_model
 from tests.unit.drafting.conftest import Clinic, clinic, clinic_files  # noqa: F401
 from tests.unit.heads.test_decoder import TINY, tiny
+from tests.unit.small import dual_encoder
 
 WORDS = [
     "networks.channels=[8]", "networks.latent=2", "networks.width=[32]", "networks.depth=1", "autoencoder.steps=3",
@@ -61,21 +62,22 @@ def test_a_fraction_of_the_volumes_has_no_condition() -> None:
 @pytest.mark.parametrize("fast", [False, True])
 def test_bf16_is_used_where_the_processor_has_it(fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "cpu_multiplies_bf16", lambda: fast)
-    seen = list[bool]()
+    model, seen = dual_encoder().eval().requires_grad_(False), list[bool]()
 
-    def loss(self: Decoder, latents: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
+    def loss(self: Decoder, latents: torch.Tensor, conditions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         seen.append(torch.is_autocast_enabled("cpu"))
-        return self.denoise(latents, torch.ones(len(latents)), conditions).float().square().mean()
+        clean = self.denoise(latents, torch.ones(len(latents)), conditions).float()
+        return clean.square().mean(), clean
 
     monkeypatch.setattr(Decoder, "flow_loss", loss)
     for precision, expected in (("auto", fast), ("fp32", False), ("bf16", True)):
         config = DecodeConfig.model_validate(
             {"networks": TINY, "precision": precision, "flow": {"steps": 1, "batch": 2}, "autoencoder": {"steps": 1}}
         )
-        decoder = tiny((4, 4, 4))
+        decoder = tiny(dim=12)
         latents = torch.zeros(2, 2, *decoder.grid).half()
-        decode._fit_flow(decoder, latents, torch.ones(2, 4), config, tmp_path, precision, 0)
-        estimate(decoder, config)
+        estimate(model, decoder, config)
+        decode._fit_flow(model, decoder, latents, torch.ones(2, 12), config, tmp_path, precision, 0)
         assert set(seen) == {expected}
         seen.clear()
 
@@ -138,14 +140,9 @@ def test_an_autoencoder_begins_as_the_principal_components_of_blocks() -> None:
 def test_a_training_of_days_asks_for_a_card() -> None:
     config = DecodeConfig.model_validate({"networks": TINY, "flow": {"steps": 10**8, "batch": 10**4}})
     with pytest.raises(ConfigError, match=r"needs a GPU: on this CPU it would take about \d+ days"):
-        estimate(tiny(), config)
-    assert (
-        0
-        < estimate(
-            tiny(), DecodeConfig.model_validate({"networks": TINY, "flow": {"steps": 1}, "autoencoder": {"steps": 1}})
-        )
-        < 60
-    )
+        estimate(dual_encoder(), tiny(dim=12), config)
+    words = {"networks": TINY, "flow": {"steps": 1}, "autoencoder": {"steps": 1}}
+    assert 0 < estimate(dual_encoder(), tiny(dim=12), DecodeConfig.model_validate(words)) < 60
 
 
 @pytest.mark.parametrize("name", ["decode", "phantom_imagine"])
@@ -154,7 +151,9 @@ def test_the_recipes_are_read(name: str) -> None:
     assert config.flow.steps > 1000
 
 
-def test_one_setting_of_the_prior_leaves_the_others() -> None:
+def test_one_setting_of_a_section_leaves_the_others() -> None:
+    flow = DecodeConfig.model_validate({"flow": {"steps": 5}}).flow
+    assert (flow.steps, flow.batch, flow.learning_rate) == (5, 32, 2e-4)
     prior = DecodeConfig.model_validate({"prior": {"epochs": 1}}).prior
     assert (prior.kind, prior.excerpts, prior.epochs) == ("diffusion", 5, 1)
     assert DecodeConfig.model_validate({"prior": {"kind": "ridge"}}).prior.kind == "ridge"

@@ -63,7 +63,7 @@ def test_a_flow_draws_what_it_is_told_and_nothing_without_guidance() -> None:
         latents = (1.0 - 2 * side)[:, None, None, None, None].expand(-1, 2, *decoder.grid)
         given = decoder.condition(embeddings[side])
         told = torch.where(torch.rand(16, 1) < 0.2, decoder.condition(count=16), given)
-        loss = decoder.flow_loss(latents, told)
+        loss, _ = decoder.flow_loss(latents, told)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,0 +1,42 @@
+"""Train a flow to generate volumes that the frozen volume encoder embeds where it was told: a perceptual loss (Johnson et
+al. 2016) in the shared space.
+
+Most of a volume's variance has nothing to do with its findings, so that a flow trained only on squared errors in latents
+neglects them for a long time."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from ctclip.heads.decoder import Decoder
+from ctclip.models.dual_encoder import DualEncoder
+from ctclip.schema import Section
+
+
+class ConsistencyConfig(Section):
+    """How generated volumes are compared with the embeddings they were generated from."""
+
+    weight: float = Field(
+        1.0,
+        ge=0,
+        le=100,
+        description="weight, in the loss of the flow network, of 1 minus the cosine between the embeddings of predicted "
+        "and of real volumes; 0: do not compare them",
+    )
+    volumes: int = Field(
+        2,
+        ge=1,
+        le=10**5,
+        description="number of volumes of a batch that are compared; each takes the memory of a training step of the "
+        "autoencoder and of the volume encoder",
+    )
+
+
+def inconsistency(model: DualEncoder, decoder: Decoder, latents: Tensor, embeddings: Tensor) -> Tensor:
+    """The mean of 1 minus the cosine between the embeddings of the volumes with these standardised ``latents`` (B, latent,
+    d, h, w) and ``embeddings`` (B, dim), unit vectors. Uses torch's random generator for the volumes' noise."""
+    # Unlike ``encode``, gradients pass through a codebook.
+    pooled = model.volume_encoder.evidence(decoder.volume(latents)).encoded.pooled
+    found = model.similarity.volume(model.volume_projection(pooled)).float()
+    return 1 - (found * embeddings.to(found)).sum(dim=1).mean()

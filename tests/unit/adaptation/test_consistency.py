@@ -1,0 +1,67 @@
+"""Consistency: predicted volumes are embedded by the frozen encoder, and the flow network learns from the difference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ctclip.adaptation.consistency import inconsistency
+from ctclip.adaptation.decode import DecodeConfig, _fit_flow, estimate
+from ctclip.models.ctvit import CTViTConfig
+from ctclip.models.dual_encoder import DualEncoder
+from tests.unit.heads.test_decoder import TINY, tiny
+from tests.unit.small import VIT, dual_encoder
+
+CTVIT = CTViTConfig(
+    patch=(4, 4, 4), width=16, spatial_depth=1, temporal_depth=1, heads=2, head_width=8, codebook_size=16
+)
+
+
+def frozen(volume: Any = VIT) -> DualEncoder:
+    return dual_encoder(volume).eval().requires_grad_(False)
+
+
+def test_it_is_the_cosine_between_embeddings() -> None:
+    model, decoder = frozen(), tiny(dim=12).eval()
+    decoder.noise.zero_()
+    latents, embeddings = torch.randn(2, 2, *decoder.grid), F.normalize(torch.randn(2, 12), dim=1)
+    with torch.no_grad():
+        found = model.encode_volume(decoder.volume(latents))
+        wrong = inconsistency(model, decoder, latents, embeddings)
+    expected = 1 - F.cosine_similarity(found, embeddings).mean()
+    torch.testing.assert_close(wrong, expected)
+    torch.testing.assert_close(inconsistency(model, decoder, latents, found), torch.tensor(0.0), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("volume", [VIT, CTVIT])
+def test_latents_learn_from_it_through_any_encoder(volume: Any) -> None:
+    model, decoder = frozen(volume), tiny(dim=12).eval().requires_grad_(False)
+    latents, target = torch.randn(1, 2, *decoder.grid).requires_grad_(), F.normalize(torch.randn(1, 12), dim=1)
+    wrong = inconsistency(model, decoder, latents, target)
+    (slope,) = torch.autograd.grad(wrong, latents)
+    assert slope.abs().max() > 0
+    if volume is VIT:  # a codebook passes an approximate gradient
+        moved = latents - 1e-2 * slope / slope.norm()
+        assert inconsistency(model, decoder, moved, target) < wrong
+
+
+def test_a_flow_is_trained_with_the_weight_and_the_number_of_volumes(tmp_path: Path) -> None:
+    model = frozen()
+    embeddings, losses = F.normalize(torch.randn(4, 12), dim=1), {}
+    for weight, volumes in ((0.0, 4), (0.5, 4), (1.0, 4), (1.0, 2)):
+        words = {"networks": TINY, "flow": {"steps": 1, "batch": 4}, "precision": "fp32"}
+        config = DecodeConfig.model_validate({**words, "consistency": {"weight": weight, "volumes": volumes}})
+        decoder = tiny(dim=12)
+        latents = torch.randn(4, 2, *decoder.grid, generator=torch.Generator().manual_seed(1)).half()
+        state = tmp_path / f"{weight} {volumes}"
+        state.mkdir()
+        assert estimate(model, decoder, config) > 0
+        losses[weight, volumes] = _fit_flow(model, decoder, latents, embeddings, config, state, "key", 0)[0]
+    assert losses[0.5, 4] > losses[0.0, 4]
+    assert losses[1.0, 4] - losses[0.0, 4] == pytest.approx(2 * (losses[0.5, 4] - losses[0.0, 4]), rel=1e-4)
+    assert losses[1.0, 2] != losses[1.0, 4]
+    assert not any(value.grad is not None for value in model.parameters())
