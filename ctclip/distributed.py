@@ -24,6 +24,7 @@ from ctclip.launchers import LOOPBACK
 from ctclip.launchers import free_port as free_port
 from ctclip.launchers import launched as launched
 from ctclip.launchers import prepare_environment as prepare_environment
+from ctclip.launchers import refuse_ranks as refuse_ranks
 from ctclip.launchers import say_unused_tasks as say_unused_tasks
 from ctclip.preprocessing.scratch import scratch_folder
 

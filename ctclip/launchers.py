@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ctclip.errors import TrainingError
+from ctclip.errors import ConfigError, TrainingError
 from ctclip.preprocessing.whole_numbers import whole_number
 
 LOOPBACK = "127.0.0.1"
@@ -61,6 +61,14 @@ def prepare_environment() -> None:
 def launched() -> bool:
     """Whether a launcher started this process as one of several."""
     return "RANK" in os.environ or _of_mpi(os.environ) is not None or _of_slurm(os.environ) is not None
+
+
+def refuse_ranks(what: str) -> None:
+    """Raise ConfigError if a launcher started several processes for ``what``, which trains in one."""
+    environment = os.environ
+    ranks = environment if "RANK" in environment else _of_mpi(environment) or _of_slurm(environment) or {}
+    if str(ranks.get("WORLD_SIZE", 1)) != "1":
+        raise ConfigError(f"{what} trains in one process: start it without a launcher")
 
 
 def say_unused_tasks() -> None:

@@ -18,11 +18,18 @@ class ConsistencyConfig(Section):
     """How generated volumes are compared with the embeddings they were generated from."""
 
     weight: float = Field(
-        1.0,
+        0.5,
         ge=0,
         le=100,
         description="weight, in the loss of the flow network, of 1 minus the cosine between the embeddings of predicted "
         "and of real volumes; 0: do not compare them",
+    )
+    begin: float = Field(
+        0.4,
+        ge=0,
+        lt=1,
+        description="fraction of the steps before the first comparison: a flow that cannot yet denoise learns little from it, "
+        "and forgets to denoise",
     )
     volumes: int = Field(
         2,

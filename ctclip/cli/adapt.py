@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from ctclip.cli.reading import LABEL_TABLE
+from ctclip.cli.unused import refuse_unused
 
 
 class AdaptMethod(StrEnum):
@@ -22,6 +23,10 @@ class AdaptMethod(StrEnum):
     lora = "lora"
     full = "full"
     last_layers = "last-layers"
+
+
+# Methods that save a head in the model folder, and train in one process.
+HEADS = (AdaptMethod.coop, AdaptMethod.caption, AdaptMethod.prior, AdaptMethod.locate, AdaptMethod.decode)
 
 
 def adapt(
@@ -101,18 +106,28 @@ def adapt(
     the prompts to labels; classfine fits a linear layer; lora and last-layers train like vocabfine with fewer
     parameters; full continues the contrastive training on pairs of volumes and reports.
     """
+    from ctclip import distributed
     from ctclip.adaptation.protocol import Setting
 
+    if method not in HEADS:
+        refuse_unused(context, "applies only to methods that save a head: " + ", ".join(HEADS), "head")
+    else:
+        refuse_unused(context, f"does not apply to --method {method.value}, which trains in one process", "processes")
+        distributed.refuse_ranks(f"--method {method.value}")
+    if method is not AdaptMethod.coop:
+        refuse_unused(context, "applies only to --method coop", "draws", "test_split")
+    if method is not AdaptMethod.lora:
+        refuse_unused(context, "applies only to --method lora", "merge")
     setting = Setting("shots", shots) if shots is not None else Setting("fraction", percent)
     if method is AdaptMethod.coop:
         _coop(overrides or [], model, store, output, labels, config, setting, head or "coop", draws, (train_split, test_split), seed, force)  # fmt: skip
         return
-    if method in (AdaptMethod.caption, AdaptMethod.prior, AdaptMethod.locate, AdaptMethod.decode):
+    if method in HEADS:
         _unlabelled(
             method, overrides or [], model, store, output, labels, config, setting, head, train_split, seed, force
         )
         return
-    from ctclip import distributed, extras
+    from ctclip import extras
     from ctclip.models.folder import local_folder
 
     extras.check("train")
@@ -169,7 +184,7 @@ def _unlabelled(
 ) -> None:  # fmt: skip
     """Heads that learn from reports alone."""
     from ctclip import distributed
-    from ctclip.adaptation import caption, decode, locate, prior
+    from ctclip.adaptation import caption, decode, decode_config, locate, prior
     from ctclip.adaptation.protocol import Setting
     from ctclip.config_files import find_config, load_section
     from ctclip.errors import ConfigError
@@ -182,7 +197,7 @@ def _unlabelled(
     kinds: dict[AdaptMethod, tuple[type[Section], Callable[..., Path], str, str]] = {
         AdaptMethod.caption: (caption.CaptionConfig, caption.run_caption, caption.LOSSES, f"`ctclip draft --head {name}` uses it"),
         AdaptMethod.locate: (locate.LocateConfig, locate.run_locate, locate.LOSSES, "`ctclip explain` uses it: --method learned"),
-        AdaptMethod.decode: (decode.DecodeConfig, decode.run_decode, decode.LOSSES, "`ctclip imagine` generates "
+        AdaptMethod.decode: (decode_config.DecodeConfig, decode.run_decode, decode.LOSSES, "`ctclip imagine` generates "
                                                                                     "volumes with it"),
         AdaptMethod.prior: (prior.PriorConfig, prior.run_prior, prior.LOSSES, f"`ctclip zero-shot --head {name}` scores with it"),
     }  # fmt: skip

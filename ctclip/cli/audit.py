@@ -8,6 +8,7 @@ import typer
 
 from ctclip.cli.audit_all import all_
 from ctclip.cli.reading import BATCH, EMBEDDINGS, FORCE
+from ctclip.cli.unused import refuse_unused
 
 audit = typer.Typer(help="Examine a cohort or a model before you trust its figures.", no_args_is_help=True)
 audit.command("all")(all_)
@@ -15,6 +16,7 @@ audit.command("all")(all_)
 
 @audit.command("doubles")
 def doubles(
+    context: typer.Context,
     store: Path = typer.Option(..., help="A store written by `ctclip preprocess`."),
     split: str = typer.Option(
         None, help="Only this split of the cohort. Default: all, to detect leaks between splits."
@@ -46,6 +48,8 @@ def doubles(
     from ctclip.preprocessing.outputs import check_folder, made_by_us
     from ctclip.preprocessing.store import VolumeStore
 
+    if model is None:
+        refuse_unused(context, "needs --model", "batch")
     check_folder(output, made_by_us, "output of `ctclip audit doubles`")
     opened, embed = VolumeStore(store), None
     if model is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted, reading_of
+from ctclip.cli.unused import READING, STORED, refuse_unused
 
 if TYPE_CHECKING:
     from ctclip.drafting.drafter import Drafting
@@ -18,6 +19,7 @@ DRAFTS = Path("drafts.csv")
 
 
 def draft(
+    context: typer.Context,
     scan: Path = typer.Argument(None, help="A volume file, a DICOM folder, or an archive of one of these."),
     model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
     method: str = typer.Option(
@@ -82,6 +84,12 @@ def draft(
         raise DataError("give either a scan or --store")
     if beams > 1 and nucleus is not None:
         raise DataError("give either --beams or --nucleus")
+    if store is None:
+        refuse_unused(context, "needs --store", "split", "count")
+    else:
+        refuse_unused(context, STORED, *READING)
+    if nucleus is None:
+        refuse_unused(context, "needs --nucleus", "seed")
     settings = Drafting(Method.named(method), head, index, prompted, Decoding(beams, nucleus, seed), terms, language)
     if store is not None:
         check_drafts(output or DRAFTS, force=force)

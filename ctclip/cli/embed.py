@@ -21,9 +21,11 @@ from ctclip.cli.reading import (
     Trusted,
     reading_of,
 )
+from ctclip.cli.unused import READING, STORED, refuse_unused
 
 
 def embed(
+    context: typer.Context,
     scans: list[Path] = typer.Argument(
         None, help="Volume files, DICOM folders, folders of these, or quoted patterns such as 'scans/*.nii.gz'."
     ),
@@ -72,6 +74,12 @@ def embed(
         raise DataError(f"{output}: end the name in .parquet or .npy")
     if linkage is not None and not scans:
         raise DataError("--linkage needs scans; for a store, `ctclip preprocess --linkage` writes it")
+    if store is None:
+        refuse_unused(context, "needs --store", "split")
+    if store is not None:
+        refuse_unused(context, STORED, *READING)
+    if reports is not None:
+        refuse_unused(context, "applies to volumes, not to reports", *READING, "batch")
     check_embeddings(output, force=force)
     if linkage is not None:
         check_linkage(linkage, output)

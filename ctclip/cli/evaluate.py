@@ -7,6 +7,8 @@ from pathlib import Path
 
 import typer
 
+from ctclip.cli.unused import refuse_unused
+
 
 class Thresholds(StrEnum):
     calibration = "calibration"
@@ -14,6 +16,7 @@ class Thresholds(StrEnum):
 
 
 def evaluate(
+    context: typer.Context,
     predictions: Path = typer.Argument(None, help="predictions.csv (or .parquet) written by `ctclip zero-shot`."),
     reports: Path = typer.Option(
         None, help="Instead of predictions: drafts.csv written by `ctclip draft --store`; needs --store."
@@ -72,7 +75,11 @@ def evaluate(
 
     if (predictions is None) == (reports is None):
         raise DataError("give either predictions or --reports")
-    if reports is not None:
+    if reports is None:
+        refuse_unused(context, "needs --reports", "label_set")
+    else:
+        unused = ("labels", "protocol", "run", "cohort", "masks", "calibration", "thresholds")
+        refuse_unused(context, "applies to predictions, not to --reports", *unused)
         _evaluate_reports(reports, store, output, against or [], label_set, bootstrap or 1000, seed, force)
         return
     if against is not None and len(against) > 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted, reading_of
+from ctclip.cli.unused import refuse_unused
 
 
 class By(StrEnum):
@@ -29,7 +30,18 @@ SHIFTS = typer.Option(
 )
 
 
+# Methods that --budget limits.
+BUDGETED = (By.occlusion, By.counterfactual)
+
+
+def refuse_unused_budget(context: typer.Context, method: By | None) -> None:
+    """Refuse --budget for a method that it does not limit."""
+    if method not in BUDGETED:
+        refuse_unused(context, "applies only to --method occlusion and counterfactual", "budget")
+
+
 def explain(
+    context: typer.Context,
     scan: Path = typer.Argument(..., help="A volume file, a DICOM folder, or an archive of one of these."),
     model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
     output: Path = typer.Option(
@@ -82,6 +94,7 @@ def explain(
     from ctclip.inference.model import load
     from ctclip.preprocessing.errors import counted
 
+    refuse_unused_budget(context, method)
     if dicom:
         extras.check("dicom")
     check_output(output)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import typer
 
-from ctclip.cli.explain import SHIFTS, By
+from ctclip.cli.explain import SHIFTS, By, refuse_unused_budget
 from ctclip.cli.reading import EXPECT, GEOMETRY, HU, LARGEST_GB, SERIES, Expected, Geometry, Trusted, reading_of
 
 
 def find(
+    context: typer.Context,
     scan: Path = typer.Argument(..., help="A volume file, a DICOM folder, or an archive of one of these."),
     text: str = typer.Argument(..., help="What to find, in your own words."),
     model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
@@ -25,7 +26,7 @@ def find(
     refine: bool = typer.Option(
         False, "--refine", help="Grow the regions of the mask to edges in the image (watershed on HU)."
     ),
-    budget: int = typer.Option(600, min=8, help="Occlusion: maximum number of encodings."),
+    budget: int = typer.Option(600, min=8, help="Occlusion and counterfactual: maximum number of encodings."),
     shifts: int = SHIFTS,
     hu: Trusted = HU,
     geometry: Geometry = GEOMETRY,
@@ -43,6 +44,7 @@ def find(
     from ctclip.explanation.explain import check_output
     from ctclip.inference.model import load
 
+    refuse_unused_budget(context, method)
     check_output(output)
     loaded = load(model, distributed.device())
     place = loaded.find(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import typer
 
+from ctclip.cli.unused import refuse_unused
+
 
 class ImagineMethod(StrEnum):
     decoder = "decoder"
@@ -14,6 +16,7 @@ class ImagineMethod(StrEnum):
 
 
 def imagine(
+    context: typer.Context,
     texts: list[str] = typer.Argument(
         ..., metavar="TEXT...", help="One or more texts, worded like sentences of a report."
     ),
@@ -65,6 +68,8 @@ def imagine(
     from ctclip.imagining.synthetic import check_output, page_file, write_volumes
     from ctclip.inference.model import load
 
+    if store is None:
+        refuse_unused(context, "needs --store", "split")
     check_output(output, len(texts) * number, force=force)
     loaded = load(model, distributed.device())
     detector = loaded.head(head)

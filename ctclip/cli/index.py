@@ -20,6 +20,7 @@ from ctclip.cli.reading import (
     Trusted,
     reading_of,
 )
+from ctclip.cli.unused import READING, refuse_unused
 
 
 def index(
@@ -57,6 +58,7 @@ def index(
 
 
 def similar(
+    context: typer.Context,
     scan: Path = typer.Argument(None, help="A volume file, a DICOM folder, or an archive of one of these."),
     text: str = typer.Option(None, help="A text to search for, instead of a scan."),
     plus: list[str] = typer.Option(
@@ -101,6 +103,10 @@ def similar(
         raise DataError("give either a scan or --text")
     if scan is None and (plus or minus):
         raise DataError("--plus and --minus need a scan")
+    if scan is None:
+        refuse_unused(context, "applies to a scan, not to --text", *READING)
+    if not (plus or minus):
+        refuse_unused(context, "needs --plus or --minus", "weight")
     model_path = str(index_facts(index).get("path", ""))
     if model is None and not Path(model_path).is_dir():
         raise DataError(

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import typer
 
-from ctclip.cli.explain import SHIFTS, By
+from ctclip.cli.explain import SHIFTS, By, refuse_unused_budget
 
 
 def locate(
+    context: typer.Context,
     cohort: Path = typer.Argument(..., help="The cohort, as for `ctclip preprocess`."),
     masks: Path = typer.Option(..., help="The folder of masks; each must lie on the grid of its scan."),
     model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
@@ -19,7 +20,9 @@ def locate(
     split: str = typer.Option(None, help="Only this split of the cohort."),
     head: str = typer.Option(None, help="The head of the model to explain. Default: prompts."),
     method: By = typer.Option(None, help="How maps are computed; `ctclip explain --help` describes the methods."),
-    budget: int = typer.Option(600, min=8, help="Occlusion: maximum number of encodings per scan."),
+    budget: int = typer.Option(
+        600, min=8, help="Occlusion: maximum number of encodings per scan. Counterfactual: for each finding."
+    ),
     shifts: int = SHIFTS,
     count: int = typer.Option(None, "--count", "-k", min=2, help="Number of scans to draw at random. Default: all."),
     seed: int = typer.Option(0, help="Seed of the draw, the controls and the bootstrap."),
@@ -37,6 +40,7 @@ def locate(
     from ctclip.preprocessing.cohorts import read_cohort
     from ctclip.preprocessing.outputs import check_file, file_holds
 
+    refuse_unused_budget(context, method)
     check_file(output, file_holds(b'"pointing"'))
     drawn = Masks(masks, load_layout(mask_layout))
     loaded = load(model, distributed.device())

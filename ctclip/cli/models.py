@@ -6,8 +6,11 @@ from pathlib import Path
 
 import typer
 
+from ctclip.cli.unused import refuse_unused
+
 
 def models(
+    context: typer.Context,
     names: list[str] = typer.Argument(
         None, help="Names of sizes in configs/models, or YAML files. Default: all of configs/models."
     ),
@@ -20,7 +23,12 @@ def models(
 
     A size stands for the whole `model:` section of a recipe: `model: base`.
     """
+    from ctclip.errors import ConfigError
+
     if model is not None:
+        refuse_unused(context, "does not apply to --model, which has its own", "spec")
+        if names:
+            raise ConfigError("give either names of sizes or --model")
         _describe(model)
         return
     from rich.console import Console

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from ctclip.cli.unused import refuse_unused
+
 prompts = typer.Typer(
     help="List prompt sets, mine one from reports, or check one against a model.", no_args_is_help=True
 )
@@ -62,6 +64,7 @@ def lint(
 
 @prompts.command()
 def mine(
+    context: typer.Context,
     store: Path = typer.Option(..., help="A store written by `ctclip preprocess`, with reports."),
     label_set: str = typer.Option(
         None,
@@ -111,6 +114,12 @@ def mine(
     from ctclip.report_reading.reader import Options
     from ctclip.report_reading.run import build_reader
 
+    if reader == "rules":
+        refuse_unused(context, "applies only to --reader classifier and language-model", "reader_model")
+    if reader in ("classifier", "language-model"):
+        refuse_unused(context, "applies only to --reader rules", "terms")
+    if model is None:
+        refuse_unused(context, "needs --model", "judge")
     check_file(output, file_holds(b"provenance:"), force=force)
     opened = VolumeStore(store)
     labels = load_labels(label_set) if label_set is not None else store_labels(opened)

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import typer
 
+from ctclip.cli.unused import refuse_unused
+
 
 def publish(
+    context: typer.Context,
     model: str = typer.Argument(..., help="A model folder."),
     output: Path = typer.Option(..., "--output", "-o", help="Folder for the copy to publish."),
     licence: str = typer.Option(
@@ -33,6 +36,8 @@ def publish(
     from ctclip.inference.publish import publish as run
     from ctclip.models.folder import check_output
 
+    if repository is None:
+        refuse_unused(context, "needs --repository", "public")
     check_licence(licence)
     check_output(output)
     page = run(model, output, licence=licence, evaluation=evaluation, repository=repository, private=not public)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import typer
 
+from ctclip.cli.unused import refuse_unused
+
 
 class Value(StrEnum):
     one = "1"
@@ -19,6 +21,7 @@ class Value(StrEnum):
 
 
 def read_reports(
+    context: typer.Context,
     reports: Path = typer.Argument(
         ...,
         help="A table with a text column, or with findings and impression columns; a .txt file with one report per line; or a store.",
@@ -69,6 +72,14 @@ def read_reports(
     from ctclip.report_reading.reports import load_reports
     from ctclip.report_reading.run import Values, check_output, read_all, write_readings
 
+    if reader in ("classifier", "language-model"):
+        refuse_unused(context, "applies only to --reader rules", "terms", "workers")
+    if reader in ("rules", "classifier"):
+        refuse_unused(context, "applies only to --reader language-model", "cache")
+    if reader in ("rules", "language-model"):
+        refuse_unused(context, "applies only to --reader classifier", "threshold")
+    if reader == "rules":
+        refuse_unused(context, "applies only to --reader classifier and language-model", "reader_model", "batch")
     check_output(output, force=force)
     device = "cpu" if reader_model is None else str(distributed.device())
     if cache is None and reader == "language-model":

@@ -20,9 +20,11 @@ from ctclip.cli.reading import (
     Trusted,
     reading_of,
 )
+from ctclip.cli.unused import refuse_unused
 
 
 def serve(
+    context: typer.Context,
     model: str = typer.Option(..., "--model", "-m", help="A model folder, or a name on the Hugging Face Hub."),
     store: Path = typer.Option(None, help="A store written by `ctclip preprocess`; the page offers its volumes."),
     index: Path = typer.Option(
@@ -75,7 +77,9 @@ def serve(
         extras.check("index")
     if (tls_certificate is None) != (tls_key is None):
         raise DataError("--tls-certificate and --tls-key go together")
-    if dicomweb is not None:
+    if dicomweb is None:
+        refuse_unused(context, "needs --dicomweb", "dicomweb_token_file")
+    else:
         extras.check("dicom")
         if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", dicomweb):
             raise DataError(

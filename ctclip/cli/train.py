@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from ctclip.cli.unused import refuse_unused
+
 
 def train(
     context: typer.Context,
@@ -63,6 +65,7 @@ def train(
         configuration = load_config(config, overrides or [], given)
         print(describe(configuration, make_plan(configuration, processes, card=card != "cpu"), card, scans))
         return
+    refuse_unused(context, "needs --plan", "card", "scans")
     if output is None:
         raise ConfigError("--output is missing: name the run folder")
     extras.check("train")

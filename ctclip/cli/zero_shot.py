@@ -22,6 +22,7 @@ from ctclip.cli.reading import (
     Trusted,
     reading_of,
 )
+from ctclip.cli.unused import READING, STORED, refuse_unused
 
 
 class Format(StrEnum):
@@ -97,6 +98,8 @@ def zero_shot(
         raise DataError("--linkage needs scans; for a store, `ctclip preprocess --linkage` writes it")
     if store is None and (split is not None or embed_reports):
         raise DataError(f"{'--split' if split is not None else '--embed-reports'} needs --store")
+    if store is not None:
+        refuse_unused(context, STORED, *READING)
     if head is not None and (prompts or abnormality):
         raise DataError("--head scores its own findings: leave out --prompts and --abnormality")
     check_output(output)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from ctclip.adaptation.consistency import inconsistency
-from ctclip.adaptation.decode import DecodeConfig, _fit_flow, estimate
+from ctclip.adaptation.decode import _fit_flow, estimate
+from ctclip.adaptation.decode_config import DecodeConfig
 from ctclip.models.ctvit import CTViTConfig
 from ctclip.models.dual_encoder import DualEncoder
 from tests.unit.heads.test_decoder import TINY, tiny
@@ -54,7 +55,9 @@ def test_a_flow_is_trained_with_the_weight_and_the_number_of_volumes(tmp_path: P
     embeddings, losses = F.normalize(torch.randn(4, 12), dim=1), {}
     for weight, volumes in ((0.0, 4), (0.5, 4), (1.0, 4), (1.0, 2)):
         words = {"networks": TINY, "flow": {"steps": 1, "batch": 4}, "precision": "fp32"}
-        config = DecodeConfig.model_validate({**words, "consistency": {"weight": weight, "volumes": volumes}})
+        config = DecodeConfig.model_validate(
+            {**words, "consistency": {"weight": weight, "begin": 0, "volumes": volumes}}
+        )
         decoder = tiny(dim=12)
         latents = torch.randn(4, 2, *decoder.grid, generator=torch.Generator().manual_seed(1)).half()
         state = tmp_path / f"{weight} {volumes}"
