@@ -51,8 +51,8 @@ class Method(StrEnum):
 
 @dataclass(frozen=True)
 class Drafting:
-    """Settings of a draft. ``method``: by default, `caption` if the model has a caption head, else `retrieval` if there
-    is an ``index``, else `template`. ``head``: the name of the caption head; by default, the first."""
+    """Settings of a draft. ``method``: by default, `retrieval` if there is an ``index``, else `caption` if the model has a
+    caption head, else `template`. ``head``: the name of the caption head; by default, the first."""
 
     method: Method | None = None
     head: str | None = None
@@ -66,9 +66,22 @@ class Drafting:
         """The method; if none is set, the default for ``folder`` and the other settings."""
         if self.method is not None:
             return self.method
-        if self.head is not None or self.prompted or caption_heads(folder):
-            return Method.caption
-        return Method.template if self.index is None else Method.retrieval
+        if self.index is not None:
+            return Method.retrieval
+        return Method.caption if self._for_captions() or caption_heads(folder) else Method.template
+
+    def check(self, method: Method) -> None:
+        """Raise DataError if a setting has no effect with this method."""
+        if self.index is not None and method is not Method.retrieval:
+            raise DataError(f"an index applies only to --method retrieval, not to {method.value}")
+        if self._for_captions() and method is not Method.caption:
+            raise DataError(
+                f"a caption head, --prompted, --beams and --nucleus apply only to --method caption, not to {method.value}"
+            )
+
+    def _for_captions(self) -> bool:
+        sampled = self.decoding.beams > 1 or self.decoding.nucleus is not None
+        return self.head is not None or self.prompted or sampled
 
 
 class Drafter:
@@ -86,6 +99,7 @@ class Drafter:
         findings and their sides, by default similarity locates them. Raises CtclipError."""
         self.located = located
         self.folder, self.detector, self.method = folder, detector, drafting.chosen(folder)
+        drafting.check(self.method)
         self.cleaner = Cleaner(
             RulesReader.build(folder.labels, Options(terms=drafting.terms, language=drafting.language))
         )
