@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
+from isal import isal_zlib
 
 from ctclip.audit.fingerprints import fingerprint, middle
 from ctclip.audit.measures import MEASURES, measure
@@ -32,6 +33,8 @@ PICTURES = "pictures"
 VOLUMES = "volumes.json"
 # Volumes per part, so that an interrupted command resumes, and volumes that a process is given at a time.
 TOGETHER, AT_A_TIME = 256, 8
+# Bytes of a CRC-32, and of a file that are read at a time.
+SUM, BLOCK = 4, 2**22
 HISTOGRAM = np.concatenate([np.arange(-1000, 400, 50), [400, 600, 1000, 3100]])
 
 
@@ -134,19 +137,38 @@ def histogram(hu: np.ndarray) -> np.ndarray:
 
 
 def keep_array(path: Path, array: np.ndarray) -> None:
-    """Write an array that ``kept_array`` can read."""
-    with written_beside(path) as partial, partial.open("wb") as stream:
-        np.save(stream, array)
+    """Write an array that ``kept_array`` can read: a .npy file, followed by its CRC-32."""
+    with written_beside(path) as partial:
+        with partial.open("wb") as stream:
+            np.save(stream, array)
+        sum_ = _crc32(partial)
+        with partial.open("ab") as stream:
+            stream.write(sum_.to_bytes(SUM, "little"))
 
 
 def kept_array(path: Path, *, mapped: bool = False) -> np.ndarray | None:
     """Read a cached array, as a memory map if ``mapped``; None if it is missing or damaged and must be computed
     again."""
     try:
-        array: np.ndarray = np.load(regular(path), mmap_mode="r" if mapped else None)
+        size = regular(path).stat().st_size - SUM
+        with path.open("rb") as stream:
+            stream.seek(max(size, 0))
+            kept = int.from_bytes(stream.read(SUM), "little")
+        if size < 0 or _crc32(path, size) != kept:
+            return None
+        array: np.ndarray = np.load(path, mmap_mode="r" if mapped else None)
     except DAMAGE:
         return None
     return array
+
+
+def _crc32(path: Path, size: int | None = None) -> int:
+    """The CRC-32 of the first ``size`` bytes of a file, or of all."""
+    left, sum_ = path.stat().st_size if size is None else size, 0
+    with path.open("rb") as stream:
+        while left and (block := stream.read(min(BLOCK, left))):
+            sum_, left = isal_zlib.crc32(block, sum_), left - len(block)
+    return sum_
 
 
 def _of_volume(path: Path, name: str) -> dict[str, np.ndarray]:

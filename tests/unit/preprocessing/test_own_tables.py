@@ -211,12 +211,8 @@ def test_a_damaged_array_is_made_again(tmp_path: Path) -> None:
     assert kept_array(path) is None
     keep_array(path, np.arange(6.0))
     assert kept_array(path, mapped=True) == pytest.approx(np.arange(6.0))
-    for content in (
-        b"",
-        path.read_bytes()[:-3],
-        b"\x93NUMPY\x01\0\xff\xff",
-        path.read_bytes().replace(b"}", b" "),
-        b"PK\x03\x04",
-    ):
+    whole = path.read_bytes()
+    flipped = [whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :] for place in range(len(whole))]
+    for content in (b"", whole[:-3], whole[:-4], b"\x93NUMPY\x01\0\xff\xff", b"PK\x03\x04", *flipped):
         path.write_bytes(content)
         assert kept_array(path) is None
