@@ -68,3 +68,18 @@ def test_a_flow_is_trained_with_the_weight_and_the_number_of_volumes(tmp_path: P
     assert losses[1.0, 4] - losses[0.0, 4] == pytest.approx(2 * (losses[0.5, 4] - losses[0.0, 4]), rel=1e-4)
     assert losses[1.0, 2] != losses[1.0, 4]
     assert not any(value.grad is not None for value in model.parameters())
+
+
+def test_a_flow_learns_to_denoise_before_it_is_compared(tmp_path: Path) -> None:
+    model, losses = frozen(), {}
+    embeddings = F.normalize(torch.randn(4, 12), dim=1)
+    for weight in (0.0, 1.0):
+        words = {"networks": TINY, "flow": {"steps": 4, "batch": 4}, "precision": "fp32"}
+        config = DecodeConfig.model_validate({**words, "consistency": {"weight": weight, "begin": 0.5}})
+        decoder = tiny(dim=12)
+        latents = torch.randn(4, 2, *decoder.grid, generator=torch.Generator().manual_seed(1)).half()
+        state = tmp_path / str(weight)
+        state.mkdir()
+        losses[weight] = _fit_flow(model, decoder, latents, embeddings, config, state, "key", 0)
+    assert losses[1.0][:2] == losses[0.0][:2]
+    assert losses[1.0][2] > losses[0.0][2]
