@@ -45,10 +45,10 @@ def all_(
         output, lambda folder: {path.name for path in folder.iterdir()} <= ours, "output of `ctclip audit all`"
     )
     first, shared = options_first(context.obj)[0], str(embeddings or output / "embeddings")
-    common = ["--store", str(store), "--embeddings", shared, "--batch", str(batch), *["--force"] * force]
+    common = ["--store", str(store), "--embeddings", shared, *["--force"] * force]
     audits = {
         command: [*first, *command.split(), *common, "--output", str(output / folder),
-                  *(["--model", model] if command != "audit doubles" else [])]
+                  *(["--model", model, "--batch", str(batch)] if command != "audit doubles" else [])]
         for command, folder in folders.items()
     }  # fmt: skip
     _import()
