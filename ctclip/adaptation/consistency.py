@@ -1,14 +1,15 @@
-"""Train a flow to generate volumes that the frozen volume encoder embeds where it was told: a perceptual loss (Johnson et
-al. 2016) in the shared space.
+"""Train a flow to generate volumes with the embeddings that it is conditioned on: a perceptual loss (Johnson et al. 2016)
+of the frozen volume encoder, in the shared space.
 
-Most of a volume's variance has nothing to do with its findings, so that a flow trained only on squared errors in latents
-neglects them for a long time."""
+Most of a volume's variance has nothing to do with its findings, so a flow that is trained only on squared errors of
+latents neglects them for a long time."""
 
 from __future__ import annotations
 
 from pydantic import Field
 from torch import Tensor
 
+from ctclip.errors import ConfigError
 from ctclip.heads.decoder import Decoder
 from ctclip.models.dual_encoder import DualEncoder
 from ctclip.schema import Section
@@ -42,8 +43,18 @@ class ConsistencyConfig(Section):
 
 def inconsistency(model: DualEncoder, decoder: Decoder, latents: Tensor, embeddings: Tensor) -> Tensor:
     """The mean of 1 minus the cosine between the embeddings of the volumes with these standardised ``latents`` (B, latent,
-    d, h, w) and ``embeddings`` (B, dim), unit vectors. Uses torch's random generator for the volumes' noise."""
-    # Unlike ``encode``, gradients pass through a codebook.
-    pooled = model.volume_encoder.evidence(decoder.volume(latents)).encoded.pooled
+    d, h, w) and ``embeddings`` (B, dim), unit vectors. Uses torch's random generator for the volumes' noise. Raises
+    ConfigError if ``latents`` cannot learn from it."""
+    volumes, encoder = decoder.volume(latents), model.volume_encoder
+    try:
+        # Unlike ``encode``, gradients pass through a codebook.
+        pooled = encoder.evidence(volumes).encoded.pooled
+    except ValueError:  # an encoder without ``evidence``
+        pooled = encoder(volumes).pooled
     found = model.similarity.volume(model.volume_projection(pooled)).float()
+    if volumes.requires_grad and not found.requires_grad:
+        raise ConfigError(
+            "the encoder of this model has no gradient with respect to its voxels, so predicted volumes cannot be compared: "
+            "set consistency.weight=0"
+        )
     return 1 - (found * embeddings.to(found)).sum(dim=1).mean()

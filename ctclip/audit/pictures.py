@@ -3,6 +3,7 @@ and the results are cached for all commands that share a folder."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -138,12 +139,11 @@ def histogram(hu: np.ndarray) -> np.ndarray:
 
 def keep_array(path: Path, array: np.ndarray) -> None:
     """Write an array that ``kept_array`` can read: a .npy file, followed by its CRC-32."""
-    with written_beside(path) as partial:
-        with partial.open("wb") as stream:
-            np.save(stream, array)
-        sum_ = _crc32(partial)
-        with partial.open("ab") as stream:
-            stream.write(sum_.to_bytes(SUM, "little"))
+    saved = io.BytesIO()
+    np.save(saved, array)
+    with written_beside(path) as partial, partial.open("wb") as stream:
+        stream.write(saved.getbuffer())
+        stream.write(isal_zlib.crc32(saved.getbuffer()).to_bytes(SUM, "little"))
 
 
 def kept_array(path: Path, *, mapped: bool = False) -> np.ndarray | None:
@@ -162,9 +162,9 @@ def kept_array(path: Path, *, mapped: bool = False) -> np.ndarray | None:
     return array
 
 
-def _crc32(path: Path, size: int | None = None) -> int:
-    """The CRC-32 of the first ``size`` bytes of a file, or of all."""
-    left, sum_ = path.stat().st_size if size is None else size, 0
+def _crc32(path: Path, size: int) -> int:
+    """The CRC-32 of the first ``size`` bytes of a file."""
+    left, sum_ = size, 0
     with path.open("rb") as stream:
         while left and (block := stream.read(min(BLOCK, left))):
             sum_, left = isal_zlib.crc32(block, sum_), left - len(block)

@@ -118,6 +118,8 @@ def adapt(
         refuse_unused(context, "applies only to --method coop", "draws", "test_split")
     if method is not AdaptMethod.lora:
         refuse_unused(context, "applies only to --method lora", "merge")
+    if shots is not None:
+        refuse_unused(context, "does not apply to --shots: give one of them", "percent")
     setting = Setting("shots", shots) if shots is not None else Setting("fraction", percent)
     if method is AdaptMethod.coop:
         _coop(overrides or [], model, store, output, labels, config, setting, head or "coop", draws, (train_split, test_split), seed, force)  # fmt: skip

@@ -19,6 +19,7 @@ READ = "read-reports r.csv --label-set ct_rate_18 --reader"
         (f"{ADAPT} lora --draws 3", "--draws applies only to --method coop"),
         (f"{ADAPT} caption --test-split valid", "--test-split applies only to --method coop"),
         (f"{ADAPT} full --merge-adapters", "--merge-adapters applies only to --method lora"),
+        (f"{ADAPT} coop --shots 4 --percent 10", "--percent does not apply to --shots: give one of them"),
         (f"{ADAPT} decode --processes 4", "--processes does not apply to --method decode, which trains in one process"),
         (f"{READ} classifier --terms t.yaml", "--terms applies only to --reader rules"),
         (f"{READ} rules --cache c", "--cache applies only to --reader language-model"),

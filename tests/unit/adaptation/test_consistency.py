@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ctclip.adaptation.consistency import inconsistency
 from ctclip.adaptation.decode import _fit_flow, estimate
 from ctclip.adaptation.decode_config import DecodeConfig
+from ctclip.errors import ConfigError
 from ctclip.models.ctvit import CTViTConfig
 from ctclip.models.dual_encoder import DualEncoder
+from ctclip.models.encoded import Encoded, VolumeEncoder
+from ctclip.models.vit3d import ViT3D
 from tests.unit.heads.test_decoder import TINY, tiny
 from tests.unit.small import VIT, dual_encoder
 
@@ -48,6 +52,37 @@ def test_latents_learn_from_it_through_any_encoder(volume: Any) -> None:
     if volume is VIT:  # a codebook passes an approximate gradient
         moved = latents - 1e-2 * slope / slope.norm()
         assert inconsistency(model, decoder, moved, target) < wrong
+
+
+class Largest(ViT3D):
+    """An encoder of one's own, without ``evidence``: it pools the largest value of each channel."""
+
+    evidence = VolumeEncoder.evidence
+
+    def forward(self, volume: Tensor, mask: Tensor | None = None, body: Tensor | None = None) -> Encoded:
+        encoded = super().forward(volume, mask, body)
+        return encoded._replace(pooled=encoded.tokens.amax(dim=1).repeat(1, self.width // self.token_width))
+
+
+class Blind(Largest):
+    def forward(self, volume: Tensor, mask: Tensor | None = None, body: Tensor | None = None) -> Encoded:
+        return super().forward(volume.detach(), mask, body)
+
+
+def test_any_encoder_is_compared_unless_it_has_no_gradient() -> None:
+    model, decoder = frozen(), tiny(dim=12).eval().requires_grad_(False)
+    decoder.noise.zero_()
+    latents, target = torch.randn(1, 2, *decoder.grid).requires_grad_(), F.normalize(torch.randn(1, 12), dim=1)
+    model.volume_encoder.__class__ = Largest
+    wrong = inconsistency(model, decoder, latents, target)
+    expected = 1 - F.cosine_similarity(model.encode_volume(decoder.volume(latents)), target).mean()
+    torch.testing.assert_close(wrong, expected)
+    assert torch.autograd.grad(wrong, latents)[0].abs().max() > 0
+    model.volume_encoder.__class__ = Blind
+    with pytest.raises(ConfigError, match=r"no gradient .* set consistency\.weight=0"):
+        inconsistency(model, decoder, latents, target)
+    with torch.no_grad():
+        assert inconsistency(model, decoder, latents, target) > 0
 
 
 def test_a_flow_is_trained_with_the_weight_and_the_number_of_volumes(tmp_path: Path) -> None:

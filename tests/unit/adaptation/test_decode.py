@@ -146,6 +146,13 @@ def test_a_killed_command_ends_with_the_same_decoder(
         assert again == (decoded / "model" / "heads" / "decode" / name).read_bytes()
 
 
+def test_the_encoders_are_frozen(clinic: Clinic, tmp_path: Path) -> None:  # noqa: F811
+    loaded = load_model(clinic.model)
+    config = load_section(DecodeConfig, find_config("decode", "adapt"), [*WORDS, "consistency.begin=0"])
+    decode.run_decode(loaded, clinic.store, tmp_path / "out", config)
+    assert all(value.grad is None for value in loaded.model.parameters())
+
+
 def test_volumes_of_texts_are_drawn_and_seeds_decide(
     decoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,24 @@ def test_audits_of_the_clinic(clinic: Clinic, tmp_path: Path, capsys: pytest.Cap
     assert main(["audit", "doubles", *common, "--output", str(tmp_path / "doubles")]) == 0
     assert "among 80 volumes" in capsys.readouterr().out
     assert main(["audit", "data", *common, "--concepts", "nowhere", "--output", str(tmp_path / "other")]) == 2
+
+
+def _as_given(arguments: list[str]) -> tuple[int, str]:
+    return 0, " ".join(arguments)
+
+
+def test_the_audits_get_the_options_that_they_have(
+    clinic: Clinic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.modules["ctclip.cli.audit_all"], "_outcome", _as_given)
+    common = ["--model", str(clinic.model), "--store", str(clinic.store), "--batch", "3"]
+    assert main(["audit", "all", *common, "--output", str(tmp_path / "all")]) == 0
+    given = [line for line in capsys.readouterr().out.splitlines() if "--store" in line]
+    assert len(given) == 5
+    for line in given:
+        alone = line.startswith("audit doubles")
+        assert ("--batch 3" in line) is not alone
+        assert (f"--model {clinic.model}" in line) is not alone
 
 
 def test_all_audits_at_once_write_what_each_writes(

@@ -173,6 +173,24 @@ def test_the_decoder_heeds_its_expectation() -> None:
     )
 
 
+def test_volumes_have_the_noise_of_each_intensity() -> None:
+    decoder = tiny((16, 16, 16)).eval()
+    halves = torch.full((2, 1, 16, 16, 16), -0.55)
+    halves[..., 8:] = 0.55
+    decoder.decode = lambda latents: halves  # type: ignore[method-assign]
+    decoder.noise[4], decoder.noise[15] = 0.01, 0.05
+    latents = torch.zeros(2, 2, *decoder.grid)
+    torch.manual_seed(0)
+    volumes = decoder.volume(latents)
+    assert volumes[..., :8].std() == pytest.approx(0.01, rel=0.1)
+    assert volumes[..., 8:].std() == pytest.approx(0.05, rel=0.1)
+    torch.manual_seed(0)
+    assert torch.equal(decoder.volume(latents), volumes)
+    one, again = (decoder.volume(latents, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, volumes)
+
+
 def test_times_are_shifted_towards_noise() -> None:
     for steps in (1, 7, 25):
         even = torch.linspace(TIMES, 0, steps + 1)[:-1]
