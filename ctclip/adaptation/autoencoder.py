@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +24,8 @@ from ctclip.preprocessing.progress import track
 WINDOWS = ((-1000.0, -500.0), (-160.0, 240.0))
 # Number of volumes whose noise is measured, and number of latents per file.
 MEASURED, TOGETHER = 32, 256
+# Number of voxels of an intensity without which its noise is not measured.
+ENOUGH = 1000
 # Number of volumes that initialise the autoencoder.
 FIRST = 16
 
@@ -127,18 +128,33 @@ def _kept(path: Path, key: str) -> Tensor | None:
 
 @torch.inference_mode()
 def measured_noise(decoder: Decoder, scans: StoredScans, seed: int) -> Tensor:
-    """The standard deviation (BINS,) of the noise that the autoencoder removes, at each reconstructed intensity. It is
-    estimated from differences of neighbouring voxels, which ignores lost structures, by their median absolute
-    deviation, which ignores edges."""
+    """The standard deviation (BINS,) of the white noise that reconstructions lack, at each reconstructed intensity: the
+    difference of the variances of noise in volumes and in their reconstructions, where reconstructions are flat. 0 where
+    an intensity is too rare. Noise is estimated from differences of neighbouring voxels, by their median absolute
+    deviation, which ignores structures that the autoencoder loses."""
     count = len(scans.table)
     rows = np.random.default_rng([seed, 61]).permutation(count)[:MEASURED].tolist()
-    bins, left = list[np.ndarray](), list[np.ndarray]()
+    bins, before, after = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
     for ready in prefetch(scans.voxels, rows):
         volume = _crop(ready()[0], None)[None, None].to(decoder.mean.device)
         again = decoder.decode(decoder.encode(volume)[0])[tuple(slice(extent) for extent in (1, 1, *volume.shape[2:]))]
-        # Every seventh voxel is enough; a stride of 7 does not select whole planes of the volume.
-        bins.append(intensity_bin(again[..., 1:]).flatten()[::7].cpu().numpy())
-        left.append(((volume - again).diff(dim=-1) / math.sqrt(2)).flatten()[::7].cpu().numpy())
-    table = pd.DataFrame({"bin": np.concatenate(bins), "left": np.concatenate(left)})
-    deviation = table.groupby("bin")["left"].agg(lambda each: 1.4826 * float((each - each.median()).abs().median()))
-    return torch.from_numpy(deviation.reindex(range(BINS)).fillna(0.0).to_numpy(np.float32).copy())
+        level = intensity_bin(again)
+        here = level[..., 1:, 1:, 1:]
+        flat = (here == level[..., :-1, 1:, 1:]) & (here == level[..., 1:, :-1, 1:]) & (here == level[..., 1:, 1:, :-1])
+        # Every third voxel is enough.
+        bins.append(here[flat][::3].cpu().numpy())
+        for steps, each in ((before, volume), (after, again)):
+            steps.append(each[..., 1:, 1:, :].diff(dim=-1)[flat][::3].cpu().numpy())
+    table = pd.DataFrame(
+        {"bin": np.concatenate(bins), "before": np.concatenate(before), "after": np.concatenate(after)}
+    )
+    by_bin = table.groupby("bin")
+    variance = by_bin.agg(_noise_variance)
+    lacking = (variance["before"] - variance["after"]).clip(lower=0).pow(0.5)[by_bin.size() >= ENOUGH]
+    return torch.from_numpy(lacking.reindex(range(BINS)).fillna(0.0).to_numpy(np.float32).copy())
+
+
+def _noise_variance(differences: pd.Series[float]) -> float:
+    """The variance of noise in each of two neighbouring voxels with these differences."""
+    deviation = 1.4826 * float((differences - differences.median()).abs().median())
+    return deviation**2 / 2

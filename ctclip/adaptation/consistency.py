@@ -1,11 +1,14 @@
-"""Train a flow to generate volumes with the embeddings that it is conditioned on: a perceptual loss (Johnson et al. 2016)
-of the frozen volume encoder, in the shared space.
+"""Train a flow to generate volumes with the findings of the right ones: a perceptual loss (Johnson et al. 2016) of the
+frozen volume encoder, in the shared space.
 
 Most of a volume's variance has nothing to do with its findings, so a flow that is trained only on squared errors of
-latents neglects them for a long time."""
+latents neglects them for a long time. Predictions are compared with reconstructions of scans, not with the scans: what
+the autoencoder loses would otherwise be replaced by patterns that the encoder takes for it.
+"""
 
 from __future__ import annotations
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -16,14 +19,14 @@ from ctclip.schema import Section
 
 
 class ConsistencyConfig(Section):
-    """How generated volumes are compared with the embeddings they were generated from."""
+    """How the embeddings of generated volumes are compared with the right ones."""
 
     weight: float = Field(
         0.5,
         ge=0,
         le=100,
         description="weight, in the loss of the flow network, of 1 minus the cosine between the embeddings of predicted "
-        "and of real volumes; 0: do not compare them",
+        "and of reconstructed volumes; 0: do not compare them",
     )
     begin: float = Field(
         0.4,
@@ -41,11 +44,14 @@ class ConsistencyConfig(Section):
     )
 
 
-def inconsistency(model: DualEncoder, decoder: Decoder, latents: Tensor, embeddings: Tensor) -> Tensor:
-    """The mean of 1 minus the cosine between the embeddings of the volumes with these standardised ``latents`` (B, latent,
-    d, h, w) and ``embeddings`` (B, dim), unit vectors. Uses torch's random generator for the volumes' noise. Raises
-    ConfigError if ``latents`` cannot learn from it."""
-    volumes, encoder = decoder.volume(latents), model.volume_encoder
+def inconsistency(model: DualEncoder, decoder: Decoder, predicted: Tensor, latents: Tensor) -> Tensor:
+    """The mean of 1 minus the cosine between the embeddings of volumes with the ``predicted`` and with the right
+    ``latents`` (B, latent, d, h, w), standardised. Both volumes have the same noise, from torch's random generator.
+    Raises ConfigError if ``predicted`` cannot learn from it."""
+    devices = [latents.device] if latents.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        target = model.encode_volume(decoder.volume(latents)).float()
+    volumes, encoder = decoder.volume(predicted), model.volume_encoder
     try:
         # Unlike ``encode``, gradients pass through a codebook.
         pooled = encoder.evidence(volumes).encoded.pooled
@@ -57,4 +63,4 @@ def inconsistency(model: DualEncoder, decoder: Decoder, latents: Tensor, embeddi
             "the encoder of this model has no gradient with respect to its voxels, so predicted volumes cannot be compared: "
             "set consistency.weight=0"
         )
-    return 1 - (found * embeddings.to(found)).sum(dim=1).mean()
+    return 1 - (found * target).sum(dim=1).mean()

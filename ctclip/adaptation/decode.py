@@ -128,8 +128,8 @@ def estimate(model: DualEncoder, decoder: Decoder, config: DecodeConfig) -> floa
         second = _timed(lambda: decoder.flow_loss(latents, decoder.condition())[0])
         third = 0.0
         if config.consistency.weight:
-            predicted, embedding = decoder.mean[None].clone().requires_grad_(), decoder.mean.new_zeros(1, decoder.dim)
-            third = _timed(lambda: inconsistency(model, decoder, predicted, embedding))
+            predicted = decoder.mean[None].clone().requires_grad_()
+            third = _timed(lambda: inconsistency(model, decoder, predicted, decoder.mean[None]))
     compared = min(config.consistency.volumes, config.flow.batch) * (1 - config.consistency.begin)
     seconds = config.autoencoder.steps * config.autoencoder.batch * learned * first
     seconds += config.flow.steps * (config.flow.batch * share * second + compared * third)
@@ -175,10 +175,10 @@ def _fit_flow(
 
     def loss(given: tuple[int, Tensor]) -> Tensor:
         step, rows = given
-        chosen = embeddings[rows].to(device)
-        conditions = drawn_conditions(decoder, chosen, config)
+        conditions = drawn_conditions(decoder, embeddings[rows], config)
+        chosen = decoder.standard(latents[rows].float().to(device))
         with at_precision(precision, device):
-            error, clean = decoder.flow_loss(decoder.standard(latents[rows].float().to(device)), conditions)
+            error, clean = decoder.flow_loss(chosen, conditions)
             if asked.weight and step >= asked.begin * stage.steps:
                 compared = slice(asked.volumes)
                 error = error + asked.weight * inconsistency(model, decoder, clean[compared], chosen[compared])

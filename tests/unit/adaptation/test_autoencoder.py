@@ -23,22 +23,34 @@ class Scans:
         return self.volumes[index], ""
 
 
-def test_noise_is_that_of_the_volumes_at_each_intensity() -> None:
-    random = np.random.default_rng(0)
-    quiet, loud = (
-        random.normal(mean, spread, (16, 16, 16)).astype(np.float32) for mean, spread in ((-0.55, 0.02), (0.55, 0.1))
-    )
+def test_noise_is_what_reconstructions_lack_where_they_are_flat() -> None:
+    random, side = np.random.default_rng(0), 24
+    shape = (side, side, side)
+    noise = random.normal(0, 1, (2, *shape)).astype(np.float32)
     # A structure that the autoencoder loses is not noise.
-    quiet += 0.05 * np.sin(np.linspace(0, 3, 16)).astype(np.float32)
-    decoder = tiny((16, 16, 16)).eval()
-    # Decoded volumes are the mean of the volume.
-    decoder.encode = lambda volumes: (volumes.mean().expand(1, 1, 16, 16, 16), volumes)  # type: ignore[method-assign]
+    lost = 0.05 * np.sin(np.linspace(0, 3, side)).astype(np.float32)
+    # Nor are edges, here of thin plates, which it blurs.
+    levels = np.where(np.arange(side) % 2, 0.05, 0.3) + random.uniform(-0.03, 0.03, side)
+    plates = levels.astype(np.float32) * np.ones(shape, np.float32)
+    kept = [np.full(shape, -0.55, np.float32), np.full(shape, 0.55, np.float32) + 0.02 * noise[1], 0.8 * plates]
+    volumes = [-0.55 + lost + 0.02 * noise[0], 0.55 + 0.03 * noise[1], plates]
+    decoder = tiny(shape).eval()
+    again = iter(kept[int(index)] for index in np.random.default_rng([0, 61]).permutation(3))
+    decoder.encode = lambda volumes: (torch.from_numpy(next(again))[None, None], volumes)  # type: ignore[method-assign]
     decoder.decode = lambda latents: latents  # type: ignore[method-assign]
-    noise = measured_noise(decoder, Scans([quiet, loud]), 0)  # type: ignore[arg-type]
-    assert noise[4] == pytest.approx(0.02, rel=0.15)
-    assert noise[15] == pytest.approx(0.1, rel=0.15)
-    assert (noise > 0).sum() == 2
-    assert len(noise) == BINS
+    measured = measured_noise(decoder, Scans(volumes), 0)  # type: ignore[arg-type]
+    assert measured[4] == pytest.approx(0.02, rel=0.1)
+    assert measured[15] == pytest.approx((0.03**2 - 0.02**2) ** 0.5, rel=0.1)
+    assert (measured > 0).sum() == 2
+    assert len(measured) == BINS
+
+
+def test_noise_of_rare_intensities_is_not_measured() -> None:
+    decoder = tiny((8, 8, 8)).eval()
+    decoder.encode = lambda volumes: (torch.zeros(1, 1, 8, 8, 8), volumes)  # type: ignore[method-assign]
+    decoder.decode = lambda latents: latents  # type: ignore[method-assign]
+    volume = np.random.default_rng(0).normal(0, 0.1, (8, 8, 8)).astype(np.float32)
+    assert not measured_noise(decoder, Scans([volume]), 0).any()  # type: ignore[arg-type]
 
 
 def test_the_autoencoders_loss_is_what_it_says() -> None:

@@ -33,25 +33,36 @@ def frozen(volume: Any = VIT) -> DualEncoder:
 def test_it_is_the_cosine_between_embeddings() -> None:
     model, decoder = frozen(), tiny(dim=12).eval()
     decoder.noise.zero_()
-    latents, embeddings = torch.randn(2, 2, *decoder.grid), F.normalize(torch.randn(2, 12), dim=1)
+    latents, predicted = torch.randn(2, 2, 2, *decoder.grid)
     with torch.no_grad():
-        found = model.encode_volume(decoder.volume(latents))
-        wrong = inconsistency(model, decoder, latents, embeddings)
-    expected = 1 - F.cosine_similarity(found, embeddings).mean()
+        found, target = (model.encode_volume(decoder.volume(each)) for each in (predicted, latents))
+        wrong = inconsistency(model, decoder, predicted, latents)
+    expected = 1 - F.cosine_similarity(found, target).mean()
+    assert expected > 1e-4
     torch.testing.assert_close(wrong, expected)
-    torch.testing.assert_close(inconsistency(model, decoder, latents, found), torch.tensor(0.0), atol=1e-6, rtol=0)
+
+
+def test_the_right_latents_are_consistent_whatever_the_noise() -> None:
+    model, decoder = frozen(), tiny(dim=12).eval()
+    decoder.noise.fill_(0.2)
+    latents = torch.randn(2, 2, *decoder.grid)
+    with torch.no_grad():
+        wrong = inconsistency(model, decoder, latents, latents)
+        first, second = (model.encode_volume(decoder.volume(latents)) for _ in range(2))
+    torch.testing.assert_close(wrong, torch.tensor(0.0), atol=1e-6, rtol=0)
+    assert (1 - F.cosine_similarity(first, second)).mean() > 1e-4
 
 
 @pytest.mark.parametrize("volume", [VIT, CTVIT])
 def test_latents_learn_from_it_through_any_encoder(volume: Any) -> None:
     model, decoder = frozen(volume), tiny(dim=12).eval().requires_grad_(False)
-    latents, target = torch.randn(1, 2, *decoder.grid).requires_grad_(), F.normalize(torch.randn(1, 12), dim=1)
-    wrong = inconsistency(model, decoder, latents, target)
-    (slope,) = torch.autograd.grad(wrong, latents)
+    predicted, latents = torch.randn(1, 2, *decoder.grid).requires_grad_(), torch.randn(1, 2, *decoder.grid)
+    wrong = inconsistency(model, decoder, predicted, latents)
+    (slope,) = torch.autograd.grad(wrong, predicted)
     assert slope.abs().max() > 0
     if volume is VIT:  # a codebook passes an approximate gradient
-        moved = latents - 1e-2 * slope / slope.norm()
-        assert inconsistency(model, decoder, moved, target) < wrong
+        moved = predicted - 1e-2 * slope / slope.norm()
+        assert inconsistency(model, decoder, moved, latents) < wrong
 
 
 class Largest(ViT3D):
@@ -72,17 +83,17 @@ class Blind(Largest):
 def test_any_encoder_is_compared_unless_it_has_no_gradient() -> None:
     model, decoder = frozen(), tiny(dim=12).eval().requires_grad_(False)
     decoder.noise.zero_()
-    latents, target = torch.randn(1, 2, *decoder.grid).requires_grad_(), F.normalize(torch.randn(1, 12), dim=1)
+    predicted, latents = torch.randn(1, 2, *decoder.grid).requires_grad_(), torch.randn(1, 2, *decoder.grid)
     model.volume_encoder.__class__ = Largest
-    wrong = inconsistency(model, decoder, latents, target)
-    expected = 1 - F.cosine_similarity(model.encode_volume(decoder.volume(latents)), target).mean()
-    torch.testing.assert_close(wrong, expected)
-    assert torch.autograd.grad(wrong, latents)[0].abs().max() > 0
+    wrong = inconsistency(model, decoder, predicted, latents)
+    found, target = (model.encode_volume(decoder.volume(each)) for each in (predicted, latents))
+    torch.testing.assert_close(wrong, 1 - F.cosine_similarity(found, target).mean())
+    assert torch.autograd.grad(wrong, predicted)[0].abs().max() > 0
     model.volume_encoder.__class__ = Blind
     with pytest.raises(ConfigError, match=r"no gradient .* set consistency\.weight=0"):
-        inconsistency(model, decoder, latents, target)
+        inconsistency(model, decoder, predicted, latents)
     with torch.no_grad():
-        assert inconsistency(model, decoder, latents, target) > 0
+        assert inconsistency(model, decoder, predicted, latents) > 0
 
 
 def test_a_flow_is_trained_with_the_weight_and_the_number_of_volumes(tmp_path: Path) -> None:
