@@ -19,6 +19,7 @@ from ctclip.cli.reading import (
     Trusted,
     reading_of,
 )
+from ctclip.cli.unused import refuse_unused
 
 if TYPE_CHECKING:
     from ctclip.preprocessing.cohort_run import Report
@@ -29,6 +30,7 @@ SHOWN, SHOWN_KINDS = 20, 6
 
 
 def preprocess(
+    context: typer.Context,
     cohort: Path = typer.Argument(
         ...,
         help="The folder of CT-RATE or RAD-ChestCT, a folder of volumes or DICOM series, a CSV, TSV or Parquet table "
@@ -89,6 +91,8 @@ def preprocess(
     from ctclip.preprocessing.spec import PreprocessingSpec
     from ctclip.preprocessing.store import VolumeStore
 
+    if merge:
+        refuse_unused(context, "does not apply to --merge, which reads no volume", "shard", "workers", "verify", "linkage")
     # Refuse a bad label set before hours of work.
     labels = load_labels(label_set) if label_set is not None else None
     columns = label_columns_of(cohort, labels) if labels is not None else None

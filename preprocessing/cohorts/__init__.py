@@ -61,12 +61,14 @@ def read_cohort(
 
     ``layout``: one of ``layouts()``, or auto: the first that recognises the folder, else a plain folder; or the user's
     own reader, ``module:function`` or the name of an entry point of the group ``ctclip.cohorts``. ``labels`` names the
-    label columns of a table of paths. ``keep_no_chest`` keeps the volumes that CT-RATE lists as showing no chest.
+    label columns of a table of paths. ``keep_no_chest`` keeps the volumes that CT-RATE lists as showing no chest, and is
+    refused for other layouts.
     """
     folder, chosen = Path(root), layout.replace("-", "_")
     if not folder.exists():
         raise PreprocessingError(f"{folder}: no such cohort")
     if (reader := _reader(layout)) is not None:
+        _check_no_chest(keep_no_chest, layout)
         own = reader(folder)
         if not isinstance(own, Cohort):
             raise PreprocessingError(f"--layout {layout}: returned {type(own).__name__}, not a Cohort")
@@ -78,10 +80,19 @@ def read_cohort(
     if chosen == "auto":
         names = (name for name in layouts() if import_module(f"{__name__}.{name}").recognised(tree))
         chosen = next(names, "folder")
+    _check_no_chest(keep_no_chest, chosen)
     options: dict[str, dict[str, Any]] = {"ct_rate": {"keep_no_chest": keep_no_chest}, "folder": {"labels": labels}}
     cohort: Cohort = import_module(f"{__name__}.{chosen}").read(tree, **options.get(chosen, {}))
     check_table(cohort.table, folder)
     return cohort
+
+
+def _check_no_chest(keep: bool, layout: str) -> None:
+    if keep and layout != "ct_rate":
+        raise PreprocessingError(
+            f"--keep-no-chest applies only to the layout ct-rate, which lists such volumes; the layout of this cohort is "
+            f"{layout.replace('_', '-')}"
+        )
 
 
 def _reader(name: str) -> Callable[[Path], Cohort] | None:

@@ -57,6 +57,10 @@ READ = "read-reports r.csv --label-set ct_rate_18 --reader"
         ("models --model m --spec ct_224", "--spec does not apply to --model, which has its own"),
         ("models tiny --model m", "give either names of sizes or --model"),
         ("publish m --output o --licence mit --public", "--public needs --repository"),
+        (
+            "preprocess c --output s --merge --verify",
+            "--verify does not apply to --merge, which reads no volume",
+        ),
         ("serve --model m --dicomweb-token-file t", "--dicomweb-token-file needs --dicomweb"),
     ],
 )

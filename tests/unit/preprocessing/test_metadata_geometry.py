@@ -255,6 +255,14 @@ def test_volumes_listed_as_no_chest_are_left_out(tmp_path: Path, hu: np.ndarray,
     assert kept.to_dict() == {"train_1_a_1": False, "train_2_a_1": True}
 
 
+def test_no_chest_is_an_option_of_ct_rate_alone(tmp_path: Path) -> None:
+    (tmp_path / "scan.nii.gz").touch()
+    with pytest.raises(PreprocessingError, match="only to the layout ct-rate.* of this cohort is folder"):
+        read_cohort(tmp_path, keep_no_chest=True)
+    with pytest.raises(PreprocessingError, match="only to the layout ct-rate.* of this cohort is os:listdir"):
+        read_cohort(tmp_path, "os:listdir", keep_no_chest=True)
+
+
 def test_reports_of_volumes_nobody_has_are_a_matter_of_partial(tmp_path: Path, hu: np.ndarray) -> None:
     scans = {"train_1_a_1": (hu.transpose(2, 1, 0), GOOD)}
     cohort = ct_rate(tmp_path / "c", scans, {"train_1_a_1": TABLE, "train_7_a_1": TABLE, "train_8_a_1": TABLE})
