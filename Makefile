@@ -18,7 +18,7 @@ test: style
 
 # Two processes of one thread; each file is run by one of them. The order is that of the folders: the long files come first,
 # so that neither process ends minutes before the other.
-RUN = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/install
+RUN = .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/install
 
 pytest: .venv/installed
 	$(RUN) $(if $(ALL),,-m "not integration") $(PYTEST)

@@ -64,6 +64,9 @@ class Questions(Section):
     side: tuple[str, ...] = Field((), description="phrases that ask for a side")
     lobe: tuple[str, ...] = Field((), description="phrases that ask for a lobe")
     size: tuple[str, ...] = Field((), description="phrases that ask for a size")
+    other: tuple[str, ...] = Field(
+        (), description="phrases of questions that cannot be answered: how many, has changed"
+    )
     sides: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="prompts of each side")
     lobes: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="prompts of each lobe")
     sizes: tuple[str, ...] = Field((), description="prompts of a size")

@@ -254,3 +254,10 @@ def numbers(text: object, count: int) -> list[float] | None:
     except ValueError:
         return None
     return values if len(values) == count and np.isfinite(values).all() else None
+
+
+def without_suffix(volume: str) -> str:
+    """A volume's id without the file suffix. A folder in the id is kept, because it distinguishes scans with the same
+    name."""
+    suffix = next((suffix for suffix in VOLUME_SUFFIXES if volume.lower().endswith(suffix)), "")
+    return volume.removesuffix(volume[len(volume) - len(suffix) :])

@@ -10,6 +10,8 @@ import pytest
 from filelock import FileLock
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Small tensors gain nothing from threads, and processes forked after OpenMP has started its threads hang.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

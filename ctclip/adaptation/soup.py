@@ -20,6 +20,7 @@ from ctclip.errors import CheckpointError, DataError
 from ctclip.evaluation.adapted import FILE, Adaptation
 from ctclip.evaluation.metrics import mean_defined
 from ctclip.heads.folder import write_prompt_head
+from ctclip.inference.ensemble import check_different
 from ctclip.models.folder import ModelFolder, check_output, load_model, save_model
 from ctclip.preprocessing.store import VolumeStore
 
@@ -45,7 +46,7 @@ def make_soup(
 ) -> Soup:
     """The greedy soup: models are added in the order of their AUROC on ``split``, unless they make the mean worse. The
     mean is written as a model folder if it is better than every model. Raises CheckpointError for models of different
-    recipes, DataError for an ``output`` that is one of them."""
+    recipes, DataError for an ``output`` that is one of them, and for a model that is given twice."""
     if len(sources) < 2:
         raise DataError("give at least two runs or model folders to average")
     check_output(output)
@@ -57,6 +58,7 @@ def make_soup(
         check_same_recipe(folders[0], folder, names[0], name)
     opened = VolumeStore(store)
     _check_unseen(folders, names, opened, split)
+    check_different(folders)
     where = cache or output.parent / f".{output.name}.embeddings"
     states = {name: _state(folder) for name, folder in zip(names, folders, strict=True)}
     scores = {name: score(folder, opened, split, where, batch) for name, folder in zip(names, folders, strict=True)}

@@ -10,6 +10,7 @@ import sys
 from typing import NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from ctclip import __version__
 from ctclip.cli.adapt import adapt
@@ -34,6 +35,7 @@ from ctclip.cli.index import index, similar
 from ctclip.cli.labels import labels
 from ctclip.cli.locate import locate
 from ctclip.cli.models import models
+from ctclip.cli.own_input import Command
 from ctclip.cli.phantom import phantom
 from ctclip.cli.preprocess import preprocess
 from ctclip.cli.probe import probe
@@ -97,6 +99,10 @@ app.command("import-checkpoint", cls=renamed({"--text": "--text-encoder"}))(impo
 app.command()(models)
 app.command()(publish)
 app.command()(demo)
+
+for group in (app, audit, prompts, labels, config):
+    for registered in group.registered_commands:
+        registered.cls = Command if registered.cls in (None, TyperCommand) else registered.cls
 
 
 def _version(asked: bool) -> None:

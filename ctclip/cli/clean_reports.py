@@ -34,11 +34,16 @@ def clean_reports(
     from ctclip.report_reading.reader import Options
     from ctclip.report_reading.reports import load_reports
     from ctclip.report_reading.rules import RulesReader
+    from ctclip.report_reading.run import unread_notes
 
     check_findings(output, force=force)
-    cleaner = Cleaner(RulesReader.build(load_labels(label_set), Options(terms=terms, language=language)))
-    table = clean(load_reports(reports), cleaner)
+    reader = RulesReader.build(load_labels(label_set), Options(terms=terms, language=language))
+    source = load_reports(reports)
+    table = clean(source, Cleaner(reader))
+    foreign = {text for text in set(source.texts()) if reader.is_foreign(text)}
     write_findings(table, output, force=force)
+    for note in unread_notes(source, foreign, language, "findings are not listed"):
+        print(f"note: {note}")
     findings = int((table["label"] != "").sum())
     marked = ", ".join(f"{int(table[name].sum())} {name}" for name in ("comparison", "boilerplate"))
     print(f"findings: {output} ({len(table)} rows, {findings} findings; marked: {marked})")

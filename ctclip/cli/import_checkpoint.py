@@ -27,6 +27,7 @@ def import_checkpoint(
     ignore: list[str] = typer.Option(
         None, help="A key of the checkpoint to leave out, or a pattern such as 'decoder.*'. May be repeated."
     ),
+    force: bool = typer.Option(False, "--force", help="Replace a model that is already there."),
 ) -> None:
     """Turn a published CT-CLIP checkpoint into a model folder. No code in the file is executed.
 
@@ -35,7 +36,9 @@ def import_checkpoint(
     from huggingface_hub.utils import logging
 
     from ctclip.inference.import_published import import_published
+    from ctclip.models.folder import check_new
 
+    check_new(output, force=force)
     # Report only once, at the end, that the hub cannot be reached.
     logging.set_verbosity_error()
     folder = import_published(file, output, text_encoder, ignore or [], text_config=text_config, spec=spec)

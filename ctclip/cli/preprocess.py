@@ -92,7 +92,9 @@ def preprocess(
     from ctclip.preprocessing.store import VolumeStore
 
     if merge:
-        refuse_unused(context, "does not apply to --merge, which reads no volume", "shard", "workers", "verify", "linkage")
+        refuse_unused(
+            context, "does not apply to --merge, which reads no volume", "shard", "workers", "verify", "linkage"
+        )
     # Refuse a bad label set before hours of work.
     labels = load_labels(label_set) if label_set is not None else None
     columns = label_columns_of(cohort, labels) if labels is not None else None

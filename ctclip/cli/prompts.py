@@ -107,10 +107,9 @@ def mine(
     """
     from ctclip.errors import DataError
     from ctclip.labels import load_labels, store_labels
-    from ctclip.preprocessing.outputs import check_file, file_holds
     from ctclip.preprocessing.store import VolumeStore
     from ctclip.prompts import load_prompts
-    from ctclip.report_reading.mine import SECTIONS, mine_prompts, save_prompts
+    from ctclip.report_reading.mine import SECTIONS, check_prompts_file, mine_prompts, save_prompts
     from ctclip.report_reading.reader import Options
     from ctclip.report_reading.run import build_reader
 
@@ -120,7 +119,7 @@ def mine(
         refuse_unused(context, "applies only to --reader rules", "terms")
     if model is None:
         refuse_unused(context, "needs --model", "judge")
-    check_file(output, file_holds(b"provenance:"), force=force)
+    check_prompts_file(output, force=force)
     opened = VolumeStore(store)
     labels = load_labels(label_set) if label_set is not None else store_labels(opened)
     if labels is None:
@@ -148,7 +147,7 @@ def mine(
         for name, (ours, theirs) in choice.auroc.items():
             kept = "mined" if name in choice.mined else "written"
             print(f"{name}: {kept} (AUROC on {len(texts)} reports: written {ours:.3f}, mined {theirs:.3f})")
-    save_prompts(chosen, output)
+    save_prompts(chosen, output, force=force)
     for name, (present, absent) in mined.kept.items():
         print(f"{name}: {present} present, {absent} absent")
     for side in mined.borrowed:

@@ -27,6 +27,7 @@ def publish(
         None, help="Repository on the Hugging Face Hub, owner/name. Default: nothing is uploaded."
     ),
     public: bool = typer.Option(False, "--public", help="Make a new repository public. Default: private."),
+    force: bool = typer.Option(False, "--force", help="Replace a model that is already there."),
 ) -> None:
     """Copy a model folder with a full model card and without the patient digests of its calibration; upload it if asked.
 
@@ -34,12 +35,12 @@ def publish(
     """
     from ctclip.inference.publish import check_licence
     from ctclip.inference.publish import publish as run
-    from ctclip.models.folder import check_output
+    from ctclip.models.folder import check_new
 
     if repository is None:
         refuse_unused(context, "needs --repository", "public")
     check_licence(licence)
-    check_output(output)
+    check_new(output, force=force)
     page = run(model, output, licence=licence, evaluation=evaluation, repository=repository, private=not public)
     print(f"model with its card: {output}")
     if page is not None:

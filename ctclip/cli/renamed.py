@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from typer.core import TyperCommand
+from ctclip.cli.own_input import Command
 
 
-class Renamed(TyperCommand):
+class Renamed(Command):
     """A command with renamed options; see ``renamed``."""
 
     earlier: ClassVar[dict[str, str]] = {}

@@ -15,6 +15,7 @@ def soup(
     split: str = typer.Option("calibration", help="Split used for selection. Never use the split that you test on."),
     output: Path = typer.Option(..., "--output", "-o", help="The model folder to write, if the mean is better."),
     batch: int = BATCH,
+    force: bool = typer.Option(False, "--force", help="Replace a model that is already there."),
 ) -> None:
     """Average the weights of models that started from the same weights, and save the mean if it is better than each of them.
 
@@ -24,7 +25,9 @@ def soup(
     3: no mean is better than the best model, and nothing was written.
     """
     from ctclip.adaptation.soup import make_soup
+    from ctclip.models.folder import check_new
 
+    check_new(output, force=force)
     averaged = make_soup(runs, store, split, output, batch=batch)
     for name, value in sorted(averaged.alone.items(), key=lambda item: -item[1]):
         print(f"{value:.4f}  {name}")

@@ -27,13 +27,13 @@ from ctclip.evaluation.report_metrics import (
     label_f1,
 )
 from ctclip.evaluation.run_evaluation import is_evaluation
-from ctclip.evaluation.tables import without_suffix
 from ctclip.labels import LabelSet, load_labels, store_labels
 from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.files import write_text, written_beside
 from ctclip.preprocessing.no_report import report_text
 from ctclip.preprocessing.outputs import check_run, claimed_folder
 from ctclip.preprocessing.store import VolumeStore
+from ctclip.preprocessing.tables import without_suffix
 from ctclip.report_reading.findings import BOTH, Cleaner
 from ctclip.report_reading.reader import Options, Status
 from ctclip.report_reading.reports import load_reports

@@ -22,7 +22,7 @@ from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.label_columns import Columns, label_columns, zeros_and_ones
 from ctclip.preprocessing.parquet import read_parquet, write_parquet
-from ctclip.preprocessing.tables import VOLUME_SUFFIXES, checked_parquet, read_table
+from ctclip.preprocessing.tables import checked_parquet, read_table, without_suffix
 
 IDENTITY = ("volume", "patient", "scan")
 PROVENANCE = ("model", "supervision", "trained_on", "spec", "prompts", "labels", "precision", "adapted_on", "warnings")
@@ -212,13 +212,6 @@ def _labels(path: str | os.PathLike[str], column: pd.Series) -> pd.Series:
         return zeros_and_ones(column, f"{path}: column {column.name!r}").astype("Float64").astype(float)
     except PreprocessingError as error:
         raise EvaluationError(f"{error}; labels are 0, 1, or empty where unknown") from error
-
-
-def without_suffix(volume: str) -> str:
-    """A volume's id without the file suffix. A folder in the id is kept, because it distinguishes scans with the same
-    name."""
-    suffix = next((suffix for suffix in VOLUME_SUFFIXES if volume.lower().endswith(suffix)), "")
-    return volume.removesuffix(volume[len(volume) - len(suffix) :])
 
 
 def label_file(labels: Path | None, store: Path | None) -> Path:

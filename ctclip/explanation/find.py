@@ -30,13 +30,25 @@ from ctclip.models.dual_encoder import DualEncoder
 from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.pipeline import Prepared
+from ctclip.report_reading.absence import states_absence
 
-SIZE = re.compile(
-    r"\b(?P<how>larger|bigger|greater|more|longer|over|above|smaller|less|shorter|under|below)\s+(?:than\s+)?"
-    r"(?P<number>\d+(?:[.,]\d+)?)\s*(?P<unit>mm|cm)\b",
+NUMBER = r"(?<![\w.,+-])(\d+(?:[.,]\d+)?)"
+UNIT = r"\s*(mm|cm|millimet(?:er|re)s?|centimet(?:er|re)s?)\b"
+LARGER, SMALLER = "larger|bigger|greater|more|longer", "smaller|less|shorter"
+# Each matches one way of stating limits; groups hold the numbers with their units.
+BETWEEN = re.compile(rf"\bbetween\s+{NUMBER}(?:{UNIT})?\s+and\s+{NUMBER}{UNIT}", re.IGNORECASE)
+RANGE = re.compile(rf"(?:\bfrom\s+)?{NUMBER}(?:{UNIT})?\s*(?:-|–|\bto\b)\s*(\d+(?:[.,]\d+)?){UNIT}", re.IGNORECASE)
+AT_LEAST = re.compile(
+    rf"(?:\b(?:(?:{LARGER})(?:\s+than)?|over|above|(?:of\s+)?at\s+least|not?\s+(?:{SMALLER})\s+than)\s|[>≥]=?)\s*"
+    rf"{NUMBER}{UNIT}|{NUMBER}{UNIT}\s+or\s+(?:{LARGER})\b",
     re.IGNORECASE,
 )
-SMALLER = ("smaller", "less", "shorter", "under", "below")
+AT_MOST = re.compile(
+    rf"(?:\b(?:(?:{SMALLER})(?:\s+than)?|under|below|(?:of\s+)?at\s+most|up\s+to|not?\s+(?:{LARGER})\s+than)\s|[<≤]=?)\s*"
+    rf"{NUMBER}{UNIT}|{NUMBER}{UNIT}\s+or\s+(?:{SMALLER})\b",
+    re.IGNORECASE,
+)
+OTHER = re.compile(rf"\d+(?:[.,]\d+)?{UNIT}", re.IGNORECASE)
 
 
 def contrast_texts(head: Head) -> list[str]:
@@ -60,20 +72,42 @@ class SizeLimit:
 
 
 def size_limit(text: str) -> tuple[str, SizeLimit]:
-    """Split a text into the text without its size and the size in mm.
+    """Split a text into the text without its size and the size in mm. Raises ExplanationError for a size that is not a
+    limit, such as "a 7 mm nodule", and for limits that no size fulfils.
 
     >>> size_limit("a nodule larger than 1 cm")
     ('a nodule', SizeLimit(low=10.0, high=inf))
     """
-    low, high = 0.0, float("inf")
-    for match in SIZE.finditer(text):
-        millimetres = float(match["number"].replace(",", ".")) * (10 if match["unit"].lower() == "cm" else 1)
-        if match["how"].lower() in SMALLER:
-            high = min(high, millimetres)
-        else:
-            low = max(low, millimetres)
-    rest = " ".join(SIZE.sub(" ", text).split()).strip(" ,;")
+    rest, low, high = text, 0.0, float("inf")
+    for pattern, is_low, is_high in (
+        (BETWEEN, True, True), (RANGE, True, True), (AT_MOST, False, True), (AT_LEAST, True, False)
+    ):  # fmt: skip
+        for match in pattern.finditer(rest):
+            numbers = _millimetres([part for part in match.groups() if part])
+            low = max(low, numbers[0]) if is_low else low
+            high = min(high, numbers[-1]) if is_high else high
+        rest = pattern.sub(" ", rest)
+    if (unused := OTHER.search(rest)) is not None:
+        raise ExplanationError(
+            f"{text[:80]!r}: {unused[0]!r} is not a limit; write for example 'larger than 5 mm', 'at most 2 cm' or "
+            f"'between 5 and 10 mm'"
+        )
+    if low > high:
+        raise ExplanationError(f"{text[:80]!r}: no size is at least {low:g} mm and at most {high:g} mm")
+    rest = " ".join(rest.split()).strip(" ,;")
     return rest or text, SizeLimit(low, high)
+
+
+def _millimetres(parts: list[str]) -> list[float]:
+    """Numbers, each with the next unit, in mm."""
+    sizes: list[float] = []
+    factor = 1
+    for part in reversed(parts):
+        if part[0].isalpha():
+            factor = 10 if part.lower().startswith("c") else 1
+        else:
+            sizes.insert(0, float(part.replace(",", ".")) * factor)
+    return sizes
 
 
 def proposals(
@@ -207,6 +241,8 @@ def find(
     if isinstance(most, bool) or not isinstance(most, Integral) or most < 1:
         raise ExplanationError(f"most={reprlib.repr(most)}: give a positive whole number")
     wanted, limit = size_limit(text)
+    if states_absence(wanted):
+        raise ExplanationError(f"{text[:80]!r}: states an absence, which has no place; describe what is to be found")
     head = TextHead(model, [wanted], others)
     explained = explain(
         model, head, prepared, [wanted], scan=scan, model_hash=model_hash, by=by, level=level, budget=budget,

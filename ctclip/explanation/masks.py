@@ -85,7 +85,7 @@ class Masks:
 
     def of(self, volume: str, grid: FileGrid) -> Iterator[tuple[str, np.ndarray]]:
         """The findings of a volume with their masks, bool [slice, row, column] on the scan's ``grid``. Raises
-        ExplanationError if the masks lie on another grid."""
+        ExplanationError if the masks lie on another grid, or have values that are not in the layout."""
         path = self.volumes[volume]
         if self.layout.kind == "channels":
             yield from self._channels(volume, path, grid)
@@ -94,8 +94,9 @@ class Masks:
         own = FileGrid.of(taken.array.shape, taken.affine, taken.columns_first)
         values = taken.array.transpose(2, 1, 0) if taken.columns_first else taken.array
         _check_grid(path, own, grid)
-        values = values.astype(np.int64)
-        for number, name in enumerate(self.layout.labels):
+        names = self.layout.labels
+        values = _whole(path, values, 2 ** len(names) - 1 if self.layout.kind == "bits" else len(names))
+        for number, name in enumerate(names):
             mask = (values >> number) & 1 == 1 if self.layout.kind == "bits" else values == number + 1
             if mask.any():
                 yield name, mask
@@ -120,6 +121,7 @@ class Masks:
                 f"{path}: {' x '.join(map(str, array.shape))} voxels; the scan has {' x '.join(map(str, expected))} and "
                 f"{self.layout.sentences} names {len(texts)} sentences of it"
             )
+        array = _whole(path, array)
         for number, text in enumerate(texts):
             mask = array[..., number].transpose(2, 1, 0) > 0
             if mask.any():
@@ -148,6 +150,23 @@ def _in_order(values: Any) -> list[str]:
     """A list as it is; a mapping from numbers, sorted by number."""
     ordered = [values[key] for key in sorted(values, key=int)] if isinstance(values, dict) else list(values)
     return [str(value) for value in ordered]
+
+
+def _whole(path: Path, values: np.ndarray, largest: int | None = None) -> np.ndarray:
+    """Values of masks as int64. Raises ExplanationError for a value that no mask of the layout has."""
+    low, high = (float(bound) for bound in (values.min(initial=0), values.max(initial=0)))
+    # A bound is NaN if a value is.
+    if not (low >= 0 and high < 2**62) or (values.dtype.kind == "f" and not np.array_equal(values, np.trunc(values))):
+        raise ExplanationError(
+            f"{path}: holds values from {low:g} to {high:g}, but masks are whole numbers from 0; is it the scan, or a map of "
+            f"probabilities?"
+        )
+    if largest is not None and high > largest:
+        raise ExplanationError(
+            f"{path}: holds the value {high:g}, but the labels of the layout end at {largest}; give another --mask-layout, "
+            f"or name every label in it"
+        )
+    return values.astype(np.int64)
 
 
 def _check_grid(path: Path, own: FileGrid, grid: FileGrid) -> None:

@@ -33,15 +33,24 @@ def check_same_names(names: Sequence[Sequence[str]], models: Sequence[str]) -> N
             )
 
 
+def check_different(folders: Sequence[ModelFolder]) -> None:
+    """Raise DataError if two model folders hold the same weights, which would count twice in a mean."""
+    first: dict[str, Path] = {}
+    for folder in folders:
+        if (same := first.setdefault(folder.hash, folder.path)) is not folder.path:
+            raise DataError(f"{folder.path}: holds the same weights as {same}; give each model once")
+
+
 def detect_together(
     folders: Sequence[ModelFolder], heads: Sequence[Head], scans: Sequence[Scans], output: Path, *,
     batch: int = 8, reports: bool = False, suffix: str = ".csv", force: bool = False,
 ) -> Summary:  # fmt: skip
     """Run ``detect`` with each model into a subfolder of ``output``, and write the mean of their tables to ``output``.
 
-    Raises the errors of ``detect``, and DataError if the models score different findings.
+    Raises the errors of ``detect``, and DataError if the models score different findings, or if two are the same.
     """
     check_same_names([head.names for head in heads], [str(folder.path) for folder in folders])
+    check_different(folders)
     key = run_key(
         [[folder.hash, folder.model.precision] for folder in folders],
         [head.identity() for head in heads],

@@ -44,6 +44,7 @@ from ctclip.preprocessing.outputs import put_in_place
 from ctclip.preprocessing.pipeline import Prepared, Reading, prepare
 from ctclip.preprocessing.scratch import scratch_folder
 from ctclip.prompts import PromptSet, load_prompts
+from ctclip.report_reading.absence import states_absence
 
 
 class Model(ModelHubMixin, library_name="ctclip", tags=["computed-tomography", "zero-shot"]):
@@ -419,6 +420,10 @@ def asking(
         findings = list(folder.labels.names)
     for name in findings or ():
         if name not in {*folder.labels.names, *prompt_set.names()}:
+            if states_absence(name):
+                raise PromptError(
+                    f"{name[:60]!r}: states an absence; name the finding, whose probability says whether it is there"
+                )
             _check_readable(folder.model.text_encoder.tokenizer, name)
     head = PromptHead(folder.model, prompt_set, findings)
     if known is not None and known.source == head.source:

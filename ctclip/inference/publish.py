@@ -32,13 +32,16 @@ def publish(
 
     ``licence``: its identifier on the hub, for example "cc-by-nc-sa-4.0"; ``evaluation``: a folder of `ctclip evaluate`
     of this model, whose figures the card shows. Returns the URL of the repository. Raises EvaluationError if the
-    figures belong to another model, CheckpointError if ``output`` is the model itself or the hub cannot be reached or
-    refuses.
+    figures belong to another model, CheckpointError if ``output`` is the model itself or inside it, a head is damaged, or
+    the hub cannot be reached or refuses.
     """
     loaded = load(model)
-    if output.resolve() == loaded.folder.path.resolve():
+    for one in loaded.heads:
+        # Raises CheckpointError if its files are damaged.
+        loaded.head(one.name)
+    if loaded.folder.path.resolve() in (output.resolve(), *output.resolve().parents):
         raise CheckpointError(
-            f"{output}: is the model folder itself, which holds digests of patients; give another --output for the copy"
+            f"{output}: is the model folder itself, or inside it; it holds digests of patients: give another --output for the copy"
         )
     card = model_card(loaded, licence, None if evaluation is None else read_figures(evaluation, loaded), repository)
     loaded.save_pretrained(output)

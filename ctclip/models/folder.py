@@ -38,7 +38,7 @@ from ctclip.models.huggingface import read_settings, vision_model_of
 from ctclip.models.slices import SlicesConfig
 from ctclip.models.text import text_encoder_of
 from ctclip.models.tokenizers import load_tokenizer
-from ctclip.preprocessing.errors import printable
+from ctclip.preprocessing.errors import PreprocessingError, printable
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.named_files import installed_file
 from ctclip.preprocessing.outputs import check_replaceable, put_in_place
@@ -226,6 +226,14 @@ def read_architecture(
 def check_output(folder: str | os.PathLike[str]) -> None:
     """Raise PreprocessingError unless a model folder may be written at ``folder``. Call this before hours of work."""
     check_replaceable(folder, is_model_folder, KIND)
+
+
+def check_new(folder: str | os.PathLike[str], *, force: bool = False) -> None:
+    """``check_output``, and raise PreprocessingError if a model is there already, unless ``force``: it may be another one,
+    and the only copy."""
+    check_output(folder)
+    if not force and os.path.isdir(folder) and os.listdir(folder):
+        raise PreprocessingError(f"{folder}: holds a model; give another --output, or replace it with --force")
 
 
 def check_addition(folder: Path, what: str) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
+from pyarrow import ArrowException
 
 from ctclip.errors import DataError
 from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.files import written_beside
 from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
-from ctclip.preprocessing.parquet import write_parquet
+from ctclip.preprocessing.parquet import open_parquet, write_parquet
 from ctclip.report_reading.findings import Cleaner, CleanSentence, Finding
 from ctclip.report_reading.reports import Reports
 from ctclip.report_reading.sections import REST, split_sections
@@ -48,7 +49,7 @@ def clean_reports(reports: Reports, cleaner: Cleaner) -> pd.DataFrame:
 
 def write_findings(table: pd.DataFrame, output: Path, *, force: bool = False) -> None:
     """Write the table as CSV or Parquet, by its suffix. Raises PreprocessingError if ``output`` is a file of another
-    kind."""
+    kind, and DataError if it holds other findings; ``force`` replaces both."""
     with claimed_file(output):
         check_findings(output, force=force)
         with written_beside(output) as partial:
@@ -56,14 +57,23 @@ def write_findings(table: pd.DataFrame, output: Path, *, force: bool = False) ->
                 write_parquet(partial, table)
             else:
                 write_csv(partial, table)
+            if not force and output.is_file() and output.read_bytes() != partial.read_bytes():
+                raise DataError(f"{output}: holds other findings; give another --output, or replace it with --force")
 
 
 def check_findings(output: Path, *, force: bool = False) -> None:
     """Raise unless the table may be written to ``output``."""
     if output.suffix not in (".csv", ".parquet"):
         raise DataError(f"{output}: end the name in .csv or .parquet")
-    # A Parquet file has its column names at the end; it is not recognised, and is replaced only with --force.
-    check_file(output, file_holds(HEADER), force=force)
+    check_file(output, _is_findings if output.suffix == ".parquet" else file_holds(HEADER), force=force)
+
+
+def _is_findings(path: Path) -> bool:
+    """Whether a Parquet file has the columns of a table of findings."""
+    try:
+        return tuple(open_parquet(path).schema_arrow.names[1:]) == COLUMNS
+    except (OSError, ArrowException):
+        return False
 
 
 def _rows(sections: dict[str, str], cleaner: Cleaner) -> Iterator[dict[str, object]]:

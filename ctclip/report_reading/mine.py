@@ -19,6 +19,7 @@ from ctclip.errors import DataError
 from ctclip.labels import LabelSet
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.no_report import report_text
+from ctclip.preprocessing.outputs import check_file, file_holds
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.prompts import Pair, PromptSet
 from ctclip.report_reading.reader import Reader, Status
@@ -106,10 +107,21 @@ def count_phrasings(written: dict[str, list[str]], reader: Reader) -> Counts:
     return counts
 
 
-def save_prompts(prompts: PromptSet, path: Path) -> None:
-    """Write a prompt set as YAML."""
+def save_prompts(prompts: PromptSet, path: Path, *, force: bool = False) -> None:
+    """Write a prompt set as YAML. Raises DataError if the file holds other prompts, unless ``force``."""
+    check_prompts_file(path, force=force)
     values = prompts.model_dump(mode="json", exclude_defaults=True)
-    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    if not force and path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise DataError(f"{path}: holds other prompts; give another --output, or replace it with --force")
+    write_text(path, text)
+
+
+def check_prompts_file(path: Path, *, force: bool = False) -> None:
+    """Raise unless mined prompts may be written to ``path``."""
+    if path.suffix not in (".yaml", ".yml"):
+        raise DataError(f"{path}: end the name in .yaml")
+    check_file(path, file_holds(b"provenance:"), force=force)
 
 
 def _commonest(

@@ -11,7 +11,11 @@ from enum import StrEnum
 from ctclip.errors import ConfigError, PromptError
 from ctclip.report_reading.findings import BOTH, place_phrases
 from ctclip.report_reading.patterns import Phrases, tokens_of
+from ctclip.report_reading.reader import Status
 from ctclip.report_reading.rules import RulesReader
+
+# The key of phrases of questions that cannot be answered.
+OTHER = "other"
 
 
 class Kind(StrEnum):
@@ -46,11 +50,14 @@ class Questioner:
         kinds = [
             (kind, phrase) for kind in (Kind.side, Kind.lobe, Kind.size) for phrase in getattr(self.asked, kind.value)
         ]
-        self.phrases = Phrases([*kinds, *place_phrases(reader.language)])
+        other = [(OTHER, phrase) for phrase in self.asked.other]
+        self.phrases = Phrases([*kinds, *other, *place_phrases(reader.language)])
 
     def question(self, text: str) -> Question:
-        """Parse ``text``. Raises PromptError if it names no label, or several."""
-        labels = {mention.label for mention in self.reader.mentions(text)}
+        """Parse ``text``. Raises PromptError if it names no label, or several, or if it is negated or asks for what cannot
+        be answered, such as a change or a number."""
+        mentions = self.reader.mentions(text)
+        labels = {mention.label for mention in mentions}
         if len(labels) != 1:
             names = list(self.reader.terms.labels)
             named = (
@@ -59,12 +66,25 @@ class Questioner:
                 else f"names none of {', '.join(names[:5])} ..."
             )
             raise PromptError(f"the question {text[:80]!r} {named}")
-        keys = {match.key for match in self.phrases.find(tokens_of(text))}
+        if any(mention.status is Status.absent for mention in mentions):
+            raise PromptError(f"the question {text[:80]!r} is negated; ask whether the finding is present")
+        tokens = tokens_of(text)
+        # "Increased" in "is the heart size increased" names the finding.
+        named = [range(mention.start, mention.end) for mention in mentions]
+        keys = {
+            match.key for match in self.phrases.find(tokens)
+            if match.key != OTHER or not any(match.start in words and match.end - 1 in words for words in named)
+        }  # fmt: skip
         (label,) = labels
         kind = next((kind for kind in (Kind.side, Kind.lobe, Kind.size) if kind in keys), Kind.present)
         places = {key for key in keys if isinstance(key, tuple)}
         if kind is not Kind.present:
             return Question(label, kind)
+        if OTHER in keys or any(token[0].isdigit() for token in tokens):
+            raise PromptError(
+                f"the question {text[:80]!r} is not only about presence; what can be answered is whether, on which side, in "
+                f"which lobe, and how large"
+            )
         sides, lobes = ({name for group, name in places if group == wanted} for wanted in ("side", "lobe"))
         side = BOTH if len(sides) > 1 else next(iter(sides), "")
         return Question(label, kind, side, next(iter(lobes)) if len(lobes) == 1 else "")

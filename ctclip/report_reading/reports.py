@@ -9,12 +9,14 @@ from ctclip.errors import DataError
 from ctclip.preprocessing.cohorts.ct_rate import SECTIONS as CT_RATE
 from ctclip.preprocessing.cohorts.table import SECTIONS
 from ctclip.preprocessing.no_report import report_text
-from ctclip.preprocessing.tables import read_table
+from ctclip.preprocessing.tables import read_table, without_suffix
 
 # Column names of ids and of texts, the most likely first; in any case, with spaces as underscores.
 IDS = ("volume", "volumename", "accessionno", "accession", "accession_number", "note_acc_deid", "noteacc_deid", "study", "study_id",
        "report_id", "id", "name", "scan", "patient")  # fmt: skip
 TEXTS = ("text", "report_text", "report", "radiology_report", "full_report")
+# The table of a store.
+COHORT = "cohort.parquet"
 # Sections that describe the scan. The clinical question and the technique hold no findings.
 READ = ("findings", "impression")
 
@@ -37,10 +39,13 @@ class Reports:
 def load_reports(source: Path) -> Reports:
     """The reports of a CSV, TSV or Parquet table, of a store, or of a text file with one report per line.
 
-    Raises DataError if the table has no column of text, or an id with two different texts.
+    Raises DataError if the table has no column of text, or columns of which only some could be read, or an id with two
+    different texts.
     """
     if source.is_dir():
-        source = source / "cohort.parquet"
+        if not (source / COHORT).is_file():
+            raise DataError(f"{source}: is a folder, but not a store (it has no {COHORT}); give a table of reports")
+        source = source / COHORT
     if not source.is_file():
         raise DataError(f"{source}: no such file")
     if source.suffix.lower() == ".txt":
@@ -48,8 +53,7 @@ def load_reports(source: Path) -> Reports:
         return Reports(source, "report", [str(number) for number in range(1, len(lines) + 1)], {"text": lines})
     table = read_table(source)
     names = {_key(column): column for column in table.columns}
-    whole = next((names[key] for key in TEXTS if key in names), None)
-    chosen = _sections(names) or ({} if whole is None else {"text": whole})
+    chosen = _columns(names, source)
     if not chosen:
         raise DataError(
             f"{source}: has no column of reports (it has {', '.join(table.columns[:6])}); name it 'text', or 'findings' and "
@@ -67,12 +71,26 @@ def load_reports(source: Path) -> Reports:
     return reports
 
 
-def _sections(names: dict[str, str]) -> dict[str, str]:
-    """The columns to read, by the name of the section."""
+def _columns(names: dict[str, str], source: Path) -> dict[str, str]:
+    """The columns to read, by the name of the section, or by "text" for whole reports; ``names``: columns by key."""
     known = {**{_key(theirs): ours for theirs, ours in CT_RATE.items()}, **{ours: ours for ours in SECTIONS}}
     known |= {"impressions": "impression", "conclusion": "impression", "finding": "findings"}
-    present = {ours: names[key] for key, ours in known.items() if key in names and ours in READ}
-    return {name: present[name] for name in READ if name in present}
+    there: dict[str, list[str]] = {name: [] for name in (*READ, "text")}
+    for key, section in (*known.items(), *((key, "text") for key in TEXTS)):
+        if key in names and section in there:
+            there[section].append(names[key])
+    for section, columns in there.items():
+        if len(columns) > 1:
+            what = "whole reports" if section == "text" else section
+            raise DataError(f"{source}: has {len(columns)} columns of {what} ({', '.join(columns)}); keep one of them")
+    present = {section: columns[0] for section, columns in there.items() if columns}
+    if "text" in present and len(present) > 1:
+        sections = ", ".join(column for section, column in present.items() if section != "text")
+        raise DataError(
+            f"{source}: has whole reports ({present['text']}) and sections ({sections}); remove one or the other, so that "
+            f"nothing is read twice or left out"
+        )
+    return present
 
 
 def _key(column: str) -> str:
@@ -82,7 +100,7 @@ def _key(column: str) -> str:
 def _check_ids(reports: Reports) -> None:
     texts: dict[str, str] = {}
     for name, text in zip(reports.ids, reports.texts(), strict=True):
-        if texts.setdefault(name, text) != text:
+        if texts.setdefault(without_suffix(name), text) != text:
             raise DataError(
                 f"{reports.source}: {reports.id_column} {name!r} has two different reports; keep one row for each"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -82,14 +82,21 @@ def read_all(reports: Reports, labels: LabelSet, kind: str, options: Options, wo
     for chunk, readings in zip(chunks, _read(reader, chunks, kind, labels, options, workers), strict=True):
         read |= zip(chunk, readings, strict=True)
     result = Readings(reader.identity, labels, reports, [read.get(text) for text in texts])
+    result.notes += unread_notes(reports, foreign, options.language, "labels are left empty")
+    return result
+
+
+def unread_notes(reports: Reports, foreign: Collection[str], language: str, consequence: str) -> list[str]:
+    """A note on empty reports and one on reports with a text in ``foreign``; ``consequence``: what follows for them."""
+    texts, notes = reports.texts(), []
     empty = [name for name, text in zip(reports.ids, texts, strict=True) if not text]
     strange = [name for name, text in zip(reports.ids, texts, strict=True) if text in foreign]
     if empty:
-        result.notes.append(_note(empty, "is empty", "are empty"))
+        notes.append(_note(empty, "is empty", "are empty", consequence))
     if strange:
-        which = f"not in {options.language}, judging by {'its' if len(strange) == 1 else 'their'} words"
-        result.notes.append(_note(strange, f"is {which}", f"are {which}") + "; name the language with --language")
-    return result
+        which = f"not in {language}, judging by {'its' if len(strange) == 1 else 'their'} words"
+        notes.append(_note(strange, f"is {which}", f"are {which}", consequence) + "; name the language with --language")
+    return notes
 
 
 def build_reader(kind: str, labels: LabelSet, options: Options) -> Reader:
@@ -105,13 +112,17 @@ def write_readings(result: Readings, output: Path, values: Values, *, force: boo
     reader or of other reports. ``force`` replaces both.
     """
     statements = statements_file(output)
-    header = {"command": COMMAND, "reader": result.reader, "labels": result.labels.identity, "reports": _digest(result)}
+    header = {
+        "command": COMMAND, "reader": result.reader, "labels": result.labels.identity, "reports": _digest(result),
+        "uncertain": values.uncertain, "not_mentioned": values.not_mentioned,
+    }  # fmt: skip
     with claimed_file(output):
         check_output(output, force=force)
         kept = _header(statements)
         if kept and kept != header and not force:
             raise DataError(
-                f"{output}: holds labels of another reader or of other reports; give another --output, or replace them with --force"
+                f"{output}: holds labels of another reader, of other reports or with other values; give another --output, or "
+                f"replace them with --force"
             )
         table = result.table(values)
         with written_beside(output) as partial:
@@ -176,10 +187,10 @@ def _digest(result: Readings) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _note(names: Sequence[str], one: str, several: str) -> str:
+def _note(names: Sequence[str], one: str, several: str, consequence: str) -> str:
     if len(names) == 1:
-        return f"report {names[0]!r} {one}: its labels are left empty"
-    return f"{len(names)} reports {several} (the first: {names[0]!r}): their labels are left empty"
+        return f"report {names[0]!r} {one}: its {consequence}"
+    return f"{len(names)} reports {several} (the first: {names[0]!r}): their {consequence}"
 
 
 def _read(

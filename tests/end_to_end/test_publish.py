@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import ctclip
+from ctclip.cli import main
 from ctclip.errors import CheckpointError, CtclipError, EvaluationError
 from ctclip.evaluation.calibration import Calibration
 from ctclip.inference.publish import check_licence, publish
@@ -58,10 +59,35 @@ def test_a_model_is_not_published_onto_itself(trained: Path, tmp_path: Path) -> 
     """Otherwise the model would be uploaded with the digests of its patients."""
     shutil.copytree(trained / "model", tmp_path / "model")
     (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
-    for output in (tmp_path / "model", tmp_path / "link" / "model"):
+    for output in (tmp_path / "model", tmp_path / "link" / "model", tmp_path / "model" / "published"):
         with pytest.raises(CheckpointError, match="is the model folder itself"):
             publish(tmp_path / "model", output, licence="other")
     assert not (tmp_path / "model" / "README.md").exists()
+    assert not (tmp_path / "model" / "published").exists()
+
+
+def test_another_model_is_replaced_only_if_asked(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(trained / "model", other)
+    words = ["publish", str(trained / "model"), "--output", str(other), "--licence", "other"]
+    assert main(words) == 2
+    assert "holds a model; give another --output, or replace it with --force" in capsys.readouterr().err
+    assert not (other / "README.md").exists()
+    assert main([*words, "--force"]) == 0
+    assert (other / "README.md").exists()
+
+
+def test_a_damaged_head_is_not_published(trained: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(trained / "model", model)
+    (model / "heads" / "linear").mkdir()
+    (model / "heads" / "linear" / "head.yaml").write_text("kind: linear\nsupervision: labels\nnames: [x]\n")
+    (model / "heads" / "linear" / "linear.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="heads/linear"):
+        publish(model, tmp_path / "published", licence="other")
+    assert not (tmp_path / "published").exists()
 
 
 def test_patients_of_a_calibration_stay_at_home(trained: Path, tmp_path: Path) -> None:

@@ -56,6 +56,9 @@ def test_probabilities_are_averaged(clinic: Clinic, tmp_path: Path) -> None:
     assert table["model"].iloc[0] == f"{folders[0].hash} + {folders[1].hash}"
     # The same command again continues, and adds nothing.
     detect_together(folders, heads, scans, tmp_path / "out")
+    with pytest.raises(DataError, match=r"holds the same weights as .*; give each model once"):
+        detect_together([folders[0], load_model(folders[0].path)], heads, scans, tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
 
 
 def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -94,9 +97,9 @@ def test_a_soup_is_kept_only_if_it_is_better(clinic: Clinic, tmp_path: Path, mon
         put_in_place(partial, *rest)
 
     store = clinic.store
-    same = [variant(clinic, tmp_path / f"same{number}", 0, 0.0) for number in range(2)]
+    same = [variant(clinic, tmp_path / f"same{number}", number, 1e-7) for number in range(2)]
     made = make_soup(same, store, "valid", tmp_path / "none")
-    assert made.folder is None, "the mean of equal models is no better"
+    assert made.folder is None, "the mean of models that score alike is no better"
     assert not (tmp_path / "none").exists()
     # Two models that err in opposite directions; their mean is right.
     good = load_file(clinic.model / "model.safetensors")
@@ -134,4 +137,6 @@ def test_models_of_other_recipes_and_patients_are_refused(clinic: Clinic, tmp_pa
         make_soup([clinic.model, other], clinic.store, "valid", other.parent / "." / "other")
     with pytest.raises(DataError, match="at least two"):
         make_soup([clinic.model], clinic.store, "valid", tmp_path / "soup")
+    with pytest.raises(DataError, match="holds the same weights as"):
+        make_soup([clinic.model, clinic.model], clinic.store, "valid", tmp_path / "soup")
     assert model_of(clinic.model.parent) == clinic.model

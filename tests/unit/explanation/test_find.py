@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+from ctclip.errors import ExplanationError
 from ctclip.explanation.explain import Explanation, explain
 from ctclip.explanation.find import Found, SizeLimit, proposals, refine, size_limit
 from ctclip.explanation.place import Place, regions_of
@@ -27,12 +29,40 @@ SHAPE = (60, 50, 28)
         ("nodule greater than 1.5 cm", "nodule", SizeLimit(15.0)),
         ("a node over 8 mm, smaller than 2 cm", "a node", SizeLimit(8.0, 20.0)),
         ("an effusion", "an effusion", SizeLimit()),
-        ("a 10 mm nodule", "a 10 mm nodule", SizeLimit()),
+        ("a nodule in segment 10", "a nodule in segment 10", SizeLimit()),
         ("larger than 5 mm", "larger than 5 mm", SizeLimit(5.0)),
+        ("nodule between 5 and 10 mm", "nodule", SizeLimit(5.0, 10.0)),
+        ("a nodule of 0,5 to 1.2 cm", "a nodule of", SizeLimit(5.0, 12.0)),
+        ("a nodule, 5 mm-1 cm", "a nodule", SizeLimit(5.0, 10.0)),
+        ("nodules from 5-10mm on the left", "nodules on the left", SizeLimit(5.0, 10.0)),
+        ("a nodule of at least 1 cm", "a nodule", SizeLimit(10.0)),
+        ("a nodule > 10 mm", "a nodule", SizeLimit(10.0)),
+        ("a nodule ≥10mm", "a nodule", SizeLimit(10.0)),
+        ("a nodule <= 3 centimeters", "a nodule", SizeLimit(0.0, 30.0)),
+        ("nodule under 6 millimetres", "nodule", SizeLimit(0.0, 6.0)),
+        ("a nodule no larger than 6 mm", "a nodule", SizeLimit(0.0, 6.0)),
+        ("a mass of 3 cm or more", "a mass of", SizeLimit(30.0)),
+        ("a mass up to 3 cm", "a mass", SizeLimit(0.0, 30.0)),
     ],
 )
 def test_a_size_is_taken_from_the_text(text: str, rest: str, limit: SizeLimit) -> None:
     assert size_limit(text) == (rest, limit)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a 7 mm nodule", "'7 mm' is not a limit; write for example 'larger than 5 mm'"),
+        ("a nodule of 1 cm", "'1 cm' is not a limit"),
+        ("a nodule of 3 x 4 mm", "'4 mm' is not a limit"),
+        ("a nodule larger than -10 mm", "'10 mm' is not a limit"),
+        ("larger than 10 mm and smaller than 5 mm", "no size is at least 10 mm and at most 5 mm"),
+        ("a nodule between 10 and 5 mm", "no size is at least 10 mm and at most 5 mm"),
+    ],
+)
+def test_a_size_that_is_no_limit_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ExplanationError, match=re.escape(message)):
+        size_limit(text)
 
 
 def place_of(folder: Path) -> Place:

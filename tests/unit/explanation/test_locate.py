@@ -47,6 +47,25 @@ def test_bits_and_labels(tmp_path: Path) -> None:
     assert list(dict(masks.of("x_1", GRID))) == ["Lesion"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        ("bits", (-1, 2), r"holds values from -1 to 2, but masks are whole numbers from 0; is it the scan"),
+        ("bits", (0, 0.5), r"holds values from 0 to 0\.5, but masks"),
+        ("labels", (0, np.nan), r"holds values from nan to nan, but masks"),
+        ("labels", (0, np.inf), r"holds values from 0 to inf, but masks"),
+        ("bits", (0, 4), r"holds the value 4, but the labels of the layout end at 3; give another --mask-layout"),
+        ("labels", (0, 3), r"holds the value 3, but the labels of the layout end at 2"),
+    ],
+)
+def test_values_that_are_no_masks_of_the_layout_are_refused(
+    kind: str, values: tuple[float, float], message: str, tmp_path: Path
+) -> None:
+    save(tmp_path / "x_m.nii.gz", np.where(drawn(np.zeros(3)), values[1], values[0]).astype(np.float32))
+    with pytest.raises(ExplanationError, match=message):
+        dict(Masks(tmp_path, BITS.model_copy(update={"kind": kind})).of("x", GRID))
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_channels_with_sentences(first: bool, tmp_path: Path) -> None:
     """As ReXGroundingCT is described: dataset.json in the same folder names the sentence of each channel."""
@@ -63,6 +82,9 @@ def test_channels_with_sentences(first: bool, tmp_path: Path) -> None:
     found = dict(masks.of("x", GRID))
     np.testing.assert_array_equal(found["a nodule"], drawn(np.zeros(3)).transpose(2, 1, 0))
     np.testing.assert_array_equal(found["an effusion"], drawn(np.array([20.0, 0, 0])).transpose(2, 1, 0))
+    save(tmp_path / "segmentations" / "x.nii.gz", channels * 0.5)
+    with pytest.raises(ExplanationError, match=r"holds values from 0 to 0\.5"):
+        dict(masks.of("x", GRID))
 
 
 def test_what_cannot_be_scored_is_said(tmp_path: Path) -> None:

@@ -257,9 +257,9 @@ def test_volumes_listed_as_no_chest_are_left_out(tmp_path: Path, hu: np.ndarray,
 
 def test_no_chest_is_an_option_of_ct_rate_alone(tmp_path: Path) -> None:
     (tmp_path / "scan.nii.gz").touch()
-    with pytest.raises(PreprocessingError, match="only to the layout ct-rate.* of this cohort is folder"):
+    with pytest.raises(PreprocessingError, match=r"only to the layout ct-rate.* of this cohort is folder"):
         read_cohort(tmp_path, keep_no_chest=True)
-    with pytest.raises(PreprocessingError, match="only to the layout ct-rate.* of this cohort is os:listdir"):
+    with pytest.raises(PreprocessingError, match=r"only to the layout ct-rate.* of this cohort is os:listdir"):
         read_cohort(tmp_path, "os:listdir", keep_no_chest=True)
 
 

@@ -98,6 +98,31 @@ def test_the_command_writes_a_row_for_each_finding(tmp_path: Path, capsys: pytes
         ["s1", "findings", "", "", "", ""],
         ["s1", "impression", "Lung nodule", "", "", ""],
     ]
+    pd.DataFrame({"study_id": ["s1"], "text": ["A nodule."]}).to_csv(tmp_path / "r.csv", index=False)
+    assert main(arguments) == 2
+    assert "holds other findings; give another --output, or replace it with --force" in capsys.readouterr().err
+    assert len(pd.read_csv(tmp_path / "f.csv")) == 3
+    assert main([*arguments, "--force"]) == 0
+    assert len(pd.read_csv(tmp_path / "f.csv")) == 1
+    parquet = [*arguments[:-1], str(tmp_path / "f.parquet")]
+    assert main(parquet) == main(parquet) == 0
     (tmp_path / "f.csv").write_text("mine\n")
     assert main(arguments) == 2
     assert "was not written by this command" in capsys.readouterr().err
+
+
+def test_reports_without_findings_that_could_be_read_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    german = (
+        "Es zeigt sich ein ausgedehnter Pleuraerguss auf der linken Seite mit Kompression der Lunge und des Herzens."
+    )
+    rows = pd.DataFrame({"id": ["a", "b", "c"], "text": ["A nodule is seen.", " ", german]})
+    rows.to_csv(tmp_path / "r.csv", index=False)
+    assert (
+        main(["clean-reports", str(tmp_path / "r.csv"), "--label-set", "ct_rate_18", "-o", str(tmp_path / "f.csv")])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "note: report 'b' is empty: its findings are not listed" in printed
+    assert "note: report 'c' is not in english, judging by its words: its findings are not listed" in printed

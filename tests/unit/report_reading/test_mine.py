@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ctclip.errors import PromptError
+from ctclip.errors import DataError, PromptError
 from ctclip.heads.prompts import pair_vectors
 from ctclip.labels import load_labels
 from ctclip.prompts import Pair, PromptSet, load_prompts
@@ -72,6 +72,15 @@ def test_a_mined_set_survives_its_file(tmp_path: Path) -> None:
     prompts = PromptSet(name="mined", abnormalities={"x": pair}, provenance={"reader": "rules: a, b"})
     save_prompts(prompts, tmp_path / "mined.yaml")
     assert load_prompts(tmp_path / "mined.yaml") == prompts
+    save_prompts(prompts, tmp_path / "mined.yaml")
+    other = prompts.model_copy(update={"provenance": {"reader": "another"}})
+    with pytest.raises(DataError, match="holds other prompts; give another --output, or replace it with --force"):
+        save_prompts(other, tmp_path / "mined.yaml")
+    assert load_prompts(tmp_path / "mined.yaml") == prompts
+    save_prompts(other, tmp_path / "mined.yaml", force=True)
+    assert load_prompts(tmp_path / "mined.yaml") == other
+    with pytest.raises(DataError, match=r"end the name in \.yaml"):
+        save_prompts(prompts, tmp_path / "mined.txt")
 
 
 @pytest.mark.parametrize("weights", [[1], [1, 0], [1, 2, 3], [1, -1]])

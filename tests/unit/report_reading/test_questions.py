@@ -34,6 +34,7 @@ QUESTIONER = Questioner(RulesReader.build(load_labels("ct_rate_18"), Options()))
         ("Is the consolidation on the left or right?", Question("Consolidation", Kind.side)),
         ("In which lobe is the consolidation?", Question("Consolidation", Kind.lobe)),
         ("How large is the nodule?", Question("Lung nodule", Kind.size)),
+        ("Is the heart size increased?", Question("Cardiomegaly", Kind.present)),
     ],
 )
 def test_what_a_question_asks(text: str, question: Question) -> None:
@@ -45,6 +46,32 @@ def test_a_question_about_no_label_or_several_is_refused_in_one_line(text: str) 
     with pytest.raises(PromptError, match="names") as refused:
         QUESTIONER.question(text)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Is the chest free of emphysema?",
+        "Is there no pleural effusion?",
+        "Is the emphysema absent?",
+        "Is pleural effusion not seen?",
+    ],
+)
+def test_a_negated_question_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(PromptError, match="is negated; ask whether the finding is present"):
+        QUESTIONER.question(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Is the pleural effusion gone?", "Has the pleural effusion changed?", "Is the pleural effusion severe?", "Where is the nodule?",
+        "How many nodules are there?", "Is there a nodule larger than 8 mm?", "Is there a new consolidation?", "Why is there atelectasis?",
+    ],
+)  # fmt: skip
+def test_a_question_about_more_than_presence_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(PromptError, match="is not only about presence"):
+        QUESTIONER.question(text)
 
 
 def test_the_answer_is_the_one_whose_prompts_are_nearest() -> None:

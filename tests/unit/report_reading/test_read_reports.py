@@ -133,8 +133,29 @@ def test_a_table_without_reports_and_an_id_with_two_are_refused(tmp_path: Path) 
         load_reports(table(tmp_path / "r.csv", [{"volume": "v", "note": "x"}]))
     with pytest.raises(DataError, match=r"volume 'v' has two different reports"):
         load_reports(table(tmp_path / "r.csv", [{"volume": "v", "text": "a"}, {"volume": "v", "text": "b"}]))
+    with pytest.raises(DataError, match="volume 'v' has two different reports"):
+        load_reports(table(tmp_path / "r.csv", [{"volume": "v.nii.gz", "text": "a"}, {"volume": "v", "text": "b"}]))
     with pytest.raises(DataError, match="no such file"):
         load_reports(tmp_path / "absent.csv")
+    with pytest.raises(DataError, match="is a folder, but not a store"):
+        load_reports(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            ("report", "Impression"),
+            r"has whole reports \(report\) and sections \(Impression\); remove one or the other",
+        ),
+        (("text", "findings"), r"has whole reports \(text\) and sections \(findings\)"),
+        (("report", "text"), r"has 2 columns of whole reports \(text, report\); keep one of them"),
+        (("impression", "conclusion"), r"has 2 columns of impression \(impression, conclusion\); keep one"),
+    ],
+)
+def test_no_column_of_text_is_ignored(columns: tuple[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        load_reports(table(tmp_path / "r.csv", [{"volume": "v", columns[0]: "Emphysema.", columns[1]: "A nodule."}]))
 
 
 FOREIGN = {
@@ -232,13 +253,27 @@ def test_labels_of_another_run_are_not_replaced_unasked(tmp_path: Path, capsys: 
     assert run(first, *arguments) == 0, "the same run may be repeated"
     kept = output.read_bytes()
     assert run(other, *arguments) == 2
-    assert "holds labels of another reader or of other reports" in capsys.readouterr().err
+    assert "holds labels of another reader, of other reports or with other values" in capsys.readouterr().err
+    assert run(first, *arguments, "--not-mentioned", "empty") == 2
     assert output.read_bytes() == kept
     assert run(other, *arguments, "--force") == 0
     precious = tmp_path / "mine.csv"
     precious.write_text("volume,x\n")
     assert run(first, "--label-set", "ct_rate_18", "-o", precious) == 2
     assert precious.read_text() == "volume,x\n"
+
+
+def test_reports_and_the_labels_to_compare_with_are_not_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = table(tmp_path / "a.csv", [{"volume": "v", "text": "A nodule is seen."}])
+    against = tmp_path / "theirs.csv"
+    against.write_text("volume,Lung nodule\nv,0\n")
+    before = source.read_bytes(), against.read_bytes()
+    for output in (source, tmp_path / "." / "theirs.csv"):
+        assert run(source, "--label-set", "ct_rate_18", "--against", against, "-o", output, "--force") == 2
+        assert "is read by this command, which would replace it; give another --output" in capsys.readouterr().err
+    assert (source.read_bytes(), against.read_bytes()) == before
 
 
 def test_two_readings_are_compared_label_by_label(tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""Refuse an output that would replace, or lie among, what the command reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from typer.core import TyperCommand
+
+from ctclip.errors import ConfigError
+
+OUTPUT = "output"
+# Files that only a model folder, or only a store, holds together; both hold nothing but their own files.
+READ_WHOLE = (("model.safetensors", "preprocessing.yaml"), ("cohort.parquet", "spec.yaml"))
+
+
+class Command(TyperCommand):
+    """A command that never writes over its input, not even with ``--force``."""
+
+    def invoke(self, ctx: Any) -> Any:
+        refuse_own_input(ctx.params)
+        return super().invoke(ctx)
+
+
+def refuse_own_input(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the parameter ``output`` of a command is a file that another parameter names, or lies in a
+    model folder or a store that another parameter names."""
+    output = given.get(OUTPUT)
+    if not isinstance(output, str | os.PathLike):
+        return
+    target = Path(output)
+    for name, values in given.items():
+        for value in values if isinstance(values, list | tuple) else [values]:
+            if name == OUTPUT or not isinstance(value, str | os.PathLike):
+                continue
+            try:
+                if target.is_file() and os.path.samefile(value, target):
+                    raise ConfigError(
+                        f"{output}: is read by this command, which would replace it; give another --output"
+                    )
+                inside = Path(value).resolve() in target.resolve().parents
+                kept = inside and any(all((Path(value) / one).is_file() for one in files) for files in READ_WHOLE)
+            except (OSError, ValueError):  # a text, not a path
+                continue
+            if kept:
+                raise ConfigError(f"{output}: lies inside {value}, which this command reads; give another --output")

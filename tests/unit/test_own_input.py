@@ -1,0 +1,48 @@
+"""No command writes over its input, or into a model folder or a store that it reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.core import TyperCommand
+
+from ctclip.cli import app, audit, config, labels, prompts
+from ctclip.cli.own_input import Command, refuse_own_input
+from ctclip.errors import ConfigError
+
+
+def test_every_command_is_checked() -> None:
+    registered = [one for group in (app, audit, prompts, labels, config) for one in group.registered_commands]
+    assert len(registered) > 40
+    assert all(issubclass(one.cls or TyperCommand, Command) for one in registered)
+    assert {id(group.typer_instance) for group in app.registered_groups} == set(
+        map(id, (audit, prompts, labels, config))
+    )
+
+
+def test_a_file_that_is_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.csv", "b.csv"):
+        Path(name).touch()
+    Path("link.csv").symlink_to("a.csv")
+    for given in ({"reports": Path("a.csv")}, {"terms": "./a.csv"}, {"scans": [Path("b.csv"), tmp_path / "a.csv"]}):
+        with pytest.raises(ConfigError, match=r"a\.csv: is read by this command"):
+            refuse_own_input({"output": Path("a.csv"), **given})
+    with pytest.raises(ConfigError, match="is read by this command"):
+        refuse_own_input({"output": Path("link.csv"), "reports": Path("a.csv")})
+    refuse_own_input(
+        {"output": Path("new.csv"), "reports": Path("a.csv"), "text": "new.csv" * 99, "other": "\0", "n": 3}
+    )
+    refuse_own_input({"output": None, "reports": Path("a.csv")})
+
+
+@pytest.mark.parametrize("files", [("model.safetensors", "preprocessing.yaml"), ("cohort.parquet", "spec.yaml")])
+def test_nothing_is_written_into_a_model_folder_or_a_store(files: tuple[str, str], tmp_path: Path) -> None:
+    whole, run = tmp_path / "run" / "whole", tmp_path / "run"
+    whole.mkdir(parents=True)
+    for name in files:
+        (whole / name).touch()
+    with pytest.raises(ConfigError, match=r"lies inside .*whole, which this command reads; give another --output"):
+        refuse_own_input({"output": whole / "new" / "x.csv", "model": str(whole)})
+    refuse_own_input({"output": run / "x.csv", "model": str(whole), "run": run})
