@@ -20,6 +20,7 @@ from ctclip.cli.audit import audit
 from ctclip.cli.calibrate import calibrate
 from ctclip.cli.check_precision import check_precision
 from ctclip.cli.clean_reports import clean_reports
+from ctclip.cli.command import Command
 from ctclip.cli.config import config
 from ctclip.cli.demo import demo
 from ctclip.cli.draft import draft
@@ -35,7 +36,6 @@ from ctclip.cli.index import index, similar
 from ctclip.cli.labels import labels
 from ctclip.cli.locate import locate
 from ctclip.cli.models import models
-from ctclip.cli.own_input import Command
 from ctclip.cli.phantom import phantom
 from ctclip.cli.preprocess import preprocess
 from ctclip.cli.probe import probe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from ctclip.cli.own_input import Command
+from ctclip.cli.command import Command
 
 
 class Renamed(Command):

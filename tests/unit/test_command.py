@@ -1,4 +1,5 @@
-"""No command writes over its input, or into a model folder or a store that it reads."""
+"""Every command takes only finite numbers, and does not write over its input, or into a model folder or a store that it
+reads."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import pytest
 from typer.core import TyperCommand
 
 from ctclip.cli import app, audit, config, labels, prompts
-from ctclip.cli.own_input import Command, refuse_own_input
+from ctclip.cli.command import Command, refuse_not_finite, refuse_own_input
 from ctclip.errors import ConfigError
 
 
@@ -19,6 +20,13 @@ def test_every_command_is_checked() -> None:
     assert {id(group.typer_instance) for group in app.registered_groups} == set(
         map(id, (audit, prompts, labels, config))
     )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.0, float("-inf")]])
+def test_numbers_that_are_not_finite_are_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"--largest-gb (nan|inf|-inf): give a finite number"):
+        refuse_not_finite({"output": "nan", "largest_gb": value})
+    refuse_not_finite({"output": "nan", "count": 3, "level": 0.5, "flag": True, "none": None})
 
 
 def test_a_file_that_is_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
-"""Refuse an output that would replace, or lie among, what the command reads."""
+"""What every command refuses before it runs: numbers that are none, and an output that would replace, or lie among, what
+it reads."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +19,20 @@ READ_WHOLE = (("model.safetensors", "preprocessing.yaml"), ("cohort.parquet", "s
 
 
 class Command(TyperCommand):
-    """A command that never writes over its input, not even with ``--force``."""
+    """A command that takes only finite numbers, and never writes over its input, not even with ``--force``."""
 
     def invoke(self, ctx: Any) -> Any:
+        refuse_not_finite(ctx.params)
         refuse_own_input(ctx.params)
         return super().invoke(ctx)
+
+
+def refuse_not_finite(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a parameter that is NaN, which no limit excludes, or infinite."""
+    for name, values in given.items():
+        for value in values if isinstance(values, list | tuple) else [values]:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"--{name.replace('_', '-')} {value:g}: give a finite number")
 
 
 def refuse_own_input(given: Mapping[str, Any]) -> None:
