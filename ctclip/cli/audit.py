@@ -10,6 +10,8 @@ from ctclip.cli.audit_all import all_
 from ctclip.cli.reading import BATCH, EMBEDDINGS, FORCE
 from ctclip.cli.unused import refuse_unused
 
+DEFAULT_SPLITS = ["train", "valid"]
+
 audit = typer.Typer(help="Examine a cohort or a model before you trust its figures.", no_args_is_help=True)
 audit.command("all")(all_)
 
@@ -72,7 +74,7 @@ def data(
     store: Path = typer.Option(..., help="A store written by `ctclip preprocess`."),
     concepts: str = typer.Option("chest", help="Concepts: a YAML file, or the name of one in configs/concepts."),
     splits: str = typer.Option(
-        "train,valid", help="Two splits to compare: is a concept associated with a label in both?"
+        ",".join(DEFAULT_SPLITS), help="Two splits to compare: is a concept associated with a label in both?"
     ),
     output: Path = typer.Option(
         Path("audit"), "--output", "-o", help="Folder for data_audit.csv, concepts.csv and data_audit.html."
@@ -89,6 +91,7 @@ def data(
     from ctclip.audit.associations import FEWEST_PATIENTS
     from ctclip.audit.audit_page import DATA_TABLES, write_data_audit
     from ctclip.audit.concepts import load_concepts
+    from ctclip.errors import DataError
     from ctclip.models.folder import load_model
     from ctclip.preprocessing.outputs import check_folder, made_by_us
     from ctclip.preprocessing.store import VolumeStore
@@ -96,9 +99,13 @@ def data(
     check_folder(output, made_by_us, "output of `ctclip audit data`")
     chosen = load_concepts(concepts)
     loaded = load_model(model, distributed.device())
-    pair = [name.strip() for name in splits.split(",") if name.strip()]
+    pair, opened = [name.strip() for name in splits.split(",") if name.strip()], VolumeStore(store)
+    known = sorted(map(str, opened.cohort["split"].unique()))
+    # The default is for cohorts that have these splits.
+    if pair != DEFAULT_SPLITS and (len(pair) != 2 or not set(pair) <= set(known)):
+        raise DataError(f"--splits {splits}: give two splits of the cohort, which has: {', '.join(known)}")
     lines = write_data_audit(
-        loaded, VolumeStore(store), output, chosen, splits=pair, embeddings=embeddings, batch=batch, force=force
+        loaded, opened, output, chosen, splits=pair, embeddings=embeddings, batch=batch, force=force
     )
     for line in lines.head(10).itertuples():
         mark = "*" if line.significant else " "

@@ -163,7 +163,7 @@ def _whole(path: Path, values: np.ndarray, largest: int | None = None) -> np.nda
         )
     if largest is not None and high > largest:
         raise ExplanationError(
-            f"{path}: holds the value {high:g}, but the labels of the layout end at {largest}; give another --mask-layout, "
+            f"{path}: holds the value {int(high)}, but the labels of the layout end at {largest}; give another --mask-layout, "
             f"or name every label in it"
         )
     return values.astype(np.int64)

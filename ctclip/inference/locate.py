@@ -78,7 +78,8 @@ def locate_cohort(
     sentences, score every sentence, by category.
 
     The controls are maps that do not depend on the scan (the mean of the finding's maps over all scans), or on the
-    finding (the map of a randomly drawn other finding of the same scan). All are compared on the scan's own grid.
+    finding (the map of a randomly drawn other finding of the same scan). All are compared on the scan's own grid. Raises
+    ExplanationError if no mask marks any finding.
     """
     patients = cohort.table.set_index("volume")["patient"].astype(str)
     looking, asked = method(by), {volume: _asked(model, head, masks, volume) for volume in volumes}
@@ -108,6 +109,11 @@ def locate_cohort(
             for kind, (values, affine) in {"map": (own, maps.affine), **controls}.items():
                 tally.pairs[kind].append(_pair(values, affine, prepared, mask, patients[volume]))
     scored = {group: _entry(tally, seed) for group, tally in tallies.items() if tally.pairs["map"]}
+    if not scored:
+        raise ExplanationError(
+            f"{masks.folder}: none of the {len(volumes)} masks marks a finding that the head scores; is this the right folder, "
+            f"and the right --mask-layout?"
+        )
     return plain({
         "method": by, "layout": masks.layout.name, "scans": len(volumes),
         "patients": int(patients[list(volumes)].nunique()), "findings": scored,

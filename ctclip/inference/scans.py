@@ -85,7 +85,9 @@ class ScanFiles:
         names = scan_ids(self.paths)
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise DataError(f"two scans would both be called {twice!r}: give each once, or rename one")
+            raise DataError(
+                f"two scans would both be called {str(twice).removeprefix('/')!r}: give each once, or rename one"
+            )
         self.table = pd.DataFrame({"volume": names, "patient": names, "scan": names})
 
     def link(self, path: Path) -> None:

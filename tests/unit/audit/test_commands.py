@@ -51,6 +51,16 @@ def test_a_summary_is_kept_and_scans_are_judged(
     assert "belongs to other weights" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("splits", ["train", "train,test", "train,valid,calibration"])
+def test_splits_that_the_cohort_lacks_are_refused(
+    splits: str, clinic: Clinic, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["audit", "data", "--model", str(clinic.model), "--store", str(clinic.store), "--splits", splits]
+    assert main([*command, "--output", str(tmp_path / "audit")]) == 2
+    assert f"--splits {splits}: give two splits of the cohort, which has: " in capsys.readouterr().err
+    assert not (tmp_path / "audit").exists()
+
+
 def test_analysis_of_a_model(clinic: Clinic, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["analyze", "--model", str(clinic.model), "--store", str(clinic.store), "--split", "valid"]
     assert main([*command, "--output", str(tmp_path / "analysis")]) == 0

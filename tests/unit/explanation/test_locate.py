@@ -133,6 +133,9 @@ def test_a_model_that_sees_the_lesion_points_at_it_and_the_controls_do_not(tmp_p
     json.dumps(result, allow_nan=False)
     with pytest.raises(ExplanationError, match="none of its 5 masks belongs to a volume"):
         chosen_volumes(cohort, masks, "train", None, 0)
+    empty = next(name for name in volumes if not dict(masks.of(name, GRID)))
+    with pytest.raises(ExplanationError, match="none of the 1 masks marks a finding that the head scores"):
+        locate_cohort(model, head, cohort, masks, [empty])
 
 
 def test_sentences_are_scored_by_category(tmp_path: Path) -> None:
