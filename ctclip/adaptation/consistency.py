@@ -22,7 +22,7 @@ class ConsistencyConfig(Section):
     """How the embeddings of generated volumes are compared with the right ones."""
 
     weight: float = Field(
-        0.5,
+        1.0,
         ge=0,
         le=100,
         description="weight, in the loss of the flow network, of 1 minus the cosine between the embeddings of predicted "
