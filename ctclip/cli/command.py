@@ -1,5 +1,5 @@
-"""What every command refuses before it runs: numbers that are none, and an output that would replace, or lie among, what
-it reads."""
+"""What every command refuses before it runs: numbers that are not finite, and an output that would replace what it reads,
+or lie inside it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 from ctclip.errors import ConfigError
 
 OUTPUT = "output"
-# Files that only a model folder, or only a store, holds together; both hold nothing but their own files.
+# Files that mark a model folder, and those that mark a store. Neither may contain anything else.
 READ_WHOLE = (("model.safetensors", "preprocessing.yaml"), ("cohort.parquet", "spec.yaml"))
 
 

@@ -413,7 +413,8 @@ def asking(
 ) -> PromptHead:
     """A head that scores ``names`` with ``prompts``; names are resolved by the model's label set, so that aliases work.
     ``known``: a head whose calibration is used for the names it shares, if its prompts are the same. Raises PromptError
-    if ``names`` is empty or contains anything but names, or only words outside the model's vocabulary."""
+    if ``names`` is empty or contains anything but names, the statement of an absence, or only words
+    outside the model's vocabulary."""
     prompt_set = load_prompts(prompts) if isinstance(prompts, str) else prompts
     findings = None if names is None else list(dict.fromkeys(folder.labels.resolve(n) or n for n in _checked(names)))
     if findings is None and not prompt_set.names():
