@@ -70,10 +70,10 @@ class Questioner:
             raise PromptError(f"the question {text[:80]!r} is negated; ask whether the finding is present")
         tokens = tokens_of(text)
         # "Increased" in "is the heart size increased" names the finding.
-        named = [range(mention.start, mention.end) for mention in mentions]
+        terms = [range(mention.start, mention.end) for mention in mentions]
         keys = {
             match.key for match in self.phrases.find(tokens)
-            if match.key != OTHER or not any(match.start in words and match.end - 1 in words for words in named)
+            if match.key != OTHER or not any(match.start in words and match.end - 1 in words for words in terms)
         }  # fmt: skip
         (label,) = labels
         kind = next((kind for kind in (Kind.side, Kind.lobe, Kind.size) if kind in keys), Kind.present)
