@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.core import TyperCommand
 
-from ctclip.cli import app, audit, config, labels, prompts
+from ctclip.cli import app, audit, config, labels, main, prompts
 from ctclip.cli.command import Command, refuse_not_finite, refuse_own_input
 from ctclip.errors import ConfigError
 
@@ -27,6 +27,11 @@ def test_numbers_that_are_not_finite_are_refused(value: object) -> None:
     with pytest.raises(ConfigError, match=r"--largest-gb (nan|inf|-inf): give a finite number"):
         refuse_not_finite({"output": "nan", "largest_gb": value})
     refuse_not_finite({"output": "nan", "count": 3, "level": 0.5, "flag": True, "none": None})
+
+
+def test_a_command_is_not_run_with_numbers_that_are_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapt", "--method", "coop", "--model", "m", "--store", "s", "--output", "o", "--percent", "nan"]) == 2
+    assert capsys.readouterr().err == "error: --percent nan: give a finite number\n"
 
 
 def test_a_file_that_is_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,11 @@ def test_names_that_are_none_are_refused(folder: Path, scan: Path, names: Any) -
         ctclip.load(folder).detect(scan, names)
 
 
+def test_an_absence_is_not_scored_as_a_finding(folder: Path, scan: Path) -> None:
+    with pytest.raises(PromptError, match="'no emphysema': states an absence; name the finding"):
+        ctclip.load(folder).detect(scan, "no emphysema")
+
+
 @pytest.mark.parametrize("text", ["左肾囊肿", "كيس في الكلية", "a" * 500])
 def test_words_that_the_model_cannot_read_are_not_scored(folder: Path, scan: Path, text: str) -> None:
     with pytest.raises(PromptError, match="knows none of these words"):

@@ -12,10 +12,11 @@ import pytest
 
 from ctclip.errors import ExplanationError
 from ctclip.explanation.explain import Explanation, explain
-from ctclip.explanation.find import Found, SizeLimit, proposals, refine, size_limit
+from ctclip.explanation.find import Found, SizeLimit, find, proposals, refine, size_limit
 from ctclip.explanation.place import Place, regions_of
 from ctclip.explanation.space import centres, in_scan
 from ctclip.preprocessing import prepare
+from ctclip.report_reading.absence import states_absence
 from tests.unit.explanation.known import SPEC, known_model, write_scan
 
 AFFINE = np.array([[-2.0, 0, 0, 60], [0, -2, 0, 50], [0, 0, 3, -40], [0, 0, 0, 1]])
@@ -63,6 +64,19 @@ def test_a_size_is_taken_from_the_text(text: str, rest: str, limit: SizeLimit) -
 def test_a_size_that_is_no_limit_is_refused(text: str, message: str) -> None:
     with pytest.raises(ExplanationError, match=re.escape(message)):
         size_limit(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["no nodule", "Without effusion", "absence of emphysema", "no nodule larger than 5 mm"]
+)
+def test_a_text_that_states_an_absence_is_refused(text: str) -> None:
+    assert states_absence(text)
+    with pytest.raises(ExplanationError, match="states an absence, which has no place"):
+        find(None, None, text, [], scan="s", model_hash="m")  # type: ignore[arg-type]
+
+
+def test_a_text_that_states_a_presence_is_not_an_absence() -> None:
+    assert not any(map(states_absence, ["a nodule", "Nodule that is not calcified", "effusion without atelectasis"]))
 
 
 def place_of(folder: Path) -> Place:
