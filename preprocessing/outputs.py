@@ -48,6 +48,13 @@ def check_file(path: str | os.PathLike[str], is_ours: Recognised, *, force: bool
     _check_writable(final.parent, path)
 
 
+def check_same(path: Path, content: bytes, what: str, *, force: bool = False) -> None:
+    """Raise PreprocessingError if a file at ``path`` has other content, unless ``force``: a command may be repeated, but not
+    replace the result of another run. ``what``: the word for its content."""
+    if not force and path.is_file() and path.read_bytes() != content:
+        raise PreprocessingError(f"{path}: holds other {what}; give another --output, or replace it with --force")
+
+
 def check_folder(path: str | os.PathLike[str], is_ours: Recognised, what: str) -> None:
     """Raise PreprocessingError unless a command may write to the folder ``path``: a new name, an empty folder, or one
     that ``is_ours`` recognises; ``what`` describes its expected contents."""

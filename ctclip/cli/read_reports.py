@@ -80,7 +80,7 @@ def read_reports(
         refuse_unused(context, "applies only to --reader classifier", "threshold")
     if reader == "rules":
         refuse_unused(context, "applies only to --reader classifier and language-model", "reader_model", "batch")
-    check_output(output, force=force)
+    check_output(output, compared=against is not None, force=force)
     device = "cpu" if reader_model is None else str(distributed.device())
     if cache is None and reader == "language-model":
         cache = output.with_suffix(".answers")

@@ -9,7 +9,7 @@ from pathlib import Path
 from ctclip.preprocessing.files import write_text
 from ctclip.report_reading.compare import Agreement, Disagreement, mean_of
 from ctclip.report_reading.reader import Status
-from ctclip.report_reading.run import Readings
+from ctclip.report_reading.run import Readings, comparison_file
 
 EXAMPLES = 5
 
@@ -35,7 +35,7 @@ def show_agreement(agreements: list[Agreement], disagreements: list[Disagreement
     print("mean: " + ", ".join(f"{name} {value:.3f}" for name, value in means.items() if value is not None))
     for d in disagreements[:EXAMPLES]:
         print(f"differs: {d.report}, {d.label}: {d.ours} by {d.our_sentence!r}, {d.theirs} by {d.their_sentence!r}")
-    path = output.with_name(f"{output.stem}.comparison.json")
+    path = comparison_file(output)
     values = {
         "mean": means, "labels": [asdict(a) for a in agreements], "disagreements": [asdict(d) for d in disagreements]
     }  # fmt: skip

@@ -38,16 +38,16 @@ LARGER, SMALLER = "larger|bigger|greater|more|longer", "smaller|less|shorter"
 # Each matches one way of stating limits; groups hold the numbers with their units.
 BETWEEN = re.compile(rf"\bbetween\s+{NUMBER}(?:{UNIT})?\s+and\s+{NUMBER}{UNIT}", re.IGNORECASE)
 RANGE = re.compile(rf"(?:\bfrom\s+)?{NUMBER}(?:{UNIT})?\s*(?:-|–|\bto\b)\s*(\d+(?:[.,]\d+)?){UNIT}", re.IGNORECASE)
-AT_LEAST = re.compile(
-    rf"(?:\b(?:(?:{LARGER})(?:\s+than)?|over|above|(?:of\s+)?at\s+least|not?\s+(?:{SMALLER})\s+than)\s|[>≥]=?)\s*"
-    rf"{NUMBER}{UNIT}|{NUMBER}{UNIT}\s+or\s+(?:{LARGER})\b",
-    re.IGNORECASE,
-)
-AT_MOST = re.compile(
-    rf"(?:\b(?:(?:{SMALLER})(?:\s+than)?|under|below|(?:of\s+)?at\s+most|up\s+to|not?\s+(?:{LARGER})\s+than)\s|[<≤]=?)\s*"
-    rf"{NUMBER}{UNIT}|{NUMBER}{UNIT}\s+or\s+(?:{SMALLER})\b",
-    re.IGNORECASE,
-)
+
+
+def _limit(comparatives: str, opposite: str, others: str, signs: str) -> re.Pattern[str]:
+    """A pattern of a limit on one side; ``opposite``: the comparatives of the other side, which "no" turns round."""
+    before = rf"\b(?:(?:{comparatives})(?:\s+than)?|{others}|not?\s+(?:{opposite})\s+than)\s|[{signs}]=?"
+    return re.compile(rf"(?:{before})\s*{NUMBER}{UNIT}|{NUMBER}{UNIT}\s+or\s+(?:{comparatives})\b", re.IGNORECASE)
+
+
+AT_LEAST = _limit(LARGER, SMALLER, r"over|above|(?:of\s+)?at\s+least", ">≥")
+AT_MOST = _limit(SMALLER, LARGER, r"under|below|(?:of\s+)?at\s+most|up\s+to", "<≤")
 OTHER = re.compile(rf"\d+(?:[.,]\d+)?{UNIT}", re.IGNORECASE)
 
 

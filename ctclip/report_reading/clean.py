@@ -11,7 +11,7 @@ from pyarrow import ArrowException
 from ctclip.errors import DataError
 from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.files import written_beside
-from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
+from ctclip.preprocessing.outputs import check_file, check_same, claimed_file, file_holds
 from ctclip.preprocessing.parquet import open_parquet, write_parquet
 from ctclip.report_reading.findings import Cleaner, CleanSentence, Finding
 from ctclip.report_reading.reports import Reports
@@ -49,7 +49,7 @@ def clean_reports(reports: Reports, cleaner: Cleaner) -> pd.DataFrame:
 
 def write_findings(table: pd.DataFrame, output: Path, *, force: bool = False) -> None:
     """Write the table as CSV or Parquet, by its suffix. Raises PreprocessingError if ``output`` is a file of another
-    kind, and DataError if it holds other findings; ``force`` replaces both."""
+    kind, or holds other findings; ``force`` replaces both."""
     with claimed_file(output):
         check_findings(output, force=force)
         with written_beside(output) as partial:
@@ -57,8 +57,7 @@ def write_findings(table: pd.DataFrame, output: Path, *, force: bool = False) ->
                 write_parquet(partial, table)
             else:
                 write_csv(partial, table)
-            if not force and output.is_file() and output.read_bytes() != partial.read_bytes():
-                raise DataError(f"{output}: holds other findings; give another --output, or replace it with --force")
+            check_same(output, partial.read_bytes(), "findings", force=force)
 
 
 def check_findings(output: Path, *, force: bool = False) -> None:

@@ -19,7 +19,7 @@ from ctclip.errors import DataError
 from ctclip.labels import LabelSet
 from ctclip.preprocessing.files import write_text
 from ctclip.preprocessing.no_report import report_text
-from ctclip.preprocessing.outputs import check_file, file_holds
+from ctclip.preprocessing.outputs import check_file, check_same, file_holds
 from ctclip.preprocessing.store import VolumeStore
 from ctclip.prompts import Pair, PromptSet
 from ctclip.report_reading.reader import Reader, Status
@@ -108,12 +108,11 @@ def count_phrasings(written: dict[str, list[str]], reader: Reader) -> Counts:
 
 
 def save_prompts(prompts: PromptSet, path: Path, *, force: bool = False) -> None:
-    """Write a prompt set as YAML. Raises DataError if the file holds other prompts, unless ``force``."""
+    """Write a prompt set as YAML. Raises PreprocessingError if the file holds other prompts, unless ``force``."""
     check_prompts_file(path, force=force)
     values = prompts.model_dump(mode="json", exclude_defaults=True)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
-    if not force and path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise DataError(f"{path}: holds other prompts; give another --output, or replace it with --force")
+    check_same(path, text.encode(), "prompts", force=force)
     write_text(path, text)
 
 

@@ -20,7 +20,7 @@ from ctclip.preprocessing import plain_json
 from ctclip.preprocessing.csv_files import write_csv
 from ctclip.preprocessing.errors import UNFIT
 from ctclip.preprocessing.files import written_beside
-from ctclip.preprocessing.outputs import check_file, claimed_file
+from ctclip.preprocessing.outputs import check_file, claimed_file, file_holds
 from ctclip.preprocessing.parquet import write_parquet
 from ctclip.preprocessing.progress import track
 from ctclip.preprocessing.workers import worker_pool
@@ -136,12 +136,19 @@ def write_readings(result: Readings, output: Path, values: Values, *, force: boo
     return output, statements
 
 
-def check_output(output: Path, *, force: bool = False) -> None:
-    """Raise unless labels may be written to ``output``."""
+def check_output(output: Path, *, compared: bool = False, force: bool = False) -> None:
+    """Raise unless labels may be written to ``output``, and, if they are ``compared``, the comparison beside it."""
     if output.suffix not in (".csv", ".parquet"):
         raise DataError(f"{output}: end the name in .csv or .parquet")
     check_file(output, lambda path: bool(_header(statements_file(path))), force=force)
     check_file(statements_file(output), lambda path: bool(_header(path)), force=force)
+    if compared:
+        check_file(comparison_file(output), file_holds(b'"disagreements"'), force=force)
+
+
+def comparison_file(labels: Path) -> Path:
+    """The file with the comparison of a table of labels with another."""
+    return labels.with_name(f"{labels.stem}.comparison.json")
 
 
 def statements_file(labels: Path) -> Path:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from ctclip.errors import DataError, PromptError
 from ctclip.heads.prompts import pair_vectors
 from ctclip.labels import load_labels
+from ctclip.preprocessing.errors import PreprocessingError
 from ctclip.prompts import Pair, PromptSet, load_prompts
 from ctclip.report_reading.mine import _commonest, count_phrasings, save_prompts
 from ctclip.report_reading.reader import Options
@@ -74,7 +75,9 @@ def test_a_mined_set_survives_its_file(tmp_path: Path) -> None:
     assert load_prompts(tmp_path / "mined.yaml") == prompts
     save_prompts(prompts, tmp_path / "mined.yaml")
     other = prompts.model_copy(update={"provenance": {"reader": "another"}})
-    with pytest.raises(DataError, match="holds other prompts; give another --output, or replace it with --force"):
+    with pytest.raises(
+        PreprocessingError, match="holds other prompts; give another --output, or replace it with --force"
+    ):
         save_prompts(other, tmp_path / "mined.yaml")
     assert load_prompts(tmp_path / "mined.yaml") == prompts
     save_prompts(other, tmp_path / "mined.yaml", force=True)

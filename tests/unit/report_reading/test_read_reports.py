@@ -353,7 +353,11 @@ def test_the_comparison_is_written_whole(tmp_path: Path) -> None:
     source = table(tmp_path / "r.csv", [{"volume": "v", "text": "A nodule is seen."}])
     (tmp_path / "theirs.csv").write_text("volume,Lung nodule\nv,0\n")
     arguments = ("--label-set", "ct_rate_18", "-o", tmp_path / "out.csv", "--against", tmp_path / "theirs.csv")
-    assert run(source, *arguments) == 0
+    (tmp_path / "out.comparison.json").write_text("mine")
+    assert run(source, *arguments) == 2
+    assert (tmp_path / "out.comparison.json").read_text() == "mine"
+    (tmp_path / "out.comparison.json").unlink()
+    assert run(source, *arguments) == run(source, *arguments) == 0
     values = json.loads((tmp_path / "out.comparison.json").read_text())
     assert values["disagreements"] == [
         {"report": "v", "label": "Lung nodule", "ours": 1, "theirs": 0, "our_sentence": "A nodule is seen.", "their_sentence": ""}
