@@ -7,14 +7,13 @@ from pathlib import Path
 
 from ctclip.errors import DataError
 from ctclip.preprocessing.cohorts.ct_rate import SECTIONS as CT_RATE
-from ctclip.preprocessing.cohorts.table import SECTIONS
+from ctclip.preprocessing.cohorts.table import SECTIONS, WHOLE_REPORTS
 from ctclip.preprocessing.no_report import report_text
 from ctclip.preprocessing.tables import read_table, without_suffix
 
-# Column names of ids and of texts, the most likely first; in any case, with spaces as underscores.
+# Column names of ids, the most likely first. These and those of reports may have capitals, and spaces instead of underscores.
 IDS = ("volume", "volumename", "accessionno", "accession", "accession_number", "note_acc_deid", "noteacc_deid", "study", "study_id",
        "report_id", "id", "name", "scan", "patient")  # fmt: skip
-TEXTS = ("text", "report_text", "report", "radiology_report", "full_report")
 # The table of a store.
 COHORT = "cohort.parquet"
 # Sections that describe the scan. The clinical question and the technique hold no findings.
@@ -76,7 +75,7 @@ def _columns(names: dict[str, str], source: Path) -> dict[str, str]:
     known = {**{_key(theirs): ours for theirs, ours in CT_RATE.items()}, **{ours: ours for ours in SECTIONS}}
     known |= {"impressions": "impression", "conclusion": "impression", "finding": "findings"}
     there: dict[str, list[str]] = {name: [] for name in (*READ, "text")}
-    for key, section in (*known.items(), *((key, "text") for key in TEXTS)):
+    for key, section in (*known.items(), *((key, "text") for key in WHOLE_REPORTS)):
         if key in names and section in there:
             there[section].append(names[key])
     for section, columns in there.items():

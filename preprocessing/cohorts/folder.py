@@ -20,6 +20,7 @@ from ctclip.preprocessing.cohorts.table import (
     FILES,
     METADATA_COLUMNS,
     SECTIONS,
+    WHOLE_REPORTS,
     Cohort,
     cohort_table,
     identity,
@@ -35,6 +36,8 @@ from ctclip.preprocessing.tables import MISSING, numbers, read_table
 
 TABLES = (".csv", ".tsv", ".parquet")
 SAMPLED_BYTES = 1 << 16
+# Names, in lower case, of columns that are probably reports.
+REPORTS = {*WHOLE_REPORTS, *SECTIONS, "impressions", "conclusion", "findings_en", "impressions_en"}
 
 
 def recognised(tree: Tree) -> bool:
@@ -290,7 +293,12 @@ def _from_table(path: Path, label_names: Sequence[str] | None) -> Cohort:
     own = [name for name in table.columns if name in COLUMNS or name in METADATA_COLUMNS]
     chosen = label_columns(table.drop(columns=own), label_names)
     labels = {name: zeros_and_ones(table[name], f"{path}: label column {name!r}").to_numpy() for name in chosen.labels}
-    notes += _columns_told(chosen)
+    reports = [name for name in chosen.metadata if "_".join(str(name).casefold().split()) in REPORTS]
+    warnings = [
+        f"the column {name!r} is kept, but not read as a report; name it {SECTIONS[2]!r}, or {SECTIONS[3]!r}, if it is one"
+        for name in reports
+    ]
+    notes += _columns_told(chosen, reports)
     records = table[own].to_dict("records")
     cohort = cohort_table([{str(name): value for name, value in record.items() if value != ""} for record in records])
     if "no_chest" in cohort.columns:
@@ -299,7 +307,7 @@ def _from_table(path: Path, label_names: Sequence[str] | None) -> Cohort:
     cohort[geometry] = cohort[geometry].fillna("")
     extra = {name: table[name].to_numpy() for name in chosen.metadata if name not in cohort.columns}
     cohort = cohort.assign(**extra, **{name: pd.array(values, dtype="Int8") for name, values in labels.items()})
-    return Cohort(cohort, dict(zip(cohort["volume"], places, strict=True)), notes=notes)
+    return Cohort(cohort, dict(zip(cohort["volume"], places, strict=True)), warnings=warnings, notes=notes)
 
 
 def _ids(path: Path, table: pd.DataFrame, places: list[Path]) -> tuple[list[str], list[str], list[str]]:
@@ -349,11 +357,13 @@ def _numbers(path: Path, column: pd.Series, default: Any) -> list[float]:
     return numbers_read
 
 
-def _columns_told(columns: Columns) -> list[str]:
+def _columns_told(columns: Columns, reports: Sequence[str]) -> list[str]:
+    """Notes on the use of columns, which quote cells, but none of the columns ``reports``."""
     notes = []
     if columns.labels:
         notes.append(f"label columns: {', '.join(columns.labels)}")
-    if columns.metadata:
-        metadata = ", ".join(f"{name} ({why})" for name, why in columns.metadata.items())
+    told = [f"{name} ({why})" for name, why in columns.metadata.items() if name not in reports]
+    if told:
+        metadata = ", ".join(told)
         notes.append(f"kept as metadata, not as labels: {metadata}")
     return notes

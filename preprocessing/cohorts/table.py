@@ -24,6 +24,8 @@ COLUMNS = (
 # ``no_chest``: whether the cohort lists the volume among those that show no chest.
 METADATA_COLUMNS = ("no_chest", *GEOMETRY_COLUMNS)
 SECTIONS = ("clinical_information", "technique", "findings", "impression")
+# Names under which tables hold whole reports, the most likely first.
+WHOLE_REPORTS = ("text", "report_text", "report", "radiology_report", "full_report")
 IDS = ("volume", "patient", "scan", "split")
 TEXTS = (*IDS, "path", *SECTIONS)
 FILES = VOLUME_SUFFIXES

@@ -255,6 +255,22 @@ def test_volumes_listed_as_no_chest_are_left_out(tmp_path: Path, hu: np.ndarray,
     assert kept.to_dict() == {"train_1_a_1": False, "train_2_a_1": True}
 
 
+@pytest.mark.parametrize("column", ["report", "Radiology Report", "Findings", "Impressions_EN", "text"])
+def test_a_column_that_is_probably_a_report_is_not_ignored_in_silence(column: str, tmp_path: Path) -> None:
+    for name in "ab":
+        save(tmp_path / f"{name}.nii.gz", np.zeros((4, 4, 4), np.int16), np.eye(4))
+    rows = [{"path": f"{name}.nii.gz", column: f"Patient {name} has an effusion.", "site": name} for name in "ab"]
+    pd.DataFrame(rows).to_csv(tmp_path / "c.csv", index=False)
+    cohort = read_cohort(tmp_path / "c.csv")
+    assert cohort.warnings == [
+        f"the column {column!r} is kept, but not read as a report; name it 'findings', or 'impression', if it is one"
+    ]
+    assert "site" in " ".join(cohort.notes)
+    assert "effusion" not in " ".join(cohort.notes)
+    pd.DataFrame(rows).rename(columns={column: "findings"}).to_csv(tmp_path / "c.csv", index=False)
+    assert read_cohort(tmp_path / "c.csv").warnings == []
+
+
 def test_no_chest_is_an_option_of_ct_rate_alone(tmp_path: Path) -> None:
     (tmp_path / "scan.nii.gz").touch()
     with pytest.raises(PreprocessingError, match=r"only to the layout ct-rate.* of this cohort is folder"):
